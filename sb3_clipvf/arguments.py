@@ -1,0 +1,151 @@
+"""ClipPPO's arguments: the checks that need several of them, and what makes them SB3's."""
+
+import io
+import json
+import pathlib
+import warnings
+import zipfile
+from typing import TYPE_CHECKING, Any
+
+from stable_baselines3.common.save_util import open_path
+
+from sb3_clipvf import validation
+from sb3_clipvf.engines import check_engine_name
+from sb3_clipvf.schedules import is_constant, make_schedule
+
+if TYPE_CHECKING:
+    from sb3_clipvf.clip_ppo import ClipPPO
+
+SB3_EQUIVALENT: dict[str, Any] = {
+    "clip_range": 0.2,
+    "clip_range_vf": None,
+    "kl_coef": 0.0,
+    "adaptive_kl_target": None,
+    "vf_clip": "prediction",
+    "vf_clip_units": "absolute",
+    "advantage_scope": "minibatch",
+    "lr_kl_target": None,
+    "engine": "autograd",
+}
+"""Arguments under which ClipPPO is SB3's PPO: with the same seed it ends with the same weights."""
+
+
+def check_arguments(model: "ClipPPO") -> None:
+    """
+    Check all arguments of a model, of its constructor or of a file.
+
+    :param model: With its attributes set and nothing built yet.
+    :raises ValueError: If one is out of range, or two contradict each other.
+    :raises TypeError: If one is of the wrong type.
+    """
+    _check_sizes(model)
+    _check_numbers(model)
+    for name in ("normalize_advantage", "use_sde"):
+        validation.check_bool(name, getattr(model, name))
+    validation.check_choice("vf_clip", model.vf_clip, ("max", "prediction"), "SB3's form is 'prediction'.")
+    validation.check_choice(
+        "vf_clip_units", model.vf_clip_units, ("return_std", "absolute"), "SB3 counts in 'absolute' return units."
+    )
+    validation.check_choice(
+        "advantage_scope", model.advantage_scope, ("minibatch", "rollout"), "SB3 normalises each 'minibatch'."
+    )
+    check_engine_name(model.engine)
+    _check_controllers(model)
+
+
+def _check_sizes(model: "ClipPPO") -> None:
+    model.n_steps = validation.check_int("n_steps", model.n_steps, 1, "SB3's default is 2048.")
+    model.batch_size = validation.check_int("batch_size", model.batch_size, 1, "SB3's default is 64.")
+    model.n_epochs = validation.check_int("n_epochs", model.n_epochs, 1, "SB3's default is 10.")
+    validation.check_int("stats_window_size", model._stats_window_size, 1, "SB3's default is 100.")
+    validation.check_int("sde_sample_freq", model.sde_sample_freq, -1, "-1 draws noise once a rollout.")
+    validation.check_int("verbose", model.verbose, 0, "0 is silent, 1 shows messages, 2 shows details.")
+    if model.seed is not None:
+        model.seed = validation.check_int("seed", model.seed, 0, "None leaves the random states alone.")
+    if not model.normalize_advantage:
+        return
+    if model.batch_size == 1 and model.advantage_scope == "minibatch":
+        raise ValueError(
+            "`batch_size` must be greater than 1 to normalise advantages in minibatches, got 1. Raise it, or set "
+            "advantage_scope='rollout' or normalize_advantage=False."
+        )
+    if model.env is not None and model.n_steps * model.n_envs == 1:
+        raise ValueError(
+            "`n_steps` must be such that n_steps * n_envs is greater than 1 to normalise advantages, got n_steps=1 and "
+            "n_envs=1. Raise it, or set normalize_advantage=False."
+        )
+
+
+def _check_numbers(model: "ClipPPO") -> None:
+    validation.check_float("gamma", model.gamma, "SB3's default is 0.99.", 0.0, 1.0)
+    validation.check_float("gae_lambda", model.gae_lambda, "SB3's default is 0.95.", 0.0, 1.0)
+    way_out = "SB3's default is 0.5; a large number, such as 1e9, leaves gradients as they are."
+    validation.check_float("max_grad_norm", model.max_grad_norm, way_out, above_low=True)
+    for name in ("target_kl", "adaptive_kl_target", "lr_kl_target"):
+        if getattr(model, name) is not None:
+            validation.check_float(name, getattr(model, name), "None turns it off.", above_low=True)
+
+
+def _check_controllers(model: "ClipPPO") -> None:
+    if model.adaptive_kl_target is not None:
+        if not is_constant(model.kl_coef):
+            raise ValueError(
+                f"`kl_coef` must be a number where `adaptive_kl_target` is set, got {model.kl_coef!r}. Either beta "
+                "follows a schedule or it adapts: drop one of the two."
+            )
+        if make_schedule(model.kl_coef, "kl_coef")(1.0) == 0:
+            raise ValueError(
+                f"`kl_coef` must be positive where `adaptive_kl_target` is set, got {model.kl_coef!r}: doubling and halving "
+                "never leave 0. Start at 1.0, as the paper does."
+            )
+    if model.lr_kl_target is not None and not is_constant(model.learning_rate):
+        raise ValueError(
+            f"`learning_rate` must be a number where `lr_kl_target` is set, got {model.learning_rate!r}. Either the rate "
+            "follows a schedule or it adapts: drop one of the two."
+        )
+
+
+def warn_of_truncated_minibatches(model: "ClipPPO") -> None:
+    """
+    Warn where the rollout is no multiple of the minibatch, as SB3 does.
+
+    :param model: Fully built.
+    """
+    if model.env is None:
+        return
+    buffer_size = model.n_envs * model.n_steps
+    rest = buffer_size % model.batch_size
+    if rest == 0:
+        return
+    consequence = " It is not normalised, having no spread." if rest == 1 and model.normalize_advantage else ""
+    warnings.warn(
+        f"You have specified a mini-batch size of {model.batch_size}, but because the rollout has n_steps * n_envs = "
+        f"{buffer_size} transitions, after every {buffer_size // model.batch_size} untruncated mini-batches there will be "
+        f"a truncated mini-batch of size {rest}.{consequence} We recommend a `batch_size` that is a factor of "
+        f"n_steps * n_envs (n_steps={model.n_steps}, n_envs={model.n_envs}).",
+        stacklevel=3,
+    )
+
+
+def saved_by_sb3(path: str | pathlib.Path | io.BufferedIOBase) -> bool:
+    """
+    Tell whether a zip was saved by another algorithm than ClipPPO, without unpickling anything.
+
+    :param path: As for ``load``.
+    :return: True if the file is readable and holds none of ClipPPO's own arguments; SB3's ``load`` explains the others.
+    """
+    try:
+        file = open_path(path, "r", verbose=0, suffix="zip")
+    except (OSError, ValueError):
+        return False
+    start = file.tell()
+    try:
+        with zipfile.ZipFile(file) as archive:
+            data = json.loads(archive.read("data")) if "data" in archive.namelist() else None
+    except (zipfile.BadZipFile, ValueError):
+        data = None
+    if isinstance(path, str | pathlib.Path):
+        file.close()
+    else:
+        file.seek(start)
+    return isinstance(data, dict) and "vf_clip" not in data

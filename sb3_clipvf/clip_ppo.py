@@ -1,0 +1,593 @@
+"""ClipPPO: the algorithm under SB3's interface. It validates, collects, hands the update to an engine and logs once."""
+
+import io
+import pathlib
+import time
+import warnings
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.base_class import maybe_make_env
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import (
+    ActorCriticCnnPolicy,
+    ActorCriticPolicy,
+    BasePolicy,
+    MultiInputActorCriticPolicy,
+)
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+from stable_baselines3.common.utils import explained_variance, obs_as_tensor, update_learning_rate
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_clipvf import validation
+from sb3_clipvf.arguments import SB3_EQUIVALENT, check_arguments, saved_by_sb3, warn_of_truncated_minibatches
+from sb3_clipvf.distributions import dist_param_dim, dist_params, refreshed_dist
+from sb3_clipvf.engines import AutogradEngine, UpdateCoefficients, UpdateSettings, UpdateStatistics, select_engine
+from sb3_clipvf.messages import log, show_messages
+from sb3_clipvf.policies import (
+    SquashedActorCriticCnnPolicy,
+    SquashedActorCriticPolicy,
+    SquashedMultiInputActorCriticPolicy,
+)
+from sb3_clipvf.rollout import TensorRolloutBuffer
+from sb3_clipvf.schedules import AdaptiveKL, KLAdaptiveLR, Schedule, clamp_progress, make_schedule
+
+__all__ = ["SB3_EQUIVALENT", "ClipPPO"]
+
+
+class ClipPPO(OnPolicyAlgorithm):
+    """
+    Proximal Policy Optimization with ratio clipping, a KL penalty, both or neither, and a clipped value loss.
+
+    The update minimises, over minibatches of the rollout of pi_old,
+    ``-E[min(r A, clip(r, 1 - clip_range, 1 + clip_range) A)] + kl_coef KL(pi_old || pi) + vf_coef L_vf - ent_coef H``.
+
+    Coefficients marked *schedule* take a number, a function of SB3's ``progress_remaining`` (1 -> 0), or a string
+    ``lin_x``, ``cos_x``, ``exp_x``, ``const_x`` with x the value at the start.
+
+    :param policy: Policy class or alias: MlpPolicy, CnnPolicy, MultiInputPolicy, SquashedMlpPolicy, SquashedCnnPolicy,
+        SquashedMultiInputPolicy.
+    :param env: Environment, VecEnv or registered id.
+    :param learning_rate: Schedule, at least 0.
+    :param n_steps: Steps of each environment in a rollout.
+    :param batch_size: Transitions in a minibatch; more than 1 if advantages are normalised in minibatches.
+    :param n_epochs: Passes over the rollout in an update.
+    :param gamma: Discount factor, in [0, 1].
+    :param gae_lambda: lambda of the advantage estimate, in [0, 1].
+    :param clip_range: Schedule, positive: epsilon of the ratio clip. None: the ratio is not clipped.
+    :param clip_range_vf: Schedule, positive: the largest change of a value prediction that is let through, in
+        ``vf_clip_units``. None: plain squared error.
+    :param normalize_advantage: Whether advantages are shifted and scaled to mean 0 and standard deviation 1.
+    :param ent_coef: Schedule, at least 0: weight of the entropy.
+    :param vf_coef: Schedule, at least 0: weight of the value loss, a mean of squared errors without a factor 1/2.
+    :param max_grad_norm: Bound on the joint gradient norm of actor and critic, positive.
+    :param use_sde: Whether to explore with SB3's gSDE.
+    :param sde_sample_freq: Steps between new gSDE noise matrices; -1: only at the start of a rollout.
+    :param rollout_buffer_class: A buffer class with SB3's ``RolloutBuffer`` interface. None: ``TensorRolloutBuffer``.
+    :param rollout_buffer_kwargs: Its further arguments.
+    :param target_kl: nats, positive: an update ends before the step of the first minibatch whose estimated KL (k3)
+        exceeds 1.5 times this. It reads one number from the device at each minibatch.
+    :param stats_window_size: Episodes over which ``rollout/`` statistics are averaged.
+    :param tensorboard_log: Folder for TensorBoard. None: no such log.
+    :param policy_kwargs: Further arguments of the policy.
+    :param verbose: 0 is silent, 1 shows messages, 2 shows details.
+    :param seed: Seed of all random states, at least 0.
+    :param device: PyTorch device, or "auto".
+    :param kl_coef: Schedule, at least 0: weight beta of the exact KL(pi_old || pi), in 1/nats; the initial one where it
+        adapts. 0: no penalty.
+    :param adaptive_kl_target: d_targ, nats, positive: beta adapts once an update (``schedules.AdaptiveKL``). None: it does
+        not.
+    :param vf_clip: "max": the larger of the clipped and unclipped squared error; "prediction": SB3's form.
+    :param vf_clip_units: "return_std": ``clip_range_vf`` counts in standard deviations of the rollout's returns;
+        "absolute": in return units, as in SB3.
+    :param advantage_scope: "minibatch" or "rollout": over what advantages are normalised.
+    :param lr_kl_target: nats, positive: the learning rate adapts once an update (``schedules.KLAdaptiveLR``). None: it
+        follows ``learning_rate``.
+    :param engine: "auto" (the fastest that runs the policy) or "autograd".
+    :raises ValueError: If an argument is out of range, or two arguments contradict each other.
+    :raises TypeError: If an argument is of the wrong type.
+    Source: Schulman et al. 2017, arXiv 1707.06347. Departures: the clipped value loss (OpenAI baselines), advantage
+        normalisation and gradient clipping (the same), bounds on beta.
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": ActorCriticPolicy,
+        "CnnPolicy": ActorCriticCnnPolicy,
+        "MultiInputPolicy": MultiInputActorCriticPolicy,
+        "SquashedMlpPolicy": SquashedActorCriticPolicy,
+        "SquashedCnnPolicy": SquashedActorCriticCnnPolicy,
+        "SquashedMultiInputPolicy": SquashedMultiInputActorCriticPolicy,
+    }
+    rollout_buffer: Any
+
+    def __init__(
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str | None,
+        learning_rate: float | str | Schedule = 3e-4,
+        n_steps: int = 2048,
+        batch_size: int = 64,
+        n_epochs: int = 10,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        clip_range: float | str | Schedule | None = "lin_0.2",
+        clip_range_vf: float | str | Schedule | None = 1.0,
+        normalize_advantage: bool = True,
+        ent_coef: float | str | Schedule = 0.0,
+        vf_coef: float | str | Schedule = 0.5,
+        max_grad_norm: float = 0.5,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        rollout_buffer_class: type[Any] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        target_kl: float | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+        *,
+        kl_coef: float | str | Schedule = 0.0,
+        adaptive_kl_target: float | None = None,
+        vf_clip: str = "max",
+        vf_clip_units: str = "return_std",
+        advantage_scope: str = "minibatch",
+        lr_kl_target: float | None = None,
+        engine: str = "auto",
+    ) -> None:
+        if env is not None:
+            env = maybe_make_env(env, verbose)
+            validation.check_spaces(policy, env.observation_space, env.action_space, use_sde)
+        super().__init__(
+            policy,
+            env,  # type: ignore[arg-type]
+            learning_rate=learning_rate,  # type: ignore[arg-type]
+            n_steps=n_steps,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            ent_coef=ent_coef,  # type: ignore[arg-type]
+            vf_coef=vf_coef,  # type: ignore[arg-type]
+            max_grad_norm=max_grad_norm,
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            rollout_buffer_class=rollout_buffer_class,
+            rollout_buffer_kwargs=rollout_buffer_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            device=device,
+            seed=seed,
+            _init_setup_model=False,
+        )
+        self.batch_size = batch_size
+        self.n_epochs = n_epochs
+        self.clip_range = clip_range
+        self.clip_range_vf = clip_range_vf
+        self.normalize_advantage = normalize_advantage
+        self.target_kl = target_kl
+        self.kl_coef = kl_coef
+        self.adaptive_kl_target = adaptive_kl_target
+        self.vf_clip = vf_clip
+        self.vf_clip_units = vf_clip_units
+        self.advantage_scope = advantage_scope
+        self.lr_kl_target = lr_kl_target
+        self.engine = engine
+
+        # State that lasts over updates, and is saved.
+        self.adaptive_kl: AdaptiveKL | None = None
+        self.adaptive_lr: KLAdaptiveLR | None = None
+        self._schedule_timesteps: int | None = None
+        # Built from the arguments when needed, and not saved.
+        self._schedules: dict[str, tuple[Any, Schedule]] = {}
+        self._engine: AutogradEngine | None = None
+        self._loads_sb3 = False
+
+        if _init_setup_model:
+            self._setup_model()
+            warn_of_truncated_minibatches(self)
+
+    def _setup_model(self) -> None:
+        """Check the arguments, then build the schedules, the policy and the buffer; SB3's ``load`` comes here as well."""
+        if self.rollout_buffer_class in (RolloutBuffer, DictRolloutBuffer) and self._loads_sb3:
+            # SB3 writes the class that it picked itself; ours draws the same minibatches.
+            self.rollout_buffer_class = None
+        check_arguments(self)
+        show_messages(self.verbose)
+        # Everything that can be refused is refused before anything is built or drawn.
+        self._schedules = {}
+        for name in ("clip_range", "clip_range_vf", "ent_coef", "vf_coef", "kl_coef"):
+            self._schedule_of(name)
+        self._setup_lr_schedule()
+        self.set_random_seed(self.seed)
+        self.policy = self.policy_class(
+            self.observation_space,
+            self.action_space,
+            self.lr_schedule,
+            use_sde=self.use_sde,
+            **self.policy_kwargs,  # type: ignore[arg-type]
+        ).to(self.device)  # type: ignore[assignment]
+        self.rollout_buffer = self._make_rollout_buffer()
+        self._maybe_recommend_cpu()
+        self._setup_controllers()
+        self._engine = None
+
+    def _setup_lr_schedule(self) -> None:
+        self.lr_schedule = make_schedule(self.learning_rate, "learning_rate")
+
+    def _setup_controllers(self) -> None:
+        """Start the controllers, or keep the state that a saved file brought."""
+        if self.adaptive_kl_target is None:
+            self.adaptive_kl = None
+        elif self.adaptive_kl is None or self.adaptive_kl.target != self.adaptive_kl_target:
+            kl_coef = self._schedule_of("kl_coef")
+            beta = kl_coef(1.0) if self.adaptive_kl is None and kl_coef is not None else self.adaptive_kl.beta  # type: ignore[union-attr]
+            self.adaptive_kl = AdaptiveKL(beta=beta, target=self.adaptive_kl_target)
+        if self.lr_kl_target is None:
+            self.adaptive_lr = None
+        elif self.adaptive_lr is None or self.adaptive_lr.target != self.lr_kl_target:
+            rate = self.lr_schedule(1.0) if self.adaptive_lr is None else self.adaptive_lr.learning_rate
+            self.adaptive_lr = KLAdaptiveLR(learning_rate=rate, target=self.lr_kl_target)
+
+    def _make_rollout_buffer(self) -> Any:
+        buffer_class = self.rollout_buffer_class or TensorRolloutBuffer
+        kwargs = dict(self.rollout_buffer_kwargs)
+        width = dist_param_dim(getattr(self.policy, "action_dist", None))
+        if issubclass(buffer_class, TensorRolloutBuffer):
+            kwargs.setdefault("dist_param_dim", width or 0)
+        self._check_kl_is_known(buffer_class, width)
+        rollout_buffer = buffer_class(
+            self.n_steps,
+            self.observation_space,
+            self.action_space,
+            device=self.device,
+            gamma=self.gamma,
+            gae_lambda=self.gae_lambda,
+            n_envs=self.n_envs,
+            **kwargs,
+        )
+        if isinstance(rollout_buffer, TensorRolloutBuffer) and self.env is not None:
+            mib = rollout_buffer.nbytes / 2**20
+            log.info("The rollout of %d x %d steps will take %.1f MiB", self.n_steps, self.n_envs, mib)
+            rollout_buffer.check_memory()
+        return rollout_buffer
+
+    def _check_kl_is_known(self, buffer_class: type[Any], width: int | None) -> None:
+        asked_for = [
+            name for name in ("kl_coef", "adaptive_kl_target", "lr_kl_target") if getattr(self, name) not in (None, 0, 0.0)
+        ]
+        if not asked_for or (width and issubclass(buffer_class, TensorRolloutBuffer)):
+            return
+        if width:
+            cause = f"`rollout_buffer_class` {buffer_class.__name__} does not store the old distribution"
+            way_out = "Derive the buffer class from TensorRolloutBuffer."
+        else:
+            dist = type(getattr(self.policy, "action_dist", None)).__name__
+            cause = f"the exact KL of the policy's action distribution ({dist}) is not known"
+            way_out = "Use one of SB3's action distributions."
+        raise ValueError(f"`{asked_for[0]}` must not be set, since {cause}, got {getattr(self, asked_for[0])!r}. {way_out}")
+
+    def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
+        validation.check_choice("policy", policy_name, tuple(self.policy_aliases), "Or pass a policy class.")
+        return self.policy_aliases[policy_name]
+
+    # ------------------------------------------------------------------ schedules and progress
+
+    def _schedule_of(self, name: str) -> Schedule | None:
+        """The schedule of a coefficient; built anew when the attribute was replaced, as callbacks do."""
+        value = getattr(self, name)
+        if value is None:
+            return None
+        if name not in self._schedules or self._schedules[name][0] is not value:
+            positive = name in ("clip_range", "clip_range_vf")
+            self._schedules[name] = (value, make_schedule(value, name, positive=positive))
+        return self._schedules[name][1]
+
+    def _coefficient(self, name: str) -> float | None:
+        schedule = self._schedule_of(name)
+        return None if schedule is None else schedule(self._current_progress_remaining)
+
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        horizon = self._schedule_timesteps or total_timesteps
+        self._current_progress_remaining = clamp_progress(1.0 - float(num_timesteps) / float(horizon))
+
+    def _update_learning_rate(self, optimizers: Any) -> None:
+        if self.adaptive_lr is None:
+            super()._update_learning_rate(optimizers)
+            return
+        self.logger.record("train/learning_rate", self.adaptive_lr.learning_rate)
+        update_learning_rate(optimizers, self.adaptive_lr.learning_rate)
+
+    # ------------------------------------------------------------------ rollout
+
+    def collect_rollouts(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: Any,
+        n_rollout_steps: int,
+    ) -> bool:
+        """
+        Fill the buffer with steps of the current policy.
+
+        Callbacks see this method's local variables, under SB3's names.
+
+        :param env: The training environments.
+        :param callback: Called at each step and at both ends of the rollout.
+        :param rollout_buffer: Filled from empty.
+        :param n_rollout_steps: Steps of each environment.
+        :return: False if the callback asked to stop, then the rollout is incomplete.
+        """
+        started = time.perf_counter()
+        self.policy.set_training_mode(False)
+        n_steps = 0
+        rollout_buffer.reset()
+        if self.use_sde:
+            self.policy.reset_noise(env.num_envs)
+        callback.on_rollout_start()
+
+        while n_steps < n_rollout_steps:
+            if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
+                self.policy.reset_noise(env.num_envs)
+
+            obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
+            actions, values, log_probs, dist_row = self._act(obs_tensor, rollout_buffer)
+            clipped_actions = self._to_env(actions)
+            new_obs, rewards, dones, infos = env.step(clipped_actions)
+            self.num_timesteps += env.num_envs
+
+            callback.update_locals(locals())
+            if not callback.on_step():
+                return False
+
+            self._update_info_buffer(infos, dones)
+            n_steps += 1
+            if isinstance(self.action_space, spaces.Discrete):
+                actions = actions.reshape(-1, 1)
+            rollout_buffer.add(
+                self._last_obs,
+                actions,
+                self._bootstrap_truncated(rewards, dones, infos),
+                self._last_episode_starts,
+                values,
+                log_probs,
+                **dist_row,
+            )
+            self._last_obs = new_obs  # type: ignore[assignment]
+            self._last_episode_starts = dones
+
+        with th.no_grad():
+            values = self.policy.predict_values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]
+        rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
+
+        callback.update_locals(locals())
+        callback.on_rollout_end()
+        self.logger.record("time/rollout_seconds", time.perf_counter() - started)
+        return True
+
+    @th.no_grad()
+    def _act(self, obs_tensor: Any, rollout_buffer: Any) -> tuple[np.ndarray, th.Tensor, th.Tensor, dict[str, th.Tensor]]:
+        """Actions, values, log-probs, and the distribution's parameters where the buffer wants them."""
+        if not getattr(rollout_buffer, "dist_param_dim", 0):
+            actions, values, log_probs = self.policy(obs_tensor)
+            return actions.cpu().numpy(), values, log_probs, {}
+        stale = getattr(self.policy.action_dist, "distribution", None)
+        actions, values, log_probs = self.policy(obs_tensor)
+        row = dist_params(refreshed_dist(self.policy, obs_tensor, stale))
+        return actions.cpu().numpy(), values, log_probs, {"dist_params": row}
+
+    def _to_env(self, actions: np.ndarray) -> np.ndarray:
+        """The actions as the environments take them; log-probs and the buffer keep the policy's own."""
+        if not isinstance(self.action_space, spaces.Box):
+            return actions
+        if self.policy.squash_output:
+            return self.policy.unscale_action(actions)
+        return np.clip(actions, self.action_space.low, self.action_space.high)
+
+    def _bootstrap_truncated(self, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
+        """
+        Add gamma * V(final observation) where an episode was cut off rather than ended, in a copy of the rewards.
+
+        Source: Pardo et al. 2018, arXiv 1712.00378.
+        """
+        truncated = [
+            index
+            for index in np.flatnonzero(dones)
+            if infos[index].get("TimeLimit.truncated", False) and infos[index].get("terminal_observation") is not None
+        ]
+        if not truncated:
+            return rewards
+        final_obs: Any = [infos[index]["terminal_observation"] for index in truncated]
+        if isinstance(self.observation_space, spaces.Dict):
+            stacked: Any = {key: np.stack([obs[key] for obs in final_obs]) for key in self.observation_space.spaces}
+        else:
+            stacked = np.stack(final_obs)
+        with th.no_grad():
+            final_values = self.policy.predict_values(self.policy.obs_to_tensor(stacked)[0])
+        bootstrapped = rewards.copy()
+        bootstrapped[truncated] += self.gamma * final_values.cpu().numpy().reshape(-1)
+        return bootstrapped
+
+    # ------------------------------------------------------------------ update
+
+    def train(self) -> None:
+        """Update the policy from the rollout in the buffer, adapt the controllers, and log."""
+        started = time.perf_counter()
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        coefficients = self._update_coefficients()
+        statistics = self._current_engine().update(self.rollout_buffer, coefficients)
+        self._n_updates += statistics.n_epochs
+        if statistics.stopped_at_kl is not None:
+            log.info(
+                "Early stopping at step %d due to reaching max kl: %.2f", statistics.n_epochs - 1, statistics.stopped_at_kl
+            )
+        if statistics.kl_after is not None:
+            self._adapt(float(statistics.kl_after))
+        self._log_update(statistics, coefficients)
+        self.logger.record("time/update_seconds", time.perf_counter() - started)
+
+    def _update_coefficients(self) -> UpdateCoefficients:
+        clip_range_vf = self._coefficient("clip_range_vf")
+        if clip_range_vf is not None and self.vf_clip_units == "return_std":
+            clip_range_vf *= float(np.std(self.rollout_buffer.returns))
+        return UpdateCoefficients(
+            clip_range=self._coefficient("clip_range"),
+            clip_range_vf=clip_range_vf,
+            ent_coef=self._coefficient("ent_coef") or 0.0,
+            vf_coef=self._coefficient("vf_coef") or 0.0,
+            kl_coef=(self._coefficient("kl_coef") or 0.0) if self.adaptive_kl is None else self.adaptive_kl.beta,
+        )
+
+    def _current_engine(self) -> AutogradEngine:
+        """The engine for the policy and the arguments as they are now: callbacks may have replaced them."""
+        settings = UpdateSettings(
+            batch_size=self.batch_size,
+            n_epochs=self.n_epochs,
+            normalize_advantage=self.normalize_advantage,
+            advantage_scope=self.advantage_scope,
+            vf_clip=self.vf_clip,
+            max_grad_norm=self.max_grad_norm,
+            target_kl=self.target_kl,
+            measure_kl_after=self.adaptive_kl is not None or self.adaptive_lr is not None,
+            has_dist_params=bool(getattr(self.rollout_buffer, "dist_param_dim", 0)),
+            discrete_actions=isinstance(self.action_space, spaces.Discrete),
+        )
+        if self._engine is None or self._engine.policy is not self.policy or self._engine.settings != settings:
+            first = self._engine is None
+            self._engine, reason = select_engine(self.engine, self.policy, settings)
+            if first:
+                log.info("Updates run on the engine %r: %s", self._engine.name, reason)
+        return self._engine
+
+    def _adapt(self, kl_after: float) -> None:
+        if self.adaptive_kl is not None:
+            self.adaptive_kl = self.adaptive_kl.next(kl_after)
+        if self.adaptive_lr is not None:
+            self.adaptive_lr = self.adaptive_lr.next(kl_after)
+
+    def _log_update(self, statistics: UpdateStatistics, coefficients: UpdateCoefficients) -> None:
+        record = self.logger.record
+        for name, value in statistics.means.items():
+            record(f"train/{name}", float(value))
+        record("train/approx_kl", float(statistics.approx_kl))
+        if statistics.kl is not None:
+            record("train/kl", float(statistics.kl))
+        if statistics.kl_after is not None:
+            record("train/kl_after_update", float(statistics.kl_after))
+        record("train/kl_coef", coefficients.kl_coef)
+        record("train/ratio_max", float(statistics.ratio_max))
+        record("train/loss", float(statistics.last_loss))
+        values, returns = self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten()
+        record("train/explained_variance", explained_variance(values, returns))
+        if hasattr(self.policy, "log_std"):
+            record("train/std", th.exp(self.policy.log_std).mean().item())
+        record("train/n_updates", self._n_updates, exclude="tensorboard")
+        if coefficients.clip_range is not None:
+            record("train/clip_range", coefficients.clip_range)
+        if coefficients.clip_range_vf is not None:
+            record("train/clip_range_vf", coefficients.clip_range_vf)
+
+    # ------------------------------------------------------------------ learn, save, load
+
+    def learn(
+        self,
+        total_timesteps: float,
+        callback: MaybeCallback = None,
+        log_interval: int | None = 1,
+        tb_log_name: str = "ClipPPO",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+        schedule_timesteps: float | None = None,
+    ) -> Self:
+        """
+        Train.
+
+        :param total_timesteps: Environment steps of this call, over all environments; whole rollouts are collected, so
+            the last one may go beyond. A float with a whole value, such as 1e6, is fine.
+        :param callback: Called at each step.
+        :param log_interval: Updates between two logs. None: never.
+        :param tb_log_name: Name of the TensorBoard run.
+        :param reset_num_timesteps: Whether this starts counting steps at 0, or goes on.
+        :param progress_bar: Whether to show one.
+        :param schedule_timesteps: Environment steps, counted from 0, at which schedules end. Give it where training runs
+            over several calls with ``reset_num_timesteps=False``; later calls keep it. None at first: SB3's way, in which
+            schedules end with each call.
+        :return: This model.
+        :raises ValueError: If a number is out of range, or there is no environment.
+        """
+        total = validation.check_int("total_timesteps", total_timesteps, 0, "Pass the number of environment steps.")
+        if schedule_timesteps is not None:
+            self._schedule_timesteps = validation.check_int(
+                "schedule_timesteps", schedule_timesteps, 1, "Pass the environment steps of the whole training."
+            )
+        elif reset_num_timesteps:
+            self._schedule_timesteps = None
+        if self.env is None:
+            raise ValueError("`env` must be set before learning, got None. Pass it to `load`, or call `set_env`.")
+        return super().learn(
+            total_timesteps=total,
+            callback=callback,
+            log_interval=log_interval,  # type: ignore[arg-type]
+            tb_log_name=tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_schedules", "_engine", "_loads_sb3"]
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> Self:
+        """
+        Load a model that ClipPPO or SB3's PPO saved.
+
+        What a file of SB3's PPO does not hold takes the value of :data:`SB3_EQUIVALENT`, so that training goes on as
+        SB3's PPO would; a warning names those values.
+
+        :param path: Zip file, with or without its suffix, or an open binary file.
+        :param env: Environment to go on in; it may differ in its number of copies. None: the model can only predict.
+        :param device: PyTorch device, or "auto".
+        :param custom_objects: Values to take instead of the file's, by attribute.
+        :param print_system_info: Whether to print the versions of the packages then and now.
+        :param force_reset: Whether to reset the environments before training.
+        :param kwargs: Arguments of the constructor to change.
+        :return: The model.
+        """
+        if saved_by_sb3(path):
+            kept = {name: value for name, value in SB3_EQUIVALENT.items() if name not in kwargs}
+            kept = {name: value for name, value in kept.items() if name not in ("clip_range", "clip_range_vf")}
+            warnings.warn(
+                f"The file was saved by another algorithm of SB3. ClipPPO takes its values, and for what it does not hold: "
+                f"{', '.join(f'{name}={value!r}' for name, value in kept.items())}. Pass them to `load` to change them.",
+                stacklevel=2,
+            )
+            kwargs = {"_loads_sb3": True, **kept, **kwargs}
+        elif "kl_coef" in kwargs:
+            kwargs.setdefault("adaptive_kl", None)
+        if "learning_rate" in kwargs:
+            kwargs.setdefault("adaptive_lr", None)
+        return super().load(
+            path,
+            env=env,
+            device=device,
+            custom_objects=custom_objects,
+            print_system_info=print_system_info,
+            force_reset=force_reset,
+            **kwargs,
+        )

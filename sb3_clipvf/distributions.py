@@ -1,0 +1,98 @@
+"""
+SB3's action distributions as plain tensors: one row of parameters per state, and the exact KL between such rows.
+
+The rollout buffer stores these rows as the old distribution, since SB3 policies reuse one mutable distribution object.
+"""
+
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.distributions import (
+    BernoulliDistribution,
+    CategoricalDistribution,
+    DiagGaussianDistribution,
+    Distribution,
+    MultiCategoricalDistribution,
+    StateDependentNoiseDistribution,
+)
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+from sb3_clipvf.objectives import bernoulli_kl, categorical_kl, gaussian_kl, multi_categorical_kl
+from sb3_clipvf.policies import SquashedGaussianDistribution
+
+GAUSSIAN_TYPES = (DiagGaussianDistribution, StateDependentNoiseDistribution, SquashedGaussianDistribution)
+
+
+def dist_param_dim(dist: object) -> int | None:
+    """
+    Width of a distribution's parameter row.
+
+    :param dist: An SB3 action distribution (``policy.action_dist``); its parameters need not be set yet.
+    :return: Number of parameters per state, or None where the exact KL of ``dist`` is not known to this package.
+    """
+    if isinstance(dist, GAUSSIAN_TYPES):
+        return 2 * dist.action_dim
+    if isinstance(dist, CategoricalDistribution):
+        return dist.action_dim
+    if isinstance(dist, MultiCategoricalDistribution):
+        return int(sum(dist.action_dims))
+    if isinstance(dist, BernoulliDistribution):
+        return dist.action_dims
+    return None
+
+
+def dist_params(dist: Distribution) -> th.Tensor:
+    """
+    The parameters of a distribution as one tensor.
+
+    :param dist: An SB3 action distribution with its parameters set.
+    :return: Shape ``(n, dist_param_dim(dist))``: logits, or the Gaussian's means followed by its log standard
+        deviations (before squashing where the distribution squashes). Differentiable.
+    :raises TypeError: If ``dist`` is of a type whose exact KL is not known to this package.
+    """
+    if isinstance(dist, GAUSSIAN_TYPES):
+        gaussian = dist.distribution
+        return th.cat([gaussian.loc, gaussian.scale.log()], dim=-1)
+    if isinstance(dist, MultiCategoricalDistribution):
+        return th.cat([categorical.logits for categorical in dist.distribution], dim=-1)
+    if isinstance(dist, CategoricalDistribution | BernoulliDistribution):
+        return dist.distribution.logits
+    raise TypeError(f"`dist` must be one of SB3's action distributions, got {type(dist).__name__}.")
+
+
+def kl_from_params(dist: Distribution, old_params: th.Tensor) -> th.Tensor:
+    """
+    Exact KL(pi_old || pi), summed over the action dimensions.
+
+    :param dist: The current distribution pi, parameters set for ``n`` states.
+    :param old_params: Parameters of pi_old in the same states, from :func:`dist_params`, shape ``(n, k)``.
+    :return: Shape ``(n,)``, nats.
+    :raises TypeError: If ``dist`` is of a type whose exact KL is not known to this package.
+    """
+    params = dist_params(dist)
+    if isinstance(dist, GAUSSIAN_TYPES):
+        old_mean, old_log_std = old_params.chunk(2, dim=-1)
+        mean, log_std = params.chunk(2, dim=-1)
+        return gaussian_kl(old_mean, old_log_std, mean, log_std)
+    if isinstance(dist, MultiCategoricalDistribution):
+        return multi_categorical_kl(old_params, params, [int(n) for n in dist.action_dims])
+    if isinstance(dist, CategoricalDistribution):
+        return categorical_kl(old_params, params)
+    return bernoulli_kl(old_params, params)
+
+
+def refreshed_dist(policy: ActorCriticPolicy, observations: Any, stale: object) -> Distribution:
+    """
+    The action distribution of the forward pass that a policy has just made.
+
+    SB3's policies leave it in ``policy.action_dist``. A policy that overrides ``forward`` or ``evaluate_actions`` may
+    not; then its ``get_distribution`` is asked, at the price of a second forward pass.
+
+    :param policy: Has just been called with ``observations``.
+    :param observations: As the policy takes them, ``n`` of them.
+    :param stale: ``policy.action_dist.distribution`` from before that call.
+    :return: Distribution with parameters set for the ``n`` states.
+    """
+    if getattr(policy.action_dist, "distribution", None) is stale:
+        return policy.get_distribution(observations)
+    return policy.action_dist

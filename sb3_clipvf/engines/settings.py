@@ -1,0 +1,81 @@
+"""What an engine is given and what it gives back: plain data, shared by all engines."""
+
+from dataclasses import dataclass
+
+import torch as th
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """
+    What stays the same over all updates of a model.
+
+    :param batch_size: Transitions in each minibatch.
+    :param n_epochs: Passes over the rollout.
+    :param normalize_advantage: Whether advantages are normalised.
+    :param advantage_scope: "minibatch" or "rollout": over what they are normalised.
+    :param vf_clip: "max" or "prediction": the form of the clipped value loss.
+    :param max_grad_norm: Bound on the joint gradient norm.
+    :param target_kl: Leave the update before a step whose minibatch exceeds 1.5 times this (estimator k3, nats).
+    :param measure_kl_after: Whether to measure the exact KL over the whole rollout after the last step.
+    :param has_dist_params: Whether minibatches hold the old distribution's parameters.
+    :param discrete_actions: Whether actions are class indices, which policies take as integers of shape ``(n,)``.
+    """
+
+    batch_size: int
+    n_epochs: int
+    normalize_advantage: bool
+    advantage_scope: str
+    vf_clip: str
+    max_grad_norm: float
+    target_kl: float | None
+    measure_kl_after: bool
+    has_dist_params: bool
+    discrete_actions: bool
+
+
+@dataclass(frozen=True)
+class UpdateCoefficients:
+    """
+    Coefficients of one update.
+
+    :param clip_range: epsilon of the ratio clip; None: not clipped.
+    :param clip_range_vf: Largest change of a value prediction that is let through, return units; None: not clipped.
+    :param ent_coef: Weight of the entropy.
+    :param vf_coef: Weight of the value loss.
+    :param kl_coef: beta, weight of the KL penalty; 0: none.
+    """
+
+    clip_range: float | None
+    clip_range_vf: float | None
+    ent_coef: float
+    vf_coef: float
+    kl_coef: float
+
+
+@dataclass(frozen=True)
+class UpdateStatistics:
+    """
+    What an update did. Tensors stay on the device where they were computed; reading them is the caller's choice.
+
+    Unless said otherwise, each is the mean over all minibatches that were looked at, the one that ``target_kl`` stopped
+    at included, as in SB3.
+
+    :param means: Scalars by SB3's log key without "train/".
+    :param last_loss: Loss of the last minibatch.
+    :param approx_kl: Estimator k3, mean over the last epoch, nats.
+    :param kl: Exact KL(pi_old || pi), mean over the last epoch before each step, nats; None where it is not known.
+    :param kl_after: Exact KL(pi_old || pi) over the whole rollout after the last step, nats; None if not asked for.
+    :param ratio_max: Largest ratio of the update.
+    :param n_epochs: Epochs begun.
+    :param stopped_at_kl: The k3 estimate, in nats, at which ``target_kl`` ended the update; None if it did not.
+    """
+
+    means: dict[str, th.Tensor]
+    last_loss: th.Tensor
+    approx_kl: th.Tensor
+    kl: th.Tensor | None
+    kl_after: th.Tensor | None
+    ratio_max: th.Tensor
+    n_epochs: int
+    stopped_at_kl: float | None

@@ -1,0 +1,309 @@
+"""``sb3-clipvf report``: evaluate a run, draw its learning curve, record a video, and say where each file lies."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sb3_clipvf.runs import (
+    EVALUATION_SEED,
+    Evaluation,
+    Run,
+    TrainingCurve,
+    evaluate_run,
+    find_run,
+    load_model,
+    make_env,
+    read_training_curve,
+)
+from sb3_clipvf.validation import check_int
+from sb3_clipvf.zoo_command import has_display, patched_environment
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from stable_baselines3.common.base_class import BaseAlgorithm
+    from stable_baselines3.common.vec_env import VecEnv
+
+# The window of `rollout/ep_rew_mean`, so that the curve is the one in the training's log.
+ROLLING_WINDOW = 100
+# An episode may have no end; this many steps play for 50 to 100 seconds at the usual 30 to 60 frames a second.
+MAX_VIDEO_STEPS = 3000
+
+
+def rolling_mean(values: np.ndarray, window: int = ROLLING_WINDOW) -> np.ndarray:
+    """
+    Average each value with those before it.
+
+    :param values: ``(n,)``
+    :param window: at most this many values in a mean; the first means are of fewer
+    :return: ``(n,)``
+    """
+    sums = np.concatenate(([0.0], np.cumsum(values)))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return np.asarray((sums[ends] - sums[starts]) / (ends - starts))
+
+
+def write_learning_curve(run: Run, curve: TrainingCurve, evaluation: Evaluation, path: Path) -> None:
+    """
+    Draw returns against environment steps: training episodes, their rolling mean, evaluations while training (the
+    Zoo's ``evaluations.npz``, where the run has it) and the evaluation of the trained agent.
+
+    :param run: the run
+    :param curve: its training episodes
+    :param evaluation: the trained agent's episodes
+    :param path: the PNG to write
+    """
+    # The figure object draws without pyplot, whose backend belongs to the caller's process.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    _draw_training(axes, curve)
+    _draw_evaluations(axes, run.folder / "evaluations.npz")
+    kind = "deterministic" if evaluation.deterministic else "sampled actions"
+    axes.errorbar(
+        [evaluation.num_timesteps],
+        [evaluation.mean],
+        yerr=[evaluation.std],
+        fmt="D",
+        color="tab:green",
+        capsize=4,
+        zorder=5,
+        clip_on=False,  # the last step is the edge of the axes
+        label=f"trained agent, {len(evaluation.returns)} episodes, {kind}:\n"
+        f"{evaluation.mean:.1f} ± {evaluation.std:.1f} (one std)",
+    )
+    axes.set_xlim(left=0, right=1.02 * max(evaluation.num_timesteps, *curve.steps[-1:]))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.set_xlabel("training (environment steps)")
+    axes.set_ylabel("return of an episode (sum of rewards)")
+    axes.set_title(f"{run.env_id}, {run.algo}: {evaluation.num_timesteps:,} steps of training (run {run.folder.name})")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", framealpha=0.9, fontsize="small")
+    figure.savefig(path)
+
+
+def _draw_training(axes: Axes, curve: TrainingCurve) -> None:
+    if len(curve.steps) == 0:
+        axes.text(0.5, 0.5, "no training episode ended", transform=axes.transAxes, ha="center", color="gray")
+        return
+    # Few episodes are seen best as clear dots, many thousands as a cloud.
+    alpha = float(np.clip(300 / len(curve.steps), 0.08, 0.6))
+    axes.scatter(
+        curve.steps, curve.returns, s=6, alpha=alpha, color="tab:blue", linewidths=0, label="training episodes"
+    )
+    mean = rolling_mean(curve.returns)
+    axes.plot(curve.steps, mean, color="tab:blue", label=f"their mean over {ROLLING_WINDOW} episodes")
+
+
+def _draw_evaluations(axes: Axes, path: Path) -> None:
+    if not path.is_file():
+        return
+    with np.load(path) as data:
+        steps, results = data["timesteps"], data["results"]
+    mean, std = results.mean(axis=1), results.std(axis=1)
+    label = f"evaluations while training,\n{results.shape[1]} episodes each (band: one std)"
+    axes.plot(steps, mean, marker="o", markersize=4, color="tab:orange", label=label)
+    axes.fill_between(steps, mean - std, mean + std, color="tab:orange", alpha=0.2, linewidth=0)
+
+
+def record_video(run: Run, path: Path, deterministic: bool, seed: int, device: str = "auto") -> str:
+    """
+    Record one episode of a run's agent, the first one of an evaluation with the same seed.
+
+    :param run: the run
+    :param path: the mp4 to write; its folder is made
+    :param deterministic: take the most probable action
+    :param seed: seed of the environment
+    :param device: where the policy runs
+    :return: what the video shows, or ``skipped: <reason>`` where no video could be made
+    """
+    if importlib.util.find_spec("imageio_ffmpeg") is None:
+        return "skipped: the package moviepy is not installed (`pip install moviepy`)"
+    # Windows are not needed, and must not be asked for where there is no display.
+    drivers = {} if has_display() else {"SDL_VIDEODRIVER": "dummy", "MUJOCO_GL": "egl"}
+    with patched_environment(drivers):
+        env = make_env(run, 1, seed)
+        modes = env.get_attr("metadata")[0].get("render_modes") or ()
+        env.close()
+        if "rgb_array" not in modes:
+            return f"skipped: {run.env_id} has no rgb_array rendering (its modes: {', '.join(modes) or 'none'})"
+        try:
+            env = make_env(run, 1, seed, render_mode="rgb_array")
+            env.reset()
+            env.render()
+        except Exception as error:  # each renderer has its own errors (OpenGL, pygame, MuJoCo), of no common class
+            return f"skipped: {run.env_id} could not be rendered ({type(error).__name__}: {error})"
+        try:
+            return _record_episode(env, load_model(run, seed, device), path, deterministic, seed)
+        finally:
+            env.close()
+
+
+def _record_episode(env: VecEnv, model: BaseAlgorithm, path: Path, deterministic: bool, seed: int) -> str:
+    from imageio_ffmpeg import write_frames
+
+    env.seed(seed)  # the trial frame used up the first seeding
+    observations: Any = env.reset()
+    frame = env.render()
+    if frame is None:
+        return "skipped: the environment rendered no frame"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}")
+    fps = env.get_attr("metadata")[0].get("render_fps", 30)
+    # Frames go to the encoder one by one: an episode of them may not fit in memory. Players need even sizes.
+    writer = write_frames(str(unfinished), frame.shape[1::-1], fps=fps, macro_block_size=2, quality=7)
+    writer.send(None)
+    state, episode_start, shows = None, np.ones(1, dtype=bool), f"the first {MAX_VIDEO_STEPS} steps of an episode"
+    try:
+        for _ in range(MAX_VIDEO_STEPS):
+            writer.send(np.ascontiguousarray(frame))
+            actions, state = model.predict(observations, state, episode_start, deterministic)
+            observations, _, episode_start, infos = env.step(actions)
+            if "episode" in infos[0]:  # not `done`, which may be the loss of one of Atari's lives
+                shows = f"one episode, return {infos[0]['episode']['r']:.1f}, {infos[0]['episode']['l']} steps"
+                break
+            frame = env.render()
+    finally:
+        writer.close()
+    os.replace(unfinished, path)
+    return shows
+
+
+def next_commands(run: Run, log_folder: str) -> list[tuple[str, str]]:
+    """
+    Propose what to do after a report.
+
+    :param run: the run reported on
+    :param log_folder: the folder given to ``train -f``
+    :return: three pairs of purpose and command
+    """
+    folder = shlex.quote(log_folder)
+    algo = "" if run.algo == "clipppo" else f" --algo {run.algo}"
+    other = "Acrobot-v1" if run.env_id != "Acrobot-v1" else "Pendulum-v1"
+    train = f"sb3-clipvf train --env {run.env_id} -f {folder} -P"
+    variant = ("the same with ClipPPO", train)
+    if run.algo == "clipppo":
+        parameters = "-params clip_range:None kl_coef:1.0 adaptive_kl_target:0.01"
+        variant = ("the adaptive KL penalty in place of clipping", f"{train} {parameters}")
+    number = run.folder.name.rpartition("_")[2]
+    return [
+        ("watch the agent", f"sb3-clipvf enjoy{algo} --env {run.env_id} -f {folder} --exp-id {number}"),
+        variant,
+        ("another environment", f"sb3-clipvf train{algo} --env {other} -f {folder} -P"),
+    ]
+
+
+def _write_numbers(path: Path, run: Run, curve: TrainingCurve, evaluation: Evaluation, files: dict[str, str]) -> None:
+    from sb3_clipvf.checkpoint import atomic_write
+
+    numbers = {
+        "env": run.env_id,
+        "algo": run.algo,
+        "model": str(run.model_path),
+        "mean_return": evaluation.mean,
+        "std_return": evaluation.std,
+        "n_episodes": len(evaluation.returns),
+        "deterministic": evaluation.deterministic,
+        "seed": evaluation.seed,
+        "returns": evaluation.returns,
+        "lengths": evaluation.lengths,
+        "num_timesteps": evaluation.num_timesteps,
+        "training_seconds": curve.training_seconds,
+        "steps_per_second": curve.steps_per_second,
+        "files": files,
+    }
+    with atomic_write(path) as file:
+        file.write(json.dumps(numbers, indent=2).encode() + b"\n")
+
+
+def _say_numbers(run: Run, curve: TrainingCurve, evaluation: Evaluation) -> None:
+    kind = "most probable actions" if evaluation.deterministic else "sampled actions"
+    low, high = min(evaluation.returns), max(evaluation.returns)
+    speed = curve.steps_per_second
+    time = "" if speed is None else f", about {curve.training_seconds:,.0f} s ({speed:,.0f} steps/s)"
+    sys.stdout.write(
+        f"  mean return     {evaluation.mean:.2f} +/- {evaluation.std:.2f} (std of {len(evaluation.returns)} episodes, "
+        f"{low:.2f} to {high:.2f}; {kind})\n"
+        f"  training        {evaluation.num_timesteps:,} steps{time}\n"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sb3-clipvf report",
+        description="Evaluate a trained agent and write learning_curve.png, report.json and a video into its run folder.",
+    )
+    parser.add_argument("--env", default="CartPole-v1", help="environment id (default: %(default)s)")
+    parser.add_argument("-f", "--folder", default="logs", help="log folder of the training (default: %(default)s)")
+    parser.add_argument("--algo", default="clipppo", help="algorithm (default: %(default)s)")
+    parser.add_argument("--exp-id", type=int, default=0, help="number of the run (default: 0, the newest)")
+    parser.add_argument(
+        "--load-best", action="store_true", help="take best_model.zip of the evaluations while training"
+    )
+    parser.add_argument("--episodes", type=int, default=20, help="number of episodes (default: %(default)s)")
+    parser.add_argument("--n-envs", type=int, default=8, help="environments side by side (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=EVALUATION_SEED, help="of the environments (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="where the policy runs (default: %(default)s)")
+    parser.add_argument("--no-video", action="store_true", help="do not record a video")
+    actions = parser.add_mutually_exclusive_group()
+    actions.add_argument(
+        "--deterministic",
+        action="store_true",
+        default=None,
+        help="take the most probable actions (default, but for Atari and MiniGrid)",
+    )
+    actions.add_argument(
+        "--stochastic", action="store_false", dest="deterministic", default=None, help="sample the actions"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Run ``sb3-clipvf report``.
+
+    :param argv: its options; None takes the process's own
+    :return: exit code, 0
+    :raises ValueError: for a run that does not exist or holds no model, or a number out of range
+    """
+    args = _parser().parse_args(argv)
+    for name in ("episodes", "n_envs"):
+        check_int(f"--{name.replace('_', '-')}", getattr(args, name), 1, "Pass a positive number.")
+    run = find_run(args.folder, args.env, args.algo, args.exp_id, args.load_best)
+    sys.stdout.write(f"{run.env_id}, {run.algo}, {run.folder}: {args.episodes} episodes ...\n")
+    sys.stdout.flush()  # the evaluation may take long
+    evaluation = evaluate_run(run, args.episodes, args.n_envs, args.seed, args.deterministic, args.device)
+    curve = read_training_curve(run.folder, evaluation.num_timesteps)
+    _say_numbers(run, curve, evaluation)
+
+    figure_path, numbers_path = run.folder / "learning_curve.png", run.folder / "report.json"
+    video_path = run.folder / "videos" / f"{run.model_path.stem}.mp4"
+    write_learning_curve(run, curve, evaluation, figure_path)
+    files = {"learning_curve": str(figure_path)}
+    sys.stdout.write(f"  learning curve  {figure_path}\n")
+    if args.no_video:
+        video = "skipped: --no-video"
+    else:
+        video = record_video(run, video_path, evaluation.deterministic, args.seed, args.device)
+    if video.startswith("skipped"):
+        sys.stdout.write(f"  video           {video}\n")
+    else:
+        files["video"] = str(video_path)
+        sys.stdout.write(f"  video           {video_path} ({video})\n")
+    _write_numbers(numbers_path, run, curve, evaluation, files)
+    sys.stdout.write(f"  numbers         {numbers_path}\n\nTry next:\n")
+    for purpose, command in next_commands(run, args.folder):
+        sys.stdout.write(f"  # {purpose}\n  {command}\n")
+    return 0

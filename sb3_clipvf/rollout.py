@@ -1,0 +1,298 @@
+"""Rollouts: generalised advantage estimation, and the buffer that holds one rollout and draws minibatches from it."""
+
+from collections.abc import Generator
+from typing import Any, NamedTuple
+
+import numpy as np
+import psutil
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import BaseBuffer
+from stable_baselines3.common.vec_env import VecNormalize
+
+
+def gae(
+    rewards: np.ndarray,
+    values: np.ndarray,
+    episode_starts: np.ndarray,
+    last_values: np.ndarray,
+    dones: np.ndarray,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Advantages and lambda-returns of a rollout.
+
+    ``delta_t = r_t + gamma * V_{t+1} * (1 - done_t) - V_t`` and ``A_t = delta_t + gamma * lambda * (1 - done_t) * A_{t+1}``;
+    the returns are ``A_t + V_t``.
+
+    :param rewards: Shape ``(n_steps, n_envs)``; a truncated episode's last reward already holds ``gamma * V`` of its
+        final observation.
+    :param values: V_old of each observation, shape ``(n_steps, n_envs)``, return units.
+    :param episode_starts: 1 where an observation is the first of its episode, shape ``(n_steps, n_envs)``.
+    :param last_values: V_old of the observation after the last step, shape ``(n_envs,)``.
+    :param dones: Whether the last step ended an episode, shape ``(n_envs,)``.
+    :param gamma: Discount factor, in [0, 1].
+    :param gae_lambda: lambda, in [0, 1].
+    :return: Advantages and returns, each of shape ``(n_steps, n_envs)`` and the dtype of ``values``.
+    Source: Schulman et al. 2016, arXiv 1506.02438, equations 11, 12 and 16.
+    """
+    n_steps = len(rewards)
+    advantages = np.empty_like(values)
+    next_values, next_non_terminal = last_values, 1.0 - dones.astype(values.dtype)
+    advantage = np.zeros_like(last_values)
+    for step in reversed(range(n_steps)):
+        delta = rewards[step] + gamma * next_values * next_non_terminal - values[step]
+        advantage = delta + gamma * gae_lambda * next_non_terminal * advantage
+        advantages[step] = advantage
+        next_values, next_non_terminal = values[step], 1.0 - episode_starts[step]
+    return advantages, advantages + values
+
+
+class MiniBatch(NamedTuple):
+    """
+    Transitions of one gradient step; the first six fields are SB3's ``RolloutBufferSamples``.
+
+    :param observations: In the observation space's own dtype, shape ``(n, *obs_shape)``, or a dict of such.
+    :param actions: As the policy gave them, shape ``(n, action_dim)``, float32.
+    :param old_values: Shape ``(n,)``, return units.
+    :param old_log_prob: Shape ``(n,)``, nats.
+    :param advantages: Not normalised, shape ``(n,)``.
+    :param returns: Shape ``(n,)``, return units.
+    :param old_dist_params: Parameters of the rollout's action distribution, shape ``(n, k)``, or None if not stored.
+    """
+
+    observations: Any
+    actions: th.Tensor
+    old_values: th.Tensor
+    old_log_prob: th.Tensor
+    advantages: th.Tensor
+    returns: th.Tensor
+    old_dist_params: th.Tensor | None = None
+
+
+class TensorRolloutBuffer(BaseBuffer):
+    """
+    One rollout in contiguous memory that NumPy and torch share; a minibatch is one gather from it.
+
+    It serves SB3's callbacks and ``collect_rollouts`` like SB3's ``RolloutBuffer`` and ``DictRolloutBuffer``, and draws
+    the same minibatches from the same NumPy random state. Unlike there, the arrays keep their shape
+    ``(n_steps, n_envs, ...)`` after :meth:`get`, and memory is allocated once, at the first :meth:`reset`.
+
+    :param buffer_size: Steps of each environment, n_steps.
+    :param observation_space: Of one environment; dict spaces give one array a key.
+    :param action_space: Of one environment.
+    :param device: Where minibatches are needed.
+    :param gae_lambda: lambda of the advantage estimate, in [0, 1].
+    :param gamma: Discount factor, in [0, 1].
+    :param n_envs: Number of environments.
+    :param dist_param_dim: Width of the old distribution's parameter rows; 0 stores none.
+    :raises ValueError: By :meth:`check_memory` and the first :meth:`reset`, if the memory is not there.
+    """
+
+    def __init__(
+        self,
+        buffer_size: int,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        device: th.device | str = "auto",
+        gae_lambda: float = 1.0,
+        gamma: float = 0.99,
+        n_envs: int = 1,
+        dist_param_dim: int = 0,
+    ) -> None:
+        super().__init__(buffer_size, observation_space, action_space, device, n_envs=n_envs)
+        self.gae_lambda = gae_lambda
+        self.gamma = gamma
+        self.dist_param_dim = dist_param_dim
+        self._allocated = False
+        self._flat: dict[str, Any] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """
+        Memory that the rollout takes once allocated.
+
+        :return: Bytes.
+        """
+        cells = self.buffer_size * self.n_envs
+        obs_bytes = sum(
+            int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in self._obs_layout().values()
+        )
+        action_bytes = self.action_dim * np.dtype(self.action_space.dtype).itemsize
+        # rewards, returns, episode_starts, values, log_probs, advantages
+        return cells * (obs_bytes + action_bytes + 4 * (6 + self.dist_param_dim))
+
+    def check_memory(self) -> None:
+        """
+        Refuse a rollout that does not fit into the memory that is free now.
+
+        :raises ValueError: If :attr:`nbytes` exceeds it.
+        """
+        available = psutil.virtual_memory().available
+        if not self._allocated and self.nbytes > available:
+            gib = 2**30
+            raise ValueError(
+                f"`n_steps` must be small enough for the rollout to fit into memory, got n_steps={self.buffer_size} with "
+                f"n_envs={self.n_envs}, which takes {self.nbytes / gib:.1f} GiB where {available / gib:.1f} GiB are free. "
+                "Lower `n_steps` or the number of environments, or shrink the observations."
+            )
+
+    def reset(self) -> None:
+        """
+        Make ready for the next rollout.
+
+        :raises ValueError: At the first call, if the rollout does not fit into memory.
+        """
+        if not self._allocated:
+            self.check_memory()
+            self._allocate()
+        self._flat = None
+        super().reset()
+
+    def add(
+        self,
+        obs: np.ndarray | dict[str, np.ndarray],
+        action: np.ndarray,
+        reward: np.ndarray,
+        episode_start: np.ndarray,
+        value: th.Tensor,
+        log_prob: th.Tensor,
+        dist_params: th.Tensor | None = None,
+    ) -> None:
+        """
+        Store one step of all environments.
+
+        :param obs: Shape ``(n_envs, *obs_shape)``, or a dict of such.
+        :param action: Shape ``(n_envs, ...)``, as the policy gave it.
+        :param reward: Shape ``(n_envs,)``.
+        :param episode_start: Whether ``obs`` begins an episode, shape ``(n_envs,)``.
+        :param value: Shape ``(n_envs,)`` or ``(n_envs, 1)``.
+        :param log_prob: Shape ``(n_envs,)``.
+        :param dist_params: Shape ``(n_envs, dist_param_dim)``; needed if ``dist_param_dim`` is not 0.
+        """
+        if isinstance(self.observations, dict):
+            for key, array in self.observations.items():
+                array[self.pos] = np.reshape(obs[key], array.shape[1:])  # type: ignore[call-overload]
+        else:
+            self.observations[self.pos] = np.reshape(obs, self.observations.shape[1:])  # type: ignore[arg-type]
+        self.actions[self.pos] = np.reshape(action, self.actions.shape[1:])
+        self.rewards[self.pos] = reward
+        self.episode_starts[self.pos] = episode_start
+        self.values[self.pos] = value.detach().cpu().numpy().reshape(-1)
+        self.log_probs[self.pos] = log_prob.detach().cpu().numpy().reshape(-1)
+        if self.dist_param_dim:
+            if dist_params is None:
+                raise ValueError("`dist_params` must be given at each step, got None. Pass the rollout's parameters.")
+            self.dist_params[self.pos] = dist_params.detach().cpu().numpy()
+        self.pos += 1
+        self.full = self.pos == self.buffer_size
+
+    def compute_returns_and_advantage(self, last_values: th.Tensor, dones: np.ndarray) -> None:
+        """
+        Fill :attr:`advantages` and :attr:`returns` by :func:`gae`.
+
+        :param last_values: V_old of the observations after the last step, ``n_envs`` of them.
+        :param dones: Whether the last step ended an episode, shape ``(n_envs,)``.
+        """
+        self.advantages[:], self.returns[:] = gae(
+            self.rewards,
+            self.values,
+            self.episode_starts,
+            last_values.detach().cpu().numpy().reshape(-1),
+            dones,
+            self.gamma,
+            self.gae_lambda,
+        )
+        self._flat = None
+
+    def get(self, batch_size: int | None = None) -> Generator[MiniBatch, None, None]:
+        """
+        Draw a new permutation of the rollout and walk through it.
+
+        :param batch_size: Transitions in each minibatch, the last one may be shorter; None: all in one.
+        :return: Minibatches on the buffer's device.
+        :raises RuntimeError: If the rollout is not complete.
+        """
+        if not self.full:
+            raise RuntimeError(f"The rollout must be complete to be drawn from, got {self.pos} of {self.buffer_size} steps.")
+        n_transitions = self.buffer_size * self.n_envs
+        rows = self._rows(np.random.permutation(n_transitions))
+        size = n_transitions if batch_size is None else batch_size
+        for start in range(0, n_transitions, size):
+            yield self._gather(rows[start : start + size])
+
+    def in_order(self, batch_size: int) -> Generator[MiniBatch, None, None]:
+        """
+        Walk through the rollout in the order of its memory, without touching a random state.
+
+        :param batch_size: Transitions in each minibatch, the last one may be shorter.
+        :return: Minibatches on the buffer's device.
+        """
+        n_transitions = self.buffer_size * self.n_envs
+        rows = th.arange(n_transitions, device=self.device)
+        for start in range(0, n_transitions, batch_size):
+            yield self._gather(rows[start : start + batch_size])
+
+    def _rows(self, indices: np.ndarray) -> th.Tensor:
+        # SB3 numbers transitions environment by environment; memory here runs step by step.
+        rows = (indices % self.buffer_size) * self.n_envs + indices // self.buffer_size
+        return th.as_tensor(rows, device=self.device)
+
+    def _gather(self, rows: th.Tensor) -> MiniBatch:
+        flat = self._flat_tensors()
+        observations = flat["observations"]
+        return MiniBatch(
+            observations=(
+                {key: tensor[rows] for key, tensor in observations.items()}
+                if isinstance(observations, dict)
+                else observations[rows]
+            ),
+            actions=flat["actions"][rows],
+            old_values=flat["values"][rows],
+            old_log_prob=flat["log_probs"][rows],
+            advantages=flat["advantages"][rows],
+            returns=flat["returns"][rows],
+            old_dist_params=flat["dist_params"][rows] if self.dist_param_dim else None,
+        )
+
+    def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> MiniBatch:  # type: ignore[override]
+        return self._gather(self._rows(batch_inds))
+
+    def _flat_tensors(self) -> dict[str, Any]:
+        """The rollout with steps and environments in one axis: views on the CPU, one copy a rollout elsewhere."""
+        if self._flat is None:
+            names = ["values", "log_probs", "advantages", "returns"]
+            flat: dict[str, Any] = {name: self._to_flat(getattr(self, name)) for name in names}
+            flat["actions"] = self._to_flat(self.actions.astype(np.float32, copy=False))
+            if self.dist_param_dim:
+                flat["dist_params"] = self._to_flat(self.dist_params)
+            if isinstance(self.observations, dict):
+                flat["observations"] = {key: self._to_flat(array) for key, array in self.observations.items()}
+            else:
+                flat["observations"] = self._to_flat(self.observations)
+            self._flat = flat
+        return self._flat
+
+    def _to_flat(self, array: np.ndarray) -> th.Tensor:
+        return th.as_tensor(array.reshape(self.buffer_size * self.n_envs, *array.shape[2:]), device=self.device)
+
+    def _obs_layout(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        if isinstance(self.observation_space, spaces.Dict):
+            keys = self.observation_space.spaces
+            return {key: (self.obs_shape[key], space.dtype) for key, space in keys.items()}  # type: ignore[call-overload]
+        return {"": (self.obs_shape, self.observation_space.dtype)}
+
+    def _allocate(self) -> None:
+        cells = (self.buffer_size, self.n_envs)
+        arrays = {key: np.zeros((*cells, *shape), dtype) for key, (shape, dtype) in self._obs_layout().items()}
+        self.observations = arrays if isinstance(self.observation_space, spaces.Dict) else arrays[""]
+        self.actions = np.zeros((*cells, self.action_dim), self.action_space.dtype)
+        self.rewards = np.zeros(cells, np.float32)
+        self.returns = np.zeros(cells, np.float32)
+        self.episode_starts = np.zeros(cells, np.float32)
+        self.values = np.zeros(cells, np.float32)
+        self.log_probs = np.zeros(cells, np.float32)
+        self.advantages = np.zeros(cells, np.float32)
+        self.dist_params = np.zeros((*cells, self.dist_param_dim), np.float32)
+        self._allocated = True

@@ -1,0 +1,296 @@
+"""Runs of the RL Zoo's train command: find one, read its training, evaluate its model. No torch at import."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib
+import io
+import json
+import os
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sb3_clipvf.validation import check_int
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.base_class import BaseAlgorithm
+    from stable_baselines3.common.vec_env import VecEnv
+
+# Training seeds are small numbers; the starts that an evaluation sees should not be theirs.
+EVALUATION_SEED = 10_000
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    One run of the Zoo's train command.
+
+    :param algo: the algorithm's name in the Zoo
+    :param env_id: the environment's id
+    :param folder: the run's folder, ``<log folder>/<algo>/<env>_<id>``
+    :param model_path: the model's zip in it
+    """
+
+    algo: str
+    env_id: str
+    folder: Path
+    model_path: Path
+
+    @property
+    def settings_folder(self) -> Path:
+        """Where the Zoo keeps ``config.yml``, ``args.yml`` and ``vecnormalize.pkl``."""
+        from huggingface_sb3 import EnvironmentName
+
+        return self.folder / EnvironmentName(self.env_id)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """
+    Episodes of a trained agent. Returns are undiscounted sums of the environment's own rewards, before VecNormalize
+    and reward clipping.
+
+    :param returns: return of each episode, in reward units
+    :param lengths: length of each episode, in steps of the unwrapped environment
+    :param deterministic: whether actions were the most probable ones, or sampled
+    :param num_timesteps: environment steps of the training that made the model
+    :param seed: seed of the environments
+    """
+
+    returns: tuple[float, ...]
+    lengths: tuple[int, ...]
+    deterministic: bool
+    num_timesteps: int
+    seed: int
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.returns))
+
+    @property
+    def std(self) -> float:
+        """Standard deviation over the episodes (of these, not an estimate: divided by n)."""
+        return float(np.std(self.returns))
+
+
+@dataclass(frozen=True)
+class TrainingCurve:
+    """
+    The episodes of a training, in the order in which they ended.
+
+    :param steps: ``(n,)`` environment steps of all environments together at the end of each episode
+    :param returns: ``(n,)`` their returns, in reward units
+    :param seconds: ``(n,)`` seconds from the making of the environments to the end of each episode
+    """
+
+    steps: np.ndarray
+    returns: np.ndarray
+    seconds: np.ndarray
+
+    @property
+    def training_seconds(self) -> float | None:
+        """Seconds to the end of the last episode, None where no episode ended; the training took a little longer."""
+        return float(self.seconds[-1]) if len(self.seconds) > 0 else None
+
+    @property
+    def steps_per_second(self) -> float | None:
+        """Environment steps a second up to the end of the last episode, None where it cannot be known."""
+        return float(self.steps[-1] / self.seconds[-1]) if self.training_seconds else None
+
+
+def register_all() -> None:
+    """Make ``clipppo`` and the environments of optional packages known to the Zoo."""
+    import rl_zoo3.import_envs  # noqa: F401
+
+    from sb3_clipvf.zoo import register
+
+    register()
+
+
+def find_run(
+    log_folder: str | os.PathLike[str],
+    env_id: str,
+    algo: str = "clipppo",
+    exp_id: int = 0,
+    load_best: bool = False,
+) -> Run:
+    """
+    Find a run of the Zoo's train command.
+
+    :param log_folder: the folder given to ``train -f``
+    :param env_id: the environment's id
+    :param algo: the algorithm's name in the Zoo
+    :param exp_id: number of the run; 0: the newest
+    :param load_best: take ``best_model.zip`` of the evaluations while training, not the final model
+    :return: the run
+    :raises ValueError: where there is no such run, or it holds no such model
+    """
+    from huggingface_sb3 import EnvironmentName
+    from rl_zoo3.utils import get_latest_run_id, get_model_path
+
+    name = EnvironmentName(env_id)
+    parent = Path(log_folder) / algo
+    train = f"sb3-clipvf train --algo {algo} --env {env_id} -f {shlex.quote(str(log_folder))}"
+    number = exp_id if exp_id != 0 else get_latest_run_id(str(parent), name)
+    folder = parent / f"{name}_{number}"
+    if exp_id < 0 or not folder.is_dir():
+        what = f"run of {env_id}" if exp_id == 0 else f"run {exp_id} of {env_id}"
+        raise ValueError(f"`folder` must hold a {what}, but there is none in {parent}. Train one with: {train}")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            _, model_path, _ = get_model_path(number, str(log_folder), algo, name, load_best=load_best)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder} must hold a trained model, but {error}. The training did not end, or ran without evaluations. "
+            f"Train again with: {train}"
+        ) from error
+    return Run(algo, env_id, folder, Path(model_path))
+
+
+def training_arguments(run: Run) -> dict[str, Any]:
+    """The arguments of the train command, {} where the run does not hold them."""
+    import yaml
+
+    path = run.settings_folder / "args.yml"
+    if not path.is_file():
+        return {}
+    # The Zoo writes Python objects there and reads them in this way; the model beside it is a pickle too.
+    arguments = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.UnsafeLoader)
+    return dict(arguments)
+
+
+def make_env(run: Run, n_envs: int, seed: int, render_mode: str | None = None) -> VecEnv:
+    """The run's environment as the Zoo's enjoy makes it: wrappers, statistics (not updated), frame stack, arguments."""
+    from rl_zoo3 import create_test_env, get_saved_hyperparams
+    from rl_zoo3.exp_manager import ExperimentManager
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
+    arguments = training_arguments(run)
+    for module in arguments.get("gym_packages") or ():
+        importlib.import_module(module)
+    hyperparams, stats_path = get_saved_hyperparams(str(run.settings_folder), test_mode=True)
+    env_kwargs = dict(hyperparams.pop("env_kwargs", None) or {})
+    env_kwargs = dict(arguments.get("env_kwargs") or env_kwargs)
+    env_kwargs.pop("render_mode", None)
+    if render_mode is not None:
+        env_kwargs["render_mode"] = render_mode
+    with contextlib.redirect_stdout(io.StringIO()):  # it tells of statistics and frame stack for every environment
+        return create_test_env(
+            run.env_id,
+            n_envs=n_envs,
+            stats_path=stats_path,
+            seed=seed,
+            should_render=False,
+            hyperparams=hyperparams,
+            env_kwargs=env_kwargs,
+            vec_env_cls=ExperimentManager.default_vec_env_cls or DummyVecEnv,
+        )
+
+
+def load_model(run: Run, seed: int, device: str) -> BaseAlgorithm:
+    from rl_zoo3 import ALGOS
+    from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+    from stable_baselines3.common.utils import set_random_seed
+
+    set_random_seed(seed)
+    algorithm = ALGOS[run.algo]
+    # An off-policy algorithm would otherwise take the memory of its replay buffer, which an evaluation never reads.
+    kwargs: dict[str, Any] = {"buffer_size": 1} if issubclass(algorithm, OffPolicyAlgorithm) else {}
+    return algorithm.load(run.model_path, device=device, **kwargs)
+
+
+def is_deterministic_by_default(env_id: str) -> bool:
+    """:return: the Zoo's rule: sampled actions for Atari and MiniGrid, the most probable ones elsewhere"""
+    from rl_zoo3.exp_manager import ExperimentManager
+
+    return not (ExperimentManager.is_atari(env_id) or ExperimentManager.is_minigrid(env_id))
+
+
+def evaluate_run(
+    run: Run,
+    n_episodes: int = 20,
+    n_envs: int = 8,
+    seed: int = EVALUATION_SEED,
+    deterministic: bool | None = None,
+    device: str = "auto",
+) -> Evaluation:
+    """
+    Evaluate a run's model on its environment, in the run's own settings.
+
+    Episodes are shared out evenly over the environments beforehand, so that short ones are not favoured. Global random
+    states (Python, NumPy, torch) are set to ``seed``.
+
+    :param run: the run, see :func:`find_run`
+    :param n_episodes: number of episodes, at least 1
+    :param n_envs: number of environments side by side, at least 1; more than ``n_episodes`` are not made
+    :param seed: seed of the environments and of sampled actions
+    :param deterministic: take the most probable action; None: the Zoo's rule
+    :param device: where the policy runs
+    :return: the episodes
+    :raises ValueError: where ``n_episodes`` or ``n_envs`` is below 1, or the run lacks its VecNormalize statistics
+    """
+    n_episodes = check_int("n_episodes", n_episodes, 1, "Pass a positive number.")
+    n_envs = check_int("n_envs", n_envs, 1, "Pass a positive number.")
+    register_all()
+    from stable_baselines3.common.evaluation import evaluate_policy
+
+    model = load_model(run, seed, device)
+    env = make_env(run, min(n_envs, n_episodes), seed)
+    if deterministic is None:
+        deterministic = is_deterministic_by_default(run.env_id)
+    try:
+        returns, lengths = evaluate_policy(model, env, n_episodes, deterministic, return_episode_rewards=True)
+    finally:
+        env.close()
+    return Evaluation(
+        tuple(float(value) for value in np.asarray(returns)),
+        tuple(int(value) for value in np.asarray(lengths)),
+        deterministic,
+        model.num_timesteps,
+        seed,
+    )
+
+
+def _read_monitor(path: Path) -> tuple[float, list[tuple[float, int, float]]]:
+    """The start time (s) of a monitor file, and return, length and end (s since the start) of its episodes."""
+    episodes = []
+    with path.open(newline="", encoding="utf-8") as file:
+        start = float(json.loads(file.readline().lstrip("#"))["t_start"])
+        for row in csv.DictReader(file):
+            try:
+                episodes.append((float(row["r"]), int(row["l"]), float(row["t"])))
+            except (TypeError, ValueError):  # a kill may cut the last line short
+                break
+    return start, episodes
+
+
+def read_training_curve(folder: str | os.PathLike[str], num_timesteps: int | None = None) -> TrainingCurve:
+    """
+    Read the episodes of a training from its monitor files.
+
+    The environments step together, so an episode that ends after ``k`` steps of its own environment ends at step
+    ``k * n_envs`` of the training. Monitor counts below Atari's frame skip: where its count is a multiple of the
+    training's, steps are divided by that (whole) number.
+
+    :param folder: the run's folder, with ``<i>.monitor.csv``
+    :param num_timesteps: environment steps of the whole training, None where not known
+    :return: the episodes; empty where no episode ended or there are no monitor files
+    """
+    files = [_read_monitor(path) for path in sorted(Path(folder).glob("*.monitor.csv"))]
+    first_start = min((start for start, _ in files), default=0.0)
+    rows: list[tuple[float, int, float]] = []
+    for start, episodes in files:
+        own_steps = 0
+        for episode_return, length, end in episodes:
+            own_steps += length
+            rows.append((start - first_start + end, own_steps * len(files), episode_return))
+    rows.sort()
+    seconds, steps, returns = (np.array([row[i] for row in rows], dtype=np.float64) for i in range(3))
+    if num_timesteps and len(steps) > 0:
+        steps = steps / max(1, round(steps[-1] / num_timesteps))
+    return TrainingCurve(steps, returns, seconds)

@@ -1,0 +1,251 @@
+"""
+Coefficients that change during training: functions of progress, and controllers that follow the measured KL.
+
+Progress is SB3's ``progress_remaining``: 1 at the start of training, 0 at its end. SB3 may pass a value slightly below
+0 at the last update, because it counts the rollout before it updates; schedules here see it clamped to [0, 1].
+"""
+
+import math
+import numbers
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+Schedule = Callable[[float], float]
+
+SCHEDULE_STRINGS = "`lin_x`, `cos_x`, `exp_x` or `const_x` with a number x, for example `lin_0.2`"
+EXPONENTIAL_DECAY = 100.0
+"""An ``exp_x`` schedule ends at ``x / EXPONENTIAL_DECAY``."""
+
+
+def clamp_progress(progress_remaining: float) -> float:
+    """
+    Hold progress within the horizon.
+
+    :param progress_remaining: SB3's progress, any finite number.
+    :return: The same within [0, 1].
+    """
+    return min(max(float(progress_remaining), 0.0), 1.0)
+
+
+@dataclass(frozen=True)
+class ConstantSchedule:
+    """
+    The same value throughout.
+
+    :param value: Returned at any progress.
+    """
+
+    value: float
+
+    def __call__(self, progress_remaining: float) -> float:
+        return self.value
+
+
+@dataclass(frozen=True)
+class LinearSchedule:
+    """
+    From ``start`` to 0 along a line: ``start * p``.
+
+    :param start: Value at the start of training.
+    Source: Schulman et al. 2017, arXiv 1707.06347, table 5 (the factor alpha).
+    """
+
+    start: float
+
+    def __call__(self, progress_remaining: float) -> float:
+        return self.start * clamp_progress(progress_remaining)
+
+
+@dataclass(frozen=True)
+class CosineSchedule:
+    """
+    From ``start`` to 0 along half a cosine: ``start * (1 - cos(pi * p)) / 2``.
+
+    :param start: Value at the start of training.
+    Source: Loshchilov and Hutter 2017, arXiv 1608.03983, equation 5, without restarts and with a final value of 0.
+    """
+
+    start: float
+
+    def __call__(self, progress_remaining: float) -> float:
+        return self.start * (1.0 - math.cos(math.pi * clamp_progress(progress_remaining))) / 2.0
+
+
+@dataclass(frozen=True)
+class ExponentialSchedule:
+    """
+    From ``start`` to ``start / 100`` by a constant factor a step: ``start * 100**(p - 1)``.
+
+    :param start: Value at the start of training.
+    """
+
+    start: float
+
+    def __call__(self, progress_remaining: float) -> float:
+        return float(self.start * EXPONENTIAL_DECAY ** (clamp_progress(progress_remaining) - 1.0))
+
+
+@dataclass(frozen=True)
+class ClampedSchedule:
+    """
+    A schedule of the user's, called with progress held within [0, 1].
+
+    :param function: Progress to value.
+    """
+
+    function: Schedule
+
+    def __call__(self, progress_remaining: float) -> float:
+        # float(): NumPy scalars would end up in the optimizer and in the saved file.
+        return float(self.function(clamp_progress(progress_remaining)))
+
+
+_BY_PREFIX: dict[str, Callable[[float], Schedule]] = {
+    "lin": LinearSchedule,
+    "cos": CosineSchedule,
+    "exp": ExponentialSchedule,
+    "const": ConstantSchedule,
+}
+
+
+def is_constant(value: Any) -> bool:
+    """
+    Tell whether a coefficient as the user gave it is a plain number or a ``const_x`` string.
+
+    :param value: A number, a schedule or a string.
+    :return: False for everything that may change with progress.
+    """
+    if isinstance(value, str):
+        return value.startswith("const_")
+    # SB3 and the RL Zoo wrap plain numbers in objects of their own.
+    inner = getattr(value, "value_schedule", value)
+    return isinstance(value, numbers.Real) or type(inner).__name__ == "ConstantSchedule"
+
+
+def make_schedule(value: Any, name: str, *, positive: bool = False) -> Schedule:
+    """
+    Build the schedule of a coefficient from what the user gave.
+
+    :param value: A finite number, a function of SB3's progress_remaining (1 -> 0), or a string ``lin_x``, ``cos_x``,
+        ``exp_x``, ``const_x`` with x its value at the start.
+    :param name: The argument's name, for messages.
+    :param positive: Whether the value must be above 0 at the start of training; else it may be 0. A function may
+        reach 0 in any case, since annealing does.
+    :return: Function of progress, which it clamps to [0, 1].
+    :raises TypeError: If ``value`` is none of these.
+    :raises ValueError: If a string is not understood, or a value is not finite, or out of range.
+    """
+    rule = "positive and finite" if positive else "at least 0 and finite"
+    if isinstance(value, str):
+        schedule = _parse(value, name)
+        start = schedule(1.0)
+        in_range = start > 0 if positive else start >= 0
+    elif isinstance(value, bool) or not (isinstance(value, numbers.Real) or callable(value)):
+        raise TypeError(
+            f"`{name}` must be a number, a function of progress or a string, got {value!r} of type "
+            f"{type(value).__name__}. As a string use {SCHEDULE_STRINGS}."
+        )
+    elif isinstance(value, numbers.Real):
+        schedule = ConstantSchedule(float(value))
+        start = float(value)
+        in_range = start > 0 if positive else start >= 0
+    else:
+        schedule = ClampedSchedule(value)
+        start = _call_once(schedule, value, name)
+        in_range = start >= 0
+    if not (math.isfinite(start) and in_range):
+        raise ValueError(f"`{name}` must be {rule}, got {value!r}. Its value at the start of training is {start}.")
+    return schedule
+
+
+def _parse(text: str, name: str) -> Schedule:
+    prefix, separator, number = text.partition("_")
+    try:
+        if not separator or prefix not in _BY_PREFIX:
+            raise ValueError(prefix)
+        return _BY_PREFIX[prefix](float(number))
+    except ValueError:
+        raise ValueError(f"`{name}` must be a schedule, got {text!r}. As a string use {SCHEDULE_STRINGS}.") from None
+
+
+def _call_once(schedule: Schedule, function: Any, name: str) -> float:
+    try:
+        return schedule(1.0)
+    except TypeError as error:
+        raise TypeError(
+            f"`{name}` must be a function of one number that returns a number, got {function!r}, which failed at "
+            f"progress 1.0: {error}. Write it as `lambda progress_remaining: ...`."
+        ) from error
+
+
+@dataclass(frozen=True)
+class AdaptiveKL:
+    """
+    The KL penalty's coefficient, adapted once an update so that the KL stays near a target.
+
+    ``d < target / 1.5``: beta is halved; ``d > 1.5 * target``: beta is doubled; in between it stays. The new beta serves
+    the next update.
+
+    :param beta: Current coefficient, in [beta_min, beta_max].
+    :param target: d_targ, nats, positive.
+    :param beta_min: Lower bound, positive: a beta of 0 could never grow again.
+    :param beta_max: Upper bound.
+    Source: Schulman et al. 2017, arXiv 1707.06347, section 4. The bounds are ours; the paper has none.
+    """
+
+    beta: float
+    target: float
+    beta_min: float = 1e-6
+    beta_max: float = 1e6
+
+    def next(self, kl: float) -> "AdaptiveKL":
+        """
+        Apply the rule to the KL measured after an update.
+
+        :param kl: Mean exact KL(pi_old || pi) over the rollout, nats. A KL that is not finite means that the policy
+            left every bound, and counts as too large.
+        :return: The state for the next update.
+        """
+        beta = self.beta
+        if not kl <= 1.5 * self.target:
+            beta = beta * 2
+        elif kl < self.target / 1.5:
+            beta = beta / 2
+        return replace(self, beta=min(max(beta, self.beta_min), self.beta_max))
+
+
+@dataclass(frozen=True)
+class KLAdaptiveLR:
+    """
+    A learning rate adapted once an update so that the KL stays near a target.
+
+    ``kl > 2 * target``: divided by 1.5; ``0 < kl < target / 2``: multiplied by 1.5; else it stays.
+
+    :param learning_rate: Current rate, in [lr_min, lr_max].
+    :param target: nats, positive.
+    :param lr_min: Lower bound.
+    :param lr_max: Upper bound.
+    Source: rsl_rl, ``algorithms/ppo.py`` (schedule "adaptive"), with its factors and bounds. Departure: rsl_rl adapts at
+        each minibatch; here it is once an update, from the KL after the update, so that the update needs no device read.
+    """
+
+    learning_rate: float
+    target: float
+    lr_min: float = 1e-5
+    lr_max: float = 1e-2
+
+    def next(self, kl: float) -> "KLAdaptiveLR":
+        """
+        Apply the rule to the KL measured after an update.
+
+        :param kl: Mean exact KL(pi_old || pi) over the rollout, nats. Exactly 0 says that nothing moved or nothing was
+            measured, and leaves the rate; a KL that is not finite counts as too large.
+        :return: The state for the next update.
+        """
+        rate = self.learning_rate
+        if not kl <= 2.0 * self.target:
+            rate = max(self.lr_min, rate / 1.5)
+        elif 0.0 < kl < self.target / 2.0:
+            rate = min(self.lr_max, rate * 1.5)
+        return replace(self, learning_rate=rate)

@@ -1,0 +1,293 @@
+"""
+The console command ``sb3-clipvf``: the RL Zoo's own sub-commands with ClipPPO registered as ``clipppo``.
+
+The Zoo does the work; this module registers the algorithm, puts in what a user of ClipPPO would have to type each time,
+and turns input errors into one line.
+"""
+
+import difflib
+import importlib
+import os
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+
+from sb3_clipvf.zoo_command import (
+    Default,
+    explain,
+    ffmpeg_on_path,
+    figures_to_files,
+    has_display,
+    option_value,
+    own_subprocesses,
+    patched_argv,
+    patched_environment,
+    quote_schedules,
+    with_defaults,
+)
+from sb3_clipvf.zoo_hub import own_model_card
+
+ALGORITHM = "clipppo"
+"""The algorithm's name in the RL Zoo."""
+
+PROGRAM = "sb3-clipvf"
+
+_ALGO = Default(None, "--algo", ALGORITHM)
+# The Zoo's own default, rl-trained-agents, is a download of another project's agents.
+_FOLDER = Default("-f", "--folder", "logs")
+
+
+@dataclass(frozen=True)
+class Command:
+    """
+    One sub-command.
+
+    :param summary: One line for the overview.
+    :param target: ``module:function``, or the name of a module that runs as a script.
+    :param defaults: Options to put in where the user gave none.
+    :param required: Options without which the Zoo's script fails with an error that does not name them.
+    :param plots: Whether it shows figures.
+    :param renders: Whether it draws environments off-screen.
+    :param encodes: Whether it starts the program ``ffmpeg``.
+    """
+
+    summary: str
+    target: str
+    defaults: tuple[Default, ...] = ()
+    required: tuple[tuple[str, str], ...] = ()
+    plots: bool = False
+    renders: bool = False
+    encodes: bool = False
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command("train an agent; with -optimize, search hyperparameters", "rl_zoo3.train:train", (_ALGO,)),
+    "enjoy": Command("run a trained agent and show it", "rl_zoo3.enjoy:enjoy", (_ALGO, _FOLDER)),
+    "report": Command("evaluate a run, plot its learning curve, record a video", "sb3_clipvf.report:main"),
+    "bench": Command("run the package's own measurements", "sb3_clipvf.bench:main"),
+    "plot_train": Command(
+        "plot training returns of runs",
+        "rl_zoo3.plots:plot_train",
+        (Default("-a", "--algo", ALGORITHM), Default("-f", "--exp-folder", "logs")),
+        plots=True,
+    ),
+    "all_plots": Command(
+        "plot evaluations of many runs and print a table",
+        "rl_zoo3.plots:all_plots",
+        (Default("-a", "--algos", ALGORITHM), Default("-f", "--exp-folders", "logs")),
+        required=(("-e", "--env"),),
+        plots=True,
+    ),
+    "plot_from_file": Command(
+        "plot what all_plots -o saved", "rl_zoo3.plots:plot_from_file", required=(("-i", "--input"),), plots=True
+    ),
+    "record_video": Command(
+        "record a video of a trained agent", "rl_zoo3.record_video", (_ALGO, _FOLDER), renders=True
+    ),
+    "record_training": Command(
+        "record a video of each checkpoint of a run",
+        "rl_zoo3.record_training",
+        (_ALGO, _FOLDER),
+        renders=True,
+        encodes=True,
+    ),
+    "benchmark": Command(
+        "evaluate all trained agents of a folder", "rl_zoo3.benchmark", (Default(None, "--log-dir", "logs"),)
+    ),
+    "push_to_hub": Command(
+        "upload a trained agent to the Hugging Face hub",
+        "rl_zoo3.push_to_hub",
+        (_ALGO, _FOLDER),
+        renders=True,
+        encodes=True,
+    ),
+    "load_from_hub": Command(
+        "download a trained agent from the Hugging Face hub", "rl_zoo3.load_from_hub", (_ALGO, _FOLDER)
+    ),
+}
+
+
+def register() -> None:
+    """
+    Make the RL Zoo know ClipPPO as ``clipppo``: the algorithm, its hyperparameter search, how its settings are read.
+
+    Calling it again changes nothing. An experiment manager that already stands in ``rl_zoo3.train`` stays in use, as
+    the base of ours; one that is put there later replaces ours, until ``register()`` is called again.
+    """
+    import rl_zoo3.train as zoo_train
+    from rl_zoo3 import ALGOS
+    from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+
+    from sb3_clipvf.clip_ppo import ClipPPO
+    from sb3_clipvf.zoo_experiment import experiment_manager
+    from sb3_clipvf.zoo_tuning import convert_clipppo_params, sample_clipppo_params
+
+    ALGOS[ALGORITHM] = ClipPPO
+    HYPERPARAMS_SAMPLER[ALGORITHM] = sample_clipppo_params
+    HYPERPARAMS_CONVERTER[ALGORITHM] = convert_clipppo_params
+    zoo_train.ExperimentManager = experiment_manager(zoo_train.ExperimentManager)  # type: ignore[attr-defined]
+
+
+def hyperparams_path() -> Path:
+    """
+    Find the settings that come with the package.
+
+    :return: Path of ``clipppo.yml``, in an installed package or in the source tree.
+    :raises FileNotFoundError: If the installation lacks the file.
+    """
+    package = Path(str(files("sb3_clipvf")))
+    # Installed, the folder lies inside the package; in the source tree and an editable install, beside it.
+    candidates = [folder / "hyperparams" / f"{ALGORITHM}.yml" for folder in (package, package.parent)]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise FileNotFoundError(
+        f"{ALGORITHM}.yml must come with sb3_clipvf, but is at none of {', '.join(map(str, candidates))}. Install the "
+        "package anew, or name a file of your own with `--conf-file`."
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Run one sub-command in this process.
+
+    An error of input, one raised by this package, the RL Zoo, Stable-Baselines3 or Gymnasium about what the user gave,
+    becomes one line on stderr; with ``SB3_CLIPVF_TRACEBACK=1`` it comes with its traceback, as any other error does.
+
+    :param argv: Sub-command and its options; None takes the process's own.
+    :return: Exit code: 0 for success, 2 for an error of input, else the sub-command's own.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(overview())
+        return 0
+    if arguments[0] == "--version":
+        versions = [f"{name} {version(name)}" for name in ("stable_baselines3", "rl_zoo3", "torch")]
+        sys.stdout.write(f"sb3_clipvf {_own_version()} ({', '.join(versions)})\n")
+        return 0
+    name, *options = arguments
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"Did you mean `{near[0]}`?" if near else f"`{PROGRAM} --help` lists them."
+        sys.stderr.write(f"{PROGRAM}: `{name}` is not one of its sub-commands. {hint}\n")
+        return 2
+    try:
+        return run_command(name, options)
+    except SystemExit as stop:
+        return _exit_code(stop)
+    except Exception as error:
+        message = explain(error)
+        if message is None or os.environ.get("SB3_CLIPVF_TRACEBACK") == "1":
+            raise
+        sys.stderr.write(f"{PROGRAM} {name}: {message}\n(SB3_CLIPVF_TRACEBACK=1 shows where.)\n")
+        return 2
+
+
+def overview() -> str:
+    """
+    Describe the command.
+
+    :return: Text of ``--help``.
+    """
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        (
+            f"usage: {PROGRAM} <sub-command> [options]",
+            "",
+            "Train and use ClipPPO with the RL Zoo: its own sub-commands, where the algorithm is clipppo unless --algo",
+            "names another. Options of a sub-command: `sb3-clipvf <sub-command> --help`.",
+            "",
+            *lines,
+            "",
+            "First steps:",
+            "  sb3-clipvf train --env CartPole-v1 -P",
+            "  sb3-clipvf report --env CartPole-v1",
+            "  sb3-clipvf train --env CartPole-v1 -params clip_range:None kl_coef:1.0 adaptive_kl_target:0.01",
+            "",
+        )
+    )
+
+
+def run_command(name: str, options: Sequence[str]) -> int:
+    """
+    Run one sub-command, with the options completed and ``sys.argv`` set for it while it runs.
+
+    :param name: Key of ``COMMANDS``.
+    :param options: What the user gave after it.
+    :return: Exit code.
+    :raises ValueError: If something the sub-command needs is missing.
+    """
+    command = COMMANDS[name]
+    module, _, function = command.target.partition(":")
+    if module.startswith("sb3_clipvf."):
+        return _own_main(module, function)(list(options))
+    display = has_display()
+    arguments = with_defaults(quote_schedules(options), command.defaults)
+    asks_for_help = not {"-h", "--help"}.isdisjoint(options)
+    if name == "enjoy" and not display and not asks_for_help and option_value(arguments, None, "--no-render") is None:
+        sys.stdout.write(f"No display: running with --no-render. `{PROGRAM} record_video` makes a video.\n")
+        arguments = with_defaults(arguments, (Default(None, "--no-render", None),))
+    with ExitStack() as stack:
+        if not display:
+            stack.enter_context(patched_environment(_without_display(command)))
+            if command.plots:
+                stack.enter_context(figures_to_files(name))
+        if not asks_for_help:
+            _check(name, command, arguments)
+        register()
+        if command.encodes:
+            stack.enter_context(ffmpeg_on_path())
+        if name == "push_to_hub":
+            stack.enter_context(own_model_card(ALGORITHM))
+        stack.enter_context(patched_argv([f"{PROGRAM} {name}", *arguments]))
+        stack.enter_context(own_subprocesses())
+        if function:
+            getattr(importlib.import_module(module), function)()
+        else:
+            package, _, script = module.rpartition(".")
+            runpy.run_path(str(files(package) / f"{script}.py"), run_name="__main__")
+    return 0
+
+
+def _without_display(command: Command) -> dict[str, str]:
+    # MuJoCo fails at import where EGL is chosen and missing: choose it only where something will be drawn.
+    return {"MPLBACKEND": "Agg"} | ({"MUJOCO_GL": "egl"} if command.renders else {})
+
+
+def _check(name: str, command: Command, arguments: Sequence[str]) -> None:
+    for short, long in command.required:
+        if option_value(arguments, short, long) is None:
+            raise ValueError(f"`{long}` must be given, got none. See `{PROGRAM} {name} --help`.")
+    if name == "benchmark":
+        log_dir = Path(option_value(arguments, None, "--log-dir") or "logs")
+        if not log_dir.is_dir():
+            raise ValueError(
+                f"`--log-dir` must be a folder of trained agents, got {str(log_dir)!r}, which does not exist. Train "
+                f"one with `{PROGRAM} train --env CartPole-v1`, or name another folder."
+            )
+        # The Zoo writes its table there even if it evaluated nothing.
+        Path(option_value(arguments, None, "--benchmark-dir") or "logs/benchmark").mkdir(parents=True, exist_ok=True)
+
+
+def _own_main(module: str, function: str) -> Callable[[list[str]], int]:
+    main_function: Callable[[list[str]], int] = getattr(importlib.import_module(module), function)
+    return main_function
+
+
+def _own_version() -> str:
+    import sb3_clipvf
+
+    return str(sb3_clipvf.__version__)
+
+
+def _exit_code(stop: SystemExit) -> int:
+    if stop.code is None or isinstance(stop.code, int):
+        return stop.code or 0
+    sys.stderr.write(f"{stop.code}\n")
+    return 1

@@ -1,0 +1,247 @@
+"""
+Pieces of the console command that know neither the RL Zoo's sub-commands nor ClipPPO: options, process state, errors.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gymnasium.error import Error as GymnasiumError
+
+_SCHEDULE_PARAMETER = re.compile(r"(?P<key>\w+):(?P<schedule>(?:lin|cos|exp|const)_[\d.eE+-]+)")
+
+# Package, what its absence looks like in an error, and what to install.
+_OPTIONAL_PACKAGES = (
+    ("Box2D", r"box2d", "'sb3_clipvf[box2d]'"),
+    ("mujoco", r"mujoco", "'sb3_clipvf[mujoco]'"),
+    ("ale_py", r"ALE/|NoFrameskip-v|Deterministic-v|ale_py", "'sb3_clipvf[atari]'"),
+    ("wandb", r"wandb", "'sb3_clipvf[tracking]'"),
+    ("minigrid", r"MiniGrid-|BabyAI-|minigrid", "'sb3_clipvf[minigrid]'"),
+    ("pybullet_envs_gymnasium", r"BulletEnv-v|pybullet_envs", "'sb3_clipvf[pybullet]'"),
+    ("panda_gym", r"Panda\w+-v", "panda_gym"),
+)
+
+_INPUT_ERRORS = (ValueError, TypeError, ImportError, AssertionError, FileNotFoundError, GymnasiumError)
+_INPUT_CHECKERS = ("sb3_clipvf", "rl_zoo3", "stable_baselines3", "gymnasium", "huggingface_sb3")
+
+
+@dataclass(frozen=True)
+class Default:
+    """
+    An option to put in where the user gave none.
+
+    :param short: Its short name, as ``-f``, or None.
+    :param long: Its long name, as ``--folder``.
+    :param value: Its value; None for an option without one.
+    """
+
+    short: str | None
+    long: str
+    value: str | None
+
+
+def option_value(arguments: Sequence[str], short: str | None, long: str) -> str | None:
+    """
+    Find an option as argparse would: short or long, abbreviated, joined to its value or not.
+
+    :param arguments: Command line.
+    :param short: Short name or None.
+    :param long: Long name.
+    :return: Its value, "" where it has none, None if it is not there.
+    """
+    for index, token in enumerate(arguments):
+        following = arguments[index + 1] if index + 1 < len(arguments) else ""
+        name, joined, value = token.partition("=")
+        if token.startswith("--"):
+            if len(name) > 2 and long.startswith(name):
+                return value if joined else following
+        elif short is not None and token.startswith(short):
+            return token[len(short) :].removeprefix("=") or following
+    return None
+
+
+def with_defaults(arguments: Sequence[str], defaults: Iterable[Default]) -> list[str]:
+    """
+    Complete a command line.
+
+    :param arguments: What the user gave.
+    :param defaults: Options to put in front of it, each only if it is not there.
+    :return: The completed command line.
+    """
+    added: list[str] = []
+    for default in defaults:
+        if option_value(arguments, default.short, default.long) is None:
+            added += [default.long] if default.value is None else [default.long, default.value]
+    return [*added, *arguments]
+
+
+def quote_schedules(arguments: Sequence[str]) -> list[str]:
+    """
+    Put quotes around schedule strings of ``-params``, since the RL Zoo evaluates each value as Python.
+
+    :param arguments: Command line, perhaps with tokens as ``clip_range:lin_0.2``.
+    :return: The same with ``clip_range:'lin_0.2'``.
+    """
+    quoted = []
+    for token in arguments:
+        match = _SCHEDULE_PARAMETER.fullmatch(token)
+        quoted.append(f"{match['key']}:{match['schedule']!r}" if match else token)
+    return quoted
+
+
+def has_display() -> bool:
+    """
+    Tell whether windows can be shown.
+
+    :return: False on Linux without an X or Wayland display, else True.
+    """
+    return not sys.platform.startswith("linux") or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
+
+
+@contextmanager
+def patched_environment(values: Mapping[str, str]) -> Iterator[None]:
+    """
+    Set environment variables that are not set yet, and take them away again.
+
+    :param values: Names and values.
+    """
+    added = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+@contextmanager
+def patched_argv(argv: list[str]) -> Iterator[None]:
+    """
+    Replace ``sys.argv``, which the RL Zoo's parsers read.
+
+    :param argv: Program name and arguments.
+    """
+    before = sys.argv
+    sys.argv = argv
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+@contextmanager
+def figures_to_files(name: str) -> Iterator[None]:
+    """
+    Without a display, write figures to the working folder where they would have been shown.
+
+    :param name: First part of the files' names.
+    """
+    # Choosing the backend here serves a process that imported matplotlib before the environment was set.
+    from matplotlib import pyplot as plt
+
+    plt.switch_backend("Agg")
+    show = plt.show
+
+    def save(*args: Any, **kwargs: Any) -> None:
+        for number in plt.get_fignums():
+            path = Path(f"{name}_{number}.png").resolve()
+            plt.figure(number).savefig(path, dpi=150)
+            sys.stdout.write(f"No display: figure written to {path}\n")
+
+    plt.show = save
+    try:
+        yield
+    finally:
+        plt.show = show
+        plt.close("all")
+
+
+@contextmanager
+def ffmpeg_on_path() -> Iterator[None]:
+    """Offer the ``ffmpeg`` that comes with moviepy to scripts that start the program by its name and find none."""
+    if shutil.which("ffmpeg") is not None:
+        yield
+        return
+    from imageio_ffmpeg import get_ffmpeg_exe  # type: ignore[import-untyped]
+
+    before = os.environ.get("PATH", "")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "ffmpeg").symlink_to(get_ffmpeg_exe())
+        os.environ["PATH"] = os.pathsep.join((folder, before))
+        try:
+            yield
+        finally:
+            os.environ["PATH"] = before
+
+
+def own_command(command: Any) -> Any:
+    """
+    Turn a command line that the RL Zoo starts into one that knows ClipPPO.
+
+    :param command: What ``subprocess.call`` was given.
+    :return: ``python -m sb3_clipvf enjoy|record_video ...`` with this interpreter, or ``command`` if it is another.
+    """
+    match command:
+        case ["python", "enjoy.py", *rest]:
+            return [sys.executable, "-m", "sb3_clipvf", "enjoy", *rest]
+        case ["python", "-m", "rl_zoo3.record_video", *rest]:
+            return [sys.executable, "-m", "sb3_clipvf", "record_video", *rest]
+    return command
+
+
+@contextmanager
+def own_subprocesses() -> Iterator[None]:
+    """Have processes that the RL Zoo's scripts start know ClipPPO, by :func:`own_command`."""
+    call = subprocess.call
+
+    def own_call(command: Any, *args: Any, **kwargs: Any) -> int:
+        return call(own_command(command), *args, **kwargs)
+
+    subprocess.call = own_call  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        subprocess.call = call
+
+
+def explain(error: Exception) -> str | None:
+    """
+    Tell an error of input from a fault.
+
+    :param error: As it was raised.
+    :return: What to say to the user, or None if the traceback is needed.
+    """
+    missing = _missing_package(error)
+    if missing is not None:
+        return missing
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, _INPUT_ERRORS) and frames and _checks_input(Path(frames[-1].filename)):
+        return str(error) or type(error).__name__
+    return None
+
+
+def _checks_input(module: Path) -> bool:
+    specs = (importlib.util.find_spec(package) for package in _INPUT_CHECKERS)
+    folders = [folder for spec in specs if spec is not None for folder in spec.submodule_search_locations or ()]
+    return any(module.is_relative_to(folder) for folder in folders)
+
+
+def _missing_package(error: Exception) -> str | None:
+    # The Zoo looks an unknown environment up in a dict: KeyError.
+    if not isinstance(error, (ValueError, ImportError, KeyError, GymnasiumError)):
+        return None
+    text = str(error)
+    for package, pattern, requirement in _OPTIONAL_PACKAGES:
+        if re.search(pattern, text, re.IGNORECASE) and importlib.util.find_spec(package) is None:
+            return f"the package {package} must be installed for this. Run `pip install {requirement}`. ({text})"
+    return None

@@ -1,0 +1,167 @@
+"""
+How the RL Zoo builds a ClipPPO: its experiment manager, with ClipPPO's keys checked and its schedules left alone.
+"""
+
+import difflib
+import inspect
+from argparse import Namespace
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import gymnasium as gym
+from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.utils import get_class_by_name
+from stable_baselines3.common.callbacks import BaseCallback
+
+from sb3_clipvf.clip_ppo import ClipPPO
+from sb3_clipvf.zoo import ALGORITHM, hyperparams_path
+
+ZOO_KEYS = frozenset(
+    {
+        "callback",
+        "env_kwargs",
+        "env_wrapper",
+        "frame_stack",
+        "monitor_kwargs",
+        "n_envs",
+        "n_timesteps",
+        "normalize",
+        "vec_env_wrapper",
+    }
+)
+"""Keys of an entry that the RL Zoo itself reads, where the algorithm is on-policy."""
+
+COMMAND_LINE_KEYS = {
+    "device": "`--device`",
+    "env": "`--env`",
+    "seed": "`--seed`",
+    "tensorboard_log": "`--tensorboard-log`",
+    "verbose": "`--verbose`",
+}
+"""Arguments of ClipPPO that the RL Zoo sets from its command line, so that an entry may not."""
+
+_PREPROCESSED_BY_ZOO = ("learning_rate", "clip_range", "clip_range_vf")
+
+
+def constructor_keys() -> frozenset[str]:
+    """
+    List the arguments of ClipPPO that an entry of the settings may set.
+
+    :return: Names of the constructor's arguments, without those that the RL Zoo sets itself.
+    """
+    names = inspect.signature(ClipPPO.__init__).parameters
+    return frozenset(names) - {"self", "_init_setup_model", *COMMAND_LINE_KEYS}
+
+
+def check_hyperparams(hyperparams: dict[str, Any], overrides: Iterable[str], source: str) -> None:
+    """
+    Refuse settings that neither the RL Zoo nor ClipPPO would use.
+
+    :param hyperparams: Settings of one environment, overrides included.
+    :param overrides: Keys of those that were given on the command line.
+    :param source: Where the others come from, for messages.
+    :raises ValueError: If a key is unknown, missing or reserved, or a number was written so that YAML reads it as text.
+    """
+    legal = constructor_keys() | ZOO_KEYS
+    overridden = set(overrides)
+    for key, value in hyperparams.items():
+        where = "`-params`" if key in overridden else source
+        if key in COMMAND_LINE_KEYS:
+            raise ValueError(
+                f"`{key}` must be given by the option {COMMAND_LINE_KEYS[key]}, got it in {where}. Remove it there."
+            )
+        if key not in legal:
+            near = difflib.get_close_matches(str(key), sorted(legal), n=1)
+            hint = f"Did you mean `{near[0]}`?" if near else f"The keys are: {', '.join(sorted(legal))}."
+            raise ValueError(
+                f"`{key}` must be an argument of ClipPPO or a key of the RL Zoo, got it in {where}. {hint}"
+            )
+        if isinstance(value, str) and _is_number(value):
+            raise ValueError(
+                f"`{key}` must be a number, got the text {value!r} in {where}. YAML needs a point in it, as in 1.0e-3, "
+                f"or a tag: !!float {value}."
+            )
+    for key in ("policy", "n_timesteps"):
+        if key not in hyperparams:
+            raise ValueError(
+                f"`{key}` must be set for each environment, got none in {source}. Add a line `{key}: ...`."
+            )
+
+
+def experiment_manager(base: type[ExperimentManager]) -> type[ExperimentManager]:
+    """
+    Make an experiment manager know ClipPPO.
+
+    :param base: The RL Zoo's experiment manager, or a subclass of it.
+    :return: Subclass of ``base`` that treats ``clipppo`` as described in :class:`ClipPPOExperimentManager` and every
+        other algorithm as ``base`` does; ``base`` itself if it does so already.
+    """
+    if issubclass(base, ClipPPOExperimentManager):
+        return base
+    if issubclass(ClipPPOExperimentManager, base):
+        return ClipPPOExperimentManager
+    return type(f"ClipPPO{base.__name__}", (ClipPPOExperimentManager, base), {})
+
+
+class ClipPPOExperimentManager(ExperimentManager):
+    """
+    The RL Zoo's experiment manager, where ``clipppo`` gets the packaged settings by default, unknown keys are refused,
+    and coefficients reach ClipPPO as written: the Zoo would make each string a linear schedule and refuse ``null``.
+
+    :param args: The Zoo's command-line arguments.
+    :param algo: Algorithm's name in the Zoo.
+    :param rest: As in the Zoo's class.
+    :param config: Settings file or module; None takes ``clipppo.yml`` of this package, or the Zoo's own file for
+        another algorithm.
+    :param kwargs: As in the Zoo's class.
+    """
+
+    def __init__(self, args: Namespace, algo: str, *rest: Any, config: str | None = None, **kwargs: Any) -> None:
+        if algo == ALGORITHM and config is None:
+            config = str(hyperparams_path())
+        super().__init__(args, algo, *rest, config=config, **kwargs)  # type: ignore[misc]
+
+    def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """
+        Read and check the settings of this environment.
+
+        :return: The settings, and a sorted copy to be saved with the run.
+        :raises ValueError: If a key is unknown or missing, or the file has no entry that fits.
+        """
+        if self.algo != ALGORITHM:
+            return super().read_hyperparameters()
+        overrides = dict(self.custom_hyperparams or {})
+        if self.trial_id == 0 and self.storage and self.study_name:
+            # The Zoo takes a trial of number 0 for no trial.
+            self.custom_hyperparams = {**self.load_trial(self.storage, self.study_name, 0), **overrides}
+        env_id = self.env_name.gym_id
+        try:
+            hyperparams, saved_hyperparams = super().read_hyperparameters()
+        except KeyError as error:
+            if error.args != ("atari",):
+                raise
+            raise ValueError(
+                f"{self.config} must have an entry for {env_id} or one named `atari`, got neither. Add one of them."
+            ) from error
+        check_hyperparams(hyperparams, overrides, f"the entry for {env_id} in {self.config}")
+        return hyperparams, saved_hyperparams
+
+    def _preprocess_hyperparams(
+        self, hyperparams: dict[str, Any]
+    ) -> tuple[dict[str, Any], Callable[..., gym.Env[Any, Any]] | None, list[BaseCallback], Callable[..., Any] | None]:
+        if self.algo != ALGORITHM:
+            return super()._preprocess_hyperparams(hyperparams)
+        coefficients = {key: hyperparams.pop(key) for key in _PREPROCESSED_BY_ZOO if key in hyperparams}
+        hyperparams, env_wrapper, callbacks, vec_env_wrapper = super()._preprocess_hyperparams(hyperparams)
+        hyperparams.update(coefficients)
+        if isinstance(hyperparams.get("rollout_buffer_class"), str):
+            hyperparams["rollout_buffer_class"] = get_class_by_name(hyperparams["rollout_buffer_class"])
+        return hyperparams, env_wrapper, callbacks, vec_env_wrapper
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

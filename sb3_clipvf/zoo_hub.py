@@ -1,0 +1,59 @@
+"""
+The RL Zoo's upload to the Hugging Face hub: kept running, and its model card made true for ClipPPO.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def own_model_card(algorithm: str) -> Iterator[None]:
+    """
+    Have ``rl_zoo3.push_to_hub`` write a model card whose commands know ClipPPO.
+
+    rl_zoo3 2.9.2 imports ``generate_metadata``, which sb3-team-hf-integration 3.2 calls ``_generate_metadata``; where
+    the first is missing, the second takes its place meanwhile.
+
+    :param algorithm: ClipPPO's name in the Zoo; cards of other algorithms stay as they are.
+    """
+    from huggingface_hub import repocard
+    from huggingface_sb3 import push_to_hub
+
+    save = repocard.metadata_save
+    renamed = not hasattr(push_to_hub, "generate_metadata")
+
+    def generate_metadata(*args: Any) -> dict[str, Any]:
+        metadata: dict[str, Any] = push_to_hub._generate_metadata(*args).to_dict()
+        return metadata
+
+    def metadata_save(local_path: str | Path, data: dict[str, Any]) -> None:
+        card = Path(local_path)
+        card.write_text(own_commands(card.read_text(encoding="utf-8"), algorithm), encoding="utf-8")
+        save(local_path, data)
+
+    repocard.metadata_save = metadata_save
+    if renamed:
+        push_to_hub.generate_metadata = generate_metadata
+    try:
+        yield
+    finally:
+        repocard.metadata_save = save
+        if renamed:
+            del push_to_hub.generate_metadata
+
+
+def own_commands(card: str, algorithm: str) -> str:
+    """
+    Replace the RL Zoo's commands in a model card, which would not know the algorithm.
+
+    :param card: Text of the card.
+    :param algorithm: ClipPPO's name in the Zoo.
+    :return: The card with ``python -m sb3_clipvf`` in place of ``python -m rl_zoo3``, where it is about ClipPPO.
+    """
+    if f"--algo {algorithm} " not in card:
+        return card
+    return card.replace("python -m rl_zoo3.", "python -m sb3_clipvf ").replace(
+        "pip install rl_zoo3", "pip install sb3_clipvf"
+    )

@@ -1,0 +1,115 @@
+"""
+Hyperparameter search with the RL Zoo: what ``-optimize`` draws for ClipPPO, and how a finished trial is read back.
+
+Every parameter is drawn in every trial, also one that the drawn objective does not use: the search space is then the
+same for all trials, as Optuna's multivariate sampler needs it.
+"""
+
+from typing import Any
+
+import optuna
+from torch import nn
+
+OBJECTIVES = ("clip", "fixed_kl", "adaptive_kl", "clip_and_adaptive_kl")
+"""Forms of the objective that the search chooses from."""
+
+NET_ARCHS: dict[str, dict[str, list[int]]] = {
+    "tiny": {"pi": [64], "vf": [64]},
+    "small": {"pi": [64, 64], "vf": [64, 64]},
+    "medium": {"pi": [256, 256], "vf": [256, 256]},
+}
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU}
+
+_PASSED_ON = (
+    "ent_coef",
+    "vf_coef",
+    "n_epochs",
+    "max_grad_norm",
+    "clip_range_vf",
+    "vf_clip_units",
+    "advantage_scope",
+)
+
+
+def sample_clipppo_params(
+    trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]
+) -> dict[str, Any]:
+    """
+    Draw one trial's arguments of ClipPPO, the RL Zoo's sampler for ``clipppo``.
+
+    :param trial: Optuna's trial; the arguments are also put into its user attributes, policy's apart.
+    :param n_actions: Unused here; the Zoo passes it for the noise of off-policy algorithms.
+    :param n_envs: Number of environments. It is recorded in the trial, since the minibatch size depends on it.
+    :param additional_args: Unused here; the Zoo passes it for replay buffers.
+    :return: Keyword arguments of ClipPPO.
+    """
+    drawn = {
+        "n_envs": trial.suggest_int("n_envs", n_envs, n_envs),
+        "n_steps_pow": trial.suggest_int("n_steps_pow", 5, 12),
+        "n_minibatches_pow": trial.suggest_int("n_minibatches_pow", 0, 6),
+        "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.0001, 0.03, log=True),
+        "one_minus_gae_lambda": trial.suggest_float("one_minus_gae_lambda", 0.0001, 0.1, log=True),
+        "learning_rate": trial.suggest_float("learning_rate", 1e-5, 0.002, log=True),
+        "lr_schedule": trial.suggest_categorical("lr_schedule", ["const", "lin"]),
+        "objective": trial.suggest_categorical("objective", list(OBJECTIVES)),
+        "clip_range": trial.suggest_categorical("clip_range", [0.1, 0.2, 0.3, 0.4]),
+        "clip_schedule": trial.suggest_categorical("clip_schedule", ["const", "lin"]),
+        # The paper's tables 1: fixed beta 0.3 to 10, targets 0.003 to 0.03.
+        "kl_coef": trial.suggest_float("kl_coef", 0.1, 10.0, log=True),
+        "adaptive_kl_target": trial.suggest_float("adaptive_kl_target", 0.003, 0.05, log=True),
+        "clip_range_vf": trial.suggest_categorical("clip_range_vf", [None, 0.2, 0.5, 1.0, 2.0]),
+        "vf_clip_units": trial.suggest_categorical("vf_clip_units", ["return_std", "absolute"]),
+        "advantage_scope": trial.suggest_categorical("advantage_scope", ["minibatch", "rollout"]),
+        "ent_coef": trial.suggest_float("ent_coef", 1e-8, 0.1, log=True),
+        "vf_coef": trial.suggest_float("vf_coef", 0.1, 1.0, log=True),
+        "n_epochs": trial.suggest_categorical("n_epochs", [1, 5, 10, 20]),
+        "max_grad_norm": trial.suggest_float("max_grad_norm", 0.3, 5.0, log=True),
+        "net_arch": trial.suggest_categorical("net_arch", list(NET_ARCHS)),
+        "activation_fn": trial.suggest_categorical("activation_fn", list(ACTIVATIONS)),
+    }
+    hyperparams = convert_clipppo_params(drawn)
+    for name, value in hyperparams.items():
+        if name != "policy_kwargs":  # holds a class, which a study's database cannot
+            trial.set_user_attr(name, value)
+    return hyperparams
+
+
+def convert_clipppo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
+    """
+    Turn what a trial drew into ClipPPO's arguments, the RL Zoo's converter for ``clipppo``.
+
+    :param sampled_params: A trial's ``params``.
+    :return: Keyword arguments of ClipPPO, the same that the sampler gave to that trial. ``batch_size`` divides
+        ``n_steps * n_envs``.
+    """
+    n_steps = 2 ** sampled_params["n_steps_pow"]
+    # At least 8 steps of every environment in a minibatch, whatever was drawn.
+    n_minibatches = 2 ** min(sampled_params["n_minibatches_pow"], sampled_params["n_steps_pow"] - 3)
+    learning_rate = sampled_params["learning_rate"]
+    return {
+        "n_steps": n_steps,
+        "batch_size": n_steps * sampled_params["n_envs"] // n_minibatches,
+        "gamma": 1 - sampled_params["one_minus_gamma"],
+        "gae_lambda": 1 - sampled_params["one_minus_gae_lambda"],
+        "learning_rate": learning_rate if sampled_params["lr_schedule"] == "const" else f"lin_{learning_rate}",
+        # The search draws the learning rate's schedule, and ClipPPO takes either that or a KL-adaptive rate.
+        "lr_kl_target": None,
+        **_objective(sampled_params),
+        **{name: sampled_params[name] for name in _PASSED_ON},
+        "policy_kwargs": {
+            "net_arch": NET_ARCHS[sampled_params["net_arch"]],
+            "activation_fn": ACTIVATIONS[sampled_params["activation_fn"]],
+        },
+    }
+
+
+def _objective(sampled_params: dict[str, Any]) -> dict[str, Any]:
+    form = sampled_params["objective"]
+    clips = form in ("clip", "clip_and_adaptive_kl")
+    adapts = form in ("adaptive_kl", "clip_and_adaptive_kl")
+    return {
+        "clip_range": f"{sampled_params['clip_schedule']}_{sampled_params['clip_range']}" if clips else None,
+        "kl_coef": 0.0 if form == "clip" else sampled_params["kl_coef"],
+        "adaptive_kl_target": sampled_params["adaptive_kl_target"] if adapts else None,
+    }
