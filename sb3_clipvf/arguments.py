@@ -11,7 +11,7 @@ from stable_baselines3.common.save_util import open_path
 
 from sb3_clipvf import validation
 from sb3_clipvf.engines import check_engine_name
-from sb3_clipvf.schedules import is_constant, make_schedule
+from sb3_clipvf.schedules import AdaptiveKL, KLAdaptiveLR, is_constant, make_schedule
 
 if TYPE_CHECKING:
     from sb3_clipvf.clip_ppo import ClipPPO
@@ -28,6 +28,9 @@ SB3_EQUIVALENT: dict[str, Any] = {
     "engine": "autograd",
 }
 """Arguments under which ClipPPO is SB3's PPO: with the same seed it ends with the same weights."""
+
+# SB3's PPO has these too, so its files hold them.
+_IN_SB3_FILES = ("clip_range", "clip_range_vf")
 
 
 def check_arguments(model: "ClipPPO") -> None:
@@ -93,16 +96,30 @@ def _check_controllers(model: "ClipPPO") -> None:
                 f"`kl_coef` must be a number where `adaptive_kl_target` is set, got {model.kl_coef!r}. Either beta "
                 "follows a schedule or it adapts: drop one of the two."
             )
-        if make_schedule(model.kl_coef, "kl_coef")(1.0) == 0:
+        beta = make_schedule(model.kl_coef, "kl_coef")(1.0)
+        if beta == 0:
             raise ValueError(
-                f"`kl_coef` must be positive where `adaptive_kl_target` is set, got {model.kl_coef!r}: doubling and halving "
-                "never leave 0. Start at 1.0, as the paper does."
+                f"`kl_coef` must be positive where `adaptive_kl_target` is set, got {model.kl_coef!r}: doubling and "
+                "halving never leave 0. Start at 1.0, as the paper does."
+            )
+        low, high = AdaptiveKL.beta_min, AdaptiveKL.beta_max
+        if not low <= beta <= high:
+            raise ValueError(
+                f"`kl_coef` must be in [{low:g}, {high:g}] where `adaptive_kl_target` is set, got {model.kl_coef!r}: it "
+                "adapts within these bounds. Start at 1.0, as the paper does."
             )
     if model.lr_kl_target is not None and not is_constant(model.learning_rate):
         raise ValueError(
-            f"`learning_rate` must be a number where `lr_kl_target` is set, got {model.learning_rate!r}. Either the rate "
-            "follows a schedule or it adapts: drop one of the two."
+            f"`learning_rate` must be a number where `lr_kl_target` is set, got {model.learning_rate!r}. Either the "
+            "rate follows a schedule or it adapts: drop one of the two."
         )
+    if model.lr_kl_target is not None:
+        low, high = KLAdaptiveLR.lr_min, KLAdaptiveLR.lr_max
+        if not low <= make_schedule(model.learning_rate, "learning_rate")(1.0) <= high:
+            raise ValueError(
+                f"`learning_rate` must be in [{low:g}, {high:g}] where `lr_kl_target` is set, got "
+                f"{model.learning_rate!r}: it adapts within these bounds. SB3's default is 3e-4."
+            )
 
 
 def warn_of_truncated_minibatches(model: "ClipPPO") -> None:
@@ -120,11 +137,29 @@ def warn_of_truncated_minibatches(model: "ClipPPO") -> None:
     consequence = " It is not normalised, having no spread." if rest == 1 and model.normalize_advantage else ""
     warnings.warn(
         f"You have specified a mini-batch size of {model.batch_size}, but because the rollout has n_steps * n_envs = "
-        f"{buffer_size} transitions, after every {buffer_size // model.batch_size} untruncated mini-batches there will be "
-        f"a truncated mini-batch of size {rest}.{consequence} We recommend a `batch_size` that is a factor of "
+        f"{buffer_size} transitions, after every {buffer_size // model.batch_size} untruncated mini-batches there will "
+        f"be a truncated mini-batch of size {rest}.{consequence} We recommend a `batch_size` that is a factor of "
         f"n_steps * n_envs (n_steps={model.n_steps}, n_envs={model.n_envs}).",
         stacklevel=3,
     )
+
+
+def values_for_sb3_file(given: dict[str, Any]) -> dict[str, Any]:
+    """
+    Choose what ClipPPO takes for what a file of SB3's PPO does not hold, and warn of it.
+
+    :param given: Values that the user passed to ``load``.
+    :return: These, and those of :data:`SB3_EQUIVALENT` for the rest.
+    """
+    names = [name for name in SB3_EQUIVALENT if name not in given and name not in _IN_SB3_FILES]
+    chosen = {name: SB3_EQUIVALENT[name] for name in names}
+    listed = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
+    warnings.warn(
+        "The file was saved by another algorithm of SB3. ClipPPO takes its values, and for what it does not hold: "
+        f"{listed}. Pass them to `load` to change them.",
+        stacklevel=3,
+    )
+    return {**chosen, **given}
 
 
 def saved_by_sb3(path: str | pathlib.Path | io.BufferedIOBase) -> bool:

@@ -3,8 +3,7 @@
 import io
 import pathlib
 import time
-import warnings
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 import torch as th
@@ -24,8 +23,15 @@ from stable_baselines3.common.utils import explained_variance, obs_as_tensor, up
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_clipvf import validation
-from sb3_clipvf.arguments import SB3_EQUIVALENT, check_arguments, saved_by_sb3, warn_of_truncated_minibatches
-from sb3_clipvf.distributions import dist_param_dim, dist_params, refreshed_dist
+from sb3_clipvf.arguments import (
+    SB3_EQUIVALENT,
+    check_arguments,
+    saved_by_sb3,
+    values_for_sb3_file,
+    warn_of_truncated_minibatches,
+)
+from sb3_clipvf.building import make_adaptive_kl, make_adaptive_lr, make_rollout_buffer
+from sb3_clipvf.collection import act, bootstrap_truncated, to_env
 from sb3_clipvf.engines import AutogradEngine, UpdateCoefficients, UpdateSettings, UpdateStatistics, select_engine
 from sb3_clipvf.messages import log, show_messages
 from sb3_clipvf.policies import (
@@ -33,7 +39,6 @@ from sb3_clipvf.policies import (
     SquashedActorCriticPolicy,
     SquashedMultiInputActorCriticPolicy,
 )
-from sb3_clipvf.rollout import TensorRolloutBuffer
 from sb3_clipvf.schedules import AdaptiveKL, KLAdaptiveLR, Schedule, clamp_progress, make_schedule
 
 __all__ = ["SB3_EQUIVALENT", "ClipPPO"]
@@ -77,10 +82,10 @@ class ClipPPO(OnPolicyAlgorithm):
     :param verbose: 0 is silent, 1 shows messages, 2 shows details.
     :param seed: Seed of all random states, at least 0.
     :param device: PyTorch device, or "auto".
-    :param kl_coef: Schedule, at least 0: weight beta of the exact KL(pi_old || pi), in 1/nats; the initial one where it
-        adapts. 0: no penalty.
-    :param adaptive_kl_target: d_targ, nats, positive: beta adapts once an update (``schedules.AdaptiveKL``). None: it does
-        not.
+    :param kl_coef: Schedule, at least 0: weight beta of the exact KL(pi_old || pi), in 1/nats; the initial one where
+        it adapts. 0: no penalty.
+    :param adaptive_kl_target: d_targ, nats, positive: beta adapts once an update (``schedules.AdaptiveKL``). None: it
+        does not.
     :param vf_clip: "max": the larger of the clipped and unclipped squared error; "prediction": SB3's form.
     :param vf_clip_units: "return_std": ``clip_range_vf`` counts in standard deviations of the rollout's returns;
         "absolute": in return units, as in SB3.
@@ -194,7 +199,7 @@ class ClipPPO(OnPolicyAlgorithm):
             warn_of_truncated_minibatches(self)
 
     def _setup_model(self) -> None:
-        """Check the arguments, then build the schedules, the policy and the buffer; SB3's ``load`` comes here as well."""
+        """Check the arguments, then build what they describe; SB3's ``load`` comes here as well."""
         if self.rollout_buffer_class in (RolloutBuffer, DictRolloutBuffer) and self._loads_sb3:
             # SB3 writes the class that it picked itself; ours draws the same minibatches.
             self.rollout_buffer_class = None
@@ -211,67 +216,18 @@ class ClipPPO(OnPolicyAlgorithm):
             self.action_space,
             self.lr_schedule,
             use_sde=self.use_sde,
-            **self.policy_kwargs,  # type: ignore[arg-type]
+            **self.policy_kwargs,
         ).to(self.device)  # type: ignore[assignment]
-        self.rollout_buffer = self._make_rollout_buffer()
+        self.rollout_buffer = make_rollout_buffer(self)
         self._maybe_recommend_cpu()
-        self._setup_controllers()
+        # A saved file brings beta and the adapted rate: go on from there.
+        kl_coef = cast(Schedule, self._schedule_of("kl_coef"))
+        self.adaptive_kl = make_adaptive_kl(self.adaptive_kl, self.adaptive_kl_target, kl_coef(1.0))
+        self.adaptive_lr = make_adaptive_lr(self.adaptive_lr, self.lr_kl_target, self.lr_schedule(1.0))
         self._engine = None
 
     def _setup_lr_schedule(self) -> None:
         self.lr_schedule = make_schedule(self.learning_rate, "learning_rate")
-
-    def _setup_controllers(self) -> None:
-        """Start the controllers, or keep the state that a saved file brought."""
-        if self.adaptive_kl_target is None:
-            self.adaptive_kl = None
-        elif self.adaptive_kl is None or self.adaptive_kl.target != self.adaptive_kl_target:
-            kl_coef = self._schedule_of("kl_coef")
-            beta = kl_coef(1.0) if self.adaptive_kl is None and kl_coef is not None else self.adaptive_kl.beta  # type: ignore[union-attr]
-            self.adaptive_kl = AdaptiveKL(beta=beta, target=self.adaptive_kl_target)
-        if self.lr_kl_target is None:
-            self.adaptive_lr = None
-        elif self.adaptive_lr is None or self.adaptive_lr.target != self.lr_kl_target:
-            rate = self.lr_schedule(1.0) if self.adaptive_lr is None else self.adaptive_lr.learning_rate
-            self.adaptive_lr = KLAdaptiveLR(learning_rate=rate, target=self.lr_kl_target)
-
-    def _make_rollout_buffer(self) -> Any:
-        buffer_class = self.rollout_buffer_class or TensorRolloutBuffer
-        kwargs = dict(self.rollout_buffer_kwargs)
-        width = dist_param_dim(getattr(self.policy, "action_dist", None))
-        if issubclass(buffer_class, TensorRolloutBuffer):
-            kwargs.setdefault("dist_param_dim", width or 0)
-        self._check_kl_is_known(buffer_class, width)
-        rollout_buffer = buffer_class(
-            self.n_steps,
-            self.observation_space,
-            self.action_space,
-            device=self.device,
-            gamma=self.gamma,
-            gae_lambda=self.gae_lambda,
-            n_envs=self.n_envs,
-            **kwargs,
-        )
-        if isinstance(rollout_buffer, TensorRolloutBuffer) and self.env is not None:
-            mib = rollout_buffer.nbytes / 2**20
-            log.info("The rollout of %d x %d steps will take %.1f MiB", self.n_steps, self.n_envs, mib)
-            rollout_buffer.check_memory()
-        return rollout_buffer
-
-    def _check_kl_is_known(self, buffer_class: type[Any], width: int | None) -> None:
-        asked_for = [
-            name for name in ("kl_coef", "adaptive_kl_target", "lr_kl_target") if getattr(self, name) not in (None, 0, 0.0)
-        ]
-        if not asked_for or (width and issubclass(buffer_class, TensorRolloutBuffer)):
-            return
-        if width:
-            cause = f"`rollout_buffer_class` {buffer_class.__name__} does not store the old distribution"
-            way_out = "Derive the buffer class from TensorRolloutBuffer."
-        else:
-            dist = type(getattr(self.policy, "action_dist", None)).__name__
-            cause = f"the exact KL of the policy's action distribution ({dist}) is not known"
-            way_out = "Use one of SB3's action distributions."
-        raise ValueError(f"`{asked_for[0]}` must not be set, since {cause}, got {getattr(self, asked_for[0])!r}. {way_out}")
 
     def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
         validation.check_choice("policy", policy_name, tuple(self.policy_aliases), "Or pass a policy class.")
@@ -327,6 +283,7 @@ class ClipPPO(OnPolicyAlgorithm):
         started = time.perf_counter()
         self.policy.set_training_mode(False)
         n_steps = 0
+        with_dist_params = bool(getattr(rollout_buffer, "dist_param_dim", 0))
         rollout_buffer.reset()
         if self.use_sde:
             self.policy.reset_noise(env.num_envs)
@@ -337,8 +294,8 @@ class ClipPPO(OnPolicyAlgorithm):
                 self.policy.reset_noise(env.num_envs)
 
             obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
-            actions, values, log_probs, dist_row = self._act(obs_tensor, rollout_buffer)
-            clipped_actions = self._to_env(actions)
+            actions, values, log_probs, dist_row = act(self.policy, obs_tensor, with_dist_params=with_dist_params)
+            clipped_actions = to_env(self.policy, self.action_space, actions)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
             self.num_timesteps += env.num_envs
 
@@ -353,7 +310,7 @@ class ClipPPO(OnPolicyAlgorithm):
             rollout_buffer.add(
                 self._last_obs,
                 actions,
-                self._bootstrap_truncated(rewards, dones, infos),
+                bootstrap_truncated(self.policy, rewards, dones, infos, self.gamma),
                 self._last_episode_starts,
                 values,
                 log_probs,
@@ -371,49 +328,6 @@ class ClipPPO(OnPolicyAlgorithm):
         self.logger.record("time/rollout_seconds", time.perf_counter() - started)
         return True
 
-    @th.no_grad()
-    def _act(self, obs_tensor: Any, rollout_buffer: Any) -> tuple[np.ndarray, th.Tensor, th.Tensor, dict[str, th.Tensor]]:
-        """Actions, values, log-probs, and the distribution's parameters where the buffer wants them."""
-        if not getattr(rollout_buffer, "dist_param_dim", 0):
-            actions, values, log_probs = self.policy(obs_tensor)
-            return actions.cpu().numpy(), values, log_probs, {}
-        stale = getattr(self.policy.action_dist, "distribution", None)
-        actions, values, log_probs = self.policy(obs_tensor)
-        row = dist_params(refreshed_dist(self.policy, obs_tensor, stale))
-        return actions.cpu().numpy(), values, log_probs, {"dist_params": row}
-
-    def _to_env(self, actions: np.ndarray) -> np.ndarray:
-        """The actions as the environments take them; log-probs and the buffer keep the policy's own."""
-        if not isinstance(self.action_space, spaces.Box):
-            return actions
-        if self.policy.squash_output:
-            return self.policy.unscale_action(actions)
-        return np.clip(actions, self.action_space.low, self.action_space.high)
-
-    def _bootstrap_truncated(self, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
-        """
-        Add gamma * V(final observation) where an episode was cut off rather than ended, in a copy of the rewards.
-
-        Source: Pardo et al. 2018, arXiv 1712.00378.
-        """
-        truncated = [
-            index
-            for index in np.flatnonzero(dones)
-            if infos[index].get("TimeLimit.truncated", False) and infos[index].get("terminal_observation") is not None
-        ]
-        if not truncated:
-            return rewards
-        final_obs: Any = [infos[index]["terminal_observation"] for index in truncated]
-        if isinstance(self.observation_space, spaces.Dict):
-            stacked: Any = {key: np.stack([obs[key] for obs in final_obs]) for key in self.observation_space.spaces}
-        else:
-            stacked = np.stack(final_obs)
-        with th.no_grad():
-            final_values = self.policy.predict_values(self.policy.obs_to_tensor(stacked)[0])
-        bootstrapped = rewards.copy()
-        bootstrapped[truncated] += self.gamma * final_values.cpu().numpy().reshape(-1)
-        return bootstrapped
-
     # ------------------------------------------------------------------ update
 
     def train(self) -> None:
@@ -426,7 +340,9 @@ class ClipPPO(OnPolicyAlgorithm):
         self._n_updates += statistics.n_epochs
         if statistics.stopped_at_kl is not None:
             log.info(
-                "Early stopping at step %d due to reaching max kl: %.2f", statistics.n_epochs - 1, statistics.stopped_at_kl
+                "Early stopping at step %d due to reaching max kl: %.2f",
+                statistics.n_epochs - 1,
+                statistics.stopped_at_kl,
             )
         if statistics.kl_after is not None:
             self._adapt(float(statistics.kl_after))
@@ -474,16 +390,9 @@ class ClipPPO(OnPolicyAlgorithm):
 
     def _log_update(self, statistics: UpdateStatistics, coefficients: UpdateCoefficients) -> None:
         record = self.logger.record
-        for name, value in statistics.means.items():
-            record(f"train/{name}", float(value))
-        record("train/approx_kl", float(statistics.approx_kl))
-        if statistics.kl is not None:
-            record("train/kl", float(statistics.kl))
-        if statistics.kl_after is not None:
-            record("train/kl_after_update", float(statistics.kl_after))
+        for name, value in statistics.read().items():
+            record(f"train/{name}", value)
         record("train/kl_coef", coefficients.kl_coef)
-        record("train/ratio_max", float(statistics.ratio_max))
-        record("train/loss", float(statistics.last_loss))
         values, returns = self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten()
         record("train/explained_variance", explained_variance(values, returns))
         if hasattr(self.policy, "log_std"):
@@ -516,9 +425,9 @@ class ClipPPO(OnPolicyAlgorithm):
         :param tb_log_name: Name of the TensorBoard run.
         :param reset_num_timesteps: Whether this starts counting steps at 0, or goes on.
         :param progress_bar: Whether to show one.
-        :param schedule_timesteps: Environment steps, counted from 0, at which schedules end. Give it where training runs
-            over several calls with ``reset_num_timesteps=False``; later calls keep it. None at first: SB3's way, in which
-            schedules end with each call.
+        :param schedule_timesteps: Environment steps, counted from 0, at which schedules end. Give it where training
+            runs over several calls with ``reset_num_timesteps=False``; later calls keep it. None at first: SB3's way,
+            in which schedules end with each call.
         :return: This model.
         :raises ValueError: If a number is out of range, or there is no environment.
         """
@@ -544,7 +453,7 @@ class ClipPPO(OnPolicyAlgorithm):
         return [*super()._excluded_save_params(), "_schedules", "_engine", "_loads_sb3"]
 
     @classmethod
-    def load(  # type: ignore[override]
+    def load(
         cls,
         path: str | pathlib.Path | io.BufferedIOBase,
         env: GymEnv | None = None,
@@ -570,14 +479,7 @@ class ClipPPO(OnPolicyAlgorithm):
         :return: The model.
         """
         if saved_by_sb3(path):
-            kept = {name: value for name, value in SB3_EQUIVALENT.items() if name not in kwargs}
-            kept = {name: value for name, value in kept.items() if name not in ("clip_range", "clip_range_vf")}
-            warnings.warn(
-                f"The file was saved by another algorithm of SB3. ClipPPO takes its values, and for what it does not hold: "
-                f"{', '.join(f'{name}={value!r}' for name, value in kept.items())}. Pass them to `load` to change them.",
-                stacklevel=2,
-            )
-            kwargs = {"_loads_sb3": True, **kept, **kwargs}
+            kwargs = {**values_for_sb3_file(kwargs), "_loads_sb3": True}
         elif "kl_coef" in kwargs:
             kwargs.setdefault("adaptive_kl", None)
         if "learning_rate" in kwargs:

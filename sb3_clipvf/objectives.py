@@ -38,7 +38,7 @@ def unclipped_surrogate(ratio: th.Tensor, advantages: th.Tensor) -> th.Tensor:
     return (advantages * ratio).mean()
 
 
-def clipped_surrogate(ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Tensor) -> th.Tensor:
+def clipped_surrogate(ratio: th.Tensor, advantages: th.Tensor, clip_range: float) -> th.Tensor:
     """
     The clipped objective: ``E[min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A)]``.
 
@@ -53,7 +53,7 @@ def clipped_surrogate(ratio: th.Tensor, advantages: th.Tensor, clip_range: float
     return th.min(unclipped, clipped).mean()
 
 
-def clip_fraction(ratio: th.Tensor, clip_range: float | th.Tensor) -> th.Tensor:
+def clip_fraction(ratio: th.Tensor, clip_range: float) -> th.Tensor:
     """
     The share of ratios outside ``[1 - eps, 1 + eps]``.
 
@@ -141,9 +141,7 @@ def bernoulli_kl(old_logits: th.Tensor, logits: th.Tensor) -> th.Tensor:
     return (ones + zeros).sum(dim=-1)
 
 
-def gaussian_kl(
-    old_mean: th.Tensor, old_log_std: th.Tensor, mean: th.Tensor, log_std: th.Tensor
-) -> th.Tensor:
+def gaussian_kl(old_mean: th.Tensor, old_log_std: th.Tensor, mean: th.Tensor, log_std: th.Tensor) -> th.Tensor:
     """
     Exact KL(old || new) of diagonal Gaussians, summed over the action dimensions.
 
@@ -174,7 +172,7 @@ def value_loss(values: th.Tensor, returns: th.Tensor) -> th.Tensor:
     return F.mse_loss(returns, values)
 
 
-def clip_values(values: th.Tensor, old_values: th.Tensor, clip_range_vf: float | th.Tensor) -> th.Tensor:
+def clip_values(values: th.Tensor, old_values: th.Tensor, clip_range_vf: float) -> th.Tensor:
     """
     Predictions held within ``clip_range_vf`` of those at rollout time.
 
@@ -187,7 +185,7 @@ def clip_values(values: th.Tensor, old_values: th.Tensor, clip_range_vf: float |
 
 
 def value_loss_clipped_prediction(
-    values: th.Tensor, old_values: th.Tensor, returns: th.Tensor, clip_range_vf: float | th.Tensor
+    values: th.Tensor, old_values: th.Tensor, returns: th.Tensor, clip_range_vf: float
 ) -> th.Tensor:
     """
     SB3's form: the squared error of the clipped prediction alone.
@@ -206,7 +204,7 @@ def value_loss_clipped_prediction(
 
 
 def value_loss_clipped_max(
-    values: th.Tensor, old_values: th.Tensor, returns: th.Tensor, clip_range_vf: float | th.Tensor
+    values: th.Tensor, old_values: th.Tensor, returns: th.Tensor, clip_range_vf: float
 ) -> th.Tensor:
     """
     The larger of the clipped and the unclipped squared error: ``E[max((V - R)^2, (V_clip - R)^2)]``.
@@ -224,7 +222,7 @@ def value_loss_clipped_max(
     return th.max((values - returns) ** 2, (clipped - returns) ** 2).mean()
 
 
-def vf_clip_fraction(values: th.Tensor, old_values: th.Tensor, clip_range_vf: float | th.Tensor) -> th.Tensor:
+def vf_clip_fraction(values: th.Tensor, old_values: th.Tensor, clip_range_vf: float) -> th.Tensor:
     """
     The share of value predictions that moved further than ``clip_range_vf`` since the rollout.
 

@@ -23,8 +23,8 @@ def gae(
     """
     Advantages and lambda-returns of a rollout.
 
-    ``delta_t = r_t + gamma * V_{t+1} * (1 - done_t) - V_t`` and ``A_t = delta_t + gamma * lambda * (1 - done_t) * A_{t+1}``;
-    the returns are ``A_t + V_t``.
+    ``delta_t = r_t + gamma * V_{t+1} * (1 - done_t) - V_t`` and
+    ``A_t = delta_t + gamma * lambda * (1 - done_t) * A_{t+1}``; the returns are ``A_t + V_t``.
 
     :param rewards: Shape ``(n_steps, n_envs)``; a truncated episode's last reward already holds ``gamma * V`` of its
         final observation.
@@ -116,10 +116,10 @@ class TensorRolloutBuffer(BaseBuffer):
         :return: Bytes.
         """
         cells = self.buffer_size * self.n_envs
-        obs_bytes = sum(
+        obs_bytes: int = sum(
             int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in self._obs_layout().values()
         )
-        action_bytes = self.action_dim * np.dtype(self.action_space.dtype).itemsize
+        action_bytes: int = self.action_dim * np.dtype(self.action_space.dtype).itemsize
         # rewards, returns, episode_starts, values, log_probs, advantages
         return cells * (obs_bytes + action_bytes + 4 * (6 + self.dist_param_dim))
 
@@ -133,9 +133,9 @@ class TensorRolloutBuffer(BaseBuffer):
         if not self._allocated and self.nbytes > available:
             gib = 2**30
             raise ValueError(
-                f"`n_steps` must be small enough for the rollout to fit into memory, got n_steps={self.buffer_size} with "
-                f"n_envs={self.n_envs}, which takes {self.nbytes / gib:.1f} GiB where {available / gib:.1f} GiB are free. "
-                "Lower `n_steps` or the number of environments, or shrink the observations."
+                f"`n_steps` must be small enough for the rollout to fit into memory, got n_steps={self.buffer_size} "
+                f"with n_envs={self.n_envs}, which takes {self.nbytes / gib:.1f} GiB where {available / gib:.1f} GiB "
+                "are free. Lower `n_steps` or the number of environments, or shrink the observations."
             )
 
     def reset(self) -> None:
@@ -173,7 +173,7 @@ class TensorRolloutBuffer(BaseBuffer):
         """
         if isinstance(self.observations, dict):
             for key, array in self.observations.items():
-                array[self.pos] = np.reshape(obs[key], array.shape[1:])  # type: ignore[call-overload]
+                array[self.pos] = np.reshape(obs[key], array.shape[1:])
         else:
             self.observations[self.pos] = np.reshape(obs, self.observations.shape[1:])  # type: ignore[arg-type]
         self.actions[self.pos] = np.reshape(action, self.actions.shape[1:])
@@ -215,7 +215,9 @@ class TensorRolloutBuffer(BaseBuffer):
         :raises RuntimeError: If the rollout is not complete.
         """
         if not self.full:
-            raise RuntimeError(f"The rollout must be complete to be drawn from, got {self.pos} of {self.buffer_size} steps.")
+            raise RuntimeError(
+                f"The rollout must be complete to be drawn from, got {self.pos} of {self.buffer_size} steps."
+            )
         n_transitions = self.buffer_size * self.n_envs
         rows = self._rows(np.random.permutation(n_transitions))
         size = n_transitions if batch_size is None else batch_size

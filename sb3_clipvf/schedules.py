@@ -39,6 +39,7 @@ class ConstantSchedule:
     value: float
 
     def __call__(self, progress_remaining: float) -> float:
+        """:return: The value at ``progress_remaining``."""
         return self.value
 
 
@@ -54,6 +55,7 @@ class LinearSchedule:
     start: float
 
     def __call__(self, progress_remaining: float) -> float:
+        """:return: The value at ``progress_remaining``."""
         return self.start * clamp_progress(progress_remaining)
 
 
@@ -69,6 +71,7 @@ class CosineSchedule:
     start: float
 
     def __call__(self, progress_remaining: float) -> float:
+        """:return: The value at ``progress_remaining``."""
         return self.start * (1.0 - math.cos(math.pi * clamp_progress(progress_remaining))) / 2.0
 
 
@@ -83,6 +86,7 @@ class ExponentialSchedule:
     start: float
 
     def __call__(self, progress_remaining: float) -> float:
+        """:return: The value at ``progress_remaining``."""
         return float(self.start * EXPONENTIAL_DECAY ** (clamp_progress(progress_remaining) - 1.0))
 
 
@@ -97,6 +101,7 @@ class ClampedSchedule:
     function: Schedule
 
     def __call__(self, progress_remaining: float) -> float:
+        """:return: The value at ``progress_remaining``."""
         # float(): NumPy scalars would end up in the optimizer and in the saved file.
         return float(self.function(clamp_progress(progress_remaining)))
 
@@ -184,8 +189,8 @@ class AdaptiveKL:
     """
     The KL penalty's coefficient, adapted once an update so that the KL stays near a target.
 
-    ``d < target / 1.5``: beta is halved; ``d > 1.5 * target``: beta is doubled; in between it stays. The new beta serves
-    the next update.
+    ``d < target / 1.5``: beta is halved; ``d > 1.5 * target``: beta is doubled; in between it stays. The new beta
+    serves the next update.
 
     :param beta: Current coefficient, in [beta_min, beta_max].
     :param target: d_targ, nats, positive.
@@ -226,8 +231,8 @@ class KLAdaptiveLR:
     :param target: nats, positive.
     :param lr_min: Lower bound.
     :param lr_max: Upper bound.
-    Source: rsl_rl, ``algorithms/ppo.py`` (schedule "adaptive"), with its factors and bounds. Departure: rsl_rl adapts at
-        each minibatch; here it is once an update, from the KL after the update, so that the update needs no device read.
+    Source: rsl_rl, ``algorithms/ppo.py`` (schedule "adaptive"), with its factors and bounds. Departure: rsl_rl adapts
+        at each minibatch; here it is once an update, from the KL after it, so that the update needs no device read.
     """
 
     learning_rate: float

@@ -23,9 +23,10 @@ def check_int(name: str, value: Any, minimum: int, way_out: str) -> int:
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"`{name}` must be a whole number, got {value!r} of type {type(value).__name__}. {way_out}")
-    if not math.isfinite(value) or value != int(value) or value < minimum:
+    number = float(value)
+    if not number.is_integer() or number < minimum:
         raise ValueError(f"`{name}` must be a whole number of at least {minimum}, got {value!r}. {way_out}")
-    return int(value)
+    return int(number)
 
 
 def check_float(
@@ -46,14 +47,15 @@ def check_float(
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"`{name}` must be a number, got {value!r} of type {type(value).__name__}. {way_out}")
-    too_low = value <= low if above_low else value < low
-    if not math.isfinite(value) or too_low or value > high:
+    number = float(value)
+    too_low = number <= low if above_low else number < low
+    if not math.isfinite(number) or too_low or number > high:
         if high == math.inf:
             rule = f"finite and {'above' if above_low else 'at least'} {low:g}"
         else:
             rule = f"in {'(' if above_low else '['}{low:g}, {high:g}]"
         raise ValueError(f"`{name}` must be {rule}, got {value!r}. {way_out}")
-    return float(value)
+    return number
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...], way_out: str) -> None:
@@ -82,7 +84,9 @@ def check_bool(name: str, value: Any) -> None:
         raise TypeError(f"`{name}` must be True or False, got {value!r} of type {type(value).__name__}. Pass a bool.")
 
 
-def check_spaces(policy: Any, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], use_sde: bool) -> None:
+def check_spaces(
+    policy: Any, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], use_sde: bool
+) -> None:
     """
     Check that the algorithm can act in an environment.
 
@@ -107,7 +111,9 @@ def check_spaces(policy: Any, observation_space: spaces.Space[Any], action_space
             f"`env` must have a MultiBinary action space of one dimension, got {action_space}. Flatten it by a wrapper."
         )
     if use_sde and not isinstance(action_space, spaces.Box):
-        raise ValueError(f"`use_sde` must be False unless actions are continuous, got True with {action_space}. Drop it.")
+        raise ValueError(
+            f"`use_sde` must be False unless actions are continuous, got True and {action_space}. Drop it."
+        )
     names = {"MlpPolicy", "CnnPolicy", "SquashedMlpPolicy", "SquashedCnnPolicy"}
     if isinstance(policy, str) and policy in names and isinstance(observation_space, spaces.Dict):
         multi_input = "SquashedMultiInputPolicy" if policy.startswith("Squashed") else "MultiInputPolicy"

@@ -142,8 +142,8 @@ def test_early_stopping_happened_in_the_target_kl_case(monkeypatch: pytest.Monke
     assert ours._n_updates < 3 * SMALL["n_epochs"]
 
 
-def test_truncations_of_one_step_are_bootstrapped_together_within_float32_rounding() -> None:
-    """Several truncated environments share one forward pass; SB3 makes one each, so matrix products round differently."""
+def test_truncations_of_one_step_are_bootstrapped_together_within_rounding() -> None:
+    """Several cut-off environments share one forward pass; SB3 makes one each, so matrix products round differently."""
 
     def make_env() -> DummyVecEnv:
         return DummyVecEnv([lambda: gym.wrappers.TimeLimit(Wander(BOX, 10**6, 0.1), 7) for _ in range(4)])
@@ -175,9 +175,7 @@ def test_sb3s_file_goes_on_training_as_sb3s_ppo_would(tmp_path: Any) -> None:
     with pytest.warns(UserWarning, match="saved by another algorithm.*vf_clip='prediction'"):
         ours = ClipPPO.load(tmp_path / "host", env=wander(BOX), device="cpu")
     obs = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
-    np.testing.assert_array_equal(
-        ours.predict(obs, deterministic=True)[0], theirs.predict(obs, deterministic=True)[0]
-    )
+    np.testing.assert_array_equal(ours.predict(obs, deterministic=True)[0], theirs.predict(obs, deterministic=True)[0])
     assert type(ours.rollout_buffer).__name__ == "TensorRolloutBuffer"
     for model in (theirs, ours):
         model.set_random_seed(5)

@@ -1,7 +1,8 @@
 """The reference engine: PyTorch's automatic differentiation, for every SB3 on-policy policy."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -13,6 +14,21 @@ from sb3_clipvf.rollout import MiniBatch
 
 EVALUATION_BATCH = 4096
 """Transitions in a forward pass that needs no gradient."""
+
+
+@contextmanager
+def _unvalidated_distributions() -> Iterator[None]:
+    """
+    Leave out torch's checks of distributions, which read the device two or three times a minibatch.
+
+    Parameters that are not finite are still refused: by the same checks, in the next rollout's first step.
+    """
+    before = th.distributions.Distribution._validate_args
+    th.distributions.Distribution.set_default_validate_args(False)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        th.distributions.Distribution.set_default_validate_args(before)  # type: ignore[no-untyped-call]
 
 
 class AutogradEngine:
@@ -29,6 +45,7 @@ class AutogradEngine:
         self.policy = policy
         self.settings = settings
 
+    @_unvalidated_distributions()
     def update(self, buffer: Any, coefficients: UpdateCoefficients) -> UpdateStatistics:
         """
         Run the epochs of one update.
@@ -130,7 +147,9 @@ class AutogradEngine:
     def _exact_kl(self, batch: MiniBatch, stale: object) -> th.Tensor:
         """Mean KL(pi_old || pi) of a batch that the policy has just evaluated."""
         dist = refreshed_dist(self.policy, batch.observations, stale)
-        return kl_from_params(dist, batch.old_dist_params).mean()
+        # ClipPPO asks for the KL only of buffers that store these.
+        old_dist_params = cast(th.Tensor, batch.old_dist_params)
+        return kl_from_params(dist, old_dist_params).mean()
 
     def _kl_after(self, buffer: Any) -> th.Tensor:
         """Mean exact KL(pi_old || pi) over the whole rollout, under the parameters as they are now."""
@@ -167,7 +186,12 @@ class _Record:
         self.approx_kls, self.kls = [], []
 
     def add(
-        self, terms: dict[str, th.Tensor], loss: th.Tensor, approx_kl: th.Tensor, kl: th.Tensor | None, ratio_max: th.Tensor
+        self,
+        terms: dict[str, th.Tensor],
+        loss: th.Tensor,
+        approx_kl: th.Tensor,
+        kl: th.Tensor | None,
+        ratio_max: th.Tensor,
     ) -> None:
         for name, value in terms.items():
             self.terms.setdefault(name, []).append(value.detach())

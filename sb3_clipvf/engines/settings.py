@@ -79,3 +79,17 @@ class UpdateStatistics:
     ratio_max: th.Tensor
     n_epochs: int
     stopped_at_kl: float | None
+
+    def read(self) -> dict[str, float]:
+        """
+        Bring the statistics to the host: the one device read of an update.
+
+        :return: Numbers by log key without "train/".
+        """
+        scalars = {**self.means, "approx_kl": self.approx_kl, "ratio_max": self.ratio_max, "loss": self.last_loss}
+        if self.kl is not None:
+            scalars["kl"] = self.kl
+        if self.kl_after is not None:
+            scalars["kl_after_update"] = self.kl_after
+        numbers = th.stack([scalar.double() for scalar in scalars.values()]).tolist()
+        return dict(zip(scalars, numbers, strict=True))

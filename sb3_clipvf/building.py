@@ -1,0 +1,86 @@
+"""From ClipPPO's arguments to its parts: the rollout buffer and the controllers that follow the KL."""
+
+from typing import TYPE_CHECKING, Any
+
+from sb3_clipvf.distributions import dist_param_dim
+from sb3_clipvf.messages import log
+from sb3_clipvf.rollout import TensorRolloutBuffer
+from sb3_clipvf.schedules import AdaptiveKL, KLAdaptiveLR
+
+if TYPE_CHECKING:
+    from sb3_clipvf.clip_ppo import ClipPPO
+
+
+def make_rollout_buffer(model: "ClipPPO") -> Any:
+    """
+    Build the buffer of a model, and say how much memory it will take.
+
+    :param model: With its policy built.
+    :return: A buffer with the interface of SB3's ``RolloutBuffer``.
+    :raises ValueError: If it does not fit into memory, or cannot store what the KL penalty needs.
+    """
+    buffer_class = model.rollout_buffer_class or TensorRolloutBuffer
+    width = dist_param_dim(getattr(model.policy, "action_dist", None))
+    kwargs = dict(model.rollout_buffer_kwargs)
+    if issubclass(buffer_class, TensorRolloutBuffer):
+        kwargs.setdefault("dist_param_dim", width or 0)
+    _check_kl_is_known(model, buffer_class, width)
+    rollout_buffer = buffer_class(
+        model.n_steps,
+        model.observation_space,
+        model.action_space,
+        device=model.device,
+        gamma=model.gamma,
+        gae_lambda=model.gae_lambda,
+        n_envs=model.n_envs,
+        **kwargs,
+    )
+    if isinstance(rollout_buffer, TensorRolloutBuffer) and model.env is not None:
+        mib = rollout_buffer.nbytes / 2**20
+        log.info("The rollout of %d x %d steps will take %.2f MiB", model.n_steps, model.n_envs, mib)
+        rollout_buffer.check_memory()
+    return rollout_buffer
+
+
+def _check_kl_is_known(model: "ClipPPO", buffer_class: type[Any], width: int | None) -> None:
+    names = ("kl_coef", "adaptive_kl_target", "lr_kl_target")
+    asked_for = [name for name in names if getattr(model, name) not in (None, 0)]
+    if not asked_for or (width and issubclass(buffer_class, TensorRolloutBuffer)):
+        return
+    if width:
+        cause = f"`rollout_buffer_class` {buffer_class.__name__} does not store the old distribution"
+        way_out = "Derive the buffer class from TensorRolloutBuffer."
+    else:
+        dist = type(getattr(model.policy, "action_dist", None)).__name__
+        cause = f"the exact KL of the policy's action distribution ({dist}) is not known"
+        way_out = "Use one of SB3's action distributions."
+    name = asked_for[0]
+    raise ValueError(f"`{name}` must not be set, since {cause}, got {getattr(model, name)!r}. {way_out}")
+
+
+def make_adaptive_kl(kept: AdaptiveKL | None, target: float | None, initial_beta: float) -> AdaptiveKL | None:
+    """
+    Start the controller of the KL penalty, or go on with the beta that a saved file brought.
+
+    :param kept: State so far, if any.
+    :param target: d_targ, nats; None: beta does not adapt.
+    :param initial_beta: Where beta starts.
+    :return: The state, or None.
+    """
+    if target is None:
+        return None
+    return AdaptiveKL(beta=initial_beta if kept is None else kept.beta, target=target)
+
+
+def make_adaptive_lr(kept: KLAdaptiveLR | None, target: float | None, initial_rate: float) -> KLAdaptiveLR | None:
+    """
+    Start the controller of the learning rate, or go on with the rate that a saved file brought.
+
+    :param kept: State so far, if any.
+    :param target: nats; None: the rate does not adapt.
+    :param initial_rate: Where the rate starts.
+    :return: The state, or None.
+    """
+    if target is None:
+        return None
+    return KLAdaptiveLR(learning_rate=initial_rate if kept is None else kept.learning_rate, target=target)
