@@ -144,13 +144,24 @@ def warn_of_truncated_minibatches(model: "ClipPPO") -> None:
     )
 
 
-def values_for_sb3_file(given: dict[str, Any]) -> dict[str, Any]:
+def values_to_load(path: str | pathlib.Path | io.BufferedIOBase, given: dict[str, Any]) -> dict[str, Any]:
     """
-    Choose what ClipPPO takes for what a file of SB3's PPO does not hold, and warn of it.
+    Complete the values that the user passed to ``load``.
 
-    :param given: Values that the user passed to ``load``.
-    :return: These, and those of :data:`SB3_EQUIVALENT` for the rest.
+    A controller goes on from the file's state, unless the user passed where it starts. For what a file of SB3's PPO
+    does not hold, the values of :data:`SB3_EQUIVALENT` are taken, and a warning names them.
+
+    :param path: The file.
+    :param given: The user's values, by attribute.
+    :return: Values that replace the file's.
     """
+    values = dict(given)
+    if "kl_coef" in given:
+        values.setdefault("adaptive_kl", None)
+    if "learning_rate" in given:
+        values.setdefault("adaptive_lr", None)
+    if not saved_by_sb3(path):
+        return values
     names = [name for name in SB3_EQUIVALENT if name not in given and name not in _IN_SB3_FILES]
     chosen = {name: SB3_EQUIVALENT[name] for name in names}
     listed = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
@@ -159,7 +170,7 @@ def values_for_sb3_file(given: dict[str, Any]) -> dict[str, Any]:
         f"{listed}. Pass them to `load` to change them.",
         stacklevel=3,
     )
-    return {**chosen, **given}
+    return {"_loads_sb3": True, **chosen, **values}
 
 
 def saved_by_sb3(path: str | pathlib.Path | io.BufferedIOBase) -> bool:

@@ -1,8 +1,11 @@
-"""From ClipPPO's arguments to its parts: the rollout buffer and the controllers that follow the KL."""
+"""From ClipPPO's arguments to its parts: the rollout buffer, the engine's settings, the controllers of the KL."""
 
 from typing import TYPE_CHECKING, Any
 
+from gymnasium import spaces
+
 from sb3_clipvf.distributions import dist_param_dim
+from sb3_clipvf.engines import UpdateSettings
 from sb3_clipvf.messages import log
 from sb3_clipvf.rollout import TensorRolloutBuffer
 from sb3_clipvf.schedules import AdaptiveKL, KLAdaptiveLR
@@ -56,6 +59,27 @@ def _check_kl_is_known(model: "ClipPPO", buffer_class: type[Any], width: int | N
         way_out = "Use one of SB3's action distributions."
     name = asked_for[0]
     raise ValueError(f"`{name}` must not be set, since {cause}, got {getattr(model, name)!r}. {way_out}")
+
+
+def make_update_settings(model: "ClipPPO") -> UpdateSettings:
+    """
+    Collect what an engine needs to know beside the coefficients.
+
+    :param model: With its buffer built.
+    :return: Settings, as the model's attributes are now.
+    """
+    return UpdateSettings(
+        batch_size=model.batch_size,
+        n_epochs=model.n_epochs,
+        normalize_advantage=model.normalize_advantage,
+        advantage_scope=model.advantage_scope,
+        vf_clip=model.vf_clip,
+        max_grad_norm=model.max_grad_norm,
+        target_kl=model.target_kl,
+        measure_kl_after=model.adaptive_kl is not None or model.adaptive_lr is not None,
+        has_dist_params=bool(getattr(model.rollout_buffer, "dist_param_dim", 0)),
+        discrete_actions=isinstance(model.action_space, spaces.Discrete),
+    )
 
 
 def make_adaptive_kl(kept: AdaptiveKL | None, target: float | None, initial_beta: float) -> AdaptiveKL | None:

@@ -26,13 +26,12 @@ from sb3_clipvf import validation
 from sb3_clipvf.arguments import (
     SB3_EQUIVALENT,
     check_arguments,
-    saved_by_sb3,
-    values_for_sb3_file,
+    values_to_load,
     warn_of_truncated_minibatches,
 )
-from sb3_clipvf.building import make_adaptive_kl, make_adaptive_lr, make_rollout_buffer
+from sb3_clipvf.building import make_adaptive_kl, make_adaptive_lr, make_rollout_buffer, make_update_settings
 from sb3_clipvf.collection import act, bootstrap_truncated, to_env
-from sb3_clipvf.engines import AutogradEngine, UpdateCoefficients, UpdateSettings, UpdateStatistics, select_engine
+from sb3_clipvf.engines import AutogradEngine, UpdateCoefficients, UpdateStatistics, select_engine
 from sb3_clipvf.messages import log, show_messages
 from sb3_clipvf.policies import (
     SquashedActorCriticCnnPolicy,
@@ -363,18 +362,7 @@ class ClipPPO(OnPolicyAlgorithm):
 
     def _current_engine(self) -> AutogradEngine:
         """The engine for the policy and the arguments as they are now: callbacks may have replaced them."""
-        settings = UpdateSettings(
-            batch_size=self.batch_size,
-            n_epochs=self.n_epochs,
-            normalize_advantage=self.normalize_advantage,
-            advantage_scope=self.advantage_scope,
-            vf_clip=self.vf_clip,
-            max_grad_norm=self.max_grad_norm,
-            target_kl=self.target_kl,
-            measure_kl_after=self.adaptive_kl is not None or self.adaptive_lr is not None,
-            has_dist_params=bool(getattr(self.rollout_buffer, "dist_param_dim", 0)),
-            discrete_actions=isinstance(self.action_space, spaces.Discrete),
-        )
+        settings = make_update_settings(self)
         if self._engine is None or self._engine.policy is not self.policy or self._engine.settings != settings:
             first = self._engine is None
             self._engine, reason = select_engine(self.engine, self.policy, settings)
@@ -478,12 +466,7 @@ class ClipPPO(OnPolicyAlgorithm):
         :param kwargs: Arguments of the constructor to change.
         :return: The model.
         """
-        if saved_by_sb3(path):
-            kwargs = {**values_for_sb3_file(kwargs), "_loads_sb3": True}
-        elif "kl_coef" in kwargs:
-            kwargs.setdefault("adaptive_kl", None)
-        if "learning_rate" in kwargs:
-            kwargs.setdefault("adaptive_lr", None)
+        kwargs = values_to_load(path, kwargs)
         return super().load(
             path,
             env=env,

@@ -38,7 +38,7 @@ def sample_clipppo_params(
     """
     Draw one trial's arguments of ClipPPO, the RL Zoo's sampler for ``clipppo``.
 
-    :param trial: Optuna's trial; the arguments are also put into its user attributes, policy's apart.
+    :param trial: Optuna's trial.
     :param n_actions: Unused here; the Zoo passes it for the noise of off-policy algorithms.
     :param n_envs: Number of environments. It is recorded in the trial, since the minibatch size depends on it.
     :param additional_args: Unused here; the Zoo passes it for replay buffers.
@@ -69,9 +69,9 @@ def sample_clipppo_params(
         "activation_fn": trial.suggest_categorical("activation_fn", list(ACTIVATIONS)),
     }
     hyperparams = convert_clipppo_params(drawn)
-    for name, value in hyperparams.items():
-        if name != "policy_kwargs":  # holds a class, which a study's database cannot
-            trial.set_user_attr(name, value)
+    # For whoever reads the study: what was drawn in another form.
+    for name in ("n_steps", "batch_size", "gamma", "gae_lambda"):
+        trial.set_user_attr(name, hyperparams[name])
     return hyperparams
 
 

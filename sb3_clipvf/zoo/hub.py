@@ -2,6 +2,7 @@
 The RL Zoo's upload to the Hugging Face hub: kept running, and its model card made true for ClipPPO.
 """
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +20,9 @@ def own_model_card(algorithm: str) -> Iterator[None]:
     :param algorithm: ClipPPO's name in the Zoo; cards of other algorithms stay as they are.
     """
     from huggingface_hub import repocard
-    from huggingface_sb3 import push_to_hub
 
+    # Not `from huggingface_sb3 import`: that name is a function there.
+    push_to_hub = importlib.import_module("huggingface_sb3.push_to_hub")
     save = repocard.metadata_save
     renamed = not hasattr(push_to_hub, "generate_metadata")
 
@@ -35,13 +37,13 @@ def own_model_card(algorithm: str) -> Iterator[None]:
 
     repocard.metadata_save = metadata_save
     if renamed:
-        push_to_hub.generate_metadata = generate_metadata
+        vars(push_to_hub)["generate_metadata"] = generate_metadata
     try:
         yield
     finally:
         repocard.metadata_save = save
         if renamed:
-            del push_to_hub.generate_metadata
+            del vars(push_to_hub)["generate_metadata"]
 
 
 def own_commands(card: str, algorithm: str) -> str:

@@ -4,17 +4,20 @@ How the RL Zoo builds a ClipPPO: its experiment manager, with ClipPPO's keys che
 
 import difflib
 import inspect
+import shutil
 from argparse import Namespace
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import get_class_by_name
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_clipvf.clip_ppo import ClipPPO
-from sb3_clipvf.zoo import ALGORITHM, hyperparams_path
+from sb3_clipvf.zoo.commands import ALGORITHM, hyperparams_path
 
 ZOO_KEYS = frozenset(
     {
@@ -120,6 +123,21 @@ class ClipPPOExperimentManager(ExperimentManager):
         if algo == ALGORITHM and config is None:
             config = str(hyperparams_path())
         super().__init__(args, algo, *rest, config=config, **kwargs)  # type: ignore[misc]
+
+    def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
+        """
+        Read the settings and build environments and model.
+
+        :return: The model and the settings to save; None where hyperparameters are to be searched.
+        :raises ValueError: If a setting is refused. No run folder is left then, which `enjoy` would take for a run.
+        """
+        existed = Path(self.save_path).exists()
+        try:
+            return super().setup_experiment()
+        except Exception:
+            if self.algo == ALGORITHM and not existed:
+                shutil.rmtree(self.save_path, ignore_errors=True)
+            raise
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """

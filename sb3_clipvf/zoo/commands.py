@@ -17,7 +17,8 @@ from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
-from sb3_clipvf.zoo_command import (
+from sb3_clipvf.zoo.hub import own_model_card
+from sb3_clipvf.zoo.process import (
     Default,
     explain,
     ffmpeg_on_path,
@@ -30,7 +31,6 @@ from sb3_clipvf.zoo_command import (
     quote_schedules,
     with_defaults,
 )
-from sb3_clipvf.zoo_hub import own_model_card
 
 ALGORITHM = "clipppo"
 """The algorithm's name in the RL Zoo."""
@@ -124,8 +124,8 @@ def register() -> None:
     from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 
     from sb3_clipvf.clip_ppo import ClipPPO
-    from sb3_clipvf.zoo_experiment import experiment_manager
-    from sb3_clipvf.zoo_tuning import convert_clipppo_params, sample_clipppo_params
+    from sb3_clipvf.zoo.experiment import experiment_manager
+    from sb3_clipvf.zoo.tuning import convert_clipppo_params, sample_clipppo_params
 
     ALGOS[ALGORITHM] = ClipPPO
     HYPERPARAMS_SAMPLER[ALGORITHM] = sample_clipppo_params

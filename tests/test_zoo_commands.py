@@ -1,0 +1,399 @@
+"""The console command, end to end on CartPole-v1, and the registration with the RL Zoo."""
+
+import gc
+import importlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+import rl_zoo3.train as zoo_train
+import yaml
+from rl_zoo3 import ALGOS
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+from stable_baselines3 import PPO
+
+import sb3_clipvf
+from sb3_clipvf import ClipPPO
+from sb3_clipvf.zoo import COMMANDS, hyperparams_path, main, register
+from sb3_clipvf.zoo.process import with_defaults
+
+pytestmark = [
+    # Optuna, of the multivariate sampler that the Zoo chooses.
+    pytest.mark.filterwarnings("ignore:Argument ``multivariate`` is an experimental feature"),
+]
+
+RUN = Path("logs") / "clipppo" / "CartPole-v1_1"
+
+
+@pytest.fixture(autouse=True)
+def _subprocesses_find_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(sb3_clipvf.__file__).parents[1]))
+    monkeypatch.delenv("SB3_CLIPVF_TRACEBACK", raising=False)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        code = main(
+            "train --env CartPole-v1 -n 512 --eval-freq 256 --eval-episodes 2 --save-freq 256 --seed 1 --device cpu "
+            "--verbose 0 -params clip_range_vf:None clip_range:cos_0.3".split()
+        )
+        assert code == 0
+    yield folder
+
+
+@pytest.fixture
+def in_trained(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def no_display(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_clipvf.zoo.commands.has_display", lambda: False)
+
+
+# ---------------------------------------------------------------- registration
+
+
+def test_register_adds_clipppo_once() -> None:
+    register()
+    manager = zoo_train.ExperimentManager
+    others = {name: algo for name, algo in ALGOS.items() if name != "clipppo"}
+    register()
+    assert zoo_train.ExperimentManager is manager
+    assert ALGOS == {**others, "clipppo": ClipPPO}
+    assert ALGOS["ppo"] is PPO
+    assert "clipppo" in HYPERPARAMS_SAMPLER
+    assert "clipppo" in HYPERPARAMS_CONVERTER
+
+
+def test_register_keeps_an_experiment_manager_of_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(zoo_train.ExperimentManager):  # type: ignore[name-defined, misc]
+        pass
+
+    class Unrelated(importlib.import_module("rl_zoo3.exp_manager").ExperimentManager):  # type: ignore[misc]
+        pass
+
+    for manager in (Own, Unrelated):
+        monkeypatch.setattr(zoo_train, "ExperimentManager", manager)
+        register()
+        assert issubclass(zoo_train.ExperimentManager, manager)
+
+
+# ---------------------------------------------------------------- the command itself
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_the_overview_names_each_sub_command(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, command in COMMANDS.items():
+        assert any(line.split() == [name, *command.summary.split()] for line in lines)
+    assert all(len(line) <= 120 for line in lines)
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith(f"sb3_clipvf {sb3_clipvf.__version__} (stable_baselines3 ")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("trian", "Did you mean `train`?"), ("zzz", "`sb3-clipvf --help` lists them.")]
+)
+def test_an_unknown_sub_command_is_refused(name: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name]) == 2
+    assert capsys.readouterr().err == f"sb3-clipvf: `{name}` is not one of its sub-commands. {hint}\n"
+
+
+@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if "rl_zoo3" in command.target])
+def test_each_sub_command_of_the_zoo_shows_its_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = list(sys.argv)
+    assert main([name, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "usage: " in out
+    # Where the Zoo lists its algorithms, ours is among them.
+    assert ("clipppo" in out) == ("--algo {" in out)
+    assert sys.argv == argv
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("train", ["--algo", "clipppo"]),
+        ("enjoy", ["--algo", "clipppo", "--folder", "logs"]),
+        ("record_video", ["--algo", "clipppo", "--folder", "logs"]),
+        ("record_training", ["--algo", "clipppo", "--folder", "logs"]),
+        ("push_to_hub", ["--algo", "clipppo", "--folder", "logs"]),
+        ("load_from_hub", ["--algo", "clipppo", "--folder", "logs"]),
+        ("plot_train", ["--algo", "clipppo", "--exp-folder", "logs"]),
+        ("all_plots", ["--algos", "clipppo", "--exp-folders", "logs"]),
+        ("plot_from_file", []),
+        ("benchmark", ["--log-dir", "logs"]),
+    ],
+)
+def test_what_is_put_in_where_the_user_gave_nothing(name: str, expected: list[str]) -> None:
+    assert with_defaults([], COMMANDS[name].defaults) == expected
+
+
+@pytest.mark.parametrize("argv", ["all_plots", "plot_from_file"])
+def test_an_option_that_the_zoo_would_crash_without_is_named(argv: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([argv]) == 2
+    assert "must be given, got none" in capsys.readouterr().err
+
+
+def test_our_own_sub_commands_get_their_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+
+    def own_main(argv: list[str]) -> int:
+        calls.append(argv)
+        return 5
+
+    for name in ("report", "bench"):
+        module = type(sys)(f"sb3_clipvf.{name}")
+        module.main = own_main  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, f"sb3_clipvf.{name}", module)
+        assert main([name, "--env", "X"]) == 5
+    assert calls == [["--env", "X"], ["--env", "X"]]
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "sb3_clipvf", "nope"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "is not one of its sub-commands" in done.stderr
+
+
+# ---------------------------------------------------------------- errors
+
+
+def test_an_error_of_input_is_one_line(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("train -n 64 --device cpu -params clip_rang:0.1".split()) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("sb3-clipvf train: `clip_rang` must be an argument of ClipPPO")
+    assert "Traceback" not in err
+
+
+# The Zoo opens the monitors' files before the model is built, and cannot close them if that fails.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+@pytest.mark.filterwarnings("ignore:Exception ignored in.*monitor.csv:pytest.PytestUnraisableExceptionWarning")
+def test_a_wrong_value_is_one_line_and_leaves_no_run(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("train -n 64 --device cpu -params clip_range:'linear'".split()) == 2
+    gc.collect()
+    assert "`clip_range` must be a schedule, got 'linear'" in capsys.readouterr().err
+    assert not RUN.exists()
+
+
+def test_the_traceback_can_be_asked_for(in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SB3_CLIPVF_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="`clip_rang` must be"):
+        main("train -n 64 --device cpu -params clip_rang:0.1".split())
+
+
+def test_an_unknown_environment_is_one_line(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--env", "CartPole-v7"]) == 2
+    assert "CartPole-v7 not found in gym registry, you maybe meant CartPole-v" in capsys.readouterr().err
+
+
+def test_a_missing_run_is_one_line(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["enjoy", "--no-render"]) == 2
+    assert f"The {Path('logs', 'clipppo')} folder was not found" in capsys.readouterr().err.replace(
+        "/CartPole-v1_0", ""
+    )
+
+
+def test_a_missing_package_is_named_with_its_extra(
+    in_empty_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert main(["train", "--track"]) == 2
+    assert "pip install 'sb3_clipvf[tracking]'" in capsys.readouterr().err
+
+
+def test_a_missing_package_of_an_environment_is_named_with_its_extra(
+    in_empty_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in [name for name in sys.modules if name.startswith("gymnasium.envs.box2d")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "Box2D", None)
+    assert main("train --env LunarLander-v3 -n 64 --device cpu".split()) == 2
+    assert (
+        "the package Box2D must be installed for this. Run `pip install 'sb3_clipvf[box2d]'`" in capsys.readouterr().err
+    )
+
+
+def test_the_exit_code_of_the_zoos_parser_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--no-such-option"]) == 2
+    assert "unrecognized arguments: --no-such-option" in capsys.readouterr().err
+
+
+def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(zoo_train, "train", fail)
+    with pytest.raises(RuntimeError, match="a fault"):
+        main(["train"])
+
+
+# ---------------------------------------------------------------- a run
+
+
+def test_training_writes_the_zoos_files(trained: Path) -> None:
+    run = trained / RUN
+    for name in (
+        "CartPole-v1.zip",
+        "best_model.zip",
+        "evaluations.npz",
+        "rl_model_256_steps.zip",
+        "rl_model_512_steps.zip",
+    ):
+        assert (run / name).is_file(), name
+    assert np.load(run / "evaluations.npz")["timesteps"].tolist() == [256, 512]
+    saved = dict(yaml.unsafe_load((run / "CartPole-v1" / "config.yml").read_text()))
+    entry = yaml.safe_load(hyperparams_path().read_text())["CartPole-v1"]
+    assert saved == {**entry, "clip_range_vf": None, "clip_range": "cos_0.3"}
+
+
+def test_what_was_trained_is_a_clipppo_with_the_parameters_given(trained: Path) -> None:
+    model = ClipPPO.load(trained / RUN / "CartPole-v1.zip", device="cpu")
+    assert (model.clip_range, model.clip_range_vf, model.num_timesteps) == ("cos_0.3", None, 512)
+
+
+def test_enjoy_runs_the_latest_run(in_trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("enjoy --no-render -n 600 --device cpu".split()) == 0
+    out = capsys.readouterr().out
+    assert f"Loading {RUN / 'CartPole-v1.zip'}" in out
+    assert "Mean reward: " in out
+
+
+def test_enjoy_does_not_render_without_a_display(
+    in_trained: Path, capsys: pytest.CaptureFixture[str], no_display: None
+) -> None:
+    assert main("enjoy -n 5 --load-best --device cpu".split()) == 0
+    assert "No display: running with --no-render" in capsys.readouterr().out
+
+
+def test_training_goes_on_from_a_file(in_trained: Path) -> None:
+    agent = RUN / "CartPole-v1.zip"
+    assert main(f"train -i {agent} -n 256 --eval-freq -1 --device cpu --verbose 0 -params clip_range:0.1".split()) == 0
+    model = ClipPPO.load(RUN.with_name("CartPole-v1_2") / "CartPole-v1.zip", device="cpu")
+    before = ClipPPO.load(agent, device="cpu")
+    assert model.clip_range == 0.1
+    # 20 epochs for each rollout of 256 steps: two before, one more now.
+    assert (before._n_updates, model._n_updates) == (40, 60)
+
+
+def test_other_algorithms_train_as_before(in_empty_folder: Path) -> None:
+    assert main("train --algo ppo -n 256 --eval-freq -1 --device cpu --verbose 0".split()) == 0
+    run = Path("logs") / "ppo" / "CartPole-v1_1"
+    model = PPO.load(run / "CartPole-v1.zip", device="cpu")
+    # The Zoo's own settings, and its own schedule object in place of the string.
+    assert model.clip_range.value_schedule.initial_value == 0.2
+
+
+def test_benchmark_evaluates_our_runs_in_any_folder(
+    in_trained: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert main("benchmark --no-hub -n 400 --num-threads 1".split()) == 0
+    table = Path("benchmark.md").read_text().splitlines()
+    assert any(line.replace(" ", "").startswith("|clipppo|CartPole-v1|") for line in table)
+
+
+def test_benchmark_of_nothing_says_so(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["benchmark", "--no-hub"]) == 2
+    assert "`--log-dir` must be a folder of trained agents, got 'logs', which does not exist" in capsys.readouterr().err
+    Path("logs").mkdir()
+    assert main(["benchmark", "--no-hub"]) == 0
+    assert Path("logs/benchmark/benchmark.md").is_file()
+
+
+def test_plots_are_written_to_files_without_a_display(
+    in_trained: Path, no_display: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main("plot_train -e CartPole -w 2".split()) == 0
+    assert main("all_plots -e CartPole --no-million -o post".split()) == 0
+    for name in ("plot_train_1.png", "all_plots_1.png"):
+        assert Path(name).read_bytes().startswith(b"\x89PNG")
+    assert f"No display: figure written to {in_trained / 'plot_train_1.png'}" in capsys.readouterr().out
+    assert Path("post.pkl").is_file()
+
+
+def test_a_video_is_recorded(in_trained: Path) -> None:
+    assert main("record_video -n 10".split()) == 0
+    videos = list((RUN / "videos").glob("*.mp4"))
+    assert [video.name for video in videos] == ["final-model-clipppo-CartPole-v1-step-0-to-step-10.mp4"]
+
+
+def test_a_run_is_uploaded_with_a_card_that_knows_clipppo(in_trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads = []
+
+    class Hub:
+        def create_repo(self, **kwargs: Any) -> str:
+            return "the repository's address"
+
+        def snapshot_download(self, local_dir: Path, **kwargs: Any) -> None:
+            local_dir.mkdir(parents=True)
+
+        def upload_folder(self, repo_id: str, folder_path: Path, **kwargs: Any) -> None:
+            uploads.append((repo_id, folder_path))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    assert main("push_to_hub --env CartPole-v1 -orga someone --no-render --device cpu".split()) == 0
+    ((repo_id, folder),) = uploads
+    assert repo_id == "someone/clipppo-CartPole-v1"
+    card = (Path(folder) / "README.md").read_text()
+    assert "python -m sb3_clipvf enjoy --algo clipppo --env CartPole-v1" in card
+    assert "rl_zoo3." not in card
+    assert (Path(folder) / "clipppo-CartPole-v1.zip").is_file()
+
+
+# ---------------------------------------------------------------- hyperparameter search
+
+SMALL = {"n_steps_pow": 5, "n_minibatches_pow": 0, "n_epochs": 1, "net_arch": "tiny"}
+
+
+def _study_storage(kind: str) -> tuple[str, Any]:
+    if kind == "sqlite":
+        return "sqlite:///study.db", "sqlite:///study.db"
+    backend = optuna.storages.journal.JournalFileBackend("journal.log")
+    return "journal.log", optuna.storages.JournalStorage(backend)
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "journal"])
+def test_hyperparameters_are_searched_and_a_trial_is_trained(kind: str, in_empty_folder: Path) -> None:
+    name, storage = _study_storage(kind)
+    study = optuna.create_study(study_name="s", storage=storage, direction="maximize")
+    # What is not given here is drawn; these keep the trials short.
+    for form in ("adaptive_kl", "clip"):
+        study.enqueue_trial({**SMALL, "objective": form})
+    options = f"--storage {name} --study-name s --device cpu --verbose 0 --eval-freq -1"
+    search = (
+        f"train -optimize -n 64 --n-trials 2 --eval-episodes 1 --no-optim-plots --seed 0 -params n_envs:1 {options}"
+    )
+    assert main(search.split()) == 0
+    trials = optuna.load_study(study_name="s", storage=storage).trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "COMPLETE"]
+    if kind == "journal":
+        return
+    assert main(f"train -n 64 --trial-id 1 {options} -params n_envs:1".split()) == 0
+    (run,) = Path("logs/clipppo").glob("CartPole-v1_*/CartPole-v1.zip")
+    model = ClipPPO.load(run, device="cpu")
+    expected = HYPERPARAMS_CONVERTER["clipppo"](trials[1].params)
+    del expected["policy_kwargs"]
+    assert {key: getattr(model, key) for key in expected} == expected

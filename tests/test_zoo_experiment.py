@@ -1,0 +1,185 @@
+"""How the RL Zoo's experiment manager reads ClipPPO's settings and builds the model."""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.utils import SimpleLinearSchedule
+
+from sb3_clipvf import ClipPPO, TensorRolloutBuffer
+from sb3_clipvf.zoo import hyperparams_path, register
+from sb3_clipvf.zoo.experiment import (
+    COMMAND_LINE_KEYS,
+    ZOO_KEYS,
+    ClipPPOExperimentManager,
+    constructor_keys,
+    experiment_manager,
+)
+
+register()
+
+ENTRY: dict[str, Any] = {"policy": "MlpPolicy", "n_timesteps": 64, "n_steps": 8, "batch_size": 8}
+
+
+def _manager(tmp_path: Path, entry: dict[str, Any], algo: str = "clipppo", **kwargs: Any) -> ExperimentManager:
+    config = tmp_path / "settings.yml"
+    config.write_text(yaml.safe_dump({"CartPole-v1": entry}))
+    return ClipPPOExperimentManager(
+        Namespace(),
+        algo,
+        "CartPole-v1",
+        str(tmp_path / "logs"),
+        config=str(config),
+        eval_freq=-1,
+        device="cpu",
+        **kwargs,
+    )
+
+
+def _model(manager: ExperimentManager) -> Any:
+    result = manager.setup_experiment()
+    assert result is not None
+    model = result[0]
+    model.env.close()  # its monitor holds a file open
+    return model
+
+
+def test_schedules_of_all_coefficients_reach_clipppo_as_written(tmp_path: Path) -> None:
+    coefficients = {
+        "learning_rate": "cos_0.001",
+        "clip_range": "exp_0.3",
+        "clip_range_vf": "lin_2.0",
+        "ent_coef": "lin_0.01",
+        "vf_coef": "const_0.7",
+        "kl_coef": "lin_0.5",
+    }
+    model = _model(_manager(tmp_path, {**ENTRY, **coefficients}))
+    assert isinstance(model, ClipPPO)
+    assert {name: getattr(model, name) for name in coefficients} == coefficients
+    # 1e-12: one rounding of a float64 product at most.
+    assert model.lr_schedule(0.5) == pytest.approx(0.0005, rel=1e-12)
+
+
+def test_numbers_and_null_reach_clipppo_as_written(tmp_path: Path) -> None:
+    model = _model(_manager(tmp_path, {**ENTRY, "clip_range": None, "clip_range_vf": None, "kl_coef": 1.0}))
+    assert (model.clip_range, model.clip_range_vf, model.kl_coef) == (None, None, 1.0)
+    model = _model(_manager(tmp_path, {**ENTRY, "clip_range": 0.3, "clip_range_vf": 2, "learning_rate": 0.01}))
+    assert (model.clip_range, model.clip_range_vf, model.learning_rate) == (0.3, 2, 0.01)
+
+
+def test_command_line_overrides_the_file(tmp_path: Path) -> None:
+    manager = _manager(tmp_path, {**ENTRY, "clip_range": 0.3}, hyperparams={"clip_range": "lin_0.1", "gamma": 0.9})
+    model = _model(manager)
+    assert (model.clip_range, model.gamma) == ("lin_0.1", 0.9)
+
+
+def test_a_buffer_class_can_be_named(tmp_path: Path) -> None:
+    model = _model(_manager(tmp_path, {**ENTRY, "rollout_buffer_class": "sb3_clipvf.rollout.TensorRolloutBuffer"}))
+    assert type(model.rollout_buffer) is TensorRolloutBuffer
+
+
+def test_an_unknown_key_of_the_file_is_refused(tmp_path: Path) -> None:
+    manager = _manager(tmp_path, {**ENTRY, "clip_rnage": 0.2})
+    with pytest.raises(
+        ValueError, match=r"`clip_rnage` .* the entry for CartPole-v1 in .*settings.yml. Did you mean `clip_range`"
+    ):
+        manager.setup_experiment()
+    assert not (tmp_path / "logs").exists()
+
+
+def test_an_unknown_key_of_the_command_line_is_refused(tmp_path: Path) -> None:
+    manager = _manager(tmp_path, ENTRY, hyperparams={"n_env": 4})
+    with pytest.raises(ValueError, match="`n_env` must be .* got it in `-params`. Did you mean `n_envs`"):
+        manager.setup_experiment()
+
+
+def test_a_key_like_no_other_is_refused_with_the_list_of_keys(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`zzz` must be .* The keys are: adaptive_kl_target, .*, vf_coef"):
+        _manager(tmp_path, {**ENTRY, "zzz": 1}).setup_experiment()
+
+
+def test_keys_of_other_algorithms_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`buffer_size` must be an argument of ClipPPO"):
+        _manager(tmp_path, {**ENTRY, "buffer_size": 100}).setup_experiment()
+
+
+@pytest.mark.parametrize("key", sorted(COMMAND_LINE_KEYS))
+def test_keys_that_the_command_line_sets_are_refused(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ValueError, match=f"`{key}` must be given by the option `--"):
+        _manager(tmp_path, {**ENTRY, key: 1}).setup_experiment()
+
+
+@pytest.mark.parametrize("key", ["policy", "n_timesteps"])
+def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
+    entry = {name: value for name, value in ENTRY.items() if name != key}
+    with pytest.raises(ValueError, match=f"`{key}` must be set for each environment"):
+        _manager(tmp_path, entry).setup_experiment()
+
+
+def test_a_number_that_yaml_reads_as_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`learning_rate` must be a number, got the text '1e-3' .* !!float 1e-3"):
+        _manager(tmp_path, {**ENTRY, "learning_rate": "1e-3"}).setup_experiment()
+
+
+def test_an_atari_game_without_an_entry_is_refused(tmp_path: Path) -> None:
+    manager = _manager(tmp_path, ENTRY)
+    manager.env_name = type(manager.env_name)("Game-v0")
+    manager._is_atari = True
+    with pytest.raises(ValueError, match=r"settings.yml must have an entry for Game-v0 or one named `atari`"):
+        manager.read_hyperparameters()
+
+
+def test_trial_zero_of_a_study_is_loaded(tmp_path: Path) -> None:
+    import optuna
+
+    from sb3_clipvf.zoo.tuning import sample_clipppo_params
+
+    storage = f"sqlite:///{tmp_path}/study.db"
+    study = optuna.create_study(study_name="s", storage=storage)
+    trial = study.ask()
+    sampled = sample_clipppo_params(trial, 1, 1, {})
+    study.tell(trial, 1.0)
+    manager = _manager(
+        tmp_path, ENTRY, storage=storage, study_name="s", trial_id=0, hyperparams={"gae_lambda": 0.5}, n_timesteps=1
+    )
+    hyperparams, _ = manager.read_hyperparameters()
+    assert hyperparams == {**ENTRY, **sampled, "gae_lambda": 0.5}
+
+
+def test_the_packaged_settings_are_the_default_for_clipppo_only(tmp_path: Path) -> None:
+    ours = ClipPPOExperimentManager(Namespace(), "clipppo", "CartPole-v1", str(tmp_path))
+    assert ours.config == str(hyperparams_path())
+    other = ClipPPOExperimentManager(Namespace(), "ppo", "CartPole-v1", str(tmp_path))
+    assert other.config == ExperimentManager(Namespace(), "ppo", "CartPole-v1", str(tmp_path)).config
+
+
+def test_other_algorithms_are_read_as_the_zoo_reads_them(tmp_path: Path) -> None:
+    entry = {**ENTRY, "clip_range": "lin_0.2"}
+    model = _model(_manager(tmp_path, entry, algo="ppo"))
+    assert not isinstance(model, ClipPPO)
+    assert isinstance(model.clip_range.value_schedule, SimpleLinearSchedule)
+    with pytest.raises(ValueError, match="Invalid value for clip_range_vf: None"):
+        _manager(tmp_path, {**entry, "clip_range_vf": None}, algo="ppo").setup_experiment()
+    hyperparams, _ = _manager(tmp_path, {**entry, "zzz": 1.0}, algo="ppo").read_hyperparameters()
+    assert hyperparams["zzz"] == 1.0
+
+
+def test_a_users_experiment_manager_stays_the_base() -> None:
+    class Own(ExperimentManager):
+        pass
+
+    extended = experiment_manager(Own)
+    assert issubclass(extended, Own)
+    assert issubclass(extended, ClipPPOExperimentManager)
+    assert experiment_manager(extended) is extended
+    assert experiment_manager(ExperimentManager) is ClipPPOExperimentManager
+    assert experiment_manager(ClipPPOExperimentManager) is ClipPPOExperimentManager
+
+
+def test_legal_keys_are_those_of_the_constructor() -> None:
+    assert {"clip_range", "kl_coef", "engine", "policy", "policy_kwargs"} <= constructor_keys()
+    assert constructor_keys().isdisjoint({"self", "_init_setup_model", *COMMAND_LINE_KEYS})
+    assert constructor_keys().isdisjoint(ZOO_KEYS)

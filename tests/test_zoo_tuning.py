@@ -1,0 +1,86 @@
+"""Hyperparameter search: what is drawn, and that a finished trial gives the same arguments again."""
+
+import json
+from typing import Any
+
+import optuna
+import pytest
+from stable_baselines3.common.env_util import make_vec_env
+
+from sb3_clipvf import ClipPPO
+from sb3_clipvf.zoo.tuning import OBJECTIVES, convert_clipppo_params, sample_clipppo_params
+
+N_TRIALS = 24
+
+
+def _run_study(n_envs: int, n_trials: int, storage: str | None = None) -> tuple[optuna.Study, list[dict[str, Any]]]:
+    sampled = []
+
+    def objective(trial: optuna.Trial) -> float:
+        sampled.append(sample_clipppo_params(trial, 2, n_envs, {}))
+        return 0.0
+
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0), storage=storage)
+    study.optimize(objective, n_trials=n_trials)
+    return study, sampled
+
+
+@pytest.fixture(scope="module")
+def study_and_samples() -> tuple[optuna.Study, list[dict[str, Any]]]:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return _run_study(3, N_TRIALS)
+
+
+def test_a_finished_trial_converts_to_what_was_sampled(
+    study_and_samples: tuple[optuna.Study, list[dict[str, Any]]],
+) -> None:
+    study, sampled = study_and_samples
+    assert [convert_clipppo_params(trial.params) for trial in study.trials] == sampled
+
+
+def test_a_trial_read_from_a_database_converts_to_what_was_sampled(tmp_path: Any) -> None:
+    storage = f"sqlite:///{tmp_path}/study.db"
+    study, sampled = _run_study(1, 2, storage)
+    loaded = optuna.load_study(study_name=study.study_name, storage=storage)
+    assert [convert_clipppo_params(trial.params) for trial in loaded.trials] == sampled
+
+
+def test_every_draw_is_legal_for_clipppo(study_and_samples: tuple[optuna.Study, list[dict[str, Any]]]) -> None:
+    _, sampled = study_and_samples
+    env = make_vec_env("CartPole-v1", n_envs=3)
+    for params in sampled[:12]:
+        model = ClipPPO("MlpPolicy", env, device="cpu", **params)
+        assert model.n_steps * model.n_envs % model.batch_size == 0
+        assert model.batch_size >= 8 * model.n_envs
+
+
+def test_all_forms_of_the_objective_are_drawn(study_and_samples: tuple[optuna.Study, list[dict[str, Any]]]) -> None:
+    study, sampled = study_and_samples
+    forms = {trial.params["objective"]: params for trial, params in zip(study.trials, sampled, strict=True)}
+    assert set(forms) == set(OBJECTIVES)
+    seen = {
+        form: (params["clip_range"] is not None, params["kl_coef"] > 0, params["adaptive_kl_target"] is not None)
+        for form, params in forms.items()
+    }
+    assert seen == {
+        "clip": (True, False, False),
+        "fixed_kl": (False, True, False),
+        "adaptive_kl": (False, True, True),
+        "clip_and_adaptive_kl": (True, True, True),
+    }
+    assert {params["clip_range_vf"] for params in sampled} >= {None, 1.0}
+
+
+def test_the_search_space_is_the_same_in_every_trial(
+    study_and_samples: tuple[optuna.Study, list[dict[str, Any]]],
+) -> None:
+    study, _ = study_and_samples
+    assert len({json.dumps(sorted(trial.distributions)) for trial in study.trials}) == 1
+
+
+def test_what_was_drawn_in_another_form_is_kept_with_the_trial(
+    study_and_samples: tuple[optuna.Study, list[dict[str, Any]]],
+) -> None:
+    study, sampled = study_and_samples
+    for trial, params in zip(study.trials, sampled, strict=True):
+        assert trial.user_attrs == {name: params[name] for name in ("n_steps", "batch_size", "gamma", "gae_lambda")}
