@@ -1,9 +1,31 @@
 """sb3_clipvf: Proximal Policy Optimization for Stable-Baselines3 and the RL Zoo."""
 
-from sb3_clipvf.checkpoint import SaveBestTrainingReward
-from sb3_clipvf.clip_ppo import SB3_EQUIVALENT, ClipPPO
-from sb3_clipvf.rollout import TensorRolloutBuffer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sb3_clipvf.checkpoint import SaveBestTrainingReward
+    from sb3_clipvf.clip_ppo import SB3_EQUIVALENT, ClipPPO
+    from sb3_clipvf.rollout import TensorRolloutBuffer
 
 __version__ = "0.1.0"
 
 __all__ = ["SB3_EQUIVALENT", "ClipPPO", "SaveBestTrainingReward", "TensorRolloutBuffer", "__version__"]
+
+# Loaded where they are first used: the commands that only read results start without PyTorch.
+_HOMES = {
+    "SB3_EQUIVALENT": "sb3_clipvf.clip_ppo",
+    "ClipPPO": "sb3_clipvf.clip_ppo",
+    "SaveBestTrainingReward": "sb3_clipvf.checkpoint",
+    "TensorRolloutBuffer": "sb3_clipvf.rollout",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sb3_clipvf' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -203,7 +203,7 @@ class SaveBestTrainingReward(BaseCallback):
             check_freq = check_int("check_freq", check_freq, 1, "None means at the end of rollouts only.")
         if not name_prefix or Path(name_prefix).name != name_prefix:
             raise ValueError(
-                f"`name_prefix` must be a file name without a folder, got {name_prefix!r}. Put folders into `save_path`."
+                f"`name_prefix` must be a file name without a folder, got {name_prefix!r}. `save_path` takes folders."
             )
         self.save_path = Path(save_path)
         self.name_prefix = name_prefix

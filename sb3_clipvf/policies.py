@@ -106,18 +106,29 @@ class SquashedGaussianDistribution(Distribution):
         Log-density of squashed actions, in nats.
 
         It depends on the actions alone, never on a remembered u: the rollout and the update get the same number for a
-        stored action. Actions are clamped at ``1 - eps`` of the dtype (|u| < 8.4 in float32), so that ±1, which tanh
-        reaches by rounding, has the finite density of the last representable action.
+        stored action. Where tanh rounds, above ``1 - eps`` of the dtype (|u| > 8.5 in float32), the action stands for
+        all u beyond that point: its density is their probability spread evenly over the rounded-off interval.
+        The density at a clamped u would instead lie far in the Gaussian's tail once the mean is large, and ratios
+        of such densities overflow.
 
         :param actions: shape ``(batch, d)``, in [-1, 1]
         :return: shape ``(batch,)``
         """
-        # A buffer may hold another dtype; the clamp must be that of the rollout
+        # A buffer may hold another dtype; the rounding is that of the rollout
         actions = actions.to(self.distribution.mean.dtype)
-        limit = 1.0 - th.finfo(actions.dtype).eps
+        eps = th.finfo(actions.dtype).eps
+        limit = 1.0 - eps
         gaussian_actions = th.atanh(actions.clamp(-limit, limit))
-        gaussian_log_prob = self.distribution.log_prob(gaussian_actions)  # type: ignore[no-untyped-call]
-        return sum_independent_dims(gaussian_log_prob - _log_jacobian(gaussian_actions))
+        density: th.Tensor = self.distribution.log_prob(gaussian_actions)  # type: ignore[no-untyped-call]
+        # The next number above 1 - eps is 1 - eps / 2: what lies beyond the midpoint rounds up
+        cut_off = 0.75 * eps
+        # atanh(1 - cut_off), which no float64 can hold before the atanh
+        edge = 0.5 * (math.log(2.0 - cut_off) - math.log(cut_off))
+        distance = (actions.sign() * self.distribution.mean - edge) / self.distribution.stddev
+        saturated = th.special.log_ndtr(distance) - math.log(cut_off)
+        return sum_independent_dims(
+            th.where(actions.abs() > limit, saturated, density - _log_jacobian(gaussian_actions))
+        )
 
     def entropy(self) -> th.Tensor:
         """
@@ -313,10 +324,8 @@ class SquashedActorCriticPolicy(ActorCriticPolicy):
         """
         low, high = _bounds_float64(self.action_space)
         half_scaled = 0.5 * np.asarray(scaled_action, dtype=np.float64)
-        # A convex combination needs no width, which could overflow; its last rounding could, just below the largest
-        # float64, and the clip then gives the bound.
-        with np.errstate(over="ignore"):
-            action = low * (0.5 - half_scaled) + high * (0.5 + half_scaled)
+        # A convex combination needs no width, which could overflow
+        action = low * (0.5 - half_scaled) + high * (0.5 + half_scaled)
         # Clip before the cast: the bounds are representable in the Box's dtype, so the cast cannot cross them
         return np.asarray(np.clip(action, low, high), dtype=self.action_space.dtype)
 

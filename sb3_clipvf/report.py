@@ -26,7 +26,7 @@ from sb3_clipvf.runs import (
     read_training_curve,
 )
 from sb3_clipvf.validation import check_int
-from sb3_clipvf.zoo_command import has_display, patched_environment
+from sb3_clipvf.zoo.process import has_display, patched_environment
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,13 +84,15 @@ def write_learning_curve(run: Run, curve: TrainingCurve, evaluation: Evaluation,
         label=f"trained agent, {len(evaluation.returns)} episodes, {kind}:\n"
         f"{evaluation.mean:.1f} ± {evaluation.std:.1f} (one std)",
     )
-    axes.set_xlim(left=0, right=1.02 * max(evaluation.num_timesteps, *curve.steps[-1:]))
+    axes.set_xlim(left=0, right=1.02 * max([evaluation.num_timesteps, *curve.steps[-1:]]))
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.set_xlabel("training (environment steps)")
     axes.set_ylabel("return of an episode (sum of rewards)")
-    axes.set_title(f"{run.env_id}, {run.algo}: {evaluation.num_timesteps:,} steps of training (run {run.folder.name})")
+    axes.set_title(f"{run.folder.name} ({run.algo}), {evaluation.num_timesteps:,} steps of training")
     axes.grid(alpha=0.3)
-    axes.legend(loc="best", framealpha=0.9, fontsize="small")
+    for handle in axes.legend(loc="best", framealpha=0.9, fontsize="small").legend_handles:
+        if handle is not None:
+            handle.set_alpha(1.0)  # one dot of a cloud is too pale to be seen
     figure.savefig(path)
 
 
@@ -99,12 +101,15 @@ def _draw_training(axes: Axes, curve: TrainingCurve) -> None:
         axes.text(0.5, 0.5, "no training episode ended", transform=axes.transAxes, ha="center", color="gray")
         return
     # Few episodes are seen best as clear dots, many thousands as a cloud.
-    alpha = float(np.clip(300 / len(curve.steps), 0.08, 0.6))
+    few = len(curve.steps) < 200
+    alpha, size = (0.7, 14) if few else (float(np.clip(300 / len(curve.steps), 0.08, 0.6)), 6)
     axes.scatter(
-        curve.steps, curve.returns, s=6, alpha=alpha, color="tab:blue", linewidths=0, label="training episodes"
+        curve.steps, curve.returns, s=size, alpha=alpha, color="tab:blue", linewidths=0, label="training episodes"
     )
-    mean = rolling_mean(curve.returns)
-    axes.plot(curve.steps, mean, color="tab:blue", label=f"their mean over {ROLLING_WINDOW} episodes")
+    # Environments that step together may end episodes at one step: the mean there is the one after all of them.
+    last = np.append(np.diff(curve.steps) > 0, True)
+    mean = rolling_mean(curve.returns)[last]
+    axes.plot(curve.steps[last], mean, color="tab:blue", label=f"mean of the last {ROLLING_WINDOW} of them")
 
 
 def _draw_evaluations(axes: Axes, path: Path) -> None:
@@ -152,33 +157,38 @@ def record_video(run: Run, path: Path, deterministic: bool, seed: int, device: s
 
 
 def _record_episode(env: VecEnv, model: BaseAlgorithm, path: Path, deterministic: bool, seed: int) -> str:
-    from imageio_ffmpeg import write_frames
+    from imageio_ffmpeg import write_frames  # type: ignore[import-untyped]
 
     env.seed(seed)  # the trial frame used up the first seeding
     observations: Any = env.reset()
-    frame = env.render()
-    if frame is None:
-        return "skipped: the environment rendered no frame"
+    frame = _even_frame(env)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}")
     fps = env.get_attr("metadata")[0].get("render_fps", 30)
-    # Frames go to the encoder one by one: an episode of them may not fit in memory. Players need even sizes.
+    # Frames go to the encoder one by one: an episode of them may not fit in memory.
     writer = write_frames(str(unfinished), frame.shape[1::-1], fps=fps, macro_block_size=2, quality=7)
     writer.send(None)
     state, episode_start, shows = None, np.ones(1, dtype=bool), f"the first {MAX_VIDEO_STEPS} steps of an episode"
     try:
         for _ in range(MAX_VIDEO_STEPS):
-            writer.send(np.ascontiguousarray(frame))
+            writer.send(frame)
             actions, state = model.predict(observations, state, episode_start, deterministic)
             observations, _, episode_start, infos = env.step(actions)
             if "episode" in infos[0]:  # not `done`, which may be the loss of one of Atari's lives
                 shows = f"one episode, return {infos[0]['episode']['r']:.1f}, {infos[0]['episode']['l']} steps"
                 break
-            frame = env.render()
+            frame = _even_frame(env)
     finally:
         writer.close()
     os.replace(unfinished, path)
     return shows
+
+
+def _even_frame(env: VecEnv) -> np.ndarray:
+    """Render; an odd last row or column is doubled, as players need even sizes."""
+    frame = np.asarray(env.render())
+    rows, columns = frame.shape[:2]
+    return np.ascontiguousarray(np.pad(frame, ((0, rows % 2), (0, columns % 2), (0, 0)), mode="edge"))
 
 
 def next_commands(run: Run, log_folder: str) -> list[tuple[str, str]]:
@@ -243,7 +253,7 @@ def _say_numbers(run: Run, curve: TrainingCurve, evaluation: Evaluation) -> None
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sb3-clipvf report",
-        description="Evaluate a trained agent and write learning_curve.png, report.json and a video into its run folder.",
+        description="Evaluate a trained agent; write learning_curve.png, report.json and a video into its run folder.",
     )
     parser.add_argument("--env", default="CartPole-v1", help="environment id (default: %(default)s)")
     parser.add_argument("-f", "--folder", default="logs", help="log folder of the training (default: %(default)s)")

@@ -46,7 +46,7 @@ class Run:
         """Where the Zoo keeps ``config.yml``, ``args.yml`` and ``vecnormalize.pkl``."""
         from huggingface_sb3 import EnvironmentName
 
-        return self.folder / EnvironmentName(self.env_id)
+        return Path(self.folder, EnvironmentName(self.env_id))
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class Evaluation:
 
     @property
     def mean(self) -> float:
+        """Mean return of the episodes."""
         return float(np.mean(self.returns))
 
     @property
@@ -104,7 +105,7 @@ class TrainingCurve:
 
 
 def register_all() -> None:
-    """Make ``clipppo`` and the environments of optional packages known to the Zoo."""
+    """Make ``clipppo`` known to the Zoo, and the environments of optional packages to Gymnasium."""
     import rl_zoo3.import_envs  # noqa: F401
 
     from sb3_clipvf.zoo import register
@@ -135,33 +136,41 @@ def find_run(
 
     name = EnvironmentName(env_id)
     parent = Path(log_folder) / algo
-    train = f"sb3-clipvf train --algo {algo} --env {env_id} -f {shlex.quote(str(log_folder))}"
+    algo_option = "" if algo == "clipppo" else f"--algo {algo} "
+    train = f"`sb3-clipvf train {algo_option}--env {env_id} -f {shlex.quote(str(log_folder))}`."
     number = exp_id if exp_id != 0 else get_latest_run_id(str(parent), name)
     folder = parent / f"{name}_{number}"
     if exp_id < 0 or not folder.is_dir():
-        what = f"run of {env_id}" if exp_id == 0 else f"run {exp_id} of {env_id}"
-        raise ValueError(f"`folder` must hold a {what}, but there is none in {parent}. Train one with: {train}")
+        what = f"a run of {env_id}" if exp_id == 0 else f"run {exp_id} of {env_id}"
+        raise ValueError(f"`folder` must hold {what}, but there is none in {parent}. Train one with {train}")
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             _, model_path, _ = get_model_path(number, str(log_folder), algo, name, load_best=load_best)
     except ValueError as error:
         raise ValueError(
             f"{folder} must hold a trained model, but {error}. The training did not end, or ran without evaluations. "
-            f"Train again with: {train}"
+            f"Train again with {train}"
         ) from error
     return Run(algo, env_id, folder, Path(model_path))
 
 
-def training_arguments(run: Run) -> dict[str, Any]:
-    """The arguments of the train command, {} where the run does not hold them."""
+def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
-    path = run.settings_folder / "args.yml"
     if not path.is_file():
         return {}
     # The Zoo writes Python objects there and reads them in this way; the model beside it is a pickle too.
-    arguments = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.UnsafeLoader)
-    return dict(arguments)
+    return dict(yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.UnsafeLoader))
+
+
+def read_hyperparams(run: Run) -> dict[str, Any]:
+    """
+    Read the settings that a run was made with: those of the YAML file with the changes of ``-params``.
+
+    :param run: the run
+    :return: settings, in YAML's types; {} where the run does not hold them
+    """
+    return _read_yaml(run.settings_folder / "config.yml")
 
 
 def make_env(run: Run, n_envs: int, seed: int, render_mode: str | None = None) -> VecEnv:
@@ -170,7 +179,7 @@ def make_env(run: Run, n_envs: int, seed: int, render_mode: str | None = None) -
     from rl_zoo3.exp_manager import ExperimentManager
     from stable_baselines3.common.vec_env import DummyVecEnv
 
-    arguments = training_arguments(run)
+    arguments = _read_yaml(run.settings_folder / "args.yml")
     for module in arguments.get("gym_packages") or ():
         importlib.import_module(module)
     hyperparams, stats_path = get_saved_hyperparams(str(run.settings_folder), test_mode=True)
@@ -193,6 +202,7 @@ def make_env(run: Run, n_envs: int, seed: int, render_mode: str | None = None) -
 
 
 def load_model(run: Run, seed: int, device: str) -> BaseAlgorithm:
+    """Load the run's model for evaluation, and set the global random states to ``seed``."""
     from rl_zoo3 import ALGOS
     from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
     from stable_baselines3.common.utils import set_random_seed

@@ -16,11 +16,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
-from stable_baselines3 import PPO
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
+from sb3_clipvf import ClipPPO
 from sb3_clipvf.checkpoint import SaveBestTrainingReward, atomic_write, load_best_training
 
 RISING = tuple(float(k) for k in range(1, 100))
@@ -47,7 +47,7 @@ class Scripted(gym.Env[np.ndarray, int]):
         return np.full(1, 0.1 * self.step_count, dtype=np.float32), reward, done, False, {}
 
 
-def make_model(returns: tuple[float, ...] = RISING, normalize: bool = True, monitor: bool = True) -> PPO:
+def make_model(returns: tuple[float, ...] = RISING, normalize: bool = True, monitor: bool = True) -> ClipPPO:
     """One rollout is 8 steps, so four episodes; the window of the mean is four episodes too."""
 
     def make_env() -> gym.Env:
@@ -56,7 +56,7 @@ def make_model(returns: tuple[float, ...] = RISING, normalize: bool = True, moni
     env: VecEnv = DummyVecEnv([make_env])
     if normalize:
         env = VecNormalize(env)
-    return PPO("MlpPolicy", env, n_steps=8, batch_size=8, n_epochs=1, stats_window_size=4, seed=0, device="cpu")
+    return ClipPPO("MlpPolicy", env, n_steps=8, batch_size=8, n_epochs=1, stats_window_size=4, seed=0, device="cpu")
 
 
 def manifest(folder: Path) -> dict[str, Any]:
@@ -215,7 +215,7 @@ def test_saved_model_predicts_and_trains_on_as_any_sb3_file(tmp_path: Path) -> N
     model.learn(8, callback=SaveBestTrainingReward(str(tmp_path)))  # one rollout: saved before its update
     model_path, statistics_path = load_best_training(str(tmp_path))
     env = VecNormalize.load(str(statistics_path), DummyVecEnv([lambda: Monitor(Scripted(RISING))]))
-    loaded = PPO.load(model_path, env=env, device="cpu")
+    loaded = ClipPPO.load(model_path, env=env, device="cpu")
     for name, value in loaded.policy.state_dict().items():
         assert value.equal(before[name]), name
     loaded.learn(8, reset_num_timesteps=False)
@@ -411,7 +411,7 @@ def test_one_callback_serves_several_learn_calls(tmp_path: Path) -> None:
         ({"check_freq": -1}, ValueError, r"`check_freq` must be a whole number of at least 1, got -1\. None means at"),
         ({"check_freq": True}, TypeError, r"`check_freq` must be a whole number, got True"),
         ({"name_prefix": ""}, ValueError, r"`name_prefix` must be a file name without a folder, got ''"),
-        ({"name_prefix": "a/b"}, ValueError, r"Put folders into `save_path`"),
+        ({"name_prefix": "a/b"}, ValueError, r"`save_path` takes folders"),
     ],
 )
 def test_bad_arguments_are_refused(tmp_path: Path, arguments: dict[str, Any], error: type, match: str) -> None:

@@ -18,6 +18,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, NatureCNN
 from stable_baselines3.common.vec_env import DummyVecEnv
 
+from sb3_clipvf import ClipPPO
 from sb3_clipvf.policies import (
     MIN_STD,
     SquashedActorCriticCnnPolicy,
@@ -117,13 +118,51 @@ def test_log_prob_gradcheck() -> None:
 
 
 @pytest.mark.parametrize("dtype", [th.float32, th.float64])
-def test_log_prob_is_finite_and_smooth_at_the_bounds(dtype: th.dtype) -> None:
-    dist = make_dist([[0.0], [30.0], [-30.0]], [[1.0], [0.5], [0.5]], dtype)
-    limit = 1.0 - th.finfo(dtype).eps
-    at_bound = dist.log_prob(th.tensor([[1.0], [1.0], [-1.0]], dtype=dtype))
-    assert th.isfinite(at_bound).all()
-    # ±1 counts as the last representable action inside, not as a point of zero or infinite density
-    assert th.equal(at_bound, dist.log_prob(th.tensor([[limit], [limit], [-limit]], dtype=dtype)))
+def test_saturated_actions_have_the_probability_of_all_that_rounds_to_them(dtype: th.dtype) -> None:
+    th.manual_seed(0)
+    n_samples = 100_000
+    eps = th.finfo(dtype).eps
+    # Mean near the point where tanh rounds: 8.5 in float32, 18.5 in float64
+    mean = th.full((n_samples, 1), math.atanh(1 - eps), dtype=dtype)
+    for sign in (1.0, -1.0):
+        dist = make_dist(sign * mean, th.full_like(mean, 0.5), dtype)
+        n_saturated = int((sign * dist.sample() > 1 - eps).sum())
+        probability = dist.log_prob(th.full_like(mean, sign))[0].exp().item() * 0.75 * eps
+        # Five standard errors of a share near 0.4; tanh itself errs by less than the tenth of the mass this resolves
+        assert n_saturated / n_samples == pytest.approx(probability, abs=5 * 0.5 / math.sqrt(n_samples))
+
+
+@pytest.mark.parametrize("dtype", [th.float32, th.float64])
+def test_log_prob_is_bounded_where_tanh_rounds(dtype: th.dtype) -> None:
+    eps = th.finfo(dtype).eps
+    dist = make_dist([[0.0], [4.0], [-4.0]], [[3.0], [5.0], [5.0]], dtype)
+    signs = th.tensor([[1.0], [1.0], [-1.0]], dtype=dtype)
+    # The two numbers above 1 - eps are one event
+    assert th.equal(dist.log_prob(signs), dist.log_prob(signs * (1 - eps / 2)))
+    assert not th.equal(dist.log_prob(signs), dist.log_prob(signs * (1 - eps)))
+    # A mean deep in saturation makes ±1 certain: the same number, and no gradient, whatever the std
+    params = th.tensor([[100.0, 5.0], [100.0, 6.0], [1000.0, 0.0]], dtype=dtype, requires_grad=True)
+    certain = SquashedGaussianDistribution(1).proba_distribution(params).log_prob(th.ones((3, 1), dtype=dtype))
+    # float32: log(0.75 eps) and a tail below 1e-40
+    th.testing.assert_close(certain, th.full((3,), -math.log(0.75 * eps), dtype=dtype))
+    certain.sum().backward()  # type: ignore[no-untyped-call]
+    assert params.grad is not None and params.grad.abs().max() < 1e-30
+
+
+def test_log_prob_gradcheck_at_saturated_actions() -> None:
+    actions = th.tensor([[1.0], [-1.0], [1.0]], dtype=th.float64)
+    params = th.tensor([[19.0, 0.5], [3.0, 1.0], [-5.0, 4.0]], dtype=th.float64, requires_grad=True)
+    dist = SquashedGaussianDistribution(1)
+    assert th.autograd.gradcheck(lambda p: dist.proba_distribution(p).log_prob(actions), (params,))
+
+
+def test_gradient_of_other_components_survives_a_saturated_one() -> None:
+    """Both branches are evaluated for every component; the one not taken must not spoil the gradient."""
+    params = th.tensor([[0.3, 200.0, -30.0, -30.0]], requires_grad=True)  # std 1e-4: the branches not taken are extreme
+    dist = SquashedGaussianDistribution(2).proba_distribution(params)
+    dist.log_prob(th.tensor([[0.29131, 1.0]])).sum().backward()  # type: ignore[no-untyped-call]
+    assert params.grad is not None and th.isfinite(params.grad).all()
+    assert params.grad[0, 0] != 0 and params.grad[0, 1] == 0
 
 
 def test_entropy_jacobian_does_not_overflow_far_from_zero() -> None:
@@ -294,6 +333,7 @@ def test_networks(net_arch: Any, share: bool) -> None:
     assert actions.shape == (5, 2) and values.shape == (5, 1) and log_prob.shape == (5,)
     assert th.equal(values, policy.predict_values(obs))
     assert (policy.pi_features_extractor is policy.vf_features_extractor) == share
+    assert any(isinstance(module, th.nn.ReLU) for module in policy.modules()) == bool(net_arch)
     new_values, new_log_prob, entropy = policy.evaluate_actions(obs, actions)
     assert entropy is not None and entropy.shape == (5,)
     (new_values.mean() + new_log_prob.mean() + entropy.mean()).backward()  # type: ignore[no-untyped-call]
@@ -403,6 +443,10 @@ def test_components_whose_bounds_coincide() -> None:
     policy = make_policy(spaces.Box(f32([-1, 0.1]), f32([1, 0.1])))
     assert np.array_equal(policy.unscale_action(f32([[0.3, 0.7]])), f32([[0.3, 0.1]]))
     assert policy.scale_action(f32([0.5, 0.1])).tolist() == [0.5, 0.0]
+    # With all bits of the mantissa set the two products round downwards for one action in seven
+    top = float(np.nextafter(2.0, 1.0))
+    point = make_policy(spaces.Box(top, top, (1,), np.float64))
+    assert (point.unscale_action(f32(np.linspace(-0.99, 0.99, 500))[:, None]) == top).all()
 
 
 def test_actions_of_shape_2_3() -> None:
@@ -429,6 +473,12 @@ def test_cnn_policy(share: bool) -> None:
     assert actions.shape == (2, 2) and values.shape == (2, 1)
     assert th.equal(policy.evaluate_actions(th.as_tensor(obs), actions)[1], log_prob)
     assert policy.predict(obs[0])[0].shape == (2,)
+
+
+def test_images_already_normalised_are_not_divided_again() -> None:
+    obs_space = spaces.Box(0.0, 1.0, (3, 36, 36), np.float32)
+    policy = SquashedActorCriticCnnPolicy(obs_space, ACT, lambda _: 1e-3, normalize_images=False)
+    assert ACT.contains(policy.predict(obs_space.sample())[0])
 
 
 def test_multi_input_policy() -> None:
@@ -545,17 +595,16 @@ def test_copies_need_no_detached_graph() -> None:
     assert th.equal(twin.get_distribution(obs).mode(), policy.get_distribution(obs).mode())
 
 
-@pytest.mark.parametrize("algorithm", [A2C, PPO])
-def test_learns_inside_sb3(algorithm: type[A2C] | type[PPO], tmp_path: Path) -> None:
+@pytest.mark.parametrize("algorithm", [A2C, PPO, ClipPPO])
+def test_learns_inside_algorithms(algorithm: type[A2C] | type[PPO] | type[ClipPPO], tmp_path: Path) -> None:
     kwargs: dict[str, Any] = {"n_steps": 8, "ent_coef": 0.01, "seed": 0, "device": "cpu"}
-    if algorithm is PPO:
+    if algorithm is not A2C:
         kwargs["batch_size"] = 4
     model = algorithm(SquashedActorCriticPolicy, "Pendulum-v1", **kwargs)
     before = model.policy.parameters_to_vector()
     model.learn(64)
     after = model.policy.parameters_to_vector()
     assert np.isfinite(after).all() and not np.array_equal(before, after)
-    assert np.abs(model.rollout_buffer.actions).max() <= 1
     model.save(tmp_path / "model")
     loaded = algorithm.load(tmp_path / "model", device="cpu")
     assert isinstance(loaded.policy, SquashedActorCriticPolicy)

@@ -24,11 +24,11 @@ def _unvalidated_distributions() -> Iterator[None]:
     Parameters that are not finite are still refused: by the same checks, in the next rollout's first step.
     """
     before = th.distributions.Distribution._validate_args
-    th.distributions.Distribution.set_default_validate_args(False)  # type: ignore[no-untyped-call]
+    th.distributions.Distribution.set_default_validate_args(False)
     try:
         yield
     finally:
-        th.distributions.Distribution.set_default_validate_args(before)  # type: ignore[no-untyped-call]
+        th.distributions.Distribution.set_default_validate_args(before)
 
 
 class AutogradEngine:

@@ -1,0 +1,328 @@
+"""``sb3-clipvf bench learning``: what it runs, keeps, skips and tables."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import pytest
+import yaml
+
+from sb3_clipvf import bench, zoo
+from sb3_clipvf.bench import learning
+from sb3_clipvf.bench.learning import ROWS, main, train_arguments
+from sb3_clipvf.bench.results import Results, Row, machine, render_table, settings_of
+from sb3_clipvf.zoo.experiment import check_hyperparams
+
+PARAMS = ("n_envs:2", "n_steps:16", "batch_size:16", "n_epochs:1")
+TINY = Row("tiny", "CartPole-v1", 64, 8.0, "9 (others)", PARAMS, n_episodes=2)
+HARD = Row("hard", "CartPole-v1", 64, 501.0, "", PARAMS, n_episodes=2)
+
+# A train command of a moment: it copies the run at sys.argv[1] to the folder after -f.
+COPY = """
+import shutil, sys
+shutil.copytree(sys.argv[1], sys.argv[sys.argv.index("-f") + 1], dirs_exist_ok=True)
+print("trained", *sys.argv[2:])
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    assert zoo.main(["train", *train_arguments(TINY, 1, folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def in_folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, two rows, and the quick train command."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(learning, "ROWS", (TINY, HARD))
+    monkeypatch.setattr(learning, "TRAIN_COMMAND", (sys.executable, "-c", COPY, str(trained)))
+    return tmp_path
+
+
+def train_with(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+    monkeypatch.setattr(learning, "TRAIN_COMMAND", (sys.executable, "-c", program))
+
+
+def runs_in(path: Path = Path("docs/results/learning.json")) -> list[dict[str, Any]]:
+    runs = json.loads(path.read_text())["runs"]
+    assert isinstance(runs, list)
+    return runs
+
+
+# --- rows
+
+
+def test_rows_are_the_ones_to_reach() -> None:
+    goals = {row.name: (row.n_timesteps, row.goal) for row in ROWS if not row.params}
+    assert goals == {
+        "CartPole-v1": (100_000, 500),
+        "MountainCarContinuous-v0": (50_000, 92),
+        "Pendulum-v1": (100_000, -170),
+        "Acrobot-v1": (500_000, -80),
+        "LunarLander-v3": (1_000_000, 240),
+    }
+    assert len({row.name for row in ROWS}) == len(ROWS)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_row_names_an_environment_with_shipped_settings_and_legal_parameters(row: Row) -> None:
+    assert row.env_id in gym.registry
+    settings = yaml.safe_load(zoo.hyperparams_path().read_text())
+    assert row.env_id in settings
+    # As the Zoo reads -params: the text after the first colon is Python.
+    params = {key: eval(value) for key, _, value in (param.partition(":") for param in row.params)}
+    check_hyperparams(settings[row.env_id] | params, params, "the settings")
+
+
+def test_train_command_of_a_run() -> None:
+    row = Row("r", "E-v0", 1000, 0.0, "", ("clip_range:None", "kl_coef:1.0"))
+    assert " ".join(train_arguments(row, 3, Path("logs/x"))) == (
+        "--algo clipppo --env E-v0 --seed 3 -n 1000 -f logs/x --eval-freq -1 --num-threads 1 --device cpu --verbose 0 "
+        "-params clip_range:None kl_coef:1.0"
+    )
+    assert "-params" not in train_arguments(Row("r", "E-v0", 1000, 0.0, ""), 3, Path("logs/x"))
+
+
+# --- the command
+
+
+def test_results_and_table_of_all_rows_and_seeds(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert zoo.main(["bench", "learning", "--seeds", "1", "2", "--jobs", "2"]) == 0
+    runs = runs_in()
+    assert [(run["name"], run["seed"]) for run in runs] == [("hard", 1), ("hard", 2), ("tiny", 1), ("tiny", 2)]
+    run = runs[2]
+    assert run["command"] == "sb3-clipvf train " + " ".join(train_arguments(TINY, 1, Path("logs/bench/tiny/seed_1")))
+    assert run["mean_return"] == sum(run["returns"]) / 2
+    assert (run["n_timesteps"], run["num_timesteps"], run["params"], run["jobs"]) == (64, 64, list(PARAMS), 2)
+    assert run["hyperparams"]["n_steps"] == 16
+    assert run["wall_seconds"] > 0
+    assert run["cpu"] and run["versions"]["torch"] and run["versions"]["sb3_clipvf"]
+    assert (in_folder / "logs/bench/tiny/seed_1/train.log").read_text().startswith("trained --algo clipppo")
+    table = Path("docs/results/learning.md").read_text()
+    assert "Made by `sb3-clipvf bench learning --seeds 1 2`." in table
+    assert f"{run['mean_return']:.2f} ± {run['std_return']:.2f}" in table
+    said = capsys.readouterr().out
+    assert said.startswith("4 runs to make, 0 are done already")
+    assert f"tiny, seed 1: {run['mean_return']:.2f} +/- {run['std_return']:.2f} (goal 8)" in said
+
+
+def test_finished_runs_are_skipped_until_asked_or_changed(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--seeds", "1", "--only", "tiny"]
+    assert main(options) == 0
+    command = learning.TRAIN_COMMAND
+    train_with(monkeypatch, "raise SystemExit('must not run')")
+    assert main(options) == 0
+    assert "0 runs to make, 1 are done already" in capsys.readouterr().out
+    assert main([*options, "--rerun"]) == 1
+    assert main(["--only", "tiny", "--seeds", "1", "2"]) == 1  # seed 2 is new
+    capsys.readouterr()
+    monkeypatch.setattr(learning, "ROWS", (Row("tiny", "CartPole-v1", 64, 8.0, "", PARAMS, n_episodes=3), HARD))
+    monkeypatch.setattr(learning, "TRAIN_COMMAND", command)
+    assert main(options) == 0
+    assert "1 runs to make" in capsys.readouterr().out
+    assert [len(run["returns"]) for run in runs_in()] == [3]
+
+
+def test_failed_run_is_told_not_kept_and_does_not_stop_the_others(
+    in_folder: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = "import sys\nif 'tiny' in ' '.join(sys.argv[2:]): raise SystemExit('broken settings')\n" + COPY
+    monkeypatch.setattr(learning, "TRAIN_COMMAND", (sys.executable, "-c", program, str(trained)))
+    assert main(["--seeds", "1"]) == 1
+    said = capsys.readouterr().out
+    assert "tiny, seed 1: FAILED, the train command ended with code 1, see logs/bench/tiny/seed_1/train.log" in said
+    assert "Failed: tiny, seed 1. The same command tries them again." in said
+    assert (in_folder / "logs/bench/tiny/seed_1/train.log").read_text() == "broken settings\n"
+    assert [run["name"] for run in runs_in()] == ["hard"]
+
+
+def test_training_that_ended_early_is_no_result(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The Zoo saves its model when it is interrupted, and ends with code 0: the copied run has 64 steps.
+    monkeypatch.setattr(learning, "ROWS", (Row("long", "CartPole-v1", 65, 8.0, "", PARAMS, n_episodes=1),))
+    assert main(["--seeds", "1"]) == 1
+    assert "long, seed 1: FAILED, the training was interrupted at step 64" in capsys.readouterr().out
+    assert not Path("docs/results/learning.json").exists()
+
+
+def test_run_without_a_model_is_no_result(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_with(monkeypatch, "")
+    assert main(["--seeds", "1", "--only", "tiny"]) == 1
+    assert "tiny, seed 1: FAILED, `folder` must hold a run of CartPole-v1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_interrupt_ends_the_training_and_keeps_what_is_done(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert main(["--seeds", "1", "--only", "tiny"]) == 0
+    before = signal.getsignal(signal.SIGTERM)
+    # The training interrupts the benchmark and would then last for an hour.
+    train_with(monkeypatch, f"import os, signal, time\nos.kill(os.getppid(), signal.{name})\ntime.sleep(3600)")
+    assert main(["--seeds", "1", "2"]) == 130
+    assert "Interrupted. The same command goes on with what is missing." in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [(run["name"], run["seed"]) for run in runs_in()] == [("tiny", 1)]
+    assert "| hard" in Path("docs/results/learning.md").read_text()
+
+
+def test_jobs_run_side_by_side(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each training ends with code 7 once the other has begun; one after the other, the first would give up with 8.
+    meeting = in_folder / "meeting"
+    meeting.mkdir()
+    program = (
+        "import os, pathlib, sys, time\n"
+        f"folder = pathlib.Path({str(meeting)!r})\n"
+        "(folder / str(os.getpid())).touch()\n"
+        "for _ in range(6000):\n"
+        "    if len(list(folder.iterdir())) == 2: sys.exit(7)\n"
+        "    time.sleep(0.01)\n"
+        "sys.exit(8)\n"
+    )
+    train_with(monkeypatch, program)
+    codes: list[int] = []
+    train = learning.Benchmark._train
+
+    def record(self: learning.Benchmark, options: list[str], log_path: Path) -> int:
+        codes.append(train(self, options, log_path))
+        return codes[-1]
+
+    monkeypatch.setattr(learning.Benchmark, "_train", record)
+    assert main(["--seeds", "1", "--jobs", "2"]) == 1
+    assert codes == [7, 7]
+
+
+@pytest.mark.slow
+def test_real_train_command(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(bench.__file__).parents[2]))
+    monkeypatch.setattr(learning, "TRAIN_COMMAND", (sys.executable, "-m", "sb3_clipvf", "train"))
+    assert main(["--seeds", "5", "--only", "tiny", "--out", "o/r.json", "--table", "o/t.md", "--log-folder", "l"]) == 0
+    (run,) = runs_in(Path("o/r.json"))
+    assert (run["seed"], run["num_timesteps"], len(run["returns"])) == (5, 64, 2)
+    assert "l/tiny/seed_5" in run["command"]
+    assert Path("o/t.md").exists()
+
+
+def test_list_tells_what_is_done_and_runs_nothing(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--seeds", "2", "--only", "tiny"]) == 0
+    train_with(monkeypatch, "raise SystemExit('must not run')")
+    capsys.readouterr()
+    assert main(["--list"]) == 0
+    params = " ".join(PARAMS)
+    assert capsys.readouterr().out.splitlines() == [
+        f"tiny         64 steps  goal    8  done: 2  {params}",
+        f"hard         64 steps  goal  501  done: none  {params}",
+    ]
+
+
+def test_overview_and_unknown_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in ([], ["-h"], ["--help"]):
+        assert bench.main(argv) == 0
+        assert "learning" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"`benchmark` must be one of learning, got 'lerning'\. See"):
+        bench.main(["lerning"])
+    with pytest.raises(SystemExit, match="0"):
+        bench.main(["learning", "--help"])
+    assert "usage: sb3-clipvf bench learning" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ("--jobs 0", r"`--jobs` must be a whole number of at least 1, got 0\."),
+        ("--seeds -1", r"`--seeds` must be a whole number of at least 0, got -1\."),
+        ("--only tiny huge", r"`--only` must name rows of the benchmark, got huge\. .*--list"),
+    ],
+)
+def test_bad_options_are_refused(in_folder: Path, options: str, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        main(options.split())
+
+
+# --- results and table
+
+
+def result(row: Row, seed: int, mean: float, speed: float | None = 100.0) -> dict[str, Any]:
+    where = {"cpu": "C", "cores": 2, "jobs": 1, "versions": {"python": "3"}}
+    numbers = {"mean_return": mean, "std_return": 0.5, "steps_per_second": speed}
+    return {"name": row.name, "seed": seed, **settings_of(row), **numbers, **where}
+
+
+@pytest.mark.parametrize("text", ["no json", "[]", "{}", '{"format": 2, "runs": []}'])
+def test_foreign_results_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "r.json").write_text(text)
+    with pytest.raises(ValueError, match=r"`--out` must be a results file of this benchmark \(format 1\) or a new one"):
+        Results(tmp_path / "r.json")
+
+
+def test_results_replace_the_run_of_the_same_row_and_seed(tmp_path: Path) -> None:
+    results = Results(tmp_path / "new" / "r.json")
+    for row, seed, mean in ((TINY, 2, 1.0), (TINY, 1, 2.0), (HARD, 1, 3.0), (TINY, 2, 4.0)):
+        results.add(result(row, seed, mean))
+    again = Results(tmp_path / "new" / "r.json")
+    assert [(run["name"], run["seed"], run["mean_return"]) for run in again.runs] == [
+        ("hard", 1, 3.0),
+        ("tiny", 1, 2.0),
+        ("tiny", 2, 4.0),
+    ]
+    assert again.find(TINY, 2) == result(TINY, 2, 4.0)
+    assert again.find(TINY, 3) is None
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        Row("tiny", "CartPole-v1", 65, 8.0, "", PARAMS, n_episodes=2),
+        Row("tiny", "CartPole-v0", 64, 8.0, "", PARAMS, n_episodes=2),
+        Row("tiny", "CartPole-v1", 64, 8.0, "", PARAMS[1:], n_episodes=2),
+        Row("tiny", "CartPole-v1", 64, 8.0, "", PARAMS, n_episodes=3),
+        Row("tiny", "CartPole-v1", 64, 8.0, "", PARAMS, n_episodes=2, algo="ppo"),
+    ],
+)
+def test_results_of_other_settings_do_not_count(tmp_path: Path, changed: Row) -> None:
+    results = Results(tmp_path / "r.json")
+    results.add(result(TINY, 1, 1.0))
+    assert results.find(TINY, 1) is not None
+    assert results.find(Row("tiny", "CartPole-v1", 64, 99.0, "other", PARAMS, n_episodes=2), 1) is not None
+    assert results.find(changed, 1) is None
+
+
+def test_table_means_over_seeds_and_says_what_is_missing(tmp_path: Path) -> None:
+    results = Results(tmp_path / "r.json")
+    plain = Row("plain", "E-v0", 5000, 8.0, "7 (a2c)")
+    empty = Row("empty", "E-v0", 5000, 8.0, "")
+    for row, seed, mean, speed in (
+        (plain, 1, 7.0, 90.0),
+        (plain, 2, 9.0, 110.0),
+        (TINY, 1, 7.96, None),
+    ):
+        results.add(result(row, seed, mean, speed))
+    lines = render_table(results, (plain, TINY, empty), (1, 2), "the command").splitlines()
+    assert lines[0] == "Made by `the command`."
+    assert lines[2:7] == [
+        "| environment and settings | steps | seed 1 | seed 2 | mean | goal | reached | others (RL Zoo) | steps/s |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- | --- | ---: |",
+        "| plain | 5,000 | 7.00 ± 0.50 | 9.00 ± 0.50 | 8.00 | 8 | yes (1 of 2) | 7 (a2c) | 100 |",
+        f"| tiny<br>`{' '.join(PARAMS)}` | 64 "
+        "| 7.96 ± 0.50 |  | 7.96 | 8 | no so far (0 of 1, 1 to run) | 9 (others) |  |",
+        "| empty | 5,000 |  |  |  | 8 | not run |  |  |",
+    ]
+    assert lines[-1] == "- C, 2 cores, 1 runs side by side, one thread each; python 3"
+
+
+def test_machine_names_the_versions_that_decide() -> None:
+    assert {"python", "sb3_clipvf", "stable_baselines3", "rl_zoo3", "gymnasium", "torch", "numpy"} == set(
+        machine()["versions"]
+    )

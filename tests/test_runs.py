@@ -1,0 +1,230 @@
+"""Runs of the Zoo's train command: found, evaluated as they were trained, their training read from monitor files."""
+
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import yaml
+from stable_baselines3 import DQN
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from sb3_clipvf import ClipPPO
+from sb3_clipvf.runs import (
+    Evaluation,
+    Run,
+    TrainingCurve,
+    evaluate_run,
+    find_run,
+    load_model,
+    make_env,
+    read_hyperparams,
+    read_training_curve,
+)
+from sb3_clipvf.zoo import main
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs of Pendulum with an argument of the environment and normalisation, 400 steps: one episode per env."""
+    folder = tmp_path_factory.mktemp("logs")
+    command = f"train --env Pendulum-v1 -n 400 --eval-freq -1 --device cpu --verbose 0 -f {folder} --env-kwargs g:5.0"
+    params = "normalize:True n_envs:2 n_steps:100 batch_size:50 n_epochs:1"
+    for seed in (1, 2):
+        assert main([*command.split(), "--seed", str(seed), "-params", *params.split()]) == 0
+    return folder
+
+
+# --- finding
+
+
+def test_newest_run_is_found_and_others_by_number(logs: Path) -> None:
+    newest = find_run(logs, "Pendulum-v1")
+    assert newest.folder == logs / "clipppo" / "Pendulum-v1_2"
+    assert newest.model_path == newest.folder / "Pendulum-v1.zip"
+    assert newest.settings_folder == newest.folder / "Pendulum-v1"
+    assert find_run(str(logs), "Pendulum-v1", exp_id=1).folder == logs / "clipppo" / "Pendulum-v1_1"
+
+
+def test_ids_with_a_slash_are_found(tmp_path: Path) -> None:
+    folder = tmp_path / "clipppo" / "ALE-Pong-v5_3"
+    folder.mkdir(parents=True)
+    (folder / "ALE-Pong-v5.zip").touch()
+    run = find_run(tmp_path, "ALE/Pong-v5")
+    assert run.folder == folder
+    assert run.settings_folder == folder / "ALE-Pong-v5"
+
+
+@pytest.mark.parametrize(
+    "exp_id, algo, match",
+    [
+        (0, "clipppo", r"must hold a run of Acrobot-v1, but there is none in .*clipppo\. Train one with `sb3-clipvf "),
+        (7, "clipppo", r"must hold run 7 of Acrobot-v1, .* `sb3-clipvf train --env Acrobot-v1 -f "),
+        (-1, "clipppo", r"must hold run -1 of Acrobot-v1"),
+        (0, "ppo", r"none in .*ppo\. Train one with `sb3-clipvf train --algo ppo --env Acrobot-v1 -f "),
+    ],
+)
+def test_missing_run_names_the_folder_and_the_train_command(tmp_path: Path, exp_id: int, algo: str, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        find_run(tmp_path, "Acrobot-v1", algo, exp_id)
+
+
+def test_run_without_the_model_asked_for_is_refused(logs: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"must hold a trained model, but No model found.*best_model\.zip.*Train again"
+    ):
+        find_run(logs, "Pendulum-v1", load_best=True)
+
+
+# --- settings
+
+
+def test_environment_has_the_arguments_and_the_frozen_statistics_of_the_training(logs: Path) -> None:
+    run = find_run(logs, "Pendulum-v1")
+    env = make_env(run, 3, seed=0)
+    assert env.get_attr("g") == [5.0, 5.0, 5.0]
+    assert isinstance(env, VecNormalize)
+    # 400 steps and the reset of two environments; VecNormalize starts its count at 1e-4.
+    assert env.obs_rms.count == pytest.approx(402.0001)
+    env.reset()
+    env.step(np.zeros((3, 1)))
+    assert env.obs_rms.count == pytest.approx(402.0001)
+    env.close()
+
+
+def test_hyperparams_are_those_of_the_yaml_file_with_the_changes(logs: Path) -> None:
+    hyperparams = read_hyperparams(find_run(logs, "Pendulum-v1"))
+    assert hyperparams["n_steps"] == 100
+    assert hyperparams["policy"] == "MlpPolicy"
+    assert read_hyperparams(Run("clipppo", "Pendulum-v1", logs / "none", logs / "none.zip")) == {}
+
+
+def test_packages_of_the_training_are_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "registering_package.py").write_text(
+        "import gymnasium as gym\n"
+        "gym.register('FromPackage-v0', entry_point='gymnasium.envs.classic_control:PendulumEnv')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    run = Run("clipppo", "FromPackage-v0", tmp_path / "run", tmp_path / "run" / "model.zip")
+    run.settings_folder.mkdir(parents=True)
+    arguments = {"gym_packages": ["registering_package"], "env_kwargs": None}
+    (run.settings_folder / "args.yml").write_text(yaml.dump(arguments))
+    (run.settings_folder / "config.yml").write_text(yaml.dump({"env_kwargs": {"g": 3.0}}))
+    try:
+        env = make_env(run, 1, seed=0)
+        assert env.get_attr("g") == [3.0]
+        env.close()
+    finally:
+        del gym.registry["FromPackage-v0"], sys.modules["registering_package"]
+
+
+def test_off_policy_models_load_without_their_replay_buffer(tmp_path: Path) -> None:
+    DQN("MlpPolicy", "CartPole-v1", buffer_size=10_000, policy_kwargs={"net_arch": [4]}).save(tmp_path / "m.zip")
+    model = load_model(Run("dqn", "CartPole-v1", tmp_path, tmp_path / "m.zip"), 0, "cpu")
+    assert isinstance(model, DQN)
+    assert model.buffer_size == 1
+
+
+# --- evaluation
+
+
+def test_returns_are_the_environments_own_and_the_policy_sees_normalised_observations(logs: Path) -> None:
+    run = find_run(logs, "Pendulum-v1")
+    evaluation = evaluate_run(run, n_episodes=2, n_envs=1, seed=5, device="cpu")
+
+    # The same by hand: an unwrapped environment, and the statistics of the file applied to its observations.
+    model = ClipPPO.load(run.model_path, device="cpu")
+    normalize = VecNormalize.load(
+        str(run.settings_folder / "vecnormalize.pkl"), DummyVecEnv([lambda: gym.make("Pendulum-v1")])
+    )
+    env = gym.make("Pendulum-v1", g=5.0)
+    expected = []
+    observation, _ = env.reset(seed=5)
+    for _ in range(2):
+        total, truncated = 0.0, False
+        while not truncated:
+            action, _ = model.predict(normalize.normalize_obs(observation[None]), deterministic=True)
+            observation, reward, _, truncated, _ = env.step(action[0])
+            total += float(reward)
+        expected.append(total)
+        observation, _ = env.reset()
+    # Monitor rounds to six decimals.
+    assert evaluation.returns == pytest.approx(expected, abs=1e-6)
+    assert evaluation.lengths == (200, 200)
+    assert (evaluation.num_timesteps, evaluation.deterministic, evaluation.seed) == (400, True, 5)
+
+
+def test_evaluation_repeats_with_its_seed_and_samples_when_asked(logs: Path) -> None:
+    run = find_run(logs, "Pendulum-v1")
+    first, again = (evaluate_run(run, 3, n_envs=2, seed=1, device="cpu") for _ in range(2))
+    assert len(first.returns) == 3
+    assert first == again
+    sampled = evaluate_run(run, 3, n_envs=2, seed=1, deterministic=False, device="cpu")
+    assert not sampled.deterministic
+    assert sampled.returns != first.returns
+
+
+def test_mean_and_std_are_over_the_episodes() -> None:
+    evaluation = Evaluation((1.0, 2.0, 6.0), (5, 5, 5), True, 10, 0)
+    assert evaluation.mean == 3.0
+    assert evaluation.std == pytest.approx((14 / 3) ** 0.5)  # squared distances 4, 1, 9
+
+
+@pytest.mark.parametrize("name", ["n_episodes", "n_envs"])
+def test_evaluation_refuses_counts_below_one(logs: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"`{name}` must be a whole number of at least 1, got 0\."):
+        evaluate_run(find_run(logs, "Pendulum-v1"), **{name: 0})
+
+
+def test_missing_statistics_are_refused(logs: Path, tmp_path: Path) -> None:
+    run = Run("clipppo", "Pendulum-v1", tmp_path, find_run(logs, "Pendulum-v1").model_path)
+    run.settings_folder.mkdir()
+    (run.settings_folder / "config.yml").write_text("normalize: true\n")
+    with pytest.raises(ValueError, match=r"VecNormalize stats .*vecnormalize\.pkl not found"):
+        evaluate_run(run, 1)
+
+
+# --- training curve
+
+
+def write_monitor(folder: Path, index: int, start: float, rows: str) -> None:
+    (folder / f"{index}.monitor.csv").write_text(f'#{{"t_start": {start}, "env_id": "E"}}\nr,l,t\n{rows}')
+
+
+def test_curve_orders_episodes_by_their_end_and_counts_all_environments(tmp_path: Path) -> None:
+    write_monitor(tmp_path, 0, 100.0, "1.0,10,1.0\n2.0,30,4.0\n")
+    write_monitor(tmp_path, 1, 100.5, "5.0,20,1.5\n")
+    curve = read_training_curve(tmp_path)
+    # Environment 0 ends episodes at its own steps 10 and 40, environment 1 at 20; times two environments.
+    np.testing.assert_array_equal(curve.steps, [20, 40, 80])
+    np.testing.assert_array_equal(curve.returns, [1.0, 5.0, 2.0])
+    np.testing.assert_array_equal(curve.seconds, [1.0, 2.0, 4.0])
+    assert (curve.training_seconds, curve.steps_per_second) == (4.0, 20.0)
+
+
+def test_curve_of_a_real_run(logs: Path) -> None:
+    curve = read_training_curve(find_run(logs, "Pendulum-v1").folder, 400)
+    np.testing.assert_array_equal(curve.steps, [400, 400])
+
+
+def test_curve_counts_the_trainings_steps_where_monitor_counts_frames(tmp_path: Path) -> None:
+    write_monitor(tmp_path, 0, 0.0, "0.0,400,1.0\n0.0,3580,9.0\n")
+    np.testing.assert_array_equal(read_training_curve(tmp_path, 1000).steps, [100, 995])
+    np.testing.assert_array_equal(read_training_curve(tmp_path, 4000).steps, [400, 3980])
+    # More steps than the files hold: a training that went on from another run.
+    np.testing.assert_array_equal(read_training_curve(tmp_path, 100_000).steps, [400, 3980])
+
+
+@pytest.mark.parametrize("rest", ["7.0,1", "7.0,", "7.0,1,"])
+def test_curve_ends_before_a_line_cut_short(tmp_path: Path, rest: str) -> None:
+    write_monitor(tmp_path, 0, 0.0, "1.0,10,1.0\n" + rest)
+    np.testing.assert_array_equal(read_training_curve(tmp_path).returns, [1.0])
+
+
+def test_empty_curve_has_no_speed(tmp_path: Path) -> None:
+    empty = TrainingCurve(np.array([]), np.array([]), np.array([]))
+    assert (empty.training_seconds, empty.steps_per_second) == (None, None)
+    write_monitor(tmp_path, 0, 0.0, "")
+    assert len(read_training_curve(tmp_path, 100).steps) == 0
+    assert len(read_training_curve(tmp_path / "none").steps) == 0
