@@ -1,12 +1,17 @@
 """ClipPPO's arguments: the checks that need several of them, and what makes them SB3's."""
 
+import difflib
+import inspect
 import io
 import json
+import os
 import pathlib
 import warnings
 import zipfile
 from typing import TYPE_CHECKING, Any
 
+from stable_baselines3.common.buffers import BaseBuffer
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.save_util import open_path
 
 from sb3_clipvf import validation
@@ -29,18 +34,19 @@ SB3_EQUIVALENT: dict[str, Any] = {
 }
 """Arguments under which ClipPPO is SB3's PPO: with the same seed it ends with the same weights."""
 
-# SB3's PPO has these too, so its files hold them.
-_IN_SB3_FILES = ("clip_range", "clip_range_vf")
+MAX_SEED = 2**32 - 1
+"""NumPy's generator takes no larger one."""
 
 
 def check_arguments(model: "ClipPPO") -> None:
     """
-    Check all arguments of a model, of its constructor or of a file.
+    Check all arguments of a model, of its constructor or of a file, and make its numbers plain ints and floats.
 
     :param model: With its attributes set and nothing built yet.
     :raises ValueError: If one is out of range, or two contradict each other.
     :raises TypeError: If one is of the wrong type.
     """
+    _check_parts(model)
     _check_sizes(model)
     _check_numbers(model)
     for name in ("normalize_advantage", "use_sde"):
@@ -56,15 +62,29 @@ def check_arguments(model: "ClipPPO") -> None:
     _check_controllers(model)
 
 
+def _check_parts(model: "ClipPPO") -> None:
+    validation.check_class("policy", model.policy_class, ActorCriticPolicy, "Or pass an alias, such as 'MlpPolicy'.")
+    if model.rollout_buffer_class is not None:
+        validation.check_class("rollout_buffer_class", model.rollout_buffer_class, BaseBuffer, "None takes ours.")
+    for name in ("policy_kwargs", "rollout_buffer_kwargs"):
+        validation.check_type(name, getattr(model, name), dict, "a dict", "None stands for an empty one.")
+    validation.check_type(
+        "tensorboard_log", model.tensorboard_log, (str, os.PathLike), "the path of a folder", "None turns it off."
+    )
+
+
 def _check_sizes(model: "ClipPPO") -> None:
     model.n_steps = validation.check_int("n_steps", model.n_steps, 1, "SB3's default is 2048.")
     model.batch_size = validation.check_int("batch_size", model.batch_size, 1, "SB3's default is 64.")
     model.n_epochs = validation.check_int("n_epochs", model.n_epochs, 1, "SB3's default is 10.")
-    validation.check_int("stats_window_size", model._stats_window_size, 1, "SB3's default is 100.")
-    validation.check_int("sde_sample_freq", model.sde_sample_freq, -1, "-1 draws noise once a rollout.")
+    window = validation.check_int("stats_window_size", model._stats_window_size, 1, "SB3's default is 100.")
+    model._stats_window_size = window
+    way_out = "-1 draws noise once a rollout."
+    model.sde_sample_freq = validation.check_int("sde_sample_freq", model.sde_sample_freq, -1, way_out)
     validation.check_int("verbose", model.verbose, 0, "0 is silent, 1 shows messages, 2 shows details.")
     if model.seed is not None:
-        model.seed = validation.check_int("seed", model.seed, 0, "None leaves the random states alone.")
+        way_out = "None leaves the random states alone."
+        model.seed = validation.check_int("seed", model.seed, 0, way_out, maximum=MAX_SEED)
     if not model.normalize_advantage:
         return
     if model.batch_size == 1 and model.advantage_scope == "minibatch":
@@ -80,13 +100,14 @@ def _check_sizes(model: "ClipPPO") -> None:
 
 
 def _check_numbers(model: "ClipPPO") -> None:
-    validation.check_float("gamma", model.gamma, "SB3's default is 0.99.", 0.0, 1.0)
-    validation.check_float("gae_lambda", model.gae_lambda, "SB3's default is 0.95.", 0.0, 1.0)
+    model.gamma = validation.check_float("gamma", model.gamma, "SB3's default is 0.99.", 0.0, 1.0)
+    model.gae_lambda = validation.check_float("gae_lambda", model.gae_lambda, "SB3's default is 0.95.", 0.0, 1.0)
     way_out = "SB3's default is 0.5; a large number, such as 1e9, leaves gradients as they are."
-    validation.check_float("max_grad_norm", model.max_grad_norm, way_out, above_low=True)
+    model.max_grad_norm = validation.check_float("max_grad_norm", model.max_grad_norm, way_out, above_low=True)
     for name in ("target_kl", "adaptive_kl_target", "lr_kl_target"):
         if getattr(model, name) is not None:
-            validation.check_float(name, getattr(model, name), "None turns it off.", above_low=True)
+            value = validation.check_float(name, getattr(model, name), "None turns it off.", above_low=True)
+            setattr(model, name, value)
 
 
 def _check_controllers(model: "ClipPPO") -> None:
@@ -105,15 +126,16 @@ def _check_controllers(model: "ClipPPO") -> None:
         low, high = AdaptiveKL.beta_min, AdaptiveKL.beta_max
         if not low <= beta <= high:
             raise ValueError(
-                f"`kl_coef` must be in [{low:g}, {high:g}] where `adaptive_kl_target` is set, got {model.kl_coef!r}: it "
-                "adapts within these bounds. Start at 1.0, as the paper does."
+                f"`kl_coef` must be in [{low:g}, {high:g}] where `adaptive_kl_target` is set, got {model.kl_coef!r}: "
+                "it adapts within these bounds. Start at 1.0, as the paper does."
             )
     if model.lr_kl_target is not None and not is_constant(model.learning_rate):
         raise ValueError(
             f"`learning_rate` must be a number where `lr_kl_target` is set, got {model.learning_rate!r}. Either the "
             "rate follows a schedule or it adapts: drop one of the two."
         )
-    if model.lr_kl_target is not None:
+    # A file brings the adapted rate, and the Zoo replaces the initial one by 0 where it only evaluates.
+    if model.lr_kl_target is not None and model.adaptive_lr is None:
         low, high = KLAdaptiveLR.lr_min, KLAdaptiveLR.lr_max
         if not low <= make_schedule(model.learning_rate, "learning_rate")(1.0) <= high:
             raise ValueError(
@@ -134,7 +156,8 @@ def warn_of_truncated_minibatches(model: "ClipPPO") -> None:
     rest = buffer_size % model.batch_size
     if rest == 0:
         return
-    consequence = " It is not normalised, having no spread." if rest == 1 and model.normalize_advantage else ""
+    is_alone = rest == 1 and model.normalize_advantage and model.advantage_scope == "minibatch"
+    consequence = " It is not normalised, having no spread." if is_alone else ""
     warnings.warn(
         f"You have specified a mini-batch size of {model.batch_size}, but because the rollout has n_steps * n_envs = "
         f"{buffer_size} transitions, after every {buffer_size // model.batch_size} untruncated mini-batches there will "
@@ -144,26 +167,41 @@ def warn_of_truncated_minibatches(model: "ClipPPO") -> None:
     )
 
 
-def values_to_load(path: str | pathlib.Path | io.BufferedIOBase, given: dict[str, Any]) -> dict[str, Any]:
+def values_to_load(
+    path: str | pathlib.Path | io.BufferedIOBase,
+    given: dict[str, Any],
+    custom_objects: dict[str, Any],
+    cls: type[Any],
+) -> dict[str, Any]:
     """
     Complete the values that the user passed to ``load``.
 
-    A controller goes on from the file's state, unless the user passed where it starts. For what a file of SB3's PPO
-    does not hold, the values of :data:`SB3_EQUIVALENT` are taken, and a warning names them.
+    A controller goes on from the file's state, unless the user changes where it starts. For what a file of another
+    algorithm of SB3 does not hold, the values of :data:`SB3_EQUIVALENT` are taken, and a warning names them.
 
     :param path: The file.
-    :param given: The user's values, by attribute.
+    :param given: The user's values, by argument.
+    :param custom_objects: Values that replace the file's while it is read; SB3 passes over those that it does not hold.
+    :param cls: The class that is loaded.
     :return: Values that replace the file's.
+    :raises TypeError: If a value is for nothing that the class or the file has.
     """
+    file = _read_json(path)
+    if file is None:
+        # SB3's load says what is wrong with it.
+        return given
     values = dict(given)
-    if "kl_coef" in given:
+    if "stats_window_size" in values:
+        values["_stats_window_size"] = values.pop("stats_window_size")
+    _check_names(values, cls, file)
+    if "kl_coef" in custom_objects or values.get("kl_coef", file.get("kl_coef")) != file.get("kl_coef"):
         values.setdefault("adaptive_kl", None)
-    if "learning_rate" in given:
+    if values.get("learning_rate", file.get("learning_rate")) != file.get("learning_rate"):
         values.setdefault("adaptive_lr", None)
-    if not saved_by_sb3(path):
+    if "vf_clip" in file:
         return values
-    names = [name for name in SB3_EQUIVALENT if name not in given and name not in _IN_SB3_FILES]
-    chosen = {name: SB3_EQUIVALENT[name] for name in names}
+    absent = {name: value for name, value in SB3_EQUIVALENT.items() if name not in file and name not in values}
+    chosen = {name: custom_objects.get(name, value) for name, value in absent.items()}
     listed = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
     warnings.warn(
         "The file was saved by another algorithm of SB3. ClipPPO takes its values, and for what it does not hold: "
@@ -173,17 +211,21 @@ def values_to_load(path: str | pathlib.Path | io.BufferedIOBase, given: dict[str
     return {"_loads_sb3": True, **chosen, **values}
 
 
-def saved_by_sb3(path: str | pathlib.Path | io.BufferedIOBase) -> bool:
-    """
-    Tell whether a zip was saved by another algorithm than ClipPPO, without unpickling anything.
+def _check_names(values: dict[str, Any], cls: type[Any], file: dict[str, Any]) -> None:
+    legal = {*inspect.signature(cls.__init__).parameters, *file, "_stats_window_size", "adaptive_kl", "adaptive_lr"}
+    for name in values:
+        if name not in legal:
+            nearest = difflib.get_close_matches(name, legal, n=1)
+            hint = f"Did you mean {nearest[0]!r}?" if nearest else "See the arguments of its constructor."
+            raise TypeError(f"`{name}` must be an argument of {cls.__name__}, got {values[name]!r} for it. {hint}")
 
-    :param path: As for ``load``.
-    :return: True if the file is readable and holds none of ClipPPO's own arguments; SB3's ``load`` explains the others.
-    """
+
+def _read_json(path: str | pathlib.Path | io.BufferedIOBase) -> dict[str, Any] | None:
+    """The attributes in a saved zip, without unpickling: plain ones as they are, others as their description."""
     try:
         file = open_path(path, "r", verbose=0, suffix="zip")
     except (OSError, ValueError):
-        return False
+        return None
     start = file.tell()
     try:
         with zipfile.ZipFile(file) as archive:
@@ -194,4 +236,4 @@ def saved_by_sb3(path: str | pathlib.Path | io.BufferedIOBase) -> bool:
         file.close()
     else:
         file.seek(start)
-    return isinstance(data, dict) and "vf_clip" not in data
+    return data if isinstance(data, dict) else None

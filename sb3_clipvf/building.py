@@ -1,7 +1,9 @@
 """From ClipPPO's arguments to its parts: the rollout buffer, the engine's settings, the controllers of the KL."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from gymnasium import spaces
 
 from sb3_clipvf.distributions import dist_param_dim
@@ -27,10 +29,11 @@ def make_rollout_buffer(model: "ClipPPO") -> Any:
     kwargs = dict(model.rollout_buffer_kwargs)
     if issubclass(buffer_class, TensorRolloutBuffer):
         kwargs.setdefault("dist_param_dim", width or 0)
-    _check_kl_is_known(model, buffer_class, width)
+    stores_dist = issubclass(buffer_class, TensorRolloutBuffer) and kwargs["dist_param_dim"] == width
+    _check_kl_is_known(model, buffer_class, width, stores_dist)
     rollout_buffer = buffer_class(
         model.n_steps,
-        model.observation_space,
+        stored_observation_space(model),
         model.action_space,
         device=model.device,
         gamma=model.gamma,
@@ -45,14 +48,52 @@ def make_rollout_buffer(model: "ClipPPO") -> Any:
     return rollout_buffer
 
 
-def _check_kl_is_known(model: "ClipPPO", buffer_class: type[Any], width: int | None) -> None:
+def leave_out_kl(model: "ClipPPO", rollout_buffer: Any) -> bool:
+    """
+    Do without the exact KL of a policy whose own distribution turned out to be of an unknown type.
+
+    :param model: Collecting its first step.
+    :param rollout_buffer: Stops storing the distribution's parameters.
+    :return: False: parameters are not to be stored.
+    :raises ValueError: If an argument needs the exact KL.
+    """
+    _check_kl_is_known(model, type(rollout_buffer), None, stores_dist=False)
+    rollout_buffer.dist_param_dim = 0
+    log.warning("The policy's action distribution has no exact KL that is known here: `train/kl` is left out.")
+    return False
+
+
+def stored_observation_space(model: "ClipPPO") -> spaces.Space[Any]:
+    """
+    The observation space as the buffer sees it: VecNormalize turns integer observations into floats.
+
+    :param model: With its environment, if any.
+    :return: The model's space, with float32 in the place of the integer boxes that are normalised.
+    """
+    normalizer = model.get_vec_normalize_env()
+    space = model.observation_space
+    if normalizer is None or not normalizer.norm_obs:
+        return space
+    if isinstance(space, spaces.Dict):
+        keys = normalizer.norm_obs_keys or []
+        return spaces.Dict({key: _as_float(sub) if key in keys else sub for key, sub in space.spaces.items()})
+    return _as_float(space)
+
+
+def _as_float(space: spaces.Space[Any]) -> spaces.Space[Any]:
+    if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.integer):
+        return spaces.Box(-np.inf, np.inf, space.shape, np.float32)
+    return space
+
+
+def _check_kl_is_known(model: "ClipPPO", buffer_class: type[Any], width: int | None, stores_dist: bool) -> None:
     names = ("kl_coef", "adaptive_kl_target", "lr_kl_target")
     asked_for = [name for name in names if getattr(model, name) not in (None, 0)]
-    if not asked_for or (width and issubclass(buffer_class, TensorRolloutBuffer)):
+    if not asked_for or (width and stores_dist):
         return
     if width:
         cause = f"`rollout_buffer_class` {buffer_class.__name__} does not store the old distribution"
-        way_out = "Derive the buffer class from TensorRolloutBuffer."
+        way_out = "Derive the buffer class from TensorRolloutBuffer, and leave its `dist_param_dim` alone."
     else:
         dist = type(getattr(model.policy, "action_dist", None)).__name__
         cause = f"the exact KL of the policy's action distribution ({dist}) is not known"
@@ -93,7 +134,7 @@ def make_adaptive_kl(kept: AdaptiveKL | None, target: float | None, initial_beta
     """
     if target is None:
         return None
-    return AdaptiveKL(beta=initial_beta if kept is None else kept.beta, target=target)
+    return AdaptiveKL(beta=initial_beta, target=target) if kept is None else replace(kept, target=target)
 
 
 def make_adaptive_lr(kept: KLAdaptiveLR | None, target: float | None, initial_rate: float) -> KLAdaptiveLR | None:
@@ -107,4 +148,4 @@ def make_adaptive_lr(kept: KLAdaptiveLR | None, target: float | None, initial_ra
     """
     if target is None:
         return None
-    return KLAdaptiveLR(learning_rate=initial_rate if kept is None else kept.learning_rate, target=target)
+    return KLAdaptiveLR(learning_rate=initial_rate, target=target) if kept is None else replace(kept, target=target)

@@ -16,9 +16,10 @@ from pathlib import Path
 
 from stable_baselines3.common.callbacks import BaseCallback
 
+from sb3_clipvf.messages import log
 from sb3_clipvf.validation import check_int
 
-_logger = logging.getLogger("sb3_clipvf")
+_logger = log
 
 _FORMAT = 1
 _PLAIN_STATISTICS = "vecnormalize.pkl"

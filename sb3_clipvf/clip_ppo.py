@@ -1,11 +1,11 @@
 """ClipPPO: the algorithm under SB3's interface. It validates, collects, hands the update to an engine and logs once."""
 
+import copy
 import io
 import pathlib
 import time
 from typing import Any, ClassVar, Self, cast
 
-import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
@@ -22,16 +22,22 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.utils import explained_variance, obs_as_tensor, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_clipvf import validation
+from sb3_clipvf import coefficients, validation
 from sb3_clipvf.arguments import (
     SB3_EQUIVALENT,
     check_arguments,
     values_to_load,
     warn_of_truncated_minibatches,
 )
-from sb3_clipvf.building import make_adaptive_kl, make_adaptive_lr, make_rollout_buffer, make_update_settings
+from sb3_clipvf.building import (
+    leave_out_kl,
+    make_adaptive_kl,
+    make_adaptive_lr,
+    make_rollout_buffer,
+    make_update_settings,
+)
 from sb3_clipvf.collection import act, bootstrap_truncated, to_env
-from sb3_clipvf.engines import AutogradEngine, UpdateCoefficients, UpdateStatistics, select_engine
+from sb3_clipvf.engines import AutogradEngine, UpdateCoefficients, UpdateStatistics, check_finite, select_engine
 from sb3_clipvf.messages import log, show_messages
 from sb3_clipvf.policies import (
     SquashedActorCriticCnnPolicy,
@@ -145,9 +151,11 @@ class ClipPPO(OnPolicyAlgorithm):
         lr_kl_target: float | None = None,
         engine: str = "auto",
     ) -> None:
-        if env is not None:
-            env = maybe_make_env(env, verbose)
-            validation.check_spaces(policy, env.observation_space, env.action_space, use_sde)
+        # `load` makes a model without one.
+        if env is not None or _init_setup_model:
+            env = maybe_make_env(env, verbose)  # type: ignore[arg-type]
+            validation.check_env(policy, env, use_sde)
+        validation.check_device(device)
         super().__init__(
             policy,
             env,  # type: ignore[arg-type]
@@ -192,6 +200,7 @@ class ClipPPO(OnPolicyAlgorithm):
         self._schedules: dict[str, tuple[Any, Schedule]] = {}
         self._engine: AutogradEngine | None = None
         self._loads_sb3 = False
+        self._warned_of_early_end = False
 
         if _init_setup_model:
             self._setup_model()
@@ -204,10 +213,10 @@ class ClipPPO(OnPolicyAlgorithm):
             self.rollout_buffer_class = None
         check_arguments(self)
         show_messages(self.verbose)
-        # Everything that can be refused is refused before anything is built or drawn.
+        # Schedules are refused before anything is built or drawn.
         self._schedules = {}
-        for name in ("clip_range", "clip_range_vf", "ent_coef", "vf_coef", "kl_coef"):
-            self._schedule_of(name)
+        for name in coefficients.NAMES:
+            coefficients.schedule_of(self, name)
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         self.policy = self.policy_class(
@@ -220,7 +229,7 @@ class ClipPPO(OnPolicyAlgorithm):
         self.rollout_buffer = make_rollout_buffer(self)
         self._maybe_recommend_cpu()
         # A saved file brings beta and the adapted rate: go on from there.
-        kl_coef = cast(Schedule, self._schedule_of("kl_coef"))
+        kl_coef = cast(Schedule, coefficients.schedule_of(self, "kl_coef"))
         self.adaptive_kl = make_adaptive_kl(self.adaptive_kl, self.adaptive_kl_target, kl_coef(1.0))
         self.adaptive_lr = make_adaptive_lr(self.adaptive_lr, self.lr_kl_target, self.lr_schedule(1.0))
         self._engine = None
@@ -233,20 +242,6 @@ class ClipPPO(OnPolicyAlgorithm):
         return self.policy_aliases[policy_name]
 
     # ------------------------------------------------------------------ schedules and progress
-
-    def _schedule_of(self, name: str) -> Schedule | None:
-        """The schedule of a coefficient; built anew when the attribute was replaced, as callbacks do."""
-        value = getattr(self, name)
-        if value is None:
-            return None
-        if name not in self._schedules or self._schedules[name][0] is not value:
-            positive = name in ("clip_range", "clip_range_vf")
-            self._schedules[name] = (value, make_schedule(value, name, positive=positive))
-        return self._schedules[name][1]
-
-    def _coefficient(self, name: str) -> float | None:
-        schedule = self._schedule_of(name)
-        return None if schedule is None else schedule(self._current_progress_remaining)
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         horizon = self._schedule_timesteps or total_timesteps
@@ -284,6 +279,8 @@ class ClipPPO(OnPolicyAlgorithm):
         n_steps = 0
         with_dist_params = bool(getattr(rollout_buffer, "dist_param_dim", 0))
         rollout_buffer.reset()
+        # Here and below copies are kept, since some VecEnvs write the next step into the same arrays.
+        self._last_obs = copy.deepcopy(self._last_obs)
         if self.use_sde:
             self.policy.reset_noise(env.num_envs)
         callback.on_rollout_start()
@@ -300,10 +297,14 @@ class ClipPPO(OnPolicyAlgorithm):
 
             callback.update_locals(locals())
             if not callback.on_step():
+                # The environments have moved on: a later learn() that continues starts from there.
+                self._last_obs, self._last_episode_starts = new_obs, dones  # type: ignore[assignment]
                 return False
 
             self._update_info_buffer(infos, dones)
             n_steps += 1
+            if with_dist_params and not dist_row:
+                with_dist_params = leave_out_kl(self, rollout_buffer)
             if isinstance(self.action_space, spaces.Discrete):
                 actions = actions.reshape(-1, 1)
             rollout_buffer.add(
@@ -315,8 +316,8 @@ class ClipPPO(OnPolicyAlgorithm):
                 log_probs,
                 **dist_row,
             )
-            self._last_obs = new_obs  # type: ignore[assignment]
-            self._last_episode_starts = dones
+            self._last_obs = copy.deepcopy(new_obs)  # type: ignore[assignment]
+            self._last_episode_starts = dones.copy()
 
         with th.no_grad():
             values = self.policy.predict_values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]
@@ -334,8 +335,8 @@ class ClipPPO(OnPolicyAlgorithm):
         started = time.perf_counter()
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
-        coefficients = self._update_coefficients()
-        statistics = self._current_engine().update(self.rollout_buffer, coefficients)
+        current = coefficients.update_coefficients(self)
+        statistics = self._current_engine().update(self.rollout_buffer, current)
         self._n_updates += statistics.n_epochs
         if statistics.stopped_at_kl is not None:
             log.info(
@@ -345,20 +346,8 @@ class ClipPPO(OnPolicyAlgorithm):
             )
         if statistics.kl_after is not None:
             self._adapt(float(statistics.kl_after))
-        self._log_update(statistics, coefficients)
+        self._log_update(statistics, current)
         self.logger.record("time/update_seconds", time.perf_counter() - started)
-
-    def _update_coefficients(self) -> UpdateCoefficients:
-        clip_range_vf = self._coefficient("clip_range_vf")
-        if clip_range_vf is not None and self.vf_clip_units == "return_std":
-            clip_range_vf *= float(np.std(self.rollout_buffer.returns))
-        return UpdateCoefficients(
-            clip_range=self._coefficient("clip_range"),
-            clip_range_vf=clip_range_vf,
-            ent_coef=self._coefficient("ent_coef") or 0.0,
-            vf_coef=self._coefficient("vf_coef") or 0.0,
-            kl_coef=(self._coefficient("kl_coef") or 0.0) if self.adaptive_kl is None else self.adaptive_kl.beta,
-        )
 
     def _current_engine(self) -> AutogradEngine:
         """The engine for the policy and the arguments as they are now: callbacks may have replaced them."""
@@ -376,20 +365,22 @@ class ClipPPO(OnPolicyAlgorithm):
         if self.adaptive_lr is not None:
             self.adaptive_lr = self.adaptive_lr.next(kl_after)
 
-    def _log_update(self, statistics: UpdateStatistics, coefficients: UpdateCoefficients) -> None:
+    def _log_update(self, statistics: UpdateStatistics, current: UpdateCoefficients) -> None:
         record = self.logger.record
-        for name, value in statistics.read().items():
+        numbers = statistics.read()
+        check_finite(numbers)
+        for name, value in numbers.items():
             record(f"train/{name}", value)
-        record("train/kl_coef", coefficients.kl_coef)
+        record("train/kl_coef", current.kl_coef)
         values, returns = self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten()
         record("train/explained_variance", explained_variance(values, returns))
         if hasattr(self.policy, "log_std"):
             record("train/std", th.exp(self.policy.log_std).mean().item())
         record("train/n_updates", self._n_updates, exclude="tensorboard")
-        if coefficients.clip_range is not None:
-            record("train/clip_range", coefficients.clip_range)
-        if coefficients.clip_range_vf is not None:
-            record("train/clip_range_vf", coefficients.clip_range_vf)
+        if current.clip_range is not None:
+            record("train/clip_range", current.clip_range)
+        if current.clip_range_vf is not None:
+            record("train/clip_range_vf", current.clip_range_vf)
 
     # ------------------------------------------------------------------ learn, save, load
 
@@ -426,8 +417,11 @@ class ClipPPO(OnPolicyAlgorithm):
             )
         elif reset_num_timesteps:
             self._schedule_timesteps = None
+        if log_interval is not None:
+            log_interval = validation.check_int("log_interval", log_interval, 1, "None turns it off.")
         if self.env is None:
             raise ValueError("`env` must be set before learning, got None. Pass it to `load`, or call `set_env`.")
+        coefficients.warn_of_early_end(self, total, reset_num_timesteps)
         return super().learn(
             total_timesteps=total,
             callback=callback,
@@ -438,7 +432,7 @@ class ClipPPO(OnPolicyAlgorithm):
         )
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_schedules", "_engine", "_loads_sb3"]
+        return [*super()._excluded_save_params(), "_schedules", "_engine", "_loads_sb3", "_warned_of_early_end"]
 
     @classmethod
     def load(
@@ -466,7 +460,7 @@ class ClipPPO(OnPolicyAlgorithm):
         :param kwargs: Arguments of the constructor to change.
         :return: The model.
         """
-        kwargs = values_to_load(path, kwargs)
+        kwargs = values_to_load(path, kwargs, custom_objects or {}, cls)
         return super().load(
             path,
             env=env,

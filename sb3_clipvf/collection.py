@@ -7,7 +7,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_clipvf.distributions import dist_params, refreshed_dist
+from sb3_clipvf.distributions import dist_param_dim, dist_params, refreshed_dist
 
 
 @th.no_grad()
@@ -20,11 +20,16 @@ def act(
     :param policy: pi_old.
     :param observations: On the policy's device, ``n_envs`` of them.
     :param with_dist_params: Whether the distribution's parameters are wanted.
-    :return: Actions, values, log-probs, and ``{"dist_params": ...}`` of shape ``(n_envs, k)`` or an empty dict.
+    :return: Actions ``(n_envs, ...)``, values ``(n_envs, 1)``, log-probs ``(n_envs,)``, and ``{"dist_params": ...}`` of
+        shape ``(n_envs, k)``; an empty dict where it is not wanted, or the distribution is of an unknown type.
     """
     stale = getattr(policy.action_dist, "distribution", None) if with_dist_params else None
     actions, values, log_probs = policy(observations)
-    row = {"dist_params": dist_params(refreshed_dist(policy, observations, stale))} if with_dist_params else {}
+    row = {}
+    if with_dist_params:
+        dist = refreshed_dist(policy, observations, stale)
+        if dist_param_dim(dist) is not None:
+            row = {"dist_params": dist_params(dist)}
     return actions.cpu().numpy(), values, log_probs, row
 
 
@@ -72,6 +77,7 @@ def bootstrap_truncated(
         stacked = np.stack(final_obs)
     with th.no_grad():
         final_values = policy.predict_values(policy.obs_to_tensor(stacked)[0])
-    bootstrapped = rewards.copy()
+    # Environments may give integers, which cannot hold the values.
+    bootstrapped = rewards.astype(np.result_type(rewards, np.float32))
     bootstrapped[truncated] += gamma * final_values.cpu().numpy().reshape(-1)
     return bootstrapped

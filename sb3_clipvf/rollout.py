@@ -119,9 +119,14 @@ class TensorRolloutBuffer(BaseBuffer):
         obs_bytes: int = sum(
             int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in self._obs_layout().values()
         )
-        action_bytes: int = self.action_dim * np.dtype(self.action_space.dtype).itemsize
+        action_bytes: int = self.action_dim * self._action_dtype.itemsize
         # rewards, returns, episode_starts, values, log_probs, advantages
         return cells * (obs_bytes + action_bytes + 4 * (6 + self.dist_param_dim))
+
+    @property
+    def _action_dtype(self) -> np.dtype[Any]:
+        # The policy's own actions are floats, whatever the Box that they are clipped to takes.
+        return np.dtype(np.float32 if isinstance(self.action_space, spaces.Box) else self.action_space.dtype)
 
     def check_memory(self) -> None:
         """
@@ -289,7 +294,7 @@ class TensorRolloutBuffer(BaseBuffer):
         cells = (self.buffer_size, self.n_envs)
         arrays = {key: np.zeros((*cells, *shape), dtype) for key, (shape, dtype) in self._obs_layout().items()}
         self.observations = arrays if isinstance(self.observation_space, spaces.Dict) else arrays[""]
-        self.actions = np.zeros((*cells, self.action_dim), self.action_space.dtype)
+        self.actions = np.zeros((*cells, self.action_dim), self._action_dtype)
         self.rewards = np.zeros(cells, np.float32)
         self.returns = np.zeros(cells, np.float32)
         self.episode_starts = np.zeros(cells, np.float32)

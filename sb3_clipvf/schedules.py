@@ -96,14 +96,28 @@ class ClampedSchedule:
     A schedule of the user's, called with progress held within [0, 1].
 
     :param function: Progress to value.
+    :param name: The argument that it was given for, for messages.
     """
 
     function: Schedule
+    name: str = "schedule"
 
     def __call__(self, progress_remaining: float) -> float:
-        """:return: The value at ``progress_remaining``."""
+        """
+        Ask the user's function.
+
+        :return: The value at ``progress_remaining``, at least 0.
+        :raises ValueError: If it is negative or not finite.
+        """
+        progress = clamp_progress(progress_remaining)
         # float(): NumPy scalars would end up in the optimizer and in the saved file.
-        return float(self.function(clamp_progress(progress_remaining)))
+        value = float(self.function(progress))
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(
+                f"`{self.name}` must be at least 0 and finite, got {value} from {self.function!r} at "
+                f"progress_remaining={progress:g}. Correct the function."
+            )
+        return value
 
 
 _BY_PREFIX: dict[str, Callable[[float], Schedule]] = {
@@ -156,9 +170,9 @@ def make_schedule(value: Any, name: str, *, positive: bool = False) -> Schedule:
         start = float(value)
         in_range = start > 0 if positive else start >= 0
     else:
-        schedule = ClampedSchedule(value)
-        start = _call_once(schedule, value, name)
-        in_range = start >= 0
+        schedule = ClampedSchedule(value, name)
+        _call_once(schedule, value, name)
+        return schedule
     if not (math.isfinite(start) and in_range):
         raise ValueError(f"`{name}` must be {rule}, got {value!r}. Its value at the start of training is {start}.")
     return schedule
@@ -167,16 +181,17 @@ def make_schedule(value: Any, name: str, *, positive: bool = False) -> Schedule:
 def _parse(text: str, name: str) -> Schedule:
     prefix, separator, number = text.partition("_")
     try:
-        if not separator or prefix not in _BY_PREFIX:
+        # Python takes "1_0" for 10.
+        if not separator or prefix not in _BY_PREFIX or "_" in number:
             raise ValueError(prefix)
         return _BY_PREFIX[prefix](float(number))
     except ValueError:
         raise ValueError(f"`{name}` must be a schedule, got {text!r}. As a string use {SCHEDULE_STRINGS}.") from None
 
 
-def _call_once(schedule: Schedule, function: Any, name: str) -> float:
+def _call_once(schedule: Schedule, function: Any, name: str) -> None:
     try:
-        return schedule(1.0)
+        schedule(1.0)
     except TypeError as error:
         raise TypeError(
             f"`{name}` must be a function of one number that returns a number, got {function!r}, which failed at "

@@ -4,12 +4,17 @@ import math
 import numbers
 from typing import Any
 
+import numpy as np
 from gymnasium import spaces
 
 ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 
-def check_int(name: str, value: Any, minimum: int, way_out: str) -> int:
+class UnsupportedSpaceError(ValueError, NotImplementedError):
+    """An observation space that SB3 cannot store; code that catches SB3's NotImplementedError goes on working."""
+
+
+def check_int(name: str, value: Any, minimum: int, way_out: str, maximum: int | None = None) -> int:
     """
     Check a whole number.
 
@@ -17,15 +22,19 @@ def check_int(name: str, value: Any, minimum: int, way_out: str) -> int:
     :param value: What the user passed; floats with a whole value, such as 1e6, count as whole numbers.
     :param minimum: Smallest legal value.
     :param way_out: What to do instead, a sentence.
+    :param maximum: Largest legal value, if there is one.
     :return: The value as an int.
     :raises TypeError: If it is no number.
-    :raises ValueError: If it is not whole or below ``minimum``.
+    :raises ValueError: If it is not whole or out of range.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"`{name}` must be a whole number, got {value!r} of type {type(value).__name__}. {way_out}")
-    number = float(value)
-    if not number.is_integer() or number < minimum:
-        raise ValueError(f"`{name}` must be a whole number of at least {minimum}, got {value!r}. {way_out}")
+    # An int may be too large for a float.
+    number = int(value) if isinstance(value, numbers.Integral) else float(value)
+    is_whole = isinstance(number, int) or number.is_integer()
+    if not is_whole or number < minimum or (maximum is not None and number > maximum):
+        rule = f"of at least {minimum}" if maximum is None else f"in [{minimum}, {maximum}]"
+        raise ValueError(f"`{name}` must be a whole number {rule}, got {value!r}. {way_out}")
     return int(number)
 
 
@@ -84,18 +93,76 @@ def check_bool(name: str, value: Any) -> None:
         raise TypeError(f"`{name}` must be True or False, got {value!r} of type {type(value).__name__}. Pass a bool.")
 
 
-def check_spaces(
-    policy: Any, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], use_sde: bool
-) -> None:
+def check_type(name: str, value: Any, types: type | tuple[type, ...], rule: str, way_out: str) -> None:
+    """
+    Check the type of an argument that may be None.
+
+    :param name: The argument's name.
+    :param value: What the user passed.
+    :param types: The legal ones beside None.
+    :param rule: The same in words.
+    :param way_out: What to do instead, a sentence.
+    :raises TypeError: If it is of another type.
+    """
+    if value is not None and not isinstance(value, types):
+        raise TypeError(f"`{name}` must be {rule}, got {value!r} of type {type(value).__name__}. {way_out}")
+
+
+def check_class(name: str, value: Any, base: type, way_out: str) -> None:
+    """
+    Check a class that the user passed.
+
+    :param name: The argument's name.
+    :param value: What the user passed.
+    :param base: Class that it must be derived from.
+    :param way_out: What to do instead, a sentence.
+    :raises TypeError: If it is no class, or not derived from ``base``.
+    """
+    if not (isinstance(value, type) and issubclass(value, base)):
+        raise TypeError(f"`{name}` must be a class derived from SB3's {base.__name__}, got {value!r}. {way_out}")
+
+
+def check_device(device: Any) -> None:
+    """
+    Check a PyTorch device.
+
+    :param device: What the user passed.
+    :raises ValueError: If PyTorch knows no such device, or there is none here.
+    """
+    import torch as th  # here, so that the commands that only read results start without it
+
+    if device == "auto":
+        return
+    try:
+        kind = th.device(device).type
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f"`device` must be 'auto' or a PyTorch device, got {device!r}. Use for example 'cpu' or 'cuda'."
+        ) from None
+    if kind == "cuda" and not th.cuda.is_available():
+        raise ValueError(f"`device` must be there, got {device!r} without a CUDA device. Use 'auto' or 'cpu'.")
+
+
+def check_env(policy: Any, env: Any, use_sde: bool) -> None:
     """
     Check that the algorithm can act in an environment.
 
     :param policy: Policy class or alias.
-    :param observation_space: Of the environment.
-    :param action_space: Of the environment.
+    :param env: The environment, made already where an id was passed.
     :param use_sde: Whether gSDE is asked for.
     :raises ValueError: If it cannot.
+    :raises TypeError: If ``env`` is no environment.
     """
+    if not (hasattr(env, "observation_space") and hasattr(env, "action_space")):
+        raise TypeError(
+            f"`env` must be a gymnasium environment, an SB3 VecEnv or the id of an environment, got {env!r} of type "
+            f"{type(env).__name__}. Pass for example gymnasium.make('CartPole-v1')."
+        )
+    _check_action_space(env.action_space, use_sde)
+    _check_observation_space(policy, env.observation_space)
+
+
+def _check_action_space(action_space: Any, use_sde: bool) -> None:
     if not isinstance(action_space, ACTION_SPACES):
         legal = ", ".join(space.__name__ for space in ACTION_SPACES)
         raise ValueError(
@@ -110,14 +177,42 @@ def check_spaces(
         raise ValueError(
             f"`env` must have a MultiBinary action space of one dimension, got {action_space}. Flatten it by a wrapper."
         )
+    if isinstance(action_space, spaces.MultiDiscrete) and action_space.nvec.ndim != 1:
+        raise ValueError(
+            f"`env` must have a MultiDiscrete action space of one dimension, got {action_space}. "
+            "Flatten it by a wrapper."
+        )
+    if np.any(getattr(action_space, "start", 0)):
+        raise ValueError(
+            f"`env` must count its discrete actions from 0, got {action_space}. Shift them by a wrapper "
+            "(gymnasium.wrappers.TransformAction)."
+        )
     if use_sde and not isinstance(action_space, spaces.Box):
         raise ValueError(
             f"`use_sde` must be False unless actions are continuous, got True and {action_space}. Drop it."
         )
-    names = {"MlpPolicy", "CnnPolicy", "SquashedMlpPolicy", "SquashedCnnPolicy"}
-    if isinstance(policy, str) and policy in names and isinstance(observation_space, spaces.Dict):
-        multi_input = "SquashedMultiInputPolicy" if policy.startswith("Squashed") else "MultiInputPolicy"
+
+
+def _check_observation_space(policy: Any, observation_space: Any) -> None:
+    is_dict = isinstance(observation_space, spaces.Dict)
+    for space in observation_space.spaces.values() if is_dict else [observation_space]:
+        if not isinstance(space, ACTION_SPACES):
+            legal = ", ".join(space.__name__ for space in ACTION_SPACES)
+            raise UnsupportedSpaceError(
+                f"`env` must have an observation space of type {legal}, or a Dict of these that is not nested, got "
+                f"{observation_space}. Wrap the environment to convert it, for example in "
+                "gymnasium.wrappers.FlattenObservation."
+            )
+    if not isinstance(policy, str):
+        return
+    squashed = "Squashed" if policy.startswith("Squashed") else ""
+    if is_dict and policy.removeprefix(squashed) in ("MlpPolicy", "CnnPolicy"):
         raise ValueError(
-            f"`policy` must take dict observations, got {policy!r}. You must use `{multi_input}` when working with "
-            "dict observation space."
+            f"`policy` must take dict observations, got {policy!r}. You must use `{squashed}MultiInputPolicy` when "
+            "working with dict observation space."
+        )
+    if not is_dict and policy.removeprefix(squashed) == "MultiInputPolicy":
+        raise ValueError(
+            f"`policy` must take observations that are no dict, got {policy!r} and {observation_space}. Use "
+            f"'{squashed}MlpPolicy', or '{squashed}CnnPolicy' for images."
         )

@@ -312,12 +312,12 @@ def test_table_means_over_seeds_and_says_what_is_missing(tmp_path: Path) -> None
     lines = render_table(results, (plain, TINY, empty), (1, 2), "the command").splitlines()
     assert lines[0] == "Made by `the command`."
     assert lines[2:7] == [
-        "| environment and settings | steps | seed 1 | seed 2 | mean | goal | reached | others (RL Zoo) | steps/s |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | --- | --- | ---: |",
-        "| plain | 5,000 | 7.00 ± 0.50 | 9.00 ± 0.50 | 8.00 | 8 | yes (1 of 2) | 7 (a2c) | 100 |",
+        "| environment and settings | steps | seed 1 | seed 2 | mean | goal | reached | others (RL Zoo) |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- | --- |",
+        "| plain | 5,000 | 7.00 ± 0.50 | 9.00 ± 0.50 | 8.00 | 8 | yes (1 of 2) | 7 (a2c) |",
         f"| tiny<br>`{' '.join(PARAMS)}` | 64 "
-        "| 7.96 ± 0.50 |  | 7.96 | 8 | no so far (0 of 1, 1 to run) | 9 (others) |  |",
-        "| empty | 5,000 |  |  |  | 8 | not run |  |  |",
+        "| 7.96 ± 0.50 |  | 7.96 | 8 | no so far (0 of 1, 1 to run) | 9 (others) |",
+        "| empty | 5,000 |  |  |  | 8 | not run |  |",
     ]
     assert lines[-1] == "- C, 2 cores, 1 runs side by side, one thread each; python 3"
 

@@ -56,7 +56,17 @@ def make_model(returns: tuple[float, ...] = RISING, normalize: bool = True, moni
     env: VecEnv = DummyVecEnv([make_env])
     if normalize:
         env = VecNormalize(env)
-    return ClipPPO("MlpPolicy", env, n_steps=8, batch_size=8, n_epochs=1, stats_window_size=4, seed=0, device="cpu")
+    return ClipPPO(
+        "MlpPolicy",
+        clip_range=0.2,
+        env=env,
+        n_steps=8,
+        batch_size=8,
+        n_epochs=1,
+        stats_window_size=4,
+        seed=0,
+        device="cpu",
+    )
 
 
 def manifest(folder: Path) -> dict[str, Any]:

@@ -66,7 +66,7 @@ SMALL: dict[str, Any] = {"n_steps": 20, "batch_size": 16, "n_epochs": 3, "seed":
 
 CASES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "discrete": (lambda: wander(spaces.Discrete(3)), "MlpPolicy", {}),
-    "discrete_start": (lambda: wander(spaces.Discrete(3, start=1)), "MlpPolicy", {"ent_coef": 0.01}),
+    "entropy": (lambda: wander(spaces.Discrete(3)), "MlpPolicy", {"ent_coef": 0.01}),
     "box": (lambda: wander(BOX), "MlpPolicy", {}),
     "multi_discrete": (lambda: wander(spaces.MultiDiscrete([3, 4])), "MlpPolicy", {}),
     "multi_binary": (lambda: wander(spaces.MultiBinary(4)), "MlpPolicy", {}),
@@ -109,11 +109,15 @@ def weights(model: Any) -> dict[str, th.Tensor]:
     return {name: tensor.clone() for name, tensor in model.policy.state_dict().items()}
 
 
-def assert_same(ours: dict[str, th.Tensor], theirs: dict[str, th.Tensor]) -> None:
-    # Bitwise: the same operations in the same order on the same numbers.
+def assert_same(ours: dict[str, th.Tensor], theirs: dict[str, th.Tensor], *, bitwise: bool = True) -> None:
+    # Bitwise: the same operations in the same order on the same numbers. Not so for convolutions, which oneDNN sums in
+    # an order that depends on where the tensors lie in memory; Adam's first steps turn 1e-7 into up to 1e-5.
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
-        assert th.equal(tensor, theirs[name]), name
+        if bitwise:
+            assert th.equal(tensor, theirs[name]), name
+        else:
+            th.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-5)
 
 
 def three_updates(n_envs: int) -> int:
@@ -130,7 +134,7 @@ def test_three_updates_give_the_weights_of_sb3(case: str) -> None:
     ours = ClipPPO(policy, make_env(), **{**SB3_EQUIVALENT, **SMALL, **kwargs})
     assert_same(weights(ours), initial)
     ours.learn(three_updates(ours.n_envs))
-    assert_same(weights(ours), weights(host))
+    assert_same(weights(ours), weights(host), bitwise=case not in ("image", "dict"))
     assert any(not th.equal(tensor, initial[name]) for name, tensor in weights(ours).items())
     assert ours._n_updates == host._n_updates
 

@@ -33,15 +33,6 @@ _ADAPTIVE_KL = (*_FIXED_KL, "adaptive_kl_target:0.01")
 _SQUASHED_MOUNTAIN_CAR: tuple[str, ...] = (
     "policy:'SquashedMlpPolicy'",
     "use_sde:False",
-    "n_envs:8",
-    "n_steps:256",
-    "batch_size:256",
-    "gae_lambda:0.98",
-    "learning_rate:1e-3",
-    "clip_range:'lin_0.2'",
-    "ent_coef:0.0",
-    "max_grad_norm:0.5",
-    "vf_coef:0.5",
     "policy_kwargs:dict(log_std_init=2.0)",
 )
 

@@ -143,8 +143,8 @@ def render_table(results: Results, rows: Sequence[Row], seeds: Sequence[int], co
     :return: Markdown text
     """
     header = ["environment and settings", "steps", *(f"seed {seed}" for seed in seeds), "mean", "goal", "reached"]
-    header += ["others (RL Zoo)", "steps/s"]
-    lines = [" | ".join(header), " | ".join(["---"] + ["---:"] * (len(header) - 4) + ["---", "---", "---:"])]
+    header += ["others (RL Zoo)"]
+    lines = [" | ".join(header), " | ".join(["---"] + ["---:"] * (len(header) - 3) + ["---", "---"])]
     machines: set[str] = set()
     for row in rows:
         runs = [results.find(row, seed) for seed in seeds]
@@ -152,12 +152,11 @@ def render_table(results: Results, rows: Sequence[Row], seeds: Sequence[int], co
         machines |= {_machine_text(run) for run in done}
         cells = [f"{run['mean_return']:.2f} ± {run['std_return']:.2f}" if run else "" for run in runs]
         mean = float(np.mean([run["mean_return"] for run in done])) if done else None
-        speeds = [run["steps_per_second"] for run in done if run["steps_per_second"] is not None]
         settings = f"{row.name}<br>`{' '.join(row.params)}`" if row.params else row.name
         lines.append(
             " | ".join(
                 [settings, f"{row.n_timesteps:,}", *cells, "" if mean is None else f"{mean:.2f}", f"{row.goal:g}"]
-                + [_reached(row, runs, mean), row.comparison, f"{np.mean(speeds):,.0f}" if speeds else ""]
+                + [_reached(row, runs, mean), row.comparison]
             )
         )
     table = "\n".join(f"| {line} |" for line in lines)

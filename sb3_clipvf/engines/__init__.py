@@ -7,7 +7,7 @@ Engines run one update of the policy. They differ in speed, never in meaning; ``
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_clipvf.engines.autograd import AutogradEngine
-from sb3_clipvf.engines.settings import UpdateCoefficients, UpdateSettings, UpdateStatistics
+from sb3_clipvf.engines.settings import UpdateCoefficients, UpdateSettings, UpdateStatistics, check_finite
 
 ENGINE_NAMES = ("auto", "autograd", "native", "cuda_graph")
 
@@ -18,6 +18,7 @@ __all__ = [
     "UpdateSettings",
     "UpdateStatistics",
     "check_engine_name",
+    "check_finite",
     "select_engine",
 ]
 

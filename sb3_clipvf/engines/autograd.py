@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any, cast
 
 import torch as th
@@ -16,19 +17,33 @@ EVALUATION_BATCH = 4096
 """Transitions in a forward pass that needs no gradient."""
 
 
+# How many updates run now, and what to restore after the last of them.
+_validation_lock = Lock()
+_n_unvalidated = 0
+_validated_before = True
+
+
 @contextmanager
 def _unvalidated_distributions() -> Iterator[None]:
     """
     Leave out torch's checks of distributions, which read the device two or three times a minibatch.
 
-    Parameters that are not finite are still refused: by the same checks, in the next rollout's first step.
+    Parameters that are not finite are still refused: by :func:`check_finite` after the update, and by the same checks
+    in the next rollout's first step. The switch is the process's own: the last of several threads turns it back.
     """
-    before = th.distributions.Distribution._validate_args
-    th.distributions.Distribution.set_default_validate_args(False)
+    global _n_unvalidated, _validated_before
+    with _validation_lock:
+        if _n_unvalidated == 0:
+            _validated_before = th.distributions.Distribution._validate_args
+            th.distributions.Distribution.set_default_validate_args(False)
+        _n_unvalidated += 1
     try:
         yield
     finally:
-        th.distributions.Distribution.set_default_validate_args(before)
+        with _validation_lock:
+            _n_unvalidated -= 1
+            if _n_unvalidated == 0:
+                th.distributions.Distribution.set_default_validate_args(_validated_before)
 
 
 class AutogradEngine:
@@ -153,6 +168,8 @@ class AutogradEngine:
 
     def _kl_after(self, buffer: Any) -> th.Tensor:
         """Mean exact KL(pi_old || pi) over the whole rollout, under the parameters as they are now."""
+        # Batch normalisation and dropout would let the measurement change the policy, or the KL.
+        self.policy.set_training_mode(False)
         total = th.zeros((), dtype=th.float64, device=self.policy.device)
         n_transitions = 0
         with th.no_grad():
@@ -160,6 +177,7 @@ class AutogradEngine:
                 dist = self.policy.get_distribution(batch.observations)
                 total += kl_from_params(dist, batch.old_dist_params).sum()
                 n_transitions += len(batch.returns)
+        self.policy.set_training_mode(True)
         return total / n_transitions
 
     def _finish(self, record: "_Record", buffer: Any, stopped_at_kl: float | None) -> UpdateStatistics:

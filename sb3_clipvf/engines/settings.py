@@ -1,5 +1,6 @@
 """What an engine is given and what it gives back: plain data, shared by all engines."""
 
+import math
 from dataclasses import dataclass
 
 import torch as th
@@ -8,7 +9,7 @@ import torch as th
 @dataclass(frozen=True)
 class UpdateSettings:
     """
-    What stays the same over all updates of a model.
+    What an update needs to know beside its coefficients; equal settings mean that an engine can be used again.
 
     :param batch_size: Transitions in each minibatch.
     :param n_epochs: Passes over the rollout.
@@ -93,3 +94,18 @@ class UpdateStatistics:
             scalars["kl_after_update"] = self.kl_after
         numbers = th.stack([scalar.double() for scalar in scalars.values()]).tolist()
         return dict(zip(scalars, numbers, strict=True))
+
+
+def check_finite(numbers: dict[str, float]) -> None:
+    """
+    Refuse to go on with a policy that an update has ruined.
+
+    :param numbers: From :meth:`UpdateStatistics.read`.
+    :raises ValueError: If the loss or the gradient norm is not finite; the parameters are not either, then.
+    """
+    bad = [name for name in ("loss", "grad_norm") if not math.isfinite(numbers.get(name, 0.0))]
+    if bad:
+        raise ValueError(
+            f"`{bad[0]}` must be finite, got {numbers[bad[0]]}: this update ruined the policy. Go on from the last "
+            "saved model with a lower learning_rate, and look for observations and rewards that are huge or not finite."
+        )

@@ -1,0 +1,130 @@
+"""Tests of the steps of a rollout that touch the policy, above all of where cut-off episodes are bootstrapped."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import ActorCriticPolicy, MultiInputActorCriticPolicy
+
+from sb3_clipvf.collection import act, bootstrap_truncated, to_env
+from sb3_clipvf.distributions import dist_params
+from sb3_clipvf.policies import SquashedActorCriticPolicy
+
+OBS = spaces.Box(-10.0, 10.0, (2,), np.float32)
+BOX = spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([2.0, 4.0], np.float32))
+GAMMA = 0.5
+
+
+class Valued(ActorCriticPolicy):
+    """A policy whose value of an observation is 10 times its first number, and that counts its forward passes."""
+
+    n_calls = 0
+
+    def predict_values(self, obs: Any) -> th.Tensor:
+        self.n_calls += 1
+        return 10 * obs[:, :1]
+
+
+class DictValued(MultiInputActorCriticPolicy):
+    def predict_values(self, obs: Any) -> th.Tensor:
+        return 10 * obs["a"][:, :1] + obs["b"][:, :1]
+
+
+def make(
+    policy_class: type[Any] = Valued, obs: spaces.Space[Any] = OBS, act: spaces.Space[Any] = BOX, **kw: Any
+) -> Any:
+    th.manual_seed(0)
+    return policy_class(obs, act, lambda _: 1e-3, net_arch=[4], **kw)
+
+
+def info(*observation: float, truncated: bool = True) -> dict[str, Any]:
+    return {"terminal_observation": np.array(observation, np.float32), "TimeLimit.truncated": truncated}
+
+
+class TestBootstrap:
+    REWARDS = np.array([1.0, 2.0, 3.0, 4.0], np.float32)
+
+    def test_only_where_cut_off_and_in_one_forward_pass(self) -> None:
+        policy = make()
+        infos = [info(3, 0), {}, info(5, 0, truncated=False), info(-1, 0)]
+        rewards = bootstrap_truncated(policy, self.REWARDS, np.array([True, False, True, True]), infos, GAMMA)
+        # 1 + 0.5 * 30; goes on; terminated; 4 + 0.5 * -10
+        assert rewards.tolist() == [16, 2, 3, -1]
+        assert policy.n_calls == 1
+
+    def test_the_callers_rewards_stay(self) -> None:
+        before = self.REWARDS.copy()
+        rewards = bootstrap_truncated(make(), self.REWARDS, np.ones(4, bool), [info(3, 0)] * 4, GAMMA)
+        np.testing.assert_array_equal(self.REWARDS, before)
+        assert rewards.dtype == self.REWARDS.dtype
+
+    @pytest.mark.parametrize(
+        "infos",
+        [
+            [info(3, 0, truncated=False)] * 4,
+            [{"TimeLimit.truncated": True}] * 4,
+            [{"TimeLimit.truncated": True, "terminal_observation": None}] * 4,
+            [{"terminal_observation": np.zeros(2, np.float32)}] * 4,
+        ],
+        ids=["terminated", "no observation", "empty observation", "no flag"],
+    )
+    def test_nothing_to_do_costs_no_forward_pass(self, infos: list[dict[str, Any]]) -> None:
+        policy = make()
+        rewards = bootstrap_truncated(policy, self.REWARDS, np.ones(4, bool), infos, GAMMA)
+        np.testing.assert_array_equal(rewards, self.REWARDS)
+        assert policy.n_calls == 0
+
+    def test_a_stale_flag_of_an_episode_that_goes_on_is_not_read(self) -> None:
+        rewards = bootstrap_truncated(make(), self.REWARDS, np.zeros(4, bool), [info(3, 0)] * 4, GAMMA)
+        np.testing.assert_array_equal(rewards, self.REWARDS)
+
+    def test_dict_observations(self) -> None:
+        obs = spaces.Dict({"a": OBS, "b": OBS})
+        final = {"a": np.array([3, 0], np.float32), "b": np.array([1, 0], np.float32)}
+        infos = [{"terminal_observation": final, "TimeLimit.truncated": True}, {}]
+        policy = make(DictValued, obs)
+        rewards = bootstrap_truncated(policy, self.REWARDS[:2], np.array([True, False]), infos, GAMMA)
+        # 1 + 0.5 * (30 + 1)
+        assert rewards.tolist() == [16.5, 2]
+
+    def test_discrete_observations(self) -> None:
+        policy = make(ActorCriticPolicy, spaces.Discrete(4))
+        infos = [{"terminal_observation": np.int64(state), "TimeLimit.truncated": True} for state in (2, 0)]
+        rewards = bootstrap_truncated(policy, self.REWARDS[:2], np.ones(2, bool), infos, GAMMA)
+        with th.no_grad():
+            values = policy.predict_values(th.tensor([2, 0])).flatten().numpy()
+        np.testing.assert_allclose(rewards, self.REWARDS[:2] + GAMMA * values, rtol=1e-6)
+
+
+class TestActions:
+    def test_are_clipped_to_the_box(self) -> None:
+        actions = np.array([[-3.0, 1.0], [1.0, 5.0]], np.float32)
+        assert to_env(make(), BOX, actions).tolist() == [[-2, 1], [1, 4]]
+
+    @pytest.mark.parametrize(
+        ("policy_class", "kwargs"),
+        [(SquashedActorCriticPolicy, {}), (ActorCriticPolicy, {"use_sde": True, "squash_output": True})],
+    )
+    def test_of_squashing_policies_are_scaled_to_the_box(self, policy_class: type[Any], kwargs: dict[str, Any]) -> None:
+        actions = np.array([[-1.0, 0.0], [0.5, 1.0]], np.float32)
+        # -1, 0, 0.5 and 1 of [-2, 2] and [0, 4]
+        assert to_env(make(policy_class, **kwargs), BOX, actions).tolist() == [[-2, 2], [1, 4]]
+
+    @pytest.mark.parametrize(
+        "space", [spaces.Discrete(3), spaces.MultiDiscrete([2, 3]), spaces.MultiBinary(3)], ids=str
+    )
+    def test_of_other_spaces_stay(self, space: spaces.Space[Any]) -> None:
+        actions = np.array([1, 0, 1])
+        assert to_env(make(act=space), space, actions) is actions
+
+    def test_distribution_comes_along_where_it_is_wanted(self) -> None:
+        policy = make(ActorCriticPolicy)
+        obs = th.rand(3, 2)
+        actions, values, log_probs, row = act(policy, obs, with_dist_params=True)
+        assert (actions.shape, values.shape, log_probs.shape) == ((3, 2), (3, 1), (3,))
+        with th.no_grad():
+            assert th.equal(row["dist_params"], dist_params(policy.get_distribution(obs)))
+        assert not log_probs.requires_grad
+        assert act(policy, obs, with_dist_params=False)[3] == {}

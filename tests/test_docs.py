@@ -1,0 +1,175 @@
+"""The documentation: its examples run, its commands and options exist, its tables name what there is."""
+
+import doctest
+import importlib.util
+import inspect
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import configure
+
+from sb3_clipvf import ClipPPO
+from sb3_clipvf.schedules import make_schedule
+from sb3_clipvf.zoo import COMMANDS
+from sb3_clipvf.zoo.experiment import ZOO_KEYS, constructor_keys
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+# results/ is written by the benchmark, and the build is HTML.
+PAGES = sorted(page.relative_to(DOCS).as_posix() for page in [*DOCS.glob("*.md"), *DOCS.glob("api/*.md")])
+# Enough for two rollouts of the examples: what they show happens, but nothing is learned.
+MAX_STEPS = 300
+
+
+def text_of(page: str) -> str:
+    return (DOCS / page).read_text(encoding="utf-8")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text_of(page), flags=re.MULTILINE | re.DOTALL)
+
+
+def pages_with(language: str) -> list[str]:
+    return [page for page in PAGES if blocks(page, language)]
+
+
+def commands() -> list[list[str]]:
+    lines = [
+        line for page in PAGES for block in blocks(page, "console") for line in block.replace("\\\n", " ").splitlines()
+    ]
+    return [shlex.split(line[2:])[1:] for line in lines if line.startswith("$ sb3-clipvf ")]
+
+
+def source_of(name: str) -> str:
+    """The text of the modules in which a sub-command reads its options; found without importing them."""
+    package, *path = COMMANDS[name].target.partition(":")[0].split(".")
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.origin is not None
+    module = Path(spec.origin).parent.joinpath(*path)
+    if module.is_dir():
+        # The plot commands have a module each in one package, and the benchmarks too.
+        files = [module / f"{name}.py"] if name != "bench" else sorted(module.glob("*.py"))
+    else:
+        files = [module.with_suffix(".py")]
+    return "\n".join(file.read_text(encoding="utf-8") for file in files)
+
+
+def parameters_of(command: list[str]) -> list[str]:
+    """The tokens ``key:value`` behind ``-params``."""
+    tokens = command[command.index("-params") + 1 :] if "-params" in command else []
+    return [token for token in tokens if re.match(r"\w+:", token)]
+
+
+@pytest.fixture
+def short_trainings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """An empty folder, one torch thread, ``MAX_STEPS`` of one epoch for longer trainings, and short evaluations."""
+    learn = ClipPPO.learn
+
+    def short(self: ClipPPO, total_timesteps: float, *args: Any, **kwargs: Any) -> ClipPPO:
+        if total_timesteps > MAX_STEPS:
+            total_timesteps, self.n_epochs = MAX_STEPS, 1
+        return learn(self, total_timesteps, *args, **kwargs)
+
+    def few_episodes(*args: Any, n_eval_episodes: int, **kwargs: Any) -> Any:
+        return evaluate_policy(*args, n_eval_episodes=min(n_eval_episodes, 2), **kwargs)
+
+    monkeypatch.setattr(ClipPPO, "learn", short)
+    monkeypatch.setattr("stable_baselines3.common.evaluation.evaluate_policy", few_episodes)
+    monkeypatch.chdir(tmp_path)
+    n_threads = th.get_num_threads()
+    th.set_num_threads(1)
+    yield
+    th.set_num_threads(n_threads)
+
+
+# The migration page shows that a file of SB3 loads with this warning.
+@pytest.mark.filterwarnings("ignore:The file was saved by another algorithm of SB3")
+@pytest.mark.usefixtures("short_trainings")
+@pytest.mark.parametrize("page", pages_with("python"))
+def test_python_examples_run(page: str) -> None:
+    namespace: dict[str, Any] = {"__name__": "__docs__"}
+    for block in blocks(page, "python"):
+        exec(compile(block, page, "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", pages_with("pycon"))
+def test_interactive_examples_print_what_the_page_shows(page: str) -> None:
+    example = doctest.DocTestParser().get_doctest("\n".join(blocks(page, "pycon")), {}, page, page, 0)
+    report: list[str] = []
+    failed, attempted = doctest.DocTestRunner().run(example, out=report.append)
+    assert attempted > 0
+    assert failed == 0, "".join(report)
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_commands_and_their_options_exist(command: list[str]) -> None:
+    name, *arguments = command
+    assert name in COMMANDS
+    source = source_of(name)
+    for option in (token for token in arguments if re.match(r"--?[a-zA-Z]", token)):
+        assert f'"{option}"' in source, f"{name} has no option {option}"
+
+
+def test_parameters_on_command_lines_are_keys_of_the_settings() -> None:
+    keys = {token.partition(":")[0] for command in commands() for token in parameters_of(command)}
+    # The example of an error.
+    assert keys - (constructor_keys() | ZOO_KEYS) == {"clip_rnge"}
+
+
+def test_every_argument_has_its_place_in_the_migration_tables() -> None:
+    tables = "\n".join(line for line in text_of("migration.md").splitlines() if line.startswith("|"))
+    for name in set(inspect.signature(ClipPPO.__init__).parameters) - {"self"}:
+        assert f"`{name}`" in tables, name
+
+
+class LocalNames(BaseCallback):
+    names: frozenset[str] = frozenset()
+
+    def _on_step(self) -> bool:
+        self.names = frozenset(self.locals)
+        return True
+
+
+def test_the_names_that_callbacks_are_promised_are_there() -> None:
+    section = text_of("callbacks.md").partition("## What a callback sees")[2].partition("\n## ")[0]
+    promised = {
+        name
+        for row in re.findall(r"^\| (`.*?) \|", section, flags=re.MULTILINE)
+        for name in re.findall(r"`(\w+)`", row)
+    }
+    callback = LocalNames()
+    ClipPPO("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=8, n_epochs=1, device="cpu").learn(8, callback=callback)
+    assert "infos" in promised
+    assert promised <= callback.names
+
+
+def test_the_glossary_has_every_key_of_the_log_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    glossary = set(re.findall(r"`((?:train|rollout|time|eval)/\w+)`", text_of("metrics.md")))
+    env = make_vec_env("MountainCarContinuous-v0", env_kwargs={"max_episode_steps": 16})
+    model = ClipPPO(
+        "MlpPolicy", env, n_steps=32, batch_size=32, n_epochs=2, device="cpu", adaptive_kl_target=0.01, kl_coef=1.0
+    )
+    logger, logged = configure(None, []), set()
+    record = logger.record
+    monkeypatch.setattr(logger, "record", lambda key, *rest, **kwargs: (logged.add(key), record(key, *rest, **kwargs)))
+    model.set_logger(logger)
+    model.learn(64)
+    # Logged by SB3 only with an environment that tells of success, or by its EvalCallback.
+    elsewhere = {"rollout/success_rate", "eval/mean_reward", "eval/mean_ep_length", "eval/success_rate"}
+    assert logged == glossary - elsewhere
+
+
+def test_the_table_of_schedules_has_their_values() -> None:
+    rows = re.findall(r"^\| `(\w+_0\.2)` \|[^|]*\| ([^\n]*) \|$", text_of("algorithm.md"), flags=re.MULTILINE)
+    assert len(rows) == 4
+    for text, values in rows:
+        schedule = make_schedule(text, "clip_range")
+        # The table gives four decimals.
+        expected = [round(schedule(p), 4) for p in (1.0, 0.75, 0.5, 0.25, 0.0)]
+        assert [float(value) for value in values.split(" | ")] == expected

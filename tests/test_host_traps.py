@@ -1,0 +1,137 @@
+"""What environments and files do that Stable-Baselines3 itself stumbles over, or that its tools rely on."""
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import A2C
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecNormalize
+
+from sb3_clipvf import ClipPPO
+from sb3_clipvf.collection import bootstrap_truncated
+
+N_STEPS = 12
+
+
+class Counter(gym.Env[np.ndarray, Any]):
+    """Counts to three; the observation is the count, of the dtype that is asked for."""
+
+    def __init__(self, dtype: Any = np.float32, action_space: spaces.Space[Any] | None = None) -> None:
+        self.observation_space = spaces.Box(0, 9, (2,), dtype)
+        self.action_space = action_space or spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
+        self.count = 0
+        return self._observe(), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.count += 1
+        return self._observe(), 1.0, self.count == 3, False, {}
+
+    def _observe(self) -> np.ndarray:
+        return np.full(2, self.count, self.observation_space.dtype)
+
+
+class SameArrays(VecEnvWrapper):
+    """Writes each step into the arrays of the step before, as environments in C do."""
+
+    def reset(self) -> Any:
+        self.obs, self.dones = self.venv.reset().copy(), np.zeros(self.num_envs, bool)
+        return self.obs
+
+    def step_wait(self) -> Any:
+        obs, rewards, dones, infos = self.venv.step_wait()
+        self.obs[:], self.dones[:] = obs, dones
+        return self.obs, rewards, self.dones, infos
+
+
+def make(env: Any, **kwargs: Any) -> ClipPPO:
+    return ClipPPO("MlpPolicy", env, n_steps=N_STEPS, batch_size=6, n_epochs=1, clip_range=0.2, seed=0, **kwargs)
+
+
+def test_a_vec_env_may_write_into_the_same_arrays() -> None:
+    model = make(SameArrays(DummyVecEnv([Counter])))
+    model.learn(N_STEPS)
+    assert model.rollout_buffer.episode_starts[:, 0].tolist() == [1, 0, 0] * 4
+    assert model.rollout_buffer.observations[:, 0, 0].tolist() == [0, 1, 2] * 4
+
+
+def test_normalised_integer_observations_are_stored_as_floats() -> None:
+    model = make(VecNormalize(DummyVecEnv([lambda: Counter(np.uint8)])))
+    seen: list[np.ndarray] = []
+    model.learn(N_STEPS, callback=lambda local, _: seen.append(local["obs_tensor"].numpy().copy()) is None)
+    assert model.rollout_buffer.observations.dtype == np.float32
+    np.testing.assert_array_equal(model.rollout_buffer.observations, np.stack(seen).astype(np.float32))
+
+
+def test_images_that_are_not_normalised_keep_their_dtype() -> None:
+    model = make(VecNormalize(DummyVecEnv([lambda: Counter(np.uint8)]), norm_obs=False))
+    model.learn(N_STEPS)
+    assert model.rollout_buffer.observations.dtype == np.uint8
+
+
+def test_integer_rewards_can_be_bootstrapped() -> None:
+    policy = make(DummyVecEnv([Counter])).policy
+    infos = [{"TimeLimit.truncated": True, "terminal_observation": np.ones(2, np.float32)}]
+    rewards = np.array([1])
+    got = bootstrap_truncated(policy, rewards, np.array([True]), infos, gamma=0.5)
+    value = policy.predict_values(th.ones(1, 2)).item()
+    np.testing.assert_allclose(got, [1 + 0.5 * value], rtol=1e-6)  # float32 rounding
+    assert rewards.tolist() == [1]
+
+
+def test_the_policys_float_actions_survive_an_integer_box() -> None:
+    env = DummyVecEnv([lambda: Counter(action_space=spaces.Box(0, 10, (1,), np.int64))])
+    model = make(env, learning_rate=0.0)
+    model.learn(N_STEPS)
+    assert model.logger.name_to_value["train/ratio_max"] == pytest.approx(1, abs=1e-5)  # float32 rounding
+
+
+def test_actions_that_do_not_count_from_zero_are_refused() -> None:
+    with pytest.raises(ValueError, match="`env` must count its discrete actions from 0, got Discrete"):
+        make(DummyVecEnv([lambda: Counter(action_space=spaces.Discrete(2, start=5))]))
+
+
+def test_a_callback_that_stops_leaves_the_model_where_the_environment_is() -> None:
+    model = make(DummyVecEnv([Counter]))
+    model.learn(N_STEPS, callback=lambda local, _: local["n_steps"] < 1)
+    assert model._last_obs is not None
+    assert float(np.asarray(model._last_obs)[0, 0]) == model.env.envs[0].unwrapped.count  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("arguments", [{"lr_kl_target": 0.01}, {"kl_coef": 1.0, "adaptive_kl_target": 0.01}, {}])
+def test_the_zoos_replacements_at_load_are_taken(arguments: dict[str, Any], tmp_path: Any) -> None:
+    make(DummyVecEnv([Counter]), **arguments).save(tmp_path / "model")
+    zoo = {"learning_rate": 0.0, "lr_schedule": lambda _: 0.0, "clip_range": lambda _: 0.0}
+    model = ClipPPO.load(tmp_path / "model", custom_objects=zoo)
+    assert model.predict(np.zeros(2, np.float32))[0] in (0, 1)
+
+
+def test_passing_what_the_file_holds_keeps_the_controllers_state(tmp_path: Any) -> None:
+    model = make(DummyVecEnv([Counter]), kl_coef=1.0, adaptive_kl_target=0.01)
+    assert model.adaptive_kl is not None
+    model.adaptive_kl = model.adaptive_kl.next(1.0)
+    model.save(tmp_path / "model")
+    betas = []
+    for kwargs in ({}, {"kl_coef": 1.0}, {"kl_coef": 3.0}, {"custom_objects": {"kl_coef": 5.0}}):
+        state = ClipPPO.load(tmp_path / "model", **kwargs).adaptive_kl
+        assert state is not None
+        betas.append(state.beta)
+    assert betas == [2.0, 2.0, 3.0, 5.0]
+
+
+def test_a_file_of_another_algorithm_names_all_that_it_does_not_hold(tmp_path: Any) -> None:
+    A2C("MlpPolicy", DummyVecEnv([Counter])).save(tmp_path / "a2c")
+    with pytest.warns(UserWarning, match="clip_range=0.2, clip_range_vf=None"):
+        model = ClipPPO.load(tmp_path / "a2c")
+    assert (model.clip_range, model.clip_range_vf) == (0.2, None)
+
+
+def test_load_refuses_a_misspelt_argument_and_takes_the_window(tmp_path: Any) -> None:
+    make(DummyVecEnv([Counter])).save(tmp_path / "model")
+    with pytest.raises(TypeError, match=r"`clip_rnage` must be an argument of ClipPPO.*Did you mean 'clip_range'"):
+        ClipPPO.load(tmp_path / "model", clip_rnage=1.0)
+    assert ClipPPO.load(tmp_path / "model", stats_window_size=7)._stats_window_size == 7

@@ -1,0 +1,231 @@
+"""Tests of schedules as functions of progress, of the strings that stand for them, and of the KL controllers."""
+
+import math
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+from stable_baselines3.common.utils import ConstantSchedule as HostConstantSchedule
+from stable_baselines3.common.utils import FloatSchedule
+from stable_baselines3.common.utils import LinearSchedule as HostLinearSchedule
+
+from sb3_clipvf.schedules import (
+    AdaptiveKL,
+    ClampedSchedule,
+    ConstantSchedule,
+    CosineSchedule,
+    ExponentialSchedule,
+    KLAdaptiveLR,
+    LinearSchedule,
+    clamp_progress,
+    is_constant,
+    make_schedule,
+)
+
+# Rounding of two or three float64 operations.
+EXACT = 1e-12
+
+
+class TestSchedules:
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            # progress:   1, 3/4, 1/2, 1/4, 0
+            ("const_0.2", [0.2, 0.2, 0.2, 0.2, 0.2]),
+            ("lin_0.2", [0.2, 0.15, 0.1, 0.05, 0]),
+            # (1 - cos(pi p)) / 2: cos(3 pi / 4) = -sqrt(1/2), cos(pi / 4) = sqrt(1/2)
+            ("cos_2", [2, 1 + math.sqrt(0.5), 1, 1 - math.sqrt(0.5), 0]),
+            # 100^(p - 1): 100^(-1/4) = 1 / sqrt(10), 100^(-1/2) = 1/10, 100^(-3/4) = 1 / (10 sqrt(10))
+            ("exp_3", [3, 3 / math.sqrt(10), 0.3, 0.3 / math.sqrt(10), 0.03]),
+        ],
+    )
+    def test_golden(self, text: str, expected: list[float]) -> None:
+        schedule = make_schedule(text, "clip_range")
+        assert [schedule(p) for p in (1.0, 0.75, 0.5, 0.25, 0.0)] == pytest.approx(expected, abs=EXACT)
+
+    @pytest.mark.parametrize("number", [3, 3.5, np.float32(0.5), np.int64(2)])
+    def test_a_number_stays_as_a_plain_float(self, number: Any) -> None:
+        schedule = make_schedule(number, "vf_coef")
+        assert schedule == ConstantSchedule(float(number))
+        assert type(schedule(0.3)) is float
+
+    @pytest.mark.parametrize("text", ["const_0.2", "lin_0.2", "cos_0.2", "exp_0.2"])
+    def test_strings_are_clamped_to_the_horizon(self, text: str) -> None:
+        schedule = make_schedule(text, "clip_range")
+        assert schedule(-0.5) == schedule(0.0) >= 0
+        assert schedule(1.5) == schedule(1.0) == pytest.approx(0.2, abs=EXACT)
+
+    def test_a_users_function_sees_progress_within_the_horizon(self) -> None:
+        seen: list[float] = []
+
+        def schedule(progress_remaining: float) -> np.float32:
+            seen.append(progress_remaining)
+            return np.float32(0.5)
+
+        value = make_schedule(schedule, "ent_coef")(-0.1)
+        # Once at the start to check it, then clamped
+        assert seen == [1.0, 0.0]
+        # NumPy scalars would end up in the optimizer and in the saved file
+        assert type(value) is float
+
+    def test_clamp_progress(self) -> None:
+        assert [clamp_progress(p) for p in (-1, -1e-9, 0, 0.25, 1, 1 + 1e-9, 7)] == [0, 0, 0, 0.25, 1, 1, 1]
+
+    @pytest.mark.parametrize(
+        "schedule", [ConstantSchedule(0.5), LinearSchedule(0.5), CosineSchedule(0.5), ExponentialSchedule(0.5)]
+    )
+    def test_schedules_are_values(self, schedule: Any) -> None:
+        copy = pickle.loads(pickle.dumps(schedule))
+        assert copy == schedule
+        assert copy(0.3) == schedule(0.3)
+        with pytest.raises(AttributeError, match="cannot assign"):
+            schedule.start = 1.0
+
+    def test_sb3s_schedules_are_functions_as_well(self) -> None:
+        schedule = make_schedule(HostLinearSchedule(1.0, 0.0, 0.5), "learning_rate")
+        assert isinstance(schedule, ClampedSchedule)
+        # SB3's end_fraction 0.5: the end value from the middle of training on
+        assert [schedule(p) for p in (1.0, 0.75, 0.5, 0.0)] == pytest.approx([1, 0.5, 0, 0], abs=EXACT)
+
+    def test_zero_is_the_lowest_start_unless_it_must_be_positive(self) -> None:
+        assert make_schedule(0, "ent_coef")(1.0) == 0
+        assert make_schedule("lin_0", "ent_coef")(1.0) == 0
+        assert make_schedule(1e-9, "clip_range", positive=True)(1.0) == 1e-9
+        # A function may start at 0 in any case, as warm-ups do
+        assert make_schedule(lambda p: 1 - p, "clip_range", positive=True)(1.0) == 0
+
+    @pytest.mark.parametrize(
+        "value",
+        [0.1, 1, np.float64(0.1), "const_0.1", HostConstantSchedule(0.1), FloatSchedule(0.1), ConstantSchedule(0.1)],
+    )
+    def test_constants_are_recognised(self, value: Any) -> None:
+        assert is_constant(value)
+
+    @pytest.mark.parametrize(
+        "value",
+        ["lin_0.1", "exp_0.1", lambda p: 0.1, LinearSchedule(0.1), FloatSchedule(lambda p: 0.1)],
+    )
+    def test_what_may_change_is_not_constant(self, value: Any) -> None:
+        assert not is_constant(value)
+
+
+class TestBadSchedules:
+    @pytest.mark.parametrize(
+        "text", ["0.2", "", "lin", "lin_", "lin_x", "linear_0.2", "LIN_0.2", "step_0.2", "lin-0.2", "_0.2", "lin_1_0"]
+    )
+    def test_unknown_strings(self, text: str) -> None:
+        message = (
+            rf"`clip_range` must be a schedule, got '{text}'\. As a string use `lin_x`, `cos_x`, `exp_x` or `const_x`"
+        )
+        with pytest.raises(ValueError, match=message):
+            make_schedule(text, "clip_range")
+
+    @pytest.mark.parametrize("value", [None, [0.2], {"lin": 0.2}, True, 1j])
+    def test_wrong_types(self, value: Any) -> None:
+        message = r"`vf_coef` must be a number, a function of progress or a string, got .* of type .*`lin_x`"
+        with pytest.raises(TypeError, match=message):
+            make_schedule(value, "vf_coef")
+
+    @pytest.mark.parametrize("value", [-1e-9, math.nan, math.inf, "lin_-1", "const_nan", "cos_inf"])
+    def test_out_of_range(self, value: Any) -> None:
+        message = r"`ent_coef` must be at least 0 and finite, got .* Its value at the start of training is"
+        with pytest.raises(ValueError, match=message):
+            make_schedule(value, "ent_coef")
+
+    @pytest.mark.parametrize("value", [0, 0.0, "lin_0", "const_0", -0.2])
+    def test_not_positive(self, value: Any) -> None:
+        with pytest.raises(ValueError, match="`clip_range` must be positive and finite, got"):
+            make_schedule(value, "clip_range", positive=True)
+
+    @pytest.mark.parametrize("function", [lambda: 0.2, lambda p, q: 0.2, lambda p: None])
+    def test_functions_of_something_else(self, function: Any) -> None:
+        message = r"`clip_range` must be a function of one number that returns a number, .* `lambda progress_remaining"
+        with pytest.raises(TypeError, match=message):
+            make_schedule(function, "clip_range")
+
+    @pytest.mark.parametrize("bad", [-1e-9, math.nan, math.inf, -math.inf])
+    def test_functions_that_leave_the_range(self, bad: float) -> None:
+        message = r"`ent_coef` must be at least 0 and finite, got .* from <function .* at progress_remaining="
+        with pytest.raises(ValueError, match=message + r"1\. Correct the function\."):
+            make_schedule(lambda p: bad, "ent_coef")
+        schedule = make_schedule(lambda p: bad if p < 0.5 else 0.0, "ent_coef")
+        assert schedule(0.5) == 0
+        with pytest.raises(ValueError, match=message + r"0\.25\. Correct the function\."):
+            schedule(0.25)
+
+
+class TestAdaptiveKL:
+    # Targets of 1.5 make the thresholds, 1 and 2.25, exact in floating point.
+    STATE = AdaptiveKL(beta=4.0, target=1.5, beta_min=1.0, beta_max=16.0)
+
+    @pytest.mark.parametrize(
+        ("kl", "beta"),
+        [
+            (0.0, 2.0),
+            (0.999, 2.0),
+            (1.0, 4.0),  # d < d_targ / 1.5 is strict
+            (1.5, 4.0),
+            (2.25, 4.0),  # d > 1.5 d_targ is strict
+            (2.251, 8.0),
+            (math.inf, 8.0),
+            (math.nan, 8.0),  # the policy left every bound: that is too large
+        ],
+    )
+    def test_rule(self, kl: float, beta: float) -> None:
+        assert self.STATE.next(kl) == AdaptiveKL(beta=beta, target=1.5, beta_min=1.0, beta_max=16.0)
+
+    def test_bounds(self) -> None:
+        state = self.STATE
+        for _ in range(10):
+            state = state.next(0.0)
+        assert state.beta == 1.0
+        for _ in range(10):
+            state = state.next(100.0)
+        assert state.beta == 16.0
+
+    def test_default_bounds_leave_room(self) -> None:
+        state = AdaptiveKL(beta=1.0, target=0.01)
+        assert (state.beta_min, state.beta_max) == (1e-6, 1e6)
+
+    def test_it_is_a_value(self) -> None:
+        with pytest.raises(AttributeError, match="cannot assign"):
+            self.STATE.beta = 1.0  # type: ignore[misc]
+        assert pickle.loads(pickle.dumps(self.STATE)) == self.STATE
+
+
+class TestKLAdaptiveLR:
+    # Thresholds: half of the target, 0.5, and twice the target, 2.
+    STATE = KLAdaptiveLR(learning_rate=3e-4, target=1.0, lr_min=1e-4, lr_max=1e-3)
+
+    @pytest.mark.parametrize(
+        ("kl", "rate"),
+        [
+            (0.0, 3e-4),  # nothing moved, or nothing was measured
+            (1e-12, 4.5e-4),
+            (0.499, 4.5e-4),
+            (0.5, 3e-4),
+            (1.0, 3e-4),
+            (2.0, 3e-4),
+            (2.001, 2e-4),
+            (math.inf, 2e-4),
+            (math.nan, 2e-4),
+        ],
+    )
+    def test_rule(self, kl: float, rate: float) -> None:
+        state = self.STATE.next(kl)
+        assert state.learning_rate == pytest.approx(rate, rel=EXACT)
+        assert (state.target, state.lr_min, state.lr_max) == (1.0, 1e-4, 1e-3)
+
+    def test_bounds(self) -> None:
+        state = self.STATE
+        for _ in range(10):
+            state = state.next(0.1)
+        assert state.learning_rate == 1e-3
+        for _ in range(10):
+            state = state.next(100.0)
+        assert state.learning_rate == 1e-4
+
+    def test_default_bounds(self) -> None:
+        state = KLAdaptiveLR(learning_rate=3e-4, target=0.01)
+        assert (state.lr_min, state.lr_max) == (1e-5, 1e-2)
