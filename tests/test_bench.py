@@ -299,6 +299,13 @@ def test_results_of_other_settings_do_not_count(tmp_path: Path, changed: Row) ->
     assert results.find(changed, 1) is None
 
 
+def test_two_benchmarks_may_write_the_same_file(tmp_path: Path) -> None:
+    first, second = Results(tmp_path / "r.json"), Results(tmp_path / "r.json")
+    first.add(result(TINY, 1, 1.0))
+    second.add(result(TINY, 2, 2.0))
+    assert [run["seed"] for run in Results(tmp_path / "r.json").runs] == [1, 2]
+
+
 def test_table_means_over_seeds_and_says_what_is_missing(tmp_path: Path) -> None:
     results = Results(tmp_path / "r.json")
     plain = Row("plain", "E-v0", 5000, 8.0, "7 (a2c)")

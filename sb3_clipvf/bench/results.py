@@ -77,14 +77,17 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.runs: list[dict[str, Any]] = []
+        self.runs = self._read(path)
+
+    @staticmethod
+    def _read(path: Path) -> list[dict[str, Any]]:
         if not path.exists():
-            return
+            return []
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["format"] != _FORMAT:
                 raise ValueError(f"format {content['format']}")
-            self.runs = list(content["runs"])
+            return list(content["runs"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"`--out` must be a results file of this benchmark (format {_FORMAT}) or a new one, but {path} holds "
@@ -111,10 +114,14 @@ class Results:
 
         :param run: the result
         :raises OSError: where the file cannot be written; it then holds what it held before
+        :raises ValueError: where it holds something else by now
         """
         from sb3_clipvf.checkpoint import atomic_write
 
-        others = [other for other in self.runs if (other["name"], other["seed"]) != (run["name"], run["seed"])]
+        # Read again: another benchmark may have added to the file since.
+        others = [
+            other for other in self._read(self.path) if (other["name"], other["seed"]) != (run["name"], run["seed"])
+        ]
         self.runs = sorted([*others, run], key=lambda r: (r["name"], r["seed"]))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.path) as file:
