@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
+from sb3_clipvf.messages import log
+
 ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 
@@ -127,7 +129,7 @@ def check_device(device: Any) -> None:
     Check a PyTorch device.
 
     :param device: What the user passed.
-    :raises ValueError: If PyTorch knows no such device, or there is none here.
+    :raises ValueError: If PyTorch knows no such device. Where there is none here, a warning says that the CPU is used.
     """
     import torch as th  # here, so that the commands that only read results start without it
 
@@ -140,7 +142,8 @@ def check_device(device: Any) -> None:
             f"`device` must be 'auto' or a PyTorch device, got {device!r}. Use for example 'cpu' or 'cuda'."
         ) from None
     if kind == "cuda" and not th.cuda.is_available():
-        raise ValueError(f"`device` must be there, got {device!r} without a CUDA device. Use 'auto' or 'cpu'.")
+        # SB3 takes the CPU then, also for files that a GPU machine wrote; but nothing falls back in silence.
+        log.warning("`device` is %r, but there is no CUDA device here: the CPU is used. Use 'auto' or 'cpu'.", device)
 
 
 def check_env(policy: Any, env: Any, use_sde: bool) -> None:

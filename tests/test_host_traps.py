@@ -135,3 +135,10 @@ def test_load_refuses_a_misspelt_argument_and_takes_the_window(tmp_path: Any) ->
     with pytest.raises(TypeError, match=r"`clip_rnage` must be an argument of ClipPPO.*Did you mean 'clip_range'"):
         ClipPPO.load(tmp_path / "model", clip_rnage=1.0)
     assert ClipPPO.load(tmp_path / "model", stats_window_size=7)._stats_window_size == 7
+
+
+@pytest.mark.skipif(th.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_gpu_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = make(DummyVecEnv([Counter]), device="cuda")
+    assert model.device.type == "cpu"
+    assert "there is no CUDA device here: the CPU is used" in caplog.text
