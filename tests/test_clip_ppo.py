@@ -199,6 +199,8 @@ class TestProgress:
         assert column(logs, "train/clip_range") == pytest.approx([0.12, 0.04, 0], abs=EXACT)
         assert column(logs, "train/learning_rate") == pytest.approx([6e-4, 2e-4, 0], abs=EXACT)
         assert min(seen) == 0
+        # Callbacks and schedules that they set themselves read it
+        assert model._current_progress_remaining == 0
 
     def test_every_coefficient_may_be_a_schedule(self, given: list[UpdateCoefficients]) -> None:
         model = make(

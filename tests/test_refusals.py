@@ -326,8 +326,9 @@ class TestPolicies:
 
     @pytest.mark.parametrize("policy", ["MlpPolicy", "SquashedMlpPolicy"])
     def test_infinite_bounds(self, policy: str) -> None:
-        half = spaces.Box(np.array([-1, -np.inf], np.float32), np.array([1, 1], np.float32))
-        for space in (INFINITE_BOX, half):
+        below = spaces.Box(np.array([-1, -np.inf], np.float32), np.array([1, 1], np.float32))
+        above = spaces.Box(np.array([-1, -1], np.float32), np.array([1, np.inf], np.float32))
+        for space in (INFINITE_BOX, below, above):
             with refused(
                 ValueError,
                 "`env` must have an action space with finite bounds, got Box",
