@@ -1,6 +1,5 @@
 """ClipPPO: the algorithm under SB3's interface. It validates, collects, hands the update to an engine and logs once."""
 
-import copy
 import io
 import pathlib
 import time
@@ -36,8 +35,8 @@ from sb3_clipvf.building import (
     make_rollout_buffer,
     make_update_settings,
 )
-from sb3_clipvf.collection import act, bootstrap_truncated, to_env
-from sb3_clipvf.engines import AutogradEngine, UpdateCoefficients, UpdateStatistics, check_finite, select_engine
+from sb3_clipvf.collection import bootstrap_truncated, copy_of, to_env
+from sb3_clipvf.engines import Engine, UpdateCoefficients, UpdateStatistics, check_finite, select_engine
 from sb3_clipvf.messages import log, show_messages
 from sb3_clipvf.policies import (
     SquashedActorCriticCnnPolicy,
@@ -97,7 +96,7 @@ class ClipPPO(OnPolicyAlgorithm):
     :param advantage_scope: "minibatch" or "rollout": over what advantages are normalised.
     :param lr_kl_target: nats, positive: the learning rate adapts once an update (``schedules.KLAdaptiveLR``). None: it
         follows ``learning_rate``.
-    :param engine: "auto" (the fastest that runs the policy) or "autograd".
+    :param engine: "auto" (the fastest that runs the policy), "native" or "autograd".
     :raises ValueError: If an argument is out of range, or two arguments contradict each other.
     :raises TypeError: If an argument is of the wrong type.
     Source: Schulman et al. 2017, arXiv 1707.06347. Departures: the clipped value loss (OpenAI baselines), advantage
@@ -198,7 +197,7 @@ class ClipPPO(OnPolicyAlgorithm):
         self._schedule_timesteps: int | None = None
         # Built from the arguments when needed, and not saved.
         self._schedules: dict[str, tuple[Any, Schedule]] = {}
-        self._engine: AutogradEngine | None = None
+        self._engine: Engine | None = None
         self._loads_sb3 = False
         self._warned_of_early_end = False
 
@@ -279,18 +278,19 @@ class ClipPPO(OnPolicyAlgorithm):
         n_steps = 0
         with_dist_params = bool(getattr(rollout_buffer, "dist_param_dim", 0))
         rollout_buffer.reset()
-        # Here and below copies are kept, since some VecEnvs write the next step into the same arrays.
-        self._last_obs = copy.deepcopy(self._last_obs)
+        self._last_obs = copy_of(self._last_obs)
         if self.use_sde:
             self.policy.reset_noise(env.num_envs)
         callback.on_rollout_start()
+        engine = self._current_engine()
+        engine.begin_rollout(rollout_buffer)
 
         while n_steps < n_rollout_steps:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self.policy.reset_noise(env.num_envs)
 
-            obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
-            actions, values, log_probs, dist_row = act(self.policy, obs_tensor, with_dist_params=with_dist_params)
+            obs_tensor = obs_as_tensor(self._last_obs, self.device)
+            actions, values, log_probs, dist_params = engine.act(obs_tensor, with_dist_params=with_dist_params)
             clipped_actions = to_env(self.policy, self.action_space, actions)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
             self.num_timesteps += env.num_envs
@@ -303,24 +303,23 @@ class ClipPPO(OnPolicyAlgorithm):
 
             self._update_info_buffer(infos, dones)
             n_steps += 1
-            if with_dist_params and not dist_row:
+            if with_dist_params and dist_params is None:
                 with_dist_params = leave_out_kl(self, rollout_buffer)
             if isinstance(self.action_space, spaces.Discrete):
                 actions = actions.reshape(-1, 1)
             rollout_buffer.add(
                 self._last_obs,
                 actions,
-                bootstrap_truncated(self.policy, rewards, dones, infos, self.gamma),
+                bootstrap_truncated(engine, rewards, dones, infos, self.gamma),
                 self._last_episode_starts,
                 values,
                 log_probs,
-                **dist_row,
+                **({} if dist_params is None else {"dist_params": dist_params}),
             )
-            self._last_obs = copy.deepcopy(new_obs)  # type: ignore[assignment]
+            self._last_obs = copy_of(new_obs)
             self._last_episode_starts = dones.copy()
 
-        with th.no_grad():
-            values = self.policy.predict_values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]
+        values = engine.predict_values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]
         rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
 
         callback.update_locals(locals())
@@ -349,15 +348,17 @@ class ClipPPO(OnPolicyAlgorithm):
         self._log_update(statistics, current)
         self.logger.record("time/update_seconds", time.perf_counter() - started)
 
-    def _current_engine(self) -> AutogradEngine:
+    def _current_engine(self) -> Engine:
         """The engine for the policy and the arguments as they are now: callbacks may have replaced them."""
         settings = make_update_settings(self)
-        if self._engine is None or self._engine.policy is not self.policy or self._engine.settings != settings:
-            first = self._engine is None
-            self._engine, reason = select_engine(self.engine, self.policy, settings)
-            if first:
-                log.info("Updates run on the engine %r: %s", self._engine.name, reason)
-        return self._engine
+        engine = self._engine
+        if engine is None or engine.policy is not self.policy or not engine.fits(self.rollout_buffer):
+            self._engine, reason = select_engine(self.engine, self.policy, settings, self.rollout_buffer)
+            if engine is None or engine.name != self._engine.name:
+                log.info("Training runs on the engine %r: %s", self._engine.name, reason)
+            engine = self._engine
+        engine.settings = settings
+        return engine
 
     def _adapt(self, kl_after: float) -> None:
         if self.adaptive_kl is not None:

@@ -1,36 +1,13 @@
-"""What a rollout needs of the policy at each step: actions, what environments take, values where episodes were cut."""
+"""What a rollout needs at each step beside actions: what environments take, and values where episodes were cut off."""
 
+import copy
 from typing import Any
 
 import numpy as np
-import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_clipvf.distributions import dist_param_dim, dist_params, refreshed_dist
-
-
-@th.no_grad()
-def act(
-    policy: ActorCriticPolicy, observations: Any, *, with_dist_params: bool
-) -> tuple[np.ndarray, th.Tensor, th.Tensor, dict[str, th.Tensor]]:
-    """
-    Sample one action for each environment.
-
-    :param policy: pi_old.
-    :param observations: On the policy's device, ``n_envs`` of them.
-    :param with_dist_params: Whether the distribution's parameters are wanted.
-    :return: Actions ``(n_envs, ...)``, values ``(n_envs, 1)``, log-probs ``(n_envs,)``, and ``{"dist_params": ...}`` of
-        shape ``(n_envs, k)``; an empty dict where it is not wanted, or the distribution is of an unknown type.
-    """
-    stale = getattr(policy.action_dist, "distribution", None) if with_dist_params else None
-    actions, values, log_probs = policy(observations)
-    row = {}
-    if with_dist_params:
-        dist = refreshed_dist(policy, observations, stale)
-        if dist_param_dim(dist) is not None:
-            row = {"dist_params": dist_params(dist)}
-    return actions.cpu().numpy(), values, log_probs, row
+from sb3_clipvf.engines import Engine
 
 
 def to_env(policy: ActorCriticPolicy, action_space: spaces.Space[Any], actions: np.ndarray) -> np.ndarray:
@@ -46,16 +23,27 @@ def to_env(policy: ActorCriticPolicy, action_space: spaces.Space[Any], actions: 
         return actions
     if policy.squash_output:
         return np.asarray(policy.unscale_action(actions))
-    return np.asarray(np.clip(actions, action_space.low, action_space.high))
+    # np.clip does the same in several times the time.
+    return np.asarray(np.minimum(np.maximum(actions, action_space.low), action_space.high))
+
+
+def copy_of(observations: Any) -> Any:
+    """
+    Copy observations, since some VecEnvs write the next step into the same arrays.
+
+    :param observations: An array, or a dict or tuple of such.
+    :return: The same with memory of its own.
+    """
+    return observations.copy() if isinstance(observations, np.ndarray) else copy.deepcopy(observations)
 
 
 def bootstrap_truncated(
-    policy: ActorCriticPolicy, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]], gamma: float
+    engine: Engine, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]], gamma: float
 ) -> np.ndarray:
     """
     Add gamma * V(final observation) where an episode was cut off rather than ended, by one forward pass for all.
 
-    :param policy: Gives the values.
+    :param engine: Gives the values.
     :param rewards: Of this step, shape ``(n_envs,)``; left as they are, since callbacks read them.
     :param dones: Whether an episode was cut off or ended, shape ``(n_envs,)``.
     :param infos: One dict an environment, with SB3's ``TimeLimit.truncated`` and ``terminal_observation``.
@@ -71,12 +59,12 @@ def bootstrap_truncated(
     if not truncated:
         return rewards
     final_obs: Any = [infos[index]["terminal_observation"] for index in truncated]
-    if isinstance(policy.observation_space, spaces.Dict):
-        stacked: Any = {key: np.stack([obs[key] for obs in final_obs]) for key in policy.observation_space.spaces}
+    space = engine.policy.observation_space
+    if isinstance(space, spaces.Dict):
+        stacked: Any = {key: np.stack([obs[key] for obs in final_obs]) for key in space.spaces}
     else:
         stacked = np.stack(final_obs)
-    with th.no_grad():
-        final_values = policy.predict_values(policy.obs_to_tensor(stacked)[0])
+    final_values = engine.predict_values(engine.policy.obs_to_tensor(stacked)[0])
     # Environments may give integers, which cannot hold the values.
     bootstrapped = rewards.astype(np.result_type(rewards, np.float32))
     bootstrapped[truncated] += gamma * final_values.cpu().numpy().reshape(-1)

@@ -105,6 +105,8 @@ class TensorRolloutBuffer(BaseBuffer):
         self.gae_lambda = gae_lambda
         self.gamma = gamma
         self.dist_param_dim = dist_param_dim
+        # The native engine puts a compiled one with the same roundings here.
+        self.gae_fn = gae
         self._allocated = False
         self._flat: dict[str, Any] | None = None
 
@@ -200,7 +202,7 @@ class TensorRolloutBuffer(BaseBuffer):
         :param last_values: V_old of the observations after the last step, ``n_envs`` of them.
         :param dones: Whether the last step ended an episode, shape ``(n_envs,)``.
         """
-        self.advantages[:], self.returns[:] = gae(
+        self.advantages[:], self.returns[:] = self.gae_fn(
             self.rewards,
             self.values,
             self.episode_starts,

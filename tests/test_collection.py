@@ -8,8 +8,8 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy, MultiInputActorCriticPolicy
 
-from sb3_clipvf.collection import act, bootstrap_truncated, to_env
-from sb3_clipvf.distributions import dist_params
+from sb3_clipvf.collection import bootstrap_truncated, copy_of, to_env
+from sb3_clipvf.engines import AutogradEngine
 from sb3_clipvf.policies import SquashedActorCriticPolicy
 
 OBS = spaces.Box(-10.0, 10.0, (2,), np.float32)
@@ -43,20 +43,25 @@ def info(*observation: float, truncated: bool = True) -> dict[str, Any]:
     return {"terminal_observation": np.array(observation, np.float32), "TimeLimit.truncated": truncated}
 
 
+def bootstrapped(policy: Any, *arguments: Any) -> np.ndarray:
+    # The settings are of updates, of which there are none here.
+    return bootstrap_truncated(AutogradEngine(policy, None), *arguments)  # type: ignore[arg-type]
+
+
 class TestBootstrap:
     REWARDS = np.array([1.0, 2.0, 3.0, 4.0], np.float32)
 
     def test_only_where_cut_off_and_in_one_forward_pass(self) -> None:
         policy = make()
         infos = [info(3, 0), {}, info(5, 0, truncated=False), info(-1, 0)]
-        rewards = bootstrap_truncated(policy, self.REWARDS, np.array([True, False, True, True]), infos, GAMMA)
+        rewards = bootstrapped(policy, self.REWARDS, np.array([True, False, True, True]), infos, GAMMA)
         # 1 + 0.5 * 30; goes on; terminated; 4 + 0.5 * -10
         assert rewards.tolist() == [16, 2, 3, -1]
         assert policy.n_calls == 1
 
     def test_the_callers_rewards_stay(self) -> None:
         before = self.REWARDS.copy()
-        rewards = bootstrap_truncated(make(), self.REWARDS, np.ones(4, bool), [info(3, 0)] * 4, GAMMA)
+        rewards = bootstrapped(make(), self.REWARDS, np.ones(4, bool), [info(3, 0)] * 4, GAMMA)
         np.testing.assert_array_equal(self.REWARDS, before)
         assert rewards.dtype == self.REWARDS.dtype
 
@@ -72,12 +77,12 @@ class TestBootstrap:
     )
     def test_nothing_to_do_costs_no_forward_pass(self, infos: list[dict[str, Any]]) -> None:
         policy = make()
-        rewards = bootstrap_truncated(policy, self.REWARDS, np.ones(4, bool), infos, GAMMA)
+        rewards = bootstrapped(policy, self.REWARDS, np.ones(4, bool), infos, GAMMA)
         np.testing.assert_array_equal(rewards, self.REWARDS)
         assert policy.n_calls == 0
 
     def test_a_stale_flag_of_an_episode_that_goes_on_is_not_read(self) -> None:
-        rewards = bootstrap_truncated(make(), self.REWARDS, np.zeros(4, bool), [info(3, 0)] * 4, GAMMA)
+        rewards = bootstrapped(make(), self.REWARDS, np.zeros(4, bool), [info(3, 0)] * 4, GAMMA)
         np.testing.assert_array_equal(rewards, self.REWARDS)
 
     def test_dict_observations(self) -> None:
@@ -85,14 +90,14 @@ class TestBootstrap:
         final = {"a": np.array([3, 0], np.float32), "b": np.array([1, 0], np.float32)}
         infos = [{"terminal_observation": final, "TimeLimit.truncated": True}, {}]
         policy = make(DictValued, obs)
-        rewards = bootstrap_truncated(policy, self.REWARDS[:2], np.array([True, False]), infos, GAMMA)
+        rewards = bootstrapped(policy, self.REWARDS[:2], np.array([True, False]), infos, GAMMA)
         # 1 + 0.5 * (30 + 1)
         assert rewards.tolist() == [16.5, 2]
 
     def test_discrete_observations(self) -> None:
         policy = make(ActorCriticPolicy, spaces.Discrete(4))
         infos = [{"terminal_observation": np.int64(state), "TimeLimit.truncated": True} for state in (2, 0)]
-        rewards = bootstrap_truncated(policy, self.REWARDS[:2], np.ones(2, bool), infos, GAMMA)
+        rewards = bootstrapped(policy, self.REWARDS[:2], np.ones(2, bool), infos, GAMMA)
         with th.no_grad():
             values = policy.predict_values(th.tensor([2, 0])).flatten().numpy()
         np.testing.assert_allclose(rewards, self.REWARDS[:2] + GAMMA * values, rtol=1e-6)
@@ -119,12 +124,20 @@ class TestActions:
         actions = np.array([1, 0, 1])
         assert to_env(make(act=space), space, actions) is actions
 
-    def test_distribution_comes_along_where_it_is_wanted(self) -> None:
-        policy = make(ActorCriticPolicy)
-        obs = th.rand(3, 2)
-        actions, values, log_probs, row = act(policy, obs, with_dist_params=True)
-        assert (actions.shape, values.shape, log_probs.shape) == ((3, 2), (3, 1), (3,))
-        with th.no_grad():
-            assert th.equal(row["dist_params"], dist_params(policy.get_distribution(obs)))
-        assert not log_probs.requires_grad
-        assert act(policy, obs, with_dist_params=False)[3] == {}
+    def test_nan_stays(self) -> None:
+        actions = to_env(make(), BOX, np.array([[np.nan, np.inf], [-np.inf, 1.0]], np.float32))
+        np.testing.assert_array_equal(actions, [[np.nan, 4], [-2, 1]])
+
+
+def test_copies_own_their_memory() -> None:
+    array = np.zeros(2)
+    for observations in (array, {"a": array}, (array,)):
+        copied = copy_of(observations)
+        assert type(copied) is type(observations)
+        array += 1
+        inner = (
+            copied
+            if copied is not observations and isinstance(copied, np.ndarray)
+            else next(iter(copied.values() if isinstance(copied, dict) else copied))
+        )
+        assert (inner == array - 1).all()

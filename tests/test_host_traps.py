@@ -12,6 +12,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecNorm
 
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.collection import bootstrap_truncated
+from sb3_clipvf.engines import AutogradEngine
 
 N_STEPS = 12
 
@@ -77,7 +78,8 @@ def test_integer_rewards_can_be_bootstrapped() -> None:
     policy = make(DummyVecEnv([Counter])).policy
     infos = [{"TimeLimit.truncated": True, "terminal_observation": np.ones(2, np.float32)}]
     rewards = np.array([1])
-    got = bootstrap_truncated(policy, rewards, np.array([True]), infos, gamma=0.5)
+    engine = AutogradEngine(policy, None)  # type: ignore[arg-type]
+    got = bootstrap_truncated(engine, rewards, np.array([True]), infos, gamma=0.5)
     value = policy.predict_values(th.ones(1, 2)).item()
     np.testing.assert_allclose(got, [1 + 0.5 * value], rtol=1e-6)  # float32 rounding
     assert rewards.tolist() == [1]

@@ -1,5 +1,6 @@
 """Host parity: under SB3_EQUIVALENT, ClipPPO ends with the weights of SB3's PPO from the same seed."""
 
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
@@ -91,7 +92,7 @@ CASES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "not_normalised": (lambda: wander(BOX), "MlpPolicy", {"normalize_advantage": False}),
     "discrete_observations": (lambda: DummyVecEnv([lambda: IdentityEnv(4, ep_length=9)]), "MlpPolicy", {}),
     "dict": (
-        lambda: DummyVecEnv([lambda: SimpleMultiObsEnv(num_row=2, num_col=2, random_start=False)]),
+        lambda: seeded(lambda: DummyVecEnv([lambda: SimpleMultiObsEnv(num_row=2, num_col=2, random_start=False)])),
         "MultiInputPolicy",
         {"policy_kwargs": {"net_arch": [8]}},
     ),
@@ -103,6 +104,12 @@ CASES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "vec_normalize": (lambda: VecNormalize(wander(BOX), gamma=0.9), "MlpPolicy", {"gamma": 0.9}),
     "host_buffer": (lambda: wander(BOX), "MlpPolicy", {"rollout_buffer_class": RolloutBuffer}),
 }
+
+
+def seeded(make_env: Callable[[], Any]) -> Any:
+    """An environment whose pictures are drawn from the process's random state when it is made."""
+    np.random.seed(0)
+    return make_env()
 
 
 def weights(model: Any) -> dict[str, th.Tensor]:

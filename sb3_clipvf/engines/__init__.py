@@ -1,26 +1,44 @@
 """
-Engines run one update of the policy. They differ in speed, never in meaning; ``autograd`` is the reference.
+Engines act for a policy and update it. They differ in speed, never in meaning; ``autograd`` is the reference.
 
 :func:`select_engine` turns the user's ``engine=`` into an engine, or says why it cannot.
 """
 
+from importlib.util import find_spec
+from typing import Any
+
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_clipvf.engines.autograd import AutogradEngine
-from sb3_clipvf.engines.settings import UpdateCoefficients, UpdateSettings, UpdateStatistics, check_finite
+from sb3_clipvf.engines.binding import NotPlainError, plain_policy
+from sb3_clipvf.engines.settings import (
+    Acted,
+    Engine,
+    UpdateCoefficients,
+    UpdateSettings,
+    UpdateStatistics,
+    check_finite,
+)
+from sb3_clipvf.rollout import TensorRolloutBuffer
 
 ENGINE_NAMES = ("auto", "autograd", "native", "cuda_graph")
 
 __all__ = [
     "ENGINE_NAMES",
+    "Acted",
     "AutogradEngine",
+    "Engine",
     "UpdateCoefficients",
     "UpdateSettings",
     "UpdateStatistics",
     "check_engine_name",
     "check_finite",
     "select_engine",
+    "why_not_native",
 ]
+
+# What minibatches of the buffer are made by: a class that makes them differently is left to the autograd engine.
+_BUFFER_METHODS = ("get", "in_order", "_rows", "_gather", "_flat_tensors", "_to_flat", "_get_samples")
 
 
 def check_engine_name(engine: object) -> None:
@@ -32,23 +50,63 @@ def check_engine_name(engine: object) -> None:
     """
     if engine not in ENGINE_NAMES:
         raise ValueError(f"`engine` must be one of {', '.join(ENGINE_NAMES)}, got {engine!r}. Leave it out for 'auto'.")
-    if engine in ("native", "cuda_graph"):
+    if engine == "cuda_graph":
         raise ValueError(
-            f"`engine` must be 'auto' or 'autograd' in this version, got {engine!r}, which it does not bring yet. "
-            "Use 'auto', which picks the fastest engine that runs the policy."
+            f"`engine` must be 'auto', 'native' or 'autograd' in this version, got {engine!r}, which it does not bring "
+            "yet. Use 'auto', which picks the fastest engine that runs the policy."
         )
 
 
-def select_engine(engine: str, policy: ActorCriticPolicy, settings: UpdateSettings) -> tuple[AutogradEngine, str]:
+def why_not_native(policy: ActorCriticPolicy, buffer: Any) -> str | None:
     """
-    Build the engine that updates a policy.
+    Say what keeps a policy from running on the native engine.
 
-    :param engine: "auto" or an engine's name.
-    :param policy: The policy that it will update.
-    :param settings: What stays the same over all updates.
-    :return: The engine, and why it was chosen, for the log.
-    :raises ValueError: If the engine does not exist.
+    :param policy: The policy.
+    :param buffer: Its rollout buffer.
+    :return: Half a sentence, or None where nothing does.
     """
-    check_engine_name(engine)
-    reason = "asked for" if engine == "autograd" else "it runs every SB3 policy, and no faster engine is installed"
-    return AutogradEngine(policy, settings), reason
+    changed = [
+        name for name in _BUFFER_METHODS if _method(type(buffer), name) is not _method(TensorRolloutBuffer, name)
+    ]
+    if not isinstance(buffer, TensorRolloutBuffer) or changed:
+        return f"its rollout buffer is {type(buffer).__name__}"
+    missing = [package for package in ("numba", "scipy", "threadpoolctl") if find_spec(package) is None]
+    if missing:
+        return f"the package {missing[0]} is not installed"
+    try:
+        plain_policy(policy)
+    except NotPlainError as reason:
+        return str(reason)
+    return None
+
+
+def _method(owner: type[Any], name: str) -> Any:
+    return getattr(owner, name, None)
+
+
+def select_engine(name: str, policy: ActorCriticPolicy, settings: UpdateSettings, buffer: Any) -> tuple[Engine, str]:
+    """
+    Build the engine that runs a policy.
+
+    :param name: "auto" or an engine's name.
+    :param policy: The policy that it will act for and update.
+    :param settings: What stays the same over all updates.
+    :param buffer: The rollout buffer that it will update from.
+    :return: The engine, and why it was chosen, for the log.
+    :raises ValueError: If the engine does not exist, or cannot run the policy.
+    """
+    check_engine_name(name)
+    if name == "autograd":
+        return AutogradEngine(policy, settings), "asked for"
+    reason = why_not_native(policy, buffer)
+    if reason is None:
+        # numba takes half a second to import, which a policy that runs on the other engine need not wait for.
+        from sb3_clipvf.engines.native import NativeEngine
+
+        return NativeEngine(policy, settings), "asked for" if name == "native" else "it is the fastest for this policy"
+    if name == "native":
+        raise ValueError(
+            f"`engine` must be one that runs the policy, got 'native', which does not: {reason}. "
+            "Use 'auto' or 'autograd'."
+        )
+    return AutogradEngine(policy, settings), f"the native engine does not run the policy: {reason}"

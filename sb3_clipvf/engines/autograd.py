@@ -9,8 +9,8 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_clipvf import objectives
-from sb3_clipvf.distributions import kl_from_params, refreshed_dist
-from sb3_clipvf.engines.settings import UpdateCoefficients, UpdateSettings, UpdateStatistics
+from sb3_clipvf.distributions import dist_param_dim, dist_params, kl_from_params, refreshed_dist
+from sb3_clipvf.engines.settings import Acted, UpdateCoefficients, UpdateSettings, UpdateStatistics
 from sb3_clipvf.rollout import MiniBatch
 
 EVALUATION_BATCH = 4096
@@ -48,7 +48,7 @@ def _unvalidated_distributions() -> Iterator[None]:
 
 class AutogradEngine:
     """
-    Updates a policy by minibatch gradient steps.
+    Acts by a policy's own forward pass, and updates it by minibatch gradient steps.
 
     :param policy: Its parameters and its optimizer are changed in place.
     :param settings: What stays the same over all updates.
@@ -59,6 +59,51 @@ class AutogradEngine:
     def __init__(self, policy: ActorCriticPolicy, settings: UpdateSettings) -> None:
         self.policy = policy
         self.settings = settings
+
+    def fits(self, buffer: Any) -> bool:
+        """
+        Tell whether this engine still runs its policy: it runs every one.
+
+        :param buffer: The rollout buffer.
+        :return: True.
+        """
+        return True
+
+    def begin_rollout(self, buffer: Any) -> None:
+        """
+        Make ready for the steps of a rollout: there is nothing to do.
+
+        :param buffer: Will be filled.
+        """
+
+    @th.no_grad()
+    def act(self, observations: Any, *, with_dist_params: bool) -> Acted:
+        """
+        Sample one action for each environment.
+
+        :param observations: Tensors on the policy's device, ``n_envs`` rows.
+        :param with_dist_params: Whether the distribution's parameters are wanted.
+        :return: What the rollout stores.
+        """
+        policy = self.policy
+        stale = getattr(policy.action_dist, "distribution", None) if with_dist_params else None
+        actions, values, log_prob = policy(observations)
+        row = None
+        if with_dist_params:
+            dist = refreshed_dist(policy, observations, stale)
+            if dist_param_dim(dist) is not None:
+                row = dist_params(dist)
+        return Acted(actions.cpu().numpy(), values, log_prob, row)
+
+    @th.no_grad()
+    def predict_values(self, observations: Any) -> th.Tensor:
+        """
+        Predict the values of observations.
+
+        :param observations: Tensors on the policy's device, ``n`` rows.
+        :return: Shape ``(n, 1)``, return units.
+        """
+        return self.policy.predict_values(observations)
 
     @_unvalidated_distributions()
     def update(self, buffer: Any, coefficients: UpdateCoefficients) -> UpdateStatistics:

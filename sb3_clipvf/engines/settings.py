@@ -2,8 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch as th
+from stable_baselines3.common.policies import ActorCriticPolicy
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,72 @@ class UpdateStatistics:
             scalars["kl_after_update"] = self.kl_after
         numbers = th.stack([scalar.double() for scalar in scalars.values()]).tolist()
         return dict(zip(scalars, numbers, strict=True))
+
+
+class Acted(NamedTuple):
+    """
+    What a rollout stores of one step of all environments.
+
+    :param actions: As the policy gives them, shape ``(n_envs, ...)``.
+    :param values: Shape ``(n_envs, 1)``, return units.
+    :param log_prob: Shape ``(n_envs,)``, nats.
+    :param dist_params: The distribution's parameters, shape ``(n_envs, k)``; None where they were not wanted, or the
+        distribution is of an unknown type.
+    """
+
+    actions: np.ndarray
+    values: th.Tensor
+    log_prob: th.Tensor
+    dist_params: th.Tensor | None
+
+
+class Engine(Protocol):
+    """What runs a policy in rollouts and updates it; engines differ in speed, never in meaning."""
+
+    name: str
+    policy: ActorCriticPolicy
+    settings: UpdateSettings
+
+    def fits(self, buffer: Any) -> bool:
+        """
+        Tell whether this engine still runs its policy, which someone may have changed.
+
+        :param buffer: The rollout buffer.
+        :return: False where another engine must be chosen.
+        """
+
+    def begin_rollout(self, buffer: Any) -> None:
+        """
+        Make ready for the steps of a rollout.
+
+        :param buffer: Will be filled.
+        """
+
+    def act(self, observations: Any, *, with_dist_params: bool) -> Acted:
+        """
+        Sample one action for each environment.
+
+        :param observations: Tensors on the policy's device, shape ``(n_envs, *obs_shape)``, or a dict of such.
+        :param with_dist_params: Whether the distribution's parameters are wanted.
+        :return: What the rollout stores.
+        """
+
+    def predict_values(self, observations: Any) -> th.Tensor:
+        """
+        Predict the values of observations.
+
+        :param observations: Tensors on the policy's device, shape ``(n, *obs_shape)``, or a dict of such.
+        :return: Shape ``(n, 1)``, return units.
+        """
+
+    def update(self, buffer: Any, coefficients: UpdateCoefficients) -> UpdateStatistics:
+        """
+        Run the epochs of one update.
+
+        :param buffer: A complete rollout.
+        :param coefficients: Of this update.
+        :return: Statistics.
+        """
 
 
 def check_finite(numbers: dict[str, float]) -> None:

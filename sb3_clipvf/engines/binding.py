@@ -1,0 +1,320 @@
+"""The native engine's view of a policy: which tensors it consists of, and whether they can be worked on in place."""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.distributions import (
+    BernoulliDistribution,
+    CategoricalDistribution,
+    DiagGaussianDistribution,
+    MultiCategoricalDistribution,
+)
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
+from torch import nn
+
+# Attributes that could keep another type's forward pass out of the modules' own code.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_METHODS = (
+    "forward",
+    "evaluate_actions",
+    "extract_features",
+    "get_distribution",
+    "predict_values",
+    "_get_action_dist_from_latent",
+)
+_DISTRIBUTIONS = (
+    CategoricalDistribution,
+    MultiCategoricalDistribution,
+    BernoulliDistribution,
+    DiagGaussianDistribution,
+)
+_ACTIVATIONS: dict[type[nn.Module], dict[str, float]] = {
+    nn.Tanh: {},
+    nn.ReLU: {},
+    nn.ELU: {"alpha": 1.0},
+    nn.LeakyReLU: {"negative_slope": 0.01},
+    nn.SiLU: {},
+}
+
+
+@dataclass(frozen=True)
+class PlainPolicy:
+    """
+    A policy that is nothing but two MLPs and, for a Gaussian, its log standard deviations.
+
+    :param actor: Linear layers from the observation to logits or means.
+    :param critic: Linear layers from the observation to the value.
+    :param activation: Of the hidden layers; Tanh where there are none.
+    :param dist: SB3's action distribution.
+    :param log_std: Shape ``(action_dim,)``, or None.
+    """
+
+    actor: list[nn.Linear]
+    critic: list[nn.Linear]
+    activation: type[nn.Module]
+    dist: Any
+    log_std: nn.Parameter | None
+
+    @property
+    def actor_parameters(self) -> list[nn.Parameter]:
+        """Weight and bias of each layer, then the log standard deviations."""
+        return [*_parameters(self.actor), *([] if self.log_std is None else [self.log_std])]
+
+    @property
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """Weight and bias of each layer."""
+        return _parameters(self.critic)
+
+
+def _parameters(layers: list[nn.Linear]) -> list[nn.Parameter]:
+    return [cast(nn.Parameter, parameter) for layer in layers for parameter in (layer.weight, layer.bias)]
+
+
+class NotPlainError(Exception):
+    """Why a policy cannot run on the native engine: half a sentence for the log."""
+
+
+def plain_policy(policy: ActorCriticPolicy) -> PlainPolicy:
+    """
+    Look into a policy.
+
+    :param policy: Any of SB3's.
+    :return: Its parts.
+    :raises NotPlainError: If it is more than kernels know.
+    """
+    _check_class(policy)
+    _check_observations(policy)
+    dist = policy.action_dist
+    if type(dist) not in _DISTRIBUTIONS:
+        raise NotPlainError(f"its action distribution is {type(dist).__name__}")
+    hidden_actor, actor_activation = _hidden_layers(policy.mlp_extractor.policy_net)
+    hidden_critic, critic_activation = _hidden_layers(policy.mlp_extractor.value_net)
+    heads = (policy.action_net, policy.value_net)
+    if any(type(head) is not nn.Linear for head in heads):
+        raise NotPlainError("its last layers are not torch.nn.Linear")
+    activations = {activation for activation in (actor_activation, critic_activation) if activation is not None}
+    if len(activations) > 1:
+        raise NotPlainError("actor and critic have different activations")
+    plain = PlainPolicy(
+        actor=[*hidden_actor, policy.action_net],  # type: ignore[list-item]
+        critic=[*hidden_critic, policy.value_net],
+        activation=activations.pop() if activations else nn.Tanh,
+        dist=dist,
+        log_std=policy.log_std if isinstance(dist, DiagGaussianDistribution) else None,
+    )
+    _check_tensors(policy, plain)
+    _check_optimizer(policy, plain)
+    return plain
+
+
+def _check_class(policy: ActorCriticPolicy) -> None:
+    if type(policy) is not ActorCriticPolicy:
+        raise NotPlainError(f"its class is {type(policy).__name__}, and only MlpPolicy itself is compiled")
+    if policy.use_sde:
+        raise NotPlainError("it explores with gSDE")
+    if policy.squash_output:
+        raise NotPlainError("it squashes its actions")
+    if type(policy.mlp_extractor) is not MlpExtractor:
+        raise NotPlainError(f"its mlp_extractor is {type(policy.mlp_extractor).__name__}")
+    extractors = {policy.features_extractor, policy.pi_features_extractor, policy.vf_features_extractor}
+    other = [type(extractor).__name__ for extractor in extractors if type(extractor) is not FlattenExtractor]
+    if other:
+        raise NotPlainError(f"its features extractor is {other[0]}")
+    changed = [name for name in _METHODS if name in vars(policy)]
+    if changed:
+        raise NotPlainError(f"its {changed[0]}() was replaced")
+    if any(getattr(module, hooks) for module in policy.modules() for hooks in _HOOKS):
+        raise NotPlainError("it has hooks")
+
+
+def _check_observations(policy: ActorCriticPolicy) -> None:
+    space = policy.observation_space
+    if not isinstance(space, spaces.Box):
+        raise NotPlainError(f"its observations are {type(space).__name__}")
+    if is_image_space(space) and policy.normalize_images:
+        raise NotPlainError("its observations are images")
+    if policy.device.type != "cpu":
+        raise NotPlainError(f"it is on the device {policy.device}")
+
+
+def _hidden_layers(network: nn.Module) -> tuple[list[nn.Linear], type[nn.Module] | None]:
+    layers: list[nn.Linear] = []
+    activation: type[nn.Module] | None = None
+    for index, module in enumerate(network.children()):
+        if index % 2 == 0:
+            if type(module) is not nn.Linear or module.bias is None:
+                raise NotPlainError(f"its network has a {type(module).__name__} where kernels expect torch.nn.Linear")
+            layers.append(module)
+        else:
+            values = _ACTIVATIONS.get(type(module))
+            if values is None or any(getattr(module, name) != value for name, value in values.items()):
+                raise NotPlainError(f"its activation is {module}")
+            if activation not in (None, type(module)):
+                raise NotPlainError("its layers have different activations")
+            activation = type(module)
+    if len(list(network.children())) % 2:
+        raise NotPlainError("its last hidden layer has no activation")
+    return layers, activation
+
+
+def _check_tensors(policy: ActorCriticPolicy, plain: PlainPolicy) -> None:
+    parameters = [*plain.actor_parameters, *plain.critic_parameters]
+    if {id(p) for p in policy.parameters()} != {id(p) for p in parameters} or len({id(p) for p in parameters}) != len(
+        parameters
+    ):
+        raise NotPlainError("it has parameters beside those of its two networks")
+    for parameter in parameters:
+        if parameter.dtype != th.float32 or not parameter.is_contiguous():
+            raise NotPlainError("its parameters are not contiguous float32 tensors")
+        if not parameter.requires_grad:
+            raise NotPlainError("some of its parameters are frozen")
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise NotPlainError("it has hooks")
+
+
+def _check_optimizer(policy: ActorCriticPolicy, plain: PlainPolicy) -> None:
+    optimizer = policy.optimizer
+    name = type(optimizer).__name__
+    if type(optimizer) not in (th.optim.Adam, th.optim.AdamW):
+        raise NotPlainError(f"its optimizer is {name}, not Adam or AdamW")
+    if len(optimizer.param_groups) != 1:
+        raise NotPlainError("its optimizer has several parameter groups")
+    group = optimizer.param_groups[0]
+    parameters = {id(p) for p in [*plain.actor_parameters, *plain.critic_parameters]}
+    if {id(p) for p in group["params"]} != parameters:
+        raise NotPlainError("its optimizer holds other parameters")
+    on = [option for option in ("amsgrad", "maximize", "differentiable", "capturable") if group.get(option)]
+    if on:
+        raise NotPlainError(f"its optimizer runs with {on[0]}")
+    numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+    if any(isinstance(number, th.Tensor) for number in numbers):
+        raise NotPlainError("its optimizer's numbers are tensors")
+    hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    if any(getattr(optimizer, hook, None) for hook in hooks) or "step" in vars(optimizer):
+        raise NotPlainError("its optimizer has hooks")
+    states = [optimizer.state.get(p, {}) for p in group["params"]]
+    steps = {float(state["step"]) for state in states if state} | {0.0 for state in states if not state}
+    if len(steps) > 1:
+        raise NotPlainError("its optimizer has made different numbers of steps for its parameters")
+
+
+@dataclass(frozen=True)
+class Binding:
+    """
+    Tensors of a policy and of its optimizer, and where they lie.
+
+    :param plain: The policy's parts.
+    :param table: Addresses, one row a parameter, as the kernels take them.
+    :param tensors: Of each parameter: itself, its gradient and its moments, kept alive.
+    :param fingerprint: From :func:`fingerprint`.
+    """
+
+    plain: PlainPolicy
+    table: np.ndarray
+    tensors: tuple[tuple[th.Tensor, ...], ...]
+    fingerprint: tuple[object, ...]
+
+    def holds(self, policy: ActorCriticPolicy) -> bool:
+        """
+        Tell whether a policy still consists of these tensors, in these places, and of nothing else.
+
+        :param policy: The policy that was bound.
+        :return: False where someone has changed more than the tensors' values.
+        """
+        if fingerprint(policy) != self.fingerprint:
+            return False
+        state = policy.optimizer.state
+        for row, addresses in zip(self.tensors, self.table[:, 1:].tolist(), strict=True):
+            own = state[row[0]]
+            if row[0].grad is not row[1] or own["exp_avg"] is not row[2] or own["exp_avg_sq"] is not row[3]:
+                return False
+            if [tensor.data_ptr() for tensor in row] != addresses:
+                return False
+        return True
+
+
+def fingerprint(policy: ActorCriticPolicy) -> tuple[object, ...]:
+    """
+    What :func:`plain_policy` depends on, as something to compare: much faster than looking into the policy.
+
+    :param policy: The policy.
+    :return: Equal as long as nobody has changed the policy's build, its hooks or its optimizer's options.
+    """
+    extractor = policy.mlp_extractor
+    modules: list[Any] = [
+        policy,
+        extractor,
+        policy.features_extractor,
+        policy.pi_features_extractor,
+        policy.vf_features_extractor,
+    ]
+    modules += [policy.action_net, policy.value_net]
+    for network in (getattr(extractor, "policy_net", None), getattr(extractor, "value_net", None)):
+        modules += [network, *([] if network is None else network._modules.values())]
+    parameters = [parameter for module in modules for parameter in module._parameters.values()]
+    optimizer = policy.optimizer
+    options = [value for group in optimizer.param_groups for key, value in group.items() if key not in ("params", "lr")]
+    return (
+        [id(module) for module in modules],
+        [(id(parameter), parameter is not None and parameter.requires_grad) for parameter in parameters],
+        any(getattr(module, hooks) for module in modules for hooks in _HOOKS),
+        [name for name in _METHODS if name in policy.__dict__],
+        id(policy.action_dist),
+        id(optimizer),
+        [id(parameter) for group in optimizer.param_groups for parameter in group["params"]],
+        options,
+        bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks),
+        "step" in optimizer.__dict__,
+    )
+
+
+def bind(policy: ActorCriticPolicy) -> Binding:
+    """
+    Find the tensors of a policy and of its optimizer; gradients and moments that are missing are made as torch does.
+
+    :param policy: Its gradients and its optimizer's state may be filled with zeros.
+    :return: The binding, good until someone replaces a tensor.
+    :raises NotPlainError: If the policy is more than kernels know.
+    """
+    plain = plain_policy(policy)
+    state = policy.optimizer.state
+    rows, bound = [], []
+    for parameter in [*plain.actor_parameters, *plain.critic_parameters]:
+        if parameter.grad is None or not parameter.grad.is_contiguous() or parameter.grad.dtype != th.float32:
+            parameter.grad = th.zeros_like(parameter, memory_format=th.contiguous_format)
+        if not state[parameter]:
+            zeros = [th.zeros_like(parameter, memory_format=th.contiguous_format) for _ in range(2)]
+            state[parameter] = {"step": th.tensor(0.0), "exp_avg": zeros[0], "exp_avg_sq": zeros[1]}
+        moments = [state[parameter]["exp_avg"], state[parameter]["exp_avg_sq"]]
+        if any(m.dtype != th.float32 or not m.is_contiguous() or m.shape != parameter.shape for m in moments):
+            raise NotPlainError("its optimizer's moments are not contiguous float32 tensors")
+        bound.append((parameter, parameter.grad, *moments))
+        rows.append([parameter.numel(), *(tensor.data_ptr() for tensor in bound[-1])])
+    return Binding(plain, np.array(rows, np.int64), tuple(bound), fingerprint(policy))
+
+
+def n_steps_made(binding: Binding, policy: ActorCriticPolicy) -> int:
+    """
+    Read how many steps the optimizer has made.
+
+    :param binding: Of the policy.
+    :param policy: The policy.
+    :return: Steps.
+    """
+    return int(policy.optimizer.state[binding.tensors[0][0]]["step"])
+
+
+def write_steps(policy: ActorCriticPolicy, n_steps: int) -> None:
+    """
+    Tell the optimizer how many steps were made.
+
+    :param policy: With an optimizer that :func:`bind` has seen.
+    :param n_steps: In all.
+    """
+    for state in policy.optimizer.state.values():
+        state["step"].fill_(n_steps)

@@ -1,0 +1,161 @@
+"""exp, tanh and activations in float32, written so that LLVM turns their loops into vector instructions."""
+
+import numpy as np
+
+from sb3_clipvf.engines.kernels.compiled import exact, fast
+from sb3_clipvf.engines.kernels.memory import ELU, LEAKY_RELU, RELU, SILU, TANH, float_of_bits
+
+F = np.float32
+
+LEAKY_SLOPE = F(0.01)
+"""torch.nn.LeakyReLU's default."""
+
+_EXP_MAX, _EXP_MIN = F(88.72283), F(-87.33654)
+_LOG2_E, _LN2_HIGH, _LN2_LOW = F(1.44269504088896341), F(0.693359375), F(-2.12194440e-4)
+
+
+@exact
+def _exp_within(x: float) -> float:
+    """exp of a number whose exponential is a normal float32."""
+    n = np.floor(x * _LOG2_E + F(0.5))
+    r = x - n * _LN2_HIGH
+    r = r - n * _LN2_LOW
+    p = F(1.9875691500e-4)
+    p = p * r + F(1.3981999507e-3)
+    p = p * r + F(8.3334519073e-3)
+    p = p * r + F(4.1665795894e-2)
+    p = p * r + F(1.6666665459e-1)
+    p = p * r + F(5.0000001201e-1)
+    # 2^n in two factors: 2^128 is no float32, though the largest exp is.
+    half = np.int32(n) >> np.int32(1)
+    rest = np.int32(n) - half
+    y = (p * (r * r) + r) + F(1)
+    y = y * float_of_bits((half + np.int32(127)) << np.int32(23))
+    return y * float_of_bits((rest + np.int32(127)) << np.int32(23))
+
+
+@exact
+def exp32(x: float) -> float:
+    """
+    exp(x) to about one unit in the last place; 0 below the smallest normal number.
+
+    Source of the reduction and the coefficients: Cephes, ``expf`` (Moshier 1987).
+
+    :param x: float32.
+    :return: float32.
+    """
+    # The conversion to an integer inside needs a number; NaN comes back at the end.
+    y = _exp_within(min(max(x, _EXP_MIN), _EXP_MAX) if x == x else F(0))
+    if x > _EXP_MAX:
+        y = F(np.inf)
+    if x < _EXP_MIN:
+        y = F(0)
+    return y if x == x else x
+
+
+@exact
+def tanh32(x: float) -> float:
+    """
+    tanh(x) to about three units in the last place.
+
+    Source of the split and the coefficients: Cephes, ``tanhf`` (Moshier 1987).
+
+    :param x: float32.
+    :return: float32.
+    """
+    z = x * x
+    p = F(-5.70498872745e-3)
+    p = p * z + F(2.06390887954e-2)
+    p = p * z + F(-5.37397155531e-2)
+    p = p * z + F(1.33314422036e-1)
+    p = p * z + F(-3.33332819422e-1)
+    small = p * z * x + x
+    # Beyond 9 tanh is 1 in float32; the bounds keep exp finite. NaN passes through `small`.
+    bounded = max(min(x, F(9.5)), F(-9.5)) if x == x else F(0)
+    large = F(1) - F(2) / (_exp_within(bounded + bounded) + F(1))
+    return large if abs(x) > F(0.625) else small
+
+
+@fast
+def add_bias(values: np.ndarray, bias: np.ndarray) -> None:
+    """
+    Add a bias to each row, in place.
+
+    :param values: Shape ``(n, width)``.
+    :param bias: Shape ``(width,)``.
+    """
+    for i in range(values.shape[0]):
+        row = values[i]
+        for j in range(row.shape[0]):
+            row[j] += bias[j]
+
+
+@fast
+def activate(values: np.ndarray, bias: np.ndarray, kind: int, inputs: np.ndarray) -> None:
+    """
+    Add a bias to each row and apply an activation, in place.
+
+    :param values: Shape ``(n, width)``.
+    :param bias: Shape ``(width,)``.
+    :param kind: One of the activations of :mod:`.memory`.
+    :param inputs: Filled with the activation's inputs for SILU, whose derivative needs them; shape of ``values``.
+    """
+    if kind == TANH:
+        for i in range(values.shape[0]):
+            row = values[i]
+            for j in range(row.shape[0]):
+                row[j] = tanh32(row[j] + bias[j])
+    elif kind == RELU:
+        for i in range(values.shape[0]):
+            row = values[i]
+            for j in range(row.shape[0]):
+                x = row[j] + bias[j]
+                row[j] = F(0) if x < F(0) else x
+    elif kind == ELU:
+        for i in range(values.shape[0]):
+            row = values[i]
+            for j in range(row.shape[0]):
+                x = row[j] + bias[j]
+                row[j] = x if x > F(0) else exp32(x) - F(1)
+    elif kind == LEAKY_RELU:
+        for i in range(values.shape[0]):
+            row = values[i]
+            for j in range(row.shape[0]):
+                x = row[j] + bias[j]
+                row[j] = x if x > F(0) else LEAKY_SLOPE * x
+    elif kind == SILU:
+        for i in range(values.shape[0]):
+            row, kept = values[i], inputs[i]
+            for j in range(row.shape[0]):
+                x = row[j] + bias[j]
+                kept[j] = x
+                row[j] = x / (F(1) + exp32(-x))
+
+
+@fast
+def times_derivative(gradients: np.ndarray, values: np.ndarray, kind: int, inputs: np.ndarray) -> None:
+    """
+    Multiply by the derivative of an activation, in place; at 0 it is torch's.
+
+    :param gradients: With respect to the activation's outputs, shape ``(n, width)``.
+    :param values: Those outputs.
+    :param kind: One of the activations of :mod:`.memory`.
+    :param inputs: The activation's inputs, where it is SILU.
+    """
+    g, y, x = gradients.reshape(gradients.size), values.reshape(values.size), inputs.reshape(inputs.size)
+    if kind == TANH:
+        for k in range(g.shape[0]):
+            g[k] *= F(1) - y[k] * y[k]
+    elif kind == RELU:
+        for k in range(g.shape[0]):
+            g[k] = g[k] if y[k] > F(0) else F(0)
+    elif kind == ELU:
+        for k in range(g.shape[0]):
+            g[k] *= F(1) if y[k] > F(0) else y[k] + F(1)
+    elif kind == LEAKY_RELU:
+        for k in range(g.shape[0]):
+            g[k] *= F(1) if y[k] > F(0) else LEAKY_SLOPE
+    elif kind == SILU:
+        for k in range(g.shape[0]):
+            sigmoid = F(1) / (F(1) + exp32(-x[k]))
+            g[k] *= sigmoid * (F(1) + x[k] * (F(1) - sigmoid))

@@ -1,0 +1,290 @@
+"""
+Action distributions: log-probabilities, entropies, exact KL, their gradients, and samples.
+
+``outputs`` are what the actor's last layer gives: logits, or means. A categorical kind has one or more categorical
+distributions side by side, ``widths`` says how many actions each has. Sums over action dimensions give one number a
+row. The formulas are those of :mod:`sb3_clipvf.objectives` and torch.distributions.
+"""
+
+import math
+
+import numpy as np
+
+from sb3_clipvf.engines.kernels.compiled import fast
+from sb3_clipvf.engines.kernels.elementwise import exp32
+from sb3_clipvf.engines.kernels.memory import BERNOULLI, CATEGORICAL
+
+F = np.float32
+_LOG_ROOT_TWO_PI = F(0.5 * math.log(2.0 * math.pi))
+
+
+@fast
+def _softplus(x: float) -> float:
+    return max(x, F(0)) + np.log1p(exp32(-abs(x)))
+
+
+@fast
+def _sigmoid(x: float) -> float:
+    return F(1) / (F(1) + exp32(-x))
+
+
+@fast
+def evaluate(
+    kind: int,
+    outputs: np.ndarray,
+    log_std: np.ndarray,
+    widths: np.ndarray,
+    actions: np.ndarray,
+    probs: np.ndarray,
+    log_prob: np.ndarray,
+    entropy: np.ndarray,
+) -> None:
+    """
+    Log-probabilities of actions, and entropies.
+
+    :param kind: Of the distribution.
+    :param outputs: Shape ``(n, k)``; logits of categorical distributions are normalised in place.
+    :param log_std: Shape ``(k,)``, of a Gaussian.
+    :param widths: Of the categorical distributions.
+    :param actions: Shape ``(n, action_dim)``.
+    :param probs: Filled with probabilities where the kind has them, shape ``(n, k)``.
+    :param log_prob: Filled, shape ``(n,)``, nats.
+    :param entropy: Filled, shape ``(n,)``, nats.
+    """
+    n, k = outputs.shape
+    if kind == CATEGORICAL:
+        for i in range(n):
+            log_prob[i], entropy[i] = F(0), F(0)
+            start = 0
+            for head in range(widths.shape[0]):
+                end = start + widths[head]
+                entropy[i] += _normalize(outputs[i, start:end], probs[i, start:end])
+                log_prob[i] += outputs[i, start + int(actions[i, head])]
+                start = end
+    elif kind == BERNOULLI:
+        for i in range(n):
+            log_prob[i], entropy[i] = F(0), F(0)
+            for j in range(k):
+                z = outputs[i, j]
+                p, both = _sigmoid(z), _softplus(z)
+                probs[i, j] = p
+                log_prob[i] += actions[i, j] * z - both
+                entropy[i] += both - z * p
+    else:
+        constant = F(0)
+        for j in range(k):
+            constant += log_std[j] + _LOG_ROOT_TWO_PI
+        for i in range(n):
+            squares = F(0)
+            for j in range(k):
+                shift = (actions[i, j] - outputs[i, j]) * exp32(-log_std[j])
+                squares += shift * shift
+            log_prob[i] = F(-0.5) * squares - constant
+            entropy[i] = constant + F(0.5) * k
+
+
+@fast
+def _normalize(logits: np.ndarray, probs: np.ndarray) -> float:
+    """Make logits of one categorical distribution log-probabilities; its entropy."""
+    largest = logits[0]
+    for j in range(1, logits.shape[0]):
+        largest = max(largest, logits[j])
+    total = F(0)
+    for j in range(logits.shape[0]):
+        total += exp32(logits[j] - largest)
+    shift = largest + np.log(total)
+    entropy = F(0)
+    for j in range(logits.shape[0]):
+        logits[j] -= shift
+        probs[j] = exp32(logits[j])
+        entropy -= probs[j] * logits[j]
+    return entropy
+
+
+@fast
+def kl_from_old(
+    kind: int, outputs: np.ndarray, log_std: np.ndarray, probs: np.ndarray, old: np.ndarray, rows: np.ndarray
+) -> float:
+    """
+    Sum over rows of the exact KL(pi_old || pi), after :func:`evaluate` or :func:`normalize_all`.
+
+    :param kind: Of the distribution.
+    :param outputs: Shape ``(n, k)``.
+    :param log_std: Shape ``(k,)``, of a Gaussian.
+    :param probs: From :func:`evaluate`.
+    :param old: Old parameters of the whole rollout, one row a transition.
+    :param rows: Which of them, shape ``(n,)``.
+    :return: nats, float64.
+    """
+    n, k = outputs.shape
+    total = 0.0
+    for i in range(n):
+        row = old[rows[i]]
+        kl = F(0)
+        if kind == CATEGORICAL:
+            for j in range(k):
+                kl += exp32(row[j]) * (row[j] - outputs[i, j])
+        elif kind == BERNOULLI:
+            for j in range(k):
+                kl += _sigmoid(row[j]) * (row[j] - outputs[i, j]) - _softplus(row[j]) + _softplus(outputs[i, j])
+        else:
+            for j in range(k):
+                change = log_std[j] - row[k + j]
+                shift = (row[j] - outputs[i, j]) * exp32(-log_std[j])
+                kl += change + F(0.5) * (exp32(F(-2) * change) + shift * shift - F(1))
+        total += kl
+    return total
+
+
+@fast
+def normalize_all(kind: int, outputs: np.ndarray, widths: np.ndarray, probs: np.ndarray) -> None:
+    """
+    Bring logits into the form that :func:`kl_from_old` and :func:`sample` take.
+
+    :param kind: Of the distribution.
+    :param outputs: Shape ``(n, k)``; logits of categorical distributions are normalised in place.
+    :param widths: Of the categorical distributions.
+    :param probs: Filled with probabilities where the kind is categorical, shape ``(n, k)``.
+    """
+    if kind == CATEGORICAL:
+        for i in range(outputs.shape[0]):
+            start = 0
+            for head in range(widths.shape[0]):
+                _normalize(outputs[i, start : start + widths[head]], probs[i, start : start + widths[head]])
+                start += widths[head]
+
+
+@fast
+def gradients(
+    kind: int,
+    outputs: np.ndarray,
+    log_std: np.ndarray,
+    widths: np.ndarray,
+    actions: np.ndarray,
+    probs: np.ndarray,
+    log_prob_gradient: np.ndarray,
+    ent_coef: float,
+    kl_coef: float,
+    old: np.ndarray,
+    rows: np.ndarray,
+    log_std_gradient: np.ndarray,
+) -> None:
+    """
+    Gradients of a minibatch's loss: surrogate, entropy bonus and KL penalty together.
+
+    :param kind: Of the distribution.
+    :param outputs: From :func:`evaluate`, shape ``(n, k)``.
+    :param log_std: Shape ``(k,)``, of a Gaussian.
+    :param widths: Of the categorical distributions.
+    :param actions: Shape ``(n, action_dim)``.
+    :param probs: From :func:`evaluate`; overwritten by the gradient with respect to the outputs.
+    :param log_prob_gradient: Of the loss with respect to the log-probabilities, shape ``(n,)``.
+    :param ent_coef: Weight of the entropy.
+    :param kl_coef: beta, 1/nats.
+    :param old: Old parameters of the whole rollout; not read where ``kl_coef`` is 0.
+    :param rows: Which of them, shape ``(n,)``.
+    :param log_std_gradient: Overwritten, shape ``(k,)``, of a Gaussian.
+    """
+    n, k = outputs.shape
+    ent, beta = F(ent_coef / n), F(kl_coef / n)
+    if kind == CATEGORICAL:
+        for i in range(n):
+            start = 0
+            for head in range(widths.shape[0]):
+                end = start + widths[head]
+                chosen = start + int(actions[i, head])
+                _categorical_gradient(outputs[i], probs[i], start, end, chosen, log_prob_gradient[i], ent)
+                start = end
+            if kl_coef != 0.0:
+                for j in range(k):
+                    # The log-probability still stands in `outputs`.
+                    probs[i, j] += beta * (exp32(outputs[i, j]) - exp32(old[rows[i], j]))
+    elif kind == BERNOULLI:
+        for i in range(n):
+            for j in range(k):
+                p, z = probs[i, j], outputs[i, j]
+                gradient = log_prob_gradient[i] * (actions[i, j] - p) + ent * z * p * (F(1) - p)
+                if kl_coef != 0.0:
+                    gradient += beta * (p - _sigmoid(old[rows[i], j]))
+                probs[i, j] = gradient
+    else:
+        log_std_gradient[:] = F(-ent_coef)
+        for i in range(n):
+            for j in range(k):
+                precision = exp32(F(-2) * log_std[j])
+                shift = actions[i, j] - outputs[i, j]
+                scaled = shift * precision
+                gradient = log_prob_gradient[i] * scaled
+                spread = log_prob_gradient[i] * (shift * scaled - F(1))
+                if kl_coef != 0.0:
+                    moved = outputs[i, j] - old[rows[i], j]
+                    old_variance = exp32(F(2) * old[rows[i], k + j])
+                    gradient += beta * moved * precision
+                    spread += beta * (F(1) - (old_variance + moved * moved) * precision)
+                probs[i, j] = gradient
+                log_std_gradient[j] += spread
+
+
+@fast
+def _categorical_gradient(
+    log_probs: np.ndarray, probs: np.ndarray, start: int, end: int, chosen: int, weight: float, ent: float
+) -> None:
+    """Overwrite the probabilities of one categorical distribution by the gradient of its logits."""
+    entropy = F(0)
+    for j in range(start, end):
+        entropy -= probs[j] * log_probs[j]
+    for j in range(start, end):
+        p = probs[j]
+        probs[j] = ent * p * (log_probs[j] + entropy) - weight * p
+    probs[chosen] += weight
+
+
+@fast
+def sample(
+    kind: int,
+    outputs: np.ndarray,
+    log_std: np.ndarray,
+    widths: np.ndarray,
+    probs: np.ndarray,
+    noise: np.ndarray,
+    actions: np.ndarray,
+) -> None:
+    """
+    Draw one action a row.
+
+    :param kind: Of the distribution.
+    :param outputs: After :func:`normalize_all`, shape ``(n, k)``.
+    :param log_std: Shape ``(k,)``, of a Gaussian.
+    :param widths: Of the categorical distributions.
+    :param probs: From :func:`normalize_all`.
+    :param noise: Shape ``(n, action_dim)``: standard normal for a Gaussian, else uniform in [0, 1).
+    :param actions: Filled, shape ``(n, action_dim)``.
+    """
+    n, k = outputs.shape
+    for i in range(n):
+        if kind == CATEGORICAL:
+            start = 0
+            for head in range(widths.shape[0]):
+                actions[i, head] = _draw(probs[i, start : start + widths[head]], noise[i, head])
+                start += widths[head]
+        elif kind == BERNOULLI:
+            for j in range(k):
+                actions[i, j] = F(1) if noise[i, j] < _sigmoid(outputs[i, j]) else F(0)
+        else:
+            for j in range(k):
+                actions[i, j] = outputs[i, j] + exp32(log_std[j]) * noise[i, j]
+
+
+@fast
+def _draw(probs: np.ndarray, uniform: float) -> float:
+    """Index of a categorical distribution, by the inverse of its cumulative probabilities."""
+    total = F(0)
+    last = 0
+    for j in range(probs.shape[0]):
+        if probs[j] > F(0):
+            last = j
+            total += probs[j]
+            if uniform < total:
+                return F(j)
+    # Probabilities may add up to a little less than 1.
+    return F(last)

@@ -1,0 +1,108 @@
+"""The rollout's part: actions and values for all environments at once, and advantages."""
+
+import numpy as np
+
+from sb3_clipvf.engines.kernels import heads
+from sb3_clipvf.engines.kernels.compiled import fast, strict
+from sb3_clipvf.engines.kernels.memory import ACTIVATION, DIST, GAUSSIAN, PARAM
+from sb3_clipvf.engines.kernels.network import forward, layer, output_gradient
+from sb3_clipvf.engines.kernels.update import Network, log_std_of
+
+F = np.float32
+
+
+@fast
+def predict_values(network: Network, observations: np.ndarray, work: np.ndarray, values: np.ndarray) -> None:
+    """
+    Values of observations.
+
+    :param network: The policy.
+    :param observations: Shape ``(n, obs_dim)``.
+    :param work: Workspace for ``n`` rows.
+    :param values: Filled, shape ``(n,)``.
+    """
+    n = observations.shape[0]
+    layer(work, network.critic_sizes, n, 0)[:] = observations
+    activation = network.codes[ACTIVATION]
+    outputs = forward(work, network.critic_sizes, n, network.table, network.first_critic, activation)
+    values[:] = outputs.reshape(n)
+
+
+@fast
+def act(
+    network: Network,
+    observations: np.ndarray,
+    noise: np.ndarray,
+    work: np.ndarray,
+    actions: np.ndarray,
+    values: np.ndarray,
+    log_prob: np.ndarray,
+    dist_params: np.ndarray,
+) -> None:
+    """
+    Draw one action for each environment.
+
+    :param network: The policy.
+    :param observations: Shape ``(n, obs_dim)``.
+    :param noise: As :func:`heads.sample` takes it, shape ``(n, action_dim)``.
+    :param work: Workspace for ``n`` rows.
+    :param actions: Filled, shape ``(n, action_dim)``.
+    :param values: Filled, shape ``(n,)``.
+    :param log_prob: Filled, shape ``(n,)``, nats.
+    :param dist_params: Filled with the distribution's parameters, shape ``(n, k)``; of no column: not wanted.
+    """
+    predict_values(network, observations, work, values)
+    n = observations.shape[0]
+    sizes, kind = network.actor_sizes, network.codes[DIST]
+    layer(work, sizes, n, 0)[:] = observations
+    outputs = forward(work, sizes, n, network.table, 0, network.codes[ACTIVATION])
+    probs = output_gradient(work, sizes, n)
+    log_std = log_std_of(network, PARAM)
+    heads.normalize_all(kind, outputs, network.widths, probs)
+    heads.sample(kind, outputs, log_std, network.widths, probs, noise, actions)
+    if dist_params.shape[1] > 0:
+        k = outputs.shape[1]
+        for i in range(n):
+            for j in range(k):
+                dist_params[i, j] = outputs[i, j]
+                if kind == GAUSSIAN:
+                    dist_params[i, k + j] = log_std[j]
+    entropy = np.empty(n, np.float32)
+    heads.evaluate(kind, outputs, log_std, network.widths, actions, probs, log_prob, entropy)
+
+
+@strict
+def advantages_and_returns(
+    rewards: np.ndarray,
+    values: np.ndarray,
+    episode_starts: np.ndarray,
+    last_values: np.ndarray,
+    dones: np.ndarray,
+    gamma: float,
+    gae_lambda: float,
+    advantages: np.ndarray,
+    returns: np.ndarray,
+) -> None:
+    """
+    :func:`sb3_clipvf.rollout.gae`, with the same roundings.
+
+    :param rewards: Shape ``(n_steps, n_envs)``.
+    :param values: Shape ``(n_steps, n_envs)``.
+    :param episode_starts: Shape ``(n_steps, n_envs)``.
+    :param last_values: Shape ``(n_envs,)``.
+    :param dones: Of the last step, float32, shape ``(n_envs,)``.
+    :param gamma: Discount factor.
+    :param gae_lambda: lambda.
+    :param advantages: Filled, shape ``(n_steps, n_envs)``.
+    :param returns: Filled, shape ``(n_steps, n_envs)``.
+    """
+    n_steps, n_envs = rewards.shape
+    discount, decay = F(gamma), F(gamma * gae_lambda)
+    for env in range(n_envs):
+        next_value, running, advantage = last_values[env], F(1) - dones[env], F(0)
+        for step in range(n_steps - 1, -1, -1):
+            delta = rewards[step, env] + discount * next_value * running - values[step, env]
+            advantage = delta + decay * running * advantage
+            advantages[step, env] = advantage
+            returns[step, env] = advantage + values[step, env]
+            next_value, running = values[step, env], F(1) - episode_starts[step, env]

@@ -1,0 +1,536 @@
+"""
+The native engine alone: what it leaves to the autograd engine, its kernels, its rollouts, and its place in training.
+
+That its updates give the numbers of a straightforward program is in test_engines.py.
+"""
+
+import copy
+import dataclasses
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from numba import njit
+from scipy import stats
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
+from stable_baselines3.common.torch_layers import FlattenExtractor
+
+from sb3_clipvf import ClipPPO
+from sb3_clipvf.distributions import dist_param_dim, dist_params
+from sb3_clipvf.engines import AutogradEngine, UpdateCoefficients, UpdateSettings, why_not_native
+from sb3_clipvf.engines.kernels.elementwise import exp32, tanh32
+from sb3_clipvf.engines.native import NativeEngine
+from sb3_clipvf.rollout import TensorRolloutBuffer, gae
+
+OBS = spaces.Box(-2.0, 2.0, (3,), np.float32)
+BOX = spaces.Box(-1.0, 1.0, (2,), np.float32)
+ACTIONS: dict[str, spaces.Space[Any]] = {
+    "discrete": spaces.Discrete(3),
+    "multi_discrete": spaces.MultiDiscrete([2, 3]),
+    "multi_binary": spaces.MultiBinary(3),
+    "box": BOX,
+}
+SETTINGS = UpdateSettings(
+    batch_size=16,
+    n_epochs=3,
+    normalize_advantage=True,
+    advantage_scope="minibatch",
+    vf_clip="max",
+    max_grad_norm=0.5,
+    target_kl=None,
+    measure_kl_after=True,
+    has_dist_params=True,
+    discrete_actions=False,
+)
+COEFFICIENTS = UpdateCoefficients(clip_range=0.1, clip_range_vf=0.2, ent_coef=0.01, vf_coef=0.5, kl_coef=1.0)
+
+
+def make_policy(actions: str = "box", **kwargs: Any) -> ActorCriticPolicy:
+    th.manual_seed(0)
+    return ActorCriticPolicy(OBS, ACTIONS[actions], lambda _: 3e-3, **{"net_arch": [8], **kwargs})
+
+
+def make_buffer(policy: ActorCriticPolicy, n_steps: int = 8, n_envs: int = 4) -> TensorRolloutBuffer:
+    buffer = TensorRolloutBuffer(
+        n_steps, OBS, policy.action_space, "cpu", n_envs=n_envs, dist_param_dim=dist_param_dim(policy.action_dist) or 0
+    )
+    buffer.reset()
+    return buffer
+
+
+def filled(policy: ActorCriticPolicy, **kwargs: Any) -> TensorRolloutBuffer:
+    rng = np.random.default_rng(0)
+    buffer = make_buffer(policy, **kwargs)
+    for _ in range(buffer.buffer_size):
+        obs = rng.normal(size=(buffer.n_envs, 3)).astype(np.float32)
+        with th.no_grad():
+            actions, values, log_prob = policy(th.as_tensor(obs))
+        rewards = rng.normal(size=buffer.n_envs)
+        starts = rng.random(buffer.n_envs) < 0.2
+        rows = actions.numpy().reshape(buffer.n_envs, -1)
+        buffer.add(obs, rows, rewards, starts, values, log_prob, dist_params(policy.action_dist))
+    buffer.compute_returns_and_advantage(values, starts)
+    return buffer
+
+
+# ------------------------------------------------------------------ what is left to the autograd engine
+
+
+class OtherPolicy(ActorCriticPolicy):
+    pass
+
+
+class OtherBuffer(TensorRolloutBuffer):
+    def get(self, batch_size: int | None = None) -> Any:
+        yield from super().get(batch_size)
+
+
+class OtherExtractor(FlattenExtractor):
+    pass
+
+
+def hook(*_: Any) -> None:
+    return None
+
+
+def replaced_head(policy: ActorCriticPolicy) -> None:
+    policy.value_net = th.nn.Sequential(policy.value_net)
+
+
+def added_parameter(policy: ActorCriticPolicy) -> None:
+    policy.extra = th.nn.Parameter(th.zeros(1))
+
+
+def unequal_steps(policy: ActorCriticPolicy) -> None:
+    policy.action_net.bias.grad = th.zeros_like(policy.action_net.bias)
+    policy.optimizer.step()
+
+
+def other_activation(policy: ActorCriticPolicy) -> None:
+    policy.mlp_extractor.value_net[1] = th.nn.ReLU()
+
+
+REFUSED: dict[str, tuple[dict[str, Any], Callable[[Any], object], str]] = {
+    "gsde": ({"use_sde": True}, hook, "it explores with gSDE"),
+    "extractor": ({"features_extractor_class": OtherExtractor}, hook, "its features extractor is OtherExtractor"),
+    "activation": ({"activation_fn": th.nn.GELU}, hook, "its activation is GELU"),
+    "elu": (
+        {},
+        lambda p: p.mlp_extractor.policy_net.__setitem__(1, th.nn.ELU(alpha=0.5)),
+        r"its activation is ELU\(alpha=0.5\)",
+    ),
+    "optimizer": ({"optimizer_class": th.optim.SGD}, hook, "its optimizer is SGD, not Adam or AdamW"),
+    "amsgrad": ({"optimizer_kwargs": {"amsgrad": True}}, hook, "its optimizer runs with amsgrad"),
+    "maximize": ({"optimizer_kwargs": {"maximize": True}}, hook, "its optimizer runs with maximize"),
+    "groups": (
+        {},
+        lambda p: setattr(p, "optimizer", th.optim.Adam([{"params": [q]} for q in p.parameters()])),
+        "several parameter groups",
+    ),
+    "fewer": (
+        {},
+        lambda p: setattr(p, "optimizer", th.optim.Adam(p.action_net.parameters())),
+        "its optimizer holds other parameters",
+    ),
+    "steps": ({}, unequal_steps, "different numbers of steps"),
+    "head": ({}, replaced_head, r"its last layers are not torch\.nn\.Linear"),
+    "extra": ({}, added_parameter, "parameters beside those"),
+    "double": ({}, lambda p: p.double(), "not contiguous float32"),
+    "frozen": ({}, lambda p: p.log_std.requires_grad_(False), "some of its parameters are frozen"),
+    "method": ({}, lambda p: setattr(p, "forward", p.forward), r"its forward\(\) was replaced"),
+    "hook": ({}, lambda p: p.action_net.register_forward_hook(hook), "it has hooks"),
+    "optimizer hook": ({}, lambda p: p.optimizer.register_step_pre_hook(hook), "its optimizer has hooks"),
+    "mixed": ({}, other_activation, "actor and critic have different activations"),
+}
+
+
+class TestLeftToAutograd:
+    @pytest.mark.parametrize("case", REFUSED)
+    def test_reason(self, case: str) -> None:
+        kwargs, change, reason = REFUSED[case]
+        policy = make_policy(**kwargs)
+        change(policy)
+        assert_matches(reason, why_not_native(policy, make_buffer(make_policy())))
+
+    @pytest.mark.parametrize("case", [case for case in REFUSED if not REFUSED[case][0] and case != "steps"])
+    def test_a_policy_that_was_changed_later_no_longer_fits(self, case: str) -> None:
+        policy = make_policy()
+        engine = NativeEngine(policy, SETTINGS)
+        assert engine.fits(make_buffer(policy))
+        REFUSED[case][1](policy)
+        assert not engine.fits(make_buffer(make_policy()))
+
+    def test_subclass(self) -> None:
+        policy = OtherPolicy(OBS, BOX, lambda _: 1e-3)
+        assert_matches(
+            "its class is OtherPolicy, and only MlpPolicy itself", why_not_native(policy, make_buffer(policy))
+        )
+
+    def test_observations(self) -> None:
+        image = ActorCriticCnnPolicy(spaces.Box(0, 255, (3, 36, 36), np.uint8), BOX, lambda _: 1e-3)
+        numbers = ActorCriticPolicy(spaces.Discrete(4), BOX, lambda _: 1e-3)
+        pixels = ActorCriticPolicy(spaces.Box(0, 255, (36, 36, 3), np.uint8), BOX, lambda _: 1e-3)
+        buffer = make_buffer(make_policy())
+        assert_matches("its class is ActorCriticCnnPolicy", why_not_native(image, buffer))
+        assert_matches("its observations are Discrete", why_not_native(numbers, buffer))
+        assert_matches("its observations are images", why_not_native(pixels, buffer))
+
+    def test_buffer(self) -> None:
+        other = OtherBuffer(8, OBS, BOX, "cpu", n_envs=4, dist_param_dim=4)
+        assert_matches("its rollout buffer is OtherBuffer", why_not_native(make_policy(), other))
+
+    @pytest.mark.parametrize("actions", ACTIONS)
+    def test_plain_policies_are_run(self, actions: str) -> None:
+        policy = make_policy(actions)
+        assert why_not_native(policy, make_buffer(policy)) is None
+
+
+def assert_matches(pattern: str, reason: str | None) -> None:
+    assert reason is not None
+    with pytest.raises(ValueError, match=pattern):
+        raise ValueError(reason)
+
+
+# ------------------------------------------------------------------ kernels
+
+
+class TestElementwise:
+    @pytest.mark.parametrize(
+        ("fn", "exact", "low", "high", "ulps"),
+        [
+            # torch's own are within 1 unit in the last place; float32 products of three roundings reach 3.
+            (exp32, np.exp, -87.0, 88.7, 1.5),
+            (tanh32, np.tanh, -10.0, 10.0, 3.5),
+            (tanh32, np.tanh, -1e-3, 1e-3, 1.0),
+        ],
+    )
+    def test_within_rounding(self, fn: Any, exact: Any, low: float, high: float, ulps: float) -> None:
+        x = np.random.default_rng(0).uniform(low, high, 100_000).astype(np.float32)
+        expected = exact(x.astype(np.float64))
+        error = np.abs(mapped(fn, x) - expected) / np.spacing(np.abs(expected).astype(np.float32))
+        assert error.max() <= ulps
+
+    def test_special_numbers(self) -> None:
+        x = np.array([np.nan, np.inf, -np.inf, 88.8, -104, 0, -0.0], np.float32)
+        np.testing.assert_array_equal(mapped(exp32, x), np.array([np.nan, np.inf, 0, np.inf, 0, 1, 1], np.float32))
+        np.testing.assert_array_equal(mapped(tanh32, x), np.array([np.nan, 1, -1, 1, -1, 0, -0.0], np.float32))
+
+
+def mapped(fn: Any, x: np.ndarray) -> np.ndarray:
+    @njit
+    def each(x: np.ndarray, y: np.ndarray) -> None:
+        for i in range(x.shape[0]):
+            y[i] = fn(x[i])
+
+    y = np.empty_like(x)
+    each(x, y)
+    return y
+
+
+@pytest.mark.parametrize(("gamma", "gae_lambda"), [(0.99, 0.95), (1.0, 1.0), (0.9, 0.0)])
+def test_advantages_have_the_same_bits(gamma: float, gae_lambda: float) -> None:
+    policy = make_policy()
+    buffer = filled(policy, n_steps=50, n_envs=3)
+    NativeEngine(policy, SETTINGS).begin_rollout(buffer)
+    arrays = (buffer.rewards, buffer.values, buffer.episode_starts)
+    last = (np.array([0.3, -2.0, 5.0], np.float32), np.array([True, False, False]))
+    expected = gae(*arrays, *last, gamma, gae_lambda)
+    assert buffer.gae_fn is not gae
+    for ours, theirs in zip(buffer.gae_fn(*arrays, *last, gamma, gae_lambda), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+# ------------------------------------------------------------------ rollouts
+
+
+class TestActing:
+    @pytest.mark.parametrize("n_envs", [1, 7])
+    @pytest.mark.parametrize("actions", ACTIONS)
+    def test_gives_what_the_policy_would(self, actions: str, n_envs: int) -> None:
+        policy = make_policy(actions)
+        engine = NativeEngine(policy, SETTINGS)
+        engine.begin_rollout(make_buffer(policy, n_envs=n_envs))
+        obs = th.randn(n_envs, 3)
+        acted = engine.act(obs, with_dist_params=True)
+        reference = AutogradEngine(policy, SETTINGS).act(obs, with_dist_params=True)
+        assert acted.actions.shape == reference.actions.shape
+        assert acted.actions.dtype == reference.actions.dtype
+        with th.no_grad():
+            taken = th.as_tensor(acted.actions)
+            values, log_prob, _ = policy.evaluate_actions(obs, taken)
+            params = dist_params(policy.get_distribution(obs))
+        # Sums in another order, in float32
+        th.testing.assert_close(acted.values, values, rtol=1e-5, atol=1e-6)
+        th.testing.assert_close(acted.log_prob, log_prob, rtol=1e-5, atol=1e-6)
+        th.testing.assert_close(acted.dist_params, params, rtol=1e-5, atol=1e-6)
+        th.testing.assert_close(engine.predict_values(obs), values, rtol=1e-5, atol=1e-6)
+        assert engine.act(obs, with_dist_params=False).dist_params is None
+
+    @pytest.mark.parametrize("actions", ["discrete", "multi_discrete", "multi_binary"])
+    def test_draws_with_the_policys_probabilities(self, actions: str) -> None:
+        policy = make_policy(actions)
+        engine = NativeEngine(policy, SETTINGS)
+        n = 20_000
+        engine.begin_rollout(make_buffer(policy, n_envs=n))
+        obs = th.ones(n, 3)
+        drawn = engine.act(obs, with_dist_params=False).actions.reshape(n, -1)
+        with th.no_grad():
+            dist = policy.get_distribution(obs[:1]).distribution
+        parts = dist if isinstance(dist, list) else [dist]
+        for column in range(drawn.shape[1]):
+            if actions == "multi_binary":
+                p = float(dist.probs[0, column])
+                probs = np.array([1 - p, p])
+            else:
+                probs = parts[column].probs[0].numpy().astype(np.float64)
+            counts = np.bincount(drawn[:, column].astype(int), minlength=len(probs))
+            assert stats.chisquare(counts, n * probs / probs.sum()).pvalue > 1e-4
+
+    def test_draws_with_the_policys_mean_and_spread(self) -> None:
+        policy = make_policy("box", log_std_init=-0.5)
+        engine = NativeEngine(policy, SETTINGS)
+        engine.begin_rollout(make_buffer(policy, n_envs=20_000))
+        obs = th.ones(20_000, 3)
+        drawn = engine.act(obs, with_dist_params=False).actions
+        with th.no_grad():
+            dist = policy.get_distribution(obs[:1]).distribution
+        standard = (drawn - dist.mean.numpy()) / dist.stddev.numpy()
+        assert stats.kstest(standard[:, 0], "norm").pvalue > 1e-4
+        assert abs(np.corrcoef(standard.T)[0, 1]) < 0.03
+
+    def test_torchs_seed_decides(self) -> None:
+        policy = make_policy()
+        engine, buffer = NativeEngine(policy, SETTINGS), make_buffer(policy)
+        runs = []
+        for seed in (1, 1, 2):
+            th.manual_seed(seed)
+            engine.begin_rollout(buffer)
+            runs.append(np.stack([engine.act(th.ones(4, 3), with_dist_params=False).actions for _ in range(9)]))
+        np.testing.assert_array_equal(runs[0], runs[1])
+        assert not np.array_equal(runs[0], runs[2])
+        assert len(np.unique(runs[0])) == runs[0].size
+
+    def test_parameters_that_were_replaced_are_followed(self) -> None:
+        policy = make_policy()
+        engine = NativeEngine(policy, SETTINGS)
+        engine.begin_rollout(make_buffer(policy))
+        obs = th.ones(4, 3)
+        for parameter in policy.parameters():
+            parameter.data = parameter.data + 0.5
+        with th.no_grad():
+            expected = policy.predict_values(obs)
+        th.testing.assert_close(engine.predict_values(obs), expected, rtol=1e-5, atol=1e-6)
+        th.testing.assert_close(engine.act(obs, with_dist_params=False).values, expected, rtol=1e-5, atol=1e-6)
+
+
+# ------------------------------------------------------------------ updates
+
+
+class TestUpdate:
+    @pytest.mark.parametrize("actions", ACTIONS)
+    def test_two_threads_give_the_same_bits(self, actions: str) -> None:
+        results = []
+        for n_threads in (1, 2):
+            policy = make_policy(actions, net_arch={"pi": [16, 8], "vf": [8]})
+            buffer = filled(policy)
+            engine = NativeEngine(policy, SETTINGS)
+            engine._threads._chosen = n_threads
+            np.random.seed(0)
+            for _ in range(5):
+                statistics = engine.update(buffer, COEFFICIENTS).read()
+            results.append((statistics, policy.state_dict()))
+        assert results[0][0] == results[1][0]
+        for name, tensor in results[0][1].items():
+            assert th.equal(tensor, results[1][1][name]), name
+
+    @pytest.mark.parametrize("n_threads", [1, 2])
+    def test_an_update_left_early_draws_no_further_permutation(self, n_threads: int) -> None:
+        states = []
+        for engine_class in (AutogradEngine, NativeEngine):
+            policy = make_policy()
+            buffer = filled(policy)
+            engine = engine_class(policy, dataclasses.replace(SETTINGS, target_kl=1e-5, n_epochs=20))
+            if isinstance(engine, NativeEngine):
+                engine._threads._chosen = n_threads
+            np.random.seed(0)
+            statistics = engine.update(buffer, COEFFICIENTS)
+            assert statistics.stopped_at_kl is not None
+            assert 1 <= statistics.n_epochs < 20
+            states.append((statistics.n_epochs, np.random.random()))
+        assert states[0] == states[1]
+
+    def test_gradients_are_left_where_torch_leaves_them(self) -> None:
+        gradients = []
+        for engine_class in (AutogradEngine, NativeEngine):
+            policy = make_policy()
+            np.random.seed(0)
+            engine_class(policy, dataclasses.replace(SETTINGS, n_epochs=1)).update(filled(policy), COEFFICIENTS)
+            gradients.append([parameter.grad for parameter in policy.parameters()])
+        for ours, theirs in zip(*gradients, strict=True):
+            th.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+
+    def test_gradients_agree_with_double_precision(self) -> None:
+        policy = make_policy(net_arch=[16, 16])
+        buffer = filled(policy)
+        with th.no_grad():
+            for parameter in policy.parameters():
+                parameter += 0.05 * th.randn(parameter.shape)
+        double = copy.deepcopy(policy).double()
+        settings = dataclasses.replace(SETTINGS, n_epochs=1, batch_size=32, max_grad_norm=1e9)
+        engine = AutogradEngine(double, settings)
+        batch = next(buffer.get(32))
+        batch = batch._replace(**{name: getattr(batch, name).double() for name in batch._fields})
+        from sb3_clipvf.engines.autograd import _Record
+
+        double.obs_to_tensor = None  # type: ignore[assignment]
+        double.extract_features = lambda obs, *_: obs  # type: ignore[method-assign]
+        loss = engine._loss(batch, COEFFICIENTS, None, _Record(), measure_kl=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        NativeEngine(policy, settings).update(buffer, COEFFICIENTS)
+        for ours, exact in zip(policy.parameters(), double.parameters(), strict=True):
+            # Float32 sums over 32 rows
+            th.testing.assert_close(ours.grad, exact.grad.float(), rtol=1e-4, atol=1e-6)
+
+    def test_moments_that_were_replaced_are_followed(self) -> None:
+        """As optimizer.load_state_dict does."""
+        policies = [make_policy() for _ in range(2)]
+        buffer = filled(policies[0])
+        engines = [AutogradEngine(policies[0], SETTINGS), NativeEngine(policies[1], SETTINGS)]
+        for policy, engine in zip(policies, engines, strict=True):
+            for _ in range(2):
+                np.random.seed(0)
+                engine.update(buffer, COEFFICIENTS)
+                policy.optimizer.load_state_dict(copy.deepcopy(policy.optimizer.state_dict()))
+        for ours, theirs in zip(*(policy.parameters() for policy in policies), strict=True):
+            th.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert policies[1].optimizer.state_dict()["state"][0]["step"] == 12
+
+    def test_numbers_that_are_not_finite_are_seen(self) -> None:
+        policy = make_policy()
+        buffer = filled(policy)
+        buffer.advantages[2, 1] = np.nan
+        numbers = NativeEngine(policy, SETTINGS).update(buffer, COEFFICIENTS).read()
+        assert np.isnan(numbers["loss"])
+        assert np.isnan(numbers["grad_norm"])
+
+    def test_updates_in_several_threads_of_one_process(self) -> None:
+        """Each its own policy; they share numba's kernels and BLAS."""
+        policies = [make_policy() for _ in range(4)]
+        buffer = filled(policies[0])
+        engines = [NativeEngine(policy, SETTINGS) for policy in policies]
+        permutation = np.arange(32)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(np.random, "permutation", lambda _: permutation)
+            threads = [
+                threading.Thread(target=lambda engine=engine: [engine.update(buffer, COEFFICIENTS) for _ in range(20)])
+                for engine in engines
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(60)
+        for policy in policies[1:]:
+            for ours, first in zip(policy.parameters(), policies[0].parameters(), strict=True):
+                assert th.equal(ours, first)
+
+
+# ------------------------------------------------------------------ in training
+
+
+def make_model(engine: str = "auto", **kwargs: Any) -> ClipPPO:
+    env = make_vec_env("CartPole-v1", n_envs=2, seed=0)
+    return ClipPPO(
+        "MlpPolicy", env, n_steps=32, batch_size=16, n_epochs=2, seed=0, device="cpu", engine=engine, **kwargs
+    )
+
+
+class Change(BaseCallback):
+    """Changes the model at the end of the first rollout, and again in the middle of the second one."""
+
+    def __init__(self, change: Callable[[ClipPPO], object]) -> None:
+        super().__init__()
+        self.change = change
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps == 96:
+            self.change(self.model)  # type: ignore[arg-type]
+        return True
+
+
+class TestTraining:
+    def test_auto_takes_it_and_says_so(self, capsys: pytest.CaptureFixture[str]) -> None:
+        make_model(verbose=1).learn(64)
+        assert "Training runs on the engine 'native': it is the fastest for this policy" in capsys.readouterr().out
+
+    def test_a_policy_that_stops_being_plain_goes_on_with_autograd(self, caplog: pytest.LogCaptureFixture) -> None:
+        def freeze(model: ClipPPO) -> None:
+            model.policy.action_net.bias.requires_grad_(False)
+
+        model = make_model()
+        with caplog.at_level(logging.INFO, "sb3_clipvf"):
+            model.learn(128, callback=Change(freeze))
+        assert "'autograd': the native engine does not run the policy: some of its parameters are frozen" in caplog.text
+        assert model._n_updates == 4
+
+    def test_an_explicit_engine_that_cannot_go_on_says_so(self) -> None:
+        def freeze(model: ClipPPO) -> None:
+            model.policy.action_net.bias.requires_grad_(False)
+
+        with pytest.raises(ValueError, match="got 'native', which does not: some of its parameters are frozen"):
+            make_model("native").learn(128, callback=Change(freeze))
+
+    def test_a_callbacks_changes_count(self) -> None:
+        """Parameters set in the middle of a rollout decide the actions from there on."""
+
+        def set_bias(model: ClipPPO) -> None:
+            with th.no_grad():
+                model.policy.action_net.bias.copy_(th.tensor([1e4, -1e4]))
+
+        model = make_model()
+        model.learn(128, callback=Change(set_bias))
+        # 32 steps a rollout of 2 environments: the change comes after step 16 of the second one.
+        assert len(np.unique(model.rollout_buffer.actions[:16])) == 2
+        assert (model.rollout_buffer.actions[17:] == 0).all()
+
+    @pytest.mark.parametrize("engines", [("native", "autograd"), ("autograd", "native")])
+    def test_saved_on_one_engine_and_loaded_on_the_other(self, engines: tuple[str, str], tmp_path: Path) -> None:
+        """The next update of both from the same rollout is the same: moments and step count came along."""
+        model = make_model(engines[0], clip_range=0.2)
+        model.learn(192)
+        model.save(tmp_path / "model")
+        loaded = ClipPPO.load(tmp_path / "model", env=model.get_env(), engine=engines[1], device="cpu")
+        loaded.set_logger(model.logger)
+        loaded.rollout_buffer = model.rollout_buffer
+        loaded._current_progress_remaining = model._current_progress_remaining
+        for each in (model, loaded):
+            np.random.seed(3)
+            each.train()
+        assert [each._engine.name for each in (model, loaded) if each._engine] == list(engines)
+        for ours, theirs in zip(loaded.policy.parameters(), model.policy.parameters(), strict=True):
+            th.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+    def test_the_saved_file_is_as_small_as_the_autograd_engines(self, tmp_path: Path) -> None:
+        sizes = []
+        for engine in ("native", "autograd"):
+            model = make_model(engine)
+            model.learn(64)
+            model.save(tmp_path / engine)
+            sizes.append((tmp_path / f"{engine}.zip").stat().st_size)
+        assert sizes[0] == pytest.approx(sizes[1], rel=0.01)
+
+    def test_same_seed_same_weights(self) -> None:
+        weights = []
+        for _ in range(2):
+            model = make_model()
+            model.learn(256)
+            weights.append(model.policy.state_dict())
+        for name, tensor in weights[0].items():
+            assert th.equal(tensor, weights[1][name]), name
