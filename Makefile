@@ -19,10 +19,10 @@ BUILD_FILES := setup.cfg pyproject.toml constraints.txt
 
 export PYGAME_HIDE_SUPPORT_PROMPT := 1
 
-.PHONY: help train test check lint types docs bench host-suite clean distclean
+.PHONY: help train test check lint types docs bench bench-learning host-suite clean distclean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 train: $(STAMP)-default  ## train on CartPole-v1 (100k steps), evaluate, write the learning curve and a video
 # One thread: networks this small lose more to waiting for a second one than it brings.
@@ -45,7 +45,10 @@ types: $(STAMP)-test
 docs: $(STAMP)-test  ## build the documentation into docs/_build/html; a warning is an error
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
-bench: $(STAMP)-bench  ## make the learning results again (hours)
+bench: $(STAMP)-speed  ## measure the speed beside SB3 and SBX (an hour; stop it, and it goes on)
+	$(BIN)/sb3-clipvf bench speed
+
+bench-learning: $(STAMP)-learning  ## make the learning results again (hours; stop it, and it goes on)
 	$(BIN)/sb3-clipvf bench learning
 
 host-suite: $(STAMP)-test  ## run Stable-Baselines3's own tests with ClipPPO in PPO's place
@@ -75,7 +78,12 @@ $(STAMP)-test: $(STAMP)-venv $(BUILD_FILES)
 	$(PIP) -e '.[dev,box2d,mujoco,atari,minigrid]'
 	@touch $@
 
-$(STAMP)-bench: $(STAMP)-venv $(BUILD_FILES)
-	@echo "Installing into $(VENV), with what the benchmarks need (a few minutes the first time) ..."
+$(STAMP)-learning: $(STAMP)-venv $(BUILD_FILES)
+	@echo "Installing into $(VENV), with what the learning benchmark needs (a few minutes the first time) ..."
 	$(PIP) -e '.[box2d]'
+	@touch $@
+
+$(STAMP)-speed: $(STAMP)-venv $(BUILD_FILES)
+	@echo "Installing into $(VENV), with what the speed benchmark needs (a few minutes the first time) ..."
+	$(PIP) -e '.[box2d,mujoco,atari,envpool,sbx]'
 	@touch $@

@@ -13,7 +13,8 @@ import yaml
 from sb3_clipvf import bench, zoo
 from sb3_clipvf.bench import learning
 from sb3_clipvf.bench.learning import ROWS, main, train_arguments
-from sb3_clipvf.bench.results import Results, Row, machine, render_table, settings_of
+from sb3_clipvf.bench.learning_table import Row, render_table, run_of
+from sb3_clipvf.bench.results import Results, machine
 from sb3_clipvf.zoo.experiment import check_hyperparams
 
 PARAMS = ("n_envs:2", "n_steps:16", "batch_size:16", "n_epochs:1")
@@ -231,7 +232,7 @@ def test_overview_and_unknown_benchmarks(capsys: pytest.CaptureFixture[str]) -> 
     for argv in ([], ["-h"], ["--help"]):
         assert bench.main(argv) == 0
         assert "learning" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"`benchmark` must be one of learning, got 'lerning'\. See"):
+    with pytest.raises(ValueError, match=r"`benchmark` must be one of learning, speed, got 'lerning'\. See"):
         bench.main(["lerning"])
     with pytest.raises(SystemExit, match="0"):
         bench.main(["learning", "--help"])
@@ -257,10 +258,12 @@ def test_bad_options_are_refused(in_folder: Path, options: str, match: str) -> N
 def result(row: Row, seed: int, mean: float, speed: float | None = 100.0) -> dict[str, Any]:
     where = {"cpu": "C", "cores": 2, "jobs": 1, "versions": {"python": "3"}}
     numbers = {"mean_return": mean, "std_return": 0.5, "steps_per_second": speed}
-    return {"name": row.name, "seed": seed, **settings_of(row), **numbers, **where}
+    return {**run_of(row, seed), **numbers, **where}
 
 
-@pytest.mark.parametrize("text", ["no json", "[]", "{}", '{"format": 2, "runs": []}'])
+@pytest.mark.parametrize(
+    "text", ["no json", "[]", "{}", '{"format": 2, "runs": []}', '{"format": 1, "runs": [{"name": "r"}]}']
+)
 def test_foreign_results_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(ValueError, match=r"`--out` must be a results file of this benchmark \(format 1\) or a new one"):
@@ -277,8 +280,8 @@ def test_results_replace_the_run_of_the_same_row_and_seed(tmp_path: Path) -> Non
         ("tiny", 1, 2.0),
         ("tiny", 2, 4.0),
     ]
-    assert again.find(TINY, 2) == result(TINY, 2, 4.0)
-    assert again.find(TINY, 3) is None
+    assert again.find(run_of(TINY, 2)) == result(TINY, 2, 4.0)
+    assert again.find(run_of(TINY, 3)) is None
 
 
 @pytest.mark.parametrize(
@@ -294,9 +297,9 @@ def test_results_replace_the_run_of_the_same_row_and_seed(tmp_path: Path) -> Non
 def test_results_of_other_settings_do_not_count(tmp_path: Path, changed: Row) -> None:
     results = Results(tmp_path / "r.json")
     results.add(result(TINY, 1, 1.0))
-    assert results.find(TINY, 1) is not None
-    assert results.find(Row("tiny", "CartPole-v1", 64, 99.0, "other", PARAMS, n_episodes=2), 1) is not None
-    assert results.find(changed, 1) is None
+    assert results.find(run_of(TINY, 1)) is not None
+    assert results.find(run_of(Row("tiny", "CartPole-v1", 64, 99.0, "other", PARAMS, n_episodes=2), 1)) is not None
+    assert results.find(run_of(changed, 1)) is None
 
 
 def test_two_benchmarks_may_write_the_same_file(tmp_path: Path) -> None:

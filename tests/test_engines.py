@@ -15,25 +15,30 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.distributions import Distribution
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import distributions as td
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_clipvf.distributions import dist_param_dim, dist_params
 from sb3_clipvf.engines import (
     ENGINE_NAMES,
+    AutogradEngine,
+    Engine,
     UpdateCoefficients,
     UpdateSettings,
     UpdateStatistics,
     check_engine_name,
     select_engine,
 )
+from sb3_clipvf.engines.lean import LeanAutogradEngine
 from sb3_clipvf.policies import SquashedActorCriticPolicy
 from sb3_clipvf.rollout import TensorRolloutBuffer
 
-ENGINES = ["autograd", "native"]
+# "lean" is the autograd engine as "auto" takes it: its losses and its optimizer's steps are compiled.
+ENGINES = ["autograd", "lean", "native"]
 # Policies that an engine leaves to the autograd engine: tests/test_native.py has the reasons.
-NOT_RUN = {("native", "gsde"), ("native", "squashed")}
+NOT_RUN = {(engine, actions) for engine in ("lean", "native") for actions in ("gsde", "squashed")}
 
 OBS = spaces.Box(-2.0, 2.0, (3,), np.float32)
 BOX = spaces.Box(-1.0, 1.0, (2,), np.float32)
@@ -105,6 +110,12 @@ def make_case(name: str, moved: float = 0.1, **kwargs: Any) -> tuple[ActorCritic
         N_STEPS, OBS, ACTIONS[name][0], "cpu", n_envs=N_ENVS, dist_param_dim=dist_param_dim(policy.action_dist) or 0
     )
     return policy, collect(policy, buffer, moved)
+
+
+def make_engine(name: str, policy: ActorCriticPolicy, settings: UpdateSettings, buffer: Any) -> Engine:
+    if name == "lean":
+        return LeanAutogradEngine(policy, settings)
+    return select_engine(name, policy, settings, buffer)[0]
 
 
 def settings_for(name: str, **changes: Any) -> UpdateSettings:
@@ -222,7 +233,7 @@ def compare(
         pytest.skip(f"the {engine_name} engine leaves {name} policies to the autograd engine")
     policy, buffer = make_case(name, **kwargs)
     slow_policy, slow_buffer = make_case(name, **kwargs)
-    engine, _ = select_engine(engine_name, policy, settings, buffer)
+    engine = make_engine(engine_name, policy, settings, buffer)
     for _ in range(n_updates):
         np.random.seed(7)
         th.manual_seed(7)
@@ -368,14 +379,14 @@ class TestContract:
             settings = settings_for("box", max_grad_norm=max_grad_norm, n_epochs=1, batch_size=N_TRANSITIONS)
             np.random.seed(0)
             norms.append(
-                select_engine(engine_name, policy, settings, buffer)[0].update(buffer, COEFFICIENTS).read()["grad_norm"]
+                make_engine(engine_name, policy, settings, buffer).update(buffer, COEFFICIENTS).read()["grad_norm"]
             )
         assert norms[0] == norms[1] > 0.1
 
     def test_state_lives_in_the_policy_and_its_optimizer(self, engine_name: str) -> None:
         policy, buffer = make_case("box")
         before = {name: (id(p), p.detach().clone()) for name, p in policy.named_parameters()}
-        select_engine(engine_name, policy, settings_for("box"), buffer)[0].update(buffer, COEFFICIENTS)
+        make_engine(engine_name, policy, settings_for("box"), buffer).update(buffer, COEFFICIENTS)
         for name, parameter in policy.named_parameters():
             identity, old = before[name]
             assert id(parameter) == identity
@@ -386,7 +397,7 @@ class TestContract:
     def test_the_optimizers_learning_rate_counts(self, engine_name: str) -> None:
         """SB3 sets it before each update."""
         policy, buffer = make_case("box")
-        engine, _ = select_engine(engine_name, policy, settings_for("box"), buffer)
+        engine = make_engine(engine_name, policy, settings_for("box"), buffer)
         engine.update(buffer, COEFFICIENTS)
         before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
         for group in policy.optimizer.param_groups:
@@ -406,7 +417,7 @@ class TestContract:
 
     def test_torchs_validation_is_on_again_after_it(self, engine_name: str) -> None:
         policy, buffer = make_case("box")
-        select_engine(engine_name, policy, settings_for("box"), buffer)[0].update(buffer, COEFFICIENTS)
+        make_engine(engine_name, policy, settings_for("box"), buffer).update(buffer, COEFFICIENTS)
         with pytest.raises(ValueError, match="to satisfy the constraint"):
             td.Normal(th.tensor(float("nan")), th.tensor(1.0))
 
@@ -433,11 +444,11 @@ class Reads(TorchDispatchMode):
 
 
 def count_reads(engine_name: str, actions: str, **changes: Any) -> dict[str, int]:
-    if (engine_name, actions) in NOT_RUN:
-        pytest.skip(f"the {engine_name} engine leaves {actions} policies to the autograd engine")
+    if (engine_name, actions) in NOT_RUN or engine_name == "lean":
+        pytest.skip(f"the {engine_name} engine reads numbers of the host only, or does not run the policy")
     policy, buffer = make_case(actions)
     settings = settings_for(actions, measure_kl_after=False, **changes)
-    engine, _ = select_engine(engine_name, policy, settings, buffer)
+    engine = make_engine(engine_name, policy, settings, buffer)
     engine.update(buffer, COEFFICIENTS)
     with pytest.MonkeyPatch.context() as patch, Reads(policy.optimizer) as reads:
         for name in ("cpu", "numpy", "tolist", "__array__"):
@@ -525,10 +536,10 @@ def test_kl_after_weighs_every_transition_the_same(small_evaluation_batch: None)
 
 
 def test_names_in_the_contract_exist() -> None:
-    assert set(ENGINES) <= set(ENGINE_NAMES)
+    assert set(ENGINES) - {"lean"} <= set(ENGINE_NAMES)
 
 
-@pytest.mark.parametrize("name", ["auto", *ENGINES])
+@pytest.mark.parametrize("name", ["auto", "autograd", "native"])
 def test_select_gives_the_engine_and_the_reason(name: str) -> None:
     policy, buffer = make_case("box")
     engine, reason = select_engine(name, policy, SETTINGS, buffer)
@@ -573,3 +584,105 @@ def test_engines_to_come_are_refused(name: str) -> None:
     expected = f"`engine` must be 'auto', 'native' or 'autograd' in this version, got '{name}'"
     with pytest.raises(ValueError, match=expected):
         check_engine_name(name)
+
+
+# ------------------------------------------------------------------ the autograd engine as "auto" takes it
+
+
+class Doubled(FlattenExtractor):
+    """A custom features extractor with a parameter of its own."""
+
+    def __init__(self, observation_space: spaces.Space[Any]) -> None:
+        super().__init__(observation_space)
+        self.scale = th.nn.Parameter(th.full((3,), 2.0))
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return super().forward(observations) * self.scale
+
+
+class OwnEntropy(ActorCriticPolicy):
+    def evaluate_actions(self, obs: Any, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        values, log_prob, _ = super().evaluate_actions(obs, actions)
+        return values, log_prob, -log_prob
+
+
+class TestLean:
+    @pytest.mark.parametrize(
+        "kwargs",
+        [
+            {"features_extractor_class": Doubled},
+            {"features_extractor_class": Doubled, "share_features_extractor": False},
+            {"features_extractor_class": Doubled, "optimizer_kwargs": {"weight_decay": 0.1}},
+        ],
+        ids=["shared", "separate", "weight decay"],
+    )
+    @pytest.mark.parametrize("actions", ["box", "discrete"])
+    def test_custom_extractors(self, actions: str, kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(ACTIONS, "custom", (ACTIONS[actions][0], ActorCriticPolicy, kwargs))
+        compare("lean", "custom", settings_for("custom"), COEFFICIENTS, n_updates=3)
+        policy, buffer = make_case("custom")
+        engine, reason = select_engine("auto", policy, SETTINGS, buffer)
+        assert type(engine) is LeanAutogradEngine
+        assert engine.name == "autograd"
+        assert reason == "the native engine does not run the policy: its features extractor is Doubled"
+
+    def test_parameters_that_no_loss_reaches_stay(self) -> None:
+        policies = [make_case("box")[0] for _ in range(2)]
+        buffer = make_case("box")[1]
+        for policy, engine_class in zip(policies, (AutogradEngine, LeanAutogradEngine), strict=True):
+            policy.unused = th.nn.Parameter(th.ones(2))
+            policy.optimizer = th.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.5)
+            np.random.seed(0)
+            engine_class(policy, settings_for("box")).update(buffer, COEFFICIENTS)
+            assert policy.unused.tolist() == [1, 1]
+            assert policy.unused.grad is None
+        for ours, theirs in zip(*(policy.parameters() for policy in policies), strict=True):
+            th.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+    def test_images(self) -> None:
+        """A convolutional policy: its uint8 pictures go through torch."""
+        space = spaces.Box(0, 255, (1, 36, 36), np.uint8)
+        rng = np.random.default_rng(0)
+        buffer = TensorRolloutBuffer(4, space, spaces.Discrete(2), "cpu", n_envs=4, dist_param_dim=2)
+        results = []
+        for engine_class in (AutogradEngine, LeanAutogradEngine):
+            th.manual_seed(0)
+            policy = ActorCriticCnnPolicy(space, spaces.Discrete(2), lambda _: 3e-4)
+            if not results:
+                buffer.reset()
+                for _ in range(4):
+                    obs = rng.integers(0, 255, (4, 1, 36, 36), dtype=np.uint8)
+                    acted = engine_class(policy, SETTINGS).act(th.as_tensor(obs), with_dist_params=True)
+                    row = (acted.actions.reshape(4, 1), rng.normal(size=4), np.zeros(4), acted.values, acted.log_prob)
+                    buffer.add(obs, *row, acted.dist_params)
+                buffer.compute_returns_and_advantage(acted.values, np.zeros(4, bool))
+            np.random.seed(0)
+            settings = dataclasses.replace(SETTINGS, discrete_actions=True)
+            results.append((engine_class(policy, settings).update(buffer, COEFFICIENTS).read(), policy.parameters()))
+        assert results[1][0] == pytest.approx(results[0][0], rel=1e-3, abs=2e-5)
+        for ours, theirs in zip(results[1][1], results[0][1], strict=True):
+            # Convolutions are summed in an order that depends on memory; Adam's first steps turn 1e-7 into up to 1e-5.
+            th.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+    def test_losses_of_its_own_are_left_to_torch(self) -> None:
+        _, buffer = make_case("box")
+        policy = OwnEntropy(OBS, BOX, lambda _: 1e-3)
+        assert type(select_engine("auto", policy, SETTINGS, buffer)[0]) is AutogradEngine
+
+    def test_so_are_other_optimizers_and_frozen_parameters(self) -> None:
+        _, buffer = make_case("box")
+        kwargs: dict[str, Any] = {"features_extractor_class": Doubled}
+        sgd = ActorCriticPolicy(OBS, BOX, lambda _: 1e-3, optimizer_class=th.optim.SGD, **kwargs)
+        frozen = ActorCriticPolicy(OBS, BOX, lambda _: 1e-3, **kwargs)
+        engine = select_engine("auto", frozen, SETTINGS, buffer)[0]
+        assert type(engine) is LeanAutogradEngine
+        assert engine.fits(buffer)
+        frozen.features_extractor.requires_grad_(False)
+        assert not engine.fits(buffer)
+        for policy in (sgd, frozen):
+            assert type(select_engine("auto", policy, SETTINGS, buffer)[0]) is AutogradEngine
+
+    def test_asked_for_autograd_is_torch_alone(self) -> None:
+        """SB3_EQUIVALENT asks for it: its weights are SB3's to the last bit."""
+        policy, buffer = make_case("box")
+        assert type(select_engine("autograd", policy, SETTINGS, buffer)[0]) is AutogradEngine

@@ -8,8 +8,10 @@ import pytest
 import yaml
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import SimpleLinearSchedule
+from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_clipvf import ClipPPO, TensorRolloutBuffer
+from sb3_clipvf.envs import FastVecNormalize
 from sb3_clipvf.zoo import hyperparams_path, register
 from sb3_clipvf.zoo.experiment import (
     COMMAND_LINE_KEYS,
@@ -79,6 +81,32 @@ def test_command_line_overrides_the_file(tmp_path: Path) -> None:
 def test_a_buffer_class_can_be_named(tmp_path: Path) -> None:
     model = _model(_manager(tmp_path, {**ENTRY, "rollout_buffer_class": "sb3_clipvf.rollout.TensorRolloutBuffer"}))
     assert type(model.rollout_buffer) is TensorRolloutBuffer
+
+
+def test_clipppo_is_normalised_fast_and_as_told(tmp_path: Path) -> None:
+    manager = _manager(tmp_path, {**ENTRY, "normalize": "{'norm_obs': False, 'clip_reward': 3.0}", "gamma": 0.9})
+    env = _model(manager).env
+    assert type(env) is FastVecNormalize
+    assert (env.norm_obs, env.norm_reward, env.clip_reward, env.gamma) == (False, True, 3.0, 0.9)
+    evaluated = manager.create_envs(1, eval_env=True)
+    assert type(evaluated) is FastVecNormalize
+    assert (evaluated.training, evaluated.norm_reward) == (False, False)
+
+
+def test_other_algorithms_and_settings_are_normalised_as_the_zoo_does(tmp_path: Path) -> None:
+    assert type(_model(_manager(tmp_path, {**ENTRY, "normalize": True}, algo="ppo")).env) is VecNormalize
+    assert not isinstance(_model(_manager(tmp_path, ENTRY)).env, VecNormalize)
+
+
+def test_a_run_goes_on_with_its_statistics_normalised_fast(tmp_path: Path) -> None:
+    first = _manager(tmp_path, {**ENTRY, "normalize": True})
+    model = _model(first)
+    model.env.ret_rms.count = 7.0
+    first.save_trained_model(model)
+    trained = f"{first.save_path}/CartPole-v1.zip"
+    env = _model(_manager(tmp_path, {**ENTRY, "normalize": True}, trained_agent=trained)).env
+    assert type(env) is FastVecNormalize
+    assert env.ret_rms.count == 7.0
 
 
 def test_an_unknown_key_of_the_file_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +19,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TextIO
 
-from sb3_clipvf.bench.results import Results, Row, machine, render_table, settings_of
+from sb3_clipvf.bench.learning_table import Row, render_table, run_of
+from sb3_clipvf.bench.results import Results, check_row_names, machine, sigterm_interrupts, write_text
 from sb3_clipvf.validation import check_int
 
 # Replaced in tests, which need a train command of a second.
@@ -133,7 +133,7 @@ class Benchmark:
                 self._fail(row, seed, str(error))
                 return
             command = "sb3-clipvf train " + shlex.join(options)
-            result |= {"wall_seconds": round(wall_seconds, 1), "jobs": self.jobs, "command": command, **machine()}
+            result |= {"wall_seconds": round(wall_seconds, 3), "jobs": self.jobs, "command": command, **machine()}
             self.results.add(result)
         self.say(
             f"{row.name}, seed {seed}: {result['mean_return']:.2f} +/- {result['std_return']:.2f} "
@@ -173,9 +173,7 @@ class Benchmark:
         curve = read_training_curve(run.folder, evaluation.num_timesteps)
         speed = curve.steps_per_second
         return {
-            "name": row.name,
-            "seed": seed,
-            **settings_of(row),
+            **run_of(row, seed),
             "goal": row.goal,
             "comparison": row.comparison,
             "mean_return": evaluation.mean,
@@ -212,30 +210,22 @@ def _parser() -> argparse.ArgumentParser:
 def _select(names: Sequence[str] | None) -> list[Row]:
     if names is None:
         return list(ROWS)
-    unknown = [name for name in names if name not in {row.name for row in ROWS}]
-    if unknown:
-        raise ValueError(
-            f"`--only` must name rows of the benchmark, got {', '.join(unknown)}. "
-            "`sb3-clipvf bench learning --list` lists them."
-        )
+    check_row_names("--only", names, (row.name for row in ROWS), "sb3-clipvf bench learning")
     return [row for row in ROWS if row.name in names]
 
 
 def _write_table(results: Results, seeds: Sequence[int], path: Path) -> None:
-    from sb3_clipvf.checkpoint import atomic_write
-
     command = "sb3-clipvf bench learning"
     if list(seeds) != _SEEDS:
         command += f" --seeds {' '.join(map(str, seeds))}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:  # of all rows, so that --only leaves those of before in the table
-        file.write(render_table(results, ROWS, seeds, command).encode())
+    # Of all rows, so that --only leaves those of before in the table.
+    write_text(path, render_table(results, ROWS, seeds, command))
 
 
 def _list(rows: Sequence[Row], seeds: Sequence[int], results: Results) -> None:
     width = max(len(row.name) for row in rows)
     for row in rows:
-        done = [seed for seed in seeds if results.find(row, seed)]
+        done = [seed for seed in seeds if results.find(run_of(row, seed))]
         sys.stdout.write(
             f"{row.name:<{width}}  {row.n_timesteps:>9,} steps  goal {row.goal:>4g}  done: "
             f"{' '.join(map(str, done)) or 'none'}  {' '.join(row.params)}".rstrip()
@@ -259,19 +249,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         _list(rows, seeds, results)
         return 0
     # Seeds outermost: a benchmark stopped early has each row once before any row has two.
-    todo = [(row, seed) for seed in seeds for row in rows if args.rerun or results.find(row, seed) is None]
+    todo = [(row, seed) for seed in seeds for row in rows if args.rerun or results.find(run_of(row, seed)) is None]
     n_done = len(rows) * len(seeds) - len(todo)
     sys.stdout.write(f"{len(todo)} runs to make, {n_done} are done already (--rerun makes them again).\n")
     benchmark = Benchmark(results, args.log_folder, args.jobs, sys.stdout)
-    # An ordinary kill, too, must end the training processes, which would go on alone.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        benchmark.run(todo)
+        with sigterm_interrupts():  # else the training processes would go on alone
+            benchmark.run(todo)
     except KeyboardInterrupt:
         sys.stdout.write("\nInterrupted. The same command goes on with what is missing.\n")
         return 130
     finally:
-        signal.signal(signal.SIGTERM, before)
         _write_table(results, seeds, args.table)
         sys.stdout.write(f"Results: {args.out}\nTable:   {args.table}\n")
     if benchmark.failed:

@@ -37,6 +37,7 @@ __all__ = [
     "why_not_native",
 ]
 
+_PACKAGES = ("numba", "scipy", "threadpoolctl")
 # What minibatches of the buffer are made by: a class that makes them differently is left to the autograd engine.
 _BUFFER_METHODS = ("get", "in_order", "_rows", "_gather", "_flat_tensors", "_to_flat", "_get_samples")
 
@@ -70,7 +71,7 @@ def why_not_native(policy: ActorCriticPolicy, buffer: Any) -> str | None:
     ]
     if not isinstance(buffer, TensorRolloutBuffer) or changed:
         return f"its rollout buffer is {type(buffer).__name__}"
-    missing = [package for package in ("numba", "scipy", "threadpoolctl") if find_spec(package) is None]
+    missing = [package for package in _PACKAGES if find_spec(package) is None]
     if missing:
         return f"the package {missing[0]} is not installed"
     try:
@@ -109,4 +110,18 @@ def select_engine(name: str, policy: ActorCriticPolicy, settings: UpdateSettings
             f"`engine` must be one that runs the policy, got 'native', which does not: {reason}. "
             "Use 'auto' or 'autograd'."
         )
-    return AutogradEngine(policy, settings), f"the native engine does not run the policy: {reason}"
+    engine = _lean_engine(policy, settings)
+    return engine, f"the native engine does not run the policy: {reason}"
+
+
+def _lean_engine(policy: ActorCriticPolicy, settings: UpdateSettings) -> Engine:
+    """The autograd engine with compiled losses and steps where they fit the policy, else as it is."""
+    if all(find_spec(package) is not None for package in _PACKAGES):
+        from sb3_clipvf.engines.lean import LeanAutogradEngine, check_around_networks
+
+        try:
+            check_around_networks(policy)
+        except NotPlainError:
+            return AutogradEngine(policy, settings)
+        return LeanAutogradEngine(policy, settings)
+    return AutogradEngine(policy, settings)

@@ -108,7 +108,7 @@ def plain_policy(policy: ActorCriticPolicy) -> PlainPolicy:
         log_std=policy.log_std if isinstance(dist, DiagGaussianDistribution) else None,
     )
     _check_tensors(policy, plain)
-    _check_optimizer(policy, plain)
+    check_optimizer(policy)
     return plain
 
 
@@ -177,16 +177,20 @@ def _check_tensors(policy: ActorCriticPolicy, plain: PlainPolicy) -> None:
             raise NotPlainError("it has hooks")
 
 
-def _check_optimizer(policy: ActorCriticPolicy, plain: PlainPolicy) -> None:
+def check_optimizer(policy: ActorCriticPolicy) -> None:
+    """
+    Make sure that kernels can do an optimizer's steps.
+
+    :param policy: With its optimizer.
+    :raises NotPlainError: If they cannot.
+    """
     optimizer = policy.optimizer
-    name = type(optimizer).__name__
     if type(optimizer) not in (th.optim.Adam, th.optim.AdamW):
-        raise NotPlainError(f"its optimizer is {name}, not Adam or AdamW")
+        raise NotPlainError(f"its optimizer is {type(optimizer).__name__}, not Adam or AdamW")
     if len(optimizer.param_groups) != 1:
         raise NotPlainError("its optimizer has several parameter groups")
     group = optimizer.param_groups[0]
-    parameters = {id(p) for p in [*plain.actor_parameters, *plain.critic_parameters]}
-    if {id(p) for p in group["params"]} != parameters:
+    if {id(parameter) for parameter in group["params"]} != {id(parameter) for parameter in policy.parameters()}:
         raise NotPlainError("its optimizer holds other parameters")
     on = [option for option in ("amsgrad", "maximize", "differentiable", "capturable") if group.get(option)]
     if on:
@@ -197,7 +201,7 @@ def _check_optimizer(policy: ActorCriticPolicy, plain: PlainPolicy) -> None:
     hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
     if any(getattr(optimizer, hook, None) for hook in hooks) or "step" in vars(optimizer):
         raise NotPlainError("its optimizer has hooks")
-    states = [optimizer.state.get(p, {}) for p in group["params"]]
+    states = [optimizer.state.get(parameter, {}) for parameter in group["params"]]
     steps = {float(state["step"]) for state in states if state} | {0.0 for state in states if not state}
     if len(steps) > 1:
         raise NotPlainError("its optimizer has made different numbers of steps for its parameters")

@@ -1,6 +1,5 @@
 """The native engine: compiled kernels for plain MLP policies on the CPU, in place on the policy's own memory."""
 
-import math
 import threading
 import time
 from typing import Any, cast
@@ -8,24 +7,16 @@ from typing import Any, cast
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.distributions import (
-    BernoulliDistribution,
-    CategoricalDistribution,
-    MultiCategoricalDistribution,
-)
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
 from sb3_clipvf.engines import why_not_native
 from sb3_clipvf.engines.binding import Binding, bind, n_steps_made, write_steps
-from sb3_clipvf.engines.kernels import entry, memory
-from sb3_clipvf.engines.kernels import update as kernels
-from sb3_clipvf.engines.kernels.losses import CLIPPED_MAX, CLIPPED_PREDICTION, NOT_CLIPPED
+from sb3_clipvf.engines.compiled_update import compile_kernels, kind_of, statistics_of, update_numbers, widths_of
+from sb3_clipvf.engines.kernels import data, entry, memory
 from sb3_clipvf.engines.kernels.network import workspace_size
 from sb3_clipvf.engines.settings import Acted, UpdateCoefficients, UpdateSettings, UpdateStatistics
 from sb3_clipvf.engines.threads import ThreadChoice, one_blas_thread
-from sb3_clipvf.messages import log
-from sb3_clipvf.objectives import ADVANTAGE_EPS
 
 EVALUATION_ROWS = 1024
 """Rows in a forward pass over a whole rollout."""
@@ -33,14 +24,6 @@ EVALUATION_ROWS = 1024
 NOISE_NUMBERS = 2**16
 """Random numbers that are drawn at once for the actions of a rollout."""
 
-COMPILE_NOTE_SECONDS = 3.0
-"""Waiting time after which the user is told that kernels are being compiled."""
-
-_KINDS: dict[type[Any], int] = {
-    CategoricalDistribution: memory.CATEGORICAL,
-    MultiCategoricalDistribution: memory.CATEGORICAL,
-    BernoulliDistribution: memory.BERNOULLI,
-}
 _ACTIVATIONS = {
     nn.Tanh: memory.TANH,
     nn.ReLU: memory.RELU,
@@ -71,12 +54,12 @@ class NativeEngine:
         self._noise = _Noise()
         self._work: dict[int, np.ndarray] = {}
         self._bind()
-        _compile(self._network, self._packed)
+        compile_kernels(networks=True)
 
     def _bind(self) -> None:
         self._binding = bind(self.policy)
         self._network = _network(self._binding)
-        self._packed = kernels.pack(self._network)
+        self._packed = data.pack(self._network)
         self._addresses = self._binding.table[:, memory.PARAM].tolist()
         self._parameters = [row[0] for row in self._binding.tensors]
         self._action_dim = int(self._network.codes[memory.ACTION_DIM])
@@ -177,28 +160,29 @@ class NativeEngine:
         self._bind_again()
         settings = self.settings
         rollout = _rollout(buffer, settings.has_dist_params)
-        numbers = self._numbers(buffer, coefficients)
+        n_made = n_steps_made(self._binding, self.policy)
+        numbers = update_numbers(settings, coefficients, self.policy.optimizer, n_made, buffer.advantages)
         n_transitions = rollout.returns.shape[0]
         state = None if settings.target_kl is None else np.random.get_state()
         permutations = np.stack([np.random.permutation(n_transitions) for _ in range(settings.n_epochs)])
         totals = self._run(rollout, numbers, permutations)
-        if state is not None and totals[kernels.N_EPOCHS] < settings.n_epochs:
+        if state is not None and totals[data.N_EPOCHS] < settings.n_epochs:
             # An update that was left early must not have drawn the permutations of the epochs that it left out.
             np.random.set_state(state)
-            for _ in range(int(totals[kernels.N_EPOCHS])):
+            for _ in range(int(totals[data.N_EPOCHS])):
                 np.random.permutation(n_transitions)
-        write_steps(self.policy, int(numbers.step + totals[kernels.N_STEPS]))
+        write_steps(self.policy, n_made + int(totals[data.N_STEPS]))
         kl_after = None
         if settings.measure_kl_after:
             rows = min(EVALUATION_ROWS, n_transitions)
             kl_after, _ = entry.kl_of_rollout(self._packed, rollout, rows, self._workspace(rows))
-        return _statistics(totals, coefficients, settings, kl_after)
+        return statistics_of(totals, coefficients, settings, kl_after)
 
-    def _run(self, rollout: kernels.Rollout, numbers: kernels.Numbers, permutations: np.ndarray) -> np.ndarray:
+    def _run(self, rollout: data.Rollout, numbers: np.ndarray, permutations: np.ndarray) -> np.ndarray:
         n_threads = self._threads.next()
         batch_size = min(self.settings.batch_size, permutations.shape[1])
-        counter, shared = np.zeros(1, np.int64), np.zeros((2, kernels.N_SHARED))
-        totals = np.zeros((n_threads, kernels.N_TOTALS))
+        counter, shared = np.zeros(1, np.int64), np.zeros((2, data.N_SHARED))
+        totals = np.zeros((n_threads, data.N_TOTALS))
         works = [self._workspace(batch_size, rank) for rank in range(n_threads)]
 
         def run(rank: int) -> None:
@@ -217,41 +201,6 @@ class NativeEngine:
                 thread.join()
             self._threads.took(time.perf_counter() - started)
         return np.asarray(totals.sum(axis=0))
-
-    def _numbers(self, buffer: Any, coefficients: UpdateCoefficients) -> kernels.Numbers:
-        settings = self.settings
-        group = self.policy.optimizer.param_groups[0]
-        in_rollout = settings.normalize_advantage and settings.advantage_scope == "rollout"
-        shift, scale = 0.0, 1.0
-        if in_rollout and buffer.advantages.size > 1:
-            shift = float(buffer.advantages.mean(dtype=np.float64))
-            scale = float(buffer.advantages.std(dtype=np.float64, ddof=1)) + ADVANTAGE_EPS
-        form = NOT_CLIPPED
-        if coefficients.clip_range_vf is not None:
-            form = CLIPPED_MAX if settings.vf_clip == "max" else CLIPPED_PREDICTION
-        kl_from_epoch = 0.0 if settings.target_kl is not None else settings.n_epochs - 1.0
-        return kernels.Numbers(
-            clip_range=_or_infinite(coefficients.clip_range),
-            value_form=float(form),
-            clip_range_vf=_or_infinite(coefficients.clip_range_vf),
-            ent_coef=float(coefficients.ent_coef),
-            vf_coef=float(coefficients.vf_coef),
-            kl_coef=float(coefficients.kl_coef),
-            normalize=float(settings.normalize_advantage and not in_rollout),
-            shift=shift,
-            scale=scale,
-            advantage_eps=ADVANTAGE_EPS,
-            max_grad_norm=float(settings.max_grad_norm),
-            target_kl=_or_infinite(settings.target_kl),
-            kl_from_epoch=kl_from_epoch if settings.has_dist_params else np.inf,
-            step=float(n_steps_made(self._binding, self.policy)),
-            learning_rate=float(group["lr"]),
-            beta1=float(group["betas"][0]),
-            beta2=float(group["betas"][1]),
-            eps=float(group["eps"]),
-            weight_decay=float(group["weight_decay"]),
-            decoupled=float(isinstance(self.policy.optimizer, th.optim.AdamW)),
-        )
 
     def _workspace(self, n: int, rank: int = 0) -> np.ndarray:
         network = self._network
@@ -279,27 +228,23 @@ class _Noise:
         return row
 
 
-def _network(binding: Binding) -> kernels.Network:
+def _network(binding: Binding) -> data.Network:
     plain = binding.plain
-    dist = plain.dist
-    if isinstance(dist, CategoricalDistribution):
-        widths = [dist.action_dim]
-    else:
-        widths = list(dist.action_dims) if isinstance(dist, MultiCategoricalDistribution) else []
+    widths = widths_of(plain.dist)
     n_outputs = plain.actor[-1].out_features
     is_gaussian = plain.log_std is not None
     codes = [
-        _KINDS.get(type(dist), memory.GAUSSIAN),
+        kind_of(plain.dist),
         _ACTIVATIONS[plain.activation],
         len(widths) or n_outputs,
         2 * n_outputs if is_gaussian else n_outputs,
     ]
     n_actor = len(plain.actor_parameters)
-    return kernels.Network(
+    return data.Network(
         codes=np.array(codes, np.int64),
         actor_sizes=_sizes(plain.actor),
         critic_sizes=_sizes(plain.critic),
-        widths=np.array(widths, np.int64),
+        widths=widths,
         table=binding.table,
         first_critic=n_actor,
         log_std_row=n_actor - 1 if is_gaussian else -1,
@@ -310,9 +255,9 @@ def _sizes(layers: list[nn.Linear]) -> np.ndarray:
     return np.array([layers[0].in_features, *(layer.out_features for layer in layers)], np.int64)
 
 
-def _rollout(buffer: Any, has_dist_params: bool) -> kernels.Rollout:
+def _rollout(buffer: Any, has_dist_params: bool) -> data.Rollout:
     n = buffer.buffer_size * buffer.n_envs
-    return kernels.Rollout(
+    return data.Rollout(
         observations=_float_rows(buffer.observations, n),
         actions=_float_rows(buffer.actions, n),
         old_values=buffer.values.reshape(n),
@@ -345,83 +290,3 @@ def _gae(
 
 def _float_rows(array: np.ndarray, n: int) -> np.ndarray:
     return np.ascontiguousarray(array.reshape(n, -1), np.float32)
-
-
-def _or_infinite(number: float | None) -> float:
-    return math.inf if number is None else float(number)
-
-
-def _statistics(
-    totals: np.ndarray, coefficients: UpdateCoefficients, settings: UpdateSettings, kl_after: float | None
-) -> UpdateStatistics:
-    looked_at, in_epoch = totals[kernels.N_LOOKED_AT], totals[kernels.N_IN_EPOCH]
-    names = {
-        "policy_gradient_loss": kernels.POLICY_LOSS,
-        "value_loss": kernels.VALUE_LOSS,
-        "entropy_loss": kernels.ENTROPY_LOSS,
-    }
-    if coefficients.clip_range is not None:
-        names["clip_fraction"] = kernels.CLIP_FRACTION
-    if coefficients.clip_range_vf is not None:
-        names["vf_clip_fraction"] = kernels.VF_CLIP_FRACTION
-    means = {name: _scalar(totals[place] / looked_at) for name, place in names.items()}
-    if totals[kernels.N_STEPS]:
-        means["grad_norm"] = _scalar(totals[kernels.GRAD_NORM] / totals[kernels.N_STEPS])
-    n_epochs = int(totals[kernels.N_EPOCHS])
-    knows_kl = settings.has_dist_params and (
-        coefficients.kl_coef != 0 or settings.target_kl is not None or n_epochs == settings.n_epochs
-    )
-    stopped_at = float(totals[kernels.STOPPED_AT])
-    return UpdateStatistics(
-        means=means,
-        last_loss=_scalar(totals[kernels.LAST_LOSS]),
-        approx_kl=_scalar(totals[kernels.APPROX_KL] / in_epoch),
-        kl=_scalar(totals[kernels.KL] / in_epoch) if knows_kl else None,
-        kl_after=None if kl_after is None else _scalar(kl_after),
-        ratio_max=_scalar(totals[kernels.RATIO_MAX]),
-        n_epochs=n_epochs,
-        stopped_at_kl=stopped_at or None,
-    )
-
-
-def _scalar(number: float) -> th.Tensor:
-    return th.tensor(number, dtype=th.float64)
-
-
-def _compile(network: kernels.Network, packed: np.ndarray) -> None:
-    """Compile all kernels, or read them from numba's cache; where that takes long, say so."""
-    if entry.run_update.signatures:  # type: ignore[attr-defined]
-        return
-    note = threading.Timer(
-        COMPILE_NOTE_SECONDS,
-        lambda: log.warning("Compiling the native engine's kernels; they are kept on disk for later runs"),
-    )
-    note.daemon = True
-    started = time.perf_counter()
-    note.start()
-    try:
-        _call_all(network, packed)
-    finally:
-        note.cancel()
-    seconds = time.perf_counter() - started
-    kernels_: Any = entry.ALL
-    n_compiled = sum(sum(kernel.stats.cache_misses.values()) for kernel in kernels_)
-    if n_compiled:
-        log.info("Compiled the native engine's kernels in %.1f s", seconds)
-
-
-def _call_all(network: kernels.Network, packed: np.ndarray) -> None:
-    rows, row = np.zeros((1, network.actor_sizes[0]), np.float32), np.zeros(1, np.float32)
-    actions = np.zeros((1, network.codes[memory.ACTION_DIM]), np.float32)
-    none, nothing = np.zeros((0, 0), np.float32), np.zeros(0, np.float32)
-    sizes = (network.actor_sizes, network.critic_sizes)
-    work = np.zeros(max(workspace_size(widths, 1) for widths in sizes), np.float32)
-    entry.act(packed, rows, actions.copy(), work, actions, row.copy(), row.copy(), np.zeros((1, 0), np.float32))
-    entry.predict_values(packed, rows, work, row.copy())
-    entry.advantages_and_returns(none, none, none, nothing, nothing, 0.0, 0.0, none.copy(), none.copy())
-    rollout = kernels.Rollout(none, none, nothing, nothing, nothing, nothing, none, 0, 0)
-    numbers = kernels.Numbers(*[0.0] * len(kernels.Numbers._fields))
-    entry.kl_of_rollout(packed, rollout, 1, work)
-    shared, counter, totals = np.zeros((2, kernels.N_SHARED)), np.zeros(1, np.int64), np.zeros(kernels.N_TOTALS)
-    permutations = np.zeros((0, 0), np.int64)
-    entry.run_update(0, 1, packed, rollout, numbers, permutations, 1, work, shared, counter, totals)

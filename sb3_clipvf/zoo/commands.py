@@ -10,8 +10,8 @@ import importlib
 import os
 import runpy
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
@@ -30,12 +30,21 @@ from sb3_clipvf.zoo.process import (
     patched_environment,
     quote_schedules,
     with_defaults,
+    without_option,
 )
 
 ALGORITHM = "clipppo"
 """The algorithm's name in the RL Zoo."""
 
 PROGRAM = "sb3-clipvf"
+
+_TRAIN_HELP = """\
+sb3-clipvf adds to the options below:
+  --vec-env {gymnasium,envpool,ale}
+                        Training environments that step together: Gymnasium's,
+                        EnvPool's, or ale-py's (Atari games)
+
+"""
 
 _ALGO = Default(None, "--algo", ALGORITHM)
 # The Zoo's own default, rl-trained-agents, is a download of another project's agents.
@@ -234,6 +243,10 @@ def run_command(name: str, options: Sequence[str]) -> int:
         sys.stdout.write(f"No display: running with --no-render. `{PROGRAM} record_video` makes a video.\n")
         arguments = with_defaults(arguments, (Default(None, "--no-render", None),))
     with ExitStack() as stack:
+        if name == "train":
+            if asks_for_help:
+                sys.stdout.write(_TRAIN_HELP)
+            arguments = stack.enter_context(_own_vec_env(arguments))
         if not display:
             stack.enter_context(patched_environment(_without_display(command)))
             if command.plots:
@@ -253,6 +266,29 @@ def run_command(name: str, options: Sequence[str]) -> int:
             package, _, script = module.rpartition(".")
             runpy.run_path(str(files(package) / f"{script}.py"), run_name="__main__")
     return 0
+
+
+@contextmanager
+def _own_vec_env(arguments: list[str]) -> Iterator[list[str]]:
+    """Have the experiment manager make the environments that ``--vec-env`` names, where the Zoo does not know them."""
+    chosen = option_value(arguments, None, "--vec-env")
+    if chosen is None or chosen in ("dummy", "subproc"):
+        yield arguments
+        return
+    from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
+    from sb3_clipvf.zoo.vec_env import VEC_ENVS
+
+    if chosen not in VEC_ENVS:
+        names = ", ".join(("dummy", "subproc", *VEC_ENVS))
+        near = difflib.get_close_matches(chosen, names.split(", "), n=1)
+        hint = f"Did you mean `{near[0]}`?" if near else "`dummy` is the default."
+        raise ValueError(f"`--vec-env` must be one of {names}, got {chosen!r}. {hint}")
+    ClipPPOExperimentManager.vec_env = chosen
+    try:
+        # --v and --ve could be --verbose as well.
+        yield without_option(arguments, "--vec-env", least=len("--vec"))
+    finally:
+        ClipPPOExperimentManager.vec_env = None
 
 
 def _without_display(command: Command) -> dict[str, str]:

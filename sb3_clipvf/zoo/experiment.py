@@ -5,19 +5,24 @@ How the RL Zoo builds a ClipPPO: its experiment manager, with ClipPPO's keys che
 import difflib
 import inspect
 import shutil
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterable
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import get_class_by_name
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_clipvf.clip_ppo import ClipPPO
 from sb3_clipvf.zoo.commands import ALGORITHM, hyperparams_path
+from sb3_clipvf.zoo.vec_env import EnvSettings, make_vec_env, stacks_frames, wrapper_list
 
 ZOO_KEYS = frozenset(
     {
@@ -109,7 +114,8 @@ def experiment_manager(base: type[ExperimentManager]) -> type[ExperimentManager]
 class ClipPPOExperimentManager(ExperimentManager):
     """
     The RL Zoo's experiment manager, where ``clipppo`` gets the packaged settings by default, unknown keys are refused,
-    and coefficients reach ClipPPO as written: the Zoo would make each string a linear schedule and refuse ``null``.
+    coefficients reach ClipPPO as written (the Zoo would make each string a linear schedule and refuse ``null``), and
+    ``FastVecNormalize`` normalises.
 
     :param args: The Zoo's command-line arguments.
     :param algo: Algorithm's name in the Zoo.
@@ -119,10 +125,16 @@ class ClipPPOExperimentManager(ExperimentManager):
     :param kwargs: As in the Zoo's class.
     """
 
+    vec_env: ClassVar[str | None] = None
+    """One of ``sb3_clipvf.zoo.vec_env.VEC_ENVS`` for the training environments; None leaves them to the Zoo."""
+
     def __init__(self, args: Namespace, algo: str, *rest: Any, config: str | None = None, **kwargs: Any) -> None:
         if algo == ALGORITHM and config is None:
             config = str(hyperparams_path())
         super().__init__(args, algo, *rest, config=config, **kwargs)  # type: ignore[misc]
+        self._wrappers: Any = None
+        if self.vec_env is not None:
+            args.vec_env = self.vec_env  # for args.yml of the run
 
     def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
         """
@@ -164,9 +176,57 @@ class ClipPPOExperimentManager(ExperimentManager):
         check_hyperparams(hyperparams, overrides, f"the entry for {env_id} in {self.config}")
         return hyperparams, saved_hyperparams
 
+    def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
+        """
+        Create environments, those of the training as ``vec_env`` says. Evaluation keeps the Zoo's: its few episodes
+        gain nothing from stepping together, and are then those of ``enjoy`` and ``report``.
+
+        :param n_envs: Number of environments.
+        :param eval_env: Whether they are for evaluation.
+        :param no_log: Whether to write no files of episodes.
+        :return: The environments with all wrappers.
+        :raises ValueError: If a setting cannot be honoured with this ``vec_env``.
+        """
+        if self.vec_env is None or eval_env:
+            return super().create_envs(n_envs, eval_env, no_log)
+        name = self.vec_env
+        settings = EnvSettings(
+            gym.spec(self.env_name.gym_id),
+            self.env_kwargs,
+            wrapper_list(self._wrappers),
+            frame_stack=self.frame_stack,
+            normalize=bool(self.normalize),
+            monitor_folder=None if no_log else self.save_path,
+        )
+        # The Zoo seeds, normalises, stacks and transposes what this makes. A copy of the manager, since the search for
+        # hyperparameters makes environments in several threads.
+        manager = copy(self)
+        manager.vec_env_class = lambda env_fns: make_vec_env(  # type: ignore[assignment]
+            # The Zoo completes them for some environments.
+            name,
+            replace(settings, monitor_kwargs=manager.monitor_kwargs),
+            env_fns,
+        )
+        if stacks_frames(name, settings):
+            manager.frame_stack = None
+        return super(ClipPPOExperimentManager, manager).create_envs(n_envs, eval_env, no_log)
+
+    def learn(self, model: BaseAlgorithm) -> None:
+        """
+        Train.
+
+        :param model: As ``setup_experiment`` gave it.
+        """
+        with warnings.catch_warnings():
+            if self.vec_env is not None:
+                # Meant so, and without consequence.
+                warnings.filterwarnings("ignore", message="Training and eval env are not of the same type")
+            super().learn(model)
+
     def _preprocess_hyperparams(
         self, hyperparams: dict[str, Any]
     ) -> tuple[dict[str, Any], Callable[..., gym.Env[Any, Any]] | None, list[BaseCallback], Callable[..., Any] | None]:
+        self._wrappers = hyperparams.get("env_wrapper")
         if self.algo != ALGORITHM:
             return super()._preprocess_hyperparams(hyperparams)
         coefficients = {key: hyperparams.pop(key) for key in _PREPROCESSED_BY_ZOO if key in hyperparams}
@@ -175,6 +235,14 @@ class ClipPPOExperimentManager(ExperimentManager):
         if isinstance(hyperparams.get("rollout_buffer_class"), str):
             hyperparams["rollout_buffer_class"] = get_class_by_name(hyperparams["rollout_buffer_class"])
         return hyperparams, env_wrapper, callbacks, vec_env_wrapper
+
+    def _maybe_normalize(self, env: VecEnv, eval_env: bool) -> VecEnv:
+        normalized = super()._maybe_normalize(env, eval_env)
+        if self.algo != ALGORITHM or normalized is env or type(normalized) is not VecNormalize:
+            return normalized
+        from sb3_clipvf.envs import FastVecNormalize  # imports numba
+
+        return FastVecNormalize.from_sb3(normalized)
 
 
 def _is_number(text: str) -> bool:

@@ -24,6 +24,7 @@ _SCHEDULE_PARAMETER = re.compile(r"(?P<key>\w+):(?P<schedule>(?:lin|cos|exp|cons
 _OPTIONAL_PACKAGES = (
     ("Box2D", r"box2d", "'sb3_clipvf[box2d]'"),
     ("mujoco", r"mujoco", "'sb3_clipvf[mujoco]'"),
+    ("envpool", r"envpool", "'sb3_clipvf[envpool]'"),
     ("ale_py", r"ALE/|NoFrameskip-v|Deterministic-v|ale_py", "'sb3_clipvf[atari]'"),
     ("wandb", r"wandb", "'sb3_clipvf[tracking]'"),
     ("minigrid", r"MiniGrid-|BabyAI-|minigrid", "'sb3_clipvf[minigrid]'"),
@@ -68,6 +69,28 @@ def option_value(arguments: Sequence[str], short: str | None, long: str) -> str 
         elif short is not None and token.startswith(short):
             return token[len(short) :].removeprefix("=") or following
     return None
+
+
+def without_option(arguments: Sequence[str], long: str, least: int) -> list[str]:
+    """
+    Take an option with a value out of a command line.
+
+    :param arguments: Command line.
+    :param long: Its long name.
+    :param least: Characters from which on an abbreviation means it.
+    :return: The rest.
+    """
+    rest: list[str] = []
+    skip = False
+    for token in arguments:
+        name, joined, _ = token.partition("=")
+        if skip:
+            skip = False
+        elif len(name) >= least and long.startswith(name):
+            skip = not joined
+        else:
+            rest.append(token)
+    return rest
 
 
 def with_defaults(arguments: Sequence[str], defaults: Iterable[Default]) -> list[str]:

@@ -1,10 +1,11 @@
 """
 Compiled kernels of the native engine: the update and the rollout's forward pass of a plain MLP policy, in float32.
 
-They work on the policy's and the optimizer's own memory, which they get as addresses (:mod:`.memory`), and restate the
+They work on the policy's and the optimizer's own memory, which they get as addresses (``memory``), and restate the
 mathematics of :mod:`sb3_clipvf.objectives`; ``tests/test_engines.py`` holds them to it. From the inside out:
 ``elementwise`` (exp, tanh, activations), ``network`` (forward and backward pass), ``heads`` (action distributions),
-``losses``, ``adam``, ``sync`` (two threads side by side), and the entry points in ``entry``.
+``losses``, ``adam``, ``data`` (what kernels are given), ``minibatch`` (losses and the optimizer's step), ``sync`` (two
+threads side by side), ``update`` and ``rollout``, and what Python calls in ``entry``.
 
-Importing it imports numba; nothing but :mod:`sb3_clipvf.engines.native` does.
+Importing a module of it imports numba; only the engines that call kernels do.
 """

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sb3_clipvf.engines.kernels.compiled import exact, fast
+from sb3_clipvf.compiled import exact, fast
 from sb3_clipvf.engines.kernels.memory import ELU, LEAKY_RELU, RELU, SILU, TANH, float_of_bits
 
 F = np.float32

@@ -2,7 +2,7 @@
 The entry points: the kernels that Python calls, compiled once and then loaded from numba's cache on disk.
 
 numba notices a change of the file of the function that it cached, not of those that it calls. So each entry point
-holds a digest of this whole package, which numba makes part of the cache's key.
+holds a digest of all their files, which numba makes part of the cache's key.
 """
 
 import hashlib
@@ -11,59 +11,52 @@ from importlib.resources import files
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-from sb3_clipvf.engines.kernels import rollout, update
+from sb3_clipvf.compiled import cached
+from sb3_clipvf.engines.kernels import minibatch, rollout, update
+from sb3_clipvf.engines.kernels.adam import squared_norm
+from sb3_clipvf.engines.kernels.data import GRAD_NORM, LAST_LOSS, N_SHARED, N_STEPS, unpack, unpack_numbers
+from sb3_clipvf.engines.kernels.memory import GRAD, SIZE, vector
 
 
 def _digest() -> int:
     folder = files("sb3_clipvf.engines.kernels")
     sources = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".py"))
     content = b"".join(folder.joinpath(name).read_bytes() for name in sources)
-    return int.from_bytes(hashlib.sha256(content).digest()[:4], "big")
+    content += files("sb3_clipvf").joinpath("compiled.py").read_bytes()
+    return 1 + int.from_bytes(hashlib.sha256(content).digest()[:4], "big")
 
 
 def _entry_points(digest: int) -> tuple[Callable[..., Any], ...]:
-    compiled = njit(cache=True, nogil=True, error_model="numpy")
-
-    @compiled
+    @cached()
     def run_update(
-        rank: int, n_threads: int, packed: np.ndarray, data: Any, numbers: Any, permutations: np.ndarray,
+        rank: int, n_threads: int, packed: np.ndarray, data: Any, numbers: np.ndarray, permutations: np.ndarray,
         batch_size: int, work: np.ndarray, shared: np.ndarray, counter: np.ndarray, totals: np.ndarray,
     ) -> int:  # fmt: skip
         update.run_update(
-            rank,
-            n_threads,
-            update.unpack(packed),
-            data,
-            numbers,
-            permutations,
-            batch_size,
-            work,
-            shared,
-            counter,
-            totals,
-        )
+            rank, n_threads, unpack(packed), data, unpack_numbers(numbers), permutations, batch_size, work, shared,
+            counter, totals,
+        )  # fmt: skip
         return digest
 
-    @compiled
+    @cached()
     def kl_of_rollout(packed: np.ndarray, data: Any, chunk: int, work: np.ndarray) -> tuple[float, int]:
-        return update.kl_of_rollout(update.unpack(packed), data, chunk, work), digest
+        return update.kl_of_rollout(unpack(packed), data, chunk, work), digest
 
-    @compiled
+    @cached()
     def act(
         packed: np.ndarray, observations: np.ndarray, noise: np.ndarray, work: np.ndarray, actions: np.ndarray,
         values: np.ndarray, log_prob: np.ndarray, dist_params: np.ndarray,
     ) -> int:  # fmt: skip
-        rollout.act(update.unpack(packed), observations, noise, work, actions, values, log_prob, dist_params)
+        rollout.act(unpack(packed), observations, noise, work, actions, values, log_prob, dist_params)
         return digest
 
-    @compiled
+    @cached()
     def predict_values(packed: np.ndarray, observations: np.ndarray, work: np.ndarray, values: np.ndarray) -> int:
-        rollout.predict_values(update.unpack(packed), observations, work, values)
+        rollout.predict_values(unpack(packed), observations, work, values)
         return digest
 
-    @compiled
+    @cached()
     def advantages_and_returns(
         rewards: np.ndarray, values: np.ndarray, episode_starts: np.ndarray, last_values: np.ndarray,
         dones: np.ndarray, gamma: float, gae_lambda: float, advantages: np.ndarray, returns: np.ndarray,
@@ -73,9 +66,44 @@ def _entry_points(digest: int) -> tuple[Callable[..., Any], ...]:
         )
         return digest
 
-    return run_update, kl_of_rollout, act, predict_values, advantages_and_returns
+    @cached()
+    def loss_gradients(
+        kind: int, widths: np.ndarray, outputs: np.ndarray, log_std: np.ndarray, values: np.ndarray,
+        actions: np.ndarray, old_log_prob: np.ndarray, advantages: np.ndarray, old_values: np.ndarray,
+        returns: np.ndarray, old_dist: np.ndarray, packed: np.ndarray, measure_kl: bool, output_gradient: np.ndarray,
+        log_std_gradient: np.ndarray, value_gradient: np.ndarray, totals: np.ndarray,
+    ) -> bool:  # fmt: skip
+        numbers = unpack_numbers(packed)
+        told = np.zeros(N_SHARED)
+        minibatch.policy_gradient(
+            kind, widths, outputs, log_std, actions, old_log_prob, advantages, old_dist, np.arange(values.shape[0]),
+            numbers, measure_kl, output_gradient, log_std_gradient, told, totals,
+        )  # fmt: skip
+        minibatch.value_gradient(values, old_values, returns, numbers, value_gradient, told, totals)
+        totals[LAST_LOSS] = minibatch.total_loss(told, numbers)
+        return minibatch.stops(told, numbers, totals, True) and digest > 0
+
+    @cached()
+    def zero_gradients(table: np.ndarray) -> int:
+        for k in range(table.shape[0]):
+            vector(table[k, GRAD], table[k, SIZE])[:] = np.float32(0)
+        return digest
+
+    @cached()
+    def optimizer_step(table: np.ndarray, packed: np.ndarray, totals: np.ndarray) -> int:
+        numbers = unpack_numbers(packed)
+        norm, factor = minibatch.clip_factor(squared_norm(table, 0, table.shape[0]), numbers.max_grad_norm)
+        totals[GRAD_NORM] += norm
+        totals[N_STEPS] += 1
+        minibatch.step(table, 0, table.shape[0], factor, int(totals[N_STEPS]), numbers)
+        return digest
+
+    return (
+        run_update, kl_of_rollout, act, predict_values, advantages_and_returns, loss_gradients, zero_gradients,
+        optimizer_step,
+    )  # fmt: skip
 
 
-run_update, kl_of_rollout, act, predict_values, advantages_and_returns = _entry_points(_digest())
-
-ALL = (run_update, kl_of_rollout, act, predict_values, advantages_and_returns)
+_ALL = _entry_points(_digest())
+run_update, kl_of_rollout, act, predict_values, advantages_and_returns = FOR_NETWORKS = _ALL[:5]
+loss_gradients, zero_gradients, optimizer_step = AROUND_NETWORKS = _ALL[5:]

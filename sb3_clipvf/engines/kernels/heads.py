@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from sb3_clipvf.engines.kernels.compiled import fast
+from sb3_clipvf.compiled import fast
 from sb3_clipvf.engines.kernels.elementwise import exp32
 from sb3_clipvf.engines.kernels.memory import BERNOULLI, CATEGORICAL
 
@@ -54,13 +54,14 @@ def evaluate(
     n, k = outputs.shape
     if kind == CATEGORICAL:
         for i in range(n):
-            log_prob[i], entropy[i] = F(0), F(0)
+            total_log_prob, total_entropy = F(0), F(0)
             start = 0
             for head in range(widths.shape[0]):
                 end = start + widths[head]
-                entropy[i] += _normalize(outputs[i, start:end], probs[i, start:end])
-                log_prob[i] += outputs[i, start + int(actions[i, head])]
+                total_entropy += _normalize(outputs, probs, i, start, end)
+                total_log_prob += outputs[i, start + int(actions[i, head])]
                 start = end
+            log_prob[i], entropy[i] = total_log_prob, total_entropy
     elif kind == BERNOULLI:
         for i in range(n):
             log_prob[i], entropy[i] = F(0), F(0)
@@ -84,20 +85,22 @@ def evaluate(
 
 
 @fast
-def _normalize(logits: np.ndarray, probs: np.ndarray) -> float:
-    """Make logits of one categorical distribution log-probabilities; its entropy."""
-    largest = logits[0]
-    for j in range(1, logits.shape[0]):
-        largest = max(largest, logits[j])
+def _normalize(logits: np.ndarray, probs: np.ndarray, i: int, start: int, end: int) -> float:
+    """Make the logits of one categorical distribution in row i log-probabilities; its entropy."""
+    largest = logits[i, start]
+    for j in range(start + 1, end):
+        largest = max(largest, logits[i, j])
     total = F(0)
-    for j in range(logits.shape[0]):
-        total += exp32(logits[j] - largest)
+    for j in range(start, end):
+        probs[i, j] = exp32(logits[i, j] - largest)
+        total += probs[i, j]
     shift = largest + np.log(total)
+    inverse = F(1) / total
     entropy = F(0)
-    for j in range(logits.shape[0]):
-        logits[j] -= shift
-        probs[j] = exp32(logits[j])
-        entropy -= probs[j] * logits[j]
+    for j in range(start, end):
+        log_p, p = logits[i, j] - shift, probs[i, j] * inverse
+        logits[i, j], probs[i, j] = log_p, p
+        entropy -= p * log_p
     return entropy
 
 
@@ -150,7 +153,7 @@ def normalize_all(kind: int, outputs: np.ndarray, widths: np.ndarray, probs: np.
         for i in range(outputs.shape[0]):
             start = 0
             for head in range(widths.shape[0]):
-                _normalize(outputs[i, start : start + widths[head]], probs[i, start : start + widths[head]])
+                _normalize(outputs, probs, i, start, start + widths[head])
                 start += widths[head]
 
 
@@ -193,7 +196,7 @@ def gradients(
             for head in range(widths.shape[0]):
                 end = start + widths[head]
                 chosen = start + int(actions[i, head])
-                _categorical_gradient(outputs[i], probs[i], start, end, chosen, log_prob_gradient[i], ent)
+                _categorical_gradient(outputs, probs, i, start, end, chosen, log_prob_gradient[i], ent)
                 start = end
             if kl_coef != 0.0:
                 for j in range(k):
@@ -227,16 +230,16 @@ def gradients(
 
 @fast
 def _categorical_gradient(
-    log_probs: np.ndarray, probs: np.ndarray, start: int, end: int, chosen: int, weight: float, ent: float
+    log_probs: np.ndarray, probs: np.ndarray, i: int, start: int, end: int, chosen: int, weight: float, ent: float
 ) -> None:
-    """Overwrite the probabilities of one categorical distribution by the gradient of its logits."""
+    """Overwrite the probabilities of one categorical distribution in row i by the gradient of its logits."""
     entropy = F(0)
     for j in range(start, end):
-        entropy -= probs[j] * log_probs[j]
+        entropy -= probs[i, j] * log_probs[i, j]
     for j in range(start, end):
-        p = probs[j]
-        probs[j] = ent * p * (log_probs[j] + entropy) - weight * p
-    probs[chosen] += weight
+        p = probs[i, j]
+        probs[i, j] = ent * p * (log_probs[i, j] + entropy) - weight * p
+    probs[i, chosen] += weight
 
 
 @fast

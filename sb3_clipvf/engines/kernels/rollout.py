@@ -2,11 +2,11 @@
 
 import numpy as np
 
+from sb3_clipvf.compiled import fast, strict
 from sb3_clipvf.engines.kernels import heads
-from sb3_clipvf.engines.kernels.compiled import fast, strict
+from sb3_clipvf.engines.kernels.data import Network, log_std_of
 from sb3_clipvf.engines.kernels.memory import ACTIVATION, DIST, GAUSSIAN, PARAM
 from sb3_clipvf.engines.kernels.network import forward, layer, output_gradient
-from sb3_clipvf.engines.kernels.update import Network, log_std_of
 
 F = np.float32
 

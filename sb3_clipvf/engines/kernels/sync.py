@@ -7,7 +7,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from sb3_clipvf.engines.kernels.compiled import strict
+from sb3_clipvf.compiled import strict
 
 # The libc call; waiting threads leave the core to whoever needs it.
 _sched_yield = types.ExternalFunction("sched_yield", types.int32())

@@ -5,174 +5,30 @@ Actor and critic share no parameters, so that only the joint gradient norm and `
 other; the numbers are the same on one thread and on two.
 """
 
-import math
-from typing import NamedTuple
-
 import numpy as np
 
+from sb3_clipvf.compiled import fast
 from sb3_clipvf.engines.kernels import heads
-from sb3_clipvf.engines.kernels.adam import adam_step, squared_norm
-from sb3_clipvf.engines.kernels.compiled import fast
-from sb3_clipvf.engines.kernels.losses import NOT_CLIPPED, shift_and_scale, surrogate, value_loss
-from sb3_clipvf.engines.kernels.memory import ACTIVATION, CATEGORICAL, DIST, GAUSSIAN, GRAD, N_COLUMNS, PARAM, vector
+from sb3_clipvf.engines.kernels.adam import squared_norm
+from sb3_clipvf.engines.kernels.data import (
+    ACTOR_NORM,
+    APPROX_KL,
+    CRITIC_NORM,
+    GRAD_NORM,
+    KL,
+    LAST_LOSS,
+    N_EPOCHS,
+    N_IN_EPOCH,
+    N_STEPS,
+    Network,
+    Numbers,
+    Rollout,
+    log_std_of,
+)
+from sb3_clipvf.engines.kernels.memory import ACTIVATION, CATEGORICAL, DIST, GRAD, PARAM
+from sb3_clipvf.engines.kernels.minibatch import clip_factor, policy_gradient, step, stops, total_loss, value_gradient
 from sb3_clipvf.engines.kernels.network import backward, forward, layer, output_gradient
 from sb3_clipvf.engines.kernels.sync import wait_for_all
-
-F = np.float32
-_CLIP_EPS = 1e-6
-
-# Totals over the minibatches that were looked at; those of the last epoch are started anew with each epoch.
-(
-    N_LOOKED_AT,
-    N_STEPS,
-    N_EPOCHS,
-    POLICY_LOSS,
-    ENTROPY_LOSS,
-    CLIP_FRACTION,
-    RATIO_MAX,
-    VALUE_LOSS,
-    VF_CLIP_FRACTION,
-    GRAD_NORM,
-    LAST_LOSS,
-    N_IN_EPOCH,
-    APPROX_KL,
-    KL,
-    STOPPED_AT,
-) = range(15)
-N_TOTALS = 15
-
-# What the threads tell each other, twice, since one may be a minibatch ahead of the other's reading.
-_ACTOR_NORM, _CRITIC_NORM, _APPROX_KL, _VALUE_LOSS, _ACTOR_LOSS = range(5)
-N_SHARED = 5
-
-
-class Network(NamedTuple):
-    """
-    The policy as kernels see it.
-
-    :param codes: Kind of distribution, activation, widths of an action and of the distribution's parameters.
-    :param actor_sizes: Width of the actor's input and of each layer.
-    :param critic_sizes: The same of the critic.
-    :param widths: Actions of each categorical distribution.
-    :param table: One row a parameter, actor first; columns as in :mod:`.memory`.
-    :param first_critic: Row of the critic's first weight.
-    :param log_std_row: Row of the Gaussian's log standard deviations, the last of the actor's; -1: there is none.
-    """
-
-    codes: np.ndarray
-    actor_sizes: np.ndarray
-    critic_sizes: np.ndarray
-    widths: np.ndarray
-    table: np.ndarray
-    first_critic: int
-    log_std_row: int
-
-
-def pack(network: Network) -> np.ndarray:
-    """
-    Write a policy into one array, which Python hands over to a kernel faster than a tuple of arrays.
-
-    :param network: The policy.
-    :return: int64, for :func:`unpack`.
-    """
-    parts = [network.codes, network.actor_sizes, network.critic_sizes, network.widths, network.table.reshape(-1)]
-    head = [*(len(part) for part in parts), network.first_critic, network.log_std_row]
-    return np.concatenate([np.array(head, np.int64), *parts])
-
-
-@fast
-def unpack(packed: np.ndarray) -> Network:
-    """
-    Read what :func:`pack` wrote.
-
-    :param packed: int64.
-    :return: Views of it.
-    """
-    n_head = 7
-    ends = np.cumsum(packed[:5]) + n_head
-    return Network(
-        packed[n_head : ends[0]],
-        packed[ends[0] : ends[1]],
-        packed[ends[1] : ends[2]],
-        packed[ends[2] : ends[3]],
-        packed[ends[3] : ends[4]].reshape(-1, N_COLUMNS),
-        packed[5],
-        packed[6],
-    )
-
-
-class Rollout(NamedTuple):
-    """
-    One rollout, a row a transition, float32.
-
-    :param observations: Shape ``(n, obs_dim)``.
-    :param actions: Shape ``(n, action_dim)``.
-    :param old_values: Shape ``(n,)``.
-    :param old_log_prob: Shape ``(n,)``.
-    :param advantages: Shape ``(n,)``.
-    :param returns: Shape ``(n,)``.
-    :param old_dist: Shape ``(n, k)``, or ``(0, 0)``.
-    :param n_steps: Steps of each environment.
-    :param n_envs: Environments; rows run step by step.
-    """
-
-    observations: np.ndarray
-    actions: np.ndarray
-    old_values: np.ndarray
-    old_log_prob: np.ndarray
-    advantages: np.ndarray
-    returns: np.ndarray
-    old_dist: np.ndarray
-    n_steps: int
-    n_envs: int
-
-
-class Numbers(NamedTuple):
-    """
-    Coefficients and settings of one update; all float64.
-
-    :param clip_range: epsilon; infinity: not clipped.
-    :param value_form: As in :mod:`.losses`.
-    :param clip_range_vf: Return units.
-    :param ent_coef: Weight of the entropy.
-    :param vf_coef: Weight of the value loss.
-    :param kl_coef: beta.
-    :param normalize: 1 where advantages are normalised in each minibatch.
-    :param shift: Taken from all advantages otherwise.
-    :param scale: They are divided by it otherwise.
-    :param advantage_eps: Added to their standard deviation.
-    :param max_grad_norm: Bound on the joint norm.
-    :param target_kl: nats; infinity: no early stop.
-    :param kl_from_epoch: First epoch whose exact KL is measured.
-    :param step: Steps that the optimizer has made.
-    :param learning_rate: At least 0.
-    :param beta1: Adam's.
-    :param beta2: Adam's.
-    :param eps: Adam's.
-    :param weight_decay: Adam's or AdamW's.
-    :param decoupled: 1 for AdamW.
-    """
-
-    clip_range: float
-    value_form: float
-    clip_range_vf: float
-    ent_coef: float
-    vf_coef: float
-    kl_coef: float
-    normalize: float
-    shift: float
-    scale: float
-    advantage_eps: float
-    max_grad_norm: float
-    target_kl: float
-    kl_from_epoch: float
-    step: float
-    learning_rate: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    decoupled: float
 
 
 @fast
@@ -224,29 +80,21 @@ def run_update(
             n_minibatches += 1
             if has_actor:
                 _actor(network, rollout, numbers, rows[:size], measure_kl, work, told, totals)
-                told[_ACTOR_NORM] = squared_norm(network.table, 0, network.first_critic)
+                told[ACTOR_NORM] = squared_norm(network.table, 0, network.first_critic)
             if has_critic:
                 _critic(network, rollout, numbers, rows[:size], work, told, totals)
-                told[_CRITIC_NORM] = squared_norm(network.table, network.first_critic, network.table.shape[0])
+                told[CRITIC_NORM] = squared_norm(network.table, network.first_critic, network.table.shape[0])
             wait_for_all(counter, n_threads, n_minibatches)
             if has_actor:
-                totals[LAST_LOSS] = told[_ACTOR_LOSS] + numbers.vf_coef * told[_VALUE_LOSS]
-            if F(told[_APPROX_KL]) > 1.5 * numbers.target_kl:
-                if has_actor:
-                    totals[STOPPED_AT] = told[_APPROX_KL]
+                totals[LAST_LOSS] = total_loss(told, numbers)
+            if stops(told, numbers, totals, has_actor):
                 return
-            norm = math.sqrt(told[_ACTOR_NORM] + told[_CRITIC_NORM])
+            norm, factor = clip_factor(told[ACTOR_NORM] + told[CRITIC_NORM], numbers.max_grad_norm)
             n_steps += 1
             if has_actor:
                 totals[GRAD_NORM] += norm
                 totals[N_STEPS] += 1
-            # As torch's clip_grad_norm_; NaN stays NaN.
-            ratio = numbers.max_grad_norm / (norm + _CLIP_EPS)
-            adam_step(
-                network.table, first, end, 1.0 if ratio > 1.0 else ratio, int(numbers.step) + n_steps,
-                numbers.learning_rate, numbers.beta1, numbers.beta2, numbers.eps, numbers.weight_decay,
-                numbers.decoupled != 0.0,
-            )  # fmt: skip
+            step(network.table, first, end, factor, n_steps, numbers)
 
 
 @fast
@@ -256,48 +104,20 @@ def _actor(
 ) -> None:  # fmt: skip
     """Forward and backward pass of the actor."""
     n = rows.shape[0]
-    sizes, kind = network.actor_sizes, network.codes[DIST]
+    sizes = network.actor_sizes
     advantages, old_log_prob = np.empty(n, np.float32), np.empty(n, np.float32)
-    log_prob, entropy, weights = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.float32)
     actions = np.empty((n, rollout.actions.shape[1]), np.float32)
     _gather(rollout.observations, rows, layer(work, sizes, n, 0))
     _gather(rollout.actions, rows, actions)
     for i in range(n):
         advantages[i], old_log_prob[i] = rollout.advantages[rows[i]], rollout.old_log_prob[rows[i]]
-    shift, scale = F(numbers.shift), F(numbers.scale)
-    if numbers.normalize != 0.0:
-        shift, scale = shift_and_scale(advantages, numbers.advantage_eps)
-    for i in range(n):
-        advantages[i] = (advantages[i] - shift) / scale
-
     outputs = forward(work, sizes, n, network.table, 0, network.codes[ACTIVATION])
-    gradient = output_gradient(work, sizes, n)
-    log_std, log_std_gradient = log_std_of(network, PARAM), log_std_of(network, GRAD)
-    heads.evaluate(kind, outputs, log_std, network.widths, actions, gradient, log_prob, entropy)
-    loss, clipped, k3, largest = surrogate(log_prob, old_log_prob, advantages, numbers.clip_range, weights)
-    kl = 0.0
-    if measure_kl:
-        kl = heads.kl_from_old(kind, outputs, log_std, gradient, rollout.old_dist, rows) / n
-    heads.gradients(
-        kind, outputs, log_std, network.widths, actions, gradient, weights, numbers.ent_coef, numbers.kl_coef,
-        rollout.old_dist, rows, log_std_gradient,
+    policy_gradient(
+        network.codes[DIST], network.widths, outputs, log_std_of(network, PARAM), actions, old_log_prob, advantages,
+        rollout.old_dist, rows, numbers, measure_kl, output_gradient(work, sizes, n), log_std_of(network, GRAD), told,
+        totals,
     )  # fmt: skip
     backward(work, sizes, n, network.table, 0, network.codes[ACTIVATION])
-
-    entropy_loss = 0.0
-    for i in range(n):
-        entropy_loss -= entropy[i] / n
-    told[_APPROX_KL] = k3
-    told[_ACTOR_LOSS] = loss + numbers.ent_coef * entropy_loss + numbers.kl_coef * kl
-    totals[N_LOOKED_AT] += 1
-    totals[N_IN_EPOCH] += 1
-    totals[POLICY_LOSS] += loss
-    totals[ENTROPY_LOSS] += entropy_loss
-    totals[CLIP_FRACTION] += clipped
-    totals[APPROX_KL] += k3
-    totals[KL] += kl
-    if largest > totals[RATIO_MAX] or largest != largest:
-        totals[RATIO_MAX] = largest
 
 
 @fast
@@ -313,14 +133,10 @@ def _critic(
     for i in range(n):
         old_values[i], returns[i] = rollout.old_values[rows[i]], rollout.returns[rows[i]]
     values = forward(work, sizes, n, network.table, network.first_critic, network.codes[ACTIVATION])
-    loss, clipped = value_loss(
-        values.reshape(n), old_values, returns, int(numbers.value_form), numbers.clip_range_vf, numbers.vf_coef,
-        output_gradient(work, sizes, n).reshape(n),
-    )  # fmt: skip
+    value_gradient(
+        values.reshape(n), old_values, returns, numbers, output_gradient(work, sizes, n).reshape(n), told, totals
+    )
     backward(work, sizes, n, network.table, network.first_critic, network.codes[ACTIVATION])
-    told[_VALUE_LOSS] = loss
-    totals[VALUE_LOSS] += loss
-    totals[VF_CLIP_FRACTION] += clipped if int(numbers.value_form) != NOT_CLIPPED else 0.0
 
 
 @fast
@@ -329,20 +145,6 @@ def _gather(source: np.ndarray, rows: np.ndarray, target: np.ndarray) -> None:
         row = source[rows[i]]
         for j in range(row.shape[0]):
             target[i, j] = row[j]
-
-
-@fast
-def log_std_of(network: Network, column: int) -> np.ndarray:
-    """
-    The Gaussian's log standard deviations, or their gradients.
-
-    :param network: The policy.
-    :param column: PARAM or GRAD.
-    :return: Shape ``(action_dim,)``, no copy; empty where the distribution is another.
-    """
-    if network.codes[DIST] != GAUSSIAN:
-        return np.empty(0, np.float32)
-    return vector(network.table[network.log_std_row, column], network.actor_sizes[-1])
 
 
 @fast

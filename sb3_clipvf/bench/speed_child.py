@@ -1,0 +1,252 @@
+"""
+The measured process: ``python -m sb3_clipvf.bench.speed_child <task>`` measures one peer once.
+
+The task is a JSON object: ``row`` (a SpeedRow's fields), ``peer`` (a key of PEERS or BOUNDS), ``seed``, ``one_core``
+(whether to stay on one core) and ``profile``. The last line that it prints is the result, a JSON object as well.
+"""
+
+from __future__ import annotations
+
+import cProfile
+import itertools
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sb3_clipvf.bench.speed_rows import BOUNDS, SpeedRow, make_model, raw_vector
+
+
+@dataclass
+class Iteration:
+    """
+    One rollout and the update that follows, in seconds.
+
+    :param started: when, on the clock of ``time.perf_counter``
+    :param rollout: all of the rollout
+    :param environment: the environments' part of it, with all VecEnv wrappers
+    :param update: the update
+    :param n_env_steps: calls of the environments' ``step``
+    """
+
+    started: float
+    rollout: float = 0.0
+    environment: float = 0.0
+    update: float = 0.0
+    n_env_steps: int = 0
+
+
+class Stopwatch:
+    """
+    Takes the times of a model's iterations, by standing before three of its methods.
+
+    :param model: an on-policy algorithm of SB3's interface
+    :param warmup: iterations before the measured ones
+    :param on_measured: called when the first measured iteration begins
+    """
+
+    def __init__(self, model: Any, warmup: int, on_measured: Callable[[], None]) -> None:
+        self.iterations: list[Iteration] = []
+        self._warmup, self._on_measured = warmup, on_measured
+        self._collect, self._train, self._step = model.collect_rollouts, model.train, model.env.step
+        for owner, name, method in (
+            (model, "collect_rollouts", self._timed_collect),
+            (model, "train", self._timed_train),
+            (model.env, "step", self._timed_step),
+        ):
+            setattr(owner, name, method)
+
+    def _timed_collect(self, *args: Any, **kwargs: Any) -> Any:
+        if len(self.iterations) == self._warmup:
+            self._on_measured()
+        started = time.perf_counter()
+        self.iterations.append(Iteration(started))
+        result = self._collect(*args, **kwargs)
+        self.iterations[-1].rollout = time.perf_counter() - started
+        return result
+
+    def _timed_train(self) -> None:
+        started = time.perf_counter()
+        self._train()
+        self.iterations[-1].update = time.perf_counter() - started
+
+    def _timed_step(self, actions: Any) -> Any:
+        started = time.perf_counter()
+        result = self._step(actions)
+        iteration = self.iterations[-1]
+        iteration.environment += time.perf_counter() - started
+        iteration.n_env_steps += 1
+        return result
+
+
+def peak_megabytes() -> float:
+    """
+    Read the most memory that this process held.
+
+    :return: MB (10^6 bytes) of resident memory. Linux counts in ``ru_maxrss`` what the process was started from, too,
+        so that its own file of facts is read first.
+    """
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e6
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def measure_peer(row: SpeedRow, peer: str, seed: int, *, profile: bool = False) -> dict[str, Any]:
+    """
+    Train a peer for the row's iterations.
+
+    :param row: the row
+    :param peer: key of PEERS
+    :param seed: seed of the model and its environments
+    :param profile: whether to run the measured iterations under cProfile
+    :return: steps, seconds in parts, steps a second of the row's phase, seconds of the start, engine, threads; with
+        ``profile``, the areas and functions that the time goes to
+    :raises RuntimeError: where a peer steps its environments by another way than ``env.step``
+    """
+    started = time.perf_counter()
+    model = make_model(row, peer, seed)
+    profiler = cProfile.Profile()
+    watch = Stopwatch(model, row.warmup, profiler.enable if profile else lambda: None)
+    setup_seconds = time.perf_counter() - started
+    n_steps = row.n_steps * row.n_envs
+    model.learn(n_steps * (row.warmup + row.iterations))
+    ended = time.perf_counter()
+    profiler.disable()
+    if any(iteration.n_env_steps != row.n_steps for iteration in watch.iterations):
+        raise RuntimeError(
+            f"A rollout must call `env.step` {row.n_steps} times, got "
+            f"{[iteration.n_env_steps for iteration in watch.iterations]}. The seconds cannot be told apart."
+        )
+    result = _summary(row, watch.iterations, ended) | {"setup_seconds": setup_seconds, "engine": _engine(model, peer)}
+    # What the warm-up took longer than as many measured iterations is compilation and loading.
+    usual = row.warmup * result["wall_seconds"] / row.iterations
+    result["startup_seconds"] = setup_seconds + max(0.0, result["warmup_seconds"] - usual)
+    if profile:
+        from sb3_clipvf.bench.speed_profile import summarise
+
+        result["profile"] = summarise(profiler)
+    return result
+
+
+def _summary(row: SpeedRow, iterations: Sequence[Iteration], ended: float) -> dict[str, Any]:
+    measured = iterations[row.warmup :]
+    wall = ended - measured[0].started
+    rollout, environment, update = (
+        sum(getattr(iteration, name) for iteration in measured) for name in ("rollout", "environment", "update")
+    )
+    steps = row.n_steps * row.n_envs * len(measured)
+    return {
+        "steps": steps,
+        "wall_seconds": wall,
+        "environment_seconds": environment,
+        "policy_seconds": rollout - environment,
+        "update_seconds": update,
+        "other_seconds": wall - rollout - update,
+        "steps_per_second": steps / (update if row.phase == "update" else wall),
+        "warmup_seconds": measured[0].started - iterations[0].started,
+    }
+
+
+def _engine(model: Any, peer: str) -> str:
+    return str(model._current_engine().name) if peer == "clipppo" else {"sb3": "torch", "sbx": "jax"}[peer]
+
+
+def measure_bound(row: SpeedRow, peer: str, seed: int, seconds: float) -> dict[str, Any]:
+    """
+    Step a peer's environments alone, without adapters and statistics, under random actions drawn before.
+
+    :param row: the row
+    :param peer: key of PEERS
+    :param seed: seed of environments and actions
+    :param seconds: for how long
+    :return: steps, seconds, steps a second; steps that only reset an environment do not count
+    """
+    started = time.perf_counter()
+    step = _single_stepper(row, seed) if row.kind(peer) in ("gym", "atari") else _vector_stepper(row, seed)
+    for _ in range(20):
+        step()
+    setup_seconds = time.perf_counter() - started
+    steps, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        steps += step()
+    wall = time.perf_counter() - started
+    return {"steps": steps, "wall_seconds": wall, "steps_per_second": steps / wall, "setup_seconds": setup_seconds}
+
+
+def _single_stepper(row: SpeedRow, seed: int) -> Callable[[], int]:
+    import gymnasium as gym
+
+    if row.peer_env == "atari":
+        import ale_py
+        from stable_baselines3.common.atari_wrappers import AtariWrapper
+
+        gym.register_envs(ale_py)
+        envs: list[Any] = [AtariWrapper(gym.make(row.env_id)) for _ in range(row.n_envs)]
+    else:
+        envs = [gym.make(row.env_id) for _ in range(row.n_envs)]
+    envs[0].action_space.seed(seed)
+    actions = itertools.cycle([envs[0].action_space.sample() for _ in range(4096)])
+    for index, env in enumerate(envs):
+        env.reset(seed=seed + index)
+
+    def step() -> int:
+        for env in envs:
+            _, _, terminated, truncated, _ = env.step(next(actions))
+            if terminated or truncated:
+                env.reset()
+        return len(envs)
+
+    return step
+
+
+def _vector_stepper(row: SpeedRow, seed: int) -> Callable[[], int]:
+    envs = raw_vector(row, seed)
+    space = getattr(envs, "single_action_space", envs.action_space)  # EnvPool's is the single one
+    space.seed(seed)
+    actions = itertools.cycle([np.stack([space.sample() for _ in range(row.n_envs)]) for _ in range(256)])
+    envs.reset()
+    resets_cost_a_step = row.env != "ale"
+
+    def step() -> int:
+        _, _, terminated, truncated, _ = envs.step(next(actions))
+        return row.n_envs - int(resets_cost_a_step and np.count_nonzero(terminated | truncated))
+
+    return step
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Measure what the task says, and print the result.
+
+    :param argv: the task; None takes the process's own
+    :return: exit code 0
+    """
+    (text,) = sys.argv[1:] if argv is None else argv
+    task = json.loads(text)
+    if task["one_core"]:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    row, peer = SpeedRow(**task["row"]), task["peer"]
+    if peer in BOUNDS:
+        result = measure_bound(row, BOUNDS[peer], task["seed"], task["bound_seconds"])
+    else:
+        result = measure_peer(row, peer, task["seed"], profile=task["profile"])
+        import torch as th
+
+        result["torch_threads"] = th.get_num_threads()
+    sys.stdout.write("\n" + json.dumps(result | {"peak_megabytes": peak_megabytes()}) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

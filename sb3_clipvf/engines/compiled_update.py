@@ -1,0 +1,215 @@
+"""What the engines that call kernels share: compiling them, and translating what they are given and give back."""
+
+import math
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.distributions import (
+    BernoulliDistribution,
+    CategoricalDistribution,
+    DiagGaussianDistribution,
+    Distribution,
+    MultiCategoricalDistribution,
+)
+
+from sb3_clipvf.engines.kernels import data, entry, memory
+from sb3_clipvf.engines.kernels.losses import CLIPPED_MAX, CLIPPED_PREDICTION, NOT_CLIPPED
+from sb3_clipvf.engines.settings import UpdateCoefficients, UpdateSettings, UpdateStatistics
+from sb3_clipvf.messages import log
+from sb3_clipvf.objectives import ADVANTAGE_EPS
+
+COMPILE_NOTE_SECONDS = 3.0
+"""Waiting time after which the user is told that kernels are being compiled."""
+
+_KINDS: dict[type[Distribution], int] = {
+    CategoricalDistribution: memory.CATEGORICAL,
+    MultiCategoricalDistribution: memory.CATEGORICAL,
+    BernoulliDistribution: memory.BERNOULLI,
+    DiagGaussianDistribution: memory.GAUSSIAN,
+}
+
+
+def kind_of(dist: Distribution) -> int:
+    """
+    Say which kind the kernels call a distribution.
+
+    :param dist: One that they know.
+    :return: A kind of :mod:`.kernels.memory`.
+    """
+    return _KINDS[type(dist)]
+
+
+def widths_of(dist: Distribution) -> np.ndarray:
+    """
+    List how many actions the categorical distributions have that a distribution consists of.
+
+    :param dist: Any that the kernels know.
+    :return: int64; empty where it is of another kind.
+    """
+    if isinstance(dist, CategoricalDistribution):
+        return np.array([dist.action_dim], np.int64)
+    return np.array(dist.action_dims if isinstance(dist, MultiCategoricalDistribution) else [], np.int64)
+
+
+def update_numbers(
+    settings: UpdateSettings,
+    coefficients: UpdateCoefficients,
+    optimizer: th.optim.Optimizer,
+    n_steps: int,
+    advantages: np.ndarray,
+) -> np.ndarray:
+    """
+    Collect what an update needs beside the rollout.
+
+    :param settings: What stays the same over all updates.
+    :param coefficients: Of this update.
+    :param optimizer: Adam or AdamW with one parameter group.
+    :param n_steps: Steps that it has made.
+    :param advantages: Of the rollout, where they are normalised over it.
+    :return: For :func:`sb3_clipvf.engines.kernels.data.unpack_numbers`.
+    """
+    group = optimizer.param_groups[0]
+    in_rollout = settings.normalize_advantage and settings.advantage_scope == "rollout"
+    shift, scale = 0.0, 1.0
+    if in_rollout and advantages.size > 1:
+        shift = float(advantages.mean(dtype=np.float64))
+        scale = float(advantages.std(dtype=np.float64, ddof=1)) + ADVANTAGE_EPS
+    form = NOT_CLIPPED
+    if coefficients.clip_range_vf is not None:
+        form = CLIPPED_MAX if settings.vf_clip == "max" else CLIPPED_PREDICTION
+    kl_from_epoch = 0.0 if settings.target_kl is not None else settings.n_epochs - 1.0
+    numbers = data.Numbers(
+        clip_range=_or_infinite(coefficients.clip_range),
+        value_form=float(form),
+        clip_range_vf=_or_infinite(coefficients.clip_range_vf),
+        ent_coef=float(coefficients.ent_coef),
+        vf_coef=float(coefficients.vf_coef),
+        kl_coef=float(coefficients.kl_coef),
+        normalize=float(settings.normalize_advantage and not in_rollout),
+        shift=shift,
+        scale=scale,
+        advantage_eps=ADVANTAGE_EPS,
+        max_grad_norm=float(settings.max_grad_norm),
+        target_kl=_or_infinite(settings.target_kl),
+        kl_from_epoch=kl_from_epoch if settings.has_dist_params else np.inf,
+        step=float(n_steps),
+        learning_rate=float(group["lr"]),
+        beta1=float(group["betas"][0]),
+        beta2=float(group["betas"][1]),
+        eps=float(group["eps"]),
+        weight_decay=float(group["weight_decay"]),
+        decoupled=float(isinstance(optimizer, th.optim.AdamW)),
+    )
+    return data.pack_numbers(numbers)
+
+
+def statistics_of(
+    totals: np.ndarray, coefficients: UpdateCoefficients, settings: UpdateSettings, kl_after: float | None
+) -> UpdateStatistics:
+    """
+    Turn the kernels' totals into what an engine gives back.
+
+    :param totals: Sums over minibatches, from the kernels.
+    :param coefficients: Of this update.
+    :param settings: What stays the same over all updates.
+    :param kl_after: Exact KL over the rollout after the update, nats; None if not asked for.
+    :return: Statistics.
+    """
+    looked_at, in_epoch = totals[data.N_LOOKED_AT], totals[data.N_IN_EPOCH]
+    names = {
+        "policy_gradient_loss": data.POLICY_LOSS,
+        "value_loss": data.VALUE_LOSS,
+        "entropy_loss": data.ENTROPY_LOSS,
+    }
+    if coefficients.clip_range is not None:
+        names["clip_fraction"] = data.CLIP_FRACTION
+    if coefficients.clip_range_vf is not None:
+        names["vf_clip_fraction"] = data.VF_CLIP_FRACTION
+    means = {name: _scalar(totals[place] / looked_at) for name, place in names.items()}
+    if totals[data.N_STEPS]:
+        means["grad_norm"] = _scalar(totals[data.GRAD_NORM] / totals[data.N_STEPS])
+    n_epochs = int(totals[data.N_EPOCHS])
+    knows_kl = settings.has_dist_params and (
+        coefficients.kl_coef != 0 or settings.target_kl is not None or n_epochs == settings.n_epochs
+    )
+    stopped_at = float(totals[data.STOPPED_AT])
+    return UpdateStatistics(
+        means=means,
+        last_loss=_scalar(totals[data.LAST_LOSS]),
+        approx_kl=_scalar(totals[data.APPROX_KL] / in_epoch),
+        kl=_scalar(totals[data.KL] / in_epoch) if knows_kl else None,
+        kl_after=None if kl_after is None else _scalar(kl_after),
+        ratio_max=_scalar(totals[data.RATIO_MAX]),
+        n_epochs=n_epochs,
+        stopped_at_kl=stopped_at or None,
+    )
+
+
+def _scalar(number: float) -> th.Tensor:
+    return th.tensor(number, dtype=th.float64)
+
+
+def _or_infinite(number: float | None) -> float:
+    return math.inf if number is None else float(number)
+
+
+def compile_kernels(*, networks: bool) -> None:
+    """
+    Compile kernels, or read them from numba's cache; where that takes long, say so.
+
+    :param networks: Whether those that run networks are wanted, or those around networks that torch runs.
+    """
+    kernels: tuple[Any, ...] = entry.FOR_NETWORKS if networks else entry.AROUND_NETWORKS
+    if kernels[0].signatures:
+        return
+    note = threading.Timer(
+        COMPILE_NOTE_SECONDS,
+        lambda: log.warning("Compiling kernels, which may take a minute; they are kept on disk for later runs"),
+    )
+    note.daemon = True
+    started = time.perf_counter()
+    note.start()
+    try:
+        (_call_with_networks if networks else _call_around_networks)()
+    finally:
+        note.cancel()
+    if sum(sum(kernel.stats.cache_misses.values()) for kernel in kernels):
+        log.info("Compiled the kernels in %.1f s", time.perf_counter() - started)
+
+
+def _call_with_networks() -> None:
+    """Call each kernel once with the least that has the types of real data: one weight a layer, an empty rollout."""
+    tensors = np.zeros((4, memory.N_COLUMNS), np.float32)
+    table = np.full((4, memory.N_COLUMNS), 1, np.int64)
+    for row in range(4):
+        table[row, 1:] = [tensors[row, column:].ctypes.data for column in range(1, memory.N_COLUMNS)]
+    one = np.ones(2, np.int64)
+    codes = np.array([memory.CATEGORICAL, memory.TANH, 1, 1], np.int64)
+    network = data.Network(codes, one, one, one[:1], table, 2, -1)
+    packed, work = data.pack(network), np.zeros(8, np.float32)
+    cell, vector = np.zeros((1, 1), np.float32), np.zeros(1, np.float32)
+    none, nothing = np.zeros((0, 1), np.float32), np.zeros(0, np.float32)
+    entry.predict_values(packed, cell, work, vector)
+    entry.act(packed, cell, cell, work, cell.copy(), vector, vector.copy(), cell.copy())
+    entry.advantages_and_returns(none, none, none, vector, vector, 1.0, 1.0, none, none)
+    rollout = data.Rollout(none, none, nothing, nothing, nothing, nothing, none, 0, 1)
+    entry.kl_of_rollout(packed, rollout, 1, work)
+    numbers, totals = np.zeros(data.N_NUMBERS), np.zeros(data.N_TOTALS)
+    shared, counter, permutations = np.zeros((2, data.N_SHARED)), np.zeros(1, np.int64), np.zeros((0, 0), np.int64)
+    entry.run_update(0, 1, packed, rollout, numbers, permutations, 1, work, shared, counter, totals)
+
+
+def _call_around_networks() -> None:
+    """Call each kernel once with the least that has the types of real data."""
+    numbers, totals, widths = np.ones(data.N_NUMBERS), np.zeros(data.N_TOTALS), np.ones(1, np.int64)
+    cell, vector = np.zeros((1, 1), np.float32), np.zeros(1, np.float32)
+    entry.loss_gradients(
+        memory.CATEGORICAL, widths, cell, vector, vector, cell, vector, vector.copy(), vector, vector, cell, numbers,
+        False, cell.copy(), vector.copy(), vector.copy(), totals,
+    )  # fmt: skip
+    table = np.zeros((0, memory.N_COLUMNS), np.int64)
+    entry.zero_gradients(table)
+    entry.optimizer_step(table, numbers, totals)

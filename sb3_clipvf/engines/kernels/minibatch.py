@@ -1,0 +1,170 @@
+"""One minibatch's loss as gradients of what the networks give, and the optimizer's step."""
+
+import math
+
+import numpy as np
+
+from sb3_clipvf.compiled import fast
+from sb3_clipvf.engines.kernels import heads
+from sb3_clipvf.engines.kernels.adam import adam_step
+from sb3_clipvf.engines.kernels.data import (
+    ACTOR_LOSS,
+    APPROX_KL,
+    CLIP_FRACTION,
+    ENTROPY_LOSS,
+    KL,
+    MINIBATCH_KL,
+    MINIBATCH_VALUE_LOSS,
+    N_IN_EPOCH,
+    N_LOOKED_AT,
+    POLICY_LOSS,
+    RATIO_MAX,
+    STOPPED_AT,
+    VALUE_LOSS,
+    VF_CLIP_FRACTION,
+    Numbers,
+)
+from sb3_clipvf.engines.kernels.losses import NOT_CLIPPED, shift_and_scale, surrogate, value_loss
+
+F = np.float32
+_CLIP_EPS = 1e-6
+
+
+@fast
+def policy_gradient(
+    kind: int, widths: np.ndarray, outputs: np.ndarray, log_std: np.ndarray, actions: np.ndarray,
+    old_log_prob: np.ndarray, advantages: np.ndarray, old_dist: np.ndarray, rows: np.ndarray, numbers: Numbers,
+    measure_kl: bool, gradient: np.ndarray, log_std_gradient: np.ndarray, told: np.ndarray, totals: np.ndarray,
+) -> None:  # fmt: skip
+    """
+    The actor's part of a minibatch's loss: its gradient with respect to what the actor's last layer gives.
+
+    :param kind: Of the distribution.
+    :param widths: Of the categorical distributions.
+    :param outputs: Shape ``(n, k)``; logits of categorical distributions are normalised in place.
+    :param log_std: Shape ``(k,)``, of a Gaussian.
+    :param actions: Shape ``(n, action_dim)``.
+    :param old_log_prob: Shape ``(n,)``, nats.
+    :param advantages: Shape ``(n,)``; normalised in place.
+    :param old_dist: Old parameters, of the whole rollout or of this minibatch.
+    :param rows: Which of its rows belong to this minibatch.
+    :param numbers: Coefficients and settings.
+    :param measure_kl: Whether the exact KL is wanted.
+    :param gradient: Filled, shape ``(n, k)``.
+    :param log_std_gradient: Filled, shape ``(k,)``, of a Gaussian.
+    :param told: What this part gives to the loss goes there.
+    :param totals: Statistics are added to it.
+    """
+    n = outputs.shape[0]
+    log_prob, entropy, weights = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.float32)
+    shift, scale = F(numbers.shift), F(numbers.scale)
+    if numbers.normalize != 0.0:
+        shift, scale = shift_and_scale(advantages, numbers.advantage_eps)
+    for i in range(n):
+        advantages[i] = (advantages[i] - shift) / scale
+    heads.evaluate(kind, outputs, log_std, widths, actions, gradient, log_prob, entropy)
+    loss, clipped, k3, largest = surrogate(log_prob, old_log_prob, advantages, numbers.clip_range, weights)
+    kl = heads.kl_from_old(kind, outputs, log_std, gradient, old_dist, rows) / n if measure_kl else 0.0
+    heads.gradients(
+        kind, outputs, log_std, widths, actions, gradient, weights, numbers.ent_coef, numbers.kl_coef, old_dist, rows,
+        log_std_gradient,
+    )  # fmt: skip
+    entropy_loss = 0.0
+    for i in range(n):
+        entropy_loss -= entropy[i] / n
+    told[MINIBATCH_KL] = k3
+    told[ACTOR_LOSS] = loss + numbers.ent_coef * entropy_loss + numbers.kl_coef * kl
+    totals[N_LOOKED_AT] += 1
+    totals[N_IN_EPOCH] += 1
+    totals[POLICY_LOSS] += loss
+    totals[ENTROPY_LOSS] += entropy_loss
+    totals[CLIP_FRACTION] += clipped
+    totals[APPROX_KL] += k3
+    totals[KL] += kl
+    if largest > totals[RATIO_MAX] or largest != largest:
+        totals[RATIO_MAX] = largest
+
+
+@fast
+def value_gradient(
+    values: np.ndarray, old_values: np.ndarray, returns: np.ndarray, numbers: Numbers, gradient: np.ndarray,
+    told: np.ndarray, totals: np.ndarray,
+) -> None:  # fmt: skip
+    """
+    The critic's part of a minibatch's loss: its gradient with respect to the predicted values.
+
+    :param values: Shape ``(n,)``, return units.
+    :param old_values: Shape ``(n,)``, return units.
+    :param returns: Shape ``(n,)``, return units.
+    :param numbers: Coefficients and settings.
+    :param gradient: Filled, shape ``(n,)``.
+    :param told: What this part gives to the loss goes there.
+    :param totals: Statistics are added to it.
+    """
+    form = int(numbers.value_form)
+    loss, clipped = value_loss(values, old_values, returns, form, numbers.clip_range_vf, numbers.vf_coef, gradient)
+    told[MINIBATCH_VALUE_LOSS] = loss
+    totals[VALUE_LOSS] += loss
+    totals[VF_CLIP_FRACTION] += clipped if form != NOT_CLIPPED else 0.0
+
+
+@fast
+def total_loss(told: np.ndarray, numbers: Numbers) -> float:
+    """
+    The loss of a minibatch.
+
+    :param told: From :func:`policy_gradient` and :func:`value_gradient`.
+    :param numbers: Coefficients and settings.
+    :return: float64.
+    """
+    return told[ACTOR_LOSS] + numbers.vf_coef * told[MINIBATCH_VALUE_LOSS]
+
+
+@fast
+def stops(told: np.ndarray, numbers: Numbers, totals: np.ndarray, writes: bool) -> bool:
+    """
+    Whether ``target_kl`` ends the update before the step of this minibatch, as SB3 does.
+
+    :param told: From :func:`policy_gradient`.
+    :param numbers: Coefficients and settings.
+    :param totals: The estimate goes there if it does.
+    :param writes: Whether this thread writes it.
+    :return: Whether it does.
+    """
+    if not F(told[MINIBATCH_KL]) > 1.5 * numbers.target_kl:
+        return False
+    if writes:
+        totals[STOPPED_AT] = told[MINIBATCH_KL]
+    return True
+
+
+@fast
+def clip_factor(squares: float, max_grad_norm: float) -> tuple[float, float]:
+    """
+    The joint gradient norm, and what gradients are multiplied by to bound it, as torch's ``clip_grad_norm_`` does.
+
+    :param squares: Sum of the squares of all gradients.
+    :param max_grad_norm: The bound.
+    :return: Norm before clipping, and factor; NaN stays NaN.
+    """
+    norm = math.sqrt(squares)
+    factor = max_grad_norm / (norm + _CLIP_EPS)
+    return norm, 1.0 if factor > 1.0 else factor
+
+
+@fast
+def step(table: np.ndarray, first: int, end: int, factor: float, n_steps: int, numbers: Numbers) -> None:
+    """
+    One step of the optimizer.
+
+    :param table: Parameters.
+    :param first: First row.
+    :param end: Row after the last one.
+    :param factor: Of all gradients.
+    :param n_steps: Steps of this update, this one included.
+    :param numbers: The optimizer's, and the steps that it made before.
+    """
+    adam_step(
+        table, first, end, factor, int(numbers.step) + n_steps, numbers.learning_rate, numbers.beta1, numbers.beta2,
+        numbers.eps, numbers.weight_decay, numbers.decoupled != 0.0,
+    )  # fmt: skip

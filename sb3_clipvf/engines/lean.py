@@ -1,0 +1,235 @@
+"""
+The autograd engine with little around the networks: torch runs and differentiates them, kernels do the rest.
+
+The losses' gradients with respect to what the networks give are one kernel call, and so is clipping with Adam's step;
+in torch these are about a hundred small operations, which take most of the time of a small minibatch.
+"""
+
+from typing import Any, cast
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.distributions import (
+    BernoulliDistribution,
+    CategoricalDistribution,
+    DiagGaussianDistribution,
+    MultiCategoricalDistribution,
+)
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+from sb3_clipvf.engines.autograd import AutogradEngine
+from sb3_clipvf.engines.binding import NotPlainError, check_optimizer
+from sb3_clipvf.engines.compiled_update import compile_kernels, kind_of, statistics_of, update_numbers, widths_of
+from sb3_clipvf.engines.kernels import data, entry, memory
+from sb3_clipvf.engines.settings import UpdateCoefficients, UpdateSettings, UpdateStatistics
+from sb3_clipvf.rollout import MiniBatch
+
+_DISTRIBUTIONS = (
+    CategoricalDistribution,
+    MultiCategoricalDistribution,
+    BernoulliDistribution,
+    DiagGaussianDistribution,
+)
+# What `evaluate_actions` consists of: a policy that replaces one of these computes its losses' inputs differently.
+_METHODS = ("evaluate_actions", "extract_features", "_get_action_dist_from_latent")
+
+
+def check_around_networks(policy: ActorCriticPolicy) -> None:
+    """
+    Make sure that a policy's losses and its optimizer's steps are those that kernels know.
+
+    :param policy: Any of SB3's.
+    :raises NotPlainError: If they are not: half a sentence why.
+    """
+    if policy.device.type != "cpu":
+        raise NotPlainError(f"it is on the device {policy.device}")
+    for name in _METHODS:
+        if getattr(type(policy), name) is not getattr(ActorCriticPolicy, name):
+            raise NotPlainError(f"its {name}() is its own")
+        if name in vars(policy):
+            raise NotPlainError(f"its {name}() was replaced")
+    if type(policy.action_dist) not in _DISTRIBUTIONS:
+        raise NotPlainError(f"its action distribution is {type(policy.action_dist).__name__}")
+    if any(parameter.dtype != th.float32 or not parameter.is_contiguous() for parameter in policy.parameters()):
+        raise NotPlainError("its parameters are not contiguous float32 tensors")
+    if not all(parameter.requires_grad for parameter in policy.parameters()):
+        raise NotPlainError("some of its parameters are frozen")
+    check_optimizer(policy)
+
+
+class LeanAutogradEngine(AutogradEngine):
+    """
+    Acts as the autograd engine does, and updates with its numbers to float32 rounding.
+
+    :param policy: Its parameters and its optimizer are changed in place.
+    :param settings: What stays the same over all updates.
+    """
+
+    def __init__(self, policy: ActorCriticPolicy, settings: UpdateSettings) -> None:
+        super().__init__(policy, settings)
+        compile_kernels(networks=False)
+
+    def fits(self, buffer: Any) -> bool:
+        """
+        Tell whether this engine still runs its policy, which someone may have changed.
+
+        :param buffer: The rollout buffer.
+        :return: False where another engine must be chosen.
+        """
+        try:
+            check_around_networks(self.policy)
+        except NotPlainError:
+            return False
+        return True
+
+    def update(self, buffer: Any, coefficients: UpdateCoefficients) -> UpdateStatistics:
+        """
+        Run the epochs of one update.
+
+        :param buffer: A complete rollout: ours, or any with the interface of SB3's ``RolloutBuffer``.
+        :param coefficients: Of this update.
+        :return: Statistics.
+        """
+        settings = self.settings
+        optimizer = self.policy.optimizer
+        n_made = _steps_made(optimizer)
+        numbers = update_numbers(settings, coefficients, optimizer, n_made, buffer.advantages)
+        totals, steps = np.zeros(data.N_TOTALS), _Steps(self.policy)
+        self._run_epochs(buffer, coefficients, numbers, steps, totals)
+        steps.write(n_made + int(totals[data.N_STEPS]))
+        kl_after = float(self._kl_after(buffer)) if settings.measure_kl_after else None
+        return statistics_of(totals, coefficients, settings, kl_after)
+
+    def _run_epochs(
+        self, buffer: Any, coefficients: UpdateCoefficients, numbers: np.ndarray, steps: "_Steps", totals: np.ndarray
+    ) -> None:
+        settings = self.settings
+        for epoch in range(settings.n_epochs):
+            totals[data.N_EPOCHS] += 1
+            totals[[data.N_IN_EPOCH, data.APPROX_KL, data.KL]] = 0
+            measure_kl = settings.has_dist_params and (
+                coefficients.kl_coef != 0 or settings.target_kl is not None or epoch == settings.n_epochs - 1
+            )
+            for batch in buffer.get(settings.batch_size):
+                if self._is_last(batch, numbers, measure_kl, steps, totals):
+                    return
+
+    def _is_last(
+        self, batch: MiniBatch, numbers: np.ndarray, measure_kl: bool, steps: "_Steps", totals: np.ndarray
+    ) -> bool:
+        """One minibatch: the gradients, and the step unless ``target_kl`` ends the update before it."""
+        policy = self.policy
+        outputs, values = self._forward(batch.observations)
+        n = len(values)
+        logits = outputs.detach().numpy().copy()
+        output_gradient = th.empty_like(outputs)
+        value_gradient = th.empty_like(values)
+        log_std = getattr(policy, "log_std", None)
+        flat_log_std = np.zeros(0, np.float32) if log_std is None else log_std.detach().numpy()
+        log_std_gradient = th.empty(len(flat_log_std))
+        old_dist = batch.old_dist_params
+        stops = entry.loss_gradients(
+            kind_of(policy.action_dist),
+            self._widths,
+            logits,
+            flat_log_std,
+            values.detach().numpy().reshape(n),
+            batch.actions.numpy().reshape(n, -1).astype(np.float32, copy=False),
+            batch.old_log_prob.numpy(),
+            batch.advantages.numpy().copy(),
+            batch.old_values.numpy(),
+            batch.returns.numpy(),
+            np.zeros((0, 0), np.float32) if old_dist is None else old_dist.numpy(),
+            numbers,
+            measure_kl,
+            output_gradient.numpy(),
+            log_std_gradient.numpy(),
+            value_gradient.numpy().reshape(n),
+            totals,
+        )
+        if stops:
+            return True
+        steps.zero_gradients()
+        th.autograd.backward((outputs, values), (output_gradient, value_gradient))
+        if log_std is not None and log_std.requires_grad:
+            if log_std.grad is None:
+                log_std.grad = log_std_gradient
+            else:
+                log_std.grad += log_std_gradient
+        steps.make(numbers, totals)
+        return False
+
+    @property
+    def _widths(self) -> np.ndarray:
+        return widths_of(self.policy.action_dist)
+
+    def _forward(self, observations: Any) -> tuple[th.Tensor, th.Tensor]:
+        """What the actor's and the critic's last layers give, as ``evaluate_actions`` of SB3 does it."""
+        policy = self.policy
+        features = policy.extract_features(observations)
+        if policy.share_features_extractor:
+            latent_pi, latent_vf = policy.mlp_extractor(features)
+        else:
+            pi_features, vf_features = cast(tuple[th.Tensor, th.Tensor], features)
+            latent_pi = policy.mlp_extractor.forward_actor(pi_features)
+            latent_vf = policy.mlp_extractor.forward_critic(vf_features)
+        return policy.action_net(latent_pi), policy.value_net(latent_vf)
+
+
+def _steps_made(optimizer: th.optim.Optimizer) -> int:
+    return max((int(state["step"]) for state in optimizer.state.values() if state), default=0)
+
+
+class _Steps:
+    """The optimizer's steps of one update, on those parameters that a backward pass has reached."""
+
+    def __init__(self, policy: ActorCriticPolicy) -> None:
+        self._parameters = list(policy.parameters())
+        self._state = policy.optimizer.state
+        self._table = np.zeros((0, memory.N_COLUMNS), np.int64)
+        self._reached: list[th.nn.Parameter] = []
+        self._gradient_addresses: list[int] = []
+        policy.optimizer.zero_grad()
+
+    def zero_gradients(self) -> None:
+        """Make gradients ready to be added to."""
+        entry.zero_gradients(self._table)
+
+    def make(self, numbers: np.ndarray, totals: np.ndarray) -> None:
+        """
+        Clip the gradients and step.
+
+        :param numbers: Of this update.
+        :param totals: Statistics are added to it.
+        """
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        if len(gradients) != len(self._reached) or any(
+            g.data_ptr() != address for g, address in zip(gradients, self._gradient_addresses, strict=True)
+        ):
+            self._find()
+        entry.optimizer_step(self._table, numbers, totals)
+
+    def write(self, n_steps: int) -> None:
+        """
+        Tell the optimizer how many steps were made.
+
+        :param n_steps: In all.
+        """
+        for parameter in self._reached:
+            self._state[parameter]["step"].fill_(n_steps)
+
+    def _find(self) -> None:
+        self._reached = [parameter for parameter in self._parameters if parameter.grad is not None]
+        rows = []
+        for parameter in self._reached:
+            gradient = cast(th.Tensor, parameter.grad)
+            if not gradient.is_contiguous():
+                gradient = parameter.grad = gradient.contiguous()
+            if not self._state[parameter]:
+                zeros = [th.zeros_like(parameter, memory_format=th.contiguous_format) for _ in range(2)]
+                self._state[parameter] = {"step": th.tensor(0.0), "exp_avg": zeros[0], "exp_avg_sq": zeros[1]}
+            state = self._state[parameter]
+            tensors = (parameter.data, gradient, state["exp_avg"], state["exp_avg_sq"])
+            rows.append([parameter.numel(), *(tensor.data_ptr() for tensor in tensors)])
+        self._table = np.array(rows, np.int64)
+        self._gradient_addresses = self._table[:, memory.GRAD].tolist()

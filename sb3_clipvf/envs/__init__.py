@@ -1,0 +1,25 @@
+"""Fast environments for SB3: adapters for vectorised ones, and a faster normaliser."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sb3_clipvf.envs.adapters import as_vec_env
+    from sb3_clipvf.envs.normalize import FastVecNormalize
+
+__all__ = ["FastVecNormalize", "as_vec_env"]
+
+_HOMES = {
+    "FastVecNormalize": "sb3_clipvf.envs.normalize",
+    "as_vec_env": "sb3_clipvf.envs.adapters",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sb3_clipvf.envs' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,84 @@
+"""From an environment that steps many rows at once to SB3's ``VecEnv``: which adapter serves it, or why none does."""
+
+import sys
+from collections.abc import Callable
+from os import PathLike
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_clipvf.envs.atari_vector import AtariVecEnv
+from sb3_clipvf.envs.envpool import EnvPoolVecEnv
+from sb3_clipvf.envs.gymnasium_vector import CartPoleVecEnv, GymnasiumVecEnv, SeparateVecEnv
+from sb3_clipvf.envs.vector import BatchedVecEnv
+
+
+def as_vec_env(
+    env: Any, *, clip_rewards: bool = False, monitor_path: str | PathLike[str] | None = None
+) -> BatchedVecEnv:
+    """
+    Turn a vectorised environment into an SB3 ``VecEnv`` with the meaning of ``DummyVecEnv`` over ``Monitor``.
+
+    An episode's last transition comes with its true final observation, and the row goes on with the first observation
+    of the next episode in the same step: rows that only reset an environment are no transitions and never appear. The
+    adapter takes the environment over; who steps it on the side breaks the bookkeeping.
+
+    :param env: A gymnasium ``VectorEnv`` of any autoreset mode, an EnvPool of ``env_type="gymnasium"``, or an
+        ``AtariVectorEnv`` of ale-py.
+    :param clip_rewards: Give the algorithm the sign of each reward. Returns in ``info["episode"]`` stay the true ones.
+    :param monitor_path: File to which the return, length and time of each episode are written, in the format of SB3's
+        ``Monitor``; ``.monitor.csv`` is appended where the name lacks it. None: no file.
+    :return: The environment with SB3's interface. ``.env`` is what was given.
+    :raises TypeError: If ``env`` is something else.
+    :raises ValueError: If it runs in a way that has no exact counterpart in SB3; the message says what to change.
+    """
+    adapter = _adapter_of(env)
+    return adapter(env, clip_rewards=clip_rewards, monitor_path=monitor_path)
+
+
+def _adapter_of(env: Any) -> Callable[..., BatchedVecEnv]:
+    # EnvPools of the gymnasium type are VectorEnvs as well, with single spaces where VectorEnvs have batched ones.
+    if _is_envpool(env):
+        return EnvPoolVecEnv
+    if not isinstance(env, VectorEnv):
+        raise TypeError(
+            "`env` must be a gymnasium VectorEnv, an EnvPool or ale-py's AtariVectorEnv, "
+            f"got {type(env).__name__}. {_hint(env)}"
+        )
+    core = env.unwrapped
+    if _is_envpool(core):
+        raise TypeError(
+            f"`env` must be the EnvPool itself, got it inside {type(env).__name__}, which takes every step to have all "
+            "rows. Use wrappers of SB3's vec_env module around the adapter."
+        )
+    if isinstance(core, CartPoleVectorEnv):
+        return CartPoleVecEnv
+    if isinstance(core, (SyncVectorEnv, AsyncVectorEnv)):
+        return SeparateVecEnv
+    if _is_atari(core):
+        return AtariVecEnv
+    return GymnasiumVecEnv
+
+
+def _is_envpool(env: Any) -> bool:
+    # An instance of a class exists only if its module has been imported: no need to import an optional package here.
+    module = sys.modules.get("envpool.python.envpool")
+    return module is not None and isinstance(env, module.EnvPoolMixin)
+
+
+def _is_atari(env: Any) -> bool:
+    module = sys.modules.get("ale_py.vector_env")
+    return module is not None and isinstance(env, module.AtariVectorEnv)
+
+
+def _hint(env: Any) -> str:
+    if isinstance(env, VecEnv):
+        return "It is an SB3 VecEnv already: use it as it is."
+    if isinstance(env, gym.Env):
+        return "Give a single environment to the algorithm as it is, or make many with gymnasium.make_vec."
+    if isinstance(env, str):
+        return f"Make it first, with gymnasium.make_vec({env!r}, num_envs=8) for example."
+    return "Make one with gymnasium.make_vec or envpool.make_gymnasium."

@@ -1,0 +1,289 @@
+"""SB3's ``VecEnv`` over gymnasium's ``VectorEnv``, in its three autoreset modes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
+from gymnasium.wrappers.vector import NormalizeObservation, NormalizeReward, RecordEpisodeStatistics
+from stable_baselines3.common.env_util import is_wrapped
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
+
+from sb3_clipvf.envs.episodes import are_statistics
+from sb3_clipvf.envs.rows import fill_infos, own_batch, own_row, put_rows, same, take_rows
+from sb3_clipvf.envs.vector import BatchedVecEnv, Step
+
+# Their state of all rows is lost where one row is reset (Gymnasium 1.4).
+_FORGETFUL_WRAPPERS = (NormalizeObservation, NormalizeReward, RecordEpisodeStatistics)
+
+_MODE_HINT = "Make it with autoreset_mode=AutoresetMode.SAME_STEP"
+
+
+class GymnasiumVecEnv(BatchedVecEnv):
+    """
+    SB3's ``VecEnv`` over a ``VectorEnv``.
+
+    SAME_STEP resets rows within the step and hands the final observations over. In the other two modes the adapter
+    resets the rows that ended, and only them, by ``reset(options={"reset_mask": mask})`` right after the step; so no
+    reset is pending when the next step comes, which in NEXT_STEP mode would spend it on a row without a transition.
+
+    :param env: A ``VectorEnv``, wrapped or not.
+    :param kwargs: Those of :class:`BatchedVecEnv`.
+    """
+
+    _UNWANTED_INFOS = frozenset({"final_obs", "final_info"})
+
+    def __init__(self, env: VectorEnv[Any, Any, Any], **kwargs: Any) -> None:
+        self.autoreset_mode = _autoreset_mode(env)
+        # Classes whose masked reset is known to leave the other rows alone; any other is watched.
+        self._masks_reset = type(env) in (SyncVectorEnv, AsyncVectorEnv)
+        if self.autoreset_mode is not AutoresetMode.SAME_STEP:
+            _refuse_forgetful(env)
+        super().__init__(env, env.num_envs, env.single_observation_space, env.single_action_space, **kwargs)
+
+    def _begin(self, seeds: list[int] | None, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+        obs, infos = self.env.reset(seed=None if seeds is None else self._seed_argument(seeds), options=options)
+        return own_batch(self.observation_space, obs), infos
+
+    def _seed_argument(self, seeds: list[int]) -> Any:
+        # The interface of VectorEnv knows one seed for all.
+        return seeds[0]
+
+    def _advance(self, actions: np.ndarray) -> Step:
+        obs, rewards, terminated, truncated, infos = self.env.step(actions)
+        rewards = np.asarray(rewards)
+        return Step(
+            own_batch(self.observation_space, obs),
+            rewards,
+            rewards,
+            np.array(terminated, dtype=bool),
+            np.array(truncated, dtype=bool),
+            infos,
+        )
+
+    def _renew(self, step: Step, ended: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
+        if self.autoreset_mode is AutoresetMode.SAME_STEP:
+            return self._renewed_by_env(step, ended, infos)
+        for index in ended.tolist():
+            infos[index]["terminal_observation"] = own_row(step.obs, index)
+        first_obs, reset_infos = self._reset_rows(step, ended)
+        put_rows(step.obs, ended, first_obs)
+        self._keep_reset_infos(ended, reset_infos)
+        return np.ones(len(ended), dtype=bool)
+
+    def _renewed_by_env(self, step: Step, ended: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
+        final_obs = step.infos.get("final_obs")
+        if final_obs is None:
+            raise RuntimeError(
+                f"{type(self.env).__name__} must put `final_obs` into the infos of steps that end an episode, as its "
+                "metadata says AutoresetMode.SAME_STEP, got none. The class or one of its wrappers is at fault."
+            )
+        final_infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        fill_infos(final_infos, step.infos.get("final_info", {}))
+        for index in ended.tolist():
+            # What stands there came with the first observation of the next episode.
+            reset_info = infos[index]
+            infos[index] = {"TimeLimit.truncated": False, **final_infos[index]}
+            infos[index]["terminal_observation"] = self._final_row(final_obs, index)
+            reset_info.pop("TimeLimit.truncated")
+            if are_statistics(reset_info.get("episode")):
+                # Gymnasium's RecordEpisodeStatistics adds them outside of `final_info`.
+                infos[index]["episode"] = reset_info.pop("episode")
+            self.reset_infos[index] = reset_info
+        return np.ones(len(ended), dtype=bool)
+
+    def _final_row(self, final_obs: Any, index: int) -> Any:
+        # Sync and Async: an array of objects, one observation each. Others may hand over a batch as `obs` is one.
+        row = final_obs[index] if isinstance(final_obs, np.ndarray) else own_row(final_obs, index)
+        if isinstance(row, (dict, tuple)):
+            return own_row(own_batch(self.observation_space, _batch_of_one(row)), 0)
+        return np.array(row, dtype=self.observation_space.dtype)[()]
+
+    def _reset_rows(self, step: Step, ended: np.ndarray) -> tuple[Any, dict[str, Any]]:
+        if len(ended) == self.num_envs:
+            obs, infos = self.env.reset()
+            return obs, infos
+        mask = np.zeros(self.num_envs, dtype=bool)
+        mask[ended] = True
+        obs, infos = self.env.reset(options={"reset_mask": mask.copy()})
+        if not self._masks_reset and not same(take_rows(obs, ~mask), take_rows(step.obs, ~mask)):
+            raise ValueError(
+                "`env` must reset only the rows of `options['reset_mask']`, got a "
+                f"{type(self.env.unwrapped).__name__} that changed others too. {_MODE_HINT} if it knows that, or use "
+                "gymnasium.make_vec(..., vectorization_mode='sync')."
+            )
+        return take_rows(obs, ended), infos
+
+    def _keep_reset_infos(self, ended: np.ndarray, infos: dict[str, Any]) -> None:
+        rows: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        fill_infos(rows, infos, self._UNWANTED_INFOS)
+        for index in ended.tolist():
+            self.reset_infos[index] = rows[index]
+
+
+class SeparateVecEnv(GymnasiumVecEnv):
+    """
+    SB3's ``VecEnv`` over ``SyncVectorEnv`` and ``AsyncVectorEnv``, whose environments can be asked one by one.
+
+    Where the environments keep episode statistics themselves, by SB3's ``Monitor`` or gymnasium's
+    ``RecordEpisodeStatistics``, these are handed on: below other wrappers they see true rewards and whole games.
+
+    :param env: One of the two, wrapped or not.
+    :param kwargs: Those of :class:`BatchedVecEnv`.
+    """
+
+    def __init__(self, env: VectorEnv[Any, Any, Any], **kwargs: Any) -> None:
+        core: Any = env.unwrapped
+        self._core = core
+        super().__init__(env, **kwargs)
+        if (
+            isinstance(core, AsyncVectorEnv)
+            and self.autoreset_mode is AutoresetMode.NEXT_STEP
+            and not core.shared_memory
+        ):
+            # Its workers forget a pending reset only with shared memory (Gymnasium 1.4).
+            raise ValueError(
+                "`shared_memory` must be True for an AsyncVectorEnv in NEXT_STEP mode, got False, with which it "
+                f"resets rows twice. {_MODE_HINT}, or with shared memory."
+            )
+        self._keeps_statistics = not all(core.call("has_wrapper_attr", "episode_returns"))
+
+    def _seed_argument(self, seeds: list[int]) -> Any:
+        return seeds
+
+    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
+        """
+        Read an attribute of environments.
+
+        :param attr_name: Its name.
+        :param indices: Which environments; None: all.
+        :return: One value for each of them.
+        :raises AttributeError: If one lacks it.
+        """
+        if not isinstance(self._core, AsyncVectorEnv):
+            return [self._core.envs[index].get_wrapper_attr(attr_name) for index in self._get_indices(indices)]
+        # An error in a worker process ends it.
+        if not all(self._core.call("has_wrapper_attr", attr_name)):
+            raise AttributeError(f"`{attr_name}` must be an attribute of all environments, got one that some lack.")
+        values = self._core.get_attr(attr_name)
+        return [values[index] for index in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
+        """
+        Set an attribute of environments to the same value.
+
+        :param attr_name: Its name.
+        :param value: Its value.
+        :param indices: Which environments; None: all.
+        """
+        if not isinstance(self._core, AsyncVectorEnv):
+            for index in self._get_indices(indices):
+                self._core.envs[index].set_wrapper_attr(attr_name, value)
+            return
+        chosen = set(self._get_indices(indices))
+        before = [value] * self.num_envs if len(chosen) == self.num_envs else self.get_attr(attr_name)
+        self._core.set_attr(attr_name, [value if index in chosen else old for index, old in enumerate(before)])
+
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
+    ) -> list[Any]:
+        """
+        Call a method of environments.
+
+        :param method_name: Method.
+        :param method_args: Its arguments.
+        :param indices: Which environments; None: all.
+        :param method_kwargs: Its keyword arguments.
+        :return: One result for each of them.
+        :raises ValueError: If only some environments of an ``AsyncVectorEnv`` are meant.
+        """
+        chosen = list(self._get_indices(indices))
+        if not isinstance(self._core, AsyncVectorEnv):
+            methods: list[Callable[..., Any]] = [self._core.envs[i].get_wrapper_attr(method_name) for i in chosen]
+            return [method(*method_args, **method_kwargs) for method in methods]
+        if chosen != list(range(self.num_envs)):
+            raise ValueError(
+                f"`indices` must be None for an AsyncVectorEnv, which calls {method_name} in all environments, got "
+                f"{chosen}. Use a SyncVectorEnv, or SB3's SubprocVecEnv."
+            )
+        return list(self._core.call(method_name, *method_args, **method_kwargs))
+
+    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: Any = None) -> list[bool]:
+        """
+        Tell whether environments are wrapped. ``Monitor`` counts as a wrapper, since its statistics are kept.
+
+        :param wrapper_class: Class of the wrapper.
+        :param indices: Which environments; None: all.
+        :return: One bool for each of them.
+        :raises ValueError: If the environments run in other processes and the class is not ``Monitor``.
+        """
+        chosen = list(self._get_indices(indices))
+        if wrapper_class is Monitor:
+            return [True] * len(chosen)
+        if isinstance(self._core, AsyncVectorEnv):
+            raise ValueError(
+                f"`wrapper_class` must be Monitor for an AsyncVectorEnv, got {wrapper_class.__name__}, which cannot be "
+                "looked for in other processes. Use a SyncVectorEnv."
+            )
+        return [is_wrapped(self._core.envs[index], wrapper_class) for index in chosen]
+
+
+class CartPoleVecEnv(GymnasiumVecEnv):
+    """
+    SB3's ``VecEnv`` over ``CartPoleVectorEnv``, which ``make_vec("CartPole-v1")`` makes. It knows NEXT_STEP mode and no
+    masked reset, but its state lies open: rows that ended get a new one as its own next step would draw it.
+
+    :param env: A ``CartPoleVectorEnv`` without wrappers.
+    :param kwargs: Those of :class:`BatchedVecEnv`.
+    """
+
+    def __init__(self, env: VectorEnv[Any, Any, Any], **kwargs: Any) -> None:
+        if isinstance(env, VectorWrapper):
+            raise ValueError(
+                f"`env` must be a CartPoleVectorEnv without wrappers, got it inside {type(env).__name__}, as it cannot "
+                "reset single rows through them. Use gymnasium.make_vec(..., vectorization_mode='sync')."
+            )
+        super().__init__(env, **kwargs)
+
+    def _reset_rows(self, step: Step, ended: np.ndarray) -> tuple[Any, dict[str, Any]]:
+        env = self.env
+        state = env.np_random.uniform(low=env.low, high=env.high, size=(4, len(ended)))
+        env.state[:, ended] = state
+        env.steps[ended] = 0
+        env.prev_done[ended] = False
+        return state.T, {}
+
+
+def _autoreset_mode(env: VectorEnv[Any, Any, Any]) -> AutoresetMode:
+    core = env.unwrapped
+    mode = getattr(core, "autoreset_mode", None)
+    # AtariVectorEnv writes its mode into the one dict that all classes without metadata of their own share.
+    if mode is None and core.metadata is not VectorEnv.metadata:
+        mode = env.metadata.get("autoreset_mode")
+    if not isinstance(mode, AutoresetMode):
+        raise ValueError(
+            f"`env.metadata['autoreset_mode']` must be an AutoresetMode, got {mode!r} in {type(core).__name__}. Let "
+            "the class say there how it goes on after an episode."
+        )
+    return mode
+
+
+def _refuse_forgetful(env: VectorEnv[Any, Any, Any]) -> None:
+    while isinstance(env, VectorWrapper):
+        if isinstance(env, _FORGETFUL_WRAPPERS):
+            raise ValueError(
+                f"`env` must not be wrapped in {type(env).__name__} in this autoreset mode, got it: resetting one row "
+                "makes that wrapper forget all. Leave it away: the adapter keeps episode statistics, and SB3's "
+                "VecNormalize normalises."
+            )
+        env = env.env
+
+
+def _batch_of_one(row: Any) -> Any:
+    if isinstance(row, dict):
+        return {key: _batch_of_one(part) for key, part in row.items()}
+    if isinstance(row, tuple):
+        return tuple(_batch_of_one(part) for part in row)
+    return np.asarray(row)[None]

@@ -1,0 +1,354 @@
+"""
+SB3's VecNormalize with its arithmetic in compiled kernels: the same results and files at a fraction of the cost.
+
+SB3's class spends its time in the overhead of some forty NumPy calls a step. Here one kernel takes the observations and
+one the rewards. They keep no state: statistics are read from the objects where SB3's code keeps them, and new arrays
+are put there, so that whoever reads, replaces or changes them is heard at the next step.
+"""
+
+import inspect
+import math
+from copy import copy, deepcopy
+from typing import Any, Self, cast
+
+import numba
+import numpy as np
+from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
+
+from sb3_clipvf.compiled import cached
+
+Observations = np.ndarray | dict[str, np.ndarray]
+
+
+class FastVecNormalize(VecNormalize):
+    """
+    Normalise observations and rewards by running statistics, as SB3's ``VecNormalize`` does, at less cost.
+
+    Observations, per element: (x - mean) / sqrt(var + epsilon), clipped. Rewards: r / sqrt(var + epsilon), clipped,
+    with the variance of the discounted sums of rewards.
+
+    Results are those of ``VecNormalize`` up to the last digit: operations, their order and their precision are the same
+    (moments of one step in the observations' own precision, all else in float64), but NumPy adds 8 or more returns, or
+    observations of a single element, pairwise. NaN and infinity come out where they do there, without NumPy's warnings.
+
+    What the kernels do not take goes through SB3's own code, at its speed: float16, statistics of another class or
+    shape, a clipping range for each element.
+
+    Files are SB3's. Those that ``save`` writes name SB3's classes only, so that ``VecNormalize.load`` reads them where
+    this package is not installed. A class that overrides single methods should derive from ``VecNormalize``: here,
+    ``step_wait`` does not call ``normalize_obs`` and ``normalize_reward``.
+
+    :param venv: Environments to wrap.
+    :param training: Whether the statistics are updated.
+    :param norm_obs: Whether observations are normalised. They are float32 then.
+    :param norm_reward: Whether rewards are normalised. They are float32 in any case.
+    :param clip_obs: Largest absolute value of a normalised observation.
+    :param clip_reward: Largest absolute value of a normalised reward.
+    :param gamma: Discount factor of the sums of rewards.
+    :param epsilon: Added to the variance before its root is taken.
+    :param norm_obs_keys: Entries of a dict observation that are normalised; None: all of them.
+    :raises ValueError: If an observation to be normalised is not a Box, or ``norm_obs_keys`` is given without a dict.
+    """
+
+    # The constructor is VecNormalize's own.
+
+    @classmethod
+    def from_sb3(cls, vec_normalize: VecNormalize) -> Self:
+        """
+        Make one that stands where an SB3 ``VecNormalize`` stood.
+
+        :param vec_normalize: Whose environments, settings and statistics are taken over. The two share them: use it no
+            more.
+        :return: In the same state.
+        :raises TypeError: If it is of a subclass, whose own behaviour would be lost.
+        """
+        if type(vec_normalize) not in (VecNormalize, cls):
+            raise TypeError(
+                f"`vec_normalize` must be a VecNormalize of Stable-Baselines3, got {type(vec_normalize).__name__}. "
+                "Keep the wrapper as it is: what it does beyond VecNormalize would be lost."
+            )
+        fast = cls.__new__(cls)
+        fast.__dict__.update(vec_normalize.__dict__)
+        fast.class_attributes = dict(inspect.getmembers(cls))
+        return fast
+
+    @classmethod
+    def load(cls, load_path: str, venv: VecEnv) -> Self:
+        """
+        Load what ``save`` of this class or of SB3's ``VecNormalize`` wrote.
+
+        A pickle runs code as it is loaded: load only files that you trust.
+
+        :param load_path: File.
+        :param venv: Environments to wrap.
+        :return: Settings and statistics of the file; sums of rewards start at 0.
+        :raises TypeError: If the file holds a subclass of ``VecNormalize``.
+        """
+        return cls.from_sb3(VecNormalize.load(load_path, venv))
+
+    def save(self, save_path: str) -> None:
+        """
+        Save settings and statistics in SB3's format.
+
+        :param save_path: File. It names no class of this package.
+        """
+        plain = VecNormalize.__new__(VecNormalize)
+        plain.__dict__.update(self.__dict__)
+        plain.save(save_path)
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """
+        Wait for the environments, update the statistics where ``training`` is on, and normalise.
+
+        :return: Observations, rewards, dones and infos, where ``terminal_observation`` is normalised too.
+        """
+        self.old_obs, self.old_reward, dones, infos = self.venv.step_wait()  # type: ignore[assignment]
+        obs = self._processed(self.old_obs, update=self.training)
+        rewards = self._processed_reward(self.old_reward, update=self.training)
+        if np.count_nonzero(dones):
+            for index in np.flatnonzero(dones):
+                info = infos[index]
+                if "terminal_observation" in info:
+                    info["terminal_observation"] = self.normalize_obs(info["terminal_observation"])
+            self.returns[dones] = 0
+        return obs, rewards, dones, infos
+
+    def reset(self) -> Observations:
+        """
+        Reset all environments and update the statistics where ``training`` is on.
+
+        :return: First observations, normalised.
+        """
+        self.old_obs = self.venv.reset()  # type: ignore[assignment]
+        self.returns = np.zeros(self.num_envs)
+        return self._processed(self.old_obs, update=self.training)
+
+    def normalize_obs(self, obs: Observations) -> Observations:
+        """
+        Normalise observations and leave the statistics as they are.
+
+        :param obs: One observation, or several along leading dimensions. It stays as it is.
+        :return: New arrays of the same shape, float32 where normalised.
+        """
+        return self._processed(obs, update=False)
+
+    def _processed(self, obs: Observations, *, update: bool) -> Observations:
+        if not self.norm_obs:
+            return deepcopy(obs)
+        if not (isinstance(obs, dict) and isinstance(self.obs_rms, dict)):
+            return self._processed_array(obs, self.obs_rms, update=update)  # type: ignore[arg-type]
+        keys = self.norm_obs_keys or []
+        processed = copy(obs)
+        for key in obs.keys() - keys:
+            processed[key] = deepcopy(obs[key])
+        for key in keys:
+            processed[key] = self._processed_array(obs[key], self.obs_rms[key], update=update)
+        if update:
+            for key in self.obs_rms.keys() - keys:
+                self.obs_rms[key].update(obs[key])
+        return processed
+
+    def _processed_array(self, values: np.ndarray, rms: RunningMeanStd, *, update: bool) -> np.ndarray:
+        if type(rms) is RunningMeanStd:
+            try:
+                flat = values.ndim == 2 and rms.mean.ndim == 1
+                rows, mean, var = (values, rms.mean, rms.var) if flat else _flattened(values, rms)
+                mean, var, scaled = _scale_rows(
+                    _as_floats(rows), mean, var, rms.count, self.epsilon, self.clip_obs, update
+                )
+            except (AttributeError, TypeError):
+                pass  # not what the kernel takes
+            else:
+                if update:
+                    shape = rms.mean.shape
+                    rms.mean, rms.var = (mean, var) if flat else (mean.reshape(shape), var.reshape(shape))
+                    rms.count = len(values) + rms.count
+                return cast(np.ndarray, scaled if flat else scaled.reshape(values.shape))
+        if update:
+            rms.update(values)
+        normalized: np.ndarray = self._normalize_obs(values, rms).astype(np.float32)
+        return normalized
+
+    def _processed_reward(self, reward: np.ndarray, *, update: bool) -> np.ndarray:
+        rms: Any = self.ret_rms  # SB3 calls its moments arrays, and puts numbers there
+        if type(self.ret_rms) is RunningMeanStd and (update or self.norm_reward):
+            try:
+                self.returns, mean, var, scaled = _scale_rewards(
+                    _as_floats(reward),
+                    self.returns,
+                    self.gamma,
+                    rms.mean,
+                    rms.var,
+                    rms.count,
+                    self.epsilon,
+                    self.clip_reward,
+                    update,
+                )
+            except TypeError:
+                pass  # not what the kernel takes; new statistics neither, whose moments are arrays at first
+            else:
+                if update:
+                    rms.mean, rms.var = np.float64(mean), np.float64(var)
+                    rms.count = len(reward) + rms.count
+                return scaled if self.norm_reward else reward.astype(np.float32)
+        if update:
+            self._update_reward(reward)
+        return self.normalize_reward(reward)
+
+
+def _flattened(values: np.ndarray, rms: RunningMeanStd) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    Lay out values and moments as the kernel takes them.
+
+    :param values: The moments' shape, with or without leading dimensions.
+    :param rms: Running moments.
+    :return: Values, shape ``(rows, size)``; mean and variance, shape ``(size,)``.
+    :raises TypeError: If the shapes do not match.
+    """
+    if rms.mean.size == 0 or values.shape[values.ndim - rms.mean.ndim :] != rms.mean.shape:
+        raise TypeError("values and moments differ in shape")
+    return values.reshape(-1, rms.mean.size), rms.mean.ravel(), rms.var.ravel()
+
+
+def _as_floats(values: np.ndarray) -> np.ndarray:
+    """Contiguous; integers as float64, in which NumPy averages them."""
+    return np.ascontiguousarray(values.astype(np.float64) if values.dtype.kind in "iub" else values)
+
+
+# What follows restates RunningMeanStd.update and VecNormalize's formulas, each operation rounded where theirs is;
+# the streams in tests/test_envs_normalize.py hold it to them. Signatures are given, so that other types are a TypeError
+# and no new compilation.
+
+_types: Any = numba.types
+_F4, _F8 = _types.float32, _types.float64
+_FLOATS = (_F4, _F8)
+
+
+def _array(dtype: Any, ndim: int) -> Any:
+    """Numba's type of a contiguous array that may be read-only."""
+    return _types.Array(dtype, ndim, "C", readonly=True)
+
+
+@cached(_F8(_F8, _F8))
+def _clipped(value: float, bound: float) -> float:
+    """Clip to [-bound, bound]. Comparisons, unlike min and max, let NaN through."""
+    if value < -bound:
+        value = -bound
+    if value > bound:
+        value = bound
+    return value
+
+
+@cached(
+    *(
+        _types.Tuple((_F8[::1], _F8[::1], _F4[:, ::1]))(
+            _array(dtype, 2), _array(_F8, 1), _array(_F8, 1), _F8, _F8, _F8, _types.boolean
+        )
+        for dtype in _FLOATS
+    )
+)
+def _scale_rows(
+    rows: np.ndarray, mean: np.ndarray, var: np.ndarray, count: float, epsilon: float, clip: float, update: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    Join the moments of a batch to running ones, then centre, scale and clip the batch by these.
+
+    :param rows: Shape ``(n, k)``, float32 or float64.
+    :param mean: Running mean, shape ``(k,)``.
+    :param var: Running variance, that of the population, shape ``(k,)``.
+    :param count: Number of rows that they stand for.
+    :param epsilon: Added to the variance.
+    :param clip: Largest absolute value of the result.
+    :param update: False: the moments stay.
+    :return: Mean and variance, shape ``(k,)``; scaled rows, shape ``(n, k)``, float32. All are new arrays.
+    :raises TypeError: If the shapes do not match.
+    Source: Chan, Golub and LeVeque 1979, Stanford STAN-CS-79-773, equation 2.1.
+    """
+    n, k = rows.shape
+    if len(mean) != k or len(var) != k:
+        raise TypeError("rows and moments differ in shape")
+    new_mean, new_var = mean.copy(), var.copy()
+    if update:
+        # Sums in the rows' own precision, row after row, as NumPy takes them.
+        batch_mean, batch_m2 = np.zeros(k, rows.dtype), np.zeros(k, rows.dtype)
+        for i in range(n):
+            for j in range(k):
+                batch_mean[j] += rows[i, j]
+        for j in range(k):
+            batch_mean[j] /= n
+        for i in range(n):
+            for j in range(k):
+                deviation = rows[i, j] - batch_mean[j]
+                batch_m2[j] += deviation * deviation
+        total = count + n
+        for j in range(k):
+            batch_m2[j] /= n  # SB3 goes by way of the variance, rounded
+            batch_m2[j] *= n
+            delta = batch_mean[j] - mean[j]
+            new_mean[j] = mean[j] + delta * n / total
+            new_var[j] = (var[j] * count + batch_m2[j] + delta * delta * count * n / total) / total
+    scaled = np.empty((n, k), np.float32)
+    for i in range(n):
+        for j in range(k):
+            scaled[i, j] = _clipped((rows[i, j] - new_mean[j]) / math.sqrt(new_var[j] + epsilon), clip)
+    return new_mean, new_var, scaled
+
+
+@cached(
+    *(
+        _types.Tuple((_F8[::1], _F8, _F8, _F4[::1]))(
+            _array(dtype, 1), _array(_F8, 1), _F8, _F8, _F8, _F8, _F8, _F8, _types.boolean
+        )
+        for dtype in _FLOATS
+    )
+)
+def _scale_rewards(
+    rewards: np.ndarray,
+    returns: np.ndarray,
+    gamma: float,
+    mean: float,
+    var: float,
+    count: float,
+    epsilon: float,
+    clip: float,
+    update: bool,
+) -> tuple[np.ndarray, float, float, np.ndarray]:
+    """
+    Add rewards to their discounted sums, the sums to running moments, then scale and clip the rewards by the variance.
+
+    :param rewards: Shape ``(n,)``, float32 or float64.
+    :param returns: Discounted sums so far, shape ``(n,)``.
+    :param gamma: Discount factor.
+    :param mean: Running mean of the sums.
+    :param var: Their running variance.
+    :param count: Number of sums that these stand for.
+    :param epsilon: Added to the variance.
+    :param clip: Largest absolute value of the result.
+    :param update: False: sums and moments stay.
+    :return: Sums, mean, variance; scaled rewards, float32. Arrays are new, shape ``(n,)``.
+    :raises TypeError: If the shapes do not match.
+    """
+    n = len(rewards)
+    if len(returns) != n:
+        raise TypeError("rewards and returns differ in shape")
+    new_returns = returns.copy()
+    if update:
+        batch_mean, batch_m2 = 0.0, 0.0
+        for i in range(n):
+            new_returns[i] = returns[i] * gamma + rewards[i]
+            batch_mean += new_returns[i]
+        batch_mean /= n
+        for i in range(n):
+            deviation = new_returns[i] - batch_mean
+            batch_m2 += deviation * deviation
+        batch_m2 = batch_m2 / n * n
+        delta = batch_mean - mean
+        total = count + n
+        mean = mean + delta * n / total
+        var = (var * count + batch_m2 + delta * delta * count * n / total) / total
+    scaled = np.empty(n, np.float32)
+    for i in range(n):
+        scaled[i] = _clipped(rewards[i] / math.sqrt(var + epsilon), clip)
+    return new_returns, mean, var, scaled

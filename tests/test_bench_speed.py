@@ -1,0 +1,739 @@
+"""``sb3-clipvf bench speed``: what it measures, keeps, skips and tables."""
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from sb3_clipvf import bench, zoo
+from sb3_clipvf.bench import speed, speed_child, speed_rows
+from sb3_clipvf.bench.results import Results
+from sb3_clipvf.bench.speed import main
+from sb3_clipvf.bench.speed_profile import area_of, render_profile, sum_areas
+from sb3_clipvf.bench.speed_rows import BOUNDS, PEERS, ROWS, SpeedRow, make_model
+from sb3_clipvf.bench.speed_table import KEY, TRIALS, Spread, best_threads, ratio, render, wanted
+from sb3_clipvf.engines import ENGINE_NAMES
+
+FAST = SpeedRow("fast", "a fast one", 2, "CartPole-v1", 4, 8, {"n_steps": 16})
+SLOW = SpeedRow("slow", "a slow one", 2, "CartPole-v1", 4, 8, {"n_steps": 16}, env="vector")
+
+# A measured process of a moment: it notes its task, and runs twice as fast for ClipPPO, faster on one thread.
+CHILD = """
+import json, os, sys
+task = json.loads(sys.argv[-1])
+threads = os.environ.get("OMP_NUM_THREADS")
+with open("tasks.jsonl", "a") as file:
+    file.write(json.dumps(task | {"threads": threads, "cache": "NUMBA_CACHE_DIR" in os.environ}) + "\\n")
+steps = 1000.0 * (2 if task["peer"] == "clipppo" else 1) * (2 if threads == "1" else 1) + task["seed"]
+split = {name + "_seconds": 0.25 for name in ("environment", "policy", "update", "other", "startup")}
+times = {"steps": 1000, "wall_seconds": 1.0, "steps_per_second": steps, "peak_megabytes": 100.0}
+print("not the result")
+print(json.dumps(split | times | {"engine": "none", "torch_threads": 1}))
+"""
+
+
+@pytest.fixture
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, two rows, the quick process, SBX not installed, and no cache set outside."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.setattr(speed, "ROWS", (FAST, SLOW))
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: 5.0)
+    installed(monkeypatch, lambda name: name != "sbx")
+    child_is(monkeypatch, CHILD)
+    return tmp_path
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, is_there: Callable[[str], bool]) -> None:
+    monkeypatch.setattr(speed_rows, "find_spec", lambda name: object() if is_there(name) else None)
+
+
+def child_is(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+    monkeypatch.setattr(speed, "CHILD_COMMAND", (sys.executable, "-c", program))
+
+
+def runs_in(path: Path = Path("docs/results/speed.json")) -> list[dict[str, Any]]:
+    runs = json.loads(path.read_text())["runs"]
+    assert isinstance(runs, list)
+    return runs
+
+
+def tasks() -> list[dict[str, Any]]:
+    """What the measured processes were asked for since the last call."""
+    path = Path("tasks.jsonl")
+    lines = path.read_text().splitlines() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return [json.loads(line) for line in lines]
+
+
+def order() -> list[str]:
+    return [f"{task['row']['name']} {task['peer']} {task['seed']}" for task in tasks()]
+
+
+# --- rows
+
+
+def test_rows_are_the_ones_to_reach() -> None:
+    goals = {row.name: (row.env_id, row.n_envs, row.settings.get("batch_size", 64), row.goal) for row in ROWS}
+    assert goals == {
+        "update-64": ("CartPole-v1", 1, 64, 15),
+        "update-256": ("CartPole-v1", 8, 256, 8),
+        "cartpole": ("CartPole-v1", 8, 256, 8),
+        "halfcheetah-1": ("HalfCheetah-v5", 1, 64, 5),
+        "halfcheetah-8": ("HalfCheetah-v5", 8, 64, 5),
+        "halfcheetah-8-envpool": ("HalfCheetah-v5", 8, 64, 10),
+        "lunarlander-envpool": ("LunarLander-v3", 16, 64, 10),
+        "cartpole-64-vector": ("CartPole-v1", 64, 256, 12),
+        "breakout-8-ale": ("BreakoutNoFrameskip-v4", 8, 256, 2),
+        "custom-extractor": ("CartPole-v1", 1, 64, 1.7),
+    }
+    assert {row.name for row in ROWS if row.normalize} == {name for name in goals if name.startswith("halfcheetah")}
+    assert {row.name for row in ROWS if row.phase == "update"} == {"update-64", "update-256"}
+
+
+def test_row_measures_sbx_where_it_is_installed_and_the_environments_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, lambda name: True)
+    assert FAST.measured() == ("clipppo", "sb3", "sbx", "bound_clipppo")
+    assert SLOW.measured() == ("clipppo", "sb3", "sbx", "bound_clipppo", "bound_sb3")
+    assert replace(FAST, phase="update").measured() == ("clipppo", "sb3", "sbx")
+    assert replace(FAST, custom_extractor=True).measured() == ("clipppo", "sb3", "bound_clipppo")
+    installed(monkeypatch, lambda name: name != "sbx")
+    assert FAST.measured() == ("clipppo", "sb3", "bound_clipppo")
+
+
+@pytest.mark.parametrize(
+    "row, missing, needs",
+    [
+        ("halfcheetah-1", "mujoco", "needs mujoco: pip install 'sb3_clipvf[mujoco]'"),
+        ("halfcheetah-8-envpool", "envpool", "needs envpool: pip install 'sb3_clipvf[envpool]'"),
+        ("lunarlander-envpool", "Box2D", "needs Box2D: pip install 'sb3_clipvf[box2d]'"),
+        ("breakout-8-ale", "ale_py", "needs ale_py: pip install 'sb3_clipvf[atari]'"),
+        ("breakout-8-ale", "cv2", "needs cv2: pip install 'sb3_clipvf[atari]'"),
+        ("cartpole", "mujoco", None),
+        ("halfcheetah-8", "envpool", None),
+    ],
+)
+def test_row_names_what_it_needs(monkeypatch: pytest.MonkeyPatch, row: str, missing: str, needs: str | None) -> None:
+    installed(monkeypatch, lambda name: name != missing)
+    assert next(r for r in ROWS if r.name == row).missing() == needs
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_quick_row_is_the_same_but_short(row: SpeedRow) -> None:
+    quick = row.quick()
+    n_transitions = quick.n_steps * quick.n_envs
+    assert 64 <= n_transitions <= 128
+    assert (quick.warmup, quick.iterations, quick.settings["n_epochs"], quick.settings["batch_size"]) == (1, 2, 2, 64)
+    changed = {"settings": row.settings, "warmup": row.warmup, "iterations": row.iterations}
+    assert replace(quick, **changed, compile_anew=row.compile_anew) == row
+
+
+def test_peers_get_the_same_arguments() -> None:
+    row = next(row for row in ROWS if row.name == "cartpole")
+    ours, sb3 = (make_model(row, peer, 3) for peer in ("clipppo", "sb3"))
+    for name in ("n_steps", "batch_size", "n_epochs", "gamma", "gae_lambda", "ent_coef", "vf_coef", "max_grad_norm"):
+        assert getattr(ours, name) == getattr(sb3, name)
+    assert (ours.n_envs, ours.seed, ours.verbose, ours.engine) == (sb3.n_envs, sb3.seed, sb3.verbose, "auto")
+    assert ours.clip_range(0.5) == sb3.clip_range(0.5) == 0.1
+    assert ours.lr_schedule(0.5) == sb3.lr_schedule(0.5) == 0.0005
+    assert (ours.clip_range_vf, ours.vf_clip_units) == (None, "absolute")
+    shapes = [[tuple(tensor.shape) for tensor in model.policy.parameters()] for model in (ours, sb3)]
+    assert shapes[0] == shapes[1]
+
+
+# --- the measured process
+
+
+class Clock:
+    """Time that passes only where the scripted model says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class ScriptedModel:
+    """A rollout takes 5 s, 3 of them in two steps of the environments, an update 4 s, what is around it 1 s."""
+
+    def __init__(self, clock: Clock, compile_seconds: float, n_calls: int = 2) -> None:
+        self.clock, self.compile_seconds, self.n_calls = clock, compile_seconds, n_calls
+        self.env = SimpleNamespace(step=self._step)
+
+    def _step(self, actions: int) -> int:
+        self.clock.now += 1.5
+        return actions + 1
+
+    def collect_rollouts(self, *args: Any, n_rollout_steps: int) -> bool:
+        for step in range(self.n_calls):
+            assert self.env.step(step) == step + 1
+        self.clock.now += 2.0
+        return True
+
+    def train(self) -> None:
+        self.clock.now += 4.0 + self.compile_seconds
+        self.compile_seconds = 0.0
+
+    def learn(self, total_timesteps: int) -> None:
+        self.total_timesteps = total_timesteps
+        for _ in range(total_timesteps // 8):
+            assert self.collect_rollouts(self.env, n_rollout_steps=2)
+            self.train()
+            self.clock.now += 1.0
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Measures the scripted model, which takes 7 s to build and 20 s to compile in its first update."""
+
+    def measure(phase: str = "all", n_calls: int = 2) -> dict[str, Any]:
+        clock = Clock()
+
+        def build(row: SpeedRow, peer: str, seed: int) -> ScriptedModel:
+            assert (peer, seed) == ("sb3", 9)
+            clock.now += 7.0
+            return ScriptedModel(clock, 20.0, n_calls)
+
+        monkeypatch.setattr(speed_child, "make_model", build)
+        monkeypatch.setattr(speed_child.time, "perf_counter", clock)
+        row = replace(FAST, settings={"n_steps": 2}, warmup=2, iterations=3, phase=phase)
+        return speed_child.measure_peer(row, "sb3", 9)
+
+    return measure
+
+
+def test_seconds_are_told_apart_and_compilation_is_not_among_them(scripted: Callable[..., dict[str, Any]]) -> None:
+    # 3 measured iterations of 4 environments and 2 steps; the warm-up takes 2 iterations and 20 s more.
+    assert scripted() == {
+        "steps": 24,
+        "wall_seconds": 30.0,
+        "environment_seconds": 9.0,
+        "policy_seconds": 6.0,
+        "update_seconds": 12.0,
+        "other_seconds": 3.0,
+        "steps_per_second": 0.8,
+        "warmup_seconds": 40.0,
+        "setup_seconds": 7.0,
+        "startup_seconds": 27.0,
+        "engine": "torch",
+    }
+
+
+def test_update_rows_count_the_seconds_of_updates(scripted: Callable[..., dict[str, Any]]) -> None:
+    assert scripted("update")["steps_per_second"] == 24 / 12
+
+
+def test_environments_stepped_by_another_way_are_an_error(scripted: Callable[..., dict[str, Any]]) -> None:
+    with pytest.raises(RuntimeError, match=r"must call `env\.step` 2 times, got \[1, 1, 1, 1, 1\]"):
+        scripted(n_calls=1)
+
+
+@pytest.mark.parametrize("peer, engines", [("clipppo", ENGINE_NAMES), ("sb3", ("torch",)), ("bound_clipppo", ())])
+def test_real_measurement(peer: str, engines: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    row = next(row for row in ROWS if row.name == "custom-extractor").quick()
+    task = {"row": asdict(row), "peer": peer, "seed": 1, "one_core": False, "profile": False, "bound_seconds": 0.02}
+    assert speed_child.main([json.dumps(task)]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["engine"] in set(engines) - {"auto"} if engines else "engine" not in result
+    assert result["steps_per_second"] == pytest.approx(result["steps"] / result["wall_seconds"])
+    if engines:
+        assert result["steps"] == 128
+        parts = [result[f"{name}_seconds"] for name in ("environment", "policy", "update", "other")]
+        assert min(parts) > 0
+        assert sum(parts) == pytest.approx(result["wall_seconds"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("peer", ["clipppo", "sb3"])
+def test_every_row_runs(row: SpeedRow, peer: str) -> None:
+    if (reason := row.missing()) is not None:
+        pytest.skip(reason)
+    result = speed_child.measure_peer(row.quick(), peer, 1)
+    assert result["steps"] == 2 * row.quick().n_steps * row.n_envs
+    bound = next(name for name, of in BOUNDS.items() if of == peer)
+    assert speed_child.measure_bound(row, BOUNDS[bound], 1, 0.01)["steps"] > 0
+
+
+def test_bound_of_a_vector_environment_leaves_out_steps_that_only_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+
+    class Vector:
+        """Two environments: each step takes 1 s, and ends the episode of the first one."""
+
+        single_action_space = SimpleNamespace(seed=lambda seed: None, sample=lambda: np.int64(1))
+
+        action_space = None
+
+        def reset(self) -> None:
+            clock.now += 100.0
+
+        def step(self, actions: np.ndarray) -> Any:
+            assert actions.shape == (2,)
+            clock.now += 1.0
+            return None, None, np.array([True, False]), np.array([True, False]), {}
+
+    monkeypatch.setattr(speed_child, "raw_vector", lambda row, seed: Vector())
+    monkeypatch.setattr(speed_child.time, "perf_counter", clock)
+    result = speed_child.measure_bound(replace(SLOW, n_envs=2), "clipppo", 1, 10.0)
+    assert (result["steps"], result["steps_per_second"], result["setup_seconds"]) == (10, 1.0, 120.0)
+    ale = speed_child.measure_bound(replace(SLOW, n_envs=2, env="ale"), "clipppo", 1, 10.0)
+    assert ale["steps"] == 20  # it resets in the same step
+
+
+def test_peak_memory_is_at_least_what_is_held_now() -> None:
+    # Linux counts pages in batches for each thread, so that the two numbers may differ by some of them.
+    assert speed_child.peak_megabytes() > 0.98 * psutil.Process().memory_info().rss / 1e6
+
+
+# --- profile
+
+
+def test_areas_get_the_time_of_what_they_call() -> None:
+    train, act, step = ("x/ppo/ppo.py", 1, "train"), ("x/policies.py", 2, "act"), ("x/gymnasium/e.py", 3, "step")
+    policy = ("stable_baselines3/common/policies.py", 4, "forward")
+    linear, inner, orphan = ("~", 0, "linear"), ("~", 0, "inner"), ("~", 0, "orphan")
+    edge = (1, 1, 0.0)
+    stats = {
+        train: (1, 1, 1.0, 5.0, {}),
+        policy: (1, 1, 2.0, 3.0, {}),
+        step: (1, 1, 4.0, 4.0, {act: (*edge, 4.0)}),
+        act: (1, 1, 0.5, 4.5, {}),  # stands nowhere and is called by nobody
+        # Of 4 s, 3 in the update; its callee calls it again, which changes nothing.
+        linear: (2, 2, 1.0, 4.0, {train: (*edge, 3.0), policy: (*edge, 1.0), inner: (*edge, 0.0)}),
+        inner: (1, 1, 3.0, 3.0, {linear: (*edge, 3.0)}),
+        orphan: (1, 1, 0.25, 0.25, {}),
+    }
+    assert sum_areas(stats) == pytest.approx(
+        {"update": 1 + 3, "policy in the rollout": 2 + 1, "environments": 4, "other": 0.75}
+    )
+    assert next(iter(sum_areas(stats))) in ("update", "environments")
+
+
+@pytest.mark.parametrize(
+    "path, function, area",
+    [
+        ("/s/stable_baselines3/ppo/ppo.py", "train", "update"),
+        ("/s/torch/nn/modules/module.py", "train", None),
+        ("/s/sb3_clipvf/clip_ppo.py", "collect_rollouts", "loop of the rollout"),
+        ("/s/sb3_clipvf/engines/native.py", "act", "policy in the rollout"),
+        ("/s/sb3_clipvf/engines/native.py", "update", None),
+        ("/s/stable_baselines3/common/policies.py", "evaluate_actions", None),
+        ("/s/stable_baselines3/common/monitor.py", "step", "adapters and wrappers"),
+        ("/s/gymnasium/envs/classic_control/cartpole.py", "step", "environments"),
+        ("~", "<built-in method torch._C._nn.linear>", None),
+    ],
+)
+def test_area_of_a_function(path: str, function: str, area: str | None) -> None:
+    assert area_of(path, function) == area
+
+
+def test_profile_of_a_real_run() -> None:
+    row = next(row for row in ROWS if row.name == "custom-extractor").quick()
+    result = speed_child.measure_peer(row, "sb3", 1, profile=True)
+    areas = result["profile"]["areas"]
+    assert {"update", "policy in the rollout", "environments", "rollout buffer"} <= set(areas)
+    assert areas["other"] < 0.2 * sum(areas.values())
+    assert sum(areas.values()) <= result["wall_seconds"]
+    lines = render_profile("A title", result).splitlines()
+    assert lines[0].startswith("A title: 128 steps in ")
+    assert lines[0].endswith(" s, engine torch.")
+    assert len(lines) == 6 + len(areas) + 3 + 25
+    assert [line[:9] for line in lines[-25:]] == sorted((line[:9] for line in lines[-25:]), reverse=True)
+
+
+# --- table
+
+
+def result(row: SpeedRow, peer: str, part: str, speed_: float, **other: Any) -> dict[str, Any]:
+    where = {"cpu": "C", "cores": 2, "versions": {"python": "3"}, "other_load": 1.0}
+    split = {"environment_seconds": 0.1, "policy_seconds": 0.2, "update_seconds": 1000 / speed_, "other_seconds": 0.0}
+    times = {"steps": 1000, "steps_per_second": speed_, "peak_megabytes": 100.0, "startup_seconds": 4.0}
+    return wanted(row, peer, part) | where | split | times | {"engine": "e", "torch_threads": 1} | other
+
+
+def results_of(path: Path, *runs: dict[str, Any]) -> Results:
+    results = Results(path / "r.json", KEY)
+    for run in runs:
+        results.add(run)
+    return results
+
+
+def test_ratio_pairs_runs_of_the_same_alternation(tmp_path: Path) -> None:
+    results = results_of(
+        tmp_path,
+        *(result(FAST, "clipppo", str(n), speed_) for n, speed_ in ((1, 30.0), (2, 80.0), (3, 120.0), (4, 999.0))),
+        *(result(FAST, "sb3", str(n), speed_) for n, speed_ in ((1, 10.0), (2, 20.0), (3, 20.0))),
+    )
+    assert ratio(results, FAST, "sb3", 4) == Spread(4.0, 3.0, 6.0, 3)
+    assert ratio(results, FAST, "sb3", 2) == Spread(3.5, 3.0, 4.0, 2)
+    assert ratio(results, FAST, "sb3", 4, "update") == Spread(4.0, 3.0, 6.0, 3)
+    assert ratio(results, FAST, "sbx", 4) is None
+    assert ratio(results, replace(FAST, iterations=9), "sb3", 4) is None
+    assert ratio(results, replace(FAST, goal=9, title="other"), "sb3", 4) is not None
+
+
+@pytest.mark.parametrize("other", [{"cpu": "D"}, {"cores": 4}, {"versions": {"python": "4"}}])
+def test_ratio_pairs_only_runs_of_the_same_machine(tmp_path: Path, other: dict[str, Any]) -> None:
+    results = results_of(tmp_path, result(FAST, "clipppo", "1", 3.0), result(FAST, "sb3", "1", 1.0, **other))
+    assert ratio(results, FAST, "sb3", 3) is None
+
+
+def test_threads_are_those_of_the_faster_trial(tmp_path: Path) -> None:
+    one, default = TRIALS
+    results = results_of(tmp_path, result(FAST, "sb3", one, 3.0))
+    assert best_threads(results, FAST, "sb3") == 1
+    results.add(result(FAST, "sb3", default, 4.0))
+    assert best_threads(results, FAST, "sb3") is None
+    with pytest.raises(LookupError, match="no trial of fast, sbx"):
+        best_threads(results, FAST, "sbx")
+
+
+def test_tables(tmp_path: Path) -> None:
+    anew = replace(FAST, name="anew", compile_anew=True)
+    results = results_of(
+        tmp_path,
+        *(result(FAST, "clipppo", str(n), 4000.0 * n, peak_megabytes=150.0) for n in (1, 2, 3)),
+        *(result(FAST, "sb3", str(n), 2000.0) for n in (1, 2, 3)),
+        *(result(FAST, "sbx", str(n), 8000.0, other_load=7.6) for n in (1, 2, 3)),
+        result(FAST, "bound_clipppo", "1", 50_000.0),
+        result(FAST, "bound_sb3", "1", 9_000.0),
+        result(anew, "clipppo", "1", 1000.0),
+        result(anew, "clipppo", next(iter(TRIALS)), 1000.0, startup_seconds=12.0),
+        result(anew, "sb3", "1", 800.0),
+    )
+    text = render(results, (FAST, anew, SLOW, replace(SLOW, name="gone")), 3, "the command", {"gone": "needs x"})
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert text.startswith("Made by `the command`.\n")
+    assert lines == [
+        "| configuration | ClipPPO / SB3 | goal | reached | update | ClipPPO / SBX "
+        "| ClipPPO steps/s | SB3 steps/s | SBX steps/s | bound steps/s |",
+        "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| a fast one (`fast`) | 4.00 (2.00 to 6.00) | 2 | yes | 4.00 (2.00 to 6.00) | 1.00 (0.50 to 1.50) "
+        "| 8,000 | 2,000 | 8,000 | 50,000 / 9,000 |",
+        "| a fast one (`anew`) | 1.25 | 2 | no so far (1 of 3 alternations) | 1.25 |  | 1,000 | 800 |  |  |",
+        "| a slow one (`slow`) |  | 2 | not run |  |  |  |  |  |  |",
+        "| a slow one (`gone`) |  | 2 | needs x |  |  |  |  |  |  |",
+        "| configuration | peer | environment s | policy s | update s | other s | memory MB | start s | engine "
+        "| threads |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
+        "| fast | ClipPPO | 10.00 | 20.00 | 12.50 | 0.00 | 150 (+50) | 4.0 | e | 1 |",
+        "| fast | SB3 | 10.00 | 20.00 | 50.00 | 0.00 | 100 | 4.0 | e | 1 |",
+        "| fast | SBX | 10.00 | 20.00 | 12.50 | 0.00 | 100 (+0) | 4.0 | e | 1 |",
+        "| anew | ClipPPO | 10.00 | 20.00 | 100.00 | 0.00 | 100 (+0) | 4.0 (12.0) | e | 1 |",
+        "| anew | SB3 | 10.00 | 20.00 | 125.00 | 0.00 | 100 | 4.0 | e | 1 |",
+    ]
+    assert "Other programs used at most 8 % of the processor" in text
+    assert text.endswith("- C, 2 cores, one run at a time; python 3\n")
+
+
+# --- the command
+
+
+def test_results_and_table_of_all_rows(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert zoo.main(["bench", "speed"]) == 0
+    runs = runs_in()
+    assert len(runs) == 2 * 2 * 2 + 3 * (3 + 4)  # trials of two peers on two numbers of threads; alternations
+    run = next(run for run in runs if (run["name"], run["peer"], run["part"]) == ("fast", "clipppo", "2"))
+    # Both peers are faster on one thread in the fake process.
+    assert (run["steps_per_second"], run["threads"], run["other_load"], run["goal"]) == (4002.0, 1, 5.0, 2)
+    assert run["cpu"] and run["versions"]["torch"] and run["versions"]["sb3_clipvf"]
+    assert run["command"] == "sb3-clipvf bench speed --rows fast"
+    table = Path("docs/results/speed.md").read_text()
+    assert "| a fast one (`fast`) | 2.00 (2.00 to 2.00) | 2 | no |" in table  # 1.999: rounded only in the table
+    said = capsys.readouterr().out
+    assert said.startswith("6 alternations to measure, 0 are done already")
+    assert "fast, ClipPPO, 2: 4,002 steps/s" in said
+    assert table in said
+    assert not (in_folder / "logs/bench/quick.json").exists()
+
+
+def test_peers_run_in_turn_and_each_row_before_the_next_alternation(in_folder: Path) -> None:
+    assert main(["--alternations", "2"]) == 0
+    trials = ["clipppo 0", "clipppo 0", "sb3 0", "sb3 0"]
+    first_fast = ["clipppo 1", "sb3 1", "bound_clipppo 1"]
+    first_slow = [*first_fast, "bound_sb3 1"]
+    assert order() == [
+        *(f"fast {text}" for text in trials + first_fast),
+        *(f"slow {text}" for text in trials + first_slow),
+        *(f"fast {text}" for text in ("bound_clipppo 2", "sb3 2", "clipppo 2")),
+        *(f"slow {text}" for text in ("bound_sb3 2", "bound_clipppo 2", "sb3 2", "clipppo 2")),
+    ]
+
+
+def test_processes_are_told_their_threads_and_sizes(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, lambda name: True)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setattr(speed, "ROWS", (replace(FAST, compile_anew=True), SLOW))
+    assert main(["--rows", "fast", "--alternations", "1"]) == 0
+    made = tasks()
+    assert [(task["peer"], task["threads"]) for task in made] == [
+        *((peer, threads) for peer in PEERS for threads in ("1", None)),
+        *((peer, "1") for peer in PEERS),
+        ("bound_clipppo", None),
+    ]
+    assert [task["row"]["iterations"] for task in made] == [2] * 6 + [8] * 4
+    assert [task["one_core"] for task in made] == [False] * 4 + [True, False] + [False] * 2 + [True, False]
+    # Only ClipPPO's first trial compiles anew.
+    assert [task["cache"] for task in made] == [True] + [False] * 9
+    assert not any(task["profile"] for task in made)
+
+
+def test_finished_alternations_are_skipped_until_asked_or_changed(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--rows", "fast"]) == 0
+    tasks()
+    assert main(["--rows", "fast"]) == 0
+    assert order() == []
+    assert "0 alternations to measure, 3 are done already" in capsys.readouterr().out
+    assert main(["--rows", "fast", "--alternations", "4"]) == 0
+    assert order() == ["fast bound_clipppo 4", "fast sb3 4", "fast clipppo 4"]
+    assert main(["--rows", "fast", "--alternations", "1", "--rerun"]) == 0
+    assert len(order()) == 4 + 3
+    monkeypatch.setattr(speed, "ROWS", (replace(FAST, iterations=9), SLOW))
+    assert main(["--rows", "fast", "--alternations", "1"]) == 0
+    assert len(order()) == 4 + 3
+
+
+def test_alternation_that_lacks_a_peer_is_measured_as_a_whole(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["--rows", "fast", "--alternations", "2"]) == 0
+    path = Path("docs/results/speed.json")
+    runs = [run for run in runs_in() if (run["peer"], run["part"]) != ("sb3", "2")]
+    path.write_text(json.dumps({"format": 1, "runs": runs}))
+    tasks()
+    assert main(["--rows", "fast", "--alternations", "2"]) == 0
+    assert order() == ["fast bound_clipppo 2", "fast sb3 2", "fast clipppo 2"]
+    installed(monkeypatch, lambda name: True)
+    assert main(["--rows", "fast", "--alternations", "1"]) == 0
+    assert order() == [f"fast {text}" for text in ("sbx 0", "sbx 0", "clipppo 1", "sb3 1", "sbx 1", "bound_clipppo 1")]
+
+
+@pytest.mark.parametrize(
+    "key, value, stale",
+    [
+        ("cpu", "another", True),
+        ("cores", 99, True),
+        ("versions", {"torch": "0"}, True),
+        ("versions", {"removed": "1"}, True),
+        ("versions", {}, False),  # what was installed since changes nothing
+        ("system", "another", False),
+    ],
+)
+def test_results_of_another_machine_or_version_are_measured_again(
+    in_folder: Path, key: str, value: Any, stale: bool
+) -> None:
+    assert main(["--rows", "fast", "--alternations", "1"]) == 0
+    runs = [run | {key: value} for run in runs_in()]
+    Path("docs/results/speed.json").write_text(json.dumps({"format": 1, "runs": runs}))
+    tasks()
+    assert main(["--rows", "fast", "--alternations", "1"]) == 0
+    assert len(order()) == (7 if stale else 0)
+
+
+def test_failed_process_is_told_not_kept_and_does_not_stop_the_others(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = CHILD + "if task['row']['name'] == 'fast' and task['seed'] == 2: raise SystemExit('it broke')"
+    child_is(monkeypatch, program)
+    assert main(["--alternations", "2"]) == 1
+    said = capsys.readouterr().out
+    log = "logs/bench/speed/fast/clipppo-2.log"
+    assert f"fast, ClipPPO, 2: FAILED, the process ended with code 1 (it broke), see {log}" in said
+    assert "Failed: fast: the process ended with code 1 (it broke)" in said
+    assert "The same command tries again." in said
+    kept = {(run["name"], run["part"]) for run in runs_in() if run["peer"] == "clipppo"}
+    assert kept == {(name, part) for name in ("fast", "slow") for part in (*TRIALS, "1", "2")} - {("fast", "2")}
+    child_is(monkeypatch, CHILD)
+    tasks()
+    assert main(["--alternations", "2"]) == 0
+    assert len(order()) == 3
+
+
+def test_row_whose_trials_fail_is_left_out(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    child_is(monkeypatch, CHILD + "if task['row']['env'] == 'gym' and task['peer'] == 'sb3': sys.exit(3)")
+    assert main(["--alternations", "2"]) == 1
+    assert "fast, 1: left out, since the trials failed" in capsys.readouterr().out
+    assert {task.split()[2] for task in order() if task.startswith("fast")} == {"0"}
+    assert "| a fast one (`fast`) |  | 2 | failed |" in Path("docs/results/speed.md").read_text()
+    assert {run["part"] for run in runs_in() if run["name"] == "slow"} == {*TRIALS, "1", "2"}
+
+
+def test_sbx_that_fails_leaves_the_row_to_the_others(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, lambda name: True)
+    child_is(monkeypatch, CHILD + "if task['peer'] == 'sbx': sys.exit(3)")
+    assert main(["--rows", "fast", "--alternations", "1"]) == 1
+    assert {run["peer"] for run in runs_in()} == {"clipppo", "sb3", "bound_clipppo"}
+
+
+@pytest.mark.parametrize(
+    "program, reason",
+    [
+        ("import sys; sys.exit(2)", "code 2, see"),
+        ("raise KeyError('gone\\n  and more')", r"code 1 (KeyError: 'gone\n  and more'), see"),
+        ("raise OSError('line 1\\nline 2')", "code 1 (OSError: line 1), see"),
+        ("raise KeyboardInterrupt", "code -2 (KeyboardInterrupt), see"),
+    ],
+)
+def test_reason_of_a_failed_process_is_its_last_error(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], program: str, reason: str
+) -> None:
+    child_is(monkeypatch, program)
+    assert main(["--profile", "fast"]) == 1
+    assert f"fast: FAILED, the process ended with {reason} logs/bench/speed/fast/clipppo-profile.log" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("program", ["", "print('no json')", "print(3)"])
+def test_process_without_a_result_failed(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], program: str
+) -> None:
+    child_is(monkeypatch, program)
+    assert main(["--rows", "fast", "--alternations", "1"]) == 1
+    assert "FAILED, the process gave no result (" in capsys.readouterr().out
+    assert not Path("docs/results/speed.json").exists()
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_interrupt_ends_the_process_and_keeps_what_is_measured(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    # SB3's process of the second alternation interrupts the benchmark and would then last for an hour.
+    program = f"""
+import os, pathlib, signal, time
+if task["peer"] == "sb3" and task["seed"] == 2:
+    pathlib.Path("pid").write_text(str(os.getpid()))
+    os.kill(os.getppid(), signal.{name})
+    time.sleep(3600)
+"""
+    child_is(monkeypatch, CHILD + program)
+    assert main(["--rows", "fast", "--alternations", "2"]) == 130
+    assert "Interrupted. The same command goes on with what is missing." in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not psutil.pid_exists(int(Path("pid").read_text()))
+    parts = {(run["peer"], run["part"]) for run in runs_in()}
+    assert ("sb3", "1") in parts and ("bound_clipppo", "2") in parts and ("sb3", "2") not in parts
+    assert "| no so far (1 of 3 alternations) |" in Path("docs/results/speed.md").read_text()
+    child_is(monkeypatch, CHILD)
+    tasks()
+    assert main(["--rows", "fast", "--alternations", "2"]) == 0
+    assert order() == ["fast bound_clipppo 2", "fast sb3 2", "fast clipppo 2"]
+
+
+def test_row_that_needs_a_package_is_skipped_with_its_name(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(speed, "ROWS", (FAST, replace(SLOW, env="envpool")))
+    installed(monkeypatch, lambda name: name != "envpool" and name != "sbx")
+    assert main(["--alternations", "1"]) == 0
+    assert "slow: skipped, needs envpool: pip install 'sb3_clipvf[envpool]'" in capsys.readouterr().out
+    assert all(task.startswith("fast") for task in order())
+    assert "| needs envpool: pip install 'sb3_clipvf[envpool]' |" in Path("docs/results/speed.md").read_text()
+
+
+def test_quick_writes_beside_the_results(in_folder: Path) -> None:
+    assert main(["--quick", "--rows", "fast", "--alternations", "1"]) == 0
+    assert not Path("docs").exists()
+    assert {run["row"]["iterations"] for run in runs_in(Path("logs/bench/quick.json"))} == {2}
+    assert {task["bound_seconds"] for task in tasks()} == {0.05}
+    assert "Made by `sb3-clipvf bench speed --quick --alternations 1`." in Path("logs/bench/quick.md").read_text()
+    # Results of moments never stand for real ones.
+    Path("docs/results").mkdir(parents=True)
+    Path("docs/results/speed.json").write_bytes(Path("logs/bench/quick.json").read_bytes())
+    assert main(["--rows", "fast", "--alternations", "1"]) == 0
+    assert len(order()) == 7
+
+
+def test_list_tells_what_is_done_and_runs_nothing(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--rows", "fast", "--alternations", "2"]) == 0
+    tasks()
+    capsys.readouterr()
+    assert main(["--list"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "fast  goal   2  done: 1 2  a fast one",
+        "slow  goal   2  done: none  a slow one",
+    ]
+    assert order() == []
+
+
+def test_profile_names_where_the_time_goes(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile = {"areas": {"update": 3.0, "other": 1.0}, "top": [[2.5, 1200, "ppo/ppo.py:1(train)"]]}
+    child_is(monkeypatch, CHILD + f"print(json.dumps(split | times | {{'engine': 'e', 'profile': {profile!r}}}))")
+    assert main(["--profile", "fast", "--peer", "sb3"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "a fast one, SB3, one thread: 1,000 steps in 1.00 s, engine e.",
+        "cProfile slows Python code down and compiled code not: compare areas, do not read speeds here.",
+        "",
+        "By the clock: environment 0.25 s, policy 0.25 s, update 0.25 s, other 0.25 s",
+        "",
+        "area                      seconds   share",
+        "update                       3.00   75.0%",
+        "other                        1.00   25.0%",
+        "",
+        "The 1 functions with the most time in themselves:",
+        "  seconds     calls  function",
+        "    2.500     1,200  ppo/ppo.py:1(train)",
+        "",
+    ]
+    (task,) = tasks()
+    assert (task["profile"], task["peer"], task["threads"]) == (True, "sb3", "1")
+    assert not Path("docs").exists()
+    child_is(monkeypatch, "raise SystemExit('it broke')")
+    assert main(["--profile", "fast"]) == 1
+    assert "fast: FAILED, the process ended with code 1 (it broke)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ("--alternations 0", r"`--alternations` must be a whole number of at least 1, got 0\."),
+        ("--rows fast huge", r"`--rows` must name rows of the benchmark, got huge\. .*bench speed --list"),
+        ("--profile huge", r"`--profile` must name rows of the benchmark, got huge\."),
+        ("--profile fast --peer sbx", r"`--peer` must be one that can run fast, got sbx\. .*sb3_clipvf\[sbx\]"),
+        ("--profile slow", r"`--profile` must name a row whose packages are installed, got slow, which needs envpool"),
+        ("--out a.md", r"`--table` must be another file than `--out`, got a\.md for both\."),
+    ],
+)
+def test_bad_options_are_refused(in_folder: Path, monkeypatch: pytest.MonkeyPatch, options: str, match: str) -> None:
+    monkeypatch.setattr(speed, "ROWS", (FAST, replace(SLOW, env="envpool")))
+    installed(monkeypatch, lambda name: name not in ("envpool", "sbx"))
+    with pytest.raises(ValueError, match=match):
+        main(options.split())
+
+
+def test_foreign_results_are_refused(in_folder: Path) -> None:
+    Path("learning.json").write_text('{"format": 1, "runs": [{"name": "CartPole-v1", "seed": 1}]}')
+    with pytest.raises(ValueError, match=r"`--out` must be a results file of this benchmark .*KeyError: 'peer'"):
+        main(["--out", "learning.json"])
+
+
+@pytest.mark.slow
+def test_real_processes_of_both_peers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(bench.__file__).parents[2]))
+    installed(monkeypatch, lambda name: name != "sbx")
+    monkeypatch.delitem(TRIALS, "trial, default threads")  # which takes a minute where the cores are busy
+    assert main(["--quick", "--rows", "custom-extractor", "--alternations", "1"]) == 0
+    runs = {(run["peer"], run["part"]): run for run in runs_in(Path("logs/bench/quick.json"))}
+    assert runs["sb3", "1"]["engine"] == "torch"
+    assert runs["clipppo", "1"]["engine"] in set(ENGINE_NAMES) - {"auto", "native"}
+    assert runs["clipppo", next(iter(TRIALS))]["torch_threads"] == 1
+    assert all(run["steps_per_second"] > 0 and run["peak_megabytes"] > 10 for run in runs.values())
+    assert "(`custom-extractor`)" in capsys.readouterr().out
