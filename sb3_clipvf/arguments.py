@@ -51,6 +51,18 @@ def check_arguments(model: "ClipPPO") -> None:
     _check_numbers(model)
     for name in ("normalize_advantage", "use_sde"):
         validation.check_bool(name, getattr(model, name))
+    check_words(model)
+    check_engine_name(model.engine)
+    _check_controllers(model)
+
+
+def check_words(model: "ClipPPO") -> None:
+    """
+    Check the arguments that are one of several words; callbacks may change them between updates.
+
+    :param model: With its attributes set.
+    :raises ValueError: If one is none of its words.
+    """
     validation.check_choice("vf_clip", model.vf_clip, ("max", "prediction"), "SB3's form is 'prediction'.")
     validation.check_choice(
         "vf_clip_units", model.vf_clip_units, ("return_std", "absolute"), "SB3 counts in 'absolute' return units."
@@ -58,8 +70,6 @@ def check_arguments(model: "ClipPPO") -> None:
     validation.check_choice(
         "advantage_scope", model.advantage_scope, ("minibatch", "rollout"), "SB3 normalises each 'minibatch'."
     )
-    check_engine_name(model.engine)
-    _check_controllers(model)
 
 
 def _check_parts(model: "ClipPPO") -> None:

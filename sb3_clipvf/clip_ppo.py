@@ -5,6 +5,7 @@ import pathlib
 import time
 from typing import Any, ClassVar, Self, cast
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
@@ -25,6 +26,7 @@ from sb3_clipvf import coefficients, validation
 from sb3_clipvf.arguments import (
     SB3_EQUIVALENT,
     check_arguments,
+    check_words,
     values_to_load,
     warn_of_truncated_minibatches,
 )
@@ -227,11 +229,14 @@ class ClipPPO(OnPolicyAlgorithm):
         ).to(self.device)  # type: ignore[assignment]
         self.rollout_buffer = make_rollout_buffer(self)
         self._maybe_recommend_cpu()
-        # A saved file brings beta and the adapted rate: go on from there.
+        self._setup_controllers()
+        self._engine = None
+
+    def _setup_controllers(self) -> None:
+        """Start the controllers of the KL, or go on with the beta and the rate that they have come to."""
         kl_coef = cast(Schedule, coefficients.schedule_of(self, "kl_coef"))
         self.adaptive_kl = make_adaptive_kl(self.adaptive_kl, self.adaptive_kl_target, kl_coef(1.0))
         self.adaptive_lr = make_adaptive_lr(self.adaptive_lr, self.lr_kl_target, self.lr_schedule(1.0))
-        self._engine = None
 
     def _setup_lr_schedule(self) -> None:
         self.lr_schedule = make_schedule(self.learning_rate, "learning_rate")
@@ -327,11 +332,20 @@ class ClipPPO(OnPolicyAlgorithm):
         self.logger.record("time/rollout_seconds", time.perf_counter() - started)
         return True
 
+    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
+        # SB3 looks at each environment twice a step; only ends of episodes have something to tell.
+        told = [index for index, info in enumerate(infos) if "episode" in info or "is_success" in info]
+        if told:
+            super()._update_info_buffer([infos[index] for index in told], None if dones is None else dones[told])
+
     # ------------------------------------------------------------------ update
 
     def train(self) -> None:
         """Update the policy from the rollout in the buffer, adapt the controllers, and log."""
         started = time.perf_counter()
+        # Callbacks may have changed these arguments since the last update.
+        check_words(self)
+        self._setup_controllers()
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         current = coefficients.update_coefficients(self)

@@ -51,6 +51,8 @@ def bootstrap_truncated(
     :return: A copy with the values added, or ``rewards`` itself where nothing was cut off.
     Source: Pardo et al. 2018, arXiv 1712.00378.
     """
+    if not dones.any():
+        return rewards
     truncated = [
         index
         for index in np.flatnonzero(dones)

@@ -33,12 +33,12 @@ def cached(*signatures: Any) -> Compile:
     """
 
     def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
-        compiler: Any = njit
+        compiler = cast(Any, njit)
         types = [list(signatures)] if signatures else []
         try:
-            return cast(Compile, njit(*types, cache=True, **_COMMON))(function)
+            return cast(Compile, compiler(*types, cache=True, **_COMMON))(function)
         except RuntimeError as error:
             log.warning("Compiled functions cannot be kept on disk (%s). Point NUMBA_CACHE_DIR to a folder.", error)
-            return cast(Compile, njit(*types, **_COMMON))(function)
+            return cast(Compile, compiler(*types, **_COMMON))(function)
 
     return compile_function

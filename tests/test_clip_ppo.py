@@ -309,6 +309,31 @@ class TestChangesDuringTraining:
         with pytest.raises(ValueError, match=r"`clip_range` must be positive and finite, got -1"):
             make().learn(2 * N_STEPS, callback=At(1, lambda model: setattr(model, "clip_range", -1)))
 
+    @pytest.mark.parametrize("name", ["vf_clip", "vf_clip_units", "advantage_scope"])
+    def test_a_word_that_does_not_exist_is_refused(self, name: str) -> None:
+        with pytest.raises(ValueError, match=f"`{name}` must be one of .*, got 'typo'"):
+            make().learn(2 * N_STEPS, callback=At(1, lambda model: setattr(model, name, "typo")))
+
+    def test_targets_of_controllers(self) -> None:
+        model = make(kl_coef=1.0, adaptive_kl_target=0.1, lr_kl_target=0.2, learning_rate=1e-3)
+        betas = []
+
+        def change(model: Any) -> None:
+            model.adaptive_kl_target, model.lr_kl_target = 0.3, 0.4
+            betas.append(model.adaptive_kl.beta)
+
+        model.learn(2 * N_STEPS, callback=At(2, change))
+        assert (model.adaptive_kl.target, model.adaptive_lr.target) == (0.3, 0.4)
+        # The first update was far below its target: beta was halved once, and goes on from there.
+        assert betas == [0.5]
+        assert model.adaptive_kl.beta == 0.25
+
+    def test_a_controller_that_is_switched_off(self, given: list[UpdateCoefficients]) -> None:
+        model = make(kl_coef=1.0, adaptive_kl_target=0.1)
+        model.learn(2 * N_STEPS, callback=At(2, lambda model: setattr(model, "adaptive_kl_target", None)))
+        assert model.adaptive_kl is None
+        assert [coefficients.kl_coef for coefficients in given] == [1.0, 1.0]
+
     def test_settings_of_the_engine(self) -> None:
         model = make()
         learn(model, 2 * N_STEPS, callback=At(2, lambda m: setattr(m, "n_epochs", 5)))

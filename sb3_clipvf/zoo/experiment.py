@@ -147,7 +147,9 @@ class ClipPPOExperimentManager(ExperimentManager):
         try:
             return super().setup_experiment()
         except Exception:
-            if self.algo == ALGORITHM and not existed:
+            # A run that was started at the same time may have taken the same number, and have its settings there.
+            is_other_run = any(Path(self.save_path).rglob("config.yml"))
+            if self.algo == ALGORITHM and not existed and not is_other_run:
                 shutil.rmtree(self.save_path, ignore_errors=True)
             raise
 
