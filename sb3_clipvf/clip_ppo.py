@@ -5,13 +5,9 @@ import pathlib
 import time
 from typing import Any, ClassVar, Self, cast
 
-import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import (
     ActorCriticCnnPolicy,
     ActorCriticPolicy,
@@ -19,8 +15,7 @@ from stable_baselines3.common.policies import (
     MultiInputActorCriticPolicy,
 )
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
-from stable_baselines3.common.utils import explained_variance, obs_as_tensor, update_learning_rate
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.utils import explained_variance, update_learning_rate
 
 from sb3_clipvf import coefficients, validation
 from sb3_clipvf.arguments import (
@@ -31,13 +26,12 @@ from sb3_clipvf.arguments import (
     warn_of_truncated_minibatches,
 )
 from sb3_clipvf.building import (
-    leave_out_kl,
     make_adaptive_kl,
     make_adaptive_lr,
     make_rollout_buffer,
     make_update_settings,
 )
-from sb3_clipvf.collection import bootstrap_truncated, copy_of, to_env
+from sb3_clipvf.collection import RolloutCollector
 from sb3_clipvf.engines import Engine, UpdateCoefficients, UpdateStatistics, check_finite, select_engine
 from sb3_clipvf.messages import log, show_messages
 from sb3_clipvf.policies import (
@@ -50,7 +44,7 @@ from sb3_clipvf.schedules import AdaptiveKL, KLAdaptiveLR, Schedule, clamp_progr
 __all__ = ["SB3_EQUIVALENT", "ClipPPO"]
 
 
-class ClipPPO(OnPolicyAlgorithm):
+class ClipPPO(RolloutCollector):
     """
     Proximal Policy Optimization with ratio clipping, a KL penalty, both or neither, and a clipped value loss.
 
@@ -257,86 +251,6 @@ class ClipPPO(OnPolicyAlgorithm):
             return
         self.logger.record("train/learning_rate", self.adaptive_lr.learning_rate)
         update_learning_rate(optimizers, self.adaptive_lr.learning_rate)
-
-    # ------------------------------------------------------------------ rollout
-
-    def collect_rollouts(
-        self,
-        env: VecEnv,
-        callback: BaseCallback,
-        rollout_buffer: Any,
-        n_rollout_steps: int,
-    ) -> bool:
-        """
-        Fill the buffer with steps of the current policy.
-
-        Callbacks see this method's local variables, under SB3's names.
-
-        :param env: The training environments.
-        :param callback: Called at each step and at both ends of the rollout.
-        :param rollout_buffer: Filled from empty.
-        :param n_rollout_steps: Steps of each environment.
-        :return: False if the callback asked to stop, then the rollout is incomplete.
-        """
-        started = time.perf_counter()
-        self.policy.set_training_mode(False)
-        n_steps = 0
-        with_dist_params = bool(getattr(rollout_buffer, "dist_param_dim", 0))
-        rollout_buffer.reset()
-        self._last_obs = copy_of(self._last_obs)
-        if self.use_sde:
-            self.policy.reset_noise(env.num_envs)
-        callback.on_rollout_start()
-        engine = self._current_engine()
-        engine.begin_rollout(rollout_buffer)
-
-        while n_steps < n_rollout_steps:
-            if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
-                self.policy.reset_noise(env.num_envs)
-
-            obs_tensor = obs_as_tensor(self._last_obs, self.device)
-            actions, values, log_probs, dist_params = engine.act(obs_tensor, with_dist_params=with_dist_params)
-            clipped_actions = to_env(self.policy, self.action_space, actions)
-            new_obs, rewards, dones, infos = env.step(clipped_actions)
-            self.num_timesteps += env.num_envs
-
-            callback.update_locals(locals())
-            if not callback.on_step():
-                # The environments have moved on: a later learn() that continues starts from there.
-                self._last_obs, self._last_episode_starts = new_obs, dones  # type: ignore[assignment]
-                return False
-
-            self._update_info_buffer(infos, dones)
-            n_steps += 1
-            if with_dist_params and dist_params is None:
-                with_dist_params = leave_out_kl(self, rollout_buffer)
-            if isinstance(self.action_space, spaces.Discrete):
-                actions = actions.reshape(-1, 1)
-            rollout_buffer.add(
-                self._last_obs,
-                actions,
-                bootstrap_truncated(engine, rewards, dones, infos, self.gamma),
-                self._last_episode_starts,
-                values,
-                log_probs,
-                **({} if dist_params is None else {"dist_params": dist_params}),
-            )
-            self._last_obs = copy_of(new_obs)
-            self._last_episode_starts = dones.copy()
-
-        values = engine.predict_values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]
-        rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
-
-        callback.update_locals(locals())
-        callback.on_rollout_end()
-        self.logger.record("time/rollout_seconds", time.perf_counter() - started)
-        return True
-
-    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
-        # SB3 looks at each environment twice a step; only ends of episodes have something to tell.
-        told = [index for index, info in enumerate(infos) if "episode" in info or "is_success" in info]
-        if told:
-            super()._update_info_buffer([infos[index] for index in told], None if dones is None else dones[told])
 
     # ------------------------------------------------------------------ update
 

@@ -1,13 +1,108 @@
-"""What a rollout needs at each step beside actions: what environments take, and values where episodes were cut off."""
+"""Collecting a rollout: the loop over the environments, what they take, and values where episodes were cut off."""
 
 import copy
-from typing import Any
+import time
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.utils import obs_as_tensor
+from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_clipvf.building import leave_out_kl
 from sb3_clipvf.engines import Engine
+
+if TYPE_CHECKING:
+    from sb3_clipvf.clip_ppo import ClipPPO
+
+
+class RolloutCollector(OnPolicyAlgorithm):
+    """SB3's on-policy algorithm with a loop of its own over the environments, whose policy an engine runs."""
+
+    def _current_engine(self) -> Engine:
+        """The engine for the policy as it is now."""
+        raise NotImplementedError
+
+    def collect_rollouts(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: Any,
+        n_rollout_steps: int,
+    ) -> bool:
+        """
+        Fill the buffer with steps of the current policy.
+
+        Callbacks see this method's local variables, under SB3's names.
+
+        :param env: The training environments.
+        :param callback: Called at each step and at both ends of the rollout.
+        :param rollout_buffer: Filled from empty.
+        :param n_rollout_steps: Steps of each environment.
+        :return: False if the callback asked to stop, then the rollout is incomplete.
+        """
+        started = time.perf_counter()
+        self.policy.set_training_mode(False)
+        n_steps = 0
+        with_dist_params = bool(getattr(rollout_buffer, "dist_param_dim", 0))
+        rollout_buffer.reset()
+        self._last_obs = copy_of(self._last_obs)
+        if self.use_sde:
+            self.policy.reset_noise(env.num_envs)
+        callback.on_rollout_start()
+        engine = self._current_engine()
+        engine.begin_rollout(rollout_buffer)
+
+        while n_steps < n_rollout_steps:
+            if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
+                self.policy.reset_noise(env.num_envs)
+
+            obs_tensor = obs_as_tensor(self._last_obs, self.device)
+            actions, values, log_probs, dist_params = engine.act(obs_tensor, with_dist_params=with_dist_params)
+            clipped_actions = to_env(self.policy, self.action_space, actions)
+            new_obs, rewards, dones, infos = env.step(clipped_actions)
+            self.num_timesteps += env.num_envs
+
+            callback.update_locals(locals())
+            if not callback.on_step():
+                # The environments have moved on: a later learn() that continues starts from there.
+                self._last_obs, self._last_episode_starts = new_obs, dones  # type: ignore[assignment]
+                return False
+
+            self._update_info_buffer(infos, dones)
+            n_steps += 1
+            if with_dist_params and dist_params is None:
+                with_dist_params = leave_out_kl(cast("ClipPPO", self), rollout_buffer)
+            if isinstance(self.action_space, spaces.Discrete):
+                actions = actions.reshape(-1, 1)
+            rollout_buffer.add(
+                self._last_obs,
+                actions,
+                bootstrap_truncated(engine, rewards, dones, infos, self.gamma),
+                self._last_episode_starts,
+                values,
+                log_probs,
+                **({} if dist_params is None else {"dist_params": dist_params}),
+            )
+            self._last_obs = copy_of(new_obs)
+            self._last_episode_starts = dones.copy()
+
+        values = engine.predict_values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]
+        rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
+
+        callback.update_locals(locals())
+        callback.on_rollout_end()
+        self.logger.record("time/rollout_seconds", time.perf_counter() - started)
+        return True
+
+    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
+        # SB3 looks at each environment twice a step; only ends of episodes have something to tell.
+        told = [index for index, info in enumerate(infos) if "episode" in info or "is_success" in info]
+        if told:
+            super()._update_info_buffer([infos[index] for index in told], None if dones is None else dones[told])
 
 
 def to_env(policy: ActorCriticPolicy, action_space: spaces.Space[Any], actions: np.ndarray) -> np.ndarray:
