@@ -32,7 +32,7 @@ from sb3_clipvf.building import (
     make_update_settings,
 )
 from sb3_clipvf.collection import RolloutCollector
-from sb3_clipvf.engines import Engine, UpdateCoefficients, UpdateStatistics, check_finite, select_engine
+from sb3_clipvf.engines import Engine, UpdateCoefficients, UpdateStatistics, check_finite, select_engine, why_not_native
 from sb3_clipvf.messages import log, show_messages
 from sb3_clipvf.policies import (
     SquashedActorCriticCnnPolicy,
@@ -194,6 +194,7 @@ class ClipPPO(RolloutCollector):
         # Built from the arguments when needed, and not saved.
         self._schedules: dict[str, tuple[Any, Schedule]] = {}
         self._engine: Engine | None = None
+        self._engine_reason = ("", "", "")
         self._loads_sb3 = False
         self._warned_of_early_end = False
 
@@ -279,14 +280,23 @@ class ClipPPO(RolloutCollector):
     def _current_engine(self) -> Engine:
         """The engine for the policy and the arguments as they are now: callbacks may have replaced them."""
         settings = make_update_settings(self)
-        engine = self._engine
-        if engine is None or engine.policy is not self.policy or not engine.fits(self.rollout_buffer):
+        if self._engine is None or not self._engine_stays(self._engine):
+            told = self._engine_reason
             self._engine, reason = select_engine(self.engine, self.policy, settings, self.rollout_buffer)
-            if engine is None or engine.name != self._engine.name:
+            self._engine_reason = (self.engine, self._engine.name, reason)
+            if self._engine_reason != told:
                 log.info("Training runs on the engine %r: %s", self._engine.name, reason)
-            engine = self._engine
-        engine.settings = settings
-        return engine
+        self._engine.settings = settings
+        return self._engine
+
+    def _engine_stays(self, engine: Engine) -> bool:
+        if engine.policy is not self.policy or self.engine != self._engine_reason[0]:
+            return False
+        # What kept a faster engine from running the policy may be gone.
+        waits = self.engine == "auto" and engine.name == "autograd"
+        if waits and why_not_native(self.policy, self.rollout_buffer) is None:
+            return False
+        return engine.fits(self.rollout_buffer)
 
     def _adapt(self, kl_after: float) -> None:
         if self.adaptive_kl is not None:
@@ -361,7 +371,14 @@ class ClipPPO(RolloutCollector):
         )
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_schedules", "_engine", "_loads_sb3", "_warned_of_early_end"]
+        return [
+            *super()._excluded_save_params(),
+            "_schedules",
+            "_engine",
+            "_engine_reason",
+            "_loads_sb3",
+            "_warned_of_early_end",
+        ]
 
     @classmethod
     def load(

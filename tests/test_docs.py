@@ -165,6 +165,14 @@ def test_the_glossary_has_every_key_of_the_log_and_no_other(monkeypatch: pytest.
     assert logged == glossary - elsewhere
 
 
+@pytest.mark.usefixtures("short_trainings")
+@pytest.mark.parametrize(("policy", "env"), [("MlpPolicy", "CartPole-v1"), ("SquashedMlpPolicy", "Pendulum-v1")])
+def test_the_engines_page_quotes_the_log(policy: str, env: str, capsys: pytest.CaptureFixture[str]) -> None:
+    ClipPPO(policy, env, n_steps=32, batch_size=32, n_epochs=1, device="cpu", verbose=1).learn(32)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("Training runs on"))
+    assert f"\n{line}\n" in text_of("engines.md")
+
+
 def test_the_table_of_schedules_has_their_values() -> None:
     rows = re.findall(r"^\| `(\w+_0\.2)` \|[^|]*\| ([^\n]*) \|$", text_of("algorithm.md"), flags=re.MULTILINE)
     assert len(rows) == 4

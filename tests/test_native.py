@@ -19,6 +19,7 @@ from gymnasium import spaces
 from numba import njit
 from scipy import stats
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.distributions import TanhBijector
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
@@ -37,7 +38,9 @@ ACTIONS: dict[str, spaces.Space[Any]] = {
     "multi_discrete": spaces.MultiDiscrete([2, 3]),
     "multi_binary": spaces.MultiBinary(3),
     "box": BOX,
+    "gsde": BOX,
 }
+KWARGS: dict[str, dict[str, Any]] = {"gsde": {"use_sde": True}}
 SETTINGS = UpdateSettings(
     batch_size=16,
     n_epochs=3,
@@ -55,7 +58,8 @@ COEFFICIENTS = UpdateCoefficients(clip_range=0.1, clip_range_vf=0.2, ent_coef=0.
 
 def make_policy(actions: str = "box", **kwargs: Any) -> ActorCriticPolicy:
     th.manual_seed(0)
-    return ActorCriticPolicy(OBS, ACTIONS[actions], lambda _: 3e-3, **{"net_arch": [8], **kwargs})
+    all_kwargs = {"net_arch": [8], **KWARGS.get(actions, {}), **kwargs}
+    return ActorCriticPolicy(OBS, ACTIONS[actions], lambda _: 3e-3, **all_kwargs)
 
 
 def make_buffer(policy: ActorCriticPolicy, n_steps: int = 8, n_envs: int = 4) -> TensorRolloutBuffer:
@@ -118,8 +122,31 @@ def other_activation(policy: ActorCriticPolicy) -> None:
     policy.mlp_extractor.value_net[1] = th.nn.ReLU()
 
 
+def own_log_std(shape: tuple[int, ...]) -> Callable[[ActorCriticPolicy], None]:
+    def change(policy: ActorCriticPolicy) -> None:
+        policy.log_std = th.nn.Parameter(th.zeros(shape))
+        policy.optimizer = th.optim.Adam(policy.parameters())
+
+    return change
+
+
+GSDE = {"use_sde": True}
 REFUSED: dict[str, tuple[dict[str, Any], Callable[[Any], object], str]] = {
-    "gsde": ({"use_sde": True}, hook, "it explores with gSDE"),
+    "gsde squashed": ({**GSDE, "squash_output": True}, hook, "it squashes its actions"),
+    "gsde squashed later": (
+        GSDE,
+        lambda p: setattr(p.action_dist, "bijector", TanhBijector()),
+        "it squashes its actions",
+    ),
+    "gsde features": (GSDE, lambda p: setattr(p.action_dist, "learn_features", True), "its gSDE learns features"),
+    "gsde epsilon": (GSDE, lambda p: setattr(p.action_dist, "epsilon", 1e-3), "its gSDE has the epsilon 0.001"),
+    "gsde form": (
+        GSDE,
+        lambda p: setattr(p.action_dist, "full_std", False),
+        r"its log_std has the shape \(8, 2\) where SB3's has \(8, 1\)",
+    ),
+    "gsde shape": (GSDE, own_log_std((2,)), r"its log_std has the shape \(2,\) where SB3's has \(8, 2\)"),
+    "shape": ({}, own_log_std((1,)), r"its log_std has the shape \(1,\) where SB3's has \(2,\)"),
     "extractor": ({"features_extractor_class": OtherExtractor}, hook, "its features extractor is OtherExtractor"),
     "activation": ({"activation_fn": th.nn.GELU}, hook, "its activation is GELU"),
     "elu": (
@@ -160,9 +187,9 @@ class TestLeftToAutograd:
         change(policy)
         assert_matches(reason, why_not_native(policy, make_buffer(make_policy())))
 
-    @pytest.mark.parametrize("case", [case for case in REFUSED if not REFUSED[case][0] and case != "steps"])
+    @pytest.mark.parametrize("case", [case for case in REFUSED if REFUSED[case][1] is not hook and case != "steps"])
     def test_a_policy_that_was_changed_later_no_longer_fits(self, case: str) -> None:
-        policy = make_policy()
+        policy = make_policy(**REFUSED[case][0])
         engine = NativeEngine(policy, SETTINGS)
         assert engine.fits(make_buffer(policy))
         REFUSED[case][1](policy)
@@ -331,6 +358,77 @@ class TestActing:
         th.testing.assert_close(engine.act(obs, with_dist_params=False).values, expected, rtol=1e-5, atol=1e-6)
 
 
+GSDE_POLICIES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "std per latent": {"full_std": False, "log_std_init": -1.0},
+    "expln": {"use_expln": True, "log_std_init": 0.5},
+    # The variance is about as large as the 1e-6 that is added to it.
+    "small": {"log_std_init": -7.5},
+    "no hidden layer": {"net_arch": []},
+    "deep": {"net_arch": {"pi": [16, 8], "vf": []}, "activation_fn": th.nn.SiLU},
+}
+
+
+class TestActingWithGSDE:
+    @pytest.mark.parametrize("n_envs", [1, 5])
+    @pytest.mark.parametrize("n_matrices", [1, 3, 5])
+    @pytest.mark.parametrize("kwargs", GSDE_POLICIES.values(), ids=GSDE_POLICIES)
+    def test_gives_what_the_policy_gives(self, kwargs: dict[str, Any], n_matrices: int, n_envs: int) -> None:
+        """With one matrix for each environment, and with one for all where there are more or fewer."""
+        policy = make_policy("gsde", **kwargs)
+        engine = NativeEngine(policy, SETTINGS)
+        reference = AutogradEngine(policy, SETTINGS)
+        engine.begin_rollout(make_buffer(policy, n_envs=n_envs))
+        obs = th.randn(n_envs, 3)
+        seen = []
+        for _ in range(2):
+            policy.reset_noise(n_matrices)
+            ours, theirs = (each.act(obs, with_dist_params=True) for each in (engine, reference))
+            # Sums in another order, in float32
+            np.testing.assert_allclose(ours.actions, theirs.actions, rtol=1e-5, atol=1e-6)
+            th.testing.assert_close(ours.values, theirs.values, rtol=1e-5, atol=1e-6)
+            th.testing.assert_close(ours.log_prob, theirs.log_prob, rtol=1e-5, atol=1e-5)
+            th.testing.assert_close(ours.dist_params, theirs.dist_params, rtol=1e-5, atol=1e-6)
+            seen.append(ours.actions)
+        # New matrices count at once
+        assert np.abs(seen[0] - seen[1]).min() > 1e-6
+
+    def test_the_same_state_gets_the_same_noise(self) -> None:
+        policy = make_policy("gsde")
+        engine = NativeEngine(policy, SETTINGS)
+        engine.begin_rollout(make_buffer(policy))
+        policy.reset_noise(4)
+        random_state = th.get_rng_state()
+        first, second = (engine.act(th.ones(4, 3), with_dist_params=False).actions for _ in range(2))
+        np.testing.assert_array_equal(first, second)
+        assert len(np.unique(first[:, 0])) == 4
+        assert th.equal(th.get_rng_state(), random_state)
+
+    def test_matrices_of_another_size_are_refused(self) -> None:
+        policy = make_policy("gsde")
+        engine = NativeEngine(policy, SETTINGS)
+        policy.action_dist.exploration_mat = th.zeros(3, 2)
+        with pytest.raises(ValueError, match="cannot reshape array of size 6"):
+            engine.act(th.ones(4, 3), with_dist_params=False)
+
+    @pytest.mark.parametrize("n_envs", [1, 3])
+    def test_rollouts_are_those_of_the_autograd_engine(self, n_envs: int) -> None:
+        """Same seed, same matrices: the only random numbers of a rollout."""
+        rollouts = []
+        for engine in ("autograd", "native"):
+            env = make_vec_env("Pendulum-v1", n_envs=n_envs, seed=0)
+            kwargs: dict[str, Any] = {"use_sde": True, "sde_sample_freq": 4, "kl_coef": 1.0, "seed": 0}
+            model = ClipPPO("MlpPolicy", env, n_steps=16, batch_size=16, n_epochs=2, engine=engine, **kwargs)
+            model.learn(32 * n_envs)
+            assert model._engine is not None
+            assert model._engine.name == engine
+            rollouts.append(model.rollout_buffer)
+        for name in ("observations", "actions", "log_probs", "values", "advantages", "dist_params"):
+            ours, theirs = getattr(rollouts[1], name), getattr(rollouts[0], name)
+            # The second rollout's: pendulums and two minibatches' steps carry float32 rounding on
+            np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
 # ------------------------------------------------------------------ updates
 
 
@@ -377,8 +475,13 @@ class TestUpdate:
         for ours, theirs in zip(*gradients, strict=True):
             th.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
 
-    def test_gradients_agree_with_double_precision(self) -> None:
-        policy = make_policy(net_arch=[16, 16])
+    @pytest.mark.parametrize("actions", ["box", "gsde"])
+    def test_gradients_agree_with_double_precision(self, actions: str) -> None:
+        policy = make_policy(actions, net_arch=[16, 16])
+        if actions == "gsde":
+            with th.no_grad():
+                # Copies are not made of matrices that have a gradient.
+                policy.reset_noise()
         buffer = filled(policy)
         with th.no_grad():
             for parameter in policy.parameters():
@@ -479,6 +582,28 @@ class TestTraining:
             model.learn(128, callback=Change(freeze))
         assert "'autograd': the native engine does not run the policy: some of its parameters are frozen" in caplog.text
         assert model._n_updates == 4
+
+    def test_and_comes_back_when_it_is_plain_again(self) -> None:
+        def freeze(model: ClipPPO) -> None:
+            model.policy.action_net.bias.requires_grad_(False)
+
+        model = make_model()
+        model.learn(128, callback=Change(freeze))
+        assert model._engine is not None
+        assert model._engine.name == "autograd"
+        model.policy.action_net.bias.requires_grad_(True)
+        # The frozen bias made fewer steps than the others: Adam's state must be whole again, too.
+        model.policy.optimizer = th.optim.Adam(model.policy.parameters(), lr=3e-4, eps=1e-5)
+        model.learn(64, reset_num_timesteps=False)
+        assert model._engine.name == "native"
+
+    def test_another_engine_can_be_asked_for_later(self) -> None:
+        model = make_model()
+        for engine in ("native", "autograd", "native"):
+            model.engine = engine
+            model.learn(64)
+            assert model._engine is not None
+            assert model._engine.name == engine
 
     def test_an_explicit_engine_that_cannot_go_on_says_so(self) -> None:
         def freeze(model: ClipPPO) -> None:

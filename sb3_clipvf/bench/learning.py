@@ -27,6 +27,9 @@ from sb3_clipvf.validation import check_int
 TRAIN_COMMAND: tuple[str, ...] = (sys.executable, "-m", "sb3_clipvf", "train")
 _SEEDS = [1, 2, 3]
 _FIXED_KL = ("clip_range:None", "kl_coef:1.0")
+# Seed 1 ended at 149, 148, 225 and -95 with a coefficient of 0.3, 1, 3 and 10 and the shipped 4 epochs, and at 254 with
+# 3 and 10 epochs: without a clip a larger penalty holds the policy back over more epochs.
+_FIXED_KL_LANDER = ("clip_range:None", "kl_coef:3.0", "n_epochs:10")
 _ADAPTIVE_KL = (*_FIXED_KL, "adaptive_kl_target:0.01")
 # The settings of the squashed policy on MountainCarContinuous-v0 stand here and nowhere else.
 # log_std_init 2 makes first forces near the bounds, which swing the car up the hill often enough to learn from.
@@ -46,7 +49,7 @@ ROWS: tuple[Row, ...] = (
     Row("LunarLander-v3", "LunarLander-v3", 1_000_000, 240, "242", n_episodes=100),
     Row("CartPole-v1-fixed-kl", "CartPole-v1", 100_000, 500, "", _FIXED_KL),
     Row("CartPole-v1-adaptive-kl", "CartPole-v1", 100_000, 500, "", _ADAPTIVE_KL),
-    Row("LunarLander-v3-fixed-kl", "LunarLander-v3", 1_000_000, 240, "", _FIXED_KL, n_episodes=100),
+    Row("LunarLander-v3-fixed-kl", "LunarLander-v3", 1_000_000, 240, "", _FIXED_KL_LANDER, n_episodes=100),
     Row("LunarLander-v3-adaptive-kl", "LunarLander-v3", 1_000_000, 240, "", _ADAPTIVE_KL, n_episodes=100),
     Row("MountainCarContinuous-v0-squashed", "MountainCarContinuous-v0", 50_000, 92, "", _SQUASHED_MOUNTAIN_CAR),
 )

@@ -110,18 +110,18 @@ def select_engine(name: str, policy: ActorCriticPolicy, settings: UpdateSettings
             f"`engine` must be one that runs the policy, got 'native', which does not: {reason}. "
             "Use 'auto' or 'autograd'."
         )
-    engine = _lean_engine(policy, settings)
-    return engine, f"the native engine does not run the policy: {reason}"
+    engine, around = _autograd_engine(policy, settings)
+    return engine, f"the native engine does not run the policy: {reason}; {around}"
 
 
-def _lean_engine(policy: ActorCriticPolicy, settings: UpdateSettings) -> Engine:
+def _autograd_engine(policy: ActorCriticPolicy, settings: UpdateSettings) -> tuple[Engine, str]:
     """The autograd engine with compiled losses and steps where they fit the policy, else as it is."""
     if all(find_spec(package) is not None for package in _PACKAGES):
         from sb3_clipvf.engines.lean import LeanAutogradEngine, check_around_networks
 
         try:
             check_around_networks(policy)
-        except NotPlainError:
-            return AutogradEngine(policy, settings)
-        return LeanAutogradEngine(policy, settings)
-    return AutogradEngine(policy, settings)
+            return LeanAutogradEngine(policy, settings), "its losses and its optimizer are compiled"
+        except NotPlainError as reason:
+            return AutogradEngine(policy, settings), f"nor are its losses compiled: {reason}"
+    return AutogradEngine(policy, settings), "nor are its losses compiled"

@@ -24,7 +24,7 @@ _validated_before = True
 
 
 @contextmanager
-def _unvalidated_distributions() -> Iterator[None]:
+def unvalidated_distributions() -> Iterator[None]:
     """
     Leave out torch's checks of distributions, which read the device two or three times a minibatch.
 
@@ -105,7 +105,7 @@ class AutogradEngine:
         """
         return self.policy.predict_values(observations)
 
-    @_unvalidated_distributions()
+    @unvalidated_distributions()
     def update(self, buffer: Any, coefficients: UpdateCoefficients) -> UpdateStatistics:
         """
         Run the epochs of one update.

@@ -11,6 +11,7 @@ from stable_baselines3.common.distributions import (
     CategoricalDistribution,
     DiagGaussianDistribution,
     MultiCategoricalDistribution,
+    StateDependentNoiseDistribution,
 )
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space
@@ -32,7 +33,11 @@ _DISTRIBUTIONS = (
     MultiCategoricalDistribution,
     BernoulliDistribution,
     DiagGaussianDistribution,
+    StateDependentNoiseDistribution,
 )
+_GAUSSIANS = (DiagGaussianDistribution, StateDependentNoiseDistribution)
+# SB3's own: no policy of SB3 takes another as an argument.
+_GSDE_EPSILON = 1e-6
 _ACTIVATIONS: dict[type[nn.Module], dict[str, float]] = {
     nn.Tanh: {},
     nn.ReLU: {},
@@ -51,7 +56,7 @@ class PlainPolicy:
     :param critic: Linear layers from the observation to the value.
     :param activation: Of the hidden layers; Tanh where there are none.
     :param dist: SB3's action distribution.
-    :param log_std: Shape ``(action_dim,)``, or None.
+    :param log_std: Shape ``(action_dim,)``, for gSDE ``(latent_dim, action_dim)`` or ``(latent_dim, 1)``; or None.
     """
 
     actor: list[nn.Linear]
@@ -105,8 +110,10 @@ def plain_policy(policy: ActorCriticPolicy) -> PlainPolicy:
         critic=[*hidden_critic, policy.value_net],
         activation=activations.pop() if activations else nn.Tanh,
         dist=dist,
-        log_std=policy.log_std if isinstance(dist, DiagGaussianDistribution) else None,
+        log_std=policy.log_std if isinstance(dist, _GAUSSIANS) else None,
     )
+    check_gaussian(policy)
+    _check_gsde(policy, latent_dim=plain.actor[-1].in_features)
     _check_tensors(policy, plain)
     check_optimizer(policy)
     return plain
@@ -115,8 +122,6 @@ def plain_policy(policy: ActorCriticPolicy) -> PlainPolicy:
 def _check_class(policy: ActorCriticPolicy) -> None:
     if type(policy) is not ActorCriticPolicy:
         raise NotPlainError(f"its class is {type(policy).__name__}, and only MlpPolicy itself is compiled")
-    if policy.use_sde:
-        raise NotPlainError("it explores with gSDE")
     if policy.squash_output:
         raise NotPlainError("it squashes its actions")
     if type(policy.mlp_extractor) is not MlpExtractor:
@@ -160,6 +165,36 @@ def _hidden_layers(network: nn.Module) -> tuple[list[nn.Linear], type[nn.Module]
     if len(list(network.children())) % 2:
         raise NotPlainError("its last hidden layer has no activation")
     return layers, activation
+
+
+def check_gaussian(policy: ActorCriticPolicy) -> None:
+    """
+    Make sure that a Gaussian, where the policy has one, is neither squashed nor of another form than SB3 builds it.
+
+    :param policy: With any action distribution.
+    :raises NotPlainError: If it is.
+    """
+    dist = policy.action_dist
+    if isinstance(dist, StateDependentNoiseDistribution) and dist.bijector is not None:
+        raise NotPlainError("it squashes its actions")
+    if isinstance(dist, DiagGaussianDistribution):
+        _check_log_std(policy, (dist.action_dim,))
+
+
+def _check_gsde(policy: ActorCriticPolicy, latent_dim: int) -> None:
+    dist = policy.action_dist
+    if not isinstance(dist, StateDependentNoiseDistribution):
+        return
+    if dist.learn_features:
+        raise NotPlainError("its gSDE learns features")
+    if dist.epsilon != _GSDE_EPSILON:
+        raise NotPlainError(f"its gSDE has the epsilon {dist.epsilon}")
+    _check_log_std(policy, (latent_dim, dist.action_dim if dist.full_std else 1))
+
+
+def _check_log_std(policy: ActorCriticPolicy, shape: tuple[int, ...]) -> None:
+    if policy.log_std.shape != shape:
+        raise NotPlainError(f"its log_std has the shape {tuple(policy.log_std.shape)} where SB3's has {shape}")
 
 
 def _check_tensors(policy: ActorCriticPolicy, plain: PlainPolicy) -> None:
@@ -269,12 +304,19 @@ def fingerprint(policy: ActorCriticPolicy) -> tuple[object, ...]:
         any(getattr(module, hooks) for module in modules for hooks in _HOOKS),
         [name for name in _METHODS if name in policy.__dict__],
         id(policy.action_dist),
+        _gsde_options(policy.action_dist),
         id(optimizer),
         [id(parameter) for group in optimizer.param_groups for parameter in group["params"]],
         options,
         bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks),
         "step" in optimizer.__dict__,
     )
+
+
+def _gsde_options(dist: Any) -> tuple[object, ...]:
+    if not isinstance(dist, StateDependentNoiseDistribution):
+        return ()
+    return (dist.full_std, dist.use_expln, dist.learn_features, dist.epsilon, dist.bijector is None)
 
 
 def bind(policy: ActorCriticPolicy) -> Binding:

@@ -13,6 +13,7 @@ from stable_baselines3.common.distributions import (
     DiagGaussianDistribution,
     Distribution,
     MultiCategoricalDistribution,
+    StateDependentNoiseDistribution,
 )
 
 from sb3_clipvf.engines.kernels import data, entry, memory
@@ -29,6 +30,7 @@ _KINDS: dict[type[Distribution], int] = {
     MultiCategoricalDistribution: memory.CATEGORICAL,
     BernoulliDistribution: memory.BERNOULLI,
     DiagGaussianDistribution: memory.GAUSSIAN,
+    StateDependentNoiseDistribution: memory.STATE_DEPENDENT,
 }
 
 
@@ -187,7 +189,7 @@ def _call_with_networks() -> None:
     for row in range(4):
         table[row, 1:] = [tensors[row, column:].ctypes.data for column in range(1, memory.N_COLUMNS)]
     one = np.ones(2, np.int64)
-    codes = np.array([memory.CATEGORICAL, memory.TANH, 1, 1], np.int64)
+    codes = np.array([memory.CATEGORICAL, memory.TANH, 1, 1, 0], np.int64)
     network = data.Network(codes, one, one, one[:1], table, 2, -1)
     packed, work = data.pack(network), np.zeros(8, np.float32)
     cell, vector = np.zeros((1, 1), np.float32), np.zeros(1, np.float32)
@@ -207,8 +209,8 @@ def _call_around_networks() -> None:
     numbers, totals, widths = np.ones(data.N_NUMBERS), np.zeros(data.N_TOTALS), np.ones(1, np.int64)
     cell, vector = np.zeros((1, 1), np.float32), np.zeros(1, np.float32)
     entry.loss_gradients(
-        memory.CATEGORICAL, widths, cell, vector, vector, cell, vector, vector.copy(), vector, vector, cell, numbers,
-        False, cell.copy(), vector.copy(), vector.copy(), totals,
+        memory.CATEGORICAL, widths, cell, cell, vector, cell, vector, vector.copy(), vector, vector, cell, numbers,
+        False, cell.copy(), cell.copy(), vector.copy(), totals,
     )  # fmt: skip
     table = np.zeros((0, memory.N_COLUMNS), np.int64)
     entry.zero_gradients(table)

@@ -14,11 +14,12 @@ from stable_baselines3.common.distributions import (
     CategoricalDistribution,
     DiagGaussianDistribution,
     MultiCategoricalDistribution,
+    StateDependentNoiseDistribution,
 )
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_clipvf.engines.autograd import AutogradEngine
-from sb3_clipvf.engines.binding import NotPlainError, check_optimizer
+from sb3_clipvf.engines.autograd import AutogradEngine, unvalidated_distributions
+from sb3_clipvf.engines.binding import NotPlainError, check_gaussian, check_optimizer
 from sb3_clipvf.engines.compiled_update import compile_kernels, kind_of, statistics_of, update_numbers, widths_of
 from sb3_clipvf.engines.kernels import data, entry, memory
 from sb3_clipvf.engines.settings import UpdateCoefficients, UpdateSettings, UpdateStatistics
@@ -29,6 +30,7 @@ _DISTRIBUTIONS = (
     MultiCategoricalDistribution,
     BernoulliDistribution,
     DiagGaussianDistribution,
+    StateDependentNoiseDistribution,
 )
 # What `evaluate_actions` consists of: a policy that replaces one of these computes its losses' inputs differently.
 _METHODS = ("evaluate_actions", "extract_features", "_get_action_dist_from_latent")
@@ -50,6 +52,7 @@ def check_around_networks(policy: ActorCriticPolicy) -> None:
             raise NotPlainError(f"its {name}() was replaced")
     if type(policy.action_dist) not in _DISTRIBUTIONS:
         raise NotPlainError(f"its action distribution is {type(policy.action_dist).__name__}")
+    check_gaussian(policy)
     if any(parameter.dtype != th.float32 or not parameter.is_contiguous() for parameter in policy.parameters()):
         raise NotPlainError("its parameters are not contiguous float32 tensors")
     if not all(parameter.requires_grad for parameter in policy.parameters()):
@@ -82,6 +85,7 @@ class LeanAutogradEngine(AutogradEngine):
             return False
         return True
 
+    @unvalidated_distributions()
     def update(self, buffer: Any, coefficients: UpdateCoefficients) -> UpdateStatistics:
         """
         Run the epochs of one update.
@@ -119,20 +123,19 @@ class LeanAutogradEngine(AutogradEngine):
     ) -> bool:
         """One minibatch: the gradients, and the step unless ``target_kl`` ends the update before it."""
         policy = self.policy
-        outputs, values = self._forward(batch.observations)
+        outputs, values, log_std = self._forward(batch.observations)
         n = len(values)
         logits = outputs.detach().numpy().copy()
         output_gradient = th.empty_like(outputs)
         value_gradient = th.empty_like(values)
-        log_std = getattr(policy, "log_std", None)
-        flat_log_std = np.zeros(0, np.float32) if log_std is None else log_std.detach().numpy()
-        log_std_gradient = th.empty(len(flat_log_std))
-        old_dist = batch.old_dist_params
+        rows = th.empty(0, 0) if log_std is None else log_std.detach().reshape(-1, outputs.shape[1])
+        log_std_gradient = th.empty_like(rows)
+        old_dist = getattr(batch, "old_dist_params", None)  # SB3's buffers have none
         stops = entry.loss_gradients(
             kind_of(policy.action_dist),
             self._widths,
             logits,
-            flat_log_std,
+            rows.numpy(),
             values.detach().numpy().reshape(n),
             batch.actions.numpy().reshape(n, -1).astype(np.float32, copy=False),
             batch.old_log_prob.numpy(),
@@ -150,12 +153,11 @@ class LeanAutogradEngine(AutogradEngine):
         if stops:
             return True
         steps.zero_gradients()
-        th.autograd.backward((outputs, values), (output_gradient, value_gradient))
-        if log_std is not None and log_std.requires_grad:
-            if log_std.grad is None:
-                log_std.grad = log_std_gradient
-            else:
-                log_std.grad += log_std_gradient
+        roots, gradients = [outputs, values], [output_gradient, value_gradient]
+        if log_std is not None:
+            roots.append(log_std)
+            gradients.append(log_std_gradient.view_as(log_std))
+        th.autograd.backward(roots, gradients)
         steps.make(numbers, totals)
         return False
 
@@ -163,17 +165,37 @@ class LeanAutogradEngine(AutogradEngine):
     def _widths(self) -> np.ndarray:
         return widths_of(self.policy.action_dist)
 
-    def _forward(self, observations: Any) -> tuple[th.Tensor, th.Tensor]:
-        """What the actor's and the critic's last layers give, as ``evaluate_actions`` of SB3 does it."""
+    def _forward(self, observations: Any) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        """
+        What the actor's and the critic's last layers give, as ``evaluate_actions`` of SB3 does it.
+
+        With them a Gaussian's log standard deviations: its parameter, or with gSDE those of each state.
+        """
         policy = self.policy
-        features = policy.extract_features(observations)
+        features = policy.extract_features(_channels_last(observations))
         if policy.share_features_extractor:
             latent_pi, latent_vf = policy.mlp_extractor(features)
         else:
             pi_features, vf_features = cast(tuple[th.Tensor, th.Tensor], features)
             latent_pi = policy.mlp_extractor.forward_actor(pi_features)
             latent_vf = policy.mlp_extractor.forward_critic(vf_features)
-        return policy.action_net(latent_pi), policy.value_net(latent_vf)
+        outputs, values = policy.action_net(latent_pi), policy.value_net(latent_vf)
+        dist = policy.action_dist
+        if isinstance(dist, StateDependentNoiseDistribution):
+            gaussian = dist.proba_distribution(outputs, policy.log_std, latent_pi).distribution
+            return outputs, values, gaussian.scale.log()
+        return outputs, values, policy.log_std if isinstance(dist, DiagGaussianDistribution) else None
+
+
+def _channels_last(observations: Any) -> Any:
+    """
+    Lay pictures out as oneDNN's convolutions are fastest with.
+
+    The update of a batch of 256 Atari pictures takes 235 ms so and 305 ms otherwise (fastest of 7, one thread).
+    """
+    if isinstance(observations, dict):
+        return {key: _channels_last(tensor) for key, tensor in observations.items()}
+    return observations.contiguous(memory_format=th.channels_last) if observations.dim() == 4 else observations
 
 
 def _steps_made(optimizer: th.optim.Optimizer) -> int:

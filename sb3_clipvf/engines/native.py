@@ -7,6 +7,7 @@ from typing import Any, cast
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
@@ -38,7 +39,8 @@ class NativeEngine:
     Updates a plain MLP policy, and acts for it, by compiled kernels.
 
     Same permutations, same coefficients and the numbers of the autograd engine to float32 rounding. Actions are drawn
-    from torch's generator, but in other portions than torch's own distributions draw them.
+    from torch's generator, but in other portions than torch's own distributions draw them; gSDE's noise comes from the
+    policy's own exploration matrices.
 
     :param policy: Its parameters, their gradients and its optimizer's moments are changed in place.
     :param settings: What stays the same over all updates.
@@ -60,6 +62,8 @@ class NativeEngine:
         self._binding = bind(self.policy)
         self._network = _network(self._binding)
         self._packed = data.pack(self._network)
+        both = (self._network.actor_sizes, self._network.critic_sizes)
+        self._workspace_of_a_row = max(workspace_size(sizes, 1) for sizes in both)
         self._addresses = self._binding.table[:, memory.PARAM].tolist()
         self._parameters = [row[0] for row in self._binding.tensors]
         self._action_dim = int(self._network.codes[memory.ACTION_DIM])
@@ -89,8 +93,11 @@ class NativeEngine:
         """
         self._bind_again()
         buffer.gae_fn = _gae
-        is_gaussian = self._network.codes[memory.DIST] == memory.GAUSSIAN
-        self._noise.begin(buffer.buffer_size, (buffer.n_envs, self._action_dim), normal=bool(is_gaussian))
+        kind = self._network.codes[memory.DIST]
+        if kind != memory.STATE_DEPENDENT:
+            self._noise.begin(
+                buffer.buffer_size, (buffer.n_envs, self._action_dim), normal=bool(kind == memory.GAUSSIAN)
+            )
 
     def act(self, observations: th.Tensor, *, with_dist_params: bool) -> Acted:
         """
@@ -107,8 +114,8 @@ class NativeEngine:
         values, log_prob = np.empty((n_envs, 1), np.float32), np.empty(n_envs, np.float32)
         dist_params = np.empty((n_envs, self._dist_dim if with_dist_params else 0), np.float32)
         entry.act(
-            self._packed, rows, self._noise.next(), self._workspace(n_envs), actions, values.reshape(n_envs), log_prob,
-            dist_params,
+            self._packed, rows, self._noise_for(n_envs), self._workspace(n_envs), actions, values.reshape(n_envs),
+            log_prob, dist_params,
         )  # fmt: skip
         return Acted(
             actions=self._as_policy_gives(actions),
@@ -130,6 +137,13 @@ class NativeEngine:
         rows = _float_rows(observations.numpy(), n)
         entry.predict_values(self._packed, rows, self._workspace(n), values)
         return th.from_numpy(values.reshape(-1, 1))
+
+    def _noise_for(self, n_envs: int) -> np.ndarray:
+        dist = self._binding.plain.dist
+        if isinstance(dist, StateDependentNoiseDistribution):
+            # A callback may call `reset_noise` at any step, which makes new tensors.
+            return _exploration_matrices(dist, n_envs, self._binding.plain.actor[-1].in_features)
+        return self._noise.next()
 
     def _follow_parameters(self) -> None:
         # A callback may have put other tensors into the parameters' place; their values need no attention.
@@ -203,8 +217,7 @@ class NativeEngine:
         return np.asarray(totals.sum(axis=0))
 
     def _workspace(self, n: int, rank: int = 0) -> np.ndarray:
-        network = self._network
-        size = max(workspace_size(sizes, n) for sizes in (network.actor_sizes, network.critic_sizes))
+        size = n * self._workspace_of_a_row
         if rank not in self._work or self._work[rank].size < size:
             self._work[rank] = np.empty(size, np.float32)
         return self._work[rank]
@@ -228,6 +241,14 @@ class _Noise:
         return row
 
 
+def _exploration_matrices(dist: StateDependentNoiseDistribution, n_envs: int, latent_dim: int) -> np.ndarray:
+    """The matrices that SB3's ``get_noise`` would take, below each other: one for each row, or one for all."""
+    own = n_envs > 1 and n_envs == len(dist.exploration_matrices)
+    matrices = (dist.exploration_matrices if own else dist.exploration_mat).detach().numpy()
+    rows = matrices.reshape((n_envs if own else 1) * latent_dim, dist.action_dim)
+    return np.ascontiguousarray(rows, np.float32)
+
+
 def _network(binding: Binding) -> data.Network:
     plain = binding.plain
     widths = widths_of(plain.dist)
@@ -238,6 +259,7 @@ def _network(binding: Binding) -> data.Network:
         _ACTIVATIONS[plain.activation],
         len(widths) or n_outputs,
         2 * n_outputs if is_gaussian else n_outputs,
+        int(getattr(plain.dist, "use_expln", False)),
     ]
     n_actor = len(plain.actor_parameters)
     return data.Network(

@@ -6,7 +6,7 @@ import numpy as np
 from numba.np.unsafe.ndarray import to_fixed_tuple
 
 from sb3_clipvf.compiled import fast
-from sb3_clipvf.engines.kernels.memory import DIST, GAUSSIAN, N_COLUMNS, vector
+from sb3_clipvf.engines.kernels.memory import DIST, GAUSSIAN, N_COLUMNS, matrix
 
 # Totals over the minibatches that were looked at; those of the last epoch are started anew with each epoch.
 (
@@ -37,13 +37,14 @@ class Network(NamedTuple):
     """
     The policy as kernels see it.
 
-    :param codes: Kind of distribution, activation, widths of an action and of the distribution's parameters.
+    :param codes: Kind of distribution, activation, widths of an action and of the distribution's parameters, and
+        whether gSDE's standard deviations are ``expln``.
     :param actor_sizes: Width of the actor's input and of each layer.
     :param critic_sizes: The same of the critic.
     :param widths: Actions of each categorical distribution.
     :param table: One row a parameter, actor first; columns as in :mod:`.memory`.
     :param first_critic: Row of the critic's first weight.
-    :param log_std_row: Row of the Gaussian's log standard deviations, the last of the actor's; -1: there is none.
+    :param log_std_row: Row of a Gaussian's log standard deviations, the last of the actor's; -1: there is none.
     """
 
     codes: np.ndarray
@@ -193,8 +194,8 @@ def log_std_of(network: Network, column: int) -> np.ndarray:
 
     :param network: The policy.
     :param column: PARAM or GRAD.
-    :return: Shape ``(action_dim,)``, no copy; empty where the distribution is another.
+    :return: Shape ``(1, action_dim)``, no copy; empty where the distribution is another.
     """
     if network.codes[DIST] != GAUSSIAN:
-        return np.empty(0, np.float32)
-    return vector(network.table[network.log_std_row, column], network.actor_sizes[-1])
+        return np.empty((0, 0), np.float32)
+    return matrix(network.table[network.log_std_row, column], 1, network.actor_sizes[-1])

@@ -3,7 +3,8 @@ Action distributions: log-probabilities, entropies, exact KL, their gradients, a
 
 ``outputs`` are what the actor's last layer gives: logits, or means. A categorical kind has one or more categorical
 distributions side by side, ``widths`` says how many actions each has. Sums over action dimensions give one number a
-row. The formulas are those of :mod:`sb3_clipvf.objectives` and torch.distributions.
+row. A Gaussian's ``log_std`` has one row that all states share, or one for each state. The formulas are those of
+:mod:`sb3_clipvf.objectives` and torch.distributions.
 """
 
 import math
@@ -12,7 +13,7 @@ import numpy as np
 
 from sb3_clipvf.compiled import fast
 from sb3_clipvf.engines.kernels.elementwise import exp32
-from sb3_clipvf.engines.kernels.memory import BERNOULLI, CATEGORICAL
+from sb3_clipvf.engines.kernels.memory import BERNOULLI, CATEGORICAL, STATE_DEPENDENT
 
 F = np.float32
 _LOG_ROOT_TWO_PI = F(0.5 * math.log(2.0 * math.pi))
@@ -44,7 +45,7 @@ def evaluate(
 
     :param kind: Of the distribution.
     :param outputs: Shape ``(n, k)``; logits of categorical distributions are normalised in place.
-    :param log_std: Shape ``(k,)``, of a Gaussian.
+    :param log_std: Of a Gaussian, shape ``(1, k)`` or ``(n, k)``.
     :param widths: Of the categorical distributions.
     :param actions: Shape ``(n, action_dim)``.
     :param probs: Filled with probabilities where the kind has them, shape ``(n, k)``.
@@ -72,16 +73,27 @@ def evaluate(
                 log_prob[i] += actions[i, j] * z - both
                 entropy[i] += both - z * p
     else:
-        constant = F(0)
-        for j in range(k):
-            constant += log_std[j] + _LOG_ROOT_TWO_PI
+        own = log_std.shape[0] > 1
+        constant = _log_scale(log_std[0])
         for i in range(n):
+            row = log_std[i if own else 0]
+            if own:
+                constant = _log_scale(row)
             squares = F(0)
             for j in range(k):
-                shift = (actions[i, j] - outputs[i, j]) * exp32(-log_std[j])
+                shift = (actions[i, j] - outputs[i, j]) * exp32(-row[j])
                 squares += shift * shift
             log_prob[i] = F(-0.5) * squares - constant
             entropy[i] = constant + F(0.5) * k
+
+
+@fast
+def _log_scale(log_std: np.ndarray) -> float:
+    """Minus the log-density of a Gaussian at its mean."""
+    total = F(0)
+    for j in range(log_std.shape[0]):
+        total += log_std[j] + _LOG_ROOT_TWO_PI
+    return total
 
 
 @fast
@@ -113,7 +125,7 @@ def kl_from_old(
 
     :param kind: Of the distribution.
     :param outputs: Shape ``(n, k)``.
-    :param log_std: Shape ``(k,)``, of a Gaussian.
+    :param log_std: Of a Gaussian, shape ``(1, k)`` or ``(n, k)``.
     :param probs: From :func:`evaluate`.
     :param old: Old parameters of the whole rollout, one row a transition.
     :param rows: Which of them, shape ``(n,)``.
@@ -131,9 +143,10 @@ def kl_from_old(
             for j in range(k):
                 kl += _sigmoid(row[j]) * (row[j] - outputs[i, j]) - _softplus(row[j]) + _softplus(outputs[i, j])
         else:
+            spread = log_std[i if log_std.shape[0] > 1 else 0]
             for j in range(k):
-                change = log_std[j] - row[k + j]
-                shift = (row[j] - outputs[i, j]) * exp32(-log_std[j])
+                change = spread[j] - row[k + j]
+                shift = (row[j] - outputs[i, j]) * exp32(-spread[j])
                 kl += change + F(0.5) * (exp32(F(-2) * change) + shift * shift - F(1))
         total += kl
     return total
@@ -177,7 +190,7 @@ def gradients(
 
     :param kind: Of the distribution.
     :param outputs: From :func:`evaluate`, shape ``(n, k)``.
-    :param log_std: Shape ``(k,)``, of a Gaussian.
+    :param log_std: Of a Gaussian, shape ``(1, k)`` or ``(n, k)``.
     :param widths: Of the categorical distributions.
     :param actions: Shape ``(n, action_dim)``.
     :param probs: From :func:`evaluate`; overwritten by the gradient with respect to the outputs.
@@ -186,7 +199,7 @@ def gradients(
     :param kl_coef: beta, 1/nats.
     :param old: Old parameters of the whole rollout; not read where ``kl_coef`` is 0.
     :param rows: Which of them, shape ``(n,)``.
-    :param log_std_gradient: Overwritten, shape ``(k,)``, of a Gaussian.
+    :param log_std_gradient: Overwritten, shape of ``log_std``, of a Gaussian.
     """
     n, k = outputs.shape
     ent, beta = F(ent_coef / n), F(kl_coef / n)
@@ -211,21 +224,36 @@ def gradients(
                     gradient += beta * (p - _sigmoid(old[rows[i], j]))
                 probs[i, j] = gradient
     else:
-        log_std_gradient[:] = F(-ent_coef)
-        for i in range(n):
-            for j in range(k):
-                precision = exp32(F(-2) * log_std[j])
-                shift = actions[i, j] - outputs[i, j]
-                scaled = shift * precision
-                gradient = log_prob_gradient[i] * scaled
-                spread = log_prob_gradient[i] * (shift * scaled - F(1))
-                if kl_coef != 0.0:
-                    moved = outputs[i, j] - old[rows[i], j]
-                    old_variance = exp32(F(2) * old[rows[i], k + j])
-                    gradient += beta * moved * precision
-                    spread += beta * (F(1) - (old_variance + moved * moved) * precision)
-                probs[i, j] = gradient
-                log_std_gradient[j] += spread
+        _gaussian_gradients(
+            outputs, log_std, actions, probs, log_prob_gradient, ent_coef, beta, old, rows, log_std_gradient
+        )
+
+
+@fast
+def _gaussian_gradients(
+    outputs: np.ndarray, log_std: np.ndarray, actions: np.ndarray, mean_gradient: np.ndarray,
+    log_prob_gradient: np.ndarray, ent_coef: float, beta: float, old: np.ndarray, rows: np.ndarray,
+    log_std_gradient: np.ndarray,
+) -> None:  # fmt: skip
+    """Overwrite both gradients; each entry of ``log_std`` has its share of the mean entropy's."""
+    n, k = outputs.shape
+    own = log_std.shape[0] > 1
+    log_std_gradient[:] = F(-ent_coef / log_std.shape[0])
+    for i in range(n):
+        row, row_gradient = log_std[i if own else 0], log_std_gradient[i if own else 0]
+        for j in range(k):
+            precision = exp32(F(-2) * row[j])
+            shift = actions[i, j] - outputs[i, j]
+            scaled = shift * precision
+            gradient = log_prob_gradient[i] * scaled
+            spread = log_prob_gradient[i] * (shift * scaled - F(1))
+            if beta != F(0):
+                moved = outputs[i, j] - old[rows[i], j]
+                old_variance = exp32(F(2) * old[rows[i], k + j])
+                gradient += beta * moved * precision
+                spread += beta * (F(1) - (old_variance + moved * moved) * precision)
+            mean_gradient[i, j] = gradient
+            row_gradient[j] += spread
 
 
 @fast
@@ -257,10 +285,11 @@ def sample(
 
     :param kind: Of the distribution.
     :param outputs: After :func:`normalize_all`, shape ``(n, k)``.
-    :param log_std: Shape ``(k,)``, of a Gaussian.
+    :param log_std: Of a Gaussian, shape ``(1, k)`` or ``(n, k)``.
     :param widths: Of the categorical distributions.
     :param probs: From :func:`normalize_all`.
-    :param noise: Shape ``(n, action_dim)``: standard normal for a Gaussian, else uniform in [0, 1).
+    :param noise: Shape ``(n, action_dim)``: standard normal for a Gaussian, what is added to the means where it is
+        state-dependent, else uniform in [0, 1).
     :param actions: Filled, shape ``(n, action_dim)``.
     """
     n, k = outputs.shape
@@ -273,9 +302,12 @@ def sample(
         elif kind == BERNOULLI:
             for j in range(k):
                 actions[i, j] = F(1) if noise[i, j] < _sigmoid(outputs[i, j]) else F(0)
+        elif kind == STATE_DEPENDENT:
+            for j in range(k):
+                actions[i, j] = outputs[i, j] + noise[i, j]
         else:
             for j in range(k):
-                actions[i, j] = outputs[i, j] + exp32(log_std[j]) * noise[i, j]
+                actions[i, j] = outputs[i, j] + exp32(log_std[0, j]) * noise[i, j]
 
 
 @fast

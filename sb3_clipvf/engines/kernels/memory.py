@@ -18,12 +18,12 @@ from sb3_clipvf.compiled import strict
 SIZE, PARAM, GRAD, MOMENT1, MOMENT2 = range(5)
 N_COLUMNS = 5
 
-# The kinds of action distribution, and of activation.
+# The kinds of action distribution (a state-dependent one is gSDE's Gaussian), and of activation.
 CATEGORICAL, BERNOULLI, GAUSSIAN, STATE_DEPENDENT = range(4)
 TANH, RELU, ELU, LEAKY_RELU, SILU = range(5)
 
 # Places in the `codes` of a policy.
-DIST, ACTIVATION, ACTION_DIM, DIST_DIM = range(4)
+DIST, ACTIVATION, ACTION_DIM, DIST_DIM, USE_EXPLN = range(5)
 
 
 @intrinsic

@@ -42,7 +42,7 @@ def policy_gradient(
     :param kind: Of the distribution.
     :param widths: Of the categorical distributions.
     :param outputs: Shape ``(n, k)``; logits of categorical distributions are normalised in place.
-    :param log_std: Shape ``(k,)``, of a Gaussian.
+    :param log_std: Of a Gaussian, shape ``(1, k)`` or ``(n, k)``.
     :param actions: Shape ``(n, action_dim)``.
     :param old_log_prob: Shape ``(n,)``, nats.
     :param advantages: Shape ``(n,)``; normalised in place.
@@ -51,7 +51,7 @@ def policy_gradient(
     :param numbers: Coefficients and settings.
     :param measure_kl: Whether the exact KL is wanted.
     :param gradient: Filled, shape ``(n, k)``.
-    :param log_std_gradient: Filled, shape ``(k,)``, of a Gaussian.
+    :param log_std_gradient: Filled, shape of ``log_std``, of a Gaussian.
     :param told: What this part gives to the loss goes there.
     :param totals: Statistics are added to it.
     """

@@ -3,9 +3,9 @@
 import numpy as np
 
 from sb3_clipvf.compiled import fast, strict
-from sb3_clipvf.engines.kernels import heads
-from sb3_clipvf.engines.kernels.data import Network, log_std_of
-from sb3_clipvf.engines.kernels.memory import ACTIVATION, DIST, GAUSSIAN, PARAM
+from sb3_clipvf.engines.kernels import gsde, heads
+from sb3_clipvf.engines.kernels.data import Network
+from sb3_clipvf.engines.kernels.memory import ACTIVATION, DIST, STATE_DEPENDENT
 from sb3_clipvf.engines.kernels.network import forward, layer, output_gradient
 
 F = np.float32
@@ -44,7 +44,8 @@ def act(
 
     :param network: The policy.
     :param observations: Shape ``(n, obs_dim)``.
-    :param noise: As :func:`heads.sample` takes it, shape ``(n, action_dim)``.
+    :param noise: As :func:`heads.sample` takes it, shape ``(n, action_dim)``; gSDE's matrices as :func:`gsde.noise_of`
+        takes them.
     :param work: Workspace for ``n`` rows.
     :param actions: Filled, shape ``(n, action_dim)``.
     :param values: Filled, shape ``(n,)``.
@@ -57,7 +58,9 @@ def act(
     layer(work, sizes, n, 0)[:] = observations
     outputs = forward(work, sizes, n, network.table, 0, network.codes[ACTIVATION])
     probs = output_gradient(work, sizes, n)
-    log_std = log_std_of(network, PARAM)
+    log_std = gsde.log_stds(network, work, n)
+    if kind == STATE_DEPENDENT:
+        noise = gsde.noise_of(network, work, n, noise)
     heads.normalize_all(kind, outputs, network.widths, probs)
     heads.sample(kind, outputs, log_std, network.widths, probs, noise, actions)
     if dist_params.shape[1] > 0:
@@ -65,8 +68,8 @@ def act(
         for i in range(n):
             for j in range(k):
                 dist_params[i, j] = outputs[i, j]
-                if kind == GAUSSIAN:
-                    dist_params[i, k + j] = log_std[j]
+                if log_std.shape[0] > 0:
+                    dist_params[i, k + j] = log_std[i if log_std.shape[0] > 1 else 0, j]
     entropy = np.empty(n, np.float32)
     heads.evaluate(kind, outputs, log_std, network.widths, actions, probs, log_prob, entropy)
 

@@ -8,7 +8,7 @@ other; the numbers are the same on one thread and on two.
 import numpy as np
 
 from sb3_clipvf.compiled import fast
-from sb3_clipvf.engines.kernels import heads
+from sb3_clipvf.engines.kernels import gsde, heads
 from sb3_clipvf.engines.kernels.adam import squared_norm
 from sb3_clipvf.engines.kernels.data import (
     ACTOR_NORM,
@@ -25,7 +25,7 @@ from sb3_clipvf.engines.kernels.data import (
     Rollout,
     log_std_of,
 )
-from sb3_clipvf.engines.kernels.memory import ACTIVATION, CATEGORICAL, DIST, GRAD, PARAM
+from sb3_clipvf.engines.kernels.memory import ACTIVATION, CATEGORICAL, DIST, GRAD, STATE_DEPENDENT
 from sb3_clipvf.engines.kernels.minibatch import clip_factor, policy_gradient, step, stops, total_loss, value_gradient
 from sb3_clipvf.engines.kernels.network import backward, forward, layer, output_gradient
 from sb3_clipvf.engines.kernels.sync import wait_for_all
@@ -112,11 +112,15 @@ def _actor(
     for i in range(n):
         advantages[i], old_log_prob[i] = rollout.advantages[rows[i]], rollout.old_log_prob[rows[i]]
     outputs = forward(work, sizes, n, network.table, 0, network.codes[ACTIVATION])
+    state_dependent = network.codes[DIST] == STATE_DEPENDENT
+    log_std = gsde.log_stds(network, work, n)
+    log_std_gradient = np.empty_like(log_std) if state_dependent else log_std_of(network, GRAD)
     policy_gradient(
-        network.codes[DIST], network.widths, outputs, log_std_of(network, PARAM), actions, old_log_prob, advantages,
-        rollout.old_dist, rows, numbers, measure_kl, output_gradient(work, sizes, n), log_std_of(network, GRAD), told,
-        totals,
+        network.codes[DIST], network.widths, outputs, log_std, actions, old_log_prob, advantages, rollout.old_dist,
+        rows, numbers, measure_kl, output_gradient(work, sizes, n), log_std_gradient, told, totals,
     )  # fmt: skip
+    if state_dependent:
+        gsde.log_std_gradients(network, work, n, log_std, log_std_gradient)
     backward(work, sizes, n, network.table, 0, network.codes[ACTIVATION])
 
 
@@ -169,5 +173,6 @@ def kl_of_rollout(network: Network, rollout: Rollout, chunk: int, work: np.ndarr
         probs = output_gradient(work, sizes, size)
         if kind == CATEGORICAL:
             heads.normalize_all(kind, outputs, network.widths, probs)
-        total += heads.kl_from_old(kind, outputs, log_std_of(network, PARAM), probs, rollout.old_dist, rows)
+        log_std = gsde.log_stds(network, work, size)
+        total += heads.kl_from_old(kind, outputs, log_std, probs, rollout.old_dist, rows)
     return total / n
