@@ -18,9 +18,9 @@ from sb3_clipvf.bench import speed, speed_child, speed_rows
 from sb3_clipvf.bench.results import Results
 from sb3_clipvf.bench.speed import main
 from sb3_clipvf.bench.speed_profile import area_of, render_profile, sum_areas
-from sb3_clipvf.bench.speed_rows import BOUNDS, PEERS, ROWS, SpeedRow, make_model
+from sb3_clipvf.bench.speed_rows import BOUNDS, PEERS, ROWS, TRIAL_UPDATES, SpeedRow, make_model
 from sb3_clipvf.bench.speed_table import KEY, TRIALS, Spread, best_threads, ratio, render, wanted
-from sb3_clipvf.engines import ENGINE_NAMES
+from sb3_clipvf.engines import ENGINE_NAMES, threads
 
 FAST = SpeedRow("fast", "a fast one", 2, "CartPole-v1", 4, 8, {"n_steps": 16})
 SLOW = SpeedRow("slow", "a slow one", 2, "CartPole-v1", 4, 8, {"n_steps": 16}, env="vector")
@@ -737,3 +737,11 @@ def test_real_processes_of_both_peers(
     assert runs["clipppo", next(iter(TRIALS))]["torch_threads"] == 1
     assert all(run["steps_per_second"] > 0 and run["peak_megabytes"] > 10 for run in runs.values())
     assert "(`custom-extractor`)" in capsys.readouterr().out
+
+
+def test_the_native_engine_tries_its_threads_before_it_is_measured() -> None:
+    rows = {row.name: row for row in ROWS}
+    assert rows["cartpole"].warmup_of("clipppo") == TRIAL_UPDATES > 2 * threads.TRIALS
+    assert rows["cartpole"].warmup_of("sb3") == rows["cartpole"].warmup
+    for name in ("custom-extractor", "breakout-8-ale"):
+        assert rows[name].warmup_of("clipppo") == rows[name].warmup

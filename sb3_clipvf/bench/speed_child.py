@@ -117,10 +117,11 @@ def measure_peer(row: SpeedRow, peer: str, seed: int, *, profile: bool = False) 
     started = time.perf_counter()
     model = make_model(row, peer, seed)
     profiler = cProfile.Profile()
-    watch = Stopwatch(model, row.warmup, profiler.enable if profile else lambda: None)
+    warmup = row.warmup_of(peer)
+    watch = Stopwatch(model, warmup, profiler.enable if profile else lambda: None)
     setup_seconds = time.perf_counter() - started
     n_steps = row.n_steps * row.n_envs
-    model.learn(n_steps * (row.warmup + row.iterations))
+    model.learn(n_steps * (warmup + row.iterations))
     ended = time.perf_counter()
     profiler.disable()
     if any(iteration.n_env_steps != row.n_steps for iteration in watch.iterations):
@@ -128,9 +129,12 @@ def measure_peer(row: SpeedRow, peer: str, seed: int, *, profile: bool = False) 
             f"A rollout must call `env.step` {row.n_steps} times, got "
             f"{[iteration.n_env_steps for iteration in watch.iterations]}. The seconds cannot be told apart."
         )
-    result = _summary(row, watch.iterations, ended) | {"setup_seconds": setup_seconds, "engine": _engine(model, peer)}
+    result = _summary(row, watch.iterations, warmup, ended) | {
+        "setup_seconds": setup_seconds,
+        "engine": _engine(model, peer),
+    }
     # What the warm-up took longer than as many measured iterations is compilation and loading.
-    usual = row.warmup * result["wall_seconds"] / row.iterations
+    usual = warmup * result["wall_seconds"] / row.iterations
     result["startup_seconds"] = setup_seconds + max(0.0, result["warmup_seconds"] - usual)
     if profile:
         from sb3_clipvf.bench.speed_profile import summarise
@@ -139,8 +143,8 @@ def measure_peer(row: SpeedRow, peer: str, seed: int, *, profile: bool = False) 
     return result
 
 
-def _summary(row: SpeedRow, iterations: Sequence[Iteration], ended: float) -> dict[str, Any]:
-    measured = iterations[row.warmup :]
+def _summary(row: SpeedRow, iterations: Sequence[Iteration], warmup: int, ended: float) -> dict[str, Any]:
+    measured = iterations[warmup:]
     wall = ended - measured[0].started
     rollout, environment, update = (
         sum(getattr(iteration, name) for iteration in measured) for name in ("rollout", "environment", "update")

@@ -14,6 +14,9 @@ PEERS = {"clipppo": "ClipPPO", "sb3": "SB3", "sbx": "SBX"}
 BOUNDS = {"bound_clipppo": "clipppo", "bound_sb3": "sb3"}
 """Environments alone under random actions, as each of these peers has them."""
 
+TRIAL_UPDATES = 7
+"""Updates after which the native engine has chosen its number of threads."""
+
 # What a row's environments need: start of the id, or kind of the environments -> module, extra.
 _REQUIREMENTS = {
     "HalfCheetah": ("mujoco", "mujoco"),
@@ -76,6 +79,16 @@ class SpeedRow:
         :return: key of ``ENVIRONMENTS``
         """
         return self.env if peer == "clipppo" else self.peer_env
+
+    def warmup_of(self, peer: str) -> int:
+        """
+        Say how many rollouts and updates of a peer come before those that are measured.
+
+        :param peer: key of ``PEERS``
+        :return: the row's own, or more where the native engine still tries one thread and two
+        """
+        is_native = peer == "clipppo" and self.policy == "MlpPolicy" and not self.custom_extractor
+        return max(self.warmup, TRIAL_UPDATES) if is_native else self.warmup
 
     def measured(self) -> tuple[str, ...]:
         """
