@@ -206,16 +206,16 @@ class TensorRolloutBuffer(BaseBuffer):
             for key, array in self.observations.items():
                 array[self.pos] = np.reshape(obs[key], array.shape[1:])
         else:
-            self.observations[self.pos] = np.reshape(obs, self.observations.shape[1:])  # type: ignore[arg-type]
-        self.actions[self.pos] = np.reshape(action, self.actions.shape[1:])
+            self.observations[self.pos] = _shaped(obs, self.observations.shape[1:])
+        self.actions[self.pos] = _shaped(action, self.actions.shape[1:])
         self.rewards[self.pos] = reward
         self.episode_starts[self.pos] = episode_start
-        self.values[self.pos] = value.detach().cpu().numpy().reshape(-1)
-        self.log_probs[self.pos] = log_prob.detach().cpu().numpy().reshape(-1)
+        self.values[self.pos] = _on_host(value).reshape(-1)
+        self.log_probs[self.pos] = _on_host(log_prob).reshape(-1)
         if self.dist_param_dim:
             if dist_params is None:
                 raise ValueError("`dist_params` must be given at each step, got None. Pass the rollout's parameters.")
-            self.dist_params[self.pos] = dist_params.detach().cpu().numpy()
+            self.dist_params[self.pos] = _on_host(dist_params)
         self.pos += 1
         self.full = self.pos == self.buffer_size
 
@@ -329,3 +329,15 @@ class TensorRolloutBuffer(BaseBuffer):
         self.advantages = np.zeros(cells, np.float32)
         self.dist_params = np.zeros((*cells, self.dist_param_dim), np.float32)
         self._allocated = True
+
+
+def _shaped(array: Any, shape: tuple[int, ...]) -> np.ndarray:
+    # np.reshape takes longer than the copy that follows.
+    return array if isinstance(array, np.ndarray) and array.shape == shape else np.reshape(array, shape)
+
+
+def _on_host(tensor: th.Tensor) -> np.ndarray:
+    try:
+        return tensor.numpy()
+    except (RuntimeError, TypeError):  # it needs a gradient, or lies on another device
+        return tensor.detach().cpu().numpy()

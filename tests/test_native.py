@@ -333,6 +333,21 @@ class TestActing:
         assert stats.kstest(standard[:, 0], "norm").pvalue > 1e-4
         assert abs(np.corrcoef(standard.T)[0, 1]) < 0.03
 
+    @pytest.mark.parametrize("n_envs", [1, 7, 20])
+    @pytest.mark.parametrize("actions", ACTIONS)
+    def test_a_seed_gives_the_actions_of_the_policy_itself(self, actions: str, n_envs: int) -> None:
+        policy = make_policy(actions)
+        engine, buffer = NativeEngine(policy, SETTINGS), make_buffer(policy, n_envs=n_envs)
+        observations = th.randn(9, n_envs, 3)
+        taken = []
+        for each in (engine, AutogradEngine(policy, SETTINGS)):
+            th.manual_seed(1)
+            each.begin_rollout(buffer)
+            taken.append(np.stack([each.act(obs, with_dist_params=False).actions for obs in observations]))
+        # Bits and classes are equal unless a random number falls within rounding of a bound; means differ by rounding.
+        np.testing.assert_allclose(taken[0], taken[1], rtol=1e-5, atol=1e-6)
+        assert len(np.unique(taken[0])) > 1
+
     def test_torchs_seed_decides(self) -> None:
         policy = make_policy()
         engine, buffer = NativeEngine(policy, SETTINGS), make_buffer(policy)

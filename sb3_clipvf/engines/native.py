@@ -22,9 +22,6 @@ from sb3_clipvf.engines.threads import ThreadChoice, one_blas_thread
 EVALUATION_ROWS = 1024
 """Rows in a forward pass over a whole rollout."""
 
-NOISE_NUMBERS = 2**16
-"""Random numbers that are drawn at once for the actions of a rollout."""
-
 _ACTIVATIONS = {
     nn.Tanh: memory.TANH,
     nn.ReLU: memory.RELU,
@@ -38,9 +35,8 @@ class NativeEngine:
     """
     Updates a plain MLP policy, and acts for it, by compiled kernels.
 
-    Same permutations, same coefficients and the numbers of the autograd engine to float32 rounding. Actions are drawn
-    from torch's generator, but in other portions than torch's own distributions draw them; gSDE's noise comes from the
-    policy's own exploration matrices.
+    Same permutations, same coefficients and the numbers of the autograd engine to float32 rounding; actions are drawn
+    from torch's generator as torch draws them, and with gSDE from the policy's own exploration matrices.
 
     :param policy: Its parameters, their gradients and its optimizer's moments are changed in place.
     :param settings: What stays the same over all updates.
@@ -53,7 +49,7 @@ class NativeEngine:
         self.policy = policy
         self.settings = settings
         self._threads = ThreadChoice()
-        self._noise = _Noise()
+        self._noise: _Noise | None = None
         self._work: dict[int, np.ndarray] = {}
         self._bind()
         compile_kernels(networks=True)
@@ -86,18 +82,15 @@ class NativeEngine:
 
     def begin_rollout(self, buffer: Any) -> None:
         """
-        Look at the policy anew, and forget random numbers that are left from another rollout.
+        Look at the policy anew.
 
         :param buffer: Will be filled; its advantages will be computed by a kernel.
         :raises NotPlainError: If the policy has become more than kernels know.
         """
         self._bind_again()
         buffer.gae_fn = _gae
-        kind = self._network.codes[memory.DIST]
-        if kind != memory.STATE_DEPENDENT:
-            self._noise.begin(
-                buffer.buffer_size, (buffer.n_envs, self._action_dim), normal=bool(kind == memory.GAUSSIAN)
-            )
+        kind, widths = int(self._network.codes[memory.DIST]), self._network.widths.tolist()
+        self._noise = _Noise(kind, buffer.n_envs, self._action_dim, widths)
 
     def act(self, observations: th.Tensor, *, with_dist_params: bool) -> Acted:
         """
@@ -108,8 +101,9 @@ class NativeEngine:
         :return: What the rollout stores.
         """
         self._follow_parameters()
-        n_envs = len(observations)
-        rows = _float_rows(observations.numpy(), n_envs)
+        array = observations.numpy()
+        n_envs = len(array)
+        rows = _float_rows(array, n_envs)
         actions = np.empty((n_envs, self._action_dim), np.float32)
         values, log_prob = np.empty((n_envs, 1), np.float32), np.empty(n_envs, np.float32)
         dist_params = np.empty((n_envs, self._dist_dim if with_dist_params else 0), np.float32)
@@ -143,6 +137,8 @@ class NativeEngine:
         if isinstance(dist, StateDependentNoiseDistribution):
             # A callback may call `reset_noise` at any step, which makes new tensors.
             return _exploration_matrices(dist, n_envs, self._binding.plain.actor[-1].in_features)
+        if self._noise is None:
+            raise RuntimeError("`begin_rollout` must be called before `act`, got no call. Call it with the buffer.")
         return self._noise.next()
 
     def _follow_parameters(self) -> None:
@@ -224,21 +220,22 @@ class NativeEngine:
 
 
 class _Noise:
-    """Random numbers for the actions of a rollout, drawn from torch's generator many at once."""
+    """
+    Random numbers for the actions of a step, drawn as torch's own distributions draw theirs.
 
-    def begin(self, n_steps: int, shape: tuple[int, int], *, normal: bool) -> None:
-        at_once = max(1, NOISE_NUMBERS // (shape[0] * shape[1]))
-        self._shape = (min(n_steps, at_once), *shape)
-        self._draw = th.randn if normal else th.rand
-        self._drawn = np.empty((0, *shape), np.float32)
-        self._next = 0
+    So a seed gives the same actions on every engine, as long as the policies agree to rounding.
+    """
+
+    def __init__(self, kind: int, n_envs: int, action_dim: int, widths: list[int]) -> None:
+        self._kind, self._shape, self._widths = kind, (n_envs, action_dim), widths
 
     def next(self) -> np.ndarray:
-        if self._next == len(self._drawn):
-            self._drawn, self._next = self._draw(self._shape).numpy(), 0
-        row: np.ndarray = self._drawn[self._next]
-        self._next += 1
-        return row
+        if self._kind == memory.GAUSSIAN:
+            return th.empty(self._shape).normal_().numpy()
+        if self._kind == memory.BERNOULLI:
+            return th.rand(self._shape).numpy()
+        parts = [th.empty(self._shape[0], width).exponential_() for width in self._widths]
+        return (parts[0] if len(parts) == 1 else th.cat(parts, dim=1)).numpy()
 
 
 def _exploration_matrices(dist: StateDependentNoiseDistribution, n_envs: int, latent_dim: int) -> np.ndarray:

@@ -288,8 +288,9 @@ def sample(
     :param log_std: Of a Gaussian, shape ``(1, k)`` or ``(n, k)``.
     :param widths: Of the categorical distributions.
     :param probs: From :func:`normalize_all`.
-    :param noise: Shape ``(n, action_dim)``: standard normal for a Gaussian, what is added to the means where it is
-        state-dependent, else uniform in [0, 1).
+    :param noise: What torch's own distributions draw: for categorical distributions exponential, shape ``(n, k)``; else
+        of shape ``(n, action_dim)``, uniform in [0, 1) for bits, standard normal for a Gaussian, and what is added to
+        the means where its spread depends on the state.
     :param actions: Filled, shape ``(n, action_dim)``.
     """
     n, k = outputs.shape
@@ -297,7 +298,7 @@ def sample(
         if kind == CATEGORICAL:
             start = 0
             for head in range(widths.shape[0]):
-                actions[i, head] = _draw(probs[i, start : start + widths[head]], noise[i, head])
+                actions[i, head] = _draw(probs, noise, i, start, start + widths[head])
                 start += widths[head]
         elif kind == BERNOULLI:
             for j in range(k):
@@ -311,15 +312,11 @@ def sample(
 
 
 @fast
-def _draw(probs: np.ndarray, uniform: float) -> float:
-    """Index of a categorical distribution, by the inverse of its cumulative probabilities."""
-    total = F(0)
-    last = 0
-    for j in range(probs.shape[0]):
-        if probs[j] > F(0):
-            last = j
-            total += probs[j]
-            if uniform < total:
-                return F(j)
-    # Probabilities may add up to a little less than 1.
-    return F(last)
+def _draw(probs: np.ndarray, exponentials: np.ndarray, i: int, start: int, end: int) -> float:
+    """Index of one categorical distribution in row i: the largest p / e with e ~ Exp(1), as torch.multinomial draws."""
+    chosen, largest = 0, F(-1)
+    for j in range(start, end):
+        score = probs[i, j] / exponentials[i, j]
+        if score > largest:
+            chosen, largest = j - start, score
+    return F(chosen)
