@@ -338,6 +338,14 @@ class TestContract:
     def test_settings(self, engine_name: str, actions: str, changes: dict[str, Any]) -> None:
         compare(engine_name, actions, settings_for(actions, **changes), COEFFICIENTS)
 
+    @pytest.mark.parametrize("actions", ["discrete", "box"])
+    def test_a_range_of_zero_lets_the_first_step_through(self, engine_name: str, actions: str) -> None:
+        """Where an annealed range ends: ratios are still 1, though log-probabilities may differ by rounding."""
+        coefficients = dataclasses.replace(COEFFICIENTS, clip_range=0.0, kl_coef=0.0, ent_coef=0.0)
+        settings = settings_for(actions, n_epochs=1, batch_size=N_TRANSITIONS)
+        statistics, _ = compare(engine_name, actions, settings, coefficients, moved=0.0)
+        assert statistics.read()["clip_fraction"] == 0
+
     def test_other_weights(self, engine_name: str) -> None:
         coefficients = dataclasses.replace(COEFFICIENTS, ent_coef=0.3, vf_coef=0.0, kl_coef=0.1)
         compare(engine_name, "box", settings_for("box"), coefficients)

@@ -14,6 +14,10 @@ from sb3_clipvf.engines.kernels.elementwise import exp32
 
 F = np.float32
 
+# A ratio this close to the range is inside. Where torch acted and kernels update, log-probabilities of one policy
+# differ by rounding, which would cut gradients off when an annealed range has come to 0.
+_ROUNDING = F(1e-5)
+
 # How value predictions are clipped.
 NOT_CLIPPED, CLIPPED_MAX, CLIPPED_PREDICTION = range(3)
 
@@ -68,11 +72,11 @@ def surrogate(
         free = advantages[i] * ratio
         # max and min of Python pass NaN in one order only: the ratio's own NaN is kept by `free`.
         held = advantages[i] * min(max(ratio, low), high)
-        inside = low <= ratio <= high
+        inside = low - _ROUNDING <= ratio <= high + _ROUNDING
         objective += held if held < free else free
         share = F(1) if inside or free < held else (F(0.5) if free == held else F(0))
         gradient[i] = -weight * free * share
-        n_clipped += 1 if abs(ratio - F(1)) > eps else 0
+        n_clipped += 1 if abs(ratio - F(1)) > eps + _ROUNDING else 0
         k3 += (ratio - F(1)) - log_ratio
         largest = ratio if ratio > largest or ratio != ratio else largest
     return -objective / n, n_clipped / n, k3 / n, largest
