@@ -1,6 +1,7 @@
-"""What all test files share: one torch thread, and the package's logger as every test found it."""
+"""What all test files share: one torch thread, Ctrl-C as Python has it, and the package's logger as every test found it."""
 
 import logging
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +9,11 @@ import torch as th
 
 # Several threads would fight for the cores of a test run, and float sums would depend on how many there are.
 th.set_num_threads(1)
+
+# A shell starts what it runs in the background with SIGINT ignored, and Python then leaves it so: tests that interrupt
+# a benchmark would wait for it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
