@@ -75,7 +75,7 @@ $(STAMP)-default: $(STAMP)-venv $(BUILD_FILES)
 
 $(STAMP)-test: $(STAMP)-venv $(BUILD_FILES)
 	@echo "Installing into $(VENV), with what the tests need (a few minutes the first time) ..."
-	$(PIP) -e '.[dev,box2d,mujoco,atari,minigrid]'
+	$(PIP) -e '.[dev,box2d,mujoco,atari,minigrid,envpool]'
 	@touch $@
 
 $(STAMP)-learning: $(STAMP)-venv $(BUILD_FILES)

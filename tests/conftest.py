@@ -1,4 +1,4 @@
-"""What all test files share: one torch thread, Ctrl-C as Python has it, and the package's logger as every test found it."""
+"""What all test files share: one torch thread, Ctrl-C as Python has it, and the package's logger as it was found."""
 
 import logging
 import signal

@@ -231,6 +231,8 @@ class TestRefusals:
         change: dict[str, Any],
         message: str,
     ) -> None:
+        if vec_env == "envpool":
+            pytest.importorskip("envpool")
         assert _train(tmp_path, vec_env, env_id, {**ENTRY, **change}) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "logs" / "clipppo" / f"{env_id}_1").exists()
