@@ -28,13 +28,15 @@ _METHODS = (
     "predict_values",
     "_get_action_dist_from_latent",
 )
-_DISTRIBUTIONS = (
+DISTRIBUTIONS = (
     CategoricalDistribution,
     MultiCategoricalDistribution,
     BernoulliDistribution,
     DiagGaussianDistribution,
     StateDependentNoiseDistribution,
 )
+"""The action distributions that kernels know."""
+
 _GAUSSIANS = (DiagGaussianDistribution, StateDependentNoiseDistribution)
 # SB3's own: no policy of SB3 takes another as an argument.
 _GSDE_EPSILON = 1e-6
@@ -95,7 +97,7 @@ def plain_policy(policy: ActorCriticPolicy) -> PlainPolicy:
     _check_class(policy)
     _check_observations(policy)
     dist = policy.action_dist
-    if type(dist) not in _DISTRIBUTIONS:
+    if type(dist) not in DISTRIBUTIONS:
         raise NotPlainError(f"its action distribution is {type(dist).__name__}")
     hidden_actor, actor_activation = _hidden_layers(policy.mlp_extractor.policy_net)
     hidden_critic, critic_activation = _hidden_layers(policy.mlp_extractor.value_net)
@@ -328,20 +330,42 @@ def bind(policy: ActorCriticPolicy) -> Binding:
     :raises NotPlainError: If the policy is more than kernels know.
     """
     plain = plain_policy(policy)
-    state = policy.optimizer.state
     rows, bound = [], []
     for parameter in [*plain.actor_parameters, *plain.critic_parameters]:
         if parameter.grad is None or not parameter.grad.is_contiguous() or parameter.grad.dtype != th.float32:
             parameter.grad = th.zeros_like(parameter, memory_format=th.contiguous_format)
-        if not state[parameter]:
-            zeros = [th.zeros_like(parameter, memory_format=th.contiguous_format) for _ in range(2)]
-            state[parameter] = {"step": th.tensor(0.0), "exp_avg": zeros[0], "exp_avg_sq": zeros[1]}
-        moments = [state[parameter]["exp_avg"], state[parameter]["exp_avg_sq"]]
+        moments = moments_of(policy.optimizer, parameter)
         if any(m.dtype != th.float32 or not m.is_contiguous() or m.shape != parameter.shape for m in moments):
             raise NotPlainError("its optimizer's moments are not contiguous float32 tensors")
         bound.append((parameter, parameter.grad, *moments))
-        rows.append([parameter.numel(), *(tensor.data_ptr() for tensor in bound[-1])])
+        rows.append(table_row(*bound[-1]))
     return Binding(plain, np.array(rows, np.int64), tuple(bound), fingerprint(policy))
+
+
+def moments_of(optimizer: th.optim.Optimizer, parameter: th.Tensor) -> list[th.Tensor]:
+    """
+    Find Adam's moments of a parameter; where there are none, they are made as torch does at the first step.
+
+    :param optimizer: Adam or AdamW.
+    :param parameter: One of its parameters.
+    :return: First and second moment.
+    """
+    if not optimizer.state[parameter]:
+        zeros = [th.zeros_like(parameter, memory_format=th.contiguous_format) for _ in range(2)]
+        optimizer.state[parameter] = {"step": th.tensor(0.0), "exp_avg": zeros[0], "exp_avg_sq": zeros[1]}
+    state = optimizer.state[parameter]
+    return [state["exp_avg"], state["exp_avg_sq"]]
+
+
+def table_row(parameter: th.Tensor, *others: th.Tensor) -> list[int]:
+    """
+    Make the row of a parameter in the table that kernels take.
+
+    :param parameter: The parameter.
+    :param others: Its gradient and its moments.
+    :return: Its size, and the addresses of all.
+    """
+    return [parameter.numel(), *(tensor.data_ptr() for tensor in (parameter, *others))]
 
 
 def n_steps_made(binding: Binding, policy: ActorCriticPolicy) -> int:

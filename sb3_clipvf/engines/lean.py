@@ -9,29 +9,23 @@ from typing import Any, cast
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.distributions import (
-    BernoulliDistribution,
-    CategoricalDistribution,
-    DiagGaussianDistribution,
-    MultiCategoricalDistribution,
-    StateDependentNoiseDistribution,
-)
+from stable_baselines3.common.distributions import DiagGaussianDistribution, StateDependentNoiseDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_clipvf.engines.autograd import AutogradEngine, unvalidated_distributions
-from sb3_clipvf.engines.binding import NotPlainError, check_gaussian, check_optimizer
+from sb3_clipvf.engines.binding import (
+    DISTRIBUTIONS,
+    NotPlainError,
+    check_gaussian,
+    check_optimizer,
+    moments_of,
+    table_row,
+)
 from sb3_clipvf.engines.compiled_update import compile_kernels, kind_of, statistics_of, update_numbers, widths_of
 from sb3_clipvf.engines.kernels import data, entry, memory
 from sb3_clipvf.engines.settings import UpdateCoefficients, UpdateSettings, UpdateStatistics
 from sb3_clipvf.rollout import MiniBatch
 
-_DISTRIBUTIONS = (
-    CategoricalDistribution,
-    MultiCategoricalDistribution,
-    BernoulliDistribution,
-    DiagGaussianDistribution,
-    StateDependentNoiseDistribution,
-)
 # What `evaluate_actions` consists of: a policy that replaces one of these computes its losses' inputs differently.
 _METHODS = ("evaluate_actions", "extract_features", "_get_action_dist_from_latent")
 
@@ -50,7 +44,7 @@ def check_around_networks(policy: ActorCriticPolicy) -> None:
             raise NotPlainError(f"its {name}() is its own")
         if name in vars(policy):
             raise NotPlainError(f"its {name}() was replaced")
-    if type(policy.action_dist) not in _DISTRIBUTIONS:
+    if type(policy.action_dist) not in DISTRIBUTIONS:
         raise NotPlainError(f"its action distribution is {type(policy.action_dist).__name__}")
     check_gaussian(policy)
     if any(parameter.dtype != th.float32 or not parameter.is_contiguous() for parameter in policy.parameters()):
@@ -207,7 +201,7 @@ class _Steps:
 
     def __init__(self, policy: ActorCriticPolicy) -> None:
         self._parameters = list(policy.parameters())
-        self._state = policy.optimizer.state
+        self._optimizer = policy.optimizer
         self._table = np.zeros((0, memory.N_COLUMNS), np.int64)
         self._reached: list[th.nn.Parameter] = []
         self._gradient_addresses: list[int] = []
@@ -238,7 +232,7 @@ class _Steps:
         :param n_steps: In all.
         """
         for parameter in self._reached:
-            self._state[parameter]["step"].fill_(n_steps)
+            self._optimizer.state[parameter]["step"].fill_(n_steps)
 
     def _find(self) -> None:
         self._reached = [parameter for parameter in self._parameters if parameter.grad is not None]
@@ -247,11 +241,6 @@ class _Steps:
             gradient = cast(th.Tensor, parameter.grad)
             if not gradient.is_contiguous():
                 gradient = parameter.grad = gradient.contiguous()
-            if not self._state[parameter]:
-                zeros = [th.zeros_like(parameter, memory_format=th.contiguous_format) for _ in range(2)]
-                self._state[parameter] = {"step": th.tensor(0.0), "exp_avg": zeros[0], "exp_avg_sq": zeros[1]}
-            state = self._state[parameter]
-            tensors = (parameter.data, gradient, state["exp_avg"], state["exp_avg_sq"])
-            rows.append([parameter.numel(), *(tensor.data_ptr() for tensor in tensors)])
+            rows.append(table_row(parameter, gradient, *moments_of(self._optimizer, parameter)))
         self._table = np.array(rows, np.int64)
         self._gradient_addresses = self._table[:, memory.GRAD].tolist()
