@@ -261,10 +261,11 @@ class ClipPPO(RolloutCollector):
         # Callbacks may have changed these arguments since the last update.
         check_words(self)
         self._setup_controllers()
-        self.policy.set_training_mode(True)
+        engine = self._current_engine()
+        engine.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         current = coefficients.update_coefficients(self)
-        statistics = self._current_engine().update(self.rollout_buffer, current)
+        statistics = engine.update(self.rollout_buffer, current)
         self._n_updates += statistics.n_epochs
         if statistics.stopped_at_kl is not None:
             log.info(

@@ -2,9 +2,11 @@
 
 import copy
 import time
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -22,9 +24,11 @@ if TYPE_CHECKING:
 class RolloutCollector(OnPolicyAlgorithm):
     """SB3's on-policy algorithm with a loop of its own over the environments, whose policy an engine runs."""
 
+    _engine: Engine | None = None
+
+    @abstractmethod
     def _current_engine(self) -> Engine:
         """The engine for the policy as it is now."""
-        raise NotImplementedError
 
     def collect_rollouts(
         self,
@@ -45,7 +49,8 @@ class RolloutCollector(OnPolicyAlgorithm):
         :return: False if the callback asked to stop, then the rollout is incomplete.
         """
         started = time.perf_counter()
-        self.policy.set_training_mode(False)
+        knows_policy = self._engine is not None and self._engine.policy is self.policy
+        (self._engine if knows_policy else self.policy).set_training_mode(False)  # type: ignore[union-attr]
         n_steps = 0
         with_dist_params = bool(getattr(rollout_buffer, "dist_param_dim", 0))
         rollout_buffer.reset()
@@ -53,14 +58,14 @@ class RolloutCollector(OnPolicyAlgorithm):
         if self.use_sde:
             self.policy.reset_noise(env.num_envs)
         callback.on_rollout_start()
-        engine = self._current_engine()
+        engine = self._current_engine()  # after the callback, which may have changed the policy
         engine.begin_rollout(rollout_buffer)
 
         while n_steps < n_rollout_steps:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self.policy.reset_noise(env.num_envs)
 
-            obs_tensor = obs_as_tensor(self._last_obs, self.device)
+            obs_tensor = to_tensor(self._last_obs, self.device)
             actions, values, log_probs, dist_params = engine.act(obs_tensor, with_dist_params=with_dist_params)
             clipped_actions = to_env(self.policy, self.action_space, actions)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
@@ -90,7 +95,7 @@ class RolloutCollector(OnPolicyAlgorithm):
             self._last_obs = copy_of(new_obs)
             self._last_episode_starts = dones.copy()
 
-        values = engine.predict_values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]
+        values = engine.predict_values(to_tensor(new_obs, self.device))
         rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
 
         callback.update_locals(locals())
@@ -103,6 +108,19 @@ class RolloutCollector(OnPolicyAlgorithm):
         told = [index for index, info in enumerate(infos) if "episode" in info or "is_success" in info]
         if told:
             super()._update_info_buffer([infos[index] for index in told], None if dones is None else dones[told])
+
+
+def to_tensor(observations: Any, device: th.device) -> Any:
+    """
+    Turn observations into tensors that share their memory where they can.
+
+    :param observations: An array, or a dict of such.
+    :param device: Where they are needed.
+    :return: A tensor, or a dict of such.
+    """
+    if device.type == "cpu" and type(observations) is np.ndarray:
+        return th.from_numpy(observations)  # a third of the time of SB3's way
+    return obs_as_tensor(observations, device)
 
 
 def to_env(policy: ActorCriticPolicy, action_space: spaces.Space[Any], actions: np.ndarray) -> np.ndarray:

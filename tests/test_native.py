@@ -640,6 +640,51 @@ class TestTraining:
         assert len(np.unique(model.rollout_buffer.actions[:16])) == 2
         assert (model.rollout_buffer.actions[17:] == 0).all()
 
+    @pytest.mark.parametrize("event", ["_on_rollout_start", "_on_rollout_end"])
+    def test_a_layer_replaced_between_rollout_and_update_counts(
+        self, event: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nobody looks at the policy less often than callbacks may change it."""
+
+        class Replace(BaseCallback):
+            def _on_step(self) -> bool:
+                return True
+
+        def replace(self: Replace) -> None:
+            if self.num_timesteps == 64:
+                policy = self.model.policy
+                policy.action_net = th.nn.Linear(64, 2)  # type: ignore[assignment]
+                th.nn.init.zeros_(policy.action_net.weight)  # type: ignore[arg-type]
+                policy.action_net.bias.data = th.tensor([40.0, -40.0])  # type: ignore[union-attr]
+                policy.optimizer = th.optim.Adam(policy.parameters(), lr=0.1, eps=1e-5)
+                replaced.append(policy.action_net)
+
+        replaced: list[Any] = []
+        monkeypatch.setattr(Replace, event, replace)
+        model = make_model(learning_rate=0.1)
+        model.learn(128, callback=Replace())
+        assert model._engine is not None
+        assert model._engine.name == "native"
+        assert model.policy.action_net is replaced[0]
+        assert replaced[0].weight.abs().sum() > 0, "the update did not reach the new layer"
+        if event == "_on_rollout_start":
+            assert (model.rollout_buffer.actions == 0).all()
+
+    def test_the_policy_knows_whether_it_is_trained(self) -> None:
+        class Spy(BaseCallback):
+            def _on_rollout_end(self) -> None:
+                modes.append({module.training for module in self.model.policy.modules()})
+
+            def _on_step(self) -> bool:
+                modes.append({module.training for module in self.model.policy.modules()})
+                return True
+
+        modes: list[set[bool]] = []
+        model = make_model()
+        model.learn(192, callback=Spy())
+        assert all(mode == {False} for mode in modes)
+        assert {module.training for module in model.policy.modules()} == {True}
+
     @pytest.mark.parametrize("engines", [("native", "autograd"), ("autograd", "native")])
     def test_saved_on_one_engine_and_loaded_on_the_other(self, engines: tuple[str, str], tmp_path: Path) -> None:
         """The next update of both from the same rollout is the same: moments and step count came along."""

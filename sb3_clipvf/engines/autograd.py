@@ -69,6 +69,14 @@ class AutogradEngine:
         """
         return True
 
+    def set_training_mode(self, mode: bool) -> None:
+        """
+        Say to the policy whether it is being trained.
+
+        :param mode: Whether it is.
+        """
+        self.policy.set_training_mode(mode)
+
     def begin_rollout(self, buffer: Any) -> None:
         """
         Make ready for the steps of a rollout: there is nothing to do.

@@ -27,6 +27,8 @@ _METHODS = (
     "get_distribution",
     "predict_values",
     "_get_action_dist_from_latent",
+    "set_training_mode",
+    "train",
 )
 DISTRIBUTIONS = (
     CategoricalDistribution,

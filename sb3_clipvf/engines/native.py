@@ -1,7 +1,7 @@
 """The native engine: compiled kernels for plain MLP policies on the CPU, in place on the policy's own memory."""
 
-import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import numpy as np
@@ -17,10 +17,13 @@ from sb3_clipvf.engines.compiled_update import compile_kernels, kind_of, statist
 from sb3_clipvf.engines.kernels import data, entry, memory
 from sb3_clipvf.engines.kernels.network import workspace_size
 from sb3_clipvf.engines.settings import Acted, UpdateCoefficients, UpdateSettings, UpdateStatistics
-from sb3_clipvf.engines.threads import ThreadChoice, one_blas_thread
+from sb3_clipvf.engines.threads import ThreadChoice, one_blas_thread, second_thread
 
 EVALUATION_ROWS = 1024
 """Rows in a forward pass over a whole rollout."""
+
+UNSHARED_ROWS = 32
+"""Rows of a forward pass that BLAS does not share among threads, whatever the width of usual layers."""
 
 _ACTIVATIONS = {
     nn.Tanh: memory.TANH,
@@ -51,6 +54,7 @@ class NativeEngine:
         self._threads = ThreadChoice()
         self._noise: _Noise | None = None
         self._work: dict[int, np.ndarray] = {}
+        self._has_looked = False
         self._bind()
         compile_kernels(networks=True)
 
@@ -62,12 +66,14 @@ class NativeEngine:
         self._workspace_of_a_row = max(workspace_size(sizes, 1) for sizes in both)
         self._addresses = self._binding.table[:, memory.PARAM].tolist()
         self._parameters = [row[0] for row in self._binding.tensors]
+        self._modules = tuple(self.policy.modules())
         self._action_dim = int(self._network.codes[memory.ACTION_DIM])
         self._dist_dim = int(self._network.codes[memory.DIST_DIM])
 
     def _bind_again(self) -> None:
-        if not self._binding.holds(self.policy):
+        if not self._has_looked and not self._binding.holds(self.policy):
             self._bind()
+        self._has_looked = False
 
     # ------------------------------------------------------------------ rollout
 
@@ -78,7 +84,18 @@ class NativeEngine:
         :param buffer: The rollout buffer.
         :return: False where another engine must be chosen.
         """
-        return self._binding.holds(self.policy) or why_not_native(self.policy, buffer) is None
+        # The rollout or the update that follows need not look again.
+        self._has_looked = self._binding.holds(self.policy)
+        return self._has_looked or why_not_native(self.policy, buffer) is None
+
+    def set_training_mode(self, mode: bool) -> None:
+        """
+        Say to the policy whether it is being trained, as its ``set_training_mode`` does in many times the time.
+
+        :param mode: Whether it is.
+        """
+        for module in self._modules:
+            module.__dict__["training"] = mode
 
     def begin_rollout(self, buffer: Any) -> None:
         """
@@ -107,10 +124,9 @@ class NativeEngine:
         actions = np.empty((n_envs, self._action_dim), np.float32)
         values, log_prob = np.empty((n_envs, 1), np.float32), np.empty(n_envs, np.float32)
         dist_params = np.empty((n_envs, self._dist_dim if with_dist_params else 0), np.float32)
-        entry.act(
-            self._packed, rows, self._noise_for(n_envs), self._workspace(n_envs), actions, values.reshape(n_envs),
-            log_prob, dist_params,
-        )  # fmt: skip
+        noise, work = self._noise_for(n_envs), self._workspace(n_envs)
+        with _blas_for(n_envs):
+            entry.act(self._packed, rows, noise, work, actions, values.reshape(n_envs), log_prob, dist_params)
         return Acted(
             actions=self._as_policy_gives(actions),
             values=th.from_numpy(values),
@@ -129,7 +145,8 @@ class NativeEngine:
         n = len(observations)
         values = np.empty(n, np.float32)
         rows = _float_rows(observations.numpy(), n)
-        entry.predict_values(self._packed, rows, self._workspace(n), values)
+        with _blas_for(n):
+            entry.predict_values(self._packed, rows, self._workspace(n), values)
         return th.from_numpy(values.reshape(-1, 1))
 
     def _noise_for(self, n_envs: int) -> np.ndarray:
@@ -185,7 +202,8 @@ class NativeEngine:
         kl_after = None
         if settings.measure_kl_after:
             rows = min(EVALUATION_ROWS, n_transitions)
-            kl_after, _ = entry.kl_of_rollout(self._packed, rollout, rows, self._workspace(rows))
+            with one_blas_thread():
+                kl_after, _ = entry.kl_of_rollout(self._packed, rollout, rows, self._workspace(rows))
         return statistics_of(totals, coefficients, settings, kl_after)
 
     def _run(self, rollout: data.Rollout, numbers: np.ndarray, permutations: np.ndarray) -> np.ndarray:
@@ -203,12 +221,10 @@ class NativeEngine:
 
         with one_blas_thread():
             started = time.perf_counter()
-            others = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(1, n_threads)]
-            for thread in others:
-                thread.start()
+            others = [second_thread().submit(run, rank) for rank in range(1, n_threads)]
             run(0)
-            for thread in others:
-                thread.join()
+            for other in others:
+                other.result()
             self._threads.took(time.perf_counter() - started)
         return np.asarray(totals.sum(axis=0))
 
@@ -219,6 +235,11 @@ class NativeEngine:
         return self._work[rank]
 
 
+def _blas_for(n: int) -> AbstractContextManager[None]:
+    # BLAS shares no product of so few rows, and telling it not to takes longer than the product.
+    return nullcontext() if n <= UNSHARED_ROWS else one_blas_thread()
+
+
 class _Noise:
     """
     Random numbers for the actions of a step, drawn as torch's own distributions draw theirs.
@@ -227,15 +248,20 @@ class _Noise:
     """
 
     def __init__(self, kind: int, n_envs: int, action_dim: int, widths: list[int]) -> None:
-        self._kind, self._shape, self._widths = kind, (n_envs, action_dim), widths
+        self._kind = kind
+        # Kernels only read them, so that each step's numbers may take the place of the last one's.
+        self._parts = [th.empty(n_envs, width) for width in (widths or [action_dim])]
+        self._arrays = [part.numpy() for part in self._parts]
 
     def next(self) -> np.ndarray:
-        if self._kind == memory.GAUSSIAN:
-            return th.empty(self._shape).normal_().numpy()
-        if self._kind == memory.BERNOULLI:
-            return th.rand(self._shape).numpy()
-        parts = [th.empty(self._shape[0], width).exponential_() for width in self._widths]
-        return (parts[0] if len(parts) == 1 else th.cat(parts, dim=1)).numpy()
+        for part in self._parts:
+            if self._kind == memory.GAUSSIAN:
+                part.normal_()
+            elif self._kind == memory.BERNOULLI:
+                part.uniform_()
+            else:
+                part.exponential_()
+        return self._arrays[0] if len(self._arrays) == 1 else np.concatenate(self._arrays, axis=1)
 
 
 def _exploration_matrices(dist: StateDependentNoiseDistribution, n_envs: int, latent_dim: int) -> np.ndarray:

@@ -131,6 +131,13 @@ class Engine(Protocol):
         :return: False where another engine must be chosen.
         """
 
+    def set_training_mode(self, mode: bool) -> None:
+        """
+        Say to the policy whether it is being trained.
+
+        :param mode: Whether it is.
+        """
+
     def begin_rollout(self, buffer: Any) -> None:
         """
         Make ready for the steps of a rollout.

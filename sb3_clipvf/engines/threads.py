@@ -1,8 +1,9 @@
-"""How many threads an update runs on, and keeping BLAS from adding its own."""
+"""How many threads an update runs on, the thread beside Python's own, and keeping BLAS from adding more."""
 
 import os
 import statistics
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 
@@ -52,6 +53,21 @@ class ThreadChoice:
             log.info("Updates run on %d thread(s): %.1f ms on one, %.1f ms on two", self._chosen, 1e3 * one, 1e3 * two)
 
 
+def second_thread() -> ThreadPoolExecutor:
+    """
+    Give the thread that runs the critic's half of an update; it waits for the next one, since starting it takes longer.
+
+    :return: An executor of one thread, the same one for the whole process.
+    """
+    return _second_thread(os.getpid())
+
+
+@cache
+def _second_thread(process: int) -> ThreadPoolExecutor:
+    # A forked process has no copy of its parent's threads, and so needs one of its own.
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"sb3_clipvf-{process}")
+
+
 @cache
 def _controller() -> ThreadpoolController:
     return ThreadpoolController()
@@ -59,6 +75,11 @@ def _controller() -> ThreadpoolController:
 
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Let the matrix products of an update run on the thread that asks for them: they are too small to be shared."""
+    """
+    Let matrix products run on the thread that asks for them: those of minibatches are too small to be shared.
+
+    A single product that BLAS shares would also leave its threads spinning for some 30 ms, on the cores that the
+    update and the environments need.
+    """
     with _controller().limit(limits=1, user_api="blas"):
         yield
