@@ -11,10 +11,11 @@ import pytest
 import yaml
 
 from sb3_clipvf import bench, zoo
-from sb3_clipvf.bench import learning
-from sb3_clipvf.bench.learning import ROWS, main, train_arguments
+from sb3_clipvf.bench import learning, training_runs
+from sb3_clipvf.bench.learning import ROWS, main
 from sb3_clipvf.bench.learning_table import Row, render_table, run_of
 from sb3_clipvf.bench.results import Results, machine
+from sb3_clipvf.bench.training_runs import train_arguments
 from sb3_clipvf.zoo.experiment import check_hyperparams
 
 PARAMS = ("n_envs:2", "n_steps:16", "batch_size:16", "n_epochs:1")
@@ -41,12 +42,12 @@ def in_folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """An empty working folder, two rows, and the quick train command."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(learning, "ROWS", (TINY, HARD))
-    monkeypatch.setattr(learning, "TRAIN_COMMAND", (sys.executable, "-c", COPY, str(trained)))
+    monkeypatch.setattr(training_runs, "TRAIN_COMMAND", (sys.executable, "-c", COPY, str(trained)))
     return tmp_path
 
 
 def train_with(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
-    monkeypatch.setattr(learning, "TRAIN_COMMAND", (sys.executable, "-c", program))
+    monkeypatch.setattr(training_runs, "TRAIN_COMMAND", (sys.executable, "-c", program))
 
 
 def runs_in(path: Path = Path("docs/results/learning.json")) -> list[dict[str, Any]]:
@@ -66,6 +67,7 @@ def test_rows_are_the_ones_to_reach() -> None:
         "Pendulum-v1": (100_000, -170),
         "Acrobot-v1": (500_000, -80),
         "LunarLander-v3": (1_000_000, 240),
+        "BipedalWalker-v3": (5_000_000, 290),
     }
     assert len({row.name for row in ROWS}) == len(ROWS)
 
@@ -117,7 +119,7 @@ def test_finished_runs_are_skipped_until_asked_or_changed(
 ) -> None:
     options = ["--seeds", "1", "--only", "tiny"]
     assert main(options) == 0
-    command = learning.TRAIN_COMMAND
+    command = training_runs.TRAIN_COMMAND
     train_with(monkeypatch, "raise SystemExit('must not run')")
     assert main(options) == 0
     assert "0 runs to make, 1 are done already" in capsys.readouterr().out
@@ -125,7 +127,7 @@ def test_finished_runs_are_skipped_until_asked_or_changed(
     assert main(["--only", "tiny", "--seeds", "1", "2"]) == 1  # seed 2 is new
     capsys.readouterr()
     monkeypatch.setattr(learning, "ROWS", (Row("tiny", "CartPole-v1", 64, 8.0, "", PARAMS, n_episodes=3), HARD))
-    monkeypatch.setattr(learning, "TRAIN_COMMAND", command)
+    monkeypatch.setattr(training_runs, "TRAIN_COMMAND", command)
     assert main(options) == 0
     assert "1 runs to make" in capsys.readouterr().out
     assert [len(run["returns"]) for run in runs_in()] == [3]
@@ -135,7 +137,7 @@ def test_failed_run_is_told_not_kept_and_does_not_stop_the_others(
     in_folder: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     program = "import sys\nif 'tiny' in ' '.join(sys.argv[2:]): raise SystemExit('broken settings')\n" + COPY
-    monkeypatch.setattr(learning, "TRAIN_COMMAND", (sys.executable, "-c", program, str(trained)))
+    monkeypatch.setattr(training_runs, "TRAIN_COMMAND", (sys.executable, "-c", program, str(trained)))
     assert main(["--seeds", "1"]) == 1
     said = capsys.readouterr().out
     assert "tiny, seed 1: FAILED, the train command ended with code 1, see logs/bench/tiny/seed_1/train.log" in said
@@ -206,7 +208,7 @@ def test_jobs_run_side_by_side(in_folder: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.slow
 def test_real_train_command(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(bench.__file__).parents[2]))
-    monkeypatch.setattr(learning, "TRAIN_COMMAND", (sys.executable, "-m", "sb3_clipvf", "train"))
+    monkeypatch.setattr(training_runs, "TRAIN_COMMAND", (sys.executable, "-m", "sb3_clipvf", "train"))
     assert main(["--seeds", "5", "--only", "tiny", "--out", "o/r.json", "--table", "o/t.md", "--log-folder", "l"]) == 0
     (run,) = runs_in(Path("o/r.json"))
     assert (run["seed"], run["num_timesteps"], len(run["returns"])) == (5, 64, 2)
@@ -232,7 +234,7 @@ def test_overview_and_unknown_benchmarks(capsys: pytest.CaptureFixture[str]) -> 
     for argv in ([], ["-h"], ["--help"]):
         assert bench.main(argv) == 0
         assert "learning" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"`benchmark` must be one of learning, speed, got 'lerning'\. See"):
+    with pytest.raises(ValueError, match=r"`benchmark` must be one of learning, curves, speed, got 'lerning'\. See"):
         bench.main(["lerning"])
     with pytest.raises(SystemExit, match="0"):
         bench.main(["learning", "--help"])

@@ -126,10 +126,10 @@ class AutogradEngine:
         record = _Record()
         shift_scale = self._rollout_shift_scale(buffer)
         for epoch in range(settings.n_epochs):
-            is_last = epoch == settings.n_epochs - 1
+            measure_kl = settings.measures_kl(epoch, coefficients)
             record.begin_epoch()
             for batch in buffer.get(settings.batch_size):
-                loss = self._loss(batch, coefficients, shift_scale, record, measure_kl=is_last)
+                loss = self._loss(batch, coefficients, shift_scale, record, measure_kl)
                 if settings.target_kl is not None:
                     approx_kl = float(record.approx_kls[-1])
                     if approx_kl > 1.5 * settings.target_kl:
@@ -163,7 +163,7 @@ class AutogradEngine:
             loss = loss + coefficients.kl_coef * kl
 
         with th.no_grad():
-            if kl is None and self.settings.has_dist_params and (measure_kl or self.settings.target_kl is not None):
+            if kl is None and measure_kl:
                 kl = self._exact_kl(batch, stale)
             terms = {"policy_gradient_loss": policy_loss, "value_loss": value_loss, "entropy_loss": entropy_loss}
             if coefficients.clip_range is not None:

@@ -82,7 +82,7 @@ def update_numbers(
     form = NOT_CLIPPED
     if coefficients.clip_range_vf is not None:
         form = CLIPPED_MAX if settings.vf_clip == "max" else CLIPPED_PREDICTION
-    kl_from_epoch = 0.0 if settings.target_kl is not None else settings.n_epochs - 1.0
+    with_kl = [float(epoch) for epoch in range(settings.n_epochs) if settings.measures_kl(epoch, coefficients)]
     numbers = data.Numbers(
         clip_range=_or_infinite(coefficients.clip_range),
         value_form=float(form),
@@ -96,7 +96,7 @@ def update_numbers(
         advantage_eps=ADVANTAGE_EPS,
         max_grad_norm=float(settings.max_grad_norm),
         target_kl=_or_infinite(settings.target_kl),
-        kl_from_epoch=kl_from_epoch if settings.has_dist_params else np.inf,
+        kl_from_epoch=min(with_kl, default=math.inf),
         step=float(n_steps),
         learning_rate=float(group["lr"]),
         beta1=float(group["betas"][0]),
@@ -134,9 +134,7 @@ def statistics_of(
     if totals[data.N_STEPS]:
         means["grad_norm"] = _scalar(totals[data.GRAD_NORM] / totals[data.N_STEPS])
     n_epochs = int(totals[data.N_EPOCHS])
-    knows_kl = settings.has_dist_params and (
-        coefficients.kl_coef != 0 or settings.target_kl is not None or n_epochs == settings.n_epochs
-    )
+    knows_kl = settings.measures_kl(n_epochs - 1, coefficients)
     stopped_at = float(totals[data.STOPPED_AT])
     return UpdateStatistics(
         means=means,

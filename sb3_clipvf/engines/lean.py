@@ -105,9 +105,7 @@ class LeanAutogradEngine(AutogradEngine):
         for epoch in range(settings.n_epochs):
             totals[data.N_EPOCHS] += 1
             totals[[data.N_IN_EPOCH, data.APPROX_KL, data.KL]] = 0
-            measure_kl = settings.has_dist_params and (
-                coefficients.kl_coef != 0 or settings.target_kl is not None or epoch == settings.n_epochs - 1
-            )
+            measure_kl = settings.measures_kl(epoch, coefficients)
             for batch in buffer.get(settings.batch_size):
                 if self._is_last(batch, numbers, measure_kl, steps, totals):
                     return

@@ -37,6 +37,17 @@ class UpdateSettings:
     has_dist_params: bool
     discrete_actions: bool
 
+    def measures_kl(self, epoch: int, coefficients: "UpdateCoefficients") -> bool:
+        """
+        Tell whether an epoch's minibatches measure the exact KL.
+
+        :param epoch: Counts from 0.
+        :param coefficients: Of this update.
+        :return: True where the loss holds it, and in each epoch that may be the last one, whose mean is logged.
+        """
+        may_be_last = self.target_kl is not None or epoch == self.n_epochs - 1
+        return self.has_dist_params and (coefficients.kl_coef != 0 or may_be_last)
+
 
 @dataclass(frozen=True)
 class UpdateCoefficients:

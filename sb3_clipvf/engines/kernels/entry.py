@@ -27,7 +27,7 @@ def _digest() -> int:
     return 1 + int.from_bytes(hashlib.sha256(content).digest()[:4], "big")
 
 
-def _entry_points(digest: int) -> tuple[Callable[..., Any], ...]:
+def _for_networks(digest: int) -> tuple[Callable[..., Any], ...]:
     @cached()
     def run_update(
         rank: int, n_threads: int, packed: np.ndarray, data: Any, numbers: np.ndarray, permutations: np.ndarray,
@@ -66,6 +66,10 @@ def _entry_points(digest: int) -> tuple[Callable[..., Any], ...]:
         )
         return digest
 
+    return run_update, kl_of_rollout, act, predict_values, advantages_and_returns
+
+
+def _around_networks(digest: int) -> tuple[Callable[..., Any], ...]:
     @cached()
     def loss_gradients(
         kind: int, widths: np.ndarray, outputs: np.ndarray, log_std: np.ndarray, values: np.ndarray,
@@ -98,12 +102,10 @@ def _entry_points(digest: int) -> tuple[Callable[..., Any], ...]:
         minibatch.step(table, 0, table.shape[0], factor, int(totals[N_STEPS]), numbers)
         return digest
 
-    return (
-        run_update, kl_of_rollout, act, predict_values, advantages_and_returns, loss_gradients, zero_gradients,
-        optimizer_step,
-    )  # fmt: skip
+    return loss_gradients, zero_gradients, optimizer_step
 
 
-_ALL = _entry_points(_digest())
-run_update, kl_of_rollout, act, predict_values, advantages_and_returns = FOR_NETWORKS = _ALL[:5]
-loss_gradients, zero_gradients, optimizer_step = AROUND_NETWORKS = _ALL[5:]
+FOR_NETWORKS = _for_networks(_digest())
+run_update, kl_of_rollout, act, predict_values, advantages_and_returns = FOR_NETWORKS
+AROUND_NETWORKS = _around_networks(_digest())
+loss_gradients, zero_gradients, optimizer_step = AROUND_NETWORKS

@@ -25,7 +25,7 @@ from sb3_clipvf.engines.kernels.data import (
     Rollout,
     log_std_of,
 )
-from sb3_clipvf.engines.kernels.memory import ACTIVATION, CATEGORICAL, DIST, GRAD, STATE_DEPENDENT
+from sb3_clipvf.engines.kernels.memory import ACTIVATION, DIST, GRAD, STATE_DEPENDENT
 from sb3_clipvf.engines.kernels.minibatch import clip_factor, policy_gradient, step, stops, total_loss, value_gradient
 from sb3_clipvf.engines.kernels.network import backward, forward, layer, output_gradient
 from sb3_clipvf.engines.kernels.sync import wait_for_all
@@ -70,12 +70,10 @@ def run_update(
         if has_actor:
             totals[N_EPOCHS] += 1
             totals[N_IN_EPOCH], totals[APPROX_KL], totals[KL] = 0, 0, 0
-        measure_kl = numbers.kl_coef != 0.0 or epoch >= numbers.kl_from_epoch
+        measure_kl = epoch >= numbers.kl_from_epoch
         for start in range(0, n, batch_size):
             size = min(batch_size, n - start)
-            for i in range(size):
-                index = permutations[epoch, start + i]
-                rows[i] = (index % rollout.n_steps) * rollout.n_envs + index // rollout.n_steps
+            _rows_of(permutations[epoch, start : start + size], rollout, rows)
             told = shared[n_minibatches % 2]
             n_minibatches += 1
             if has_actor:
@@ -95,6 +93,13 @@ def run_update(
                 totals[GRAD_NORM] += norm
                 totals[N_STEPS] += 1
             step(network.table, first, end, factor, n_steps, numbers)
+
+
+@fast
+def _rows_of(drawn: np.ndarray, rollout: Rollout, rows: np.ndarray) -> None:
+    """Translate SB3's numbering, environment by environment, into rows of the rollout, step by step."""
+    for i in range(drawn.shape[0]):
+        rows[i] = (drawn[i] % rollout.n_steps) * rollout.n_envs + drawn[i] // rollout.n_steps
 
 
 @fast
@@ -171,8 +176,7 @@ def kl_of_rollout(network: Network, rollout: Rollout, chunk: int, work: np.ndarr
         _gather(rollout.observations, rows, layer(work, sizes, size, 0))
         outputs = forward(work, sizes, size, network.table, 0, network.codes[ACTIVATION])
         probs = output_gradient(work, sizes, size)
-        if kind == CATEGORICAL:
-            heads.normalize_all(kind, outputs, network.widths, probs)
+        heads.normalize_all(kind, outputs, network.widths, probs)
         log_std = gsde.log_stds(network, work, size)
         total += heads.kl_from_old(kind, outputs, log_std, probs, rollout.old_dist, rows)
     return total / n
