@@ -3,6 +3,7 @@
 import math
 import threading
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -156,13 +157,16 @@ def _or_infinite(number: float | None) -> float:
     return math.inf if number is None else float(number)
 
 
-def compile_kernels(*, networks: bool) -> None:
+def compile_kernels(group: str) -> None:
     """
     Compile kernels, or read them from numba's cache; where that takes long, say so.
 
-    :param networks: Whether those that run networks are wanted, or those around networks that torch runs.
+    Each takes memory, some megabytes; so those that few trainings need are a group of their own.
+
+    :param group: "networks": those that run networks; "kl": the measurement after the update; "around": those around
+        networks that torch runs.
     """
-    kernels: tuple[Any, ...] = entry.FOR_NETWORKS if networks else entry.AROUND_NETWORKS
+    kernels, call = _GROUPS[group]
     if kernels[0].signatures:
         return
     note = threading.Timer(
@@ -173,37 +177,50 @@ def compile_kernels(*, networks: bool) -> None:
     started = time.perf_counter()
     note.start()
     try:
-        (_call_with_networks if networks else _call_around_networks)()
+        call()
     finally:
         note.cancel()
     if sum(sum(kernel.stats.cache_misses.values()) for kernel in kernels):
         log.info("Compiled the kernels in %.1f s", time.perf_counter() - started)
 
 
-def _call_with_networks() -> None:
-    """Call each kernel once with the least that has the types of real data: one weight a layer, an empty rollout."""
+# Each kernel is called once with the least that has the types of real data: one weight a layer, an empty rollout.
+
+
+def _least_network() -> tuple[np.ndarray, np.ndarray]:
+    """A packed policy, and the tensors that it points to, which must outlive it."""
     tensors = np.zeros((4, memory.N_COLUMNS), np.float32)
     table = np.full((4, memory.N_COLUMNS), 1, np.int64)
     for row in range(4):
         table[row, 1:] = [tensors[row, column:].ctypes.data for column in range(1, memory.N_COLUMNS)]
     one = np.ones(2, np.int64)
     codes = np.array([memory.CATEGORICAL, memory.TANH, 1, 1, 0], np.int64)
-    network = data.Network(codes, one, one, one[:1], table, 2, -1)
-    packed, work = data.pack(network), np.zeros(8, np.float32)
-    cell, vector = np.zeros((1, 1), np.float32), np.zeros(1, np.float32)
+    return data.pack(data.Network(codes, one, one, one[:1], table, 2, -1)), tensors
+
+
+def _empty_rollout() -> data.Rollout:
     none, nothing = np.zeros((0, 1), np.float32), np.zeros(0, np.float32)
+    return data.Rollout(none, none, nothing, nothing, nothing, nothing, none, 0, 1)
+
+
+def _call_with_networks() -> None:
+    packed, _tensors = _least_network()
+    work, cell, vector = np.zeros(8, np.float32), np.zeros((1, 1), np.float32), np.zeros(1, np.float32)
+    none = np.zeros((0, 1), np.float32)
     entry.predict_values(packed, cell, work, vector)
     entry.act(packed, cell, cell, work, cell.copy(), vector, vector.copy(), cell.copy())
     entry.advantages_and_returns(none, none, none, vector, vector, 1.0, 1.0, none, none)
-    rollout = data.Rollout(none, none, nothing, nothing, nothing, nothing, none, 0, 1)
-    entry.kl_of_rollout(packed, rollout, 1, work)
     numbers, totals = np.zeros(data.N_NUMBERS), np.zeros(data.N_TOTALS)
     shared, counter, permutations = np.zeros((2, data.N_SHARED)), np.zeros(1, np.int64), np.zeros((0, 0), np.int64)
-    entry.run_update(0, 1, packed, rollout, numbers, permutations, 1, work, shared, counter, totals)
+    entry.run_update(0, 1, packed, _empty_rollout(), numbers, permutations, 1, work, shared, counter, totals)
+
+
+def _call_kl() -> None:
+    packed, _tensors = _least_network()
+    entry.kl_of_rollout(packed, _empty_rollout(), 1, np.zeros(8, np.float32))
 
 
 def _call_around_networks() -> None:
-    """Call each kernel once with the least that has the types of real data."""
     numbers, totals, widths = np.ones(data.N_NUMBERS), np.zeros(data.N_TOTALS), np.ones(1, np.int64)
     cell, vector = np.zeros((1, 1), np.float32), np.zeros(1, np.float32)
     entry.loss_gradients(
@@ -213,3 +230,10 @@ def _call_around_networks() -> None:
     table = np.zeros((0, memory.N_COLUMNS), np.int64)
     entry.zero_gradients(table)
     entry.optimizer_step(table, numbers, totals)
+
+
+_GROUPS: dict[str, tuple[Sequence[Any], Callable[[], None]]] = {
+    "networks": (entry.FOR_NETWORKS, _call_with_networks),
+    "kl": ((entry.kl_of_rollout,), _call_kl),
+    "around": (entry.AROUND_NETWORKS, _call_around_networks),
+}

@@ -64,7 +64,7 @@ class LeanAutogradEngine(AutogradEngine):
 
     def __init__(self, policy: ActorCriticPolicy, settings: UpdateSettings) -> None:
         super().__init__(policy, settings)
-        compile_kernels(networks=False)
+        compile_kernels("around")
 
     def fits(self, buffer: Any) -> bool:
         """

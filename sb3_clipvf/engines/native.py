@@ -56,7 +56,7 @@ class NativeEngine:
         self._work: dict[int, np.ndarray] = {}
         self._has_looked = False
         self._bind()
-        compile_kernels(networks=True)
+        compile_kernels("networks")
 
     def _bind(self) -> None:
         self._binding = bind(self.policy)
@@ -201,6 +201,7 @@ class NativeEngine:
         write_steps(self.policy, n_made + int(totals[data.N_STEPS]))
         kl_after = None
         if settings.measure_kl_after:
+            compile_kernels("kl")
             rows = min(EVALUATION_ROWS, n_transitions)
             with one_blas_thread():
                 kl_after, _ = entry.kl_of_rollout(self._packed, rollout, rows, self._workspace(rows))

@@ -66,7 +66,7 @@ def _for_networks(digest: int) -> tuple[Callable[..., Any], ...]:
         )
         return digest
 
-    return run_update, kl_of_rollout, act, predict_values, advantages_and_returns
+    return run_update, act, predict_values, advantages_and_returns, kl_of_rollout
 
 
 def _around_networks(digest: int) -> tuple[Callable[..., Any], ...]:
@@ -105,7 +105,7 @@ def _around_networks(digest: int) -> tuple[Callable[..., Any], ...]:
     return loss_gradients, zero_gradients, optimizer_step
 
 
-FOR_NETWORKS = _for_networks(_digest())
-run_update, kl_of_rollout, act, predict_values, advantages_and_returns = FOR_NETWORKS
+*FOR_NETWORKS, kl_of_rollout = _for_networks(_digest())
+run_update, act, predict_values, advantages_and_returns = FOR_NETWORKS
 AROUND_NETWORKS = _around_networks(_digest())
 loss_gradients, zero_gradients, optimizer_step = AROUND_NETWORKS
