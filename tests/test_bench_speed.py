@@ -12,15 +12,18 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_clipvf import bench, zoo
 from sb3_clipvf.bench import speed, speed_child, speed_rows
 from sb3_clipvf.bench.results import Results
 from sb3_clipvf.bench.speed import main
 from sb3_clipvf.bench.speed_profile import area_of, render_profile, sum_areas
-from sb3_clipvf.bench.speed_rows import BOUNDS, PEERS, ROWS, TRIAL_UPDATES, SpeedRow, make_model
+from sb3_clipvf.bench.speed_rows import BOUNDS, PEERS, ROWS, TRIAL_UPDATES, SpeedRow, make_env, make_model
 from sb3_clipvf.bench.speed_table import KEY, TRIALS, Spread, best_threads, ratio, render, wanted
 from sb3_clipvf.engines import ENGINE_NAMES, threads
+from sb3_clipvf.envs import FastDummyVecEnv, FastVecNormalize
 
 FAST = SpeedRow("fast", "a fast one", 2, "CartPole-v1", 4, 8, {"n_steps": 16})
 SLOW = SpeedRow("slow", "a slow one", 2, "CartPole-v1", 4, 8, {"n_steps": 16}, env="vector")
@@ -134,6 +137,21 @@ def test_quick_row_is_the_same_but_short(row: SpeedRow) -> None:
     assert (quick.warmup, quick.iterations, quick.settings["n_epochs"], quick.settings["batch_size"]) == (1, 2, 2, 64)
     changed = {"settings": row.settings, "warmup": row.warmup, "iterations": row.iterations}
     assert replace(quick, **changed, compile_anew=row.compile_anew) == row
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_each_peer_has_the_environments_of_its_own_library(normalize: bool) -> None:
+    row = replace(FAST, normalize=normalize)
+    for peer, vec_env, wrapper in (
+        ("clipppo", FastDummyVecEnv, FastVecNormalize),
+        ("sb3", DummyVecEnv, VecNormalize),
+        ("sbx", DummyVecEnv, VecNormalize),
+    ):
+        env = make_env(row, peer, 3)
+        assert type(env) is (wrapper if normalize else vec_env)
+        assert type(env.unwrapped) is vec_env
+        assert (env.num_envs, env.env_is_wrapped(Monitor)) == (4, [True] * 4)
+        env.close()
 
 
 def test_peers_get_the_same_arguments() -> None:

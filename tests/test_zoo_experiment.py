@@ -8,10 +8,10 @@ import pytest
 import yaml
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import SimpleLinearSchedule
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 from sb3_clipvf import ClipPPO, TensorRolloutBuffer
-from sb3_clipvf.envs import FastVecNormalize
+from sb3_clipvf.envs import FastDummyVecEnv, FastVecNormalize
 from sb3_clipvf.zoo import hyperparams_path, register
 from sb3_clipvf.zoo.experiment import (
     COMMAND_LINE_KEYS,
@@ -81,6 +81,23 @@ def test_command_line_overrides_the_file(tmp_path: Path) -> None:
 def test_a_buffer_class_can_be_named(tmp_path: Path) -> None:
     model = _model(_manager(tmp_path, {**ENTRY, "rollout_buffer_class": "sb3_clipvf.rollout.TensorRolloutBuffer"}))
     assert type(model.rollout_buffer) is TensorRolloutBuffer
+
+
+def test_clipppo_is_trained_and_evaluated_in_fast_environments(tmp_path: Path) -> None:
+    manager = _manager(tmp_path, {**ENTRY, "n_envs": 2})
+    assert type(_model(manager).env) is FastDummyVecEnv
+    assert type(manager.create_envs(1, eval_env=True)) is FastDummyVecEnv
+
+
+def test_other_algorithms_and_choices_keep_their_environments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert type(_model(_manager(tmp_path, ENTRY, algo="ppo")).env) is DummyVecEnv
+    assert _manager(tmp_path, ENTRY, vec_env_type="subproc").vec_env_class is SubprocVecEnv
+
+    class Own(DummyVecEnv):
+        pass
+
+    monkeypatch.setattr(ExperimentManager, "default_vec_env_cls", Own)
+    assert type(_model(_manager(tmp_path, ENTRY)).env) is Own
 
 
 def test_clipppo_is_normalised_fast_and_as_told(tmp_path: Path) -> None:

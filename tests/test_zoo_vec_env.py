@@ -15,6 +15,7 @@ from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecFrameStack, VecNormalize
 
 from sb3_clipvf import ClipPPO
+from sb3_clipvf.envs import FastDummyVecEnv
 from sb3_clipvf.envs.atari_vector import AtariVecEnv
 from sb3_clipvf.envs.envpool import EnvPoolVecEnv
 from sb3_clipvf.envs.gymnasium_vector import CartPoleVecEnv, SeparateVecEnv
@@ -108,7 +109,7 @@ class TestTraining:
         # And nothing of the choice is left for the next command of this process.
         assert ClipPPOExperimentManager.vec_env is None
         assert _train(tmp_path, "dummy", "CartPole-v1", ENTRY) == 0
-        assert used == [cls, DummyVecEnv]
+        assert used == [cls, FastDummyVecEnv]
 
     def test_help_names_it(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["train", "--help"]) == 0
@@ -134,7 +135,7 @@ class TestSettings:
         for wrapper, cls in zip(wrappers, (VecFrameStack, VecNormalize, Halved, EnvPoolVecEnv), strict=True):
             assert isinstance(wrapper, cls)
         assert train.observation_space == evaluation.observation_space
-        assert isinstance(evaluation.unwrapped, DummyVecEnv)
+        assert type(evaluation.unwrapped) is FastDummyVecEnv
 
     def test_a_model_of_mujoco_loads_with_gymnasium_again(self, make: Callable[..., Any]) -> None:
         pytest.importorskip("envpool")

@@ -207,13 +207,17 @@ ROWS: tuple[SpeedRow, ...] = (
 # (a VecEnv), once alone (:class:`Simulators`)
 
 
-def _gym(row: SpeedRow, seed: int) -> Any:
+def _gym(row: SpeedRow, peer: str, seed: int) -> Any:
     from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.vec_env import DummyVecEnv
 
-    return make_vec_env(row.env_id, row.n_envs, seed=seed)
+    from sb3_clipvf.envs import FastDummyVecEnv
+
+    vec_env_cls = FastDummyVecEnv if peer == "clipppo" else DummyVecEnv
+    return make_vec_env(row.env_id, row.n_envs, seed=seed, vec_env_cls=vec_env_cls)
 
 
-def _atari(row: SpeedRow, seed: int) -> Any:
+def _atari(row: SpeedRow, peer: str, seed: int) -> Any:
     import ale_py
     import gymnasium as gym
     from stable_baselines3.common.env_util import make_atari_env
@@ -246,7 +250,7 @@ def raw_vector(row: SpeedRow, seed: int) -> Any:
     return AtariVectorEnv(game, row.n_envs, autoreset_mode="SameStep", life_loss_info=True, reward_clipping=False)
 
 
-def _adapted(row: SpeedRow, seed: int) -> Any:
+def _adapted(row: SpeedRow, peer: str, seed: int) -> Any:
     from sb3_clipvf.envs import as_vec_env
 
     env = as_vec_env(raw_vector(row, seed), clip_rewards=row.env == "ale")
@@ -255,14 +259,17 @@ def _adapted(row: SpeedRow, seed: int) -> Any:
     return env
 
 
-ENVIRONMENTS: dict[str, Callable[[SpeedRow, int], Any]] = {
+ENVIRONMENTS: dict[str, Callable[[SpeedRow, str, int], Any]] = {
     "gym": _gym,
     "atari": _atari,
     "vector": _adapted,
     "envpool": _adapted,
     "ale": _adapted,
 }
-"""Kinds of environments, and how a peer's VecEnv of them is made, with ``Monitor``'s episode statistics."""
+"""
+Kinds of environments, and how a peer's VecEnv of them is made, with ``Monitor``'s episode statistics. Of kind "gym",
+ClipPPO has a FastDummyVecEnv, as its command ``train`` does, and the others SB3's DummyVecEnv.
+"""
 
 
 def make_env(row: SpeedRow, peer: str, seed: int) -> Any:
@@ -274,7 +281,7 @@ def make_env(row: SpeedRow, peer: str, seed: int) -> Any:
     :param seed: seed of the environments
     :return: a VecEnv
     """
-    env = ENVIRONMENTS[row.kind(peer)](row, seed)
+    env = ENVIRONMENTS[row.kind(peer)](row, peer, seed)
     if not row.normalize:
         return env
     if peer == "clipppo":

@@ -1,15 +1,17 @@
-"""Fast environments for SB3: adapters for vectorised ones, and a faster normaliser."""
+"""Fast environments for SB3: adapters for vectorised ones, a faster loop over single ones and a faster normaliser."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sb3_clipvf.envs.adapters import as_vec_env
+    from sb3_clipvf.envs.dummy import FastDummyVecEnv
     from sb3_clipvf.envs.normalize import FastVecNormalize
 
-__all__ = ["FastVecNormalize", "as_vec_env"]
+__all__ = ["FastDummyVecEnv", "FastVecNormalize", "as_vec_env"]
 
 _HOMES = {
+    "FastDummyVecEnv": "sb3_clipvf.envs.dummy",
     "FastVecNormalize": "sb3_clipvf.envs.normalize",
     "as_vec_env": "sb3_clipvf.envs.adapters",
 }

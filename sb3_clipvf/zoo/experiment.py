@@ -18,9 +18,10 @@ from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import get_class_by_name
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_clipvf.clip_ppo import ClipPPO
+from sb3_clipvf.envs import FastDummyVecEnv
 from sb3_clipvf.zoo.commands import ALGORITHM, hyperparams_path
 from sb3_clipvf.zoo.vec_env import EnvSettings, make_vec_env, stacks_frames, wrapper_list
 
@@ -114,8 +115,8 @@ def experiment_manager(base: type[ExperimentManager]) -> type[ExperimentManager]
 class ClipPPOExperimentManager(ExperimentManager):
     """
     The RL Zoo's experiment manager, where ``clipppo`` gets the packaged settings by default, unknown keys are refused,
-    coefficients reach ClipPPO as written (the Zoo would make each string a linear schedule and refuse ``null``), and
-    ``FastVecNormalize`` normalises.
+    coefficients reach ClipPPO as written (the Zoo would make each string a linear schedule and refuse ``null``),
+    ``FastDummyVecEnv`` stands for ``DummyVecEnv``, and ``FastVecNormalize`` normalises.
 
     :param args: The Zoo's command-line arguments.
     :param algo: Algorithm's name in the Zoo.
@@ -132,6 +133,8 @@ class ClipPPOExperimentManager(ExperimentManager):
         if algo == ALGORITHM and config is None:
             config = str(hyperparams_path())
         super().__init__(args, algo, *rest, config=config, **kwargs)  # type: ignore[misc]
+        if algo == ALGORITHM and self.vec_env_class is DummyVecEnv:
+            self.vec_env_class = FastDummyVecEnv
         self._wrappers: Any = None
         if self.vec_env is not None:
             args.vec_env = self.vec_env  # for args.yml of the run
