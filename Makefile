@@ -19,7 +19,7 @@ BUILD_FILES := setup.cfg pyproject.toml constraints.txt
 
 export PYGAME_HIDE_SUPPORT_PROMPT := 1
 
-.PHONY: help train test check lint types docs bench bench-learning host-suite clean distclean
+.PHONY: help train test check lint types docs bench bench-learning bench-curves host-suite clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -51,6 +51,9 @@ bench: $(STAMP)-speed  ## measure the speed beside SB3 and SBX (an hour; stop it
 bench-learning: $(STAMP)-learning  ## make the learning results again (hours; stop it, and it goes on)
 	$(BIN)/sb3-clipvf bench learning
 
+bench-curves: $(STAMP)-curves  ## compare training curves of the engines (hours; stop it, and it goes on)
+	$(BIN)/sb3-clipvf bench curves
+
 host-suite: $(STAMP)-test  ## run Stable-Baselines3's own tests with ClipPPO in PPO's place
 	$(BIN)/python tests/host_suite/run.py
 
@@ -81,6 +84,11 @@ $(STAMP)-test: $(STAMP)-venv $(BUILD_FILES)
 $(STAMP)-learning: $(STAMP)-venv $(BUILD_FILES)
 	@echo "Installing into $(VENV), with what the learning benchmark needs (a few minutes the first time) ..."
 	$(PIP) -e '.[box2d]'
+	@touch $@
+
+$(STAMP)-curves: $(STAMP)-venv $(BUILD_FILES)
+	@echo "Installing into $(VENV), with what the curves benchmark needs (a few minutes the first time) ..."
+	$(PIP) -e '.[box2d,mujoco]'
 	@touch $@
 
 $(STAMP)-speed: $(STAMP)-venv $(BUILD_FILES)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 # Name, module with ``main(argv) -> int``, one line for the overview.
 BENCHMARKS = (
     ("learning", "sb3_clipvf.bench.learning", "returns that ClipPPO reaches with the settings shipped"),
+    ("curves", "sb3_clipvf.bench.curves", "training curves of the native engine and of the reference"),
     ("speed", "sb3_clipvf.bench.speed", "steps a second of ClipPPO, SB3 and SBX on this machine"),
 )
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from sb3_clipvf.bench import training_runs
 from sb3_clipvf.bench.results import Results, machine_text
 
 
@@ -36,26 +37,15 @@ class Row:
     algo: str = "clipppo"
 
 
-def settings_of(row: Row) -> dict[str, Any]:
-    """
-    List what decides on a run's result, apart from the shipped settings: a result made with other values is stale.
-
-    :param row: the row
-    :return: those of its fields, as JSON gives them back
-    """
-    values = asdict(row)
-    return {key: values[key] for key in ("env_id", "n_timesteps", "n_episodes", "algo")} | {"params": [*row.params]}
-
-
 def run_of(row: Row, seed: int) -> dict[str, Any]:
     """
     List by what a row's result is found.
 
     :param row: the row
     :param seed: the seed
-    :return: the key and :func:`settings_of`
+    :return: the key, and what decides on the result
     """
-    return {"name": row.name, "seed": seed, **settings_of(row)}
+    return {**training_runs.run_of(row, seed), "n_episodes": row.n_episodes}
 
 
 def render_table(results: Results, rows: Sequence[Row], seeds: Sequence[int], command: str) -> str:

@@ -1,0 +1,115 @@
+"""The curves benchmark's table and figure: what the engines' runs have in common, and where they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sb3_clipvf.bench.curves_statistics import ENGINES, WINDOW, Comparison, difference_estimate, grid, mean_estimate
+from sb3_clipvf.bench.results import machine_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Blue and vermilion of a palette that colour-blind people tell apart (Okabe and Ito 2008); the dashes of the second
+# one let the first be seen below it.
+_STYLES = {"native": ("#0072B2", "-"), "autograd": ("#D55E00", "--")}
+_LABELS = {"native": "native", "autograd": "autograd, the reference"}
+_MEASURES = (("whole training", "mean_return"), ("last 100 episodes", "last_return"))
+
+
+def render_table(compared: Sequence[Comparison], command: str) -> str:
+    """
+    Render the comparisons as a Markdown table.
+
+    :param compared: one an environment
+    :param command: the command that makes the table again
+    :return: Markdown text
+    """
+    header = ["environment", "mean return", *ENGINES, f"{ENGINES[0]} − {ENGINES[1]}", "bands of the curves"]
+    lines = [" | ".join(header), " | ".join(["---", "---"] + ["---:"] * 3 + ["---"])]
+    for comparison in compared:
+        verdict = _verdict(comparison)
+        for index, (name, key) in enumerate(_MEASURES):
+            values = [[run[key] for run in comparison.runs[engine]] for engine in ENGINES]
+            estimates = [*(mean_estimate(group) for group in values), difference_estimate(*values)]
+            cells = ["" if estimate is None else str(estimate) for estimate in estimates]
+            first = f"{comparison.env_id}, {comparison.n_timesteps:,} steps" if index == 0 else ""
+            lines.append(" | ".join([first, name, *cells, verdict if index == 0 else ""]))
+    table = "\n".join(f"| {line} |" for line in lines)
+    notes = (
+        "A cell is the mean over the seeds ± half of its 95 % confidence interval: Student's t over the seeds, and "
+        "Welch's for the difference. *Whole training* is the mean of the curve's points, *last 100 episodes* that "
+        "of the last 100 returns. *Bands of the curves* counts the points of the figure at which the two 95 % "
+        "intervals have a value in common."
+    )
+    runs = [run for comparison in compared for engine in ENGINES for run in comparison.runs[engine]]
+    machines = {machine_text(run, f"{run['jobs']} runs side by side, one thread each") for run in runs}
+    made = "".join(f"- {text}\n" for text in sorted(machines))
+    return f"Made by `{command}`.\n\n{table}\n\n{notes}\n" + (f"\nMachines and versions:\n\n{made}" if made else "")
+
+
+def _verdict(comparison: Comparison) -> str:
+    n_overlaps, n_points = comparison.overlap()
+    so_far = comparison.so_far()
+    if n_points == 0:
+        return so_far
+    verdict = f"overlap at {n_overlaps} of {n_points} points ({n_overlaps / n_points:.0%})"
+    return f"{verdict}, {so_far}" if so_far else verdict
+
+
+def write_figure(compared: Sequence[Comparison], path: Path) -> None:
+    """
+    Draw the mean curves of the engines with their confidence bands, one panel an environment.
+
+    :param compared: one an environment
+    :param path: the PNG to write; its folder is made
+    """
+    # The figure object draws without pyplot, whose backend belongs to the caller's process.
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    from sb3_clipvf.checkpoint import atomic_write
+
+    n_columns = min(2, len(compared))
+    n_rows = -(-len(compared) // n_columns)
+    figure = Figure(figsize=(3.7 * n_columns, 0.6 + 2.4 * n_rows), dpi=150, layout="constrained")
+    for index, comparison in enumerate(compared):
+        _draw(figure.add_subplot(n_rows, n_columns, index + 1), comparison)
+    figure.supxlabel("training (environment steps)", fontsize="small")
+    figure.supylabel(f"mean return of the last {WINDOW} episodes", fontsize="small")
+    handles: list[Line2D | Patch] = [
+        Line2D([], [], color=color, ls=style, label=_LABELS[engine]) for engine, (color, style) in _STYLES.items()
+    ]
+    handles.append(Patch(color="gray", alpha=0.3, linewidth=0, label="95 % confidence band of the mean over the seeds"))
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")
+
+
+def _draw(axes: Axes, comparison: Comparison) -> None:
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    so_far = comparison.so_far()
+    axes.set_title(f"{comparison.env_id} ({so_far})" if so_far else comparison.env_id, fontsize="small")
+    axes.set_xlim(0, comparison.n_timesteps)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.tick_params(labelsize="small", width=0.6)
+    axes.spines[:].set_linewidth(0.6)
+    axes.grid(alpha=0.3, linewidth=0.5)
+    if not any(comparison.runs.values()):
+        axes.set_yticks([])
+    steps = grid(comparison.n_timesteps)
+    for engine, (color, style) in _STYLES.items():
+        bands = comparison.bands(engine)
+        means = np.array([np.nan if band is None else band.mean for band in bands])
+        margins = np.array([np.nan if band is None or band.margin is None else band.margin for band in bands])
+        if not np.isnan(means).all():
+            axes.fill_between(steps, means - margins, means + margins, color=color, alpha=0.2, linewidth=0)
+            axes.plot(steps, means, color=color, linestyle=style, linewidth=1.2)

@@ -1,0 +1,331 @@
+"""``sb3-clipvf bench curves``: the curves, their intervals, and what the command runs, keeps, tables and draws."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+
+from sb3_clipvf import zoo
+from sb3_clipvf.bench import curves, curves_statistics, training_runs
+from sb3_clipvf.bench.curves import ROWS, main
+from sb3_clipvf.bench.curves_report import render_table, write_figure
+from sb3_clipvf.bench.curves_statistics import (
+    N_POINTS,
+    Comparison,
+    CurveRow,
+    Estimate,
+    comparisons,
+    curve_on_grid,
+    difference_estimate,
+    grid,
+    mean_estimate,
+    run_of,
+)
+from sb3_clipvf.bench.results import Results
+from sb3_clipvf.bench.training_runs import train_arguments
+from sb3_clipvf.runs import TrainingCurve, find_run, read_training_curve
+
+NATIVE, AUTOGRAD = CurveRow("CartPole-v1", 256, "native"), CurveRow("CartPole-v1", 256, "autograd")
+MADE_ON = {"cpu": "C", "cores": 2, "jobs": 1, "versions": {"python": "3"}}
+
+# A train command of a moment: it copies the run at sys.argv[1] to the folder after -f.
+COPY = """
+import shutil, sys
+shutil.copytree(sys.argv[1], sys.argv[sys.argv.index("-f") + 1], dirs_exist_ok=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    quick = ("n_envs:2", "n_steps:16", "batch_size:16", "n_epochs:1")
+    assert zoo.main(["train", *train_arguments(AUTOGRAD, 1, folder), *quick]) == 0
+    return folder
+
+
+@pytest.fixture
+def in_folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, two rows, and the quick train command."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(curves, "ROWS", (NATIVE, AUTOGRAD))
+    train_with(monkeypatch, COPY, str(trained))
+    return tmp_path
+
+
+def train_with(monkeypatch: pytest.MonkeyPatch, program: str, *arguments: str) -> None:
+    monkeypatch.setattr(training_runs, "TRAIN_COMMAND", (sys.executable, "-c", program, *arguments))
+
+
+def runs_in(path: Path) -> list[dict[str, Any]]:
+    runs = json.loads(path.read_text())["runs"]
+    assert isinstance(runs, list)
+    return runs
+
+
+def result(row: CurveRow, seed: int, curve: list[float | None], mean: float, last: float) -> dict[str, Any]:
+    return {**run_of(row, seed), "curve": curve, "mean_return": mean, "last_return": last, **MADE_ON}
+
+
+# --- curves and intervals
+
+
+def test_curve_is_the_mean_of_the_last_episodes_that_had_ended() -> None:
+    curve = TrainingCurve(
+        np.array([2.0, 4.0, 4.0, 7.0, 9.0, 10.0]), np.array([10.0, 20.0, 40.0, 70.0, 100.0, 160.0]), np.arange(6.0)
+    )
+    # Ended by 1: none; by 2: 10; by 4: 10, 20, 40; by 8: the last three of 10, 20, 40, 70; by 10: 70, 100, 160.
+    assert curve_on_grid(curve, np.array([1, 2, 4, 8, 10]), window=3) == [None, 10.0, 23.333, 43.333, 110.0]
+
+
+def test_curve_takes_episodes_by_steps_where_the_clock_has_them_in_another_order() -> None:
+    curve = TrainingCurve(np.array([4.0, 2.0]), np.array([1.0, 5.0]), np.array([0.1, 0.2]))
+    assert curve_on_grid(curve, np.array([2, 4]), window=1) == [5.0, 1.0]
+
+
+def test_curve_of_a_training_in_which_no_episode_ended() -> None:
+    empty = np.array([])
+    assert curve_on_grid(TrainingCurve(empty, empty, empty), np.array([1, 2])) == [None, None]
+
+
+def test_grid_ends_with_the_training() -> None:
+    steps = grid(200)
+    assert len(steps) == N_POINTS == 40
+    assert steps[[0, 1, -1]].tolist() == [5.0, 10.0, 200.0]
+
+
+def test_interval_of_a_mean() -> None:
+    # Variance 10 / 4 = 2.5; 0.975 quantile of Student's t with 4 degrees of freedom in tables: 2.776445.
+    estimate = mean_estimate([1.0, 2.0, None, 3.0, 4.0, 5.0])
+    assert estimate is not None and estimate.margin is not None
+    assert (estimate.mean, estimate.margin) == (3.0, pytest.approx(2.776445 * (2.5 / 5) ** 0.5, rel=1e-6))
+    assert mean_estimate([7.0, None]) == Estimate(7.0, None)
+    assert mean_estimate([500.0] * 5) == Estimate(500.0, 0.0)
+    assert mean_estimate([None]) is None
+
+
+def test_interval_of_a_difference_is_welchs() -> None:
+    first, second = [1.0, 2.0, 3.0, 4.0, 5.0], [2.0, 4.0, 6.0]
+    # Squared errors 2.5 / 5 = 0.5 and 4 / 3; degrees of freedom (11 / 6)^2 / (0.5^2 / 4 + (4 / 3)^2 / 2) = 3.532847;
+    # scipy 1.17.1 has the quantile 2.927405 there.
+    estimate = difference_estimate(first, [*second, None])
+    assert estimate is not None and estimate.margin is not None
+    assert (estimate.mean, estimate.margin) == (-1.0, pytest.approx(2.927405 * (11 / 6) ** 0.5, rel=1e-6))
+    interval = stats.ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
+    assert (estimate.mean - estimate.margin, estimate.mean + estimate.margin) == pytest.approx(interval, rel=1e-9)
+    assert difference_estimate([3.0, 3.0], [1.0, 1.0]) == Estimate(2.0, 0.0)
+    assert difference_estimate([3.0], [1.0, 2.0]) == Estimate(1.5, None)
+    assert difference_estimate([], [1.0, 2.0]) is None
+
+
+@pytest.mark.parametrize(
+    ("other", "overlaps"),
+    [
+        (Estimate(3.0, 1.0), True),  # 0 to 2 and 2 to 4: one value in common
+        (Estimate(3.0, 0.9), False),
+        (Estimate(-1.5, 0.4), False),
+        (Estimate(1.0, 0.0), True),
+        (Estimate(1.0, None), None),
+    ],
+)
+def test_intervals_overlap_where_they_have_a_value_in_common(other: Estimate, overlaps: bool | None) -> None:
+    assert Estimate(1.0, 1.0).overlaps(other) is overlaps
+    assert other.overlaps(Estimate(1.0, 1.0)) is overlaps
+
+
+def comparison_of(tmp_path: Path) -> Comparison:
+    # Native: 0 and 2, so 1 ± 12.7062 (variance 2, two seeds, Student's t with one degree of freedom 12.7062).
+    # Autograd has two equal seeds, no width, and is in that interval up to 13.7062.
+    reference: list[float | None] = [1.0] * 10 + [13.70] * 10 + [13.71] * 15 + [None] * 5
+    results = Results(tmp_path / "r.json")
+    for seed in (1, 2):
+        results.add(result(NATIVE, seed, [2.0 * (seed - 1)] * N_POINTS, 2.0 * (seed - 1), 10.0 * seed))
+        results.add(result(AUTOGRAD, seed, reference, 9.25, 15.0))
+    empty = (CurveRow("Pendulum-v1", 5000, "native"), CurveRow("Pendulum-v1", 5000, "autograd"))
+    comparison, not_run = comparisons(results, (NATIVE, AUTOGRAD, *empty), (1, 2))
+    assert (not_run.so_far(), not_run.overlap()) == ("not run", (0, 0))
+    return comparison
+
+
+def test_overlap_counts_points_at_which_both_bands_are_known(tmp_path: Path) -> None:
+    assert comparison_of(tmp_path).overlap() == (20, 35)
+
+
+# --- table and figure
+
+
+def test_table_has_means_difference_and_overlap(tmp_path: Path) -> None:
+    comparison = comparison_of(tmp_path)
+    nothing = Comparison("Pendulum-v1", 5000, 2, {"native": [], "autograd": []})
+    text = render_table([comparison, nothing], "the command")
+    assert "1.0\u00a0±\u00a012.7" in text  # stays on one line
+    lines = text.replace("\u00a0", " ").splitlines()
+    assert lines[0] == "Made by `the command`."
+    # Over the training 1 ± 12.706 and 9.25 ± 0; Welch's degrees of freedom are those of native alone, one.
+    # Last 100 episodes: 10 and 20, variance 50: 15 ± 12.7062 * 5.
+    assert lines[2:8] == [
+        "| environment | mean return | native | autograd | native − autograd | bands of the curves |",
+        "| --- | --- | ---: | ---: | ---: | --- |",
+        "| CartPole-v1, 256 steps | whole training | 1.0 ± 12.7 | 9.2 ± 0.0 | -8.2 ± 12.7 | overlap at 20 of 35 points "
+        "(57%) |",
+        "|  | last 100 episodes | 15.0 ± 63.5 | 15.0 ± 0.0 | 0.0 ± 63.5 |  |",
+        "| Pendulum-v1, 5,000 steps | whole training |  |  |  | not run |",
+        "|  | last 100 episodes |  |  |  |  |",
+    ]
+    assert lines[-1] == "- C, 2 cores, 1 runs side by side, one thread each; python 3"
+
+
+def test_table_says_which_seeds_there_are(tmp_path: Path) -> None:
+    results = Results(tmp_path / "r.json")
+    results.add(result(NATIVE, 1, [5.0] * N_POINTS, 5.0, 6.0))
+    one, *_ = comparisons(results, (NATIVE, AUTOGRAD), (1, 2, 3))
+    row = render_table([one], "c").splitlines()[4]
+    assert row == "| CartPole-v1, 256 steps | whole training | 5.0 |  |  | so far 1 and 0 of 3 seeds |"
+    for row_of, seed in ((NATIVE, 2), (AUTOGRAD, 1), (AUTOGRAD, 2)):
+        results.add(result(row_of, seed, [5.0] * N_POINTS, 5.0, 6.0))
+    two, *_ = comparisons(results, (NATIVE, AUTOGRAD), (1, 2, 3))
+    assert "| overlap at 40 of 40 points (100%), so far 2 and 2 of 3 seeds |" in render_table([two], "c")
+    whole, *_ = comparisons(results, (NATIVE, AUTOGRAD), (1, 2))
+    assert whole.so_far() == ""
+
+
+def n_pixels(path: Path, color: tuple[int, int, int]) -> int:
+    from matplotlib.image import imread
+
+    pixels = np.asarray(imread(path))[:, :, :3] * 255
+    return int((np.abs(pixels - np.array(color)) < 2).all(axis=2).sum())
+
+
+def test_figure_has_the_curves_of_both_engines(tmp_path: Path) -> None:
+    empty = Comparison("CartPole-v1", 256, 2, {"native": [], "autograd": []})
+    write_figure([empty] * 4, tmp_path / "new" / "empty.png")
+    write_figure([comparison_of(tmp_path), *[empty] * 3], tmp_path / "one.png")
+    assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
+    # The legend has both colours; a curve across a panel is longer than its sample there.
+    for color in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):
+        before = n_pixels(tmp_path / "new" / "empty.png", color)
+        assert before > 0
+        assert n_pixels(tmp_path / "one.png", color) > 3 * before
+
+
+# --- rows
+
+
+def test_rows_are_each_environment_on_both_engines() -> None:
+    assert [(row.name, row.n_timesteps, row.params) for row in ROWS if row.engine == "native"] == [
+        ("CartPole-v1-native", 100_000, ("engine:'native'",)),
+        ("Pendulum-v1-native", 100_000, ("engine:'native'",)),
+        ("LunarLander-v3-native", 300_000, ("engine:'native'",)),
+        ("HalfCheetah-v5-native", 200_000, ("engine:'native'",)),
+    ]
+    natives = [(row.env_id, row.n_timesteps) for row in ROWS if row.engine == "native"]
+    assert natives == [(row.env_id, row.n_timesteps) for row in ROWS if row.engine == "autograd"]
+    shipped = yaml.safe_load(zoo.hyperparams_path().read_text())
+    assert all(row.env_id in gym.registry and row.env_id in shipped for row in ROWS)
+
+
+def test_results_on_another_grid_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = Results(tmp_path / "r.json")
+    results.add(result(NATIVE, 1, [5.0] * N_POINTS, 5.0, 6.0))
+    for name in ("WINDOW", "N_POINTS"):
+        with monkeypatch.context() as changed:
+            changed.setattr(curves_statistics, name, 10)
+            assert results.find(run_of(NATIVE, 1)) is None
+        assert results.find(run_of(NATIVE, 1)) is not None
+
+
+# --- the command
+
+
+def test_results_table_and_figure_of_all_rows_and_seeds(
+    in_folder: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert zoo.main(["bench", "curves", "--seeds", "1", "2", "--jobs", "2"]) == 0
+    out = Path("docs/results/curves.json")
+    runs = runs_in(out)
+    names = [("CartPole-v1-autograd", 1), ("CartPole-v1-autograd", 2), ("CartPole-v1-native", 1)]
+    assert [(run["name"], run["seed"]) for run in runs] == [*names, ("CartPole-v1-native", 2)]
+    run = runs[2]
+    options = train_arguments(NATIVE, 1, Path("logs/bench/curves/CartPole-v1-native/seed_1"))
+    assert run["command"] == "sb3-clipvf train " + " ".join(options[:-1]) + """ 'engine:'"'"'native'"'"''"""
+    curve = read_training_curve(find_run(trained, "CartPole-v1").folder, 256)
+    assert len(curve.returns) > 5
+    assert run["curve"] == curve_on_grid(curve, grid(256))
+    assert run["n_episodes"] == len(curve.returns)
+    assert run["last_return"] == pytest.approx(curve.returns.mean(), rel=1e-4)  # fewer than 100; five digits are kept
+    assert run["mean_return"] == pytest.approx(np.mean([value for value in run["curve"] if value]), rel=1e-4)
+    assert (run["num_timesteps"], run["jobs"], run["hyperparams"]["n_steps"]) == (256, 2, 16)
+    assert run["wall_seconds"] > 0 and run["cpu"] and run["versions"]["torch"]
+    table = out.with_suffix(".md").read_text().replace("\u00a0", " ")
+    assert "Made by `sb3-clipvf bench curves --seeds 1 2`." in table
+    assert f"| whole training | {run['mean_return']:.1f} ± 0.0 | {run['mean_return']:.1f} ± 0.0 | 0.0 ± 0.0 |" in table
+    assert out.with_suffix(".png").stat().st_size > 10_000
+    said = capsys.readouterr().out
+    assert said.startswith("4 runs to make, 0 are done already")
+    assert (
+        f"native, seed 1: mean return {run['mean_return']:.1f} over the training, {run['last_return']:.1f} of" in said
+    )
+    assert said.endswith(
+        "Results: docs/results/curves.json\nTable:   docs/results/curves.md\nFigure:  docs/results/curves.png\n"
+    )
+
+
+def test_finished_runs_are_skipped_until_asked_or_changed(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ["--out", "o/r.json", "--table", "o/t.md", "--figure", "o/f.png", "--log-folder", "l"]
+    options = [*files, "--only", "CartPole-v1-native", "--seeds", "1"]
+    assert main(options) == 0
+    assert sorted(path.name for path in Path("o").iterdir()) == ["f.png", "r.json", "t.md"]
+    assert Path("l/CartPole-v1-native/seed_1/train.log").exists()
+    train_with(monkeypatch, "raise SystemExit('must not run')")
+    capsys.readouterr()
+    assert main(options) == 0
+    assert "0 runs to make, 1 are done already" in capsys.readouterr().out
+    assert main([*options, "2"]) == 1
+    assert "CartPole-v1-native, seed 2: FAILED, the train command ended with code 1" in capsys.readouterr().out
+    assert main([*options, "--rerun"]) == 1
+    assert main([*options, "--list"]) == 0
+    assert capsys.readouterr().out.endswith("CartPole-v1-native        256 steps  done: 1  engine:'native'\n")
+    monkeypatch.setattr(curves, "ROWS", (CurveRow("CartPole-v1", 257, "native"), AUTOGRAD))
+    assert main([*options, "--list"]) == 0
+    assert "done: none" in capsys.readouterr().out
+    assert [run["seed"] for run in runs_in(Path("o/r.json"))] == [1]
+
+
+def test_training_that_ended_early_is_no_result(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(curves, "ROWS", (CurveRow("CartPole-v1", 257, "native"), AUTOGRAD))
+    assert main(["--seeds", "1"]) == 1
+    assert "CartPole-v1-native, seed 1: FAILED, the training was interrupted at step 256" in capsys.readouterr().out
+    assert [run["name"] for run in runs_in(Path("docs/results/curves.json"))] == ["CartPole-v1-autograd"]
+    assert "so far 0 and 1 of 1 seeds" in Path("docs/results/curves.md").read_text()
+
+
+def test_training_without_an_ended_episode_has_no_curve(
+    in_folder: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = COPY + (
+        "import pathlib\n"
+        "for path in pathlib.Path(sys.argv[sys.argv.index('-f') + 1]).rglob('*.monitor.csv'):\n"
+        "    path.write_text(''.join(path.read_text().splitlines(keepends=True)[:2]))\n"
+    )
+    train_with(monkeypatch, cut, str(trained))
+    assert main(["--seeds", "1"]) == 0
+    assert "CartPole-v1-native, seed 1: no episode ended" in capsys.readouterr().out
+    run = runs_in(Path("docs/results/curves.json"))[0]
+    assert (run["curve"], run["mean_return"], run["last_return"]) == ([None] * N_POINTS, None, None)
+    assert "| whole training |  |  |  |" in Path("docs/results/curves.md").read_text()
+
+
+def test_unknown_rows_are_refused(in_folder: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"`--only` must name rows .* got CartPole-v1\. `sb3-clipvf bench curves --list`"
+    ):
+        main(["--only", "CartPole-v1"])
