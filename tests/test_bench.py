@@ -88,7 +88,13 @@ def test_train_command_of_a_run() -> None:
         "--algo clipppo --env E-v0 --seed 3 -n 1000 -f logs/x --eval-freq -1 --num-threads 1 --device cpu --verbose 0 "
         "-params clip_range:None kl_coef:1.0"
     )
-    assert "-params" not in train_arguments(Row("r", "E-v0", 1000, 0.0, ""), 3, Path("logs/x"))
+    assert not {"-params", "--vec-env"} & {*train_arguments(Row("r", "E-v0", 1000, 0.0, ""), 3, Path("logs/x"))}
+
+
+def test_environments_of_another_kind_are_trained_in_and_named() -> None:
+    row = Row("r", "E-v0", 1000, 0.0, "", vec_env="envpool")
+    assert train_arguments(row, 3, Path("logs/x"))[-2:] == ["--vec-env", "envpool"]
+    assert run_of(row, 3)["vec_env"] == "envpool"
 
 
 # --- the command

@@ -37,7 +37,15 @@ ROWS: tuple[Row, ...] = (
     Row("Pendulum-v1", "Pendulum-v1", 100_000, -170, "-163", n_episodes=100),
     Row("Acrobot-v1", "Acrobot-v1", 500_000, -80, "-73.5", n_episodes=100),
     Row("LunarLander-v3", "LunarLander-v3", 1_000_000, 240, "242", n_episodes=100),
-    Row("BipedalWalker-v3", "BipedalWalker-v3", 5_000_000, 290, "300 (a2c), 288 (ppo)", n_episodes=100),
+    Row(
+        "BipedalWalker-v3",
+        "BipedalWalker-v3",
+        5_000_000,
+        290,
+        "300 (a2c), 288 (ppo)",
+        n_episodes=100,
+        vec_env="envpool",  # 14 minutes in place of 60
+    ),
     Row("CartPole-v1-fixed-kl", "CartPole-v1", 100_000, 500, "", _FIXED_KL),
     Row("CartPole-v1-adaptive-kl", "CartPole-v1", 100_000, 500, "", _ADAPTIVE_KL),
     Row("LunarLander-v3-fixed-kl", "LunarLander-v3", 1_000_000, 240, "", _FIXED_KL_LANDER, n_episodes=100),

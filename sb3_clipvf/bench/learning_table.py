@@ -25,6 +25,7 @@ class Row:
     :param params: changes to the shipped settings, as ``-params`` takes them
     :param n_episodes: episodes of the evaluation; more where the returns of one policy differ much
     :param algo: the algorithm's name in the RL Zoo
+    :param vec_env: kind of the training environments, as ``--vec-env`` takes it; evaluation has Gymnasium's
     """
 
     name: str
@@ -35,6 +36,7 @@ class Row:
     params: tuple[str, ...] = ()
     n_episodes: int = 20
     algo: str = "clipppo"
+    vec_env: str = "dummy"
 
 
 def run_of(row: Row, seed: int) -> dict[str, Any]:
@@ -68,7 +70,8 @@ def render_table(results: Results, rows: Sequence[Row], seeds: Sequence[int], co
         machines |= {machine_text(run, f"{run['jobs']} runs side by side, one thread each") for run in done}
         cells = [f"{run['mean_return']:.2f} ± {run['std_return']:.2f}" if run else "" for run in runs]
         mean = float(np.mean([run["mean_return"] for run in done])) if done else None
-        settings = f"{row.name}<br>`{' '.join(row.params)}`" if row.params else row.name
+        options = [*row.params, *(["--vec-env", row.vec_env] if row.vec_env != "dummy" else [])]
+        settings = f"{row.name}<br>`{' '.join(options)}`" if options else row.name
         lines.append(
             " | ".join(
                 [settings, f"{row.n_timesteps:,}", *cells, "" if mean is None else f"{mean:.2f}", f"{row.goal:g}"]

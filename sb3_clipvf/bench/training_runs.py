@@ -53,6 +53,10 @@ class TrainingRow(Protocol):
     def algo(self) -> str:
         """The algorithm's name in the RL Zoo."""
 
+    @property
+    def vec_env(self) -> str:
+        """Kind of the training environments, as ``--vec-env`` takes it."""
+
 
 RowT = TypeVar("RowT", bound=TrainingRow)
 
@@ -67,6 +71,8 @@ def run_of(row: TrainingRow, seed: int) -> dict[str, Any]:
     :return: name, seed, and those of the row's fields, as JSON gives them back
     """
     settings = {"env_id": row.env_id, "n_timesteps": row.n_timesteps, "algo": row.algo, "params": [*row.params]}
+    if row.vec_env != "dummy":
+        settings["vec_env"] = row.vec_env
     return {"name": row.name, "seed": seed, **settings}
 
 
@@ -81,6 +87,8 @@ def train_arguments(row: TrainingRow, seed: int, log_folder: Path) -> list[str]:
     """
     options = ["--algo", row.algo, "--env", row.env_id, "--seed", str(seed), "-n", str(row.n_timesteps)]
     options += ["-f", str(log_folder), "--eval-freq", "-1", "--num-threads", "1", "--device", "cpu", "--verbose", "0"]
+    if row.vec_env != "dummy":
+        options += ["--vec-env", row.vec_env]
     return [*options, "-params", *row.params] if row.params else options
 
 
