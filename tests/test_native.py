@@ -28,6 +28,7 @@ from sb3_clipvf import ClipPPO
 from sb3_clipvf.distributions import dist_param_dim, dist_params
 from sb3_clipvf.engines import AutogradEngine, UpdateCoefficients, UpdateSettings, why_not_native
 from sb3_clipvf.engines.kernels.elementwise import exp32, tanh32
+from sb3_clipvf.engines.lean import LeanAutogradEngine
 from sb3_clipvf.engines.native import NativeEngine
 from sb3_clipvf.rollout import TensorRolloutBuffer, gae
 
@@ -279,11 +280,12 @@ def test_advantages_have_the_same_bits(gamma: float, gae_lambda: float) -> None:
 
 
 class TestActing:
+    @pytest.mark.parametrize("engine_class", [NativeEngine, LeanAutogradEngine])
     @pytest.mark.parametrize("n_envs", [1, 7])
     @pytest.mark.parametrize("actions", ACTIONS)
-    def test_gives_what_the_policy_would(self, actions: str, n_envs: int) -> None:
+    def test_gives_what_the_policy_would(self, engine_class: type[Any], actions: str, n_envs: int) -> None:
         policy = make_policy(actions)
-        engine = NativeEngine(policy, SETTINGS)
+        engine = engine_class(policy, SETTINGS)
         engine.begin_rollout(make_buffer(policy, n_envs=n_envs))
         obs = th.randn(n_envs, 3)
         acted = engine.act(obs, with_dist_params=True)
@@ -333,11 +335,14 @@ class TestActing:
         assert stats.kstest(standard[:, 0], "norm").pvalue > 1e-4
         assert abs(np.corrcoef(standard.T)[0, 1]) < 0.03
 
+    @pytest.mark.parametrize("engine_class", [NativeEngine, LeanAutogradEngine])
     @pytest.mark.parametrize("n_envs", [1, 7, 20])
     @pytest.mark.parametrize("actions", ACTIONS)
-    def test_a_seed_gives_the_actions_of_the_policy_itself(self, actions: str, n_envs: int) -> None:
+    def test_a_seed_gives_the_actions_of_the_policy_itself(
+        self, engine_class: type[Any], actions: str, n_envs: int
+    ) -> None:
         policy = make_policy(actions)
-        engine, buffer = NativeEngine(policy, SETTINGS), make_buffer(policy, n_envs=n_envs)
+        engine, buffer = engine_class(policy, SETTINGS), make_buffer(policy, n_envs=n_envs)
         observations = th.randn(9, n_envs, 3)
         taken = []
         for each in (engine, AutogradEngine(policy, SETTINGS)):

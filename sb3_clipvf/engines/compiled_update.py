@@ -227,6 +227,7 @@ def _call_around_networks() -> None:
         memory.CATEGORICAL, widths, cell, cell, vector, cell, vector, vector.copy(), vector, vector, cell, numbers,
         False, cell.copy(), cell.copy(), vector.copy(), totals,
     )  # fmt: skip
+    entry.draw(memory.CATEGORICAL, widths, cell.copy(), cell, cell, cell.copy(), vector.copy(), cell.copy())
     table = np.zeros((0, memory.N_COLUMNS), np.int64)
     entry.zero_gradients(table)
     entry.optimizer_step(table, numbers, totals)

@@ -11,6 +11,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.distributions import DiagGaussianDistribution, StateDependentNoiseDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.preprocessing import get_action_dim
 
 from sb3_clipvf.engines.autograd import AutogradEngine, unvalidated_distributions
 from sb3_clipvf.engines.binding import (
@@ -22,8 +23,9 @@ from sb3_clipvf.engines.binding import (
     table_row,
 )
 from sb3_clipvf.engines.compiled_update import compile_kernels, kind_of, statistics_of, update_numbers, widths_of
+from sb3_clipvf.engines.drawing import Noise, as_policy_gives
 from sb3_clipvf.engines.kernels import data, entry, memory
-from sb3_clipvf.engines.settings import UpdateCoefficients, UpdateSettings, UpdateStatistics
+from sb3_clipvf.engines.settings import Acted, UpdateCoefficients, UpdateSettings, UpdateStatistics
 from sb3_clipvf.rollout import MiniBatch
 
 # What `evaluate_actions` consists of: a policy that replaces one of these computes its losses' inputs differently.
@@ -56,7 +58,7 @@ def check_around_networks(policy: ActorCriticPolicy) -> None:
 
 class LeanAutogradEngine(AutogradEngine):
     """
-    Acts as the autograd engine does, and updates with its numbers to float32 rounding.
+    Updates, and acts, with the autograd engine's numbers to float32 rounding.
 
     :param policy: Its parameters and its optimizer are changed in place.
     :param settings: What stays the same over all updates.
@@ -64,6 +66,7 @@ class LeanAutogradEngine(AutogradEngine):
 
     def __init__(self, policy: ActorCriticPolicy, settings: UpdateSettings) -> None:
         super().__init__(policy, settings)
+        self._draws = False
         compile_kernels("around")
 
     def fits(self, buffer: Any) -> bool:
@@ -78,6 +81,48 @@ class LeanAutogradEngine(AutogradEngine):
         except NotPlainError:
             return False
         return True
+
+    def begin_rollout(self, buffer: Any) -> None:
+        """
+        Make ready for the steps of a rollout.
+
+        :param buffer: Will be filled.
+        """
+        policy = self.policy
+        has_own_forward = type(policy).forward is not ActorCriticPolicy.forward or "forward" in vars(policy)
+        # Where the spread depends on the state, torch holds the noise.
+        self._draws = not has_own_forward and not isinstance(policy.action_dist, StateDependentNoiseDistribution)
+        if self._draws:
+            self._action_dim = get_action_dim(policy.action_space)
+            self._noise = Noise(kind_of(policy.action_dist), buffer.n_envs, self._action_dim, self._widths.tolist())
+
+    @th.no_grad()
+    def act(self, observations: Any, *, with_dist_params: bool) -> Acted:
+        """
+        Sample one action for each environment: torch runs the networks, and a kernel draws.
+
+        :param observations: Tensors on the policy's device, ``n_envs`` rows.
+        :param with_dist_params: Whether the distribution's parameters are wanted.
+        :return: What the rollout stores.
+        """
+        if not self._draws:
+            return super().act(observations, with_dist_params=with_dist_params)
+        outputs, values, log_std = self._forward(observations)
+        n, k = outputs.shape
+        log_stds = np.empty((0, 0), np.float32) if log_std is None else log_std.detach().numpy().reshape(1, k)
+        actions, log_prob = np.empty((n, self._action_dim), np.float32), np.empty(n, np.float32)
+        width = k if log_std is None else 2 * k
+        dist_params = np.empty((n, width if with_dist_params else 0), np.float32)
+        entry.draw(
+            kind_of(self.policy.action_dist), self._widths, outputs.numpy(), log_stds, self._noise.next(), actions,
+            log_prob, dist_params,
+        )  # fmt: skip
+        return Acted(
+            actions=as_policy_gives(actions, self.policy.action_space),
+            values=values,
+            log_prob=th.from_numpy(log_prob),
+            dist_params=th.from_numpy(dist_params) if with_dist_params else None,
+        )
 
     @unvalidated_distributions()
     def update(self, buffer: Any, coefficients: UpdateCoefficients) -> UpdateStatistics:

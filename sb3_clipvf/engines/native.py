@@ -2,11 +2,10 @@
 
 import time
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
@@ -14,6 +13,7 @@ from torch import nn
 from sb3_clipvf.engines import why_not_native
 from sb3_clipvf.engines.binding import Binding, bind, n_steps_made, write_steps
 from sb3_clipvf.engines.compiled_update import compile_kernels, kind_of, statistics_of, update_numbers, widths_of
+from sb3_clipvf.engines.drawing import Noise, as_policy_gives
 from sb3_clipvf.engines.kernels import data, entry, memory
 from sb3_clipvf.engines.kernels.network import workspace_size
 from sb3_clipvf.engines.settings import Acted, UpdateCoefficients, UpdateSettings, UpdateStatistics
@@ -52,7 +52,7 @@ class NativeEngine:
         self.policy = policy
         self.settings = settings
         self._threads = ThreadChoice()
-        self._noise: _Noise | None = None
+        self._noise: Noise | None = None
         self._work: dict[int, np.ndarray] = {}
         self._has_looked = False
         self._bind()
@@ -107,7 +107,7 @@ class NativeEngine:
         self._bind_again()
         buffer.gae_fn = _gae
         kind, widths = int(self._network.codes[memory.DIST]), self._network.widths.tolist()
-        self._noise = _Noise(kind, buffer.n_envs, self._action_dim, widths)
+        self._noise = Noise(kind, buffer.n_envs, self._action_dim, widths)
 
     def act(self, observations: th.Tensor, *, with_dist_params: bool) -> Acted:
         """
@@ -128,7 +128,7 @@ class NativeEngine:
         with _blas_for(n_envs):
             entry.act(self._packed, rows, noise, work, actions, values.reshape(n_envs), log_prob, dist_params)
         return Acted(
-            actions=self._as_policy_gives(actions),
+            actions=as_policy_gives(actions, self.policy.action_space),
             values=th.from_numpy(values),
             log_prob=th.from_numpy(log_prob),
             dist_params=th.from_numpy(dist_params) if with_dist_params else None,
@@ -164,14 +164,6 @@ class NativeEngine:
             if parameter.data_ptr() != address:
                 self._bind()
                 return
-
-    def _as_policy_gives(self, actions: np.ndarray) -> np.ndarray:
-        space = self.policy.action_space
-        if isinstance(space, spaces.Discrete):
-            return actions.reshape(-1).astype(np.int64)
-        if isinstance(space, spaces.MultiDiscrete):
-            return actions.astype(np.int64)
-        return np.asarray(actions.reshape(-1, *cast(tuple[int, ...], space.shape)))
 
     # ------------------------------------------------------------------ update
 
@@ -239,30 +231,6 @@ class NativeEngine:
 def _blas_for(n: int) -> AbstractContextManager[None]:
     # BLAS shares no product of so few rows, and telling it not to takes longer than the product.
     return nullcontext() if n <= UNSHARED_ROWS else one_blas_thread()
-
-
-class _Noise:
-    """
-    Random numbers for the actions of a step, drawn as torch's own distributions draw theirs.
-
-    So a seed gives the same actions on every engine, as long as the policies agree to rounding.
-    """
-
-    def __init__(self, kind: int, n_envs: int, action_dim: int, widths: list[int]) -> None:
-        self._kind = kind
-        # Kernels only read them, so that each step's numbers may take the place of the last one's.
-        self._parts = [th.empty(n_envs, width) for width in (widths or [action_dim])]
-        self._arrays = [part.numpy() for part in self._parts]
-
-    def next(self) -> np.ndarray:
-        for part in self._parts:
-            if self._kind == memory.GAUSSIAN:
-                part.normal_()
-            elif self._kind == memory.BERNOULLI:
-                part.uniform_()
-            else:
-                part.exponential_()
-        return self._arrays[0] if len(self._arrays) == 1 else np.concatenate(self._arrays, axis=1)
 
 
 def _exploration_matrices(dist: StateDependentNoiseDistribution, n_envs: int, latent_dim: int) -> np.ndarray:

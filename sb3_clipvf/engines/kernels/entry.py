@@ -88,6 +88,15 @@ def _around_networks(digest: int) -> tuple[Callable[..., Any], ...]:
         return minibatch.stops(told, numbers, totals, True) and digest > 0
 
     @cached()
+    def draw(
+        kind: int, widths: np.ndarray, outputs: np.ndarray, log_std: np.ndarray, noise: np.ndarray,
+        actions: np.ndarray, log_prob: np.ndarray, dist_params: np.ndarray,
+    ) -> int:  # fmt: skip
+        probs = np.empty_like(outputs)
+        rollout.draw(kind, outputs, log_std, widths, probs, noise, actions, log_prob, dist_params)
+        return digest
+
+    @cached()
     def zero_gradients(table: np.ndarray) -> int:
         for k in range(table.shape[0]):
             vector(table[k, GRAD], table[k, SIZE])[:] = np.float32(0)
@@ -102,10 +111,10 @@ def _around_networks(digest: int) -> tuple[Callable[..., Any], ...]:
         minibatch.step(table, 0, table.shape[0], factor, int(totals[N_STEPS]), numbers)
         return digest
 
-    return loss_gradients, zero_gradients, optimizer_step
+    return loss_gradients, draw, zero_gradients, optimizer_step
 
 
 *FOR_NETWORKS, kl_of_rollout = _for_networks(_digest())
 run_update, act, predict_values, advantages_and_returns = FOR_NETWORKS
 AROUND_NETWORKS = _around_networks(_digest())
-loss_gradients, zero_gradients, optimizer_step = AROUND_NETWORKS
+loss_gradients, draw, zero_gradients, optimizer_step = AROUND_NETWORKS

@@ -61,17 +61,45 @@ def act(
     log_std = gsde.log_stds(network, work, n)
     if kind == STATE_DEPENDENT:
         noise = gsde.noise_of(network, work, n, noise)
-    heads.normalize_all(kind, outputs, network.widths, probs)
-    heads.sample(kind, outputs, log_std, network.widths, probs, noise, actions)
+    draw(kind, outputs, log_std, network.widths, probs, noise, actions, log_prob, dist_params)
+
+
+@fast
+def draw(
+    kind: int,
+    outputs: np.ndarray,
+    log_std: np.ndarray,
+    widths: np.ndarray,
+    probs: np.ndarray,
+    noise: np.ndarray,
+    actions: np.ndarray,
+    log_prob: np.ndarray,
+    dist_params: np.ndarray,
+) -> None:
+    """
+    Draw one action a row from what the actor's last layer gives.
+
+    :param kind: Of the distribution.
+    :param outputs: Shape ``(n, k)``; logits of categorical distributions are normalised in place.
+    :param log_std: Of a Gaussian, shape ``(1, k)`` or ``(n, k)``; else empty.
+    :param widths: Of the categorical distributions.
+    :param probs: Room for probabilities, shape ``(n, k)``.
+    :param noise: As :func:`heads.sample` takes it.
+    :param actions: Filled, shape ``(n, action_dim)``.
+    :param log_prob: Filled, shape ``(n,)``, nats.
+    :param dist_params: As in :func:`act`.
+    """
+    n, k = outputs.shape
+    heads.normalize_all(kind, outputs, widths, probs)
+    heads.sample(kind, outputs, log_std, widths, probs, noise, actions)
     if dist_params.shape[1] > 0:
-        k = outputs.shape[1]
         for i in range(n):
             for j in range(k):
                 dist_params[i, j] = outputs[i, j]
                 if log_std.shape[0] > 0:
                     dist_params[i, k + j] = log_std[i if log_std.shape[0] > 1 else 0, j]
     entropy = np.empty(n, np.float32)
-    heads.evaluate(kind, outputs, log_std, network.widths, actions, probs, log_prob, entropy)
+    heads.evaluate(kind, outputs, log_std, widths, actions, probs, log_prob, entropy)
 
 
 @strict
