@@ -7,10 +7,18 @@ if TYPE_CHECKING:
     from sb3_clipvf.checkpoint import SaveBestTrainingReward
     from sb3_clipvf.clip_ppo import SB3_EQUIVALENT, ClipPPO
     from sb3_clipvf.rollout import TensorRolloutBuffer
+    from sb3_clipvf.safe_pickle import UnsafeFileError
 
 __version__ = "0.1.0"
 
-__all__ = ["SB3_EQUIVALENT", "ClipPPO", "SaveBestTrainingReward", "TensorRolloutBuffer", "__version__"]
+__all__ = [
+    "SB3_EQUIVALENT",
+    "ClipPPO",
+    "SaveBestTrainingReward",
+    "TensorRolloutBuffer",
+    "UnsafeFileError",
+    "__version__",
+]
 
 # Loaded where they are first used: the commands that only read results start without PyTorch.
 _HOMES = {
@@ -18,6 +26,7 @@ _HOMES = {
     "ClipPPO": "sb3_clipvf.clip_ppo",
     "SaveBestTrainingReward": "sb3_clipvf.checkpoint",
     "TensorRolloutBuffer": "sb3_clipvf.rollout",
+    "UnsafeFileError": "sb3_clipvf.safe_pickle",
 }
 
 

@@ -2,17 +2,13 @@
 
 import difflib
 import inspect
-import io
-import json
 import os
-import pathlib
 import warnings
-import zipfile
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from stable_baselines3.common.buffers import BaseBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.save_util import open_path
 
 from sb3_clipvf import validation
 from sb3_clipvf.engines import check_engine_name
@@ -178,7 +174,7 @@ def warn_of_truncated_minibatches(model: "ClipPPO") -> None:
 
 
 def values_to_load(
-    path: str | pathlib.Path | io.BufferedIOBase,
+    file: Mapping[str, Any],
     given: dict[str, Any],
     custom_objects: dict[str, Any],
     cls: type[Any],
@@ -189,17 +185,13 @@ def values_to_load(
     A controller goes on from the file's state, unless the user changes where it starts. For what a file of another
     algorithm of SB3 does not hold, the values of :data:`SB3_EQUIVALENT` are taken, and a warning names them.
 
-    :param path: The file.
+    :param file: The model's attributes in the file: plain ones as they are, others as their description.
     :param given: The user's values, by argument.
     :param custom_objects: Values that replace the file's while it is read; SB3 passes over those that it does not hold.
     :param cls: The class that is loaded.
     :return: Values that replace the file's.
     :raises TypeError: If a value is for nothing that the class or the file has.
     """
-    file = _read_json(path)
-    if file is None:
-        # SB3's load says what is wrong with it.
-        return given
     values = dict(given)
     if "stats_window_size" in values:
         values["_stats_window_size"] = values.pop("stats_window_size")
@@ -221,29 +213,10 @@ def values_to_load(
     return {"_loads_sb3": True, **chosen, **values}
 
 
-def _check_names(values: dict[str, Any], cls: type[Any], file: dict[str, Any]) -> None:
+def _check_names(values: dict[str, Any], cls: type[Any], file: Mapping[str, Any]) -> None:
     legal = {*inspect.signature(cls.__init__).parameters, *file, "_stats_window_size", "adaptive_kl", "adaptive_lr"}
     for name in values:
         if name not in legal:
             nearest = difflib.get_close_matches(name, legal, n=1)
             hint = f"Did you mean {nearest[0]!r}?" if nearest else "See the arguments of its constructor."
             raise TypeError(f"`{name}` must be an argument of {cls.__name__}, got {values[name]!r} for it. {hint}")
-
-
-def _read_json(path: str | pathlib.Path | io.BufferedIOBase) -> dict[str, Any] | None:
-    """The attributes in a saved zip, without unpickling: plain ones as they are, others as their description."""
-    try:
-        file = open_path(path, "r", verbose=0, suffix="zip")
-    except (OSError, ValueError):
-        return None
-    start = file.tell()
-    try:
-        with zipfile.ZipFile(file) as archive:
-            data = json.loads(archive.read("data")) if "data" in archive.namelist() else None
-    except (zipfile.BadZipFile, ValueError):
-        data = None
-    if isinstance(path, str | pathlib.Path):
-        file.close()
-    else:
-        file.seek(start)
-    return data if isinstance(data, dict) else None

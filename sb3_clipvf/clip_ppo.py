@@ -1,20 +1,22 @@
 """ClipPPO: the algorithm under SB3's interface. It validates, collects, hands the update to an engine and logs once."""
 
 import io
+import os
 import pathlib
 import time
-from typing import Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch as th
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import (
     ActorCriticCnnPolicy,
     ActorCriticPolicy,
     BasePolicy,
     MultiInputActorCriticPolicy,
 )
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TensorDict
 from stable_baselines3.common.utils import explained_variance, update_learning_rate
 
 from sb3_clipvf import coefficients, validation
@@ -39,7 +41,12 @@ from sb3_clipvf.policies import (
     SquashedActorCriticPolicy,
     SquashedMultiInputActorCriticPolicy,
 )
+from sb3_clipvf.safe_files import check_model, read_model
+from sb3_clipvf.safe_pickle import TrustPickle, trust_of
 from sb3_clipvf.schedules import AdaptiveKL, KLAdaptiveLR, Schedule, clamp_progress, make_schedule
+
+if TYPE_CHECKING:
+    from sb3_clipvf.checkpoint.resume import Resumed
 
 __all__ = ["SB3_EQUIVALENT", "ClipPPO"]
 
@@ -191,12 +198,15 @@ class ClipPPO(RolloutCollector):
         self.adaptive_kl: AdaptiveKL | None = None
         self.adaptive_lr: KLAdaptiveLR | None = None
         self._schedule_timesteps: int | None = None
+        # Whose checkpoints are its own.
+        self._training_id: str | None = None
         # Built from the arguments when needed, and not saved.
         self._schedules: dict[str, tuple[Any, Schedule]] = {}
         self._engine: Engine | None = None
         self._engine_reason = ("", "", "")
         self._loads_sb3 = False
         self._warned_of_early_end = False
+        self._resumed: Resumed | None = None
 
         if _init_setup_model:
             self._setup_model()
@@ -371,6 +381,41 @@ class ClipPPO(RolloutCollector):
             progress_bar=progress_bar,
         )
 
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        initialised = super()._init_callback(callback, progress_bar)
+        if self._resumed is not None:
+            from sb3_clipvf.checkpoint.resume import take_over
+
+            take_over(self, initialised)
+        return initialised
+
+    @property
+    def remaining_timesteps(self) -> int:
+        """Environment steps up to the end of the training that was last begun, at least 0."""
+        return max(0, self._total_timesteps - self.num_timesteps)
+
+    @classmethod
+    def resume(cls, path: str | os.PathLike[str], env: GymEnv, device: th.device | str = "auto", **kwargs: Any) -> Self:
+        """
+        Go on with an interrupted training from a checkpoint of ``TrainingCheckpoint``.
+
+        ``model.learn(model.remaining_timesteps, reset_num_timesteps=False, callback=...)`` then ends, on the CPU, with
+        the weights of the training that was not interrupted, to the last bit; the checkpoint names what keeps it from
+        that. Pass the callbacks that the training had: theirs is part of the state.
+
+        :param path: A checkpoint, or the folder of them: the newest whole one is taken.
+        :param env: Environments, built as those of the training. They are reset, then put where they were.
+        :param device: PyTorch device, or "auto".
+        :param kwargs: Further arguments of :meth:`load`, such as arguments of the constructor to change.
+        :return: The model.
+        :raises FileNotFoundError: If there is no checkpoint.
+        :raises ValueError: If all are damaged, or the environments are built differently; or the file is a model
+            without the state of its training, as ``save`` writes it.
+        """
+        from sb3_clipvf.checkpoint.resume import resume
+
+        return resume(cls, path, env, device, **kwargs)
+
     def _excluded_save_params(self) -> list[str]:
         return [
             *super()._excluded_save_params(),
@@ -379,6 +424,7 @@ class ClipPPO(RolloutCollector):
             "_engine_reason",
             "_loads_sb3",
             "_warned_of_early_end",
+            "_resumed",
         ]
 
     @classmethod
@@ -390,10 +436,11 @@ class ClipPPO(RolloutCollector):
         custom_objects: dict[str, Any] | None = None,
         print_system_info: bool = False,
         force_reset: bool = True,
+        trust_pickle: TrustPickle = None,
         **kwargs: Any,
     ) -> Self:
         """
-        Load a model that ClipPPO or SB3's PPO saved.
+        Load a model that ClipPPO or SB3's PPO saved, without running code that the file brings or names.
 
         What a file of SB3's PPO does not hold takes the value of :data:`SB3_EQUIVALENT`, so that training goes on as
         SB3's PPO would; a warning names those values.
@@ -401,19 +448,54 @@ class ClipPPO(RolloutCollector):
         :param path: Zip file, with or without its suffix, or an open binary file.
         :param env: Environment to go on in; it may differ in its number of copies. None: the model can only predict.
         :param device: PyTorch device, or "auto".
-        :param custom_objects: Values to take instead of the file's, by attribute.
+        :param custom_objects: Values to take instead of the file's, by attribute; the file's are not looked at.
         :param print_system_info: Whether to print the versions of the packages then and now.
         :param force_reset: Whether to reset the environments before training.
+        :param trust_pickle: True: the file may run any code. False: it may use classes of Gymnasium, NumPy, torch, SB3
+            and this package that are known to do no harm. Classes and functions: it may use these, too. None: as the
+            environment variable ``SB3_CLIPVF_TRUST_PICKLE`` says, "1" or "0", which is the default.
         :param kwargs: Arguments of the constructor to change.
         :return: The model.
+        :raises UnsafeFileError: If the file needs what it may not use.
+        :raises ValueError: If the file is no model, is damaged, does not fit into memory, or holds a value that cannot
+            be read with the packages as they are here.
+        :raises RuntimeError: If the weights do not fit the policy that the file describes.
+        :raises FileNotFoundError: If there is no file.
         """
-        kwargs = values_to_load(path, kwargs, custom_objects or {}, cls)
+        trust = trust_of(trust_pickle)
+        file = read_model(path)
+        replaced = dict(custom_objects or {})
+        check_model(file, cls, trust, replaced)
+        kwargs = values_to_load(file.data or {}, kwargs, replaced, cls)
+        # Built anew in any case; and SB3 compares the policy's arguments with the file's.
+        replaced = {"lr_schedule": None, **{key: kwargs[key] for key in kwargs if key != "policy_kwargs"}, **replaced}
         return super().load(
-            path,
+            file.stream(),
             env=env,
             device=device,
-            custom_objects=custom_objects,
+            custom_objects={**file.unpickled(trust, replaced), **replaced},
             print_system_info=print_system_info,
             force_reset=force_reset,
             **kwargs,
         )
+
+    def set_parameters(
+        self,
+        load_path_or_dict: str | pathlib.Path | io.BufferedIOBase | TensorDict,
+        exact_match: bool = True,
+        device: th.device | str = "auto",
+    ) -> None:
+        """
+        Take over weights and the optimizer's state.
+
+        :param load_path_or_dict: Zip file of a model, of which only tensors are read, or what ``get_parameters`` gave.
+        :param exact_match: Whether all of them must be there. False takes over what there is.
+        :param device: PyTorch device, or "auto".
+        :raises UnsafeFileError: If the file holds more than tensors in the place of weights.
+        :raises ValueError: If the file is no model, is damaged or does not fit into memory, or a name is unknown or,
+            with ``exact_match``, missing.
+        """
+        parameters: Any = load_path_or_dict
+        if not isinstance(parameters, dict):
+            parameters = read_model(parameters, needs_data=False).stream()
+        super().set_parameters(parameters, exact_match=exact_match, device=device)

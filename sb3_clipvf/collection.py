@@ -55,9 +55,10 @@ class RolloutCollector(OnPolicyAlgorithm):
         with_dist_params = bool(getattr(rollout_buffer, "dist_param_dim", 0))
         rollout_buffer.reset()
         self._last_obs = copy_of(self._last_obs)
+        # Before anything is drawn for this rollout, unlike in SB3: a checkpoint that is taken here holds no part of it.
+        callback.on_rollout_start()
         if self.use_sde:
             self.policy.reset_noise(env.num_envs)
-        callback.on_rollout_start()
         engine = self._current_engine()  # after the callback, which may have changed the policy
         engine.begin_rollout(rollout_buffer)
 

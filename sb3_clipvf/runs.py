@@ -159,8 +159,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
     if not path.is_file():
         return {}
-    # The Zoo writes Python objects there and reads them in this way; the model beside it is a pickle too.
-    return dict(yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.UnsafeLoader))
+    from sb3_clipvf.zoo.files import checked_files
+
+    # The Zoo writes Python objects there and reads them in this way.
+    with checked_files(), path.open(encoding="utf-8") as file:
+        return dict(yaml.load(file, Loader=yaml.UnsafeLoader))
 
 
 def read_hyperparams(run: Run) -> dict[str, Any]:
@@ -179,16 +182,20 @@ def make_env(run: Run, n_envs: int, seed: int, render_mode: str | None = None) -
     from rl_zoo3.exp_manager import ExperimentManager
     from stable_baselines3.common.vec_env import DummyVecEnv
 
+    from sb3_clipvf.zoo.files import checked_files
+
     arguments = _read_yaml(run.settings_folder / "args.yml")
     for module in arguments.get("gym_packages") or ():
         importlib.import_module(module)
-    hyperparams, stats_path = get_saved_hyperparams(str(run.settings_folder), test_mode=True)
+    with checked_files():
+        hyperparams, stats_path = get_saved_hyperparams(str(run.settings_folder), test_mode=True)
     env_kwargs = dict(hyperparams.pop("env_kwargs", None) or {})
     env_kwargs = dict(arguments.get("env_kwargs") or env_kwargs)
     env_kwargs.pop("render_mode", None)
     if render_mode is not None:
         env_kwargs["render_mode"] = render_mode
-    with contextlib.redirect_stdout(io.StringIO()):  # it tells of statistics and frame stack for every environment
+    # It tells of statistics and frame stack for every environment.
+    with checked_files(), contextlib.redirect_stdout(io.StringIO()):
         return create_test_env(
             run.env_id,
             n_envs=n_envs,
@@ -207,11 +214,14 @@ def load_model(run: Run, seed: int, device: str) -> BaseAlgorithm:
     from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
     from stable_baselines3.common.utils import set_random_seed
 
+    from sb3_clipvf.zoo.files import checked_files
+
     set_random_seed(seed)
     algorithm = ALGOS[run.algo]
     # An off-policy algorithm would otherwise take the memory of its replay buffer, which an evaluation never reads.
     kwargs: dict[str, Any] = {"buffer_size": 1} if issubclass(algorithm, OffPolicyAlgorithm) else {}
-    return algorithm.load(run.model_path, device=device, **kwargs)
+    with checked_files():
+        return algorithm.load(run.model_path, device=device, **kwargs)
 
 
 def is_deterministic_by_default(env_id: str) -> bool:

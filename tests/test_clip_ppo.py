@@ -274,7 +274,7 @@ class TestProgress:
         model = make(learning_rate="lin_0.001", clip_range=lambda p: 0.1 + p)
         learn(model, N_STEPS, schedule_timesteps=4 * N_STEPS)
         model.save(tmp_path / "model")
-        loaded = ClipPPO.load(tmp_path / "model", env=walk(), device="cpu")
+        loaded = ClipPPO.load(tmp_path / "model", env=walk(), device="cpu", trust_pickle=True)  # for the lambda
         logs = learn(loaded, N_STEPS, reset_num_timesteps=False)
         assert column(logs, "train/learning_rate") == pytest.approx([5e-4], abs=EXACT)
         assert column(logs, "train/clip_range") == pytest.approx([0.6], abs=EXACT)

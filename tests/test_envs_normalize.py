@@ -421,7 +421,7 @@ class TestRefusals:
             FastVecNormalize.from_sb3(own)
         own.save(str(tmp_path / "own.pkl"))
         with pytest.raises(TypeError, match="got Own"):
-            FastVecNormalize.load(str(tmp_path / "own.pkl"), Scripted(box(3)))
+            FastVecNormalize.load(str(tmp_path / "own.pkl"), Scripted(box(3)), trust_pickle=[Own])
 
 
 class Own(VecNormalize):

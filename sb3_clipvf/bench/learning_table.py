@@ -80,8 +80,8 @@ def render_table(results: Results, rows: Sequence[Row], seeds: Sequence[int], co
         )
     table = "\n".join(f"| {line} |" for line in lines)
     notes = (
-        "A cell is the mean return ± one standard deviation over the evaluation's episodes (20, or 100 for Pendulum, "
-        "Acrobot and LunarLander) of the final model, most probable actions, environment's own rewards. *mean* is over "
+        "A cell is the mean return ± one standard deviation over the evaluation's episodes (20, or 100 where returns "
+        "differ much) of the final model, most probable actions, environment's own rewards. *mean* is over "
         "the seeds; *reached* compares it with the goal, and counts the seeds that reach it alone."
     )
     made = "".join(f"- {text}\n" for text in sorted(machines))

@@ -8,6 +8,7 @@ are put there, so that whoever reads, replaces or changes them is heard at the n
 
 import inspect
 import math
+import os
 from copy import copy, deepcopy
 from typing import Any, Self, cast
 
@@ -18,6 +19,8 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from sb3_clipvf.compiled import cached
+from sb3_clipvf.safe_files import load_vec_normalize
+from sb3_clipvf.safe_pickle import TrustPickle
 
 Observations = np.ndarray | dict[str, np.ndarray]
 
@@ -75,18 +78,19 @@ class FastVecNormalize(VecNormalize):
         return fast
 
     @classmethod
-    def load(cls, load_path: str, venv: VecEnv) -> Self:
+    def load(cls, load_path: str | os.PathLike[str], venv: VecEnv, trust_pickle: TrustPickle = None) -> Self:
         """
-        Load what ``save`` of this class or of SB3's ``VecNormalize`` wrote.
-
-        A pickle runs code as it is loaded: load only files that you trust.
+        Load what ``save`` of this class or of SB3's ``VecNormalize`` wrote, without running code.
 
         :param load_path: File.
         :param venv: Environments to wrap.
+        :param trust_pickle: As in :meth:`sb3_clipvf.ClipPPO.load`. True: the file may run any code.
         :return: Settings and statistics of the file; sums of rewards start at 0.
+        :raises UnsafeFileError: If the file needs what it may not use.
+        :raises ValueError: If the file holds something else, is damaged or does not fit into memory.
         :raises TypeError: If the file holds a subclass of ``VecNormalize``.
         """
-        return cls.from_sb3(VecNormalize.load(load_path, venv))
+        return cls.from_sb3(load_vec_normalize(load_path, venv, trust_pickle))
 
     def save(self, save_path: str) -> None:
         """

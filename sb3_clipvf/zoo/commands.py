@@ -29,6 +29,7 @@ from sb3_clipvf.zoo.process import (
     patched_argv,
     patched_environment,
     quote_schedules,
+    trusted_files,
     with_defaults,
     without_option,
 )
@@ -38,12 +39,17 @@ ALGORITHM = "clipppo"
 
 PROGRAM = "sb3-clipvf"
 
+TRUST_OPTION = "--trust-pickle"
+
+_HELP = "sb3-clipvf adds to the options below:"
 _TRAIN_HELP = """\
-sb3-clipvf adds to the options below:
   --vec-env {gymnasium,envpool,ale}
                         Training environments that step together: Gymnasium's,
                         EnvPool's, or ale-py's (Atari games)
-
+"""
+_TRUST_HELP = """\
+  --trust-pickle        Let the files of models, statistics and settings that
+                        are loaded run any code; without it such are refused
 """
 
 _ALGO = Default(None, "--algo", ALGORITHM)
@@ -63,6 +69,7 @@ class Command:
     :param plots: Whether it shows figures.
     :param renders: Whether it draws environments off-screen.
     :param encodes: Whether it starts the program ``ffmpeg``.
+    :param loads: Whether it reads files that could run code, so that it takes ``--trust-pickle``.
     """
 
     summary: str
@@ -72,12 +79,15 @@ class Command:
     plots: bool = False
     renders: bool = False
     encodes: bool = False
+    loads: bool = False
 
 
 COMMANDS: dict[str, Command] = {
-    "train": Command("train an agent; with -optimize, search hyperparameters", "rl_zoo3.train:train", (_ALGO,)),
-    "enjoy": Command("run a trained agent and show it", "rl_zoo3.enjoy:enjoy", (_ALGO, _FOLDER)),
-    "report": Command("evaluate a run, plot its learning curve, record a video", "sb3_clipvf.report:main"),
+    "train": Command(
+        "train an agent; with -optimize, search hyperparameters", "rl_zoo3.train:train", (_ALGO,), loads=True
+    ),
+    "enjoy": Command("run a trained agent and show it", "rl_zoo3.enjoy:enjoy", (_ALGO, _FOLDER), loads=True),
+    "report": Command("evaluate a run, plot its learning curve, record a video", "sb3_clipvf.report:main", loads=True),
     "bench": Command("run the package's own measurements", "sb3_clipvf.bench:main"),
     "plot_train": Command(
         "plot training returns of runs",
@@ -93,10 +103,14 @@ COMMANDS: dict[str, Command] = {
         plots=True,
     ),
     "plot_from_file": Command(
-        "plot what all_plots -o saved", "rl_zoo3.plots:plot_from_file", required=(("-i", "--input"),), plots=True
+        "plot what all_plots -o saved",
+        "rl_zoo3.plots:plot_from_file",
+        required=(("-i", "--input"),),
+        plots=True,
+        loads=True,
     ),
     "record_video": Command(
-        "record a video of a trained agent", "rl_zoo3.record_video", (_ALGO, _FOLDER), renders=True
+        "record a video of a trained agent", "rl_zoo3.record_video", (_ALGO, _FOLDER), renders=True, loads=True
     ),
     "record_training": Command(
         "record a video of each checkpoint of a run",
@@ -104,9 +118,13 @@ COMMANDS: dict[str, Command] = {
         (_ALGO, _FOLDER),
         renders=True,
         encodes=True,
+        loads=True,
     ),
     "benchmark": Command(
-        "evaluate all trained agents of a folder", "rl_zoo3.benchmark", (Default(None, "--log-dir", "logs"),)
+        "evaluate all trained agents of a folder",
+        "rl_zoo3.benchmark",
+        (Default(None, "--log-dir", "logs"),),
+        loads=True,
     ),
     "push_to_hub": Command(
         "upload a trained agent to the Hugging Face hub",
@@ -114,6 +132,7 @@ COMMANDS: dict[str, Command] = {
         (_ALGO, _FOLDER),
         renders=True,
         encodes=True,
+        loads=True,
     ),
     "load_from_hub": Command(
         "download a trained agent from the Hugging Face hub", "rl_zoo3.load_from_hub", (_ALGO, _FOLDER)
@@ -233,19 +252,26 @@ def run_command(name: str, options: Sequence[str]) -> int:
     :raises ValueError: If something the sub-command needs is missing.
     """
     command = COMMANDS[name]
+    if not (command.loads and TRUST_OPTION in options):
+        return _run(name, command, options)
+    with trusted_files():
+        return _run(name, command, [option for option in options if option != TRUST_OPTION])
+
+
+def _run(name: str, command: Command, options: Sequence[str]) -> int:
     module, _, function = command.target.partition(":")
+    asks_for_help = not {"-h", "--help"}.isdisjoint(options)
+    if asks_for_help and command.loads:
+        sys.stdout.write(f"{_HELP}\n{_TRAIN_HELP if name == 'train' else ''}{_TRUST_HELP}\n")
     if module.startswith("sb3_clipvf."):
         return _own_main(module, function)(list(options))
     display = has_display()
     arguments = with_defaults(quote_schedules(options), command.defaults)
-    asks_for_help = not {"-h", "--help"}.isdisjoint(options)
     if name == "enjoy" and not display and not asks_for_help and option_value(arguments, None, "--no-render") is None:
         sys.stdout.write(f"No display: running with --no-render. `{PROGRAM} record_video` makes a video.\n")
         arguments = with_defaults(arguments, (Default(None, "--no-render", None),))
     with ExitStack() as stack:
         if name == "train":
-            if asks_for_help:
-                sys.stdout.write(_TRAIN_HELP)
             arguments = stack.enter_context(_own_vec_env(arguments))
         if not display:
             stack.enter_context(patched_environment(_without_display(command)))
@@ -254,6 +280,9 @@ def run_command(name: str, options: Sequence[str]) -> int:
         if not asks_for_help:
             _check(name, command, arguments)
         register()
+        from sb3_clipvf.zoo.files import checked_files  # imports torch, as register() does
+
+        stack.enter_context(checked_files(plots=name == "plot_from_file"))
         if command.encodes:
             stack.enter_context(ffmpeg_on_path())
         if name == "push_to_hub":

@@ -18,6 +18,8 @@ from typing import Any
 
 from gymnasium.error import Error as GymnasiumError
 
+from sb3_clipvf.safe_pickle import TRUST_VARIABLE
+
 _SCHEDULE_PARAMETER = re.compile(r"(?P<key>\w+):(?P<schedule>(?:lin|cos|exp|const)_[\d.eE+-]+)")
 
 # Package, what its absence looks like in an error, and what to install.
@@ -145,6 +147,19 @@ def patched_environment(values: Mapping[str, str]) -> Iterator[None]:
     finally:
         for name in added:
             os.environ.pop(name, None)
+
+
+@contextmanager
+def trusted_files() -> Iterator[None]:
+    """Trust all files meanwhile, in the processes that are started, too."""
+    before = os.environ.get(TRUST_VARIABLE)
+    os.environ[TRUST_VARIABLE] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[TRUST_VARIABLE]
+        if before is not None:
+            os.environ[TRUST_VARIABLE] = before
 
 
 @contextmanager

@@ -1,21 +1,19 @@
-"""Files that survive a crash: an atomic write, and the callback that keeps the best model of a training."""
+"""The callback that keeps the best model of a training, by the mean return of the training's own episodes."""
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import logging
 import math
 import os
 import re
-import secrets
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stable_baselines3.common.callbacks import BaseCallback
 
+from sb3_clipvf.checkpoint.atomic import TEMPORARY_FILE, atomic_write, write_error
 from sb3_clipvf.messages import log
 from sb3_clipvf.validation import check_int
 
@@ -24,60 +22,6 @@ _logger = log
 _FORMAT = 1
 _PLAIN_STATISTICS = "vecnormalize.pkl"
 _VERSION_FILE = re.compile(r"\d{6,}\.(zip|pkl)")
-_TEMPORARY_FILE = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
-
-
-def _write_error(path: Path, error: OSError) -> OSError:
-    """The same kind of error (``errno`` decides on the subclass), with the file, the consequence and the way out."""
-    reason = error.strerror or str(error)
-    text = f"{path} could not be written: {reason}. What it held before is unchanged. Free space there, or choose"
-    return OSError(error.errno, f"{text} a folder that can be written to.")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` durable; without this a power cut can bring the old name back."""
-    if os.name == "nt":  # folders cannot be opened there, and the rename is journalled
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        text = f"the last file written to {folder} is complete but may not survive a power cut: {error.strerror}"
-        raise OSError(error.errno, f"{text}. Check that disk.") from error
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[io.BufferedWriter]:
-    """
-    Open a file for writing that takes the place of ``path`` only when it is complete and on the disk.
-
-    The bytes go to a temporary file in the same folder, which is flushed, synced and renamed over ``path`` when the
-    ``with`` block ends; then the folder is synced. After an exception, a kill or a power cut ``path`` holds either
-    all of its old content or all of the new one. A kill may leave a hidden ``.<name>.<pid>-<hex>.tmp`` beside it.
-
-    :param path: the file to write; its folder must exist
-    :return: context manager giving the temporary file, open in binary mode; code that needs a file name may write
-        to the file's ``name`` instead
-    :raises OSError: (or its subclass for the error number) where the file cannot be written: no space, no permission,
-        no folder. ``path`` is then unchanged and the temporary file is removed; only where syncing the folder fails
-        is ``path`` new already, and the message says so.
-    """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        raise _write_error(target, error) from error
-    finally:
-        with contextlib.suppress(OSError):  # it is gone after the rename; a second error must not hide the first
-            temporary.unlink()
-    _sync_folder(target.parent)
 
 
 @dataclass(frozen=True)
@@ -245,7 +189,7 @@ class SaveBestTrainingReward(BaseCallback):
         try:
             self.save_path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _write_error(self.save_path, error) from error
+            raise write_error(self.save_path, error) from error
         self._manifest = _Manifest.read(self.manifest_path)
         self._started = True
         if self._manifest is None or not self.resume:
@@ -311,7 +255,7 @@ class SaveBestTrainingReward(BaseCallback):
         try:
             (self.save_path / versions).mkdir(exist_ok=True)
         except OSError as error:
-            raise _write_error(self.save_path / versions, error) from error
+            raise write_error(self.save_path / versions, error) from error
         try:
             with atomic_write(self.save_path / manifest.model) as file:
                 file.write(buffer.getbuffer())
@@ -348,6 +292,6 @@ class SaveBestTrainingReward(BaseCallback):
         kept = {Path(name).name for manifest in manifests if manifest is not None for name in manifest.files()}
         versions = self.save_path / f"{self.name_prefix}_versions"
         for path in list(versions.iterdir()):
-            ours = _VERSION_FILE.fullmatch(path.name) or _TEMPORARY_FILE.fullmatch(path.name)
+            ours = _VERSION_FILE.fullmatch(path.name) or TEMPORARY_FILE.fullmatch(path.name)
             if ours and path.name not in kept:
                 path.unlink(missing_ok=True)

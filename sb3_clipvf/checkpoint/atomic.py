@@ -1,0 +1,71 @@
+"""Writing a file at once or not at all, so that neither a crash nor a full disk leaves half of one."""
+
+import contextlib
+import io
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+TEMPORARY_FILE = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
+"""Names that a killed :func:`atomic_write` may leave behind."""
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[io.BufferedWriter]:
+    """
+    Open a file for writing that takes the place of ``path`` only when it is complete and on the disk.
+
+    The bytes go to a temporary file in the same folder, which is flushed, synced and renamed over ``path`` when the
+    ``with`` block ends; then the folder is synced. After an exception, a kill or a power cut ``path`` holds either
+    all of its old content or all of the new one. A kill may leave a hidden ``.<name>.<pid>-<hex>.tmp`` beside it.
+
+    :param path: the file to write; its folder must exist
+    :return: context manager giving the temporary file, open in binary mode; code that needs a file name may write
+        to the file's ``name`` instead
+    :raises OSError: (or its subclass for the error number) where the file cannot be written: no space, no permission,
+        no folder. ``path`` is then unchanged and the temporary file is removed; only where syncing the folder fails
+        is ``path`` new already, and the message says so.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise write_error(target, error) from error
+    finally:
+        with contextlib.suppress(OSError):  # it is gone after the rename; a second error must not hide the first
+            temporary.unlink()
+    _sync_folder(target.parent)
+
+
+def write_error(path: Path, error: OSError) -> OSError:
+    """
+    Say more about a failed write.
+
+    :param path: the file that was to be written
+    :param error: what came of it
+    :return: the same kind of error (``errno`` decides on the subclass), with the file, the consequence and the way out
+    """
+    reason = error.strerror or str(error)
+    text = f"{path} could not be written: {reason}. What it held before is unchanged. Free space there, or choose"
+    return OSError(error.errno, f"{text} a folder that can be written to.")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` durable; without this a power cut can bring the old name back."""
+    if os.name == "nt":  # folders cannot be opened there, and the rename is journalled
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        text = f"the last file written to {folder} is complete but may not survive a power cut: {error.strerror}"
+        raise OSError(error.errno, f"{text}. Check that disk.") from error
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,286 @@
+"""The callback that writes checkpoints while a training runs."""
+
+import contextlib
+import inspect
+import math
+import os
+import re
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback, EventCallback
+
+from sb3_clipvf.checkpoint.atomic import TEMPORARY_FILE, atomic_write
+from sb3_clipvf.checkpoint.environments import describe_vec_env, vec_env_state
+from sb3_clipvf.checkpoint.errors import DamagedCheckpointError, NotACheckpointError
+from sb3_clipvf.checkpoint.file import file_bytes, read_manifest, sorted_checkpoints
+from sb3_clipvf.checkpoint.random_states import generator_from, generator_state
+from sb3_clipvf.checkpoint.resume import draw_seed, reset_environments
+from sb3_clipvf.checkpoint.signals import SignalWatch, is_learning
+from sb3_clipvf.checkpoint.state import TrainingState, training_state
+from sb3_clipvf.collection import RolloutCollector
+from sb3_clipvf.messages import log
+from sb3_clipvf.validation import check_bool, check_choice, check_int
+
+if TYPE_CHECKING:
+    from sb3_clipvf.clip_ppo import ClipPPO
+
+BEST_NAME = "best_checkpoint.zip"
+
+COPY_SHARE = 0.01
+"""The part of a training's time that may go into copies in memory, which signals save."""
+
+_TEMPORARY = re.compile(r"\.(best_)?checkpoint_?\d*\.zip\..*")
+
+
+class TrainingCheckpoint(BaseCallback):
+    """
+    Write checkpoints from which ``ClipPPO.resume`` goes on as if the training had never been interrupted.
+
+    A checkpoint holds the whole state of the training between two rollouts, in one file that is replaced at once or not
+    at all: ``checkpoint_<timesteps>.zip`` in the folder. It is also an SB3 model, for ``ClipPPO.load`` and the Zoo.
+
+    One is written at the first end of an update at or after each multiple of ``every_timesteps``, and one at the end of
+    the training. What a resumed training will not repeat exactly is told once, when the first one is written. Let it be
+    the first callback of a list: what others do at the start of a rollout belongs to that rollout.
+
+    :param every_timesteps: Environment steps, over all environments, between two checkpoints.
+    :param path: Folder for the checkpoints of one training; made where it does not exist.
+    :param keep_last: How many of the newest checkpoints stay.
+    :param keep_best: Whether the checkpoint with the best mean return of the training's own episodes, over a full
+        window of ``stats_window_size`` of them, stays as ``best_checkpoint.zip``.
+    :param reset_envs: Whether all environments begin new episodes after each checkpoint, with seeds that the checkpoint
+        fixes, in this training and in the resumed one. So trainings are resumed exactly in environments whose state
+        cannot be saved, as long as a reset with a seed decides all that follows; episodes are cut off there. One more
+        checkpoint is written at the start.
+    :param on_error: What comes of a checkpoint that cannot be written: "warn" logs an error and trains on, "raise" ends
+        the training. Earlier checkpoints stay in any case.
+    :param on_signal: Whether SIGTERM and SIGINT write a last checkpoint at once and end the process, with the exit code
+        143 or 130. It is that of the end of the last update, or of one shortly before: for it the state is copied in
+        memory, which takes at most a hundredth of the time. With ``reset_envs`` and environments whose state cannot be
+        saved, the last checkpoint is that of the last multiple.
+    :param verbose: 1: log each checkpoint at INFO level to the logger ``sb3_clipvf``.
+    :raises ValueError, TypeError: For values outside these rules; at the start of a new training, if the folder holds
+        checkpoints of another one.
+    :raises OSError: While training, with ``on_error="raise"``.
+    """
+
+    def __init__(
+        self,
+        every_timesteps: int,
+        path: str | os.PathLike[str],
+        *,
+        keep_last: int = 3,
+        keep_best: bool = True,
+        reset_envs: bool = False,
+        on_error: str = "warn",
+        on_signal: bool = True,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(verbose)
+        self.every_timesteps = check_int("every_timesteps", every_timesteps, 1, "Pass a number of environment steps.")
+        self.path = Path(path)
+        self.keep_last = check_int("keep_last", keep_last, 1, "The newest checkpoint must stay.")
+        for name, value in (("keep_best", keep_best), ("reset_envs", reset_envs), ("on_signal", on_signal)):
+            check_bool(name, value)
+        check_choice("on_error", on_error, ("warn", "raise"), "'warn' trains on.")
+        self.keep_best = keep_best
+        self.reset_envs = reset_envs
+        self.on_error = on_error
+        self.on_signal = on_signal
+        self.best_mean_return = -math.inf
+        self._generator: np.random.Generator | None = None
+        self._is_resumed = False
+        self._is_reset = False
+        self._is_exact = True
+        self._multiples = 0
+        self._serial = 0
+        self._kept: list[Path] = []
+        self._build: dict[str, Any] = {}
+        self._root: BaseCallback = self
+        self._watch: SignalWatch | None = None
+        self._last: TrainingState | None = None
+        self._last_is_written = False
+        self._next_copy = 0.0
+        self._told: set[str] = set()
+
+    # ------------------------------------------------------------------ state of this callback in a checkpoint
+
+    def training_state(self) -> dict[str, Any]:
+        """
+        Give the state of this callback.
+
+        :return: What :meth:`load_training_state` takes.
+        """
+        return {
+            "generator": generator_state(self._generator),
+            "every_timesteps": self.every_timesteps,
+            "reset_envs": self.reset_envs,
+            "is_reset": self._is_reset,
+        }
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """
+        Take over the state of the callback that wrote a checkpoint.
+
+        :param state: From :meth:`training_state`.
+        """
+        self._is_resumed = True
+        ours = {"every_timesteps": self.every_timesteps, "reset_envs": self.reset_envs}
+        changed = [name for name, value in ours.items() if state[name] != value]
+        if changed and (self.reset_envs or state["reset_envs"]):
+            log.warning(
+                "Environments are reset at other times than in the interrupted training: %s of TrainingCheckpoint "
+                "differ from the checkpoint's.",
+                " and ".join(changed),
+            )
+        if self.reset_envs:
+            self._generator = generator_from(state["generator"])
+            if self._generator is not None and state["is_reset"]:
+                draw_seed(self._generator)  # the seed by which `resume` has reset the environments
+
+    # ------------------------------------------------------------------ events
+
+    def _init_callback(self) -> None:
+        if not isinstance(self.model, RolloutCollector):
+            raise TypeError(
+                f"`model` must be a ClipPPO, got {type(self.model).__name__}, which cannot be resumed. Use SB3's "
+                "CheckpointCallback for it."
+            )
+        if isinstance(self.parent, EventCallback):
+            raise ValueError(
+                f"`callback` must not be a TrainingCheckpoint, got one in {type(self.parent).__name__}. Pass it to "
+                "learn(callback=[...]) itself: it sees only there when a rollout begins."
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def _on_training_start(self) -> None:
+        model = self._model
+        self._root = self.locals["callback"]
+        self._build = describe_vec_env(self.training_env)
+        self._is_exact = not vec_env_state(self.training_env)[1]
+        self._multiples = model.num_timesteps // self.every_timesteps
+        if model._training_id is None or (model.num_timesteps == 0 and not self._is_resumed):
+            model._training_id = uuid.uuid4().hex
+        self._look_into_folder()
+        if self.reset_envs and self._generator is None:
+            # The multiple 0: whenever the process ends, there is a checkpoint that is exact.
+            self._multiples = -1 if model.num_timesteps == 0 else self._multiples
+            self._generator = np.random.default_rng(model.seed)
+        if self.on_signal:
+            self._watch = SignalWatch(model, self._save_last)
+            self._watch = self._watch if self._watch.start() else None
+
+    def _on_rollout_start(self) -> None:
+        # Nothing of the next rollout has been drawn.
+        multiples = self._model.num_timesteps // self.every_timesteps
+        is_due = multiples > self._multiples
+        self._multiples = multiples
+        if is_due:
+            self._save_and_reset()
+        elif self._watch is not None and (self._is_exact or not self.reset_envs):
+            self._copy_where_time_allows()
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_training_end(self) -> None:
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
+        # The Zoo says so once more, and also where an error or a signal has ended the training in an update.
+        if is_learning(self._model, inspect.currentframe()):
+            self._save_and_reset()
+        self._last = None
+
+    # ------------------------------------------------------------------ saving
+
+    @property
+    def _model(self) -> "ClipPPO":
+        return cast("ClipPPO", self.model)
+
+    def _state(self, *, is_reset: bool) -> TrainingState:
+        self._is_reset = is_reset
+        generator = generator_state(self._generator) if is_reset else None
+        return training_state(self._model, self._root, self._build, generator)
+
+    def _copy_where_time_allows(self) -> None:
+        # Any boundary will do for a resume; so short updates need not be copied one by one.
+        started = time.perf_counter()
+        if started >= self._next_copy:
+            self._last, self._last_is_written = self._state(is_reset=False), False
+            now = time.perf_counter()
+            self._next_copy = now + (now - started) / COPY_SHARE
+
+    def _save_and_reset(self) -> None:
+        self._last, self._last_is_written = self._state(is_reset=self.reset_envs), False
+        self._write(self._last)
+        if self._generator is not None:
+            reset_environments(self._model, self._generator)
+
+    def _save_last(self, signal_name: str) -> None:
+        """Called by a signal, at any moment of the training."""
+        if self._last is not None and not self._last_is_written:
+            self._write(self._last)
+        newest = self._kept[-1] if self._kept else "none"
+        log.warning("%s ends the training. Its last checkpoint: %s.", signal_name, newest)
+
+    def _write(self, state: TrainingState) -> None:
+        self._tell(state)
+        path = self.path / f"checkpoint_{state.num_timesteps}.zip"
+        try:
+            content = file_bytes(state, self._serial + 1)
+            with atomic_write(path) as file:
+                file.write(content)
+            self._serial += 1
+            self._last_is_written = True
+            self._kept = [*(kept for kept in self._kept if kept != path), path]
+            if self.keep_best and state.mean_return is not None and state.mean_return > self.best_mean_return:
+                with atomic_write(self.path / BEST_NAME) as file:
+                    file.write(content)
+                self.best_mean_return = state.mean_return
+        except OSError as error:
+            if self.on_error == "raise":
+                raise
+            log.error("There is no checkpoint of step %d: %s", state.num_timesteps, error)
+            return
+        self._remove_old()
+        if self.verbose >= 1:
+            log.info("Checkpoint of step %d written to %s (%d KiB)", state.num_timesteps, path, len(content) // 1024)
+
+    def _tell(self, state: TrainingState) -> None:
+        for difference in state.differences:
+            if difference not in self._told:
+                self._told.add(difference)
+                log.warning("A resumed training will differ from one that was not interrupted: %s", difference)
+
+    def _remove_old(self) -> None:
+        for path in self._kept[: -self.keep_last]:
+            path.unlink(missing_ok=True)
+        self._kept = self._kept[-self.keep_last :]
+
+    def _look_into_folder(self) -> None:
+        """Find earlier checkpoints, which the serial numbers go on from, and remove what killed writes left."""
+        for path in list(self.path.iterdir()):
+            if TEMPORARY_FILE.fullmatch(path.name) and _TEMPORARY.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+        best = self.path / BEST_NAME
+        manifests = {}
+        for path in [*sorted_checkpoints(self.path), *([best] if best.exists() else [])]:
+            # What cannot be read stays: resume() tells of it.
+            with contextlib.suppress(DamagedCheckpointError, NotACheckpointError):
+                manifests[path] = read_manifest(path)
+        others = [path.name for path, found in manifests.items() if found.training != self._model._training_id]
+        if others:
+            raise ValueError(
+                f"`path` must be a folder without checkpoints of another training, got {self.path} with "
+                f"{', '.join(others)}. Go on with that training by ClipPPO.resume, or choose another folder."
+            )
+        mean_return = manifests.pop(best).mean_return if best in manifests else None
+        if mean_return is not None:
+            self.best_mean_return = max(self.best_mean_return, mean_return)
+        self._kept = list(manifests)
+        self._serial = max((found.serial for found in manifests.values()), default=0)

@@ -1,0 +1,266 @@
+"""The state of SB3's vectorised environments: layer by layer, from the outermost wrapper to the environments."""
+
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from gymnasium.vector import SyncVectorEnv
+from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecNormalize
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
+from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
+
+from sb3_clipvf.checkpoint.codec import frozen
+from sb3_clipvf.checkpoint.continued_files import continue_file, file_state
+from sb3_clipvf.checkpoint.environment_state import (
+    describe,
+    environment_state,
+    given_state,
+    gives_state,
+    restore_environment,
+)
+from sb3_clipvf.checkpoint.errors import EnvironmentMismatchError
+from sb3_clipvf.checkpoint.known_classes import VEC_WRAPPERS, full_name, read_attributes, write_attributes
+from sb3_clipvf.checkpoint.random_states import generator_from, generator_state
+from sb3_clipvf.envs.gymnasium_vector import CartPoleVecEnv
+from sb3_clipvf.envs.vector import BatchedVecEnv
+
+_CARTPOLE = ("state", "steps", "prev_done", "steps_beyond_terminated", "_np_random_seed")
+_STATISTICS = ("started_at", "returns", "lengths")
+# It gives what DummyVecEnv gives.
+_SAME = {"sb3_clipvf.envs.dummy.FastDummyVecEnv": "DummyVecEnv"}
+
+_METHODS_HINT = "Give the class get_training_state() and set_training_state(), or pass reset_envs=True."
+_RESET_TEXT = "begin new episodes at a resume, with other random numbers"
+
+# Whether the environments in other processes can be asked; asking costs a message to each of them.
+_REACHABLE: WeakKeyDictionary[VecEnv, bool] = WeakKeyDictionary()
+
+
+def vec_env_state(venv: VecEnv) -> tuple[dict[str, Any], list[str]]:
+    """
+    Read the state of environments and of all their wrappers.
+
+    :param venv: The outermost wrapper.
+    :return: A tree; and for each class whose state cannot be read, what differs for it after a resume.
+    """
+    layers, differences = [], []
+    for layer in _layers(venv):
+        state, reasons = _layer_state(layer)
+        layers.append(state)
+        differences += [reason for reason in reasons if reason not in differences]
+    return {"layers": layers, "exact": not differences}, differences
+
+
+def restore_vec_env(venv: VecEnv, state: dict[str, Any]) -> None:
+    """
+    Put environments and all their wrappers into a state, as far as it is known.
+
+    :param venv: Built as those that were read, and reset once. Where the state is not exact, they must be reset after.
+    :param state: From :func:`vec_env_state`.
+    """
+    for layer, own in reversed(list(zip(_layers(venv), state["layers"], strict=True))):
+        if own["given"] is not None:
+            layer.set_training_state(own["given"]["state"])
+            continue
+        write_attributes(layer, own["attributes"])
+        if own["obs_rms"] is not None and isinstance(layer, VecNormalize):
+            layer.obs_rms = _moments_from(own["obs_rms"])
+        if own["stacks"] is not None and isinstance(layer, VecFrameStack):
+            for stack, values in zip(_stacks(layer.stacked_obs), own["stacks"], strict=True):
+                stack.stacked_obs = values
+        continue_file(vars(layer).get("results_writer"), own["file"])
+        if own["environments"] is not None:
+            _restore_environments(layer, own["environments"])
+        if own["adapter"] is not None and isinstance(layer, BatchedVecEnv):
+            _restore_adapter(layer, own["adapter"])
+
+
+def describe_vec_env(venv: VecEnv) -> dict[str, Any]:
+    """
+    Say how environments are built.
+
+    :param venv: The outermost wrapper.
+    :return: Number and classes; those of single environments only where they can be asked.
+    """
+    layers = list(_layers(venv))
+    base = layers[-1]
+    environments = None
+    if isinstance(base, DummyVecEnv):
+        environments = [describe(env) for env in base.envs]
+    elif _is_reachable(base):
+        environments = base.env_method("whole_description")
+    names = [_SAME.get(full_name(type(layer)), type(layer).__qualname__) for layer in layers]
+    inner = type(base.env.unwrapped).__qualname__ if isinstance(base, BatchedVecEnv) else None
+    return {
+        "n_envs": venv.num_envs,
+        "layers": names,
+        "environments": environments,
+        "inner": inner,
+    }
+
+
+def check_same_build(saved: dict[str, Any], found: dict[str, Any]) -> None:
+    """
+    Refuse to go on in environments of another build.
+
+    :param saved: Of the checkpoint, from :func:`describe_vec_env`.
+    :param found: Of the environments at hand.
+    :raises EnvironmentMismatchError: If they differ.
+    """
+    way_out = "Build them as they were built for the training."
+    for name, what in (("n_envs", "environments"), ("layers", "classes of vectorised environments"), ("inner", "env")):
+        if saved[name] != found[name]:
+            raise EnvironmentMismatchError(
+                f"`env` must have the {what} of the checkpoint, {_text(saved[name])}, got {_text(found[name])}. "
+                f"{way_out}"
+            )
+    if None in (saved["environments"], found["environments"]):
+        if saved["environments"] is not None:
+            raise EnvironmentMismatchError(
+                "`env` must be wrapped in ResumableEnv, as in the checkpoint, got environments in other processes "
+                "without it. Make them with make_vec_env(..., wrapper_class=ResumableEnv)."
+            )
+        return
+    for index, (before, now) in enumerate(zip(saved["environments"], found["environments"], strict=True)):
+        if before != now:
+            raise EnvironmentMismatchError(
+                f"`env` must have the wrappers and environments of the checkpoint, {_text(before)}, got {_text(now)} "
+                f"as number {index}. {way_out}"
+            )
+
+
+def _text(value: Any) -> str:
+    return " > ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _layers(venv: VecEnv) -> Iterator[VecEnv]:
+    while isinstance(venv, VecEnvWrapper):
+        yield venv
+        venv = venv.venv
+    yield venv
+
+
+def _layer_state(layer: VecEnv) -> tuple[dict[str, Any], list[str]]:
+    name = full_name(type(layer))
+    state: dict[str, Any] = {
+        "attributes": {},
+        "given": None,
+        "obs_rms": None,
+        "stacks": None,
+        "file": None,
+        "environments": None,
+        "adapter": None,
+    }
+    if gives_state(layer):
+        state["given"], wrong = given_state(layer)
+        return state, [] if wrong is None else [f"{wrong} starts anew at a resume."]
+    if isinstance(layer, VecEnvWrapper):
+        if name not in VEC_WRAPPERS:
+            return state, [f"{name} does not tell its state, so that it starts anew at a resume. {_METHODS_HINT}"]
+        state["attributes"] = frozen(read_attributes(layer, VEC_WRAPPERS[name]), name)
+        state["file"] = file_state(vars(layer).get("results_writer"))
+        if isinstance(layer, VecNormalize) and layer.norm_obs:
+            state["obs_rms"] = _moments(layer.obs_rms)
+        if isinstance(layer, VecFrameStack):
+            state["stacks"] = [stack.stacked_obs.copy() for stack in _stacks(layer.stacked_obs)]
+        return state, []
+    # Seeds that the next reset will use: environments that were built anew have them again.
+    state["attributes"] = frozen(read_attributes(layer, ("_seeds",)))
+    if isinstance(layer, BatchedVecEnv):
+        return _adapter_state(layer, state)
+    if isinstance(layer, DummyVecEnv):
+        state["environments"] = [environment_state(env) for env in layer.envs]
+    elif _is_reachable(layer):
+        state["environments"] = layer.env_method("whole_state")
+    else:
+        return state, [_unreachable(layer)]
+    return state, _unknown(state["environments"])
+
+
+def _unreachable(layer: VecEnv) -> str:
+    if isinstance(layer, SubprocVecEnv):
+        return (
+            f"Environments in other processes cannot be asked for their state: they {_RESET_TEXT}. Wrap them in "
+            "ResumableEnv, as make_vec_env(..., wrapper_class=ResumableEnv) does, or pass reset_envs=True."
+        )
+    return f"Environments of {full_name(type(layer))} {_RESET_TEXT}. {_METHODS_HINT}"
+
+
+def _unknown(environments: list[dict[str, Any]]) -> list[str]:
+    names = sorted({name for environment in environments for name in environment["unknown"]})
+    return [f"{name} does not tell its state: the environments {_RESET_TEXT}. {_METHODS_HINT}" for name in names]
+
+
+def _is_reachable(layer: VecEnv) -> bool:
+    if not isinstance(layer, SubprocVecEnv):
+        return False
+    if layer not in _REACHABLE:
+        # An attribute that is missing would end the process that is asked for it.
+        _REACHABLE[layer] = layer.has_attr("whole_state")
+    return _REACHABLE[layer]
+
+
+def _restore_environments(layer: VecEnv, states: list[dict[str, Any]]) -> None:
+    if isinstance(layer, DummyVecEnv):
+        for env, state in zip(layer.envs, states, strict=True):
+            restore_environment(env, state)
+    else:
+        for index, state in enumerate(states):
+            layer.env_method("set_whole_state", state, indices=[index])
+
+
+def _moments(rms: Any) -> dict[str, Any]:
+    if isinstance(rms, dict):
+        return {key: _moments(part) for key, part in rms.items()}
+    return {"": (np.array(rms.mean), np.array(rms.var), float(rms.count))}
+
+
+def _moments_from(state: dict[str, Any]) -> Any:
+    if "" not in state:
+        return {key: _moments_from(part) for key, part in state.items()}
+    rms = RunningMeanStd()
+    rms.mean, rms.var, rms.count = state[""]
+    return rms
+
+
+def _stacks(stack: StackedObservations[Any]) -> list[StackedObservations[Any]]:
+    inner = vars(stack).get("sub_stacked_observations")
+    return [stack] if inner is None else [part for key in inner for part in _stacks(inner[key])]
+
+
+def _adapter_state(layer: BatchedVecEnv, state: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    env = layer.env
+    writer = None if layer._file is None else layer._file._writer
+    own: dict[str, Any] = {
+        "statistics": frozen(read_attributes(layer.statistics, _STATISTICS)),
+        "file": file_state(writer),
+        "cartpole": None,
+        "sync": None,
+    }
+    state["adapter"] = own
+    if isinstance(layer, CartPoleVecEnv):
+        own["cartpole"] = frozen(read_attributes(env, _CARTPOLE))
+        own["generator"] = generator_state(env._np_random)
+        return state, []
+    if type(env) is SyncVectorEnv:
+        environments = [environment_state(part) for part in env.envs]
+        own["sync"] = {"environments": environments, "autoreset": env._autoreset_envs.copy()}
+        return state, _unknown(environments)
+    name = full_name(type(env.unwrapped))
+    reason = f"{name} cannot give back the state of its environments: they {_RESET_TEXT}. Pass reset_envs=True."
+    return state, [reason]
+
+
+def _restore_adapter(layer: BatchedVecEnv, own: dict[str, Any]) -> None:
+    env = layer.env
+    write_attributes(layer.statistics, own["statistics"])
+    continue_file(None if layer._file is None else layer._file._writer, own["file"])
+    if own["cartpole"] is not None:
+        write_attributes(env, own["cartpole"])
+        env._np_random = generator_from(own["generator"])
+    if own["sync"] is not None:
+        env._autoreset_envs[:] = own["sync"]["autoreset"]
+        for part, part_state in zip(env.envs, own["sync"]["environments"], strict=True):
+            restore_environment(part, part_state)

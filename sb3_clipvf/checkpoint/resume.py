@@ -1,0 +1,215 @@
+"""Going on with a training from a checkpoint, as if it had never been interrupted."""
+
+import io
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import HumanOutputFormat, KVWriter, Logger, TensorBoardOutputFormat
+from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_clipvf.checkpoint.callback_states import restore_callbacks
+from sb3_clipvf.checkpoint.environments import check_same_build, describe_vec_env, restore_vec_env
+from sb3_clipvf.checkpoint.file import Checkpoint, newest_checkpoint, read_checkpoint, versions
+from sb3_clipvf.checkpoint.random_states import generator_from, global_states, set_global_states, set_space_states
+from sb3_clipvf.checkpoint.state import OBSERVATIONS, SPACES, set_logger_state
+from sb3_clipvf.messages import log
+
+if TYPE_CHECKING:
+    from sb3_clipvf.clip_ppo import ClipPPO
+
+Model = TypeVar("Model", bound="ClipPPO")
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """
+    What a resumed model still has to take over once ``learn`` has built its callbacks and its logger.
+
+    :param tree: State of the training.
+    :param random: States of the process's random generators at the start of the next rollout.
+    :param observations: Where the next rollout starts; ``learn`` replaces them where it starts anew.
+    :param held_horizon: Environment steps at which schedules end, where ``learn`` would find that by itself.
+    :param has_own_logger: Whether the logger goes on in the folder of the interrupted training.
+    """
+
+    tree: dict[str, Any]
+    random: dict[str, Any]
+    observations: Any
+    held_horizon: int | None
+    has_own_logger: bool
+
+
+def resume(
+    cls: type[Model], path: str | os.PathLike[str], env: GymEnv, device: th.device | str, **kwargs: Any
+) -> Model:
+    """
+    Load a checkpoint and make its model ready to go on; see ``ClipPPO.resume``.
+
+    :param cls: Class of the model.
+    :param path: A checkpoint, or the folder of a ``TrainingCheckpoint``.
+    :param env: Environments, built as those of the training.
+    :param device: PyTorch device, or "auto".
+    :param kwargs: Further arguments of ``load``.
+    :return: The model.
+    """
+    if env is None:
+        raise ValueError("`env` must be the environment to go on in, got None. Build it as it was built before.")
+    checkpoint = newest_checkpoint(path) if Path(path).is_dir() else read_checkpoint(path)
+    manifest, tree = checkpoint.manifest, checkpoint.tree
+    found = {"n_envs": env.num_envs if isinstance(env, VecEnv) else 1}
+    check_same_build(tree["build"], {**tree["build"], **found})  # before a model of another size is built
+    _warn_of_versions(manifest.versions)
+    model = cls.load(io.BytesIO(checkpoint.content), env=env, device=device, **kwargs)
+    venv = model.env
+    if venv is None:
+        raise ValueError("`env` must be a Gymnasium environment or an SB3 VecEnv, got one that is neither.")
+    check_same_build(tree["build"], describe_vec_env(venv))
+    observations = _restore_environments(model, venv, tree)
+    for name, value in observations.items():
+        setattr(model, name, value)
+    for name in SPACES:
+        set_space_states(getattr(model, name), tree["spaces"][name])
+    has_own_logger = _continue_tensorboard(model, tree["logger"]["folder"])
+    holds_horizon = model._schedule_timesteps is None and manifest.total_timesteps > 0
+    if holds_horizon:
+        # Where learn() is told to go on for less or for longer, schedules still end where they were to end.
+        model._schedule_timesteps = manifest.total_timesteps
+    model._resumed = Resumed(
+        tree=tree,
+        random=global_states(),
+        observations=model._last_obs,
+        held_horizon=manifest.total_timesteps if holds_horizon else None,
+        has_own_logger=has_own_logger,
+    )
+    _say(checkpoint)
+    return model
+
+
+def take_over(model: "ClipPPO", callback: BaseCallback) -> None:
+    """
+    Let a resumed training go on: states of callbacks, values to be logged, random states.
+
+    :param model: Resumed, at the start of ``learn``.
+    :param callback: What ``learn`` made of its argument.
+    :raises ValueError: If ``learn`` was told to start anew.
+    """
+    resumed = model._resumed
+    if resumed is None:
+        return
+    model._resumed = None
+    if model._last_obs is not resumed.observations:
+        raise ValueError(
+            "`reset_num_timesteps` must be False in the first learn() of a resumed model, got environments that were "
+            "reset. Call model.learn(model.remaining_timesteps, reset_num_timesteps=False) without set_env before it, "
+            "or use ClipPPO.load to start anew."
+        )
+    if resumed.has_own_logger:
+        model._custom_logger = False
+    if model._total_timesteps == model._schedule_timesteps == resumed.held_horizon:
+        # The horizon is the first one in any case, and later calls shall find what they would have found.
+        model._schedule_timesteps = None
+    restore_callbacks(callback, resumed.tree["callbacks"])
+    set_logger_state(model, resumed.tree["logger"])
+    # Last: building environments and callbacks may have drawn.
+    set_global_states(resumed.random)
+
+
+def reset_environments(model: "ClipPPO", generator: np.random.Generator) -> None:
+    """
+    Begin a new episode in each environment, with a seed that the generator draws.
+
+    :param model: With its environments.
+    :param generator: Moves on by one number.
+    """
+    venv = model.env
+    if venv is None:
+        raise ValueError("`env` must be set to be reset, got None. Call `set_env`.")
+    venv.seed(draw_seed(generator))
+    _begin_episodes(model, venv)
+
+
+def draw_seed(generator: np.random.Generator) -> int:
+    """
+    Draw the seed of a reset.
+
+    :param generator: Moves on by one number.
+    :return: One that fits all kinds of environments, which add their own number to it.
+    """
+    return int(generator.integers(2**30))
+
+
+def _begin_episodes(model: "ClipPPO", venv: VecEnv) -> None:
+    model._last_obs = venv.reset()  # type: ignore[assignment]
+    model._last_episode_starts = np.ones(venv.num_envs, dtype=bool)
+    normalizer = model.get_vec_normalize_env()
+    if normalizer is not None:
+        model._last_original_obs = normalizer.get_original_obs()
+
+
+def _restore_environments(model: "ClipPPO", venv: VecEnv, tree: dict[str, Any]) -> dict[str, Any]:
+    """Put the environments into their state. :return: The model's attributes that say where the next rollout starts."""
+    venv.reset()
+    restore_vec_env(venv, tree["environments"])
+    set_global_states(tree["random"])
+    if tree["resets"] is not None:
+        generator = generator_from(tree["resets"])
+        reset_environments(model, generator)  # type: ignore[arg-type]
+    elif not tree["environments"]["exact"]:
+        if model.seed is not None:
+            # Not the seed itself: all resumed trainings would begin with the episodes of the first one.
+            seeds = np.random.SeedSequence((model.seed, model.num_timesteps))
+            venv.seed(draw_seed(np.random.default_rng(seeds)))
+        _begin_episodes(model, venv)
+    else:
+        return dict(tree["model"])
+    return {name: getattr(model, name) for name in OBSERVATIONS}
+
+
+def _continue_tensorboard(model: "ClipPPO", folder: str | None) -> bool:
+    """Write on into the folder of the interrupted run, unless the user moved its parent. :return: Whether it does."""
+    if folder is None or model.tensorboard_log is None:
+        return False
+    if Path(folder).parent.resolve() != Path(model.tensorboard_log).resolve():
+        return False
+    formats: list[KVWriter] = []
+    if model.verbose >= 1:
+        formats.append(HumanOutputFormat(sys.stdout))
+    os.makedirs(folder, exist_ok=True)
+    formats.append(_ContinuedTensorBoard(folder, model.num_timesteps + 1))
+    model.set_logger(Logger(folder, formats))
+    return True
+
+
+class _ContinuedTensorBoard(TensorBoardOutputFormat):
+    """SB3's writer; what the interrupted run wrote after its checkpoint is hidden, since it is written once more."""
+
+    def __init__(self, folder: str, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(log_dir=folder, purge_step=first_step)
+        self._is_closed = False
+
+
+def _warn_of_versions(saved: dict[str, str]) -> None:
+    now = versions()
+    changed = [
+        f"{name} {saved.get(name, 'absent')} -> {now.get(name, 'absent')}"
+        for name in sorted(saved.keys() | now.keys())
+        if saved.get(name) != now.get(name)
+    ]
+    if changed:
+        log.warning("Numbers may differ in their last digits, since versions have changed: %s.", ", ".join(changed))
+
+
+def _say(checkpoint: Checkpoint) -> None:
+    manifest = checkpoint.manifest
+    log.info("The training goes on from %s, at step %d", checkpoint.path, manifest.num_timesteps)
+    for difference in manifest.differences:
+        log.warning("The training is not resumed exactly: %s", difference)

@@ -1,0 +1,168 @@
+"""The whole state of a training between two rollouts: everything that changes the next update."""
+
+import copy
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.save_util import recursive_getattr
+from torch.nn.modules.conv import _ConvNd
+
+from sb3_clipvf.checkpoint.callback_states import callback_states
+from sb3_clipvf.checkpoint.codec import frozen
+from sb3_clipvf.checkpoint.environments import vec_env_state
+from sb3_clipvf.checkpoint.random_states import global_states, space_states
+
+if TYPE_CHECKING:
+    from sb3_clipvf.clip_ppo import ClipPPO
+
+OBSERVATIONS = ("_last_obs", "_last_episode_starts", "_last_original_obs")
+"""Where the next rollout starts; SB3's own file has it too, but its ``load`` drops it."""
+
+SPACES = ("action_space", "observation_space")
+"""Spaces of a model, which have random generators of their own."""
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """
+    The state of a training between two rollouts. It shares nothing with the training that can change.
+
+    :param attributes: What SB3 saves of a model besides tensors.
+    :param parameters: State dicts of networks and optimizers, by name.
+    :param variables: Other tensors that SB3 saves.
+    :param tree: Everything else.
+    :param differences: What will differ after a resume, and how to avoid it; empty where nothing will.
+    :param training: Random name of the training, which its checkpoints share.
+    :param num_timesteps: Environment steps so far.
+    :param total_timesteps: Environment steps at which the training ends.
+    :param mean_return: Mean return of the training's last episodes, return units; None without a full window of them.
+    """
+
+    attributes: dict[str, Any]
+    parameters: dict[str, Any]
+    variables: dict[str, Any]
+    tree: dict[str, Any]
+    differences: tuple[str, ...]
+    training: str
+    num_timesteps: int
+    total_timesteps: int
+    mean_return: float | None
+
+
+def training_state(
+    model: "ClipPPO", callback: BaseCallback, build: dict[str, Any], resets: dict[str, Any] | None
+) -> TrainingState:
+    """
+    Read the state of a training.
+
+    :param model: Between two rollouts.
+    :param callback: What ``learn`` made of its argument.
+    :param build: From ``describe_vec_env`` of the model's environments.
+    :param resets: State of the generator that seeds the environments' reset right after this checkpoint; None: they go
+        on as they are.
+    :return: The state.
+    """
+    environments, differences = vec_env_state(_env(model))
+    callbacks, reasons = callback_states(callback)
+    if resets is not None:
+        differences = []
+    tree = {
+        "random": global_states(),
+        "model": frozen({name: getattr(model, name) for name in OBSERVATIONS}, "model"),
+        "spaces": {name: space_states(getattr(model, name)) for name in SPACES},
+        "logger": _logger_state(model),
+        "environments": environments,
+        "build": build,
+        "callbacks": callbacks,
+        "resets": resets,
+    }
+    names, others = model._get_torch_save_params()
+    return TrainingState(
+        attributes=_attributes(model, {name.split(".")[0] for name in names + others}),
+        parameters=_cloned(model.get_parameters()),
+        variables=_cloned({name: recursive_getattr(model, name) for name in others}),
+        tree=tree,
+        differences=(*differences, *reasons, *_rounding(model)),
+        training=model._training_id or "",
+        num_timesteps=model.num_timesteps,
+        total_timesteps=model._total_timesteps,
+        mean_return=_mean_return(model),
+    )
+
+
+def set_logger_state(model: "ClipPPO", state: dict[str, Any]) -> None:
+    """
+    Put back what was recorded and not yet written.
+
+    :param model: With the logger of the training.
+    :param state: From a checkpoint.
+    """
+    model.logger.name_to_value.update(state["values"])
+    model.logger.name_to_count.update(state["counts"])
+    model.logger.name_to_excluded.update(state["excluded"])
+
+
+def _env(model: "ClipPPO") -> Any:
+    if model.env is None:
+        raise ValueError("`env` must be set to save a training's state, got None. Call `set_env`.")
+    return model.env
+
+
+def _rounding(model: "ClipPPO") -> list[str]:
+    """Where a library may round the same sums differently in another process."""
+    if model.device.type != "cpu":
+        return [
+            f"Sums on the device {model.device} have no fixed order, so that weights may differ in their last digits."
+        ]
+    if any(isinstance(module, _ConvNd) for module in model.policy.modules()):
+        return [
+            "Sums of convolutions have an order that may depend on where tensors lie in memory, so that weights may "
+            "differ in their last digits."
+        ]
+    return []
+
+
+def _attributes(model: "ClipPPO", tensors: set[str]) -> dict[str, Any]:
+    """As SB3's ``save`` chooses them; containers are copied, since the training goes on."""
+    left_out = {*model._excluded_save_params(), *tensors}
+    kept = {name: value for name, value in vars(model).items() if name not in left_out}
+    containers = (deque, list, dict, set, np.ndarray)
+    return {name: copy.copy(value) if isinstance(value, containers) else value for name, value in kept.items()}
+
+
+def _cloned(value: Any) -> Any:
+    if isinstance(value, th.Tensor):
+        return value.detach().to("cpu", copy=True)  # `load` brings it to its device
+    if isinstance(value, dict):
+        cloned = copy.copy(value)  # a state dict has its version in an attribute
+        for key, item in value.items():
+            cloned[key] = _cloned(item)
+        return cloned
+    if isinstance(value, list):
+        return [_cloned(item) for item in value]
+    return value
+
+
+def _logger_state(model: "ClipPPO") -> dict[str, Any]:
+    """What was recorded and not yet written: numbers and text, no pictures and videos."""
+    logger = model.logger
+    plain = (bool, int, float, str, np.generic)
+    values = {name: value for name, value in logger.name_to_value.items() if isinstance(value, plain)}
+    return {
+        "folder": logger.dir if model.tensorboard_log is not None else None,
+        "values": frozen(values, "logger"),
+        "counts": dict(logger.name_to_count),
+        "excluded": {name: logger.name_to_excluded[name] for name in values if name in logger.name_to_excluded},
+    }
+
+
+def _mean_return(model: "ClipPPO") -> float | None:
+    episodes = model.ep_info_buffer
+    if episodes is None or len(episodes) != episodes.maxlen:
+        return None
+    mean = float(np.mean([episode["r"] for episode in episodes]))
+    return mean if np.isfinite(mean) else None

@@ -1,0 +1,156 @@
+"""Bytes of files and entries of zips, bounded by the memory that there is, with one error for all kinds of damage."""
+
+import contextlib
+import io
+import os
+import pathlib
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+
+from stable_baselines3.common.save_util import open_path
+
+from sb3_clipvf.rollout import free_memory
+
+ModelPath = str | pathlib.Path | io.BufferedIOBase
+
+MEMORY_SHARE = 3
+"""A file may take this part of the free memory: its bytes, what is read from them, and the model built from that."""
+
+MAX_EXPANSION = 100
+"""How many times its own size a zip may expand to, where that is more than ``SMALL``. SB3 does not compress at all."""
+
+SMALL = 16 * 2**20
+"""Bytes that any file may have, and any zip expand to."""
+
+MAX_ENTRIES = 100_000
+"""Of a zip, those of the zips inside included."""
+
+_ENTRY_HEADER = b"PK\x01\x02"
+_LOCAL_HEADER = b"PK\x03\x04"
+_IS_ENCRYPTED = 0x1
+
+
+def read_bytes(path: ModelPath, suffix: str | None) -> tuple[str, bytes]:
+    """
+    Read a whole file.
+
+    :param path: The file, or an open binary file, whose position stays.
+    :param suffix: Of the file, where ``path`` lacks it.
+    :return: Its name, for messages, and its bytes.
+    :raises OSError: If it cannot be read.
+    :raises ValueError: If it does not fit into memory.
+    """
+    file = open_path(path, "r", verbose=0, suffix=suffix)
+    name = str(getattr(file, "name", "the file"))
+    start = file.tell()
+    try:
+        size = file.seek(0, os.SEEK_END)
+        _check_size(name, size)
+        file.seek(0)
+        return name, file.read(size)
+    finally:
+        if isinstance(path, str | pathlib.Path):
+            file.close()
+        else:
+            file.seek(start)
+
+
+def _check_size(name: str, size: int) -> None:
+    limit = max(SMALL, free_memory() // MEMORY_SHARE)
+    if size > limit:
+        raise ValueError(
+            f"{name} must be small enough to be loaded, got {size / 2**20:,.0f} MiB where {limit / 2**20:,.0f} MiB are "
+            "a third of the free memory. It is no honest file, or needs a larger machine."
+        )
+
+
+def entries_of(name: str, content: bytes) -> Iterator[tuple[str, bytes]]:
+    """
+    Give a zip's entries one after the other, after a check of the list of all of them.
+
+    :param name: Of the zip, for messages.
+    :param content: The zip.
+    :return: Names and bytes.
+    :raises ValueError: If it is no zip, damaged, encrypted or too large, or if it has folders or a name twice.
+    """
+    if content[:4] != _LOCAL_HEADER and not _is_zip(content):
+        what = f"{len(content)} bytes of something else" if content else "an empty file"
+        raise ValueError(f"{name} wasn't a zip-file, but {what}. Pass the zip that `save` wrote.")
+    with _opened(name, content) as archive:
+        entries = archive.infolist()
+        for entry in entries:
+            if "/" in entry.filename or "\\" in entry.filename:
+                raise ValueError(
+                    f"{name} must hold no folders, got {entry.filename!r} in it. It is cut short, or was packed by "
+                    "another program than `save`."
+                )
+        for entry in entries:
+            with _damage_explained(name):
+                raw = archive.read(entry)
+            yield entry.filename, raw
+
+
+def check_inner_zip(name: str, content: bytes) -> None:
+    """
+    Check the list of entries of what may be a zip inside a zip, as torch's files of tensors are.
+
+    :param name: Of the inner one, for messages.
+    :param content: Its bytes.
+    :raises ValueError: If it is a zip, and damaged, encrypted or too large.
+    """
+    if _is_zip(content):
+        _opened(name, content).close()
+
+
+def _is_zip(content: bytes) -> bool:
+    try:
+        return zipfile.is_zipfile(io.BytesIO(content))
+    except zipfile.BadZipFile:
+        return True  # a damaged one
+
+
+def _opened(name: str, content: bytes) -> zipfile.ZipFile:
+    # Before the list of entries is read, which takes many times the memory of its bytes.
+    n_entries = content.count(_ENTRY_HEADER)
+    if n_entries > MAX_ENTRIES:
+        raise ValueError(f"{name} must have at most {MAX_ENTRIES} entries, got {n_entries}. It is no honest file.")
+    with _damage_explained(name):
+        archive = zipfile.ZipFile(io.BytesIO(content))
+    _check_entries(name, len(content), archive.infolist())
+    return archive
+
+
+def _check_entries(name: str, size: int, entries: list[zipfile.ZipInfo]) -> None:
+    twice = [entry for entry, count in Counter(entry.filename for entry in entries).items() if count > 1]
+    if twice:
+        raise ValueError(f"{name} must hold each entry once, got {', '.join(map(repr, twice))} several times.")
+    for entry in entries:
+        what = f"{entry.filename!r} in {name}"
+        if entry.flag_bits & _IS_ENCRYPTED:
+            raise ValueError(f"{what} must not be encrypted. Pack it anew without a password.")
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{what} must be stored or deflated, got method {entry.compress_type}. Pack it anew.")
+    total = sum(entry.file_size for entry in entries)
+    if total > max(SMALL, MAX_EXPANSION * size):
+        raise ValueError(
+            f"{name} must not expand more than {MAX_EXPANSION} times, got {size:,} bytes that expand to {total:,}. "
+            "Pack it anew without compression, if it is an honest file."
+        )
+    _check_size(name, total)
+
+
+@contextlib.contextmanager
+def _damage_explained(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # zipfile and zlib fail in a dozen ways on damaged bytes
+        raise ValueError(
+            f"{name} is damaged or cut short: {reason_of(error)}. Save it again, or fetch another copy."
+        ) from error
+
+
+def reason_of(error: Exception) -> str:
+    """:return: type and first line of an error, to be part of another's message"""
+    text = str(error).strip().partition("\n")[0].rstrip(".")
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

@@ -1,0 +1,269 @@
+"""
+Files of runs, read by the RL Zoo without running code: models, statistics, settings.
+
+The Zoo unpickles statistics and replay buffers, reads ``config.yml`` and ``args.yml`` by a YAML loader that calls what
+they name, evaluates the text of ``normalize``, and calls whatever ``env_wrapper`` names. While :func:`checked_files` is
+on, the names by which its modules reach these lead here.
+"""
+
+import ast
+import importlib
+import io
+import os
+import pathlib
+import sys
+import sysconfig
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.machinery import PathFinder
+from types import SimpleNamespace
+from typing import Any
+
+import gymnasium as gym
+import yaml
+from stable_baselines3.common import base_class, off_policy_algorithm, save_util
+from stable_baselines3.common.vec_env import VecEnvWrapper, VecNormalize
+
+from sb3_clipvf.safe_files import CheckedStream, load_vec_normalize, read_model, read_pickle
+from sb3_clipvf.safe_makers import NotAllowedError
+from sb3_clipvf.safe_objects import Maker, create, find, restore
+from sb3_clipvf.safe_pickle import TRUST_VARIABLE, UnsafeFileError, trust_of
+
+_PYTHON = "tag:yaml.org,2002:python/"
+_TRUST = f"If you trust where it comes from, pass `--trust-pickle` or set {TRUST_VARIABLE}=1."
+# What a wrapper's entry may name although it is no class.
+_WRAPPER_FUNCTIONS = ("rl_zoo3.utils.flatten_dict_observations",)
+
+
+@contextmanager
+def checked_files(plots: bool = False) -> Iterator[None]:
+    """
+    Have the RL Zoo and SB3 read files without running code meanwhile, unless the user trusts all of them.
+
+    :param plots: Whether to do so for the data of plots, too, whose packages are slow to import.
+    """
+    if trust_of(None).everything:
+        yield
+        return
+    from rl_zoo3 import utils
+
+    get_wrapper_class = utils.get_wrapper_class
+
+    def checked_wrapper_class(hyperparams: dict[str, Any], key: str = "env_wrapper") -> Any:
+        _check_wrappers(hyperparams.get(key), key)
+        return get_wrapper_class(hyperparams, key)
+
+    with ExitStack() as stack:
+        for owner, name, value in (
+            (yaml, "UnsafeLoader", RunLoader),
+            (VecNormalize, "load", staticmethod(load_vec_normalize)),
+            (base_class, "load_from_zip_file", _load_from_zip_file),
+            (off_policy_algorithm, "load_from_pkl", _load_from_pkl),
+            (utils, "get_wrapper_class", checked_wrapper_class),
+        ):
+            stack.enter_context(_replaced(owner, name, value))
+        if plots:
+            # Not `from rl_zoo3.plots import`: that name is a function there.
+            plot_from_file = importlib.import_module("rl_zoo3.plots.plot_from_file")
+            stack.enter_context(_replaced(plot_from_file, "pickle", SimpleNamespace(load=_load_open_pickle)))
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = vars(owner)[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def _load_from_zip_file(
+    load_path: Any, load_data: bool = True, custom_objects: dict[str, Any] | None = None, **kwargs: Any
+) -> Any:
+    """SB3's function of this name; what ``ClipPPO.load`` hands it is checked already."""
+    replaced = dict(custom_objects or {})
+    if not isinstance(load_path, CheckedStream):
+        file = read_model(load_path, needs_data=load_data)
+        load_path = file.stream()
+        if load_data:
+            replaced = {**file.unpickled(trust_of(None), replaced), **replaced}
+    return save_util.load_from_zip_file(load_path, load_data=load_data, custom_objects=replaced, **kwargs)
+
+
+def _load_from_pkl(path: Any, verbose: int = 0) -> Any:
+    return read_pickle(path)
+
+
+def _load_open_pickle(file: io.BufferedReader) -> Any:
+    return read_pickle(file.name)
+
+
+# ---------------------------------------------------------------------- YAML
+
+
+class RunLoader(yaml.SafeLoader):
+    """Reads the settings of a run, which the Zoo wrote with Python's types in them, and refuses what could run code."""
+
+    def get_single_data(self) -> Any:
+        """
+        Read the only document.
+
+        :return: It.
+        :raises UnsafeFileError: If reading it, or what the Zoo does with it, could run code.
+        :raises ValueError: If it is damaged.
+        """
+        try:
+            data = super().get_single_data()
+        except UnsafeFileError:
+            raise
+        except (yaml.YAMLError, TypeError, ValueError, RecursionError, ImportError, AttributeError) as error:
+            raise ValueError(f"{self.name} could not be read: {error}. Bring back the run's own file.") from error
+        if isinstance(data, dict):
+            _check_settings(str(self.name), data)
+        return data
+
+    def _refused(self, what: str, node: yaml.Node) -> UnsafeFileError:
+        mark = node.start_mark
+        return UnsafeFileError(
+            f"{self.name}, line {mark.line + 1}, must hold plain data, got {what}, which could run any code. {_TRUST}"
+        )
+
+    def _python_object(self, kind: str, node: yaml.Node) -> Any:
+        """Build what ``!!python/<kind>`` asks for, of the same list as in pickles."""
+        what, _, name = kind.partition(":")
+        try:
+            return self._of_list(what, name, node)
+        except NotAllowedError as refused:
+            raise self._refused(refused.what, node) from None
+
+    def _of_list(self, what: str, name: str, node: yaml.Node) -> Any:
+        if what == "tuple" and isinstance(node, yaml.SequenceNode):
+            return tuple(self.construct_sequence(node, deep=True))
+        module, _, attribute = name.rpartition(".")
+        if what == "name":
+            found = find(module or "builtins", attribute)
+            if not isinstance(found, Maker):
+                return found
+        if what == "object/apply":
+            args, state = self._arguments(node)
+            if name == "collections.OrderedDict":
+                return OrderedDict(*args)
+            found = find(module, attribute)
+            if isinstance(found, Maker):
+                made = found.make(*args)
+                if state is not None:
+                    restore(made, state)
+                return made
+        if what == "object" and isinstance(node, yaml.MappingNode):
+            instance = create(find(module, attribute), ())
+            restore(instance, self.construct_mapping(node, deep=True))
+            return instance
+        raise NotAllowedError(f"!!python/{what}:{name}".rstrip(":"))
+
+    def _arguments(self, node: yaml.Node) -> tuple[list[Any], Any]:
+        if isinstance(node, yaml.SequenceNode):
+            return self.construct_sequence(node, deep=True), None
+        if not isinstance(node, yaml.MappingNode):
+            raise NotAllowedError("a call without a list of arguments")
+        parts = self.construct_mapping(node, deep=True)
+        if not parts.keys() <= {"args", "state"} or not isinstance(parts.get("args", []), list):
+            raise NotAllowedError("a call with unusual arguments")
+        return parts.get("args", []), parts.get("state")
+
+
+RunLoader.add_multi_constructor(_PYTHON, RunLoader._python_object)
+
+
+def _check_settings(source: str, data: dict[str, Any]) -> None:
+    normalize = data.get("normalize")
+    if isinstance(normalize, str) and not _is_plain(normalize):
+        raise UnsafeFileError(
+            f"`normalize` in {source} must be plain values, got {normalize!r}, which the RL Zoo would run. {_TRUST}"
+        )
+    for key in ("env_wrapper", "vec_env_wrapper", "gym_packages"):
+        entries = data.get(key) or ()
+        for entry in entries if isinstance(entries, list) else [entries]:
+            name = next(iter(entry), None) if isinstance(entry, dict) else entry
+            if isinstance(name, str):
+                _check_origin(source, key, name)
+
+
+def _is_plain(expression: str) -> bool:
+    """Whether an expression is a literal, or ``dict(...)`` of literals."""
+    try:
+        node = ast.parse(expression, mode="eval").body
+        values: list[ast.expr] = [node]
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
+            values = [keyword.value for keyword in node.keywords]
+        for value in values:
+            ast.literal_eval(value)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return False
+    return True
+
+
+def _check_origin(source: str, key: str, name: str) -> None:
+    """Refuse modules that lie beside the settings: whoever wrote these may have written those."""
+    if not os.path.isfile(source):
+        return
+    folder = _folder_of_runs(pathlib.Path(source).resolve())
+    installed = [pathlib.Path(path).resolve() for path in {*sysconfig.get_paths().values()}]
+    installed = [path for path in installed if path != folder and path.is_relative_to(folder)]
+    for place in _places(name):
+        if not place.is_relative_to(folder) or any(map(place.is_relative_to, installed)):
+            continue
+        raise UnsafeFileError(
+            f"`{key}` in {source} must name a module that is installed, got {name!r}, which lies in {folder}. {_TRUST}"
+        )
+
+
+def _folder_of_runs(source: pathlib.Path) -> pathlib.Path:
+    """The log folder, where the Zoo's ``<logs>/<algo>/<run>/<env>/config.yml`` is, or what is known to belong to it."""
+    from rl_zoo3 import ALGOS
+
+    from sb3_clipvf.zoo.commands import ALGORITHM
+
+    run = source.parent.parent
+    for algo in (run, run.parent):
+        if algo.name in {*ALGOS, ALGORITHM}:
+            # The user's own modules are where the command runs.
+            return algo if pathlib.Path.cwd().is_relative_to(algo.parent) else algo.parent
+    return run
+
+
+def _places(name: str) -> list[pathlib.Path]:
+    """Where the modules lie that importing a name would run; none of them is imported for this."""
+    places: list[pathlib.Path] = []
+    search: list[str] | None = None
+    for part in name.split("."):
+        # By its last name alone, or the finder would look for the packages above it among the imported ones.
+        spec = PathFinder.find_spec(part, search)
+        if spec is None:
+            break
+        if spec.origin is not None:
+            places.append(pathlib.Path(spec.origin).resolve())
+            if spec.submodule_search_locations is None:
+                break
+            search = list(spec.submodule_search_locations)
+        else:
+            # Folders that hold no module of this name, but perhaps others.
+            search = [os.path.join(folder, part) for folder in (sys.path if search is None else search)]
+    return places
+
+
+def _check_wrappers(entries: Any, key: str) -> None:
+    from rl_zoo3.utils import get_class_by_name
+
+    from sb3_clipvf.zoo.vec_env import wrapper_list
+
+    for name, _ in wrapper_list(entries):
+        wrapper: Any = get_class_by_name(name)
+        is_wrapper = isinstance(wrapper, type) and issubclass(wrapper, (gym.Wrapper, VecEnvWrapper))
+        if not is_wrapper and name not in _WRAPPER_FUNCTIONS:
+            raise UnsafeFileError(
+                f"`{key}` of the run must name wrappers, classes derived from gymnasium.Wrapper or VecEnvWrapper, got "
+                f"{name}, which the RL Zoo would call. {_TRUST}"
+            )

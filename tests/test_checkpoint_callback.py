@@ -1,0 +1,351 @@
+"""TrainingCheckpoint: when checkpoints are written, which stay, and what full disks, kills and signals leave."""
+
+import errno
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checkpoint_cases
+import numpy as np
+import pytest
+from checkpoint_cases import CASES, Kill, KilledError
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback, EveryNTimesteps, StopTrainingOnMaxEpisodes
+from stable_baselines3.common.env_util import make_vec_env
+
+from sb3_clipvf import ClipPPO
+from sb3_clipvf.checkpoint import TrainingCheckpoint, newest_checkpoint, read_checkpoint, read_manifest
+
+CASE = CASES["native"]
+FORK = multiprocessing.get_context("fork")
+
+
+class Scores(BaseCallback):
+    """Gives the training the returns that a test wants: one full window at each multiple of 64 steps."""
+
+    def __init__(self, means: list[float]) -> None:
+        super().__init__()
+        self.means = means
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        buffer = self.model.ep_info_buffer
+        assert buffer is not None
+        buffer.clear()
+        mean = self.means[self.model.num_timesteps // 64 - 1]
+        buffer.extend([{"r": mean, "l": 1, "t": 0.0}] * (5 if np.isfinite(mean) else 4))
+
+
+class Act(BaseCallback):
+    """Does something at a step."""
+
+    def __init__(self, at: int, act: Callable[[], Any]) -> None:
+        super().__init__()
+        self.at, self.act = at, act
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps == self.at:
+            self.act()
+        return True
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(int(path.stem.split("_")[1]) for path in folder.glob("checkpoint_*.zip"))
+
+
+@pytest.mark.parametrize(
+    ("every", "total", "expected"),
+    [(64, 192, [64, 128, 192]), (100, 320, [128, 256, 320]), (1, 128, [64, 128]), (10**6, 128, [128])],
+)
+def test_checkpoints_are_due_at_the_first_boundary_after_each_multiple(
+    tmp_path: Path, every: int, total: int, expected: list[int]
+) -> None:
+    CASE.model(tmp_path).learn(total, callback=TrainingCheckpoint(every, tmp_path / "new" / "folder", keep_last=9))
+    assert steps(tmp_path / "new" / "folder") == expected
+
+
+def test_only_the_newest_stay(tmp_path: Path) -> None:
+    CASE.model(tmp_path).learn(384, callback=TrainingCheckpoint(64, tmp_path, keep_last=2, keep_best=False))
+    assert names(tmp_path) == ["checkpoint_320.zip", "checkpoint_384.zip"]
+    assert [read_manifest(tmp_path / name).serial for name in names(tmp_path)] == [5, 6]
+
+
+def test_the_best_by_training_return_stays(tmp_path: Path) -> None:
+    scores = Scores([5.0, 7.0, 7.0, 9.0, 1.0])
+    scores.means[3] = float("nan")  # no full window
+    CASE.model(tmp_path).learn(320, callback=[scores, TrainingCheckpoint(64, tmp_path, keep_last=1)])
+    assert names(tmp_path) == ["best_checkpoint.zip", "checkpoint_320.zip"]
+    best = read_checkpoint(tmp_path / "best_checkpoint.zip").manifest
+    assert (best.num_timesteps, best.mean_return) == (128, 7.0)
+
+
+def test_a_resumed_training_knows_what_was_best(tmp_path: Path) -> None:
+    scores, folder = Scores([-5.0, 0.0, -1.0, 8.0]), tmp_path / "checkpoints"
+    CASE.model(tmp_path).learn(128, callback=[scores, TrainingCheckpoint(64, folder)])
+    model = ClipPPO.resume(folder, CASE.make_env(tmp_path), device="cpu")
+    callback = TrainingCheckpoint(64, folder)
+    model.learn(64, reset_num_timesteps=False, callback=[scores, callback])
+    assert read_manifest(folder / "best_checkpoint.zip").num_timesteps == 128
+    model.learn(64, reset_num_timesteps=False, callback=[scores, callback])
+    assert read_manifest(folder / "best_checkpoint.zip").num_timesteps == 256
+
+
+def test_a_rewound_training_takes_the_place_of_the_newer_checkpoints(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    CASE.model(tmp_path).learn(256, callback=TrainingCheckpoint(64, folder, keep_last=3))
+    model = ClipPPO.resume(folder / "checkpoint_128.zip", CASE.make_env(tmp_path), device="cpu")
+    model.learn(64, reset_num_timesteps=False, callback=TrainingCheckpoint(64, folder, keep_last=3))
+    # 256 is of the training that was given up; the newest is what was written last.
+    assert steps(folder) == [128, 192, 256]
+    assert newest_checkpoint(folder).manifest.num_timesteps == 192
+
+
+def test_a_new_training_does_not_mix_with_another_one(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    CASE.model(tmp_path).learn(64, callback=TrainingCheckpoint(64, folder))
+    before = {name: (folder / name).read_bytes() for name in names(folder)}
+    with pytest.raises(ValueError, match=r"without checkpoints of another training.*checkpoint_64\.zip.*resume"):
+        CASE.model(tmp_path).learn(64, callback=TrainingCheckpoint(64, folder))
+    # Nor does one that goes on from elsewhere.
+    CASE.model(tmp_path).learn(64, callback=TrainingCheckpoint(64, tmp_path / "elsewhere"))
+    model = ClipPPO.resume(tmp_path / "elsewhere", CASE.make_env(tmp_path), device="cpu")
+    with pytest.raises(ValueError, match="without checkpoints of another training"):
+        model.learn(64, reset_num_timesteps=False, callback=TrainingCheckpoint(64, folder))
+    assert {name: (folder / name).read_bytes() for name in names(folder)} == before
+
+
+def test_a_training_in_parts_is_one_training(tmp_path: Path) -> None:
+    model = CASE.model(tmp_path)
+    for _ in range(2):
+        model.learn(64, reset_num_timesteps=False, callback=TrainingCheckpoint(64, tmp_path))
+    assert steps(tmp_path) == [64, 128]
+    with pytest.raises(ValueError, match="another training"):
+        model.learn(64, callback=TrainingCheckpoint(64, tmp_path))
+
+
+def test_a_training_that_a_callback_stops_in_a_rollout_goes_on_from_there(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    model = CASE.model(tmp_path)
+    model.learn(320, callback=[TrainingCheckpoint(10**6, folder), StopTrainingOnMaxEpisodes(3)])
+    stopped_at, rest = model.num_timesteps, model.remaining_timesteps
+    assert stopped_at % 64 != 0
+    model.learn(rest, reset_num_timesteps=False)
+    here = checkpoint_cases.digest(model, tmp_path)
+
+    resumed = ClipPPO.resume(folder, CASE.make_env(tmp_path), device="cpu")
+    assert (resumed.num_timesteps, resumed.remaining_timesteps) == (stopped_at, rest)
+    resumed.learn(rest, reset_num_timesteps=False)
+    assert checkpoint_cases.digest(resumed, tmp_path) == here
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"every_timesteps": 0}, ValueError, "`every_timesteps` must be a whole number of at least 1"),
+        ({"keep_last": 0}, ValueError, "`keep_last` must be"),
+        ({"keep_best": 1}, TypeError, "`keep_best` must be"),
+        ({"reset_envs": "no"}, TypeError, "`reset_envs` must be"),
+        ({"on_signal": None}, TypeError, "`on_signal` must be"),
+        ({"on_error": "ignore"}, ValueError, "`on_error` must be"),
+    ],
+)
+def test_illegal_arguments_are_refused(arguments: dict[str, Any], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        TrainingCheckpoint(**{"every_timesteps": 1, "path": "folder", **arguments})
+
+
+def test_it_belongs_into_learn_itself_and_to_clip_ppo(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="EveryNTimesteps"):
+        CASE.model(tmp_path).learn(64, callback=EveryNTimesteps(10, TrainingCheckpoint(64, tmp_path)))
+    with pytest.raises(TypeError, match="got PPO"):
+        PPO("MlpPolicy", make_vec_env("CartPole-v1"), n_steps=64).learn(64, callback=TrainingCheckpoint(64, tmp_path))
+
+
+# ------------------------------------------------------------------ full disks
+
+
+def fill_disk_at(calls: range, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls of fsync with these numbers find no space."""
+    real, made = os.fsync, iter(range(10**6))
+
+    def fsync(descriptor: int) -> None:
+        if next(made) in calls:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_and_the_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill_disk_at(range(2, 3), monkeypatch)  # the file of the second checkpoint; each takes two calls, file and folder
+    model = CASE.model(tmp_path)
+    with caplog.at_level(logging.ERROR, "sb3_clipvf"):
+        model.learn(128 + 64, callback=TrainingCheckpoint(64, tmp_path, keep_last=9, keep_best=False))
+    assert model.num_timesteps == 192
+    assert names(tmp_path) == ["checkpoint_192.zip", "checkpoint_64.zip"]
+    assert newest_checkpoint(tmp_path).manifest.num_timesteps == 192
+    assert "There is no checkpoint of step 128" in caplog.text
+    assert "No space left on device" in caplog.text
+
+
+def test_a_full_disk_ends_the_training_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill_disk_at(range(2, 99), monkeypatch)
+    with pytest.raises(OSError, match=r"checkpoint_128\.zip could not be written: No space left") as caught:
+        CASE.model(tmp_path).learn(192, callback=TrainingCheckpoint(64, tmp_path, on_error="raise"))
+    assert caught.value.errno == errno.ENOSPC
+    monkeypatch.undo()
+    assert newest_checkpoint(tmp_path).manifest.num_timesteps == 64
+
+
+# ------------------------------------------------------------------ kills and signals
+
+
+def train(folder: Path, every: int, callbacks: list[BaseCallback], reset_envs: bool = False) -> None:
+    case = CASES["resets"] if reset_envs else CASE
+    case.model(folder).learn(
+        checkpoint_cases.TOTAL,
+        callback=[TrainingCheckpoint(every, folder / "checkpoints", reset_envs=reset_envs), *callbacks],
+    )
+
+
+def in_another_process(function: Callable[..., Any], *args: Any) -> int | None:
+    process = FORK.Process(target=function, args=args)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def ends_as_uninterrupted(name: str, folder: Path, tmp_path: Path) -> bool:
+    found = checkpoint_cases.resumed(CASES[name], folder)
+    return found["weights"] == checkpoint_cases.uninterrupted(CASES[name], tmp_path / "uninterrupted")["weights"]
+
+
+def kill_me(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_write_a_last_checkpoint_and_end_with_their_own_code(tmp_path: Path, number: int) -> None:
+    code = in_another_process(train, tmp_path, 10**6, [Act(210, kill_me(number))])
+    assert code == 128 + number
+    last = newest_checkpoint(tmp_path / "checkpoints").manifest.num_timesteps
+    assert 0 <= last <= 192
+    assert ends_as_uninterrupted("native", tmp_path, tmp_path)
+
+
+def test_after_a_signal_trainings_with_resets_end_as_uninterrupted_ones(tmp_path: Path) -> None:
+    code = in_another_process(train, tmp_path, checkpoint_cases.EVERY, [Act(210, kill_me(signal.SIGTERM))], True)
+    assert code == 143
+    assert steps(tmp_path / "checkpoints") == [0, 128]
+    assert ends_as_uninterrupted("resets", tmp_path, tmp_path)
+
+
+def test_sigkill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    """Killed while it writes one checkpoint after the other, resumed, killed again."""
+    delays = np.random.default_rng(0).uniform(0.0, 0.15, 4)
+    folder = tmp_path / "checkpoints"
+    callback = TrainingCheckpoint(1, folder, keep_last=2)
+
+    def go_on() -> None:
+        if steps(folder):
+            model = ClipPPO.resume(folder, CASE.make_env(tmp_path), device="cpu")
+            model.learn(10**6, reset_num_timesteps=False, callback=callback)
+        else:
+            CASE.model(tmp_path).learn(10**6, callback=callback)
+
+    last = 0
+    for delay in delays:
+        process = FORK.Process(target=go_on)
+        process.start()
+        while max(steps(folder) if folder.exists() else [], default=0) <= last:
+            assert process.is_alive()
+            time.sleep(0.001)
+        time.sleep(delay)
+        process.kill()
+        process.join()
+        checkpoint = newest_checkpoint(folder)
+        assert checkpoint.manifest.num_timesteps > last
+        last = max(steps(folder))
+    # What killed writes left is removed by the next training.
+    model = ClipPPO.resume(folder, CASE.make_env(tmp_path), device="cpu")
+    model.learn(64, reset_num_timesteps=False, callback=callback)
+    assert [name for name in names(folder) if name.endswith(".tmp")] == []
+
+
+def test_handlers_are_put_back(tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    seen = []
+
+    def look() -> None:
+        seen.extend(signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT))
+
+    CASE.model(tmp_path).learn(64, callback=[TrainingCheckpoint(64, tmp_path), Act(32, look)])
+    assert not set(seen) & set(before)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_without_on_signal_nobody_touches_handlers(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    seen: list[Any] = []
+    callbacks = [
+        TrainingCheckpoint(64, tmp_path, on_signal=False),
+        Act(32, lambda: seen.append(signal.getsignal(signal.SIGTERM))),
+    ]
+    CASE.model(tmp_path).learn(64, callback=callbacks)
+    assert seen == [before]
+
+
+def test_ignored_signals_stay_ignored(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        model = CASE.model(tmp_path)
+        model.learn(64, callback=[TrainingCheckpoint(64, tmp_path), Act(32, kill_me(signal.SIGINT))])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert model.num_timesteps == 64
+
+
+def test_after_a_training_that_failed_signals_do_what_they_did_before(tmp_path: Path) -> None:
+    model = CASE.model(tmp_path)
+    with pytest.raises(KilledError):
+        model.learn(64, callback=[TrainingCheckpoint(64, tmp_path), Kill(32)])
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert steps(tmp_path) == []
+
+
+def test_an_end_that_is_no_end_of_learn_writes_nothing(tmp_path: Path) -> None:
+    """The Zoo calls `on_training_end` once more, and also after an error."""
+    callback = TrainingCheckpoint(64, tmp_path / "whole")
+    CASE.model(tmp_path).learn(64, callback=callback)
+    (tmp_path / "whole" / "checkpoint_64.zip").unlink()
+    callback.on_training_end()
+    assert steps(tmp_path / "whole") == []
+    callback = TrainingCheckpoint(64, tmp_path / "failed")
+    with pytest.raises(KilledError):
+        CASE.model(tmp_path).learn(128, callback=[callback, Kill(100)])
+    callback.on_training_end()
+    assert steps(tmp_path / "failed") == [64]
+
+
+def test_copies_for_signals_take_a_small_part_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, copies = iter(range(0, 10**9, 5)), []  # each look at the clock finds 5 s later, so that a copy takes 5 s
+    monkeypatch.setattr("sb3_clipvf.checkpoint.callback.time.perf_counter", lambda: next(clock))
+    callback = TrainingCheckpoint(10**6, tmp_path)
+    real = callback._state
+    monkeypatch.setattr(callback, "_state", lambda **kwargs: copies.append(1) or real(**kwargs))
+    CASE.model(tmp_path).learn(64 * 8, callback=callback)
+    assert len(copies) == 2  # the first boundary's, and the last checkpoint

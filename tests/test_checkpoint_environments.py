@@ -1,0 +1,338 @@
+"""The state of environments: exact for those that are known, and told where it is not."""
+
+import importlib.util
+import logging
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checkpoint_cases
+import gymnasium as gym
+import numpy as np
+import pytest
+from checkpoint_cases import CASES, Case, TellingWalk, Walk, dummy
+from gymnasium.wrappers import (
+    DelayObservation,
+    FrameStackObservation,
+    NormalizeObservation,
+    NormalizeReward,
+    RecordEpisodeStatistics,
+    StickyAction,
+    TimeAwareObservation,
+    TransformReward,
+)
+from rl_zoo3.wrappers import ActionSmoothingWrapper, DelayedRewardWrapper, HistoryWrapper
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.monitor import Monitor, load_results
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper, VecNormalize
+
+from sb3_clipvf import ClipPPO
+from sb3_clipvf.checkpoint import (
+    EnvironmentMismatchError,
+    ResumableEnv,
+    TrainingCheckpoint,
+    codec,
+    continued_files,
+    newest_checkpoint,
+)
+from sb3_clipvf.checkpoint.environment_state import environment_state, restore_environment
+from sb3_clipvf.envs import FastDummyVecEnv, FastVecNormalize, as_vec_env
+
+CLASSIC = ("CartPole-v1", "Pendulum-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Acrobot-v1")
+TOY = ("FrozenLake-v1", "CliffWalking-v1", "Taxi-v4", "Blackjack-v1")
+MUJOCO = ("HalfCheetah", "Ant", "Humanoid", "HumanoidStandup", "Hopper", "Walker2d", "Swimmer", "Reacher", "Pusher")
+MUJOCO_IDS = [f"{name}-v5" for name in (*MUJOCO, "InvertedPendulum", "InvertedDoublePendulum")]
+
+# Gymnasium's, of EnvPool's space of observations.
+pytestmark = pytest.mark.filterwarnings("ignore:.*precision lowered by casting")
+needs_mujoco = pytest.mark.skipif(importlib.util.find_spec("mujoco") is None, reason="needs mujoco")
+
+
+def answers(env: gym.Env, actions: list[Any]) -> list[Any]:
+    """What an environment gives, and what its own random generator gives after."""
+    found: list[Any] = []
+    for action in actions:
+        obs, reward, terminated, truncated, _ = env.step(action)
+        found.append((np.array(obs).tobytes(), float(reward), terminated, truncated))
+        if terminated or truncated:
+            found.append(np.array(env.reset()[0]).tobytes())
+    return [*found, env.unwrapped.np_random.random(), env.action_space.sample()]
+
+
+def check_that_it_goes_on(make: Callable[[], gym.Env], n_steps: int = 120) -> None:
+    first, second = make(), make()
+    first.action_space.seed(5)
+    actions = [first.action_space.sample() for _ in range(37 + n_steps)]
+    first.reset(seed=1)
+    second.reset(seed=2)
+    answers(first, actions[:37])
+    state = environment_state(first)
+    assert state["unknown"] == []
+    restore_environment(second, codec.from_bytes(*codec.to_bytes(codec.frozen(state))))
+    assert repr(answers(first, actions[37:])) == repr(answers(second, actions[37:]))
+
+
+@pytest.mark.parametrize("env_id", [*CLASSIC, *TOY, *(pytest.param(name, marks=needs_mujoco) for name in MUJOCO_IDS)])
+def test_known_environments_go_on_to_the_last_bit(env_id: str) -> None:
+    check_that_it_goes_on(lambda: Monitor(gym.make(env_id, max_episode_steps=50)))
+
+
+@pytest.mark.parametrize(
+    ("env_id", "wrap"),
+    [
+        ("CartPole-v1", lambda env: StickyAction(env, 0.5)),
+        ("CartPole-v1", lambda env: FrameStackObservation(env, 3)),
+        ("CartPole-v1", lambda env: DelayObservation(env, 2)),
+        ("CartPole-v1", lambda env: NormalizeReward(NormalizeObservation(env))),
+        ("CartPole-v1", lambda env: TransformReward(TimeAwareObservation(env), lambda reward: 2 * reward)),
+        ("CartPole-v1", RecordEpisodeStatistics),
+        ("Pendulum-v1", lambda env: HistoryWrapper(env, 2)),
+        ("Pendulum-v1", lambda env: DelayedRewardWrapper(ActionSmoothingWrapper(env, 0.9), 5)),
+    ],
+    ids=["sticky", "stack", "delay", "normalize", "time", "statistics", "history", "smooth"],
+)
+def test_known_wrappers_go_on_to_the_last_bit(env_id: str, wrap: Callable[[gym.Env], gym.Env]) -> None:
+    check_that_it_goes_on(lambda: wrap(gym.make(env_id, max_episode_steps=50)))
+
+
+class Hill(gym.envs.classic_control.MountainCarEnv):
+    """A class that others derived: what it adds is not known."""
+
+
+class Unknown(gym.Wrapper):
+    """A wrapper that tells nothing."""
+
+
+class Wrong(TellingWalk):
+    """What it tells cannot be stored."""
+
+    def get_training_state(self) -> dict[str, Any]:
+        return {"self": self}
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (Walk, "checkpoint_cases.Walk"),
+        (Hill, "Hill"),
+        (lambda: Unknown(gym.make("CartPole-v1")), "Unknown"),
+        (Wrong, r"Wrong .*get_training_state\(\)\['self'\]"),
+        (lambda: gym.make("LunarLander-v3"), "lunar_lander.LunarLander"),
+    ],
+    ids=["own", "derived", "wrapper", "wrong", "box2d"],
+)
+def test_unknown_classes_are_named(make: Callable[[], gym.Env], named: str) -> None:
+    if "lander" in named:
+        pytest.importorskip("Box2D")
+    (reason,) = environment_state(Monitor(make()))["unknown"]
+    assert re.search(named, reason)
+
+
+# ------------------------------------------------------------------ what differs, and what resets change about it
+
+
+def unwrapped_processes(_: Path) -> VecEnv:
+    return dummy("CartPole-v1", vec_env_cls=SubprocVecEnv, vec_env_kwargs={"start_method": "fork"})
+
+
+def pool(_: Path) -> VecEnv:
+    import envpool
+
+    return as_vec_env(envpool.make_gymnasium("CartPole-v1", num_envs=2, seed=0))
+
+
+class Halving(VecEnvWrapper):
+    """Halves rewards, and counts steps, which it does not tell."""
+
+    def __init__(self, venv: VecEnv) -> None:
+        super().__init__(venv)
+        self.count = 0
+
+    def reset(self) -> Any:
+        return self.venv.reset()
+
+    def step_wait(self) -> Any:
+        self.count += 1
+        obs, rewards, dones, infos = self.venv.step_wait()
+        return obs, rewards / (2 + self.count % 3), dones, infos
+
+
+class TellingHalving(Halving):
+    """The same, and it tells its count."""
+
+    def get_training_state(self) -> int:
+        return self.count
+
+    def set_training_state(self, state: int) -> None:
+        self.count = state
+
+
+INEXACT = {
+    "own class": (lambda _: make_vec_env(Walk, 2), "MultiInputPolicy", "Walk does not tell its state"),
+    "processes": (unwrapped_processes, "MlpPolicy", r"Wrap them in ResumableEnv"),
+    "pool": (pool, "MlpPolicy", "cannot give back the state of its environments"),
+    "wrapper": (lambda _: Halving(dummy("CartPole-v1")), "MlpPolicy", "Halving does not tell its state"),
+}
+
+
+@pytest.mark.parametrize("name", INEXACT)
+def test_what_differs_is_told_once_and_written_down(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if name == "pool":
+        pytest.importorskip("envpool")
+    make, policy, text = INEXACT[name]
+    case = Case(make, policy=policy)
+    with caplog.at_level(logging.WARNING, "sb3_clipvf"):
+        case.model(tmp_path).learn(256, callback=case.callbacks(tmp_path)[:1])
+    told = [message for message in caplog.messages if "will differ" in message]
+    assert len(told) == 1
+    assert re.search(text, told[0])
+    (difference,) = newest_checkpoint(tmp_path / "checkpoints").manifest.differences
+    assert difference in told[0]
+    caplog.clear()
+    # Resumed all the same, in new episodes that are not those of the beginning.
+    with caplog.at_level(logging.WARNING, "sb3_clipvf"):
+        model = ClipPPO.resume(tmp_path / "checkpoints", case.make_env(tmp_path), device="cpu")
+    assert "not resumed exactly" in caplog.text
+    assert model._last_episode_starts is not None
+    assert model._last_episode_starts.all()
+    fresh = case.model(tmp_path)
+    fresh._setup_learn(64)
+    first, resumed = fresh._last_obs, model._last_obs
+    assert codec.to_bytes(codec.frozen(first)) != codec.to_bytes(codec.frozen(resumed))
+    model.learn(64, reset_num_timesteps=False, callback=case.callbacks(tmp_path)[:1])
+
+
+@pytest.mark.parametrize("name", ["processes", "pool"])
+def test_with_resets_it_is_exact(name: str, tmp_path: Path) -> None:
+    if name == "pool":
+        pytest.importorskip("envpool")
+    make, policy, _ = INEXACT[name]
+    case = Case(make, policy=policy, reset_envs=True)
+    checkpoint_cases.killed(case, tmp_path / "killed")
+    assert newest_checkpoint(tmp_path / "killed" / "checkpoints").manifest.differences == ()
+    found = checkpoint_cases.resumed(case, tmp_path / "killed")
+    assert found == checkpoint_cases.uninterrupted(case, tmp_path / "uninterrupted")
+
+
+def test_vectorised_wrappers_that_tell_their_state_are_exact(tmp_path: Path) -> None:
+    case = Case(lambda _: TellingHalving(dummy("CartPole-v1")))
+    checkpoint_cases.killed(case, tmp_path / "killed")
+    found = checkpoint_cases.resumed(case, tmp_path / "killed")
+    assert found == checkpoint_cases.uninterrupted(case, tmp_path / "uninterrupted")
+
+
+def test_other_resets_than_before_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    case = CASES["resets"]
+    checkpoint_cases.killed(case, tmp_path)
+    model = ClipPPO.resume(tmp_path / "checkpoints", case.make_env(tmp_path), device="cpu")
+    with caplog.at_level(logging.WARNING, "sb3_clipvf"):
+        model.learn(64, reset_num_timesteps=False, callback=TrainingCheckpoint(64, tmp_path / "checkpoints"))
+    assert "every_timesteps and reset_envs of TrainingCheckpoint differ" in caplog.text
+
+
+# ------------------------------------------------------------------ environments of another build
+
+
+@pytest.fixture(scope="module")
+def normalized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("normalized")
+    checkpoint_cases.killed(Case(lambda _: VecNormalize(dummy("CartPole-v1"))), folder)
+    return folder / "checkpoints"
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: VecNormalize(dummy("CartPole-v1", 3)), "the environments of the checkpoint, 2, got 3"),
+        (lambda: gym.make("CartPole-v1"), "the environments of the checkpoint, 2, got 1"),
+        (lambda: dummy("CartPole-v1"), "VecNormalize > DummyVecEnv, got DummyVecEnv"),
+        (lambda: FastVecNormalize(dummy("CartPole-v1")), "got FastVecNormalize > DummyVecEnv"),
+        (lambda: VecNormalize(dummy("CartPole-v0")), "CartPoleEnv > CartPole-v1, got .* CartPole-v0 as number 0"),
+        (lambda: VecNormalize(DummyVecEnv([lambda: gym.make("CartPole-v1")] * 2)), "Monitor > .* got TimeLimit"),
+        (lambda: VecNormalize(unwrapped_processes(Path())), "got VecNormalize > SubprocVecEnv"),
+    ],
+    ids=["number", "one", "no statistics", "other statistics", "other id", "no Monitor", "processes"],
+)
+def test_environments_of_another_build_are_refused(normalized: Path, make: Callable[[], Any], match: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Gymnasium's, of CartPole-v0
+        env = make()
+    with pytest.raises(EnvironmentMismatchError, match=match):
+        ClipPPO.resume(normalized, env, device="cpu")
+
+
+def test_a_missing_environment_is_refused(normalized: Path) -> None:
+    with pytest.raises(ValueError, match="`env` must be the environment to go on in, got None"):
+        ClipPPO.resume(normalized, None, device="cpu")  # type: ignore[arg-type]
+
+
+def test_processes_without_the_wrapper_are_refused(tmp_path: Path) -> None:
+    checkpoint_cases.killed(CASES["processes"], tmp_path)
+    env = unwrapped_processes(tmp_path)
+    with pytest.raises(EnvironmentMismatchError, match="wrapped in ResumableEnv"):
+        ClipPPO.resume(tmp_path / "checkpoints", env, device="cpu")
+    env.close()
+
+
+def test_the_faster_loop_and_sb3s_own_are_the_same(normalized: Path) -> None:
+    env = FastDummyVecEnv([lambda: Monitor(gym.make("CartPole-v1")) for _ in range(2)])
+    assert ClipPPO.resume(normalized, VecNormalize(env), device="cpu").num_timesteps == 128
+
+
+def test_the_wrapper_for_processes_changes_nothing_here(normalized: Path) -> None:
+    env = VecNormalize(dummy("CartPole-v1", wrapper_class=ResumableEnv))
+    assert ClipPPO.resume(normalized, env, device="cpu").num_timesteps == 128
+
+
+# ------------------------------------------------------------------ Monitor's files
+
+
+def monitored(folder: Path, **kwargs: Any) -> DummyVecEnv:
+    def make() -> gym.Env:
+        return Monitor(gym.make("CartPole-v1"), str(folder / "0"), **kwargs)
+
+    return DummyVecEnv([make])
+
+
+def resume_and_close(folder: Path, env: VecEnv) -> None:
+    ClipPPO.resume(folder / "checkpoints", env, device="cpu")
+    env.close()
+
+
+@pytest.mark.parametrize("override_existing", [True, False])
+def test_monitor_files_lose_what_came_after_the_checkpoint_and_nothing_else(
+    tmp_path: Path, override_existing: bool
+) -> None:
+    case = Case(lambda folder: monitored(folder, override_existing=override_existing))
+    for folder in (tmp_path / "killed", tmp_path / "whole"):
+        folder.mkdir()
+        monitored(folder).close()  # a head for those who do not write one
+    checkpoint_cases.killed(case, tmp_path / "killed")
+    checkpoint_cases.resumed(case, tmp_path / "killed")
+    checkpoint_cases.uninterrupted(case, tmp_path / "whole")
+    killed, whole = (load_results(str(tmp_path / name)) for name in ("killed", "whole"))
+    assert killed[["r", "l"]].equals(whole[["r", "l"]])
+    assert len(killed) > 5
+    assert killed["t"].is_monotonic_increasing
+
+
+def test_long_monitor_files_are_cut_and_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(continued_files, "LARGEST_FILE", 10)
+    case = Case(lambda folder: monitored(folder, override_existing=False))
+    monitored(tmp_path).close()
+    checkpoint_cases.killed(case, tmp_path)
+    before = (tmp_path / "0.monitor.csv").read_text()
+    with caplog.at_level(logging.WARNING, "sb3_clipvf"):
+        resume_and_close(tmp_path, case.make_env(tmp_path))
+        after = (tmp_path / "0.monitor.csv").read_text()
+        assert before.startswith(after)
+        assert len(after) < len(before)
+        assert "earlier rows" not in caplog.text
+        resume_and_close(tmp_path, monitored(tmp_path))
+    assert "override_existing=False before you resume" in caplog.text

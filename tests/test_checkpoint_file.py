@@ -1,0 +1,175 @@
+"""The checkpoint file: an SB3 model with a checked state beside it, of which damage is found and named."""
+
+import json
+import logging
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import pytest
+from checkpoint_cases import CASES
+from stable_baselines3 import PPO
+from stable_baselines3.common.evaluation import evaluate_policy
+
+from sb3_clipvf import ClipPPO
+from sb3_clipvf.checkpoint import (
+    DamagedCheckpointError,
+    NotACheckpointError,
+    newest_checkpoint,
+    read_checkpoint,
+    read_manifest,
+)
+from sb3_clipvf.checkpoint.file import versions
+
+CASE = CASES["native"]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of the steps 128, 256 and 320."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    CASE.model(folder).learn(320, callback=CASE.callbacks(folder))
+    return folder / "checkpoints"
+
+
+@pytest.fixture
+def copied(checkpoints: Path, tmp_path: Path) -> Path:
+    shutil.copytree(checkpoints, tmp_path / "copied")
+    return tmp_path / "copied"
+
+
+def rewrite(path: Path, change: Callable[[dict[str, bytes]], Any]) -> None:
+    """Change the entries of a zip, as no crash does: the zip itself stays valid."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    change(entries)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+
+
+def test_a_checkpoint_is_a_model_for_load_and_for_sb3(checkpoints: Path, tmp_path: Path) -> None:
+    path = checkpoints / "checkpoint_320.zip"
+    model = ClipPPO.load(path, CASE.make_env(tmp_path), device="cpu")
+    assert model.num_timesteps == 320
+    mean, _ = evaluate_policy(model, CASE.make_env(tmp_path), n_eval_episodes=2, warn=False)
+    assert mean > 0
+    assert PPO.load(path, device="cpu", custom_objects={"learning_rate": 1e-3, "clip_range": 0.2}).num_timesteps == 320
+
+
+def test_a_loaded_checkpoint_trains_on_in_other_environments(checkpoints: Path) -> None:
+    model = ClipPPO.load(checkpoints / "checkpoint_256.zip", gym.make("CartPole-v1"), device="cpu")
+    model.learn(64, reset_num_timesteps=False)
+    assert model.num_timesteps == 320
+
+
+def test_the_manifest_says_what_is_in_the_file(checkpoints: Path) -> None:
+    manifest = read_manifest(checkpoints / "checkpoint_256.zip")
+    assert (manifest.num_timesteps, manifest.total_timesteps, manifest.serial) == (256, 320, 2)
+    assert manifest.differences == ()
+    assert manifest.versions == versions()
+    assert {"python", "torch", "numpy", "stable_baselines3", "gymnasium", "sb3_clipvf"} <= manifest.versions.keys()
+    assert {"data", "policy.pth", "policy.optimizer.pth", "training_state.json"} <= manifest.entries.keys()
+    assert manifest.build["n_envs"] == 2
+
+
+@pytest.mark.parametrize(
+    "entry", ["data", "policy.pth", "policy.optimizer.pth", "training_state.json", "training_arrays.npz"]
+)
+def test_a_changed_entry_is_named(copied: Path, entry: str) -> None:
+    path = copied / "checkpoint_320.zip"
+    rewrite(path, lambda entries: entries.update({entry: entries[entry][:-1] + b"!"}))
+    with pytest.raises(DamagedCheckpointError, match=rf"damaged: {entry} must be"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda entries: entries.pop("policy.pth"), "policy.pth"),
+        (lambda entries: entries.update(more=b""), "more"),
+        (lambda entries: entries.pop("training_state.json"), "training_state.json"),
+        (lambda entries: entries.update({"training_manifest.json": b"{"}), "damaged"),
+        (lambda entries: entries.update({"training_manifest.json": b'{"format": 1}'}), "damaged"),
+    ],
+    ids=["missing", "added", "no state", "no manifest", "a part of the manifest"],
+)
+def test_missing_and_added_entries_are_named(copied: Path, change: Callable[..., Any], named: str) -> None:
+    rewrite(copied / "checkpoint_320.zip", change)
+    with pytest.raises(DamagedCheckpointError, match=named):
+        read_checkpoint(copied / "checkpoint_320.zip")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.9, 0.999])
+def test_a_file_that_was_cut_short_is_damaged(copied: Path, share: float) -> None:
+    path = copied / "checkpoint_320.zip"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(DamagedCheckpointError, match=r"checkpoint_320\.zip"):
+        read_checkpoint(path)
+
+
+def test_a_flipped_bit_is_found_wherever_it_is(copied: Path) -> None:
+    path = copied / "checkpoint_320.zip"
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        starts = {info.filename: info.header_offset + 64 + len(info.filename) for info in archive.infolist()}
+    for start in starts.values():
+        content[start] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(DamagedCheckpointError):
+            read_checkpoint(path)
+        content[start] ^= 1
+
+
+def test_the_newest_whole_checkpoint_is_taken_and_damaged_ones_are_named(
+    copied: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (copied / "checkpoint_320.zip").write_bytes(b"PK")
+    rewrite(copied / "checkpoint_256.zip", lambda entries: entries.update(data=b"{}"))
+    with caplog.at_level(logging.WARNING, "sb3_clipvf"):
+        assert newest_checkpoint(copied).manifest.num_timesteps == 128
+    assert [("320" in text, "256" in text) for text in caplog.messages] == [(True, False), (False, True)]
+
+
+def test_without_a_whole_checkpoint_there_is_nothing_to_resume(copied: Path, tmp_path: Path) -> None:
+    for path in copied.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(DamagedCheckpointError, match="None of the 3 checkpoints"):
+        newest_checkpoint(copied)
+    with pytest.raises(FileNotFoundError, match=r"holds no checkpoint_<timesteps>\.zip"):
+        newest_checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        ClipPPO.resume(tmp_path / "checkpoint_1.zip", CASE.make_env(tmp_path))
+
+
+def test_a_plain_model_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    CASE.model(tmp_path).save(tmp_path / "model.zip")
+    with pytest.raises(NotACheckpointError, match=r"ClipPPO\.load"):
+        ClipPPO.resume(tmp_path / "model.zip", CASE.make_env(tmp_path))
+
+
+def test_another_format_is_refused(copied: Path) -> None:
+    def change(entries: dict[str, bytes]) -> None:
+        manifest = json.loads(entries["training_manifest.json"])
+        manifest.update(format=2, versions={"sb3_clipvf": "9.9"})
+        entries["training_manifest.json"] = json.dumps(manifest).encode()
+
+    rewrite(copied / "checkpoint_320.zip", change)
+    with pytest.raises(NotACheckpointError, match=r"format 2.*sb3_clipvf 9\.9"):
+        read_checkpoint(copied / "checkpoint_320.zip")
+
+
+def test_changed_versions_are_told(copied: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def change(entries: dict[str, bytes]) -> None:
+        manifest = json.loads(entries["training_manifest.json"])
+        manifest["versions"].update(torch="1.0", absent_here="3.0")
+        entries["training_manifest.json"] = json.dumps(manifest).encode()
+
+    rewrite(copied / "checkpoint_320.zip", change)
+    with caplog.at_level(logging.WARNING, "sb3_clipvf"):
+        ClipPPO.resume(copied, CASE.make_env(tmp_path), device="cpu")
+    assert f"absent_here 3.0 -> absent, torch 1.0 -> {versions()['torch']}" in caplog.text

@@ -1,0 +1,253 @@
+"""Exact resume: a training that is killed and resumed in another process ends as the one that was never killed."""
+
+import importlib.util
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import checkpoint_cases
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from checkpoint_cases import CASES, Case
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    CallbackList,
+    ConvertCallback,
+    EvalCallback,
+    StopTrainingOnRewardThreshold,
+)
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_clipvf import ClipPPO
+from sb3_clipvf.checkpoint import TrainingCheckpoint, read_manifest
+
+HAS_MUJOCO = importlib.util.find_spec("mujoco") is not None
+NAMES = [name for name in CASES if HAS_MUJOCO or name != "cheetah"]
+
+
+@pytest.fixture(scope="module")
+def resumed_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """All trainings are killed here and resumed by one fresh process: starting it takes longer than the trainings."""
+    folder = tmp_path_factory.mktemp("killed")
+    for name in NAMES:
+        checkpoint_cases.killed(CASES[name], folder / name)
+    program = Path(checkpoint_cases.__file__)
+    environment = {**os.environ, "PYTHONPATH": str(program.parent.parent), "PYTHONHASHSEED": "7"}
+    child = subprocess.run(
+        [sys.executable, "-W", "ignore", str(program), str(folder), *NAMES],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if child.returncode != 0:
+        raise RuntimeError(child.stderr)
+    found: dict[str, dict[str, str]] = json.loads(child.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_killed_training_ends_as_the_uninterrupted_one(
+    name: str, tmp_path: Path, resumed_elsewhere: dict[str, dict[str, str]]
+) -> None:
+    if name not in NAMES:
+        pytest.skip("needs mujoco")
+    case: Case = CASES[name]
+    assert resumed_elsewhere[name] == checkpoint_cases.uninterrupted(case, tmp_path)
+
+
+def test_a_resumed_model_knows_what_remains(tmp_path: Path) -> None:
+    case = CASES["native"]
+    checkpoint_cases.killed(case, tmp_path)
+    model = ClipPPO.resume(tmp_path / "checkpoints", case.make_env(tmp_path), device="cpu")
+    assert (model.num_timesteps, model.remaining_timesteps) == (128, 192)
+    model.learn(model.remaining_timesteps, reset_num_timesteps=False)
+    assert (model.num_timesteps, model.remaining_timesteps) == (320, 0)
+
+
+@pytest.mark.parametrize("steps", [64, 192, 640])
+def test_schedules_keep_their_first_horizon(tmp_path: Path, steps: int, caplog: pytest.LogCaptureFixture) -> None:
+    case = CASES["native"]
+    checkpoint_cases.killed(case, tmp_path)
+    model = ClipPPO.resume(tmp_path / "checkpoints", case.make_env(tmp_path), device="cpu")
+    with caplog.at_level(logging.WARNING, "sb3_clipvf"):
+        model.learn(steps, reset_num_timesteps=False, callback=case.callbacks(tmp_path))
+    rate = model.policy.optimizer.param_groups[0]["lr"]
+    assert rate == pytest.approx(0.01 * max(0.0, 1 - (128 + steps) / 320))
+    assert caplog.messages == []
+
+
+def test_starting_anew_is_refused(tmp_path: Path) -> None:
+    case = CASES["native"]
+    checkpoint_cases.killed(case, tmp_path)
+    model = ClipPPO.resume(tmp_path / "checkpoints", case.make_env(tmp_path), device="cpu")
+    with pytest.raises(ValueError, match="`reset_num_timesteps` must be False in the first"):
+        model.learn(64)
+
+
+def test_drawing_between_resume_and_learn_changes_nothing(tmp_path: Path) -> None:
+    case = CASES["native"]
+    checkpoint_cases.killed(case, tmp_path)
+    expected = checkpoint_cases.resumed(case, tmp_path)
+    model = ClipPPO.resume(tmp_path / "checkpoints" / "checkpoint_128.zip", case.make_env(tmp_path), device="cpu")
+    np.random.rand(3)
+    th.rand(3)
+    random.random()
+    model.learn(model.remaining_timesteps, reset_num_timesteps=False, callback=case.callbacks(tmp_path))
+    assert checkpoint_cases.digest(model, tmp_path) == expected
+
+
+def test_arguments_may_be_changed(tmp_path: Path) -> None:
+    case = CASES["autograd"]
+    checkpoint_cases.killed(case, tmp_path)
+    model = ClipPPO.resume(tmp_path / "checkpoints", case.make_env(tmp_path), device="cpu", n_epochs=3, ent_coef=0.1)
+    assert (model.n_epochs, model.ent_coef, model.num_timesteps) == (3, 0.1, 128)
+
+
+# ------------------------------------------------------------------ callbacks
+
+
+def test_other_callbacks_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    case = CASES["evaluations"]
+    checkpoint_cases.killed(case, tmp_path)
+    model = ClipPPO.resume(tmp_path / "checkpoints", case.make_env(tmp_path), device="cpu")
+    callbacks = [*case.callbacks(tmp_path)[::2], StopTrainingOnRewardThreshold(1.0)]
+    with caplog.at_level(logging.WARNING, "sb3_clipvf"), pytest.raises(AssertionError):
+        model.learn(64, reset_num_timesteps=False, callback=callbacks)
+    gone, new = caplog.messages[:2]
+    assert "EvalCallback" in gone
+    assert "EvalCallback.callback.StopTrainingOnNoModelImprovement" in gone
+    assert "StopTrainingOnRewardThreshold" in new
+    assert "TrainingCheckpoint" not in gone + new
+
+
+def test_lists_and_progress_bars_do_not_change_the_tree(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    case = CASES["native"]
+    checkpoint_cases.killed(case, tmp_path)
+    model = ClipPPO.resume(tmp_path / "checkpoints", case.make_env(tmp_path), device="cpu")
+    checkpoint, kill = case.callbacks(tmp_path)
+    callback = CallbackList([CallbackList([checkpoint]), kill])
+    with caplog.at_level(logging.WARNING, "sb3_clipvf"):
+        model.learn(64, reset_num_timesteps=False, callback=callback, progress_bar=True)
+    assert caplog.messages == []
+
+
+class Forgetful(BaseCallback):
+    """Keeps something and does not tell of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = 0
+
+    def _on_step(self) -> bool:
+        self.kept += 1
+        return True
+
+
+class ForgetfulEvaluation(EvalCallback):
+    """The same, and more than its base class does."""
+
+    def __init__(self, env: VecEnv) -> None:
+        super().__init__(env, eval_freq=10**6)
+        self.kept = 0
+
+
+class Plain(BaseCallback):
+    """Keeps nothing."""
+
+    def _on_step(self) -> bool:
+        return True
+
+
+def test_callbacks_that_may_keep_more_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    case = CASES["native"]
+    callbacks = [Plain(), Forgetful(), ForgetfulEvaluation(case.make_env(tmp_path)), lambda locals_, globals_: True]
+    callbacks = [
+        callback if isinstance(callback, BaseCallback) else ConvertCallback(callback) for callback in callbacks
+    ]
+    with caplog.at_level(logging.WARNING, "sb3_clipvf"):
+        case.model(tmp_path).learn(128, callback=[TrainingCheckpoint(64, tmp_path / "checkpoints"), *callbacks])
+    told = [text for text in caplog.messages if "training_state()" in text]
+    assert [name for text in told for name in ("Forgetful ", "ForgetfulEvaluation ") if name in text] == [
+        "Forgetful ",
+        "ForgetfulEvaluation ",
+    ]
+    assert len(told) == 2  # once, though there were several checkpoints
+    manifest = read_manifest(tmp_path / "checkpoints" / "checkpoint_128.zip")
+    assert len(manifest.differences) == 2
+
+
+def test_a_training_without_callbacks_has_no_state_of_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    case = CASES["native"]
+    case.model(tmp_path).learn(64, callback=TrainingCheckpoint(64, tmp_path / "checkpoints"))
+    model = ClipPPO.resume(tmp_path / "checkpoints", case.make_env(tmp_path), device="cpu")
+    with caplog.at_level(logging.WARNING, "sb3_clipvf"):
+        model.learn(64, reset_num_timesteps=False)
+    (text,) = [text for text in caplog.messages if "allback" in text]
+    assert text.endswith("dropped: TrainingCheckpoint.")
+
+
+# ------------------------------------------------------------------ libraries that round
+
+
+class Pictures(gym.Env[np.ndarray, int]):
+    """Noise."""
+
+    observation_space = spaces.Box(0, 255, (36, 36, 1), np.uint8)
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        return self.np_random.integers(0, 255, (36, 36, 1), dtype=np.uint8), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        return self.np_random.integers(0, 255, (36, 36, 1), dtype=np.uint8), 1.0, False, False, {}
+
+    def get_training_state(self) -> None:
+        """Nothing but its generator."""
+
+    def set_training_state(self, state: None) -> None:
+        """Nothing."""
+
+
+def test_convolutions_are_told(tmp_path: Path) -> None:
+    model = ClipPPO("CnnPolicy", Pictures(), n_steps=8, batch_size=8, n_epochs=1, device="cpu")
+    model.learn(8, callback=TrainingCheckpoint(8, tmp_path))
+    (difference,) = read_manifest(tmp_path / "checkpoint_8.zip").differences
+    assert difference.startswith("Sums of convolutions")
+
+
+# ------------------------------------------------------------------ TensorBoard
+
+
+def test_the_tensorboard_run_goes_on_and_shows_each_step_once(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    logs = tmp_path / "logs"
+    case = Case(CASES["native"].make_env, {"tensorboard_log": str(logs)})
+    checkpoint_cases.killed(case, tmp_path)
+    case.model(tmp_path).learn(64, tb_log_name="ClipPPO")  # another run, which began later
+    checkpoint_cases.resumed(case, tmp_path)
+    assert sorted(path.name for path in logs.iterdir()) == ["ClipPPO_1", "ClipPPO_2"]
+    events = accumulator.EventAccumulator(str(logs / "ClipPPO_1")).Reload()
+    assert [event.step for event in events.Scalars("time/rollout_seconds")] == [64, 128, 192, 256, 320]
+    # Those of an update are written after the next rollout: at 192, what the checkpoint of 128 had not written yet.
+    assert [event.step for event in events.Scalars("train/loss")] == [128, 192, 256, 320]
+
+
+def test_another_folder_for_tensorboard_is_taken(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    case = Case(CASES["native"].make_env, {"tensorboard_log": str(tmp_path / "logs")})
+    checkpoint_cases.killed(case, tmp_path)
+    other = str(tmp_path / "other")
+    env = case.make_env(tmp_path)
+    model = ClipPPO.resume(tmp_path / "checkpoints", env, device="cpu", tensorboard_log=other)
+    model.learn(64, reset_num_timesteps=False)
+    assert [path.parent for path in (tmp_path / "other").rglob("events*")] == [tmp_path / "other" / "ClipPPO_0"]

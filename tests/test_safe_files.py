@@ -1,0 +1,592 @@
+"""Loading of files: no hostile one runs code, honest ones load without trust, and damaged ones say so."""
+
+import io
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import hostile
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from hostile import entries_of, pack, with_data
+from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from sb3_clipvf import ClipPPO, UnsafeFileError, safe_zip
+from sb3_clipvf.envs import FastVecNormalize
+from sb3_clipvf.safe_files import load_vec_normalize, read_model, read_pickle
+from sb3_clipvf.safe_pickle import TRUST_VARIABLE
+
+SMALL: dict[str, Any] = {"n_steps": 16, "batch_size": 8, "n_epochs": 1, "device": "cpu"}
+NET = {"net_arch": [4]}
+
+
+@pytest.fixture(autouse=True)
+def _no_trust(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(TRUST_VARIABLE, raising=False)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saved") / "model.zip"
+    ClipPPO("MlpPolicy", "CartPole-v1", policy_kwargs=NET, seed=1, **SMALL).learn(16).save(path)
+    return path
+
+
+@pytest.fixture
+def model_path(saved: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "model.zip"
+    path.write_bytes(saved.read_bytes())
+    return path
+
+
+@pytest.fixture
+def mark(tmp_path: Path) -> Path:
+    """A file that a hostile file would make."""
+    return tmp_path / "mark"
+
+
+def load(path: Any, **kwargs: Any) -> ClipPPO:
+    return ClipPPO.load(path, device="cpu", **kwargs)
+
+
+def same_weights(first: Any, second: Any) -> bool:
+    ours, theirs = first.policy.state_dict(), second.policy.state_dict()
+    return ours.keys() == theirs.keys() and all(th.equal(ours[key], theirs[key]) for key in ours)
+
+
+def own_schedule(progress_remaining: float) -> float:
+    return 0.1 * progress_remaining
+
+
+class OwnExtractor(FlattenExtractor):
+    """A user's class."""
+
+
+class OwnPolicy(ActorCriticPolicy):
+    """A user's class."""
+
+
+# ---------------------------------------------------------------- hostile files
+
+
+class TestHostileModels:
+    @pytest.mark.parametrize("key", ["learning_rate", "policy_kwargs", "ep_info_buffer", "an_attribute_of_its_own"])
+    @pytest.mark.parametrize("make", hostile.REFUSED, ids=lambda make: make.__name__)
+    def test_they_are_refused(self, make: Callable[[Path], bytes], key: str, model_path: Path, mark: Path) -> None:
+        with_data(model_path, **{key: make(mark)})
+        with pytest.raises(
+            ValueError, match=f"`{key}` in .*model.zip (must be of classes|could not be read)"
+        ) as caught:
+            load(model_path)
+        assert isinstance(caught.value, UnsafeFileError) or make is hostile.torch_in_torch
+        with pytest.raises(ValueError, match=key):
+            load(io.BytesIO(model_path.read_bytes()), env=make_vec_env("CartPole-v1"))
+        assert not mark.exists()
+
+    @pytest.mark.parametrize("make", hostile.RUNNING, ids=lambda make: make.__name__)
+    def test_they_run_where_they_are_trusted(
+        self, make: Callable[[Path], bytes], model_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with_data(model_path, an_attribute_of_its_own=make(mark))
+        load(model_path, trust_pickle=True)
+        assert mark.exists()
+        mark.unlink()
+        monkeypatch.setenv(TRUST_VARIABLE, "1")
+        with pytest.raises(UnsafeFileError):
+            load(model_path, trust_pickle=False)
+        assert not mark.exists()
+        load(model_path)
+        assert mark.exists()
+
+    def test_what_the_user_replaces_is_not_looked_at(self, model_path: Path, mark: Path) -> None:
+        raw = hostile.os_system(mark)
+        with_data(model_path, learning_rate=raw, clip_range=raw, lr_schedule=raw)
+        assert load(model_path, learning_rate=0.5, custom_objects={"clip_range": 0.25}).learning_rate == 0.5
+        assert not mark.exists()
+
+    def test_the_message_says_what_to_do(self, model_path: Path, mark: Path) -> None:
+        with_data(model_path, clip_range=hostile.os_system(mark))
+        with pytest.raises(UnsafeFileError) as caught:
+            load(model_path)
+        for part in (
+            f"`clip_range` in {model_path}",
+            f"{os.name}.system" if os.name == "nt" else "posix.system",
+            "trust_pickle=True",
+            "SB3_CLIPVF_TRUST_PICKLE=1",
+            "custom_objects={'clip_range': ...}",
+        ):
+            assert part in str(caught.value)
+
+    def test_weights_are_tensors_only(self, model_path: Path, mark: Path) -> None:
+        weights = io.BytesIO()
+        th.save(hostile.Call(os.system, hostile.touch(mark)), weights)
+        before = load(model_path)
+        pack(model_path, {**entries_of(model_path), "policy.pth": weights.getvalue()})
+        for trust in (None, True):
+            with pytest.raises(UnsafeFileError, match=r"'policy.pth' in .* must hold tensors only, got \w+.system"):
+                load(model_path, trust_pickle=trust)
+        with pytest.raises(UnsafeFileError, match="must hold tensors only"):
+            before.set_parameters(model_path, device="cpu")
+        assert not mark.exists()
+
+    def test_set_parameters_reads_no_attributes(self, model_path: Path, mark: Path) -> None:
+        model = load(model_path)
+        with_data(model_path, learning_rate=hostile.os_system(mark))
+        model.set_parameters(model_path, device="cpu")
+        assert not mark.exists()
+
+    def test_an_environment_is_refused(self, model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        # Gymnasium imports the module before the colon.
+        (tmp_path / "imported_by_name.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w').close()")
+        monkeypatch.syspath_prepend(tmp_path)
+        for value in ("imported_by_name:CartPole-v1", pickle.dumps("imported_by_name:CartPole-v1")):
+            with_data(model_path, env=value)
+            with pytest.raises(UnsafeFileError, match="`env` in .* must not be there"):
+                load(model_path)
+        assert not (tmp_path / "mark").exists()
+        load(with_data(model_path, env=None))
+
+    @pytest.mark.parametrize("key", ["predict", "_setup_model", "__class__"])
+    def test_no_attribute_takes_the_place_of_a_method(self, key: str, model_path: Path) -> None:
+        with pytest.raises(ValueError, match=f"`{key}` in .* must not be there: ClipPPO has a method"):
+            load(with_data(model_path, **{key: 1}))
+
+    def test_the_bytes_that_are_checked_are_those_that_are_loaded(
+        self, model_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def read_and_replace(path: Any) -> Any:
+            file = read_model(path)
+            with_data(model_path, learning_rate=hostile.os_system(mark))
+            return file
+
+        expected = load(model_path)
+        monkeypatch.setattr("sb3_clipvf.clip_ppo.read_model", read_and_replace)
+        assert same_weights(load(model_path), expected)
+        assert not mark.exists()
+
+
+class TestHostileStatistics:
+    @pytest.mark.parametrize("make", hostile.REFUSED, ids=lambda make: make.__name__)
+    def test_they_are_refused(self, make: Callable[[Path], bytes], tmp_path: Path, mark: Path) -> None:
+        path = tmp_path / "vecnormalize.pkl"
+        path.write_bytes(make(mark))
+        for read in (FastVecNormalize.load, load_vec_normalize):
+            with pytest.raises(ValueError, match="vecnormalize.pkl (must|could not be read)"):
+                read(str(path), make_vec_env("CartPole-v1"))
+        assert not mark.exists()
+
+    def test_a_hostile_attribute(self, tmp_path: Path, mark: Path) -> None:
+        path, env = tmp_path / "vecnormalize.pkl", make_vec_env("CartPole-v1")
+        statistics = VecNormalize(env)
+        statistics.extra = hostile.Call(os.system, hostile.touch(mark))
+        statistics.save(str(path))
+        with pytest.raises(UnsafeFileError, match=r"got \w+\.system, which could run any code"):
+            FastVecNormalize.load(path, env)
+        assert not mark.exists()
+        FastVecNormalize.load(path, env, trust_pickle=True)
+        assert mark.exists()
+
+
+# ---------------------------------------------------------------- honest files
+
+
+def squashed_box() -> gym.Env[Any, Any]:
+    return gym.make("Pendulum-v1")
+
+
+class ActionsOf(gym.Env[Any, Any]):
+    """Any action space."""
+
+    observation_space = spaces.Box(-1.0, 1.0, (3,))
+
+    def __init__(self, action_space: spaces.Space[Any]) -> None:
+        self.action_space = action_space
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        return np.zeros(3, np.float32), 0.0, False, True, {}
+
+
+def same_attributes(loaded: Any, model: Any, names: tuple[str, ...]) -> bool:
+    return all(repr(getattr(loaded, name)) == repr(getattr(model, name)) for name in names)
+
+
+class TestHonestModels:
+    @pytest.mark.parametrize(
+        ("policy", "make_env"),
+        [
+            ("MlpPolicy", lambda: gym.make("CartPole-v1")),
+            ("CnnPolicy", lambda: FakeImageEnv(screen_height=40, screen_width=40)),
+            ("MultiInputPolicy", lambda: SimpleMultiObsEnv(random_start=False)),
+            ("SquashedMlpPolicy", squashed_box),
+            ("SquashedCnnPolicy", lambda: FakeImageEnv(screen_height=40, screen_width=40, discrete=False)),
+            ("SquashedMultiInputPolicy", lambda: SimpleMultiObsEnv(random_start=False, discrete_actions=False)),
+            ("MlpPolicy", lambda: ActionsOf(spaces.MultiBinary(3))),
+            ("MlpPolicy", lambda: ActionsOf(spaces.MultiDiscrete([2, 3]))),
+        ],
+    )
+    def test_each_policy(self, policy: str, make_env: Callable[[], Any], tmp_path: Path) -> None:
+        model = ClipPPO(policy, DummyVecEnv([make_env]), seed=0, **SMALL)
+        model.learn(16)
+        model.save(tmp_path / "model")
+        loaded = load(tmp_path / "model")
+        assert type(loaded.policy) is type(model.policy)
+        assert same_weights(loaded, model)
+        assert loaded.observation_space == model.observation_space
+        assert loaded.action_space == model.action_space
+        assert same_attributes(loaded, model, ("ep_info_buffer", "_last_obs", "num_timesteps"))
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            {"learning_rate": "lin_0.001", "clip_range": "cos_0.3", "ent_coef": "exp_0.01", "vf_coef": "const_0.5"},
+            {"learning_rate": LinearSchedule(1e-3, 0.0, 1.0), "clip_range": FloatSchedule(0.2), "clip_range_vf": None},
+            {"kl_coef": 1.0, "adaptive_kl_target": 0.01, "lr_kl_target": 0.01, "learning_rate": 1e-3},
+            {"learning_rate": np.float32(1e-3), "gamma": np.float64(0.9), "seed": np.int64(3)},
+            {"use_sde": True, "sde_sample_freq": 4},
+            {"policy_kwargs": {"activation_fn": th.nn.ELU, "optimizer_class": th.optim.SGD, "net_arch": {"pi": [4]}}},
+            {
+                "policy_kwargs": {
+                    "features_extractor_class": FlattenExtractor,
+                    "optimizer_kwargs": {"weight_decay": 0.1},
+                }
+            },
+            {"tensorboard_log": Path("logs")},
+        ],
+        ids=lambda arguments: ",".join(arguments),
+    )
+    def test_each_kind_of_argument(self, arguments: dict[str, Any], tmp_path: Path) -> None:
+        model = ClipPPO("MlpPolicy", "Pendulum-v1", **{"seed": 0, **SMALL, **arguments})
+        model.save(tmp_path / "model")
+        loaded = load(tmp_path / "model")
+        assert same_weights(loaded, model)
+        for name in {*arguments, "adaptive_kl", "adaptive_lr"} - {"learning_rate", "clip_range"}:
+            assert getattr(loaded, name) == getattr(model, name), name
+        for name in ("learning_rate", "clip_range"):
+            ours, theirs = getattr(loaded, name), getattr(model, name)
+            assert ours(0.3) == theirs(0.3) if callable(theirs) else ours == theirs
+
+    @pytest.mark.filterwarnings("ignore:The file was saved by another algorithm of SB3")
+    def test_files_of_sb3(self, tmp_path: Path) -> None:
+        model = PPO("MlpPolicy", make_vec_env("CartPole-v1", 2), policy_kwargs=NET, **SMALL).learn(64)
+        model.save(tmp_path / "model")
+        loaded = load(tmp_path / "model", env=make_vec_env("CartPole-v1"))
+        assert same_weights(loaded, model)
+        loaded.learn(16)
+
+    @pytest.mark.parametrize("wrapper", [VecNormalize, FastVecNormalize])
+    @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1", SimpleMultiObsEnv])
+    def test_statistics(self, env: Any, wrapper: type[VecNormalize], tmp_path: Path) -> None:
+        path = tmp_path / "vecnormalize.pkl"
+        keys = ["vec"] if env is SimpleMultiObsEnv else None
+        saved = wrapper(make_vec_env(env, 2, seed=0), gamma=0.9, norm_obs_keys=keys)
+        saved.reset()
+        saved.step(np.array([saved.action_space.sample() for _ in range(2)]))
+        saved.save(str(path))
+        for load_path in (path, str(path)):
+            back = FastVecNormalize.load(load_path, make_vec_env(env, 3))
+            assert type(back) is FastVecNormalize
+            assert type(load_vec_normalize(load_path, make_vec_env(env, 3))) is VecNormalize
+            assert (back.gamma, back.num_envs) == (0.9, 3)
+            assert (back.ret_rms.var, back.ret_rms.count) == (saved.ret_rms.var, saved.ret_rms.count)
+        with path.open("wb") as file:
+            pickle.dump(saved, file)  # not by `save`
+        assert FastVecNormalize.load(path, make_vec_env(env, 3)).gamma == 0.9
+
+    def test_position_and_ownership_of_an_open_file(self, model_path: Path) -> None:
+        with model_path.open("rb") as file:
+            file.seek(7)
+            load(file)
+            assert file.tell() == 7
+        buffer = io.BytesIO()
+        load(model_path).save(buffer)  # leaves the position at the end
+        assert same_weights(load(buffer), load(model_path))
+
+    def test_the_suffix_may_be_left_out(self, model_path: Path) -> None:
+        assert same_weights(load(model_path.with_suffix("")), load(str(model_path.with_suffix(""))))
+
+
+class TestClassesOfTheUser:
+    def test_they_can_be_trusted_one_by_one(self, tmp_path: Path) -> None:
+        kwargs = {"features_extractor_class": OwnExtractor, **NET}
+        model = ClipPPO(OwnPolicy, "CartPole-v1", learning_rate=own_schedule, policy_kwargs=kwargs, **SMALL)
+        model.save(tmp_path / "model")
+        with pytest.raises(UnsafeFileError, match="got test_safe_files.Own"):
+            load(tmp_path / "model")
+        with pytest.raises(UnsafeFileError, match="`learning_rate` in .* got test_safe_files.own_schedule"):
+            load(tmp_path / "model", trust_pickle=[OwnExtractor, OwnPolicy])
+        loaded = load(tmp_path / "model", trust_pickle=[OwnExtractor, OwnPolicy, own_schedule])
+        assert type(loaded.policy) is OwnPolicy
+        assert type(loaded.policy.features_extractor) is OwnExtractor
+        assert loaded.learning_rate is own_schedule
+        replaced = {"policy_class": OwnPolicy, "policy_kwargs": kwargs, "learning_rate": own_schedule}
+        assert same_weights(load(tmp_path / "model", custom_objects=replaced), model)
+        assert same_weights(load(tmp_path / "model", trust_pickle=True), model)
+
+    def test_lambdas_are_code_of_the_file(self, tmp_path: Path) -> None:
+        ClipPPO("MlpPolicy", "CartPole-v1", clip_range=lambda p: 0.1 * p, **SMALL).save(tmp_path / "model")
+        with pytest.raises(UnsafeFileError, match=r"`clip_range` in .* got code of its own \(by cloudpickle"):
+            load(tmp_path / "model")
+        assert load(tmp_path / "model", trust_pickle=True).clip_range(0.5) == 0.05
+        assert load(tmp_path / "model", clip_range=0.3).clip_range == 0.3
+
+
+class TestOtherVersions:
+    """Fields that cannot be read: only the user can say what stands for them."""
+
+    @pytest.mark.parametrize(
+        ("raw", "reason"),
+        [
+            (b"\x80\x04" + hostile.named("stable_baselines3.common.policies", "GonePolicy") + b".", "AttributeError"),
+            (b"\x80\x04" + hostile.named("stable_baselines3.common.buffers", "Gone") + b".", "has no attribute 'Gone'"),
+            (b"\x80\x04K", "ValueError"),
+        ],
+    )
+    def test_there_is_no_silent_default(self, raw: bytes, reason: str, model_path: Path) -> None:
+        with_data(model_path, gae_lambda=raw)
+        for trust in (False, True):
+            with pytest.raises(ValueError, match=r"`gae_lambda` in .* could not be read") as caught:
+                load(model_path, trust_pickle=trust)
+            assert "custom_objects={'gae_lambda': ...}" in str(caught.value)
+            assert reason in str(caught.value) or trust
+        assert load(model_path, custom_objects={"gae_lambda": 0.5}).gae_lambda == 0.5
+        assert load(model_path, gae_lambda=0.5).gae_lambda == 0.5
+
+
+# ---------------------------------------------------------------- damaged and foreign files
+
+
+def outcome(content: bytes, expected: ClipPPO) -> str:
+    """What comes of loading bytes: an error that is documented, or the right weights."""
+    try:
+        model = load(io.BytesIO(content))
+    except ValueError as error:
+        return str(error)
+    assert same_weights(model, expected)
+    return "loaded"
+
+
+class TestDamage:
+    def test_files_that_are_cut_short(self, saved: Path) -> None:
+        content, expected = saved.read_bytes(), load(saved)
+        lengths = np.linspace(0, len(content) - 1, 50).astype(int)
+        messages = [outcome(content[:length], expected) for length in lengths]
+        assert "wasn't a zip-file, but an empty file" in messages[0]
+        assert all("cut short" in message for message in messages[1:])
+
+    def test_bytes_that_are_flipped(self, saved: Path) -> None:
+        content, expected = saved.read_bytes(), load(saved)
+        rng = np.random.default_rng(0)
+        # Most of the file are weights; its list of entries is at the end.
+        places = [*rng.integers(len(content), size=60), *rng.integers(len(content) - 450, len(content), size=120)]
+        outcomes = set()
+        for place in places:
+            damaged = bytearray(content)
+            damaged[place] ^= int(rng.integers(1, 256))
+            outcomes.add(outcome(bytes(damaged), expected).split(": ")[0])
+        assert "loaded" in outcomes  # dates, versions and the like
+        assert "the file is damaged or cut short" in outcomes
+
+    def test_damage_below_the_checksums(self, model_path: Path) -> None:
+        expected, entries = load(model_path), entries_of(model_path)
+        rng = np.random.default_rng(1)
+        for name in ("policy.pth", "policy.optimizer.pth", "data"):
+            for place in rng.integers(len(entries[name]), size=40):
+                damaged = bytearray(entries[name])
+                damaged[place] ^= int(rng.integers(1, 256))
+                pack(model_path, {**entries, name: bytes(damaged)})
+                try:
+                    load(model_path)
+                except (ValueError, TypeError, RuntimeError) as error:
+                    # What JSON says may be of a wrong type, or a network may have another size.
+                    assert str(error)
+        pack(model_path, entries)
+        assert same_weights(load(model_path), expected)
+
+    def test_pickles_that_are_damaged(self, tmp_path: Path) -> None:
+        path, env = tmp_path / "vecnormalize.pkl", make_vec_env("CartPole-v1", 2)
+        VecNormalize(env).save(str(path))
+        content = path.read_bytes()
+        rng = np.random.default_rng(0)
+        for length in np.linspace(0, len(content) - 1, 40).astype(int):
+            path.write_bytes(content[:length])
+            with pytest.raises(ValueError, match="vecnormalize.pkl (could not be read|must be a pickle)"):
+                FastVecNormalize.load(path, env)
+        for place in rng.integers(len(content), size=200):
+            damaged = bytearray(content)
+            damaged[place] ^= int(rng.integers(1, 256))
+            path.write_bytes(damaged)
+            try:
+                FastVecNormalize.load(path, env)
+            except (ValueError, AssertionError) as error:  # SB3 asserts that the shapes agree
+                assert str(error)
+
+
+class TestForeignFiles:
+    @pytest.mark.parametrize(
+        "content", [b"", b"no zip at all", pickle.dumps([1]), b"PK\x03\x04", b"PK\x05\x06" + b"\0" * 18]
+    )
+    def test_what_is_no_model(self, content: bytes, tmp_path: Path) -> None:
+        path = tmp_path / "model.zip"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"model.zip (wasn't a zip-file|is damaged|must be what `save` wrote)"):
+            load(path)
+
+    def test_other_zips(self, model_path: Path, tmp_path: Path) -> None:
+        entries = entries_of(model_path)
+        weights = tmp_path / "weights.zip"
+        weights.write_bytes(entries["policy.pth"])
+        with pytest.raises(ValueError, match="must hold no folders, got"):
+            load(weights)
+        for absent, what in (("data", "`data`"), ("policy.pth", "`policy.pth`"), ("policy.o", "`policy.o")):
+            rest = {name: raw for name, raw in entries.items() if not name.startswith(absent.removesuffix(".pth"))}
+            with pytest.raises(ValueError, match=f"must be what `save` wrote, but holds no {what}"):
+                load(pack(model_path, rest))
+
+    def test_a_folder_and_a_file_that_is_not_there(self, tmp_path: Path) -> None:
+        with pytest.raises(IsADirectoryError):
+            load(tmp_path)
+        with pytest.raises(FileNotFoundError, match="absent.zip"):
+            load(tmp_path / "absent")
+        with pytest.raises(FileNotFoundError, match="absent.pkl"):
+            FastVecNormalize.load(tmp_path / "absent.pkl", make_vec_env("CartPole-v1"))
+
+    @pytest.mark.parametrize(
+        ("data", "match"),
+        [
+            (b"[]", "`data` in .* must be a JSON object, got list"),
+            (b"{", "`data` in .* must be JSON, but JSONDecodeError"),
+            (b"\xff\xfe\x00", "`data` in .* must be JSON"),
+            (b"[" * 100_000, "`data` in .* must be JSON, but RecursionError"),
+            (b'{"gamma": {":serialized:": 3}}', "`gamma` in .* must be pickled as text"),
+            (b'{"vf_clip": "max"}', "holds no policy_class, observation_space, action_space"),
+        ],
+        ids=lambda value: str(value)[:20],
+    )
+    def test_data_that_is_none(self, data: bytes, match: str, model_path: Path) -> None:
+        with pytest.raises(ValueError, match=match):
+            load(pack(model_path, {**entries_of(model_path), "data": data}))
+
+    def test_text_that_is_no_pickle(self, model_path: Path) -> None:
+        for text in ("?", "", "gAVLAS4"):
+            entries = entries_of(model_path)
+            data = {**json.loads(entries["data"]), "gamma": {":serialized:": text}}
+            with pytest.raises(ValueError, match="`gamma` in .* could not be read"):
+                load(pack(model_path, {**entries, "data": json.dumps(data).encode()}))
+
+    @pytest.mark.parametrize("weights", [b"", b"x", b"PK\x03\x04", pickle.dumps([1])])
+    def test_weights_that_are_none(self, weights: bytes, model_path: Path) -> None:
+        model = load(model_path)
+        pack(model_path, {**entries_of(model_path), "policy.pth": weights})
+        with pytest.raises(ValueError, match=r"'policy.pth' in .* (could not be read|must hold)"):
+            load(model_path)
+        with pytest.raises(ValueError, match=r"'policy.pth' in .* (could not be read|must hold)"):
+            model.set_parameters(model_path)
+
+    @pytest.mark.parametrize("value", [3, {"a": 1}, spaces.Discrete(2)])
+    def test_pickles_that_are_no_statistics(self, value: Any, tmp_path: Path) -> None:
+        path = tmp_path / "x.pkl"
+        path.write_bytes(pickle.dumps(value))
+        assert read_pickle(path) == value
+        with pytest.raises(ValueError, match=r"x.pkl must hold a VecNormalize, got"):
+            FastVecNormalize.load(path, make_vec_env("CartPole-v1"))
+
+    @pytest.mark.parametrize("name", ["ret_rms", "obs_rms", "gamma", "clip_obs", "observation_space"])
+    @pytest.mark.parametrize("change", ["absent", "text"])
+    def test_statistics_that_lack_something(self, name: str, change: str, tmp_path: Path) -> None:
+        path, env = tmp_path / "x.pkl", make_vec_env("CartPole-v1")
+        statistics = VecNormalize(env)
+        delattr(statistics, name)
+        if change == "text":
+            setattr(statistics, name, "text")
+        statistics.save(str(path))
+        with pytest.raises(ValueError, match=r"x.pkl (must hold complete statistics|could not be read)"):
+            FastVecNormalize.load(path, env)
+
+
+# ---------------------------------------------------------------- bounds
+
+
+class TestBounds:
+    def test_bombs(self, model_path: Path) -> None:
+        bomb = {**entries_of(model_path), "data": b" " * (safe_zip.SMALL + 1)}
+        pack(model_path, bomb, compression=zipfile.ZIP_DEFLATED)
+        assert model_path.stat().st_size < 100_000
+        with pytest.raises(ValueError, match="must not expand more than 100 times, got .* bytes that expand to 16,"):
+            load(model_path)
+
+    def test_bombs_in_the_weights(self, model_path: Path) -> None:
+        inner = io.BytesIO()
+        with zipfile.ZipFile(inner, "w", compression=zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("archive/data.pkl", b" " * (safe_zip.SMALL + 1))
+        pack(model_path, {**entries_of(model_path), "policy.pth": inner.getvalue()})
+        with pytest.raises(ValueError, match=r"'policy.pth' in .* must not expand"):
+            load(model_path)
+
+    def test_sizes_that_are_not_true(self, model_path: Path) -> None:
+        """An entry that says it is small gives no more than it said."""
+        with zipfile.ZipFile(model_path, "w", compression=zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("data", b" " * 2**20)
+        content = model_path.read_bytes()
+        small = content.replace((2**20).to_bytes(4, "little"), (16).to_bytes(4, "little"))
+        assert small != content
+        with pytest.raises(ValueError, match="is damaged or cut short: BadZipFile: Bad CRC-32"):
+            load(io.BytesIO(small))
+
+    def test_many_entries(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_path: Path) -> None:
+        monkeypatch.setattr(safe_zip, "MAX_ENTRIES", 8)
+        with pytest.raises(ValueError, match="must have at most 8 entries, got"):
+            load(model_path)
+
+    def test_memory(self, model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(safe_zip, "free_memory", lambda: 3 * (safe_zip.SMALL + 1000))
+        with model_path.open("ab") as file:
+            file.truncate(safe_zip.SMALL + 2000)
+        with pytest.raises(ValueError, match="must be small enough to be loaded, got 16 MiB where 16 MiB are a third"):
+            load(model_path)
+        with pytest.raises(ValueError, match="must be small enough to be loaded"):
+            FastVecNormalize.load(model_path, make_vec_env("CartPole-v1"))
+
+    @pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
+    def test_a_name_twice(self, model_path: Path) -> None:
+        with zipfile.ZipFile(model_path, "a") as archive:
+            archive.writestr("data", b"{}")
+        with pytest.raises(ValueError, match="must hold each entry once, got 'data' several times"):
+            load(model_path)
+
+    @pytest.mark.parametrize("name", ["../data", "/data", "__MACOSX/._policy.pth"])
+    def test_paths(self, name: str, model_path: Path) -> None:
+        with pytest.raises(ValueError, match="must hold no folders, got"):
+            load(pack(model_path, {**entries_of(model_path), name: b""}))
+
+    def test_encryption_and_other_compressions(self, model_path: Path) -> None:
+        entries = entries_of(model_path)
+        pack(model_path, entries, compression=zipfile.ZIP_BZIP2)
+        with pytest.raises(ValueError, match="must be stored or deflated, got method 12"):
+            load(model_path)
+        pack(model_path, entries)
+        content = bytearray(model_path.read_bytes())
+        content[content.rindex(b"PK\x01\x02") + 8] |= 1
+        with pytest.raises(ValueError, match="must not be encrypted"):
+            load(io.BytesIO(bytes(content)))
+
+    def test_deflated_models_load(self, model_path: Path) -> None:
+        expected = load(model_path)
+        pack(model_path, entries_of(model_path), compression=zipfile.ZIP_DEFLATED)
+        assert same_weights(load(model_path), expected)
