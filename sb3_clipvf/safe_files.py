@@ -12,11 +12,11 @@ import os
 import pathlib
 import pickle
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import cloudpickle  # type: ignore[import-untyped]
 import numpy as np
 import torch as th
 from gymnasium import Space
@@ -77,19 +77,8 @@ class ModelFile:
 
     def _unpickled(self, key: str, text: Any, trust: Trust) -> Any:
         way_out = f"pass a value of your own: custom_objects={{{key!r}: ...}}."
-        try:
-            raw = base64.b64decode(text, validate=True)
-            return cloudpickle.loads(raw) if trust.everything else unpickle(raw, trust)
-        except NotAllowedError as refused:
-            raise UnsafeFileError(
-                f"`{key}` in {self.name} must be of classes that are known to be safe, got {_described(refused.what)}, "
-                f"which could run any code. {_TRUST_ADVICE}. Or {way_out}"
-            ) from None
-        except Exception as error:  # damaged bytes, and classes of other versions, fail in any way
-            raise ValueError(
-                f"`{key}` in {self.name} could not be read: {reason_of(error)}. The file is damaged, or was saved with "
-                f"other versions of its packages. To go on, {way_out}"
-            ) from error
+        with _named_errors(f"`{key}` in {self.name}", f" Or {way_out}", f" To go on, {way_out}"):
+            return _rebuilt(base64.b64decode(text, validate=True), trust)
 
 
 def read_model(path: ModelPath, *, needs_data: bool = True) -> ModelFile:
@@ -181,17 +170,28 @@ def read_pickle(path: str | os.PathLike[str], trust_pickle: TrustPickle = None) 
     if content[:1] != b"\x80":  # older protocols have no such start, and none of SB3's files is as old
         what = f"{len(content)} bytes of something else" if content else "is empty"
         raise ValueError(f"{name} must be a pickle, but {what}. Pass what `VecNormalize.save` wrote.")
+    with _named_errors(name):
+        return _rebuilt(content, trust)
+
+
+def _rebuilt(raw: bytes, trust: Trust) -> Any:
+    return pickle.loads(raw) if trust.everything else unpickle(raw, trust)
+
+
+@contextmanager
+def _named_errors(what: str, instead_of_trust: str = "", instead_of_file: str = "") -> Iterator[None]:
+    """Say what could not be rebuilt, and the ways out: of a refusal, and of damage."""
     try:
-        return pickle.loads(content) if trust.everything else unpickle(content, trust)
+        yield
     except NotAllowedError as refused:
         raise UnsafeFileError(
-            f"{name} must be of classes that are known to be safe, got {_described(refused.what)}, which could run any "
-            f"code. {_TRUST_ADVICE}."
+            f"{what} must be of classes that are known to be safe, got {_described(refused.what)}, which could run any "
+            f"code. {_TRUST_ADVICE}.{instead_of_trust}"
         ) from None
     except Exception as error:  # damaged bytes, and classes of other versions, fail in any way
         raise ValueError(
-            f"{name} could not be read: {reason_of(error)}. It is damaged, or was saved with other versions of its "
-            "packages."
+            f"{what} could not be read: {reason_of(error)}. The file is damaged, or was saved with other versions of "
+            f"its packages.{instead_of_file}"
         ) from error
 
 

@@ -8,9 +8,10 @@ import os
 import platform
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from sb3_clipvf.versions import installed_versions
 
 _FORMAT = 1
 _PACKAGES = ("sb3_clipvf", "stable_baselines3", "rl_zoo3", "gymnasium", "torch", "numpy")
@@ -31,10 +32,7 @@ def machine(more_packages: Iterable[str] = ()) -> dict[str, Any]:
     :param more_packages: names of further packages that decide on the numbers; those not installed are left out
     :return: CPU model, number of cores, system, and versions of Python and of the packages that decide on the numbers
     """
-    versions = {"python": platform.python_version()}
-    for package in (*_PACKAGES, *more_packages):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
+    versions = installed_versions((*_PACKAGES, *more_packages))
     if "sb3_clipvf" not in versions:  # run from a source tree that is not installed
         import sb3_clipvf
 

@@ -12,12 +12,12 @@ from sb3_clipvf.checkpoint.known_classes import (
     ENVIRONMENTS,
     STATELESS_MODULES,
     WRAPPERS,
-    full_name,
     read_attributes,
     write_attributes,
 )
 from sb3_clipvf.checkpoint.mujoco_state import is_mujoco, mujoco_state, set_mujoco_state
 from sb3_clipvf.checkpoint.random_states import generator_from, generator_state, set_space_states, space_states
+from sb3_clipvf.safe_makers import full_name
 
 _SPACES = ("action_space", "observation_space")
 _MONITOR = full_name(Monitor)

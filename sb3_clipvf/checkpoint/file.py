@@ -4,11 +4,9 @@ import hashlib
 import io
 import json
 import os
-import platform
 import re
 import zipfile
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from sb3_clipvf.checkpoint.errors import DamagedCheckpointError, NotACheckpointE
 from sb3_clipvf.checkpoint.state import TrainingState
 from sb3_clipvf.messages import log
 from sb3_clipvf.safe_zip import check_inner_zip, entries_of
+from sb3_clipvf.versions import installed_versions
 
 FORMAT = 1
 """Version of the layout."""
@@ -114,13 +113,7 @@ def versions() -> dict[str, str]:
 
     :return: By package, those that are installed, and Python.
     """
-    found = {"python": platform.python_version(), "sb3_clipvf": __version__}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return installed_versions(_PACKAGES) | {"sb3_clipvf": __version__}
 
 
 def read_manifest(path: str | os.PathLike[str]) -> CheckpointManifest:

@@ -145,16 +145,6 @@ CALLBACKS: dict[str, tuple[str, ...]] = {
 """Callbacks, by full name; a class has the attributes of its base classes as well."""
 
 
-def full_name(cls: type) -> str:
-    """
-    Name a class as the tables do.
-
-    :param cls: The class.
-    :return: Module and name.
-    """
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
 def read_attributes(target: Any, names: tuple[str, ...]) -> dict[str, Any]:
     """
     Read attributes.

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
+from sb3_clipvf.safe_pickle import TRUST_VARIABLE
 from sb3_clipvf.zoo.hub import own_model_card
 from sb3_clipvf.zoo.process import (
     Default,
@@ -29,7 +30,6 @@ from sb3_clipvf.zoo.process import (
     patched_argv,
     patched_environment,
     quote_schedules,
-    trusted_files,
     with_defaults,
     without_option,
 )
@@ -254,7 +254,7 @@ def run_command(name: str, options: Sequence[str]) -> int:
     command = COMMANDS[name]
     if not (command.loads and TRUST_OPTION in options):
         return _run(name, command, options)
-    with trusted_files():
+    with patched_environment({TRUST_VARIABLE: "1"}, replace=True):
         return _run(name, command, [option for option in options if option != TRUST_OPTION])
 
 

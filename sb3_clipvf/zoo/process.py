@@ -18,8 +18,6 @@ from typing import Any
 
 from gymnasium.error import Error as GymnasiumError
 
-from sb3_clipvf.safe_pickle import TRUST_VARIABLE
-
 _SCHEDULE_PARAMETER = re.compile(r"(?P<key>\w+):(?P<schedule>(?:lin|cos|exp|const)_[\d.eE+-]+)")
 
 # Package, what its absence looks like in an error, and what to install.
@@ -134,32 +132,24 @@ def has_display() -> bool:
 
 
 @contextmanager
-def patched_environment(values: Mapping[str, str]) -> Iterator[None]:
+def patched_environment(values: Mapping[str, str], *, replace: bool = False) -> Iterator[None]:
     """
-    Set environment variables that are not set yet, and take them away again.
+    Set environment variables meanwhile, in the processes that are started, too.
 
     :param values: Names and values.
+    :param replace: Whether to replace values that are set already; they come back.
     """
-    added = {name: value for name, value in values.items() if name not in os.environ}
-    os.environ.update(added)
+    changed = {name: value for name, value in values.items() if replace or name not in os.environ}
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
     try:
         yield
     finally:
-        for name in added:
-            os.environ.pop(name, None)
-
-
-@contextmanager
-def trusted_files() -> Iterator[None]:
-    """Trust all files meanwhile, in the processes that are started, too."""
-    before = os.environ.get(TRUST_VARIABLE)
-    os.environ[TRUST_VARIABLE] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[TRUST_VARIABLE]
-        if before is not None:
-            os.environ[TRUST_VARIABLE] = before
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextmanager
