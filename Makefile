@@ -19,7 +19,7 @@ BUILD_FILES := setup.cfg pyproject.toml constraints.txt
 
 export PYGAME_HIDE_SUPPORT_PROMPT := 1
 
-.PHONY: help train test check lint types docs bench bench-learning bench-curves host-suite clean distclean
+.PHONY: help train test check lint types docs bench bench-learning bench-curves bench-faults host-suite clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -53,6 +53,9 @@ bench-learning: $(STAMP)-learning  ## make the learning results again (hours; st
 
 bench-curves: $(STAMP)-curves  ## compare training curves of the engines (hours; stop it, and it goes on)
 	$(BIN)/sb3-clipvf bench curves
+
+bench-faults: $(STAMP)-test  ## kill trainings, damage files, pass odd arguments (stop it, and it goes on)
+	$(BIN)/sb3-clipvf bench faults
 
 host-suite: $(STAMP)-test  ## run Stable-Baselines3's own tests with ClipPPO in PPO's place
 	$(BIN)/python tests/host_suite/run.py

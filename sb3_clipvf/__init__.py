@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sb3_clipvf.checkpoint import SaveBestTrainingReward
     from sb3_clipvf.clip_ppo import SB3_EQUIVALENT, ClipPPO
+    from sb3_clipvf.nonfinite import NonFiniteError
     from sb3_clipvf.rollout import TensorRolloutBuffer
     from sb3_clipvf.safe_pickle import UnsafeFileError
 
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SB3_EQUIVALENT",
     "ClipPPO",
+    "NonFiniteError",
     "SaveBestTrainingReward",
     "TensorRolloutBuffer",
     "UnsafeFileError",
@@ -24,6 +26,7 @@ __all__ = [
 _HOMES = {
     "SB3_EQUIVALENT": "sb3_clipvf.clip_ppo",
     "ClipPPO": "sb3_clipvf.clip_ppo",
+    "NonFiniteError": "sb3_clipvf.nonfinite",
     "SaveBestTrainingReward": "sb3_clipvf.checkpoint",
     "TensorRolloutBuffer": "sb3_clipvf.rollout",
     "UnsafeFileError": "sb3_clipvf.safe_pickle",

@@ -12,6 +12,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_clipvf import validation
 from sb3_clipvf.engines import check_engine_name
+from sb3_clipvf.rollout import TensorRolloutBuffer
 from sb3_clipvf.schedules import AdaptiveKL, KLAdaptiveLR, is_constant, make_schedule
 
 if TYPE_CHECKING:
@@ -26,12 +27,32 @@ SB3_EQUIVALENT: dict[str, Any] = {
     "vf_clip_units": "absolute",
     "advantage_scope": "minibatch",
     "lr_kl_target": None,
+    "on_nonfinite": "raise",
     "engine": "autograd",
 }
 """Arguments under which ClipPPO is SB3's PPO: with the same seed it ends with the same weights."""
 
 MAX_SEED = 2**32 - 1
 """NumPy's generator takes no larger one."""
+
+_OF_EACH_POLICY = ("observation_space", "action_space", "lr_schedule", "use_sde")
+_OF_EACH_BUFFER = ("buffer_size", "observation_space", "action_space", "device", "gamma", "gae_lambda", "n_envs")
+
+
+def check_what_sb3_reads(policy: Any, rollout_buffer_kwargs: Any, verbose: Any) -> None:
+    """
+    Check the arguments that SB3's constructor looks into, before the model has attributes that can be checked.
+
+    :param policy: Alias or class.
+    :param rollout_buffer_kwargs: Arguments of the buffer, or None.
+    :param verbose: How much is shown.
+    :raises TypeError: If one is of the wrong type.
+    :raises ValueError: If ``verbose`` is out of range.
+    """
+    if not isinstance(policy, str):
+        _check_policy_class(policy)
+    _check_is_dict("rollout_buffer_kwargs", rollout_buffer_kwargs)
+    validation.check_verbose(verbose)
 
 
 def check_arguments(model: "ClipPPO") -> None:
@@ -66,28 +87,45 @@ def check_words(model: "ClipPPO") -> None:
     validation.check_choice(
         "advantage_scope", model.advantage_scope, ("minibatch", "rollout"), "SB3 normalises each 'minibatch'."
     )
+    validation.check_choice(
+        "on_nonfinite", model.on_nonfinite, ("raise", "skip"), "'skip' leaves out minibatches that are not finite."
+    )
 
 
 def _check_parts(model: "ClipPPO") -> None:
-    validation.check_class("policy", model.policy_class, ActorCriticPolicy, "Or pass an alias, such as 'MlpPolicy'.")
+    _check_policy_class(model.policy_class)
     if model.rollout_buffer_class is not None:
         validation.check_class("rollout_buffer_class", model.rollout_buffer_class, BaseBuffer, "None takes ours.")
-    for name in ("policy_kwargs", "rollout_buffer_kwargs"):
-        validation.check_type(name, getattr(model, name), dict, "a dict", "None stands for an empty one.")
+    for name, called, taken in (
+        ("policy_kwargs", model.policy_class, _OF_EACH_POLICY),
+        ("rollout_buffer_kwargs", model.rollout_buffer_class or TensorRolloutBuffer, _OF_EACH_BUFFER),
+    ):
+        kwargs = getattr(model, name)
+        _check_is_dict(name, kwargs)
+        validation.check_keywords(name, kwargs or {}, called, taken, "Correct the key, or leave it out.")
     validation.check_type(
         "tensorboard_log", model.tensorboard_log, (str, os.PathLike), "the path of a folder", "None turns it off."
     )
+
+
+def _check_policy_class(policy: Any) -> None:
+    validation.check_class("policy", policy, ActorCriticPolicy, "Or pass an alias, such as 'MlpPolicy'.")
+
+
+def _check_is_dict(name: str, kwargs: Any) -> None:
+    validation.check_type(name, kwargs, dict, "a dict", "None stands for an empty one.")
 
 
 def _check_sizes(model: "ClipPPO") -> None:
     model.n_steps = validation.check_int("n_steps", model.n_steps, 1, "SB3's default is 2048.")
     model.batch_size = validation.check_int("batch_size", model.batch_size, 1, "SB3's default is 64.")
     model.n_epochs = validation.check_int("n_epochs", model.n_epochs, 1, "SB3's default is 10.")
-    window = validation.check_int("stats_window_size", model._stats_window_size, 1, "SB3's default is 100.")
+    way_out = "SB3's default is 100."
+    window = validation.check_int("stats_window_size", model._stats_window_size, 1, way_out)
     model._stats_window_size = window
     way_out = "-1 draws noise once a rollout."
     model.sde_sample_freq = validation.check_int("sde_sample_freq", model.sde_sample_freq, -1, way_out)
-    validation.check_int("verbose", model.verbose, 0, "0 is silent, 1 shows messages, 2 shows details.")
+    validation.check_verbose(model.verbose)
     if model.seed is not None:
         way_out = "None leaves the random states alone."
         model.seed = validation.check_int("seed", model.seed, 0, way_out, maximum=MAX_SEED)

@@ -120,6 +120,7 @@ def make_update_settings(model: "ClipPPO") -> UpdateSettings:
         measure_kl_after=model.adaptive_kl is not None or model.adaptive_lr is not None,
         has_dist_params=bool(getattr(model.rollout_buffer, "dist_param_dim", 0)),
         discrete_actions=isinstance(model.action_space, spaces.Discrete),
+        on_nonfinite=model.on_nonfinite,
     )
 
 

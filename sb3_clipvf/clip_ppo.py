@@ -1,30 +1,27 @@
 """ClipPPO: the algorithm under SB3's interface. It validates, collects, hands the update to an engine and logs once."""
 
-import io
-import os
-import pathlib
 import time
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self, cast
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import (
     ActorCriticCnnPolicy,
     ActorCriticPolicy,
     BasePolicy,
     MultiInputActorCriticPolicy,
 )
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TensorDict
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.utils import explained_variance, update_learning_rate
 
-from sb3_clipvf import coefficients, validation
+from sb3_clipvf import coefficients, faults, validation
 from sb3_clipvf.arguments import (
     SB3_EQUIVALENT,
     check_arguments,
+    check_what_sb3_reads,
     check_words,
-    values_to_load,
     warn_of_truncated_minibatches,
 )
 from sb3_clipvf.building import (
@@ -33,25 +30,21 @@ from sb3_clipvf.building import (
     make_rollout_buffer,
     make_update_settings,
 )
-from sb3_clipvf.collection import RolloutCollector
-from sb3_clipvf.engines import Engine, UpdateCoefficients, UpdateStatistics, check_finite, select_engine, why_not_native
+from sb3_clipvf.engines import Engine, UpdateCoefficients, UpdateStatistics, select_engine, why_not_native
 from sb3_clipvf.messages import log, show_messages
+from sb3_clipvf.nonfinite_causes import guarded_update
 from sb3_clipvf.policies import (
     SquashedActorCriticCnnPolicy,
     SquashedActorCriticPolicy,
     SquashedMultiInputActorCriticPolicy,
 )
-from sb3_clipvf.safe_files import check_model, read_model
-from sb3_clipvf.safe_pickle import TrustPickle, trust_of
+from sb3_clipvf.saving import SavedAlgorithm
 from sb3_clipvf.schedules import AdaptiveKL, KLAdaptiveLR, Schedule, clamp_progress, make_schedule
-
-if TYPE_CHECKING:
-    from sb3_clipvf.checkpoint.resume import Resumed
 
 __all__ = ["SB3_EQUIVALENT", "ClipPPO"]
 
 
-class ClipPPO(RolloutCollector):
+class ClipPPO(SavedAlgorithm):
     """
     Proximal Policy Optimization with ratio clipping, a KL penalty, both or neither, and a clipped value loss.
 
@@ -99,8 +92,12 @@ class ClipPPO(RolloutCollector):
     :param advantage_scope: "minibatch" or "rollout": over what advantages are normalised.
     :param lr_kl_target: nats, positive: the learning rate adapts once an update (``schedules.KLAdaptiveLR``). None: it
         follows ``learning_rate``.
+    :param on_nonfinite: What comes of a minibatch whose loss or gradient is not finite; it makes no step in any case.
+        "raise": the training ends with a ``NonFiniteError``. "skip": it is left out and counted, until the bound of
+        ``nonfinite.MAX_UPDATES_WITH_SKIPS``.
     :param engine: "auto" (the fastest that runs the policy), "native" or "autograd".
-    :raises ValueError: If an argument is out of range, or two arguments contradict each other.
+    :raises ValueError: If an argument is out of range, or two arguments contradict each other. While training, a
+        ``NonFiniteError``, which is one, for observations, rewards, values, losses and gradients that are not finite.
     :raises TypeError: If an argument is of the wrong type.
     Source: Schulman et al. 2017, arXiv 1707.06347. Departures: the clipped value loss (OpenAI baselines), advantage
         normalisation and gradient clipping (the same), bounds on beta.
@@ -151,8 +148,10 @@ class ClipPPO(RolloutCollector):
         vf_clip_units: str = "return_std",
         advantage_scope: str = "minibatch",
         lr_kl_target: float | None = None,
+        on_nonfinite: str = "raise",
         engine: str = "auto",
     ) -> None:
+        check_what_sb3_reads(policy, rollout_buffer_kwargs, verbose)
         # `load` makes a model without one.
         if env is not None or _init_setup_model:
             env = maybe_make_env(env, verbose)  # type: ignore[arg-type]
@@ -192,12 +191,14 @@ class ClipPPO(RolloutCollector):
         self.vf_clip_units = vf_clip_units
         self.advantage_scope = advantage_scope
         self.lr_kl_target = lr_kl_target
+        self.on_nonfinite = on_nonfinite
         self.engine = engine
 
         # State that lasts over updates, and is saved.
         self.adaptive_kl: AdaptiveKL | None = None
         self.adaptive_lr: KLAdaptiveLR | None = None
         self._schedule_timesteps: int | None = None
+        self._updates_with_skips = 0
         # Whose checkpoints are its own.
         self._training_id: str | None = None
         # Built from the arguments when needed, and not saved.
@@ -206,7 +207,6 @@ class ClipPPO(RolloutCollector):
         self._engine_reason = ("", "", "")
         self._loads_sb3 = False
         self._warned_of_early_end = False
-        self._resumed: Resumed | None = None
 
         if _init_setup_model:
             self._setup_model()
@@ -214,10 +214,11 @@ class ClipPPO(RolloutCollector):
 
     def _setup_model(self) -> None:
         """Check the arguments, then build what they describe; SB3's ``load`` comes here as well."""
-        if self.rollout_buffer_class in (RolloutBuffer, DictRolloutBuffer) and self._loads_sb3:
+        if self._loads_sb3 and self.rollout_buffer_class in (RolloutBuffer, DictRolloutBuffer):
             # SB3 writes the class that it picked itself; ours draws the same minibatches.
             self.rollout_buffer_class = None
         check_arguments(self)
+        validation.check_env(self.policy_class, self, self.use_sde)
         show_messages(self.verbose)
         # Schedules are refused before anything is built or drawn.
         self._schedules = {}
@@ -265,6 +266,7 @@ class ClipPPO(RolloutCollector):
 
     # ------------------------------------------------------------------ update
 
+    @np.errstate(over="ignore", invalid="ignore")  # such numbers are told of by name
     def train(self) -> None:
         """Update the policy from the rollout in the buffer, adapt the controllers, and log."""
         started = time.perf_counter()
@@ -275,7 +277,7 @@ class ClipPPO(RolloutCollector):
         engine.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         current = coefficients.update_coefficients(self)
-        statistics = engine.update(self.rollout_buffer, current)
+        statistics = guarded_update(self, engine, current)
         self._n_updates += statistics.n_epochs
         if statistics.stopped_at_kl is not None:
             log.info(
@@ -317,10 +319,10 @@ class ClipPPO(RolloutCollector):
 
     def _log_update(self, statistics: UpdateStatistics, current: UpdateCoefficients) -> None:
         record = self.logger.record
-        numbers = statistics.read()
-        check_finite(numbers)
-        for name, value in numbers.items():
+        for name, value in statistics.read().items():
             record(f"train/{name}", value)
+        if self.on_nonfinite == "skip":
+            record("train/skipped_minibatches", statistics.n_skipped)
         record("train/kl_coef", current.kl_coef)
         values, returns = self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten()
         record("train/explained_variance", explained_variance(values, returns))
@@ -332,7 +334,19 @@ class ClipPPO(RolloutCollector):
         if current.clip_range_vf is not None:
             record("train/clip_range_vf", current.clip_range_vf)
 
-    # ------------------------------------------------------------------ learn, save, load
+    # ------------------------------------------------------------------ learn
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """
+        Go on in other environments.
+
+        :param env: Their spaces and their number must be those of the model; :meth:`load` takes another number.
+        :param force_reset: Whether to reset them before training.
+        :raises ValueError: If the spaces are others.
+        :raises AssertionError: If the number is another.
+        """
+        with validation.same_spaces():
+            super().set_env(env, force_reset)
 
     def learn(
         self,
@@ -371,131 +385,14 @@ class ClipPPO(RolloutCollector):
             log_interval = validation.check_int("log_interval", log_interval, 1, "None turns it off.")
         if self.env is None:
             raise ValueError("`env` must be set before learning, got None. Pass it to `load`, or call `set_env`.")
+        faults.check_ready(self)
         coefficients.warn_of_early_end(self, total, reset_num_timesteps)
-        return super().learn(
-            total_timesteps=total,
-            callback=callback,
-            log_interval=log_interval,  # type: ignore[arg-type]
-            tb_log_name=tb_log_name,
-            reset_num_timesteps=reset_num_timesteps,
-            progress_bar=progress_bar,
-        )
-
-    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
-        initialised = super()._init_callback(callback, progress_bar)
-        if self._resumed is not None:
-            from sb3_clipvf.checkpoint.resume import take_over
-
-            take_over(self, initialised)
-        return initialised
-
-    @property
-    def remaining_timesteps(self) -> int:
-        """Environment steps up to the end of the training that was last begun, at least 0."""
-        return max(0, self._total_timesteps - self.num_timesteps)
-
-    @classmethod
-    def resume(cls, path: str | os.PathLike[str], env: GymEnv, device: th.device | str = "auto", **kwargs: Any) -> Self:
-        """
-        Go on with an interrupted training from a checkpoint of ``TrainingCheckpoint``.
-
-        ``model.learn(model.remaining_timesteps, reset_num_timesteps=False, callback=...)`` then ends, on the CPU, with
-        the weights of the training that was not interrupted, to the last bit; the checkpoint names what keeps it from
-        that. Pass the callbacks that the training had: theirs is part of the state.
-
-        :param path: A checkpoint, or the folder of them: the newest whole one is taken.
-        :param env: Environments, built as those of the training. They are reset, then put where they were.
-        :param device: PyTorch device, or "auto".
-        :param kwargs: Further arguments of :meth:`load`, such as arguments of the constructor to change.
-        :return: The model.
-        :raises FileNotFoundError: If there is no checkpoint.
-        :raises ValueError: If all are damaged, or the environments are built differently; or the file is a model
-            without the state of its training, as ``save`` writes it.
-        """
-        from sb3_clipvf.checkpoint.resume import resume
-
-        return resume(cls, path, env, device, **kwargs)
-
-    def _excluded_save_params(self) -> list[str]:
-        return [
-            *super()._excluded_save_params(),
-            "_schedules",
-            "_engine",
-            "_engine_reason",
-            "_loads_sb3",
-            "_warned_of_early_end",
-            "_resumed",
-        ]
-
-    @classmethod
-    def load(
-        cls,
-        path: str | pathlib.Path | io.BufferedIOBase,
-        env: GymEnv | None = None,
-        device: th.device | str = "auto",
-        custom_objects: dict[str, Any] | None = None,
-        print_system_info: bool = False,
-        force_reset: bool = True,
-        trust_pickle: TrustPickle = None,
-        **kwargs: Any,
-    ) -> Self:
-        """
-        Load a model that ClipPPO or SB3's PPO saved, without running code that the file brings or names.
-
-        What a file of SB3's PPO does not hold takes the value of :data:`SB3_EQUIVALENT`, so that training goes on as
-        SB3's PPO would; a warning names those values.
-
-        :param path: Zip file, with or without its suffix, or an open binary file.
-        :param env: Environment to go on in; it may differ in its number of copies. None: the model can only predict.
-        :param device: PyTorch device, or "auto".
-        :param custom_objects: Values to take instead of the file's, by attribute; the file's are not looked at.
-        :param print_system_info: Whether to print the versions of the packages then and now.
-        :param force_reset: Whether to reset the environments before training.
-        :param trust_pickle: True: the file may run any code. False: it may use classes of Gymnasium, NumPy, torch, SB3
-            and this package that are known to do no harm. Classes and functions: it may use these, too. None: as the
-            environment variable ``SB3_CLIPVF_TRUST_PICKLE`` says, "1" or "0", which is the default.
-        :param kwargs: Arguments of the constructor to change.
-        :return: The model.
-        :raises UnsafeFileError: If the file needs what it may not use.
-        :raises ValueError: If the file is no model, is damaged, does not fit into memory, or holds a value that cannot
-            be read with the packages as they are here.
-        :raises RuntimeError: If the weights do not fit the policy that the file describes.
-        :raises FileNotFoundError: If there is no file.
-        """
-        trust = trust_of(trust_pickle)
-        file = read_model(path)
-        replaced = dict(custom_objects or {})
-        check_model(file, cls, trust, replaced)
-        kwargs = values_to_load(file.data or {}, kwargs, replaced, cls)
-        # Built anew in any case; and SB3 compares the policy's arguments with the file's.
-        replaced = {"lr_schedule": None, **{key: kwargs[key] for key in kwargs if key != "policy_kwargs"}, **replaced}
-        return super().load(
-            file.stream(),
-            env=env,
-            device=device,
-            custom_objects={**file.unpickled(trust, replaced), **replaced},
-            print_system_info=print_system_info,
-            force_reset=force_reset,
-            **kwargs,
-        )
-
-    def set_parameters(
-        self,
-        load_path_or_dict: str | pathlib.Path | io.BufferedIOBase | TensorDict,
-        exact_match: bool = True,
-        device: th.device | str = "auto",
-    ) -> None:
-        """
-        Take over weights and the optimizer's state.
-
-        :param load_path_or_dict: Zip file of a model, of which only tensors are read, or what ``get_parameters`` gave.
-        :param exact_match: Whether all of them must be there. False takes over what there is.
-        :param device: PyTorch device, or "auto".
-        :raises UnsafeFileError: If the file holds more than tensors in the place of weights.
-        :raises ValueError: If the file is no model, is damaged or does not fit into memory, or a name is unknown or,
-            with ``exact_match``, missing.
-        """
-        parameters: Any = load_path_or_dict
-        if not isinstance(parameters, dict):
-            parameters = read_model(parameters, needs_data=False).stream()
-        super().set_parameters(parameters, exact_match=exact_match, device=device)
+        with faults.told(self, callback):
+            return super().learn(
+                total_timesteps=total,
+                callback=callback,
+                log_interval=log_interval,  # type: ignore[arg-type]
+                tb_log_name=tb_log_name,
+                reset_num_timesteps=reset_num_timesteps,
+                progress_bar=progress_bar,
+            )

@@ -1,6 +1,7 @@
 """Collecting a rollout: the loop over the environments, what they take, and values where episodes were cut off."""
 
 import copy
+import os
 import time
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, cast
@@ -11,11 +12,15 @@ from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_clipvf.building import leave_out_kl
-from sb3_clipvf.engines import Engine
+from sb3_clipvf.engines import Acted, Engine
+from sb3_clipvf.envs.shapes import StepCheck
+from sb3_clipvf.nonfinite import by_key, is_finite, observations_are_finite
+from sb3_clipvf.nonfinite_causes import Fault, act_fault, find_fault, known_of_step, reward_error, step_error
 
 if TYPE_CHECKING:
     from sb3_clipvf.clip_ppo import ClipPPO
@@ -25,6 +30,8 @@ class RolloutCollector(OnPolicyAlgorithm):
     """SB3's on-policy algorithm with a loop of its own over the environments, whose policy an engine runs."""
 
     _engine: Engine | None = None
+    # Where the training's TrainingCheckpoint writes, if there is one.
+    _checkpoint_folder: os.PathLike[str] | None = None
 
     @abstractmethod
     def _current_engine(self) -> Engine:
@@ -54,6 +61,8 @@ class RolloutCollector(OnPolicyAlgorithm):
         n_steps = 0
         with_dist_params = bool(getattr(rollout_buffer, "dist_param_dim", 0))
         rollout_buffer.reset()
+        checked = StepCheck(rollout_buffer.observation_space, env.num_envs)
+        checked.observations(self._last_obs)
         self._last_obs = copy_of(self._last_obs)
         # Before anything is drawn for this rollout, unlike in SB3: a checkpoint that is taken here holds no part of it.
         callback.on_rollout_start()
@@ -67,15 +76,15 @@ class RolloutCollector(OnPolicyAlgorithm):
                 self.policy.reset_noise(env.num_envs)
 
             obs_tensor = to_tensor(self._last_obs, self.device)
-            actions, values, log_probs, dist_params = engine.act(obs_tensor, with_dist_params=with_dist_params)
+            actions, values, log_probs, dist_params, _ = self._act(engine, obs_tensor, rollout_buffer, with_dist_params)
             clipped_actions = to_env(self.policy, self.action_space, actions)
-            new_obs, rewards, dones, infos = env.step(clipped_actions)
+            new_obs, rewards, dones, infos = checked(env.step(clipped_actions))
             self.num_timesteps += env.num_envs
 
             callback.update_locals(locals())
             if not callback.on_step():
                 # The environments have moved on: a later learn() that continues starts from there.
-                self._last_obs, self._last_episode_starts = new_obs, dones  # type: ignore[assignment]
+                self._last_obs, self._last_episode_starts = new_obs, dones
                 return False
 
             self._update_info_buffer(infos, dones)
@@ -84,10 +93,13 @@ class RolloutCollector(OnPolicyAlgorithm):
                 with_dist_params = leave_out_kl(cast("ClipPPO", self), rollout_buffer)
             if isinstance(self.action_space, spaces.Discrete):
                 actions = actions.reshape(-1, 1)
+            bootstrapped = bootstrap_truncated(engine, rewards, dones, infos, self.gamma)
+            if not is_finite(bootstrapped):
+                raise reward_error(self, bootstrapped, locals())
             rollout_buffer.add(
                 self._last_obs,
                 actions,
-                bootstrap_truncated(engine, rewards, dones, infos, self.gamma),
+                bootstrapped,
                 self._last_episode_starts,
                 values,
                 log_probs,
@@ -96,13 +108,50 @@ class RolloutCollector(OnPolicyAlgorithm):
             self._last_obs = copy_of(new_obs)
             self._last_episode_starts = dones.copy()
 
-        values = engine.predict_values(to_tensor(new_obs, self.device))
-        rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
+        values = self._complete(engine, rollout_buffer, dones)
 
         callback.update_locals(locals())
         callback.on_rollout_end()
         self.logger.record("time/rollout_seconds", time.perf_counter() - started)
         return True
+
+    def _act(self, engine: Engine, obs_tensor: Any, rollout_buffer: Any, with_dist_params: bool) -> Acted:
+        """Let the policy act on observations, and refuse those and what it gives where they are not finite."""
+        try:
+            acted = engine.act(obs_tensor, with_dist_params=with_dist_params)
+        except (ValueError, RuntimeError) as error:
+            # torch draws from no distribution whose parameters are not finite.
+            fault = act_fault(self.policy, self._last_obs, obs_tensor, None)
+            if fault is None:
+                raise
+            raise step_error(self, fault, rollout_buffer.pos, known_of_step(self, rollout_buffer)) from error
+        finite = acted.is_finite
+        if finite is None:
+            finite = observations_are_finite(self._last_obs)
+            finite = finite and is_finite(acted.values.numpy()) and is_finite(acted.log_prob.numpy())
+        if not finite:
+            fault = cast(Fault, act_fault(self.policy, self._last_obs, obs_tensor, acted))
+            raise step_error(self, fault, rollout_buffer.pos, known_of_step(self, rollout_buffer))
+        return acted
+
+    def _complete(self, engine: Engine, rollout_buffer: Any, dones: np.ndarray) -> th.Tensor:
+        """Compute returns and advantages. :return: Values of the observations that the next rollout starts from."""
+        values = engine.predict_values(to_tensor(self._last_obs, self.device))
+        found = [find_fault("observation", key, array) for key, array in by_key(self._last_obs).items()]
+        found.append(find_fault("value", None, values.cpu().numpy().reshape(-1)))
+        fault = next((fault for fault in found if fault is not None), None)
+        if fault is not None:
+            raise step_error(self, fault, rollout_buffer.pos, known_of_step(self, rollout_buffer))
+        with np.errstate(over="ignore", invalid="ignore"):  # the update tells of it by name
+            rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
+        return values
+
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        self._checkpoint_folder = None  # a TrainingCheckpoint tells when the training starts
+        return super()._init_callback(callback, progress_bar)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_checkpoint_folder"]
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
         # SB3 looks at each environment twice a step; only ends of episodes have something to tell.
@@ -162,10 +211,11 @@ def bootstrap_truncated(
     :param dones: Whether an episode was cut off or ended, shape ``(n_envs,)``.
     :param infos: One dict an environment, with SB3's ``TimeLimit.truncated`` and ``terminal_observation``.
     :param gamma: Discount factor.
-    :return: A copy with the values added, or ``rewards`` itself where nothing was cut off.
+    :return: A copy with the values added, or ``rewards`` itself where nothing was cut off; NaN where a final
+        observation is not finite.
     Source: Pardo et al. 2018, arXiv 1712.00378.
     """
-    if not dones.any():
+    if not np.count_nonzero(dones):  # any() takes several times as long
         return rewards
     truncated = [
         index
@@ -184,4 +234,6 @@ def bootstrap_truncated(
     # Environments may give integers, which cannot hold the values.
     bootstrapped = rewards.astype(np.result_type(rewards, np.float32))
     bootstrapped[truncated] += gamma * final_values.cpu().numpy().reshape(-1)
+    if not observations_are_finite(stacked):
+        bootstrapped[truncated] = np.nan  # whatever an activation has made of them
     return bootstrapped

@@ -6,6 +6,7 @@ pickled is rebuilt by ``safe_pickle``; Stable-Baselines3 (SB3) gets the objects 
 """
 
 import base64
+import hashlib
 import io
 import json
 import os
@@ -23,9 +24,12 @@ from gymnasium import Space
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
+from sb3_clipvf.safe_json import ENCODED, decoded
 from sb3_clipvf.safe_makers import NotAllowedError
 from sb3_clipvf.safe_pickle import TRUST_VARIABLE, Trust, TrustPickle, UnsafeFileError, trust_of, unpickle
-from sb3_clipvf.safe_zip import ModelPath, check_inner_zip, entries_of, read_bytes, reason_of
+from sb3_clipvf.safe_zip import ModelPath, check_inner_zip, check_json, entries_of, read_bytes, reason_of
+
+_DIGEST_MARK = b"# SHA-256 of the pickle: "
 
 _REFUSED_BY_TORCH = re.compile(r"GLOBAL (\S+)")
 _NUMBERS = (int, float, np.number, np.ndarray)
@@ -61,7 +65,7 @@ class ModelFile:
 
     def unpickled(self, trust: Trust, replaced: Collection[str]) -> dict[str, Any]:
         """
-        Rebuild the attributes that the file has pickled.
+        Rebuild the attributes that are more than plain JSON.
 
         :param trust: How far the file is trusted.
         :param replaced: Attributes that will have other values; theirs are not looked at.
@@ -71,14 +75,22 @@ class ModelFile:
         """
         fields = {}
         for key, item in (self.data or {}).items():
-            if isinstance(item, dict) and ":serialized:" in item and key not in replaced:
-                fields[key] = self._unpickled(key, item[":serialized:"], trust)
+            if isinstance(item, dict) and key not in replaced:
+                if ":serialized:" in item:
+                    fields[key] = self._unpickled(key, item[":serialized:"], trust)
+                elif ENCODED in item:
+                    fields[key] = self._decoded(key, item)
         return fields
 
     def _unpickled(self, key: str, text: Any, trust: Trust) -> Any:
         way_out = f"pass a value of your own: custom_objects={{{key!r}: ...}}."
-        with _named_errors(f"`{key}` in {self.name}", f" Or {way_out}", f" To go on, {way_out}"):
+        with _named_errors(f"`{key}` in {self.name}", f"{_TRUST_ADVICE}. Or {way_out}", f" To go on, {way_out}"):
             return _rebuilt(base64.b64decode(text, validate=True), trust)
+
+    def _decoded(self, key: str, item: dict[str, Any]) -> Any:
+        way_out = f"To go on, pass a value of your own: custom_objects={{{key!r}: ...}}."
+        with _named_errors(f"`{key}` in {self.name}", f"`save` writes nothing like it. {way_out}", f" {way_out}"):
+            return decoded(item)
 
 
 def read_model(path: ModelPath, *, needs_data: bool = True) -> ModelFile:
@@ -155,6 +167,16 @@ def load_vec_normalize(load_path: Any, venv: VecEnv, trust_pickle: TrustPickle =
     return vec_normalize
 
 
+def digest_of_pickle(pickled: bytes) -> bytes:
+    """
+    Make what may stand behind a pickle, so that :func:`read_pickle` tells damage. Pickle's own readers stop before it.
+
+    :param pickled: A pickle.
+    :return: Bytes to append.
+    """
+    return _DIGEST_MARK + hashlib.sha256(pickled).hexdigest().encode()
+
+
 def read_pickle(path: str | os.PathLike[str], trust_pickle: TrustPickle = None) -> Any:
     """
     Read a file that holds one pickle, without running code.
@@ -171,7 +193,17 @@ def read_pickle(path: str | os.PathLike[str], trust_pickle: TrustPickle = None) 
         what = f"{len(content)} bytes of something else" if content else "is empty"
         raise ValueError(f"{name} must be a pickle, but {what}. Pass what `VecNormalize.save` wrote.")
     with _named_errors(name):
-        return _rebuilt(content, trust)
+        return _rebuilt(_without_digest(content), trust)
+
+
+def _without_digest(content: bytes) -> bytes:
+    pickled, mark, digest = content.rpartition(_DIGEST_MARK)
+    if mark and mark + digest != digest_of_pickle(pickled):
+        raise ValueError("its digest is that of other bytes")
+    # Where damage hit the mark, it is not found, but something stands behind the pickle.
+    if not (mark or content.endswith(pickle.STOP)):
+        raise ValueError("it does not end where a pickle ends")
+    return pickled if mark else content
 
 
 def _rebuilt(raw: bytes, trust: Trust) -> Any:
@@ -179,19 +211,19 @@ def _rebuilt(raw: bytes, trust: Trust) -> Any:
 
 
 @contextmanager
-def _named_errors(what: str, instead_of_trust: str = "", instead_of_file: str = "") -> Iterator[None]:
+def _named_errors(what: str, refused_advice: str = f"{_TRUST_ADVICE}.", damaged_advice: str = "") -> Iterator[None]:
     """Say what could not be rebuilt, and the ways out: of a refusal, and of damage."""
     try:
         yield
     except NotAllowedError as refused:
         raise UnsafeFileError(
             f"{what} must be of classes that are known to be safe, got {_described(refused.what)}, which could run any "
-            f"code. {_TRUST_ADVICE}.{instead_of_trust}"
+            f"code. {refused_advice}"
         ) from None
     except Exception as error:  # damaged bytes, and classes of other versions, fail in any way
         raise ValueError(
             f"{what} could not be read: {reason_of(error)}. The file is damaged, or was saved with other versions of "
-            f"its packages.{instead_of_file}"
+            f"its packages.{damaged_advice}"
         ) from error
 
 
@@ -199,6 +231,7 @@ def _named_errors(what: str, instead_of_trust: str = "", instead_of_file: str = 
 
 
 def _parsed(name: str, raw: bytes) -> dict[str, Any]:
+    check_json(f"`data` in {name}", raw)
     try:
         data = json.loads(raw)
     except (ValueError, RecursionError) as error:

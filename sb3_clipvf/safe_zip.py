@@ -26,6 +26,9 @@ SMALL = 16 * 2**20
 MAX_ENTRIES = 100_000
 """Of a zip, those of the zips inside included."""
 
+BYTES_OF_VALUE = 100
+"""Memory that a value of JSON takes at most, besides its text."""
+
 _ENTRY_HEADER = b"PK\x01\x02"
 _LOCAL_HEADER = b"PK\x03\x04"
 _IS_ENCRYPTED = 0x1
@@ -101,6 +104,18 @@ def check_inner_zip(name: str, content: bytes) -> None:
     """
     if _is_zip(content):
         _opened(name, content).close()
+
+
+def check_json(name: str, content: bytes) -> None:
+    """
+    Refuse JSON whose values would not fit into memory: they may take many times the bytes of their text.
+
+    :param name: Of it, for messages.
+    :param content: Its bytes.
+    :raises ValueError: If it is too large.
+    """
+    n_values = sum(map(content.count, (b",", b"[", b"{")))
+    _check_size(f"the values of {name}", len(content) + BYTES_OF_VALUE * n_values)
 
 
 def _is_zip(content: bytes) -> bool:

@@ -166,8 +166,11 @@ def make_schedule(value: Any, name: str, *, positive: bool = False) -> Schedule:
             f"{type(value).__name__}. As a string use {SCHEDULE_STRINGS}."
         )
     elif isinstance(value, numbers.Real):
-        schedule = ConstantSchedule(float(value))
-        start = float(value)
+        try:
+            start = float(value)
+        except OverflowError:  # an int beyond all floats
+            start = math.inf
+        schedule = ConstantSchedule(start)
         in_range = start > 0 if positive else start >= 0
     else:
         schedule = ClampedSchedule(value, name)

@@ -1,13 +1,21 @@
 """Checks at the door: each says which argument broke which rule, with which value, and what to do."""
 
+import contextlib
+import inspect
 import math
 import numbers
+import os
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 
 from sb3_clipvf.messages import log
+
+MAX_INT = 2**63 - 1
+"""Arrays, tensors and kernels count no further."""
 
 ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
@@ -16,7 +24,7 @@ class UnsupportedSpaceError(ValueError, NotImplementedError):
     """An observation space that SB3 cannot store; code that catches SB3's NotImplementedError goes on working."""
 
 
-def check_int(name: str, value: Any, minimum: int, way_out: str, maximum: int | None = None) -> int:
+def check_int(name: str, value: Any, minimum: int, way_out: str, maximum: int = MAX_INT) -> int:
     """
     Check a whole number.
 
@@ -24,7 +32,7 @@ def check_int(name: str, value: Any, minimum: int, way_out: str, maximum: int | 
     :param value: What the user passed; floats with a whole value, such as 1e6, count as whole numbers.
     :param minimum: Smallest legal value.
     :param way_out: What to do instead, a sentence.
-    :param maximum: Largest legal value, if there is one.
+    :param maximum: Largest legal value.
     :return: The value as an int.
     :raises TypeError: If it is no number.
     :raises ValueError: If it is not whole or out of range.
@@ -34,8 +42,9 @@ def check_int(name: str, value: Any, minimum: int, way_out: str, maximum: int | 
     # An int may be too large for a float.
     number = int(value) if isinstance(value, numbers.Integral) else float(value)
     is_whole = isinstance(number, int) or number.is_integer()
-    if not is_whole or number < minimum or (maximum is not None and number > maximum):
-        rule = f"of at least {minimum}" if maximum is None else f"in [{minimum}, {maximum}]"
+    too_large = is_whole and number > maximum
+    if not is_whole or number < minimum or too_large:
+        rule = f"in [{minimum}, {maximum}]" if maximum < MAX_INT or too_large else f"of at least {minimum}"
         raise ValueError(f"`{name}` must be a whole number {rule}, got {value!r}. {way_out}")
     return int(number)
 
@@ -58,7 +67,7 @@ def check_float(
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"`{name}` must be a number, got {value!r} of type {type(value).__name__}. {way_out}")
-    number = float(value)
+    number = as_float(value)
     too_low = number <= low if above_low else number < low
     if not math.isfinite(number) or too_low or number > high:
         if high == math.inf:
@@ -67,6 +76,19 @@ def check_float(
             rule = f"in {'(' if above_low else '['}{low:g}, {high:g}]"
         raise ValueError(f"`{name}` must be {rule}, got {value!r}. {way_out}")
     return number
+
+
+def as_float(value: Any) -> float:
+    """
+    Turn a number into a float.
+
+    :param value: A real number.
+    :return: The nearest one, infinite where there is none.
+    """
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...], way_out: str) -> None:
@@ -79,7 +101,8 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...], way_out: str) 
     :param way_out: What to do instead, a sentence.
     :raises ValueError: If it is none of them.
     """
-    if value not in choices:
+    # An array compares with each of them element by element.
+    if not (isinstance(value, str) and value in choices):
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}. {way_out}")
 
 
@@ -124,6 +147,40 @@ def check_class(name: str, value: Any, base: type, way_out: str) -> None:
         raise TypeError(f"`{name}` must be a class derived from SB3's {base.__name__}, got {value!r}. {way_out}")
 
 
+def check_keywords(
+    name: str, kwargs: Mapping[Any, Any], called: Callable[..., Any], taken: Collection[str], way_out: str
+) -> None:
+    """
+    Check the keys of a dict whose entries become arguments.
+
+    :param name: The argument that the dict was given for.
+    :param kwargs: The dict.
+    :param called: Class or function that gets its entries; one that takes any keyword is not asked here.
+    :param taken: Arguments that it gets from elsewhere.
+    :param way_out: What to do instead, a sentence.
+    :raises TypeError: If a key is none of its arguments.
+    """
+    parameters = inspect.signature(called).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    legal = [parameter.name for parameter in parameters if parameter.name not in taken]
+    for key in kwargs:
+        if key not in legal:
+            listed = f"arguments of {called.__name__} ({', '.join(legal) or 'there are none'})"
+            raise TypeError(f"`{name}` must hold {listed}, got {key!r} in it. {way_out}")
+
+
+def check_verbose(verbose: Any) -> None:
+    """
+    Check how much is shown.
+
+    :param verbose: What the user passed.
+    :raises TypeError: If it is no number.
+    :raises ValueError: If it is not whole or out of range.
+    """
+    check_int("verbose", verbose, 0, "0 is silent, 1 shows messages, 2 shows details.")
+
+
 def check_device(device: Any) -> None:
     """
     Check a PyTorch device.
@@ -133,11 +190,11 @@ def check_device(device: Any) -> None:
     """
     import torch as th  # here, so that the commands that only read results start without it
 
-    if device == "auto":
+    if isinstance(device, str) and device == "auto":
         return
     try:
         kind = th.device(device).type
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError):  # the last one for numbers beyond 64 bits
         raise ValueError(
             f"`device` must be 'auto' or a PyTorch device, got {device!r}. Use for example 'cpu' or 'cuda'."
         ) from None
@@ -161,8 +218,46 @@ def check_env(policy: Any, env: Any, use_sde: bool) -> None:
             f"`env` must be a gymnasium environment, an SB3 VecEnv or the id of an environment, got {env!r} of type "
             f"{type(env).__name__}. Pass for example gymnasium.make('CartPole-v1')."
         )
+    check_bool("use_sde", use_sde)
     _check_action_space(env.action_space, use_sde)
     _check_observation_space(policy, env.observation_space)
+
+
+@contextlib.contextmanager
+def same_spaces() -> Iterator[None]:
+    """
+    Say more where SB3 finds that environments have other spaces than the model.
+
+    :return: Context manager.
+    :raises ValueError: In the place of SB3's.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "spaces do not match" not in str(error):
+            raise
+        raise ValueError(
+            f"`env` must have the spaces of the model, got others. {error}, that of the model and that of `env`. Wrap "
+            "the environment so that they are the same, or train a new model in it."
+        ) from None
+
+
+def check_folder(name: str, folder: str | os.PathLike[str], way_out: str) -> None:
+    """
+    Check that files can be written to a folder, which is made where it does not exist.
+
+    :param name: The argument's name.
+    :param folder: What the user passed.
+    :param way_out: What to do instead, a sentence.
+    :raises OSError: If they cannot, of the subclass for the error number.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        rule = f"`{name}` must be a folder that can be written to"
+        text = f"{rule}, got {os.fspath(folder)!r}: {error.strerror}. {way_out}"
+        raise OSError(error.errno, text) from error
 
 
 def _check_action_space(action_space: Any, use_sde: bool) -> None:

@@ -74,8 +74,8 @@ class TellingWalk(Walk):
         self._place, self._time = state["place"], state["time"]
 
 
-class KilledError(Exception):
-    """Ends a training as a kill does: nothing more is saved."""
+class KilledError(BaseException):
+    """Ends a training as a kill does, unlike an ``Exception``: nothing more is saved."""
 
 
 class Kill(BaseCallback):

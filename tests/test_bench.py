@@ -86,7 +86,7 @@ def test_train_command_of_a_run() -> None:
     row = Row("r", "E-v0", 1000, 0.0, "", ("clip_range:None", "kl_coef:1.0"))
     assert " ".join(train_arguments(row, 3, Path("logs/x"))) == (
         "--algo clipppo --env E-v0 --seed 3 -n 1000 -f logs/x --eval-freq -1 --num-threads 1 --device cpu --verbose 0 "
-        "-params clip_range:None kl_coef:1.0"
+        "--checkpoint-freq -1 -params clip_range:None kl_coef:1.0"
     )
     assert not {"-params", "--vec-env"} & {*train_arguments(Row("r", "E-v0", 1000, 0.0, ""), 3, Path("logs/x"))}
 
@@ -240,7 +240,9 @@ def test_overview_and_unknown_benchmarks(capsys: pytest.CaptureFixture[str]) -> 
     for argv in ([], ["-h"], ["--help"]):
         assert bench.main(argv) == 0
         assert "learning" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"`benchmark` must be one of learning, curves, speed, got 'lerning'\. See"):
+    with pytest.raises(
+        ValueError, match=r"`benchmark` must be one of learning, curves, speed, faults, got 'lerning'\. See"
+    ):
         bench.main(["lerning"])
     with pytest.raises(SystemExit, match="0"):
         bench.main(["learning", "--help"])

@@ -1,6 +1,7 @@
 """``sb3-clipvf bench speed``: what it measures, keeps, skips and tables."""
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -12,11 +13,12 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_clipvf import bench, zoo
-from sb3_clipvf.bench import speed, speed_child, speed_rows
+from sb3_clipvf import ClipPPO, bench, zoo
+from sb3_clipvf.bench import speed, speed_child, speed_products, speed_rows
 from sb3_clipvf.bench.results import Results
 from sb3_clipvf.bench.speed import main
 from sb3_clipvf.bench.speed_profile import area_of, render_profile, sum_areas
@@ -231,7 +233,9 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
 
 def test_seconds_are_told_apart_and_compilation_is_not_among_them(scripted: Callable[..., dict[str, Any]]) -> None:
     # 3 measured iterations of 4 environments and 2 steps; the warm-up takes 2 iterations and 20 s more.
-    assert scripted() == {
+    result = scripted()
+    assert result.pop("peak_megabytes") > 50
+    assert result == {
         "steps": 24,
         "wall_seconds": 30.0,
         "environment_seconds": 9.0,
@@ -268,6 +272,39 @@ def test_real_measurement(peer: str, engines: tuple[str, ...], capsys: pytest.Ca
         parts = [result[f"{name}_seconds"] for name in ("environment", "policy", "update", "other")]
         assert min(parts) > 0
         assert sum(parts) == pytest.approx(result["wall_seconds"])
+    assert (result.get("products_seconds", 0.0) > 0) == (peer == "clipppo")
+
+
+@pytest.mark.parametrize(
+    "policy, n_layers, without_gradient_of_inputs", [("MlpPolicy", 6, {4}), ("CnnPolicy", 6, {(4, 36, 36)})]
+)
+def test_products_are_those_of_each_layer(
+    policy: str, n_layers: int, without_gradient_of_inputs: set[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if policy == "MlpPolicy":
+        env: Any = "CartPole-v1"
+    else:
+        env = FakeImageEnv(screen_height=36, screen_width=36, n_channels=4, discrete=True, channel_first=True)
+    model = ClipPPO(policy, env, n_steps=32, batch_size=16, n_epochs=3, engine="autograd", device="cpu")
+    model.learn(32)
+    needed: list[tuple[Any, bool]] = []
+
+    def noting(make: Callable[..., Any]) -> Callable[..., Any]:
+        def note(layer: Any, rows: Any) -> Any:
+            needed.append((rows.shape[1] if rows.dim() == 2 else tuple(rows.shape[1:]), rows.requires_grad))
+            return make(layer, rows)
+
+        return note
+
+    for name in ("_linear", "_convolution"):
+        monkeypatch.setattr(speed_products, name, noting(getattr(speed_products, name)))
+    monkeypatch.setattr(speed_products, "_seconds", lambda products, threads: [f() for f in products] and 1.0 / threads)
+    weights = [parameter.detach().clone() for parameter in model.policy.parameters()]
+    # The fastest number of threads, and 2 minibatches in 3 epochs.
+    assert speed_products.products_seconds(model) == pytest.approx(6.0 / len(os.sched_getaffinity(0)))
+    assert len(needed) == n_layers
+    assert {shape for shape, has_gradient in needed if not has_gradient} == without_gradient_of_inputs
+    assert all(p.equal(before) for p, before in zip(model.policy.parameters(), weights, strict=True))
 
 
 @pytest.mark.slow
@@ -420,7 +457,7 @@ def test_tables(tmp_path: Path) -> None:
     anew = replace(FAST, name="anew", compile_anew=True)
     results = results_of(
         tmp_path,
-        *(result(FAST, "clipppo", str(n), 4000.0 * n, peak_megabytes=150.0) for n in (1, 2, 3)),
+        *(result(FAST, "clipppo", str(n), 4000.0 * n, peak_megabytes=150.0, products_seconds=0.05) for n in (1, 2, 3)),
         *(result(FAST, "sb3", str(n), 2000.0) for n in (1, 2, 3)),
         *(result(FAST, "sbx", str(n), 8000.0, other_load=7.6) for n in (1, 2, 3)),
         result(FAST, "bound_clipppo", "1", 50_000.0),
@@ -441,14 +478,14 @@ def test_tables(tmp_path: Path) -> None:
         "| a fast one (`anew`) | 1.25 | 2 | no so far (1 of 3 alternations) | 1.25 |  | 1,000 | 800 |  |  |",
         "| a slow one (`slow`) |  | 2 | not run |  |  |  |  |  |  |",
         "| a slow one (`gone`) |  | 2 | needs x |  |  |  |  |  |  |",
-        "| configuration | peer | environment s | policy s | update s | other s | memory MB | start s | engine "
-        "| threads |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
-        "| fast | ClipPPO | 10.00 | 20.00 | 12.50 | 0.00 | 150 (+50) | 4.0 | e | 1 |",
-        "| fast | SB3 | 10.00 | 20.00 | 50.00 | 0.00 | 100 | 4.0 | e | 1 |",
-        "| fast | SBX | 10.00 | 20.00 | 12.50 | 0.00 | 100 (+0) | 4.0 | e | 1 |",
-        "| anew | ClipPPO | 10.00 | 20.00 | 100.00 | 0.00 | 100 (+0) | 4.0 (12.0) | e | 1 |",
-        "| anew | SB3 | 10.00 | 20.00 | 125.00 | 0.00 | 100 | 4.0 | e | 1 |",
+        "| configuration | peer | environment s | policy s | update s | other s | products of the update | memory MB "
+        "| start s | engine | threads |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
+        "| fast | ClipPPO | 10.00 | 20.00 | 12.50 | 0.00 | 40% | 150 (+50) | 4.0 | e | 1 |",
+        "| fast | SB3 | 10.00 | 20.00 | 50.00 | 0.00 |  | 100 | 4.0 | e | 1 |",
+        "| fast | SBX | 10.00 | 20.00 | 12.50 | 0.00 |  | 100 (+0) | 4.0 | e | 1 |",
+        "| anew | ClipPPO | 10.00 | 20.00 | 100.00 | 0.00 |  | 100 (+0) | 4.0 (12.0) | e | 1 |",
+        "| anew | SB3 | 10.00 | 20.00 | 125.00 | 0.00 |  | 100 | 4.0 | e | 1 |",
     ]
     assert "Other programs used at most 8 % of the processor" in text
     assert text.endswith("- C, 2 cores, one run at a time; python 3\n")

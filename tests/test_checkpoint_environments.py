@@ -28,12 +28,11 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor, load_results
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper, VecNormalize
 
-from sb3_clipvf import ClipPPO
+from sb3_clipvf import ClipPPO, codec
 from sb3_clipvf.checkpoint import (
     EnvironmentMismatchError,
     ResumableEnv,
     TrainingCheckpoint,
-    codec,
     continued_files,
     newest_checkpoint,
 )

@@ -1,5 +1,6 @@
 """The checkpoint file: an SB3 model with a checked state beside it, of which damage is found and named."""
 
+import hashlib
 import json
 import logging
 import shutil
@@ -10,11 +11,12 @@ from typing import Any
 
 import gymnasium as gym
 import pytest
+import torch as th
 from checkpoint_cases import CASES
-from stable_baselines3 import PPO
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.save_util import load_from_zip_file
 
-from sb3_clipvf import ClipPPO
+from sb3_clipvf import ClipPPO, safe_zip
 from sb3_clipvf.checkpoint import (
     DamagedCheckpointError,
     NotACheckpointError,
@@ -51,13 +53,16 @@ def rewrite(path: Path, change: Callable[[dict[str, bytes]], Any]) -> None:
             archive.writestr(name, content)
 
 
-def test_a_checkpoint_is_a_model_for_load_and_for_sb3(checkpoints: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_a_model_for_load_and_for_sb3s_reader(checkpoints: Path, tmp_path: Path) -> None:
     path = checkpoints / "checkpoint_320.zip"
     model = ClipPPO.load(path, CASE.make_env(tmp_path), device="cpu")
     assert model.num_timesteps == 320
     mean, _ = evaluate_policy(model, CASE.make_env(tmp_path), n_eval_episodes=2, warn=False)
     assert mean > 0
-    assert PPO.load(path, device="cpu", custom_objects={"learning_rate": 1e-3, "clip_range": 0.2}).num_timesteps == 320
+    data, parameters, _ = load_from_zip_file(path, device="cpu")
+    assert data is not None
+    assert data["num_timesteps"] == 320
+    assert th.equal(parameters["policy"]["action_net.bias"], model.policy.action_net.bias)
 
 
 def test_a_loaded_checkpoint_trains_on_in_other_environments(checkpoints: Path) -> None:
@@ -110,6 +115,42 @@ def test_a_file_that_was_cut_short_is_damaged(copied: Path, share: float) -> Non
     path.write_bytes(content[: int(share * len(content))])
     with pytest.raises(DamagedCheckpointError, match=r"checkpoint_320\.zip"):
         read_checkpoint(path)
+
+
+def with_state(entries: dict[str, bytes], state: bytes) -> None:
+    manifest = json.loads(entries["training_manifest.json"])
+    manifest["entries"]["training_state.json"] = hashlib.sha256(state).hexdigest()
+    entries.update({"training_state.json": state, "training_manifest.json": json.dumps(manifest).encode()})
+
+
+@pytest.mark.parametrize(
+    "state", [b"{", b'{"~":"array","v":"a99999"}', b"[" * 100_000], ids=lambda state: str(state[:9])
+)
+def test_a_state_that_cannot_be_read_is_damage(copied: Path, state: bytes) -> None:
+    path = copied / "checkpoint_320.zip"
+    rewrite(path, lambda entries: with_state(entries, state))
+    with pytest.raises(DamagedCheckpointError, match=r"checkpoint_320\.zip is damaged: its state cannot be read"):
+        read_checkpoint(path)
+
+
+def test_files_too_large_for_the_memory_are_not_read(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = copied / "checkpoint_320.zip"
+    rewrite(path, lambda entries: with_state(entries, b"[[]" + b",[]" * 500_000 + b"]"))
+    read_checkpoint(path)
+    monkeypatch.setattr(safe_zip, "free_memory", lambda: 0)
+    with pytest.raises(DamagedCheckpointError, match="the values of training_state.json in .* must be small enough"):
+        read_checkpoint(path)
+    with path.open("ab") as file:
+        file.truncate(safe_zip.SMALL + 1)
+    with pytest.raises(ValueError, match=r"checkpoint_320\.zip must be small enough to be loaded"):
+        read_checkpoint(path)
+
+
+def test_a_manifest_that_is_too_large_is_not_read(copied: Path) -> None:
+    path = copied / "checkpoint_320.zip"
+    rewrite(path, lambda entries: entries.update({"training_manifest.json": b" " * (safe_zip.SMALL + 1)}))
+    with pytest.raises(DamagedCheckpointError, match="a manifest of more than 16,777,216 bytes"):
+        read_manifest(path)
 
 
 def test_a_flipped_bit_is_found_wherever_it_is(copied: Path) -> None:

@@ -690,11 +690,11 @@ class TestRollout:
         th.testing.assert_close(stored, expected[0], rtol=1e-5, atol=1e-6)
         assert 0 < logs[0]["train/kl"] < 0.1
 
-    def test_a_policy_that_is_not_finite_is_refused_at_the_end_of_the_update(self) -> None:
+    def test_a_policy_that_is_not_finite_is_refused_by_the_update(self) -> None:
         def spoil(model: Any) -> None:
             model.policy.log_std.data.fill_(float("nan"))
 
-        with pytest.raises(ValueError, match="`loss` must be finite, got nan: this update ruined the policy"):
+        with pytest.raises(ValueError, match="`policy_loss` must be finite, got nan .* cause: `log_std`, got nan at"):
             make().learn(2 * N_STEPS, callback=At(1, spoil))
 
 

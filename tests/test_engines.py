@@ -427,11 +427,12 @@ class TestContract:
     @pytest.mark.parametrize("actions", ["discrete", "multi_binary", "box", "gsde", "squashed"])
     def test_the_loop_reads_nothing_from_the_device(self, engine_name: str, actions: str, advantage_scope: str) -> None:
         n_reads = count_reads(engine_name, actions, advantage_scope=advantage_scope)
-        assert n_reads == {}
+        # Once, after the last step: whether all was finite
+        assert sum(n_reads.values()) == (1 if engine_name == "autograd" else 0)
 
     def test_target_kl_reads_one_number_a_minibatch(self, engine_name: str) -> None:
         # The native engine runs where all numbers are the host's own.
-        assert sum(count_reads(engine_name, "box", target_kl=1e6).values()) == (8 if engine_name == "autograd" else 0)
+        assert sum(count_reads(engine_name, "box", target_kl=1e6).values()) == (9 if engine_name == "autograd" else 0)
 
     def test_torchs_validation_is_on_again_after_it(self, engine_name: str) -> None:
         policy, buffer = make_case("box")
@@ -469,6 +470,8 @@ def count_reads(engine_name: str, actions: str, **changes: Any) -> dict[str, int
     engine = make_engine(engine_name, policy, settings, buffer)
     engine.update(buffer, COEFFICIENTS)
     with pytest.MonkeyPatch.context() as patch, Reads(policy.optimizer) as reads:
+        # As on a GPU
+        patch.setattr(AutogradEngine, "_may_read", lambda _: False)
         for name in ("cpu", "numpy", "tolist", "__array__"):
             # These are no operations on a CPU tensor, but reads on any other device
             patch.setattr(th.Tensor, name, counting(getattr(th.Tensor, name), reads.counts))

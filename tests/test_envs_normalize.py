@@ -462,6 +462,28 @@ class TestFiles:
         assert type(ours) is FastVecNormalize
         ours.step(np.zeros(2, int))
 
+    def test_damage_at_any_byte_is_refused(self, tmp_path: Path) -> None:
+        path, env = tmp_path / "vecnormalize.pkl", make_vec_env("CartPole-v1", n_envs=1)
+        FastVecNormalize(env).save(str(path))
+        content = path.read_bytes()
+        end = content.index(b".# SHA-256 of the pickle: ") + 1
+        changed = [content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :] for at in range(len(content))]
+        changed += [content[:at] for at in range(len(content)) if at != end]
+        changed += [content[:at] + b"." + content[at:] for at in range(0, len(content), 9)]
+        changed += [content + b".", content + b"\n"]
+        for number, damaged in enumerate(changed):
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match="vecnormalize.pkl"):
+                FastVecNormalize.load(path, env, trust_pickle=number % 2 == 0)
+
+    def test_a_file_without_a_digest_loads(self, tmp_path: Path) -> None:
+        path, env = tmp_path / "vecnormalize.pkl", make_vec_env("CartPole-v1", n_envs=1)
+        FastVecNormalize(env, gamma=0.7).save(str(path))
+        path.write_bytes(path.read_bytes()[: -len("# SHA-256 of the pickle: ") - 64])
+        assert FastVecNormalize.load(path, env).gamma == 0.7
+        VecNormalize(env, gamma=0.8).save(str(path))
+        assert FastVecNormalize.load(path, env).gamma == 0.8
+
     @pytest.mark.parametrize("space", [box(3), MIXED], ids=["box", "dict"])
     def test_a_loaded_one_goes_on_as_sb3s_does(self, tmp_path: Path, space: Any) -> None:
         kwargs = {"norm_obs_keys": ["a"]} if space is MIXED else {}

@@ -26,6 +26,7 @@ from sb3_clipvf.validation import (
     check_device,
     check_float,
     check_int,
+    check_keywords,
     check_type,
 )
 
@@ -74,7 +75,7 @@ BAD: list[tuple[str, Any, type[Exception], str]] = [
     ("stats_window_size", 0, ValueError, AT_LEAST_1),
     ("sde_sample_freq", None, TypeError, WHOLE),
     ("sde_sample_freq", -2, ValueError, "must be a whole number of at least -1"),
-    ("verbose", True, TypeError, WHOLE),
+    *[("verbose", value, TypeError, WHOLE) for value in (True, None, "1", np.array([]))],
     ("verbose", -1, ValueError, "must be a whole number of at least 0"),
     ("seed", "one", TypeError, WHOLE),
     *[("seed", value, ValueError, "must be a whole number in [0, 4294967295]") for value in (-1, 0.5, 2**32)],
@@ -113,13 +114,16 @@ BAD: list[tuple[str, Any, type[Exception], str]] = [
     *[("normalize_advantage", value, TypeError, "must be True or False") for value in (1, None, "yes")],
     ("use_sde", 0, TypeError, "must be True or False"),
     *[("policy_kwargs", value, TypeError, "must be a dict") for value in ([1], "net_arch")],
-    ("rollout_buffer_kwargs", [1], TypeError, "must be a dict"),
+    *[("rollout_buffer_kwargs", value, TypeError, "must be a dict") for value in ([1], np.array([]))],
+    ("policy", np.array([]), TypeError, "must be a class derived from SB3's ActorCriticPolicy"),
+    ("rollout_buffer_class", np.array([]), TypeError, "must be a class derived from SB3's BaseBuffer"),
+    *[("vf_clip", value, ValueError, "must be one of 'max', 'prediction'") for value in (10**400, np.array([]))],
     *[
         ("rollout_buffer_class", value, TypeError, "must be a class derived from SB3's BaseBuffer")
         for value in ("RolloutBuffer", int)
     ],
     ("tensorboard_log", 5, TypeError, "must be the path of a folder"),
-    *[("device", value, ValueError, "must be 'auto' or a PyTorch device") for value in ("gpu0", 1.5)],
+    *[("device", value, ValueError, "must be 'auto' or a PyTorch device") for value in ("gpu0", 1.5, -(10**30))],
 ]  # fmt: skip
 
 
@@ -127,6 +131,20 @@ BAD: list[tuple[str, Any, type[Exception], str]] = [
 def test_single_arguments(name: str, value: Any, error: type[Exception], rule: str) -> None:
     with refused(error, f"`{name}` {rule}", f"got {value!r}"):
         make(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "taker"),
+    [
+        ("policy_kwargs", {"net": [8]}, "ActorCriticPolicy (net_arch, "),
+        ("policy_kwargs", {"use_sde": True}, "ActorCriticPolicy (net_arch, "),
+        ("rollout_buffer_kwargs", {"dist_param": 0}, "TensorRolloutBuffer (dist_param_dim"),
+        ("rollout_buffer_kwargs", {"gamma": 0.5}, "TensorRolloutBuffer (dist_param_dim"),
+    ],
+)
+def test_keys_that_a_part_does_not_take(name: str, kwargs: dict[str, Any], taker: str) -> None:
+    with refused(TypeError, f"`{name}` must hold arguments of {taker}", f"got {next(iter(kwargs))!r} in it"):
+        make(**{name: kwargs})
 
 
 LEGAL: list[dict[str, Any]] = [
@@ -491,11 +509,14 @@ class TestChecks:
     """The checks themselves, at their borders."""
 
     def test_int(self) -> None:
-        assert [check_int("n", value, 1, "Do.") for value in (1, 1.0, np.int32(7), 10**400)] == [1, 1, 7, 10**400]
+        assert [check_int("n", value, 1, "Do.") for value in (1, 1.0, np.int32(7), 2**63 - 1)] == [1, 1, 7, 2**63 - 1]
         assert check_int("n", 3, 1, "Do.", maximum=3) == 3
         assert type(check_int("n", np.float64(2), 1, "Do.")) is int
         with refused(ValueError, "`n` must be a whole number in [1, 3], got 4. Do it."):
             check_int("n", 4, 1, "Do it.", maximum=3)
+        for value in (2**63, 10**400, 1e300):  # too large for arrays and kernels
+            with refused(ValueError, f"`n` must be a whole number in [1, {2**63 - 1}], got {value!r}. Do it."):
+                check_int("n", value, 1, "Do it.")
 
     def test_float(self) -> None:
         assert [check_float("x", value, "Do.", 0, 2) for value in (0, 2, np.float32(0.5))] == [0.0, 2.0, 0.5]
@@ -508,6 +529,16 @@ class TestChecks:
         ):
             with refused(ValueError, f"`x` {rule}, got {value!r}. Do"):
                 check_float("x", value, "Do it.", **kwargs)  # type: ignore[arg-type]
+
+    def test_keywords(self) -> None:
+        def takes(env: Any, size: int = 1) -> None: ...
+        def takes_all(env: Any, **kwargs: Any) -> None: ...
+
+        check_keywords("k", {"size": 3}, takes, ("env",), "Do.")
+        check_keywords("k", {"anything": 3}, takes_all, ("env",), "Do.")
+        for key in ("sise", "env", 3):
+            with refused(TypeError, f"`k` must hold arguments of takes (size), got {key!r} in it. Do it."):
+                check_keywords("k", {"size": 3, key: 4}, takes, ("env",), "Do it.")
 
     def test_others(self) -> None:
         check_bool("b", False)

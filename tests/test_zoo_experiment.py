@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rl_zoo3
 import yaml
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import SimpleLinearSchedule
@@ -20,6 +21,7 @@ from sb3_clipvf.zoo.experiment import (
     constructor_keys,
     experiment_manager,
 )
+from sb3_clipvf.zoo.settings import check_setting
 
 register()
 
@@ -167,6 +169,94 @@ def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
 def test_a_number_that_yaml_reads_as_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`learning_rate` must be a number, got the text '1e-3' .* !!float 1e-3"):
         _manager(tmp_path, {**ENTRY, "learning_rate": "1e-3"}).setup_experiment()
+
+
+CLASS = "rl_zoo3.wrappers.DelayedRewardWrapper"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        *[("n_timesteps", value, "must be a number, got") for value in (None, True, [], {})],
+        *[("n_timesteps", value, "must be finite and at least 0, got") for value in (-1, float("nan"), 10**400)],
+        *[("n_envs", value, "must be a whole number") for value in (None, 0, -1, 2.0, True, [2], "two")],
+        *[("frame_stack", value, "must be a whole number") for value in (0, False, 1.5, "two", {})],
+        *[("policy", value, "must be text, got") for value in (None, True, 3, ["MlpPolicy"])],
+        *[("policy", value, "must name a class with its module, got") for value in ("a.", ".", "a-b.c", "a..b")],
+        *[("env_kwargs", value, "must be a dict, got") for value in ("meta", 1e6, [1])],
+        ("env_kwargs", {3: 1}, "must have text as keys, got 3"),
+        *[("monitor_kwargs", value, "must be a dict, got") for value in ([None], 5)],
+        *[("monitor_kwargs", value, "must be a dict, or Python text that makes one, got") for value in ("meta", "[3]")],
+        ("monitor_kwargs", {"info": ()}, "must hold arguments of Monitor .* got 'info' in it"),
+        ("monitor_kwargs", "dict(filename='a')", "must hold arguments of Monitor .* got 'filename' in it"),
+        *[("policy_kwargs", value, "must be a dict, or Python text that makes one, got") for value in ("dict(", "[1]")],
+        ("policy_kwargs", [1], "must be a dict, got"),
+        *[("normalize", value, "must be a dict, or Python text that makes one, got") for value in ("yes", "True")],
+        *[("normalize", value, "must be a dict, got") for value in (1, ["norm_obs"])],
+        ("normalize", {"norm_ob": False}, "must hold arguments of VecNormalize .* got 'norm_ob' in it"),
+        *[
+            (key, value, "must name a class with its module, got")
+            for key in ("env_wrapper", "vec_env_wrapper", "callback", "rollout_buffer_class")
+            for value in ("lin_", 0.5, "x", ".", {})
+            if not (value == {} and key != "rollout_buffer_class")
+        ],
+        *[
+            (key, value, rule)
+            for key in ("env_wrapper", "vec_env_wrapper", "callback")
+            for value, rule in (
+                ([0.9], "must name a class with its module, got 0.9"),
+                ({}, "must hold dicts of one class and its arguments, got {}"),
+                ({CLASS: {}, "a.b": {}}, "must hold dicts of one class and its arguments, got"),
+                ([[CLASS]], "must be a list of classes, got"),
+                ([{CLASS: None}], "must give arguments as a dict, got None for"),
+                ([{CLASS: {3: 4}}], "must have text as keys, got 3"),
+                ([{CLASS: {"delays": 2}}], "must hold arguments of DelayedRewardWrapper .delay.* got 'delays' in it"),
+                ("rl_zoo3.wrappers.Nothing", "must name something that its module holds, got 'rl_zoo3.wrappers.No"),
+                ("nothing_here.Wrapper", "must name something that can be imported, got 'nothing_here.Wrapper'"),
+                ("rl_zoo3.wrappers.np", "must name a class, got 'rl_zoo3.wrappers.np'"),
+            )
+        ],
+        ("policy", "nothing_here.Policy", "must name something that can be imported, got"),
+        ("rollout_buffer_class", "sb3_clipvf.rollout.Nothing", "must name something that its module holds, got"),
+        ("env_kwargs", {"no_such": 1}, "must be arguments of the environment, got 'no_such' in it"),
+    ],
+)
+def test_values_that_the_zoo_reads_are_checked(tmp_path: Path, key: str, value: Any, rule: str) -> None:
+    manager = _manager(tmp_path, {**ENTRY, key: value})
+    with pytest.raises((ValueError, TypeError, ImportError), match=rf"(?s)^`{key}` {rule}.*\. [A-Z]") as caught:
+        manager.setup_experiment()
+    assert "settings" in str(caught.value)
+    assert not list(tmp_path.glob("logs/*/*"))
+
+
+def test_a_refused_value_of_the_command_line_is_said_to_stand_there(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"`n_envs` must be a whole number, got 2.5 .* It stands in `-params`"):
+        _manager(tmp_path, {**ENTRY, "n_envs": 2}, hyperparams={"n_envs": 2.5}).setup_experiment()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"n_timesteps": 1e2, "frame_stack": None, "env_wrapper": None, "vec_env_wrapper": None, "callback": None},
+        {"n_timesteps": 0, "frame_stack": 2, "env_kwargs": None, "monitor_kwargs": None, "normalize": False},
+        {"env_kwargs": {"render_mode": None}, "monitor_kwargs": "dict(info_keywords=())", "normalize": "dict()"},
+        {"monitor_kwargs": {"allow_early_resets": False}, "policy_kwargs": "dict(net_arch=[8], activation_fn=nn.ReLU)"},
+        {"env_wrapper": CLASS, "callback": {"rl_zoo3.callbacks.ParallelTrainCallback": {"gradient_steps": 9}}},
+        {"env_wrapper": [{CLASS: {"delay": 3}}, "gymnasium.wrappers.TimeAwareObservation"], "callback": []},
+        {"vec_env_wrapper": ["stable_baselines3.common.vec_env.VecCheckNan"], "policy": "MlpPolicy"},
+        {"policy": "stable_baselines3.common.policies.ActorCriticPolicy", "policy_kwargs": {"net_arch": [8]}},
+    ],
+)
+def test_what_the_zoo_accepts_is_accepted(tmp_path: Path, settings: dict[str, Any]) -> None:
+    assert isinstance(_model(_manager(tmp_path, {**ENTRY, **settings})), ClipPPO)
+    assert _model(_manager(tmp_path, {**ENTRY, **settings}, algo="ppo")) is not None
+
+
+def test_the_zoos_own_settings_pass_the_checks() -> None:
+    entries = yaml.safe_load((Path(rl_zoo3.__file__).parent / "hyperparams" / "ppo.yml").read_text())
+    for name, entry in entries.items():
+        for key, value in entry.items():
+            check_setting(key, value, name)
 
 
 def test_an_atari_game_without_an_entry_is_refused(tmp_path: Path) -> None:

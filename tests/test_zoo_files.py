@@ -103,6 +103,8 @@ def hostile_weights(run: Path, mark: Path) -> str:
 
 def hostile_statistics(run: Path, mark: Path) -> str:
     (run / "CartPole-v1" / "vecnormalize.pkl").write_bytes(hostile.os_system(mark))
+    best = run / "best_model.zip"
+    hostile.pack(best, {**hostile.entries_of(best), "vecnormalize.pkl": hostile.os_system(mark)})
     return "vecnormalize.pkl must be of classes"
 
 

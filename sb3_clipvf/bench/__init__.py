@@ -9,6 +9,7 @@ BENCHMARKS = (
     ("learning", "sb3_clipvf.bench.learning", "returns that ClipPPO reaches with the settings shipped"),
     ("curves", "sb3_clipvf.bench.curves", "training curves of the native engine and of the reference"),
     ("speed", "sb3_clipvf.bench.speed", "steps a second of ClipPPO, SB3 and SBX on this machine"),
+    ("faults", "sb3_clipvf.bench.faults", "kills, damaged files and unusual arguments, and what survives them"),
 )
 
 

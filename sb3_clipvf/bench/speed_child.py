@@ -110,8 +110,9 @@ def measure_peer(row: SpeedRow, peer: str, seed: int, *, profile: bool = False) 
     :param peer: key of PEERS
     :param seed: seed of the model and its environments
     :param profile: whether to run the measured iterations under cProfile
-    :return: steps, seconds in parts, steps a second of the row's phase, seconds of the start, engine, threads; with
-        ``profile``, the areas and functions that the time goes to
+    :return: steps, seconds in parts, steps a second of the row's phase, seconds of the start, peak memory, engine; of
+        ClipPPO, the seconds of the updates' matrix products alone; with ``profile``, the areas and functions that the
+        time goes to
     :raises RuntimeError: where a peer steps its environments by another way than ``env.step``
     """
     started = time.perf_counter()
@@ -136,6 +137,11 @@ def measure_peer(row: SpeedRow, peer: str, seed: int, *, profile: bool = False) 
     # What the warm-up took longer than as many measured iterations is compilation and loading.
     usual = warmup * result["wall_seconds"] / row.iterations
     result["startup_seconds"] = setup_seconds + max(0.0, result["warmup_seconds"] - usual)
+    result["peak_megabytes"] = peak_megabytes()
+    if peer == "clipppo":
+        from sb3_clipvf.bench.speed_products import products_seconds
+
+        result["products_seconds"] = products_seconds(model) * row.iterations
     if profile:
         from sb3_clipvf.bench.speed_profile import summarise
 
@@ -248,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         import torch as th
 
         result["torch_threads"] = th.get_num_threads()
-    sys.stdout.write("\n" + json.dumps(result | {"peak_megabytes": peak_megabytes()}) + "\n")
+    sys.stdout.write("\n" + json.dumps({"peak_megabytes": peak_megabytes()} | result) + "\n")
     return 0
 
 

@@ -135,7 +135,9 @@ def render(
         "seconds alone. *bound* is the environments alone under random actions: first ClipPPO's, then SB3's where they "
         "are others.\n\n"
         "Seconds in the second table are medians for 100,000 steps: the environment with its VecEnv wrappers, the "
-        "policy with the rest of the rollout, the update, and what is around them. Memory is the peak of the process, "
+        "policy with the rest of the rollout, the update, and what is around them. *products of the update* is the "
+        "share of its seconds that its matrix products and convolutions take alone, by torch's BLAS and oneDNN one "
+        "after the other, on one thread or all, whichever is faster. Memory is the peak of the process, "
         "its difference to SB3's in brackets. *start* is the seconds from the process's start to full speed (imports, "
         "building, compilation), in brackets, measured once, the same without compiled code from an earlier run.\n"
     )
@@ -182,8 +184,9 @@ def _speed(results: Results, row: SpeedRow, peer: str, alternations: int) -> str
 
 
 def _split_table(results: Results, rows: Sequence[SpeedRow], alternations: int) -> str:
-    header = ["configuration", "peer", *(f"{part} s" for part in _SPLIT), "memory MB", "start s", "engine", "threads"]
-    lines = [header, ["---", "---"] + ["---:"] * 6 + ["---", "---:"]]
+    header = ["configuration", "peer", *(f"{part} s" for part in _SPLIT), "products of the update"]
+    header += ["memory MB", "start s", "engine", "threads"]
+    lines = [header, ["---", "---"] + ["---:"] * 7 + ["---", "---:"]]
     for row in rows:
         sb3_memory = _median(runs_of(results, row, "sb3", alternations), "peak_megabytes")
         for peer, title in PEERS.items():
@@ -195,8 +198,9 @@ def _split_table(results: Results, rows: Sequence[SpeedRow], alternations: int) 
             difference = "" if peer == "sb3" or not sb3_memory else f" ({memory - sb3_memory:+.0f})"
             last = runs[max(runs)]
             lines.append(
-                [row.name, title, *(f"{seconds:.2f}" for seconds in split), f"{memory:.0f}{difference}"]
-                + [_start_text(results, row, peer, runs), last["engine"], str(last["torch_threads"])]
+                [row.name, title, *(f"{seconds:.2f}" for seconds in split), _products_text(runs)]
+                + [f"{memory:.0f}{difference}", _start_text(results, row, peer, runs)]
+                + [last["engine"], str(last["torch_threads"])]
             )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -208,6 +212,15 @@ def _median(runs: Mapping[int, Mapping[str, Any]], name: str) -> float:
 
 def _median_per_100k(runs: Mapping[int, Mapping[str, Any]], name: str) -> float:
     return float(statistics.median(run[name] * 100_000 / run["steps"] for run in runs.values()))
+
+
+def _products_text(runs: Mapping[int, Mapping[str, Any]]) -> str:
+    share = Spread.of([run["products_seconds"] / run["update_seconds"] for run in runs.values() if _has_products(run)])
+    return "" if share is None else f"{share.median:.0%}"
+
+
+def _has_products(run: Mapping[str, Any]) -> bool:
+    return "products_seconds" in run  # neither peers' runs nor those of earlier versions
 
 
 def _start_text(results: Results, row: SpeedRow, peer: str, runs: Mapping[int, Mapping[str, Any]]) -> str:

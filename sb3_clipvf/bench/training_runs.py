@@ -87,6 +87,7 @@ def train_arguments(row: TrainingRow, seed: int, log_folder: Path) -> list[str]:
     """
     options = ["--algo", row.algo, "--env", row.env_id, "--seed", str(seed), "-n", str(row.n_timesteps)]
     options += ["-f", str(log_folder), "--eval-freq", "-1", "--num-threads", "1", "--device", "cpu", "--verbose", "0"]
+    options += ["--checkpoint-freq", "-1"]  # runs are timed, too
     if row.vec_env != "dummy":
         options += ["--vec-env", row.vec_env]
     return [*options, "-params", *row.params] if row.params else options

@@ -23,7 +23,7 @@ from sb3_clipvf.checkpoint.signals import SignalWatch, is_learning
 from sb3_clipvf.checkpoint.state import TrainingState, training_state
 from sb3_clipvf.collection import RolloutCollector
 from sb3_clipvf.messages import log
-from sb3_clipvf.validation import check_bool, check_choice, check_int
+from sb3_clipvf.validation import check_bool, check_choice, check_folder, check_int
 
 if TYPE_CHECKING:
     from sb3_clipvf.clip_ppo import ClipPPO
@@ -33,7 +33,7 @@ BEST_NAME = "best_checkpoint.zip"
 COPY_SHARE = 0.01
 """The part of a training's time that may go into copies in memory, which signals save."""
 
-_TEMPORARY = re.compile(r"\.(best_)?checkpoint_?\d*\.zip\..*")
+_TEMPORARY = re.compile(r"\.((best_)?checkpoint_?\d*\.zip|nonfinite_\d+\.npz)\..*")
 
 
 class TrainingCheckpoint(BaseCallback):
@@ -155,10 +155,11 @@ class TrainingCheckpoint(BaseCallback):
                 f"`callback` must not be a TrainingCheckpoint, got one in {type(self.parent).__name__}. Pass it to "
                 "learn(callback=[...]) itself: it sees only there when a rollout begins."
             )
-        self.path.mkdir(parents=True, exist_ok=True)
+        check_folder("path", self.path, "Choose another one.")
 
     def _on_training_start(self) -> None:
         model = self._model
+        model._checkpoint_folder = self.path
         self._root = self.locals["callback"]
         self._build = describe_vec_env(self.training_env)
         self._is_exact = not vec_env_state(self.training_env)[1]

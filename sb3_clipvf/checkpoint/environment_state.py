@@ -6,7 +6,6 @@ from typing import Any
 import gymnasium as gym
 from stable_baselines3.common.monitor import Monitor
 
-from sb3_clipvf.checkpoint.codec import frozen
 from sb3_clipvf.checkpoint.continued_files import continue_file, file_state
 from sb3_clipvf.checkpoint.known_classes import (
     ENVIRONMENTS,
@@ -17,6 +16,7 @@ from sb3_clipvf.checkpoint.known_classes import (
 )
 from sb3_clipvf.checkpoint.mujoco_state import is_mujoco, mujoco_state, set_mujoco_state
 from sb3_clipvf.checkpoint.random_states import generator_from, generator_state, set_space_states, space_states
+from sb3_clipvf.codec import frozen
 from sb3_clipvf.safe_makers import full_name
 
 _SPACES = ("action_space", "observation_space")

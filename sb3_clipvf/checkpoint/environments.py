@@ -11,7 +11,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv,
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
 
-from sb3_clipvf.checkpoint.codec import frozen
 from sb3_clipvf.checkpoint.continued_files import continue_file, file_state
 from sb3_clipvf.checkpoint.environment_state import (
     describe,
@@ -23,6 +22,7 @@ from sb3_clipvf.checkpoint.environment_state import (
 from sb3_clipvf.checkpoint.errors import EnvironmentMismatchError
 from sb3_clipvf.checkpoint.known_classes import VEC_WRAPPERS, read_attributes, write_attributes
 from sb3_clipvf.checkpoint.random_states import generator_from, generator_state
+from sb3_clipvf.codec import frozen
 from sb3_clipvf.envs.gymnasium_vector import CartPoleVecEnv
 from sb3_clipvf.envs.vector import BatchedVecEnv
 from sb3_clipvf.safe_makers import full_name
@@ -32,7 +32,9 @@ _STATISTICS = ("started_at", "returns", "lengths")
 # It gives what DummyVecEnv gives.
 _SAME = {"sb3_clipvf.envs.dummy.FastDummyVecEnv": "DummyVecEnv"}
 
-_METHODS_HINT = "Give the class get_training_state() and set_training_state(), or pass reset_envs=True."
+_METHODS_HINT = (
+    "Give the class get_training_state() and set_training_state(), or pass reset_envs=True to TrainingCheckpoint."
+)
 _RESET_TEXT = "begin new episodes at a resume, with other random numbers"
 
 # Whether the environments in other processes can be asked; asking costs a message to each of them.
@@ -184,7 +186,8 @@ def _unreachable(layer: VecEnv) -> str:
     if isinstance(layer, SubprocVecEnv):
         return (
             f"Environments in other processes cannot be asked for their state: they {_RESET_TEXT}. Wrap them in "
-            "ResumableEnv, as make_vec_env(..., wrapper_class=ResumableEnv) does, or pass reset_envs=True."
+            "ResumableEnv, as make_vec_env(..., wrapper_class=ResumableEnv) does, or pass reset_envs=True to "
+            "TrainingCheckpoint."
         )
     return f"Environments of {full_name(type(layer))} {_RESET_TEXT}. {_METHODS_HINT}"
 
@@ -250,7 +253,10 @@ def _adapter_state(layer: BatchedVecEnv, state: dict[str, Any]) -> tuple[dict[st
         own["sync"] = {"environments": environments, "autoreset": env._autoreset_envs.copy()}
         return state, _unknown(environments)
     name = full_name(type(env.unwrapped))
-    reason = f"{name} cannot give back the state of its environments: they {_RESET_TEXT}. Pass reset_envs=True."
+    reason = (
+        f"{name} cannot give back the state of its environments: they {_RESET_TEXT}. In a script, "
+        "TrainingCheckpoint(..., reset_envs=True) makes a resumed training exact."
+    )
     return state, [reason]
 
 

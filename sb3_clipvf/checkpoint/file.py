@@ -12,13 +12,13 @@ from typing import Any
 
 from stable_baselines3.common.save_util import save_to_zip_file
 
-from sb3_clipvf import __version__
-from sb3_clipvf.checkpoint import codec
+from sb3_clipvf import __version__, codec
 from sb3_clipvf.checkpoint.continued_files import with_contents
 from sb3_clipvf.checkpoint.errors import DamagedCheckpointError, NotACheckpointError
 from sb3_clipvf.checkpoint.state import TrainingState
 from sb3_clipvf.messages import log
-from sb3_clipvf.safe_zip import check_inner_zip, entries_of
+from sb3_clipvf.safe_json import encoded
+from sb3_clipvf.safe_zip import SMALL, check_inner_zip, check_json, entries_of, read_bytes
 from sb3_clipvf.versions import installed_versions
 
 FORMAT = 1
@@ -87,7 +87,7 @@ def file_bytes(state: TrainingState, serial: int) -> bytes:
     :return: Its content.
     """
     stream = io.BytesIO()
-    save_to_zip_file(stream, state.attributes, state.parameters, state.variables)
+    save_to_zip_file(stream, encoded(state.attributes), state.parameters, state.variables)
     text, arrays = codec.to_bytes(with_contents(state.tree))
     with zipfile.ZipFile(stream, "a") as archive:
         archive.writestr(_STATE, text, zipfile.ZIP_DEFLATED, 1)
@@ -139,15 +139,17 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     :raises FileNotFoundError: If there is none.
     :raises NotACheckpointError: If it is a model without the state of its training, or of another format.
     :raises DamagedCheckpointError: If parts of it are missing or changed; the message names them.
+    :raises ValueError: If it does not fit into memory.
     """
     path = Path(path)
-    content = path.read_bytes()
-    manifest = _manifest(path, io.BytesIO(content))
+    _, content = read_bytes(path, None)
     try:
         entries = dict(entries_of(str(path), content))
         check_inner_zip(f"{_ARRAYS} in {path}", entries.get(_ARRAYS, b""))
+        check_json(f"{_STATE} in {path}", entries.get(_STATE, b""))
     except ValueError as error:
         raise DamagedCheckpointError(str(error)) from error
+    manifest = _manifest(path, io.BytesIO(content))
     found = {name: _digest(raw) for name, raw in entries.items() if name != _MANIFEST}
     wrong = sorted(
         name for name in found.keys() | manifest.entries.keys() if found.get(name) != manifest.entries.get(name)
@@ -157,7 +159,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             f"{path} is damaged: {', '.join(wrong or [_STATE, _ARRAYS])} must be as written, got something else. Use "
             "an older checkpoint."
         )
-    return Checkpoint(path, content, manifest, codec.from_bytes(entries[_STATE], entries[_ARRAYS]))
+    try:
+        tree = codec.from_bytes(entries[_STATE], entries[_ARRAYS])
+    except Exception as error:  # zipfile, zlib, NumPy and JSON have each their own
+        raise DamagedCheckpointError(f"{path} is damaged: its state cannot be read: {error}") from error
+    return Checkpoint(path, content, manifest, tree)
 
 
 def newest_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
@@ -210,7 +216,7 @@ def _manifest(path: Path, stream: Any) -> CheckpointManifest:
     try:
         with zipfile.ZipFile(stream) as archive:
             is_model = "data" in archive.namelist()
-            values = json.loads(archive.read(_MANIFEST)) if _MANIFEST in archive.namelist() else None
+            values = _parsed_manifest(path, archive) if _MANIFEST in archive.namelist() else None
         if values is None and not is_model:
             raise DamagedCheckpointError(f"{path} holds no model. Use another checkpoint.")
         if values is not None and values["format"] == FORMAT:
@@ -228,6 +234,15 @@ def _manifest(path: Path, stream: Any) -> CheckpointManifest:
         f"{path} has the format {values['format']}, and this version of sb3_clipvf reads {FORMAT}. Resume it with "
         f"sb3_clipvf {values.get('versions', {}).get('sb3_clipvf', 'of that time')}."
     )
+
+
+def _parsed_manifest(path: Path, archive: zipfile.ZipFile) -> Any:
+    # Of a file whose size has not been checked.
+    if archive.getinfo(_MANIFEST).file_size > SMALL:
+        raise DamagedCheckpointError(f"{path} has a manifest of more than {SMALL:,} bytes. Use another checkpoint.")
+    raw = archive.read(_MANIFEST)
+    check_json(f"{_MANIFEST} in {path}", raw)
+    return json.loads(raw)
 
 
 def _digest(content: bytes) -> str:

@@ -12,11 +12,12 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import HumanOutputFormat, KVWriter, Logger, TensorBoardOutputFormat
 from stable_baselines3.common.type_aliases import GymEnv
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_clipvf.checkpoint.callback_states import restore_callbacks
 from sb3_clipvf.checkpoint.environments import check_same_build, describe_vec_env, restore_vec_env
-from sb3_clipvf.checkpoint.file import Checkpoint, newest_checkpoint, read_checkpoint, versions
+from sb3_clipvf.checkpoint.errors import DamagedCheckpointError, NotACheckpointError
+from sb3_clipvf.checkpoint.file import Checkpoint, newest_checkpoint, read_checkpoint, read_manifest, versions
 from sb3_clipvf.checkpoint.random_states import generator_from, global_states, set_global_states, set_space_states
 from sb3_clipvf.checkpoint.state import OBSERVATIONS, SPACES, set_logger_state
 from sb3_clipvf.messages import log
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from sb3_clipvf.clip_ppo import ClipPPO
 
 Model = TypeVar("Model", bound="ClipPPO")
+
+_NORMALIZERS = ("VecNormalize", "FastVecNormalize")
+# They belong to the training's environments, of which there may be another number.
+_OF_THE_STEP = ("returns", "old_obs", "old_reward")
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,39 @@ def take_over(model: "ClipPPO", callback: BaseCallback) -> None:
     set_logger_state(model, resumed.tree["logger"])
     # Last: building environments and callbacks may have drawn.
     set_global_states(resumed.random)
+
+
+def has_statistics(path: str | os.PathLike[str]) -> bool:
+    """
+    Tell whether a model's file is a checkpoint of a training in normalised environments.
+
+    :param path: The file.
+    :return: Whether :func:`load_statistics` has something to load.
+    """
+    try:
+        return not set(_NORMALIZERS).isdisjoint(read_manifest(path).build["layers"])
+    except (DamagedCheckpointError, NotACheckpointError):
+        return False
+
+
+def load_statistics(path: str | os.PathLike[str], venv: VecEnv) -> VecNormalize:
+    """
+    Wrap environments in the ``VecNormalize`` that a training had at a checkpoint.
+
+    :param path: The checkpoint; see :func:`has_statistics`.
+    :param venv: Environments with the training's observations, of any number.
+    :return: With the training's statistics and settings.
+    :raises DamagedCheckpointError: If the checkpoint is damaged.
+    """
+    checkpoint = read_checkpoint(path)
+    layers = zip(checkpoint.manifest.build["layers"], checkpoint.tree["environments"]["layers"], strict=True)
+    state = next(state for name, state in layers if name in _NORMALIZERS)
+    attributes = {name: value for name, value in state["attributes"].items() if name not in _OF_THE_STEP}
+    normalizer = VecNormalize(venv, norm_obs=attributes["norm_obs"], norm_obs_keys=attributes.get("norm_obs_keys"))
+    untouched: dict[str, Any] = {**dict.fromkeys(state), "attributes": {}}
+    inner = [untouched] * (len(describe_vec_env(normalizer)["layers"]) - 1)
+    restore_vec_env(normalizer, {"layers": [{**state, "attributes": attributes}, *inner]})
+    return normalizer
 
 
 def reset_environments(model: "ClipPPO", generator: np.random.Generator) -> None:

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.save_util import recursive_getattr
 from torch.nn.modules.conv import _ConvNd
 
 from sb3_clipvf.checkpoint.callback_states import callback_states
-from sb3_clipvf.checkpoint.codec import frozen
 from sb3_clipvf.checkpoint.environments import vec_env_state
 from sb3_clipvf.checkpoint.random_states import global_states, space_states
+from sb3_clipvf.codec import frozen
 
 if TYPE_CHECKING:
     from sb3_clipvf.clip_ppo import ClipPPO
@@ -80,11 +79,10 @@ def training_state(
         "callbacks": callbacks,
         "resets": resets,
     }
-    names, others = model._get_torch_save_params()
     return TrainingState(
-        attributes=_attributes(model, {name.split(".")[0] for name in names + others}),
+        attributes=_copied(model._saved_attributes()),
         parameters=_cloned(model.get_parameters()),
-        variables=_cloned({name: recursive_getattr(model, name) for name in others}),
+        variables=_cloned(model._saved_variables()),
         tree=tree,
         differences=(*differences, *reasons, *_rounding(model)),
         training=model._training_id or "",
@@ -126,12 +124,10 @@ def _rounding(model: "ClipPPO") -> list[str]:
     return []
 
 
-def _attributes(model: "ClipPPO", tensors: set[str]) -> dict[str, Any]:
-    """As SB3's ``save`` chooses them; containers are copied, since the training goes on."""
-    left_out = {*model._excluded_save_params(), *tensors}
-    kept = {name: value for name, value in vars(model).items() if name not in left_out}
+def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Containers are copied, since the training goes on."""
     containers = (deque, list, dict, set, np.ndarray)
-    return {name: copy.copy(value) if isinstance(value, containers) else value for name, value in kept.items()}
+    return {name: copy.copy(value) if isinstance(value, containers) else value for name, value in attributes.items()}
 
 
 def _cloned(value: Any) -> Any:

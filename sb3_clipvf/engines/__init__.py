@@ -17,7 +17,6 @@ from sb3_clipvf.engines.settings import (
     UpdateCoefficients,
     UpdateSettings,
     UpdateStatistics,
-    check_finite,
 )
 from sb3_clipvf.rollout import TensorRolloutBuffer
 
@@ -32,7 +31,6 @@ __all__ = [
     "UpdateSettings",
     "UpdateStatistics",
     "check_engine_name",
-    "check_finite",
     "select_engine",
     "why_not_native",
 ]

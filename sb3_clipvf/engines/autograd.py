@@ -1,16 +1,21 @@
 """The reference engine: PyTorch's automatic differentiation, for every SB3 on-policy policy."""
 
+import copy
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from threading import Lock
 from typing import Any, cast
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_clipvf import objectives
 from sb3_clipvf.distributions import dist_param_dim, dist_params, kl_from_params, refreshed_dist
-from sb3_clipvf.engines.settings import Acted, UpdateCoefficients, UpdateSettings, UpdateStatistics
+from sb3_clipvf.engines.settings import Acted, UpdateCoefficients, UpdateSettings, UpdateStatistics, named_terms
+from sb3_clipvf.nonfinite import BadMinibatchError, drawn_indices
 from sb3_clipvf.rollout import MiniBatch
 
 EVALUATION_BATCH = 4096
@@ -28,8 +33,8 @@ def unvalidated_distributions() -> Iterator[None]:
     """
     Leave out torch's checks of distributions, which read the device two or three times a minibatch.
 
-    Parameters that are not finite are still refused: by :func:`check_finite` after the update, and by the same checks
-    in the next rollout's first step. The switch is the process's own: the last of several threads turns it back.
+    Parameters that are not finite are found by the loss, before its step. The switch is the process's own: the last of
+    several threads turns it back.
     """
     global _n_unvalidated, _validated_before
     with _validation_lock:
@@ -101,7 +106,8 @@ class AutogradEngine:
             dist = refreshed_dist(policy, observations, stale)
             if dist_param_dim(dist) is not None:
                 row = dist_params(dist)
-        return Acted(actions.cpu().numpy(), values, log_prob, row)
+        # On the host, where they are looked at and stored.
+        return Acted(actions.cpu().numpy(), values.cpu(), log_prob.cpu(), row)
 
     @th.no_grad()
     def predict_values(self, observations: Any) -> th.Tensor:
@@ -121,31 +127,83 @@ class AutogradEngine:
         :param buffer: A complete rollout: ours, or any with the interface of SB3's ``RolloutBuffer``.
         :param coefficients: Of this update.
         :return: Statistics, on the device of the policy.
+        :raises BadMinibatchError: If a minibatch is not finite, unless it may be skipped; or if each one was skipped.
+        """
+        if self._may_read():
+            return cast(UpdateStatistics, self._run(buffer, coefficients, looks=True))
+        # A GPU would have to be waited for at each look. So the update runs without, and once more with it in the rare
+        # case that a minibatch was not finite. Setting its gradients to 0 would not do: Adam would still move.
+        start = _Start(self.policy)
+        statistics = self._run(buffer, coefficients, looks=False)
+        if statistics is None:
+            start.restore(self.policy)
+            statistics = self._run(buffer, coefficients, looks=True)
+        return cast(UpdateStatistics, statistics)
+
+    def _may_read(self) -> bool:
+        return self.policy.device.type != "cuda"
+
+    def _run(self, buffer: Any, coefficients: UpdateCoefficients, *, looks: bool) -> UpdateStatistics | None:
+        """
+        Run all epochs.
+
+        :param buffer: A complete rollout.
+        :param coefficients: Of this update.
+        :param looks: Whether to look at each minibatch before its step.
+        :return: None if a minibatch was not finite and nobody has looked.
         """
         settings = self.settings
-        record = _Record()
+        record, state = _Record(), np.random.get_state()
         shift_scale = self._rollout_shift_scale(buffer)
         for epoch in range(settings.n_epochs):
             measure_kl = settings.measures_kl(epoch, coefficients)
             record.begin_epoch()
-            for batch in buffer.get(settings.batch_size):
-                loss = self._loss(batch, coefficients, shift_scale, record, measure_kl)
-                if settings.target_kl is not None:
-                    approx_kl = float(record.approx_kls[-1])
-                    if approx_kl > 1.5 * settings.target_kl:
-                        return self._finish(record, buffer, stopped_at_kl=approx_kl)
-                self._step(loss, record)
-        return self._finish(record, buffer, stopped_at_kl=None)
+            for number, batch in enumerate(buffer.get(settings.batch_size)):
+                minibatch = self._loss(batch, coefficients, shift_scale, measure_kl)
+                if not self._step(minibatch, looks=looks):
+                    record.n_skipped += 1
+                    if record.skipped is None:
+                        indices = drawn_indices(state, buffer, epoch, number * settings.batch_size, batch)
+                        terms = minibatch.named(coefficients)
+                        record.skipped = BadMinibatchError(terms, epoch, number, batch, indices)
+                    if settings.on_nonfinite == "raise":
+                        raise record.skipped
+                    continue
+                record.add(minibatch)
+                if minibatch.grad_norm is None:
+                    return self._finish(record, buffer, float(minibatch.approx_kl), looks=looks)
+        if record.skipped is not None and not record.losses:
+            raise record.skipped
+        return self._finish(record, buffer, None, looks=looks)
+
+    def _step(self, minibatch: "_Minibatch", *, looks: bool) -> bool:
+        """
+        Make a step, unless ``target_kl`` ends the update before it.
+
+        :return: False where there is none since the loss or the gradient is not finite.
+        """
+        target_kl = self.settings.target_kl
+        if looks and not math.isfinite(float(minibatch.loss.detach())):
+            return False
+        if target_kl is not None and float(minibatch.approx_kl) > 1.5 * target_kl:
+            return True
+        self.policy.optimizer.zero_grad()
+        minibatch.loss.backward()  # type: ignore[no-untyped-call]
+        norm = th.nn.utils.clip_grad_norm_(self.policy.parameters(), self.settings.max_grad_norm).detach()
+        minibatch.grad_norm = norm
+        if looks and not math.isfinite(float(norm)):
+            return False
+        self.policy.optimizer.step()
+        return True
 
     def _loss(
         self,
         batch: MiniBatch,
         coefficients: UpdateCoefficients,
         shift_scale: tuple[th.Tensor, th.Tensor] | None,
-        record: "_Record",
         measure_kl: bool,
-    ) -> th.Tensor:
-        """The loss of one minibatch; its terms go into the record."""
+    ) -> "_Minibatch":
+        """The loss of one minibatch, and what is measured of it."""
         actions = batch.actions.long().flatten() if self.settings.discrete_actions else batch.actions
         stale = getattr(self.policy.action_dist, "distribution", None)
         values, log_prob, entropy = self.policy.evaluate_actions(batch.observations, actions)
@@ -172,16 +230,10 @@ class AutogradEngine:
                 terms["vf_clip_fraction"] = objectives.vf_clip_fraction(
                     values, batch.old_values, coefficients.clip_range_vf
                 )
-            record.add(terms, loss, objectives.kl_k3(log_ratio), kl, ratio.max())
-        return loss
-
-    def _step(self, loss: th.Tensor, record: "_Record") -> None:
-        self.policy.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        record.grad_norms.append(
-            th.nn.utils.clip_grad_norm_(self.policy.parameters(), self.settings.max_grad_norm).detach()
-        )
-        self.policy.optimizer.step()
+            # Keeping the terms' graphs would keep their activations.
+            terms = {name: term.detach() for name, term in terms.items()}
+            kl = None if kl is None else kl.detach()
+            return _Minibatch(loss, terms, objectives.kl_k3(log_ratio), kl, ratio.max())
 
     def _surrogate(self, ratio: th.Tensor, advantages: th.Tensor, clip_range: float | None) -> th.Tensor:
         if clip_range is None:
@@ -233,10 +285,56 @@ class AutogradEngine:
         self.policy.set_training_mode(True)
         return total / n_transitions
 
-    def _finish(self, record: "_Record", buffer: Any, stopped_at_kl: float | None) -> UpdateStatistics:
+    def _finish(
+        self, record: "_Record", buffer: Any, stopped_at_kl: float | None, *, looks: bool
+    ) -> UpdateStatistics | None:
+        if not looks and not record.is_finite():
+            return None
         return record.statistics(
             kl_after=self._kl_after(buffer) if self.settings.measure_kl_after else None,
             stopped_at_kl=stopped_at_kl,
+        )
+
+
+class _Start:
+    """What an update changes, as it was before it."""
+
+    def __init__(self, policy: ActorCriticPolicy) -> None:
+        self._policy_state = copy.deepcopy(policy.state_dict())
+        self._optimizer_state = copy.deepcopy(policy.optimizer.state_dict())
+        self._device = policy.device
+        self._numpy, self._torch = np.random.get_state(), th.get_rng_state()
+        self._cuda = th.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
+
+    def restore(self, policy: ActorCriticPolicy) -> None:
+        policy.load_state_dict(self._policy_state)
+        policy.optimizer.load_state_dict(self._optimizer_state)
+        np.random.set_state(self._numpy)
+        th.set_rng_state(self._torch)
+        if self._cuda is not None:
+            th.cuda.set_rng_state(self._cuda, self._device)
+
+
+@dataclass
+class _Minibatch:
+    """One minibatch: scalars on the policy's device, read by nobody yet. Without gradient norm there was no step."""
+
+    loss: th.Tensor
+    terms: dict[str, th.Tensor]
+    approx_kl: th.Tensor
+    kl: th.Tensor | None
+    ratio_max: th.Tensor
+    grad_norm: th.Tensor | None = None
+
+    def named(self, coefficients: UpdateCoefficients) -> dict[str, float]:
+        """:return: Terms as :class:`BadMinibatchError` takes them."""
+        return named_terms(
+            coefficients,
+            policy_loss=float(self.terms["policy_gradient_loss"]),
+            value_loss=float(self.terms["value_loss"]),
+            entropy_loss=float(self.terms["entropy_loss"]),
+            kl=0.0 if self.kl is None else float(self.kl),
+            grad_norm=0.0 if self.grad_norm is None else float(self.grad_norm),
         )
 
 
@@ -251,27 +349,26 @@ class _Record:
         self.approx_kls: list[th.Tensor] = []
         self.kls: list[th.Tensor] = []
         self.n_epochs = 0
+        self.n_skipped = 0
+        self.skipped: BadMinibatchError | None = None
 
     def begin_epoch(self) -> None:
         self.n_epochs += 1
         self.approx_kls, self.kls = [], []
 
-    def add(
-        self,
-        terms: dict[str, th.Tensor],
-        loss: th.Tensor,
-        approx_kl: th.Tensor,
-        kl: th.Tensor | None,
-        ratio_max: th.Tensor,
-    ) -> None:
-        for name, value in terms.items():
-            self.terms.setdefault(name, []).append(value.detach())
-        # Only the last loss is reported: keeping the graph of earlier ones would keep their activations.
-        self.losses = [loss.detach()]
-        self.ratios_max.append(ratio_max)
-        self.approx_kls.append(approx_kl)
-        if kl is not None:
-            self.kls.append(kl.detach())
+    def add(self, minibatch: _Minibatch) -> None:
+        for name, value in minibatch.terms.items():
+            self.terms.setdefault(name, []).append(value)
+        self.losses.append(minibatch.loss.detach())
+        self.ratios_max.append(minibatch.ratio_max)
+        self.approx_kls.append(minibatch.approx_kl)
+        if minibatch.kl is not None:
+            self.kls.append(minibatch.kl)
+        if minibatch.grad_norm is not None:
+            self.grad_norms.append(minibatch.grad_norm)
+
+    def is_finite(self) -> bool:
+        return bool(th.stack([*self.losses, *self.grad_norms]).isfinite().all())
 
     def statistics(self, kl_after: th.Tensor | None, stopped_at_kl: float | None) -> UpdateStatistics:
         means = {name: _mean(values) for name, values in self.terms.items()}
@@ -280,12 +377,15 @@ class _Record:
         return UpdateStatistics(
             means=means,
             last_loss=self.losses[-1],
-            approx_kl=_mean(self.approx_kls),
+            # All of the last epoch may have been skipped.
+            approx_kl=_mean(self.approx_kls) if self.approx_kls else th.tensor(math.nan),
             kl=_mean(self.kls) if self.kls else None,
             kl_after=kl_after,
             ratio_max=th.stack(self.ratios_max).max(),
             n_epochs=self.n_epochs,
             stopped_at_kl=stopped_at_kl,
+            n_skipped=self.n_skipped,
+            skipped=self.skipped,
         )
 
 

@@ -19,8 +19,9 @@ from stable_baselines3.common.distributions import (
 
 from sb3_clipvf.engines.kernels import data, entry, memory
 from sb3_clipvf.engines.kernels.losses import CLIPPED_MAX, CLIPPED_PREDICTION, NOT_CLIPPED
-from sb3_clipvf.engines.settings import UpdateCoefficients, UpdateSettings, UpdateStatistics
+from sb3_clipvf.engines.settings import UpdateCoefficients, UpdateSettings, UpdateStatistics, named_terms
 from sb3_clipvf.messages import log
+from sb3_clipvf.nonfinite import BadMinibatchError
 from sb3_clipvf.objectives import ADVANTAGE_EPS
 
 COMPILE_NOTE_SECONDS = 3.0
@@ -105,12 +106,17 @@ def update_numbers(
         eps=float(group["eps"]),
         weight_decay=float(group["weight_decay"]),
         decoupled=float(isinstance(optimizer, th.optim.AdamW)),
+        skips=float(settings.on_nonfinite == "skip"),
     )
     return data.pack_numbers(numbers)
 
 
 def statistics_of(
-    totals: np.ndarray, coefficients: UpdateCoefficients, settings: UpdateSettings, kl_after: float | None
+    totals: np.ndarray,
+    coefficients: UpdateCoefficients,
+    settings: UpdateSettings,
+    kl_after: float | None,
+    skipped: BadMinibatchError | None,
 ) -> UpdateStatistics:
     """
     Turn the kernels' totals into what an engine gives back.
@@ -119,6 +125,7 @@ def statistics_of(
     :param coefficients: Of this update.
     :param settings: What stays the same over all updates.
     :param kl_after: Exact KL over the rollout after the update, nats; None if not asked for.
+    :param skipped: The first minibatch that was skipped, or None.
     :return: Statistics.
     """
     looked_at, in_epoch = totals[data.N_LOOKED_AT], totals[data.N_IN_EPOCH]
@@ -135,17 +142,38 @@ def statistics_of(
     if totals[data.N_STEPS]:
         means["grad_norm"] = _scalar(totals[data.GRAD_NORM] / totals[data.N_STEPS])
     n_epochs = int(totals[data.N_EPOCHS])
-    knows_kl = settings.measures_kl(n_epochs - 1, coefficients)
+    # All of the last epoch may have been skipped.
+    knows_kl = settings.measures_kl(n_epochs - 1, coefficients) and in_epoch > 0
     stopped_at = float(totals[data.STOPPED_AT])
     return UpdateStatistics(
         means=means,
         last_loss=_scalar(totals[data.LAST_LOSS]),
-        approx_kl=_scalar(totals[data.APPROX_KL] / in_epoch),
+        approx_kl=_scalar(totals[data.APPROX_KL] / in_epoch if in_epoch else math.nan),
         kl=_scalar(totals[data.KL] / in_epoch) if knows_kl else None,
         kl_after=None if kl_after is None else _scalar(kl_after),
         ratio_max=_scalar(totals[data.RATIO_MAX]),
         n_epochs=n_epochs,
         stopped_at_kl=stopped_at or None,
+        n_skipped=int(totals[data.N_SKIPPED]),
+        skipped=skipped,
+    )
+
+
+def terms_of(told: np.ndarray, coefficients: UpdateCoefficients) -> dict[str, float]:
+    """
+    Name the terms of a minibatch's loss, and its gradient norm.
+
+    :param told: What the kernels told of the minibatch.
+    :param coefficients: Of this update.
+    :return: As :class:`BadMinibatchError` takes them.
+    """
+    return named_terms(
+        coefficients,
+        policy_loss=float(told[data.TOLD_POLICY_LOSS]),
+        value_loss=float(told[data.TOLD_VALUE_LOSS]),
+        entropy_loss=float(told[data.TOLD_ENTROPY_LOSS]),
+        kl=float(told[data.TOLD_EXACT_KL]),
+        grad_norm=math.sqrt(told[data.ACTOR_NORM] + told[data.CRITIC_NORM]),
     )
 
 
@@ -211,7 +239,8 @@ def _call_with_networks() -> None:
     entry.act(packed, cell, cell, work, cell.copy(), vector, vector.copy(), cell.copy())
     entry.advantages_and_returns(none, none, none, vector, vector, 1.0, 1.0, none, none)
     numbers, totals = np.zeros(data.N_NUMBERS), np.zeros(data.N_TOTALS)
-    shared, counter, permutations = np.zeros((2, data.N_SHARED)), np.zeros(1, np.int64), np.zeros((0, 0), np.int64)
+    shared, counter = np.zeros((data.N_SHARED_ROWS, data.N_TOLD)), np.zeros(1, np.int64)
+    permutations = np.zeros((0, 0), np.int64)
     entry.run_update(0, 1, packed, _empty_rollout(), numbers, permutations, 1, work, shared, counter, totals)
 
 
@@ -222,15 +251,16 @@ def _call_kl() -> None:
 
 def _call_around_networks() -> None:
     numbers, totals, widths = np.ones(data.N_NUMBERS), np.zeros(data.N_TOTALS), np.ones(1, np.int64)
+    told = np.zeros(data.N_TOLD)
     cell, vector = np.zeros((1, 1), np.float32), np.zeros(1, np.float32)
     entry.loss_gradients(
         memory.CATEGORICAL, widths, cell, cell, vector, cell, vector, vector.copy(), vector, vector, cell, numbers,
-        False, cell.copy(), cell.copy(), vector.copy(), totals,
+        False, cell.copy(), cell.copy(), vector.copy(), told, totals,
     )  # fmt: skip
     entry.draw(memory.CATEGORICAL, widths, cell.copy(), cell, cell, cell.copy(), vector.copy(), cell.copy())
     table = np.zeros((0, memory.N_COLUMNS), np.int64)
     entry.zero_gradients(table)
-    entry.optimizer_step(table, numbers, totals)
+    entry.optimizer_step(table, numbers, told, totals)
 
 
 _GROUPS: dict[str, tuple[Sequence[Any], Callable[[], None]]] = {

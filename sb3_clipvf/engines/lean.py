@@ -22,10 +22,19 @@ from sb3_clipvf.engines.binding import (
     moments_of,
     table_row,
 )
-from sb3_clipvf.engines.compiled_update import compile_kernels, kind_of, statistics_of, update_numbers, widths_of
+from sb3_clipvf.engines.compiled_update import (
+    compile_kernels,
+    kind_of,
+    statistics_of,
+    terms_of,
+    update_numbers,
+    widths_of,
+)
 from sb3_clipvf.engines.drawing import Noise, as_policy_gives
 from sb3_clipvf.engines.kernels import data, entry, memory
+from sb3_clipvf.engines.kernels.minibatch import SKIPS, STEPS, STOPS
 from sb3_clipvf.engines.settings import Acted, UpdateCoefficients, UpdateSettings, UpdateStatistics
+from sb3_clipvf.nonfinite import BadMinibatchError, drawn_indices
 from sb3_clipvf.rollout import MiniBatch
 
 # What `evaluate_actions` consists of: a policy that replaces one of these computes its losses' inputs differently.
@@ -132,33 +141,50 @@ class LeanAutogradEngine(AutogradEngine):
         :param buffer: A complete rollout: ours, or any with the interface of SB3's ``RolloutBuffer``.
         :param coefficients: Of this update.
         :return: Statistics.
+        :raises BadMinibatchError: If a minibatch is not finite, unless it may be skipped; or if each one was skipped.
         """
         settings = self.settings
         optimizer = self.policy.optimizer
         n_made = _steps_made(optimizer)
         numbers = update_numbers(settings, coefficients, optimizer, n_made, buffer.advantages)
         totals, steps = np.zeros(data.N_TOTALS), _Steps(self.policy)
-        self._run_epochs(buffer, coefficients, numbers, steps, totals)
+        skipped = self._run_epochs(buffer, coefficients, numbers, steps, totals)
         steps.write(n_made + int(totals[data.N_STEPS]))
+        if skipped is not None and (settings.on_nonfinite == "raise" or not totals[data.N_LOOKED_AT]):
+            raise skipped
         kl_after = float(self._kl_after(buffer)) if settings.measure_kl_after else None
-        return statistics_of(totals, coefficients, settings, kl_after)
+        return statistics_of(totals, coefficients, settings, kl_after, skipped)
 
     def _run_epochs(
         self, buffer: Any, coefficients: UpdateCoefficients, numbers: np.ndarray, steps: "_Steps", totals: np.ndarray
-    ) -> None:
+    ) -> BadMinibatchError | None:
+        """:return: The first minibatch that was skipped, or that has ended the update."""
         settings = self.settings
+        skipped, state = None, np.random.get_state()
         for epoch in range(settings.n_epochs):
             totals[data.N_EPOCHS] += 1
             totals[[data.N_IN_EPOCH, data.APPROX_KL, data.KL]] = 0
             measure_kl = settings.measures_kl(epoch, coefficients)
-            for batch in buffer.get(settings.batch_size):
-                if self._is_last(batch, numbers, measure_kl, steps, totals):
-                    return
+            for number, batch in enumerate(buffer.get(settings.batch_size)):
+                told = np.zeros(data.N_TOLD)
+                what = self._minibatch(batch, numbers, measure_kl, steps, told, totals)
+                if what == SKIPS and skipped is None:
+                    indices = drawn_indices(state, buffer, epoch, number * settings.batch_size, batch)
+                    skipped = BadMinibatchError(terms_of(told, coefficients), epoch, number, batch, indices)
+                if what == STOPS or (what == SKIPS and settings.on_nonfinite == "raise"):
+                    return skipped
+        return skipped
 
-    def _is_last(
-        self, batch: MiniBatch, numbers: np.ndarray, measure_kl: bool, steps: "_Steps", totals: np.ndarray
-    ) -> bool:
-        """One minibatch: the gradients, and the step unless ``target_kl`` ends the update before it."""
+    def _minibatch(
+        self,
+        batch: MiniBatch,
+        numbers: np.ndarray,
+        measure_kl: bool,
+        steps: "_Steps",
+        told: np.ndarray,
+        totals: np.ndarray,
+    ) -> int:
+        """The gradients of one minibatch, and the step, unless kernels judge otherwise. :return: What came of it."""
         policy = self.policy
         outputs, values, log_std = self._forward(batch.observations)
         n = len(values)
@@ -168,7 +194,7 @@ class LeanAutogradEngine(AutogradEngine):
         rows = th.empty(0, 0) if log_std is None else log_std.detach().reshape(-1, outputs.shape[1])
         log_std_gradient = th.empty_like(rows)
         old_dist = getattr(batch, "old_dist_params", None)  # SB3's buffers have none
-        stops = entry.loss_gradients(
+        what, _ = entry.loss_gradients(
             kind_of(policy.action_dist),
             self._widths,
             logits,
@@ -185,18 +211,18 @@ class LeanAutogradEngine(AutogradEngine):
             output_gradient.numpy(),
             log_std_gradient.numpy(),
             value_gradient.numpy().reshape(n),
+            told,
             totals,
         )
-        if stops:
-            return True
+        if what != STEPS:
+            return int(what)
         steps.zero_gradients()
         roots, gradients = [outputs, values], [output_gradient, value_gradient]
         if log_std is not None:
             roots.append(log_std)
             gradients.append(log_std_gradient.view_as(log_std))
         th.autograd.backward(roots, gradients)
-        steps.make(numbers, totals)
-        return False
+        return steps.make(numbers, told, totals)
 
     @property
     def _widths(self) -> np.ndarray:
@@ -254,19 +280,21 @@ class _Steps:
         """Make gradients ready to be added to."""
         entry.zero_gradients(self._table)
 
-    def make(self, numbers: np.ndarray, totals: np.ndarray) -> None:
+    def make(self, numbers: np.ndarray, told: np.ndarray, totals: np.ndarray) -> int:
         """
-        Clip the gradients and step.
+        Clip the gradients and step, where they are finite.
 
         :param numbers: Of this update.
+        :param told: What the kernels told of this minibatch.
         :param totals: Statistics are added to it.
+        :return: STEPS or SKIPS.
         """
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         if len(gradients) != len(self._reached) or any(
             g.data_ptr() != address for g, address in zip(gradients, self._gradient_addresses, strict=True)
         ):
             self._find()
-        entry.optimizer_step(self._table, numbers, totals)
+        return int(entry.optimizer_step(self._table, numbers, told, totals)[0])
 
     def write(self, n_steps: int) -> None:
         """

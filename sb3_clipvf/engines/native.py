@@ -12,12 +12,20 @@ from torch import nn
 
 from sb3_clipvf.engines import why_not_native
 from sb3_clipvf.engines.binding import Binding, bind, n_steps_made, write_steps
-from sb3_clipvf.engines.compiled_update import compile_kernels, kind_of, statistics_of, update_numbers, widths_of
+from sb3_clipvf.engines.compiled_update import (
+    compile_kernels,
+    kind_of,
+    statistics_of,
+    terms_of,
+    update_numbers,
+    widths_of,
+)
 from sb3_clipvf.engines.drawing import Noise, as_policy_gives
 from sb3_clipvf.engines.kernels import data, entry, memory
 from sb3_clipvf.engines.kernels.network import workspace_size
 from sb3_clipvf.engines.settings import Acted, UpdateCoefficients, UpdateSettings, UpdateStatistics
 from sb3_clipvf.engines.threads import ThreadChoice, one_blas_thread, second_thread
+from sb3_clipvf.nonfinite import BadMinibatchError
 
 EVALUATION_ROWS = 1024
 """Rows in a forward pass over a whole rollout."""
@@ -126,12 +134,15 @@ class NativeEngine:
         dist_params = np.empty((n_envs, self._dist_dim if with_dist_params else 0), np.float32)
         noise, work = self._noise_for(n_envs), self._workspace(n_envs)
         with _blas_for(n_envs):
-            entry.act(self._packed, rows, noise, work, actions, values.reshape(n_envs), log_prob, dist_params)
+            is_finite = entry.act(
+                self._packed, rows, noise, work, actions, values.reshape(n_envs), log_prob, dist_params
+            )
         return Acted(
             actions=as_policy_gives(actions, self.policy.action_space),
             values=th.from_numpy(values),
             log_prob=th.from_numpy(log_prob),
             dist_params=th.from_numpy(dist_params) if with_dist_params else None,
+            is_finite=is_finite,
         )
 
     def predict_values(self, observations: th.Tensor) -> th.Tensor:
@@ -175,6 +186,7 @@ class NativeEngine:
         :param coefficients: Of this update.
         :return: Statistics.
         :raises NotPlainError: If the policy has become more than kernels know.
+        :raises BadMinibatchError: If a minibatch is not finite, unless it may be skipped; or if each one was skipped.
         """
         self._bind_again()
         settings = self.settings
@@ -184,32 +196,48 @@ class NativeEngine:
         n_transitions = rollout.returns.shape[0]
         state = None if settings.target_kl is None else np.random.get_state()
         permutations = np.stack([np.random.permutation(n_transitions) for _ in range(settings.n_epochs)])
-        totals = self._run(rollout, numbers, permutations)
+        totals, told = self._run(rollout, numbers, permutations)
         if state is not None and totals[data.N_EPOCHS] < settings.n_epochs:
             # An update that was left early must not have drawn the permutations of the epochs that it left out.
             np.random.set_state(state)
             for _ in range(int(totals[data.N_EPOCHS])):
                 np.random.permutation(n_transitions)
         write_steps(self.policy, n_made + int(totals[data.N_STEPS]))
+        skipped = None
+        if totals[data.N_SKIPPED]:
+            skipped = self._skipped(buffer, permutations, int(totals[data.FIRST_SKIPPED]), terms_of(told, coefficients))
+            if settings.on_nonfinite == "raise" or not totals[data.N_LOOKED_AT]:
+                raise skipped
         kl_after = None
         if settings.measure_kl_after:
             compile_kernels("kl")
             rows = min(EVALUATION_ROWS, n_transitions)
             with one_blas_thread():
                 kl_after, _ = entry.kl_of_rollout(self._packed, rollout, rows, self._workspace(rows))
-        return statistics_of(totals, coefficients, settings, kl_after)
+        return statistics_of(totals, coefficients, settings, kl_after, skipped)
 
-    def _run(self, rollout: data.Rollout, numbers: np.ndarray, permutations: np.ndarray) -> np.ndarray:
+    def _skipped(
+        self, buffer: Any, permutations: np.ndarray, number: int, terms: dict[str, float]
+    ) -> BadMinibatchError:
+        batch_size = self.settings.batch_size
+        epoch, minibatch = divmod(number, -(-permutations.shape[1] // batch_size))
+        indices = permutations[epoch, minibatch * batch_size : (minibatch + 1) * batch_size]
+        return BadMinibatchError(terms, epoch, minibatch, buffer._get_samples(indices), indices)
+
+    def _run(
+        self, rollout: data.Rollout, numbers: np.ndarray, permutations: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """:return: Totals, and what was told of the first minibatch that was skipped."""
         n_threads = self._threads.next()
         batch_size = min(self.settings.batch_size, permutations.shape[1])
-        counter, shared = np.zeros(1, np.int64), np.zeros((2, data.N_SHARED))
-        totals = np.zeros((n_threads, data.N_TOTALS))
+        counter, shared = np.zeros(1, np.int64), np.zeros((data.N_SHARED_ROWS, data.N_TOLD))
+        totals = np.zeros(data.N_TOTALS)
         works = [self._workspace(batch_size, rank) for rank in range(n_threads)]
 
         def run(rank: int) -> None:
             entry.run_update(
                 rank, n_threads, self._packed, rollout, numbers, permutations, batch_size, works[rank], shared,
-                counter, totals[rank],
+                counter, totals,
             )  # fmt: skip
 
         with one_blas_thread():
@@ -219,7 +247,7 @@ class NativeEngine:
             for other in others:
                 other.result()
             self._threads.took(time.perf_counter() - started)
-        return np.asarray(totals.sum(axis=0))
+        return totals, shared[data.SKIPPED_ROW]
 
     def _workspace(self, n: int, rank: int = 0) -> np.ndarray:
         size = n * self._workspace_of_a_row
@@ -303,4 +331,6 @@ def _gae(
 
 
 def _float_rows(array: np.ndarray, n: int) -> np.ndarray:
-    return np.ascontiguousarray(array.reshape(n, -1), np.float32)
+    # What float32 cannot hold becomes infinite, which is told by name rather than by NumPy's warning.
+    with nullcontext() if array.dtype == np.float32 else np.errstate(over="ignore"):
+        return np.ascontiguousarray(array.reshape(n, -1), np.float32)

@@ -1,12 +1,13 @@
 """What an engine is given and what it gives back: plain data, shared by all engines."""
 
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
+
+from sb3_clipvf.nonfinite import BadMinibatchError
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class UpdateSettings:
     :param measure_kl_after: Whether to measure the exact KL over the whole rollout after the last step.
     :param has_dist_params: Whether minibatches hold the old distribution's parameters.
     :param discrete_actions: Whether actions are class indices, which policies take as integers of shape ``(n,)``.
+    :param on_nonfinite: "raise" or "skip": whether the first minibatch whose loss or gradient norm is not finite ends
+        the update, or is left out. It makes no step in either case.
     """
 
     batch_size: int
@@ -36,6 +39,7 @@ class UpdateSettings:
     measure_kl_after: bool
     has_dist_params: bool
     discrete_actions: bool
+    on_nonfinite: str = "raise"
 
     def measures_kl(self, epoch: int, coefficients: "UpdateCoefficients") -> bool:
         """
@@ -74,7 +78,7 @@ class UpdateStatistics:
     What an update did. Tensors stay on the device where they were computed; reading them is the caller's choice.
 
     Unless said otherwise, each is the mean over all minibatches that were looked at, the one that ``target_kl`` stopped
-    at included, as in SB3.
+    at included, as in SB3, and without those that were skipped.
 
     :param means: Scalars by SB3's log key without "train/".
     :param last_loss: Loss of the last minibatch.
@@ -84,6 +88,8 @@ class UpdateStatistics:
     :param ratio_max: Largest ratio of the update.
     :param n_epochs: Epochs begun.
     :param stopped_at_kl: The k3 estimate, in nats, at which ``target_kl`` ended the update; None if it did not.
+    :param n_skipped: Minibatches that were skipped.
+    :param skipped: The first of them, or None.
     """
 
     means: dict[str, th.Tensor]
@@ -94,6 +100,8 @@ class UpdateStatistics:
     ratio_max: th.Tensor
     n_epochs: int
     stopped_at_kl: float | None
+    n_skipped: int = 0
+    skipped: BadMinibatchError | None = None
 
     def read(self) -> dict[str, float]:
         """
@@ -119,12 +127,14 @@ class Acted(NamedTuple):
     :param log_prob: Shape ``(n_envs,)``, nats.
     :param dist_params: The distribution's parameters, shape ``(n_envs, k)``; None where they were not wanted, or the
         distribution is of an unknown type.
+    :param is_finite: Whether observations, values and log-probabilities are; None where the engine has not looked.
     """
 
     actions: np.ndarray
     values: th.Tensor
     log_prob: th.Tensor
     dist_params: th.Tensor | None
+    is_finite: bool | None = None
 
 
 class Engine(Protocol):
@@ -180,19 +190,33 @@ class Engine(Protocol):
         :param buffer: A complete rollout.
         :param coefficients: Of this update.
         :return: Statistics.
+        :raises BadMinibatchError: If a minibatch is not finite, unless it may be skipped; or if each one was skipped.
         """
 
 
-def check_finite(numbers: dict[str, float]) -> None:
+def named_terms(
+    coefficients: UpdateCoefficients,
+    *,
+    policy_loss: float,
+    value_loss: float,
+    entropy_loss: float,
+    kl: float,
+    grad_norm: float,
+) -> dict[str, float]:
     """
-    Refuse to go on with a policy that an update has ruined.
+    Name the terms of a minibatch's loss, for :class:`BadMinibatchError`.
 
-    :param numbers: From :meth:`UpdateStatistics.read`.
-    :raises ValueError: If the loss or the gradient norm is not finite; the parameters are not either, then.
+    :param coefficients: Of this update.
+    :param policy_loss: Without weight, as all of these.
+    :param value_loss: Squared return units.
+    :param entropy_loss: nats.
+    :param kl: Exact KL, nats; counts where it is a term of the loss.
+    :param grad_norm: Before it is bounded.
+    :return: In the order in which they are looked at.
     """
-    bad = [name for name in ("loss", "grad_norm") if not math.isfinite(numbers.get(name, 0.0))]
-    if bad:
-        raise ValueError(
-            f"`{bad[0]}` must be finite, got {numbers[bad[0]]}: this update ruined the policy. Go on from the last "
-            "saved model with a lower learning_rate, and look for observations and rewards that are huge or not finite."
-        )
+    terms = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy_loss": entropy_loss}
+    loss = policy_loss + coefficients.ent_coef * entropy_loss + coefficients.vf_coef * value_loss
+    if coefficients.kl_coef:
+        terms["kl"] = kl
+        loss += coefficients.kl_coef * kl
+    return {**terms, "loss": loss, "grad_norm": grad_norm}

@@ -14,6 +14,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 from stable_baselines3.common.vec_env.util import dict_to_obs
 
+from sb3_clipvf.envs.shapes import check_one
+
 # np.void, which may be written to, is not among them.
 _IMMUTABLE = frozenset(
     {type(None), bool, int, float, complex, str, bytes}
@@ -29,6 +31,8 @@ class FastDummyVecEnv(DummyVecEnv):
     neither the environments nor later steps see it, nor do later steps change them. Values of infos are copied as
     ``copy.deepcopy`` of the whole list copies them: an object that stands in several places, or in several infos, is
     one object in the copy as well.
+
+    An observation whose shape is not that of the space is refused: there, NumPy stretches it where it can.
 
     Infos of numbers, text, arrays and plain dicts cost little. Lists, objects and whatever else goes through
     ``copy.deepcopy`` at its speed. A class that overrides ``_save_obs`` should derive from ``DummyVecEnv``: here,
@@ -51,6 +55,7 @@ class FastDummyVecEnv(DummyVecEnv):
         actions, rewards, dones, infos = self.actions, self.buf_rews, self.buf_dones, self.buf_infos
         buffers: dict[Any, np.ndarray] = self.buf_obs
         rows = buffers.get(None)  # None is the key where observations are neither dicts nor tuples
+        shape = self.observation_space.shape
         obs: Any
         for index, env in enumerate(self.envs):
             obs, rewards[index], terminated, truncated, info = env.step(actions[index])
@@ -62,11 +67,17 @@ class FastDummyVecEnv(DummyVecEnv):
                 obs, self.reset_infos[index] = env.reset()
             if rows is None:
                 self._save_obs(index, obs)
-            else:
-                rows[index] = obs
+                continue
+            if type(obs) is not np.ndarray or obs.shape != shape:
+                check_one(self.observation_space, obs, index)
+            rows[index] = obs
         # Not before the last step: environments may share what they give, and change it.
         memo: dict[int, Any] = {}
         return self._obs_from_buf(), rewards.copy(), dones.copy(), [_copied(info, memo) for info in infos]
+
+    def _save_obs(self, env_idx: int, obs: VecEnvObs) -> None:
+        check_one(self.observation_space, obs, env_idx)
+        super()._save_obs(env_idx, obs)
 
     def _obs_from_buf(self) -> VecEnvObs:
         buffers: dict[Any, np.ndarray] = self.buf_obs

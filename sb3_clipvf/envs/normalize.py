@@ -10,6 +10,7 @@ import inspect
 import math
 import os
 from copy import copy, deepcopy
+from pathlib import Path
 from typing import Any, Self, cast
 
 import numba
@@ -19,7 +20,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from sb3_clipvf.compiled import cached
-from sb3_clipvf.safe_files import load_vec_normalize
+from sb3_clipvf.safe_files import digest_of_pickle, load_vec_normalize
 from sb3_clipvf.safe_pickle import TrustPickle
 
 Observations = np.ndarray | dict[str, np.ndarray]
@@ -94,13 +95,22 @@ class FastVecNormalize(VecNormalize):
 
     def save(self, save_path: str) -> None:
         """
-        Save settings and statistics in SB3's format.
+        Save settings and statistics in SB3's format, at once or not at all.
+
+        A digest stands behind the pickle, where SB3 does not look: ``load`` refuses a file whose bytes have changed.
 
         :param save_path: File. It names no class of this package.
+        :raises OSError: If it cannot be written; what it held before is unchanged.
         """
+        from sb3_clipvf.checkpoint.atomic import atomic_write
+
         plain = VecNormalize.__new__(VecNormalize)
         plain.__dict__.update(self.__dict__)
-        plain.save(save_path)
+        with atomic_write(save_path) as file:
+            plain.save(file.name)
+            pickled = Path(file.name).read_bytes()
+            file.seek(len(pickled))
+            file.write(digest_of_pickle(pickled))
 
     def step_wait(self) -> VecEnvStepReturn:
         """

@@ -10,8 +10,8 @@ import importlib
 import os
 import runpy
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
@@ -31,7 +31,6 @@ from sb3_clipvf.zoo.process import (
     patched_environment,
     quote_schedules,
     with_defaults,
-    without_option,
 )
 
 ALGORITHM = "clipppo"
@@ -46,6 +45,11 @@ _TRAIN_HELP = """\
   --vec-env {gymnasium,envpool,ale}
                         Training environments that step together: Gymnasium's,
                         EnvPool's, or ale-py's (Atari games)
+  --checkpoint-freq CHECKPOINT_FREQ
+                        Environment steps between two checkpoints of the whole
+                        training of clipppo (default: 100000; -1: none)
+  --resume PATH         Go on with the run of this folder, or of this
+                        checkpoint, as if it had not been interrupted
 """
 _TRUST_HELP = """\
   --trust-pickle        Let the files of models, statistics and settings that
@@ -138,6 +142,10 @@ COMMANDS: dict[str, Command] = {
         "download a trained agent from the Hugging Face hub", "rl_zoo3.load_from_hub", (_ALGO, _FOLDER)
     ),
 }
+
+
+# Those that look for the model of a run.
+_FINDING = ("enjoy", "report", "record_video", "push_to_hub")
 
 
 def register() -> None:
@@ -263,26 +271,37 @@ def _run(name: str, command: Command, options: Sequence[str]) -> int:
     asks_for_help = not {"-h", "--help"}.isdisjoint(options)
     if asks_for_help and command.loads:
         sys.stdout.write(f"{_HELP}\n{_TRAIN_HELP if name == 'train' else ''}{_TRUST_HELP}\n")
+    finds_model = name in _FINDING and not asks_for_help
     if module.startswith("sb3_clipvf."):
-        return _own_main(module, function)(list(options))
+        with ExitStack() as stack:
+            if finds_model:
+                _find_own_models(stack, name)
+            return _own_main(module, function)(list(options))
     display = has_display()
     arguments = with_defaults(quote_schedules(options), command.defaults)
     if name == "enjoy" and not display and not asks_for_help and option_value(arguments, None, "--no-render") is None:
         sys.stdout.write(f"No display: running with --no-render. `{PROGRAM} record_video` makes a video.\n")
         arguments = with_defaults(arguments, (Default(None, "--no-render", None),))
     with ExitStack() as stack:
-        if name == "train":
-            arguments = stack.enter_context(_own_vec_env(arguments))
         if not display:
             stack.enter_context(patched_environment(_without_display(command)))
             if command.plots:
                 stack.enter_context(figures_to_files(name))
+        if name == "train" and not asks_for_help:
+            from sb3_clipvf.zoo.options import own_train_options  # imports torch
+
+            own = stack.enter_context(own_train_options(arguments))
+            if own is None:
+                return 0
+            arguments = own
         if not asks_for_help:
             _check(name, command, arguments)
         register()
         from sb3_clipvf.zoo.files import checked_files  # imports torch, as register() does
 
         stack.enter_context(checked_files(plots=name == "plot_from_file"))
+        if finds_model:
+            _find_own_models(stack, name)
         if command.encodes:
             stack.enter_context(ffmpeg_on_path())
         if name == "push_to_hub":
@@ -297,27 +316,10 @@ def _run(name: str, command: Command, options: Sequence[str]) -> int:
     return 0
 
 
-@contextmanager
-def _own_vec_env(arguments: list[str]) -> Iterator[list[str]]:
-    """Have the experiment manager make the environments that ``--vec-env`` names, where the Zoo does not know them."""
-    chosen = option_value(arguments, None, "--vec-env")
-    if chosen is None or chosen in ("dummy", "subproc"):
-        yield arguments
-        return
-    from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
-    from sb3_clipvf.zoo.vec_env import VEC_ENVS
+def _find_own_models(stack: ExitStack, name: str) -> None:
+    from sb3_clipvf.zoo.models import own_models  # imports torch
 
-    if chosen not in VEC_ENVS:
-        names = ", ".join(("dummy", "subproc", *VEC_ENVS))
-        near = difflib.get_close_matches(chosen, names.split(", "), n=1)
-        hint = f"Did you mean `{near[0]}`?" if near else "`dummy` is the default."
-        raise ValueError(f"`--vec-env` must be one of {names}, got {chosen!r}. {hint}")
-    ClipPPOExperimentManager.vec_env = chosen
-    try:
-        # --v and --ve could be --verbose as well.
-        yield without_option(arguments, "--vec-env", least=len("--vec"))
-    finally:
-        ClipPPOExperimentManager.vec_env = None
+    stack.enter_context(own_models(name))
 
 
 def _without_display(command: Command) -> dict[str, str]:

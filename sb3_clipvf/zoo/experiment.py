@@ -5,24 +5,34 @@ How the RL Zoo builds a ClipPPO: its experiment manager, with ClipPPO's keys che
 import difflib
 import inspect
 import shutil
+import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import gymnasium as gym
+from rl_zoo3.callbacks import SaveVecNormalizeCallback
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import get_class_by_name
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
+from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
 
+from sb3_clipvf.callbacks import IsolatedEvalCallback
+from sb3_clipvf.checkpoint import ResumableEnv, TrainingCheckpoint
 from sb3_clipvf.clip_ppo import ClipPPO
 from sb3_clipvf.envs import FastDummyVecEnv
 from sb3_clipvf.zoo.commands import ALGORITHM, hyperparams_path
+from sb3_clipvf.zoo.resume import CHECKPOINTS, ResumedRun
+from sb3_clipvf.zoo.settings import check_imports, check_setting
 from sb3_clipvf.zoo.vec_env import EnvSettings, make_vec_env, stacks_frames, wrapper_list
 
 ZOO_KEYS = frozenset(
@@ -69,7 +79,9 @@ def check_hyperparams(hyperparams: dict[str, Any], overrides: Iterable[str], sou
     :param hyperparams: Settings of one environment, overrides included.
     :param overrides: Keys of those that were given on the command line.
     :param source: Where the others come from, for messages.
-    :raises ValueError: If a key is unknown, missing or reserved, or a number was written so that YAML reads it as text.
+    :raises ValueError: If a key is unknown, missing or reserved, a number was written so that YAML reads it as text, or
+        a value that the RL Zoo reads is out of range.
+    :raises TypeError: If such a value is of another type.
     """
     legal = constructor_keys() | ZOO_KEYS
     overridden = set(overrides)
@@ -90,6 +102,7 @@ def check_hyperparams(hyperparams: dict[str, Any], overrides: Iterable[str], sou
                 f"`{key}` must be a number, got the text {value!r} in {where}. YAML needs a point in it, as in 1.0e-3, "
                 f"or a tag: !!float {value}."
             )
+        check_setting(key, value, where)
     for key in ("policy", "n_timesteps"):
         if key not in hyperparams:
             raise ValueError(
@@ -116,7 +129,8 @@ class ClipPPOExperimentManager(ExperimentManager):
     """
     The RL Zoo's experiment manager, where ``clipppo`` gets the packaged settings by default, unknown keys are refused,
     coefficients reach ClipPPO as written (the Zoo would make each string a linear schedule and refuse ``null``),
-    ``FastDummyVecEnv`` stands for ``DummyVecEnv``, and ``FastVecNormalize`` normalises.
+    ``FastDummyVecEnv`` stands for ``DummyVecEnv``, ``FastVecNormalize`` normalises, and ``IsolatedEvalCallback``
+    evaluates.
 
     :param args: The Zoo's command-line arguments.
     :param algo: Algorithm's name in the Zoo.
@@ -129,6 +143,12 @@ class ClipPPOExperimentManager(ExperimentManager):
     vec_env: ClassVar[str | None] = None
     """One of ``sb3_clipvf.zoo.vec_env.VEC_ENVS`` for the training environments; None leaves them to the Zoo."""
 
+    checkpoint_freq: ClassVar[int] = -1
+    """Environment steps between two checkpoints of the whole training; none where it is not positive."""
+
+    resumed: ClassVar[ResumedRun | None] = None
+    """The run that goes on; None begins a new one."""
+
     def __init__(self, args: Namespace, algo: str, *rest: Any, config: str | None = None, **kwargs: Any) -> None:
         if algo == ALGORITHM and config is None:
             config = str(hyperparams_path())
@@ -138,6 +158,19 @@ class ClipPPOExperimentManager(ExperimentManager):
         self._wrappers: Any = None
         if self.vec_env is not None:
             args.vec_env = self.vec_env  # for args.yml of the run
+        self._keeps_checkpoints = algo == ALGORITHM and self.checkpoint_freq > 0 and not self.optimize_hyperparameters
+        if self._keeps_checkpoints:
+            args.checkpoint_freq = self.checkpoint_freq
+        if self.resumed is not None:
+            self._take_over(self.resumed)
+
+    def _take_over(self, run: ResumedRun) -> None:
+        self.save_path, self.params_path = str(run.folder), str(run.settings_folder)
+        self.env_kwargs = run.args.get("env_kwargs") or {}
+        self._eval_env_kwargs_args = run.args.get("eval_env_kwargs")
+        self.eval_env_kwargs = self._eval_env_kwargs_args or self.env_kwargs
+        # Its model is in a file.
+        self.continue_training = True
 
     def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
         """
@@ -161,10 +194,14 @@ class ClipPPOExperimentManager(ExperimentManager):
         Read and check the settings of this environment.
 
         :return: The settings, and a sorted copy to be saved with the run.
-        :raises ValueError: If a key is unknown or missing, or the file has no entry that fits.
+        :raises ValueError: If a key is unknown or missing, a value is refused, or the file has no entry that fits.
+        :raises TypeError: If a value is of the wrong type.
+        :raises ImportError: If a class that is named cannot be imported.
         """
         if self.algo != ALGORITHM:
             return super().read_hyperparameters()
+        if self.resumed is not None:
+            return self._resumed_hyperparameters(dict(self.resumed.hyperparams))
         overrides = dict(self.custom_hyperparams or {})
         if self.trial_id == 0 and self.storage and self.study_name:
             # The Zoo takes a trial of number 0 for no trial.
@@ -178,8 +215,49 @@ class ClipPPOExperimentManager(ExperimentManager):
             raise ValueError(
                 f"{self.config} must have an entry for {env_id} or one named `atari`, got neither. Add one of them."
             ) from error
-        check_hyperparams(hyperparams, overrides, f"the entry for {env_id} in {self.config}")
+        source = f"the entry for {env_id} in {self.config}"
+        check_hyperparams(hyperparams, overrides, source)
+        for key, value in hyperparams.items():
+            check_imports(key, value, "`-params`" if key in overrides else source)
         return hyperparams, saved_hyperparams
+
+    def _resumed_hyperparameters(self, hyperparams: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        if "env_kwargs" in hyperparams and self.env_kwargs and self._eval_env_kwargs_args is None:
+            # As the Zoo does where it reads them first.
+            self.eval_env_kwargs = hyperparams["env_kwargs"]
+        return hyperparams, OrderedDict(hyperparams)
+
+    def create_callbacks(self) -> None:
+        """Create the callbacks that the command line asks for, beside those of the settings."""
+        if self.algo != ALGORITHM:
+            super().create_callbacks()  # type: ignore[no-untyped-call]
+            return
+        eval_freq, self.eval_freq = self.eval_freq, -1
+        super().create_callbacks()  # type: ignore[no-untyped-call]
+        self.eval_freq = eval_freq
+        if eval_freq > 0 and not self.optimize_hyperparameters:
+            self.eval_freq = max(eval_freq // self.n_envs, 1)
+            self.callbacks.append(self._evaluation())
+        if self._keeps_checkpoints and not any(isinstance(one, TrainingCheckpoint) for one in self.callbacks):
+            # Best models are those of evaluations here.
+            folder = Path(self.save_path, CHECKPOINTS)
+            self.callbacks.insert(0, TrainingCheckpoint(self.checkpoint_freq, folder, keep_best=False))
+        # The Zoo closes the first one where a training is interrupted, which leaves no broken bar on the terminal.
+        self.callbacks.sort(key=lambda callback: not isinstance(callback, ProgressBarCallback))
+
+    def _evaluation(self) -> IsolatedEvalCallback:
+        if self.verbose > 0:
+            sys.stdout.write("Creating test environment\n")
+        return IsolatedEvalCallback(
+            self.create_envs(self.n_eval_envs, eval_env=True),
+            # For the Zoo's own checkpoints, which have no statistics of their own.
+            callback_on_new_best=SaveVecNormalizeCallback(save_freq=1, save_path=self.params_path),
+            best_model_save_path=self.save_path,
+            n_eval_episodes=self.n_eval_episodes,
+            log_path=self.save_path,
+            eval_freq=self.eval_freq,
+            deterministic=self.deterministic_eval,
+        )
 
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
         """
@@ -191,10 +269,27 @@ class ClipPPOExperimentManager(ExperimentManager):
         :param no_log: Whether to write no files of episodes.
         :return: The environments with all wrappers.
         :raises ValueError: If a setting cannot be honoured with this ``vec_env``.
+        :raises TypeError: If the environment does not take its arguments.
         """
-        if self.vec_env is None or eval_env:
-            return super().create_envs(n_envs, eval_env, no_log)
-        name = self.vec_env
+        manager = self._for_envs()
+        with _known_keywords(self.eval_env_kwargs if eval_env else self.env_kwargs):
+            if self.vec_env is None or eval_env:
+                return super(ClipPPOExperimentManager, manager).create_envs(n_envs, eval_env, no_log)
+            return manager._create_vectorised(self.vec_env, n_envs, no_log)
+
+    def _for_envs(self) -> "ClipPPOExperimentManager":
+        """:return: The manager, or a copy whose environments can be asked for their state and keep their files."""
+        in_processes = self._keeps_checkpoints and self.vec_env_class is SubprocVecEnv
+        if not in_processes and self.resumed is None:
+            return self
+        manager = copy(self)
+        if in_processes:
+            manager.env_wrapper = partial(_resumable, self.env_wrapper)
+        if self.resumed is not None and self.vec_env is None:
+            manager.monitor_kwargs = {**(self.monitor_kwargs or {}), "override_existing": False}
+        return manager
+
+    def _create_vectorised(self, name: str, n_envs: int, no_log: bool) -> VecEnv:
         settings = EnvSettings(
             gym.spec(self.env_name.gym_id),
             self.env_kwargs,
@@ -214,7 +309,15 @@ class ClipPPOExperimentManager(ExperimentManager):
         )
         if stacks_frames(name, settings):
             manager.frame_stack = None
-        return super(ClipPPOExperimentManager, manager).create_envs(n_envs, eval_env, no_log)
+        # These begin their files anew; the checkpoint then cuts them to its own length.
+        files = {} if self.resumed is None else {path: path.read_bytes() for path in self._monitor_files()}
+        venv = super(ClipPPOExperimentManager, manager).create_envs(n_envs, no_log=no_log)
+        for path, content in files.items():
+            path.write_bytes(content)
+        return venv
+
+    def _monitor_files(self) -> list[Path]:
+        return list(Path(self.save_path).glob("*.monitor.csv"))
 
     def learn(self, model: BaseAlgorithm) -> None:
         """
@@ -222,11 +325,38 @@ class ClipPPOExperimentManager(ExperimentManager):
 
         :param model: As ``setup_experiment`` gave it.
         """
-        with warnings.catch_warnings():
-            if self.vec_env is not None:
-                # Meant so, and without consequence.
-                warnings.filterwarnings("ignore", message="Training and eval env are not of the same type")
-            super().learn(model)
+        target: Any = model
+        if self.resumed is not None:
+            target = SimpleNamespace(env=model.env, learn=partial(model.learn, reset_num_timesteps=False))
+        try:
+            with warnings.catch_warnings():
+                if self.vec_env is not None:
+                    # Meant so, and without consequence.
+                    warnings.filterwarnings("ignore", message="Training and eval env are not of the same type")
+                super().learn(target)
+        except (SystemExit, ConnectionError) as error:
+            # The same signal may have ended the environments' processes, which the Zoo then fails to close.
+            ended = error.__context__ if isinstance(error, ConnectionError) else error
+            if not (isinstance(ended, SystemExit) and self._keeps_checkpoints):
+                raise
+            sys.stdout.write(f"To go on: sb3-clipvf train --resume {self.save_path}\n")
+            raise ended from None
+
+    def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
+        if self.resumed is None:
+            return super()._load_pretrained_agent(hyperparams, env)
+        run = self.resumed
+        model = ClipPPO.resume(run.checkpoint, env, device=self.device, verbose=self.verbose)
+        self.n_timesteps = max(0, run.total_timesteps - model.num_timesteps)
+        sys.stdout.write(f"Going on from {run.checkpoint} at step {model.num_timesteps} of {run.total_timesteps}\n")
+        if run.total_timesteps != model._schedule_timesteps:
+            sys.stdout.write(f"Schedules end at step {model._schedule_timesteps}, as they were to end at first\n")
+        return model
+
+    def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
+        # A run that goes on keeps the settings and the command that it was begun with.
+        if self.resumed is None:
+            super()._save_config(saved_hyperparams)
 
     def _preprocess_hyperparams(
         self, hyperparams: dict[str, Any]
@@ -248,6 +378,25 @@ class ClipPPOExperimentManager(ExperimentManager):
         from sb3_clipvf.envs import FastVecNormalize  # imports numba
 
         return FastVecNormalize.from_sb3(normalized)
+
+
+def _resumable(wrapper: Callable[..., gym.Env[Any, Any]] | None, env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
+    return ResumableEnv(env if wrapper is None else wrapper(env))
+
+
+@contextmanager
+def _known_keywords(env_kwargs: dict[str, Any] | None) -> Iterator[None]:
+    """Say where an argument comes from that an environment does not know: only making it tells which ones it does."""
+    try:
+        yield
+    except TypeError as error:
+        unknown = [name for name in env_kwargs or {} if f"unexpected keyword argument {name!r}" in str(error)]
+        if not unknown:
+            raise
+        raise TypeError(
+            f"`env_kwargs` must be arguments of the environment, got {unknown[0]!r} in it: {error}. Correct it in the "
+            "settings or in `--env-kwargs`, or leave it out."
+        ) from error
 
 
 def _is_number(text: str) -> bool:

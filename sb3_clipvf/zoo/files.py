@@ -23,6 +23,7 @@ from typing import Any
 import gymnasium as gym
 import yaml
 from stable_baselines3.common import base_class, off_policy_algorithm, save_util
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnvWrapper, VecNormalize
 
 from sb3_clipvf.safe_files import CheckedStream, load_vec_normalize, read_model, read_pickle
@@ -62,16 +63,23 @@ def checked_files(plots: bool = False) -> Iterator[None]:
             (off_policy_algorithm, "load_from_pkl", _load_from_pkl),
             (utils, "get_wrapper_class", checked_wrapper_class),
         ):
-            stack.enter_context(_replaced(owner, name, value))
+            stack.enter_context(replaced(owner, name, value))
         if plots:
             # Not `from rl_zoo3.plots import`: that name is a function there.
             plot_from_file = importlib.import_module("rl_zoo3.plots.plot_from_file")
-            stack.enter_context(_replaced(plot_from_file, "pickle", SimpleNamespace(load=_load_open_pickle)))
+            stack.enter_context(replaced(plot_from_file, "pickle", SimpleNamespace(load=_load_open_pickle)))
         yield
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """
+    Have a name lead elsewhere meanwhile.
+
+    :param owner: A module or class that has it.
+    :param name: The name.
+    :param value: What it means meanwhile.
+    """
     before = vars(owner)[name]
     setattr(owner, name, value)
     try:
@@ -175,6 +183,54 @@ class RunLoader(yaml.SafeLoader):
 
 
 RunLoader.add_multi_constructor(_PYTHON, RunLoader._python_object)
+
+
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """
+    Read ``args.yml`` or ``config.yml`` of a run.
+
+    :param path: The file.
+    :return: Its content, in Python's types.
+    :raises UnsafeFileError: If reading it, or what the Zoo does with it, could run code that the user does not trust.
+    :raises ValueError: If it is damaged.
+    """
+    with checked_files(), open(path, encoding="utf-8") as file:
+        settings = yaml.load(file, Loader=yaml.UnsafeLoader)
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold the settings of a run, got {type(settings).__name__}. Bring its file back.")
+    return dict(settings)
+
+
+def check_built(path: str | os.PathLike[str], settings: dict[str, Any]) -> None:
+    """
+    Refuse settings by which training a run again would run code, unless the user trusts all files.
+
+    :param path: Where they were read from.
+    :param settings: From :func:`read_settings`.
+    :raises UnsafeFileError: If a wrapper or callback is none, or text would be evaluated that is no plain value.
+    """
+    if trust_of(None).everything:
+        return
+    from rl_zoo3.utils import get_class_by_name
+
+    for key in ("env_wrapper", "vec_env_wrapper"):
+        _check_wrappers(settings.get(key), key)
+    monitor = settings.get("monitor_kwargs")
+    if isinstance(monitor, str) and not _is_plain(monitor):
+        raise UnsafeFileError(
+            f"`monitor_kwargs` in {path} must be plain values, got {monitor!r}, which the RL Zoo would run. {_TRUST}"
+        )
+    callbacks = settings.get("callback")
+    for entry in callbacks if isinstance(callbacks, list) else [callbacks] * (callbacks is not None):
+        name = next(iter(entry)) if isinstance(entry, dict) else entry
+        if isinstance(name, str):
+            _check_origin(str(path), "callback", name)
+            name = get_class_by_name(name)
+        if not (isinstance(name, BaseCallback) or (isinstance(name, type) and issubclass(name, BaseCallback))):
+            raise UnsafeFileError(
+                f"`callback` in {path} must name callbacks, classes derived from BaseCallback, got {entry!r}, which "
+                f"the RL Zoo would call. {_TRUST}"
+            )
 
 
 def _check_settings(source: str, data: dict[str, Any]) -> None:

@@ -51,24 +51,26 @@ class Default:
     value: str | None
 
 
-def option_value(arguments: Sequence[str], short: str | None, long: str) -> str | None:
+def option_value(arguments: Sequence[str], short: str | None, long: str, least: int = len("--x")) -> str | None:
     """
     Find an option as argparse would: short or long, abbreviated, joined to its value or not.
 
     :param arguments: Command line.
     :param short: Short name or None.
     :param long: Long name.
-    :return: Its value, "" where it has none, None if it is not there.
+    :param least: Characters from which on an abbreviation of the long name means it.
+    :return: Its value, "" where it has none, None if it is not there; the last one of several.
     """
+    found = None
     for index, token in enumerate(arguments):
         following = arguments[index + 1] if index + 1 < len(arguments) else ""
         name, joined, value = token.partition("=")
         if token.startswith("--"):
-            if len(name) > 2 and long.startswith(name):
-                return value if joined else following
+            if len(name) >= least and long.startswith(name):
+                found = value if joined else following
         elif short is not None and token.startswith(short):
-            return token[len(short) :].removeprefix("=") or following
-    return None
+            found = token[len(short) :].removeprefix("=") or following
+    return found
 
 
 def without_option(arguments: Sequence[str], long: str, least: int) -> list[str]:

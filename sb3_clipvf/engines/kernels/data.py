@@ -8,7 +8,8 @@ from numba.np.unsafe.ndarray import to_fixed_tuple
 from sb3_clipvf.compiled import fast
 from sb3_clipvf.engines.kernels.memory import DIST, GAUSSIAN, N_COLUMNS, matrix
 
-# Totals over the minibatches that were looked at; those of the last epoch are started anew with each epoch.
+# Totals over the minibatches that were looked at and not skipped; those of the last epoch are started anew with each
+# epoch. Then how many were skipped, and the number of the first of them, over all epochs from 0.
 (
     N_LOOKED_AT,
     N_STEPS,
@@ -25,12 +26,29 @@ from sb3_clipvf.engines.kernels.memory import DIST, GAUSSIAN, N_COLUMNS, matrix
     APPROX_KL,
     KL,
     STOPPED_AT,
-) = range(15)
-N_TOTALS = 15
+    N_SKIPPED,
+    FIRST_SKIPPED,
+) = range(17)
+N_TOTALS = 17
 
-# What the threads tell each other, twice, since one may be a minibatch ahead of the other's reading.
-ACTOR_NORM, CRITIC_NORM, MINIBATCH_KL, MINIBATCH_VALUE_LOSS, ACTOR_LOSS = range(5)
-N_SHARED = 5
+# What is told of one minibatch, by actor and critic: squares of gradients, then terms of the loss and statistics.
+(
+    ACTOR_NORM,
+    CRITIC_NORM,
+    TOLD_POLICY_LOSS,
+    TOLD_ENTROPY_LOSS,
+    TOLD_VALUE_LOSS,
+    TOLD_EXACT_KL,
+    TOLD_APPROX_KL,
+    TOLD_RATIO_MAX,
+    TOLD_CLIP_FRACTION,
+    TOLD_VF_CLIP_FRACTION,
+) = range(10)
+N_TOLD = 10
+# Rows of what the threads share: two in turn, since one thread may be a minibatch ahead of the other's reading, and
+# what was told of the first minibatch that was skipped.
+SKIPPED_ROW = 2
+N_SHARED_ROWS = 3
 
 
 class Network(NamedTuple):
@@ -139,6 +157,7 @@ class Numbers(NamedTuple):
     :param eps: Adam's.
     :param weight_decay: Adam's or AdamW's.
     :param decoupled: 1 for AdamW.
+    :param skips: 1 where a minibatch that is not finite is left out; else it ends the update.
     """
 
     clip_range: float
@@ -161,6 +180,7 @@ class Numbers(NamedTuple):
     eps: float
     weight_decay: float
     decoupled: float
+    skips: float
 
 
 N_NUMBERS = len(Numbers._fields)

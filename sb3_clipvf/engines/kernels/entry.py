@@ -15,7 +15,7 @@ import numpy as np
 from sb3_clipvf.compiled import cached
 from sb3_clipvf.engines.kernels import minibatch, rollout, update
 from sb3_clipvf.engines.kernels.adam import squared_norm
-from sb3_clipvf.engines.kernels.data import GRAD_NORM, LAST_LOSS, N_SHARED, N_STEPS, unpack, unpack_numbers
+from sb3_clipvf.engines.kernels.data import ACTOR_NORM, N_STEPS, unpack, unpack_numbers
 from sb3_clipvf.engines.kernels.memory import GRAD, SIZE, vector
 
 
@@ -47,9 +47,9 @@ def _for_networks(digest: int) -> tuple[Callable[..., Any], ...]:
     def act(
         packed: np.ndarray, observations: np.ndarray, noise: np.ndarray, work: np.ndarray, actions: np.ndarray,
         values: np.ndarray, log_prob: np.ndarray, dist_params: np.ndarray,
-    ) -> int:  # fmt: skip
-        rollout.act(unpack(packed), observations, noise, work, actions, values, log_prob, dist_params)
-        return digest
+    ) -> bool:  # fmt: skip
+        finite = rollout.act(unpack(packed), observations, noise, work, actions, values, log_prob, dist_params)
+        return finite and digest > 0
 
     @cached()
     def predict_values(packed: np.ndarray, observations: np.ndarray, work: np.ndarray, values: np.ndarray) -> int:
@@ -75,17 +75,18 @@ def _around_networks(digest: int) -> tuple[Callable[..., Any], ...]:
         kind: int, widths: np.ndarray, outputs: np.ndarray, log_std: np.ndarray, values: np.ndarray,
         actions: np.ndarray, old_log_prob: np.ndarray, advantages: np.ndarray, old_values: np.ndarray,
         returns: np.ndarray, old_dist: np.ndarray, packed: np.ndarray, measure_kl: bool, output_gradient: np.ndarray,
-        log_std_gradient: np.ndarray, value_gradient: np.ndarray, totals: np.ndarray,
-    ) -> bool:  # fmt: skip
+        log_std_gradient: np.ndarray, value_gradient: np.ndarray, told: np.ndarray, totals: np.ndarray,
+    ) -> tuple[int, int]:  # fmt: skip
         numbers = unpack_numbers(packed)
-        told = np.zeros(N_SHARED)
         minibatch.policy_gradient(
             kind, widths, outputs, log_std, actions, old_log_prob, advantages, old_dist, np.arange(values.shape[0]),
-            numbers, measure_kl, output_gradient, log_std_gradient, told, totals,
+            numbers, measure_kl, output_gradient, log_std_gradient, told,
         )  # fmt: skip
-        minibatch.value_gradient(values, old_values, returns, numbers, value_gradient, told, totals)
-        totals[LAST_LOSS] = minibatch.total_loss(told, numbers)
-        return minibatch.stops(told, numbers, totals, True) and digest > 0
+        minibatch.value_gradient(values, old_values, returns, numbers, value_gradient, told)
+        what = minibatch.verdict(told, numbers, 0.0)
+        if what != minibatch.STEPS:
+            minibatch.count(told, numbers, what, 0.0, totals)
+        return what, digest
 
     @cached()
     def draw(
@@ -103,13 +104,15 @@ def _around_networks(digest: int) -> tuple[Callable[..., Any], ...]:
         return digest
 
     @cached()
-    def optimizer_step(table: np.ndarray, packed: np.ndarray, totals: np.ndarray) -> int:
+    def optimizer_step(table: np.ndarray, packed: np.ndarray, told: np.ndarray, totals: np.ndarray) -> tuple[int, int]:
         numbers = unpack_numbers(packed)
-        norm, factor = minibatch.clip_factor(squared_norm(table, 0, table.shape[0]), numbers.max_grad_norm)
-        totals[GRAD_NORM] += norm
-        totals[N_STEPS] += 1
-        minibatch.step(table, 0, table.shape[0], factor, int(totals[N_STEPS]), numbers)
-        return digest
+        told[ACTOR_NORM] = squared_norm(table, 0, table.shape[0])
+        norm, factor = minibatch.clip_factor(told[ACTOR_NORM], numbers.max_grad_norm)
+        what = minibatch.STEPS if minibatch.is_finite(norm) else minibatch.SKIPS
+        minibatch.count(told, numbers, what, norm, totals)
+        if what == minibatch.STEPS:
+            minibatch.step(table, 0, table.shape[0], factor, int(totals[N_STEPS]), numbers)
+        return what, digest
 
     return loss_gradients, draw, zero_gradients, optimizer_step
 

@@ -8,18 +8,27 @@ from sb3_clipvf.compiled import fast
 from sb3_clipvf.engines.kernels import heads
 from sb3_clipvf.engines.kernels.adam import adam_step
 from sb3_clipvf.engines.kernels.data import (
-    ACTOR_LOSS,
     APPROX_KL,
     CLIP_FRACTION,
     ENTROPY_LOSS,
+    GRAD_NORM,
     KL,
-    MINIBATCH_KL,
-    MINIBATCH_VALUE_LOSS,
+    LAST_LOSS,
     N_IN_EPOCH,
     N_LOOKED_AT,
+    N_SKIPPED,
+    N_STEPS,
     POLICY_LOSS,
     RATIO_MAX,
     STOPPED_AT,
+    TOLD_APPROX_KL,
+    TOLD_CLIP_FRACTION,
+    TOLD_ENTROPY_LOSS,
+    TOLD_EXACT_KL,
+    TOLD_POLICY_LOSS,
+    TOLD_RATIO_MAX,
+    TOLD_VALUE_LOSS,
+    TOLD_VF_CLIP_FRACTION,
     VALUE_LOSS,
     VF_CLIP_FRACTION,
     Numbers,
@@ -28,13 +37,17 @@ from sb3_clipvf.engines.kernels.losses import NOT_CLIPPED, shift_and_scale, surr
 
 F = np.float32
 _CLIP_EPS = 1e-6
+_LARGEST = np.finfo(np.float32).max
+
+# What comes of a minibatch.
+STEPS, SKIPS, STOPS = range(3)
 
 
 @fast
 def policy_gradient(
     kind: int, widths: np.ndarray, outputs: np.ndarray, log_std: np.ndarray, actions: np.ndarray,
     old_log_prob: np.ndarray, advantages: np.ndarray, old_dist: np.ndarray, rows: np.ndarray, numbers: Numbers,
-    measure_kl: bool, gradient: np.ndarray, log_std_gradient: np.ndarray, told: np.ndarray, totals: np.ndarray,
+    measure_kl: bool, gradient: np.ndarray, log_std_gradient: np.ndarray, told: np.ndarray,
 ) -> None:  # fmt: skip
     """
     The actor's part of a minibatch's loss: its gradient with respect to what the actor's last layer gives.
@@ -52,8 +65,7 @@ def policy_gradient(
     :param measure_kl: Whether the exact KL is wanted.
     :param gradient: Filled, shape ``(n, k)``.
     :param log_std_gradient: Filled, shape of ``log_std``, of a Gaussian.
-    :param told: What this part gives to the loss goes there.
-    :param totals: Statistics are added to it.
+    :param told: Terms of the loss and statistics go there.
     """
     n = outputs.shape[0]
     log_prob, entropy, weights = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.float32)
@@ -72,23 +84,14 @@ def policy_gradient(
     entropy_loss = 0.0
     for i in range(n):
         entropy_loss -= entropy[i] / n
-    told[MINIBATCH_KL] = k3
-    told[ACTOR_LOSS] = loss + numbers.ent_coef * entropy_loss + numbers.kl_coef * kl
-    totals[N_LOOKED_AT] += 1
-    totals[N_IN_EPOCH] += 1
-    totals[POLICY_LOSS] += loss
-    totals[ENTROPY_LOSS] += entropy_loss
-    totals[CLIP_FRACTION] += clipped
-    totals[APPROX_KL] += k3
-    totals[KL] += kl
-    if largest > totals[RATIO_MAX] or largest != largest:
-        totals[RATIO_MAX] = largest
+    told[TOLD_POLICY_LOSS], told[TOLD_ENTROPY_LOSS], told[TOLD_EXACT_KL] = loss, entropy_loss, kl
+    told[TOLD_APPROX_KL], told[TOLD_RATIO_MAX], told[TOLD_CLIP_FRACTION] = k3, largest, clipped
 
 
 @fast
 def value_gradient(
     values: np.ndarray, old_values: np.ndarray, returns: np.ndarray, numbers: Numbers, gradient: np.ndarray,
-    told: np.ndarray, totals: np.ndarray,
+    told: np.ndarray,
 ) -> None:  # fmt: skip
     """
     The critic's part of a minibatch's loss: its gradient with respect to the predicted values.
@@ -98,14 +101,11 @@ def value_gradient(
     :param returns: Shape ``(n,)``, return units.
     :param numbers: Coefficients and settings.
     :param gradient: Filled, shape ``(n,)``.
-    :param told: What this part gives to the loss goes there.
-    :param totals: Statistics are added to it.
+    :param told: The loss and a statistic go there.
     """
     form = int(numbers.value_form)
     loss, clipped = value_loss(values, old_values, returns, form, numbers.clip_range_vf, numbers.vf_coef, gradient)
-    told[MINIBATCH_VALUE_LOSS] = loss
-    totals[VALUE_LOSS] += loss
-    totals[VF_CLIP_FRACTION] += clipped if form != NOT_CLIPPED else 0.0
+    told[TOLD_VALUE_LOSS], told[TOLD_VF_CLIP_FRACTION] = loss, clipped if form != NOT_CLIPPED else 0.0
 
 
 @fast
@@ -117,25 +117,71 @@ def total_loss(told: np.ndarray, numbers: Numbers) -> float:
     :param numbers: Coefficients and settings.
     :return: float64.
     """
-    return told[ACTOR_LOSS] + numbers.vf_coef * told[MINIBATCH_VALUE_LOSS]
+    loss = told[TOLD_POLICY_LOSS] + numbers.ent_coef * told[TOLD_ENTROPY_LOSS]
+    loss += numbers.vf_coef * told[TOLD_VALUE_LOSS]
+    # A KL that is only measured may be infinite.
+    return loss + numbers.kl_coef * told[TOLD_EXACT_KL] if numbers.kl_coef != 0.0 else loss
 
 
 @fast
-def stops(told: np.ndarray, numbers: Numbers, totals: np.ndarray, writes: bool) -> bool:
+def is_finite(number: float) -> bool:
     """
-    Whether ``target_kl`` ends the update before the step of this minibatch, as SB3 does.
+    Tell whether a number is one.
 
-    :param told: From :func:`policy_gradient`.
-    :param numbers: Coefficients and settings.
-    :param totals: The estimate goes there if it does.
-    :param writes: Whether this thread writes it.
-    :return: Whether it does.
+    :param number: As float32, in which torch has it.
+    :return: False for NaN and infinities.
     """
-    if not F(told[MINIBATCH_KL]) > 1.5 * numbers.target_kl:
-        return False
-    if writes:
-        totals[STOPPED_AT] = told[MINIBATCH_KL]
-    return True
+    return abs(F(number)) <= _LARGEST
+
+
+@fast
+def verdict(told: np.ndarray, numbers: Numbers, norm: float) -> int:
+    """
+    What comes of a minibatch: a step; none, since its loss or its gradient is not finite; or the end of the update, by
+    ``target_kl``, as in SB3.
+
+    :param told: From :func:`policy_gradient` and :func:`value_gradient`.
+    :param numbers: Coefficients and settings.
+    :param norm: Joint gradient norm; 0 where it is not known yet.
+    :return: STEPS, SKIPS or STOPS.
+    """
+    if not is_finite(total_loss(told, numbers)):
+        return SKIPS
+    if F(told[TOLD_APPROX_KL]) > 1.5 * numbers.target_kl:
+        return STOPS
+    return STEPS if is_finite(norm) else SKIPS
+
+
+@fast
+def count(told: np.ndarray, numbers: Numbers, what: int, norm: float, totals: np.ndarray) -> None:
+    """
+    Add a minibatch to the statistics.
+
+    :param told: From :func:`policy_gradient` and :func:`value_gradient`.
+    :param numbers: Coefficients and settings.
+    :param what: From :func:`verdict`; of what is skipped only the number is kept.
+    :param norm: Joint gradient norm.
+    :param totals: Of the update.
+    """
+    if what == SKIPS:
+        totals[N_SKIPPED] += 1
+        return
+    totals[N_LOOKED_AT] += 1
+    totals[N_IN_EPOCH] += 1
+    totals[POLICY_LOSS] += told[TOLD_POLICY_LOSS]
+    totals[ENTROPY_LOSS] += told[TOLD_ENTROPY_LOSS]
+    totals[CLIP_FRACTION] += told[TOLD_CLIP_FRACTION]
+    totals[VALUE_LOSS] += told[TOLD_VALUE_LOSS]
+    totals[VF_CLIP_FRACTION] += told[TOLD_VF_CLIP_FRACTION]
+    totals[APPROX_KL] += told[TOLD_APPROX_KL]
+    totals[KL] += told[TOLD_EXACT_KL]
+    totals[RATIO_MAX] = max(totals[RATIO_MAX], told[TOLD_RATIO_MAX])
+    totals[LAST_LOSS] = total_loss(told, numbers)
+    if what == STOPS:
+        totals[STOPPED_AT] = told[TOLD_APPROX_KL]
+        return
+    totals[N_STEPS] += 1
+    totals[GRAD_NORM] += norm
 
 
 @fast

@@ -6,6 +6,7 @@ from sb3_clipvf.compiled import fast, strict
 from sb3_clipvf.engines.kernels import gsde, heads
 from sb3_clipvf.engines.kernels.data import Network
 from sb3_clipvf.engines.kernels.memory import ACTIVATION, DIST, STATE_DEPENDENT
+from sb3_clipvf.engines.kernels.minibatch import is_finite
 from sb3_clipvf.engines.kernels.network import forward, layer, output_gradient
 
 F = np.float32
@@ -38,7 +39,7 @@ def act(
     values: np.ndarray,
     log_prob: np.ndarray,
     dist_params: np.ndarray,
-) -> None:
+) -> bool:
     """
     Draw one action for each environment.
 
@@ -51,6 +52,7 @@ def act(
     :param values: Filled, shape ``(n,)``.
     :param log_prob: Filled, shape ``(n,)``, nats.
     :param dist_params: Filled with the distribution's parameters, shape ``(n, k)``; of no column: not wanted.
+    :return: Whether observations, values and log-probabilities are finite; activations may hide an observation's NaN.
     """
     predict_values(network, observations, work, values)
     n = observations.shape[0]
@@ -62,6 +64,13 @@ def act(
     if kind == STATE_DEPENDENT:
         noise = gsde.noise_of(network, work, n, noise)
     draw(kind, outputs, log_std, network.widths, probs, noise, actions, log_prob, dist_params)
+    n_bad = 0
+    for i in range(n):
+        row = observations[i]
+        for j in range(row.shape[0]):
+            n_bad += 0 if is_finite(row[j]) else 1
+        n_bad += 0 if is_finite(values[i]) and is_finite(log_prob[i]) else 1
+    return n_bad == 0
 
 
 @fast

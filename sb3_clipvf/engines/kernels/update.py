@@ -14,19 +14,28 @@ from sb3_clipvf.engines.kernels.data import (
     ACTOR_NORM,
     APPROX_KL,
     CRITIC_NORM,
-    GRAD_NORM,
+    FIRST_SKIPPED,
     KL,
-    LAST_LOSS,
     N_EPOCHS,
     N_IN_EPOCH,
-    N_STEPS,
+    N_SKIPPED,
+    SKIPPED_ROW,
     Network,
     Numbers,
     Rollout,
     log_std_of,
 )
 from sb3_clipvf.engines.kernels.memory import ACTIVATION, DIST, GRAD, STATE_DEPENDENT
-from sb3_clipvf.engines.kernels.minibatch import clip_factor, policy_gradient, step, stops, total_loss, value_gradient
+from sb3_clipvf.engines.kernels.minibatch import (
+    SKIPS,
+    STOPS,
+    clip_factor,
+    count,
+    policy_gradient,
+    step,
+    value_gradient,
+    verdict,
+)
 from sb3_clipvf.engines.kernels.network import backward, forward, layer, output_gradient
 from sb3_clipvf.engines.kernels.sync import wait_for_all
 
@@ -56,9 +65,9 @@ def run_update(
     :param permutations: Shape ``(n_epochs, n)``, in SB3's numbering, environment by environment.
     :param batch_size: Transitions in a minibatch; the last one may be shorter.
     :param work: This thread's workspace, large enough for the larger network.
-    :param shared: Shape ``(2, N_SHARED)``.
+    :param shared: Shape ``(N_SHARED_ROWS, N_TOLD)``.
     :param counter: Of the barrier.
-    :param totals: Filled, shape ``(N_TOTALS,)``; each thread writes its own.
+    :param totals: Filled by the actor's thread, shape ``(N_TOTALS,)``.
     """
     has_actor, has_critic = rank == 0, rank == n_threads - 1
     n = rollout.returns.shape[0]
@@ -77,21 +86,23 @@ def run_update(
             told = shared[n_minibatches % 2]
             n_minibatches += 1
             if has_actor:
-                _actor(network, rollout, numbers, rows[:size], measure_kl, work, told, totals)
+                _actor(network, rollout, numbers, rows[:size], measure_kl, work, told)
                 told[ACTOR_NORM] = squared_norm(network.table, 0, network.first_critic)
             if has_critic:
-                _critic(network, rollout, numbers, rows[:size], work, told, totals)
+                _critic(network, rollout, numbers, rows[:size], work, told)
                 told[CRITIC_NORM] = squared_norm(network.table, network.first_critic, network.table.shape[0])
             wait_for_all(counter, n_threads, n_minibatches)
-            if has_actor:
-                totals[LAST_LOSS] = total_loss(told, numbers)
-            if stops(told, numbers, totals, has_actor):
-                return
             norm, factor = clip_factor(told[ACTOR_NORM] + told[CRITIC_NORM], numbers.max_grad_norm)
-            n_steps += 1
+            what = verdict(told, numbers, norm)
             if has_actor:
-                totals[GRAD_NORM] += norm
-                totals[N_STEPS] += 1
+                if what == SKIPS and totals[N_SKIPPED] == 0:
+                    shared[SKIPPED_ROW], totals[FIRST_SKIPPED] = told, n_minibatches - 1
+                count(told, numbers, what, norm, totals)
+            if what == STOPS or (what == SKIPS and numbers.skips == 0.0):
+                return
+            if what == SKIPS:
+                continue
+            n_steps += 1
             step(network.table, first, end, factor, n_steps, numbers)
 
 
@@ -105,7 +116,7 @@ def _rows_of(drawn: np.ndarray, rollout: Rollout, rows: np.ndarray) -> None:
 @fast
 def _actor(
     network: Network, rollout: Rollout, numbers: Numbers, rows: np.ndarray, measure_kl: bool, work: np.ndarray,
-    told: np.ndarray, totals: np.ndarray,
+    told: np.ndarray,
 ) -> None:  # fmt: skip
     """Forward and backward pass of the actor."""
     n = rows.shape[0]
@@ -122,7 +133,7 @@ def _actor(
     log_std_gradient = np.empty_like(log_std) if state_dependent else log_std_of(network, GRAD)
     policy_gradient(
         network.codes[DIST], network.widths, outputs, log_std, actions, old_log_prob, advantages, rollout.old_dist,
-        rows, numbers, measure_kl, output_gradient(work, sizes, n), log_std_gradient, told, totals,
+        rows, numbers, measure_kl, output_gradient(work, sizes, n), log_std_gradient, told,
     )  # fmt: skip
     if state_dependent:
         gsde.log_std_gradients(network, work, n, log_std, log_std_gradient)
@@ -132,7 +143,6 @@ def _actor(
 @fast
 def _critic(
     network: Network, rollout: Rollout, numbers: Numbers, rows: np.ndarray, work: np.ndarray, told: np.ndarray,
-    totals: np.ndarray,
 ) -> None:  # fmt: skip
     """Forward and backward pass of the critic."""
     n = rows.shape[0]
@@ -142,9 +152,7 @@ def _critic(
     for i in range(n):
         old_values[i], returns[i] = rollout.old_values[rows[i]], rollout.returns[rows[i]]
     values = forward(work, sizes, n, network.table, network.first_critic, network.codes[ACTIVATION])
-    value_gradient(
-        values.reshape(n), old_values, returns, numbers, output_gradient(work, sizes, n).reshape(n), told, totals
-    )
+    value_gradient(values.reshape(n), old_values, returns, numbers, output_gradient(work, sizes, n).reshape(n), told)
     backward(work, sizes, n, network.table, network.first_critic, network.codes[ACTIVATION])
 
 

@@ -8,19 +8,19 @@ and dicts of trees. What comes back is equal to the last bit, and of the same ty
 import io
 import json
 import math
-from collections import deque
-from collections.abc import Mapping
+from collections import OrderedDict, deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch as th
 
-from sb3_clipvf.checkpoint.errors import DamagedCheckpointError
-
 Tree = Any
 """A tree of plain values."""
 
-_TAG = "~"
+TAG = "~"
+"""Key by which JSON says what kind of value an object stands for."""
+
 _SCALARS = frozenset({type(None), bool, int, float, str, bytes})
 
 
@@ -47,7 +47,8 @@ def frozen(value: Any, where: str = "state") -> Tree:
     if isinstance(value, th.Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
-        return {frozen(key, where): frozen(item, f"{where}[{key!r}]") for key, item in value.items()}
+        copied = {frozen(key, where): frozen(item, f"{where}[{key!r}]") for key, item in value.items()}
+        return OrderedDict(copied) if kind is OrderedDict else copied
     if isinstance(value, deque):
         return deque((frozen(item, where) for item in value), maxlen=value.maxlen)
     if isinstance(value, (list, tuple)):
@@ -74,7 +75,13 @@ def to_bytes(tree: Tree) -> tuple[bytes, bytes]:
     :return: JSON text in UTF-8, and the ``.npz`` archive with its arrays.
     """
     arrays: dict[str, np.ndarray] = {}
-    text = json.dumps(_to_json(tree, arrays), allow_nan=False, separators=(",", ":"))
+
+    def add(value: Any) -> dict[str, Any]:
+        key = f"a{len(arrays)}"
+        kind, arrays[key] = as_array(value)
+        return {TAG: kind, "v": key}
+
+    text = json.dumps(to_json(tree, add), allow_nan=False, separators=(",", ":"))
     archive = io.BytesIO()
     np.savez(archive, **arrays)  # type: ignore[arg-type]
     return text.encode(), archive.getvalue()
@@ -87,38 +94,75 @@ def from_bytes(text: bytes, archive: bytes) -> Tree:
     :param text: JSON text.
     :param archive: The archive.
     :return: The tree.
-    :raises DamagedCheckpointError: If it is something else.
+    :raises Exception: Of any type, if it is something else: zipfile, zlib, NumPy and JSON have each their own.
     """
-    try:
-        with np.load(io.BytesIO(archive), allow_pickle=False) as arrays:
-            return _from_json(json.loads(text), arrays)
-    except Exception as error:  # zipfile, zlib, NumPy and JSON have each their own
-        raise DamagedCheckpointError(f"The training state cannot be read: {error}") from error
+    with np.load(io.BytesIO(archive), allow_pickle=False) as arrays:
+        return from_json(json.loads(text), lambda item: of_array(item[TAG], arrays[item["v"]]))
 
 
-def _to_json(value: Tree, arrays: dict[str, np.ndarray]) -> Any:
+def to_json(value: Any, other: Callable[[Any], dict[str, Any]]) -> Any:
+    """
+    Turn a tree into what JSON can express.
+
+    :param value: The tree.
+    :param other: Called with what is neither a scalar nor a container; gives an object with :data:`TAG`.
+    :return: Lists, dicts with text as keys, and scalars of JSON.
+    """
     kind = type(value)
     if kind in (type(None), bool, int, str):
         return value
     if kind is float:
-        return value if math.isfinite(value) else {_TAG: "float", "v": repr(value)}
+        return value if math.isfinite(value) else {TAG: "float", "v": repr(value)}
     if kind is list:
-        return [_to_json(item, arrays) for item in value]
+        return [to_json(item, other) for item in value]
     if kind is dict:
-        if all(type(key) is str for key in value) and _TAG not in value:
-            return {key: _to_json(item, arrays) for key, item in value.items()}
-        return {_TAG: "dict", "v": [[_to_json(key, arrays), _to_json(item, arrays)] for key, item in value.items()]}
+        if all(type(key) is str for key in value) and TAG not in value:
+            return {key: to_json(item, other) for key, item in value.items()}
+        return {TAG: "dict", "v": [[to_json(key, other), to_json(item, other)] for key, item in value.items()]}
+    if kind is OrderedDict:
+        return {TAG: "ordered", "v": to_json(list(value.items()), other)}
     if kind is tuple:
-        return {_TAG: "tuple", "v": [_to_json(item, arrays) for item in value]}
+        return {TAG: "tuple", "v": [to_json(item, other) for item in value]}
     if kind is deque:
-        return {_TAG: "deque", "v": [_to_json(item, arrays) for item in value], "maxlen": value.maxlen}
-    name, array = _as_array(value)
-    key = f"a{len(arrays)}"
-    arrays[key] = array
-    return {_TAG: name, "v": key}
+        return {TAG: "deque", "v": [to_json(item, other) for item in value], "maxlen": value.maxlen}
+    return other(value)
 
 
-def _as_array(value: Tree) -> tuple[str, np.ndarray]:
+def from_json(value: Any, other: Callable[[dict[str, Any]], Any]) -> Tree:
+    """
+    Read what :func:`to_json` gave.
+
+    :param value: What JSON expressed.
+    :param other: Called with an object that stands for what is neither a scalar nor a container; gives the value.
+    :return: The tree.
+    """
+    if isinstance(value, list):
+        return [from_json(item, other) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if TAG not in value:
+        return {key: from_json(item, other) for key, item in value.items()}
+    kind = value[TAG]
+    if kind == "float":
+        return float(value["v"])
+    if kind == "dict":
+        return {from_json(key, other): from_json(item, other) for key, item in value["v"]}
+    if kind == "ordered":
+        return OrderedDict(from_json(value["v"], other))
+    if kind == "tuple":
+        return tuple(from_json(item, other) for item in value["v"])
+    if kind == "deque":
+        return deque((from_json(item, other) for item in value["v"]), maxlen=value["maxlen"])
+    return other(value)
+
+
+def as_array(value: Tree) -> tuple[str, np.ndarray]:
+    """
+    Turn a value of bytes into an array.
+
+    :param value: Bytes, a tensor, or an array or scalar of NumPy.
+    :return: What kind of value it is, and the array.
+    """
     if isinstance(value, bytes):
         return "bytes", np.frombuffer(value, np.uint8)
     if isinstance(value, th.Tensor):
@@ -126,23 +170,15 @@ def _as_array(value: Tree) -> tuple[str, np.ndarray]:
     return ("array" if isinstance(value, np.ndarray) else "scalar"), np.asarray(value)
 
 
-def _from_json(value: Any, arrays: Mapping[str, np.ndarray]) -> Tree:
-    if isinstance(value, list):
-        return [_from_json(item, arrays) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if _TAG not in value:
-        return {key: _from_json(item, arrays) for key, item in value.items()}
-    kind, content = value[_TAG], value["v"]
-    if kind == "float":
-        return float(content)
-    if kind == "dict":
-        return {_from_json(key, arrays): _from_json(item, arrays) for key, item in content}
-    if kind == "tuple":
-        return tuple(_from_json(item, arrays) for item in content)
-    if kind == "deque":
-        return deque((_from_json(item, arrays) for item in content), maxlen=value["maxlen"])
-    array = arrays[content]
+def of_array(kind: str, array: np.ndarray) -> Tree:
+    """
+    Turn an array back into the value.
+
+    :param kind: What kind of value it is.
+    :param array: From :func:`as_array`.
+    :return: The value.
+    :raises ValueError: If there is no such kind.
+    """
     if kind == "bytes":
         return array.tobytes()
     if kind == "tensor":

@@ -1,0 +1,22 @@
+"""What the server of the fault campaign has ready before it forks: imports, and compiled kernels."""
+# ruff: noqa: F401
+
+import contextlib
+import importlib
+
+# Four seconds, which the first optimizer of a process spends otherwise.
+import torch._dynamo
+
+import sb3_clipvf.bench.faults_files
+import sb3_clipvf.bench.faults_kills
+import sb3_clipvf.checkpoint
+import sb3_clipvf.engines.lean
+import sb3_clipvf.envs
+import sb3_clipvf.zoo.experiment
+from sb3_clipvf.engines.compiled_update import compile_kernels
+
+for _name in ("gymnasium.envs.mujoco.half_cheetah_v5", "gymnasium.envs.classic_control", "hypothesis"):
+    with contextlib.suppress(ImportError):  # a row that needs what is missing says so
+        importlib.import_module(_name)
+for _group in ("networks", "around"):
+    compile_kernels(_group)

@@ -1,0 +1,145 @@
+"""The trainings of the fault campaign: how each is built, and a digest of all that must be the same at its end."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch as th
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.vec_env import VecEnv
+
+    from sb3_clipvf import ClipPPO
+
+
+@dataclass(frozen=True)
+class Training:
+    """
+    A training of some seconds, with a checkpoint after each update.
+
+    :param name: For the results.
+    :param env_id: The environment's id.
+    :param total_timesteps: Environment steps of the whole training.
+    :param arguments: Of ClipPPO, besides those that all have.
+    :param n_envs: Environments.
+    :param in_processes: Whether each of them runs in a process of its own.
+    :param normalized: Whether observations and rewards are normalised.
+    """
+
+    name: str
+    env_id: str
+    total_timesteps: int
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    n_envs: int = 2
+    in_processes: bool = False
+    normalized: bool = False
+
+    def make_env(self, monitor: Path | None) -> VecEnv:
+        """
+        Build the environments.
+
+        :param monitor: Folder for the files of episodes; None: there are none.
+        :return: The same ones each time.
+        """
+        from stable_baselines3.common.env_util import make_vec_env
+        from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+
+        from sb3_clipvf.checkpoint import ResumableEnv
+        from sb3_clipvf.envs import FastVecNormalize
+
+        env = make_vec_env(
+            self.env_id,
+            self.n_envs,
+            seed=3,
+            monitor_dir=None if monitor is None else str(monitor),
+            vec_env_cls=SubprocVecEnv if self.in_processes else DummyVecEnv,
+            # From a process without threads; others would import everything anew for each environment.
+            vec_env_kwargs={"start_method": "fork"} if self.in_processes else None,
+            wrapper_class=ResumableEnv if self.in_processes else None,
+        )
+        return FastVecNormalize(env) if self.normalized else env
+
+    def make_model(self, env: VecEnv) -> ClipPPO:
+        """
+        Build the model.
+
+        :param env: From :meth:`make_env`.
+        :return: The same one each time.
+        """
+        from sb3_clipvf import ClipPPO
+
+        common: dict[str, Any] = {"n_steps": 64, "batch_size": 32, "n_epochs": 3, "seed": 0, "device": "cpu"}
+        return ClipPPO("MlpPolicy", env, **{**common, "learning_rate": "lin_0.001", **self.arguments})
+
+
+def digest(model: ClipPPO, monitor: Path | None = None) -> dict[str, str]:
+    """
+    Name what must be the same, to the last bit: whatever changes the next update, and the files of episodes.
+
+    :param model: With its environments or without.
+    :param monitor: Folder with the files of episodes.
+    :return: SHA-256 by part of the state.
+    """
+    from sb3_clipvf.checkpoint.environments import vec_env_state
+    from sb3_clipvf.checkpoint.random_states import global_states
+
+    names = (
+        *("num_timesteps", "_total_timesteps", "_n_updates", "_episode_num", "_current_progress_remaining"),
+        *("adaptive_kl", "adaptive_lr", "seed", "n_steps", "batch_size", "n_epochs", "gamma", "gae_lambda"),
+        *("clip_range", "clip_range_vf", "learning_rate", "ent_coef", "vf_coef", "kl_coef", "max_grad_norm"),
+    )
+    parts: dict[str, Any] = {
+        "weights": model.policy.state_dict(),
+        "optimizer": model.policy.optimizer.state_dict(),
+        "numbers": {name: getattr(model, name) for name in names},
+        "episodes": [(episode["r"], episode["l"]) for episode in model.ep_info_buffer or ()],
+    }
+    if model.env is not None:
+        parts["observations"] = [model._last_obs, model._last_episode_starts, model._last_original_obs]
+        parts["random"] = global_states()
+        parts["environments"] = _without_files(vec_env_state(model.env)[0])
+    for path in sorted(monitor.glob("*.monitor.csv")) if monitor is not None else ():
+        # Without the times.
+        parts[path.name] = [row.split(",")[:2] for row in path.read_text(encoding="utf-8").splitlines()[1:]]
+    return {name: digest_of(part) for name, part in parts.items()}
+
+
+def digest_of(value: Any) -> str:
+    """
+    Give the SHA-256 of a tree.
+
+    :param value: Containers, arrays, tensors, and what has a ``repr`` that tells all.
+    :return: In hexadecimal.
+    """
+    sha = hashlib.sha256()
+    _feed(sha, value)
+    return sha.hexdigest()
+
+
+def _feed(sha: Any, value: Any) -> None:
+    if isinstance(value, th.Tensor):
+        value = value.detach().numpy()
+    if isinstance(value, np.ndarray):
+        sha.update(f"{value.dtype.str}{value.shape}".encode() + value.tobytes())
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            sha.update(repr(key).encode())
+            _feed(sha, item)
+    elif isinstance(value, (list, tuple)):
+        sha.update(f"{len(value)}[".encode())
+        for item in value:
+            _feed(sha, item)
+    else:
+        sha.update(repr(value).encode())
+
+
+def _without_files(tree: Any) -> Any:
+    """Files of episodes hold times, and so have other lengths."""
+    if isinstance(tree, dict):
+        return {key: _without_files(item) for key, item in tree.items() if key not in ("file", "t_start")}
+    return [_without_files(item) for item in tree] if isinstance(tree, list) else tree

@@ -1,0 +1,211 @@
+"""Evaluation while training that changes nothing in the training."""
+
+import io
+import json
+import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization, unwrap_vec_normalize
+
+from sb3_clipvf.checkpoint.atomic import atomic_write
+from sb3_clipvf.checkpoint.random_states import global_states, set_global_states, set_space_states, space_states
+from sb3_clipvf.messages import log
+
+BEST_MODEL = "best_model.zip"
+BEST_STATISTICS = "best_vecnormalize.pkl"
+STATISTICS_ENTRY = "vecnormalize.pkl"
+"""Name, in the zip of a best model, of the ``VecNormalize`` that it was evaluated with."""
+
+_EVALUATION_ENTRY = "evaluation.json"
+
+
+class IsolatedEvalCallback(EvalCallback):
+    """
+    SB3's ``EvalCallback``, with the promise that a training ends with the same weights whether it is evaluated or not.
+
+    Each evaluation begins with the random states of the training (Python's, NumPy's, torch's, those of the model's
+    spaces), and these are put back at its end, as are the policy's mode and its gSDE noise. The statistics of
+    ``VecNormalize`` are those of the training at that moment, and are not updated; rewards are not normalised.
+
+    The best model is written at once or not at all, with its statistics in the same file: ``best_model.zip`` in
+    ``best_model_save_path``. ``best_vecnormalize.pkl`` beside it holds them for ``VecNormalize.load``. A resumed
+    training replaces the model only by one that is at least as good.
+
+    Arguments are those of ``EvalCallback``.
+
+    :raises ValueError: At the start of a training, if the environments of evaluation are those of the training, or lack
+        the ``VecNormalize`` of these.
+    """
+
+    def _init_callback(self) -> None:
+        training, evaluation = self.training_env, self.eval_env
+        if training.unwrapped is evaluation.unwrapped:
+            raise ValueError(
+                "`eval_env` must be other environments than those of the training, got the same: evaluating would end "
+                "their running episodes. Make them once more."
+            )
+        if self.model.get_vec_normalize_env() is not None and unwrap_vec_normalize(evaluation) is None:
+            raise ValueError(
+                "`eval_env` must be normalised as the training's environments are, got no VecNormalize around it. Wrap "
+                "it: VecNormalize(eval_env, training=False, norm_reward=False)."
+            )
+        super()._init_callback()
+
+    def _on_step(self) -> bool:
+        if self.eval_freq <= 0 or self.n_calls % self.eval_freq != 0:
+            return True
+        with self._isolated():
+            returns, lengths = self._evaluate()
+        if self.log_path is not None:
+            self._write_history(returns, lengths)
+        self.last_mean_reward = float(np.mean(returns))
+        self._report(returns, lengths)
+        goes_on = True
+        if self.last_mean_reward > self.best_mean_reward:
+            self._say("New best mean reward!")
+            if self.best_model_save_path is not None:
+                self._save_best(Path(self.best_model_save_path))
+            self.best_mean_reward = self.last_mean_reward
+            if self.callback_on_new_best is not None:
+                goes_on = self.callback_on_new_best.on_step()
+        if self.callback is not None:
+            goes_on = goes_on and self._on_event()
+        return goes_on
+
+    # ------------------------------------------------------------------ an evaluation
+
+    @contextmanager
+    def _isolated(self) -> Iterator[None]:
+        """Leave everything that the training draws from, and the policy, as they were."""
+        model = self.model
+        policy = model.policy
+        spaces = (model.action_space, model.observation_space)
+        drawn, was_training = [space_states(space) for space in spaces], policy.training
+        # Of gSDE it holds the noise of the rollout.
+        distribution = getattr(policy, "action_dist", None)
+        noise = {} if distribution is None else dict(vars(distribution))
+        random_states = global_states()
+        try:
+            with _frozen_statistics(self.eval_env):
+                yield
+        finally:
+            set_global_states(random_states)
+            for space, states in zip(spaces, drawn, strict=True):
+                set_space_states(space, states)
+            policy.set_training_mode(was_training)
+            if distribution is not None:
+                vars(distribution).clear()
+                vars(distribution).update(noise)
+
+    def _evaluate(self) -> tuple[list[float], list[int]]:
+        if self.model.get_vec_normalize_env() is not None:
+            sync_envs_normalization(self.training_env, self.eval_env)
+        self._is_success_buffer = []
+        returns, lengths = evaluate_policy(
+            self.model,
+            self.eval_env,
+            n_eval_episodes=self.n_eval_episodes,
+            render=self.render,
+            deterministic=self.deterministic,
+            return_episode_rewards=True,
+            warn=self.warn,
+            callback=self._log_success_callback,
+        )
+        return list(returns), list(lengths)  # type: ignore[arg-type]
+
+    # ------------------------------------------------------------------ what is told of it
+
+    def _write_history(self, returns: list[float], lengths: list[int]) -> None:
+        self.evaluations_timesteps.append(self.num_timesteps)
+        self.evaluations_results.append(returns)
+        self.evaluations_length.append(lengths)
+        successes = {}
+        if self._is_success_buffer:
+            self.evaluations_successes.append(self._is_success_buffer)
+            successes = {"successes": self.evaluations_successes}
+        with atomic_write(f"{self.log_path}.npz") as file:
+            np.savez(
+                file,
+                timesteps=self.evaluations_timesteps,
+                results=self.evaluations_results,
+                ep_lengths=self.evaluations_length,
+                **successes,  # type: ignore[arg-type]
+            )
+
+    def _report(self, returns: list[float], lengths: list[int]) -> None:
+        # SB3's lines and names.
+        self._say(
+            f"Eval num_timesteps={self.num_timesteps}, episode_reward={np.mean(returns):.2f} +/- {np.std(returns):.2f}"
+        )
+        self._say(f"Episode length: {np.mean(lengths):.2f} +/- {np.std(lengths):.2f}")
+        self.logger.record("eval/mean_reward", self.last_mean_reward)
+        self.logger.record("eval/mean_ep_length", np.mean(lengths))
+        if self._is_success_buffer:
+            success_rate = np.mean(self._is_success_buffer)
+            self._say(f"Success rate: {100 * success_rate:.2f}%")
+            self.logger.record("eval/success_rate", success_rate)
+        self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
+        self.logger.dump(self.num_timesteps)
+
+    def _say(self, line: str) -> None:
+        if self.verbose >= 1:
+            sys.stdout.write(f"{line}\n")
+
+    # ------------------------------------------------------------------ the best model
+
+    def _save_best(self, folder: Path) -> None:
+        path = folder / BEST_MODEL
+        evaluation = {
+            "mean_reward": self.last_mean_reward,
+            "num_timesteps": self.num_timesteps,
+            "training": getattr(self.model, "_training_id", None),
+        }
+        earlier = _evaluation_of(path)
+        # A killed training may have evaluated after its last checkpoint, of which the resumed one knows nothing.
+        is_of_this_training = earlier.get("training") is not None and earlier["training"] == evaluation["training"]
+        if is_of_this_training and earlier["mean_reward"] > self.last_mean_reward:
+            log.info("%s stays, with a mean return of %s at step %s", path, *list(earlier.values())[:2])
+            return
+        content = io.BytesIO()
+        self.model.save(content)
+        with zipfile.ZipFile(content, "a") as archive:
+            archive.writestr(_EVALUATION_ENTRY, json.dumps(evaluation))
+            normalizer = self.model.get_vec_normalize_env()
+            if normalizer is None:
+                (folder / BEST_STATISTICS).unlink(missing_ok=True)  # of another training
+            else:
+                with atomic_write(folder / BEST_STATISTICS) as file:
+                    normalizer.save(file.name)
+                archive.write(folder / BEST_STATISTICS, STATISTICS_ENTRY)
+        with atomic_write(path) as file:
+            file.write(content.getbuffer())
+
+
+@contextmanager
+def _frozen_statistics(eval_env: VecEnv) -> Iterator[None]:
+    normalizer = unwrap_vec_normalize(eval_env)
+    if normalizer is None:
+        yield
+        return
+    before = normalizer.training, normalizer.norm_reward
+    normalizer.training = normalizer.norm_reward = False
+    try:
+        yield
+    finally:
+        normalizer.training, normalizer.norm_reward = before
+
+
+def _evaluation_of(path: Path) -> dict[str, Any]:
+    """What a best model's file says of its evaluation; nothing where it is not this class's."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return dict(json.loads(archive.read(_EVALUATION_ENTRY)))
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        return {}

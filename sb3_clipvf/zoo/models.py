@@ -1,0 +1,156 @@
+"""
+Which model of a run is taken, and which statistics of ``VecNormalize`` belong to it.
+
+The Zoo finds ``rl_model_<timesteps>_steps.zip`` only, and normalises every model by the statistics of the last one.
+"""
+
+import importlib
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_sb3 import EnvironmentName, ModelName
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+
+from sb3_clipvf.callbacks import STATISTICS_ENTRY
+from sb3_clipvf.checkpoint import newest_checkpoint
+from sb3_clipvf.checkpoint.file import sorted_checkpoints
+from sb3_clipvf.checkpoint.resume import has_statistics, load_statistics
+from sb3_clipvf.safe_zip import entries_of, read_bytes
+from sb3_clipvf.zoo.commands import ALGORITHM
+from sb3_clipvf.zoo.files import replaced
+from sb3_clipvf.zoo.resume import CHECKPOINTS
+
+_STATISTICS = "vecnormalize.pkl"
+
+
+@contextmanager
+def own_models(command: str) -> Iterator[None]:
+    """
+    Have the RL Zoo find the checkpoints of ClipPPO's runs meanwhile, and normalise each model by its own statistics.
+
+    :param command: Sub-command that will run, whose module may have the Zoo's functions under their names already.
+    """
+    import rl_zoo3
+    from rl_zoo3 import utils
+
+    owners = [utils, rl_zoo3]
+    if command == "enjoy":
+        owners.append(importlib.import_module("rl_zoo3.enjoy"))
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        finder = _Finder(Path(folder), utils.get_model_path, utils.get_saved_hyperparams, VecNormalize.load)
+        stack.enter_context(replaced(VecNormalize, "load", staticmethod(finder.load)))
+        for owner in owners:
+            for name, function in (
+                ("get_model_path", finder.get_model_path),
+                ("get_saved_hyperparams", finder.get_saved_hyperparams),
+            ):
+                if name in vars(owner):
+                    stack.enter_context(replaced(owner, name, function))
+        yield
+
+
+class _Finder:
+    """
+    The Zoo's functions that find a model and its statistics, and what they found last.
+
+    :param folder: An empty one, for statistics.
+    :param model_path: The Zoo's ``get_model_path``.
+    :param hyperparams: The Zoo's ``get_saved_hyperparams``.
+    :param load: ``VecNormalize.load`` as it was.
+    """
+
+    def __init__(self, folder: Path, model_path: Any, hyperparams: Any, load: Any) -> None:
+        self._folder = folder
+        self._model_path = model_path
+        self._hyperparams = hyperparams
+        self._load = load
+        self._chosen: Path | None = None
+
+    def get_model_path(
+        self,
+        exp_id: int,
+        folder: str,
+        algo: str,
+        env_name: EnvironmentName,
+        load_best: bool = False,
+        load_checkpoint: int | None = None,
+        load_last_checkpoint: bool = False,
+    ) -> tuple[str, str, str]:
+        arguments = (exp_id, folder, algo, env_name, load_best, load_checkpoint, load_last_checkpoint)
+        if algo != ALGORITHM:
+            return self._model_path(*arguments)  # type: ignore[no-any-return]
+        run = _run_folder(exp_id, folder, algo, env_name)
+        chosen = None
+        if not load_best and load_checkpoint is not None:
+            path = run / CHECKPOINTS / f"checkpoint_{load_checkpoint}.zip"
+            chosen = path if path.is_file() else None
+        elif not load_best and load_last_checkpoint:
+            chosen = _last_checkpoint(run)
+        if chosen is not None:
+            found = f"checkpoint-{_steps(chosen)}-{ModelName(algo, env_name)}", str(chosen), str(run)
+        else:
+            try:
+                found = self._model_path(*arguments)
+            except ValueError as error:
+                steps = [str(_steps(path)) for path in sorted_checkpoints(run / CHECKPOINTS)]
+                if not steps:
+                    raise
+                raise ValueError(
+                    f"{error}. {run / CHECKPOINTS} has those of the steps {', '.join(steps)}: `--load-last-checkpoint` "
+                    f"or `--load-checkpoint {steps[-1]}` takes one, and `sb3-clipvf train --resume {run}` ends the "
+                    "training."
+                ) from error
+        self._chosen = Path(found[1])
+        return found
+
+    def get_saved_hyperparams(
+        self, stats_path: str, norm_reward: bool = False, test_mode: bool = False
+    ) -> tuple[dict[str, Any], str | None]:
+        hyperparams, path = self._hyperparams(stats_path, norm_reward, test_mode)
+        if path is None or self._chosen is None or not hyperparams.get("normalize"):
+            return hyperparams, path
+        statistics = self._folder / _STATISTICS
+        if _is_checkpoint(self._chosen):
+            # The Zoo asks whether there is a file; `load` knows where to read.
+            statistics.touch()
+        else:
+            entries = dict(entries_of(*read_bytes(self._chosen, "zip")))
+            content = entries.get(STATISTICS_ENTRY)
+            if content is None:
+                return hyperparams, path
+            statistics.write_bytes(content)
+        return hyperparams, str(self._folder)
+
+    def load(self, load_path: str, venv: VecEnv) -> VecNormalize:
+        own = Path(load_path).parent == self._folder
+        if own and self._chosen is not None and _is_checkpoint(self._chosen):
+            return load_statistics(self._chosen, venv)
+        return self._load(load_path, venv)  # type: ignore[no-any-return]
+
+
+def _run_folder(exp_id: int, folder: str, algo: str, env_name: EnvironmentName) -> Path:
+    from rl_zoo3.utils import get_latest_run_id
+
+    parent = Path(folder) / algo
+    number = exp_id or get_latest_run_id(str(parent), env_name)
+    return parent / f"{env_name}_{number}" if number > 0 else parent
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.parent.name == CHECKPOINTS and has_statistics(path)
+
+
+def _steps(path: Path) -> int:
+    return int(path.stem.removeprefix("rl_model_").removeprefix("checkpoint_").removesuffix("_steps"))
+
+
+def _last_checkpoint(run: Path) -> Path | None:
+    """The newest whole checkpoint, where the Zoo has no later one of its own."""
+    if not sorted_checkpoints(run / CHECKPOINTS):
+        return None
+    newest = newest_checkpoint(run / CHECKPOINTS)
+    of_the_zoo = max(map(_steps, run.glob("rl_model_*_steps.zip")), default=-1)
+    return newest.path if newest.manifest.num_timesteps >= of_the_zoo else None

@@ -1,0 +1,195 @@
+"""``sb3-clipvf train --resume``: a run of the RL Zoo goes on from its last checkpoint, in its own folder."""
+
+import argparse
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sb3_clipvf.zoo.commands import ALGORITHM
+
+CHECKPOINTS = "checkpoints"
+"""Folder of a run's checkpoints, in the run's own."""
+
+# Of the run; the command line may repeat them.
+_KEPT: dict[str, type] = {
+    "algo": str,
+    "env": str,
+    "seed": int,
+    "vec_env": str,
+    "eval_freq": int,
+    "eval_episodes": int,
+    "n_eval_envs": int,
+    "save_freq": int,
+    "checkpoint_freq": int,
+    "log_interval": int,
+    "log_folder": str,
+    "tensorboard_log": str,
+}
+# Of the process; the command line may change them.
+_FREE: dict[str, type] = {"n_timesteps": int, "verbose": int, "num_threads": int, "device": str}
+_SHORT = {"log_folder": ["-f"], "tensorboard_log": ["-tb"], "n_timesteps": ["-n"]}
+# Of the settings, what environments and callbacks are built from: the model is in the checkpoint.
+_BUILT_FROM = (
+    "callback",
+    "env_kwargs",
+    "env_wrapper",
+    "frame_stack",
+    "gamma",
+    "monitor_kwargs",
+    "n_envs",
+    "n_timesteps",
+    "normalize",
+    "vec_env_wrapper",
+)
+
+
+@dataclass(frozen=True)
+class ResumedRun:
+    """
+    A run that goes on.
+
+    :param folder: The run's folder.
+    :param settings_folder: Where its settings are, in that folder.
+    :param checkpoint: The file that it goes on from.
+    :param args: The options that it was started with.
+    :param hyperparams: What its environments and callbacks are built from.
+    :param num_timesteps: Environment steps at the checkpoint.
+    :param total_timesteps: Environment steps at which it ends.
+    :param is_complete: Whether it has reached its end, and its last model is saved.
+    """
+
+    folder: Path
+    settings_folder: Path
+    checkpoint: Path
+    args: dict[str, Any]
+    hyperparams: dict[str, Any]
+    num_timesteps: int
+    total_timesteps: int
+    is_complete: bool
+
+
+def resumed_run(path: str, options: Sequence[str]) -> tuple[ResumedRun, list[str]]:
+    """
+    Find a run and the command line that builds it again.
+
+    :param path: The run's folder, its folder of checkpoints, or one of these.
+    :param options: What else the command line holds.
+    :return: The run, and the options of the Zoo's ``train`` for it.
+    :raises FileNotFoundError: If there is no such run.
+    :raises ValueError: If it has no whole checkpoint, is of another algorithm, or an option contradicts it.
+    :raises UnsafeFileError: If its settings could run code.
+    """
+    from sb3_clipvf.checkpoint import newest_checkpoint, read_checkpoint
+    from sb3_clipvf.checkpoint.file import sorted_checkpoints
+    from sb3_clipvf.zoo.files import check_built, read_settings
+
+    place = Path(os.path.abspath(path))
+    if not path or not place.exists():
+        raise FileNotFoundError(
+            f"`--resume` must be the folder of a run or one of its checkpoints, got {path!r}, which does not exist. "
+            f"Runs are in logs/{ALGORITHM}, if `-f` named no other folder."
+        )
+    inner = place if place.is_dir() else place.parent
+    folder = inner.parent if inner.name == CHECKPOINTS else inner
+    settings_folder = _settings_folder(folder)
+    args = read_settings(settings_folder / "args.yml")
+    if args.get("algo") != ALGORITHM:
+        raise ValueError(
+            f"`--resume` must name a run of {ALGORITHM}, got {folder} of {args.get('algo')}, which keeps no "
+            "checkpoints of the whole training. Go on from its model with `-i`."
+        )
+    given = _given(options)
+    _check_given(given, args)
+    if place.is_dir() and not sorted_checkpoints(folder / CHECKPOINTS):
+        raise ValueError(
+            f"`--resume` must name a run with checkpoints, got {folder} without any: it ended before its first one, or "
+            "ran with `--checkpoint-freq -1`. Start it anew: "
+            f"`sb3-clipvf train --env {args.get('env')} --seed {args.get('seed')}`."
+        )
+    checkpoint = newest_checkpoint(folder / CHECKPOINTS) if place.is_dir() else read_checkpoint(place)
+    hyperparams = read_settings(settings_folder / "config.yml")
+    hyperparams = {key: value for key, value in hyperparams.items() if key in _BUILT_FROM}
+    check_built(settings_folder / "config.yml", hyperparams)
+    steps, total = checkpoint.manifest.num_timesteps, checkpoint.manifest.total_timesteps
+    saved = _saved_timesteps(folder / f"{settings_folder.name}.zip")
+    # A callback may have ended it early; but who names an earlier file wants to go back.
+    is_complete = saved >= steps and (place.is_dir() or steps >= total)
+    if "n_timesteps" in given:
+        total = given["n_timesteps"]
+        if total <= steps:
+            raise ValueError(
+                f"`--n-timesteps` must be more than the steps that the run has done, {steps}, got {total}: it counts "
+                "from the run's start. Pass more, or leave it out to end where the run was to end."
+            )
+        is_complete = False
+    run = ResumedRun(folder, settings_folder, checkpoint.path, args, hyperparams, steps, total, is_complete)
+    return run, _command_line(args, given)
+
+
+def _settings_folder(folder: Path) -> Path:
+    found = [path.parent for path in folder.glob("*/args.yml")]
+    if len(found) != 1 or not (found[0] / "config.yml").is_file():
+        raise FileNotFoundError(
+            f"{folder} must be the folder of one run, with <environment>/args.yml and config.yml, but it is not. Name "
+            f"one like logs/{ALGORITHM}/CartPole-v1_1; trainings of scripts are resumed by ClipPPO.resume."
+        )
+    return found[0]
+
+
+def _given(options: Sequence[str]) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(
+        prog="sb3-clipvf train --resume", add_help=False, argument_default=argparse.SUPPRESS
+    )
+    for name, kind in {**_KEPT, **_FREE}.items():
+        parser.add_argument(*_SHORT.get(name, []), _option(name), type=kind)
+    parser.add_argument("-P", "--progress", action="store_true")
+    given, others = parser.parse_known_args(list(options))
+    if others:
+        raise ValueError(
+            f"`{others[0]}` must not be given with `--resume`, got it: a run keeps the settings that it was started "
+            f"with. {_WAY_OUT}"
+        )
+    return vars(given)
+
+
+def _check_given(given: dict[str, Any], args: dict[str, Any]) -> None:
+    for name, value in given.items():
+        if name in _KEPT and value != args.get(name):
+            raise ValueError(f"`{_option(name)}` must be {args.get(name)!r} as in the run, got {value!r}. {_WAY_OUT}")
+
+
+def _command_line(args: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    values = {name: args[name] for name in _KEPT if args.get(name) is not None}
+    values |= {name: args[name] for name in ("verbose", "num_threads", "device") if args.get(name) is not None}
+    values |= {name: value for name, value in given.items() if name in _FREE}
+    # Joined to its name, no value can pass for an option.
+    arguments = [f"{_option(name)}={value}" for name, value in values.items()]
+    arguments += ["--progress"] if given.get("progress") or args.get("progress") else []
+    packages = _modules(args.get("gym_packages") or ())
+    return [*arguments, "--gym-packages", *packages] if packages else arguments
+
+
+def _modules(names: Iterable[Any]) -> list[str]:
+    for name in names:
+        if not all(part.isidentifier() for part in str(name).split(".")):
+            raise ValueError(f"`gym_packages` of the run must be names of modules, got {name!r}. Correct its args.yml.")
+    return [str(name) for name in names]
+
+
+def _saved_timesteps(path: Path) -> int:
+    """Environment steps of the model that the end of a run saves; -1 where there is no whole one."""
+    from sb3_clipvf.safe_files import read_model
+
+    try:
+        return int((read_model(path).data or {})["num_timesteps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+_WAY_OUT = "Leave it out; --n-timesteps, --verbose, --progress, --num-threads and --device may differ."

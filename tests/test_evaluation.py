@@ -1,0 +1,272 @@
+"""``IsolatedEvalCallback``: evaluations leave no trace in the training, and the best model keeps its statistics."""
+
+import random
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    EvalCallback,
+    StopTrainingOnNoModelImprovement,
+    StopTrainingOnRewardThreshold,
+)
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from sb3_clipvf import ClipPPO
+from sb3_clipvf.callbacks import IsolatedEvalCallback
+
+MakeEnv = Callable[[], Any]
+
+
+class Short(gym.Env[Any, Any]):
+    """Ten steps of reward 3, with observations that drift away; its end is a success."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space: ClassVar[spaces.Space[Any]] = spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.count = 0
+        return self._observation(), {}
+
+    def step(self, action: Any) -> Any:
+        self.count += 1
+        done = self.count >= 10
+        return (
+            self._observation(),
+            3.0,
+            done,
+            False,
+            {"is_success": bool(self.np_random.random() < 0.5)} if done else {},
+        )
+
+    def _observation(self) -> np.ndarray:
+        return (self.count + self.np_random.normal(size=2)).astype(np.float32)
+
+
+DRAWS: dict[str, Callable[[], float]] = {
+    "python": random.random,
+    "numpy": lambda: float(np.random.rand()),
+    "torch": lambda: float(th.rand(1)),
+    # One object for all environments of the class.
+    "space": lambda: float(Short.action_space.sample()),
+}
+
+
+class Drawing(Short):
+    """Draws from a generator that it shares with the training."""
+
+    def __init__(self, source: str) -> None:
+        self.draw = DRAWS[source]
+
+    def _observation(self) -> np.ndarray:
+        return np.full(2, self.draw(), np.float32)
+
+
+class RestlessPolicy(ActorCriticPolicy):
+    """Takes new noise for each prediction."""
+
+    def _predict(self, observation: Any, deterministic: bool = False) -> th.Tensor:
+        self.reset_noise(5)
+        return super()._predict(observation, deterministic)
+
+
+def pendulums() -> Any:
+    return make_vec_env("Pendulum-v1", 2, seed=0, env_kwargs={"max_episode_steps": 30})
+
+
+def trained(
+    make: MakeEnv, callback: BaseCallback | None, policy: Any = "MlpPolicy", steps: int = 192, **arguments: Any
+) -> ClipPPO:
+    Short.action_space.seed(0)
+    common = {"n_steps": 32, "batch_size": 32, "n_epochs": 2, "seed": 0, "device": "cpu"}
+    model = ClipPPO(policy, make(), **{**common, **arguments})
+    model.learn(steps, callback=callback)
+    return model
+
+
+def evaluation(make: MakeEnv, cls: Any = IsolatedEvalCallback, **arguments: Any) -> Any:
+    # Every 13 calls: in the middle of rollouts, too.
+    return cls(make(), **{"n_eval_episodes": 2, "eval_freq": 13, "verbose": 0, **arguments})
+
+
+def same_weights(first: ClipPPO, second: ClipPPO) -> bool:
+    pairs = zip(first.policy.state_dict().values(), second.policy.state_dict().values(), strict=True)
+    return all(th.equal(one, other) for one, other in pairs)
+
+
+CASES: dict[str, tuple[MakeEnv, dict[str, Any]]] = {
+    "native": (lambda: make_vec_env("CartPole-v1", 2, seed=0), {"engine": "native"}),
+    "autograd": (lambda: make_vec_env("CartPole-v1", 2, seed=0), {"engine": "autograd"}),
+    "continuous": (pendulums, {"engine": "native"}),
+    "gsde": (pendulums, {"use_sde": True, "sde_sample_freq": 7}),
+    "restless": (pendulums, {"use_sde": True, "policy": RestlessPolicy}),
+    "normalized": (lambda: VecNormalize(pendulums()), {}),
+}
+
+
+# ------------------------------------------------------------------ the training
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_a_training_ends_with_the_same_weights(name: str, deterministic: bool) -> None:
+    make, arguments = CASES[name]
+    callback = evaluation(make, deterministic=deterministic)
+    evaluated, plain = trained(make, callback, **arguments), trained(make, None, **arguments)
+    assert callback.last_mean_reward > -np.inf
+    assert same_weights(evaluated, plain)
+    if name == "normalized":
+        assert evaluated.env.obs_rms.mean.tolist() == plain.env.obs_rms.mean.tolist()
+        assert evaluated.env.ret_rms.var == plain.env.ret_rms.var
+
+
+@pytest.mark.parametrize("name", ["native", "autograd", "continuous"])
+def test_with_sb3s_callback_it_does_not(name: str) -> None:
+    """What the tests above would find."""
+    make, arguments = CASES[name]
+    callback = evaluation(make, EvalCallback, deterministic=False)
+    assert not same_weights(trained(make, callback, **arguments), trained(make, None, **arguments))
+
+
+@pytest.mark.parametrize("source", DRAWS)
+def test_environments_may_draw_from_shared_generators(source: str) -> None:
+    def make() -> Any:
+        return make_vec_env(lambda: Drawing(source), 2, seed=0)
+
+    plain = trained(make, None)
+    assert same_weights(trained(make, evaluation(make)), plain)
+    assert not same_weights(trained(make, evaluation(make, EvalCallback)), plain)
+
+
+@pytest.mark.parametrize("mode", [False, True])
+def test_the_policys_mode_stays(mode: bool) -> None:
+    make = CASES["autograd"][0]
+    callback = evaluation(make, eval_freq=1)
+    model = trained(make, None)
+    callback.init_callback(model)
+    model.policy.set_training_mode(mode)
+    callback.on_step()
+    assert {module.training for module in model.policy.modules()} == {mode}
+
+
+# ------------------------------------------------------------------ statistics and rewards
+
+
+def without_monitor() -> VecNormalize:
+    """Careless: it would go on learning its statistics, and normalise rewards."""
+    return VecNormalize(DummyVecEnv([Short]))
+
+
+def test_statistics_are_frozen_and_rewards_are_not_normalized() -> None:
+    class Watch(BaseCallback):
+        def _on_step(self) -> bool:
+            counts.append((self.parent.eval_env.obs_rms.count, self.training_env.obs_rms.count))
+            return True
+
+    counts: list[tuple[float, float]] = []
+    callback = evaluation(without_monitor, callback_after_eval=Watch(), warn=False)
+    trained(without_monitor, callback)
+    assert callback.last_mean_reward == 30.0
+    assert len(counts) == 192 // 13
+    assert all(mine == theirs for mine, theirs in counts)
+    assert (callback.eval_env.training, callback.eval_env.norm_reward) == (True, True)
+
+
+def test_environments_of_the_training_are_refused() -> None:
+    env = make_vec_env(Short)
+    with pytest.raises(ValueError, match="`eval_env` must be other environments than those of the training"):
+        trained(lambda: env, evaluation(lambda: env))
+
+
+def test_environments_without_statistics_are_refused() -> None:
+    with pytest.raises(ValueError, match="`eval_env` must be normalised as .* got no VecNormalize"):
+        trained(lambda: VecNormalize(make_vec_env(Short)), evaluation(lambda: make_vec_env(Short)))
+
+
+# ------------------------------------------------------------------ what SB3's callback does
+
+
+@pytest.mark.parametrize("patience", [1, 99])
+def test_it_tells_and_keeps_what_sb3s_does(patience: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def make() -> Any:
+        return make_vec_env(Short, 2, seed=0)
+
+    told = {}
+    for cls in (EvalCallback, IsolatedEvalCallback):
+        folder = str(tmp_path / cls.__name__)
+        callback = evaluation(
+            make,
+            cls,
+            verbose=1,
+            log_path=folder,
+            best_model_save_path=folder,
+            callback_after_eval=StopTrainingOnNoModelImprovement(patience, verbose=1),
+            callback_on_new_best=StopTrainingOnRewardThreshold(99.0),
+        )
+        model = trained(make, callback)
+        with np.load(f"{folder}/evaluations.npz") as history:
+            arrays = {name: history[name].tolist() for name in history.files}
+        best = ClipPPO.load(f"{folder}/best_model", device="cpu").num_timesteps
+        told[cls] = (capsys.readouterr().out, arrays, best, model.num_timesteps, callback.best_mean_reward)
+        assert "successes" in arrays
+    assert told[EvalCallback] == told[IsolatedEvalCallback]
+
+
+def test_a_threshold_stops_the_training(tmp_path: Path) -> None:
+    callback = evaluation(lambda: make_vec_env(Short), callback_on_new_best=StopTrainingOnRewardThreshold(20.0))
+    assert trained(lambda: make_vec_env(Short), callback).num_timesteps == 13
+
+
+# ------------------------------------------------------------------ the best model
+
+
+def best_of(folder: Path) -> tuple[ClipPPO, float, float]:
+    with zipfile.ZipFile(folder / "best_model.zip") as archive:
+        (folder / "inner.pkl").write_bytes(archive.read("vecnormalize.pkl"))
+    inner, beside = (
+        VecNormalize.load(str(folder / name), DummyVecEnv([Short])) for name in ("inner.pkl", "best_vecnormalize.pkl")
+    )
+    return ClipPPO.load(folder / "best_model", device="cpu"), inner.obs_rms.count, beside.obs_rms.count
+
+
+def test_the_best_model_has_its_own_statistics(tmp_path: Path) -> None:
+    # All evaluations give the same return: the first one stays the best.
+    callback = evaluation(without_monitor, best_model_save_path=str(tmp_path), warn=False)
+    model = trained(without_monitor, callback)
+    best, inner, beside = best_of(tmp_path)
+    assert best.num_timesteps == 13
+    # One reset and 13 steps; VecNormalize begins at 1e-4.
+    assert inner == beside == pytest.approx(14.0001, abs=1e-6)
+    assert model.env.obs_rms.count > 100
+    trained(lambda: make_vec_env(Short), evaluation(lambda: make_vec_env(Short), best_model_save_path=str(tmp_path)))
+    assert not (tmp_path / "best_vecnormalize.pkl").exists()
+
+
+@pytest.mark.parametrize(("training", "stays"), [("this", True), ("another", False), (None, False)])
+def test_a_better_model_of_the_same_training_stays(training: str | None, stays: bool, tmp_path: Path) -> None:
+    def make() -> Any:
+        return make_vec_env(Short)
+
+    def callback(reward: float) -> Any:
+        made = evaluation(make, best_model_save_path=str(tmp_path), eval_freq=10**6)
+        made.last_mean_reward = reward
+        return made
+
+    model = ClipPPO("MlpPolicy", make(), n_steps=32, batch_size=32, device="cpu")
+    for owner, reward, steps in ((training, 5.0, 1), ("this", 4.0, 2), ("this", 6.0, 3)):
+        model._training_id, model.num_timesteps = owner, steps
+        saving = callback(reward)
+        saving.model = model
+        saving._save_best(tmp_path)
+        kept = ClipPPO.load(tmp_path / "best_model", device="cpu").num_timesteps
+        assert kept == (1 if steps == 2 and stays else steps)

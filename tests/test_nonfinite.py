@@ -1,0 +1,603 @@
+"""Numbers that go bad: where they are found, what the error says, what is written, and what stays whole."""
+
+import copy
+import dataclasses
+import logging
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from test_engines import COEFFICIENTS, N_ENVS, N_STEPS, make_case, make_engine, settings_for
+
+from sb3_clipvf import ClipPPO, NonFiniteError
+from sb3_clipvf.checkpoint import TrainingCheckpoint, newest_checkpoint
+from sb3_clipvf.engines import AutogradEngine
+from sb3_clipvf.engines.native import NativeEngine
+from sb3_clipvf.nonfinite import FLOAT32_MAX, MAX_UPDATES_WITH_SKIPS, BadMinibatchError, is_finite
+
+# "gpu": the autograd engine as it runs where reading a number makes the device wait.
+ENGINES = ["autograd", "gpu", "lean", "native", "two_threads"]
+BATCH = 10
+
+
+class TestIsFinite:
+    @pytest.mark.parametrize("shape", [(1,), (3, 1), (4, 5), (40,), (3, 20)])
+    @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+    def test_one_bad_number_is_enough(self, shape: tuple[int, ...], dtype: Any) -> None:
+        array = np.full(shape, -2, dtype)
+        assert is_finite(array)
+        for bad in (np.nan, np.inf, -np.inf):
+            array.flat[-1] = bad
+            assert not is_finite(array)
+
+    def test_what_float32_cannot_hold_is_infinite(self) -> None:
+        assert is_finite(np.array([FLOAT32_MAX, -FLOAT32_MAX]))
+        assert is_finite(np.full(40, FLOAT32_MAX, np.float32))
+        assert not is_finite(np.array([1e39, -1e39]))
+
+    def test_integers_are(self) -> None:
+        assert is_finite(np.array([2**62]))
+        assert is_finite(np.zeros(0, np.float32))
+
+
+# ------------------------------------------------------------------ updates, engine by engine
+
+
+def spoil(buffer: Any, fault: str) -> None:
+    """Transition of environment 1 at step 2."""
+    if fault == "advantage":
+        buffer.advantages[2, 1] = np.nan
+    elif fault == "return":
+        buffer.returns[2, 1] = -np.inf
+    elif fault == "ratio, bad action":  # infinite, and the loss is, too
+        buffer.log_probs[2, 1] -= 200
+        buffer.advantages[2, 1] = -100
+    elif fault == "ratio, good action":  # the clipped loss is finite, but not its gradient: 0 times infinity
+        buffer.log_probs[2, 1] -= 200
+        buffer.advantages[2, 1] = 100
+    elif fault == "old KL":
+        buffer.dist_params[2, 1] = np.nan
+    else:  # finite, but not the square of its gradient's norm
+        buffer.returns[2, 1] = 1.5e19
+
+
+WHAT = {
+    "advantage": "policy_loss",
+    "return": "value_loss",
+    "ratio, bad action": "policy_loss",
+    "ratio, good action": "grad_norm",
+    "old KL": "kl",
+    "gradient": "grad_norm",
+}
+WEIGHTS = dataclasses.replace(COEFFICIENTS, vf_coef=10.0)
+
+
+def state_of(policy: Any) -> dict[str, Any]:
+    """Weights, and the optimizer's moments and steps."""
+    moments = {f"{n} {key}": value for n, s in enumerate(policy.optimizer.state.values()) for key, value in s.items()}
+    return copy.deepcopy({**policy.state_dict(), **moments})
+
+
+def equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    return first.keys() == second.keys() and all(th.equal(first[name], second[name]) for name in first)
+
+
+def engine_for(name: str, policy: Any, buffer: Any, **changes: Any) -> Any:
+    kind = {"gpu": "autograd", "two_threads": "native"}.get(name, name)
+    engine = make_engine(kind, policy, settings_for("box", **{"batch_size": BATCH, **changes}), buffer)
+    if name == "gpu":
+        engine._may_read = lambda: False  # type: ignore[attr-defined,union-attr]
+    if name == "two_threads":
+        engine._threads._chosen = 2  # type: ignore[attr-defined,union-attr]
+    return engine
+
+
+def drawn_in(minibatch: int, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """A permutation in which the spoilt transition is in a certain minibatch."""
+    order = np.roll(np.arange(N_STEPS * N_ENVS), -(1 * N_STEPS + 2) + minibatch * BATCH + 3)
+    monkeypatch.setattr(np.random, "permutation", lambda _: order)
+    return order
+
+
+@pytest.mark.parametrize("name", ENGINES)
+class TestUpdate:
+    @pytest.mark.parametrize("fault", WHAT)
+    def test_a_bad_minibatch_makes_no_step(self, name: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        policy, buffer = make_case("box")
+        engine = engine_for(name, policy, buffer, n_epochs=1)
+        engine.update(buffer, WEIGHTS)  # so that there are moments
+        spoil(buffer, fault)
+        before = state_of(policy)
+        order = drawn_in(0, monkeypatch)
+        with pytest.raises(BadMinibatchError) as caught:
+            engine.update(buffer, WEIGHTS)
+        assert equal(state_of(policy), before)
+        bad = caught.value
+        assert (bad.what, bad.epoch, bad.minibatch) == (WHAT[fault], 0, 0)
+        assert not abs(bad.terms[bad.what]) <= FLOAT32_MAX
+        assert th.equal(bad.batch.observations, buffer._get_samples(order[:BATCH]).observations)
+
+    @pytest.mark.parametrize("fault", WHAT)
+    def test_skipping_leaves_the_others_as_they_are(
+        self, name: str, fault: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """To the last bit: as if the minibatch had not been drawn."""
+        results = []
+        for is_whole in (True, False):
+            policy, buffer = make_case("box")
+            spoil(buffer, fault)
+            order = drawn_in(1, monkeypatch)
+            if not is_whole:
+                buffer = without(buffer, order[BATCH : 2 * BATCH])
+                kept = np.concatenate([order[:BATCH], order[2 * BATCH :]])
+                places = {int(index): place for place, index in enumerate(np.sort(kept))}
+                monkeypatch.setattr(
+                    np.random, "permutation", lambda _, kept=kept, places=places: np.array([places[i] for i in kept])
+                )
+            # The KL after the update would be measured over other transitions.
+            engine = engine_for(name, policy, buffer, on_nonfinite="skip", measure_kl_after=False)
+            statistics = engine.update(buffer, WEIGHTS)
+            assert statistics.n_skipped == (2 if is_whole else 0)  # one in each epoch
+            assert (statistics.skipped is not None) == is_whole
+            results.append((state_of(policy), statistics.read()))
+        assert equal(results[0][0], results[1][0])
+        assert results[0][1] == results[1][1]
+        assert all(math.isfinite(number) for number in results[0][1].values())
+
+    def test_where_all_are_bad_nothing_is_skipped(self, name: str) -> None:
+        policy, buffer = make_case("box")
+        buffer.advantages[:] = np.inf
+        before = copy.deepcopy(policy.state_dict())
+        with pytest.raises(BadMinibatchError, match="`policy_loss` must be finite, got nan"):
+            engine_for(name, policy, buffer, on_nonfinite="skip").update(buffer, COEFFICIENTS)
+        assert equal(policy.state_dict(), before)
+
+    def test_a_bad_last_epoch_leaves_its_statistics_without_a_number(
+        self, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        policy, buffer = make_case("box")
+        engine = engine_for(name, policy, buffer, n_epochs=2, batch_size=30, on_nonfinite="skip")
+        # One huge step, after which all is too large
+        policy.optimizer.param_groups[0]["lr"] = 1e30
+        numbers = engine.update(buffer, COEFFICIENTS).read()
+        assert math.isnan(numbers["approx_kl"])
+        assert "kl" not in numbers
+        assert math.isfinite(numbers["loss"])
+
+    def test_a_bad_loss_comes_before_target_kl(self, name: str) -> None:
+        policy, buffer = make_case("box")
+        spoil(buffer, "ratio, bad action")
+        engine = engine_for(name, policy, buffer, batch_size=30, target_kl=1e-6)
+        with pytest.raises(BadMinibatchError):
+            engine.update(buffer, dataclasses.replace(COEFFICIENTS, kl_coef=0.0))
+
+    def test_an_infinite_ratio_of_a_good_action_is_stopped_by_target_kl(self, name: str) -> None:
+        policy, buffer = make_case("box")
+        spoil(buffer, "ratio, good action")
+        engine = engine_for(name, policy, buffer, batch_size=30, target_kl=1e-6)
+        statistics = engine.update(buffer, dataclasses.replace(COEFFICIENTS, kl_coef=0.0))
+        assert statistics.stopped_at_kl == math.inf
+        assert statistics.n_skipped == 0
+
+    def test_a_kl_that_is_only_measured_may_be_infinite(self, name: str) -> None:
+        policy, buffer = make_case("box")
+        buffer.dist_params[2, 1] = np.inf
+        engine = engine_for(name, policy, buffer, measure_kl_after=False)
+        numbers = engine.update(buffer, dataclasses.replace(COEFFICIENTS, kl_coef=0.0)).read()
+        assert not math.isfinite(numbers["kl"])
+        assert math.isfinite(numbers["loss"])
+
+    def test_advantages_without_spread_become_zero(self, name: str) -> None:
+        policy, buffer = make_case("box")
+        buffer.advantages[:] = 3.0
+        numbers = engine_for(name, policy, buffer).update(buffer, COEFFICIENTS).read()
+        assert abs(numbers["policy_gradient_loss"]) < 1e-6
+        assert all(math.isfinite(number) for number in numbers.values())
+
+    def test_a_large_ratio_is_clipped(self, name: str) -> None:
+        """e^80 is a number: its gradient is cut off where the advantage is positive."""
+        policy, buffer = make_case("box")
+        buffer.log_probs[2, 1] -= 80
+        buffer.advantages[2, 1] = 100
+        numbers = engine_for(name, policy, buffer, batch_size=30, n_epochs=1).update(buffer, COEFFICIENTS).read()
+        assert numbers["ratio_max"] > 1e30
+        assert numbers["grad_norm"] < 1e3
+        assert math.isfinite(numbers["loss"])
+
+
+def without(buffer: Any, indices: np.ndarray) -> Any:
+    """A rollout of two steps less, with all but some transitions, in SB3's order of those that stay."""
+    kept = np.delete(np.arange(N_STEPS * N_ENVS), indices)
+    smaller = type(buffer)(
+        N_STEPS - 2, buffer.observation_space, buffer.action_space, "cpu", n_envs=N_ENVS,
+        dist_param_dim=buffer.dist_param_dim,
+    )  # fmt: skip
+    smaller.reset()
+    names = ["observations", "actions", "rewards", "returns", "values", "log_probs", "advantages", "dist_params"]
+    for name in names:
+        rows = getattr(buffer, name).swapaxes(0, 1).reshape(N_STEPS * N_ENVS, -1)[kept]
+        target = getattr(smaller, name)
+        shaped = rows.reshape(N_ENVS, N_STEPS - 2, *target.shape[2:]).swapaxes(0, 1)
+        target[:] = shaped
+    smaller.pos, smaller.full = N_STEPS - 2, True
+    return smaller
+
+
+def test_draws_of_sb3s_buffer_are_found_again() -> None:
+    policy, ours = make_case("box")
+    buffer = RolloutBuffer(N_STEPS, ours.observation_space, ours.action_space, "cpu", n_envs=N_ENVS)
+    for step in range(N_STEPS):
+        buffer.add(*(getattr(ours, n)[step] for n in ("observations", "actions", "rewards", "episode_starts")),
+                   th.as_tensor(ours.values[step]), th.as_tensor(ours.log_probs[step]))  # fmt: skip
+    buffer.compute_returns_and_advantage(th.zeros(N_ENVS), np.zeros(N_ENVS, bool))
+    buffer.returns[2, 1] = np.inf
+    settings = settings_for("box", batch_size=BATCH, has_dist_params=False, measure_kl_after=False)
+    coefficients = dataclasses.replace(COEFFICIENTS, kl_coef=0.0)
+    with pytest.raises(BadMinibatchError) as caught:
+        AutogradEngine(policy, settings).update(buffer, coefficients)
+    row = int(np.flatnonzero(np.isinf(caught.value.batch.returns.numpy()))[0])
+    assert divmod(int(caught.value.indices[row]), N_STEPS) == (1, 2)
+
+
+# ------------------------------------------------------------------ steps
+
+
+class World(gym.Env[Any, Any]):
+    """Ones and a small reward, but for what is bad at one step; episodes are cut off after 6 steps."""
+
+    action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+    def __init__(self, what: str = "", at: int = 5, value: float = np.nan, dtype: Any = np.float32) -> None:
+        box = spaces.Box(-np.inf, np.inf, (3,), dtype)
+        self.has_keys = what.startswith("key")
+        counts = spaces.Box(0, 9, (1,), np.int64)
+        self.observation_space = spaces.Dict({"a": counts, "b": box}) if self.has_keys else box
+        self.what, self.at, self.value, self.dtype = what.removeprefix("key "), at, value, dtype
+        self.n_steps = 0
+
+    def _observe(self, is_bad: bool) -> Any:
+        row = np.ones(3, self.dtype)
+        if is_bad:
+            row[1] = self.value
+        return {"a": np.ones(1, np.int64), "b": row} if self.has_keys else row
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        return self._observe(False), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.n_steps += 1
+        now = self.n_steps == self.at
+        reward = self.value if now and self.what == "reward" else 0.1
+        return self._observe(now and self.what == "observation"), reward, False, self.n_steps % 6 == 0, {}
+
+
+def make(what: str = "", n_envs: int = 3, wrap: Any = None, policy: str = "MlpPolicy", **kwargs: Any) -> ClipPPO:
+    """A training whose environment 1 goes bad."""
+    keys = ("at", "value", "dtype")
+    world = {key: kwargs.pop(key) for key in keys if key in kwargs}
+    env: Any = DummyVecEnv([lambda bad=index == 1: World(what if bad else what[:3] * what.startswith("key"), **world)
+                            for index in range(n_envs)])  # fmt: skip
+    small = {"n_steps": 8, "batch_size": 6, "n_epochs": 2, "seed": 0, "policy_kwargs": {"net_arch": [4]}}
+    return ClipPPO(policy, env if wrap is None else wrap(env), device="cpu", **{**small, **kwargs})
+
+
+class At(BaseCallback):
+    """Does something to the model at the end of each rollout, before its update, or at the start of one."""
+
+    def __init__(self, action: Any, first: int = 1, event: str = "end") -> None:
+        super().__init__()
+        self.action, self.first, self.event, self.n = action, first, event, 0
+
+    def _on_rollout_start(self) -> None:
+        if self.event == "start":
+            self._act()
+
+    def _on_rollout_end(self) -> None:
+        if self.event == "end":
+            self._act()
+
+    def _act(self) -> None:
+        self.n += 1
+        if self.n >= self.first:
+            self.action(self.model)
+
+    def _on_step(self) -> bool:
+        return True
+
+
+def error_of(model: ClipPPO, n: int = 48, **kwargs: Any) -> NonFiniteError:
+    with pytest.raises(NonFiniteError) as caught:
+        model.learn(n, **kwargs)
+    error = caught.value
+    assert all(parameter.isfinite().all() for parameter in model.policy.parameters()) or error.what == "parameter"
+    return error
+
+
+@pytest.mark.parametrize("engine", ["native", "autograd"])
+class TestStep:
+    @pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_an_observation(self, engine: str, value: float, on_nonfinite: str) -> None:
+        """Infinity, too, which tanh turns into a number."""
+        model = make("observation", engine=engine, value=value, on_nonfinite=on_nonfinite)
+        error = error_of(model)
+        assert (error.what, error.env_index, error.key, error.step, error.num_timesteps) == (
+            "observation", 1, None, 5, 15,
+        )  # fmt: skip
+        assert str(error).startswith(
+            f"`observation` of environment 1 must be finite, got {value} at element [1] (1 of 9 numbers), at step 5 of "
+            "the rollout, num_timesteps=15. Correct the environment"
+        )
+        assert np.isfinite(model.predict(np.ones(3, np.float32))[0]).all()
+
+    def test_the_last_observation_of_a_rollout(self, engine: str) -> None:
+        error = error_of(make("observation", engine=engine, at=8), 24)
+        assert (error.what, error.env_index, error.step, error.num_timesteps) == ("observation", 1, 8, 24)
+
+    def test_an_observation_that_float32_cannot_hold(self, engine: str) -> None:
+        error = error_of(make("observation", engine=engine, value=1e300, dtype=np.float64))
+        assert (error.what, error.env_index) == ("observation", 1)
+
+    @pytest.mark.parametrize("value", [np.nan, -np.inf])
+    def test_a_reward(self, engine: str, value: float) -> None:
+        error = error_of(make("reward", engine=engine, value=value))
+        assert (error.what, error.env_index, error.step, error.num_timesteps) == ("reward", 1, 4, 15)
+        assert "`reward` of environment 1 must be finite" in str(error)
+
+    def test_a_large_reward_is_none_of_them(self, engine: str) -> None:
+        make("reward", engine=engine, value=1e10).learn(24)
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_a_final_observation(self, engine: str, value: float) -> None:
+        error = error_of(make("observation", engine=engine, at=6, value=value))
+        assert (error.what, error.env_index, error.step, error.num_timesteps) == ("terminal_observation", 1, 5, 18)
+
+    def test_a_parameter_that_a_callback_ruined(self, engine: str) -> None:
+        def ruin(model: Any) -> None:
+            model.policy.log_std.data.fill_(np.nan)
+
+        error = error_of(make(engine=engine), callback=At(ruin, event="start"))
+        assert (error.what, error.key, error.env_index, error.step) == ("parameter", "log_std", None, 0)
+
+    def test_a_policy_whose_numbers_overflow(self, engine: str) -> None:
+        def enlarge(model: Any) -> None:
+            model.policy.action_net.weight.data.fill_(3e38)
+
+        error = error_of(make(engine=engine), callback=At(enlarge, event="start"))
+        assert (error.what, error.env_index, error.step) == ("log_prob", 0, 0)
+
+
+def test_a_dict_observation_is_told_by_its_key() -> None:
+    model = make("key observation", policy="MultiInputPolicy")
+    error = error_of(model)
+    assert (error.what, error.key, error.env_index) == ("observation", "b", 1)
+    assert "`observation` 'b' of environment 1 must be finite" in str(error)
+    error = error_of(make("key observation", policy="MultiInputPolicy", at=6))
+    assert (error.what, error.key, error.env_index) == ("terminal_observation", "b", 1)
+
+
+def test_other_errors_of_the_policy_stay_what_they_are() -> None:
+    model = make(engine="autograd")
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise ValueError("no such thing")
+
+    model.policy.forward = refuse  # type: ignore[assignment,method-assign]
+    with pytest.raises(ValueError, match="no such thing") as caught:
+        model.learn(24)
+    assert not isinstance(caught.value, NonFiniteError)
+
+
+def test_vec_normalize_is_told_of() -> None:
+    error = error_of(make("observation", wrap=VecNormalize))
+    assert "VecNormalize may have taken it into its statistics" in str(error)
+    assert "VecNormalize" not in str(error_of(make("observation")))
+
+
+# ------------------------------------------------------------------ updates of a training
+
+
+def infinite_return(model: Any) -> None:
+    model.rollout_buffer.returns[2, 1] = np.inf
+
+
+def infinite_advantages(model: Any) -> None:
+    model.rollout_buffer.advantages[:] = np.inf
+
+
+class TestTraining:
+    @pytest.mark.parametrize("engine", ["native", "autograd"])
+    def test_the_error_names_the_transition(self, engine: str) -> None:
+        model = make(engine=engine)
+        error = error_of(model, callback=At(infinite_return, 2))
+        assert (error.what, error.key, error.env_index, error.step) == ("value_loss", "returns", 1, 2)
+        assert (error.num_timesteps, error.epoch) == (48, 0)
+        assert 0 <= error.minibatch < 4  # type: ignore[operator]
+        assert "`returns` of environment 1 at step 2 of the rollout, got inf" in str(error)
+        assert "on_nonfinite='skip' leaves such minibatches out" in str(error)
+        assert np.isfinite(model.predict(np.ones(3, np.float32))[0]).all()
+
+    def test_a_ratio_is_found_by_asking_the_policy(self) -> None:
+        def spoil_ratio(model: Any) -> None:
+            model.rollout_buffer.log_probs[2, 1] -= 200
+
+        error = error_of(make(), callback=At(spoil_ratio))
+        assert (error.key, error.env_index, error.step) == ("ratio", 1, 2)
+
+    def test_one_bad_advantage_of_a_rollout_that_is_normalised_as_a_whole(self) -> None:
+        def spoil_one(model: Any) -> None:
+            model.rollout_buffer.advantages[2, 1] = np.inf
+
+        model = make(advantage_scope="rollout", on_nonfinite="skip")
+        error = error_of(model, callback=At(spoil_one))
+        assert error.key in ("advantages", "advantages of the rollout")
+        assert "all minibatches of the update were skipped" in str(error)
+
+    def test_overflow_without_a_culprit(self) -> None:
+        def enlarge(model: Any) -> None:
+            model.rollout_buffer.returns[:] = 1e25
+
+        error = error_of(make(clip_range_vf=None), callback=At(enlarge))
+        assert (error.what, error.env_index, error.key) == ("value_loss", None, None)
+        assert "No single transition is its cause" in str(error)
+
+    def test_rewards_whose_sum_overflows(self) -> None:
+        """NumPy's warnings, which are errors in tests, take no part in it."""
+        for engine in ("native", "autograd"):
+            error = error_of(make("reward", engine=engine, value=3e38, gae_lambda=1.0, gamma=1.0))
+            assert error.what in ("policy_loss", "value_loss")
+
+    def test_skipping_goes_on_and_counts(self, caplog: pytest.LogCaptureFixture) -> None:
+        model = make(on_nonfinite="skip")
+        with caplog.at_level(logging.WARNING, "sb3_clipvf"):
+            model.learn(72, callback=At(infinite_return, 2), log_interval=None)
+        assert model.logger.name_to_value["train/skipped_minibatches"] == 2  # one in each epoch
+        told = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+        assert len(told) == 1  # in two updates
+        assert (
+            "2 minibatches were skipped in the update at num_timesteps=48, the first one since `value_loss`" in told[0]
+        )
+        model.learn(24, log_interval=None)
+        assert model.logger.name_to_value["train/skipped_minibatches"] == 0
+        assert "train/skipped_minibatches" not in make().learn(24, log_interval=None).logger.name_to_value
+
+    def test_skipping_ends_after_some_updates_in_a_row(self) -> None:
+        model = make(on_nonfinite="skip")
+        error = error_of(model, 24 * 100, callback=At(infinite_return))
+        assert error.num_timesteps == 24 * (MAX_UPDATES_WITH_SKIPS + 1)
+        assert f"training has ended since {MAX_UPDATES_WITH_SKIPS + 1} updates in a row" in str(error)
+
+    def test_an_update_without_skips_breaks_the_row(self) -> None:
+        def now_and_then(model: Any) -> None:
+            if model.num_timesteps % 72:
+                infinite_return(model)
+
+        make(on_nonfinite="skip").learn(24 * (MAX_UPDATES_WITH_SKIPS + 5), callback=At(now_and_then))
+
+    def test_the_row_is_saved(self, tmp_path: Path) -> None:
+        model = make(on_nonfinite="skip").learn(48, callback=At(infinite_return))
+        model.save(tmp_path / "model")
+        loaded = ClipPPO.load(tmp_path / "model", device="cpu")
+        assert (loaded.on_nonfinite, loaded._updates_with_skips) == ("skip", 2)
+
+    def test_skipping_ends_where_nothing_is_left(self) -> None:
+        error = error_of(make(on_nonfinite="skip"), callback=At(infinite_advantages))
+        assert error.num_timesteps == 24
+        assert "all minibatches of the update were skipped" in str(error)
+
+    def test_callbacks_may_change_the_word(self) -> None:
+        def skip(model: Any) -> None:
+            model.on_nonfinite = "skip"
+            infinite_return(model)
+
+        make().learn(24, callback=At(skip))
+
+    def test_another_word_is_refused(self) -> None:
+        with pytest.raises(
+            ValueError, match="`on_nonfinite` must be one of 'raise', 'skip', got 'ignore'. 'skip' leaves"
+        ):
+            make(on_nonfinite="ignore")
+
+    def test_files_of_sb3_have_the_default(self, tmp_path: Path) -> None:
+        PPO("MlpPolicy", "Pendulum-v1", n_steps=8, batch_size=8, device="cpu").save(tmp_path / "sb3")
+        with pytest.warns(UserWarning, match="on_nonfinite='raise'"):
+            assert ClipPPO.load(tmp_path / "sb3", device="cpu").on_nonfinite == "raise"
+
+    def test_the_error_survives_a_pickle(self) -> None:
+        error = error_of(make("reward"))
+        copied = pickle.loads(pickle.dumps(error))
+        assert (str(copied), copied.what, copied.env_index) == (str(error), "reward", 1)
+
+
+# ------------------------------------------------------------------ the file
+
+
+def arrays_of(error: NonFiniteError) -> dict[str, np.ndarray]:
+    assert error.path is not None
+    assert f"It was written to {error.path}." in str(error)
+    with np.load(error.path, allow_pickle=False) as file:
+        return dict(file)
+
+
+class TestFile:
+    @pytest.mark.parametrize(("what", "at"), [("observation", 13), ("reward", 13), ("return", 0)])
+    def test_lies_beside_the_last_checkpoint_which_stays(self, tmp_path: Path, what: str, at: int) -> None:
+        model = make(what, at=at)
+        callbacks: list[BaseCallback] = [TrainingCheckpoint(24, tmp_path, keep_best=False)]
+        if what == "return":
+            callbacks.append(At(infinite_return, 2))
+        error = error_of(model, 96, callback=callbacks)
+        assert error.path is not None
+        assert error.path.parent == tmp_path
+        # That of step 24 alone: none of what has gone bad
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_24.zip", error.path.name]
+        newest_checkpoint(tmp_path)
+        resumed = ClipPPO.resume(tmp_path, make().env, device="cpu")
+        assert resumed._checkpoint_folder is None
+        assert all(parameter.isfinite().all() for parameter in resumed.policy.parameters())
+        # A later training without the callback has no such folder.
+        model.learn(24)
+        assert model._checkpoint_folder is None
+
+    def test_of_an_observation(self, tmp_path: Path) -> None:
+        error = error_of(make("key observation", policy="MultiInputPolicy", tensorboard_log=str(tmp_path)))
+        assert error.path is not None
+        assert error.path.name == "nonfinite_15.npz"
+        arrays = arrays_of(error)
+        assert np.isnan(arrays["new_observations.b"][1, 1])
+        assert arrays["new_observations.a"].shape == (3, 1)
+        assert np.isfinite(arrays["observations.b"]).all()
+        assert arrays["actions"].shape == (3, 1)
+        assert {"values", "log_probs", "rewards", "dones", "observations.a"} < set(arrays)
+
+    def test_of_a_reward(self, tmp_path: Path) -> None:
+        model = make("reward")
+        model.set_logger(configure(str(tmp_path), []))
+        arrays = arrays_of(error_of(model))
+        assert np.isnan(arrays["rewards"][1])
+        names = {"observations", "actions", "values", "log_probs", "rewards", "dones", "new_observations"}
+        assert set(arrays) == names
+
+    def test_of_a_minibatch(self, tmp_path: Path) -> None:
+        model = make()
+        model.set_logger(configure(str(tmp_path), []))
+        arrays = arrays_of(error_of(model, callback=At(infinite_return)))
+        row = int(np.flatnonzero(np.isinf(arrays["returns"]))[0])
+        assert divmod(int(arrays["indices"][row]), 8) == (1, 2)
+        names = {"observations", "actions", "old_values", "old_log_prob", "advantages", "returns", "indices"}
+        assert names < set(arrays)
+
+    def test_nowhere_unless_a_folder_was_chosen(self) -> None:
+        error = error_of(make("reward"))
+        assert error.path is None
+        assert "Train with a TrainingCheckpoint, or with `tensorboard_log`, to have it written" in str(error)
+
+    def test_that_cannot_be_written_hides_nothing(self, tmp_path: Path) -> None:
+        def remove(model: Any) -> None:
+            (tmp_path / "folder").rmdir()
+
+        callbacks = [TrainingCheckpoint(1000, tmp_path / "folder"), At(remove, event="start")]
+        error = error_of(make("reward"), callback=callbacks)
+        assert (error.what, error.path) == ("reward", None)
+        assert "It could not be written to a file" in str(error)
+
+
+def test_the_native_engine_acted_here() -> None:
+    """Otherwise its flag would not have been tried above."""
+    model = make().learn(24)
+    assert isinstance(model._engine, NativeEngine)
+    assert model._engine.act(th.ones(2, 3), with_dist_params=False).is_finite is True
+    bad = th.tensor([[1.0, 1.0, 1.0], [1.0, np.inf, 1.0]])
+    assert model._engine.act(bad, with_dist_params=False).is_finite is False

@@ -1,0 +1,453 @@
+"""Saving: what is JSON and what stays a pickle, equality after a round trip, and files that are whole or old."""
+
+import errno
+import io
+import json
+import os
+import pickletools
+import zipfile
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hostile
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from hostile import entries_of, pack, with_data
+from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import SimpleMultiObsEnv
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.utils import LinearSchedule
+from torch import nn
+
+from sb3_clipvf import ClipPPO, UnsafeFileError, safe_json
+from sb3_clipvf.checkpoint import TrainingCheckpoint
+from sb3_clipvf.safe_files import read_model
+from sb3_clipvf.safe_pickle import TRUST_VARIABLE, trust_of
+
+SMALL: dict[str, Any] = {"n_steps": 16, "batch_size": 8, "n_epochs": 1, "device": "cpu"}
+NET = {"net_arch": [4]}
+
+
+@pytest.fixture(autouse=True)
+def _as_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(TRUST_VARIABLE, raising=False)
+    safe_json._warn_of_pickles.cache_clear()
+
+
+def own_schedule(progress_remaining: float) -> float:
+    return 1e-4 * progress_remaining
+
+
+class OwnExtractor(FlattenExtractor):
+    """A user's class."""
+
+
+def make(env: Any = "CartPole-v1", policy: Any = "MlpPolicy", **kwargs: Any) -> ClipPPO:
+    return ClipPPO(policy, env, **{**SMALL, "policy_kwargs": NET, **kwargs})
+
+
+def on_cheetah(**kwargs: Any) -> ClipPPO:
+    return make("HalfCheetah-v5", **kwargs)
+
+
+def resumed(folder: Path) -> ClipPPO:
+    env = make_vec_env("CartPole-v1", 2)
+    make(env).learn(64, callback=TrainingCheckpoint(32, folder / "checkpoints", on_signal=False))
+    model = ClipPPO.resume(folder / "checkpoints", make_vec_env("CartPole-v1", 2), device="cpu")
+    return model.learn(32, reset_num_timesteps=False)
+
+
+MODELS: dict[str, tuple[Callable[[Path], ClipPPO], set[str]]] = {
+    "the default": (lambda _: ClipPPO("MlpPolicy", "CartPole-v1", n_steps=64, device="cpu").learn(64), set()),
+    "strings": (lambda _: on_cheetah(learning_rate="lin_0.001", ent_coef="cos_0.01").learn(16), set()),
+    "SB3's schedules": (lambda _: on_cheetah(learning_rate=LinearSchedule(1e-3, 1e-4, 0.5)), set()),
+    "functions": (
+        lambda _: on_cheetah(learning_rate=own_schedule, clip_range=lambda p: 0.2 * p),
+        {"learning_rate", "clip_range"},
+    ),
+    "dicts": (lambda _: make(SimpleMultiObsEnv(), "MultiInputPolicy").learn(16), set()),
+    "SB3's and torch's classes": (
+        lambda _: make(
+            policy_kwargs={
+                "net_arch": {"pi": [4], "vf": (5,)},
+                "activation_fn": nn.ReLU,
+                "optimizer_class": th.optim.AdamW,
+                "features_extractor_class": FlattenExtractor,
+            }
+        ),
+        set(),
+    ),
+    "own extractor": (lambda _: make(policy_kwargs={"features_extractor_class": OwnExtractor}), {"policy_kwargs"}),
+    "gSDE": (lambda _: make("Pendulum-v1", use_sde=True, sde_sample_freq=4).learn(16), set()),
+    "controllers": (lambda _: make(kl_coef=1.0, adaptive_kl_target=0.01, lr_kl_target=0.01).learn(16), set()),
+    "resumed": (resumed, set()),
+    "paths": (lambda folder: make(tensorboard_log=folder / "logs"), set()),
+}
+
+
+def attributes_in(file: Any) -> dict[str, Any]:
+    with zipfile.ZipFile(file) as archive:
+        data = json.loads(archive.read("data"))
+    assert isinstance(data, dict)
+    return data
+
+
+def pickled_in(file: Any) -> set[str]:
+    """Attributes that are pickles, with a look at each text in the file that might be one."""
+    data = attributes_in(file)
+    found = {name for name, item in data.items() if isinstance(item, dict) and ":serialized:" in item}
+    assert ":serialized:" not in json.dumps({name: item for name, item in data.items() if name not in found})
+    return found
+
+
+def same(first: Any, second: Any) -> bool:
+    """Equality of values, of types and of what is in containers, to the last bit."""
+    if type(first) is not type(second):
+        return False
+    if isinstance(first, np.ndarray):
+        return (first.dtype, first.shape, first.tobytes()) == (second.dtype, second.shape, second.tobytes())
+    if isinstance(first, dict):
+        return list(first) == list(second) and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple | deque):
+        lengths = getattr(first, "maxlen", None) == getattr(second, "maxlen", None) and len(first) == len(second)
+        return lengths and all(map(same, first, second))
+    if isinstance(first, np.random.Generator):
+        return bool(first.bit_generator.state == second.bit_generator.state)
+    if isinstance(first, spaces.Space | LinearSchedule):
+        return same(vars(first), vars(second))
+    return bool(first == second)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_only_what_is_the_users_own_is_a_pickle(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    build, expected = MODELS[name]
+    model = build(tmp_path)
+    caplog.clear()
+    model.save(tmp_path / "model")
+    assert pickled_in(tmp_path / "model.zip") == expected
+    warnings = [text for text in caplog.messages if "Saved as pickles" in text]
+    assert len(warnings) == bool(expected)
+    assert all(f"`{attribute}`" in warnings[0] for attribute in expected)
+    model.save(tmp_path / "model")
+    assert caplog.text.count("Saved as pickles") == bool(expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_all_that_is_saved_comes_back(name: str, tmp_path: Path) -> None:
+    build, _ = MODELS[name]
+    model = build(tmp_path)
+    model.action_space.seed(7)  # its random state belongs to it
+    model.save(tmp_path / "model")
+    file, ours = read_model(tmp_path / "model"), model._saved_attributes()
+    theirs = {**(file.data or {}), **file.unpickled(trust_of(True), ())}
+    assert ours.keys() == theirs.keys()
+    # A lambda comes back as another one.
+    assert [key for key in ours if not same(ours[key], theirs[key])] == ["clip_range"] * (name == "functions")
+    loaded = ClipPPO.load(tmp_path / "model", device="cpu", trust_pickle=True)
+    assert loaded._saved_attributes().keys() == ours.keys()
+    for key, weights in model.policy.state_dict().items():
+        assert th.equal(weights, loaded.policy.state_dict()[key])
+    assert str(model.policy.optimizer.state_dict()) == str(loaded.policy.optimizer.state_dict())
+
+
+def test_statistics_and_observations_are_among_it(tmp_path: Path) -> None:
+    model = make(make_vec_env("CartPole-v1", 3)).learn(200)
+    model.save(tmp_path / "model")
+    loaded = ClipPPO.load(tmp_path / "model", device="cpu")
+    assert len(loaded.ep_info_buffer) > 1
+    assert loaded.ep_info_buffer == model.ep_info_buffer
+    assert loaded.ep_info_buffer.maxlen == 100
+    assert loaded._last_obs.shape == (3, 4)
+    np.testing.assert_array_equal(loaded._last_obs, model._last_obs)
+    loaded._last_obs[0] = 0  # arrays can be written to, as they could
+
+
+def test_a_default_model_holds_no_pickle_but_torchs_own(tmp_path: Path) -> None:
+    MODELS["the default"][0](tmp_path).save(tmp_path / "model")
+    entries = entries_of(tmp_path / "model.zip")
+    assert entries.keys() == {
+        *("data", "policy.pth", "policy.optimizer.pth", "pytorch_variables.pth"),
+        *("_stable_baselines3_version", "system_info.txt"),
+    }
+    for name, raw in entries.items():
+        if name.endswith(".pth"):
+            with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+                streams = [entry for entry in archive.namelist() if entry.endswith("data.pkl")]
+            assert len(streams) == 1
+        else:
+            raw.decode("utf-8")
+    # Texts of `data` that are pickles in base64 begin with the instruction PROTO.
+    assert "gAS" not in entries["data"].decode()
+    assert "gAU" not in entries["data"].decode()
+    with pytest.raises(ValueError, match="opcode"):
+        list(pickletools.genops(entries["data"]))
+
+
+def test_plain_values_stand_there_for_everyone_to_read(tmp_path: Path) -> None:
+    make(clip_range="cos_0.3").save(tmp_path / "model")
+    data = attributes_in(tmp_path / "model.zip")
+    assert (data["clip_range"], data["n_steps"], data["policy_kwargs"]) == ("cos_0.3", 16, {"net_arch": [4]})
+    assert data["policy_class"]["value"] == {"~": "class", "v": "stable_baselines3.common.policies.ActorCriticPolicy"}
+    assert data["observation_space"][":type:"] == "<class 'gymnasium.spaces.box.Box'>"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"~": 1},
+        {":serialized:": "gASVBAAAAAAAAABdlC4="},
+        {":clipvf:": 1, "value": 2},
+        {"deep": [{":serialized:": ""}]},
+        {1: (2, [b"\x00"])},
+        OrderedDict(b={"~": 1}, a=(2,)),
+        float("inf"),
+        np.float64(0.5),
+        np.arange(6).reshape(2, 3).T,
+        np.zeros((0, 3), np.float16),
+        np.dtype(">f4"),
+        th.zeros(2, 3),
+        nn.Tanh,
+        spaces.Tuple([spaces.MultiBinary([2, 3]), spaces.MultiDiscrete([2, 3]), spaces.Discrete(3, start=-1)]),
+        spaces.Dict({"b": spaces.Box(0, 255, (2, 2), np.uint8, seed=3), "a": spaces.Box(-np.inf, 1.0, (2,))}),
+    ],
+    ids=repr,
+)
+def test_values_that_could_be_confused_or_are_rare(value: Any) -> None:
+    written = json.loads(json.dumps(safe_json.encoded({"key": value}), allow_nan=False))["key"]
+    assert not (isinstance(written, dict) and ":serialized:" in written)
+    found = safe_json.decoded(written)
+    assert th.equal(found, value) if isinstance(value, th.Tensor) else same(found, value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *({1, 2}, np.array([None]), np.array(["text"]), th.zeros(1, requires_grad=True)),
+        *(
+            len,
+            own_schedule,
+            os.system,
+            OrderedDict,
+            ActorCriticPolicy.predict,
+            np.random.Generator(np.random.MT19937()),
+        ),
+        *(hostile, object(), type("Box", (spaces.Box,), {})(0, 1, (2,))),
+    ],
+    ids=lambda value: str(type(value)),
+)
+def test_all_else_is_left_to_pickle_as_it_is(value: Any) -> None:
+    assert safe_json.encoded({"key": value})["key"] is value
+    assert safe_json.encoded({"key": [value]})["key"][0] is value
+
+
+# ---------------------------------------------------------------- other readers
+
+
+def test_models_of_older_versions_load(tmp_path: Path) -> None:
+    """Their `data` is SB3's, with a pickle for each value that is no JSON."""
+    model = make().learn(16)
+    super(type(model).__mro__[1], model).save(tmp_path / "old")
+    assert {"policy_class", "observation_space", "ep_info_buffer", "_last_obs"} <= pickled_in(tmp_path / "old.zip")
+    ours, theirs = model._saved_attributes(), ClipPPO.load(tmp_path / "old", device="cpu")._saved_attributes()
+    assert [key for key in ours if not same(ours[key], theirs[key])] == []
+
+
+def test_sb3_takes_weights_and_numbers_from_the_file(tmp_path: Path) -> None:
+    model = make(seed=3).learn(16)
+    model.save(tmp_path / "model")
+    host = PPO("MlpPolicy", "CartPole-v1", policy_kwargs=NET, device="cpu")
+    host.set_parameters(tmp_path / "model")
+    observations = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+    assert same(host.predict(observations, deterministic=True), model.predict(observations, deterministic=True))
+    assert str(host.policy.optimizer.state_dict()["state"]) == str(model.policy.optimizer.state_dict()["state"])
+    data, parameters, _ = load_from_zip_file(tmp_path / "model", device="cpu")
+    assert data is not None
+    assert (data["num_timesteps"], data["clip_range"], data["seed"]) == (16, "lin_0.2", 3)
+    assert parameters.keys() == {"policy", "policy.optimizer"}
+
+
+# ---------------------------------------------------------------- hostile and damaged JSON
+
+
+def marked(tree: Any, version: Any = safe_json.FORMAT) -> dict[str, Any]:
+    return {safe_json.ENCODED: version, "value": tree}
+
+
+def array(shape: list[Any], dtype: str = "<f4", raw: str = "") -> dict[str, Any]:
+    return {"~": "array", "v": raw, "dtype": dtype, "shape": shape}
+
+
+NAMED = [
+    {"~": "class", "v": "os.system"},
+    {"~": "class", "v": "builtins.eval"},
+    {"~": "class", "v": "stable_baselines3.common.policies.warnings.sys.modules"},
+    {"~": "class", "v": "collections.OrderedDict"},
+    {"~": "object", "class": "subprocess.Popen", "v": {}},
+    {"~": "object", "class": "stable_baselines3.common.policies.ActorCriticPolicy", "v": {}},
+    {"~": "object", "class": "gymnasium.spaces.box.Box", "v": [1]},
+    array([1], "|O"),
+    array([1], "<f4,<f4"),
+    array([2**40]),
+    array([-1]),
+    array(["x"]),
+    {"~": "generator", "v": {"bit_generator": "MT19937"}},
+]
+
+DAMAGED = [
+    {"~": "object", "class": "gymnasium.spaces.box.Box", "v": {"_shape": {"~": "tuple", "v": [2]}}},
+    {"~": "nothing", "v": 1},
+    {"~": "nothing"},
+    {"~": "array", "v": "?", "dtype": "<f4", "shape": [1]},
+    {"~": "dict", "v": [[[], 1]]},
+    {"~": "dict", "v": 3},
+    {"~": "float", "v": "x"},
+    {"~": "class", "v": "stable_baselines3.common.policies.Gone"},
+    {"~": "generator", "v": {"bit_generator": "PCG64"}},
+]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("saved") / "model.zip"
+    make().save(path)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def model_path(saved: bytes, tmp_path: Path) -> Path:
+    path = tmp_path / "model.zip"
+    path.write_bytes(saved)
+    return path
+
+
+@pytest.mark.parametrize("key", ["learning_rate", "observation_space", "of_its_own"])
+@pytest.mark.parametrize("tree", NAMED, ids=str)
+def test_json_that_names_what_is_not_on_the_list_is_refused(tree: Any, key: str, model_path: Path) -> None:
+    with_data(model_path, **{key: marked(tree)})
+    for trust in (False, True):
+        with pytest.raises(UnsafeFileError, match=f"`{key}` in .*model.zip must be of classes that are known"):
+            ClipPPO.load(model_path, device="cpu", trust_pickle=trust)
+
+
+@pytest.mark.parametrize("tree", DAMAGED, ids=str)
+def test_json_that_is_damaged_says_so(tree: Any, model_path: Path) -> None:
+    with_data(model_path, gamma=marked(tree))
+    with pytest.raises(ValueError, match=r"`gamma` in .*model.zip could not be read: .*custom_objects=\{'gamma'"):
+        ClipPPO.load(model_path, device="cpu")
+    assert ClipPPO.load(model_path, device="cpu", custom_objects={"gamma": 0.5}).gamma == 0.5
+
+
+def test_json_of_another_version_and_without_a_value(model_path: Path) -> None:
+    with_data(model_path, gamma=marked(0.5, version=2))
+    with pytest.raises(ValueError, match=r"it is of the form 2, and this version of sb3_clipvf reads 1"):
+        ClipPPO.load(model_path, device="cpu")
+    with_data(model_path, gamma={safe_json.ENCODED: 1})
+    with pytest.raises(ValueError, match=r"`gamma` in .* could not be read: KeyError"):
+        ClipPPO.load(model_path, device="cpu")
+
+
+@pytest.mark.parametrize("depth", [900, 100_000])
+def test_deep_json_is_refused(depth: int, model_path: Path) -> None:
+    deep = '{"~":"tuple","v":[' * depth + "1" + "]}" * depth
+    entries = entries_of(model_path)
+    raw = json.dumps({**json.loads(entries["data"]), "gamma": "@"}).replace('"@"', f'{{":clipvf:":1,"value":{deep}}}')
+    pack(model_path, {**entries, "data": raw.encode()})
+    with pytest.raises(ValueError, match=r"RecursionError"):
+        ClipPPO.load(model_path, device="cpu")
+
+
+def test_json_of_many_values_is_refused_before_it_is_parsed(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = entries_of(model_path)
+    data = json.dumps({**json.loads(entries["data"]), "gamma": marked([[]] * 1_000_000)}, separators=(",", ":"))
+    pack(model_path, {**entries, "data": data.encode()})
+    monkeypatch.setattr("sb3_clipvf.safe_zip.free_memory", lambda: 100 * 2**20)
+    monkeypatch.setattr(json, "loads", lambda _: pytest.fail("it was parsed"))
+    with pytest.raises(ValueError, match="the values of `data` in .* must be small enough to be loaded, got 19. MiB"):
+        ClipPPO.load(model_path, device="cpu")
+
+
+# ---------------------------------------------------------------- where the file goes
+
+
+def test_a_full_disk_leaves_the_old_file(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = model_path.read_bytes()
+    model = make()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"model.zip could not be written: No space left on device"):
+        model.save(model_path)
+    assert model_path.read_bytes() == before
+    assert [path.name for path in model_path.parent.iterdir()] == ["model.zip"]
+
+
+def test_an_error_while_the_model_is_read_leaves_the_old_file(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = model_path.read_bytes()
+    model = make()
+
+    def failing(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(th, "save", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model.save(model_path)
+    assert model_path.read_bytes() == before
+
+
+def test_suffixes_folders_and_links(tmp_path: Path) -> None:
+    model = make()
+    model.save(tmp_path / "plain")
+    model.save(str(tmp_path / "with.suffix"))
+    (tmp_path / "folder.zip").mkdir()
+    with pytest.warns(UserWarning, match="is a folder. Will save instead to"):
+        model.save(tmp_path / "folder")
+    with pytest.warns(UserWarning, match="does not exist. Will create it"):
+        model.save(tmp_path / "new" / "model")
+    (tmp_path / "link.zip").symlink_to(tmp_path / "plain.zip")
+    (tmp_path / "plain.zip").write_bytes(b"")
+    model.save(tmp_path / "link")
+    assert (tmp_path / "link.zip").is_symlink()
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert names == {"plain.zip", "with.suffix", "folder.zip_2", "new/model.zip", "link.zip"}
+    for name in names:
+        assert ClipPPO.load(tmp_path / name, device="cpu").n_steps == 16
+
+
+def test_open_files_are_written_where_they_are(tmp_path: Path) -> None:
+    model = make()
+    with (tmp_path / "file").open("wb") as file:
+        file.write(b"before")
+        model.save(file)
+        assert not file.closed
+    content = (tmp_path / "file").read_bytes()
+    assert content.startswith(b"before")
+    assert ClipPPO.load(io.BytesIO(content[6:]), device="cpu").n_steps == 16
+    with (tmp_path / "file").open("rb") as file, pytest.raises(ValueError, match="Expected a writable file"):
+        model.save(file)
+
+
+def test_attributes_are_left_out_and_taken_in(tmp_path: Path) -> None:
+    model = make(gamma=0.5)
+    model.save(tmp_path / "without", exclude=["gamma"])
+    assert "gamma" not in attributes_in(tmp_path / "without.zip")
+    model.save(tmp_path / "with", exclude=["gamma"], include=["gamma", "lr_schedule"])
+    assert {"gamma", "lr_schedule"} <= attributes_in(tmp_path / "with.zip").keys()
+    model.save(tmp_path / "never", include=["policy"])
+    assert "policy" not in attributes_in(tmp_path / "never.zip")
+
+
+def test_a_checkpoint_is_of_the_same_form(tmp_path: Path) -> None:
+    env = make_vec_env("CartPole-v1", 2)
+    make(env).learn(32, callback=TrainingCheckpoint(32, tmp_path, on_signal=False))
+    assert pickled_in(tmp_path / "checkpoint_32.zip") == set()

@@ -1,0 +1,404 @@
+"""``sb3-clipvf train --resume``, and ``enjoy`` of its checkpoints: a run that was killed ends as if it had not been."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+import yaml
+from stable_baselines3.common.callbacks import BaseCallback
+
+import sb3_clipvf
+from sb3_clipvf import ClipPPO
+from sb3_clipvf.checkpoint import ResumableEnv, read_checkpoint, read_manifest
+from sb3_clipvf.envs import FastDummyVecEnv
+from sb3_clipvf.safe_files import read_pickle
+from sb3_clipvf.safe_pickle import TRUST_VARIABLE
+from sb3_clipvf.zoo import main
+from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
+from sb3_clipvf.zoo.files import RunLoader
+
+RUN = Path("logs") / "clipppo" / "CartPole-v1_1"
+STEPS = 1280
+SIGNAL = "SB3_CLIPVF_TEST_SIGNAL"
+SETTINGS: dict[str, Any] = {
+    "policy": "MlpPolicy",
+    "n_timesteps": STEPS,
+    "n_envs": 2,
+    "n_steps": 32,
+    "batch_size": 32,
+    "n_epochs": 2,
+    "learning_rate": "lin_0.01",
+    "normalize": True,
+    "callback": ["test_zoo_resume.Interrupt"],
+}
+TRAIN = (
+    "train --env CartPole-v1 --conf-file settings.yml --seed 1 --device cpu --verbose 0 --num-threads 1 -tb tb "
+    "--eval-freq 192 --eval-episodes 2 --checkpoint-freq 256 --save-freq 512"
+)
+
+
+class Interrupt(BaseCallback):
+    """Ends its own process, as a machine that is taken away does."""
+
+    def _on_step(self) -> bool:
+        name, _, step = os.environ.get(SIGNAL, "").partition(":")
+        if name and self.num_timesteps == int(step):
+            os.kill(os.getpid(), getattr(signal, name))
+        return True
+
+
+def _train(folder: Path, *options: str, settings: dict[str, Any] | None = None) -> int:
+    (folder / "settings.yml").write_text(yaml.safe_dump({"CartPole-v1": {**SETTINGS, **(settings or {})}}))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        return main([*TRAIN.split(), *options])
+
+
+def _in_a_process(folder: Path, command: str, ended_by: str = "") -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join((str(Path(sb3_clipvf.__file__).parents[1]), str(Path(__file__).parent)))
+    environment = {**os.environ, "PYTHONPATH": path, SIGNAL: ended_by}
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "sb3_clipvf", *command.split()],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def _ended(folder: Path) -> dict[str, Any]:
+    """What a run leaves behind."""
+    run = folder / RUN
+    ended: dict[str, Any] = {}
+    for name in ("CartPole-v1", "best_model"):
+        model = ClipPPO.load(run / f"{name}.zip", device="cpu")
+        ended[name] = [model.num_timesteps, *(value.tolist() for value in model.policy.state_dict().values())]
+    with np.load(run / "evaluations.npz") as history:
+        ended["evaluations"] = {name: history[name].tolist() for name in history.files}
+    for path in sorted(run.glob("*.monitor.csv")):
+        ended[path.name] = [row.split(",")[:2] for row in path.read_text().splitlines()[1:]]  # without the times
+    for name in ("CartPole-v1/vecnormalize.pkl", "best_vecnormalize.pkl"):
+        moments = [vars(getattr(read_pickle(run / name), rms)) for rms in ("obs_rms", "ret_rms")]
+        ended[name] = [{key: np.asarray(value).tolist() for key, value in part.items()} for part in moments]
+    ended["tensorboard"] = [path.name for path in (folder / "tb" / "CartPole-v1").iterdir()]
+    ended["settings"] = [(run / "CartPole-v1" / name).read_text() for name in ("args.yml", "config.yml")]
+    return ended
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was not interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert _train(folder) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (TRUST_VARIABLE, SIGNAL, "SB3_CLIPVF_TRACEBACK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def run(whole: Path, tmp_path: Path) -> Path:
+    """A copy of the whole run, in the working folder."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    return RUN
+
+
+@pytest.fixture
+def cut(run: Path) -> Path:
+    """The same as if it had been killed after its checkpoint at step 1024."""
+    (run / "CartPole-v1.zip").unlink()
+    (run / "checkpoints" / "checkpoint_1280.zip").unlink()
+    return run
+
+
+def resume(path: Path | str, *options: str) -> int:
+    return main(["train", "--resume", str(path), *options])
+
+
+# ---------------------------------------------------------------- going on
+
+
+def test_a_killed_run_ends_as_the_whole_one(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "settings.yml").write_text(yaml.safe_dump({"CartPole-v1": SETTINGS}))
+    killed = _in_a_process(tmp_path, TRAIN, "SIGKILL:1000")
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / RUN / "CartPole-v1.zip").exists()
+    # It was evaluated at step 960, of which the checkpoint does not know.
+    assert read_manifest(newest(tmp_path / RUN)).num_timesteps == 768
+    resumed = _in_a_process(tmp_path, f"train --resume {RUN}")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "at step 768 of 1280" in resumed.stdout
+    assert _ended(tmp_path) == _ended(whole)
+
+
+def test_a_terminated_run_ends_as_the_whole_one(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(SIGNAL, "SIGTERM:1000")
+    assert _train(tmp_path) == 128 + signal.SIGTERM
+    monkeypatch.delenv(SIGNAL)
+    assert f"To go on: sb3-clipvf train --resume {RUN}" in capsys.readouterr().out
+    assert not (tmp_path / RUN / "CartPole-v1.zip").exists()
+    assert read_manifest(newest(tmp_path / RUN)).num_timesteps >= 768
+    assert resume(RUN / "checkpoints") == 0
+    assert _ended(tmp_path) == _ended(whole)
+
+
+def test_a_signal_to_all_processes_ends_with_its_own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = FastDummyVecEnv.close
+
+    def close(self: Any) -> None:
+        closed(self)
+        raise BrokenPipeError("the process of this environment has ended, too")
+
+    monkeypatch.setenv(SIGNAL, "SIGINT:80")
+    monkeypatch.setattr(FastDummyVecEnv, "close", close)
+    assert _train(tmp_path, "--eval-freq", "-1") == 128 + signal.SIGINT
+
+
+def newest(run: Path) -> Path:
+    return max((run / "checkpoints").glob("checkpoint_*.zip"), key=lambda path: read_manifest(path).serial)
+
+
+def test_an_earlier_checkpoint_can_be_named(
+    whole: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = _ended(whole)
+    assert resume(run / "checkpoints" / "checkpoint_1024.zip") == 0
+    assert "at step 1024 of 1280" in capsys.readouterr().out
+    assert _ended(tmp_path) == expected
+
+
+@pytest.mark.parametrize("vec_env", ["dummy", "gymnasium"])
+def test_the_environments_are_those_of_the_run(vec_env: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As if episodes were too many to be in the checkpoint.
+    monkeypatch.setattr("sb3_clipvf.checkpoint.continued_files.LARGEST_FILE", 0)
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+        assert _train(folder, "--vec-env", vec_env, "--eval-freq", "-1", settings={"n_timesteps": 320}) == 0
+    os.chdir(second)
+    (RUN / "CartPole-v1.zip").unlink()
+    assert resume(RUN / "checkpoints" / "checkpoint_256.zip") == 0
+    for name in sorted(path.name for path in (first / RUN).glob("*.monitor.csv")):
+        rows = [
+            [row.split(",")[:2] for row in (folder / RUN / name).read_text().splitlines()[1:]]
+            for folder in (first, second)
+        ]
+        assert rows[0] == rows[1]
+        assert len(rows[0]) > 2
+    models = [ClipPPO.load(folder / RUN / "CartPole-v1.zip", device="cpu") for folder in (first, second)]
+    pairs = zip(*(model.policy.state_dict().values() for model in models), strict=True)
+    assert all(th.equal(one, other) for one, other in pairs)
+
+
+def test_environments_in_processes_can_be_asked_for_their_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ClipPPOExperimentManager, "checkpoint_freq", 10)
+    managers = [
+        ClipPPOExperimentManager(Namespace(), "clipppo", "CartPole-v1", "logs", vec_env_type=kind)
+        for kind in ("subproc", "dummy")
+    ]
+    wrappers = [manager._for_envs().env_wrapper for manager in managers]
+    assert isinstance(wrappers[0](gym.make("CartPole-v1")), ResumableEnv)
+    assert wrappers[1] is None
+
+
+def test_a_complete_run_is_left_as_it_is(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert resume(run) == 0
+    assert f"{run.resolve()} is complete, with 1280 steps" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_was_killed_while_it_saved_its_model_saves_it(whole: Path, run: Path, tmp_path: Path) -> None:
+    expected = _ended(whole)
+    model = run / "CartPole-v1.zip"
+    model.write_bytes(model.read_bytes()[:1000])
+    assert resume(run) == 0
+    assert _ended(tmp_path) == expected
+
+
+def test_a_run_can_go_on_for_longer(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert resume(run, "-n", "1344") == 0
+    assert "Schedules end at step 1280, as they were to end at first" in capsys.readouterr().out
+    model = ClipPPO.load(run / "CartPole-v1.zip", device="cpu")
+    assert model.num_timesteps == 1344
+    assert model.policy.optimizer.param_groups[0]["lr"] == 0.0
+    assert resume(run) == 0
+    assert "is complete, with 1344 steps" in capsys.readouterr().out
+
+
+def test_options_of_the_process_may_differ(cut: Path) -> None:
+    assert resume(cut, "--seed", "1", "--verbose", "1", "--num-threads", "1", "--device", "cpu") == 0
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("--seed 2", "`--seed` must be 1 as in the run, got 2. Leave it out; --n-timesteps, --verbose"),
+        ("--env Acrobot-v1", "`--env` must be 'CartPole-v1' as in the run"),
+        ("--vec-env gymnasium", "`--vec-env` must be 'dummy'"),
+        ("--checkpoint-freq 5", "`--checkpoint-freq` must be 256"),
+        ("-params clip_range:0.1", "`-params` must not be given with `--resume`"),
+        ("-n 1280", "`--n-timesteps` must be more than the steps that the run has done, 1280, got 1280"),
+    ],
+)
+def test_options_that_contradict_the_run_are_refused(
+    options: str, reason: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert resume(run, *options.split()) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_a_run_without_checkpoints_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(run / "checkpoints")
+    assert resume(run) == 2
+    error = capsys.readouterr().err
+    assert "`--resume` must name a run with checkpoints" in error
+    assert "`sb3-clipvf train --env CartPole-v1 --seed 1`" in error
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("nowhere", "`--resume` must be the folder of a run .* got 'nowhere', which does not exist"),
+        ("tb", "must be the folder of one run, with <environment>/args.yml"),
+        (str(RUN / "best_model.zip"), "is a model without the state of its training"),
+        ("", "got '', which does not exist"),
+    ],
+)
+def test_what_is_no_run_is_refused(path: str, reason: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert resume(path) == 2
+    assert re.search(reason, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"callback": [{"subprocess.Popen": {"args": ["touch", "mark"]}}]}, "`callback` in .* must name callbacks"),
+        ({"env_wrapper": {"pydoc.pipepager": {"cmd": "touch mark"}}}, "`env_wrapper` of the run must name wrappers"),
+        ({"monitor_kwargs": "__import__('os').system('touch mark') or {}"}, "`monitor_kwargs` in .* plain values"),
+        ({"normalize": "__import__('os').system('touch mark') or {}"}, "`normalize` in .* must be plain values"),
+    ],
+)
+def test_settings_that_run_code_are_refused(
+    changes: dict[str, Any], reason: str, cut: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = cut / "CartPole-v1" / "config.yml"
+    settings = yaml.load(path.read_text(), Loader=RunLoader)
+    path.write_text(yaml.dump(OrderedDict({**settings, **changes})))
+    assert resume(cut) == 2
+    assert re.search(reason, capsys.readouterr().err)
+    assert not Path("mark").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("--checkpoint-freq many", "`--checkpoint-freq` must be a whole number of environment steps, got 'many'"),
+        ("--checkpoint-freq 100 --algo ppo", "`--checkpoint-freq` must be left out with --algo ppo"),
+        ("--checkpoint-freq 100 -optimize", "must be left out with a search of hyperparameters"),
+    ],
+)
+def test_a_frequency_that_cannot_be_honoured_is_refused(
+    options: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *options.split()]) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_checkpoints_can_be_turned_off(tmp_path: Path) -> None:
+    assert _train(tmp_path, "--checkpoint-freq", "-1", "-n", "64", "--eval-freq", "-1") == 0
+    assert not (RUN / "checkpoints").exists()
+
+
+# ---------------------------------------------------------------- looking at a run
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The environments that the Zoo made to show a model in."""
+    import rl_zoo3.enjoy as zoo_enjoy
+
+    made = []
+    create = zoo_enjoy.create_test_env
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        made.append(create(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(zoo_enjoy, "create_test_env", spy)
+    return made
+
+
+def enjoy(options: str) -> int:
+    return main(["enjoy", *f"--env CartPole-v1 -n 3 --no-render --device cpu {options}".split()])
+
+
+def _normalizer_of(path: Path) -> dict[str, Any]:
+    (state,) = [layer for layer in read_checkpoint(path).tree["environments"]["layers"] if layer["obs_rms"]]
+    return dict(state)
+
+
+@pytest.mark.parametrize(("options", "steps"), [("--load-checkpoint 1024", 1024), ("--load-last-checkpoint", 1280)])
+def test_checkpoints_are_shown_with_their_statistics(
+    options: str, steps: int, run: Path, shown: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "CartPole-v1" / "vecnormalize.pkl").unlink()
+    assert enjoy(options) == 0
+    path = run / "checkpoints" / f"checkpoint_{steps}.zip"
+    assert f"Loading {path}" in capsys.readouterr().out
+    state = _normalizer_of(path)
+    assert shown[0].obs_rms.mean.tolist() == state["obs_rms"][""][0].tolist()
+    assert shown[0].obs_rms.count == state["obs_rms"][""][2]
+    assert shown[0].ret_rms.var == state["attributes"]["ret_rms.var"]
+    assert (shown[0].training, shown[0].norm_reward, shown[0].num_envs) == (False, False, 1)
+
+
+def test_the_best_model_is_shown_with_its_statistics(run: Path, shown: list[Any]) -> None:
+    best = ClipPPO.load(run / "best_model.zip", device="cpu").num_timesteps
+    assert enjoy("--load-best") == 0
+    assert enjoy("") == 0
+    # Of 2 environments, one more observation each at the start.
+    assert [env.obs_rms.count for env in shown] == pytest.approx([best + 2, STEPS + 2], abs=0.001)
+    assert best < STEPS
+    assert main("report --env CartPole-v1 --load-best --episodes 1 --no-video --device cpu".split()) == 0
+
+
+def test_a_report_of_the_best_model_takes_its_statistics(run: Path) -> None:
+    (run / "CartPole-v1" / "vecnormalize.pkl").unlink()
+    assert main("report --env CartPole-v1 --load-best --episodes 1 --no-video --device cpu".split()) == 0
+
+
+def test_the_zoos_own_checkpoints_are_found_as_before(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert enjoy("--load-checkpoint 512") == 0
+    assert f"Loading {run / 'rl_model_512_steps.zip'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", ["", "--load-checkpoint 300"])
+def test_a_missing_model_is_told_with_the_checkpoints_that_are_there(
+    options: str, cut: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert enjoy(options) == 2
+    error = capsys.readouterr().err
+    assert "has those of the steps 768, 1024: `--load-last-checkpoint` or `--load-checkpoint 1024`" in error
+    assert f"`sb3-clipvf train --resume {cut}`" in error
