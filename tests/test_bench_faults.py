@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,16 +18,16 @@ from sb3_clipvf.bench.faults_children import Tally, lines_of, tell
 from sb3_clipvf.bench.faults_files import _outcome, _place, _result, damaged
 from sb3_clipvf.bench.faults_files import is_clear as is_clear_of_file
 from sb3_clipvf.bench.faults_fuzz import is_clear, judged
-from sb3_clipvf.bench.faults_kills import judge
+from sb3_clipvf.bench.faults_kills import _die_in_write, judge
 from sb3_clipvf.bench.faults_table import render_table
 from sb3_clipvf.bench.faults_training import digest_of
 from sb3_clipvf.bench.results import Results
-from sb3_clipvf.checkpoint import DamagedCheckpointError
+from sb3_clipvf.checkpoint import DamagedCheckpointError, callback
 
 pytest.importorskip("hypothesis")
 
 SHORT = ["kills-CartPole-v1", "checkpoint-CartPole-v1", "model-CartPole-v1", "arguments"]
-OPTIONS = ["--only", *SHORT, "--kills", "4", "--corruptions", "40", "--examples", "200"]
+OPTIONS = ["--only", *SHORT, "--kills", "2", "--corruptions", "30", "--examples", "120"]
 
 
 def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -53,16 +55,16 @@ def test_a_short_campaign_is_survived(campaign: tuple[Path, subprocess.Completed
     runs = {found["name"]: found for found in json.loads((folder / "docs/results/faults.json").read_text())["runs"]}
     assert [text for found in runs.values() for text in found["failures"]] == []
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {name: found["attempts"] for name, found in runs.items()} == dict(zip(SHORT, [4, 40, 40, 200], strict=True))
+    assert {name: found["attempts"] for name, found in runs.items()} == dict(zip(SHORT, [2, 30, 30, 120], strict=True))
     assert all(found["survived"] == found["attempts"] for found in runs.values())
     # Not all damage is to bytes that do not matter, and not all arguments are legal.
-    assert runs["checkpoint-CartPole-v1"]["counts"]["refused by a reader"] > 20
+    assert runs["checkpoint-CartPole-v1"]["counts"]["refused by a reader"] > 15
     assert runs["arguments"]["counts"]["refused"] > 20
-    assert runs["arguments"]["counts"]["models built"] > 5
+    assert runs["arguments"]["counts"]["models built"] > 3
     table = (folder / "docs/results/faults.md").read_text()
-    assert "| a training is killed and resumed | CartPole-v1 | 4 | 4 | 0 | 0 | 0 |" in table
+    assert "| a training is killed and resumed | CartPole-v1 | 2 | 2 | 0 | 0 | 0 |" in table
     assert "| a training is killed and resumed | HalfCheetah-v5 | not run |" in table
-    assert "bench faults --kills 4 --corruptions 40 --examples 200`" in table
+    assert "bench faults --kills 2 --corruptions 30 --examples 120`" in table
 
 
 def test_what_is_done_is_not_done_again(campaign: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,6 +168,33 @@ def test_the_end_of_a_killed_training_is_judged(lines: Any, code: int | None, ou
     found, text = judge(lines, code, EXPECTED)
     assert found == outcome
     assert told in text
+
+
+@pytest.mark.parametrize(("share", "left_behind"), [(0.0, b""), (0.5, b"ab"), (1.1, None)])
+def test_a_process_can_be_killed_inside_a_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, left_behind: bytes | None
+) -> None:
+    class KilledError(BaseException):
+        pass
+
+    def kill(number: int) -> None:
+        found.extend(path.read_bytes() for path in tmp_path.glob(".second.zip.*.tmp"))
+        raise KilledError(number)
+
+    found: list[bytes] = []
+    monkeypatch.setattr(signal, "raise_signal", kill)
+    try:
+        _die_in_write(1, share)
+        with callback.atomic_write(tmp_path / "first.zip") as file:
+            file.write(b"1234")
+        with pytest.raises(KilledError, match=str(int(signal.SIGKILL))):
+            with callback.atomic_write(tmp_path / "second.zip") as file:
+                file.write(b"abcd")
+    finally:
+        mock.patch.stopall()
+    assert (tmp_path / "first.zip").read_bytes() == b"1234"
+    assert found == ([] if left_behind is None else [left_behind])
+    assert (tmp_path / "second.zip").exists() == (left_behind is None)
 
 
 def test_a_report_is_read_as_it_was_told(tmp_path: Path) -> None:

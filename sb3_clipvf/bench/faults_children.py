@@ -21,8 +21,8 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-LIMIT_SECONDS = 900.0
-"""Wall-clock time after which a process that tells of no end is taken for one that hangs."""
+LIMIT_SECONDS = 4 * 3600.0
+"""Wall-clock time after which a process is taken for one that hangs: the machine may have little time to spare."""
 
 KEPT_FAILURES = 20
 """Failures of a row that are described in the results; all are counted."""
