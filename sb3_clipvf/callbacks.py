@@ -15,8 +15,10 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization, unwrap_vec_normalize
 
 from sb3_clipvf.checkpoint.atomic import atomic_write
+from sb3_clipvf.checkpoint.best_training import save_statistics
 from sb3_clipvf.checkpoint.random_states import global_states, set_global_states, set_space_states, space_states
 from sb3_clipvf.messages import log
+from sb3_clipvf.safe_zip import SMALL, check_json, reason_of
 
 BEST_MODEL = "best_model.zip"
 BEST_STATISTICS = "best_vecnormalize.pkl"
@@ -51,10 +53,13 @@ class IsolatedEvalCallback(EvalCallback):
                 "`eval_env` must be other environments than those of the training, got the same: evaluating would end "
                 "their running episodes. Make them once more."
             )
-        if self.model.get_vec_normalize_env() is not None and unwrap_vec_normalize(evaluation) is None:
+        is_normalized = unwrap_vec_normalize(evaluation) is not None
+        if is_normalized != (self.model.get_vec_normalize_env() is not None):
+            what, way_out = ("no VecNormalize", "Wrap it: VecNormalize(eval_env, training=False, norm_reward=False).")
+            if is_normalized:
+                what, way_out = ("a VecNormalize", "Pass it without, or wrap the training's environments, too.")
             raise ValueError(
-                "`eval_env` must be normalised as the training's environments are, got no VecNormalize around it. Wrap "
-                "it: VecNormalize(eval_env, training=False, norm_reward=False)."
+                f"`eval_env` must be normalised as the training's environments are, got {what} around it. {way_out}"
             )
         super()._init_callback()
 
@@ -171,7 +176,8 @@ class IsolatedEvalCallback(EvalCallback):
         # A killed training may have evaluated after its last checkpoint, of which the resumed one knows nothing.
         is_of_this_training = earlier.get("training") is not None and earlier["training"] == evaluation["training"]
         if is_of_this_training and earlier["mean_reward"] > self.last_mean_reward:
-            log.info("%s stays, with a mean return of %s at step %s", path, *list(earlier.values())[:2])
+            text = "%s stays, with a mean return of %s at step %s"
+            log.info(text, path, earlier["mean_reward"], earlier.get("num_timesteps"))
             return
         content = io.BytesIO()
         self.model.save(content)
@@ -181,9 +187,7 @@ class IsolatedEvalCallback(EvalCallback):
             if normalizer is None:
                 (folder / BEST_STATISTICS).unlink(missing_ok=True)  # of another training
             else:
-                with atomic_write(folder / BEST_STATISTICS) as file:
-                    normalizer.save(file.name)
-                archive.write(folder / BEST_STATISTICS, STATISTICS_ENTRY)
+                archive.writestr(STATISTICS_ENTRY, save_statistics(normalizer, folder / BEST_STATISTICS))
         with atomic_write(path) as file:
             file.write(content.getbuffer())
 
@@ -203,9 +207,22 @@ def _frozen_statistics(eval_env: VecEnv) -> Iterator[None]:
 
 
 def _evaluation_of(path: Path) -> dict[str, Any]:
-    """What a best model's file says of its evaluation; nothing where it is not this class's."""
+    """What a best model's file says of its evaluation; nothing where it is not this class's, or cannot be read."""
+    if not path.exists():
+        return {}
     try:
         with zipfile.ZipFile(path) as archive:
-            return dict(json.loads(archive.read(_EVALUATION_ENTRY)))
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+            if _EVALUATION_ENTRY not in archive.namelist():
+                return {}
+            # Of a file whose size has not been checked.
+            if archive.getinfo(_EVALUATION_ENTRY).file_size > SMALL:
+                raise ValueError(f"it is larger than {SMALL:,} bytes")
+            raw = archive.read(_EVALUATION_ENTRY)
+        check_json(f"{_EVALUATION_ENTRY} in {path}", raw)
+        evaluation = json.loads(raw)
+        if not (isinstance(evaluation, dict) and isinstance(evaluation.get("mean_reward"), float)):
+            raise ValueError("it holds no mean return")
+    except Exception as error:  # a damaged zip raises whatever its parts lead to
+        log.warning("%s is replaced: the evaluation in it could not be read (%s)", path, reason_of(error))
         return {}
+    return evaluation

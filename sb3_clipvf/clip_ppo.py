@@ -31,8 +31,8 @@ from sb3_clipvf.building import (
     make_update_settings,
 )
 from sb3_clipvf.engines import Engine, UpdateCoefficients, UpdateStatistics, select_engine, why_not_native
+from sb3_clipvf.guarded_update import guarded_update
 from sb3_clipvf.messages import log, show_messages
-from sb3_clipvf.nonfinite_causes import guarded_update
 from sb3_clipvf.policies import (
     SquashedActorCriticCnnPolicy,
     SquashedActorCriticPolicy,

@@ -37,13 +37,7 @@ class RolloutCollector(OnPolicyAlgorithm):
     def _current_engine(self) -> Engine:
         """The engine for the policy as it is now."""
 
-    def collect_rollouts(
-        self,
-        env: VecEnv,
-        callback: BaseCallback,
-        rollout_buffer: Any,
-        n_rollout_steps: int,
-    ) -> bool:
+    def collect_rollouts(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int) -> bool:
         """
         Fill the buffer with steps of the current policy.
 
@@ -56,20 +50,11 @@ class RolloutCollector(OnPolicyAlgorithm):
         :return: False if the callback asked to stop, then the rollout is incomplete.
         """
         started = time.perf_counter()
-        knows_policy = self._engine is not None and self._engine.policy is self.policy
-        (self._engine if knows_policy else self.policy).set_training_mode(False)  # type: ignore[union-attr]
         n_steps = 0
         with_dist_params = bool(getattr(rollout_buffer, "dist_param_dim", 0))
-        rollout_buffer.reset()
         checked = StepCheck(rollout_buffer.observation_space, env.num_envs)
         checked.observations(self._last_obs)
-        self._last_obs = copy_of(self._last_obs)
-        # Before anything is drawn for this rollout, unlike in SB3: a checkpoint that is taken here holds no part of it.
-        callback.on_rollout_start()
-        if self.use_sde:
-            self.policy.reset_noise(env.num_envs)
-        engine = self._current_engine()  # after the callback, which may have changed the policy
-        engine.begin_rollout(rollout_buffer)
+        engine = self._begin_rollout(env, callback, rollout_buffer)
 
         while n_steps < n_rollout_steps:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
@@ -96,14 +81,9 @@ class RolloutCollector(OnPolicyAlgorithm):
             bootstrapped = bootstrap_truncated(engine, rewards, dones, infos, self.gamma)
             if not is_finite(bootstrapped):
                 raise reward_error(self, bootstrapped, locals())
+            more = {} if dist_params is None else {"dist_params": dist_params}
             rollout_buffer.add(
-                self._last_obs,
-                actions,
-                bootstrapped,
-                self._last_episode_starts,
-                values,
-                log_probs,
-                **({} if dist_params is None else {"dist_params": dist_params}),
+                self._last_obs, actions, bootstrapped, self._last_episode_starts, values, log_probs, **more
             )
             self._last_obs = copy_of(new_obs)
             self._last_episode_starts = dones.copy()
@@ -114,6 +94,20 @@ class RolloutCollector(OnPolicyAlgorithm):
         callback.on_rollout_end()
         self.logger.record("time/rollout_seconds", time.perf_counter() - started)
         return True
+
+    def _begin_rollout(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any) -> Engine:
+        """Empty the buffer, and let callback, policy and engine make ready. :return: The engine that acts."""
+        knows_policy = self._engine is not None and self._engine.policy is self.policy
+        (self._engine if knows_policy else self.policy).set_training_mode(False)  # type: ignore[union-attr]
+        rollout_buffer.reset()
+        self._last_obs = copy_of(self._last_obs)
+        # Before anything is drawn for this rollout, unlike in SB3: a checkpoint that is taken here holds no part of it.
+        callback.on_rollout_start()
+        if self.use_sde:
+            self.policy.reset_noise(env.num_envs)
+        engine = self._current_engine()  # after the callback, which may have changed the policy
+        engine.begin_rollout(rollout_buffer)
+        return engine
 
     def _act(self, engine: Engine, obs_tensor: Any, rollout_buffer: Any, with_dist_params: bool) -> Acted:
         """Let the policy act on observations, and refuse those and what it gives where they are not finite."""
@@ -136,10 +130,11 @@ class RolloutCollector(OnPolicyAlgorithm):
 
     def _complete(self, engine: Engine, rollout_buffer: Any, dones: np.ndarray) -> th.Tensor:
         """Compute returns and advantages. :return: Values of the observations that the next rollout starts from."""
-        values = engine.predict_values(to_tensor(self._last_obs, self.device))
         found = [find_fault("observation", key, array) for key, array in by_key(self._last_obs).items()]
-        found.append(find_fault("value", None, values.cpu().numpy().reshape(-1)))
         fault = next((fault for fault in found if fault is not None), None)
+        if fault is None:
+            values = engine.predict_values(to_tensor(self._last_obs, self.device))
+            fault = find_fault("value", None, values.cpu().numpy().reshape(-1))
         if fault is not None:
             raise step_error(self, fault, rollout_buffer.pos, known_of_step(self, rollout_buffer))
         with np.errstate(over="ignore", invalid="ignore"):  # the update tells of it by name
@@ -230,10 +225,11 @@ def bootstrap_truncated(
         stacked: Any = {key: np.stack([obs[key] for obs in final_obs]) for key in space.spaces}
     else:
         stacked = np.stack(final_obs)
-    final_values = engine.predict_values(engine.policy.obs_to_tensor(stacked)[0])
     # Environments may give integers, which cannot hold the values.
     bootstrapped = rewards.astype(np.result_type(rewards, np.float32))
-    bootstrapped[truncated] += gamma * final_values.cpu().numpy().reshape(-1)
     if not observations_are_finite(stacked):
-        bootstrapped[truncated] = np.nan  # whatever an activation has made of them
+        bootstrapped[truncated] = np.nan  # whatever a network would make of them
+        return bootstrapped
+    final_values = engine.predict_values(engine.policy.obs_to_tensor(stacked)[0])
+    bootstrapped[truncated] += gamma * final_values.cpu().numpy().reshape(-1)
     return bootstrapped

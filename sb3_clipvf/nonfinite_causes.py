@@ -12,20 +12,12 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_clipvf.distributions import dist_params
 from sb3_clipvf.engines.autograd import unvalidated_distributions
-from sb3_clipvf.messages import log
-from sb3_clipvf.nonfinite import (
-    MAX_UPDATES_WITH_SKIPS,
-    BadMinibatchError,
-    NonFiniteError,
-    by_key,
-    is_finite,
-    which_are_not,
-)
+from sb3_clipvf.nonfinite import BadMinibatchError, NonFiniteError, by_key, is_finite, which_are_not
 
 if TYPE_CHECKING:
     from sb3_clipvf.clip_ppo import ClipPPO
     from sb3_clipvf.collection import RolloutCollector
-    from sb3_clipvf.engines import Acted, Engine, UpdateCoefficients, UpdateStatistics
+    from sb3_clipvf.engines import Acted
 
 
 @dataclass(frozen=True)
@@ -194,39 +186,7 @@ _WAYS_OUT = {
     "log_prob": _OF_POLICY,
     "parameter": "Go on from the last checkpoint or saved model. If a callback changes weights, correct it.",
 }
-
-
-def guarded_update(model: "ClipPPO", engine: "Engine", coefficients: "UpdateCoefficients") -> "UpdateStatistics":
-    """
-    Run an update, and tell of minibatches that were not finite.
-
-    :param model: With a complete rollout; it counts the updates in a row that have skipped some.
-    :param engine: Its engine.
-    :param coefficients: Of this update.
-    :return: Statistics.
-    :raises NonFiniteError: At the first of them, or where too many were skipped.
-    """
-    try:
-        statistics = engine.update(model.rollout_buffer, coefficients)
-    except BadMinibatchError as bad:
-        all_skipped = "training has ended since all minibatches of the update were skipped."
-        raise update_error(model, bad, all_skipped if model.on_nonfinite == "skip" else "") from None
-    model._updates_with_skips = model._updates_with_skips + 1 if statistics.n_skipped else 0
-    if statistics.skipped is None:
-        return statistics
-    if model._updates_with_skips > MAX_UPDATES_WITH_SKIPS:
-        in_a_row = f"training has ended since {model._updates_with_skips} updates in a row have skipped minibatches."
-        raise update_error(model, statistics.skipped, in_a_row)
-    if model._updates_with_skips == 1:
-        log.warning(
-            "%d minibatches were skipped in the update at num_timesteps=%d, the first one since %s. "
-            "`train/skipped_minibatches` counts them; training ends after %d updates in a row that skip some.",
-            statistics.n_skipped,
-            model.num_timesteps,
-            statistics.skipped,
-            MAX_UPDATES_WITH_SKIPS + 1,
-        )
-    return statistics
+_SKIP = "on_nonfinite='skip' leaves such minibatches out."
 
 
 def update_error(model: "ClipPPO", bad: BadMinibatchError, reason: str = "") -> NonFiniteError:
@@ -248,12 +208,17 @@ def update_error(model: "ClipPPO", bad: BadMinibatchError, reason: str = "") -> 
             env_index, step = (int(number) for number in divmod(int(indices[fault.row]), n_steps))
             place = f" of environment {env_index} at step {step} of the rollout"
         cause = f"Its cause: `{fault.key}`{place}, {fault.text}."
-    path, told = _write(model, {**bad.batch._asdict(), "indices": indices})
-    way_out = reason or "on_nonfinite='skip' leaves such minibatches out."
+    path, told = _write(model, {**_arrays_of(bad.batch), "indices": indices})
+    if fault is not None and fault.what == "parameter":
+        way_out = f"{_WAYS_OUT['parameter']} {reason.capitalize()}".rstrip()
+    else:
+        way_out = (
+            "It made no step, so the policy is whole. Lower `learning_rate` or `max_grad_norm`, and look for rewards "
+            f"and observations that are huge; {reason or _SKIP}"
+        )
     return NonFiniteError(
         f"{bad} in minibatch {bad.minibatch} of epoch {bad.epoch} of the update at num_timesteps="
-        f"{model.num_timesteps}. {cause} It made no step, so the policy is whole. Lower `learning_rate` or "
-        f"`max_grad_norm`, and look for rewards and observations that are huge; {way_out} {told}",
+        f"{model.num_timesteps}. {cause} {way_out} {told}",
         what=bad.what,
         num_timesteps=model.num_timesteps,
         step=step,
@@ -267,8 +232,8 @@ def update_error(model: "ClipPPO", bad: BadMinibatchError, reason: str = "") -> 
 
 def _cause_in_update(model: "ClipPPO", bad: BadMinibatchError) -> Fault | None:
     """What makes a minibatch's loss or gradient not finite; None where no single number does."""
-    for name, value in _flat(bad.batch._asdict()).items():
-        fault = find_fault(bad.what, name, value)
+    for name, value in _flat(_arrays_of(bad.batch)).items():
+        fault = find_fault(bad.what, name, value, has_rows=value.ndim > 0)
         if fault is not None:
             return fault
     fault = _parameter_fault(model.policy)
@@ -282,6 +247,11 @@ def _cause_in_update(model: "ClipPPO", bad: BadMinibatchError) -> Fault | None:
     return find_fault(
         bad.what, "advantages of the rollout", np.asarray(model.rollout_buffer.advantages), has_rows=False
     )
+
+
+def _arrays_of(batch: Any) -> dict[str, Any]:
+    # Buffers of others may give minibatches of any kind.
+    return dict(batch._asdict() if hasattr(batch, "_asdict") else getattr(batch, "__dict__", {}))
 
 
 def _evaluated(policy: Any, batch: Any) -> dict[str, np.ndarray]:

@@ -155,15 +155,11 @@ def find_run(
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
     if not path.is_file():
         return {}
-    from sb3_clipvf.zoo.files import checked_files
+    from sb3_clipvf.zoo.files import read_settings
 
-    # The Zoo writes Python objects there and reads them in this way.
-    with checked_files(), path.open(encoding="utf-8") as file:
-        return dict(yaml.load(file, Loader=yaml.UnsafeLoader))
+    return read_settings(path)
 
 
 def read_hyperparams(run: Run) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What ClipPPO keeps and takes up again: models in files, their weights, and trainings that were interrupted."""
 
+import contextlib
 import io
 import os
 import pathlib
@@ -17,6 +18,7 @@ from sb3_clipvf.collection import RolloutCollector
 from sb3_clipvf.faults import tell_of_n_envs
 from sb3_clipvf.safe_files import check_model, read_model
 from sb3_clipvf.safe_json import encoded
+from sb3_clipvf.safe_network import NetworkBound
 from sb3_clipvf.safe_pickle import TrustPickle, trust_of
 from sb3_clipvf.validation import same_spaces
 
@@ -123,7 +125,8 @@ class SavedAlgorithm(RolloutCollector):
         kwargs = values_to_load(file.data or {}, kwargs, replaced, cls)
         # Built anew in any case; and SB3 compares the policy's arguments with the file's.
         replaced = {"lr_schedule": None, **{key: kwargs[key] for key in kwargs if key != "policy_kwargs"}, **replaced}
-        with same_spaces():
+        bound = contextlib.nullcontext() if trust.everything else NetworkBound(file)
+        with same_spaces(), bound:
             model = super().load(
                 file.stream(),
                 env=env,

@@ -51,6 +51,14 @@ def bootstrapped(policy: Any, *arguments: Any) -> np.ndarray:
 class TestBootstrap:
     REWARDS = np.array([1.0, 2.0, 3.0, 4.0], np.float32)
 
+    def test_no_network_is_asked_for_the_value_of_what_is_no_number(self) -> None:
+        policy = make()
+        rewards = bootstrapped(
+            policy, self.REWARDS, np.array([True] + 3 * [False]), [info(np.nan, 0), {}, {}, {}], GAMMA
+        )
+        np.testing.assert_array_equal(rewards, [np.nan, 2, 3, 4])
+        assert policy.n_calls == 0
+
     def test_only_where_cut_off_and_in_one_forward_pass(self) -> None:
         policy = make()
         infos = [info(3, 0), {}, info(5, 0, truncated=False), info(-1, 0)]

@@ -1,5 +1,6 @@
 """``IsolatedEvalCallback``: evaluations leave no trace in the training, and the best model keeps its statistics."""
 
+import os
 import random
 import zipfile
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.callbacks import IsolatedEvalCallback
+from sb3_clipvf.checkpoint import SaveBestTrainingReward
+from sb3_clipvf.envs import FastVecNormalize
 
 MakeEnv = Callable[[], Any]
 
@@ -188,6 +191,11 @@ def test_environments_of_the_training_are_refused() -> None:
         trained(lambda: env, evaluation(lambda: env))
 
 
+def test_statistics_that_the_training_lacks_are_refused() -> None:
+    with pytest.raises(ValueError, match="`eval_env` must be normalised as .* got a VecNormalize around it"):
+        trained(lambda: make_vec_env(Short), evaluation(lambda: VecNormalize(make_vec_env(Short))))
+
+
 def test_environments_without_statistics_are_refused() -> None:
     with pytest.raises(ValueError, match="`eval_env` must be normalised as .* got no VecNormalize"):
         trained(lambda: VecNormalize(make_vec_env(Short)), evaluation(lambda: make_vec_env(Short)))
@@ -270,3 +278,70 @@ def test_a_better_model_of_the_same_training_stays(training: str | None, stays: 
         saving._save_best(tmp_path)
         kept = ClipPPO.load(tmp_path / "best_model", device="cpu").num_timesteps
         assert kept == (1 if steps == 2 and stays else steps)
+
+
+BROKEN: dict[str, bytes] = {
+    "a list": b"[1]",
+    "deep": b"[" * 100_000,
+    "no return": b'{"training": "this"}',
+    "a text": b'{"training": "this", "mean_reward": "99"}',
+    "no text": b"\xff",
+    "too many values": b'{"training": "this", "mean_reward": 99.0, "more": [' + b"0," * 2**22 + b"0]}",
+    "too long": b'{"training": "this", "mean_reward": 99.0}' + b" " * 2**24,
+}
+
+
+@pytest.mark.parametrize("name", [*BROKEN, "no zip", "cut short"])
+def test_an_evaluation_that_cannot_be_read_counts_as_none(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sb3_clipvf.safe_zip.free_memory", lambda: 2**28)
+    path = tmp_path / "best_model.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("evaluation.json", BROKEN.get(name, b'{"training": "this", "mean_reward": 99.0}'))
+    if name in ("no zip", "cut short"):
+        path.write_bytes(b"PK" if name == "no zip" else path.read_bytes()[:50])
+    callback = evaluation(lambda: make_vec_env(Short), best_model_save_path=str(tmp_path))
+    callback.model = ClipPPO("MlpPolicy", make_vec_env(Short), n_steps=32, batch_size=32, device="cpu")
+    callback.model._training_id, callback.last_mean_reward = "this", 5.0
+    callback._save_best(tmp_path)
+    (record,) = caplog.records
+    assert f"{path} is replaced: the evaluation in it could not be read" in record.getMessage()
+    ClipPPO.load(path, device="cpu")
+    callback.last_mean_reward = 4.0
+    with caplog.at_level("INFO", logger="sb3_clipvf"):
+        callback._save_best(tmp_path)
+    assert f"{path} stays, with a mean return of 5.0 at step 0" in caplog.text
+
+
+def test_a_best_model_of_sb3s_callback_is_replaced_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make = CASES["native"][0]
+    for cls in (EvalCallback, IsolatedEvalCallback):
+        trained(make, evaluation(make, cls, best_model_save_path=str(tmp_path)), steps=64)
+    assert "evaluation.json" in zipfile.ZipFile(tmp_path / "best_model.zip").namelist()
+    assert "is replaced" not in caplog.text
+
+
+@pytest.mark.parametrize("cls", [VecNormalize, FastVecNormalize])
+def test_statistics_are_not_written_over_a_file_that_is_open(
+    cls: type[VecNormalize], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows forbids it; elsewhere the file that is synced has then no name any more."""
+    links: list[int] = []
+    fsync = os.fsync
+
+    def spy(descriptor: int) -> None:
+        links.append(os.fstat(descriptor).st_nlink)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy)
+
+    def make() -> Any:
+        return cls(make_vec_env(Short))
+
+    trained(make, evaluation(make, best_model_save_path=str(tmp_path)), steps=32)
+    trained(make, SaveBestTrainingReward(tmp_path / "training", min_episodes=1), steps=32)
+    assert len(links) > 4
+    assert all(links)
+    for path in (tmp_path / "best_vecnormalize.pkl", tmp_path / "training" / "vecnormalize.pkl"):
+        assert cls.load(str(path), make_vec_env(Short)).obs_rms.count > 1

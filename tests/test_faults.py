@@ -4,10 +4,12 @@ import contextlib
 import copy
 import errno
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,14 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper, VecNormalize
 
 from sb3_clipvf import SB3_EQUIVALENT, ClipPPO
 from sb3_clipvf.checkpoint import TrainingCheckpoint, newest_checkpoint
 from sb3_clipvf.envs import FastDummyVecEnv, FastVecNormalize
 from sb3_clipvf.envs.shapes import StepCheck
-from sb3_clipvf.faults import WorkerDiedError
+from sb3_clipvf.nonfinite import NonFiniteError
+from sb3_clipvf.workers import WorkerDiedError, watched
 
 ENGINES = ("native", "autograd")
 SPACE = spaces.Box(-1, 1, (4,))
@@ -181,12 +184,14 @@ def test_a_disk_that_is_full_then_does_not_hide_the_error(tmp_path: Path, monkey
         monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
         return broken()
 
-    callback = TrainingCheckpoint(48, tmp_path, on_error="raise")
+    callback = TrainingCheckpoint(10**6, tmp_path, on_error="raise")
     with pytest.raises(BrokenError) as caught:
-        model_of(make()).learn(96, callback=[callback, Call(lambda: True), Call(full, 90)])
+        model_of(make()).learn(96, callback=[callback, Call(full, 90)])
     monkeypatch.undo()
-    assert "The last update could not be saved" not in notes(caught.value)  # it was: 64 is a multiple's
-    whole(tmp_path, make(), 64)
+    assert "The last update could not be saved: " in notes(caught.value)
+    assert "No space left" in notes(caught.value)
+    assert f"There is no checkpoint yet in {tmp_path}: start anew." in notes(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_checkpoints_the_note_says_what_is_left(tmp_path: Path) -> None:
@@ -272,7 +277,7 @@ def stay(step: Step) -> Step:
 
 
 def test_a_process_that_does_not_end_is_made_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sb3_clipvf.faults.GRACE", 0.5)
+    monkeypatch.setattr("sb3_clipvf.workers.GRACE", 0.5)
     venv = SubprocVecEnv([partial(Faulty, kill_itself, 20), partial(Faulty, stay, 20)], start_method="fork")
     with within(10), pytest.raises(WorkerDiedError) as caught:
         model_of(venv).learn(96)
@@ -280,7 +285,38 @@ def test_a_process_that_does_not_end_is_made_to(tmp_path: Path, monkeypatch: pyt
     assert [process.exitcode for process in venv.processes] == [-9, -9]
 
 
-def test_an_error_elsewhere_leaves_the_processes_alone() -> None:
+def test_processes_that_were_not_forked_are_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    venv = SubprocVecEnv([partial(Faulty, kill_itself, 20), *[Faulty] * 2], start_method="fork")
+
+    def few(handles: Any, timeout: float | None = None) -> Any:
+        if len(handles) > 2:
+            raise ValueError("too many handles")  # Windows waits for 63 at most
+        return wait(handles, timeout)
+
+    wait = connection.wait
+    monkeypatch.setattr(connection, "wait", few)
+    # As on Windows; the end of the first process, which no other one holds the pipe of, is seen without help.
+    monkeypatch.setattr("sb3_clipvf.workers._FORKED", ())
+    monkeypatch.delattr(signal, "SIGKILL")
+    n_threads = threading.active_count()
+    with watched(venv):
+        assert threading.active_count() == n_threads
+    with within(10), pytest.raises(WorkerDiedError) as caught:
+        model_of(venv).learn(96)
+    assert caught.value.exit_codes == {0: -9}
+    assert "memory runs out" in str(caught.value)
+    assert not any(process.is_alive() for process in venv.processes)
+
+
+def test_the_error_of_a_dead_process_can_be_pickled() -> None:
+    error = WorkerDiedError("its message", {1: -9})
+    error.add_note("its note")
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.exit_codes, notes(again)) == ("its message", {1: -9}, "its note")
+
+
+def test_an_error_elsewhere_leaves_the_processes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_clipvf.workers.GRACE", 0.1)
     venv = make(cls=partial(SubprocVecEnv, start_method="fork"))
     for error in (BrokenError, EOFError):
 
@@ -332,6 +368,56 @@ def test_one_key_of_a_dict_of_another_shape(cls: type[DummyVecEnv]) -> None:
     venv = cls([partial(Faulty, gives({"a": np.zeros(2), "b": np.zeros(1)}), space=space)])
     with pytest.raises(ValueError, match=r"observations\['b'\] of its space's shape \(3,\), got \(1,\)"):
         ClipPPO("MultiInputPolicy", venv, n_steps=16, batch_size=16).learn(16)
+
+
+@pytest.mark.parametrize("at", [0, 20])
+@pytest.mark.parametrize("cls", [VecNormalize, FastVecNormalize])
+def test_observations_that_a_wrapper_would_stretch(cls: type[VecNormalize], at: int) -> None:
+    processes = SubprocVecEnv([partial(Faulty, gives(np.zeros(1, np.float32)), at)] * 2, start_method="fork")
+    venv = cls(processes)
+    text = r"`env` must give observations of its space's shape, \(2, 4\) for 2 environments, got \(2, 1\)"
+    with pytest.raises(ValueError, match=text):
+        model_of(venv).learn(96)
+    assert venv.obs_rms.mean.shape == (4,)
+    assert round(venv.obs_rms.count) == 2 * at  # the reset, and the steps before the faulty one
+    assert not {"reset", "step_wait"} & vars(processes).keys()
+    venv.close()
+
+
+class ShortEnd(Faulty):
+    """Its final observations alone are of another shape."""
+
+    def step(self, action: Any) -> Step:
+        obs, reward, terminated, truncated, info = super().step(action)
+        return np.zeros(1) if truncated else obs, reward, terminated, truncated, info
+
+
+@pytest.mark.parametrize("cls", [DummyVecEnv, FastDummyVecEnv])
+def test_final_observations_that_a_wrapper_would_stretch(cls: type[DummyVecEnv]) -> None:
+    with pytest.raises(ValueError, match=r"shape \(4,\), got \(1,\) from environment 1"):
+        model_of(FastVecNormalize(cls([Faulty, ShortEnd]))).learn(96)
+
+
+class Part(DummyVecEnv):
+    """Resets single environments by itself, as some that run on a GPU do, and has a step of its own."""
+
+    def reset(self, indices: Any = None) -> Any:
+        obs = super().reset()
+        return obs if indices is None else obs[indices]
+
+    def step_wait(self) -> Any:
+        self.reset(np.array([1]))
+        return super().step_wait()
+
+
+def test_methods_of_others_go_on_as_they_were() -> None:
+    venv, n_calls = Part([Faulty] * 2), []
+    original = venv.step_wait
+    venv.step_wait = lambda: (n_calls.append(1), original())[1]
+    own = venv.step_wait
+    model_of(venv).learn(32)
+    assert len(n_calls) == 16
+    assert venv.step_wait is own
 
 
 class Bent(VecEnvWrapper):
@@ -411,6 +497,43 @@ def test_fractions_in_a_space_of_whole_numbers(engine: str) -> None:
         return (obs.astype(np.float64), *others)
 
     model_of(Bent(DummyVecEnv([partial(Faulty, space=space)] * 2), floats, at=3), engine).learn(32)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    ("space", "engine"),
+    [
+        (spaces.Box(0, 9, (4,), np.uint8), "native"),
+        (spaces.Box(0, 9, (4,), np.uint8), "autograd"),
+        (spaces.MultiDiscrete([2] * 4), "autograd"),
+    ],
+    ids=["box-native", "box-autograd", "discrete-autograd"],
+)
+def test_numbers_that_are_not_finite_in_a_space_of_whole_numbers(
+    space: spaces.Space[Any], bad: float, engine: str
+) -> None:
+    def change(obs: Any, *others: Any) -> Any:
+        return (np.where([[False] * 4, [True] * 4], bad, obs), *others)
+
+    with pytest.raises(NonFiniteError) as caught:
+        model_of(Bent(DummyVecEnv([partial(Faulty, space=space)] * 2), change, at=3), engine).learn(32)
+    assert (caught.value.what, caught.value.env_index) == ("observation", 1)
+
+
+def test_each_key_of_a_batch_is_checked() -> None:
+    space = spaces.Dict({"a": spaces.Box(-1, 1, (2,)), "b": spaces.Box(0, 9, (3,), np.uint8), "c": spaces.Discrete(3)})
+    check = StepCheck(space, 2)
+    good = {"a": np.full((2, 2), 0.5), "b": np.zeros((2, 3), np.float32), "c": np.zeros(2, np.int32)}
+    check.observations(good)
+    for key, bad, text in (
+        ("a", np.zeros((2, 1)), r"observations\['a'\] of its space's shape, \(2, 2\) for 2 environments, got \(2, 1\)"),
+        ("b", good["b"] + 0.5, r"whole numbers as observations\['b'\]"),
+        ("c", np.zeros((2, 1), int), r"observations\['c'\] of its space's shape, \(2,\) for 2 environments"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            check.observations({**good, key: bad})
+    with pytest.raises(TypeError, match=r"observations\['c'\] as a NumPy array of numbers, got one of type list"):
+        check.observations({**good, "c": [0, 1]})
 
 
 def weights(cls: type[Any], venv: VecEnv, engine: str) -> list[np.ndarray]:

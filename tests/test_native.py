@@ -280,6 +280,15 @@ def test_advantages_have_the_same_bits(gamma: float, gae_lambda: float) -> None:
 
 
 class TestActing:
+    @pytest.mark.parametrize("width", [1, 2, 4])
+    def test_rows_of_another_width_are_refused(self, width: int) -> None:
+        policy = make_policy()
+        engine = NativeEngine(policy, SETTINGS)
+        engine.begin_rollout(make_buffer(policy))
+        for call in (lambda rows: engine.act(rows, with_dist_params=True), engine.predict_values):
+            with pytest.raises(ValueError, match=f"`observations` must have 3 numbers a row, .* got {width}"):
+                call(th.ones(4, width))
+
     @pytest.mark.parametrize("engine_class", [NativeEngine, LeanAutogradEngine])
     @pytest.mark.parametrize("n_envs", [1, 7])
     @pytest.mark.parametrize("actions", ACTIONS)

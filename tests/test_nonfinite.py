@@ -6,7 +6,8 @@ import logging
 import math
 import pickle
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -23,6 +24,7 @@ from test_engines import COEFFICIENTS, N_ENVS, N_STEPS, make_case, make_engine, 
 from sb3_clipvf import ClipPPO, NonFiniteError
 from sb3_clipvf.checkpoint import TrainingCheckpoint, newest_checkpoint
 from sb3_clipvf.engines import AutogradEngine
+from sb3_clipvf.engines.autograd import _Start
 from sb3_clipvf.engines.native import NativeEngine
 from sb3_clipvf.nonfinite import FLOAT32_MAX, MAX_UPDATES_WITH_SKIPS, BadMinibatchError, is_finite
 
@@ -214,6 +216,77 @@ class TestUpdate:
         assert numbers["ratio_max"] > 1e30
         assert numbers["grad_norm"] < 1e3
         assert math.isfinite(numbers["loss"])
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_the_loss_that_is_told_is_the_one_that_was_looked_at(name: str) -> None:
+    """Each term is a number; their weighted sum is one in float64 alone."""
+    policy, buffer = make_case("box")
+    buffer.returns[2, 1] = 1e18
+    engine = engine_for(name, policy, buffer, batch_size=30)
+    with pytest.raises(BadMinibatchError) as caught:
+        engine.update(buffer, dataclasses.replace(COEFFICIENTS, vf_coef=1e6, clip_range_vf=None))
+    assert caught.value.what == "loss"
+    if name in ("autograd", "gpu"):  # in float32
+        assert caught.value.terms["loss"] == math.inf
+    else:
+        assert 1e39 < caught.value.terms["loss"] < math.inf
+
+
+# ------------------------------------------------------------------ where reading a number makes the device wait
+
+
+class TestDevice:
+    @pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])
+    def test_numbers_are_read_on_the_cpu_alone(self, kind: str) -> None:
+        for device, may_read in ((kind, False), ("cpu", True)):
+            policy = cast(Any, SimpleNamespace(device=th.device(device)))
+            assert AutogradEngine(policy, settings_for("box"))._may_read() is may_read
+
+    @pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])
+    def test_its_random_state_is_put_back(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        put_back = []
+        device = th.device(kind, 0)
+        monkeypatch.setattr(getattr(th, kind), "get_rng_state", lambda of: ("state", of))
+        monkeypatch.setattr(getattr(th, kind), "set_rng_state", lambda state, of: put_back.append((state, of)))
+        policy, _ = make_case("box")
+        monkeypatch.setattr(type(policy), "device", device)
+        _Start(policy).restore(policy)
+        assert put_back == [(("state", device), device)]
+
+    @pytest.mark.parametrize("kind", [ValueError, RuntimeError])
+    def test_a_policy_that_refuses_such_numbers_stays_whole(
+        self, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        policy, buffer = make_case("box")
+        engine = engine_for("gpu", policy, buffer)
+        engine.update(buffer, WEIGHTS)
+        evaluate = policy.evaluate_actions
+
+        def strict(*arguments: Any) -> Any:
+            if not all(parameter.isfinite().all() for parameter in policy.parameters()):
+                raise kind("no number")
+            return evaluate(*arguments)
+
+        monkeypatch.setattr(policy, "evaluate_actions", strict)
+        before = state_of(policy)
+        spoil(buffer, "advantage")
+        drawn_in(0, monkeypatch)
+        with pytest.raises(BadMinibatchError):
+            engine.update(buffer, WEIGHTS)
+        assert equal(state_of(policy), before)
+        skipping = engine_for("gpu", policy, buffer, on_nonfinite="skip")
+        assert skipping.update(buffer, WEIGHTS).n_skipped == 2
+
+    def test_other_errors_of_a_policy_come_through(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        policy, buffer = make_case("box")
+
+        def refuse(*_: Any) -> Any:
+            raise ValueError("no such thing")
+
+        monkeypatch.setattr(policy, "evaluate_actions", refuse)
+        with pytest.raises(ValueError, match="no such thing"):
+            engine_for("gpu", policy, buffer).update(buffer, WEIGHTS)
 
 
 def without(buffer: Any, indices: np.ndarray) -> Any:
@@ -417,6 +490,14 @@ def infinite_advantages(model: Any) -> None:
     model.rollout_buffer.advantages[:] = np.inf
 
 
+class PlainBuffer(RolloutBuffer):
+    """Its minibatches are no named tuples."""
+
+    def get(self, batch_size: int | None = None) -> Any:
+        for batch in super().get(batch_size):
+            yield SimpleNamespace(**batch._asdict())
+
+
 class TestTraining:
     @pytest.mark.parametrize("engine", ["native", "autograd"])
     def test_the_error_names_the_transition(self, engine: str) -> None:
@@ -444,6 +525,30 @@ class TestTraining:
         error = error_of(model, callback=At(spoil_one))
         assert error.key in ("advantages", "advantages of the rollout")
         assert "all minibatches of the update were skipped" in str(error)
+
+    @pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
+    def test_a_parameter_that_a_callback_ruined(self, on_nonfinite: str) -> None:
+        def ruin(model: Any) -> None:
+            model.policy.value_net.bias.data.fill_(np.nan)
+
+        model = make(on_nonfinite=on_nonfinite)
+        with pytest.raises(NonFiniteError) as caught:
+            model.learn(48, callback=At(ruin))
+        error, text = caught.value, str(caught.value)
+        assert (error.what, error.key, error.env_index) == ("value_loss", "value_net.bias", None)
+        assert "Its cause: `value_net.bias`, got nan" in text
+        assert "Go on from the last checkpoint or saved model. If a callback changes weights, correct it." in text
+        assert "whole" not in text
+        assert "on_nonfinite" not in text
+        assert "learning_rate" not in text
+        assert ("Training has ended since all minibatches" in text) == (on_nonfinite == "skip")
+
+    def test_minibatches_of_another_kind(self, tmp_path: Path) -> None:
+        model = make(engine="autograd", rollout_buffer_class=PlainBuffer)
+        model.set_logger(configure(str(tmp_path), []))
+        error = error_of(model, callback=At(infinite_return))
+        assert (error.what, error.key, error.env_index, error.step) == ("value_loss", "returns", 1, 2)
+        assert np.isinf(arrays_of(error)["returns"]).sum() == 1
 
     def test_overflow_without_a_culprit(self) -> None:
         def enlarge(model: Any) -> None:
@@ -550,6 +655,27 @@ class TestFile:
         # A later training without the callback has no such folder.
         model.learn(24)
         assert model._checkpoint_folder is None
+
+    @pytest.mark.parametrize("whose", ["callback", "last step"])
+    def test_a_copy_of_ruined_weights_is_not_written(
+        self, tmp_path: Path, whose: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("sb3_clipvf.checkpoint.callback.COPY_SHARE", 1e9)  # a copy after each update
+
+        def ruin(model: Any) -> None:
+            if model.num_timesteps == 48:
+                model.policy.log_std.data.fill_(np.nan)
+
+        def make_last_step_huge(model: Any) -> None:
+            if model.num_timesteps == 48:
+                model.n_epochs, model.lr_schedule = 1, lambda _: 1e38
+
+        action = At(ruin, event="start") if whose == "callback" else At(make_last_step_huge)
+        model = make(batch_size=24)
+        with pytest.raises(NonFiniteError) as caught:
+            model.learn(96, callback=[action, TrainingCheckpoint(1000, tmp_path)])
+        assert (caught.value.step, caught.value.num_timesteps) == (0, 48)
+        assert [path.name for path in tmp_path.iterdir()] == ["nonfinite_48.npz"]
 
     def test_of_an_observation(self, tmp_path: Path) -> None:
         error = error_of(make("key observation", policy="MultiInputPolicy", tensorboard_log=str(tmp_path)))

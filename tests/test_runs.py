@@ -119,6 +119,26 @@ def test_packages_of_the_training_are_imported(tmp_path: Path, monkeypatch: pyte
         del gym.registry["FromPackage-v0"], sys.modules["registering_package"]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "gym_packages: !!python/tuple [brought_module]",
+        "gym_packages: !!set {brought_module}",
+        "[[gym_packages, [brought_module]]]",
+    ],
+)
+def test_packages_beside_the_run_are_not_imported(
+    settings: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run("clipppo", "CartPole-v1", tmp_path / "clipppo" / "run", tmp_path / "model.zip")
+    run.settings_folder.mkdir(parents=True)
+    (run.folder / "brought_module.py").write_text("raise SystemExit('imported')")
+    (run.settings_folder / "args.yml").write_text(settings)
+    monkeypatch.syspath_prepend(run.folder)
+    with pytest.raises(ValueError, match=r"must (be a list of names of modules|hold the settings of a run)"):
+        make_env(run, 1, seed=0)
+
+
 def test_off_policy_models_load_without_their_replay_buffer(tmp_path: Path) -> None:
     DQN("MlpPolicy", "CartPole-v1", buffer_size=10_000, policy_kwargs={"net_arch": [4]}).save(tmp_path / "m.zip")
     model = load_model(Run("dqn", "CartPole-v1", tmp_path, tmp_path / "m.zip"), 0, "cpu")

@@ -24,7 +24,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_clipvf import ClipPPO, UnsafeFileError, safe_zip
+from sb3_clipvf import ClipPPO, UnsafeFileError, safe_network, safe_zip
 from sb3_clipvf.envs import FastVecNormalize
 from sb3_clipvf.safe_files import load_vec_normalize, read_model, read_pickle
 from sb3_clipvf.safe_pickle import TRUST_VARIABLE
@@ -562,6 +562,27 @@ class TestBounds:
             load(model_path)
         with pytest.raises(ValueError, match="must be small enough to be loaded"):
             FastVecNormalize.load(model_path, make_vec_env("CartPole-v1"))
+
+    @pytest.mark.parametrize("net_arch", [[100_000, 100_000], [1] * 5_000], ids=["wide", "deep"])
+    def test_networks_that_the_weights_do_not_fill(
+        self, model_path: Path, net_arch: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(safe_network, "ROOM", 2**20)
+        entries = entries_of(model_path)
+        data = json.loads(entries["data"])
+        data["policy_kwargs"] = {"net_arch": net_arch}
+        pack(model_path, {**entries, "data": json.dumps(data).encode()})
+        with pytest.raises(ValueError, match=r"The policy in .* must be no larger than its weights, got a network of"):
+            load(model_path)
+
+    def test_networks_of_files_that_are_trusted_may_have_any_size(self, model_path: Path) -> None:
+        model = ClipPPO.load(model_path, device="cpu", trust_pickle=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(safe_network, "ROOM", -(10**9))
+            ClipPPO.load(model_path, device="cpu", trust_pickle=True)
+            with pytest.raises(ValueError, match="no larger than its weights"):
+                load(model_path)
+        assert load(model_path).policy_kwargs == model.policy_kwargs
 
     @pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
     def test_a_name_twice(self, model_path: Path) -> None:

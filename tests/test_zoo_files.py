@@ -338,6 +338,32 @@ class TestSettings:
             self.read(text)
 
     @pytest.mark.parametrize(
+        "text",
+        [
+            "gym_packages: !!python/tuple [brought]",
+            "gym_packages: !!set {brought}",
+            "gym_packages: brought",
+            "gym_packages: {brought: 1}",
+            "gym_packages: [[brought]]",
+            "gym_packages: [{brought: 1}]",
+            "env_wrapper: !!python/tuple [brought.Own]",
+            "env_wrapper: !!set {brought.Own}",
+            "env_wrapper: [[brought.Own]]",
+            "env_wrapper: [{}]",
+            "vec_env_wrapper: {}",
+            "vec_env_wrapper: 3",
+        ],
+    )
+    def test_names_come_in_no_other_form_than_the_zoos(self, text: str) -> None:
+        with pytest.raises(UnsafeFileError, match=f"`{text.partition(':')[0]}` in .* must be (a list of )?names"):
+            self.read(text)
+
+    def test_names_in_the_zoos_forms(self) -> None:
+        text = "{gym_packages: [json], env_wrapper: [json.A, {json.B: {a: 1}}], vec_env_wrapper: json.C}"
+        assert self.read(text)["gym_packages"] == ["json"]
+        assert self.read("{gym_packages: null, env_wrapper: null}") == {"gym_packages": None, "env_wrapper": None}
+
+    @pytest.mark.parametrize(
         "text", ["a: [", "a: !unknown 3", "{[1]: 2}", "!!python/object/apply:collections.OrderedDict [3]"]
     )
     def test_what_is_damaged(self, text: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from gymnasium.error import DependencyNotInstalled
 
+from sb3_clipvf.schedules import make_schedule
 from sb3_clipvf.zoo.process import (
     Default,
     explain,
@@ -150,8 +151,6 @@ def _raised(function: object, *args: object) -> Exception:
 
 
 def test_errors_about_input_are_told_from_faults() -> None:
-    from sb3_clipvf.schedules import make_schedule
-
     assert explain(_raised(make_schedule, "linear", "clip_range")) == str(
         _raised(make_schedule, "linear", "clip_range")
     )
@@ -159,6 +158,13 @@ def test_errors_about_input_are_told_from_faults() -> None:
     assert explain(_raised(int, "x")) is None
     assert explain(_raised(Path("/nowhere/at/all").read_text)) is None
     assert explain(RuntimeError("CUDA")) is None
+
+
+def test_an_error_of_a_training_that_had_begun_is_none_of_input() -> None:
+    error = _raised(make_schedule, "linear", "clip_range")
+    assert explain(error) is not None
+    error.add_note("The training ended at num_timesteps=64 of 128.")
+    assert explain(error) is None
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import sys
 from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -24,9 +25,11 @@ from sb3_clipvf.checkpoint import ResumableEnv, read_checkpoint, read_manifest
 from sb3_clipvf.envs import FastDummyVecEnv
 from sb3_clipvf.safe_files import read_pickle
 from sb3_clipvf.safe_pickle import TRUST_VARIABLE
+from sb3_clipvf.validation import check_int
 from sb3_clipvf.zoo import main
 from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
 from sb3_clipvf.zoo.files import RunLoader
+from sb3_clipvf.zoo.vec_env import make_vec_env
 
 RUN = Path("logs") / "clipppo" / "CartPole-v1_1"
 STEPS = 1280
@@ -49,11 +52,13 @@ TRAIN = (
 
 
 class Interrupt(BaseCallback):
-    """Ends its own process, as a machine that is taken away does."""
+    """Ends its own process, as a machine that is taken away does, or the training by an error."""
 
     def _on_step(self) -> bool:
         name, _, step = os.environ.get(SIGNAL, "").partition(":")
         if name and self.num_timesteps == int(step):
+            if name == "FAULT":
+                check_int("n_steps", 0, 1, "An error that would be one of input before the training.")
             os.kill(os.getpid(), getattr(signal, name))
         return True
 
@@ -172,6 +177,24 @@ def test_a_signal_to_all_processes_ends_with_its_own_code(tmp_path: Path, monkey
     assert _train(tmp_path, "--eval-freq", "-1") == 128 + signal.SIGINT
 
 
+@pytest.mark.parametrize(("step", "has_checkpoint"), [(300, True), (20, False)])
+def test_an_error_ends_a_training_with_its_notes_and_the_way_on(
+    step: int, has_checkpoint: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    closed = FastDummyVecEnv.close
+
+    def close(self: Any) -> None:
+        closed(self)
+        raise BrokenPipeError("the process of this environment has ended, too")
+
+    monkeypatch.setenv(SIGNAL, f"FAULT:{step}")
+    monkeypatch.setattr(FastDummyVecEnv, "close", close)
+    with pytest.raises(ValueError, match="`n_steps` must be a whole number") as raised:
+        _train(tmp_path, "--eval-freq", "-1")
+    assert f"The training ended at num_timesteps={step} of 1280" in raised.value.__notes__[-1]
+    assert (f"To go on: sb3-clipvf train --resume {RUN}" in capsys.readouterr().out) is has_checkpoint
+
+
 def newest(run: Path) -> Path:
     return max((run / "checkpoints").glob("checkpoint_*.zip"), key=lambda path: read_manifest(path).serial)
 
@@ -206,6 +229,41 @@ def test_the_environments_are_those_of_the_run(vec_env: str, tmp_path: Path, mon
     models = [ClipPPO.load(folder / RUN / "CartPole-v1.zip", device="cpu") for folder in (first, second)]
     pairs = zip(*(model.policy.state_dict().values() for model in models), strict=True)
     assert all(th.equal(one, other) for one, other in pairs)
+
+
+def test_files_of_episodes_stay_where_the_environments_cannot_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--vec-env", "gymnasium", "--eval-freq", "-1")
+    assert _train(tmp_path, *options, settings={"n_timesteps": 320}) == 0
+    before = (RUN / "0.monitor.csv").read_bytes()
+    assert before.count(b"\n") > 3
+
+    def failing(*args: Any) -> None:
+        make_vec_env(*args).close()
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("sb3_clipvf.zoo.experiment.make_vec_env", failing)
+    with pytest.raises(RuntimeError, match="no memory"):
+        resume(RUN / "checkpoints" / "checkpoint_256.zip")
+    assert (RUN / "0.monitor.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("env_id", ["PandaReach-v3", "parking-v0"])
+def test_monitors_have_the_arguments_that_the_zoo_adds(
+    env_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = gym.envs.registration.EnvSpec(env_id, entry_point="gymnasium.envs.classic_control:CartPoleEnv")
+    monkeypatch.setitem(gym.registry, env_id, entry)
+    monkeypatch.setattr(ClipPPOExperimentManager, "is_robotics_env", staticmethod(lambda name: "Panda" in name))
+    manager = ClipPPOExperimentManager(Namespace(), "clipppo", env_id, "logs", device="cpu")
+    manager.resumed, manager.save_path = SimpleNamespace(), str(tmp_path)  # type: ignore[assignment]
+    rows = "#{}\nr,l,t,is_success\n1.0,1,1.0,True\n"
+    (tmp_path / "0.monitor.csv").write_text(rows)
+    env = manager.create_envs(1)
+    assert env.get_attr("info_keywords") == [("is_success",)]
+    env.close()
+    assert (tmp_path / "0.monitor.csv").read_text() == rows
 
 
 def test_environments_in_processes_can_be_asked_for_their_state(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,6 +352,8 @@ def test_what_is_no_run_is_refused(path: str, reason: str, run: Path, capsys: py
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
+        ({"callback": [{}]}, "`callback` in .* must name callbacks"),
+        ({"env_wrapper": [{}]}, "`env_wrapper` in .* must be names, or names with their arguments"),
         ({"callback": [{"subprocess.Popen": {"args": ["touch", "mark"]}}]}, "`callback` in .* must name callbacks"),
         ({"env_wrapper": {"pydoc.pipepager": {"cmd": "touch mark"}}}, "`env_wrapper` of the run must name wrappers"),
         ({"monitor_kwargs": "__import__('os').system('touch mark') or {}"}, "`monitor_kwargs` in .* plain values"),
@@ -308,6 +368,22 @@ def test_settings_that_run_code_are_refused(
     path.write_text(yaml.dump(OrderedDict({**settings, **changes})))
     assert resume(cut) == 2
     assert re.search(reason, capsys.readouterr().err)
+    assert not Path("mark").exists()
+
+
+@pytest.mark.parametrize("packages", ["!!python/tuple [q]", "!!set {q}", "q", "[q]"])
+def test_modules_beside_the_run_are_not_imported(
+    packages: str, cut: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = cut / "CartPole-v1" / "args.yml"
+    settings = yaml.load(path.read_text(), Loader=RunLoader)
+    del settings["gym_packages"]
+    path.write_text(f"{yaml.dump(dict(settings))}gym_packages: {packages}\n")
+    (cut / "q.py").write_text("open('mark', 'w').close()")
+    monkeypatch.chdir(cut)
+    monkeypatch.syspath_prepend(Path.cwd())  # as `python -m sb3_clipvf` has it
+    assert resume(".") == 2
+    assert "`gym_packages` in" in capsys.readouterr().err
     assert not Path("mark").exists()
 
 

@@ -172,7 +172,7 @@ class TrainingCheckpoint(BaseCallback):
             self._multiples = -1 if model.num_timesteps == 0 else self._multiples
             self._generator = np.random.default_rng(model.seed)
         if self.on_signal:
-            self._watch = SignalWatch(model, self._save_last)
+            self._watch = SignalWatch(model, self.save_last)
             self._watch = self._watch if self._watch.start() else None
 
     def _on_rollout_start(self) -> None:
@@ -222,12 +222,22 @@ class TrainingCheckpoint(BaseCallback):
         if self._generator is not None:
             reset_environments(self._model, self._generator)
 
-    def _save_last(self, signal_name: str) -> None:
-        """Called by a signal, at any moment of the training."""
-        if self._last is not None and not self._last_is_written:
+    @property
+    def newest(self) -> Path | None:
+        """The newest checkpoint of this training; None where there is none."""
+        return self._kept[-1] if self._kept else None
+
+    def save_last(self, reason: str, *, at_start: bool = True) -> None:
+        """
+        Write the copy in memory of the last update where it is in no file, and log what ends the training.
+
+        :param reason: What ends it.
+        :param at_start: Whether a copy from before the first step is worth a file.
+        :raises OSError: If it cannot be written, with ``on_error="raise"``.
+        """
+        if self._last is not None and not self._last_is_written and (at_start or self._last.num_timesteps > 0):
             self._write(self._last)
-        newest = self._kept[-1] if self._kept else "none"
-        log.warning("%s ends the training. Its last checkpoint: %s.", signal_name, newest)
+        log.warning("%s ends the training. Its last checkpoint: %s.", reason, self.newest or "none")
 
     def _write(self, state: TrainingState) -> None:
         self._tell(state)

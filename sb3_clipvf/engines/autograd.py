@@ -134,14 +134,18 @@ class AutogradEngine:
         # A GPU would have to be waited for at each look. So the update runs without, and once more with it in the rare
         # case that a minibatch was not finite. Setting its gradients to 0 would not do: Adam would still move.
         start = _Start(self.policy)
-        statistics = self._run(buffer, coefficients, looks=False)
+        try:
+            statistics = self._run(buffer, coefficients, looks=False)
+        except (ValueError, RuntimeError):
+            # The policy may have refused what a look would have kept from it; any other error comes once more.
+            statistics = None
         if statistics is None:
             start.restore(self.policy)
             statistics = self._run(buffer, coefficients, looks=True)
         return cast(UpdateStatistics, statistics)
 
     def _may_read(self) -> bool:
-        return self.policy.device.type != "cuda"
+        return self.policy.device.type == "cpu"
 
     def _run(self, buffer: Any, coefficients: UpdateCoefficients, *, looks: bool) -> UpdateStatistics | None:
         """
@@ -302,17 +306,20 @@ class _Start:
     def __init__(self, policy: ActorCriticPolicy) -> None:
         self._policy_state = copy.deepcopy(policy.state_dict())
         self._optimizer_state = copy.deepcopy(policy.optimizer.state_dict())
-        self._device = policy.device
         self._numpy, self._torch = np.random.get_state(), th.get_rng_state()
-        self._cuda = th.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
+        # Of the device itself, where torch lets it be read: th.cuda, th.mps, th.xpu.
+        self._device = policy.device
+        module = getattr(th, self._device.type, None)
+        self._module: Any = module if hasattr(module, "get_rng_state") else None
+        self._of_device = None if self._module is None else self._module.get_rng_state(self._device)
 
     def restore(self, policy: ActorCriticPolicy) -> None:
         policy.load_state_dict(self._policy_state)
         policy.optimizer.load_state_dict(self._optimizer_state)
         np.random.set_state(self._numpy)
         th.set_rng_state(self._torch)
-        if self._cuda is not None:
-            th.cuda.set_rng_state(self._cuda, self._device)
+        if self._module is not None:
+            self._module.set_rng_state(self._of_device, self._device)
 
 
 @dataclass
@@ -334,6 +341,7 @@ class _Minibatch:
             value_loss=float(self.terms["value_loss"]),
             entropy_loss=float(self.terms["entropy_loss"]),
             kl=0.0 if self.kl is None else float(self.kl),
+            loss=float(self.loss.detach()),
             grad_norm=0.0 if self.grad_norm is None else float(self.grad_norm),
         )
 

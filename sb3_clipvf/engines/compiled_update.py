@@ -173,6 +173,7 @@ def terms_of(told: np.ndarray, coefficients: UpdateCoefficients) -> dict[str, fl
         value_loss=float(told[data.TOLD_VALUE_LOSS]),
         entropy_loss=float(told[data.TOLD_ENTROPY_LOSS]),
         kl=float(told[data.TOLD_EXACT_KL]),
+        loss=float(told[data.TOLD_LOSS]),
         grad_norm=math.sqrt(told[data.ACTOR_NORM] + told[data.CRITIC_NORM]),
     )
 

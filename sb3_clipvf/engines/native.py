@@ -75,6 +75,7 @@ class NativeEngine:
         self._addresses = self._binding.table[:, memory.PARAM].tolist()
         self._parameters = [row[0] for row in self._binding.tensors]
         self._modules = tuple(self.policy.modules())
+        self._obs_dim = int(self._network.actor_sizes[0])
         self._action_dim = int(self._network.codes[memory.ACTION_DIM])
         self._dist_dim = int(self._network.codes[memory.DIST_DIM])
 
@@ -124,11 +125,11 @@ class NativeEngine:
         :param observations: Shape ``(n_envs, *obs_shape)``.
         :param with_dist_params: Whether the distribution's parameters are wanted.
         :return: What the rollout stores.
+        :raises ValueError: If the observations are not as wide as the policy's.
         """
         self._follow_parameters()
-        array = observations.numpy()
-        n_envs = len(array)
-        rows = _float_rows(array, n_envs)
+        rows = self._rows(observations)
+        n_envs = len(rows)
         actions = np.empty((n_envs, self._action_dim), np.float32)
         values, log_prob = np.empty((n_envs, 1), np.float32), np.empty(n_envs, np.float32)
         dist_params = np.empty((n_envs, self._dist_dim if with_dist_params else 0), np.float32)
@@ -151,14 +152,25 @@ class NativeEngine:
 
         :param observations: Shape ``(n, *obs_shape)``.
         :return: Shape ``(n, 1)``, return units.
+        :raises ValueError: If the observations are not as wide as the policy's.
         """
         self._follow_parameters()
-        n = len(observations)
+        rows = self._rows(observations)
+        n = len(rows)
         values = np.empty(n, np.float32)
-        rows = _float_rows(observations.numpy(), n)
         with _blas_for(n):
             entry.predict_values(self._packed, rows, self._workspace(n), values)
         return th.from_numpy(values.reshape(-1, 1))
+
+    def _rows(self, observations: th.Tensor) -> np.ndarray:
+        array = observations.numpy()
+        rows = _float_rows(array, len(array))
+        if rows.shape[1] != self._obs_dim:  # a kernel would read on beyond them
+            raise ValueError(
+                f"`observations` must have {self._obs_dim} numbers a row, as many as the policy takes, got "
+                f"{rows.shape[1]}. Correct the environment or its space."
+            )
+        return rows
 
     def _noise_for(self, n_envs: int) -> np.ndarray:
         dist = self._binding.plain.dist

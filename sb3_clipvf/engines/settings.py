@@ -201,22 +201,22 @@ def named_terms(
     value_loss: float,
     entropy_loss: float,
     kl: float,
+    loss: float,
     grad_norm: float,
 ) -> dict[str, float]:
     """
     Name the terms of a minibatch's loss, for :class:`BadMinibatchError`.
 
     :param coefficients: Of this update.
-    :param policy_loss: Without weight, as all of these.
+    :param policy_loss: Without weight, as the other terms.
     :param value_loss: Squared return units.
     :param entropy_loss: nats.
     :param kl: Exact KL, nats; counts where it is a term of the loss.
+    :param loss: The weighted sum that the engine has looked at.
     :param grad_norm: Before it is bounded.
     :return: In the order in which they are looked at.
     """
     terms = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy_loss": entropy_loss}
-    loss = policy_loss + coefficients.ent_coef * entropy_loss + coefficients.vf_coef * value_loss
     if coefficients.kl_coef:
         terms["kl"] = kl
-        loss += coefficients.kl_coef * kl
     return {**terms, "loss": loss, "grad_norm": grad_norm}

@@ -12,6 +12,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 _NUMBERS = "biuf"
 """NumPy's kinds: truth values, whole numbers with and without a sign, floats."""
 
+_WHOLE = "biu"
+
 _WAY_OUT = "Mend it, or its observation space; stable_baselines3.common.env_checker.check_env finds more."
 
 
@@ -29,9 +31,12 @@ class StepCheck:
     def __init__(self, space: spaces.Space[Any], n_envs: int) -> None:
         self._space = space
         self._n_envs = n_envs
-        self._shape = (n_envs, *(space.shape or ()))
         self._column_shape = (n_envs,)
-        self._dtype = space.dtype
+        # Kinds of numbers that need no look at the numbers themselves.
+        self._parts = [
+            (key, part, (n_envs, *(part.shape or ())), _NUMBERS if np.dtype(part.dtype).kind == "f" else _WHOLE)
+            for key, part in _parts(space)
+        ]
 
     def observations(self, obs: Any) -> None:
         """
@@ -41,10 +46,10 @@ class StepCheck:
         :raises ValueError: If a shape is not that of the space, or fractions come where it has whole numbers.
         :raises TypeError: If it is no array of numbers.
         """
-        if type(obs) is np.ndarray and obs.shape == self._shape and obs.dtype == self._dtype:
-            return
-        for key, space in _parts(self._space):
-            _check_batch(_name(key), space, obs if key is None else obs[key], self._n_envs)
+        for key, space, shape, kinds in self._parts:
+            part = obs if key is None else obs[key]
+            if type(part) is not np.ndarray or part.shape != shape or part.dtype.kind not in kinds:
+                _check_batch(_name(key), space, shape, part)
 
     def __call__(self, step: tuple[Any, Any, Any, Any]) -> tuple[Any, np.ndarray, np.ndarray, Any]:
         """
@@ -58,11 +63,7 @@ class StepCheck:
         obs, rewards, dones, infos = step
         self.observations(obs)
         rewards, dones = self._column("rewards", rewards), self._column("dones", dones)
-        if np.count_nonzero(dones):
-            for index in np.flatnonzero(dones).tolist():
-                # Of others it is not read, so that wrappers may leave it as it is.
-                if infos[index].get("TimeLimit.truncated") and infos[index].get("terminal_observation") is not None:
-                    check_one(self._space, infos[index]["terminal_observation"], index)
+        _check_final(self._space, dones, infos)
         return obs, rewards, dones, infos
 
     def _column(self, name: str, values: Any) -> np.ndarray:
@@ -91,7 +92,7 @@ def check_one(space: spaces.Space[Any], obs: Any, index: int) -> None:
     for key, part in _parts(space):
         given = obs if key is None else obs[key]
         shape = given.shape if isinstance(given, np.ndarray) else np.shape(given)
-        if shape != part.shape:
+        if part.shape is not None and shape != part.shape:
             raise ValueError(
                 f"`env` must give {_name(key)} of its space's shape {part.shape}, got {shape} from environment "
                 f"{index}. {_WAY_OUT}"
@@ -101,20 +102,25 @@ def check_one(space: spaces.Space[Any], obs: Any, index: int) -> None:
 @contextlib.contextmanager
 def checked_rows(venv: VecEnv) -> Iterator[None]:
     """
-    Let SB3's ``DummyVecEnv`` refuse observations that it would stretch, for as long as this lasts.
+    Let environments refuse observations that they or a wrapper would stretch, for as long as this lasts.
 
-    :param venv: The innermost ``VecEnv``; those that save observations by other code stay as they are.
+    What they give is checked before wrappers, ``VecNormalize`` among them, see it; SB3's ``DummyVecEnv`` also before it
+    saves a row.
+
+    :param venv: The innermost ``VecEnv``.
     :return: Context manager.
     """
-    is_sb3s = isinstance(venv, DummyVecEnv) and type(venv)._save_obs is DummyVecEnv._save_obs
-    if is_sb3s:
-        # A method, so that a copy of the environments writes into its own rows.
-        venv.__dict__["_save_obs"] = MethodType(_save_obs, venv)
+    checks: dict[str, Any] = {"reset": _reset, "step_wait": _step_wait}
+    if isinstance(venv, DummyVecEnv) and type(venv)._save_obs is DummyVecEnv._save_obs:
+        checks["_save_obs"] = _save_obs
+    # Methods, so that a copy of the environments writes into its own rows. What others have put there stays.
+    checked = {name: MethodType(check, venv) for name, check in checks.items() if name not in vars(venv)}
+    vars(venv).update(checked)
     try:
         yield
     finally:
-        if is_sb3s:
-            venv.__dict__.pop("_save_obs", None)
+        for name in checked:
+            vars(venv).pop(name, None)
 
 
 def _save_obs(self: DummyVecEnv, env_idx: int, obs: Any) -> None:
@@ -122,21 +128,60 @@ def _save_obs(self: DummyVecEnv, env_idx: int, obs: Any) -> None:
     DummyVecEnv._save_obs(self, env_idx, obs)
 
 
-def _check_batch(name: str, space: spaces.Space[Any], obs: Any, n_envs: int) -> None:
+def _reset(self: VecEnv, *args: Any, **kwargs: Any) -> Any:
+    obs = type(self).reset(self, *args, **kwargs)
+    if not args and not kwargs:  # some classes reset by themselves only those environments that are over
+        _check_shapes(self, obs)
+    return obs
+
+
+def _step_wait(self: VecEnv) -> Any:
+    step = type(self).step_wait(self)
+    obs, _, dones, infos = step
+    _check_shapes(self, obs)
+    _check_final(self.observation_space, dones, infos)
+    return step
+
+
+def _check_shapes(venv: VecEnv, obs: Any) -> None:
+    """Types are checked behind the wrappers, which may change them."""
+    n_envs, of_all = venv.num_envs, venv.observation_space
+    if type(obs) is np.ndarray and obs.shape == (n_envs, *(of_all.shape or ())):
+        return
+    for key, space in _parts(of_all):
+        given = obs if key is None else obs[key]
+        shape = given.shape if isinstance(given, np.ndarray) else np.shape(given)
+        if space.shape is not None and shape != (n_envs, *space.shape):
+            raise _shape_error(_name(key), (n_envs, *space.shape), shape)
+
+
+def _check_final(space: spaces.Space[Any], dones: Any, infos: Any) -> None:
+    if np.count_nonzero(dones):
+        for index in np.flatnonzero(dones).tolist():
+            # Of others it is not read, so that wrappers may leave it as it is.
+            if infos[index].get("TimeLimit.truncated") and infos[index].get("terminal_observation") is not None:
+                check_one(space, infos[index]["terminal_observation"], index)
+
+
+def _check_batch(name: str, space: spaces.Space[Any], shape: tuple[int, ...], obs: Any) -> None:
     if not isinstance(obs, np.ndarray) or obs.dtype.kind not in _NUMBERS:
         kind = f"of {obs.dtype}" if isinstance(obs, np.ndarray) else f"of type {type(obs).__name__}"
         raise TypeError(f"`env` must give {name} as a NumPy array of numbers, got one {kind}. {_WAY_OUT}")
-    shape = (n_envs, *(space.shape or ()))
     if obs.shape != shape:
-        raise ValueError(
-            f"`env` must give {name} of its space's shape, {shape} for {n_envs} environments, got {obs.shape}. "
-            f"{_WAY_OUT}"
-        )
-    if obs.dtype.kind == "f" and np.dtype(space.dtype).kind in "biu" and not np.array_equal(obs, np.trunc(obs)):
+        raise _shape_error(name, shape, obs.shape)
+    is_whole = obs.dtype.kind in _WHOLE or np.dtype(space.dtype).kind == "f"
+    # NaN is found, and told by its name, where the policy is to act on it.
+    if not is_whole and not np.array_equal(obs, np.trunc(obs), equal_nan=True):
         raise ValueError(
             f"`env` must give whole numbers as {name}, as its space of {space.dtype} says, got fractions, which the "
             f"rollout would cut off. {_WAY_OUT}"
         )
+
+
+def _shape_error(name: str, shape: tuple[int, ...], given: tuple[int, ...]) -> ValueError:
+    return ValueError(
+        f"`env` must give {name} of its space's shape, {shape} for {shape[0]} environments, got {given}. {_WAY_OUT}"
+    )
 
 
 def _parts(space: spaces.Space[Any]) -> list[tuple[Any, spaces.Space[Any]]]:

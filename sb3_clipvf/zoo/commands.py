@@ -193,7 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Run one sub-command in this process.
 
     An error of input, one raised by this package, the RL Zoo, Stable-Baselines3 or Gymnasium about what the user gave,
-    becomes one line on stderr; with ``SB3_CLIPVF_TRACEBACK=1`` it comes with its traceback, as any other error does.
+    becomes one line on stderr; with ``SB3_CLIPVF_TRACEBACK=1`` it comes with its traceback, as any other error does,
+    those of a training that had begun included, with their notes.
 
     :param argv: Sub-command and its options; None takes the process's own.
     :return: Exit code: 0 for success, 2 for an error of input, else the sub-command's own.

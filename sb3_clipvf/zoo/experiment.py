@@ -10,7 +10,7 @@ import warnings
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -19,18 +19,23 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import gymnasium as gym
+from rl_zoo3 import exp_manager
 from rl_zoo3.callbacks import SaveVecNormalizeCallback
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import get_class_by_name
+from stable_baselines3.common import env_util
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
+from stable_baselines3.common.monitor import ResultsWriter
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
 
 from sb3_clipvf.callbacks import IsolatedEvalCallback
 from sb3_clipvf.checkpoint import ResumableEnv, TrainingCheckpoint
+from sb3_clipvf.checkpoint.file import sorted_checkpoints
 from sb3_clipvf.clip_ppo import ClipPPO
-from sb3_clipvf.envs import FastDummyVecEnv
+from sb3_clipvf.envs import FastDummyVecEnv, episodes
 from sb3_clipvf.zoo.commands import ALGORITHM, hyperparams_path
+from sb3_clipvf.zoo.files import replaced
 from sb3_clipvf.zoo.resume import CHECKPOINTS, ResumedRun
 from sb3_clipvf.zoo.settings import check_imports, check_setting
 from sb3_clipvf.zoo.vec_env import EnvSettings, make_vec_env, stacks_frames, wrapper_list
@@ -272,21 +277,18 @@ class ClipPPOExperimentManager(ExperimentManager):
         :raises TypeError: If the environment does not take its arguments.
         """
         manager = self._for_envs()
-        with _known_keywords(self.eval_env_kwargs if eval_env else self.env_kwargs):
+        known_keywords = _known_keywords(self.eval_env_kwargs if eval_env else self.env_kwargs)
+        with known_keywords, nullcontext() if self.resumed is None else _growing_files():
             if self.vec_env is None or eval_env:
                 return super(ClipPPOExperimentManager, manager).create_envs(n_envs, eval_env, no_log)
             return manager._create_vectorised(self.vec_env, n_envs, no_log)
 
     def _for_envs(self) -> "ClipPPOExperimentManager":
-        """:return: The manager, or a copy whose environments can be asked for their state and keep their files."""
-        in_processes = self._keeps_checkpoints and self.vec_env_class is SubprocVecEnv
-        if not in_processes and self.resumed is None:
+        """:return: The manager, or a copy whose environments can be asked for their state."""
+        if not (self._keeps_checkpoints and self.vec_env_class is SubprocVecEnv):
             return self
         manager = copy(self)
-        if in_processes:
-            manager.env_wrapper = partial(_resumable, self.env_wrapper)
-        if self.resumed is not None and self.vec_env is None:
-            manager.monitor_kwargs = {**(self.monitor_kwargs or {}), "override_existing": False}
+        manager.env_wrapper = partial(_resumable, self.env_wrapper)
         return manager
 
     def _create_vectorised(self, name: str, n_envs: int, no_log: bool) -> VecEnv:
@@ -309,15 +311,7 @@ class ClipPPOExperimentManager(ExperimentManager):
         )
         if stacks_frames(name, settings):
             manager.frame_stack = None
-        # These begin their files anew; the checkpoint then cuts them to its own length.
-        files = {} if self.resumed is None else {path: path.read_bytes() for path in self._monitor_files()}
-        venv = super(ClipPPOExperimentManager, manager).create_envs(n_envs, no_log=no_log)
-        for path, content in files.items():
-            path.write_bytes(content)
-        return venv
-
-    def _monitor_files(self) -> list[Path]:
-        return list(Path(self.save_path).glob("*.monitor.csv"))
+        return super(ClipPPOExperimentManager, manager).create_envs(n_envs, no_log=no_log)
 
     def learn(self, model: BaseAlgorithm) -> None:
         """
@@ -334,12 +328,16 @@ class ClipPPOExperimentManager(ExperimentManager):
                     # Meant so, and without consequence.
                     warnings.filterwarnings("ignore", message="Training and eval env are not of the same type")
                 super().learn(target)
-        except (SystemExit, ConnectionError) as error:
-            # The same signal may have ended the environments' processes, which the Zoo then fails to close.
-            ended = error.__context__ if isinstance(error, ConnectionError) else error
-            if not (isinstance(ended, SystemExit) and self._keeps_checkpoints):
+        except (SystemExit, Exception) as error:
+            # What ended the training may have ended the environments' processes, which the Zoo then fails to close.
+            hidden = error.__context__ if isinstance(error, ConnectionError) else None
+            ended = hidden if hidden is not None and _ends_training(hidden) else error
+            if not (self._keeps_checkpoints and _ends_training(ended)):
                 raise
-            sys.stdout.write(f"To go on: sb3-clipvf train --resume {self.save_path}\n")
+            if sorted_checkpoints(Path(self.save_path, CHECKPOINTS)):
+                sys.stdout.write(f"To go on: sb3-clipvf train --resume {self.save_path}\n")
+            if ended is error:
+                raise
             raise ended from None
 
     def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
@@ -382,6 +380,29 @@ class ClipPPOExperimentManager(ExperimentManager):
 
 def _resumable(wrapper: Callable[..., gym.Env[Any, Any]] | None, env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
     return ResumableEnv(env if wrapper is None else wrapper(env))
+
+
+def _ends_training(error: BaseException) -> bool:
+    """Whether it is a signal's, or has the notes that an error gets once a training has begun."""
+    return isinstance(error, SystemExit) or bool(getattr(error, "__notes__", ()))
+
+
+@contextmanager
+def _growing_files() -> Iterator[None]:
+    """
+    Have environments append to the files of episodes that are there: the checkpoint then cuts them to its own length.
+
+    Not by the manager's ``monitor_kwargs``, since the Zoo completes them for some environments where they are empty,
+    and replaces them for others.
+    """
+
+    def make(make_env: Any, *, monitor_kwargs: dict[str, Any], **kwargs: Any) -> VecEnv:
+        monitor_kwargs = {**monitor_kwargs, "override_existing": False}
+        return env_util.make_vec_env(make_env, monitor_kwargs=monitor_kwargs, **kwargs)
+
+    appending = partial(ResultsWriter, override_existing=False)
+    with replaced(exp_manager, "make_vec_env", make), replaced(episodes, "ResultsWriter", appending):
+        yield
 
 
 @contextmanager

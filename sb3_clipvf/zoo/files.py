@@ -222,7 +222,7 @@ def check_built(path: str | os.PathLike[str], settings: dict[str, Any]) -> None:
         )
     callbacks = settings.get("callback")
     for entry in callbacks if isinstance(callbacks, list) else [callbacks] * (callbacks is not None):
-        name = next(iter(entry)) if isinstance(entry, dict) else entry
+        name = next(iter(entry), None) if isinstance(entry, dict) else entry
         if isinstance(name, str):
             _check_origin(str(path), "callback", name)
             name = get_class_by_name(name)
@@ -240,11 +240,22 @@ def _check_settings(source: str, data: dict[str, Any]) -> None:
             f"`normalize` in {source} must be plain values, got {normalize!r}, which the RL Zoo would run. {_TRUST}"
         )
     for key in ("env_wrapper", "vec_env_wrapper", "gym_packages"):
-        entries = data.get(key) or ()
-        for entry in entries if isinstance(entries, list) else [entries]:
-            name = next(iter(entry), None) if isinstance(entry, dict) else entry
-            if isinstance(name, str):
-                _check_origin(source, key, name)
+        for name in _names(source, key, data.get(key)):
+            _check_origin(source, key, name)
+
+
+def _names(source: str, key: str, entries: Any) -> list[str]:
+    """Give what a key has imported, in no other form than those that the Zoo reads as names."""
+    is_wrapper = key != "gym_packages"
+    listed = entries if isinstance(entries, list) else [entries] * (entries is not None)
+    names: list[Any] = [
+        next(iter(entry), None) if is_wrapper and isinstance(entry, dict) else entry for entry in listed
+    ]
+    is_legal = is_wrapper or entries is None or isinstance(entries, list)
+    if not is_legal or not all(isinstance(name, str) for name in names):
+        what = "names, or names with their arguments" if is_wrapper else "a list of names of modules"
+        raise UnsafeFileError(f"`{key}` in {source} must be {what}, got {entries!r}. {_TRUST}")
+    return names
 
 
 def _is_plain(expression: str) -> bool:

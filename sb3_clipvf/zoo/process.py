@@ -251,6 +251,9 @@ def explain(error: Exception) -> str | None:
     :param error: As it was raised.
     :return: What to say to the user, or None if the traceback is needed.
     """
+    # Notes tell of a training that had begun: where it broke is then worth more than a short message.
+    if getattr(error, "__notes__", ()):
+        return None
     missing = _missing_package(error)
     if missing is not None:
         return missing

@@ -31,7 +31,8 @@ from sb3_clipvf.engines.kernels.memory import DIST, GAUSSIAN, N_COLUMNS, matrix
 ) = range(17)
 N_TOTALS = 17
 
-# What is told of one minibatch, by actor and critic: squares of gradients, then terms of the loss and statistics.
+# What is told of one minibatch, by actor and critic: squares of gradients, then terms of the loss and statistics; the
+# loss itself is told by the verdict on it.
 (
     ACTOR_NORM,
     CRITIC_NORM,
@@ -43,8 +44,9 @@ N_TOTALS = 17
     TOLD_RATIO_MAX,
     TOLD_CLIP_FRACTION,
     TOLD_VF_CLIP_FRACTION,
-) = range(10)
-N_TOLD = 10
+    TOLD_LOSS,
+) = range(11)
+N_TOLD = 11
 # Rows of what the threads share: two in turn, since one thread may be a minibatch ahead of the other's reading, and
 # what was told of the first minibatch that was skipped.
 SKIPPED_ROW = 2

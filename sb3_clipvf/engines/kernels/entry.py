@@ -85,7 +85,7 @@ def _around_networks(digest: int) -> tuple[Callable[..., Any], ...]:
         minibatch.value_gradient(values, old_values, returns, numbers, value_gradient, told)
         what = minibatch.verdict(told, numbers, 0.0)
         if what != minibatch.STEPS:
-            minibatch.count(told, numbers, what, 0.0, totals)
+            minibatch.count(told, what, 0.0, totals)
         return what, digest
 
     @cached()
@@ -109,7 +109,7 @@ def _around_networks(digest: int) -> tuple[Callable[..., Any], ...]:
         told[ACTOR_NORM] = squared_norm(table, 0, table.shape[0])
         norm, factor = minibatch.clip_factor(told[ACTOR_NORM], numbers.max_grad_norm)
         what = minibatch.STEPS if minibatch.is_finite(norm) else minibatch.SKIPS
-        minibatch.count(told, numbers, what, norm, totals)
+        minibatch.count(told, what, norm, totals)
         if what == minibatch.STEPS:
             minibatch.step(table, 0, table.shape[0], factor, int(totals[N_STEPS]), numbers)
         return what, digest

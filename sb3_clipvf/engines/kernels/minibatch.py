@@ -25,6 +25,7 @@ from sb3_clipvf.engines.kernels.data import (
     TOLD_CLIP_FRACTION,
     TOLD_ENTROPY_LOSS,
     TOLD_EXACT_KL,
+    TOLD_LOSS,
     TOLD_POLICY_LOSS,
     TOLD_RATIO_MAX,
     TOLD_VALUE_LOSS,
@@ -140,12 +141,13 @@ def verdict(told: np.ndarray, numbers: Numbers, norm: float) -> int:
     What comes of a minibatch: a step; none, since its loss or its gradient is not finite; or the end of the update, by
     ``target_kl``, as in SB3.
 
-    :param told: From :func:`policy_gradient` and :func:`value_gradient`.
+    :param told: From :func:`policy_gradient` and :func:`value_gradient`; the loss goes there.
     :param numbers: Coefficients and settings.
     :param norm: Joint gradient norm; 0 where it is not known yet.
     :return: STEPS, SKIPS or STOPS.
     """
-    if not is_finite(total_loss(told, numbers)):
+    told[TOLD_LOSS] = total_loss(told, numbers)
+    if not is_finite(told[TOLD_LOSS]):
         return SKIPS
     if F(told[TOLD_APPROX_KL]) > 1.5 * numbers.target_kl:
         return STOPS
@@ -153,12 +155,11 @@ def verdict(told: np.ndarray, numbers: Numbers, norm: float) -> int:
 
 
 @fast
-def count(told: np.ndarray, numbers: Numbers, what: int, norm: float, totals: np.ndarray) -> None:
+def count(told: np.ndarray, what: int, norm: float, totals: np.ndarray) -> None:
     """
     Add a minibatch to the statistics.
 
-    :param told: From :func:`policy_gradient` and :func:`value_gradient`.
-    :param numbers: Coefficients and settings.
+    :param told: From :func:`policy_gradient`, :func:`value_gradient` and :func:`verdict`.
     :param what: From :func:`verdict`; of what is skipped only the number is kept.
     :param norm: Joint gradient norm.
     :param totals: Of the update.
@@ -176,7 +177,7 @@ def count(told: np.ndarray, numbers: Numbers, what: int, norm: float, totals: np
     totals[APPROX_KL] += told[TOLD_APPROX_KL]
     totals[KL] += told[TOLD_EXACT_KL]
     totals[RATIO_MAX] = max(totals[RATIO_MAX], told[TOLD_RATIO_MAX])
-    totals[LAST_LOSS] = total_loss(told, numbers)
+    totals[LAST_LOSS] = told[TOLD_LOSS]
     if what == STOPS:
         totals[STOPPED_AT] = told[TOLD_APPROX_KL]
         return

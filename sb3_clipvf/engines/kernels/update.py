@@ -28,6 +28,7 @@ from sb3_clipvf.engines.kernels.data import (
 from sb3_clipvf.engines.kernels.memory import ACTIVATION, DIST, GRAD, STATE_DEPENDENT
 from sb3_clipvf.engines.kernels.minibatch import (
     SKIPS,
+    STEPS,
     STOPS,
     clip_factor,
     count,
@@ -87,23 +88,20 @@ def run_update(
             n_minibatches += 1
             if has_actor:
                 _actor(network, rollout, numbers, rows[:size], measure_kl, work, told)
-                told[ACTOR_NORM] = squared_norm(network.table, 0, network.first_critic)
             if has_critic:
                 _critic(network, rollout, numbers, rows[:size], work, told)
-                told[CRITIC_NORM] = squared_norm(network.table, network.first_critic, network.table.shape[0])
             wait_for_all(counter, n_threads, n_minibatches)
             norm, factor = clip_factor(told[ACTOR_NORM] + told[CRITIC_NORM], numbers.max_grad_norm)
             what = verdict(told, numbers, norm)
             if has_actor:
                 if what == SKIPS and totals[N_SKIPPED] == 0:
                     shared[SKIPPED_ROW], totals[FIRST_SKIPPED] = told, n_minibatches - 1
-                count(told, numbers, what, norm, totals)
-            if what == STOPS or (what == SKIPS and numbers.skips == 0.0):
+                count(told, what, norm, totals)
+            if what == STEPS:
+                n_steps += 1
+                step(network.table, first, end, factor, n_steps, numbers)
+            elif what == STOPS or numbers.skips == 0.0:
                 return
-            if what == SKIPS:
-                continue
-            n_steps += 1
-            step(network.table, first, end, factor, n_steps, numbers)
 
 
 @fast
@@ -118,7 +116,7 @@ def _actor(
     network: Network, rollout: Rollout, numbers: Numbers, rows: np.ndarray, measure_kl: bool, work: np.ndarray,
     told: np.ndarray,
 ) -> None:  # fmt: skip
-    """Forward and backward pass of the actor."""
+    """Forward and backward pass of the actor, and the squares of its gradients."""
     n = rows.shape[0]
     sizes = network.actor_sizes
     advantages, old_log_prob = np.empty(n, np.float32), np.empty(n, np.float32)
@@ -138,13 +136,14 @@ def _actor(
     if state_dependent:
         gsde.log_std_gradients(network, work, n, log_std, log_std_gradient)
     backward(work, sizes, n, network.table, 0, network.codes[ACTIVATION])
+    told[ACTOR_NORM] = squared_norm(network.table, 0, network.first_critic)
 
 
 @fast
 def _critic(
     network: Network, rollout: Rollout, numbers: Numbers, rows: np.ndarray, work: np.ndarray, told: np.ndarray,
 ) -> None:  # fmt: skip
-    """Forward and backward pass of the critic."""
+    """Forward and backward pass of the critic, and the squares of its gradients."""
     n = rows.shape[0]
     sizes = network.critic_sizes
     old_values, returns = np.empty(n, np.float32), np.empty(n, np.float32)
@@ -154,6 +153,7 @@ def _critic(
     values = forward(work, sizes, n, network.table, network.first_critic, network.codes[ACTIVATION])
     value_gradient(values.reshape(n), old_values, returns, numbers, output_gradient(work, sizes, n).reshape(n), told)
     backward(work, sizes, n, network.table, network.first_critic, network.codes[ACTIVATION])
+    told[CRITIC_NORM] = squared_norm(network.table, network.first_critic, network.table.shape[0])
 
 
 @fast
