@@ -20,6 +20,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.checkpoint import TrainingCheckpoint, newest_checkpoint, read_checkpoint, read_manifest
+from sb3_clipvf.checkpoint.signals import SignalWatch
 
 CASE = CASES["native"]
 FORK = multiprocessing.get_context("fork")
@@ -349,3 +350,19 @@ def test_copies_for_signals_take_a_small_part_of_the_time(tmp_path: Path, monkey
     monkeypatch.setattr(callback, "_state", lambda **kwargs: copies.append(1) or real(**kwargs))
     CASE.model(tmp_path).learn(64 * 8, callback=callback)
     assert len(copies) == 2  # the first boundary's, and the last checkpoint
+
+
+def test_a_watch_that_ends_below_another_one_still_lets_signals_through() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    first, second = (SignalWatch(object(), pytest.fail) for _ in range(2))
+    try:
+        first.start()
+        second.start()
+        first.stop()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        for watch in (second, first):
+            watch.stop()
+        signal.signal(signal.SIGINT, before)

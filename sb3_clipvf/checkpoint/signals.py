@@ -43,10 +43,11 @@ class SignalWatch:
 
     def stop(self) -> None:
         """Put the earlier handlers back, where nobody has replaced these."""
-        for number, handler in self._before.items():
+        for number, handler in list(self._before.items()):
+            # Another watch may have put its handler on top, and will come back to this one.
             if signal.getsignal(number) == self._handle:
                 signal.signal(number, handler)
-        self._before = {}
+                del self._before[number]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.stop()
