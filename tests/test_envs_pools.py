@@ -237,6 +237,127 @@ class TestEnvPool:
             venv.reset()
 
 
+class TestSpares:
+    @pytest.fixture
+    def make(self, request: pytest.FixtureRequest) -> Callable[..., Any]:
+        envpool = pytest.importorskip("envpool")
+
+        def make_pool(task: str = "CartPole-v1", **kwargs: Any) -> Any:
+            pool = envpool.make_gymnasium(task, **{"num_envs": 6, "seed": 2, **kwargs})
+            request.addfinalizer(pool.close)
+            return pool
+
+        return make_pool
+
+    @pytest.mark.parametrize("limit", [1, 2, 20, 500])
+    def test_episodes_are_those_of_two_environments_in_turn(self, make: Callable[..., Any], limit: int) -> None:
+        pool = make(max_episode_steps=limit)
+        native = [episodes(stream) for stream in native_stream(pool, pool.reset()[0], 6, 400, lean)]
+        rows = adapted_stream(as_vec_env(make(max_episode_steps=limit), spares=True), 400, lean)
+        for row, stream in enumerate(rows):
+            assert len(stream) == 400
+            own = episodes(stream)
+            assert len(own) > 7
+            for number, episode in enumerate(own):
+                expected = native[row + 3 * (number % 2)][number // 2]
+                for step, native_step in zip(episode, expected, strict=number < len(own) - 1):
+                    for got, wanted in zip(step, native_step, strict=True):
+                        np.testing.assert_array_equal(got, wanted)
+
+    def test_threads_do_not_matter(self, make: Callable[..., Any]) -> None:
+        one, many = (
+            adapted_stream(as_vec_env(make("LunarLander-v3", num_threads=n), spares=True), 200, lambda _: 0)
+            for n in (1, 2)
+        )
+        assert_same_streams(one, many, n_ends=3)
+
+    def test_what_was_given_out_stays(self, make: Callable[..., Any]) -> None:
+        venv = as_vec_env(make(num_envs=16), spares=True)
+        given = [venv.reset()]
+        for _ in range(50):
+            obs, rewards, dones, infos = venv.step(np.ones(8, np.int64))
+            given += [obs, rewards, dones]
+            given += [info["terminal_observation"] for info in infos if "terminal_observation" in info]
+        before = [array.copy() for array in given]
+        for _ in range(50):
+            venv.step(np.ones(8, np.int64))
+        for array, copy in zip(given, before, strict=True):
+            np.testing.assert_array_equal(array, copy)
+        assert len(given) > 151 + 8 * 4
+
+    def test_seeds_of_rows_are_those_without_spares(self, make: Callable[..., Any]) -> None:
+        venv, plain = as_vec_env(make(), spares=True), as_vec_env(make(num_envs=3))
+        np.testing.assert_array_equal(venv.reset(), plain.reset())
+        for env in (venv, plain):
+            env.seed(9)
+        seeded = venv.reset()
+        np.testing.assert_array_equal(seeded, plain.reset())
+        first = adapted_stream(venv, 60, lean)
+        for _ in range(2):
+            venv.seed(9)
+            np.testing.assert_array_equal(venv.reset(), seeded)
+            assert_same_streams(adapted_stream(venv, 60, lean), first, n_ends=3)
+
+    def test_a_reset_within_an_episode_begins_anew(self, make: Callable[..., Any]) -> None:
+        venv = as_vec_env(make(max_episode_steps=7), spares=True)
+        venv.reset()
+        for n_steps in (3, 7, 8, 20):
+            for _ in range(n_steps):
+                venv.step(np.zeros(3, np.int64))
+            venv.reset()
+            lengths = [venv.step(np.arange(3) % 2)[2].tolist() for _ in range(7)]
+            assert lengths == [[False] * 3] * 6 + [[True] * 3]
+
+    def test_infos_and_statistics(self, make: Callable[..., Any]) -> None:
+        venv = as_vec_env(make("HalfCheetah-v5", num_envs=4, max_episode_steps=3), spares=True)
+        venv.reset()
+        for step in range(1, 10):
+            _, rewards, dones, infos = venv.step(np.full((2, 6), 0.5, np.float32))
+            assert dones.tolist() == [step % 3 == 0] * 2
+            for info, reward in zip(infos, rewards, strict=True):
+                assert info["TimeLimit.truncated"] is (step % 3 == 0)
+                assert info["reward_run"] + info["reward_ctrl"] == pytest.approx(reward, rel=1e-5)
+                assert ("episode" in info) == (step % 3 == 0)
+            assert [info.keys() for info in venv.reset_infos] == [
+                {"reward_run", "reward_ctrl", "x_position", "x_velocity"},
+            ] * 2
+        assert [info["episode"]["l"] for info in infos] == [3, 3]
+
+    def test_pictures_are_of_the_environments_that_play(self, make: Callable[..., Any]) -> None:
+        venv = as_vec_env(make(num_envs=4, max_episode_steps=2, render_mode="rgb_array"), spares=True)
+        asked = []
+        venv.env.render = lambda env_ids: asked.append(env_ids.tolist()) or np.zeros((len(env_ids), 2, 2, 3))
+        venv.reset()
+        for _ in range(4):
+            assert len(venv.get_images()) == 2
+            venv.step(np.zeros(2, np.int64))
+        assert asked == [[0, 1], [0, 1], [2, 3], [2, 3]]
+
+    def test_trains(self, make: Callable[..., Any]) -> None:
+        venv = VecNormalize(as_vec_env(make("HalfCheetah-v5", num_envs=8, max_episode_steps=20), spares=True))
+        model = ClipPPO("MlpPolicy", venv, n_steps=32, batch_size=64, n_epochs=1, seed=1, device="cpu")
+        model.learn(256)
+        assert [episode["l"] for episode in model.ep_info_buffer] == [20] * 12
+
+    def test_refusals(self, make: Callable[..., Any]) -> None:
+        with pytest.raises(ValueError, match="`num_envs` must be even with `spares`, got 3"):
+            as_vec_env(make(num_envs=3), spares=True)
+        with pytest.raises(ValueError, match="`spares` must be False for a pool with `episodic_life`"):
+            as_vec_env(make("Breakout-v5", episodic_life=True), spares=True)
+        with pytest.raises(ValueError, match="`spares` must be False for CartPoleVectorEnv"):
+            as_vec_env(gym.make_vec("CartPole-v1", num_envs=2), spares=True)
+
+
+def episodes(stream: list[tuple[Any, ...]]) -> list[list[tuple[Any, ...]]]:
+    """Cut a stream where its episodes end; the last one may be incomplete."""
+    cut: list[list[tuple[Any, ...]]] = [[]]
+    for step in stream:
+        if cut[-1] and (cut[-1][-1][3] or cut[-1][-1][4]):
+            cut.append([])
+        cut[-1].append(step)
+    return cut
+
+
 class TestAtari:
     @pytest.fixture
     def make(self, request: pytest.FixtureRequest) -> Callable[..., Any]:

@@ -227,12 +227,13 @@ def _atari(row: SpeedRow, peer: str, seed: int) -> Any:
     return VecFrameStack(make_atari_env(row.env_id, row.n_envs, seed=seed), 4)
 
 
-def raw_vector(row: SpeedRow, seed: int) -> Any:
+def raw_vector(row: SpeedRow, seed: int, spares: bool = False) -> Any:
     """
     Make the environments that step as one.
 
     :param row: a row with ``env`` of "vector", "envpool" or "ale"
     :param seed: seed of those whose constructor takes one
+    :param spares: give an EnvPool two environments a row
     :return: Gymnasium's, EnvPool's or ALE's vector environment
     """
     if row.env == "vector":
@@ -242,7 +243,7 @@ def raw_vector(row: SpeedRow, seed: int) -> Any:
     if row.env == "envpool":
         import envpool
 
-        return envpool.make_gymnasium(row.env_id, num_envs=row.n_envs, seed=seed)
+        return envpool.make_gymnasium(row.env_id, num_envs=row.n_envs * (1 + spares), seed=seed)
     from ale_py.vector_env import AtariVectorEnv
 
     # As SB3's AtariWrapper: each life is an episode, and rewards are clipped, by the adapter, after they are summed.
@@ -253,8 +254,9 @@ def raw_vector(row: SpeedRow, seed: int) -> Any:
 def _adapted(row: SpeedRow, peer: str, seed: int) -> Any:
     from sb3_clipvf.envs import as_vec_env
 
-    env = as_vec_env(raw_vector(row, seed), clip_rewards=row.env == "ale")
-    if row.env != "envpool":  # an EnvPool takes its seed when it is made
+    spares = row.env == "envpool"
+    env = as_vec_env(raw_vector(row, seed, spares), clip_rewards=row.env == "ale", spares=spares)
+    if not spares:  # an EnvPool takes its seed when it is made
         env.seed(seed)
     return env
 

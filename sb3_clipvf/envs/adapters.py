@@ -11,13 +11,17 @@ from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_clipvf.envs.atari_vector import AtariVecEnv
-from sb3_clipvf.envs.envpool import EnvPoolVecEnv
+from sb3_clipvf.envs.envpool import EnvPoolVecEnv, SparedEnvPoolVecEnv
 from sb3_clipvf.envs.gymnasium_vector import CartPoleVecEnv, GymnasiumVecEnv, SeparateVecEnv
 from sb3_clipvf.envs.vector import BatchedVecEnv
 
 
 def as_vec_env(
-    env: Any, *, clip_rewards: bool = False, monitor_path: str | PathLike[str] | None = None
+    env: Any,
+    *,
+    clip_rewards: bool = False,
+    monitor_path: str | PathLike[str] | None = None,
+    spares: bool = False,
 ) -> BatchedVecEnv:
     """
     Turn a vectorised environment into an SB3 ``VecEnv`` with the meaning of ``DummyVecEnv`` over ``Monitor``.
@@ -31,11 +35,20 @@ def as_vec_env(
     :param clip_rewards: Give the algorithm the sign of each reward. Returns in ``info["episode"]`` stay the true ones.
     :param monitor_path: File to which the return, length and time of each episode are written, in the format of SB3's
         ``Monitor``; ``.monitor.csv`` is appended where the name lacks it. None: no file.
+    :param spares: For an EnvPool, whose environments then are two a row: while one plays, the other waits reset, so
+        that no step waits for a reset. Faster where episodes are short and resets slow.
     :return: The environment with SB3's interface. ``.env`` is what was given.
     :raises TypeError: If ``env`` is something else.
     :raises ValueError: If it runs in a way that has no exact counterpart in SB3; the message says what to change.
     """
     adapter = _adapter_of(env)
+    if spares:
+        if adapter is not EnvPoolVecEnv:
+            raise ValueError(
+                f"`spares` must be False for {type(env).__name__}, got True: only an EnvPool steps some of its "
+                "environments alone. Leave it away."
+            )
+        adapter = SparedEnvPoolVecEnv
     return adapter(env, clip_rewards=clip_rewards, monitor_path=monitor_path)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import VectorEnv
 
-from sb3_clipvf.envs.rows import fill_infos, own_batch, own_row, put_rows
+from sb3_clipvf.envs.rows import fill_infos, own_batch, own_row, put_rows, take_rows
 from sb3_clipvf.envs.vector import BatchedVecEnv, Step
 
 
@@ -46,7 +46,10 @@ class EnvPoolVecEnv(BatchedVecEnv):
         self._has_lives = bool(config.get("episodic_life", False))
         # Atari games say there what the game gave, before clipping.
         self._true_rewards = "reward" if "reward_clip" in config else None
-        super().__init__(pool, config["num_envs"], pool.observation_space, pool.action_space, **kwargs)
+        super().__init__(pool, self._n_rows(config), pool.observation_space, pool.action_space, **kwargs)
+
+    def _n_rows(self, config: dict[str, Any]) -> int:
+        return int(config["num_envs"])
 
     def _begin(self, seeds: list[int] | None, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
         if options:
@@ -57,7 +60,10 @@ class EnvPoolVecEnv(BatchedVecEnv):
         return own_batch(self.observation_space, obs), infos
 
     def _advance(self, actions: np.ndarray) -> Step:
-        obs, rewards, terminated, truncated, infos = self.env.step(actions)
+        return self._answer(self.env.step(actions))
+
+    def _answer(self, answer: tuple[Any, ...]) -> Step:
+        obs, rewards, terminated, truncated, infos = answer
         return Step(
             own_batch(self.observation_space, obs),
             rewards,
@@ -76,14 +82,93 @@ class EnvPoolVecEnv(BatchedVecEnv):
         # Their actions are ignored: these rows reset.
         first_obs, _, _, _, reset_infos = self.env.step(np.asarray(self._actions)[ended], ended.astype(np.int32))
         put_rows(step.obs, ended, first_obs)
-        rows: list[dict[str, Any]] = [{} for _ in ended]
-        fill_infos(rows, reset_infos, self._UNWANTED_INFOS)
-        for index, row in zip(ended.tolist(), rows, strict=True):
+        for index, row in zip(ended.tolist(), self._rows_of(reset_infos, len(ended)), strict=True):
             self.reset_infos[index] = row
         return over
 
+    def _rows_of(self, infos: dict[str, Any], n_rows: int) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = [{} for _ in range(n_rows)]
+        fill_infos(rows, infos, self._UNWANTED_INFOS)
+        return rows
+
     def _render(self) -> np.ndarray:
         images: np.ndarray = self.env.render(np.arange(self.num_envs))
+        return images
+
+
+class SparedEnvPoolVecEnv(EnvPoolVecEnv):
+    """
+    SB3's ``VecEnv`` over an EnvPool with two environments a row, of which one plays and one waits, already reset.
+
+    Where a row's episode ends, its spare goes on in the same step, and the environment that ended resets beside the
+    next step of all rows. :class:`EnvPoolVecEnv` has to wait for that reset alone. Which environment plays depends on
+    the row's own episodes only, so that equal seeds give equal streams.
+
+    :param env: The pool: environment ``i`` and ``num_envs / 2 + i`` take turns in row ``i``.
+    :param kwargs: Those of :class:`BatchedVecEnv`.
+    """
+
+    def __init__(self, env: Any, **kwargs: Any) -> None:
+        super().__init__(env, **kwargs)
+        if self._has_lives:
+            raise ValueError(
+                "`spares` must be False for a pool with `episodic_life`, got True: after a lost life the row goes on "
+                "in the same game. Leave one of them away."
+            )
+        self._playing = np.arange(self.num_envs, dtype=np.int32)
+        self._waiting = self._playing + self.num_envs
+        self._first_obs: Any = None
+        self._first_infos: list[dict[str, Any]] = []
+        # Rows whose waiting environment has not reset yet.
+        self._not_reset = np.empty(0, dtype=np.int64)
+
+    def _n_rows(self, config: dict[str, Any]) -> int:
+        if config["num_envs"] % 2:
+            raise ValueError(
+                f"`num_envs` must be even with `spares`, got {config['num_envs']}: half of them play. Make the pool "
+                "with twice as many environments as you want rows."
+            )
+        return int(config["num_envs"]) // 2
+
+    def _begin(self, seeds: list[int] | None, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+        if seeds is not None:
+            seeds = seeds + [seed + self.num_envs for seed in seeds]
+        obs, infos = super()._begin(seeds, options)
+        self._playing = np.arange(self.num_envs, dtype=np.int32)
+        self._waiting = self._playing + self.num_envs
+        self._not_reset = np.empty(0, dtype=np.int64)
+        self._first_obs = take_rows(obs, self._waiting)
+        self._first_infos = self._rows_of(take_rows(infos, self._waiting), self.num_envs)
+        return take_rows(obs, self._playing), take_rows(infos, self._playing)
+
+    def _advance(self, actions: np.ndarray) -> Step:
+        reset = self._not_reset
+        n_reset = len(reset)
+        if not n_reset:
+            return self._answer(self.env.step(actions, self._playing))
+        # Resets come first, since they take longer than steps. Their actions are ignored.
+        answer = self.env.step(
+            np.concatenate((np.asarray(actions)[reset], actions)),
+            np.concatenate((self._waiting[reset], self._playing)),
+        )
+        obs, *_, infos = answer
+        put_rows(self._first_obs, reset, take_rows(obs, slice(n_reset)))
+        for row, info in zip(reset.tolist(), self._rows_of(take_rows(infos, slice(n_reset)), n_reset), strict=True):
+            self._first_infos[row] = info
+        self._not_reset = reset[:0]
+        return self._answer(take_rows(answer, slice(n_reset, None)))
+
+    def _renew(self, step: Step, ended: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
+        for index in ended.tolist():
+            infos[index]["terminal_observation"] = own_row(step.obs, index)
+            self.reset_infos[index] = self._first_infos[index]
+        put_rows(step.obs, ended, take_rows(self._first_obs, ended))
+        self._playing[ended], self._waiting[ended] = self._waiting[ended], self._playing[ended]
+        self._not_reset = ended
+        return np.ones(len(ended), dtype=bool)
+
+    def _render(self) -> np.ndarray:
+        images: np.ndarray = self.env.render(self._playing)
         return images
 
 

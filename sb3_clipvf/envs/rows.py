@@ -58,12 +58,12 @@ def put_rows(obs: Any, indices: np.ndarray, new: Any) -> None:
         obs[indices] = new
 
 
-def take_rows(obs: Any, indices: np.ndarray) -> Any:
+def take_rows(obs: Any, indices: np.ndarray | slice) -> Any:
     """
-    Pick some environments' observations out of a batch.
+    Pick some environments' observations, or other values, out of a batch.
 
     :param obs: Arrays ``(n_envs, ...)``, in a dict or tuple where the space is one.
-    :param indices: Which environments, shape ``(k,)``, or a mask ``(n_envs,)``.
+    :param indices: Which environments: shape ``(k,)``, a mask ``(n_envs,)``, or a slice, which copies nothing.
     :return: Arrays ``(k, ...)`` in the same structure.
     """
     if isinstance(obs, Mapping):

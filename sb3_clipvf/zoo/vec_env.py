@@ -130,7 +130,8 @@ def _envpool(settings: EnvSettings, n_envs: int) -> VecEnv:
     spec = settings.spec
     _check_task(spec.id, spec.id)
     limit = {} if spec.max_episode_steps is None else {"max_episode_steps": spec.max_episode_steps}
-    venv = as_vec_env(envpool.make_gymnasium(spec.id, num_envs=n_envs, **limit), monitor_path=settings.monitor_path)
+    pool = envpool.make_gymnasium(spec.id, num_envs=2 * n_envs, **limit)
+    venv = as_vec_env(pool, monitor_path=settings.monitor_path, spares=True)
     single = gym.make(spec.id)
     _take_spaces(venv, single.observation_space, single.action_space)
     single.close()
