@@ -120,8 +120,7 @@ def _check_sizes(model: "ClipPPO") -> None:
     model.n_steps = validation.check_int("n_steps", model.n_steps, 1, "SB3's default is 2048.")
     model.batch_size = validation.check_int("batch_size", model.batch_size, 1, "SB3's default is 64.")
     model.n_epochs = validation.check_int("n_epochs", model.n_epochs, 1, "SB3's default is 10.")
-    way_out = "SB3's default is 100."
-    window = validation.check_int("stats_window_size", model._stats_window_size, 1, way_out)
+    window = validation.check_int("stats_window_size", model._stats_window_size, 1, "SB3's default is 100.")
     model._stats_window_size = window
     way_out = "-1 draws noise once a rollout."
     model.sde_sample_freq = validation.check_int("sde_sample_freq", model.sde_sample_freq, -1, way_out)

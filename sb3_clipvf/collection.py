@@ -19,8 +19,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_clipvf.building import leave_out_kl
 from sb3_clipvf.engines import Acted, Engine
 from sb3_clipvf.envs.shapes import StepCheck
-from sb3_clipvf.nonfinite import by_key, is_finite, observations_are_finite
-from sb3_clipvf.nonfinite_causes import Fault, act_fault, find_fault, known_of_step, reward_error, step_error
+from sb3_clipvf.nonfinite import is_finite, observations_are_finite
+from sb3_clipvf.nonfinite_causes import Fault, act_error, act_fault, find_fault, observation_fault, reward_error
 
 if TYPE_CHECKING:
     from sb3_clipvf.clip_ppo import ClipPPO
@@ -118,25 +118,24 @@ class RolloutCollector(OnPolicyAlgorithm):
             fault = act_fault(self.policy, self._last_obs, obs_tensor, None)
             if fault is None:
                 raise
-            raise step_error(self, fault, rollout_buffer.pos, known_of_step(self, rollout_buffer)) from error
+            raise act_error(self, fault, rollout_buffer) from error
         finite = acted.is_finite
         if finite is None:
             finite = observations_are_finite(self._last_obs)
             finite = finite and is_finite(acted.values.numpy()) and is_finite(acted.log_prob.numpy())
         if not finite:
-            fault = cast(Fault, act_fault(self.policy, self._last_obs, obs_tensor, acted))
-            raise step_error(self, fault, rollout_buffer.pos, known_of_step(self, rollout_buffer))
+            fault = act_fault(self.policy, self._last_obs, obs_tensor, acted)
+            raise act_error(self, cast(Fault, fault), rollout_buffer)
         return acted
 
     def _complete(self, engine: Engine, rollout_buffer: Any, dones: np.ndarray) -> th.Tensor:
         """Compute returns and advantages. :return: Values of the observations that the next rollout starts from."""
-        found = [find_fault("observation", key, array) for key, array in by_key(self._last_obs).items()]
-        fault = next((fault for fault in found if fault is not None), None)
+        fault = observation_fault(self._last_obs)
         if fault is None:
             values = engine.predict_values(to_tensor(self._last_obs, self.device))
             fault = find_fault("value", None, values.cpu().numpy().reshape(-1))
         if fault is not None:
-            raise step_error(self, fault, rollout_buffer.pos, known_of_step(self, rollout_buffer))
+            raise act_error(self, fault, rollout_buffer)
         with np.errstate(over="ignore", invalid="ignore"):  # the update tells of it by name
             rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
         return values

@@ -86,9 +86,10 @@ def told(model: "ClipPPO", callback: Any) -> Iterator[None]:
     :return: Context manager.
     :raises WorkerDiedError: In the place of an EOFError or OSError.
     """
-    venv = cast(VecEnv, model.env).unwrapped
+    env = cast(VecEnv, model.env)
+    venv = env.unwrapped
     try:
-        with watched(venv), checked_rows(venv):
+        with watched(venv), checked_rows(env):
             yield
     except Exception as error:
         died = death(venv, error)

@@ -62,6 +62,17 @@ def find_fault(what: str, key: str | None, array: np.ndarray, *, has_rows: bool 
     )
 
 
+def observation_fault(observations: Any) -> Fault | None:
+    """
+    Look for the first number of observations that is not finite.
+
+    :param observations: Of all environments, on the host: an array, or a dict of such.
+    :return: None where all are finite.
+    """
+    faults = (find_fault("observation", key, array) for key, array in by_key(observations).items())
+    return next((fault for fault in faults if fault is not None), None)
+
+
 def _parameter_fault(policy: th.nn.Module) -> Fault | None:
     for name, parameter in policy.named_parameters():
         fault = find_fault("parameter", name, parameter.detach().cpu().float().numpy(), has_rows=False)
@@ -80,8 +91,7 @@ def act_fault(policy: ActorCriticPolicy, observations: Any, obs_tensor: Any, act
     :param acted: What it gave; None where torch has refused to draw an action.
     :return: None where nothing is found.
     """
-    faults = [find_fault("observation", key, array) for key, array in by_key(observations).items()]
-    fault = next((fault for fault in faults if fault is not None), None) or _parameter_fault(policy)
+    fault = observation_fault(observations) or _parameter_fault(policy)
     if fault is not None:
         return fault
     if acted is not None:
@@ -96,14 +106,8 @@ def act_fault(policy: ActorCriticPolicy, observations: Any, obs_tensor: Any, act
     return fault or find_fault("log_prob", None, _on_host(rows))
 
 
-def known_of_step(model: "RolloutCollector", buffer: Any) -> dict[str, Any]:
-    """
-    Collect what is known where the policy is to act: the observations, and the step that has led to them.
-
-    :param model: Collecting a rollout.
-    :param buffer: Its rollout buffer.
-    :return: For :func:`step_error`.
-    """
+def _known_of_step(model: "RolloutCollector", buffer: Any) -> dict[str, Any]:
+    """What is known where the policy is to act: the observations, and the step that has led to them."""
     known: dict[str, Any] = {"new_observations": model._last_obs, "dones": model._last_episode_starts}
     if buffer.pos:
         for name in ("observations", "actions", "values", "log_probs", "rewards"):
@@ -120,7 +124,7 @@ def _on_host(tensor: th.Tensor) -> np.ndarray:
 # ------------------------------------------------------------------ errors
 
 
-def step_error(model: "RolloutCollector", fault: Fault, step: int, known: dict[str, Any]) -> NonFiniteError:
+def _step_error(model: "RolloutCollector", fault: Fault, step: int, known: dict[str, Any]) -> NonFiniteError:
     """
     Make the error of a step, and write the step to a file.
 
@@ -148,6 +152,18 @@ def step_error(model: "RolloutCollector", fault: Fault, step: int, known: dict[s
     )
 
 
+def act_error(model: "RolloutCollector", fault: Fault, buffer: Any) -> NonFiniteError:
+    """
+    Make the error of a policy that is to act, or to value the last observations.
+
+    :param model: Collecting a rollout.
+    :param fault: What is not finite.
+    :param buffer: Its rollout buffer.
+    :return: The error, to be raised.
+    """
+    return _step_error(model, fault, buffer.pos, _known_of_step(model, buffer))
+
+
 def reward_error(model: "RolloutCollector", bootstrapped: np.ndarray, here: dict[str, Any]) -> NonFiniteError:
     """
     Make the error of a step with rewards, or values of final observations added to them, that are not finite.
@@ -159,7 +175,7 @@ def reward_error(model: "RolloutCollector", bootstrapped: np.ndarray, here: dict
     """
     fault = _reward_fault(here["rewards"], bootstrapped, here["infos"])
     known = {**here, "observations": model._last_obs, "new_observations": here["new_obs"]}
-    return step_error(model, fault, here["n_steps"] - 1, known)
+    return _step_error(model, fault, here["n_steps"] - 1, known)
 
 
 def _reward_fault(rewards: np.ndarray, bootstrapped: np.ndarray, infos: list[dict[str, Any]]) -> Fault:

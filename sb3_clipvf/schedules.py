@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sb3_clipvf.validation import as_float
+
 Schedule = Callable[[float], float]
 
 SCHEDULE_STRINGS = "`lin_x`, `cos_x`, `exp_x` or `const_x` with a number x, for example `lin_0.2`"
@@ -166,10 +168,7 @@ def make_schedule(value: Any, name: str, *, positive: bool = False) -> Schedule:
             f"{type(value).__name__}. As a string use {SCHEDULE_STRINGS}."
         )
     elif isinstance(value, numbers.Real):
-        try:
-            start = float(value)
-        except OverflowError:  # an int beyond all floats
-            start = math.inf
+        start = as_float(value)
         schedule = ConstantSchedule(start)
         in_range = start > 0 if positive else start >= 0
     else:

@@ -21,6 +21,8 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+from sb3_clipvf.zoo.process import patched_environment
+
 LIMIT_SECONDS = 4 * 3600.0
 """Wall-clock time after which a process is taken for one that hangs: the machine may have little time to spare."""
 
@@ -91,15 +93,8 @@ def start_server() -> None:
     from multiprocessing import forkserver
 
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(_PRELOADED))
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
+    with patched_environment({"OMP_NUM_THREADS": "1"}, replace=True):
         forkserver.ensure_running()
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
 
 
 def start(target: Callable[..., None], report: Path, *args: Any) -> ForkServerProcess:

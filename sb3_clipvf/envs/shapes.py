@@ -89,14 +89,11 @@ def check_one(space: spaces.Space[Any], obs: Any, index: int) -> None:
     """
     if type(obs) is np.ndarray and obs.shape == space.shape:
         return
-    for key, part in _parts(space):
-        given = obs if key is None else obs[key]
-        shape = given.shape if isinstance(given, np.ndarray) else np.shape(given)
-        if part.shape is not None and shape != part.shape:
-            raise ValueError(
-                f"`env` must give {_name(key)} of its space's shape {part.shape}, got {shape} from environment "
-                f"{index}. {_WAY_OUT}"
-            )
+    for key, wanted, shape in _misfits(space, obs, ()):
+        raise ValueError(
+            f"`env` must give {_name(key)} of its space's shape {wanted}, got {shape} from environment {index}. "
+            f"{_WAY_OUT}"
+        )
 
 
 @contextlib.contextmanager
@@ -104,23 +101,24 @@ def checked_rows(venv: VecEnv) -> Iterator[None]:
     """
     Let environments refuse observations that they or a wrapper would stretch, for as long as this lasts.
 
-    What they give is checked before wrappers, ``VecNormalize`` among them, see it; SB3's ``DummyVecEnv`` also before it
-    saves a row.
+    What they give is checked before wrappers, ``VecNormalize`` among them, see it; in SB3's ``DummyVecEnv`` before it
+    saves a row. Where there are no wrappers, the rest is :class:`StepCheck`'s.
 
-    :param venv: The innermost ``VecEnv``.
+    :param venv: With its wrappers.
     :return: Context manager.
     """
-    checks: dict[str, Any] = {"reset": _reset, "step_wait": _step_wait}
-    if isinstance(venv, DummyVecEnv) and type(venv)._save_obs is DummyVecEnv._save_obs:
+    inner = venv.unwrapped
+    checks: dict[str, Any] = {} if inner is venv else {"reset": _reset, "step_wait": _step_wait}
+    if isinstance(inner, DummyVecEnv) and type(inner)._save_obs is DummyVecEnv._save_obs:
         checks["_save_obs"] = _save_obs
     # Methods, so that a copy of the environments writes into its own rows. What others have put there stays.
-    checked = {name: MethodType(check, venv) for name, check in checks.items() if name not in vars(venv)}
-    vars(venv).update(checked)
+    checked = {name: MethodType(check, inner) for name, check in checks.items() if name not in vars(inner)}
+    vars(inner).update(checked)
     try:
         yield
     finally:
         for name in checked:
-            vars(venv).pop(name, None)
+            vars(inner).pop(name, None)
 
 
 def _save_obs(self: DummyVecEnv, env_idx: int, obs: Any) -> None:
@@ -148,11 +146,19 @@ def _check_shapes(venv: VecEnv, obs: Any) -> None:
     n_envs, of_all = venv.num_envs, venv.observation_space
     if type(obs) is np.ndarray and obs.shape == (n_envs, *(of_all.shape or ())):
         return
-    for key, space in _parts(of_all):
+    for key, wanted, shape in _misfits(of_all, obs, (n_envs,)):
+        raise _shape_error(_name(key), wanted, shape)
+
+
+def _misfits(
+    space: spaces.Space[Any], obs: Any, leading: tuple[int, ...]
+) -> Iterator[tuple[Any, tuple[int, ...], tuple[int, ...]]]:
+    """Parts whose shape is not the leading axes and the space's own: the key, the shape wanted, the one given."""
+    for key, part in _parts(space):
         given = obs if key is None else obs[key]
         shape = given.shape if isinstance(given, np.ndarray) else np.shape(given)
-        if space.shape is not None and shape != (n_envs, *space.shape):
-            raise _shape_error(_name(key), (n_envs, *space.shape), shape)
+        if part.shape is not None and shape != (*leading, *part.shape):
+            yield key, (*leading, *part.shape), shape
 
 
 def _check_final(space: spaces.Space[Any], dones: Any, infos: Any) -> None:

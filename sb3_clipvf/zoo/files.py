@@ -30,6 +30,7 @@ from sb3_clipvf.safe_files import CheckedStream, load_vec_normalize, read_model,
 from sb3_clipvf.safe_makers import NotAllowedError
 from sb3_clipvf.safe_objects import Maker, create, find, restore
 from sb3_clipvf.safe_pickle import TRUST_VARIABLE, UnsafeFileError, trust_of
+from sb3_clipvf.zoo.entries import items, with_arguments
 
 _PYTHON = "tag:yaml.org,2002:python/"
 _TRUST = f"If you trust where it comes from, pass `--trust-pickle` or set {TRUST_VARIABLE}=1."
@@ -220,15 +221,14 @@ def check_built(path: str | os.PathLike[str], settings: dict[str, Any]) -> None:
         raise UnsafeFileError(
             f"`monitor_kwargs` in {path} must be plain values, got {monitor!r}, which the RL Zoo would run. {_TRUST}"
         )
-    callbacks = settings.get("callback")
-    for entry in callbacks if isinstance(callbacks, list) else [callbacks] * (callbacks is not None):
-        name = next(iter(entry), None) if isinstance(entry, dict) else entry
-        if isinstance(name, str):
-            _check_origin(str(path), "callback", name)
-            name = get_class_by_name(name)
-        if not (isinstance(name, BaseCallback) or (isinstance(name, type) and issubclass(name, BaseCallback))):
+    for named, _ in with_arguments(settings.get("callback")):
+        found = named
+        if isinstance(named, str):
+            _check_origin(str(path), "callback", named)
+            found = get_class_by_name(named)
+        if not (isinstance(found, BaseCallback) or (isinstance(found, type) and issubclass(found, BaseCallback))):
             raise UnsafeFileError(
-                f"`callback` in {path} must name callbacks, classes derived from BaseCallback, got {entry!r}, which "
+                f"`callback` in {path} must name callbacks, classes derived from BaseCallback, got {named!r}, which "
                 f"the RL Zoo would call. {_TRUST}"
             )
 
@@ -247,10 +247,7 @@ def _check_settings(source: str, data: dict[str, Any]) -> None:
 def _names(source: str, key: str, entries: Any) -> list[str]:
     """Give what a key has imported, in no other form than those that the Zoo reads as names."""
     is_wrapper = key != "gym_packages"
-    listed = entries if isinstance(entries, list) else [entries] * (entries is not None)
-    names: list[Any] = [
-        next(iter(entry), None) if is_wrapper and isinstance(entry, dict) else entry for entry in listed
-    ]
+    names: list[Any] = [name for name, _ in with_arguments(entries)] if is_wrapper else items(entries)
     is_legal = is_wrapper or entries is None or isinstance(entries, list)
     if not is_legal or not all(isinstance(name, str) for name in names):
         what = "names, or names with their arguments" if is_wrapper else "a list of names of modules"

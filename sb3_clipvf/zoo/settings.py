@@ -2,7 +2,7 @@
 
 import importlib
 import numbers
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rl_zoo3 import exp_manager
@@ -11,6 +11,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_clipvf.validation import check_float, check_int, check_keywords
+from sb3_clipvf.zoo.entries import items, with_arguments
 
 _IMPORTED = ("callback", "env_wrapper", "policy", "rollout_buffer_class", "vec_env_wrapper")
 _TAKEN = ("env", "filename", "venv")
@@ -47,7 +48,7 @@ def check_imports(key: str, value: Any, where: str) -> None:
     """
     if key not in _IMPORTED:
         return
-    for named, kwargs in _parts(value):
+    for named, kwargs in with_arguments(value):
         if not isinstance(named, str) or (key == "policy" and "." not in named):
             continue
         module, _, name = named.rpartition(".")
@@ -133,13 +134,13 @@ def _classes(key: str, value: Any, where: str) -> None:
     if isinstance(value, list) and any(isinstance(item, list) for item in value):
         raise TypeError(f"`{key}` must be a list of classes, got {value!r} in {where}. {_CLASS_TEXT}")
     ready = BaseCallback if key == "callback" else type
-    for item in _items(value):
+    for item in items(value):
         if isinstance(item, dict) and len(item) != 1:
             raise ValueError(
                 f"`{key}` must hold dicts of one class and its arguments, got {item!r} in {where}. Check the "
                 "indentation: arguments stand deeper than the class."
             )
-    for named, kwargs in _parts(value):
+    for named, kwargs in with_arguments(value):
         _named(key, named, where, ready)
         if not isinstance(kwargs, Mapping):
             raise TypeError(
@@ -165,18 +166,6 @@ def _text_keys(key: str, value: Mapping[Any, Any], where: str) -> None:
     for name in value:
         if not isinstance(name, str):
             raise TypeError(f"`{key}` must have text as keys, got {name!r} in {where}. Put it in quotes.")
-
-
-def _items(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return value if isinstance(value, list) else [value]
-
-
-def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Of one class, or of a list: each with its arguments."""
-    for item in _items(value):
-        yield next(iter(item.items())) if isinstance(item, dict) else (item, {})
 
 
 _CHECKS: dict[str, Callable[[str, Any, str], None]] = {

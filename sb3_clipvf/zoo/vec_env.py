@@ -17,6 +17,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_clipvf.envs import as_vec_env
+from sb3_clipvf.zoo.entries import with_arguments
 
 VEC_ENVS = ("gymnasium", "envpool", "ale")
 """What ``--vec-env`` takes besides the Zoo's ``dummy`` and ``subproc``."""
@@ -65,8 +66,7 @@ def wrapper_list(entry: Any) -> tuple[tuple[str, dict[str, Any]], ...]:
     :return: Full names and arguments, innermost first.
     """
     wrappers = []
-    for item in entry if isinstance(entry, list) else [entry] * (entry is not None):
-        wrapper, kwargs = next(iter(item.items())) if isinstance(item, dict) else (item, {})
+    for wrapper, kwargs in with_arguments(entry):
         name = wrapper if isinstance(wrapper, str) else f"{wrapper.__module__}.{wrapper.__qualname__}"
         wrappers.append((name, dict(kwargs)))
     return tuple(wrappers)
