@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import MaybeCallback
@@ -21,6 +21,7 @@ from sb3_clipvf.engines import Acted, Engine
 from sb3_clipvf.envs.shapes import StepCheck
 from sb3_clipvf.nonfinite import is_finite, observations_are_finite
 from sb3_clipvf.nonfinite_causes import Fault, act_error, act_fault, find_fault, observation_fault, reward_error
+from sb3_clipvf.rollout import TensorRolloutBuffer
 
 if TYPE_CHECKING:
     from sb3_clipvf.clip_ppo import ClipPPO
@@ -55,18 +56,24 @@ class RolloutCollector(OnPolicyAlgorithm):
         checked = StepCheck(rollout_buffer.observation_space, env.num_envs)
         checked.observations(self._last_obs)
         engine = self._begin_rollout(env, callback, rollout_buffer)
+        stores_arrays = type(rollout_buffer).add is TensorRolloutBuffer.add
+        is_seen = not is_idle(callback)
+        # Making tensors takes longer than the policy's forward pass.
+        makes_tensors = is_seen or not (stores_arrays and engine.acts_on_arrays)
 
         while n_steps < n_rollout_steps:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self.policy.reset_noise(env.num_envs)
 
-            obs_tensor = to_tensor(self._last_obs, self.device)
-            actions, values, log_probs, dist_params, _ = self._act(engine, obs_tensor, rollout_buffer, with_dist_params)
+            obs_tensor = to_tensor(self._last_obs, self.device) if makes_tensors else None
+            acted = self._act(engine, obs_tensor, rollout_buffer, with_dist_params)
+            actions, values, log_probs, dist_params = acted.as_tensors() if makes_tensors else acted[:4]
             clipped_actions = to_env(self.policy, self.action_space, actions)
             new_obs, rewards, dones, infos = checked(env.step(clipped_actions))
             self.num_timesteps += env.num_envs
 
-            callback.update_locals(locals())
+            if is_seen:
+                callback.update_locals(locals())
             if not callback.on_step():
                 # The environments have moved on: a later learn() that continues starts from there.
                 self._last_obs, self._last_episode_starts = new_obs, dones
@@ -81,10 +88,12 @@ class RolloutCollector(OnPolicyAlgorithm):
             bootstrapped = bootstrap_truncated(engine, rewards, dones, infos, self.gamma)
             if not is_finite(bootstrapped):
                 raise reward_error(self, bootstrapped, locals())
-            more = {} if dist_params is None else {"dist_params": dist_params}
-            rollout_buffer.add(
-                self._last_obs, actions, bootstrapped, self._last_episode_starts, values, log_probs, **more
-            )
+            row = (self._last_obs, actions, bootstrapped, self._last_episode_starts)
+            if stores_arrays:
+                rollout_buffer.add(*row, *acted[1:4])
+            else:
+                more = {} if dist_params is None else {"dist_params": dist_params}
+                rollout_buffer.add(*row, values, log_probs, **more)
             self._last_obs = copy_of(new_obs)
             self._last_episode_starts = dones.copy()
 
@@ -112,17 +121,18 @@ class RolloutCollector(OnPolicyAlgorithm):
     def _act(self, engine: Engine, obs_tensor: Any, rollout_buffer: Any, with_dist_params: bool) -> Acted:
         """Let the policy act on observations, and refuse those and what it gives where they are not finite."""
         try:
-            acted = engine.act(obs_tensor, with_dist_params=with_dist_params)
+            rows = self._last_obs if engine.acts_on_arrays else obs_tensor
+            acted = engine.act(rows, with_dist_params=with_dist_params)
         except (ValueError, RuntimeError) as error:
             # torch draws from no distribution whose parameters are not finite.
-            fault = act_fault(self.policy, self._last_obs, obs_tensor, None)
+            fault = act_fault(self.policy, self._last_obs, to_tensor(self._last_obs, self.device), None)
             if fault is None:
                 raise
             raise act_error(self, fault, rollout_buffer) from error
         finite = acted.is_finite
         if finite is None:
             finite = observations_are_finite(self._last_obs)
-            finite = finite and is_finite(acted.values.numpy()) and is_finite(acted.log_prob.numpy())
+            finite = finite and is_finite(acted.values) and is_finite(acted.log_prob)
         if not finite:
             fault = act_fault(self.policy, self._last_obs, obs_tensor, acted)
             raise act_error(self, cast(Fault, fault), rollout_buffer)
@@ -154,6 +164,18 @@ class RolloutCollector(OnPolicyAlgorithm):
             super()._update_info_buffer([infos[index] for index in told], None if dones is None else dones[told])
 
 
+def is_idle(callback: BaseCallback) -> bool:
+    """
+    Tell whether a callback looks at nothing: what SB3 puts in the place of None, or a list of such.
+
+    :param callback: Of a training.
+    :return: Whether nobody will see the local variables of a step.
+    """
+    if type(callback) is CallbackList:
+        return all(is_idle(child) for child in callback.callbacks)
+    return type(callback) is ConvertCallback and callback.callback is None
+
+
 def to_tensor(observations: Any, device: th.device) -> Any:
     """
     Turn observations into tensors that share their memory where they can.
@@ -180,8 +202,7 @@ def to_env(policy: ActorCriticPolicy, action_space: spaces.Space[Any], actions: 
         return actions
     if policy.squash_output:
         return np.asarray(policy.unscale_action(actions))
-    # np.clip does the same in several times the time.
-    return np.asarray(np.minimum(np.maximum(actions, action_space.low), action_space.high))
+    return actions.clip(action_space.low, action_space.high)
 
 
 def copy_of(observations: Any) -> Any:

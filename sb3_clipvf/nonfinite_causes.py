@@ -94,6 +94,8 @@ def act_fault(policy: ActorCriticPolicy, observations: Any, obs_tensor: Any, act
     fault = observation_fault(observations) or _parameter_fault(policy)
     if fault is not None:
         return fault
+    values: Any
+    rows: Any
     if acted is not None:
         values, rows = acted.values, acted.log_prob
     else:
@@ -117,8 +119,8 @@ def _known_of_step(model: "RolloutCollector", buffer: Any) -> dict[str, Any]:
     return known
 
 
-def _on_host(tensor: th.Tensor) -> np.ndarray:
-    return np.asarray(tensor.detach().cpu().numpy())
+def _on_host(values: np.ndarray | th.Tensor) -> np.ndarray:
+    return values if isinstance(values, np.ndarray) else np.asarray(values.detach().cpu().numpy())
 
 
 # ------------------------------------------------------------------ errors

@@ -187,9 +187,9 @@ class TensorRolloutBuffer(BaseBuffer):
         action: np.ndarray,
         reward: np.ndarray,
         episode_start: np.ndarray,
-        value: th.Tensor,
-        log_prob: th.Tensor,
-        dist_params: th.Tensor | None = None,
+        value: th.Tensor | np.ndarray,
+        log_prob: th.Tensor | np.ndarray,
+        dist_params: th.Tensor | np.ndarray | None = None,
     ) -> None:
         """
         Store one step of all environments.
@@ -336,7 +336,9 @@ def _shaped(array: Any, shape: tuple[int, ...]) -> np.ndarray:
     return array if isinstance(array, np.ndarray) and array.shape == shape else np.reshape(array, shape)
 
 
-def _on_host(tensor: th.Tensor) -> np.ndarray:
+def _on_host(tensor: th.Tensor | np.ndarray) -> np.ndarray:
+    if isinstance(tensor, np.ndarray):
+        return tensor
     try:
         return tensor.numpy()
     except (RuntimeError, TypeError):  # it needs a gradient, or lies on another device

@@ -6,11 +6,16 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy, MultiInputActorCriticPolicy
+from stable_baselines3.common.torch_layers import FlattenExtractor
 
-from sb3_clipvf.collection import bootstrap_truncated, copy_of, to_env
+from sb3_clipvf import ClipPPO
+from sb3_clipvf.collection import bootstrap_truncated, copy_of, is_idle, to_env
 from sb3_clipvf.engines import AutogradEngine
 from sb3_clipvf.policies import SquashedActorCriticPolicy
+from sb3_clipvf.rollout import TensorRolloutBuffer
 
 OBS = spaces.Box(-10.0, 10.0, (2,), np.float32)
 BOX = spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([2.0, 4.0], np.float32))
@@ -149,3 +154,49 @@ def test_copies_own_their_memory() -> None:
             else next(iter(copied.values() if isinstance(copied, dict) else copied))
         )
         assert (inner == array - 1).all()
+
+
+class OwnExtractor(FlattenExtractor):
+    """Keeps a policy from the native engine."""
+
+
+class Tensors(TensorRolloutBuffer):
+    """A buffer with an ``add`` of its own, which takes what SB3 gives."""
+
+    def add(self, *args: Any, **kwargs: Any) -> None:
+        assert all(isinstance(part, th.Tensor) for part in (*args[4:], *kwargs.values()))
+        super().add(*args, **kwargs)
+
+
+class Watcher(BaseCallback):
+    """Sees the local variables of each step."""
+
+    def _on_step(self) -> bool:
+        tensors = [self.locals[name] for name in ("obs_tensor", "values", "log_probs")]
+        assert all(isinstance(tensor, th.Tensor) for tensor in tensors)
+        assert [tensor.shape for tensor in tensors] == [(2, 3), (2, 1), (2,)]
+        return True
+
+
+@pytest.mark.parametrize("engine", ["native", "auto", "autograd"])
+def test_who_looks_on_changes_nothing(engine: str) -> None:
+    """Where nobody does, and the buffer is ours, the native engine's steps make no tensors."""
+    arguments = {"engine": engine, "n_steps": 16, "batch_size": 16, "seed": 1, "device": "cpu"}
+    if engine == "auto":
+        arguments |= {"policy_kwargs": {"features_extractor_class": OwnExtractor}}
+    weights = []
+    for callback, buffer in ((None, None), ([], None), (Watcher(), None), (None, Tensors)):
+        env = make_vec_env("Pendulum-v1", n_envs=2)
+        model = ClipPPO("MlpPolicy", env, rollout_buffer_class=buffer, kl_coef=0.5, **arguments)
+        model.learn(64, callback=callback)
+        weights.append(th.nn.utils.parameters_to_vector(model.policy.parameters()))
+    for other in weights[1:]:
+        th.testing.assert_close(other, weights[0], rtol=0, atol=0)
+
+
+def test_only_what_sb3_puts_in_the_place_of_none_is_idle() -> None:
+    nothing = ConvertCallback(None)
+    assert is_idle(nothing) and is_idle(CallbackList([])) and is_idle(CallbackList([nothing]))
+    assert not is_idle(ConvertCallback(lambda *_: True))
+    assert not is_idle(CallbackList([nothing, Watcher()]))
+    assert not is_idle(Watcher())

@@ -695,7 +695,7 @@ class TestLean:
                     acted = engine_class(policy, SETTINGS).act(th.as_tensor(obs), with_dist_params=True)
                     row = (acted.actions.reshape(4, 1), rng.normal(size=4), np.zeros(4), acted.values, acted.log_prob)
                     buffer.add(obs, *row, acted.dist_params)
-                buffer.compute_returns_and_advantage(acted.values, np.zeros(4, bool))
+                buffer.compute_returns_and_advantage(th.from_numpy(acted.values), np.zeros(4, bool))
             np.random.seed(0)
             settings = dataclasses.replace(SETTINGS, discrete_actions=True)
             results.append((engine_class(policy, settings).update(buffer, COEFFICIENTS).read(), policy.parameters()))

@@ -60,6 +60,7 @@ class AutogradEngine:
     """
 
     name = "autograd"
+    acts_on_arrays = False
 
     def __init__(self, policy: ActorCriticPolicy, settings: UpdateSettings) -> None:
         self.policy = policy
@@ -105,9 +106,8 @@ class AutogradEngine:
         if with_dist_params:
             dist = refreshed_dist(policy, observations, stale)
             if dist_param_dim(dist) is not None:
-                row = dist_params(dist)
-        # On the host, where they are looked at and stored.
-        return Acted(actions.cpu().numpy(), values.cpu(), log_prob.cpu(), row)
+                row = dist_params(dist).cpu().numpy()
+        return Acted(actions.cpu().numpy(), values.cpu().numpy(), log_prob.cpu().numpy(), row)
 
     @th.no_grad()
     def predict_values(self, observations: Any) -> th.Tensor:

@@ -128,9 +128,9 @@ class LeanAutogradEngine(AutogradEngine):
         )  # fmt: skip
         return Acted(
             actions=as_policy_gives(actions, self.policy.action_space),
-            values=values,
-            log_prob=th.from_numpy(log_prob),
-            dist_params=th.from_numpy(dist_params) if with_dist_params else None,
+            values=values.numpy(),
+            log_prob=log_prob,
+            dist_params=dist_params if with_dist_params else None,
         )
 
     @unvalidated_distributions()

@@ -55,6 +55,7 @@ class NativeEngine:
     """
 
     name = "native"
+    acts_on_arrays = True
 
     def __init__(self, policy: ActorCriticPolicy, settings: UpdateSettings) -> None:
         self.policy = policy
@@ -118,7 +119,7 @@ class NativeEngine:
         kind, widths = int(self._network.codes[memory.DIST]), self._network.widths.tolist()
         self._noise = Noise(kind, buffer.n_envs, self._action_dim, widths)
 
-    def act(self, observations: th.Tensor, *, with_dist_params: bool) -> Acted:
+    def act(self, observations: np.ndarray | th.Tensor, *, with_dist_params: bool) -> Acted:
         """
         Sample one action for each environment.
 
@@ -140,9 +141,9 @@ class NativeEngine:
             )
         return Acted(
             actions=as_policy_gives(actions, self.policy.action_space),
-            values=th.from_numpy(values),
-            log_prob=th.from_numpy(log_prob),
-            dist_params=th.from_numpy(dist_params) if with_dist_params else None,
+            values=values,
+            log_prob=log_prob,
+            dist_params=dist_params if with_dist_params else None,
             is_finite=is_finite,
         )
 
@@ -162,8 +163,8 @@ class NativeEngine:
             entry.predict_values(self._packed, rows, self._workspace(n), values)
         return th.from_numpy(values.reshape(-1, 1))
 
-    def _rows(self, observations: th.Tensor) -> np.ndarray:
-        array = observations.numpy()
+    def _rows(self, observations: np.ndarray | th.Tensor) -> np.ndarray:
+        array = observations if isinstance(observations, np.ndarray) else observations.numpy()
         rows = _float_rows(array, len(array))
         if rows.shape[1] != self._obs_dim:  # a kernel would read on beyond them
             raise ValueError(
@@ -183,10 +184,8 @@ class NativeEngine:
 
     def _follow_parameters(self) -> None:
         # A callback may have put other tensors into the parameters' place; their values need no attention.
-        for parameter, address in zip(self._parameters, self._addresses, strict=True):
-            if parameter.data_ptr() != address:
-                self._bind()
-                return
+        if list(map(th.Tensor.data_ptr, self._parameters)) != self._addresses:
+            self._bind()
 
     # ------------------------------------------------------------------ update
 
@@ -343,6 +342,8 @@ def _gae(
 
 
 def _float_rows(array: np.ndarray, n: int) -> np.ndarray:
+    if array.ndim == 2 and array.dtype == np.float32 and array.flags.c_contiguous:
+        return array
     # What float32 cannot hold becomes infinite, which is told by name rather than by NumPy's warning.
     with nullcontext() if array.dtype == np.float32 else np.errstate(over="ignore"):
         return np.ascontiguousarray(array.reshape(n, -1), np.float32)

@@ -120,7 +120,7 @@ class UpdateStatistics:
 
 class Acted(NamedTuple):
     """
-    What a rollout stores of one step of all environments.
+    What a rollout stores of one step of all environments, on the host.
 
     :param actions: As the policy gives them, shape ``(n_envs, ...)``.
     :param values: Shape ``(n_envs, 1)``, return units.
@@ -131,16 +131,23 @@ class Acted(NamedTuple):
     """
 
     actions: np.ndarray
-    values: th.Tensor
-    log_prob: th.Tensor
-    dist_params: th.Tensor | None
+    values: np.ndarray
+    log_prob: np.ndarray
+    dist_params: np.ndarray | None
     is_finite: bool | None = None
+
+    def as_tensors(self) -> tuple[np.ndarray, th.Tensor, th.Tensor, th.Tensor | None]:
+        """:return: Actions; values, log-probabilities and parameters as tensors that share memory with the arrays."""
+        dist_params = None if self.dist_params is None else th.from_numpy(self.dist_params)
+        return self.actions, th.from_numpy(self.values), th.from_numpy(self.log_prob), dist_params
 
 
 class Engine(Protocol):
     """What runs a policy in rollouts and updates it; engines differ in speed, never in meaning."""
 
     name: str
+    acts_on_arrays: bool
+    """Whether :meth:`act` takes arrays, of the host; else tensors, on the policy's device."""
     policy: ActorCriticPolicy
     settings: UpdateSettings
 
@@ -170,7 +177,7 @@ class Engine(Protocol):
         """
         Sample one action for each environment.
 
-        :param observations: Tensors on the policy's device, shape ``(n_envs, *obs_shape)``, or a dict of such.
+        :param observations: Arrays or tensors, shape ``(n_envs, *obs_shape)``, or a dict of such.
         :param with_dist_params: Whether the distribution's parameters are wanted.
         :return: What the rollout stores.
         """

@@ -102,13 +102,16 @@ def checked_rows(venv: VecEnv) -> Iterator[None]:
     Let environments refuse observations that they or a wrapper would stretch, for as long as this lasts.
 
     What they give is checked before wrappers, ``VecNormalize`` among them, see it; in SB3's ``DummyVecEnv`` before it
-    saves a row. Where there are no wrappers, the rest is :class:`StepCheck`'s.
+    saves a row. ``FastDummyVecEnv`` does it itself. Where there are no wrappers, the rest is :class:`StepCheck`'s.
 
     :param venv: With its wrappers.
     :return: Context manager.
     """
+    from sb3_clipvf.envs.dummy import FastDummyVecEnv
+
     inner = venv.unwrapped
-    checks: dict[str, Any] = {} if inner is venv else {"reset": _reset, "step_wait": _step_wait}
+    checks_itself = type(inner).step_wait is FastDummyVecEnv.step_wait
+    checks: dict[str, Any] = {} if inner is venv or checks_itself else {"reset": _reset, "step_wait": _step_wait}
     if isinstance(inner, DummyVecEnv) and type(inner)._save_obs is DummyVecEnv._save_obs:
         checks["_save_obs"] = _save_obs
     # Methods, so that a copy of the environments writes into its own rows. What others have put there stays.
