@@ -56,7 +56,7 @@ class RolloutCollector(OnPolicyAlgorithm):
         checked = StepCheck(rollout_buffer.observation_space, env.num_envs)
         checked.observations(self._last_obs)
         engine = self._begin_rollout(env, callback, rollout_buffer)
-        stores_arrays = type(rollout_buffer).add is TensorRolloutBuffer.add
+        stores_arrays = getattr(rollout_buffer.add, "__func__", None) is TensorRolloutBuffer.add
         is_seen = not is_idle(callback)
         # Making tensors takes longer than the policy's forward pass.
         makes_tensors = is_seen or not (stores_arrays and engine.acts_on_arrays)

@@ -16,7 +16,12 @@ KEY = ("name", "peer", "part")
 MIN_ALTERNATIONS = 3
 """Fewer are no result."""
 
-TRIALS: dict[str, int | None] = {"trial, 1 thread": 1, "trial, default threads": None}
+TRIALS: dict[str, int | None] = {
+    "trial, 1 thread": 1,
+    "trial, default threads": None,
+    "second trial, 1 thread": 1,
+    "second trial, default threads": None,
+}
 """Trials that choose a peer's number of threads: part -> threads, None for the default."""
 
 _SPLIT = ("environment", "policy", "update", "other")
@@ -238,7 +243,7 @@ def best_threads(results: Results, row: SpeedRow, peer: str) -> int | None:
     :param results: all results
     :param row: the row
     :param peer: key of PEERS
-    :return: that of the faster trial; None: the default
+    :return: that of the fastest trial; None: the default
     :raises LookupError: where no trial succeeded
     """
     found = {part: run for part in TRIALS if (run := results.find(wanted(row, peer, part)))}

@@ -177,7 +177,8 @@ class Engine(Protocol):
         """
         Sample one action for each environment.
 
-        :param observations: Arrays or tensors, shape ``(n_envs, *obs_shape)``, or a dict of such.
+        :param observations: Arrays where :attr:`acts_on_arrays`, else tensors on the policy's device, shape
+            ``(n_envs, *obs_shape)``, or a dict of such.
         :param with_dist_params: Whether the distribution's parameters are wanted.
         :return: What the rollout stores.
         """

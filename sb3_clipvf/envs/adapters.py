@@ -35,8 +35,8 @@ def as_vec_env(
     :param clip_rewards: Give the algorithm the sign of each reward. Returns in ``info["episode"]`` stay the true ones.
     :param monitor_path: File to which the return, length and time of each episode are written, in the format of SB3's
         ``Monitor``; ``.monitor.csv`` is appended where the name lacks it. None: no file.
-    :param spares: For an EnvPool, whose environments then are two a row: while one plays, the other waits reset, so
-        that no step waits for a reset. Faster where episodes are short and resets slow.
+    :param spares: For an EnvPool, whose environments then are two a row: while one plays, the other waits, already
+        reset. So resets run beside the next step of all rows, instead of in a step of their own.
     :return: The environment with SB3's interface. ``.env`` is what was given.
     :raises TypeError: If ``env`` is something else.
     :raises ValueError: If it runs in a way that has no exact counterpart in SB3; the message says what to change.

@@ -63,7 +63,7 @@ class FastDummyVecEnv(DummyVecEnv):
             done = dones[index] = terminated or truncated
             info["TimeLimit.truncated"] = truncated and not terminated
             if done:
-                if info["TimeLimit.truncated"] and obs is not None:  # others are never read
+                if info["TimeLimit.truncated"] and obs is not None:  # its value will be asked for
                     check_one(self.observation_space, obs, index)
                 info["terminal_observation"] = obs
                 obs, self.reset_infos[index] = env.reset()

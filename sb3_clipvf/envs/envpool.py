@@ -110,11 +110,6 @@ class SparedEnvPoolVecEnv(EnvPoolVecEnv):
 
     def __init__(self, env: Any, **kwargs: Any) -> None:
         super().__init__(env, **kwargs)
-        if self._has_lives:
-            raise ValueError(
-                "`spares` must be False for a pool with `episodic_life`, got True: after a lost life the row goes on "
-                "in the same game. Leave one of them away."
-            )
         self._playing = np.arange(self.num_envs, dtype=np.int32)
         self._waiting = self._playing + self.num_envs
         self._first_obs: Any = None
@@ -123,6 +118,11 @@ class SparedEnvPoolVecEnv(EnvPoolVecEnv):
         self._not_reset = np.empty(0, dtype=np.int64)
 
     def _n_rows(self, config: dict[str, Any]) -> int:
+        if self._has_lives:
+            raise ValueError(
+                "`spares` must be False for a pool with `episodic_life`, got True: after a lost life the row goes on "
+                "in the same game. Leave one of them away."
+            )
         if config["num_envs"] % 2:
             raise ValueError(
                 f"`num_envs` must be even with `spares`, got {config['num_envs']}: half of them play. Make the pool "
