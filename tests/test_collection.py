@@ -11,9 +11,9 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
-from sb3_clipvf import ClipPPO
+from sb3_clipvf import ClipPPO, collection
 from sb3_clipvf.collection import bootstrap_truncated, copy_of, is_idle, to_env
-from sb3_clipvf.engines import AutogradEngine
+from sb3_clipvf.engines import Acted, AutogradEngine
 from sb3_clipvf.policies import SquashedActorCriticPolicy
 from sb3_clipvf.rollout import TensorRolloutBuffer
 
@@ -174,7 +174,8 @@ class Watcher(BaseCallback):
     def _on_step(self) -> bool:
         tensors = [self.locals[name] for name in ("obs_tensor", "values", "log_probs")]
         assert all(isinstance(tensor, th.Tensor) for tensor in tensors)
-        assert [tensor.shape for tensor in tensors] == [(2, 3), (2, 1), (2,)]
+        width = self.training_env.observation_space.shape[0]
+        assert [tensor.shape for tensor in tensors] == [(2, width), (2, 1), (2,)]
         return True
 
 
@@ -192,6 +193,27 @@ def test_who_looks_on_changes_nothing(engine: str) -> None:
         weights.append(th.nn.utils.parameters_to_vector(model.policy.parameters()))
     for other in weights[1:]:
         th.testing.assert_close(other, weights[0], rtol=0, atol=0)
+
+
+def test_the_native_engine_makes_no_tensors_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    to_tensor, as_tensors = collection.to_tensor, Acted.as_tensors
+    monkeypatch.setattr(collection, "to_tensor", lambda *args: (made.append("observations"), to_tensor(*args))[1])
+    monkeypatch.setattr(Acted, "as_tensors", lambda self: (made.append("acted"), as_tensors(self))[1])
+    model = ClipPPO("MlpPolicy", make_vec_env("CartPole-v1", n_envs=2), n_steps=8, batch_size=16, device="cpu")
+    model.learn(32)
+    assert made == ["observations"] * 2  # of which a rollout's last values are computed
+    model.learn(16, callback=Watcher())
+    assert made.count("acted") == 8
+
+
+def test_an_add_that_someone_has_put_in_place_takes_what_sb3_gives() -> None:
+    model = ClipPPO("MlpPolicy", make_vec_env("Pendulum-v1", n_envs=2), n_steps=8, batch_size=16, device="cpu")
+    given, add = [], model.rollout_buffer.add
+    model.rollout_buffer.add = lambda *args, **kwargs: (given.append(args), add(*args, **kwargs))[1]
+    model.learn(16)
+    assert [len(args) for args in given] == [6] * 8
+    assert all(isinstance(part, th.Tensor) for args in given for part in args[4:])
 
 
 def test_only_what_sb3_puts_in_the_place_of_none_is_idle() -> None:

@@ -1,6 +1,7 @@
 """The adapters over EnvPool and ale-py: every transition is one of the pool's own, and rows that reset are none."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -293,6 +294,10 @@ class TestSpares:
         seeded = venv.reset()
         np.testing.assert_array_equal(seeded, plain.reset())
         first = adapted_stream(venv, 60, lean)
+        # Spares have the seeds behind those of the rows, as in a pool that was made with this one.
+        made = as_vec_env(make(seed=9), spares=True)
+        made.reset()
+        assert_same_streams(adapted_stream(made, 60, lean), first, n_ends=3)
         for _ in range(2):
             venv.seed(9)
             np.testing.assert_array_equal(venv.reset(), seeded)
@@ -323,6 +328,48 @@ class TestSpares:
             ] * 2
         assert [info["episode"]["l"] for info in infos] == [3, 3]
 
+    def test_infos_are_those_of_the_environment_that_plays(self, make: Callable[..., Any]) -> None:
+        """Rows end at different steps, so that resets of some stand before the steps of all in what the pool gives."""
+        falls = np.ones((6, 3))
+        pool = make("Hopper-v5")
+        # Of each environment its episodes, each beginning with what its reset tells.
+        native = [[[position]] for position in pool.reset()[1]["x_position"].tolist()]
+        over = np.zeros(6, bool)
+        for _ in range(200):
+            _, _, terminated, truncated, infos = pool.step(falls)
+            for index, position in enumerate(infos["x_position"].tolist()):
+                if over[index]:
+                    native[index].append([])
+                native[index][-1].append(position)
+            over = terminated | truncated
+        venv = as_vec_env(make("Hopper-v5"), spares=True)
+        venv.reset()
+        rows = [[[info["x_position"]]] for info in venv.reset_infos]
+        for _ in range(200):
+            _, _, dones, infos = venv.step(falls[:3])
+            for row, done, info, reset_info in zip(rows, dones, infos, venv.reset_infos, strict=True):
+                row[-1].append(info["x_position"])
+                if done:
+                    row.append([reset_info["x_position"]])
+        assert len({len(row[0]) for row in rows}) > 1
+        for index, row in enumerate(rows):
+            assert len(row) > 3
+            for number, episode in enumerate(row):
+                assert episode == native[index + 3 * (number % 2)][number // 2][: len(episode)]
+
+    def test_true_returns_of_clipped_rewards(self, make: Callable[..., Any]) -> None:
+        settings = {"num_envs": 4, "episodic_life": False, "reward_clip": True, "max_episode_steps": 90}
+        venv = as_vec_env(make("MsPacman-v5", **settings), spares=True)
+        venv.reset()
+        for _ in range(2):
+            returns = np.zeros(2)
+            for _ in range(90):
+                _, _, dones, infos = venv.step(np.array([2, 3]))
+                returns += [info["reward"] for info in infos]
+            assert dones.all()
+            assert (returns >= 10).all()
+            assert [info["episode"]["r"] for info in infos] == returns.tolist()
+
     def test_pictures_are_of_the_environments_that_play(self, make: Callable[..., Any]) -> None:
         venv = as_vec_env(make(num_envs=4, max_episode_steps=2, render_mode="rgb_array"), spares=True)
         asked = []
@@ -339,11 +386,12 @@ class TestSpares:
         model.learn(256)
         assert [episode["l"] for episode in model.ep_info_buffer] == [20] * 12
 
-    def test_refusals(self, make: Callable[..., Any]) -> None:
+    def test_refusals(self, make: Callable[..., Any], tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="`num_envs` must be even with `spares`, got 3"):
             as_vec_env(make(num_envs=3), spares=True)
         with pytest.raises(ValueError, match="`spares` must be False for a pool with `episodic_life`"):
-            as_vec_env(make("Breakout-v5", episodic_life=True), spares=True)
+            as_vec_env(make("Breakout-v5", episodic_life=True), spares=True, monitor_path=tmp_path / "kept")
+        assert not list(tmp_path.iterdir())
         with pytest.raises(ValueError, match="`spares` must be False for CartPoleVectorEnv"):
             as_vec_env(gym.make_vec("CartPole-v1", num_envs=2), spares=True)
 
