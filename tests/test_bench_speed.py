@@ -536,14 +536,14 @@ def test_processes_are_told_their_threads_and_sizes(in_folder: Path, monkeypatch
     assert main(["--rows", "fast", "--alternations", "1"]) == 0
     made = tasks()
     assert [(task["peer"], task["threads"]) for task in made] == [
-        *((peer, threads) for peer in PEERS for threads in ("1", None)),
+        *((peer, threads) for peer in PEERS for threads in ("1", None, "1", None)),
         *((peer, "1") for peer in PEERS),
         ("bound_clipppo", None),
     ]
-    assert [task["row"]["iterations"] for task in made] == [2] * 6 + [8] * 4
-    assert [task["one_core"] for task in made] == [False] * 4 + [True, False] + [False] * 2 + [True, False]
+    assert [task["row"]["iterations"] for task in made] == [2] * 12 + [8] * 4
+    assert [task["one_core"] for task in made] == [False] * 8 + [True, False] * 2 + [False] * 2 + [True, False]
     # Only ClipPPO's first trial compiles anew.
-    assert [task["cache"] for task in made] == [True] + [False] * 9
+    assert [task["cache"] for task in made] == [True] + [False] * 15
     assert not any(task["profile"] for task in made)
 
 
@@ -558,10 +558,10 @@ def test_finished_alternations_are_skipped_until_asked_or_changed(
     assert main(["--rows", "fast", "--alternations", "4"]) == 0
     assert order() == ["fast bound_clipppo 4", "fast sb3 4", "fast clipppo 4"]
     assert main(["--rows", "fast", "--alternations", "1", "--rerun"]) == 0
-    assert len(order()) == 4 + 3
+    assert len(order()) == 8 + 3
     monkeypatch.setattr(speed, "ROWS", (replace(FAST, iterations=9), SLOW))
     assert main(["--rows", "fast", "--alternations", "1"]) == 0
-    assert len(order()) == 4 + 3
+    assert len(order()) == 8 + 3
 
 
 def test_alternation_that_lacks_a_peer_is_measured_as_a_whole(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -574,7 +574,8 @@ def test_alternation_that_lacks_a_peer_is_measured_as_a_whole(in_folder: Path, m
     assert order() == ["fast bound_clipppo 2", "fast sb3 2", "fast clipppo 2"]
     installed(monkeypatch, lambda name: True)
     assert main(["--rows", "fast", "--alternations", "1"]) == 0
-    assert order() == [f"fast {text}" for text in ("sbx 0", "sbx 0", "clipppo 1", "sb3 1", "sbx 1", "bound_clipppo 1")]
+    whole = ("clipppo 1", "sb3 1", "sbx 1", "bound_clipppo 1")
+    assert order() == [f"fast {text}" for text in (*["sbx 0"] * 4, *whole)]
 
 
 @pytest.mark.parametrize(
@@ -596,7 +597,7 @@ def test_results_of_another_machine_or_version_are_measured_again(
     Path("docs/results/speed.json").write_text(json.dumps({"format": 1, "runs": runs}))
     tasks()
     assert main(["--rows", "fast", "--alternations", "1"]) == 0
-    assert len(order()) == (7 if stale else 0)
+    assert len(order()) == (8 + 3 if stale else 0)
 
 
 def test_failed_process_is_told_not_kept_and_does_not_stop_the_others(
@@ -714,7 +715,7 @@ def test_quick_writes_beside_the_results(in_folder: Path) -> None:
     Path("docs/results").mkdir(parents=True)
     Path("docs/results/speed.json").write_bytes(Path("logs/bench/quick.json").read_bytes())
     assert main(["--rows", "fast", "--alternations", "1"]) == 0
-    assert len(order()) == 7
+    assert len(order()) == 8 + 3
 
 
 def test_list_tells_what_is_done_and_runs_nothing(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
