@@ -27,8 +27,9 @@ from sb3_clipvf.bench.speed_table import KEY, TRIALS, Spread, best_threads, rati
 from sb3_clipvf.engines import ENGINE_NAMES, threads
 from sb3_clipvf.envs import FastDummyVecEnv, FastVecNormalize
 
-FAST = SpeedRow("fast", "a fast one", 2, "CartPole-v1", 4, 8, {"n_steps": 16})
-SLOW = SpeedRow("slow", "a slow one", 2, "CartPole-v1", 4, 8, {"n_steps": 16}, env="vector")
+# Of a policy that the native engine does not run, so that ClipPPO's number of threads is tried.
+FAST = SpeedRow("fast", "a fast one", 2, "CartPole-v1", 4, 8, {"n_steps": 16}, policy="CnnPolicy")
+SLOW = SpeedRow("slow", "a slow one", 2, "CartPole-v1", 4, 8, {"n_steps": 16}, policy="CnnPolicy", env="vector")
 
 # A measured process of a moment: it notes its task, and runs twice as fast for ClipPPO, faster on one thread.
 CHILD = """
@@ -545,6 +546,23 @@ def test_processes_are_told_their_threads_and_sizes(in_folder: Path, monkeypatch
     # Only ClipPPO's first trial compiles anew.
     assert [task["cache"] for task in made] == [True] + [False] * 15
     assert not any(task["profile"] for task in made)
+
+
+@pytest.mark.parametrize("compile_anew", [False, True])
+def test_the_native_engine_chooses_its_threads_itself(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, compile_anew: bool
+) -> None:
+    monkeypatch.setattr(speed, "ROWS", (replace(FAST, policy="MlpPolicy", compile_anew=compile_anew), SLOW))
+    assert main(["--rows", "fast", "--alternations", "1"]) == 0
+    made = [(task["peer"], task["threads"], task["seed"], task["cache"]) for task in tasks()]
+    # What compiling takes is measured by the one trial that it makes.
+    assert made == [
+        *([("clipppo", None, 0, True)] if compile_anew else []),
+        *(("sb3", threads, 0, False) for threads in ("1", None, "1", None)),
+        ("clipppo", None, 1, False),
+        ("sb3", "1", 1, False),
+        ("bound_clipppo", None, 1, False),
+    ]
 
 
 def test_finished_alternations_are_skipped_until_asked_or_changed(

@@ -23,7 +23,7 @@ import psutil
 
 from sb3_clipvf.bench.results import Results, check_row_names, machine, sigterm_interrupts, write_text
 from sb3_clipvf.bench.speed_rows import PEERS, ROWS, SpeedRow
-from sb3_clipvf.bench.speed_table import KEY, MIN_ALTERNATIONS, TRIALS, best_threads, render, wanted
+from sb3_clipvf.bench.speed_table import KEY, MIN_ALTERNATIONS, TRIALS, best_threads, render, trials_of, wanted
 from sb3_clipvf.validation import check_int
 
 # Replaced in tests.
@@ -120,7 +120,7 @@ class SpeedBenchmark:
                 self._measure(row, peer, str(number), chosen.get((row.name, peer)))
 
     def _choose_threads(self, row: SpeedRow, peer: str, *, rerun: bool) -> int | None:
-        for part, threads in TRIALS.items():
+        for part, threads in trials_of(row, peer).items():
             if rerun or not self.is_done(row, peer, part):
                 self._measure(row, peer, part, threads)
         return best_threads(self.results, row, peer)
@@ -133,7 +133,7 @@ class SpeedBenchmark:
         # The share of the processor that others take: a measurement beside them is worth less.
         load = psutil.cpu_percent(0.1 if self._quick else 0.5)
         try:
-            if row.compile_anew and peer == "clipppo" and part == next(iter(TRIALS)):
+            if row.compile_anew and peer == "clipppo" and part == next(iter(trials_of(row, peer)), None):
                 with tempfile.TemporaryDirectory() as cache:  # as after an installation
                     result = run_child(task, threads, log_path, {"NUMBA_CACHE_DIR": cache})
             else:

@@ -80,6 +80,15 @@ class SpeedRow:
         """
         return self.env if peer == "clipppo" else self.peer_env
 
+    def is_native(self, peer: str) -> bool:
+        """
+        Tell whether the native engine runs a peer's policy: it chooses its number of threads itself.
+
+        :param peer: key of ``PEERS``
+        :return: whether it does
+        """
+        return peer == "clipppo" and self.policy == "MlpPolicy" and not self.custom_extractor
+
     def warmup_of(self, peer: str) -> int:
         """
         Say how many rollouts and updates of a peer come before those that are measured.
@@ -87,8 +96,7 @@ class SpeedRow:
         :param peer: key of ``PEERS``
         :return: the row's own, or more where the native engine still tries one thread and two
         """
-        is_native = peer == "clipppo" and self.policy == "MlpPolicy" and not self.custom_extractor
-        return max(self.warmup, TRIAL_UPDATES) if is_native else self.warmup
+        return max(self.warmup, TRIAL_UPDATES) if self.is_native(peer) else self.warmup
 
     def measured(self) -> tuple[str, ...]:
         """

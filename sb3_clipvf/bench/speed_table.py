@@ -24,6 +24,9 @@ TRIALS: dict[str, int | None] = {
 }
 """Trials that choose a peer's number of threads: part -> threads, None for the default."""
 
+COLD_TRIAL = "trial, default threads"
+"""The one trial where the native engine chooses: how long compiling takes is measured by it."""
+
 _SPLIT = ("environment", "policy", "update", "other")
 
 
@@ -136,7 +139,8 @@ def render(
         "one in the opposite order. Ratios are taken within an alternation: median (smallest to largest). *reached* "
         "compares the median with the goal. All peers have the same arguments and networks, and none logs; ClipPPO "
         "runs SB3's objective (SB3_EQUIVALENT) on the engine it picks itself. Each peer runs with one thread or with "
-        "its default number, whichever was faster in a short trial before. *update* is the ratio of the update's "
+        "its default number, whichever was faster in short trials before; the native engine has the default number and "
+        "chooses itself. *update* is the ratio of the update's "
         "seconds alone. *bound* is the environments alone under random actions: first ClipPPO's, then SB3's where they "
         "are others.\n\n"
         "Seconds in the second table are medians for 100,000 steps: the environment with its VecEnv wrappers, the "
@@ -236,6 +240,19 @@ def _start_text(results: Results, row: SpeedRow, peer: str, runs: Mapping[int, M
     return f"{text} ({max(cold):.1f})" if cold else text
 
 
+def trials_of(row: SpeedRow, peer: str) -> dict[str, int | None]:
+    """
+    Say which trials a peer makes.
+
+    :param row: the row
+    :param peer: key of PEERS
+    :return: all, where they choose its number of threads
+    """
+    if not row.is_native(peer):
+        return TRIALS
+    return {COLD_TRIAL: None} if row.compile_anew else {}
+
+
 def best_threads(results: Results, row: SpeedRow, peer: str) -> int | None:
     """
     Choose the number of threads by the trials.
@@ -243,9 +260,11 @@ def best_threads(results: Results, row: SpeedRow, peer: str) -> int | None:
     :param results: all results
     :param row: the row
     :param peer: key of PEERS
-    :return: that of the fastest trial; None: the default
+    :return: that of the fastest trial; None: the default, where the native engine chooses itself as well
     :raises LookupError: where no trial succeeded
     """
+    if row.is_native(peer):
+        return None
     found = {part: run for part in TRIALS if (run := results.find(wanted(row, peer, part)))}
     if not found:
         raise LookupError(f"no trial of {row.name}, {peer}")
