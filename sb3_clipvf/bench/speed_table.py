@@ -16,16 +16,16 @@ KEY = ("name", "peer", "part")
 MIN_ALTERNATIONS = 3
 """Fewer are no result."""
 
+COLD_TRIAL = "trial, default threads"
+"""The one trial where the native engine chooses: how long compiling takes is measured by it."""
+
 TRIALS: dict[str, int | None] = {
     "trial, 1 thread": 1,
-    "trial, default threads": None,
+    COLD_TRIAL: None,
     "second trial, 1 thread": 1,
     "second trial, default threads": None,
 }
 """Trials that choose a peer's number of threads: part -> threads, None for the default."""
-
-COLD_TRIAL = "trial, default threads"
-"""The one trial where the native engine chooses: how long compiling takes is measured by it."""
 
 _SPLIT = ("environment", "policy", "update", "other")
 
@@ -246,7 +246,7 @@ def trials_of(row: SpeedRow, peer: str) -> dict[str, int | None]:
 
     :param row: the row
     :param peer: key of PEERS
-    :return: all, where they choose its number of threads
+    :return: all, where they choose its number of threads; where the native engine does, at most :data:`COLD_TRIAL`
     """
     if not row.is_native(peer):
         return TRIALS

@@ -110,10 +110,13 @@ class SparedEnvPoolVecEnv(EnvPoolVecEnv):
 
     def __init__(self, env: Any, **kwargs: Any) -> None:
         super().__init__(env, **kwargs)
-        self._playing = np.arange(self.num_envs, dtype=np.int32)
-        self._waiting = self._playing + self.num_envs
         self._first_obs: Any = None
         self._first_infos: list[dict[str, Any]] = []
+        self._begin_turns()
+
+    def _begin_turns(self) -> None:
+        self._playing = np.arange(self.num_envs, dtype=np.int32)
+        self._waiting = self._playing + self.num_envs
         # Rows whose waiting environment has not reset yet.
         self._not_reset = np.empty(0, dtype=np.int64)
 
@@ -134,9 +137,7 @@ class SparedEnvPoolVecEnv(EnvPoolVecEnv):
         if seeds is not None:
             seeds = seeds + [seed + self.num_envs for seed in seeds]
         obs, infos = super()._begin(seeds, options)
-        self._playing = np.arange(self.num_envs, dtype=np.int32)
-        self._waiting = self._playing + self.num_envs
-        self._not_reset = np.empty(0, dtype=np.int64)
+        self._begin_turns()
         self._first_obs = take_rows(obs, self._waiting)
         self._first_infos = self._rows_of(take_rows(infos, self._waiting), self.num_envs)
         return take_rows(obs, self._playing), take_rows(infos, self._playing)
