@@ -30,7 +30,7 @@ from sb3_clipvf.building import (
     make_rollout_buffer,
     make_update_settings,
 )
-from sb3_clipvf.engines import Engine, UpdateCoefficients, UpdateStatistics, select_engine, why_not_native
+from sb3_clipvf.engines import Engine, UpdateCoefficients, UpdateStatistics, is_surpassed, select_engine
 from sb3_clipvf.guarded_update import guarded_update
 from sb3_clipvf.messages import log, show_messages
 from sb3_clipvf.policies import (
@@ -306,8 +306,7 @@ class ClipPPO(SavedAlgorithm):
         if engine.policy is not self.policy or self.engine != self._engine_reason[0]:
             return False
         # What kept a faster engine from running the policy may be gone.
-        waits = self.engine == "auto" and engine.name == "autograd"
-        if waits and why_not_native(self.policy, self.rollout_buffer) is None:
+        if self.engine == "auto" and is_surpassed(engine, self.rollout_buffer):
             return False
         return engine.fits(self.rollout_buffer)
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -10,6 +11,7 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList, Conve
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_clipvf import ClipPPO, collection
 from sb3_clipvf.collection import bootstrap_truncated, copy_of, is_idle, to_env
@@ -222,3 +224,34 @@ def test_only_what_sb3_puts_in_the_place_of_none_is_idle() -> None:
     assert not is_idle(ConvertCallback(lambda *_: True))
     assert not is_idle(CallbackList([nothing, Watcher()]))
     assert not is_idle(Watcher())
+
+
+class Reusing(DummyVecEnv):
+    """Gives its own arrays at each step, which the next one overwrites."""
+
+    def step_wait(self) -> Any:
+        _, _, _, infos = super().step_wait()
+        return self.buf_obs[None], self.buf_rews, self.buf_dones, infos  # type: ignore[index]
+
+
+class Ends(gym.Env[np.ndarray, np.ndarray]):
+    """Every episode has two steps."""
+
+    observation_space, action_space = OBS, BOX
+
+    def reset(self, **_: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        self.n_steps = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.n_steps += 1
+        return np.full(2, self.n_steps, np.float32), 0.0, self.n_steps == 2, False, {}
+
+
+def test_after_a_callbacks_stop_the_next_rollout_begins_where_it_was() -> None:
+    """Also where environments write the next step into the arrays that they gave."""
+    model = ClipPPO("MlpPolicy", Reusing([Ends]), n_steps=4, batch_size=4, device="cpu")
+    model.learn(4, callback=lambda local, _: local["self"].num_timesteps < 2)
+    model.learn(4, reset_num_timesteps=False)
+    assert model.rollout_buffer.episode_starts.ravel().tolist() == [1, 0, 1, 0]
+    assert model.rollout_buffer.observations[:, 0, 0].tolist() == [0, 1, 0, 1]

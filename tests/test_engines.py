@@ -16,7 +16,8 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
-from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
+from stable_baselines3.common.type_aliases import RolloutBufferSamples
 from torch import distributions as td
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -58,6 +59,11 @@ ACTIONS: dict[str, tuple[spaces.Space[Any], type[ActorCriticPolicy], dict[str, A
         spaces.Discrete(3),
         ActorCriticPolicy,
         {"optimizer_kwargs": {"eps": 1e-4, "betas": (0.8, 0.95), "weight_decay": 0.1}},
+    ),
+    "adam_decoupled": (
+        BOX,
+        ActorCriticPolicy,
+        {"optimizer_kwargs": {"weight_decay": 0.5, "decoupled_weight_decay": True}},
     ),
     "gsde": (BOX, ActorCriticPolicy, {"use_sde": True}),
     "gsde_std_per_latent": (BOX, ActorCriticPolicy, {"use_sde": True, "full_std": False, "log_std_init": -0.5}),
@@ -622,6 +628,37 @@ class Doubled(FlattenExtractor):
         return super().forward(observations) * self.scale
 
 
+class Switching(Doubled):
+    """One whose second parameter is reached by some minibatches only."""
+
+    def __init__(self, observation_space: spaces.Space[Any]) -> None:
+        super().__init__(observation_space)
+        self.other_scale = th.nn.Parameter(th.ones(3))
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        features = super().forward(observations)
+        return features * self.other_scale if observations[0, 0] > 0 else features
+
+
+class Viewing(BaseFeaturesExtractor):
+    """One that takes pictures only as they lie in memory by default."""
+
+    def __init__(self, observation_space: spaces.Box) -> None:
+        super().__init__(observation_space, 3 * 34 * 34)
+        self.layer = th.nn.Conv2d(3, 3, 3)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.layer(observations).view(len(observations), -1)
+
+
+class ForeignBuffer(TensorRolloutBuffer):
+    """One whose minibatches are SB3's, without the old distribution."""
+
+    def get(self, batch_size: int | None = None) -> Any:
+        for batch in super().get(batch_size):
+            yield RolloutBufferSamples(*batch[:6])
+
+
 class OwnEntropy(ActorCriticPolicy):
     def evaluate_actions(self, obs: Any, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         values, log_prob, _ = super().evaluate_actions(obs, actions)
@@ -678,6 +715,54 @@ class TestLean:
             assert policy.unused.grad is None
         for ours, theirs in zip(*(policy.parameters() for policy in policies), strict=True):
             th.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("target_kl", [None, 1.0])
+    def test_parameters_that_some_minibatches_reach_step_as_often(
+        self, target_kl: float | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        kwargs = {"features_extractor_class": Switching, "optimizer_kwargs": {"weight_decay": 0.1}}
+        monkeypatch.setitem(ACTIONS, "custom", (BOX, ActorCriticPolicy, kwargs))
+        results = []
+        for engine_class in (AutogradEngine, LeanAutogradEngine):
+            policy, buffer = make_case("custom")
+            settings = settings_for("custom", n_epochs=4, target_kl=target_kl)
+            np.random.seed(0)
+            statistics = engine_class(policy, settings).update(buffer, COEFFICIENTS).read()
+            steps = [float(state["step"]) for state in policy.optimizer.state.values()]
+            results.append((statistics, steps, policy))
+        assert len(set(results[0][1])) == 2, "all minibatches reach the same parameters"
+        assert results[1][1] == results[0][1]
+        assert results[1][0] == pytest.approx(results[0][0], rel=1e-3, abs=2e-5)
+        assert_same_training(results[1][2], results[0][2])
+        assert not LeanAutogradEngine(results[1][2], SETTINGS).fits(buffer)
+
+    def test_ctrl_c_leaves_the_optimizer_with_the_steps_made(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        policy, buffer = make_case("box")
+        batches = list(buffer.get(8))
+
+        def interrupted(_: int) -> Any:
+            yield from batches[:2]
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(buffer, "get", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            LeanAutogradEngine(policy, settings_for("box")).update(buffer, COEFFICIENTS)
+        assert {float(state["step"]) for state in policy.optimizer.state.values()} == {2.0}
+
+    @pytest.mark.parametrize("engine_class", [AutogradEngine, LeanAutogradEngine])
+    def test_minibatches_without_the_old_distribution_are_refused(self, engine_class: type[Any]) -> None:
+        policy = make_policy("box")
+        buffer = collect(policy, ForeignBuffer(N_STEPS, OBS, BOX, "cpu", n_envs=N_ENVS, dist_param_dim=4), 0.1)
+        with pytest.raises(ValueError, match="must give minibatches with `old_dist_params`, got RolloutBufferSamples"):
+            engine_class(policy, settings_for("box")).update(buffer, COEFFICIENTS)
+
+    def test_pictures_of_extractors_of_the_users_keep_their_layout(self) -> None:
+        space = spaces.Box(0, 255, (3, 36, 36), np.uint8)
+        policy = ActorCriticCnnPolicy(space, BOX, lambda _: 1e-3, features_extractor_class=Viewing)
+        engine = LeanAutogradEngine(policy, SETTINGS)
+        engine.begin_rollout(TensorRolloutBuffer(2, space, BOX, "cpu", n_envs=2))
+        pictures = th.zeros(2, 3, 36, 36, dtype=th.uint8)
+        assert engine.act(pictures, with_dist_params=False).actions.shape == (2, 2)
 
     def test_images(self) -> None:
         """A convolutional policy: its uint8 pictures go through torch."""

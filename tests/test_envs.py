@@ -87,6 +87,18 @@ class ScriptedBatch(VectorEnv[Any, Any, Any]):
         return self.inner.step(actions)
 
 
+class DoubleBatch(ScriptedBatch):
+    """The same with observations of twice the precision, which the space's cannot hold."""
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+        obs, infos = super().reset(seed=seed, options=options)
+        return obs.astype(np.float64) * (1 + 1e-12), infos
+
+    def step(self, actions: Any) -> Any:
+        obs, *rest = super().step(actions)
+        return (obs.astype(np.float64) * (1 + 1e-12), *rest)
+
+
 def scripted(mode: AutoresetMode, cls: Any = SyncVectorEnv, as_dict: bool = False, **kwargs: Any) -> Any:
     return cls([lambda i=i: Scripted(i, as_dict) for i in range(3)], autoreset_mode=mode, **kwargs)
 
@@ -180,6 +192,10 @@ class TestScripted:
         venv.step(np.zeros(3, np.int64))
         with pytest.raises(ValueError, match="must reset only the rows of .*ScriptedBatch that changed others too"):
             venv.step(np.zeros(3, np.int64))
+
+    def test_a_native_class_may_give_another_dtype_than_its_space(self, request: pytest.FixtureRequest) -> None:
+        venv = adapted(request, DoubleBatch())
+        assert_same_stream(venv, DummyVecEnv([lambda i=i: Monitor(Scripted(i)) for i in range(3)]), 30)
 
     @mode_cases
     def test_what_was_given_out_stays(self, request: pytest.FixtureRequest, mode: AutoresetMode) -> None:

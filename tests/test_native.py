@@ -30,9 +30,12 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.distributions import dist_param_dim, dist_params
 from sb3_clipvf.engines import AutogradEngine, UpdateCoefficients, UpdateSettings, why_not_native
+from sb3_clipvf.engines.binding import NotPlainError
+from sb3_clipvf.engines.kernels import entry
 from sb3_clipvf.engines.kernels.elementwise import exp32, tanh32
 from sb3_clipvf.engines.lean import LeanAutogradEngine
 from sb3_clipvf.engines.native import NativeEngine
+from sb3_clipvf.nonfinite import BadMinibatchError
 from sb3_clipvf.rollout import TensorRolloutBuffer, gae
 
 OBS = spaces.Box(-2.0, 2.0, (3,), np.float32)
@@ -134,6 +137,15 @@ def own_log_std(shape: tuple[int, ...]) -> Callable[[ActorCriticPolicy], None]:
     return change
 
 
+class Residual(th.nn.Sequential):
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return super().forward(observations) + 1.0
+
+
+def own_network(policy: ActorCriticPolicy) -> None:
+    policy.mlp_extractor.policy_net = Residual(*policy.mlp_extractor.policy_net)
+
+
 GSDE = {"use_sde": True}
 REFUSED: dict[str, tuple[dict[str, Any], Callable[[Any], object], str]] = {
     "gsde squashed": ({**GSDE, "squash_output": True}, hook, "it squashes its actions"),
@@ -158,6 +170,12 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[Any], object], str]] = {
         lambda p: p.mlp_extractor.policy_net.__setitem__(1, th.nn.ELU(alpha=0.5)),
         r"its activation is ELU\(alpha=0.5\)",
     ),
+    "elu later": (
+        {"activation_fn": th.nn.ELU},
+        lambda p: setattr(p.mlp_extractor.policy_net[1], "alpha", 0.5),
+        r"its activation is ELU",
+    ),
+    "network": ({}, own_network, r"its network is a Residual, not torch\.nn\.Sequential"),
     "optimizer": ({"optimizer_class": th.optim.SGD}, hook, "its optimizer is SGD, not Adam or AdamW"),
     "amsgrad": ({"optimizer_kwargs": {"amsgrad": True}}, hook, "its optimizer runs with amsgrad"),
     "maximize": ({"optimizer_kwargs": {"maximize": True}}, hook, "its optimizer runs with maximize"),
@@ -177,6 +195,12 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[Any], object], str]] = {
     "double": ({}, lambda p: p.double(), "not contiguous float32"),
     "frozen": ({}, lambda p: p.log_std.requires_grad_(False), "some of its parameters are frozen"),
     "method": ({}, lambda p: setattr(p, "forward", p.forward), r"its forward\(\) was replaced"),
+    "layer's method": (
+        {},
+        lambda p: setattr(p.action_net, "forward", p.action_net.forward),
+        r"the forward\(\) of a Linear was replaced",
+    ),
+    "parameter hook": ({}, lambda p: p.action_net.weight.register_hook(hook), "it has hooks"),
     "hook": ({}, lambda p: p.action_net.register_forward_hook(hook), "it has hooks"),
     "optimizer hook": ({}, lambda p: p.optimizer.register_step_pre_hook(hook), "its optimizer has hooks"),
     "mixed": ({}, other_activation, "actor and critic have different activations"),
@@ -217,6 +241,13 @@ class TestLeftToAutograd:
     def test_buffer(self) -> None:
         other = OtherBuffer(8, OBS, BOX, "cpu", n_envs=4, dist_param_dim=4)
         assert_matches("its rollout buffer is OtherBuffer", why_not_native(make_policy(), other))
+
+    def test_a_buffer_that_was_replaced_later(self) -> None:
+        policy = make_policy()
+        engine = NativeEngine(policy, SETTINGS)
+        for _ in range(2):
+            assert engine.fits(make_buffer(policy))
+            assert not engine.fits(OtherBuffer(8, OBS, BOX, "cpu", n_envs=4, dist_param_dim=4))
 
     @pytest.mark.parametrize("actions", ACTIONS)
     def test_plain_policies_are_run(self, actions: str) -> None:
@@ -280,6 +311,14 @@ def test_advantages_have_the_same_bits(gamma: float, gae_lambda: float) -> None:
 
 
 # ------------------------------------------------------------------ rollouts
+
+
+def test_advantages_of_a_class_of_its_own_are_left_to_it() -> None:
+    buffer = make_buffer(make_policy())
+    own = partial(gae)
+    buffer.gae_fn = own
+    NativeEngine(make_policy(), SETTINGS).begin_rollout(buffer)
+    assert buffer.gae_fn is own
 
 
 class TestActing:
@@ -391,6 +430,19 @@ class TestActing:
         th.testing.assert_close(acted[1], expected, rtol=1e-5, atol=1e-6)
         assert acted[3] is None
 
+    @pytest.mark.parametrize(
+        ("tensor", "reason"),
+        [(th.zeros(2, 8, dtype=th.float64), "not contiguous float32"), (th.zeros(8, 2).T, "not contiguous float32")],
+        ids=["float64", "transposed"],
+    )
+    def test_tensors_that_kernels_cannot_read_are_refused(self, tensor: th.Tensor, reason: str) -> None:
+        policy = make_policy()
+        engine = NativeEngine(policy, SETTINGS)
+        engine.begin_rollout(make_buffer(policy))
+        policy.action_net.weight.data = tensor
+        with pytest.raises(NotPlainError, match=reason):
+            engine.act(th.ones(4, 3), with_dist_params=False)
+
 
 GSDE_POLICIES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -474,7 +526,7 @@ class TestUpdate:
             policy = make_policy(actions, net_arch={"pi": [16, 8], "vf": [8]})
             buffer = filled(policy)
             engine = NativeEngine(policy, SETTINGS)
-            engine._threads._chosen = n_threads
+            engine._threads.next = lambda n_threads=n_threads: n_threads  # type: ignore[method-assign]
             np.random.seed(0)
             for _ in range(5):
                 statistics = engine.update(buffer, COEFFICIENTS).read()
@@ -491,7 +543,7 @@ class TestUpdate:
             buffer = filled(policy)
             engine = engine_class(policy, dataclasses.replace(SETTINGS, target_kl=1e-5, n_epochs=20))
             if isinstance(engine, NativeEngine):
-                engine._threads._chosen = n_threads
+                engine._threads.next = lambda n_threads=n_threads: n_threads  # type: ignore[method-assign]
             np.random.seed(0)
             statistics = engine.update(buffer, COEFFICIENTS)
             assert statistics.stopped_at_kl is not None
@@ -547,6 +599,70 @@ class TestUpdate:
         for ours, theirs in zip(*(policy.parameters() for policy in policies), strict=True):
             th.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
         assert policies[1].optimizer.state_dict()["state"][0]["step"] == 12
+
+    def test_an_optimizers_state_that_was_emptied_starts_anew(self) -> None:
+        """As set_parameters does with what get_parameters gave before the first update."""
+        policies = [make_policy() for _ in range(2)]
+        buffer = filled(policies[0])
+        for policy, engine_class in zip(policies, (AutogradEngine, NativeEngine), strict=True):
+            engine = engine_class(policy, SETTINGS)
+            for _ in range(2):
+                policy.optimizer.state.clear()
+                np.random.seed(0)
+                assert engine.fits(buffer)
+                engine.update(buffer, COEFFICIENTS)
+        for ours, theirs in zip(*(policy.parameters() for policy in policies), strict=True):
+            th.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert policies[1].optimizer.state_dict()["state"][0]["step"] == 6
+
+    @pytest.mark.parametrize("engine_class", [NativeEngine, LeanAutogradEngine])
+    @pytest.mark.parametrize(("actions", "stored"), [("discrete", 3), ("discrete", -1), ("multi_discrete", 2)])
+    def test_actions_that_the_policy_does_not_have_are_refused(
+        self, engine_class: type[Any], actions: str, stored: int
+    ) -> None:
+        """Kernels would read and write beyond the row."""
+        policy = make_policy(actions)
+        buffer = filled(policy)
+        buffer.actions[3, 1, 0] = stored
+        before = copy.deepcopy(policy.state_dict())
+        settings = dataclasses.replace(SETTINGS, batch_size=32)
+        with pytest.raises(ValueError, match=r"`rollout_buffer.actions` must count from 0 to below .* got \["):
+            engine_class(policy, settings).update(buffer, COEFFICIENTS)
+        assert all(th.equal(tensor, before[name]) for name, tensor in policy.state_dict().items())
+
+    def test_an_update_that_was_refused_draws_as_many_permutations_as_the_reference(self) -> None:
+        draws = []
+        for engine_class in (AutogradEngine, LeanAutogradEngine, NativeEngine):
+            policy = make_policy()
+            buffer = filled(policy)
+            buffer.returns[:] = np.nan
+            np.random.seed(0)
+            with pytest.raises(BadMinibatchError):
+                engine_class(policy, SETTINGS).update(buffer, COEFFICIENTS)
+            draws.append(np.random.random())
+        assert draws[1:] == draws[:1] * 2
+
+    def test_ctrl_c_before_its_own_part_frees_the_second_thread(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It would wait at the barrier for ever, and so would the end of the process."""
+        policy = make_policy()
+        buffer = filled(policy)
+        engine = NativeEngine(policy, SETTINGS)
+        engine._threads.next = lambda: 2  # type: ignore[method-assign]
+        run_update = entry.run_update
+
+        def interrupted(rank: int, *arguments: Any) -> Any:
+            if rank == 0:
+                raise KeyboardInterrupt
+            return run_update(rank, *arguments)
+
+        before = copy.deepcopy(policy.state_dict())
+        monkeypatch.setattr(entry, "run_update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.update(buffer, COEFFICIENTS)
+        assert all(th.equal(tensor, before[name]) for name, tensor in policy.state_dict().items())
+        monkeypatch.undo()
+        engine._threads.next = lambda: 2  # type: ignore[method-assign]
+        assert engine.update(buffer, COEFFICIENTS).n_epochs == 3
 
     def test_updates_in_several_threads_of_one_process(self) -> None:
         """Each its own policy; they share numba's kernels and BLAS."""
@@ -606,6 +722,28 @@ class TestTraining:
             model.learn(128, callback=Change(freeze))
         assert "'autograd': the native engine does not run the policy: some of its parameters are frozen" in caplog.text
         assert model._n_updates == 4
+
+    def test_frozen_tensors_replaced_in_a_rollout_go_on_with_autograd(self) -> None:
+        def replace(model: ClipPPO) -> None:
+            bias = model.policy.action_net.bias
+            bias.requires_grad_(False)
+            bias.data = th.tensor([1e4, -1e4])
+
+        model = make_model()
+        model.learn(128, callback=Change(replace))
+        assert (model.rollout_buffer.actions[17:] == 0).all()
+        assert model._engine is not None
+        assert model._engine.name == "autograd"
+        assert model.policy.action_net.bias.tolist() == [1e4, -1e4]
+
+    def test_compiled_losses_come_back_when_nothing_keeps_them(self) -> None:
+        model = make_model(policy_kwargs={"features_extractor_class": OtherExtractor})
+        handle = model.policy.optimizer.register_step_pre_hook(hook)
+        model.learn(64)
+        assert type(model._engine) is AutogradEngine
+        handle.remove()
+        model.learn(64)
+        assert type(model._engine) is LeanAutogradEngine
 
     def test_and_comes_back_when_it_is_plain_again(self) -> None:
         def freeze(model: ClipPPO) -> None:
@@ -693,6 +831,21 @@ class TestTraining:
         model.learn(192, callback=Spy())
         assert all(mode == {False} for mode in modes)
         assert {module.training for module in model.policy.modules()} == {True}
+
+    def test_so_do_modules_that_came_later(self) -> None:
+        modes: list[bool] = []
+
+        class Spy(BaseCallback):
+            def _on_step(self) -> bool:
+                modes.append(dropout.training)
+                return True
+
+        model = make_model()
+        model.learn(64)
+        dropout = th.nn.Dropout()
+        model.policy.mlp_extractor.policy_net.append(dropout)
+        model.learn(64, callback=Spy(), reset_num_timesteps=False)
+        assert set(modes) == {False}
 
     @pytest.mark.parametrize("engines", [("native", "autograd"), ("autograd", "native")])
     def test_saved_on_one_engine_and_loaded_on_the_other(self, engines: tuple[str, str], tmp_path: Path) -> None:

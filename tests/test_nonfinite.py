@@ -101,7 +101,7 @@ def engine_for(name: str, policy: Any, buffer: Any, **changes: Any) -> Any:
     if name == "gpu":
         engine._may_read = lambda: False  # type: ignore[attr-defined,union-attr]
     if name == "two_threads":
-        engine._threads._chosen = 2  # type: ignore[attr-defined,union-attr]
+        engine._threads.next = lambda: 2  # type: ignore[attr-defined,union-attr]
     return engine
 
 

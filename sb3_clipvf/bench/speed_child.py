@@ -7,11 +7,11 @@ The task is a JSON object: ``row`` (a SpeedRow's fields), ``peer`` (a key of PEE
 
 from __future__ import annotations
 
+import contextlib
 import cProfile
 import itertools
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -93,13 +93,18 @@ def peak_megabytes() -> float:
     :return: MB (10^6 bytes) of resident memory. Linux counts in ``ru_maxrss`` what the process was started from, too,
         so that its own file of facts is read first.
     """
-    try:
+    with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024 / 1e6
-    except OSError:
-        pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 1e6
+    import resource  # Windows has none
+
+    # Linux gives KiB, macOS bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
 def measure_peer(row: SpeedRow, peer: str, seed: int, *, profile: bool = False) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch as th
 from torch import nn
+
+from sb3_clipvf.engines.threads import usable_cores
 
 SECONDS = 0.5
 """For how long the products of a minibatch are repeated, for each number of threads."""
@@ -28,7 +29,7 @@ def products_seconds(model: Any) -> float:
     products = layer_products(model)
     threads = th.get_num_threads()
     try:
-        fastest = min(_seconds(products, count) for count in {1, len(os.sched_getaffinity(0))})
+        fastest = min(_seconds(products, count) for count in {1, usable_cores()})
     finally:
         th.set_num_threads(threads)
     n_minibatches = math.ceil(model.n_steps * model.n_envs / model.batch_size) * model.n_epochs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -249,7 +250,9 @@ def trials_of(row: SpeedRow, peer: str) -> dict[str, int | None]:
     :return: all, where they choose its number of threads; where the native engine does, at most :data:`COLD_TRIAL`
     """
     if not row.is_native(peer):
-        return TRIALS
+        # JAX takes no number of threads: for one, its process stays on one core, where the system can see to that.
+        may_choose = peer != "sbx" or hasattr(os, "sched_setaffinity")
+        return {part: threads for part, threads in TRIALS.items() if threads is None or may_choose}
     return {COLD_TRIAL: None} if row.compile_anew else {}
 
 

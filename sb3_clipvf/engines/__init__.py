@@ -31,6 +31,7 @@ __all__ = [
     "UpdateSettings",
     "UpdateStatistics",
     "check_engine_name",
+    "is_surpassed",
     "select_engine",
     "why_not_native",
 ]
@@ -112,14 +113,39 @@ def select_engine(name: str, policy: ActorCriticPolicy, settings: UpdateSettings
     return engine, f"the native engine does not run the policy: {reason}; {around}"
 
 
+def is_surpassed(engine: Engine, buffer: Any) -> bool:
+    """
+    Tell whether a faster engine than one of autograd's would run its policy, since what kept it from that is gone.
+
+    :param engine: Any.
+    :param buffer: The rollout buffer.
+    :return: Whether ``"auto"`` would choose another one now.
+    """
+    if engine.name != "autograd":
+        return False
+    if why_not_native(engine.policy, buffer) is None:
+        return True
+    return type(engine) is AutogradEngine and _why_not_compiled(engine.policy) is None
+
+
+def _why_not_compiled(policy: ActorCriticPolicy) -> str | None:
+    """What keeps kernels from computing a policy's losses and steps: half a sentence, or None."""
+    if any(find_spec(package) is None for package in _PACKAGES):
+        return ""
+    from sb3_clipvf.engines.lean import check_around_networks
+
+    try:
+        check_around_networks(policy)
+    except NotPlainError as reason:
+        return f": {reason}"
+    return None
+
+
 def _autograd_engine(policy: ActorCriticPolicy, settings: UpdateSettings) -> tuple[Engine, str]:
     """The autograd engine with compiled losses and steps where they fit the policy, else as it is."""
-    if all(find_spec(package) is not None for package in _PACKAGES):
-        from sb3_clipvf.engines.lean import LeanAutogradEngine, check_around_networks
+    reason = _why_not_compiled(policy)
+    if reason is not None:
+        return AutogradEngine(policy, settings), f"nor are its losses compiled{reason}"
+    from sb3_clipvf.engines.lean import LeanAutogradEngine
 
-        try:
-            check_around_networks(policy)
-            return LeanAutogradEngine(policy, settings), "its losses and its optimizer are compiled"
-        except NotPlainError as reason:
-            return AutogradEngine(policy, settings), f"nor are its losses compiled: {reason}"
-    return AutogradEngine(policy, settings), "nor are its losses compiled"
+    return LeanAutogradEngine(policy, settings), "its losses and its optimizer are compiled"

@@ -51,6 +51,23 @@ def unvalidated_distributions() -> Iterator[None]:
                 th.distributions.Distribution.set_default_validate_args(_validated_before)
 
 
+def old_dist_params(batch: Any) -> th.Tensor:
+    """
+    Find the parameters of the rollout's action distribution in a minibatch.
+
+    :param batch: From the rollout buffer.
+    :return: Shape ``(n, k)``.
+    :raises ValueError: If it has none, though its buffer's class stores them.
+    """
+    params = getattr(batch, "old_dist_params", None)  # SB3's own minibatches have none
+    if params is None:
+        raise ValueError(
+            f"`rollout_buffer_class` must give minibatches with `old_dist_params`, got {type(batch).__name__} without. "
+            "Let its get() yield sb3_clipvf.rollout.MiniBatch, or set its `dist_param_dim` to 0."
+        )
+    return cast(th.Tensor, params)
+
+
 class AutogradEngine:
     """
     Acts by a policy's own forward pass, and updates it by minibatch gradient steps.
@@ -271,9 +288,7 @@ class AutogradEngine:
     def _exact_kl(self, batch: MiniBatch, stale: object) -> th.Tensor:
         """Mean KL(pi_old || pi) of a batch that the policy has just evaluated."""
         dist = refreshed_dist(self.policy, batch.observations, stale)
-        # ClipPPO asks for the KL only of buffers that store these.
-        old_dist_params = cast(th.Tensor, batch.old_dist_params)
-        return kl_from_params(dist, old_dist_params).mean()
+        return kl_from_params(dist, old_dist_params(batch)).mean()
 
     def _kl_after(self, buffer: Any) -> th.Tensor:
         """Mean exact KL(pi_old || pi) over the whole rollout, under the parameters as they are now."""

@@ -1,4 +1,4 @@
-"""The native engine's view of a policy: which tensors it consists of, and whether they can be worked on in place."""
+"""What kernels are told of a policy: its tensors, and whether these and its optimizer can be worked on in place."""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -49,6 +49,8 @@ _ACTIVATIONS: dict[type[nn.Module], dict[str, float]] = {
     nn.LeakyReLU: {"negative_slope": 0.01},
     nn.SiLU: {},
 }
+# What activations of one type may differ by.
+_CONSTANTS = sorted({name for constants in _ACTIVATIONS.values() for name in constants})
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,9 @@ def _check_class(policy: ActorCriticPolicy) -> None:
         raise NotPlainError(f"its {changed[0]}() was replaced")
     if any(getattr(module, hooks) for module in policy.modules() for hooks in _HOOKS):
         raise NotPlainError("it has hooks")
+    replaced = [type(module).__name__ for module in policy.modules() if "forward" in vars(module)]
+    if replaced:
+        raise NotPlainError(f"the forward() of a {replaced[0]} was replaced")
 
 
 def _check_observations(policy: ActorCriticPolicy) -> None:
@@ -152,6 +157,8 @@ def _check_observations(policy: ActorCriticPolicy) -> None:
 
 
 def _hidden_layers(network: nn.Module) -> tuple[list[nn.Linear], type[nn.Module] | None]:
+    if type(network) is not nn.Sequential:
+        raise NotPlainError(f"its network is a {type(network).__name__}, not torch.nn.Sequential")
     layers: list[nn.Linear] = []
     activation: type[nn.Module] | None = None
     for index, module in enumerate(network.children()):
@@ -212,8 +219,12 @@ def _check_tensors(policy: ActorCriticPolicy, plain: PlainPolicy) -> None:
             raise NotPlainError("its parameters are not contiguous float32 tensors")
         if not parameter.requires_grad:
             raise NotPlainError("some of its parameters are frozen")
-        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+        if _has_hooks(parameter):
             raise NotPlainError("it has hooks")
+
+
+def _has_hooks(parameter: Any) -> bool:
+    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 def check_optimizer(policy: ActorCriticPolicy) -> None:
@@ -273,8 +284,8 @@ class Binding:
             return False
         state = policy.optimizer.state
         for row, addresses in zip(self.tensors, self.table[:, 1:].tolist(), strict=True):
-            own = state[row[0]]
-            if row[0].grad is not row[1] or own["exp_avg"] is not row[2] or own["exp_avg_sq"] is not row[3]:
+            own = state.get(row[0]) or {}  # someone may have emptied it
+            if row[0].grad is not row[1] or own.get("exp_avg") is not row[2] or own.get("exp_avg_sq") is not row[3]:
                 return False
             if [tensor.data_ptr() for tensor in row] != addresses:
                 return False
@@ -304,8 +315,13 @@ def fingerprint(policy: ActorCriticPolicy) -> tuple[object, ...]:
     options = [value for group in optimizer.param_groups for key, value in group.items() if key not in ("params", "lr")]
     return (
         [id(module) for module in modules],
-        [(id(parameter), parameter is not None and parameter.requires_grad) for parameter in parameters],
+        [
+            (id(parameter), parameter is not None and (parameter.requires_grad, _has_hooks(parameter)))
+            for parameter in parameters
+        ],
         any(getattr(module, hooks) for module in modules for hooks in _HOOKS),
+        any("forward" in module.__dict__ for module in modules),
+        [module.__dict__.get(name) for module in modules for name in _CONSTANTS],
         [name for name in _METHODS if name in policy.__dict__],
         id(policy.action_dist),
         _gsde_options(policy.action_dist),

@@ -19,6 +19,7 @@ from stable_baselines3.common.distributions import (
 
 from sb3_clipvf.engines.kernels import data, entry, memory
 from sb3_clipvf.engines.kernels.losses import CLIPPED_MAX, CLIPPED_PREDICTION, NOT_CLIPPED
+from sb3_clipvf.engines.kernels.sync import N_COUNTERS
 from sb3_clipvf.engines.settings import UpdateCoefficients, UpdateSettings, UpdateStatistics, named_terms
 from sb3_clipvf.messages import log
 from sb3_clipvf.nonfinite import BadMinibatchError
@@ -56,6 +57,23 @@ def widths_of(dist: Distribution) -> np.ndarray:
     if isinstance(dist, CategoricalDistribution):
         return np.array([dist.action_dim], np.int64)
     return np.array(dist.action_dims if isinstance(dist, MultiCategoricalDistribution) else [], np.int64)
+
+
+def check_actions(dist: Distribution, actions: np.ndarray) -> None:
+    """
+    Refuse stored actions that a categorical distribution does not have: kernels would look beyond its row.
+
+    :param dist: Any that the kernels know.
+    :param actions: Shape ``(n, action_dim)``, as the rollout holds them.
+    :raises ValueError: If one is no action of the distribution.
+    """
+    widths = widths_of(dist)
+    if len(widths) and not ((actions >= 0) & (actions < widths)).all():
+        wrong = actions[~((actions >= 0) & (actions < widths)).all(axis=1)][0]
+        raise ValueError(
+            f"`rollout_buffer.actions` must count from 0 to below {widths.tolist()}, as the policy gives them, got "
+            f"{wrong.tolist()}. Correct the callback or the buffer class that stores them."
+        )
 
 
 def update_numbers(
@@ -105,7 +123,8 @@ def update_numbers(
         beta2=float(group["betas"][1]),
         eps=float(group["eps"]),
         weight_decay=float(group["weight_decay"]),
-        decoupled=float(isinstance(optimizer, th.optim.AdamW)),
+        # torch's Adam takes AdamW's form by this option, too.
+        decoupled=float(group.get("decoupled_weight_decay", isinstance(optimizer, th.optim.AdamW))),
         skips=float(settings.on_nonfinite == "skip"),
     )
     return data.pack_numbers(numbers)
@@ -240,7 +259,7 @@ def _call_with_networks() -> None:
     entry.act(packed, cell, cell, work, cell.copy(), vector, vector.copy(), cell.copy())
     entry.advantages_and_returns(none, none, none, vector, vector, 1.0, 1.0, none, none)
     numbers, totals = np.zeros(data.N_NUMBERS), np.zeros(data.N_TOTALS)
-    shared, counter = np.zeros((data.N_SHARED_ROWS, data.N_TOLD)), np.zeros(1, np.int64)
+    shared, counter = np.zeros((data.N_SHARED_ROWS, data.N_TOLD)), np.zeros(N_COUNTERS, np.int64)
     permutations = np.zeros((0, 0), np.int64)
     entry.run_update(0, 1, packed, _empty_rollout(), numbers, permutations, 1, work, shared, counter, totals)
 
@@ -260,7 +279,6 @@ def _call_around_networks() -> None:
     )  # fmt: skip
     entry.draw(memory.CATEGORICAL, widths, cell.copy(), cell, cell, cell.copy(), vector.copy(), cell.copy())
     table = np.zeros((0, memory.N_COLUMNS), np.int64)
-    entry.zero_gradients(table)
     entry.optimizer_step(table, numbers, told, totals)
 
 

@@ -12,8 +12,9 @@ import torch as th
 from stable_baselines3.common.distributions import DiagGaussianDistribution, StateDependentNoiseDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
 
-from sb3_clipvf.engines.autograd import AutogradEngine, unvalidated_distributions
+from sb3_clipvf.engines.autograd import AutogradEngine, old_dist_params, unvalidated_distributions
 from sb3_clipvf.engines.binding import (
     DISTRIBUTIONS,
     NotPlainError,
@@ -23,6 +24,7 @@ from sb3_clipvf.engines.binding import (
     table_row,
 )
 from sb3_clipvf.engines.compiled_update import (
+    check_actions,
     compile_kernels,
     kind_of,
     statistics_of,
@@ -32,10 +34,13 @@ from sb3_clipvf.engines.compiled_update import (
 )
 from sb3_clipvf.engines.drawing import Noise, as_policy_gives
 from sb3_clipvf.engines.kernels import data, entry, memory
-from sb3_clipvf.engines.kernels.minibatch import SKIPS, STEPS, STOPS
+from sb3_clipvf.engines.kernels.minibatch import SKIPS, STEPS, STOPS, count, is_finite
 from sb3_clipvf.engines.settings import Acted, UpdateCoefficients, UpdateSettings, UpdateStatistics
 from sb3_clipvf.nonfinite import BadMinibatchError, drawn_indices
 from sb3_clipvf.rollout import MiniBatch
+
+# Extractors that take pictures in any layout of memory: one that flattens by `view` would not.
+_ANY_LAYOUT = (NatureCNN, CombinedExtractor)
 
 # What `evaluate_actions` consists of: a policy that replaces one of these computes its losses' inputs differently.
 _METHODS = ("evaluate_actions", "extract_features", "_get_action_dist_from_latent")
@@ -147,9 +152,12 @@ class LeanAutogradEngine(AutogradEngine):
         optimizer = self.policy.optimizer
         n_made = _steps_made(optimizer)
         numbers = update_numbers(settings, coefficients, optimizer, n_made, buffer.advantages)
-        totals, steps = np.zeros(data.N_TOTALS), _Steps(self.policy)
-        skipped = self._run_epochs(buffer, coefficients, numbers, steps, totals)
-        steps.write(n_made + int(totals[data.N_STEPS]))
+        totals = np.zeros(data.N_TOTALS)
+        steps = _Steps(self.policy, numbers, totals, n_made)
+        try:
+            skipped = self._run_epochs(buffer, coefficients, numbers, steps, totals)
+        finally:  # after Ctrl-C, too, the optimizer's state is that of the steps made
+            steps.write()
         if skipped is not None and (settings.on_nonfinite == "raise" or not totals[data.N_LOOKED_AT]):
             raise skipped
         kl_after = float(self._kl_after(buffer)) if settings.measure_kl_after else None
@@ -167,7 +175,7 @@ class LeanAutogradEngine(AutogradEngine):
             measure_kl = settings.measures_kl(epoch, coefficients)
             for number, batch in enumerate(buffer.get(settings.batch_size)):
                 told = np.zeros(data.N_TOLD)
-                what = self._minibatch(batch, numbers, measure_kl, steps, told, totals)
+                what = self._minibatch(batch, numbers, measure_kl, steps, told)
                 if what == SKIPS and skipped is None:
                     indices = drawn_indices(state, buffer, epoch, number * settings.batch_size, batch)
                     skipped = BadMinibatchError(terms_of(told, coefficients), epoch, number, batch, indices)
@@ -176,13 +184,7 @@ class LeanAutogradEngine(AutogradEngine):
         return skipped
 
     def _minibatch(
-        self,
-        batch: MiniBatch,
-        numbers: np.ndarray,
-        measure_kl: bool,
-        steps: "_Steps",
-        told: np.ndarray,
-        totals: np.ndarray,
+        self, batch: MiniBatch, numbers: np.ndarray, measure_kl: bool, steps: "_Steps", told: np.ndarray
     ) -> int:
         """The gradients of one minibatch, and the step, unless kernels judge otherwise. :return: What came of it."""
         policy = self.policy
@@ -193,36 +195,37 @@ class LeanAutogradEngine(AutogradEngine):
         value_gradient = th.empty_like(values)
         rows = th.empty(0, 0) if log_std is None else log_std.detach().reshape(-1, outputs.shape[1])
         log_std_gradient = th.empty_like(rows)
-        old_dist = getattr(batch, "old_dist_params", None)  # SB3's buffers have none
+        actions = batch.actions.numpy().reshape(n, -1).astype(np.float32, copy=False)
+        check_actions(policy.action_dist, actions)
         what, _ = entry.loss_gradients(
             kind_of(policy.action_dist),
             self._widths,
             logits,
             rows.numpy(),
             values.detach().numpy().reshape(n),
-            batch.actions.numpy().reshape(n, -1).astype(np.float32, copy=False),
+            actions,
             batch.old_log_prob.numpy(),
             batch.advantages.numpy().copy(),
             batch.old_values.numpy(),
             batch.returns.numpy(),
-            np.zeros((0, 0), np.float32) if old_dist is None else old_dist.numpy(),
+            old_dist_params(batch).numpy() if measure_kl else np.zeros((0, 0), np.float32),
             numbers,
             measure_kl,
             output_gradient.numpy(),
             log_std_gradient.numpy(),
             value_gradient.numpy().reshape(n),
             told,
-            totals,
+            steps.totals,
         )
         if what != STEPS:
             return int(what)
-        steps.zero_gradients()
+        steps.forget_gradients()
         roots, gradients = [outputs, values], [output_gradient, value_gradient]
         if log_std is not None:
             roots.append(log_std)
             gradients.append(log_std_gradient.view_as(log_std))
         th.autograd.backward(roots, gradients)
-        return steps.make(numbers, told, totals)
+        return steps.make(told, self.settings.max_grad_norm)
 
     @property
     def _widths(self) -> np.ndarray:
@@ -235,7 +238,9 @@ class LeanAutogradEngine(AutogradEngine):
         With them a Gaussian's log standard deviations: its parameter, or with gSDE those of each state.
         """
         policy = self.policy
-        features = policy.extract_features(_channels_last(observations))
+        if type(policy.features_extractor) in _ANY_LAYOUT:
+            observations = _channels_last(observations)
+        features = policy.extract_features(observations)
         if policy.share_features_extractor:
             latent_pi, latent_vf = policy.mlp_extractor(features)
         else:
@@ -266,52 +271,74 @@ def _steps_made(optimizer: th.optim.Optimizer) -> int:
 
 
 class _Steps:
-    """The optimizer's steps of one update, on those parameters that a backward pass has reached."""
+    """
+    The optimizer's steps of one update, on those parameters that a backward pass has reached.
 
-    def __init__(self, policy: ActorCriticPolicy) -> None:
+    :param policy: With its optimizer.
+    :param numbers: Of this update.
+    :param totals: Statistics, to which each step is added.
+    :param n_made: Steps before this update.
+    """
+
+    def __init__(self, policy: ActorCriticPolicy, numbers: np.ndarray, totals: np.ndarray, n_made: int) -> None:
+        self.totals = totals
+        self._numbers = numbers
+        self._n_made = n_made
         self._parameters = list(policy.parameters())
         self._optimizer = policy.optimizer
         self._table = np.zeros((0, memory.N_COLUMNS), np.int64)
         self._reached: list[th.nn.Parameter] = []
-        self._gradient_addresses: list[int] = []
-        policy.optimizer.zero_grad()
+        self._is_torchs = False
+        self.forget_gradients()
 
-    def zero_gradients(self) -> None:
-        """Make gradients ready to be added to."""
-        entry.zero_gradients(self._table)
+    def forget_gradients(self) -> None:
+        """Leave no gradients, as ``zero_grad`` of torch: parameters that a backward pass does not reach get no step."""
+        for parameter in self._parameters:
+            parameter.grad = None
 
-    def make(self, numbers: np.ndarray, told: np.ndarray, totals: np.ndarray) -> int:
+    def make(self, told: np.ndarray, max_grad_norm: float) -> int:
         """
         Clip the gradients and step, where they are finite.
 
-        :param numbers: Of this update.
         :param told: What the kernels told of this minibatch.
-        :param totals: Statistics are added to it.
+        :param max_grad_norm: The bound of their norm.
         :return: STEPS or SKIPS.
         """
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        if len(gradients) != len(self._reached) or any(
-            g.data_ptr() != address for g, address in zip(gradients, self._gradient_addresses, strict=True)
-        ):
-            self._find()
-        return int(entry.optimizer_step(self._table, numbers, told, totals)[0])
+        reached = [parameter for parameter in self._parameters if parameter.grad is not None]
+        gradients = [_contiguous_gradient(parameter) for parameter in reached]
+        if not self._reached:
+            self._reached = reached
+            rows = [
+                table_row(parameter, gradient, *moments_of(self._optimizer, parameter))
+                for parameter, gradient in zip(reached, gradients, strict=True)
+            ]
+            self._table = np.array(rows, np.int64).reshape(-1, memory.N_COLUMNS)
+        if self._is_torchs or list(map(id, reached)) != list(map(id, self._reached)):
+            return self._make_by_torch(told, max_grad_norm)
+        self._table[:, memory.GRAD] = [gradient.data_ptr() for gradient in gradients]
+        return int(entry.optimizer_step(self._table, self._numbers, told, self.totals)[0])
 
-    def write(self, n_steps: int) -> None:
-        """
-        Tell the optimizer how many steps were made.
+    def _make_by_torch(self, told: np.ndarray, max_grad_norm: float) -> int:
+        # Where parts of a network take turns, parameters come to different numbers of steps, of which kernels know one.
+        self.write()
+        self._is_torchs = True
+        norm = float(th.nn.utils.clip_grad_norm_(self._parameters, max_grad_norm))
+        told[data.ACTOR_NORM] = norm**2
+        what = STEPS if is_finite(norm) else SKIPS
+        count(told, what, norm, self.totals)
+        if what == STEPS:
+            self._optimizer.step()
+        return what
 
-        :param n_steps: In all.
-        """
-        for parameter in self._reached:
-            self._optimizer.state[parameter]["step"].fill_(n_steps)
+    def write(self) -> None:
+        """Tell the optimizer how many steps were made."""
+        if not self._is_torchs:
+            for parameter in self._reached:
+                self._optimizer.state[parameter]["step"].fill_(self._n_made + int(self.totals[data.N_STEPS]))
 
-    def _find(self) -> None:
-        self._reached = [parameter for parameter in self._parameters if parameter.grad is not None]
-        rows = []
-        for parameter in self._reached:
-            gradient = cast(th.Tensor, parameter.grad)
-            if not gradient.is_contiguous():
-                gradient = parameter.grad = gradient.contiguous()
-            rows.append(table_row(parameter, gradient, *moments_of(self._optimizer, parameter)))
-        self._table = np.array(rows, np.int64)
-        self._gradient_addresses = self._table[:, memory.GRAD].tolist()
+
+def _contiguous_gradient(parameter: th.nn.Parameter) -> th.Tensor:
+    gradient = cast(th.Tensor, parameter.grad)
+    if not gradient.is_contiguous():
+        gradient = parameter.grad = gradient.contiguous()
+    return gradient

@@ -13,6 +13,7 @@ from torch import nn
 from sb3_clipvf.engines import why_not_native
 from sb3_clipvf.engines.binding import Binding, bind, n_steps_made, write_steps
 from sb3_clipvf.engines.compiled_update import (
+    check_actions,
     compile_kernels,
     kind_of,
     statistics_of,
@@ -23,9 +24,11 @@ from sb3_clipvf.engines.compiled_update import (
 from sb3_clipvf.engines.drawing import Noise, as_policy_gives
 from sb3_clipvf.engines.kernels import data, entry, memory
 from sb3_clipvf.engines.kernels.network import workspace_size
+from sb3_clipvf.engines.kernels.sync import GIVEN_UP, N_COUNTERS
 from sb3_clipvf.engines.settings import Acted, UpdateCoefficients, UpdateSettings, UpdateStatistics
 from sb3_clipvf.engines.threads import ThreadChoice, one_blas_thread, second_thread
 from sb3_clipvf.nonfinite import BadMinibatchError
+from sb3_clipvf.rollout import gae
 
 EVALUATION_ROWS = 1024
 """Rows in a forward pass over a whole rollout."""
@@ -64,6 +67,7 @@ class NativeEngine:
         self._noise: Noise | None = None
         self._work: dict[int, np.ndarray] = {}
         self._has_looked = False
+        self._buffer_class: type[Any] | None = None
         self._bind()
         compile_kernels("networks")
 
@@ -72,7 +76,7 @@ class NativeEngine:
         self._network = _network(self._binding)
         self._packed = data.pack(self._network)
         both = (self._network.actor_sizes, self._network.critic_sizes)
-        self._workspace_of_a_row = max(workspace_size(sizes, 1) for sizes in both)
+        self._workspace_of_a_row = max(workspace_size(sizes) for sizes in both)
         self._addresses = self._binding.table[:, memory.PARAM].tolist()
         self._parameters = [row[0] for row in self._binding.tensors]
         self._modules = tuple(self.policy.modules())
@@ -96,7 +100,10 @@ class NativeEngine:
         """
         # The rollout or the update that follows need not look again.
         self._has_looked = self._binding.holds(self.policy)
-        return self._has_looked or why_not_native(self.policy, buffer) is None
+        if self._has_looked and type(buffer) is self._buffer_class:
+            return True
+        self._buffer_class = type(buffer)
+        return why_not_native(self.policy, buffer) is None
 
     def set_training_mode(self, mode: bool) -> None:
         """
@@ -115,7 +122,8 @@ class NativeEngine:
         :raises NotPlainError: If the policy has become more than kernels know.
         """
         self._bind_again()
-        buffer.gae_fn = _gae
+        if buffer.gae_fn is gae:  # a class may have one of its own
+            buffer.gae_fn = _gae
         kind, widths = int(self._network.codes[memory.DIST]), self._network.widths.tolist()
         self._noise = Noise(kind, buffer.n_envs, self._action_dim, widths)
 
@@ -127,6 +135,7 @@ class NativeEngine:
         :param with_dist_params: Whether the distribution's parameters are wanted.
         :return: What the rollout stores.
         :raises ValueError: If the observations are not as wide as the policy's.
+        :raises NotPlainError: If a parameter's tensor was replaced by one that kernels cannot read.
         """
         self._follow_parameters()
         rows = self._rows(observations)
@@ -154,6 +163,7 @@ class NativeEngine:
         :param observations: Shape ``(n, *obs_shape)``.
         :return: Shape ``(n, 1)``, return units.
         :raises ValueError: If the observations are not as wide as the policy's.
+        :raises NotPlainError: If a parameter's tensor was replaced by one that kernels cannot read.
         """
         self._follow_parameters()
         rows = self._rows(observations)
@@ -184,8 +194,18 @@ class NativeEngine:
 
     def _follow_parameters(self) -> None:
         # A callback may have put other tensors into the parameters' place; their values need no attention.
-        if list(map(th.Tensor.data_ptr, self._parameters)) != self._addresses:
-            self._bind()
+        addresses = list(map(th.Tensor.data_ptr, self._parameters))
+        if addresses == self._addresses:
+            return
+        if any(
+            parameter.shape != gradient.shape or parameter.dtype != th.float32 or not parameter.is_contiguous()
+            for parameter, gradient, *_ in self._binding.tensors
+        ):
+            self._bind()  # which says what is wrong, or finds networks of another width
+            return
+        # Whether the policy may stay on this engine is asked before the next update.
+        self._binding.table[:, memory.PARAM] = self._addresses = addresses
+        self._packed = data.pack(self._network)
 
     # ------------------------------------------------------------------ update
 
@@ -202,13 +222,14 @@ class NativeEngine:
         self._bind_again()
         settings = self.settings
         rollout = _rollout(buffer, settings.has_dist_params)
+        check_actions(self._binding.plain.dist, rollout.actions)
         n_made = n_steps_made(self._binding, self.policy)
         numbers = update_numbers(settings, coefficients, self.policy.optimizer, n_made, buffer.advantages)
         n_transitions = rollout.returns.shape[0]
-        state = None if settings.target_kl is None else np.random.get_state()
+        state = np.random.get_state()
         permutations = np.stack([np.random.permutation(n_transitions) for _ in range(settings.n_epochs)])
         totals, told = self._run(rollout, numbers, permutations)
-        if state is not None and totals[data.N_EPOCHS] < settings.n_epochs:
+        if totals[data.N_EPOCHS] < settings.n_epochs:
             # An update that was left early must not have drawn the permutations of the epochs that it left out.
             np.random.set_state(state)
             for _ in range(int(totals[data.N_EPOCHS])):
@@ -241,7 +262,7 @@ class NativeEngine:
         """:return: Totals, and what was told of the first minibatch that was skipped."""
         n_threads = self._threads.next()
         batch_size = min(self.settings.batch_size, permutations.shape[1])
-        counter, shared = np.zeros(1, np.int64), np.zeros((data.N_SHARED_ROWS, data.N_TOLD))
+        counter, shared = np.zeros(N_COUNTERS, np.int64), np.zeros((data.N_SHARED_ROWS, data.N_TOLD))
         totals = np.zeros(data.N_TOTALS)
         works = [self._workspace(batch_size, rank) for rank in range(n_threads)]
 
@@ -253,11 +274,19 @@ class NativeEngine:
 
         with one_blas_thread():
             started = time.perf_counter()
-            others = [second_thread().submit(run, rank) for rank in range(1, n_threads)]
-            run(0)
-            for other in others:
-                other.result()
-            self._threads.took(time.perf_counter() - started)
+            others = []
+            try:
+                for rank in range(1, n_threads):
+                    others.append(second_thread().submit(run, rank))
+                run(0)
+            except BaseException:  # as Ctrl-C before this thread's part has begun
+                counter[GIVEN_UP] = 1
+                raise
+            finally:
+                for other in others:
+                    other.result()
+            seconds = time.perf_counter() - started
+        self._threads.took(seconds, int(totals[data.N_LOOKED_AT] + totals[data.N_SKIPPED]))
         return totals, shared[data.SKIPPED_ROW]
 
     def _workspace(self, n: int, rank: int = 0) -> np.ndarray:

@@ -2,10 +2,12 @@
 
 import os
 import statistics
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
+from threading import Lock
 
 import torch as th
 from threadpoolctl import ThreadpoolController
@@ -13,20 +15,35 @@ from threadpoolctl import ThreadpoolController
 from sb3_clipvf.messages import log
 
 TRIALS = 3
-"""Updates that are timed on one and on two threads before the faster number is chosen."""
+"""Updates whose median tells how fast a number of threads is, the first ones in turn, then the last ones."""
+
+LOOK_AGAIN = 50
+"""Updates of which one runs on the number of threads that was slower: what else the machine runs may have changed."""
+
+
+def usable_cores() -> int:
+    """
+    Count the cores that this process may run on.
+
+    :return: At least 1; all of the machine's where the system keeps no such list, as macOS and Windows.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class ThreadChoice:
     """
-    One thread or two, whichever was faster in the first updates. The numbers of an update are the same on both.
+    One thread or two, whichever was faster lately. The numbers of an update are the same on both.
 
     Two are tried where torch may use two and the process may run on two cores.
     """
 
     def __init__(self) -> None:
-        may_use = min(th.get_num_threads(), len(os.sched_getaffinity(0)))
-        self._seconds: dict[int, list[float]] = {1: [], 2: []}
-        self._chosen = 1 if may_use < 2 else None
+        self._may_be_two = min(th.get_num_threads(), usable_cores()) > 1
+        self._seconds = {n_threads: deque[float](maxlen=TRIALS) for n_threads in (1, 2)}
+        self._n_updates = 0
+        self._faster: int | None = None
 
     def next(self) -> int:
         """
@@ -34,23 +51,38 @@ class ThreadChoice:
 
         :return: 1 or 2.
         """
-        if self._chosen is not None:
-            return self._chosen
-        return 1 if len(self._seconds[1]) <= len(self._seconds[2]) else 2
+        if not self._may_be_two:
+            return 1
+        if self._faster is None:
+            return 1 + self._n_updates % 2
+        looks_again = self._n_updates % LOOK_AGAIN == 0
+        return 3 - self._faster if looks_again else self._faster
 
-    def took(self, seconds: float) -> None:
+    def took(self, seconds: float, n_minibatches: int) -> None:
         """
         Tell how long the update took that :meth:`next` was asked for.
 
         :param seconds: Wall-clock time.
+        :param n_minibatches: How many minibatches it has looked at: ``target_kl`` may have ended it early.
         """
-        if self._chosen is not None:
+        if not self._may_be_two:
             return
-        self._seconds[self.next()].append(seconds)
-        if len(self._seconds[2]) == TRIALS:
-            one, two = (statistics.median(self._seconds[n]) for n in (1, 2))
-            self._chosen = 1 if one <= two else 2
-            log.info("Updates run on %d thread(s): %.1f ms on one, %.1f ms on two", self._chosen, 1e3 * one, 1e3 * two)
+        self._seconds[self.next()].append(seconds / max(1, n_minibatches))
+        self._n_updates += 1
+        if self._n_updates < 2 * TRIALS:
+            return
+        one, two = (statistics.median(self._seconds[n_threads]) for n_threads in (1, 2))
+        is_first = self._faster is None
+        self._faster = 1 if one <= two else 2
+        if is_first:
+            log.info(
+                "Updates run on %d thread(s): a minibatch takes %.0f us on one, %.0f us on two; one of %d updates "
+                "looks again",
+                self._faster,
+                1e6 * one,
+                1e6 * two,
+                LOOK_AGAIN,
+            )
 
 
 def second_thread() -> ThreadPoolExecutor:
@@ -73,13 +105,29 @@ def _controller() -> ThreadpoolController:
     return ThreadpoolController()
 
 
+# How many updates run now, and what gives BLAS its threads back after the last of them.
+_limit_lock = Lock()
+_n_limiting = 0
+_limit = ExitStack()
+
+
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
     """
     Let matrix products run on the thread that asks for them: those of minibatches are too small to be shared.
 
     A single product that BLAS shares would also leave its threads spinning for some 30 ms, on the cores that the
-    update and the environments need.
+    update and the environments need. The limit is the process's own: the last of several threads lifts it.
     """
-    with _controller().limit(limits=1, user_api="blas"):
+    global _n_limiting
+    with _limit_lock:
+        if _n_limiting == 0:
+            _limit.enter_context(_controller().limit(limits=1, user_api="blas"))
+        _n_limiting += 1
+    try:
         yield
+    finally:
+        with _limit_lock:
+            _n_limiting -= 1
+            if _n_limiting == 0:
+                _limit.close()

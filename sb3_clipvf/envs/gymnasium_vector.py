@@ -108,7 +108,10 @@ class GymnasiumVecEnv(BatchedVecEnv):
         mask = np.zeros(self.num_envs, dtype=bool)
         mask[ended] = True
         obs, infos = self.env.reset(options={"reset_mask": mask.copy()})
-        if not self._masks_reset and not same(take_rows(obs, ~mask), take_rows(step.obs, ~mask)):
+        # With the space's dtypes, which `step.obs` has.
+        if not self._masks_reset and not same(
+            take_rows(own_batch(self.observation_space, obs), ~mask), take_rows(step.obs, ~mask)
+        ):
             raise ValueError(
                 "`env` must reset only the rows of `options['reset_mask']`, got a "
                 f"{type(self.env.unwrapped).__name__} that changed others too. {_MODE_HINT} if it knows that, or use "

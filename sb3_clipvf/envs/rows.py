@@ -114,6 +114,8 @@ def fill_infos(rows: list[dict[str, Any]], infos: Mapping[str, Any], left_out: f
 
 
 def _column(values: Any, n_envs: int) -> list[Any]:
+    if type(values) is np.ndarray and values.shape == (n_envs,):  # most are; the other questions take longer
+        return values.tolist()  # type: ignore[no-any-return]
     if isinstance(values, Mapping):
         column: list[dict[str, Any]] = [{} for _ in range(n_envs)]
         fill_infos(column, values)

@@ -151,7 +151,7 @@ class BatchedVecEnv(VecEnv):
         rewards = np.array(step.rewards, dtype=np.float32)
         if self.clip_rewards:
             np.sign(rewards, out=rewards)
-        if dones.any():
+        if np.count_nonzero(dones):  # any() takes several times as long
             self._end_episodes(step, np.flatnonzero(dones), infos)
         return step.obs, rewards, dones, infos
 

@@ -1,5 +1,6 @@
 """
-Compiled kernels of the native engine: the update and the rollout's forward pass of a plain MLP policy, in float32.
+Compiled kernels in float32: the update and the rollout's forward pass of a plain MLP policy, for the native engine; the
+losses' gradients, the optimizer's step and the drawing of actions, for autograd with these compiled.
 
 They work on the policy's and the optimizer's own memory, which they get as addresses (``memory``), and restate the
 mathematics of :mod:`sb3_clipvf.objectives`; ``tests/test_engines.py`` holds them to it. From the inside out:

@@ -16,7 +16,6 @@ from sb3_clipvf.compiled import cached
 from sb3_clipvf.engines.kernels import minibatch, rollout, update
 from sb3_clipvf.engines.kernels.adam import squared_norm
 from sb3_clipvf.engines.kernels.data import ACTOR_NORM, N_STEPS, unpack, unpack_numbers
-from sb3_clipvf.engines.kernels.memory import GRAD, SIZE, vector
 
 
 def _digest() -> int:
@@ -98,12 +97,6 @@ def _around_networks(digest: int) -> tuple[Callable[..., Any], ...]:
         return digest
 
     @cached()
-    def zero_gradients(table: np.ndarray) -> int:
-        for k in range(table.shape[0]):
-            vector(table[k, GRAD], table[k, SIZE])[:] = np.float32(0)
-        return digest
-
-    @cached()
     def optimizer_step(table: np.ndarray, packed: np.ndarray, told: np.ndarray, totals: np.ndarray) -> tuple[int, int]:
         numbers = unpack_numbers(packed)
         told[ACTOR_NORM] = squared_norm(table, 0, table.shape[0])
@@ -114,10 +107,10 @@ def _around_networks(digest: int) -> tuple[Callable[..., Any], ...]:
             minibatch.step(table, 0, table.shape[0], factor, int(totals[N_STEPS]), numbers)
         return what, digest
 
-    return loss_gradients, draw, zero_gradients, optimizer_step
+    return loss_gradients, draw, optimizer_step
 
 
 *FOR_NETWORKS, kl_of_rollout = _for_networks(_digest())
 run_update, act, predict_values, advantages_and_returns = FOR_NETWORKS
 AROUND_NETWORKS = _around_networks(_digest())
-loss_gradients, draw, zero_gradients, optimizer_step = AROUND_NETWORKS
+loss_gradients, draw, optimizer_step = AROUND_NETWORKS

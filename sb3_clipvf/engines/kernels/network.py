@@ -7,15 +7,14 @@ from sb3_clipvf.engines.kernels.elementwise import activate, add_bias, times_der
 from sb3_clipvf.engines.kernels.memory import GRAD, PARAM, SILU, matrix, vector
 
 
-def workspace_size(sizes: np.ndarray, n: int) -> int:
+def workspace_size(sizes: np.ndarray) -> int:
     """
-    How much memory :func:`forward` and :func:`backward` need.
+    How much memory :func:`forward` and :func:`backward` need for each row.
 
     :param sizes: Width of the input and of each layer.
-    :param n: Most rows at once.
     :return: float32 numbers: outputs and SiLU's inputs of each layer, and two gradients of the widest.
     """
-    return int(n * (2 * sizes.sum() + 2 * sizes.max()))
+    return int(2 * sizes.sum() + 2 * sizes.max())
 
 
 @fast

@@ -1,5 +1,6 @@
 """Two threads inside compiled code: a barrier at which they wait for each other."""
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,14 @@ from numba.extending import intrinsic
 
 from sb3_clipvf.compiled import strict
 
-# The libc call; waiting threads leave the core to whoever needs it.
-_sched_yield = types.ExternalFunction("sched_yield", types.int32())
+# The system's call by which a waiting thread leaves the core to whoever needs it.
+_leave_core = types.ExternalFunction("SwitchToThread" if sys.platform == "win32" else "sched_yield", types.int32())
 _SPINS = 4000
 _WORD = 8
+
+# What threads share: how often they came to the barrier, and whether one of them will come no more.
+ARRIVALS, GIVEN_UP = range(2)
+N_COUNTERS = 2
 
 
 def _as_pointer(builder: Any, address: Any) -> Any:
@@ -40,20 +45,24 @@ def _read(typing_context: Any, address: Any) -> Any:
 
 
 @strict
-def wait_for_all(counter: np.ndarray, n_threads: int, n_waits: int) -> None:
+def wait_for_all(counter: np.ndarray, n_threads: int, n_waits: int) -> bool:
     """
     Wait until all threads have come here as often as this one.
 
-    :param counter: One int64 that the threads share, 0 at first.
+    :param counter: ``N_COUNTERS`` int64 that the threads share, 0 at first.
     :param n_threads: How many they are; 1 returns at once.
     :param n_waits: How often this thread has come here, this time included.
+    :return: False if another thread will come no more.
     """
     if n_threads == 1:
-        return
+        return True
     address = counter.ctypes.data
-    _add(address, 1)
+    _add(address + ARRIVALS * _WORD, 1)
     spins = 0
-    while _read(address) < n_threads * n_waits:
+    while _read(address + ARRIVALS * _WORD) < n_threads * n_waits:
+        if _read(address + GIVEN_UP * _WORD) != 0:
+            return False
         spins += 1
         if spins > _SPINS:
-            _sched_yield()
+            _leave_core()
+    return True

@@ -90,7 +90,8 @@ def run_update(
                 _actor(network, rollout, numbers, rows[:size], measure_kl, work, told)
             if has_critic:
                 _critic(network, rollout, numbers, rows[:size], work, told)
-            wait_for_all(counter, n_threads, n_minibatches)
+            if not wait_for_all(counter, n_threads, n_minibatches):
+                return
             norm, factor = clip_factor(told[ACTOR_NORM] + told[CRITIC_NORM], numbers.max_grad_norm)
             what = verdict(told, numbers, norm)
             if has_actor:
