@@ -227,7 +227,9 @@ class NativeEngine:
         numbers = update_numbers(settings, coefficients, self.policy.optimizer, n_made, buffer.advantages)
         n_transitions = rollout.returns.shape[0]
         state = np.random.get_state()
-        permutations = np.stack([np.random.permutation(n_transitions) for _ in range(settings.n_epochs)])
+        permutations = np.empty((settings.n_epochs, n_transitions), np.int64)
+        for permutation in permutations:
+            permutation[:] = np.random.permutation(n_transitions)
         totals, told = self._run(rollout, numbers, permutations)
         if totals[data.N_EPOCHS] < settings.n_epochs:
             # An update that was left early must not have drawn the permutations of the epochs that it left out.
