@@ -129,7 +129,7 @@ def is_surpassed(engine: Engine, buffer: Any) -> bool:
 
 
 def _why_not_compiled(policy: ActorCriticPolicy) -> str | None:
-    """What keeps kernels from computing a policy's losses and steps: half a sentence, or None."""
+    """What keeps kernels from computing a policy's losses and steps, as the log goes on with it; None: nothing."""
     if any(find_spec(package) is None for package in _PACKAGES):
         return ""
     from sb3_clipvf.engines.lean import check_around_networks

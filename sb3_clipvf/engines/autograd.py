@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Lock
 from typing import Any, cast
 
 import numpy as np
@@ -14,6 +13,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_clipvf import objectives
 from sb3_clipvf.distributions import dist_param_dim, dist_params, kl_from_params, refreshed_dist
+from sb3_clipvf.engines.process_wide import ProcessWide
 from sb3_clipvf.engines.settings import Acted, UpdateCoefficients, UpdateSettings, UpdateStatistics, named_terms
 from sb3_clipvf.nonfinite import BadMinibatchError, drawn_indices
 from sb3_clipvf.rollout import MiniBatch
@@ -22,10 +22,17 @@ EVALUATION_BATCH = 4096
 """Transitions in a forward pass that needs no gradient."""
 
 
-# How many updates run now, and what to restore after the last of them.
-_validation_lock = Lock()
-_n_unvalidated = 0
-_validated_before = True
+@contextmanager
+def _validation_off() -> Iterator[None]:
+    before = th.distributions.Distribution._validate_args
+    th.distributions.Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        th.distributions.Distribution.set_default_validate_args(before)
+
+
+_unvalidated = ProcessWide(_validation_off)
 
 
 @contextmanager
@@ -36,19 +43,8 @@ def unvalidated_distributions() -> Iterator[None]:
     Parameters that are not finite are found by the loss, before its step. The switch is the process's own: the last of
     several threads turns it back.
     """
-    global _n_unvalidated, _validated_before
-    with _validation_lock:
-        if _n_unvalidated == 0:
-            _validated_before = th.distributions.Distribution._validate_args
-            th.distributions.Distribution.set_default_validate_args(False)
-        _n_unvalidated += 1
-    try:
+    with _unvalidated.inside():
         yield
-    finally:
-        with _validation_lock:
-            _n_unvalidated -= 1
-            if _n_unvalidated == 0:
-                th.distributions.Distribution.set_default_validate_args(_validated_before)
 
 
 def old_dist_params(batch: Any) -> th.Tensor:

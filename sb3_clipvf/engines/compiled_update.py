@@ -68,8 +68,11 @@ def check_actions(dist: Distribution, actions: np.ndarray) -> None:
     :raises ValueError: If one is no action of the distribution.
     """
     widths = widths_of(dist)
-    if len(widths) and not ((actions >= 0) & (actions < widths)).all():
-        wrong = actions[~((actions >= 0) & (actions < widths)).all(axis=1)][0]
+    if not len(widths):
+        return
+    are_known = (actions >= 0) & (actions < widths)
+    if not are_known.all():
+        wrong = actions[~are_known.all(axis=1)][0]
         raise ValueError(
             f"`rollout_buffer.actions` must count from 0 to below {widths.tolist()}, as the policy gives them, got "
             f"{wrong.tolist()}. Correct the callback or the buffer class that stores them."

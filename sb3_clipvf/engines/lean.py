@@ -155,7 +155,7 @@ class LeanAutogradEngine(AutogradEngine):
         totals = np.zeros(data.N_TOTALS)
         steps = _Steps(self.policy, numbers, totals, n_made)
         try:
-            skipped = self._run_epochs(buffer, coefficients, numbers, steps, totals)
+            skipped = self._run_epochs(buffer, coefficients, steps)
         finally:  # after Ctrl-C, too, the optimizer's state is that of the steps made
             steps.write()
         if skipped is not None and (settings.on_nonfinite == "raise" or not totals[data.N_LOOKED_AT]):
@@ -163,11 +163,9 @@ class LeanAutogradEngine(AutogradEngine):
         kl_after = float(self._kl_after(buffer)) if settings.measure_kl_after else None
         return statistics_of(totals, coefficients, settings, kl_after, skipped)
 
-    def _run_epochs(
-        self, buffer: Any, coefficients: UpdateCoefficients, numbers: np.ndarray, steps: "_Steps", totals: np.ndarray
-    ) -> BadMinibatchError | None:
+    def _run_epochs(self, buffer: Any, coefficients: UpdateCoefficients, steps: "_Steps") -> BadMinibatchError | None:
         """:return: The first minibatch that was skipped, or that has ended the update."""
-        settings = self.settings
+        settings, totals = self.settings, steps.totals
         skipped, state = None, np.random.get_state()
         for epoch in range(settings.n_epochs):
             totals[data.N_EPOCHS] += 1
@@ -175,7 +173,7 @@ class LeanAutogradEngine(AutogradEngine):
             measure_kl = settings.measures_kl(epoch, coefficients)
             for number, batch in enumerate(buffer.get(settings.batch_size)):
                 told = np.zeros(data.N_TOLD)
-                what = self._minibatch(batch, numbers, measure_kl, steps, told)
+                what = self._minibatch(batch, measure_kl, steps, told)
                 if what == SKIPS and skipped is None:
                     indices = drawn_indices(state, buffer, epoch, number * settings.batch_size, batch)
                     skipped = BadMinibatchError(terms_of(told, coefficients), epoch, number, batch, indices)
@@ -183,9 +181,7 @@ class LeanAutogradEngine(AutogradEngine):
                     return skipped
         return skipped
 
-    def _minibatch(
-        self, batch: MiniBatch, numbers: np.ndarray, measure_kl: bool, steps: "_Steps", told: np.ndarray
-    ) -> int:
+    def _minibatch(self, batch: MiniBatch, measure_kl: bool, steps: "_Steps", told: np.ndarray) -> int:
         """The gradients of one minibatch, and the step, unless kernels judge otherwise. :return: What came of it."""
         policy = self.policy
         outputs, values, log_std = self._forward(batch.observations)
@@ -209,7 +205,7 @@ class LeanAutogradEngine(AutogradEngine):
             batch.old_values.numpy(),
             batch.returns.numpy(),
             old_dist_params(batch).numpy() if measure_kl else np.zeros((0, 0), np.float32),
-            numbers,
+            steps.numbers,
             measure_kl,
             output_gradient.numpy(),
             log_std_gradient.numpy(),
@@ -281,8 +277,8 @@ class _Steps:
     """
 
     def __init__(self, policy: ActorCriticPolicy, numbers: np.ndarray, totals: np.ndarray, n_made: int) -> None:
+        self.numbers = numbers
         self.totals = totals
-        self._numbers = numbers
         self._n_made = n_made
         self._parameters = list(policy.parameters())
         self._optimizer = policy.optimizer
@@ -316,7 +312,7 @@ class _Steps:
         if self._is_torchs or list(map(id, reached)) != list(map(id, self._reached)):
             return self._make_by_torch(told, max_grad_norm)
         self._table[:, memory.GRAD] = [gradient.data_ptr() for gradient in gradients]
-        return int(entry.optimizer_step(self._table, self._numbers, told, self.totals)[0])
+        return int(entry.optimizer_step(self._table, self.numbers, told, self.totals)[0])
 
     def _make_by_torch(self, told: np.ndarray, max_grad_norm: float) -> int:
         # Where parts of a network take turns, parameters come to different numbers of steps, of which kernels know one.

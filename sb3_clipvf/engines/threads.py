@@ -5,13 +5,13 @@ import statistics
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cache
-from threading import Lock
 
 import torch as th
 from threadpoolctl import ThreadpoolController
 
+from sb3_clipvf.engines.process_wide import ProcessWide
 from sb3_clipvf.messages import log
 
 TRIALS = 3
@@ -105,10 +105,7 @@ def _controller() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-# How many updates run now, and what gives BLAS its threads back after the last of them.
-_limit_lock = Lock()
-_n_limiting = 0
-_limit = ExitStack()
+_limited = ProcessWide(lambda: _controller().limit(limits=1, user_api="blas"))
 
 
 @contextmanager
@@ -119,15 +116,5 @@ def one_blas_thread() -> Iterator[None]:
     A single product that BLAS shares would also leave its threads spinning for some 30 ms, on the cores that the
     update and the environments need. The limit is the process's own: the last of several threads lifts it.
     """
-    global _n_limiting
-    with _limit_lock:
-        if _n_limiting == 0:
-            _limit.enter_context(_controller().limit(limits=1, user_api="blas"))
-        _n_limiting += 1
-    try:
+    with _limited.inside():
         yield
-    finally:
-        with _limit_lock:
-            _n_limiting -= 1
-            if _n_limiting == 0:
-                _limit.close()

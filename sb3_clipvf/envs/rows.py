@@ -114,7 +114,7 @@ def fill_infos(rows: list[dict[str, Any]], infos: Mapping[str, Any], left_out: f
 
 
 def _column(values: Any, n_envs: int) -> list[Any]:
-    if type(values) is np.ndarray and values.shape == (n_envs,):  # most are; the other questions take longer
+    if isinstance(values, np.ndarray) and values.shape == (n_envs,):  # most are; the other questions take longer
         return values.tolist()  # type: ignore[no-any-return]
     if isinstance(values, Mapping):
         column: list[dict[str, Any]] = [{} for _ in range(n_envs)]
@@ -122,6 +122,4 @@ def _column(values: Any, n_envs: int) -> list[Any]:
         return column
     if not isinstance(values, np.ndarray) or values.ndim == 0 or len(values) != n_envs:
         return [values] * n_envs
-    if values.ndim == 1:
-        return values.tolist()  # type: ignore[no-any-return]
     return list(values.copy())
