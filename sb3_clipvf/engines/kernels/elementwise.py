@@ -1,9 +1,11 @@
 """exp, tanh and activations in float32, written so that LLVM turns their loops into vector instructions."""
 
+import math
+
 import numpy as np
 
 from sb3_clipvf.compiled import exact, fast
-from sb3_clipvf.engines.kernels.memory import ELU, LEAKY_RELU, RELU, SILU, TANH, float_of_bits
+from sb3_clipvf.engines.kernels.memory import ELU, LEAKY_RELU, RELU, SILU, TANH, bits_of_float, float_of_bits
 
 F = np.float32
 
@@ -12,6 +14,10 @@ LEAKY_SLOPE = F(0.01)
 
 _EXP_MAX, _EXP_MIN = F(88.72283), F(-87.33654)
 _LOG2_E, _LN2_HIGH, _LN2_LOW = F(1.44269504088896341), F(0.693359375), F(-2.12194440e-4)
+
+_TANH_MAX = F(19)
+_ROUNDS = F(1.5 * 2**23)
+_BITS_OF_ONE = np.int32(127 << 23)
 
 
 @exact
@@ -56,24 +62,33 @@ def exp32(x: float) -> float:
 @exact
 def tanh32(x: float) -> float:
     """
-    tanh(x) to about three units in the last place.
+    tanh(x) to about two and a half units in the last place.
 
-    Source of the split and the coefficients: Cephes, ``tanhf`` (Moshier 1987).
+    ``e / (e + 2)`` with ``e = exp(2 |x|) - 1``, which is summed without the 1: one formula is accurate for all x.
+
+    Source of the coefficients: NumPy's ``Chebyshev.fit`` of degree 4 to ``(exp(r) - 1 - r) / r^2`` at 400 Chebyshev
+    nodes, |r| <= 1.0005 ln(2) / 2.
 
     :param x: float32.
     :return: float32.
     """
-    z = x * x
-    p = F(-5.70498872745e-3)
-    p = p * z + F(2.06390887954e-2)
-    p = p * z + F(-5.37397155531e-2)
-    p = p * z + F(1.33314422036e-1)
-    p = p * z + F(-3.33332819422e-1)
-    small = p * z * x + x
-    # Beyond 9 tanh is 1 in float32; the bounds keep exp finite. NaN passes through `small`.
-    bounded = max(min(x, F(9.5)), F(-9.5)) if x == x else F(0)
-    large = F(1) - F(2) / (_exp_within(bounded + bounded) + F(1))
-    return large if abs(x) > F(0.625) else small
+    doubled = abs(x) + abs(x)
+    # Beyond it tanh is 1 in float32. NaN stays NaN to the end.
+    doubled = _TANH_MAX if doubled > _TANH_MAX else doubled
+    # A sum this large keeps no fraction, and its last bits are the whole number.
+    shifted = doubled * _LOG2_E + _ROUNDS
+    n = shifted - _ROUNDS
+    r = doubled - n * _LN2_HIGH
+    r = r - n * _LN2_LOW
+    p = F(1.3933688e-3)
+    p = p * r + F(8.3632050e-3)
+    p = p * r + F(4.1666463e-2)
+    p = p * r + F(1.6666576e-1)
+    p = p * r + F(0.5)
+    p = p * (r * r) + r
+    power: float = float_of_bits((bits_of_float(shifted) << np.int32(23)) + _BITS_OF_ONE)  # 2^n
+    e = power * p + (power - F(1))
+    return math.copysign(e / (e + F(2)), x)
 
 
 @fast

@@ -47,6 +47,17 @@ def float_of_bits(typing_context: Any, bits: Any) -> Any:
     return signature, generate
 
 
+@intrinsic
+def bits_of_float(typing_context: Any, number: Any) -> Any:
+    """The bits of a float32 as an int32."""
+    signature = types.int32(types.float32)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return signature, generate
+
+
 @strict
 def vector(address: int, size: int) -> np.ndarray:
     """
