@@ -5,6 +5,7 @@ A new engine joins by adding its name to `ENGINES`.
 """
 
 import dataclasses
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -651,6 +652,29 @@ class Viewing(BaseFeaturesExtractor):
         return self.layer(observations).view(len(observations), -1)
 
 
+class Keeping(th.nn.Conv2d):
+    """A layer that keeps what it takes."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.kept: list[th.Tensor] = []
+
+    def forward(self, input: th.Tensor) -> th.Tensor:
+        self.kept.append(input)
+        return super().forward(input)
+
+
+def sliced(layer: th.nn.Linear, x: th.Tensor) -> th.Tensor:
+    return th.nn.functional.linear(x, layer.weight, layer.bias).repeat(1, 2)[:, : layer.out_features]
+
+
+def turned(layer: th.nn.Linear, x: th.Tensor) -> th.Tensor:
+    return (layer.weight @ x.T + layer.bias[:, None]).T
+
+
+LAYOUTS = {"sliced": sliced, "turned": turned}
+
+
 class ForeignBuffer(TensorRolloutBuffer):
     """One whose minibatches are SB3's, without the old distribution."""
 
@@ -764,7 +788,90 @@ class TestLean:
         pictures = th.zeros(2, 3, 36, 36, dtype=th.uint8)
         assert engine.act(pictures, with_dist_params=False).actions.shape == (2, 2)
 
-    def test_images(self) -> None:
+    @pytest.mark.parametrize("share", [True, False], ids=["shared", "not_shared"])
+    def test_pictures_are_scaled_as_sb3_scales_them_in_memory_that_is_kept(self, share: bool) -> None:
+        space = spaces.Box(0, 255, (2, 36, 36), np.uint8)
+        policy = ActorCriticCnnPolicy(space, BOX, lambda _: 1e-3, share_features_extractor=share)
+        engine = LeanAutogradEngine(policy, SETTINGS)
+        addresses = []
+        for n in (5, 3, 8, 1):  # memory for more serves fewer, and grows
+            pictures = th.randint(0, 256, (n, 36, 36, 2), dtype=th.uint8).permute(0, 3, 1, 2)
+            assert engine._scales(pictures)
+            assert th.equal(engine._scaled(pictures), pictures.float() / 255.0)
+            addresses.append(engine._scaled(pictures).data_ptr())
+            ours, theirs = engine._features(pictures), policy.extract_features(pictures)
+            # Convolutions are summed in an order that depends on memory.
+            th.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        assert addresses[0] == addresses[1] != addresses[2] == addresses[3]
+
+    @pytest.mark.parametrize("kwargs", [{}, {"normalize_images": False}], ids=["floats", "not_normalised"])
+    def test_other_pictures_go_through_sb3(self, kwargs: dict[str, Any]) -> None:
+        space = spaces.Box(0, 255, (2, 36, 36), np.uint8)
+        policy = ActorCriticCnnPolicy(space, BOX, lambda _: 1e-3, **kwargs)
+        engine = LeanAutogradEngine(policy, SETTINGS)
+        pictures = th.randint(0, 256, (3, 2, 36, 36), dtype=th.uint8 if kwargs else th.float32)
+        ours, theirs = engine._features(pictures), policy.extract_features(pictures)
+        # Numbers of up to 255 are summed, in an order that depends on memory.
+        th.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 if not kwargs else 3e-4)
+        assert engine._pictures is None
+
+    @pytest.mark.parametrize("way", ["hook", "global_hook", "layer", "forward", "second_extractor"])
+    def test_pictures_that_someone_keeps_stay_as_they_were(self, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        space = spaces.Box(0, 255, (1, 36, 36), np.uint8)
+        policy = ActorCriticCnnPolicy(space, BOX, lambda _: 1e-3, share_features_extractor=way != "second_extractor")
+        kept: list[th.Tensor] = []
+        of_all = th.nn.modules.module
+        extractor, first = policy.features_extractor, policy.features_extractor.cnn[0]
+        if way == "hook":
+            first.register_forward_hook(lambda _, inputs, __: kept.append(inputs[0]))
+        elif way == "global_hook":
+            hook = of_all.register_module_forward_hook(
+                lambda module, inputs, _: kept.append(inputs[0]) if module is first else None
+            )
+        elif way == "forward":
+            monkeypatch.setattr(first, "forward", lambda x: kept.append(x) or type(first).forward(first, x))
+        else:
+            other = policy.vf_features_extractor if way == "second_extractor" else extractor
+            other.cnn[0] = Keeping(1, 32, 8, 4)
+            kept = other.cnn[0].kept
+        engine = LeanAutogradEngine(policy, SETTINGS)
+        try:
+            for value in (51, 255):
+                engine._features(th.full((2, 1, 36, 36), value, dtype=th.uint8))
+        finally:
+            if way == "global_hook":
+                hook.remove()
+        assert [float(pictures.max()) for pictures in kept] == pytest.approx([0.2, 1.0])
+
+    def test_pictures_of_a_rollout_in_inference_mode_leave_the_update_its_memory(self) -> None:
+        policy = ActorCriticCnnPolicy(spaces.Box(0, 255, (1, 36, 36), np.uint8), BOX, lambda _: 1e-3)
+        engine = LeanAutogradEngine(policy, SETTINGS)
+        pictures = th.zeros(4, 1, 36, 36, dtype=th.uint8)
+        with th.inference_mode():
+            engine._features(pictures)
+        engine._features(pictures).sum().backward()
+
+    @pytest.mark.parametrize("layout", ["sliced", "turned"])
+    @pytest.mark.parametrize("name", ["discrete", "box", "multi_binary"])
+    def test_last_layers_may_give_their_outputs_in_any_layout(self, layout: str, name: str) -> None:
+        results = []
+        for engine_class in (AutogradEngine, LeanAutogradEngine):
+            policy, buffer = make_case(name)
+            policy.action_net.forward = functools.partial(LAYOUTS[layout], policy.action_net)
+            engine = engine_class(policy, settings_for(name))
+            engine.begin_rollout(buffer)
+            th.manual_seed(0)
+            acted = engine.act(th.as_tensor(buffer.observations[0]), with_dist_params=True)
+            np.random.seed(0)
+            engine.update(buffer, COEFFICIENTS)
+            results.append((acted, policy))
+        (theirs, slow_policy), (ours, policy) = results
+        for mine, other in ((ours.actions, theirs.actions), (ours.log_prob, theirs.log_prob)):
+            np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-6)
+        assert_same_training(policy, slow_policy)
+
+    @pytest.mark.parametrize("share", [True, False], ids=["shared", "not_shared"])
+    def test_images(self, share: bool) -> None:
         """A convolutional policy: its uint8 pictures go through torch."""
         space = spaces.Box(0, 255, (1, 36, 36), np.uint8)
         rng = np.random.default_rng(0)
@@ -772,7 +879,7 @@ class TestLean:
         results = []
         for engine_class in (AutogradEngine, LeanAutogradEngine):
             th.manual_seed(0)
-            policy = ActorCriticCnnPolicy(space, spaces.Discrete(2), lambda _: 3e-4)
+            policy = ActorCriticCnnPolicy(space, spaces.Discrete(2), lambda _: 3e-4, share_features_extractor=share)
             if not results:
                 buffer.reset()
                 for _ in range(4):

@@ -18,8 +18,10 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from torch import nn
 
-# Attributes that could keep another type's forward pass out of the modules' own code.
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Attributes of a module that hold what others have hung onto it."""
+
+# Attributes that could keep another type's forward pass out of the policy's own code.
 _METHODS = (
     "forward",
     "evaluate_actions",
@@ -139,7 +141,7 @@ def _check_class(policy: ActorCriticPolicy) -> None:
     changed = [name for name in _METHODS if name in vars(policy)]
     if changed:
         raise NotPlainError(f"its {changed[0]}() was replaced")
-    if any(getattr(module, hooks) for module in policy.modules() for hooks in _HOOKS):
+    if any(getattr(module, hooks) for module in policy.modules() for hooks in HOOKS):
         raise NotPlainError("it has hooks")
     replaced = [type(module).__name__ for module in policy.modules() if "forward" in vars(module)]
     if replaced:
@@ -319,7 +321,7 @@ def fingerprint(policy: ActorCriticPolicy) -> tuple[object, ...]:
             (id(parameter), parameter is not None and (parameter.requires_grad, _has_hooks(parameter)))
             for parameter in parameters
         ],
-        any(getattr(module, hooks) for module in modules for hooks in _HOOKS),
+        any(getattr(module, hooks) for module in modules for hooks in HOOKS),
         any("forward" in module.__dict__ for module in modules),
         [module.__dict__.get(name) for module in modules for name in _CONSTANTS],
         [name for name in _METHODS if name in policy.__dict__],

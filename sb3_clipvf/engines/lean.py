@@ -11,12 +11,13 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.distributions import DiagGaussianDistribution, StateDependentNoiseDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.preprocessing import get_action_dim, is_image_space
 from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
 
 from sb3_clipvf.engines.autograd import AutogradEngine, old_dist_params, unvalidated_distributions
 from sb3_clipvf.engines.binding import (
     DISTRIBUTIONS,
+    HOOKS,
     NotPlainError,
     check_gaussian,
     check_optimizer,
@@ -81,6 +82,7 @@ class LeanAutogradEngine(AutogradEngine):
     def __init__(self, policy: ActorCriticPolicy, settings: UpdateSettings) -> None:
         super().__init__(policy, settings)
         self._draws = False
+        self._pictures: th.Tensor | None = None
         compile_kernels("around")
 
     def fits(self, buffer: Any) -> bool:
@@ -128,8 +130,8 @@ class LeanAutogradEngine(AutogradEngine):
         width = k if log_std is None else 2 * k
         dist_params = np.empty((n, width if with_dist_params else 0), np.float32)
         entry.draw(
-            kind_of(self.policy.action_dist), self._widths, outputs.numpy(), log_stds, self._noise.next(), actions,
-            log_prob, dist_params,
+            kind_of(self.policy.action_dist), self._widths, np.ascontiguousarray(outputs.numpy()), log_stds,
+            self._noise.next(), actions, log_prob, dist_params,
         )  # fmt: skip
         return Acted(
             actions=as_policy_gives(actions, self.policy.action_space),
@@ -187,7 +189,7 @@ class LeanAutogradEngine(AutogradEngine):
         outputs, values, log_std = self._forward(batch.observations)
         n = len(values)
         logits = outputs.detach().numpy().copy()
-        output_gradient = th.empty_like(outputs)
+        output_gradient = outputs.new_empty(outputs.shape)  # kernels take no other layout than C's
         value_gradient = th.empty_like(values)
         rows = th.empty(0, 0) if log_std is None else log_std.detach().reshape(-1, outputs.shape[1])
         log_std_gradient = th.empty_like(rows)
@@ -234,9 +236,7 @@ class LeanAutogradEngine(AutogradEngine):
         With them a Gaussian's log standard deviations: its parameter, or with gSDE those of each state.
         """
         policy = self.policy
-        if type(policy.features_extractor) in _ANY_LAYOUT:
-            observations = _channels_last(observations)
-        features = policy.extract_features(observations)
+        features = self._features(observations)
         if policy.share_features_extractor:
             latent_pi, latent_vf = policy.mlp_extractor(features)
         else:
@@ -249,6 +249,52 @@ class LeanAutogradEngine(AutogradEngine):
             gaussian = dist.proba_distribution(outputs, policy.log_std, latent_pi).distribution
             return outputs, values, gaussian.scale.log()
         return outputs, values, policy.log_std if isinstance(dist, DiagGaussianDistribution) else None
+
+    def _features(self, observations: Any) -> Any:
+        """What ``extract_features`` of SB3 gives, of pictures by a faster way with the same numbers."""
+        policy = self.policy
+        if type(policy.features_extractor) not in _ANY_LAYOUT:
+            return policy.extract_features(observations)
+        if not self._scales(observations):
+            return policy.extract_features(_channels_last(observations))
+        pictures = self._scaled(observations)
+        if policy.share_features_extractor:
+            return policy.features_extractor(pictures)
+        return policy.pi_features_extractor(pictures), policy.vf_features_extractor(pictures)
+
+    def _scales(self, observations: Any) -> bool:
+        policy = self.policy
+        if not (policy.normalize_images and isinstance(observations, th.Tensor) and observations.dtype == th.uint8):
+            return False
+        extractors = (policy.features_extractor, policy.pi_features_extractor, policy.vf_features_extractor)
+        return is_image_space(policy.observation_space) and all(map(_only_reads, extractors))
+
+    def _scaled(self, observations: th.Tensor) -> th.Tensor:
+        """
+        Scale pictures to [0, 1], in memory that is kept for the next ones, as large as the most of them so far.
+
+        New memory for each minibatch takes longer than the arithmetic: a batch of 256 Atari pictures 10 ms so and 65 ms
+        otherwise (fastest of 8, one thread).
+        """
+        n = len(observations)
+        if self._pictures is None or len(self._pictures) < n or self._pictures.shape[1:] != observations.shape[1:]:
+            self._pictures = None  # before there are more
+            with th.inference_mode(False):  # which would forbid to write there in an update
+                self._pictures = th.empty(
+                    observations.shape, dtype=th.float32, device=observations.device, memory_format=th.channels_last
+                )
+        return self._pictures[:n].copy_(observations).div_(255.0)
+
+
+def _only_reads(extractor: th.nn.Module) -> bool:
+    """Tell whether a features extractor keeps or changes no pictures that it takes, nor shows them to others."""
+    if type(extractor) is not NatureCNN or type(extractor.cnn[0]) is not th.nn.Conv2d:
+        return False
+    sees_them = (extractor, extractor.cnn, extractor.cnn[0])
+    is_changed = any(
+        "forward" in vars(module) or any(getattr(module, hooks) for hooks in HOOKS) for module in sees_them
+    )
+    return not (is_changed or th.nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 def _channels_last(observations: Any) -> Any:
