@@ -54,14 +54,15 @@ def evaluate(
     """
     n, k = outputs.shape
     if kind == CATEGORICAL:
+        _normalize(outputs, probs, widths)
         for i in range(n):
             total_log_prob, total_entropy = F(0), F(0)
             start = 0
             for head in range(widths.shape[0]):
-                end = start + widths[head]
-                total_entropy += _normalize(outputs, probs, i, start, end)
                 total_log_prob += outputs[i, start + int(actions[i, head])]
-                start = end
+                start += widths[head]
+            for j in range(k):
+                total_entropy -= probs[i, j] * outputs[i, j]
             log_prob[i], entropy[i] = total_log_prob, total_entropy
     elif kind == BERNOULLI:
         for i in range(n):
@@ -97,23 +98,35 @@ def _log_scale(log_std: np.ndarray) -> float:
 
 
 @fast
-def _normalize(logits: np.ndarray, probs: np.ndarray, i: int, start: int, end: int) -> float:
-    """Make the logits of one categorical distribution in row i log-probabilities; its entropy."""
-    largest = logits[i, start]
-    for j in range(start + 1, end):
-        largest = max(largest, logits[i, j])
-    total = F(0)
-    for j in range(start, end):
-        probs[i, j] = exp32(logits[i, j] - largest)
-        total += probs[i, j]
-    shift = largest + np.log(total)
-    inverse = F(1) / total
-    entropy = F(0)
-    for j in range(start, end):
-        log_p, p = logits[i, j] - shift, probs[i, j] * inverse
-        logits[i, j], probs[i, j] = log_p, p
-        entropy -= p * log_p
-    return entropy
+def _normalize(logits: np.ndarray, probs: np.ndarray, widths: np.ndarray) -> None:
+    """Make the logits of categorical distributions log-probabilities, and give their probabilities."""
+    n = logits.shape[0]
+    for i in range(n):
+        start = 0
+        for head in range(widths.shape[0]):
+            end = start + widths[head]
+            largest = logits[i, start]
+            for j in range(start + 1, end):
+                largest = max(largest, logits[i, j])
+            for j in range(start, end):
+                logits[i, j] -= largest
+            start = end
+    # Of all rows in one loop, which vector instructions can take.
+    shifted, exponentials = logits.reshape(logits.size), probs.reshape(probs.size)
+    for k in range(shifted.shape[0]):
+        exponentials[k] = exp32(shifted[k])
+    for i in range(n):
+        start = 0
+        for head in range(widths.shape[0]):
+            end = start + widths[head]
+            total = F(0)
+            for j in range(start, end):
+                total += probs[i, j]
+            shift, inverse = np.log(total), F(1) / total
+            for j in range(start, end):
+                logits[i, j] -= shift
+                probs[i, j] *= inverse
+            start = end
 
 
 @fast
@@ -163,11 +176,7 @@ def normalize_all(kind: int, outputs: np.ndarray, widths: np.ndarray, probs: np.
     :param probs: Filled with probabilities where the kind is categorical, shape ``(n, k)``.
     """
     if kind == CATEGORICAL:
-        for i in range(outputs.shape[0]):
-            start = 0
-            for head in range(widths.shape[0]):
-                _normalize(outputs, probs, i, start, start + widths[head])
-                start += widths[head]
+        _normalize(outputs, probs, widths)
 
 
 @fast

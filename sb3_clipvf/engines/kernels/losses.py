@@ -66,9 +66,11 @@ def surrogate(
     weight = F(1.0 / n)
     low, high, eps = F(1.0 - clip_range), F(1.0 + clip_range), F(clip_range)
     objective, n_clipped, k3, largest = 0.0, 0, 0.0, F(0)
+    for i in range(n):  # a loop of its own, which vector instructions can take
+        gradient[i] = exp32(log_prob[i] - old_log_prob[i])
     for i in range(n):
         log_ratio = log_prob[i] - old_log_prob[i]
-        ratio = exp32(log_ratio)
+        ratio = gradient[i]
         free = advantages[i] * ratio
         # max and min of Python pass NaN in one order only: the ratio's own NaN is kept by `free`.
         held = advantages[i] * min(max(ratio, low), high)
