@@ -1,5 +1,6 @@
 """What kernels are told of a policy: its tensors, and whether these and its optimizer can be worked on in place."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,9 +19,8 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from torch import nn
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-"""Attributes of a module that hold what others have hung onto it."""
-
+# Attributes of a module that hold what others have hung onto it.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Attributes that could keep another type's forward pass out of the policy's own code.
 _METHODS = (
     "forward",
@@ -141,11 +141,21 @@ def _check_class(policy: ActorCriticPolicy) -> None:
     changed = [name for name in _METHODS if name in vars(policy)]
     if changed:
         raise NotPlainError(f"its {changed[0]}() was replaced")
-    if any(getattr(module, hooks) for module in policy.modules() for hooks in HOOKS):
+    if any(getattr(module, hooks) for module in policy.modules() for hooks in _HOOKS):
         raise NotPlainError("it has hooks")
     replaced = [type(module).__name__ for module in policy.modules() if "forward" in vars(module)]
     if replaced:
         raise NotPlainError(f"the forward() of a {replaced[0]} was replaced")
+
+
+def are_altered(modules: Iterable[Any]) -> bool:
+    """
+    Tell whether others take part in what modules do.
+
+    :param modules: Without the modules in them.
+    :return: Whether one has hooks, or a ``forward()`` that is not its class's.
+    """
+    return any("forward" in module.__dict__ or any(getattr(module, hooks) for hooks in _HOOKS) for module in modules)
 
 
 def _check_observations(policy: ActorCriticPolicy) -> None:
@@ -321,8 +331,7 @@ def fingerprint(policy: ActorCriticPolicy) -> tuple[object, ...]:
             (id(parameter), parameter is not None and (parameter.requires_grad, _has_hooks(parameter)))
             for parameter in parameters
         ],
-        any(getattr(module, hooks) for module in modules for hooks in HOOKS),
-        any("forward" in module.__dict__ for module in modules),
+        are_altered(modules),
         [module.__dict__.get(name) for module in modules for name in _CONSTANTS],
         [name for name in _METHODS if name in policy.__dict__],
         id(policy.action_dist),

@@ -17,8 +17,8 @@ from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
 from sb3_clipvf.engines.autograd import AutogradEngine, old_dist_params, unvalidated_distributions
 from sb3_clipvf.engines.binding import (
     DISTRIBUTIONS,
-    HOOKS,
     NotPlainError,
+    are_altered,
     check_gaussian,
     check_optimizer,
     moments_of,
@@ -266,7 +266,7 @@ class LeanAutogradEngine(AutogradEngine):
         policy = self.policy
         if not (policy.normalize_images and isinstance(observations, th.Tensor) and observations.dtype == th.uint8):
             return False
-        extractors = (policy.features_extractor, policy.pi_features_extractor, policy.vf_features_extractor)
+        extractors = {policy.features_extractor, policy.pi_features_extractor, policy.vf_features_extractor}
         return is_image_space(policy.observation_space) and all(map(_only_reads, extractors))
 
     def _scaled(self, observations: th.Tensor) -> th.Tensor:
@@ -290,11 +290,9 @@ def _only_reads(extractor: th.nn.Module) -> bool:
     """Tell whether a features extractor keeps or changes no pictures that it takes, nor shows them to others."""
     if type(extractor) is not NatureCNN or type(extractor.cnn[0]) is not th.nn.Conv2d:
         return False
-    sees_them = (extractor, extractor.cnn, extractor.cnn[0])
-    is_changed = any(
-        "forward" in vars(module) or any(getattr(module, hooks) for hooks in HOOKS) for module in sees_them
-    )
-    return not (is_changed or th.nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
+    if are_altered((extractor, extractor.cnn, extractor.cnn[0])):
+        return False
+    return not th.nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
 
 
 def _channels_last(observations: Any) -> Any:

@@ -21,11 +21,17 @@ _BITS_OF_ONE = np.int32(127 << 23)
 
 
 @exact
+def _without(x: float, n: float) -> float:
+    """x - n ln(2), where ln(2) has more digits than a float32."""
+    r = x - n * _LN2_HIGH
+    return r - n * _LN2_LOW
+
+
+@exact
 def _exp_within(x: float) -> float:
     """exp of a number whose exponential is a normal float32."""
     n = np.floor(x * _LOG2_E + F(0.5))
-    r = x - n * _LN2_HIGH
-    r = r - n * _LN2_LOW
+    r = _without(x, n)
     p = F(1.9875691500e-4)
     p = p * r + F(1.3981999507e-3)
     p = p * r + F(8.3334519073e-3)
@@ -78,8 +84,7 @@ def tanh32(x: float) -> float:
     # A sum this large keeps no fraction, and its last bits are the whole number.
     shifted = doubled * _LOG2_E + _ROUNDS
     n = shifted - _ROUNDS
-    r = doubled - n * _LN2_HIGH
-    r = r - n * _LN2_LOW
+    r = _without(doubled, n)
     p = F(1.3933688e-3)
     p = p * r + F(8.3632050e-3)
     p = p * r + F(4.1666463e-2)

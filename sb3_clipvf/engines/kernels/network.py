@@ -128,11 +128,11 @@ def weight_gradient(gradients: np.ndarray, inputs: np.ndarray, weight: np.ndarra
     :param weight: Filled, shape ``(outputs, inputs)``.
     """
     n_outputs, n_inputs = weight.shape
-    if n_outputs == 1 or weight.size > _MOST_WEIGHTS:  # of one output, BLAS makes a product with a vector
-        np.dot(gradients.T, inputs, weight)
-    elif n_outputs <= _NARROW_OUTPUTS:
+    # Of one output, BLAS makes a product with a vector.
+    is_small = n_outputs > 1 and weight.size <= _MOST_WEIGHTS
+    if is_small and n_outputs <= _NARROW_OUTPUTS:
         _multiply_narrow(gradients, inputs, weight)
-    elif n_inputs <= _NARROW_INPUTS:
+    elif is_small and n_inputs <= _NARROW_INPUTS:
         turned = np.empty((n_inputs, n_outputs), np.float32)
         _multiply_narrow(inputs, gradients, turned)
         for i in range(n_outputs):
@@ -152,9 +152,7 @@ def _multiply_narrow(narrow: np.ndarray, wide: np.ndarray, product: np.ndarray) 
         end = min(n, start + _BLOCK)
         part[:] = np.float32(0)
         _add_products(narrow[start:end], wide[start:end], part)
-        for j in range(product.shape[0]):
-            for m in range(product.shape[1]):
-                product[j, m] += part[j, m]
+        product += part
 
 
 @fast
@@ -188,5 +186,4 @@ def _add_rows(rows: np.ndarray, total: np.ndarray) -> None:
             row = rows[i]
             for j in range(row.shape[0]):
                 part[j] += row[j]
-        for j in range(part.shape[0]):
-            total[j] += part[j]
+        total += part
