@@ -104,16 +104,12 @@ def test_clipppo_is_built_from_each_entry(env_id: str, tmp_path: Path, monkeypat
     assert {key: getattr(model, key) for key in own} == {key: entry[key] for key in own}
 
 
-def test_the_file_is_found_inside_an_installed_package_and_beside_a_source_tree(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package = tmp_path / "sb3_clipvf"
+def test_an_installation_without_the_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zoo, "files", lambda name: tmp_path / name)
     with pytest.raises(
-        FileNotFoundError, match=r"clipppo.yml must come with sb3_clipvf, but is at none of .*--conf-file"
+        FileNotFoundError, match=r"clipppo.yml must come with sb3_clipvf, but .* does not exist.*--conf-file"
     ):
         zoo.hyperparams_path()
-    for folder in (tmp_path / "hyperparams", package / "hyperparams"):
-        folder.mkdir(parents=True)
-        (folder / "clipppo.yml").touch()
-        assert zoo.hyperparams_path() == folder / "clipppo.yml"
+    (tmp_path / "sb3_clipvf" / "hyperparams").mkdir(parents=True)
+    (tmp_path / "sb3_clipvf" / "hyperparams" / "clipppo.yml").touch()
+    assert zoo.hyperparams_path() == tmp_path / "sb3_clipvf" / "hyperparams" / "clipppo.yml"

@@ -173,19 +173,16 @@ def hyperparams_path() -> Path:
     """
     Find the settings that come with the package.
 
-    :return: Path of ``clipppo.yml``, in an installed package or in the source tree.
+    :return: Path of ``clipppo.yml``.
     :raises FileNotFoundError: If the installation lacks the file.
     """
-    package = Path(str(files("sb3_clipvf")))
-    # Installed, the folder lies inside the package; in the source tree and an editable install, beside it.
-    candidates = [folder / "hyperparams" / f"{ALGORITHM}.yml" for folder in (package, package.parent)]
-    for path in candidates:
-        if path.is_file():
-            return path
-    raise FileNotFoundError(
-        f"{ALGORITHM}.yml must come with sb3_clipvf, but is at none of {', '.join(map(str, candidates))}. Install the "
-        "package anew, or name a file of your own with `--conf-file`."
-    )
+    path = Path(str(files("sb3_clipvf"))) / "hyperparams" / f"{ALGORITHM}.yml"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{ALGORITHM}.yml must come with sb3_clipvf, but {path} does not exist. Install the package again, or name "
+            "a file of your own with `--conf-file`."
+        )
+    return path
 
 
 def main(argv: Sequence[str] | None = None) -> int:

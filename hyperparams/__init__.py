@@ -1,1 +1,0 @@
-"""Tuned settings of ClipPPO for the RL Zoo command, one YAML file an algorithm."""

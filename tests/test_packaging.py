@@ -1,0 +1,75 @@
+"""What is built from the source tree: an editable install that type checkers see, a wheel, a source distribution."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = "sb3_clipvf/hyperparams/clipppo.yml"
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    # Not this checkout, where a path in PYTHONPATH leads.
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([*map(str, command)], cwd=cwd, env=variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def build(kind: str, source: Path, target: Path) -> Path:
+    """Call a hook of the build backend, as pip does: ``editable``, ``sdist`` or ``wheel``."""
+    target.mkdir()
+    run(sys.executable, "-c", f"from setuptools import build_meta as b; b.build_{kind}({str(target)!r})", cwd=source)
+    (built,) = target.iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the source tree, since builds write beside what they read."""
+    copy = tmp_path_factory.mktemp("source") / "tree"
+    ignored = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "_build", "build", "dist", "logs", "results")
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
+    return copy
+
+
+def test_type_checkers_find_an_editable_install(source: Path, tmp_path: Path) -> None:
+    environment, elsewhere = tmp_path / "venv", tmp_path / "elsewhere"
+    venv.create(environment, symlinks=True)
+    (site_packages,) = environment.glob("lib/python*/site-packages")
+    with ZipFile(build("editable", source, tmp_path / "editable")) as wheel:
+        wheel.extractall(site_packages)
+    elsewhere.mkdir()
+    (elsewhere / "script.py").write_text("import sb3_clipvf\nreveal_type(sb3_clipvf.ClipPPO)\n")
+    checked = run(
+        sys.executable, "-m", "mypy", "--python-executable", environment / "bin" / "python", "--cache-dir", tmp_path,
+        "script.py", cwd=elsewhere,
+    )  # fmt: skip
+    assert "-> sb3_clipvf.clip_ppo.ClipPPO" in checked
+    code = "from importlib.resources import files; print(files('sb3_clipvf') / 'hyperparams' / 'clipppo.yml')"
+    assert Path(run(environment / "bin" / "python", "-I", "-c", code, cwd=elsewhere).strip()) == source / SETTINGS
+
+
+def test_the_settings_are_a_file_of_the_wheel(source: Path, tmp_path: Path) -> None:
+    with ZipFile(build("wheel", source, tmp_path / "wheel")) as wheel:
+        names = wheel.namelist()
+        assert wheel.read(SETTINGS) == (ROOT / "hyperparams" / "clipppo.yml").read_bytes()
+    assert "sb3_clipvf/py.typed" in names
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sb3_clipvf").rglob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == modules
+
+
+def test_a_source_distribution_builds_the_same_wheel(source: Path, tmp_path: Path) -> None:
+    with tarfile.open(build("sdist", source, tmp_path / "sdist")) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (unpacked,) = tmp_path.glob("sb3_clipvf-*")
+    wheels = [build("wheel", tree, tmp_path / name) for tree, name in ((source, "here"), (unpacked, "there"))]
+    ours, theirs = (sorted(ZipFile(wheel).namelist()) for wheel in wheels)
+    assert ours == theirs
