@@ -19,7 +19,13 @@ from stable_baselines3.common.callbacks import BaseCallback, EveryNTimesteps, St
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_clipvf import ClipPPO
-from sb3_clipvf.checkpoint import TrainingCheckpoint, newest_checkpoint, read_checkpoint, read_manifest
+from sb3_clipvf.checkpoint import (
+    SaveBestTrainingReward,
+    TrainingCheckpoint,
+    newest_checkpoint,
+    read_checkpoint,
+    read_manifest,
+)
 from sb3_clipvf.checkpoint.signals import SignalWatch
 
 CASE = CASES["native"]
@@ -74,6 +80,25 @@ def test_checkpoints_are_due_at_the_first_boundary_after_each_multiple(
 ) -> None:
     CASE.model(tmp_path).learn(total, callback=TrainingCheckpoint(every, tmp_path / "new" / "folder", keep_last=9))
     assert steps(tmp_path / "new" / "folder") == expected
+
+
+@pytest.mark.parametrize("make", [lambda folder: TrainingCheckpoint(64, folder), SaveBestTrainingReward])
+def test_ending_a_callback_of_a_training_that_did_not_begin_masks_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], BaseCallback]
+) -> None:
+    monkeypatch.setattr("stable_baselines3.common.utils.SummaryWriter", None)  # as without TensorBoard
+    model, callback = CASE.model(tmp_path), make(tmp_path / "new")
+    model.tensorboard_log = str(tmp_path / "tb")
+
+    def learn() -> None:
+        try:
+            model.learn(64, callback=[callback])
+        finally:
+            callback.on_training_end()
+
+    with pytest.raises(ImportError, match="tensorboard is not installed"):
+        learn()
+    assert not (tmp_path / "new").exists()
 
 
 def test_only_the_newest_stay(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import rl_zoo3
 import yaml
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import SimpleLinearSchedule
+from stable_baselines3.common.callbacks import ProgressBarCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 from sb3_clipvf import ClipPPO, TensorRolloutBuffer
@@ -39,7 +40,7 @@ def _manager(tmp_path: Path, entry: dict[str, Any], algo: str = "clipppo", **kwa
         config=str(config),
         eval_freq=-1,
         device="cpu",
-        **kwargs,
+        **{"log_interval": -1, **kwargs},
     )
 
 
@@ -318,3 +319,50 @@ def test_legal_keys_are_those_of_the_constructor() -> None:
     assert {"clip_range", "kl_coef", "engine", "policy", "policy_kwargs"} <= constructor_keys()
     assert constructor_keys().isdisjoint({"self", "_init_setup_model", *COMMAND_LINE_KEYS})
     assert constructor_keys().isdisjoint(ZOO_KEYS)
+
+
+# ---------------------------------------------------------------- errors that end a training
+
+
+def _fails_to_end(self: Any) -> None:
+    raise BrokenPipeError("its process has ended, too")
+
+
+@pytest.mark.parametrize("first", ["checkpoint", "progress bar", "environment"])
+def test_an_error_before_callbacks_begin_is_not_masked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    monkeypatch.setattr("stable_baselines3.common.utils.SummaryWriter", None)  # as without TensorBoard
+    monkeypatch.setattr(ClipPPOExperimentManager, "checkpoint_freq", 64 if first == "checkpoint" else -1)
+    manager = _manager(tmp_path, ENTRY, tensorboard_log=str(tmp_path / "tb"), show_progress=first == "progress bar")
+    model = _model(manager)
+    if first == "environment":
+        monkeypatch.setattr(FastDummyVecEnv, "close", _fails_to_end)
+    with pytest.raises(ImportError, match="tensorboard is not installed"):
+        manager.learn(model)
+
+
+def test_the_cause_of_an_error_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def collect(self: Any, *args: Any, **kwargs: Any) -> bool:
+        raise ValueError("the fault") from OSError("its cause")
+
+    monkeypatch.setattr(ClipPPO, "collect_rollouts", collect)
+    monkeypatch.setattr(ProgressBarCallback, "_on_training_end", _fails_to_end)
+    manager = _manager(tmp_path, ENTRY, show_progress=True)
+    with pytest.raises(ValueError, match="the fault") as raised:
+        manager.learn(_model(manager))
+    assert isinstance(raised.value.__cause__, OSError)
+
+
+def test_an_error_of_the_end_alone_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = _manager(tmp_path, ENTRY, n_timesteps=8)  # no episode ends
+    model = _model(manager)
+    monkeypatch.setattr(FastDummyVecEnv, "close", _fails_to_end)
+    with pytest.raises(BrokenPipeError):
+        manager.learn(model)
+
+
+def test_a_log_interval_of_zero_is_refused_with_the_options_values(tmp_path: Path) -> None:
+    manager = _manager(tmp_path, ENTRY, log_interval=0)
+    with pytest.raises(ValueError, match="`--log-interval` must not be 0, got 0. .* -2 for no log"):
+        manager.learn(_model(manager))

@@ -234,6 +234,8 @@ class SaveBestTrainingReward(BaseCallback):
         self._save_if_best()
 
     def _on_training_end(self) -> None:
+        if not self._started:  # the RL Zoo ends callbacks also where `learn` fails before it begins
+            return
         if self.best_mean_reward == -math.inf and self._most_episodes < self._n_required():
             self._warn_once(
                 "never",

@@ -192,8 +192,8 @@ class TrainingCheckpoint(BaseCallback):
         if self._watch is not None:
             self._watch.stop()
             self._watch = None
-        # The Zoo says so once more, and also where an error or a signal has ended the training in an update.
-        if is_learning(self._model, inspect.currentframe()):
+        # The RL Zoo calls this again: after an error or a signal too, and where `learn` failed before it had a model.
+        if "model" in vars(self) and is_learning(self._model, inspect.currentframe()):
             self._save_and_reset()
         self._last = None
 

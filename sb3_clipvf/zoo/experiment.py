@@ -6,6 +6,7 @@ import difflib
 import inspect
 import shutil
 import sys
+import traceback
 import warnings
 from argparse import Namespace
 from collections import OrderedDict
@@ -318,7 +319,13 @@ class ClipPPOExperimentManager(ExperimentManager):
         Train.
 
         :param model: As ``setup_experiment`` gave it.
+        :raises ValueError: If the interval of logs is 0.
         """
+        if self.algo == ALGORITHM and self.log_interval == 0:
+            raise ValueError(
+                "`--log-interval` must not be 0, got 0. Pass the number of updates between two logs, -1 for the "
+                "default, or -2 for no log."
+            )
         target: Any = model
         if self.resumed is not None:
             target = SimpleNamespace(env=model.env, learn=partial(model.learn, reset_num_timesteps=False))
@@ -329,16 +336,13 @@ class ClipPPOExperimentManager(ExperimentManager):
                     warnings.filterwarnings("ignore", message="Training and eval env are not of the same type")
                 super().learn(target)
         except (SystemExit, Exception) as error:
-            # What ended the training may have ended the environments' processes, which the Zoo then fails to close.
-            hidden = error.__context__ if isinstance(error, ConnectionError) else None
-            ended = hidden if hidden is not None and _ends_training(hidden) else error
-            if not (self._keeps_checkpoints and _ends_training(ended)):
-                raise
-            if sorted_checkpoints(Path(self.save_path, CHECKPOINTS)):
-                sys.stdout.write(f"To go on: sb3-clipvf train --resume {self.save_path}\n")
+            ended = _ended_by(error, model)
+            if self._keeps_checkpoints and _ends_training(ended):
+                if sorted_checkpoints(Path(self.save_path, CHECKPOINTS)):
+                    sys.stdout.write(f"To go on: sb3-clipvf train --resume {self.save_path}\n")
             if ended is error:
                 raise
-            raise ended from None
+            raise ended from ended.__cause__
 
     def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
         if self.resumed is None:
@@ -380,6 +384,20 @@ class ClipPPOExperimentManager(ExperimentManager):
 
 def _resumable(wrapper: Callable[..., gym.Env[Any, Any]] | None, env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
     return ResumableEnv(env if wrapper is None else wrapper(env))
+
+
+def _ended_by(error: BaseException, model: BaseAlgorithm) -> BaseException:
+    """
+    Find the error of a training: after it, the Zoo ends the first callback and closes the environments, and either may
+    fail in its turn.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        frames = (frame for frame, _ in traceback.walk_tb(found.__traceback__))
+        if any(frame.f_code.co_name == "learn" and frame.f_locals.get("self") is model for frame in frames):
+            return found
+        found = found.__context__
+    return error
 
 
 def _ends_training(error: BaseException) -> bool:
