@@ -96,7 +96,7 @@ def short_trainings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 @pytest.mark.usefixtures("short_trainings")
 @pytest.mark.parametrize("page", pages_with("python"))
 def test_python_examples_run(page: str) -> None:
-    namespace: dict[str, Any] = {"__name__": "__docs__"}
+    namespace: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks(page, "python"):
         exec(compile(block, page, "exec"), namespace)
 
