@@ -24,7 +24,7 @@ from gymnasium import Space
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from sb3_clipvf.safe_json import ENCODED, decoded
+from sb3_clipvf.safe_json import ENCODED, NOTE, decoded
 from sb3_clipvf.safe_makers import NotAllowedError
 from sb3_clipvf.safe_pickle import TRUST_VARIABLE, Trust, TrustPickle, UnsafeFileError, trust_of, unpickle
 from sb3_clipvf.safe_zip import ModelPath, check_inner_zip, check_json, entries_of, read_bytes, reason_of
@@ -69,11 +69,11 @@ class ModelFile:
 
         :param trust: How far the file is trusted.
         :param replaced: Attributes that will have other values; theirs are not looked at.
-        :return: The objects, by attribute.
+        :return: The objects, by attribute, and None for :data:`NOTE`.
         :raises UnsafeFileError: If one needs what is neither on the list nor trusted.
         :raises ValueError: If one cannot be read, being damaged or made for other versions.
         """
-        fields = {}
+        fields: dict[str, Any] = {NOTE: None}
         for key, item in (self.data or {}).items():
             if isinstance(item, dict) and key not in replaced:
                 if ":serialized:" in item:
@@ -238,6 +238,7 @@ def _parsed(name: str, raw: bytes) -> dict[str, Any]:
         raise ValueError(f"`data` in {name} must be JSON, but {reason_of(error)}. Save the model again.") from error
     if not isinstance(data, dict):
         raise ValueError(f"`data` in {name} must be a JSON object, got {type(data).__name__}. Save the model again.")
+    data.pop(NOTE, None)  # it is for SB3's reader
     for key, item in data.items():
         if isinstance(item, dict) and not isinstance(item.get(":serialized:", ""), str):
             raise ValueError(f"`{key}` in {name} must be pickled as text, got another type. Save the model again.")

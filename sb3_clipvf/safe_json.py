@@ -26,6 +26,12 @@ ENCODED = ":clipvf:"
 FORMAT = 1
 """Version of the form."""
 
+NOTE = (
+    "observation_space: this file was saved by sb3_clipvf.ClipPPO. Load it with ClipPPO.load, or take over its weights "
+    "with PPO.set_parameters"
+)
+"""Name of an attribute that SB3's reader cannot read. It warns with the name, the only text of a file that it shows."""
+
 _GENERATOR = "numpy.random._pickle"
 
 
@@ -34,9 +40,10 @@ def encoded(attributes: Mapping[str, Any]) -> dict[str, Any]:
     Turn attributes into JSON, as far as JSON can express them; a warning names the others, which SB3 will pickle.
 
     :param attributes: By name.
-    :return: The same; each value is either what JSON can express, or as it was.
+    :return: The same; each value is either what JSON can express, or as it was. Before them, :data:`NOTE`.
     """
-    values, others = {}, []
+    values: dict[str, Any] = {NOTE: {":serialized:": None}}
+    others = []
     for name, value in attributes.items():
         try:
             tree = codec.to_json(value, _to_json)

@@ -17,7 +17,7 @@ from sb3_clipvf.arguments import values_to_load
 from sb3_clipvf.collection import RolloutCollector
 from sb3_clipvf.faults import tell_of_n_envs
 from sb3_clipvf.safe_files import check_model, read_model
-from sb3_clipvf.safe_json import encoded
+from sb3_clipvf.safe_json import NOTE, encoded
 from sb3_clipvf.safe_network import NetworkBound
 from sb3_clipvf.safe_pickle import TrustPickle, trust_of
 from sb3_clipvf.validation import same_spaces
@@ -136,6 +136,7 @@ class SavedAlgorithm(RolloutCollector):
                 force_reset=force_reset,
                 **kwargs,
             )
+        vars(model).pop(NOTE, None)
         tell_of_n_envs(cast("ClipPPO", model), (file.data or {}).get("n_envs"))
         return model
 

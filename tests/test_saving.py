@@ -104,7 +104,8 @@ def pickled_in(file: Any) -> set[str]:
     data = attributes_in(file)
     found = {name for name, item in data.items() if isinstance(item, dict) and ":serialized:" in item}
     assert ":serialized:" not in json.dumps({name: item for name, item in data.items() if name not in found})
-    return found
+    assert data[safe_json.NOTE] == {":serialized:": None}
+    return found - {safe_json.NOTE}
 
 
 def same(first: Any, second: Any) -> bool:
@@ -147,6 +148,7 @@ def test_all_that_is_saved_comes_back(name: str, tmp_path: Path) -> None:
     model.save(tmp_path / "model")
     file, ours = read_model(tmp_path / "model"), model._saved_attributes()
     theirs = {**(file.data or {}), **file.unpickled(trust_of(True), ())}
+    assert theirs.pop(safe_json.NOTE) is None
     assert ours.keys() == theirs.keys()
     # A lambda comes back as another one.
     assert [key for key in ours if not same(ours[key], theirs[key])] == ["clip_range"] * (name == "functions")
@@ -254,7 +256,8 @@ def test_models_of_older_versions_load(tmp_path: Path) -> None:
     """Their `data` is SB3's, with a pickle for each value that is no JSON."""
     model = make().learn(16)
     super(type(model).__mro__[1], model).save(tmp_path / "old")
-    assert {"policy_class", "observation_space", "ep_info_buffer", "_last_obs"} <= pickled_in(tmp_path / "old.zip")
+    data = attributes_in(tmp_path / "old.zip")
+    assert all(":serialized:" in data[name] for name in ("policy_class", "observation_space", "ep_info_buffer"))
     ours, theirs = model._saved_attributes(), ClipPPO.load(tmp_path / "old", device="cpu")._saved_attributes()
     assert [key for key in ours if not same(ours[key], theirs[key])] == []
 
@@ -267,10 +270,36 @@ def test_sb3_takes_weights_and_numbers_from_the_file(tmp_path: Path) -> None:
     observations = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
     assert same(host.predict(observations, deterministic=True), model.predict(observations, deterministic=True))
     assert str(host.policy.optimizer.state_dict()["state"]) == str(model.policy.optimizer.state_dict()["state"])
-    data, parameters, _ = load_from_zip_file(tmp_path / "model", device="cpu")
+    with pytest.warns(UserWarning, match="this file was saved by sb3_clipvf.ClipPPO"):
+        data, parameters, _ = load_from_zip_file(tmp_path / "model", device="cpu")
     assert data is not None
-    assert (data["num_timesteps"], data["clip_range"], data["seed"]) == (16, "lin_0.2", 3)
+    assert (data["num_timesteps"], data["n_steps"], data["seed"]) == (16, 16, 3)
     assert parameters.keys() == {"policy", "policy.optimizer"}
+
+
+@pytest.mark.parametrize("name", ["checkpoints/checkpoint_32", "model"])
+def test_ppo_load_says_what_reads_the_file(name: str, tmp_path: Path) -> None:
+    make().learn(32, callback=TrainingCheckpoint(32, tmp_path / "checkpoints", on_signal=False)).save(
+        tmp_path / "model"
+    )
+    with (
+        pytest.warns(UserWarning, match=r"saved by sb3_clipvf.ClipPPO. Load it with ClipPPO.load, or .*set_parameters"),
+        pytest.raises(ValueError, match="OpenAI Gym"),  # what SB3 has to say of a space that it cannot read
+    ):
+        PPO.load(tmp_path / name, device="cpu")
+    # What the note tells to do works, without it, and the next file has it once.
+    PPO("MlpPolicy", "CartPole-v1", policy_kwargs=NET, device="cpu").set_parameters(tmp_path / name)
+    model = ClipPPO.load(tmp_path / name, device="cpu")
+    assert safe_json.NOTE not in vars(model)
+    model.save(tmp_path / "again")
+    assert list(attributes_in(tmp_path / "again.zip")).count(safe_json.NOTE) == 1
+
+
+def test_a_pickle_in_the_place_of_the_note_is_not_read(tmp_path: Path) -> None:
+    make().save(tmp_path / "model")
+    with_data(tmp_path / "model.zip", **{safe_json.NOTE: hostile.os_system(tmp_path / "mark")})
+    ClipPPO.load(tmp_path / "model", device="cpu")
+    assert not (tmp_path / "mark").exists()
 
 
 # ---------------------------------------------------------------- hostile and damaged JSON
