@@ -17,6 +17,7 @@ from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization, un
 from sb3_clipvf.checkpoint.atomic import atomic_write
 from sb3_clipvf.checkpoint.best_training import save_statistics
 from sb3_clipvf.checkpoint.random_states import global_states, set_global_states, set_space_states, space_states
+from sb3_clipvf.envs.layers import stepped_objects
 from sb3_clipvf.messages import log
 from sb3_clipvf.safe_zip import SMALL, check_json, reason_of
 
@@ -48,10 +49,12 @@ class IsolatedEvalCallback(EvalCallback):
 
     def _init_callback(self) -> None:
         training, evaluation = self.training_env, self.eval_env
-        if training.unwrapped is evaluation.unwrapped:
+        used = stepped_objects(training)
+        shared = next((item for item in stepped_objects(evaluation) if any(item is other for other in used)), None)
+        if shared is not None:
             raise ValueError(
-                "`eval_env` must be other environments than those of the training, got the same: evaluating would end "
-                "their running episodes. Make them once more."
+                "`eval_env` must be other environments than those of the training, got the same "
+                f"{type(shared).__name__}: evaluating would end their running episodes. Make them once more."
             )
         is_normalized = unwrap_vec_normalize(evaluation) is not None
         if is_normalized != (self.model.get_vec_normalize_env() is not None):

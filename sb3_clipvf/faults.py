@@ -11,6 +11,7 @@ from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 from sb3_clipvf import validation
+from sb3_clipvf.envs.layers import vec_env_layers
 from sb3_clipvf.envs.shapes import checked_rows
 from sb3_clipvf.messages import log
 from sb3_clipvf.nonfinite import NonFiniteError
@@ -33,7 +34,8 @@ def check_ready(model: "ClipPPO") -> None:
     :raises OSError: If the log cannot be written.
     """
     env = cast(VecEnv, model.env)
-    if isinstance(env.unwrapped, SubprocVecEnv) and env.unwrapped.closed:
+    base = vec_env_layers(env)[-1]
+    if isinstance(base, SubprocVecEnv) and base.closed:
         raise ValueError("`env` must be open, got a SubprocVecEnv whose processes have ended. Make it anew.")
     with validation.same_spaces():
         check_for_correct_spaces(env, model.observation_space, model.action_space)
@@ -87,7 +89,7 @@ def told(model: "ClipPPO", callback: Any) -> Iterator[None]:
     :raises WorkerDiedError: In the place of an EOFError or OSError.
     """
     env = cast(VecEnv, model.env)
-    venv = env.unwrapped
+    venv = vec_env_layers(env)[-1]
     try:
         with watched(venv), checked_rows(env):
             yield

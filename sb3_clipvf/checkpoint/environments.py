@@ -1,6 +1,5 @@
 """The state of SB3's vectorised environments: layer by layer, from the outermost wrapper to the environments."""
 
-from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,6 +23,7 @@ from sb3_clipvf.checkpoint.known_classes import VEC_WRAPPERS, read_attributes, w
 from sb3_clipvf.checkpoint.random_states import generator_from, generator_state
 from sb3_clipvf.codec import frozen
 from sb3_clipvf.envs.gymnasium_vector import CartPoleVecEnv
+from sb3_clipvf.envs.layers import simulator_of, vec_env_layers
 from sb3_clipvf.envs.vector import BatchedVecEnv
 from sb3_clipvf.safe_makers import full_name
 
@@ -67,6 +67,8 @@ def restore_vec_env(venv: VecEnv, state: dict[str, Any]) -> None:
         if own["given"] is not None:
             layer.set_training_state(own["given"]["state"])
             continue
+        if not isinstance(layer, VecEnv):
+            continue
         write_attributes(layer, own["attributes"])
         if own["obs_rms"] is not None and isinstance(layer, VecNormalize):
             layer.obs_rms = _moments_from(own["obs_rms"])
@@ -87,7 +89,7 @@ def describe_vec_env(venv: VecEnv) -> dict[str, Any]:
     :param venv: The outermost wrapper.
     :return: Number and classes; those of single environments only where they can be asked.
     """
-    layers = list(_layers(venv))
+    layers = _layers(venv)
     base = layers[-1]
     environments = None
     if isinstance(base, DummyVecEnv):
@@ -138,14 +140,13 @@ def _text(value: Any) -> str:
     return " > ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _layers(venv: VecEnv) -> Iterator[VecEnv]:
-    while isinstance(venv, VecEnvWrapper):
-        yield venv
-        venv = venv.venv
-    yield venv
+def _layers(venv: VecEnv) -> list[Any]:
+    """List the layers, and last a simulator that the innermost one wraps without giving its state."""
+    layers, simulator = vec_env_layers(venv), simulator_of(venv)
+    return layers if simulator is None or gives_state(layers[-1]) else [*layers, simulator]
 
 
-def _layer_state(layer: VecEnv) -> tuple[dict[str, Any], list[str]]:
+def _layer_state(layer: Any) -> tuple[dict[str, Any], list[str]]:
     name = full_name(type(layer))
     state: dict[str, Any] = {
         "attributes": {},
@@ -169,6 +170,8 @@ def _layer_state(layer: VecEnv) -> tuple[dict[str, Any], list[str]]:
         if isinstance(layer, VecFrameStack):
             state["stacks"] = [stack.stacked_obs.copy() for stack in _stacks(layer.stacked_obs)]
         return state, []
+    if not isinstance(layer, VecEnv):
+        return state, [_unreachable(layer)]
     # Seeds that the next reset will use: environments that were built anew have them again.
     state["attributes"] = frozen(read_attributes(layer, ("_seeds",)))
     if isinstance(layer, BatchedVecEnv):
@@ -182,7 +185,7 @@ def _layer_state(layer: VecEnv) -> tuple[dict[str, Any], list[str]]:
     return state, _unknown(state["environments"])
 
 
-def _unreachable(layer: VecEnv) -> str:
+def _unreachable(layer: Any) -> str:
     if isinstance(layer, SubprocVecEnv):
         return (
             f"Environments in other processes cannot be asked for their state: they {_RESET_TEXT}. Wrap them in "

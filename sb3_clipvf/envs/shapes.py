@@ -2,12 +2,15 @@
 
 import contextlib
 from collections.abc import Iterator
+from itertools import pairwise
 from types import MethodType
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+
+from sb3_clipvf.envs.layers import vec_env_layers
 
 _NUMBERS = "biuf"
 """NumPy's kinds: truth values, whole numbers with and without a sign, floats."""
@@ -103,26 +106,41 @@ def checked_rows(venv: VecEnv) -> Iterator[None]:
 
     What they give is checked before wrappers, ``VecNormalize`` among them, see it; in SB3's ``DummyVecEnv`` before it
     saves a row. ``FastDummyVecEnv`` does it itself. Where there are no wrappers, the rest is :class:`StepCheck`'s.
+    Layers below a wrapper that converts observations to other shapes are left alone, and so are arrays that are not
+    NumPy's.
 
     :param venv: With its wrappers.
     :return: Context manager.
     """
     from sb3_clipvf.envs.dummy import FastDummyVecEnv  # which imports this module
 
-    inner = venv.unwrapped
+    layers = vec_env_layers(venv)
+    base = layers[-1]
     methods = ("reset", "step_wait", "_save_obs", "_obs_from_buf")
-    checks_itself = all(getattr(type(inner), name, None) is getattr(FastDummyVecEnv, name) for name in methods)
-    checks: dict[str, Any] = {} if inner is venv or checks_itself else {"reset": _reset, "step_wait": _step_wait}
-    if isinstance(inner, DummyVecEnv) and type(inner)._save_obs is DummyVecEnv._save_obs:
-        checks["_save_obs"] = _save_obs
+    checks_itself = all(getattr(type(base), name, None) is getattr(FastDummyVecEnv, name) for name in methods)
+    checks: list[tuple[VecEnv, str, Any]] = []
+    for outer, inner in reversed(list(pairwise(layers))):
+        if _takes_shapes_of(outer, inner):
+            if not (inner is base and checks_itself):
+                checks = [(inner, "reset", _reset), (inner, "step_wait", _step_wait)]
+            break
+    if isinstance(base, DummyVecEnv) and type(base)._save_obs is DummyVecEnv._save_obs:
+        checks.append((base, "_save_obs", _save_obs))
     # Methods, so that a copy of the environments writes into its own rows. What others have put there stays.
-    checked = {name: MethodType(check, inner) for name, check in checks.items() if name not in vars(inner)}
-    vars(inner).update(checked)
+    checked = [(layer, name, check) for layer, name, check in checks if name not in vars(layer)]
+    for layer, name, check in checked:
+        vars(layer)[name] = MethodType(check, layer)
     try:
         yield
     finally:
-        for name in checked:
-            vars(inner).pop(name, None)
+        for layer, name, _ in checked:
+            vars(layer).pop(name, None)
+
+
+def _takes_shapes_of(outer: VecEnv, inner: VecEnv) -> bool:
+    """Return whether a wrapper relies on the shapes of the space inside; one of the user's may convert them."""
+    shapes = [[(key, part.shape) for key, part in _parts(venv.observation_space)] for venv in (outer, inner)]
+    return type(outer).__module__.startswith("stable_baselines3.") or shapes[0] == shapes[1]
 
 
 def _save_obs(self: DummyVecEnv, env_idx: int, obs: Any) -> None:
@@ -139,19 +157,31 @@ def _reset(self: VecEnv, *args: Any, **kwargs: Any) -> Any:
 
 def _step_wait(self: VecEnv) -> Any:
     step = type(self).step_wait(self)
-    obs, _, dones, infos = step
-    _check_shapes(self, obs)
-    _check_final(self.observation_space, dones, infos)
+    # In another form than SB3's, it is for a wrapper to convert.
+    if (
+        isinstance(step, tuple)
+        and len(step) == 4
+        and _check_shapes(self, step[0])
+        and isinstance(step[3], list | tuple)
+    ):
+        _check_final(self.observation_space, step[2], step[3])
     return step
 
 
-def _check_shapes(venv: VecEnv, obs: Any) -> None:
-    """Types are checked behind the wrappers, which may change them."""
-    n_envs, of_all = venv.num_envs, venv.observation_space
-    if type(obs) is np.ndarray and obs.shape == (n_envs, *(of_all.shape or ())):
-        return
-    for key, wanted, shape in _misfits(of_all, obs, (n_envs,)):
+def _check_shapes(venv: VecEnv, obs: Any) -> bool:
+    """Check shapes; types are checked behind the wrappers. :return: False for what only a wrapper can convert."""
+    n_envs, space = venv.num_envs, venv.observation_space
+    if type(obs) is np.ndarray and obs.shape == (n_envs, *(space.shape or ())):
+        return True
+    try:
+        given = [obs if key is None else obs[key] for key, _ in _parts(space)]
+    except (IndexError, KeyError, TypeError):
+        return False
+    if not all(isinstance(part, np.ndarray | list) for part in given):
+        return False
+    for key, wanted, shape in _misfits(space, obs, (n_envs,)):
         raise _shape_error(_name(key), wanted, shape)
+    return True
 
 
 def _misfits(

@@ -1,0 +1,58 @@
+"""The layers of vectorised environments, down to an innermost object that need not be a ``VecEnv``."""
+
+import contextlib
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.vector import VectorEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvWrapper
+
+
+def vec_env_layers(venv: VecEnv) -> list[VecEnv]:
+    """
+    List a ``VecEnv`` and those that it wraps.
+
+    SB3's ``unwrapped`` does not serve: a ``VecEnvWrapper`` may wrap a simulator, and ``unwrapped`` of a ``VecEnv`` may
+    be the simulator inside it.
+
+    :param venv: The outermost one.
+    :return: From the outermost to the innermost ``VecEnv``, which is a ``VecEnvWrapper`` if it wraps something else.
+    """
+    layers = [venv]
+    while isinstance(layers[-1], VecEnvWrapper) and isinstance(layers[-1].venv, VecEnv):
+        layers.append(layers[-1].venv)
+    return layers
+
+
+def simulator_of(venv: VecEnv) -> Any:
+    """
+    Return what the innermost ``VecEnvWrapper`` wraps where this is no ``VecEnv``.
+
+    :param venv: The outermost ``VecEnv``.
+    :return: The object, or None where the innermost layer is not a wrapper.
+    """
+    base = vec_env_layers(venv)[-1]
+    return base.venv if isinstance(base, VecEnvWrapper) else None
+
+
+def stepped_objects(venv: VecEnv) -> list[Any]:
+    """
+    List every object in a ``VecEnv`` that has episodes of its own.
+
+    :param venv: The outermost ``VecEnv``.
+    :return: ``VecEnv``, simulators, and environments and vector environments of Gymnasium, with their wrappers.
+    """
+    layers = vec_env_layers(venv)
+    found: list[Any] = [*layers, simulator_of(venv)]
+    with contextlib.suppress(Exception):  # a class may have a property of any kind here
+        found.append(layers[-1].unwrapped)
+    for holder in found:  # which grows
+        own = getattr(holder, "__dict__", {})
+        several = own.get("envs")
+        inner = [own.get("env"), *(several if isinstance(several, list | tuple) else ())]
+        found += [item for item in inner if isinstance(item, (gym.Env, VectorEnv)) and not _is_in(item, found)]
+    return [item for item in found if item is not None]
+
+
+def _is_in(item: Any, found: list[Any]) -> bool:
+    return any(item is other for other in found)
