@@ -1,11 +1,13 @@
 """What is built from the source tree: an editable install that type checkers see, a wheel, a source distribution."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import venv
+from configparser import ConfigParser
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -73,3 +75,15 @@ def test_a_source_distribution_builds_the_same_wheel(source: Path, tmp_path: Pat
     wheels = [build("wheel", tree, tmp_path / name) for tree, name in ((source, "here"), (unpacked, "there"))]
     ours, theirs = (sorted(ZipFile(wheel).namelist()) for wheel in wheels)
     assert ours == theirs
+
+
+def test_each_extra_is_asked_for_by_name_where_it_is_missed() -> None:
+    config = ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    extras = dict(config["options.extras_require"])
+    everything = re.findall(r"\w+", extras.pop("all").partition("[")[2])
+    assert set(everything) == set(extras)
+    code = "".join(path.read_text() for path in (ROOT / "sb3_clipvf").rglob("*.py"))
+    assert set(re.findall(r"'sb3_clipvf\[(\w+)\]'", code)) == set(extras) - {"dev"}
+    table = (ROOT / "docs" / "quickstart.md").read_text().partition("| extra |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", table)) == set(extras)
