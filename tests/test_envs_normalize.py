@@ -4,7 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +236,36 @@ class TestEqualStreams:
     def test_of_what_only_sb3s_code_takes(self) -> None:
         run_both(*pair(box(3, dtype=np.float16)))
         run_both(*pair(box(0)))
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda dones: dones.astype(int),
+            lambda dones: 255 * dones.astype(np.uint8),
+            lambda dones: dones.astype(np.float32),
+            lambda dones: dones.astype(int).tolist(),
+        ],
+        ids=["int", "uint8", "float", "list"],
+    )
+    @pytest.mark.parametrize("reward_dtype", [np.float32, np.float16], ids=["kernel", "sb3s code"])
+    def test_of_dones_that_are_numbers(self, change: Callable[[Any], Any], reward_dtype: Any) -> None:
+        class Numbers(Scripted):
+            def step_wait(self) -> Any:
+                obs, rewards, dones, infos = super().step_wait()
+                return obs, rewards, change(dones), infos
+
+        kwargs = {"p_done": 0.3, "reward_dtype": reward_dtype}
+        theirs, ours = VecNormalize(Scripted(box(4), **kwargs)), FastVecNormalize(Numbers(box(4), **kwargs))
+        same(ours.reset(), theirs.reset())
+        for _ in range(100):
+            their_step, our_step = (venv.step(np.zeros(3)) for venv in (theirs, ours))
+            for ours_part, theirs_part in zip(our_step[:2], their_step[:2], strict=True):
+                same(ours_part, theirs_part)
+            for our_info, their_info in zip(our_step[3], their_step[3], strict=True):
+                same(our_info, their_info)
+            np.testing.assert_array_equal(np.asarray(our_step[2]) != 0, their_step[2])
+            same(ours.returns, theirs.returns)
+        same(ours.ret_rms, theirs.ret_rms)
 
     def test_of_episodes_that_all_end_at_once(self) -> None:
         ours, theirs = pair(box(2), venv={"p_done": 1.0})

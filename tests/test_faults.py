@@ -553,8 +553,10 @@ def weights(cls: type[Any], venv: VecEnv, engine: str) -> list[np.ndarray]:
         (lambda o, r, d, i: (o, r.astype(int), d, i), lambda *step: step),
         (lambda o, r, d, i: (o, r.astype(bool), d, i), lambda *step: step),
         (lambda o, r, d, i: (o, r.tolist(), d.astype(int), i), lambda *step: step),
+        (lambda o, r, d, i: (o, r, 255 * d.astype(np.uint8), i), lambda *step: step),
+        (lambda o, r, d, i: (o, r, d.astype(float), i), lambda *step: step),
     ],
-    ids=["float64", "outside", "strided", "columns", "int", "bool", "lists"],
+    ids=["float64", "outside", "strided", "columns", "int", "bool", "lists", "bytes", "float dones"],
 )
 def test_what_sb3_takes_gives_sb3s_numbers(change: Any, theirs: Any) -> None:
     expected = weights(PPO, Bent(make(), theirs or change, at=0), "")
