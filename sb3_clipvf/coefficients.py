@@ -6,7 +6,7 @@ import numpy as np
 
 from sb3_clipvf.engines import UpdateCoefficients
 from sb3_clipvf.messages import log
-from sb3_clipvf.schedules import Schedule, is_constant, make_schedule
+from sb3_clipvf.schedules import Schedule, clamp_progress, is_known, make_schedule
 
 if TYPE_CHECKING:
     from sb3_clipvf.clip_ppo import ClipPPO
@@ -66,27 +66,54 @@ def update_coefficients(model: "ClipPPO") -> UpdateCoefficients:
     )
 
 
-def warn_of_early_end(model: "ClipPPO", total_timesteps: int, reset_num_timesteps: bool) -> None:
+def warn_of_early_end(
+    model: "ClipPPO", total_timesteps: int, reset_num_timesteps: bool, *, on_command_line: bool = False
+) -> None:
     """
-    Say where a call of ``learn`` leaves schedules at their end for most or all of it.
+    Warn once if the schedules are in their second half during a whole call of ``learn``, with their values there.
 
     As in SB3, progress is counted after a rollout was collected, and over the steps of this call and those before it:
-    a call of one rollout updates at progress 0, and so does nearly each of many continued calls.
+    a call of one rollout updates at progress 0, and so does nearly each of many continued calls. Functions of the user
+    are not among the schedules: calling them once more may change what they return.
 
     :param model: About to learn.
     :param total_timesteps: Environment steps of this call.
     :param reset_num_timesteps: Whether counting starts at 0.
+    :param on_command_line: Whether the user can change options of the command, rather than arguments of ``learn``.
     """
-    if model._schedule_timesteps is not None or model._warned_of_early_end:
+    if model._schedule_timesteps is not None or model._warned_of_early_end or not total_timesteps:
         return
-    one_rollout = total_timesteps <= model.n_steps * model.n_envs
-    continued = not reset_num_timesteps and model.num_timesteps > 0
-    given = {name: getattr(model, name) for name in ("learning_rate", *NAMES)}
-    annealed = [name for name, value in given.items() if isinstance(value, str) and not is_constant(value)]
-    if annealed and (one_rollout or continued):
-        model._warned_of_early_end = True
-        log.warning(
-            "learn() ends the schedules of %s with this call, so it updates at or near their end values (as in SB3). "
-            "Where training goes over several calls, pass schedule_timesteps=<all of its steps>, or constant values.",
-            ", ".join(annealed),
+    rollout = model.n_steps * model.n_envs
+    before = 0 if reset_num_timesteps else model.num_timesteps
+    first = clamp_progress(1.0 - (before + rollout) / (before + total_timesteps))
+    annealed = {} if first >= 0.5 else _annealed(model)
+    if not annealed:
+        return
+    model._warned_of_early_end = True
+    if total_timesteps <= rollout:
+        values = " and ".join(f"`{name}` is {schedule(0.0):.3g}" for name, schedule in annealed.items())
+        what = f"learn() collects one rollout: {values} in its only update"
+    else:
+        values = ", ".join(
+            f"`{name}` is {schedule(first):.3g} in its first update and {schedule(0.0):.3g} in its last"
+            for name, schedule in annealed.items()
         )
+        what = f"learn() trains at the end of its schedules: {values}"
+    constants = {name: f"{schedule(1.0):.3g}" for name, schedule in annealed.items()}
+    if on_command_line:
+        params = " ".join(f"{name}:{value}" for name, value in constants.items())
+        way_out = f"Train for more rollouts of {rollout} steps (`-n`), or at constant values: `-params {params}`."
+    else:
+        arguments = ", ".join(f"{name}={value}" for name, value in constants.items())
+        way_out = (
+            "Where training runs over several calls, pass schedule_timesteps=<all of its steps> to the first one and "
+            f"reset_num_timesteps=False to the others. Or train at constant values: {arguments}."
+        )
+    log.warning("%s, since schedules end with each call, as in SB3. %s", what, way_out)
+
+
+def _annealed(model: "ClipPPO") -> dict[str, Schedule]:
+    """:return: The schedules that change with progress, by coefficient, without functions of the user."""
+    schedules = {"learning_rate": model.lr_schedule, **{name: schedule_of(model, name) for name in NAMES}}
+    known = {name: schedule for name, schedule in schedules.items() if schedule is not None and is_known(schedule)}
+    return {name: schedule for name, schedule in known.items() if schedule(1.0) != schedule(0.0)}

@@ -11,6 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from stable_baselines3.common.utils import ConstantSchedule as HostConstantSchedule
+from stable_baselines3.common.utils import FloatSchedule
+from stable_baselines3.common.utils import LinearSchedule as HostLinearSchedule
+
 from sb3_clipvf.validation import as_float
 
 Schedule = Callable[[float], float]
@@ -130,6 +134,9 @@ _BY_PREFIX: dict[str, Callable[[float], Schedule]] = {
 }
 
 
+_WITHOUT_EFFECT = (*_BY_PREFIX.values(), HostConstantSchedule, HostLinearSchedule)
+
+
 def is_constant(value: Any) -> bool:
     """
     Tell whether a coefficient as the user gave it is a plain number or a ``const_x`` string.
@@ -142,6 +149,19 @@ def is_constant(value: Any) -> bool:
     # SB3 and the RL Zoo wrap plain numbers in objects of their own.
     inner = getattr(value, "value_schedule", value)
     return isinstance(value, numbers.Real) or type(inner).__name__ == "ConstantSchedule"
+
+
+def is_known(schedule: Schedule) -> bool:
+    """
+    Return whether calling a schedule has no effect but its value, as a function of the user's may have.
+
+    :param schedule: From :func:`make_schedule`.
+    :return: Whether it is one of this module or of SB3.
+    """
+    inner: Any = schedule.function if type(schedule) is ClampedSchedule else schedule
+    if type(inner) is FloatSchedule:
+        inner = inner.value_schedule
+    return type(inner) in _WITHOUT_EFFECT
 
 
 def make_schedule(value: Any, name: str, *, positive: bool = False) -> Schedule:

@@ -162,6 +162,7 @@ class Case:
 
     def model(self, folder: Path) -> ClipPPO:
         common = {"n_steps": 32, "batch_size": 32, "n_epochs": 2, "seed": 0, "device": "cpu", "stats_window_size": 5}
+        common |= {"clip_range": "lin_0.2", "clip_range_vf": 1.0}
         return ClipPPO(self.policy, self.make_env(folder), **{**common, **self.arguments})
 
     def callbacks(self, folder: Path, kill_at: int | None = None) -> list[BaseCallback]:

@@ -65,6 +65,7 @@ def walk(n_envs: int = 1, **kwargs: Any) -> DummyVecEnv:
 
 def make(env: Any = None, policy: Any = "MlpPolicy", **kwargs: Any) -> ClipPPO:
     small = {"n_steps": N_STEPS, "batch_size": 4, "n_epochs": 2, "seed": 0, "policy_kwargs": {"net_arch": [4]}}
+    small |= {"clip_range": "lin_0.2", "clip_range_vf": 1.0}
     return ClipPPO(policy, env if env is not None else walk(), device="cpu", **{**small, **kwargs})
 
 
@@ -138,16 +139,13 @@ class TestInterface:
         assert list(ours)[: len(theirs)] == list(theirs)
         extra = [parameter for name, parameter in ours.items() if name not in theirs]
         assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in extra)
-        assert {name for name in theirs if theirs[name].default != ours[name].default} == {
-            "clip_range",
-            "clip_range_vf",
-        }
+        assert {name: ours[name].default for name in theirs} == {name: theirs[name].default for name in theirs}
 
     def test_defaults_are_the_designs(self) -> None:
         defaults = {name: p.default for name, p in inspect.signature(ClipPPO).parameters.items()}
         expected = {
-            "clip_range": "lin_0.2",
-            "clip_range_vf": 1.0,
+            "clip_range": 0.2,
+            "clip_range_vf": None,
             "kl_coef": 0.0,
             "adaptive_kl_target": None,
             "vf_clip": "max",
@@ -161,8 +159,8 @@ class TestInterface:
     def test_sb3_equivalent_sets_each_argument_of_ours(self) -> None:
         ours, theirs = inspect.signature(ClipPPO).parameters, inspect.signature(PPO).parameters
         differing = {name for name in ours if name not in theirs or ours[name].default != theirs[name].default}
-        assert set(SB3_EQUIVALENT) == differing
-        assert all(SB3_EQUIVALENT[name] == theirs[name].default for name in differing if name in theirs)
+        assert set(SB3_EQUIVALENT) == {*differing, "clip_range", "clip_range_vf"}
+        assert all(SB3_EQUIVALENT[name] == theirs[name].default for name in SB3_EQUIVALENT if name in theirs)
 
     def test_learn_adds_one_argument_at_the_end(self) -> None:
         ours, theirs = list(inspect.signature(ClipPPO.learn).parameters), list(inspect.signature(PPO.learn).parameters)

@@ -39,6 +39,7 @@ class Doubling(FlattenExtractor):
 
 def train(env: VecEnv, seed: int = 4, n_threads: int = 1, **kwargs: Any) -> ClipPPO:
     common: dict[str, Any] = {"n_steps": 64, "batch_size": 32, "n_epochs": 2, "device": "cpu", "seed": seed}
+    common |= {"clip_range": "lin_0.2", "clip_range_vf": 1.0}
     model = ClipPPO("MlpPolicy", env, **{**common, **kwargs})
     # Not before: torch's orthogonal initialisation depends on the number of threads.
     th.set_num_threads(n_threads)

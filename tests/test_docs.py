@@ -157,7 +157,7 @@ def test_the_glossary_has_every_key_of_the_log_and_no_other(monkeypatch: pytest.
     env = make_vec_env("MountainCarContinuous-v0", env_kwargs={"max_episode_steps": 16})
     model = ClipPPO(
         "MlpPolicy", env, n_steps=32, batch_size=32, n_epochs=2, device="cpu", adaptive_kl_target=0.01, kl_coef=1.0,
-        on_nonfinite="skip",
+        clip_range_vf=1.0, on_nonfinite="skip",
     )  # fmt: skip
     logger, logged = configure(None, []), set()
     record = logger.record

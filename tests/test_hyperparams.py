@@ -22,7 +22,7 @@ TEXT = zoo.hyperparams_path().read_text(encoding="utf-8")
 SETTINGS: dict[str, dict[str, Any]] = yaml.safe_load(TEXT)
 ENV_IDS = [entry for entry in SETTINGS if entry not in ("default", "atari")] + ["BreakoutNoFrameskip-v4", "ALE/Pong-v5"]
 
-# What the RL Zoo's entries leave open, and so do ours: ClipPPO's defaults, but for clip_range.
+# What the RL Zoo's entries leave open, and so do ours.
 DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(ClipPPO.__init__).parameters.items()}
 
 # Environments of the RL Zoo's settings that no installable package makes.

@@ -528,6 +528,7 @@ class TestActingWithGSDE:
         for engine in ("autograd", "native"):
             env = make_vec_env("Pendulum-v1", n_envs=n_envs, seed=0)
             kwargs: dict[str, Any] = {"use_sde": True, "sde_sample_freq": 4, "kl_coef": 1.0, "seed": 0}
+            kwargs |= {"clip_range": "lin_0.2", "clip_range_vf": 1.0}
             model = ClipPPO("MlpPolicy", env, n_steps=16, batch_size=16, n_epochs=2, engine=engine, **kwargs)
             model.learn(32 * n_envs)
             assert model._engine is not None
@@ -714,9 +715,9 @@ class TestUpdate:
 
 def make_model(engine: str = "auto", **kwargs: Any) -> ClipPPO:
     env = make_vec_env("CartPole-v1", n_envs=2, seed=0)
-    return ClipPPO(
-        "MlpPolicy", env, n_steps=32, batch_size=16, n_epochs=2, seed=0, device="cpu", engine=engine, **kwargs
-    )
+    arguments = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 0, "device": "cpu", "engine": engine}
+    arguments |= {"clip_range": "lin_0.2", "clip_range_vf": 1.0}
+    return ClipPPO("MlpPolicy", env, **{**arguments, **kwargs})
 
 
 class Change(BaseCallback):

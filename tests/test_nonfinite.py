@@ -363,6 +363,7 @@ def make(what: str = "", n_envs: int = 3, wrap: Any = None, policy: str = "MlpPo
     env: Any = DummyVecEnv([lambda bad=index == 1: World(what if bad else what[:3] * what.startswith("key"), **world)
                             for index in range(n_envs)])  # fmt: skip
     small = {"n_steps": 8, "batch_size": 6, "n_epochs": 2, "seed": 0, "policy_kwargs": {"net_arch": [4]}}
+    small |= {"clip_range": "lin_0.2", "clip_range_vf": 1.0}
     return ClipPPO(policy, env if wrap is None else wrap(env), device="cpu", **{**small, **kwargs})
 
 

@@ -146,6 +146,18 @@ def test_three_updates_give_the_weights_of_sb3(case: str) -> None:
     assert ours._n_updates == host._n_updates
 
 
+@pytest.mark.parametrize("calls", [[36], [12, 12, 12]])
+def test_defaults_learn_as_sb3s_in_one_call_or_in_many(calls: list[int]) -> None:
+    """A schedule as the default would end with each call, and update at 0 where it collects one rollout."""
+    arguments: dict[str, Any] = {"n_steps": 12, "batch_size": 12, "n_epochs": 2, "seed": 0, "device": "cpu"}
+    models: list[Any] = []
+    for algorithm, engine in ((PPO, {}), (ClipPPO, {"engine": "autograd"})):
+        models.append(algorithm("MlpPolicy", DummyVecEnv([lambda: Wander(BOX, 7, 0.1)]), **arguments, **engine))
+        for total_timesteps in calls:
+            models[-1].learn(total_timesteps)
+    assert_same(weights(models[1]), weights(models[0]))
+
+
 def test_early_stopping_happened_in_the_target_kl_case(monkeypatch: pytest.MonkeyPatch) -> None:
     make_env, policy, kwargs = CASES["target_kl"]
     ours = ClipPPO(policy, make_env(), **{**SB3_EQUIVALENT, **SMALL, **kwargs, "batch_size": 20})

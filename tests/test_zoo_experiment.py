@@ -92,6 +92,21 @@ def test_clipppo_is_trained_and_evaluated_in_fast_environments(tmp_path: Path) -
     assert type(manager.create_envs(1, eval_env=True)) is FastDummyVecEnv
 
 
+def test_a_training_of_one_rollout_says_what_to_do_on_the_command_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    entry = {**ENTRY, "n_timesteps": 8, "n_epochs": 1, "clip_range": "lin_0.2", "learning_rate": "lin_0.001"}
+    manager = _manager(tmp_path, entry, log_interval=1, verbose=0)
+    result = manager.setup_experiment()
+    assert result is not None
+    manager.learn(result[0])
+    assert [record.getMessage() for record in caplog.records if "rollout" in record.getMessage()] == [
+        "learn() collects one rollout: `learning_rate` is 0 and `clip_range` is 0 in its only update, since schedules "
+        "end with each call, as in SB3. Train for more rollouts of 8 steps (`-n`), or at constant values: "
+        "`-params learning_rate:0.001 clip_range:0.2`."
+    ]
+
+
 def test_other_algorithms_and_choices_keep_their_environments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(_model(_manager(tmp_path, ENTRY, algo="ppo")).env) is DummyVecEnv
     assert _manager(tmp_path, ENTRY, vec_env_type="subproc").vec_env_class is SubprocVecEnv

@@ -74,6 +74,7 @@ class Training:
         from sb3_clipvf import ClipPPO
 
         common: dict[str, Any] = {"n_steps": 64, "batch_size": 32, "n_epochs": 3, "seed": 0, "device": "cpu"}
+        common |= {"clip_range": "lin_0.2", "clip_range_vf": 1.0}
         return ClipPPO("MlpPolicy", env, **{**common, "learning_rate": "lin_0.001", **self.arguments})
 
 

@@ -34,6 +34,7 @@ from sb3_clipvf.callbacks import IsolatedEvalCallback
 from sb3_clipvf.checkpoint import ResumableEnv, TrainingCheckpoint
 from sb3_clipvf.checkpoint.file import sorted_checkpoints
 from sb3_clipvf.clip_ppo import ClipPPO
+from sb3_clipvf.coefficients import warn_of_early_end
 from sb3_clipvf.envs import FastDummyVecEnv, episodes
 from sb3_clipvf.zoo.commands import ALGORITHM, hyperparams_path
 from sb3_clipvf.zoo.files import replaced
@@ -327,6 +328,8 @@ class ClipPPOExperimentManager(ExperimentManager):
                 "default, or -2 for no log."
             )
         target: Any = model
+        if isinstance(model, ClipPPO):
+            warn_of_early_end(model, self.n_timesteps, reset_num_timesteps=True, on_command_line=True)
         if self.resumed is not None:
             target = SimpleNamespace(env=model.env, learn=partial(model.learn, reset_num_timesteps=False))
         try:
