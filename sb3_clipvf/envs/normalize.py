@@ -37,6 +37,8 @@ class FastVecNormalize(VecNormalize):
     (moments of one step in the observations' own precision, all else in float64), but NumPy adds 8 or more returns, or
     observations of a single element, pairwise. NaN and infinity come out where they do there, without NumPy's warnings.
 
+    Dones may be numbers as well as bools. Where they are integers, SB3's class ends the sums of the wrong environments.
+
     What the kernels do not take goes through SB3's own code, at its speed: float16, statistics of another class or
     shape, a clipping range for each element.
 
@@ -122,11 +124,12 @@ class FastVecNormalize(VecNormalize):
         obs = self._processed(self.old_obs, update=self.training)
         rewards = self._processed_reward(self.old_reward, update=self.training)
         if np.count_nonzero(dones):
-            for index in np.flatnonzero(dones):
+            ended = np.flatnonzero(dones)
+            for index in ended:
                 info = infos[index]
                 if "terminal_observation" in info:
                     info["terminal_observation"] = self.normalize_obs(info["terminal_observation"])
-            self.returns[dones] = 0
+            self.returns[ended] = 0  # not [dones]: integers would be rows
         return obs, rewards, dones, infos
 
     def reset(self) -> Observations:

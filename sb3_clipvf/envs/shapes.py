@@ -59,13 +59,15 @@ class StepCheck:
         Check a step.
 
         :param step: Observations, rewards, dones and infos of a ``VecEnv``.
-        :return: The same; rewards and dones are arrays, if they were not.
+        :return: The same; rewards are an array, dones one of bools, if they were not.
         :raises ValueError: If a shape is wrong, or fractions come where a space has whole numbers.
         :raises TypeError: If something is no array of numbers.
         """
         obs, rewards, dones, infos = step
         self.observations(obs)
         rewards, dones = self._column("rewards", rewards), self._column("dones", dones)
+        if dones.dtype != bool:
+            dones = dones.astype(bool)  # numbers would be rows where they index
         _check_final(self._space, dones, infos)
         return obs, rewards, dones, infos
 
