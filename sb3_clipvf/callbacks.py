@@ -41,6 +41,8 @@ class IsolatedEvalCallback(EvalCallback):
     ``best_model_save_path``. ``best_vecnormalize.pkl`` beside it holds them for ``VecNormalize.load``. A resumed
     training replaces the model only by one that is at least as good.
 
+    Where an environment reports ``is_success`` only in some episodes, the others count as failures.
+
     Arguments are those of ``EvalCallback``.
 
     :raises ValueError: At the start of a training, if the environments of evaluation are those of the training, or lack
@@ -115,6 +117,7 @@ class IsolatedEvalCallback(EvalCallback):
     def _evaluate(self) -> tuple[list[float], list[int]]:
         if self.model.get_vec_normalize_env() is not None:
             sync_envs_normalization(self.training_env, self.eval_env)
+        reports_success = bool(self._is_success_buffer)
         self._is_success_buffer = []
         returns, lengths = evaluate_policy(
             self.model,
@@ -126,7 +129,18 @@ class IsolatedEvalCallback(EvalCallback):
             warn=self.warn,
             callback=self._log_success_callback,
         )
+        # An environment may report successes only; before the first one, it is not known to report any.
+        if reports_success or any(success is not None for success in self._is_success_buffer):
+            self._is_success_buffer = [False if success is None else success for success in self._is_success_buffer]
+        else:
+            self._is_success_buffer = []
         return list(returns), list(lengths)  # type: ignore[arg-type]
+
+    def _log_success_callback(self, locals_: dict[str, Any], globals_: dict[str, Any]) -> None:
+        info = locals_["info"]
+        # Where `evaluate_policy` counts an episode.
+        if locals_["done"] and (not locals_["is_monitor_wrapped"] or "episode" in info):
+            self._is_success_buffer.append(info.get("is_success"))
 
     # ------------------------------------------------------------------ what is told of it
 
@@ -136,14 +150,16 @@ class IsolatedEvalCallback(EvalCallback):
         self.evaluations_length.append(lengths)
         successes = {}
         if self._is_success_buffer:
+            earlier = self.evaluations_results[len(self.evaluations_successes) : -1]
+            self.evaluations_successes += [[False] * len(row) for row in earlier]
             self.evaluations_successes.append(self._is_success_buffer)
-            successes = {"successes": self.evaluations_successes}
+            successes = {"successes": _table(self.evaluations_successes)}
         with atomic_write(f"{self.log_path}.npz") as file:
             np.savez(
                 file,
                 timesteps=self.evaluations_timesteps,
-                results=self.evaluations_results,
-                ep_lengths=self.evaluations_length,
+                results=_table(self.evaluations_results),
+                ep_lengths=_table(self.evaluations_length),
                 **successes,  # type: ignore[arg-type]
             )
 
@@ -193,6 +209,12 @@ class IsolatedEvalCallback(EvalCallback):
                 archive.writestr(STATISTICS_ENTRY, save_statistics(normalizer, folder / BEST_STATISTICS))
         with atomic_write(path) as file:
             file.write(content.getbuffer())
+
+
+def _table(rows: list[list[Any]]) -> np.ndarray:
+    """Make an array of evaluations; shorter rows end in NaN, since ``n_eval_episodes`` may change."""
+    width = max(map(len, rows))
+    return np.array([row if len(row) == width else [*row, *[np.nan] * (width - len(row))] for row in rows])
 
 
 @contextmanager

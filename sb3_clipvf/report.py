@@ -117,7 +117,7 @@ def _draw_evaluations(axes: Axes, path: Path) -> None:
         return
     with np.load(path) as data:
         steps, results = data["timesteps"], data["results"]
-    mean, std = results.mean(axis=1), results.std(axis=1)
+    mean, std = np.nanmean(results, axis=1), np.nanstd(results, axis=1)
     label = f"evaluations while training,\n{results.shape[1]} episodes each (band: one std)"
     axes.plot(steps, mean, marker="o", markersize=4, color="tab:orange", label=label)
     axes.fill_between(steps, mean - std, mean + std, color="tab:orange", alpha=0.2, linewidth=0)

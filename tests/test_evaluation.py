@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from stable_baselines3.common.callbacks import (
     StopTrainingOnRewardThreshold,
 )
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
@@ -228,6 +230,73 @@ def test_it_tells_and_keeps_what_sb3s_does(patience: int, tmp_path: Path, capsys
         told[cls] = (capsys.readouterr().out, arrays, best, model.num_timesteps, callback.best_mean_reward)
         assert "successes" in arrays
     assert told[EvalCallback] == told[IsolatedEvalCallback]
+
+
+class Succeeding(Short):
+    """Reports successes alone, in the given episodes of all that are ever played."""
+
+    def __init__(self, successes: set[int]) -> None:
+        self.successes, self.episode = successes, -1
+
+    def reset(self, **kwargs: Any) -> Any:
+        self.episode += 1
+        return super().reset(**kwargs)
+
+    def step(self, action: Any) -> Any:
+        obs, reward, done, truncated, _ = super().step(action)
+        return obs, reward, done, truncated, {"is_success": True} if self.episode in self.successes else {}
+
+
+def history_of(folder: Path) -> dict[str, Any]:
+    with np.load(folder / "evaluations.npz") as history:
+        return {name: history[name] for name in history.files}
+
+
+@pytest.mark.parametrize("wrap", [Monitor, lambda env: env], ids=["monitor", "no monitor"])
+@pytest.mark.parametrize(
+    ("successes", "expected"),
+    [
+        ({1}, [[0, 1], [0, 0], [0, 0]]),
+        ({0, 3, 4, 5}, [[1, 0], [0, 1], [1, 1]]),
+        # The first evaluations tell nothing yet of successes.
+        ({5}, [[0, 0], [0, 0], [0, 1]]),
+        (set(), None),
+    ],
+)
+def test_episodes_that_report_no_success_are_failures(
+    wrap: Any, successes: set[int], expected: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # An evaluation resets the environment once more at its end.
+    played = {episode + episode // 2 for episode in successes}
+    callback = evaluation(
+        lambda: DummyVecEnv([lambda: wrap(Succeeding(played))]),
+        log_path=str(tmp_path),
+        warn=False,
+        eval_freq=64,
+        verbose=1,
+    )
+    trained(lambda: make_vec_env(Short), callback, n_steps=64)
+    history = history_of(tmp_path)
+    assert history["results"].shape == (3, 2)
+    told = [float(rate) / 100 for rate in re.findall(r"Success rate: ([\d.]+)%", capsys.readouterr().out)]
+    if expected is None:
+        assert "successes" not in history
+        assert told == []
+    else:
+        assert history["successes"].tolist() == expected
+        first = next(index for index, row in enumerate(expected) if any(row))
+        assert told == [np.mean(row) for row in expected[first:]]
+
+
+def test_another_number_of_episodes_does_not_end_the_training(tmp_path: Path) -> None:
+    callback = evaluation(lambda: make_vec_env(Short), log_path=str(tmp_path), eval_freq=64)
+    model = trained(lambda: make_vec_env(Short), callback, steps=64)
+    callback.n_eval_episodes = 3
+    model.learn(64, callback=callback, reset_num_timesteps=False)
+    history = history_of(tmp_path)
+    assert np.isnan(history["results"]).tolist() == [[False, False, True], [False] * 3]
+    assert np.isnan(history["ep_lengths"]).tolist() == np.isnan(history["successes"]).tolist()
+    assert history["timesteps"].tolist() == [64, 128]
 
 
 def test_a_threshold_stops_the_training(tmp_path: Path) -> None:
