@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import os
 import shutil
 import subprocess
 import sys
@@ -209,6 +210,68 @@ def test_an_unknown_environment_is_one_line(in_empty_folder: Path, capsys: pytes
     assert "CartPole-v7 not found in gym registry, you maybe meant CartPole-v" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("-params n_steps=64", "`-params` must be pairs of key and value with a colon, got 'n_steps=64'"),
+        ("-params policy:MlpPolicy", "`-params` must have Python as values, got 'policy:MlpPolicy'"),
+        ("--env-kwargs length=3", "`--env-kwargs` must be pairs of key and value"),
+        ("--eval-env-kwargs length", "`--eval-env-kwargs` must be pairs of key and value"),
+        ("--gym-packages not_there", "`--gym-packages` must be modules that can be imported, got 'not_there'"),
+        ("--conf-file missing.yml", "got 'missing.yml': No such file or directory"),
+        ("--conf-file missing.py", "got 'missing.py': No such file or directory"),
+        ("--conf-file not_there", "got 'not_there': ModuleNotFoundError: No module named 'not_there'"),
+        ("--conf-file empty.yml", "`--conf-file` must hold a dict of settings for each environment, got None"),
+        ("--conf-file empty.yml --algo ppo", "`--conf-file` must hold a dict of settings"),
+        ("--conf-file broken.yml", "got 'broken.yml': while parsing a flow node"),
+        ("--conf-file entry.yml", "got None for CartPole-v1 in entry.yml"),
+        ("--conf-file empty.py", "got 'empty.py': KeyError: 'hyperparams'"),
+        ("--conf-file broken.py", "got 'broken.py': SyntaxError"),
+        ("-f empty.yml", "`--log-folder` must be a folder that can be written to, got 'empty.yml'"),
+        ("-tb empty.yml/here", "`--tensorboard-log` must be a folder that can be written to"),
+        ("-n 1.5", "`-n/--n-timesteps` must be a whole number, got '1.5'"),
+        ("--checkpoint-freq often", "`--checkpoint-freq` must be a whole number, got 'often'"),
+        ("--vec-env foo", "`--vec-env` must be one of dummy, subproc, gymnasium, envpool, ale, got 'foo'"),
+        ("--storage nonsense --study-name s --trial-id 0", "`--storage` must be a storage of Optuna, got 'nonsense'"),
+        ("--storage sqlite:///no/x.db --study-name s -optimize", "`--storage` must be a storage of Optuna"),
+        ("--storage study.log --study-name s --trial-id 0", "`--study-name` must be a study in study.log, got 's'"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_line(
+    options: str,
+    message: str,
+    in_empty_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "envpool", None)
+    for name, text in {"broken.yml": "a: [", "entry.yml": "CartPole-v1:", "broken.py": "hyperparams = {"}.items():
+        Path(name).write_text(text)
+    Path("empty.yml").touch()
+    Path("empty.py").touch()
+    assert main(f"train -n 64 --device cpu --verbose 0 {options}".split()) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("sb3-clipvf train: ")
+    assert message in lines[0]
+    assert lines[1:] == ["(SB3_CLIPVF_TRACEBACK=1 shows where.)"]
+
+
+def test_whole_numbers_and_modules_are_taken_as_users_give_them(
+    in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    Path("own_cart_pole.py").write_text(
+        "import gymnasium as gym\n"
+        'gym.register("OwnCartPole-v0", "gymnasium.envs.classic_control:CartPoleEnv", max_episode_steps=50)\n'
+    )
+    options = "--gym-packages own_cart_pole --env OwnCartPole-v0 -n 1.28e2 --checkpoint-freq 1e3 --eval-freq -1"
+    params = "--device cpu --verbose 0 -params n_envs:2 n_steps:64 batch_size:64"
+    assert main(f"train {options} {params}".split()) == 0
+    model = ClipPPO.load(Path("logs/clipppo/OwnCartPole-v0_1/OwnCartPole-v0.zip"), device="cpu")
+    assert model.num_timesteps == 128
+    assert os.getcwd() not in sys.path
+
+
 def test_a_missing_run_is_one_line(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["enjoy", "--no-render"]) == 2
     assert f"The {Path('logs', 'clipppo')} folder was not found" in capsys.readouterr().err.replace(
@@ -373,6 +436,41 @@ def _study_storage(kind: str) -> tuple[str, Any]:
         return "sqlite:///study.db", "sqlite:///study.db"
     backend = optuna.storages.journal.JournalFileBackend("journal.log")
     return "journal.log", optuna.storages.JournalStorage(backend)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--study-name t --trial-id 0", "`--study-name` must be a study in sqlite:///study.db, got 't'. It has s."),
+        ("--study-name s --trial-id 99", "`--trial-id` must be a trial of 's' that drew hyperparameters, got 99."),
+        ("--study-name s --trial-id -1", "`--trial-id` must be a trial of 's'"),
+        ("--study-name s --trial-id 1", "got 1, which has no 'n_steps_pow'. `--algo` names another algorithm."),
+        ("--study-name s --trial-id 2", "that drew hyperparameters, got 2. These did: 0, 1."),
+        ("--study-name s", "`--trial-id` must be given with `--storage`, got none."),
+    ],
+)
+def test_a_trial_that_cannot_be_trained_is_one_line(
+    options: str, message: str, in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = optuna.create_study(study_name="s", storage="sqlite:///study.db", direction="maximize")
+    drawn = {"x": optuna.distributions.FloatDistribution(0, 1)}
+    for params in ({"x": 0.1}, {"x": 0.2}, {}):
+        study.add_trial(
+            optuna.create_trial(params=params, distributions=drawn if params else {}, value=1.0)  # type: ignore[arg-type]
+        )
+    assert main(f"train -n 64 --device cpu --storage sqlite:///study.db {options}".split()) == 2
+    assert message in capsys.readouterr().err.splitlines()[0]
+
+
+def test_a_search_without_a_completed_trial_is_one_line(
+    in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def prune(self: Any, trial: optuna.Trial) -> float:
+        raise optuna.exceptions.TrialPruned
+
+    monkeypatch.setattr(zoo_train.ExperimentManager, "objective", prune)
+    assert main("train -optimize -n 64 --n-trials 2 --no-optim-plots --device cpu --verbose 0".split()) == 2
+    assert "`-optimize` must complete at least one trial, got none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "journal"])

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from gymnasium.error import DependencyNotInstalled
+from rl_zoo3.utils import get_class_by_name
 
 from sb3_clipvf.schedules import make_schedule
+from sb3_clipvf.validation import check_folder
 from sb3_clipvf.zoo.process import (
     Default,
     explain,
@@ -160,6 +162,14 @@ def test_errors_about_input_are_told_from_faults() -> None:
     assert explain(RuntimeError("CUDA")) is None
 
 
+def test_errors_that_pythons_library_raises_for_a_checker_are_of_input(tmp_path: Path) -> None:
+    message = explain(_raised(get_class_by_name, "not_there.Wrapper"))
+    assert message == "No module named 'not_there'"
+    message = explain(_raised(check_folder, "--log-folder", "/proc/logs", "Name another one."))
+    assert message is not None
+    assert message.startswith("`--log-folder` must be a folder")  # without the number of the error
+
+
 def test_an_error_of_a_training_that_had_begun_is_none_of_input() -> None:
     error = _raised(make_schedule, "linear", "clip_range")
     assert explain(error) is not None
@@ -188,6 +198,15 @@ def test_a_missing_package_is_named_with_its_extra(
     assert f"the package {package} must be installed" in message
     assert f"pip install '{requirement}'" in message
     assert str(error) in message
+
+
+@pytest.mark.parametrize(
+    "text", ["`--vec-env` must be one of dummy, envpool, got 'foo'", "--sampler wandb", "minigrid"]
+)
+def test_an_error_of_value_that_mentions_a_package_is_not_about_it(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    for package in ("envpool", "wandb", "minigrid"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert explain(ValueError(text)) is None
 
 
 def test_a_package_that_is_there_is_not_called_missing() -> None:

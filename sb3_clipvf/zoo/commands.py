@@ -19,12 +19,14 @@ from pathlib import Path
 
 from sb3_clipvf.safe_pickle import TRUST_VARIABLE
 from sb3_clipvf.zoo.hub import own_model_card
+from sb3_clipvf.zoo.parsing import checked_parsing
 from sb3_clipvf.zoo.process import (
     Default,
     explain,
     ffmpeg_on_path,
     figures_to_files,
     has_display,
+    importable_working_folder,
     option_value,
     own_subprocesses,
     patched_argv,
@@ -272,6 +274,7 @@ def _run(name: str, command: Command, options: Sequence[str]) -> int:
     finds_model = name in _FINDING and not asks_for_help
     if module.startswith("sb3_clipvf."):
         with ExitStack() as stack:
+            stack.enter_context(checked_parsing(f"{PROGRAM} {name}"))
             if finds_model:
                 _find_own_models(stack, name)
             return _own_main(module, function)(list(options))
@@ -295,8 +298,11 @@ def _run(name: str, command: Command, options: Sequence[str]) -> int:
         if not asks_for_help:
             _check(name, command, arguments)
         register()
-        from sb3_clipvf.zoo.files import checked_files  # imports torch, as register() does
+        # These import torch, as register() does.
+        from sb3_clipvf.zoo.checks import checked_options
+        from sb3_clipvf.zoo.files import checked_files
 
+        stack.enter_context(checked_options(f"{PROGRAM} {name}"))
         stack.enter_context(checked_files(plots=name == "plot_from_file"))
         if finds_model:
             _find_own_models(stack, name)
@@ -304,6 +310,7 @@ def _run(name: str, command: Command, options: Sequence[str]) -> int:
             stack.enter_context(ffmpeg_on_path())
         if name == "push_to_hub":
             stack.enter_context(own_model_card(ALGORITHM))
+        stack.enter_context(importable_working_folder())
         stack.enter_context(patched_argv([f"{PROGRAM} {name}", *arguments]))
         stack.enter_context(own_subprocesses())
         if function:

@@ -39,7 +39,8 @@ from sb3_clipvf.envs import FastDummyVecEnv, episodes
 from sb3_clipvf.zoo.commands import ALGORITHM, hyperparams_path
 from sb3_clipvf.zoo.files import replaced
 from sb3_clipvf.zoo.resume import CHECKPOINTS, ResumedRun
-from sb3_clipvf.zoo.settings import check_imports, check_setting
+from sb3_clipvf.zoo.settings import check_imports, check_setting, readable_config
+from sb3_clipvf.zoo.tuning import CheckedSearch
 from sb3_clipvf.zoo.vec_env import EnvSettings, make_vec_env, stacks_frames, wrapper_list
 
 ZOO_KEYS = frozenset(
@@ -132,7 +133,7 @@ def experiment_manager(base: type[ExperimentManager]) -> type[ExperimentManager]
     return type(f"ClipPPO{base.__name__}", (ClipPPOExperimentManager, base), {})
 
 
-class ClipPPOExperimentManager(ExperimentManager):
+class ClipPPOExperimentManager(CheckedSearch):
     """
     The RL Zoo's experiment manager, where ``clipppo`` gets the packaged settings by default, unknown keys are refused,
     coefficients reach ClipPPO as written (the Zoo would make each string a linear schedule and refuse ``null``),
@@ -205,23 +206,18 @@ class ClipPPOExperimentManager(ExperimentManager):
         :raises TypeError: If a value is of the wrong type.
         :raises ImportError: If a class that is named cannot be imported.
         """
+        env_id = self.env_name.gym_id
         if self.algo != ALGORITHM:
-            return super().read_hyperparameters()
+            with readable_config(self.config, env_id):
+                return super().read_hyperparameters()
         if self.resumed is not None:
             return self._resumed_hyperparameters(dict(self.resumed.hyperparams))
         overrides = dict(self.custom_hyperparams or {})
         if self.trial_id == 0 and self.storage and self.study_name:
             # The Zoo takes a trial of number 0 for no trial.
             self.custom_hyperparams = {**self.load_trial(self.storage, self.study_name, 0), **overrides}
-        env_id = self.env_name.gym_id
-        try:
+        with readable_config(self.config, env_id):
             hyperparams, saved_hyperparams = super().read_hyperparameters()
-        except KeyError as error:
-            if error.args != ("atari",):
-                raise
-            raise ValueError(
-                f"{self.config} must have an entry for {env_id} or one named `atari`, got neither. Add one of them."
-            ) from error
         source = f"the entry for {env_id} in {self.config}"
         check_hyperparams(hyperparams, overrides, source)
         for key, value in hyperparams.items():

@@ -2,10 +2,12 @@
 
 import difflib
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sb3_clipvf.zoo.commands import ALGORITHM
+from sb3_clipvf.zoo.parsing import whole_number
 from sb3_clipvf.zoo.process import option_value, without_option
 
 CHECKPOINT_FREQ = 100_000
@@ -67,10 +69,10 @@ def _checkpoint_freq(arguments: list[str]) -> tuple[int, list[str]]:
     if value is None:
         return CHECKPOINT_FREQ, arguments
     try:
-        freq = int(value)
-    except ValueError:
+        freq = whole_number(value)
+    except ArgumentTypeError as error:
         raise ValueError(
-            f"`--checkpoint-freq` must be a whole number of environment steps, got {value!r}. -1 writes no checkpoints."
+            f"`--checkpoint-freq` {error}. It counts environment steps; -1 writes no checkpoints."
         ) from None
     algo = option_value(arguments, None, "--algo")
     searches = any(token == "-optimize" or token.startswith("--optimize") for token in arguments)

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ _OPTIONAL_PACKAGES = (
     ("panda_gym", r"Panda\w+-v", "panda_gym"),
 )
 
-_INPUT_ERRORS = (ValueError, TypeError, ImportError, AssertionError, FileNotFoundError, GymnasiumError)
+_INPUT_ERRORS = (ValueError, TypeError, ImportError, AssertionError, OSError, GymnasiumError)
 _INPUT_CHECKERS = ("sb3_clipvf", "rl_zoo3", "stable_baselines3", "gymnasium", "huggingface_sb3")
 
 
@@ -170,6 +171,17 @@ def patched_argv(argv: list[str]) -> Iterator[None]:
 
 
 @contextmanager
+def importable_working_folder() -> Iterator[None]:
+    """Find modules in the working folder too, as ``python -m`` does, behind those that are installed."""
+    folder = os.getcwd()
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
+@contextmanager
 def figures_to_files(name: str) -> Iterator[None]:
     """
     Without a display, write figures to the working folder where they would have been shown.
@@ -257,10 +269,25 @@ def explain(error: Exception) -> str | None:
     missing = _missing_package(error)
     if missing is not None:
         return missing
-    frames = traceback.extract_tb(error.__traceback__)
-    if isinstance(error, _INPUT_ERRORS) and frames and _checks_input(Path(frames[-1].filename)):
-        return str(error) or type(error).__name__
+    modules = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, (ImportError, OSError)):
+        # Python's own library raises these for what it was asked for.
+        modules = [name for name in modules if not _is_of_python(name)]
+    if isinstance(error, _INPUT_ERRORS) and modules and _checks_input(Path(modules[-1])):
+        return _text(error)
     return None
+
+
+def _text(error: Exception) -> str:
+    # Where there is no file, the text was made for the user, and the number says nothing more.
+    if isinstance(error, OSError) and error.filename is None and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+def _is_of_python(module: str) -> bool:
+    folder = sysconfig.get_path("stdlib")
+    return module.startswith("<frozen ") or (Path(module).is_relative_to(folder) and "site-packages" not in module)
 
 
 def _checks_input(module: Path) -> bool:
@@ -270,11 +297,14 @@ def _checks_input(module: Path) -> bool:
 
 
 def _missing_package(error: Exception) -> str | None:
-    # The Zoo looks an unknown environment up in a dict: KeyError.
-    if not isinstance(error, (ValueError, ImportError, KeyError, GymnasiumError)):
-        return None
     text = str(error)
+    # The Zoo looks an unknown environment up in a dict: KeyError. Other errors of value only mention what they name.
+    if isinstance(error, ValueError):
+        unknown = re.match(r"\S+ not found in gym registry", text)
+        missing = unknown[0] if unknown else ""
+    else:
+        missing = text if isinstance(error, (ImportError, KeyError, GymnasiumError)) else ""
     for package, pattern, requirement in _OPTIONAL_PACKAGES:
-        if re.search(pattern, text, re.IGNORECASE) and importlib.util.find_spec(package) is None:
+        if re.search(pattern, missing, re.IGNORECASE) and importlib.util.find_spec(package) is None:
             return f"the package {package} must be installed for this. Run `pip install {requirement}`. ({text})"
     return None

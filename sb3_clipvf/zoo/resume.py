@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sb3_clipvf.zoo.commands import ALGORITHM
+from sb3_clipvf.zoo.parsing import strict
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run's checkpoints, in the run's own."""
@@ -145,7 +146,7 @@ def _given(options: Sequence[str]) -> dict[str, Any]:
     for name, kind in {**_KEPT, **_FREE}.items():
         parser.add_argument(*_SHORT.get(name, []), _option(name), type=kind)
     parser.add_argument("-P", "--progress", action="store_true")
-    given, others = parser.parse_known_args(list(options))
+    given, others = strict(parser, "sb3-clipvf train").parse_known_args(list(options))
     if others:
         raise ValueError(
             f"`{others[0]}` must not be given with `--resume`, got it: a run keeps the settings that it was started "

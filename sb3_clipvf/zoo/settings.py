@@ -2,9 +2,12 @@
 
 import importlib
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import yaml
 from rl_zoo3 import exp_manager
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
@@ -18,6 +21,47 @@ _TAKEN = ("env", "filename", "venv")
 """Arguments of wrappers that the RL Zoo fills."""
 
 _CLASS_TEXT = "Write it as `package.module.Class`, with its arguments, if any, indented below it."
+
+
+@contextmanager
+def readable_config(config: str, env_id: str) -> Iterator[None]:
+    """
+    Explain why the RL Zoo cannot read the settings.
+
+    :param config: File or module, as given to ``--conf-file``.
+    :param env_id: Environment whose settings it reads.
+    :raises ValueError: If it cannot be read, or does not hold settings for each environment.
+    """
+    rule = "`--conf-file` must hold a dict of settings for each environment"
+    if config.endswith((".yml", ".yaml")):
+        _check_config_file(config, rule)
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        if isinstance(error, KeyError) and error.args == ("atari",):
+            raise ValueError(
+                f"{config} must have an entry for {env_id} or one named `atari`, got neither. Add one of them."
+            ) from error
+        text = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{rule}, got {config!r}: {text}. Give a .yml file, or a .py file or module that defines the dict "
+            "`hyperparams`."
+        ) from error
+
+
+def _check_config_file(config: str, rule: str) -> None:
+    try:
+        content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ValueError(f"{rule}, got {config!r}: {text}. Correct it, or its name.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{rule}, got {content!r} in {config}. Write `CartPole-v1:`, and its settings indented below.")
+    for key, value in content.items():
+        if not isinstance(value, dict):
+            raise ValueError(f"{rule}, got {value!r} for {key} in {config}. Write its settings indented below it.")
 
 
 def check_setting(key: str, value: Any, where: str) -> None:

@@ -5,9 +5,13 @@ Every parameter is drawn in every trial, also one that the drawn objective does 
 same for all trials, as Optuna's multivariate sampler needs it.
 """
 
+from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.storages import BaseStorage, JournalStorage, get_storage
+from optuna.storages.journal import JournalFileBackend
+from rl_zoo3.exp_manager import ExperimentManager
 from torch import nn
 
 OBJECTIVES = ("clip", "fixed_kl", "adaptive_kl", "clip_and_adaptive_kl")
@@ -30,6 +34,98 @@ _PASSED_ON = (
     "vf_clip_units",
     "advantage_scope",
 )
+
+
+class CheckedSearch(ExperimentManager):
+    """The RL Zoo's experiment manager, with errors about studies and trials that name the option."""
+
+    def load_trial(
+        self, storage: str, study_name: str, trial_id: int | None = None, convert: bool = True
+    ) -> dict[str, Any]:
+        """
+        Read the hyperparameters of a trial.
+
+        :param storage: Optuna's storage.
+        :param study_name: Name of the study.
+        :param trial_id: Number of the trial; None: the best one.
+        :param convert: Whether to turn what was drawn into the algorithm's arguments.
+        :return: The hyperparameters.
+        :raises ValueError: If there is no such trial, or it was drawn for another algorithm.
+        """
+        check_trial(storage, study_name, trial_id)
+        try:
+            return super().load_trial(storage, study_name, trial_id, convert)
+        except KeyError as error:
+            raise ValueError(
+                f"`--trial-id` must be a trial that searched for {self.algo}, got {trial_id}, which has no {error}. "
+                "`--algo` names another algorithm."
+            ) from error
+
+    def hyperparameters_optimization(self) -> None:
+        """
+        Search hyperparameters.
+
+        :raises ValueError: If the storage cannot be used, or no trial ended.
+        """
+        if self.storage is not None:
+            open_storage(self.storage)
+        try:
+            super().hyperparameters_optimization()
+        except ValueError as error:
+            if "No trials are completed" not in str(error):
+                raise
+            raise ValueError(
+                "`-optimize` must complete at least one trial, got none: all were pruned or failed, so there is no "
+                "best one. Search with more `--n-trials`, or without pruning by `--pruner none`."
+            ) from error
+
+
+def open_storage(storage: str) -> BaseStorage:
+    """
+    Open the storage of a study.
+
+    :param storage: As given to ``--storage``: the address of a database, or a file that ends in ``.log``.
+    :return: Optuna's storage.
+    :raises ValueError: If it cannot be opened.
+    """
+    try:
+        if storage.endswith(".log"):
+            Path(storage).parent.mkdir(parents=True, exist_ok=True)
+            return JournalStorage(JournalFileBackend(storage))
+        return get_storage(storage)
+    except Exception as error:  # each database has its own errors
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"`--storage` must be a storage of Optuna, got {storage!r}: {text}. Give a file as logs/study.log or a "
+            "database as sqlite:///logs/study.db, in a folder that exists."
+        ) from error
+
+
+def check_trial(storage: str, study_name: str, trial_id: int | None) -> None:
+    """
+    Check that a trial can be read.
+
+    :param storage: As given to ``--storage``.
+    :param study_name: Name of the study.
+    :param trial_id: Number of the trial; None: the best one.
+    :raises ValueError: If there is no such study, or no such trial in it.
+    """
+    opened = open_storage(storage)
+    names = optuna.get_all_study_names(opened)
+    if study_name not in names:
+        raise ValueError(
+            f"`--study-name` must be a study in {storage}, got {study_name!r}. It has {', '.join(names) or 'none'}."
+        )
+    if trial_id is None:
+        return
+    numbers = [
+        str(trial.number) for trial in optuna.load_study(study_name=study_name, storage=opened).trials if trial.params
+    ]
+    if str(trial_id) not in numbers:
+        raise ValueError(
+            f"`--trial-id` must be a trial of {study_name!r} that drew hyperparameters, got {trial_id}. These did: "
+            f"{', '.join(numbers) or 'none'}."
+        )
 
 
 def sample_clipppo_params(

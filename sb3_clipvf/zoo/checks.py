@@ -1,0 +1,91 @@
+"""Checks of the RL Zoo's parsed options, before its scripts use them."""
+
+import importlib
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rl_zoo3 import utils
+
+from sb3_clipvf.validation import check_device, check_folder, check_int
+from sb3_clipvf.zoo.commands import ALGORITHM
+from sb3_clipvf.zoo.files import replaced
+from sb3_clipvf.zoo.parsing import checked_parsing, store_pairs
+
+_COUNTS = {
+    "eval_episodes": "Pass a number of episodes.",
+    "max_total_trials": "Pass a number of trials.",
+    "n_envs": "Pass a number of environments.",
+    "n_eval_envs": "Pass a number of environments.",
+    "n_evaluations": "Pass a number of evaluations.",
+    "n_jobs": "Pass a number of threads.",
+    "n_trials": "Pass a number of trials.",
+}
+_FOLDERS = ("benchmark_dir", "log_folder", "optimization_log_path", "output_folder", "reward_log", "tensorboard_log")
+_WAY_OUT_OF_FOLDER = "Name another one."
+_LARGEST_SEED = 2**32 - 1
+
+
+@contextmanager
+def checked_options(program: str) -> Iterator[None]:
+    """
+    Check the options that the RL Zoo's script parses next.
+
+    :param program: Name of the command, for messages.
+    """
+    with replaced(utils.StoreDict, "__call__", store_pairs), checked_parsing(program, check_options):
+        yield
+
+
+def check_options(options: Namespace) -> None:
+    """
+    Check what the RL Zoo would not, or with an error that does not name the option.
+
+    :param options: Parsed options of one of its scripts.
+    :raises ValueError: If a value is out of range, or an option would be ignored.
+    :raises OSError: If a folder cannot be written to.
+    :raises ImportError: If a module of ``--gym-packages`` cannot be imported.
+    """
+    given = vars(options)
+    for name, way_out in _COUNTS.items():
+        if given.get(name) is not None:
+            check_int(_option(name), given[name], 1, way_out)
+    if given.get("n_timesteps", -1) != -1:
+        check_int("--n-timesteps", given["n_timesteps"], 1, "Pass a number of environment steps.")
+    if given.get("num_threads", -1) != -1:
+        check_int("--num-threads", given["num_threads"], 1, "Leave it out to take PyTorch's own number.")
+    if "seed" in given:
+        check_int("--seed", given["seed"], -_LARGEST_SEED, "A negative one stands for a random one.", _LARGEST_SEED)
+    if "device" in given and given.get("algo") != ALGORITHM:  # ClipPPO checks its own
+        check_device(given["device"])
+    _check_study(given)
+    for name in _FOLDERS:
+        if given.get(name):
+            check_folder(_option(name), given[name], _WAY_OUT_OF_FOLDER)
+    for module in given.get("gym_packages") or ():
+        try:
+            importlib.import_module(module)
+        except (ImportError, ValueError, TypeError) as error:
+            raise ImportError(
+                f"`--gym-packages` must be modules that can be imported, got {module!r}: {error}. Correct the name, "
+                "install its package, or run the command where its file is."
+            ) from error
+
+
+def _check_study(given: dict[str, Any]) -> None:
+    """A study that is neither searched nor read would be ignored."""
+    if "trial_id" not in given or given.get("optimize_hyperparameters"):
+        return
+    parts = {name: given.get(name) for name in ("storage", "study_name", "trial_id")}
+    missing = [_option(name) for name, value in parts.items() if value is None]
+    if missing and len(missing) < len(parts):
+        named = next(_option(name) for name, value in parts.items() if value is not None)
+        raise ValueError(
+            f"`{missing[0]}` must be given with `{named}`, got none. `--storage`, `--study-name` and `--trial-id` "
+            "together train with the settings of a trial; `-optimize` searches."
+        )
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
