@@ -10,7 +10,7 @@ from sb3_clipvf.distributions import dist_param_dim
 from sb3_clipvf.engines import UpdateSettings
 from sb3_clipvf.messages import log
 from sb3_clipvf.rollout import TensorRolloutBuffer
-from sb3_clipvf.schedules import AdaptiveKL, KLAdaptiveLR
+from sb3_clipvf.schedules import AdaptiveKL, KLAdaptiveLR, Schedule
 
 if TYPE_CHECKING:
     from sb3_clipvf.clip_ppo import ClipPPO
@@ -124,29 +124,29 @@ def make_update_settings(model: "ClipPPO") -> UpdateSettings:
     )
 
 
-def make_adaptive_kl(kept: AdaptiveKL | None, target: float | None, initial_beta: float) -> AdaptiveKL | None:
+def make_adaptive_kl(kept: AdaptiveKL | None, target: float | None, kl_coef: Schedule) -> AdaptiveKL | None:
     """
     Start the controller of the KL penalty, or go on with the beta that a saved file brought.
 
     :param kept: State so far, if any.
     :param target: d_targ, nats; None: beta does not adapt.
-    :param initial_beta: Where beta starts.
+    :param kl_coef: Beta starts at its value at progress 1.
     :return: The state, or None.
     """
     if target is None:
         return None
-    return AdaptiveKL(beta=initial_beta, target=target) if kept is None else replace(kept, target=target)
+    return AdaptiveKL(beta=kl_coef(1.0), target=target) if kept is None else replace(kept, target=target)
 
 
-def make_adaptive_lr(kept: KLAdaptiveLR | None, target: float | None, initial_rate: float) -> KLAdaptiveLR | None:
+def make_adaptive_lr(kept: KLAdaptiveLR | None, target: float | None, lr_schedule: Schedule) -> KLAdaptiveLR | None:
     """
     Start the controller of the learning rate, or go on with the rate that a saved file brought.
 
     :param kept: State so far, if any.
     :param target: nats; None: the rate does not adapt.
-    :param initial_rate: Where the rate starts.
+    :param lr_schedule: The rate starts at its value at progress 1.
     :return: The state, or None.
     """
     if target is None:
         return None
-    return KLAdaptiveLR(learning_rate=initial_rate, target=target) if kept is None else replace(kept, target=target)
+    return KLAdaptiveLR(lr_schedule(1.0), target) if kept is None else replace(kept, target=target)

@@ -241,8 +241,8 @@ class ClipPPO(SavedAlgorithm):
     def _setup_controllers(self) -> None:
         """Start the controllers of the KL, or go on with the beta and the rate that they have come to."""
         kl_coef = cast(Schedule, coefficients.schedule_of(self, "kl_coef"))
-        self.adaptive_kl = make_adaptive_kl(self.adaptive_kl, self.adaptive_kl_target, kl_coef(1.0))
-        self.adaptive_lr = make_adaptive_lr(self.adaptive_lr, self.lr_kl_target, self.lr_schedule(1.0))
+        self.adaptive_kl = make_adaptive_kl(self.adaptive_kl, self.adaptive_kl_target, kl_coef)
+        self.adaptive_lr = make_adaptive_lr(self.adaptive_lr, self.lr_kl_target, self.lr_schedule)
 
     def _setup_lr_schedule(self) -> None:
         self.lr_schedule = make_schedule(self.learning_rate, "learning_rate")

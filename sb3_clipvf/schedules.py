@@ -5,6 +5,7 @@ Progress is SB3's ``progress_remaining``: 1 at the start of training, 0 at its e
 0 at the last update, because it counts the rollout before it updates; schedules here see it clamped to [0, 1].
 """
 
+import inspect
 import math
 import numbers
 from collections.abc import Callable
@@ -110,14 +111,18 @@ class ClampedSchedule:
 
     def __call__(self, progress_remaining: float) -> float:
         """
-        Ask the user's function.
+        Call the user's function.
 
         :return: The value at ``progress_remaining``, at least 0.
-        :raises ValueError: If it is negative or not finite.
+        :raises TypeError: If the function does not turn one number into a number.
+        :raises ValueError: If the value is negative or not finite.
         """
         progress = clamp_progress(progress_remaining)
-        # float(): NumPy scalars would end up in the optimizer and in the saved file.
-        value = float(self.function(progress))
+        try:
+            # float(): NumPy scalars would end up in the optimizer and in the saved file.
+            value = float(self.function(progress))
+        except TypeError as error:
+            raise _not_a_schedule(self.name, self.function, f"failed at progress {progress:g}", error) from error
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(
                 f"`{self.name}` must be at least 0 and finite, got {value} from {self.function!r} at "
@@ -173,9 +178,9 @@ def make_schedule(value: Any, name: str, *, positive: bool = False) -> Schedule:
     :param name: The argument's name, for messages.
     :param positive: Whether the value must be above 0 at the start of training; else it may be 0. A function may
         reach 0 in any case, since annealing does.
-    :return: Function of progress, which it clamps to [0, 1].
+    :return: Function of progress, which it clamps to [0, 1]. A function of the user's is not called before that.
     :raises TypeError: If ``value`` is none of these.
-    :raises ValueError: If a string is not understood, or a value is not finite, or out of range.
+    :raises ValueError: If a string is not understood, or a number is not finite, or out of range.
     """
     rule = "positive and finite" if positive else "at least 0 and finite"
     if isinstance(value, str):
@@ -192,9 +197,8 @@ def make_schedule(value: Any, name: str, *, positive: bool = False) -> Schedule:
         schedule = ConstantSchedule(start)
         in_range = start > 0 if positive else start >= 0
     else:
-        schedule = ClampedSchedule(value, name)
-        _call_once(schedule, value, name)
-        return schedule
+        _check_signature(value, name)
+        return ClampedSchedule(value, name)
     if not (math.isfinite(start) and in_range):
         raise ValueError(f"`{name}` must be {rule}, got {value!r}. Its value at the start of training is {start}.")
     return schedule
@@ -211,14 +215,21 @@ def _parse(text: str, name: str) -> Schedule:
         raise ValueError(f"`{name}` must be a schedule, got {text!r}. As a string use {SCHEDULE_STRINGS}.") from None
 
 
-def _call_once(schedule: Schedule, function: Any, name: str) -> None:
+def _check_signature(function: Any, name: str) -> None:
+    """Refuse a function of other arguments without calling it: one with a state would be a call ahead of SB3's."""
     try:
-        schedule(1.0)
+        inspect.signature(function).bind(1.0)
+    except ValueError:  # some functions in C have no signature
+        return
     except TypeError as error:
-        raise TypeError(
-            f"`{name}` must be a function of one number that returns a number, got {function!r}, which failed at "
-            f"progress 1.0: {error}. Write it as `lambda progress_remaining: ...`."
-        ) from error
+        raise _not_a_schedule(name, function, "takes other arguments", error) from error
+
+
+def _not_a_schedule(name: str, function: Any, fault: str, error: Exception) -> TypeError:
+    return TypeError(
+        f"`{name}` must be a function of one number that returns a number, got {function!r}, which {fault}: {error}. "
+        "Write it as `lambda progress_remaining: ...`."
+    )
 
 
 @dataclass(frozen=True)

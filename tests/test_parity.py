@@ -1,6 +1,7 @@
 """Host parity: under SB3_EQUIVALENT, ClipPPO ends with the weights of SB3's PPO from the same seed."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -156,6 +157,33 @@ def test_defaults_learn_as_sb3s_in_one_call_or_in_many(calls: list[int]) -> None
         for total_timesteps in calls:
             models[-1].learn(total_timesteps)
     assert_same(weights(models[1]), weights(models[0]))
+
+
+@pytest.mark.parametrize("engine", ["autograd", "native"])
+def test_functions_of_the_user_are_called_as_sb3_calls_them(engine: str, tmp_path: Path) -> None:
+    """One with a state, such as a warm-up that counts its calls, would end elsewhere after a call more."""
+    at_updates = ("ent_coef", "vf_coef", "kl_coef")
+    calls: list[dict[str, list[float]]] = []
+    for algorithm in (PPO, ClipPPO):
+        names = ("learning_rate", "clip_range", "clip_range_vf", *(at_updates if algorithm is ClipPPO else ()))
+        seen: dict[str, list[float]] = {name: [] for name in names}
+        functions = {name: lambda p, own=own: own.append(p) or 0.1 for name, own in seen.items()}
+        rest = {} if algorithm is PPO else {"engine": engine}
+        arguments: dict[str, Any] = {"n_steps": 12, "batch_size": 12, "n_epochs": 1, "device": "cpu", **rest}
+        model: Any = algorithm(
+            "MlpPolicy", DummyVecEnv([lambda: Wander(spaces.Discrete(3), 7, 0.1)]), **arguments, **functions
+        )
+        assert not any(seen.get(name) for name in at_updates)
+        model.learn(36).learn(24, reset_num_timesteps=False)
+        model.save(tmp_path / algorithm.__name__)
+        loaded = algorithm.load(
+            tmp_path / algorithm.__name__, env=model.get_env(), custom_objects=functions, device="cpu"
+        )
+        loaded.learn(12)
+        calls.append(seen)
+    theirs, ours = calls
+    assert {name: ours[name] for name in theirs} == theirs
+    assert all(ours[name] == theirs["clip_range"] for name in at_updates)
 
 
 def test_early_stopping_happened_in_the_target_kl_case(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Tests of schedules as functions of progress, of the strings that stand for them, and of the KL controllers."""
 
+import functools
 import math
 import pickle
 from typing import Any
@@ -64,8 +65,8 @@ class TestSchedules:
             return np.float32(0.5)
 
         value = make_schedule(schedule, "ent_coef")(-0.1)
-        # Once at the start to check it, then clamped
-        assert seen == [1.0, 0.0]
+        # Clamped, and not once before
+        assert seen == [0.0]
         # NumPy scalars would end up in the optimizer and in the saved file
         assert type(value) is float
 
@@ -138,17 +139,31 @@ class TestBadSchedules:
         with pytest.raises(ValueError, match="`clip_range` must be positive and finite, got"):
             make_schedule(value, "clip_range", positive=True)
 
-    @pytest.mark.parametrize("function", [lambda: 0.2, lambda p, q: 0.2, lambda p: None])
-    def test_functions_of_something_else(self, function: Any) -> None:
+    @pytest.mark.parametrize("function", [lambda: 0.2, lambda p, q: 0.2, lambda *, p: 0.2])
+    def test_functions_of_other_arguments_are_refused_uncalled(self, function: Any) -> None:
         message = r"`clip_range` must be a function of one number that returns a number, .* `lambda progress_remaining"
         with pytest.raises(TypeError, match=message):
             make_schedule(function, "clip_range")
+
+    @pytest.mark.parametrize("function", [lambda p: None, lambda p: p + "", ConstantSchedule])
+    def test_functions_that_return_no_number_are_refused_when_they_are_called(self, function: Any) -> None:
+        schedule = make_schedule(function, "clip_range")
+        message = (
+            r"`clip_range` must be a function of one number that returns a number, got .*, which failed at progress "
+            r"0\.5: .* `lambda progress_remaining"
+        )
+        with pytest.raises(TypeError, match=message):
+            schedule(0.5)
+
+    @pytest.mark.parametrize("function", [abs, math.sqrt, functools.partial(pow, 0.5), np.square])
+    def test_functions_in_c_are_functions_as_well(self, function: Any) -> None:
+        assert make_schedule(function, "clip_range")(1.0) in (0.5, 1.0)
 
     @pytest.mark.parametrize("bad", [-1e-9, math.nan, math.inf, -math.inf])
     def test_functions_that_leave_the_range(self, bad: float) -> None:
         message = r"`ent_coef` must be at least 0 and finite, got .* from <function .* at progress_remaining="
         with pytest.raises(ValueError, match=message + r"1\. Correct the function\."):
-            make_schedule(lambda p: bad, "ent_coef")
+            make_schedule(lambda p: bad, "ent_coef")(1.0)
         schedule = make_schedule(lambda p: bad if p < 0.5 else 0.0, "ent_coef")
         assert schedule(0.5) == 0
         with pytest.raises(ValueError, match=message + r"0\.25\. Correct the function\."):
