@@ -4,7 +4,7 @@ SB3's action distributions as plain tensors: one row of parameters per state, an
 The rollout buffer stores these rows as the old distribution, since SB3 policies reuse one mutable distribution object.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch as th
 from stable_baselines3.common.distributions import (
@@ -13,14 +13,28 @@ from stable_baselines3.common.distributions import (
     DiagGaussianDistribution,
     Distribution,
     MultiCategoricalDistribution,
+    SquashedDiagGaussianDistribution,
     StateDependentNoiseDistribution,
 )
 from stable_baselines3.common.policies import ActorCriticPolicy
+from torch.distributions import Bernoulli, Categorical, Normal
 
 from sb3_clipvf.objectives import bernoulli_kl, categorical_kl, gaussian_kl, multi_categorical_kl
 from sb3_clipvf.policies import SquashedGaussianDistribution
 
-GAUSSIAN_TYPES = (DiagGaussianDistribution, StateDependentNoiseDistribution, SquashedGaussianDistribution)
+# Kinds of action distributions, and the type of torch's distribution that each must hold.
+_GAUSSIANS = (
+    DiagGaussianDistribution,
+    SquashedDiagGaussianDistribution,
+    StateDependentNoiseDistribution,
+    SquashedGaussianDistribution,
+)
+_TORCH_TYPES: dict[type[object], type[object]] = {
+    **dict.fromkeys(_GAUSSIANS, Normal),
+    CategoricalDistribution: Categorical,
+    MultiCategoricalDistribution: Categorical,
+    BernoulliDistribution: Bernoulli,
+}
 
 
 def dist_param_dim(dist: object) -> int | None:
@@ -28,17 +42,32 @@ def dist_param_dim(dist: object) -> int | None:
     Width of a distribution's parameter row.
 
     :param dist: An SB3 action distribution (``policy.action_dist``); its parameters need not be set yet.
-    :return: Number of parameters per state, or None where the exact KL of ``dist`` is not known to this package.
+    :return: Number of parameters per state, or None where the exact KL of ``dist`` is not known to this package: for
+        each type that is not exactly one of SB3's, or our squashed Gaussian.
     """
-    if isinstance(dist, GAUSSIAN_TYPES):
-        return 2 * dist.action_dim
-    if isinstance(dist, CategoricalDistribution):
-        return dist.action_dim
-    if isinstance(dist, MultiCategoricalDistribution):
-        return int(sum(dist.action_dims))
-    if isinstance(dist, BernoulliDistribution):
-        return dist.action_dims
+    known: Any = dist
+    if type(dist) in _GAUSSIANS:
+        return 2 * int(known.action_dim)
+    if type(dist) is CategoricalDistribution:
+        return int(known.action_dim)
+    if type(dist) is MultiCategoricalDistribution:
+        return int(sum(known.action_dims))
+    if type(dist) is BernoulliDistribution:
+        return int(known.action_dims)
     return None
+
+
+def has_exact_kl(dist: object) -> bool:
+    """
+    Return whether the exact KL of a distribution is known, which depends on what it holds, too.
+
+    :param dist: An action distribution with its parameters set.
+    :return: False where it, or torch's distribution in it, is not exactly of a known type.
+    """
+    torch_type = _TORCH_TYPES.get(type(dist))
+    inner = getattr(dist, "distribution", None)
+    inner = inner if type(dist) is MultiCategoricalDistribution and type(inner) is list else [inner]
+    return torch_type is not None and all(type(part) is torch_type for part in inner)
 
 
 def dist_params(dist: Distribution) -> th.Tensor:
@@ -48,16 +77,18 @@ def dist_params(dist: Distribution) -> th.Tensor:
     :param dist: An SB3 action distribution with its parameters set.
     :return: Shape ``(n, dist_param_dim(dist))``: logits, or the Gaussian's means followed by its log standard
         deviations (before squashing where the distribution squashes). Differentiable.
-    :raises TypeError: If ``dist`` is of a type whose exact KL is not known to this package.
+    :raises TypeError: If the exact KL of ``dist`` is not known to this package.
     """
-    if isinstance(dist, GAUSSIAN_TYPES):
-        gaussian = dist.distribution
+    if not has_exact_kl(dist):
+        inner = type(getattr(dist, "distribution", None)).__name__
+        raise TypeError(f"`dist` must be one of SB3's action distributions, got {type(dist).__name__} of {inner}.")
+    known: Any = dist
+    if type(dist) in _GAUSSIANS:
+        gaussian = known.distribution
         return th.cat([gaussian.loc, gaussian.scale.log()], dim=-1)
-    if isinstance(dist, MultiCategoricalDistribution):
-        return th.cat([categorical.logits for categorical in dist.distribution], dim=-1)
-    if isinstance(dist, CategoricalDistribution | BernoulliDistribution):
-        return dist.distribution.logits
-    raise TypeError(f"`dist` must be one of SB3's action distributions, got {type(dist).__name__}.")
+    if type(dist) is MultiCategoricalDistribution:
+        return th.cat([categorical.logits for categorical in known.distribution], dim=-1)
+    return cast(th.Tensor, known.distribution.logits)
 
 
 def kl_from_params(dist: Distribution, old_params: th.Tensor) -> th.Tensor:
@@ -67,16 +98,16 @@ def kl_from_params(dist: Distribution, old_params: th.Tensor) -> th.Tensor:
     :param dist: The current distribution pi, parameters set for ``n`` states.
     :param old_params: Parameters of pi_old in the same states, from :func:`dist_params`, shape ``(n, k)``.
     :return: Shape ``(n,)``, nats.
-    :raises TypeError: If ``dist`` is of a type whose exact KL is not known to this package.
+    :raises TypeError: If the exact KL of ``dist`` is not known to this package.
     """
     params = dist_params(dist)
-    if isinstance(dist, GAUSSIAN_TYPES):
+    if type(dist) in _GAUSSIANS:
         old_mean, old_log_std = old_params.chunk(2, dim=-1)
         mean, log_std = params.chunk(2, dim=-1)
         return gaussian_kl(old_mean, old_log_std, mean, log_std)
-    if isinstance(dist, MultiCategoricalDistribution):
+    if type(dist) is MultiCategoricalDistribution:
         return multi_categorical_kl(old_params, params, [int(n) for n in dist.action_dims])
-    if isinstance(dist, CategoricalDistribution):
+    if type(dist) is CategoricalDistribution:
         return categorical_kl(old_params, params)
     return bernoulli_kl(old_params, params)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import (
     BernoulliDistribution,
     CategoricalDistribution,
@@ -18,8 +19,10 @@ from stable_baselines3.common.distributions import (
     StateDependentNoiseDistribution,
 )
 from stable_baselines3.common.policies import ActorCriticPolicy
+from torch import distributions as td
 from torch.distributions import Normal, kl_divergence
 
+from sb3_clipvf import ClipPPO
 from sb3_clipvf.distributions import dist_param_dim, dist_params, kl_from_params, refreshed_dist
 from sb3_clipvf.policies import SquashedActorCriticPolicy, SquashedGaussianDistribution
 
@@ -193,6 +196,130 @@ class TestUnknownDistributions:
             dist_params(self.Beta())
         with pytest.raises(TypeError, match="`dist` must be one of SB3's action distributions, got Beta"):
             kl_from_params(self.Beta(), th.zeros(1, 2))
+
+
+class LaplaceDistribution(DiagGaussianDistribution):
+    def proba_distribution(self, mean: th.Tensor, log_std: th.Tensor) -> Any:
+        self.distribution = td.Laplace(mean, log_std.exp() * th.ones_like(mean))
+        return self
+
+
+class FullGaussianDistribution(DiagGaussianDistribution):
+    def proba_distribution(self, mean: th.Tensor, log_std: th.Tensor) -> Any:
+        self.distribution = td.MultivariateNormal(mean, scale_tril=th.diag(log_std.exp()))
+        return self
+
+    def log_prob(self, actions: th.Tensor) -> th.Tensor:
+        return self.distribution.log_prob(actions)
+
+    def entropy(self) -> th.Tensor:
+        return self.distribution.entropy()
+
+
+class BetaDistribution(DiagGaussianDistribution):
+    def proba_distribution(self, mean: th.Tensor, log_std: th.Tensor) -> Any:
+        self.distribution = td.Beta(mean.exp() + 1.0, log_std.exp() + 1.0)
+        return self
+
+    def log_prob(self, actions: th.Tensor) -> th.Tensor:
+        return self.distribution.log_prob(actions.clamp(1e-3, 1.0 - 1e-3)).sum(dim=-1)
+
+
+class HiddenDistribution(DiagGaussianDistribution):
+    """Keeps what it makes under a name of its own."""
+
+    def proba_distribution(self, mean: th.Tensor, log_std: th.Tensor) -> Any:
+        self.hidden = td.Normal(mean, log_std.exp() * th.ones_like(mean))
+        return self
+
+    def log_prob(self, actions: th.Tensor) -> th.Tensor:
+        return self.hidden.log_prob(actions).sum(dim=-1)
+
+    def entropy(self) -> th.Tensor:
+        return self.hidden.entropy().sum(dim=-1)
+
+    def sample(self) -> th.Tensor:
+        return self.hidden.rsample()
+
+
+class RenamedDistribution(DiagGaussianDistribution):
+    """The same, but who would know?"""
+
+
+DERIVED = [
+    LaplaceDistribution,
+    FullGaussianDistribution,
+    BetaDistribution,
+    HiddenDistribution,
+    RenamedDistribution,
+]
+
+
+class DerivedPolicy(ActorCriticPolicy):
+    def __init__(self, *args: Any, dist: type[Any], **kwargs: Any) -> None:
+        self.dist = dist
+        super().__init__(*args, **kwargs)
+
+    def _build(self, lr_schedule: Any) -> None:
+        self.action_dist = self.dist(self.action_space.shape[0])
+        super()._build(lr_schedule)
+
+
+def model_with(dist: type[Any] | None, **kwargs: Any) -> ClipPPO:
+    policy_kwargs = {"net_arch": [4], **({} if dist is None else {"dist": dist})}
+    policy = "MlpPolicy" if dist is None else DerivedPolicy
+    return ClipPPO(
+        policy, "Pendulum-v1", n_steps=16, batch_size=8, device="cpu", seed=0, policy_kwargs=policy_kwargs, **kwargs
+    )
+
+
+class TestDerivedDistributions:
+    """Their KL is not that of the class that they are derived from."""
+
+    @pytest.mark.parametrize("engine", ["auto", "autograd"])
+    @pytest.mark.parametrize("dist", DERIVED)
+    def test_train_without_the_exact_kl(self, dist: type[Any], engine: str) -> None:
+        model = model_with(dist, engine=engine)
+        model.learn(32)
+        assert "train/approx_kl" in model.logger.name_to_value
+        assert "train/kl" not in model.logger.name_to_value
+
+    @pytest.mark.parametrize("kwargs", [{"kl_coef": 1.0}, {"lr_kl_target": 0.01}])
+    @pytest.mark.parametrize("dist", DERIVED)
+    def test_refuse_the_penalty_by_name(self, dist: type[Any], kwargs: dict[str, float]) -> None:
+        name = next(iter(kwargs))
+        with pytest.raises(ValueError, match=rf"`{name}` must not be set, .* \({dist.__name__}\) is not known, got"):
+            model_with(dist, **kwargs)
+
+    @pytest.mark.parametrize("kl_coef", [0.0, 1.0])
+    def test_the_same_where_the_object_makes_another_distribution(self, kl_coef: float) -> None:
+        """The type of SB3's object says nothing then."""
+
+        def laplace(mean: th.Tensor, log_std: th.Tensor) -> Any:
+            dist.distribution = td.Laplace(mean, log_std.exp() * th.ones_like(mean))
+            return dist
+
+        model = model_with(None, kl_coef=kl_coef)
+        dist: Any = model.policy.action_dist
+        dist.proba_distribution = laplace
+        if kl_coef:
+            with pytest.raises(ValueError, match="`kl_coef` must not be set, since the exact KL"):
+                model.learn(32)
+            return
+        model.learn(32)
+        assert "train/kl" not in model.logger.name_to_value
+
+    def test_the_same_between_rollout_and_update(self) -> None:
+        class Change(BaseCallback):
+            def _on_step(self) -> bool:
+                return True
+
+            def _on_rollout_end(self) -> None:
+                self.model.policy.action_dist = LaplaceDistribution(1)
+
+        model = model_with(None)
+        model.learn(16, callback=Change())
+        assert "train/kl" not in model.logger.name_to_value
 
 
 SPACES: dict[str, tuple[spaces.Space[Any], type[ActorCriticPolicy], dict[str, Any]]] = {

@@ -12,7 +12,7 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_clipvf import objectives
-from sb3_clipvf.distributions import dist_param_dim, dist_params, kl_from_params, refreshed_dist
+from sb3_clipvf.distributions import dist_params, has_exact_kl, kl_from_params, refreshed_dist
 from sb3_clipvf.engines.process_wide import ProcessWide
 from sb3_clipvf.engines.settings import Acted, UpdateCoefficients, UpdateSettings, UpdateStatistics, named_terms
 from sb3_clipvf.nonfinite import BadMinibatchError, drawn_indices
@@ -118,7 +118,7 @@ class AutogradEngine:
         row = None
         if with_dist_params:
             dist = refreshed_dist(policy, observations, stale)
-            if dist_param_dim(dist) is not None:
+            if has_exact_kl(dist):
                 row = dist_params(dist).cpu().numpy()
         return Acted(actions.cpu().numpy(), values.cpu().numpy(), log_prob.cpu().numpy(), row)
 
@@ -234,12 +234,12 @@ class AutogradEngine:
         loss = policy_loss + coefficients.ent_coef * entropy_loss + coefficients.vf_coef * value_loss
         kl = None
         if coefficients.kl_coef:
-            kl = self._exact_kl(batch, stale)
+            kl = cast(th.Tensor, self._exact_kl(batch, stale))
             loss = loss + coefficients.kl_coef * kl
 
         with th.no_grad():
             if kl is None and measure_kl:
-                kl = self._exact_kl(batch, stale)
+                kl = self._exact_kl(batch, stale, only_if_known=True)
             terms = {"policy_gradient_loss": policy_loss, "value_loss": value_loss, "entropy_loss": entropy_loss}
             if coefficients.clip_range is not None:
                 terms["clip_fraction"] = objectives.clip_fraction(ratio, coefficients.clip_range)
@@ -281,9 +281,11 @@ class AutogradEngine:
             return None
         return advantages.mean(), advantages.std() + objectives.ADVANTAGE_EPS
 
-    def _exact_kl(self, batch: MiniBatch, stale: object) -> th.Tensor:
+    def _exact_kl(self, batch: MiniBatch, stale: object, *, only_if_known: bool = False) -> th.Tensor | None:
         """Mean KL(pi_old || pi) of a batch that the policy has just evaluated."""
         dist = refreshed_dist(self.policy, batch.observations, stale)
+        if only_if_known and not has_exact_kl(dist):
+            return None
         return kl_from_params(dist, old_dist_params(batch)).mean()
 
     def _kl_after(self, buffer: Any) -> th.Tensor:
