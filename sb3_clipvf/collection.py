@@ -18,10 +18,10 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_clipvf.building import leave_out_kl
 from sb3_clipvf.engines import Acted, Engine
+from sb3_clipvf.engines.recognition import has_own_add
 from sb3_clipvf.envs.shapes import StepCheck
 from sb3_clipvf.nonfinite import is_finite, observations_are_finite
 from sb3_clipvf.nonfinite_causes import Fault, act_error, act_fault, find_fault, observation_fault, reward_error
-from sb3_clipvf.rollout import TensorRolloutBuffer
 
 if TYPE_CHECKING:
     from sb3_clipvf.clip_ppo import ClipPPO
@@ -56,7 +56,7 @@ class RolloutCollector(OnPolicyAlgorithm):
         checked = StepCheck(rollout_buffer.observation_space, env.num_envs)
         checked.observations(self._last_obs)
         engine = self._begin_rollout(env, callback, rollout_buffer)
-        stores_arrays = getattr(rollout_buffer.add, "__func__", None) is TensorRolloutBuffer.add
+        stores_arrays = not has_own_add(rollout_buffer)
         is_seen = not is_idle(callback)
         # Making tensors takes longer than the policy's forward pass.
         makes_tensors = is_seen or not (stores_arrays and engine.acts_on_arrays)

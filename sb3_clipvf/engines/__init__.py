@@ -10,7 +10,8 @@ from typing import Any
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_clipvf.engines.autograd import AutogradEngine
-from sb3_clipvf.engines.binding import NotPlainError, plain_policy
+from sb3_clipvf.engines.binding import plain_policy
+from sb3_clipvf.engines.recognition import NotPlainError, why_unknown_buffer
 from sb3_clipvf.engines.settings import (
     Acted,
     Engine,
@@ -18,7 +19,6 @@ from sb3_clipvf.engines.settings import (
     UpdateSettings,
     UpdateStatistics,
 )
-from sb3_clipvf.rollout import TensorRolloutBuffer
 
 ENGINE_NAMES = ("auto", "autograd", "native", "cuda_graph")
 
@@ -37,8 +37,6 @@ __all__ = [
 ]
 
 _PACKAGES = ("numba", "scipy", "threadpoolctl")
-# What minibatches of the buffer are made by: a class that makes them differently is left to the autograd engine.
-_BUFFER_METHODS = ("get", "in_order", "_rows", "_gather", "_flat_tensors", "_to_flat", "_get_samples")
 
 
 def check_engine_name(engine: object) -> None:
@@ -65,23 +63,17 @@ def why_not_native(policy: ActorCriticPolicy, buffer: Any) -> str | None:
     :param buffer: Its rollout buffer.
     :return: Half a sentence, or None where nothing does.
     """
-    changed = [
-        name for name in _BUFFER_METHODS if _method(type(buffer), name) is not _method(TensorRolloutBuffer, name)
-    ]
-    if not isinstance(buffer, TensorRolloutBuffer) or changed:
-        return f"its rollout buffer is {type(buffer).__name__}"
+    reason = why_unknown_buffer(buffer)
+    if reason is not None:
+        return reason
     missing = [package for package in _PACKAGES if find_spec(package) is None]
     if missing:
         return f"the package {missing[0]} is not installed"
     try:
         plain_policy(policy)
-    except NotPlainError as reason:
-        return str(reason)
+    except NotPlainError as not_plain:
+        return str(not_plain)
     return None
-
-
-def _method(owner: type[Any], name: str) -> Any:
-    return getattr(owner, name, None)
 
 
 def select_engine(name: str, policy: ActorCriticPolicy, settings: UpdateSettings, buffer: Any) -> tuple[Engine, str]:

@@ -7,52 +7,28 @@ from typing import Any, cast
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.distributions import (
-    BernoulliDistribution,
-    CategoricalDistribution,
-    DiagGaussianDistribution,
-    MultiCategoricalDistribution,
-    StateDependentNoiseDistribution,
-)
+from stable_baselines3.common.distributions import DiagGaussianDistribution, StateDependentNoiseDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from torch import nn
 
-# Attributes of a module that hold what others have hung onto it.
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# Attributes that could keep another type's forward pass out of the policy's own code.
-_METHODS = (
-    "forward",
-    "evaluate_actions",
-    "extract_features",
-    "get_distribution",
-    "predict_values",
-    "_get_action_dist_from_latent",
-    "set_training_mode",
-    "train",
+from sb3_clipvf.engines.recognition import (
+    ACTIVATIONS,
+    OPTIMIZERS,
+    NotPlainError,
+    altered_torch,
+    check_known,
+    has_hooks,
+    replaced_code,
+    replaced_method,
 )
-DISTRIBUTIONS = (
-    CategoricalDistribution,
-    MultiCategoricalDistribution,
-    BernoulliDistribution,
-    DiagGaussianDistribution,
-    StateDependentNoiseDistribution,
-)
-"""The action distributions that kernels know."""
 
 _GAUSSIANS = (DiagGaussianDistribution, StateDependentNoiseDistribution)
 # SB3's own: no policy of SB3 takes another as an argument.
 _GSDE_EPSILON = 1e-6
-_ACTIVATIONS: dict[type[nn.Module], dict[str, float]] = {
-    nn.Tanh: {},
-    nn.ReLU: {},
-    nn.ELU: {"alpha": 1.0},
-    nn.LeakyReLU: {"negative_slope": 0.01},
-    nn.SiLU: {},
-}
 # What activations of one type may differ by.
-_CONSTANTS = sorted({name for constants in _ACTIVATIONS.values() for name in constants})
+_CONSTANTS = sorted({name for constants in ACTIVATIONS.values() for name in constants} | {"start_dim", "end_dim"})
 
 
 @dataclass(frozen=True)
@@ -88,28 +64,27 @@ def _parameters(layers: list[nn.Linear]) -> list[nn.Parameter]:
     return [cast(nn.Parameter, parameter) for layer in layers for parameter in (layer.weight, layer.bias)]
 
 
-class NotPlainError(Exception):
-    """Why a policy cannot run on the native engine: half a sentence for the log."""
-
-
 def plain_policy(policy: ActorCriticPolicy) -> PlainPolicy:
     """
-    Look into a policy.
+    Find the parts of a policy that kernels can run.
 
     :param policy: Any of SB3's.
     :return: Its parts.
     :raises NotPlainError: If it is more than kernels know.
     """
-    _check_class(policy)
+    if type(policy) is not ActorCriticPolicy:
+        raise NotPlainError(f"its class is {type(policy).__name__}, and only MlpPolicy itself is compiled")
+    check_known(policy)
+    if policy.squash_output:
+        raise NotPlainError("it squashes its actions")
     _check_observations(policy)
-    dist = policy.action_dist
-    if type(dist) not in DISTRIBUTIONS:
-        raise NotPlainError(f"its action distribution is {type(dist).__name__}")
+    _check_extractors(policy)
     hidden_actor, actor_activation = _hidden_layers(policy.mlp_extractor.policy_net)
     hidden_critic, critic_activation = _hidden_layers(policy.mlp_extractor.value_net)
     heads = (policy.action_net, policy.value_net)
     if any(type(head) is not nn.Linear for head in heads):
         raise NotPlainError("its last layers are not torch.nn.Linear")
+    _check_modules(_modules_of(policy))
     activations = {activation for activation in (actor_activation, critic_activation) if activation is not None}
     if len(activations) > 1:
         raise NotPlainError("actor and critic have different activations")
@@ -117,8 +92,8 @@ def plain_policy(policy: ActorCriticPolicy) -> PlainPolicy:
         actor=[*hidden_actor, policy.action_net],  # type: ignore[list-item]
         critic=[*hidden_critic, policy.value_net],
         activation=activations.pop() if activations else nn.Tanh,
-        dist=dist,
-        log_std=policy.log_std if isinstance(dist, _GAUSSIANS) else None,
+        dist=policy.action_dist,
+        log_std=policy.log_std if isinstance(policy.action_dist, _GAUSSIANS) else None,
     )
     check_gaussian(policy)
     _check_gsde(policy, latent_dim=plain.actor[-1].in_features)
@@ -127,35 +102,35 @@ def plain_policy(policy: ActorCriticPolicy) -> PlainPolicy:
     return plain
 
 
-def _check_class(policy: ActorCriticPolicy) -> None:
-    if type(policy) is not ActorCriticPolicy:
-        raise NotPlainError(f"its class is {type(policy).__name__}, and only MlpPolicy itself is compiled")
-    if policy.squash_output:
-        raise NotPlainError("it squashes its actions")
+def _check_extractors(policy: ActorCriticPolicy) -> None:
     if type(policy.mlp_extractor) is not MlpExtractor:
         raise NotPlainError(f"its mlp_extractor is {type(policy.mlp_extractor).__name__}")
-    extractors = {policy.features_extractor, policy.pi_features_extractor, policy.vf_features_extractor}
-    other = [type(extractor).__name__ for extractor in extractors if type(extractor) is not FlattenExtractor]
-    if other:
-        raise NotPlainError(f"its features extractor is {other[0]}")
-    changed = [name for name in _METHODS if name in vars(policy)]
-    if changed:
-        raise NotPlainError(f"its {changed[0]}() was replaced")
-    if any(getattr(module, hooks) for module in policy.modules() for hooks in _HOOKS):
-        raise NotPlainError("it has hooks")
-    replaced = [type(module).__name__ for module in policy.modules() if "forward" in vars(module)]
-    if replaced:
-        raise NotPlainError(f"the forward() of a {replaced[0]} was replaced")
+    for extractor in {policy.features_extractor, policy.pi_features_extractor, policy.vf_features_extractor}:
+        if type(extractor) is not FlattenExtractor:
+            raise NotPlainError(f"its features extractor is {type(extractor).__name__}")
+        flatten = extractor.flatten
+        if type(flatten) is not nn.Flatten or (flatten.start_dim, flatten.end_dim) != (1, -1):
+            raise NotPlainError(f"its features extractor flattens by {flatten}")
 
 
-def are_altered(modules: Iterable[Any]) -> bool:
-    """
-    Tell whether others take part in what modules do.
+def _modules_of(policy: ActorCriticPolicy) -> list[Any]:
+    """All modules of a plain policy that a forward pass calls; where it is not plain, as many as are there."""
+    extractor = policy.mlp_extractor
+    features = (policy.features_extractor, policy.pi_features_extractor, policy.vf_features_extractor)
+    modules: list[Any] = [policy, extractor, *features, policy.action_net, policy.value_net]
+    modules += [getattr(module, "flatten", None) for module in features]
+    for network in (getattr(extractor, "policy_net", None), getattr(extractor, "value_net", None)):
+        modules += [network, *([] if network is None else network._modules.values())]
+    return [module for module in modules if module is not None]
 
-    :param modules: Without the modules in them.
-    :return: Whether one has hooks, or a ``forward()`` that is not its class's.
-    """
-    return any("forward" in module.__dict__ or any(getattr(module, hooks) for hooks in _HOOKS) for module in modules)
+
+def _check_modules(modules: Iterable[Any]) -> None:
+    for module in modules:
+        if has_hooks(module):
+            raise NotPlainError("it has hooks")
+        name = replaced_method(module)
+        if name is not None:
+            raise NotPlainError(f"the {name}() of a {type(module).__name__} was replaced")
 
 
 def _check_observations(policy: ActorCriticPolicy) -> None:
@@ -173,19 +148,20 @@ def _hidden_layers(network: nn.Module) -> tuple[list[nn.Linear], type[nn.Module]
         raise NotPlainError(f"its network is a {type(network).__name__}, not torch.nn.Sequential")
     layers: list[nn.Linear] = []
     activation: type[nn.Module] | None = None
-    for index, module in enumerate(network.children()):
+    modules = list(network._modules.values())  # children() passes over a module that comes again
+    for index, module in enumerate(modules):
         if index % 2 == 0:
             if type(module) is not nn.Linear or module.bias is None:
                 raise NotPlainError(f"its network has a {type(module).__name__} where kernels expect torch.nn.Linear")
             layers.append(module)
         else:
-            values = _ACTIVATIONS.get(type(module))
+            values = ACTIVATIONS.get(type(module))
             if values is None or any(getattr(module, name) != value for name, value in values.items()):
                 raise NotPlainError(f"its activation is {module}")
             if activation not in (None, type(module)):
                 raise NotPlainError("its layers have different activations")
             activation = type(module)
-    if len(list(network.children())) % 2:
+    if len(modules) % 2:
         raise NotPlainError("its last hidden layer has no activation")
     return layers, activation
 
@@ -227,6 +203,8 @@ def _check_tensors(policy: ActorCriticPolicy, plain: PlainPolicy) -> None:
     ):
         raise NotPlainError("it has parameters beside those of its two networks")
     for parameter in parameters:
+        if type(parameter) is not nn.Parameter:
+            raise NotPlainError(f"one of its parameters is a {type(parameter).__name__}")
         if parameter.dtype != th.float32 or not parameter.is_contiguous():
             raise NotPlainError("its parameters are not contiguous float32 tensors")
         if not parameter.requires_grad:
@@ -247,7 +225,7 @@ def check_optimizer(policy: ActorCriticPolicy) -> None:
     :raises NotPlainError: If they cannot.
     """
     optimizer = policy.optimizer
-    if type(optimizer) not in (th.optim.Adam, th.optim.AdamW):
+    if type(optimizer) not in OPTIMIZERS:
         raise NotPlainError(f"its optimizer is {type(optimizer).__name__}, not Adam or AdamW")
     if len(optimizer.param_groups) != 1:
         raise NotPlainError("its optimizer has several parameter groups")
@@ -260,8 +238,7 @@ def check_optimizer(policy: ActorCriticPolicy) -> None:
     numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
     if any(isinstance(number, th.Tensor) for number in numbers):
         raise NotPlainError("its optimizer's numbers are tensors")
-    hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-    if any(getattr(optimizer, hook, None) for hook in hooks) or "step" in vars(optimizer):
+    if any(getattr(optimizer, hook, None) for hook in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")):
         raise NotPlainError("its optimizer has hooks")
     states = [optimizer.state.get(parameter, {}) for parameter in group["params"]]
     steps = {float(state["step"]) for state in states if state} | {0.0 for state in states if not state}
@@ -311,17 +288,7 @@ def fingerprint(policy: ActorCriticPolicy) -> tuple[object, ...]:
     :param policy: The policy.
     :return: Equal as long as nobody has changed the policy's build, its hooks or its optimizer's options.
     """
-    extractor = policy.mlp_extractor
-    modules: list[Any] = [
-        policy,
-        extractor,
-        policy.features_extractor,
-        policy.pi_features_extractor,
-        policy.vf_features_extractor,
-    ]
-    modules += [policy.action_net, policy.value_net]
-    for network in (getattr(extractor, "policy_net", None), getattr(extractor, "value_net", None)):
-        modules += [network, *([] if network is None else network._modules.values())]
+    modules = _modules_of(policy)
     parameters = [parameter for module in modules for parameter in module._parameters.values()]
     optimizer = policy.optimizer
     options = [value for group in optimizer.param_groups for key, value in group.items() if key not in ("params", "lr")]
@@ -331,16 +298,17 @@ def fingerprint(policy: ActorCriticPolicy) -> tuple[object, ...]:
             (id(parameter), parameter is not None and (parameter.requires_grad, _has_hooks(parameter)))
             for parameter in parameters
         ],
-        are_altered(modules),
+        replaced_code() or altered_torch(),
+        any(map(has_hooks, modules)),
+        [tuple(module.__dict__) for module in modules],
         [module.__dict__.get(name) for module in modules for name in _CONSTANTS],
-        [name for name in _METHODS if name in policy.__dict__],
-        id(policy.action_dist),
-        _gsde_options(policy.action_dist),
+        (policy.squash_output, policy.normalize_images, id(policy.observation_space)),
+        (id(policy.action_dist), replaced_method(policy.action_dist), _gsde_options(policy.action_dist)),
         id(optimizer),
         [id(parameter) for group in optimizer.param_groups for parameter in group["params"]],
         options,
         bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks),
-        "step" in optimizer.__dict__,
+        replaced_method(optimizer),
     )
 
 

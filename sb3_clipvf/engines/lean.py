@@ -15,15 +15,7 @@ from stable_baselines3.common.preprocessing import get_action_dim, is_image_spac
 from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
 
 from sb3_clipvf.engines.autograd import AutogradEngine, old_dist_params, unvalidated_distributions
-from sb3_clipvf.engines.binding import (
-    DISTRIBUTIONS,
-    NotPlainError,
-    are_altered,
-    check_gaussian,
-    check_optimizer,
-    moments_of,
-    table_row,
-)
+from sb3_clipvf.engines.binding import check_gaussian, check_optimizer, moments_of, table_row
 from sb3_clipvf.engines.compiled_update import (
     check_actions,
     compile_kernels,
@@ -36,15 +28,13 @@ from sb3_clipvf.engines.compiled_update import (
 from sb3_clipvf.engines.drawing import Noise, as_policy_gives
 from sb3_clipvf.engines.kernels import data, entry, memory
 from sb3_clipvf.engines.kernels.minibatch import SKIPS, STEPS, STOPS, count, is_finite
+from sb3_clipvf.engines.recognition import NotPlainError, altered_torch, check_known, has_hooks, replaced_method
 from sb3_clipvf.engines.settings import Acted, UpdateCoefficients, UpdateSettings, UpdateStatistics
 from sb3_clipvf.nonfinite import BadMinibatchError, drawn_indices
 from sb3_clipvf.rollout import MiniBatch
 
 # Extractors that take pictures in any layout of memory: one that flattens by `view` would not.
 _ANY_LAYOUT = (NatureCNN, CombinedExtractor)
-
-# What `evaluate_actions` consists of: a policy that replaces one of these computes its losses' inputs differently.
-_METHODS = ("evaluate_actions", "extract_features", "_get_action_dist_from_latent")
 
 
 def check_around_networks(policy: ActorCriticPolicy) -> None:
@@ -54,15 +44,9 @@ def check_around_networks(policy: ActorCriticPolicy) -> None:
     :param policy: Any of SB3's.
     :raises NotPlainError: If they are not: half a sentence why.
     """
+    check_known(policy)
     if policy.device.type != "cpu":
         raise NotPlainError(f"it is on the device {policy.device}")
-    for name in _METHODS:
-        if getattr(type(policy), name) is not getattr(ActorCriticPolicy, name):
-            raise NotPlainError(f"its {name}() is its own")
-        if name in vars(policy):
-            raise NotPlainError(f"its {name}() was replaced")
-    if type(policy.action_dist) not in DISTRIBUTIONS:
-        raise NotPlainError(f"its action distribution is {type(policy.action_dist).__name__}")
     check_gaussian(policy)
     if any(parameter.dtype != th.float32 or not parameter.is_contiguous() for parameter in policy.parameters()):
         raise NotPlainError("its parameters are not contiguous float32 tensors")
@@ -105,7 +89,7 @@ class LeanAutogradEngine(AutogradEngine):
         :param buffer: Will be filled.
         """
         policy = self.policy
-        has_own_forward = type(policy).forward is not ActorCriticPolicy.forward or "forward" in vars(policy)
+        has_own_forward = type(policy).forward is not ActorCriticPolicy.forward
         # Where the spread depends on the state, torch holds the noise.
         self._draws = not has_own_forward and not isinstance(policy.action_dist, StateDependentNoiseDistribution)
         if self._draws:
@@ -290,9 +274,8 @@ def _only_reads(extractor: th.nn.Module) -> bool:
     """Tell whether a features extractor keeps or changes no pictures that it takes, nor shows them to others."""
     if type(extractor) is not NatureCNN or type(extractor.cnn[0]) is not th.nn.Conv2d:
         return False
-    if are_altered((extractor, extractor.cnn, extractor.cnn[0])):
-        return False
-    return not th.nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+    modules = (extractor, extractor.cnn, extractor.cnn[0])
+    return altered_torch() is None and not any(has_hooks(module) or replaced_method(module) for module in modules)
 
 
 def _channels_last(observations: Any) -> Any:

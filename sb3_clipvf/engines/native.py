@@ -25,6 +25,7 @@ from sb3_clipvf.engines.drawing import Noise, as_policy_gives
 from sb3_clipvf.engines.kernels import data, entry, memory
 from sb3_clipvf.engines.kernels.network import workspace_size
 from sb3_clipvf.engines.kernels.sync import GIVEN_UP, N_COUNTERS
+from sb3_clipvf.engines.recognition import why_unknown_buffer
 from sb3_clipvf.engines.settings import Acted, UpdateCoefficients, UpdateSettings, UpdateStatistics
 from sb3_clipvf.engines.threads import ThreadChoice, one_blas_thread, second_thread
 from sb3_clipvf.nonfinite import BadMinibatchError
@@ -67,7 +68,6 @@ class NativeEngine:
         self._noise: Noise | None = None
         self._work: dict[int, np.ndarray] = {}
         self._has_looked = False
-        self._buffer_class: type[Any] | None = None
         self._bind()
         compile_kernels("networks")
 
@@ -100,9 +100,8 @@ class NativeEngine:
         """
         # The rollout or the update that follows need not look again.
         self._has_looked = self._binding.holds(self.policy)
-        if self._has_looked and type(buffer) is self._buffer_class:
+        if self._has_looked and why_unknown_buffer(buffer) is None:
             return True
-        self._buffer_class = type(buffer)
         return why_not_native(self.policy, buffer) is None
 
     def set_training_mode(self, mode: bool) -> None:

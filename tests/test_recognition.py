@@ -1,0 +1,543 @@
+"""
+What fast engines run: only code that is known. Whatever else a user has put in its place is trained by the reference.
+
+Each case is trained by ``engine="auto"`` and by the reference: their weights agree, and differ from those of a training
+without the change.
+"""
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from stable_baselines3.common import distributions as sb3_distributions
+from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
+from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sb3_clipvf import ClipPPO, objectives
+from sb3_clipvf.engines import AutogradEngine, recognition
+from sb3_clipvf.engines.lean import LeanAutogradEngine
+from sb3_clipvf.engines.native import NativeEngine
+from sb3_clipvf.rollout import TensorRolloutBuffer
+
+N_STEPS = 16
+Change = Callable[[ClipPPO], object]
+
+
+class OwnExtractor(FlattenExtractor):
+    """Leaves a policy to the engine that runs the networks by torch and the rest by kernels."""
+
+
+FAST: dict[str, tuple[dict[str, Any], type[Any]]] = {
+    "native": ({}, NativeEngine),
+    "fused": ({"features_extractor_class": OwnExtractor}, LeanAutogradEngine),
+}
+
+
+def make(engine: str = "auto", policy: Any = "MlpPolicy", env: str = "Pendulum-v1", **kwargs: Any) -> ClipPPO:
+    policy_kwargs = {"net_arch": [8], **kwargs.pop("policy_kwargs", {})}
+    return ClipPPO(
+        policy,
+        make_vec_env(env, n_envs=2, seed=1),
+        n_steps=N_STEPS,
+        batch_size=16,
+        n_epochs=2,
+        learning_rate=1e-2,
+        clip_range=0.05,
+        ent_coef=0.01,
+        device="cpu",
+        seed=0,
+        engine=engine,
+        policy_kwargs=policy_kwargs,
+        **kwargs,
+    )
+
+
+def trained(change: Change | None, engine: str, **kwargs: Any) -> tuple[list[th.Tensor], Any]:
+    """:return: The parameters after two updates, and the engine that made them."""
+    model = make(engine, **kwargs)
+    if change is not None:
+        change(model)
+    model.learn(2 * N_STEPS * 2)
+    return [parameter.detach().clone() for parameter in model.policy.parameters()], model._engine
+
+
+def difference(ours: list[th.Tensor], theirs: list[th.Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+
+
+def assert_trains_what_the_user_has(change: Change, *, has_effect: bool = True, **kwargs: Any) -> Any:
+    """:return: The engine that ``"auto"`` took."""
+    ours, engine = trained(change, "auto", **kwargs)
+    theirs, _ = trained(change, "autograd", **kwargs)
+    # Adam divides gradients by their size, which turns float32 rounding of small ones into steps of some 1e-4.
+    assert difference(ours, theirs) < 2e-3
+    if has_effect:
+        assert difference(trained(None, "autograd", **kwargs)[0], theirs) > 5e-3
+    return engine
+
+
+# ------------------------------------------------------------------ parts that were replaced on the objects
+
+
+class Scaled(nn.Module):
+    """Without parameters, so that no list of them shows it."""
+
+    def forward(self, tensor: th.Tensor) -> th.Tensor:
+        return 3.0 * tensor
+
+
+def replaced(name: str, result: Callable[[Any], Any], *path: str) -> Change:
+    """:return: What replaces a method of a part of the model by one that changes its result."""
+
+    def change(model: ClipPPO) -> None:
+        owner: Any = model
+        for attribute in path:
+            owner = getattr(owner, attribute)
+        original = getattr(owner, name)
+        object.__setattr__(owner, name, lambda *args, **kwargs: result(original(*args, **kwargs)))
+
+    return change
+
+
+def tripled(tensor: Any) -> Any:
+    return 3.0 * tensor
+
+
+def of_all_but_values(result: tuple[Any, ...]) -> tuple[Any, ...]:
+    values, log_prob, entropy = result
+    return values, 3.0 * log_prob, entropy
+
+
+def widened(dist: Any) -> Any:
+    dist.distribution = th.distributions.Normal(dist.distribution.loc, 3.0 * dist.distribution.scale)
+    return dist
+
+
+def more_advantage(batch: Any) -> Any:
+    return batch._replace(advantages=batch.advantages**3)
+
+
+def more_advantages(batches: Iterator[Any]) -> Iterator[Any]:
+    return map(more_advantage, batches)
+
+
+def flatten_with(module: Callable[[Any], nn.Module]) -> Change:
+    def change(model: ClipPPO) -> None:
+        model.policy.features_extractor.flatten = module(model.policy.features_extractor.flatten)
+
+    return change
+
+
+def inserted_activation(model: ClipPPO) -> None:
+    model.policy.mlp_extractor.policy_net.add_module("2", Scaled())
+
+
+ON_OBJECTS: dict[str, Change] = {
+    "flatten": flatten_with(lambda flatten: nn.Sequential(flatten, Scaled())),
+    "module in flatten's place": flatten_with(lambda _: Scaled()),
+    "module in the network": inserted_activation,
+    "forward_actor": replaced("forward_actor", tripled, "policy", "mlp_extractor"),
+    "forward_critic": replaced("forward_critic", tripled, "policy", "mlp_extractor"),
+    "mlp_extractor.forward": replaced("forward", lambda pair: (3.0 * pair[0], pair[1]), "policy", "mlp_extractor"),
+    "extractor.forward": replaced("forward", tripled, "policy", "features_extractor"),
+    "action_net.forward": replaced("forward", tripled, "policy", "action_net"),
+    "log_prob": replaced("log_prob", tripled, "policy", "action_dist"),
+    "sample": replaced("sample", tripled, "policy", "action_dist"),
+    "entropy": replaced("entropy", lambda entropy: 300.0 * entropy, "policy", "action_dist"),
+    "proba_distribution": replaced("proba_distribution", widened, "policy", "action_dist"),
+    "get_actions": replaced("get_actions", tripled, "policy", "action_dist"),
+    "evaluate_actions": replaced("evaluate_actions", of_all_but_values, "policy"),
+    "extract_features": replaced("extract_features", tripled, "policy"),
+    "predict_values": replaced("predict_values", lambda values: values + 100.0, "policy"),
+    "_get_action_dist_from_latent": replaced("_get_action_dist_from_latent", widened, "policy"),
+    "policy.forward": replaced("forward", lambda row: (3.0 * row[0], *row[1:]), "policy"),
+    "get": replaced("get", more_advantages, "rollout_buffer"),
+    "_gather": replaced("_gather", more_advantage, "rollout_buffer"),
+}
+
+
+@pytest.mark.parametrize("fast", FAST)
+@pytest.mark.parametrize("name", ON_OBJECTS)
+def test_parts_that_were_replaced_on_objects_count(name: str, fast: str) -> None:
+    kwargs = {"policy_kwargs": FAST[fast][0]}
+    # Torch itself calls the parts of a network, so that the other fast engine may run what was replaced there.
+    engine = assert_trains_what_the_user_has(ON_OBJECTS[name], **kwargs)
+    assert type(engine) is not NativeEngine
+
+
+@pytest.mark.parametrize("fast", FAST)
+def test_an_optimizers_step_that_was_replaced_counts(fast: str) -> None:
+    def change(model: ClipPPO) -> None:
+        optimizer = model.policy.optimizer
+        original = optimizer.step
+        optimizer.step = lambda: (original(), original())[0]  # type: ignore[method-assign]
+
+    engine = assert_trains_what_the_user_has(change, policy_kwargs=FAST[fast][0])
+    assert type(engine) is AutogradEngine
+
+
+@pytest.mark.parametrize("fast", FAST)
+def test_zero_grad_that_was_replaced_counts(fast: str) -> None:
+    """Gradients that are never forgotten add up, over minibatches and updates."""
+
+    def change(model: ClipPPO) -> None:
+        model.policy.optimizer.zero_grad = lambda *_, **__: None  # type: ignore[method-assign]
+
+    # Clipping to one norm, and Adam, leave little of the difference.
+    engine = assert_trains_what_the_user_has(change, has_effect=False, policy_kwargs=FAST[fast][0])
+    assert type(engine) is AutogradEngine
+
+
+# ------------------------------------------------------------------ code that was replaced in classes and modules
+
+CLASSES: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
+    "DiagGaussianDistribution.log_prob": (sb3_distributions.DiagGaussianDistribution, "log_prob", tripled),
+    "DiagGaussianDistribution.proba_distribution": (
+        sb3_distributions.DiagGaussianDistribution,
+        "proba_distribution",
+        widened,
+    ),
+    "Distribution.get_actions": (Distribution, "get_actions", tripled),
+    "Normal.log_prob": (th.distributions.Normal, "log_prob", tripled),
+    "MlpExtractor.forward_actor": (MlpExtractor, "forward_actor", tripled),
+    "FlattenExtractor.forward": (FlattenExtractor, "forward", tripled),
+    "Linear.forward": (nn.Linear, "forward", tripled),
+    "Tanh.forward": (nn.Tanh, "forward", tripled),
+    "functional.linear": (nn.functional, "linear", tripled),
+    "tanh": (th, "tanh", tripled),
+    "ActorCriticPolicy.evaluate_actions": (ActorCriticPolicy, "evaluate_actions", of_all_but_values),
+    "ActorCriticPolicy.extract_features": (ActorCriticPolicy, "extract_features", tripled),
+    "sum_independent_dims": (sb3_distributions, "sum_independent_dims", tripled),
+    "objectives.clipped_surrogate": (objectives, "clipped_surrogate", lambda loss: 0.0 * loss),
+    "objectives.normalize_advantages": (objectives, "normalize_advantages", lambda advantages: advantages**3),
+    "AutogradEngine._value_loss": (AutogradEngine, "_value_loss", lambda loss: 0.0 * loss),
+    "TensorRolloutBuffer._gather": (TensorRolloutBuffer, "_gather", more_advantage),
+}
+
+
+@pytest.mark.parametrize("fast", FAST)
+@pytest.mark.parametrize("name", CLASSES)
+def test_functions_that_were_replaced_count(name: str, fast: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, attribute, result = CLASSES[name]
+    original = getattr(owner, attribute)
+    kwargs = {"policy_kwargs": FAST[fast][0]}
+    plain, engine = trained(None, "auto", **kwargs)
+    assert type(engine) is FAST[fast][1]
+    monkeypatch.setattr(owner, attribute, lambda *args, **kw: result(original(*args, **kw)))
+    engine = assert_trains_what_the_user_has(lambda _: None, has_effect=False, **kwargs)
+    assert type(engine) is AutogradEngine
+    assert difference(trained(None, "auto", **kwargs)[0], plain) > 5e-3
+    monkeypatch.undo()
+    # Nothing keeps the fast engine from coming back.
+    assert type(trained(None, "auto", **kwargs)[1]) is FAST[fast][1]
+
+
+@pytest.mark.parametrize("fast", FAST)
+def test_steps_of_adam_that_were_replaced_count(fast: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = th.optim.Adam.step
+
+    def twice(self: th.optim.Adam, closure: Any = None) -> Any:
+        original(self, closure)
+        return original(self, closure)
+
+    monkeypatch.setattr(th.optim.Adam, "step", twice)
+    engine = assert_trains_what_the_user_has(lambda _: None, has_effect=False, policy_kwargs=FAST[fast][0])
+    assert type(engine) is AutogradEngine
+
+
+def test_a_method_that_was_added_to_a_subclass_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the place of the inherited one, which is still there."""
+    monkeypatch.setattr(
+        sb3_distributions.DiagGaussianDistribution, "get_actions", lambda self, **_: self.mode(), raising=False
+    )
+    assert recognition.replaced_code() == "DiagGaussianDistribution.get_actions was replaced"
+    engine = assert_trains_what_the_user_has(lambda _: None, has_effect=False)
+    assert type(engine) is AutogradEngine
+
+
+def test_functions_that_were_replaced_before_the_import_count() -> None:
+    code = (
+        "import torch as th; from torch import nn; forward = nn.Linear.forward\n"
+        "nn.Linear.forward = lambda self, x: 3 * forward(self, x)\n"
+        "from sb3_clipvf.engines import recognition; print(recognition.replaced_code())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "Linear.forward was replaced"
+
+
+def test_torchs_own_wrappers_are_known() -> None:
+    """torch.compile() wraps functions of torch's optimizers and modules, for the whole process."""
+    code = (
+        "import torch as th; from sb3_clipvf.engines import recognition\n"
+        "before = th.optim.Adam._init_group\n"
+        "th.compile(th.nn.Linear(2, 2), backend='eager')(th.zeros(1, 2))\n"
+        "th.optim.Adam([th.zeros(1, requires_grad=True)])\n"
+        "print(th.optim.Adam._init_group is before, recognition.replaced_code())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False None"
+
+
+# ------------------------------------------------------------------ hooks
+
+
+class Counter:
+    """Counts calls, as a hook of any kind."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        self.calls += 1
+
+
+def sb3(**kwargs: Any) -> PPO:
+    return PPO(
+        "MlpPolicy",
+        make_vec_env("Pendulum-v1", n_envs=2, seed=1),
+        n_steps=N_STEPS,
+        batch_size=16,
+        n_epochs=2,
+        device="cpu",
+        seed=0,
+        policy_kwargs={"net_arch": [8], **kwargs},
+    )
+
+
+@contextlib.contextmanager
+def policy_hook(model: Any, hook: Counter) -> Iterator[None]:
+    yield model.policy.register_forward_hook(hook)
+
+
+@contextlib.contextmanager
+def global_module_hook(_: Any, hook: Counter) -> Iterator[None]:
+    handle = nn.modules.module.register_module_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def global_optimizer_hook(_: Any, hook: Counter) -> Iterator[None]:
+    handle = register_optimizer_step_post_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def gradient_hook(model: Any, hook: Counter) -> Iterator[None]:
+    yield model.policy.value_net.weight.register_hook(hook)
+
+
+@pytest.mark.parametrize("fast", FAST)
+@pytest.mark.parametrize("registered", [policy_hook, global_module_hook, global_optimizer_hook, gradient_hook])
+def test_hooks_run_as_often_as_in_sb3(registered: Any, fast: str) -> None:
+    counts = []
+    for model in (sb3(**FAST[fast][0]), make(policy_kwargs=FAST[fast][0])):
+        model.learn(N_STEPS * 2)
+        counter = Counter()
+        with registered(model, counter):
+            model.learn(N_STEPS * 2)
+        counts.append(counter.calls)
+    assert counts[0] > 0
+    # SB3 asks for the values of the last observations by predict_values(), and so do we.
+    assert counts[1] == counts[0]
+
+
+def test_a_subclass_with_a_call_of_its_own_is_called() -> None:
+    class Called(ActorCriticPolicy):
+        calls = 0
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            Called.calls += 1
+            return super().__call__(*args, **kwargs)
+
+    model = make(policy=Called)
+    model.learn(N_STEPS * 2)
+    assert Called.calls == N_STEPS
+    assert "its __call__() is its own" in model._engine_reason[2]
+
+
+# ------------------------------------------------------------------ what torch does by a switch of the process
+
+
+class Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: th.dtype) -> Iterator[None]:
+    before = th.get_default_dtype()
+    th.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        th.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("fast", FAST)
+@pytest.mark.parametrize(
+    ("switch", "reason"),
+    [
+        (lambda: default_dtype(th.float64), "torch's default dtype is torch.float64"),
+        (lambda: th.autocast("cpu", dtype=th.float16), "torch runs with autocast"),
+        (Mode, "torch runs in a mode of its own"),
+        (th.autograd.detect_anomaly, "torch looks for anomalies"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+def test_switches_of_torch_are_honoured(switch: Any, reason: str, fast: str) -> None:
+    models = []
+    for engine in ("auto", "autograd"):
+        models.append(make(engine, policy_kwargs=FAST[fast][0]))
+        with switch():
+            models[-1].learn(N_STEPS * 2)
+    assert type(models[0]._engine) is AutogradEngine
+    assert reason in models[0]._engine_reason[2]
+    ours, theirs = ([*model.policy.parameters()] for model in models)
+    assert all(th.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    models[0].learn(N_STEPS * 2)
+    assert type(models[0]._engine) is FAST[fast][1]
+
+
+def test_a_default_device_other_than_the_policys() -> None:
+    with th.device("meta"):
+        assert recognition.altered_torch() == "torch runs with a default device or in a mode of its own"
+    with th.device("cpu"):
+        assert recognition.altered_torch() is None
+
+
+# ------------------------------------------------------------------ policies that are something else
+
+
+@pytest.fixture
+def validation_as_before() -> Iterator[None]:
+    """torch.compile() turns the checks of torch's distributions off, for the whole process."""
+    before = th.distributions.Distribution._validate_args
+    yield
+    th.distributions.Distribution.set_default_validate_args(before)
+
+
+def test_a_compiled_policy_goes_to_the_reference(validation_as_before: None) -> None:
+    def compile(model: ClipPPO) -> None:
+        model.policy = th.compile(model.policy, backend="eager")  # type: ignore[assignment]
+
+    ours, engine = trained(compile, "auto")
+    assert type(engine) is AutogradEngine
+    assert difference(ours, trained(None, "autograd")[0]) < 2e-3
+
+
+class Delegating(nn.Module):
+    """Passes on what it does not have."""
+
+    def __init__(self, policy: ActorCriticPolicy) -> None:
+        super().__init__()
+        self.inner = policy
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+def test_a_policy_that_delegates_goes_to_the_reference() -> None:
+    def delegate(model: ClipPPO) -> None:
+        model.policy = Delegating(model.policy)  # type: ignore[assignment]
+
+    engine = assert_trains_what_the_user_has(delegate, has_effect=False)
+    assert type(engine) is AutogradEngine
+
+
+def test_an_unknown_mixin_counts() -> None:
+    class Mixin(nn.Module):
+        pass
+
+    class Mixed(ActorCriticPolicy, Mixin):
+        def __getattribute__(self, name: str) -> Any:
+            return super().__getattribute__(name)
+
+    model = make(policy=Mixed)
+    model.learn(N_STEPS * 2)
+    assert "its __getattribute__() is its own" in model._engine_reason[2]
+
+
+@pytest.mark.parametrize("fast", FAST)
+@pytest.mark.parametrize("kind", ["buffer", "tensor"])
+def test_log_std_that_is_no_parameter(kind: str, fast: str) -> None:
+    def change(model: ClipPPO) -> None:
+        policy = model.policy
+        del policy.log_std
+        log_std = th.full((1,), -1.0)
+        policy.register_buffer("log_std", log_std) if kind == "buffer" else setattr(policy, "log_std", log_std)
+        policy.optimizer = th.optim.Adam(policy.parameters(), lr=1e-2)
+
+    ours, engine = trained(change, "auto", policy_kwargs=FAST[fast][0])
+    theirs, _ = trained(change, "autograd", policy_kwargs=FAST[fast][0])
+    assert type(engine) is AutogradEngine
+    assert difference(ours, theirs) == 0
+
+
+# ------------------------------------------------------------------ what changes nothing
+
+
+class OwnBuild(ActorCriticPolicy):
+    """As SB3's documentation has it: a network of its own, and helpers."""
+
+    flag = False
+
+    def _build_mlp_extractor(self) -> None:
+        self.mlp_extractor = MlpExtractor(self.features_dim, net_arch=[4], activation_fn=nn.Tanh)
+
+    def helper(self) -> int:
+        return 1
+
+
+def test_subclasses_that_only_build_and_help_stay_fast() -> None:
+    def change(model: ClipPPO) -> None:
+        model.policy.flag = True  # type: ignore[assignment]
+
+    assert type(trained(change, "auto", policy=OwnBuild)[1]) is LeanAutogradEngine
+
+
+def test_other_attributes_change_nothing() -> None:
+    def change(model: ClipPPO) -> None:
+        for owner in (model.policy, model.policy.action_dist, model.policy.optimizer, model.rollout_buffer):
+            owner.note = "mine"  # type: ignore[union-attr]
+
+    noted, engine = trained(change, "auto")
+    assert type(engine) is NativeEngine
+    assert difference(noted, trained(None, "auto")[0]) == 0
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+def test_nobody_else_keeps_plain_policies_from_the_native_engine(env: str) -> None:
+    assert type(trained(None, "auto", env=env)[1]) is NativeEngine
+
+
+def test_sb3s_other_policies_are_known() -> None:
+    space = spaces.Box(0, 255, (1, 36, 36), np.uint8)
+    for policy in (
+        ActorCriticCnnPolicy(space, spaces.Discrete(2), lambda _: 1e-3),
+        MultiInputActorCriticPolicy(spaces.Dict({"a": space}), spaces.Discrete(2), lambda _: 1e-3),
+    ):
+        recognition.check_known(policy)
