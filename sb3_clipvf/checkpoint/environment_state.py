@@ -23,7 +23,8 @@ _SPACES = ("action_space", "observation_space")
 _MONITOR = full_name(Monitor)
 # The Zoo puts its own in the place of Gymnasium's; the two give SB3 the same.
 _SAME = {"PatchedTimeLimit": "TimeLimit"}
-_RESUMABLE = "sb3_clipvf.checkpoint.resumable.ResumableEnv"
+# They have no state, and checkpoints do not mind whether they are there.
+_OURS = ("sb3_clipvf.checkpoint.resumable.ResumableEnv", "sb3_clipvf.envs.episode_ends.EpisodeEnds")
 
 
 def environment_state(env: gym.Env[Any, Any]) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def restore_environment(env: gym.Env[Any, Any], state: dict[str, Any]) -> None:
     for name in _SPACES:
         set_space_states(getattr(core, name), state["spaces"][name])
     layers = list(_without_ours(env))
-    kept = [layer for layer in state["layers"] if layer["class"] != _RESUMABLE]
+    kept = [layer for layer in state["layers"] if layer["class"] not in _OURS]
     # From the inside out: a wrapper's own method may read the environment.
     for layer, own in reversed(list(zip(layers, kept, strict=True))):
         write_attributes(layer, own["attributes"])
@@ -92,7 +93,7 @@ def describe(env: gym.Env[Any, Any]) -> list[str]:
 
 
 def _without_ours(env: gym.Env[Any, Any]) -> Iterator[gym.Env[Any, Any]]:
-    return (layer for layer in _layers(env) if full_name(type(layer)) != _RESUMABLE)
+    return (layer for layer in _layers(env) if full_name(type(layer)) not in _OURS)
 
 
 def _layers(env: gym.Env[Any, Any]) -> Iterator[gym.Env[Any, Any]]:

@@ -74,6 +74,8 @@ WRAPPERS: dict[str, tuple[str, ...]] = {
     f"{_ZOO}.MaskVelocityWrapper": (),
     f"{_ZOO}.YAMLCompatResizeObservation": (),
     "sb3_clipvf.checkpoint.resumable.ResumableEnv": (),
+    # Between two steps it keeps nothing.
+    "sb3_clipvf.envs.episode_ends.EpisodeEnds": (),
 }
 """Wrappers of single environments, by full name."""
 

@@ -1,0 +1,71 @@
+"""Episodes that end outside of SB3's ``Monitor``: reported as the monitor reports those that it sees ending."""
+
+import time
+from typing import Any
+
+import gymnasium as gym
+from stable_baselines3.common.env_util import unwrap_wrapper
+from stable_baselines3.common.monitor import Monitor
+
+
+class EpisodeEnds(gym.Wrapper[Any, Any, Any, Any]):
+    """
+    Report the episodes that a wrapper around ``Monitor`` ends, such as ``TimeLimit`` in ``env_wrapper`` of the RL Zoo.
+
+    Where an episode ends and ``Monitor`` has not reported it, the environment is reset at once. The next ``reset``
+    without seed and options, which SB3's vectorised environments call within the same step, returns what that gave.
+    If the reset reached ``Monitor``, the episode is over, with the return and length that ``Monitor`` has counted. If
+    not, the game goes on, as it does after the loss of a life in SB3's ``AtariWrapper``.
+
+    :param env: The environment, in all its other wrappers.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any]) -> None:
+        super().__init__(env)
+        self._monitor: Any = unwrap_wrapper(env, Monitor)
+        self._begun: tuple[Any, dict[str, Any]] | None = None
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """
+        Step the environment.
+
+        :param action: The action.
+        :return: Its answer, with ``episode`` in the info where an episode is over.
+        """
+        self._begun = None
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        if (terminated or truncated) and "episode" not in info and self._monitor is not None:
+            episode = self._ended(info)
+            if episode is not None:
+                info["episode"] = episode
+        return obs, reward, terminated, truncated, info
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """
+        Begin an episode.
+
+        :param kwargs: Seed and options.
+        :return: Its first observation, and an info.
+        """
+        begun, self._begun = self._begun, None
+        is_asked = any(value is not None for value in kwargs.values())
+        return begun if begun is not None and not is_asked else self.env.reset(**kwargs)
+
+    def _ended(self, info: dict[str, Any]) -> dict[str, Any] | None:
+        monitor = self._monitor
+        if monitor.needs_reset:  # it has reported the end, but a wrapper has made an info of its own
+            last = (monitor.episode_returns[-1], monitor.episode_lengths[-1], monitor.episode_times[-1])
+            return {"r": round(last[0], 6), "l": last[1], "t": round(last[2], 6)}
+        rewards, n_reported = monitor.rewards, len(monitor.episode_returns)
+        more = {**{key: info.get(key) for key in monitor.info_keywords}, **monitor.current_reset_info}
+        self._begun = self.env.reset()
+        if monitor.rewards is rewards or len(monitor.episode_returns) > n_reported:
+            return None
+        seconds = time.time() - monitor.t_start
+        episode = {"r": round(sum(rewards), 6), "l": len(rewards), "t": round(seconds, 6), **more}
+        monitor.episode_returns.append(sum(rewards))
+        monitor.episode_lengths.append(len(rewards))
+        monitor.episode_times.append(seconds)
+        if monitor.results_writer:
+            monitor.results_writer.write_row(episode)
+        return episode

@@ -1,0 +1,159 @@
+"""``EpisodeEnds``: episodes that wrappers outside of ``Monitor`` end are reported, and nothing else changes."""
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers import RecordEpisodeStatistics, TimeLimit
+from stable_baselines3.common.atari_wrappers import EpisodicLifeEnv
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+
+from sb3_clipvf.checkpoint import ResumableEnv
+from sb3_clipvf.checkpoint.environments import describe_vec_env, restore_vec_env, vec_env_state
+from sb3_clipvf.envs import FastDummyVecEnv, as_vec_env
+from sb3_clipvf.envs.episode_ends import EpisodeEnds
+
+
+class Walk(gym.Env[Any, Any]):
+    """Reward 1 a step; ends after seven steps, with one of two lives lost after three. Observes a random number."""
+
+    observation_space = gym.spaces.Box(0.0, 1.0, (1,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.count = 0
+        return self._observation(), {}
+
+    def step(self, action: Any) -> Any:
+        self.count += 1
+        return self._observation(), 1.0, self.count >= 7, False, {"is_success": True}
+
+    def _observation(self) -> np.ndarray:
+        return np.array([self.np_random.random()], np.float32)
+
+    # What EpisodicLifeEnv asks for.
+    @property
+    def ale(self) -> Any:
+        return self
+
+    def lives(self) -> int:
+        return 2 if self.count < 3 else 1
+
+
+class Scaled(gym.RewardWrapper[Any, Any]):
+    """Rewards that are not the environment's own."""
+
+    def reward(self, reward: Any) -> Any:
+        return 10.0 * reward
+
+
+class OwnInfo(gym.Wrapper[Any, Any, Any, Any]):
+    """Makes an info of its own, so that what ``Monitor`` has reported is lost."""
+
+    def step(self, action: Any) -> Any:
+        return (*self.env.step(action)[:4], {})
+
+
+def episodes(venv: VecEnv, n_steps: int) -> list[tuple[int, float, int]]:
+    """:return: The step, the return and the length of each episode that is reported."""
+    venv.seed(3)
+    venv.reset()
+    found = []
+    for step in range(1, n_steps + 1):
+        _, _, _, infos = venv.step(np.zeros(1, np.int64))
+        if "episode" in infos[0]:
+            found.append((step, float(infos[0]["episode"]["r"]), int(infos[0]["episode"]["l"])))
+    venv.close()
+    return found
+
+
+def limited(limit: int) -> gym.Env[Any, Any]:
+    return EpisodeEnds(Scaled(TimeLimit(Monitor(Walk(), info_keywords=("is_success",)), limit)))
+
+
+def _gymnasium(env: gym.Env[Any, Any]) -> VecEnv:
+    return as_vec_env(SyncVectorEnv([lambda: env], autoreset_mode=AutoresetMode.SAME_STEP))
+
+
+@pytest.mark.parametrize("make", [lambda env: DummyVecEnv([lambda: env]), lambda env: FastDummyVecEnv([lambda: env])])
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    # Rewards are those of Monitor, before they are scaled; an episode's own end comes first where it is earlier.
+    [
+        (5, [(5, 5.0, 5), (10, 5.0, 5), (15, 5.0, 5)]),
+        (7, [(7, 7.0, 7), (14, 7.0, 7)]),
+        (9, [(7, 7.0, 7), (14, 7.0, 7)]),
+    ],
+)
+def test_episodes_of_an_outer_time_limit_are_reported(
+    make: Any, limit: int, expected: list[tuple[int, float, int]]
+) -> None:
+    assert episodes(make(limited(limit)), 16) == expected
+
+
+def test_gymnasiums_vector_environments_report_them() -> None:
+    assert episodes(_gymnasium(limited(5)), 11) == [(5, 5.0, 5), (10, 5.0, 5)]
+
+
+@pytest.mark.parametrize("outer", [lambda env: env, ResumableEnv])
+def test_steps_and_random_numbers_are_those_without_it(outer: Any) -> None:
+    seen = []
+    for wrapped in (lambda env: env, lambda env: outer(EpisodeEnds(env))):
+        venv = FastDummyVecEnv([lambda wrapped=wrapped: wrapped(TimeLimit(Monitor(Walk()), 5))])  # type: ignore[misc]
+        venv.seed(3)
+        rows = [venv.reset()[0, 0]]
+        for _ in range(12):
+            obs, rewards, dones, infos = venv.step(np.zeros(1, np.int64))
+            rows += [obs[0, 0], rewards[0], dones[0], infos[0]["TimeLimit.truncated"]]
+            rows.append(infos[0].get("terminal_observation", [None])[0])
+        venv.seed(4)  # a reset with a seed begins a game of its own
+        rows.append(venv.reset()[0, 0])
+        seen.append(rows)
+    assert seen[0] == seen[1]
+
+
+def test_the_file_of_episodes_has_them(tmp_path: Path) -> None:
+    env = EpisodeEnds(TimeLimit(Monitor(Walk(), str(tmp_path / "0"), info_keywords=("is_success",)), 5))
+    episodes(FastDummyVecEnv([lambda: env]), 11)
+    rows = [row.split(",") for row in (tmp_path / "0.monitor.csv").read_text().splitlines()[2:]]
+    assert [(row[0], row[1], row[3]) for row in rows] == [("5.0", "5", "True")] * 2
+
+
+@pytest.mark.parametrize("limit", [100, 5])
+def test_the_loss_of_a_life_is_no_end(limit: int) -> None:
+    # Outside of lives, a time limit ends none of the games either: the next step goes on in the same one.
+    env = EpisodeEnds(TimeLimit(EpisodicLifeEnv(Monitor(Walk())), limit))
+    found = episodes(FastDummyVecEnv([lambda: env]), 30)
+    assert found
+    assert {(episode_return, length) for _, episode_return, length in found} == {(7.0, 7)}
+
+
+def test_an_end_whose_info_was_lost_is_reported() -> None:
+    assert episodes(FastDummyVecEnv([lambda: EpisodeEnds(OwnInfo(Monitor(Walk())))]), 15) == [(7, 7.0, 7), (14, 7.0, 7)]
+
+
+@pytest.mark.parametrize(
+    "env", [lambda: TimeLimit(Walk(), 5), lambda: RecordEpisodeStatistics(TimeLimit(Monitor(Walk()), 5))]
+)
+def test_what_is_not_monitored_or_reported_already_stays_as_it_is(env: Any) -> None:
+    assert episodes(FastDummyVecEnv([lambda: EpisodeEnds(env())]), 11) == episodes(FastDummyVecEnv([env]), 11)
+
+
+def test_checkpoints_do_not_mind_it() -> None:
+    venvs = [
+        FastDummyVecEnv([lambda: gym.make("CartPole-v1")]),
+        FastDummyVecEnv([lambda: EpisodeEnds(gym.make("CartPole-v1"))]),
+    ]
+    for venv in venvs:
+        venv.reset()
+    state, unknown = vec_env_state(venvs[0])
+    assert unknown == vec_env_state(venvs[1])[1] == []
+    assert describe_vec_env(venvs[0]) == describe_vec_env(venvs[1])
+    restore_vec_env(venvs[1], state)
+    actions = np.zeros(1, np.int64)
+    assert venvs[0].step(actions)[0].tolist() == venvs[1].step(actions)[0].tolist()
