@@ -179,14 +179,15 @@ def make_env(run: Run, n_envs: int, seed: int, render_mode: str | None = None) -
     from stable_baselines3.common.vec_env import DummyVecEnv
 
     from sb3_clipvf.zoo.files import checked_files
+    from sb3_clipvf.zoo.models import complete_settings
 
     arguments = _read_yaml(run.settings_folder / "args.yml")
     for module in arguments.get("gym_packages") or ():
         importlib.import_module(module)
     with checked_files():
         hyperparams, stats_path = get_saved_hyperparams(str(run.settings_folder), test_mode=True)
-    env_kwargs = dict(hyperparams.pop("env_kwargs", None) or {})
-    env_kwargs = dict(arguments.get("env_kwargs") or env_kwargs)
+    env_kwargs = dict(arguments.get("env_kwargs") or {})
+    complete_settings(hyperparams, env_kwargs)
     env_kwargs.pop("render_mode", None)
     if render_mode is not None:
         env_kwargs["render_mode"] = render_mode

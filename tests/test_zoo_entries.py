@@ -1,10 +1,11 @@
-"""Entries of settings that name classes, in all forms that the RL Zoo knows."""
+"""Entries of settings: null ones, and those that name classes, in all forms that the RL Zoo knows."""
 
 from typing import Any
 
 import pytest
 
-from sb3_clipvf.zoo.entries import items, with_arguments
+from sb3_clipvf.envs.episode_ends import EpisodeEnds
+from sb3_clipvf.zoo.entries import counted, drop_null, items, with_arguments
 
 
 @pytest.mark.parametrize(
@@ -22,3 +23,27 @@ from sb3_clipvf.zoo.entries import items, with_arguments
 def test_forms(value: Any, listed: list[Any], taken_apart: list[Any]) -> None:
     assert items(value) == listed
     assert with_arguments(value) == taken_apart
+
+
+def test_null_keys_of_the_zoo_are_dropped_and_arguments_of_clipppo_stay() -> None:
+    settings: dict[str, Any] = {"frame_stack": None, "normalize": None, "n_envs": 2, "clip_range": None}
+    drop_null(settings)
+    assert settings == {"n_envs": 2, "clip_range": None}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {}),
+        ({"env_wrapper": None}, {"env_wrapper": None}),
+        ({"env_wrapper": []}, {"env_wrapper": []}),
+        ({"env_wrapper": "a.B"}, {"env_wrapper": ["a.B", EpisodeEnds]}),
+        ({"env_wrapper": [{"a.B": {"x": 1}}]}, {"env_wrapper": [{"a.B": {"x": 1}}, EpisodeEnds]}),
+    ],
+)
+def test_episodes_are_counted_outside_of_wrappers_once(before: dict[str, Any], after: dict[str, Any]) -> None:
+    entry = before.get("env_wrapper")
+    for _ in range(2):
+        counted(before)
+        assert before == after
+    assert EpisodeEnds not in items(entry)

@@ -4,20 +4,22 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import rl_zoo3
 import yaml
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import SimpleLinearSchedule
 from stable_baselines3.common.callbacks import ProgressBarCallback
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 from sb3_clipvf import ClipPPO, TensorRolloutBuffer
 from sb3_clipvf.envs import FastDummyVecEnv, FastVecNormalize
 from sb3_clipvf.zoo import hyperparams_path, register
+from sb3_clipvf.zoo.entries import ZOO_KEYS
 from sb3_clipvf.zoo.experiment import (
     COMMAND_LINE_KEYS,
-    ZOO_KEYS,
     ClipPPOExperimentManager,
     constructor_keys,
     experiment_manager,
@@ -29,13 +31,15 @@ register()
 ENTRY: dict[str, Any] = {"policy": "MlpPolicy", "n_timesteps": 64, "n_steps": 8, "batch_size": 8}
 
 
-def _manager(tmp_path: Path, entry: dict[str, Any], algo: str = "clipppo", **kwargs: Any) -> ExperimentManager:
+def _manager(
+    tmp_path: Path, entry: dict[str, Any], algo: str = "clipppo", env_id: str = "CartPole-v1", **kwargs: Any
+) -> ExperimentManager:
     config = tmp_path / "settings.yml"
-    config.write_text(yaml.safe_dump({"CartPole-v1": entry}))
+    config.write_text(yaml.safe_dump({env_id: entry}))
     return ClipPPOExperimentManager(
-        Namespace(),
+        kwargs.pop("args", Namespace()),
         algo,
-        "CartPole-v1",
+        env_id,
         str(tmp_path / "logs"),
         config=str(config),
         eval_freq=-1,
@@ -144,6 +148,64 @@ def test_a_run_goes_on_with_its_statistics_normalised_fast(tmp_path: Path) -> No
     assert env.ret_rms.count == 7.0
 
 
+@pytest.mark.parametrize("optimize", [False, True])
+@pytest.mark.parametrize(
+    ("in_file", "given", "for_evaluation", "trained", "evaluated"),
+    [
+        ({"g": 5.0}, None, None, 5.0, 5.0),
+        ({"g": 5.0}, {"g": 3.0}, None, 3.0, 3.0),
+        (None, {"g": 3.0}, None, 3.0, 3.0),
+        ({"g": 5.0}, None, {"g": 1.0}, 5.0, 1.0),
+        ({"g": 5.0}, {"g": 3.0}, {"g": 1.0}, 3.0, 1.0),
+        ({"g": 5.0}, None, {"render_mode": "rgb_array"}, 5.0, 5.0),
+        (None, None, {"g": 1.0}, 10.0, 1.0),
+    ],
+)
+def test_evaluations_take_place_in_the_environment_of_the_training(
+    tmp_path: Path,
+    optimize: bool,
+    in_file: Any,
+    given: Any,
+    for_evaluation: Any,
+    trained: float,
+    evaluated: float,
+) -> None:
+    manager = _manager(
+        tmp_path,
+        {**ENTRY, "env_kwargs": in_file},
+        env_id="Pendulum-v1",
+        env_kwargs=given,
+        eval_env_kwargs=for_evaluation,
+        optimize_hyperparameters=optimize,
+    )
+    result = manager.setup_experiment()
+    assert (result is None) is optimize
+    for eval_env, expected in ((False, trained), (True, evaluated)):
+        venv = manager.create_envs(1, eval_env=eval_env)
+        assert venv.get_attr("g") == [expected]
+        venv.close()
+    if result is not None:
+        result[0].env.close()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("vec_env", [None, "gymnasium"])
+def test_episodes_that_wrappers_end_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vec_env: str | None
+) -> None:
+    monkeypatch.setattr(ClipPPOExperimentManager, "vec_env", vec_env)
+    limit = {"gymnasium.wrappers.TimeLimit": {"max_episode_steps": 3}}
+    manager = _manager(tmp_path, {**ENTRY, "n_envs": 2, "env_wrapper": limit}, n_timesteps=16)
+    manager.eval_freq = 8
+    result = manager.setup_experiment()
+    assert result is not None
+    manager.learn(result[0])
+    assert {episode["l"] for episode in result[0].ep_info_buffer or ()} == {3}
+    assert set(np.load(Path(manager.save_path, "evaluations.npz"))["ep_lengths"].flat) == {3}
+    assert Path(manager.save_path, "0.monitor.csv").read_text().count(",3,") > 1
+    saved = yaml.unsafe_load(Path(manager.params_path, "config.yml").read_text())
+    assert saved["env_wrapper"] == limit
+
+
 def test_an_unknown_key_of_the_file_is_refused(tmp_path: Path) -> None:
     manager = _manager(tmp_path, {**ENTRY, "clip_rnage": 0.2})
     with pytest.raises(
@@ -175,9 +237,10 @@ def test_keys_that_the_command_line_sets_are_refused(tmp_path: Path, key: str) -
         _manager(tmp_path, {**ENTRY, key: 1}).setup_experiment()
 
 
-@pytest.mark.parametrize("key", ["policy", "n_timesteps"])
-def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
+@pytest.mark.parametrize(("key", "null"), [("policy", False), ("n_timesteps", False), ("n_timesteps", True)])
+def test_a_missing_key_is_named(tmp_path: Path, key: str, null: bool) -> None:
     entry = {name: value for name, value in ENTRY.items() if name != key}
+    entry |= {key: None} if null else {}
     with pytest.raises(ValueError, match=f"`{key}` must be set for each environment"):
         _manager(tmp_path, entry).setup_experiment()
 
@@ -193,9 +256,9 @@ CLASS = "rl_zoo3.wrappers.DelayedRewardWrapper"
 @pytest.mark.parametrize(
     ("key", "value", "rule"),
     [
-        *[("n_timesteps", value, "must be a number, got") for value in (None, True, [], {})],
+        *[("n_timesteps", value, "must be a number, got") for value in (True, [], {})],
         *[("n_timesteps", value, "must be finite and at least 0, got") for value in (-1, float("nan"), 10**400)],
-        *[("n_envs", value, "must be a whole number") for value in (None, 0, -1, 2.0, True, [2], "two")],
+        *[("n_envs", value, "must be a whole number") for value in (0, -1, 2.0, True, [2], "two")],
         *[("frame_stack", value, "must be a whole number") for value in (0, False, 1.5, "two", {})],
         *[("policy", value, "must be text, got") for value in (None, True, 3, ["MlpPolicy"])],
         *[("policy", value, "must name a class with its module, got") for value in ("a.", ".", "a-b.c", "a..b")],
@@ -266,6 +329,62 @@ def test_a_refused_value_of_the_command_line_is_said_to_stand_there(tmp_path: Pa
 def test_what_the_zoo_accepts_is_accepted(tmp_path: Path, settings: dict[str, Any]) -> None:
     assert isinstance(_model(_manager(tmp_path, {**ENTRY, **settings})), ClipPPO)
     assert _model(_manager(tmp_path, {**ENTRY, **settings}, algo="ppo")) is not None
+
+
+def test_null_keys_of_the_zoo_are_keys_that_are_not_given(tmp_path: Path) -> None:
+    null: dict[str, Any] = dict.fromkeys(ZOO_KEYS - {"n_timesteps"})
+    manager = _manager(tmp_path, {**ENTRY, **null, "clip_range": None, "kl_coef": 1.0})
+    model = _model(manager)
+    assert (model.n_envs, model.clip_range) == (1, None)
+    saved = yaml.unsafe_load(Path(manager.params_path, "config.yml").read_text())
+    assert dict(saved) == {**ENTRY, "clip_range": None, "kl_coef": 1.0}
+
+
+def test_null_on_the_command_line_takes_a_key_of_the_file_back(tmp_path: Path) -> None:
+    manager = _manager(tmp_path, {**ENTRY, "frame_stack": 2, "normalize": True}, hyperparams={"frame_stack": None})
+    assert _model(manager).observation_space.shape == (4,)
+
+
+class Extractor(FlattenExtractor):
+    """Can be imported, unlike one of a settings file."""
+
+
+@pytest.mark.parametrize(
+    ("value", "can_be_saved"),
+    [
+        ("dict(net_arch=[8])", True),
+        ("dict(activation_fn=th.nn.ReLU)", True),
+        ("dict(features_extractor_class=Extractor)", True),
+        ("dict(features_extractor_class=Own)", False),
+        ("dict(activation_fn=lambda: th.nn.ReLU())", False),
+        ("dict(optimizer_kwargs=dict(eps=(0.5 for _ in range(2))))", False),
+    ],
+)
+def test_what_no_file_can_hold_is_refused_at_the_start(tmp_path: Path, value: str, can_be_saved: bool) -> None:
+    config = tmp_path / "settings.py"
+    config.write_text(
+        "import torch as th\nfrom test_zoo_experiment import Extractor\nclass Own(Extractor):\n    pass\n"
+        f"hyperparams = {{'CartPole-v1': dict({ENTRY}, policy_kwargs={value})}}\n"
+    )
+    manager = _manager(tmp_path, ENTRY)
+    manager.config = str(config)
+    if can_be_saved:
+        yaml.unsafe_load(Path(_saved(manager), "config.yml").read_text())
+        return
+    with pytest.raises(ValueError, match=r"`policy_kwargs` must be what the files of the run can hold, .* in .*py: "):
+        manager.setup_experiment()
+    assert not (tmp_path / "logs").exists()
+
+
+def _saved(manager: ExperimentManager) -> str:
+    _model(manager)
+    return manager.params_path
+
+
+def test_an_option_that_no_file_can_hold_is_refused_at_the_start(tmp_path: Path) -> None:
+    manager = _manager(tmp_path, ENTRY, args=Namespace(eval_env_kwargs={"g": lambda: 1.0}))
+    with pytest.raises(ValueError, match="`eval_env_kwargs` must be what .* in the command line: "):
+        manager.setup_experiment()
 
 
 def test_the_zoos_own_settings_pass_the_checks() -> None:

@@ -1,6 +1,23 @@
-"""Entries of the settings that name classes: one or a list of them, each with or without arguments."""
+"""Entries of the settings that the RL Zoo reads: null ones, and those that name classes, with or without arguments."""
 
 from typing import Any
+
+from sb3_clipvf.envs.episode_ends import EpisodeEnds
+
+ZOO_KEYS = frozenset(
+    {
+        "callback",
+        "env_kwargs",
+        "env_wrapper",
+        "frame_stack",
+        "monitor_kwargs",
+        "n_envs",
+        "n_timesteps",
+        "normalize",
+        "vec_env_wrapper",
+    }
+)
+"""Keys of an entry that the RL Zoo itself reads, where the algorithm is on-policy."""
 
 
 def items(value: Any) -> list[Any]:
@@ -23,3 +40,24 @@ def with_arguments(value: Any) -> list[tuple[Any, Any]]:
     :return: Names or classes, each with its arguments; None as the name of an empty dict.
     """
     return [next(iter(item.items()), (None, {})) if isinstance(item, dict) else (item, {}) for item in items(value)]
+
+
+def drop_null(settings: dict[str, Any]) -> None:
+    """
+    Remove keys of the RL Zoo that are null: as if they were not given.
+
+    :param settings: Of one environment; ClipPPO's own arguments stay, since None may be a value of theirs.
+    """
+    for key in [key for key, value in settings.items() if value is None and key in ZOO_KEYS]:
+        del settings[key]
+
+
+def counted(settings: dict[str, Any]) -> None:
+    """
+    Have episodes counted that wrappers end: the RL Zoo puts these outside of ``Monitor``.
+
+    :param settings: Of one environment.
+    """
+    wrappers = items(settings.get("env_wrapper"))
+    if wrappers and wrappers[-1] is not EpisodeEnds:
+        settings["env_wrapper"] = [*wrappers, EpisodeEnds]

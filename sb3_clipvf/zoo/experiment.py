@@ -37,26 +37,12 @@ from sb3_clipvf.clip_ppo import ClipPPO
 from sb3_clipvf.coefficients import warn_of_early_end
 from sb3_clipvf.envs import FastDummyVecEnv, episodes
 from sb3_clipvf.zoo.commands import ALGORITHM, hyperparams_path
-from sb3_clipvf.zoo.files import replaced
+from sb3_clipvf.zoo.entries import ZOO_KEYS, counted, drop_null
+from sb3_clipvf.zoo.files import check_saved, replaced
 from sb3_clipvf.zoo.resume import CHECKPOINTS, ResumedRun
 from sb3_clipvf.zoo.settings import check_imports, check_setting, readable_config
 from sb3_clipvf.zoo.tuning import CheckedSearch
 from sb3_clipvf.zoo.vec_env import EnvSettings, make_vec_env, stacks_frames, wrapper_list
-
-ZOO_KEYS = frozenset(
-    {
-        "callback",
-        "env_kwargs",
-        "env_wrapper",
-        "frame_stack",
-        "monitor_kwargs",
-        "n_envs",
-        "n_timesteps",
-        "normalize",
-        "vec_env_wrapper",
-    }
-)
-"""Keys of an entry that the RL Zoo itself reads, where the algorithm is on-policy."""
 
 COMMAND_LINE_KEYS = {
     "device": "`--device`",
@@ -176,7 +162,6 @@ class ClipPPOExperimentManager(CheckedSearch):
         self.save_path, self.params_path = str(run.folder), str(run.settings_folder)
         self.env_kwargs = run.args.get("env_kwargs") or {}
         self._eval_env_kwargs_args = run.args.get("eval_env_kwargs")
-        self.eval_env_kwargs = self._eval_env_kwargs_args or self.env_kwargs
         # Its model is in a file.
         self.continue_training = True
 
@@ -211,24 +196,24 @@ class ClipPPOExperimentManager(CheckedSearch):
             with readable_config(self.config, env_id):
                 return super().read_hyperparameters()
         if self.resumed is not None:
-            return self._resumed_hyperparameters(dict(self.resumed.hyperparams))
+            return dict(self.resumed.hyperparams), OrderedDict(self.resumed.hyperparams)
         overrides = dict(self.custom_hyperparams or {})
         if self.trial_id == 0 and self.storage and self.study_name:
             # The Zoo takes a trial of number 0 for no trial.
             self.custom_hyperparams = {**self.load_trial(self.storage, self.study_name, 0), **overrides}
         with readable_config(self.config, env_id):
             hyperparams, saved_hyperparams = super().read_hyperparameters()
+        for settings in (hyperparams, saved_hyperparams):
+            drop_null(settings)
         source = f"the entry for {env_id} in {self.config}"
         check_hyperparams(hyperparams, overrides, source)
         for key, value in hyperparams.items():
-            check_imports(key, value, "`-params`" if key in overrides else source)
+            where = "`-params`" if key in overrides else source
+            check_imports(key, value, where)
+            check_saved(key, value, where)
+        for name, value in vars(self.args).items():
+            check_saved(name, value, "the command line")
         return hyperparams, saved_hyperparams
-
-    def _resumed_hyperparameters(self, hyperparams: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        if "env_kwargs" in hyperparams and self.env_kwargs and self._eval_env_kwargs_args is None:
-            # As the Zoo does where it reads them first.
-            self.eval_env_kwargs = hyperparams["env_kwargs"]
-        return hyperparams, OrderedDict(hyperparams)
 
     def create_callbacks(self) -> None:
         """Create the callbacks that the command line asks for, beside those of the settings."""
@@ -366,8 +351,11 @@ class ClipPPOExperimentManager(CheckedSearch):
         if self.algo != ALGORITHM:
             return super()._preprocess_hyperparams(hyperparams)
         coefficients = {key: hyperparams.pop(key) for key in _PREPROCESSED_BY_ZOO if key in hyperparams}
+        counted(hyperparams)
         hyperparams, env_wrapper, callbacks, vec_env_wrapper = super()._preprocess_hyperparams(hyperparams)
         hyperparams.update(coefficients)
+        # The Zoo evaluates without those of the settings.
+        self.eval_env_kwargs = {**self.env_kwargs, **(self._eval_env_kwargs_args or {})}
         if isinstance(hyperparams.get("rollout_buffer_class"), str):
             hyperparams["rollout_buffer_class"] = get_class_by_name(hyperparams["rollout_buffer_class"])
         return hyperparams, env_wrapper, callbacks, vec_env_wrapper

@@ -30,6 +30,7 @@ from sb3_clipvf.safe_files import CheckedStream, load_vec_normalize, read_model,
 from sb3_clipvf.safe_makers import NotAllowedError
 from sb3_clipvf.safe_objects import Maker, create, find, restore
 from sb3_clipvf.safe_pickle import TRUST_VARIABLE, UnsafeFileError, trust_of
+from sb3_clipvf.safe_zip import reason_of
 from sb3_clipvf.zoo.entries import items, with_arguments
 
 _PYTHON = "tag:yaml.org,2002:python/"
@@ -200,6 +201,25 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold the settings of a run, got {type(settings).__name__}. Bring its file back.")
     return dict(settings)
+
+
+def check_saved(key: str, value: Any, where: str) -> None:
+    """
+    Check that the files of a run can hold a value, so that other commands can read them.
+
+    :param key: A key of the settings, or an option.
+    :param value: Its value.
+    :param where: Where it stands, for messages.
+    :raises ValueError: If it cannot be written as YAML, or not be read again.
+    """
+    try:
+        # Not as `yaml.UnsafeLoader`, which may be replaced; these are the user's own settings.
+        yaml.load(yaml.dump(value), Loader=yaml.loader.UnsafeLoader)
+    except Exception as error:  # whatever the value's own class raises
+        raise ValueError(
+            f"`{key}` must be what the files of the run can hold, got {value!r} in {where}: {reason_of(error)}. Define "
+            "functions and classes in a module that can be imported, and leave out lambdas."
+        ) from error
 
 
 def check_built(path: str | os.PathLike[str], settings: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import importlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from sb3_clipvf.checkpoint.file import sorted_checkpoints
 from sb3_clipvf.checkpoint.resume import has_statistics, load_statistics
 from sb3_clipvf.safe_zip import entries_of, read_bytes
 from sb3_clipvf.zoo.commands import ALGORITHM
+from sb3_clipvf.zoo.entries import counted, drop_null
 from sb3_clipvf.zoo.files import replaced
 from sb3_clipvf.zoo.resume import CHECKPOINTS
 
@@ -46,10 +48,33 @@ def own_models(command: str) -> Iterator[None]:
             for name, function in (
                 ("get_model_path", finder.get_model_path),
                 ("get_saved_hyperparams", finder.get_saved_hyperparams),
+                ("create_test_env", partial(_create_test_env, vars(owner)["create_test_env"])),
             ):
                 if name in vars(owner):
                     stack.enter_context(replaced(owner, name, function))
         yield
+
+
+def complete_settings(hyperparams: dict[str, Any], env_kwargs: dict[str, Any]) -> None:
+    """
+    Complete in place what the RL Zoo's ``create_test_env`` builds environments from, so that they are the training's.
+
+    :param hyperparams: Settings of the run.
+    :param env_kwargs: Arguments of the environment that were given otherwise, and go before those of the settings.
+    """
+    drop_null(hyperparams)
+    hyperparams.setdefault("normalize", False)
+    counted(hyperparams)
+    for name, value in hyperparams.pop("env_kwargs", {}).items():
+        env_kwargs.setdefault(name, value)
+
+
+def _create_test_env(
+    create: Any, *args: Any, hyperparams: dict[str, Any], env_kwargs: dict[str, Any], **kwargs: Any
+) -> VecEnv:
+    # In place, since `push_to_hub` writes the arguments to its files.
+    complete_settings(hyperparams, env_kwargs)
+    return create(*args, hyperparams=hyperparams, env_kwargs=env_kwargs, **kwargs)  # type: ignore[no-any-return]
 
 
 class _Finder:
@@ -110,6 +135,8 @@ class _Finder:
         self, stats_path: str, norm_reward: bool = False, test_mode: bool = False
     ) -> tuple[dict[str, Any], str | None]:
         hyperparams, path = self._hyperparams(stats_path, norm_reward, test_mode)
+        drop_null(hyperparams)
+        hyperparams.setdefault("normalize", False)
         if path is None or self._chosen is None or not hyperparams.get("normalize"):
             return hyperparams, path
         statistics = self._folder / _STATISTICS

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sb3_clipvf.zoo.commands import ALGORITHM
+from sb3_clipvf.zoo.entries import drop_null
 from sb3_clipvf.zoo.parsing import strict
 
 CHECKPOINTS = "checkpoints"
@@ -112,6 +113,7 @@ def resumed_run(path: str, options: Sequence[str]) -> tuple[ResumedRun, list[str
     checkpoint = newest_checkpoint(folder / CHECKPOINTS) if place.is_dir() else read_checkpoint(place)
     hyperparams = read_settings(settings_folder / "config.yml")
     hyperparams = {key: value for key, value in hyperparams.items() if key in _BUILT_FROM}
+    drop_null(hyperparams)
     check_built(settings_folder / "config.yml", hyperparams)
     steps, total = checkpoint.manifest.num_timesteps, checkpoint.manifest.total_timesteps
     saved = _saved_timesteps(folder / f"{settings_folder.name}.zip")

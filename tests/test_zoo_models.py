@@ -1,0 +1,121 @@
+"""Looking at a run: each command builds the environment of the training, whatever its settings leave null."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from gymnasium.wrappers import TimeLimit
+
+from sb3_clipvf.zoo import main
+from sb3_clipvf.zoo.entries import ZOO_KEYS
+
+RUN = Path("logs") / "clipppo" / "Pendulum-v1_1"
+SETTINGS: dict[str, Any] = {
+    "policy": "MlpPolicy",
+    "n_timesteps": 64,
+    "n_steps": 32,
+    "batch_size": 32,
+    "n_epochs": 1,
+    "env_kwargs": {"g": 5.0},
+    "env_wrapper": {"gymnasium.wrappers.TimeLimit": {"max_episode_steps": 8}},
+}
+COMMANDS = (
+    "enjoy --no-render -n 9 --device cpu",
+    "report --episodes 2 --no-video --device cpu",
+    "record_video -n 2",
+    "push_to_hub -orga someone --no-render --device cpu",
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "settings.yml").write_text(yaml.safe_dump({"Pendulum-v1": SETTINGS}))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        command = "train --env Pendulum-v1 --conf-file settings.yml --eval-freq -1 --device cpu --verbose 0 --seed 1"
+        assert main([*command.split(), "--checkpoint-freq", "32"]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the run, in the working folder."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return RUN
+
+
+class Hub:
+    """Takes an upload and keeps it where it is."""
+
+    def create_repo(self, **kwargs: Any) -> str:
+        return "the repository's address"
+
+    def snapshot_download(self, local_dir: Path, **kwargs: Any) -> None:
+        local_dir.mkdir(parents=True)
+
+    def upload_folder(self, **kwargs: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, Any]]]:
+    """Gravity and time limit of the environments that were built."""
+    import rl_zoo3.enjoy
+    import rl_zoo3.utils
+
+    found = []
+    create = rl_zoo3.utils.create_test_env
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        env = create(*args, **kwargs)
+        found.append((env.get_attr("g")[0], env.env_is_wrapped(TimeLimit)[0] and env.get_attr("_max_episode_steps")[0]))
+        return env
+
+    for module in (rl_zoo3, rl_zoo3.utils, rl_zoo3.enjoy):
+        monkeypatch.setattr(module, "create_test_env", spy)
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    yield found
+
+
+def _run(command: str) -> int:
+    return main([*command.split(), "--env", "Pendulum-v1"])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_build_the_environment_of_the_settings(command: str, run: Path, seen: list[tuple[Any, Any]]) -> None:
+    assert _run(command) == 0
+    assert seen == [(5.0, 8)]
+
+
+def test_the_command_line_goes_before_the_settings(run: Path, seen: list[tuple[Any, Any]]) -> None:
+    for command in ("record_video -n 2", "enjoy --no-render -n 2 --device cpu"):
+        assert _run(f"{command} --env-kwargs g:2.0") == 0
+    assert seen == [(2.0, 8), (2.0, 8)]
+
+
+def test_an_upload_says_what_the_environment_was_made_with(run: Path, seen: list[tuple[Any, Any]]) -> None:
+    assert _run(COMMANDS[-1]) == 0
+    folder = Path("hub", "clipppo-Pendulum-v1")
+    assert yaml.safe_load((folder / "env_kwargs.yml").read_text()) == {"g": 5.0}
+    assert "# Environment Arguments" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "resume"])
+def test_runs_with_null_keys_are_read(command: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    config = run / "Pendulum-v1" / "config.yml"
+    null = dict.fromkeys(ZOO_KEYS - {"n_timesteps", "n_envs"})
+    config.write_text(yaml.safe_dump({**SETTINGS, **null}))
+    if command != "resume":
+        assert _run(command) == 0
+        return
+    # Its checkpoints have the wrapper.
+    config.write_text(yaml.safe_dump({**SETTINGS, **null, "env_wrapper": SETTINGS["env_wrapper"]}))
+    (run / "Pendulum-v1.zip").unlink()
+    assert main(["train", "--resume", str(run / "checkpoints" / "checkpoint_32.zip")]) == 0
+    assert (run / "Pendulum-v1.zip").is_file()
