@@ -15,6 +15,7 @@ from stable_baselines3.common.policies import (
 )
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.utils import explained_variance, update_learning_rate
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_clipvf import coefficients, faults, validation
 from sb3_clipvf.arguments import (
@@ -29,6 +30,7 @@ from sb3_clipvf.building import (
     make_adaptive_lr,
     make_rollout_buffer,
     make_update_settings,
+    stored_observation_space,
 )
 from sb3_clipvf.engines import Engine, UpdateCoefficients, UpdateStatistics, is_surpassed, select_engine
 from sb3_clipvf.guarded_update import guarded_update
@@ -154,7 +156,7 @@ class ClipPPO(SavedAlgorithm):
         check_what_sb3_reads(policy, rollout_buffer_kwargs, verbose)
         # `load` makes a model without one.
         if env is not None or _init_setup_model:
-            env = maybe_make_env(env, verbose)  # type: ignore[arg-type]
+            env = validation.as_gymnasium(maybe_make_env(env, verbose))  # type: ignore[arg-type]
             validation.check_env(policy, env, use_sde)
         validation.check_device(device)
         super().__init__(
@@ -219,6 +221,7 @@ class ClipPPO(SavedAlgorithm):
             self.rollout_buffer_class = None
         check_arguments(self)
         validation.check_env(self.policy_class, self, self.use_sde)
+        validation.check_observations(self.policy_class, self.policy_kwargs, self.observation_space)
         show_messages(self.verbose)
         # Schedules are refused before anything is built or drawn.
         self._schedules = {}
@@ -246,6 +249,10 @@ class ClipPPO(SavedAlgorithm):
 
     def _setup_lr_schedule(self) -> None:
         self.lr_schedule = make_schedule(self.learning_rate, "learning_rate")
+
+    @staticmethod
+    def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        return SavedAlgorithm._wrap_env(validation.as_gymnasium(env), verbose, monitor_wrapper)
 
     def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
         validation.check_choice("policy", policy_name, tuple(self.policy_aliases), "Or pass a policy class.")
@@ -346,6 +353,9 @@ class ClipPPO(SavedAlgorithm):
         """
         with validation.same_spaces():
             super().set_env(env, force_reset)
+        buffer = getattr(self, "rollout_buffer", None)
+        if buffer is not None and buffer.observation_space != stored_observation_space(self):
+            self.rollout_buffer = make_rollout_buffer(self)
 
     def learn(
         self,

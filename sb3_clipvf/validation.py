@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+from gymnasium.vector import VectorEnv
 
 from sb3_clipvf.messages import log
 
@@ -203,21 +204,44 @@ def check_device(device: Any) -> None:
         log.warning("`device` is %r, but there is no CUDA device here: the CPU is used. Use 'auto' or 'cpu'.", device)
 
 
-def check_env(policy: Any, env: Any, use_sde: bool) -> None:
+def as_gymnasium(env: Any) -> Any:
     """
-    Check that the algorithm can act in an environment.
+    Return an environment that SB3 takes; one of OpenAI Gym is converted as SB3 does it, with its warning.
 
-    :param policy: Policy class or alias.
-    :param env: The environment, made already where an id was passed.
-    :param use_sde: Whether gSDE is asked for.
-    :raises ValueError: If it cannot.
-    :raises TypeError: If ``env`` is no environment.
+    :param env: What the user passed, made already where it was an id.
+    :return: A Gymnasium environment or a ``VecEnv``.
+    :raises TypeError: If it is no environment, or a vectorised one that is no ``VecEnv``.
+    :raises ValueError: SB3's, if it is neither of Gymnasium nor of OpenAI Gym.
+    :raises ImportError: SB3's, if the package is missing that converts it.
     """
+    from stable_baselines3.common.vec_env import VecEnv  # imports torch
+    from stable_baselines3.common.vec_env.patch_gym import _patch_env
+
+    if isinstance(env, VecEnv):
+        return env
+    is_envpool = any(cls.__module__.startswith("envpool.") for cls in type(env).__mro__)
+    if isinstance(env, VectorEnv) or is_envpool:
+        raise TypeError(
+            "`env` must be a gymnasium environment or an SB3 VecEnv, got the vectorised environment "
+            f"{type(env).__name__}. Pass sb3_clipvf.envs.as_vec_env(env)."
+        )
     if not (hasattr(env, "observation_space") and hasattr(env, "action_space")):
         raise TypeError(
             f"`env` must be a gymnasium environment, an SB3 VecEnv or the id of an environment, got {env!r} of type "
             f"{type(env).__name__}. Pass for example gymnasium.make('CartPole-v1')."
         )
+    return _patch_env(env)
+
+
+def check_env(policy: Any, env: Any, use_sde: bool) -> None:
+    """
+    Check that the algorithm can act in an environment.
+
+    :param policy: Policy class or alias.
+    :param env: The environment, or whatever else has its spaces.
+    :param use_sde: Whether gSDE is asked for.
+    :raises ValueError: If it cannot.
+    """
     check_bool("use_sde", use_sde)
     _check_action_space(env.action_space, use_sde)
     _check_observation_space(policy, env.observation_space)
@@ -260,12 +284,62 @@ def check_folder(name: str, folder: str | os.PathLike[str], way_out: str) -> Non
         raise OSError(error.errno, text) from error
 
 
+def check_observations(policy_class: type, policy_kwargs: dict[str, Any], observation_space: Any) -> None:
+    """
+    Check that a policy can read observations, which SB3's policies find out when they see them.
+
+    :param policy_class: Class of the policy.
+    :param policy_kwargs: Its further arguments.
+    :param observation_space: Of the environment, of a type that SB3 takes.
+    :raises ValueError: If it cannot.
+    """
+    from stable_baselines3.common import torch_layers
+    from stable_baselines3.common.policies import ActorCriticPolicy
+
+    is_dict = isinstance(observation_space, spaces.Dict)
+    parts = list(observation_space.spaces.values()) if is_dict else [observation_space]
+    if not parts or any(0 in (space.shape or ()) for space in parts):
+        raise ValueError(
+            f"`env` must have observations of at least one number, got {observation_space}. Leave out a key that is "
+            "empty (gymnasium.wrappers.FilterObservation), or add a constant by a wrapper."
+        )
+    if getattr(policy_class, "extract_features", None) is not ActorCriticPolicy.extract_features:
+        return  # it may read them in its own way
+    default = inspect.signature(policy_class).parameters.get("features_extractor_class")
+    extractor = policy_kwargs.get("features_extractor_class", default and default.default)
+    flattening = (torch_layers.FlattenExtractor, torch_layers.NatureCNN, torch_layers.CombinedExtractor)
+    for space in parts:
+        if np.any(getattr(space, "start", 0)):
+            raise ValueError(
+                f"`env` must count its discrete observations from 0, got {space}. Shift them by a wrapper "
+                "(gymnasium.wrappers.TransformObservation), or turn them into vectors "
+                "(gymnasium.wrappers.FlattenObservation)."
+            )
+        if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim != 1:
+            raise ValueError(
+                f"`env` must have MultiDiscrete observations of one dimension, got {space}. Flatten them by a wrapper "
+                "(gymnasium.wrappers.FlattenObservation)."
+            )
+        if isinstance(space, spaces.Box) and space.shape == () and extractor in flattening:
+            raise ValueError(
+                f"`env` must have Box observations of at least one dimension for {extractor.__name__}, got {space}. "
+                "Reshape them by a wrapper (gymnasium.wrappers.ReshapeObservation(env, (1,)))."
+            )
+
+
+def _full_type(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
 def _check_action_space(action_space: Any, use_sde: bool) -> None:
     if not isinstance(action_space, ACTION_SPACES):
         legal = ", ".join(space.__name__ for space in ACTION_SPACES)
         raise ValueError(
-            f"`env` must have an action space of type {legal}, got {action_space}. Wrap the environment to convert it."
+            f"`env` must have an action space of type {legal}, got {action_space} of type {_full_type(action_space)}. "
+            "Wrap the environment to convert it."
         )
+    if 0 in (action_space.shape or ()):
+        raise ValueError(f"`env` must have actions of at least one number, got {action_space}. Change it by a wrapper.")
     if isinstance(action_space, spaces.Box) and not action_space.is_bounded("both"):
         raise ValueError(
             f"`env` must have an action space with finite bounds, got {action_space}. "
@@ -298,8 +372,8 @@ def _check_observation_space(policy: Any, observation_space: Any) -> None:
             legal = ", ".join(space.__name__ for space in ACTION_SPACES)
             raise UnsupportedSpaceError(
                 f"`env` must have an observation space of type {legal}, or a Dict of these that is not nested, got "
-                f"{observation_space}. Wrap the environment to convert it, for example in "
-                "gymnasium.wrappers.FlattenObservation."
+                f"{observation_space} with a part of type {_full_type(space)}. Wrap the environment to convert it, for "
+                "example in gymnasium.wrappers.FlattenObservation."
             )
     if not isinstance(policy, str):
         return

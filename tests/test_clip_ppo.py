@@ -20,12 +20,13 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_clipvf import SB3_EQUIVALENT, ClipPPO, TensorRolloutBuffer
 from sb3_clipvf.distributions import dist_params
 from sb3_clipvf.engines import AutogradEngine, UpdateCoefficients
 from sb3_clipvf.engines.native import NativeEngine
+from sb3_clipvf.envs import FastVecNormalize
 from sb3_clipvf.schedules import AdaptiveKL, KLAdaptiveLR
 
 N_STEPS = 8
@@ -567,6 +568,70 @@ class TestFiles:
         file.seek(0)
         loaded = ClipPPO.load(file, device="cpu")
         assert loaded.predict(np.zeros(2, np.float32))[0].shape == (2,)
+
+
+class Counting(Walk):
+    """Observations of whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.observation_space = spaces.Box(-10, 10, (2,), np.int64)
+
+    def _observe(self) -> Any:
+        return np.array([np.clip(9 * self.x, -10, 10), self.steps], np.int64)
+
+
+class KeyedCounting(Counting):
+    """The same under two keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.observation_space = spaces.Dict({"a": self.observation_space, "b": self.observation_space})
+
+    def _observe(self) -> Any:
+        return dict.fromkeys("ab", super()._observe())
+
+
+class TestSetEnv:
+    @pytest.mark.parametrize("engine", ["native", "autograd"])
+    @pytest.mark.parametrize("cls", [VecNormalize, FastVecNormalize])
+    def test_normalisation_of_whole_numbers_is_taken_as_load_takes_it(self, cls: type[Any], engine: str) -> None:
+        file = io.BytesIO()
+        make(DummyVecEnv([Counting]), engine=engine).save(file)
+        loaded = ClipPPO.load(file, env=cls(DummyVecEnv([Counting])), device="cpu")
+        learn(loaded, 2 * N_STEPS)
+        model = ClipPPO.load(file, env=DummyVecEnv([Counting]), device="cpu")
+        model.set_env(cls(DummyVecEnv([Counting])))
+        learn(model, 2 * N_STEPS)
+        assert model.rollout_buffer.observations.dtype == np.float32
+        assert same(weights(model), weights(loaded))
+        # And back.
+        model.set_env(DummyVecEnv([Counting]))
+        learn(model, N_STEPS)
+        assert model.rollout_buffer.observations.dtype == np.int64
+
+    def test_after_a_training(self) -> None:
+        model = make(DummyVecEnv([Counting]))
+        learn(model, N_STEPS)
+        model.set_env(VecNormalize(DummyVecEnv([Counting])))
+        learn(model, N_STEPS)
+        assert model.rollout_buffer.full
+
+    def test_of_some_keys(self) -> None:
+        model = make(DummyVecEnv([KeyedCounting]), "MultiInputPolicy")
+        model.set_env(VecNormalize(DummyVecEnv([KeyedCounting]), norm_obs_keys=["a"]))
+        learn(model, N_STEPS)
+        assert {key: rows.dtype for key, rows in model.rollout_buffer.observations.items()} == {
+            "a": np.float32,
+            "b": np.int64,
+        }
+
+    def test_the_buffer_stays_where_it_fits(self) -> None:
+        model = make()
+        buffer = model.rollout_buffer
+        for env in (walk(), VecNormalize(walk())):
+            model.set_env(env)
+            assert model.rollout_buffer is buffer
 
 
 class Spy(BaseCallback):

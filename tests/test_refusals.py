@@ -7,6 +7,9 @@ Each message must name the argument, the rule, the value and the way out: the pa
 import io
 import math
 import re
+import sys
+import types
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
@@ -17,6 +20,8 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, NatureCNN
+from stable_baselines3.common.vec_env import patch_gym
 
 from sb3_clipvf import ClipPPO, TensorRolloutBuffer
 from sb3_clipvf.validation import (
@@ -416,6 +421,160 @@ class TestEnvironments:
                 "Wrap the environment to convert it",
             ):
                 make(Still(space), policy)
+
+    @pytest.mark.parametrize(
+        ("space", "rule"),
+        [
+            (
+                spaces.Discrete(3, start=1),
+                "must count its discrete observations from 0, got Discrete(3, start=1). Shift",
+            ),
+            (spaces.Discrete(3, start=-1), "must count its discrete observations from 0"),
+            (spaces.MultiDiscrete([3, 3], start=[0, 2]), "must count its discrete observations from 0"),
+            (spaces.MultiDiscrete([[3, 3]]), "must have MultiDiscrete observations of one dimension, got"),
+            (spaces.Box(-1, 1, ()), "must have Box observations of at least one dimension for"),
+            (spaces.Box(0, 255, (), np.uint8), "must have Box observations of at least one dimension for"),
+            (spaces.Box(-1, 1, (0,)), "must have observations of at least one number, got"),
+            (spaces.Box(-1, 1, (2, 0)), "must have observations of at least one number, got"),
+        ],
+        ids=str,
+    )
+    def test_observations_that_sb3s_policies_cannot_read(self, space: spaces.Space[Any], rule: str) -> None:
+        with refused(ValueError, f"`env` {rule}", "gymnasium.wrappers."):
+            make(Still(space))
+        with refused(ValueError, f"`env` {rule}", "gymnasium.wrappers."):
+            make(Still(spaces.Dict({"a": BOX, "b": space})), "MultiInputPolicy")
+
+    def test_observations_without_keys(self) -> None:
+        with refused(ValueError, "`env` must have observations of at least one number, got Dict()"):
+            make(Still(spaces.Dict({})), "MultiInputPolicy")
+
+    def test_actions_without_numbers(self) -> None:
+        with refused(ValueError, "`env` must have actions of at least one number, got Box([], [], (0,), float32)"):
+            make(Still(action_space=spaces.Box(-1, 1, (0,))))
+
+    @pytest.mark.parametrize(
+        "wrap",
+        [
+            lambda: gym.wrappers.FlattenObservation(Still(spaces.Discrete(3, start=1))),
+            lambda: gym.wrappers.FlattenObservation(Still(spaces.MultiDiscrete([[3, 3]]))),
+            lambda: gym.wrappers.ReshapeObservation(Still(spaces.Box(-1, 1, ())), (1,)),
+            lambda: Still(spaces.Discrete(1)),
+            lambda: Still(spaces.MultiBinary([2, 3])),
+            lambda: Still(action_space=spaces.Box(-1, 1, ())),
+        ],
+    )
+    def test_the_ways_out_train(self, wrap: Callable[[], gym.Env[Any, Any]]) -> None:
+        make(wrap()).learn(8)
+
+    def test_own_parts_may_read_what_sb3s_cannot(self) -> None:
+        make(Still(spaces.Box(-1, 1, ())), policy_kwargs={"features_extractor_class": Columns}).learn(8)
+        make(Still(spaces.Box(-1, 1, ())), OwnColumns).learn(8)
+        make(Still(spaces.Discrete(3, start=5)), OwnReading).learn(8)
+        with refused(ValueError, "must have Box observations of at least one dimension for NatureCNN"):
+            make(Still(spaces.Box(-1, 1, ())), policy_kwargs={"features_extractor_class": NatureCNN})
+
+    @pytest.mark.parametrize("name", ["cartpole", "sync", "wrapped", "atari", "envpool", "envpool of gym"])
+    def test_vectorised_environments_are_sent_to_the_adapter(self, name: str) -> None:
+        env = vectorised(name)
+        for use in (make, make().set_env, lambda env: ClipPPO.load(io.BytesIO(self.saved()), env=env)):
+            with refused(
+                TypeError,
+                "`env` must be a gymnasium environment or an SB3 VecEnv, got the vectorised environment",
+                "Pass sb3_clipvf.envs.as_vec_env(env).",
+            ):
+                use(env)
+        env.close()
+
+    def saved(self) -> bytes:
+        file = io.BytesIO()
+        make().save(file)
+        return file.getvalue()
+
+    def test_environments_of_neither_library_get_sb3s_error(self) -> None:
+        class Old:
+            observation_space, action_space = BOX, BOX
+
+        for use in (make, make().set_env):
+            with pytest.raises(ValueError, match="In this case, we expect OpenAI Gym to be installed"):
+                use(Old())
+
+    def test_environments_of_openai_gym_are_converted_as_in_sb3(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Old:
+            """Has spaces of another library, whose names are those of Gymnasium's."""
+
+            observation_space = action_space = type("Discrete", (), {"__repr__": lambda _: "Discrete(2)"})()
+            converted = Still(action_space=spaces.Discrete(2))
+
+            def reset(self, seed: int | None = None) -> None:
+                """Nothing."""
+
+            @property
+            def unwrapped(self) -> "Old":
+                return self
+
+        module = types.SimpleNamespace(GymV26CompatibilityV0=lambda env: env.converted)
+        monkeypatch.setitem(sys.modules, "shimmy", module)
+        monkeypatch.setattr(patch_gym, "gym_installed", True)
+        monkeypatch.setattr(patch_gym, "gym", types.SimpleNamespace(Env=Old), raising=False)
+        with pytest.warns(UserWarning, match="You provided an OpenAI Gym environment"):
+            model = make(Old()).learn(8)
+        assert model.action_space == spaces.Discrete(2)
+        with pytest.warns(UserWarning, match="You provided an OpenAI Gym environment"):
+            model.set_env(Old())
+        model.learn(8)
+        # Their spaces are checked after that.
+        Old.converted = Still(action_space=INFINITE_BOX)
+        with (
+            pytest.warns(UserWarning, match="OpenAI Gym"),
+            refused(ValueError, "`env` must have an action space with finite bounds, got"),
+        ):
+            make(Old())
+
+    def test_spaces_of_openai_gym_are_named(self) -> None:
+        space = type("Discrete", (), {"__repr__": lambda _: "Discrete(2)", "__module__": "gym.spaces.discrete"})()
+        with refused(ValueError, "`env` must have an action space", "got Discrete(2) of type gym.spaces.discrete.Disc"):
+            make(Still(action_space=space))
+
+
+class Columns(BaseFeaturesExtractor):
+    """Takes observations without a dimension."""
+
+    def __init__(self, observation_space: spaces.Space[Any]) -> None:
+        super().__init__(observation_space, 1)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return observations.reshape(-1, 1)
+
+
+class OwnColumns(ActorCriticPolicy):
+    """Has it as its default."""
+
+    def __init__(self, *args: Any, features_extractor_class: type[Any] = Columns, **kwargs: Any) -> None:
+        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)
+
+
+class OwnReading(ActorCriticPolicy):
+    """Counts from the start of the space."""
+
+    def extract_features(self, obs: Any, features_extractor: Any = None) -> Any:
+        return super().extract_features(obs - self.observation_space.start, features_extractor)
+
+    def predict_values(self, obs: Any) -> th.Tensor:
+        return super().predict_values(obs - self.observation_space.start)
+
+
+def vectorised(name: str) -> Any:
+    """A vectorised environment of another library."""
+    if name == "atari":
+        return pytest.importorskip("ale_py.vector_env").AtariVectorEnv("breakout", 2)
+    if name.startswith("envpool"):
+        envpool = pytest.importorskip("envpool")
+        return (envpool.make_gym if "gym" in name else envpool.make_gymnasium)("CartPole-v1", num_envs=2)
+    if name == "sync":
+        return gym.make_vec("CartPole-v1", 2, "sync")
+    env = gym.make_vec("CartPole-v1", 2)
+    return gym.wrappers.vector.ClipReward(env, -1, 1) if name == "wrapped" else env
 
 
 class TestLearn:
