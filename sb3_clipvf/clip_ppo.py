@@ -40,6 +40,7 @@ from sb3_clipvf.policies import (
     SquashedActorCriticPolicy,
     SquashedMultiInputActorCriticPolicy,
 )
+from sb3_clipvf.rollout import check_complete, draws_from_complete
 from sb3_clipvf.saving import SavedAlgorithm
 from sb3_clipvf.schedules import AdaptiveKL, KLAdaptiveLR, Schedule, clamp_progress, make_schedule
 
@@ -60,7 +61,8 @@ class ClipPPO(SavedAlgorithm):
         SquashedMultiInputPolicy.
     :param env: Environment, VecEnv or registered id.
     :param learning_rate: Schedule, at least 0.
-    :param n_steps: Steps of each environment in a rollout.
+    :param n_steps: Steps of each environment in a rollout. Assigned to the model, it counts from the next rollout on,
+        for which a buffer of ours or SB3's is resized; one of another class must be replaced with it.
     :param batch_size: Transitions in a minibatch; more than 1 if advantages are normalised in minibatches.
     :param n_epochs: Passes over the rollout in an update.
     :param gamma: Discount factor, in [0, 1].
@@ -275,8 +277,14 @@ class ClipPPO(SavedAlgorithm):
 
     @np.errstate(over="ignore", invalid="ignore")  # such numbers are told of by name
     def train(self) -> None:
-        """Update the policy from the rollout in the buffer, adapt the controllers, and log."""
+        """
+        Update the policy from the rollout in the buffer, adapt the controllers, and log.
+
+        :raises ValueError: If the rollout is not complete.
+        """
         started = time.perf_counter()
+        if draws_from_complete(self.rollout_buffer):
+            check_complete(self.rollout_buffer)
         # Callbacks may have changed these arguments since the last update.
         check_words(self)
         self._setup_controllers()
@@ -392,6 +400,7 @@ class ClipPPO(SavedAlgorithm):
             self._schedule_timesteps = None
         if log_interval is not None:
             log_interval = validation.check_int("log_interval", log_interval, 1, "None turns it off.")
+        self.n_steps = validation.check_int("n_steps", self.n_steps, 1, "SB3's default is 2048.")
         if self.env is None:
             raise ValueError("`env` must be set before learning, got None. Pass it to `load`, or call `set_env`.")
         faults.check_ready(self)

@@ -22,6 +22,8 @@ from sb3_clipvf.engines.recognition import has_own_add
 from sb3_clipvf.envs.shapes import StepCheck
 from sb3_clipvf.nonfinite import is_finite, observations_are_finite
 from sb3_clipvf.nonfinite_causes import Fault, act_error, act_fault, find_fault, observation_fault, reward_error
+from sb3_clipvf.rollout import fit_to_rollout
+from sb3_clipvf.validation import check_int
 
 if TYPE_CHECKING:
     from sb3_clipvf.clip_ppo import ClipPPO
@@ -46,7 +48,7 @@ class RolloutCollector(OnPolicyAlgorithm):
 
         :param env: The training environments.
         :param callback: Called at each step and at both ends of the rollout.
-        :param rollout_buffer: Filled from empty.
+        :param rollout_buffer: Filled from empty. SB3's buffers and ours are resized to the rollout first.
         :param n_rollout_steps: Steps of each environment.
         :return: False if the callback asked to stop, then the rollout is incomplete.
         """
@@ -55,7 +57,7 @@ class RolloutCollector(OnPolicyAlgorithm):
         with_dist_params = bool(getattr(rollout_buffer, "dist_param_dim", 0))
         checked = StepCheck(rollout_buffer.observation_space, env.num_envs)
         checked.observations(self._last_obs)
-        engine = self._begin_rollout(env, callback, rollout_buffer)
+        engine = self._begin_rollout(env, callback, rollout_buffer, n_rollout_steps)
         stores_arrays = not has_own_add(rollout_buffer)
         is_seen = not is_idle(callback)
         # Making tensors takes longer than the policy's forward pass.
@@ -98,10 +100,12 @@ class RolloutCollector(OnPolicyAlgorithm):
         self.logger.record("time/rollout_seconds", time.perf_counter() - started)
         return True
 
-    def _begin_rollout(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any) -> Engine:
+    def _begin_rollout(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int) -> Engine:
         """Empty the buffer, and let callback, policy and engine make ready. :return: The engine that acts."""
         known = self._engine if self._engine is not None and self._engine.policy is self.policy else None
         (self.policy if known is None else known).set_training_mode(False)
+        # Someone may have changed `n_steps` or the number of environments since the buffer was built.
+        fit_to_rollout(rollout_buffer, check_int("n_steps", n_rollout_steps, 1, "SB3's default is 2048."), env.num_envs)
         rollout_buffer.reset()
         self._last_obs = copy_of(self._last_obs)
         # Before anything is drawn for this rollout, unlike in SB3: a checkpoint that is taken here holds no part of it.

@@ -6,6 +6,7 @@ from sb3_clipvf.engines import Engine, UpdateCoefficients, UpdateStatistics
 from sb3_clipvf.messages import log
 from sb3_clipvf.nonfinite import MAX_UPDATES_WITH_SKIPS, BadMinibatchError
 from sb3_clipvf.nonfinite_causes import update_error
+from sb3_clipvf.rollout import check_complete
 
 if TYPE_CHECKING:
     from sb3_clipvf.clip_ppo import ClipPPO
@@ -26,6 +27,9 @@ def guarded_update(model: "ClipPPO", engine: Engine, coefficients: UpdateCoeffic
     except BadMinibatchError as bad:
         all_skipped = "training has ended since all minibatches of the update were skipped."
         raise update_error(model, bad, all_skipped if model.on_nonfinite == "skip" else "") from None
+    except AssertionError:
+        check_complete(model.rollout_buffer)  # SB3's `get` asserts it without a word
+        raise
     model._updates_with_skips = model._updates_with_skips + 1 if statistics.n_skipped else 0
     if statistics.skipped is None:
         return statistics

@@ -8,7 +8,7 @@ import numpy as np
 import psutil
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import BaseBuffer
+from stable_baselines3.common.buffers import BaseBuffer, DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 
 # Limit and use of a container's memory, in version 2 and version 1 of Linux's control groups.
@@ -131,7 +131,8 @@ class TensorRolloutBuffer(BaseBuffer):
         self.dist_param_dim = dist_param_dim
         # The native engine puts a compiled one with the same roundings here.
         self.gae_fn = gae
-        self._allocated = False
+        # Steps and environments that there is memory for.
+        self._allocated: tuple[int, int] | None = None
         self._flat: dict[str, Any] | None = None
 
     @property
@@ -150,6 +151,10 @@ class TensorRolloutBuffer(BaseBuffer):
         return cells * (obs_bytes + action_bytes + 4 * (6 + self.dist_param_dim))
 
     @property
+    def _is_allocated(self) -> bool:
+        return self._allocated == (self.buffer_size, self.n_envs)
+
+    @property
     def _action_dtype(self) -> np.dtype[Any]:
         # The policy's own actions are floats, whatever the Box that they are clipped to takes.
         return np.dtype(np.float32 if isinstance(self.action_space, spaces.Box) else self.action_space.dtype)
@@ -161,7 +166,7 @@ class TensorRolloutBuffer(BaseBuffer):
         :raises ValueError: If :attr:`nbytes` exceeds it.
         """
         available = free_memory()
-        if not self._allocated and self.nbytes > available:
+        if not self._is_allocated and self.nbytes > available:
             gib = 2**30
             raise ValueError(
                 f"`n_steps` must be small enough for the rollout to fit into memory, got n_steps={self.buffer_size} "
@@ -171,11 +176,11 @@ class TensorRolloutBuffer(BaseBuffer):
 
     def reset(self) -> None:
         """
-        Make ready for the next rollout.
+        Make ready for the next rollout; memory is allocated for ``buffer_size`` and ``n_envs`` as they are now.
 
-        :raises ValueError: At the first call, if the rollout does not fit into memory.
+        :raises ValueError: Where memory is allocated, if the rollout does not fit into it.
         """
-        if not self._allocated:
+        if not self._is_allocated:
             self.check_memory()
             self._allocate()
         self._flat = None
@@ -201,7 +206,15 @@ class TensorRolloutBuffer(BaseBuffer):
         :param value: Shape ``(n_envs,)`` or ``(n_envs, 1)``.
         :param log_prob: Shape ``(n_envs,)``.
         :param dist_params: Shape ``(n_envs, dist_param_dim)``; needed if ``dist_param_dim`` is not 0.
+        :raises ValueError: If the rollout is complete.
         """
+        if self._allocated is None:  # a loop of the user's need not reset SB3's buffer before its first rollout
+            self.reset()
+        if self.pos == self.buffer_size:
+            raise ValueError(
+                f"`rollout_buffer` must take {self.buffer_size} steps at most, got one more. Call its `reset` before "
+                "the next rollout; `load` with another `n_steps` builds one for longer rollouts."
+            )
         if isinstance(self.observations, dict):
             for key, array in self.observations.items():
                 array[self.pos] = np.reshape(obs[key], array.shape[1:])
@@ -243,12 +256,9 @@ class TensorRolloutBuffer(BaseBuffer):
 
         :param batch_size: Transitions in each minibatch, the last one may be shorter; None: all in one.
         :return: Minibatches on the buffer's device.
-        :raises RuntimeError: If the rollout is not complete.
+        :raises ValueError: If the rollout is not complete.
         """
-        if not self.full:
-            raise RuntimeError(
-                f"The rollout must be complete to be drawn from, got {self.pos} of {self.buffer_size} steps."
-            )
+        check_complete(self)
         n_transitions = self.buffer_size * self.n_envs
         rows = self._rows(np.random.permutation(n_transitions))
         size = n_transitions if batch_size is None else batch_size
@@ -328,7 +338,49 @@ class TensorRolloutBuffer(BaseBuffer):
         self.log_probs = np.zeros(cells, np.float32)
         self.advantages = np.zeros(cells, np.float32)
         self.dist_params = np.zeros((*cells, self.dist_param_dim), np.float32)
-        self._allocated = True
+        self._allocated = cells
+
+
+# What holds one row a step, and draws from complete rollouts alone.
+_PLAIN = (TensorRolloutBuffer, RolloutBuffer, DictRolloutBuffer)
+
+
+def fit_to_rollout(buffer: Any, n_steps: int, n_envs: int) -> None:
+    """
+    Resize a buffer to the rollout that it will hold, as its next ``reset`` does with the memory.
+
+    A buffer of another class than ours and SB3's is left as it is: it may hold several rows a step.
+
+    :param buffer: About to be reset.
+    :param n_steps: Steps of each environment.
+    :param n_envs: Number of environments.
+    """
+    if type(buffer) in _PLAIN:
+        buffer.buffer_size, buffer.n_envs = n_steps, n_envs
+
+
+def check_complete(buffer: Any) -> None:
+    """
+    Refuse to draw from a rollout that is not complete: its other rows are zeros, or of a rollout before.
+
+    :param buffer: With the interface of SB3's ``RolloutBuffer``.
+    :raises ValueError: If it is not complete.
+    """
+    if not getattr(buffer, "full", True):
+        raise ValueError(
+            f"`rollout_buffer` must be full to be trained on, got {buffer.pos} of {buffer.buffer_size} steps. Collect "
+            "the others first; `load` with another `n_steps` builds one for shorter rollouts."
+        )
+
+
+def draws_from_complete(buffer: Any) -> bool:
+    """
+    Return whether a buffer's ``get`` is ours or SB3's, which need all rows.
+
+    :param buffer: With the interface of SB3's ``RolloutBuffer``.
+    :return: Whether it is.
+    """
+    return "get" not in vars(buffer) and getattr(type(buffer), "get", None) in [known.get for known in _PLAIN]
 
 
 def _shaped(array: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Tests of the steps of a rollout that touch the policy, above all of where cut-off episodes are bootstrapped."""
 
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy, MultiInputActorCriticPolicy
@@ -255,3 +257,193 @@ def test_after_a_callbacks_stop_the_next_rollout_begins_where_it_was() -> None:
     model.learn(4, reset_num_timesteps=False)
     assert model.rollout_buffer.episode_starts.ravel().tolist() == [1, 0, 1, 0]
     assert model.rollout_buffer.observations[:, 0, 0].tolist() == [0, 1, 0, 1]
+
+
+class Doubling(RolloutBuffer):
+    """Holds each step twice, so that it is full after ``n_steps`` steps."""
+
+    def __init__(self, buffer_size: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(2 * buffer_size, *args, **kwargs)
+
+    def add(self, *args: Any, **kwargs: Any) -> None:
+        super().add(*args, **kwargs)
+        super().add(*args, **kwargs)
+
+
+class OwnDraw(RolloutBuffer):
+    """A ``get`` of its own, by way of SB3's."""
+
+    def get(self, batch_size: int | None = None) -> Any:
+        yield from super().get(batch_size)
+
+
+class AnyDraw(OwnDraw):
+    """Draws from the steps that are there."""
+
+    def get(self, batch_size: int | None = None) -> Any:
+        full, self.full = self.full, True
+        yield from super().get(batch_size)
+        self.full = full
+
+
+# Native, compiled losses, torch alone, and buffers of SB3.
+ENGINES: dict[str, dict[str, Any]] = {
+    "native": {"engine": "native"},
+    "fused": {"policy_kwargs": {"features_extractor_class": OwnExtractor}},
+    "autograd": {"engine": "autograd"},
+    "host_buffer": {"rollout_buffer_class": RolloutBuffer},
+}
+
+
+def cartpole(n_steps: int = 16, n_envs: int = 1, **kwargs: Any) -> ClipPPO:
+    env = make_vec_env("CartPole-v1", n_envs=n_envs, seed=0)
+    return ClipPPO("MlpPolicy", env, n_steps=n_steps, batch_size=8, n_epochs=1, seed=0, device="cpu", **kwargs)
+
+
+def vector(model: ClipPPO) -> th.Tensor:
+    return th.nn.utils.parameters_to_vector(model.policy.parameters()).detach().clone()
+
+
+@pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
+@pytest.mark.parametrize("kwargs", ENGINES.values(), ids=ENGINES)
+@pytest.mark.parametrize("n_steps", [4, 40])
+class TestAnotherNumberOfSteps:
+    """It counts from the next rollout on, whose buffer has its size: no row of zeros, none of an earlier rollout."""
+
+    def test_assigned_before_learning(self, n_steps: int, kwargs: dict[str, Any]) -> None:
+        model = cartpole(**kwargs)
+        model.n_steps = n_steps
+        model.learn(2 * n_steps)
+        assert th.equal(vector(model), vector(cartpole(n_steps, **kwargs).learn(2 * n_steps)))
+
+    def test_assigned_after_loading(self, n_steps: int, kwargs: dict[str, Any], tmp_path: Path) -> None:
+        cartpole(**kwargs).learn(16).save(tmp_path / "model")
+        models = []
+        for given in ({}, {"n_steps": n_steps}):
+            env = make_vec_env("CartPole-v1", seed=3)
+            model = ClipPPO.load(tmp_path / "model", env, device="cpu", seed=3, trust_pickle=True, **given)
+            model.n_steps = n_steps
+            models.append(model.learn(n_steps))
+        assert th.equal(vector(models[0]), vector(models[1]))
+
+    @pytest.mark.parametrize("event", ["_on_rollout_start", "_on_step", "_on_rollout_end"])
+    def test_assigned_by_a_callback(self, n_steps: int, kwargs: dict[str, Any], event: str) -> None:
+        callback = Assigns(event, "n_steps", n_steps)
+        model = cartpole(**kwargs)
+        model.learn(16 + n_steps, callback=callback)
+        assert callback.seen == [(16, True), (n_steps, True)]
+        assert model.num_timesteps == 16 + n_steps
+
+    def test_given_by_a_loop_of_the_users(self, n_steps: int, kwargs: dict[str, Any]) -> None:
+        model = cartpole(**kwargs)
+        total, callback = model._setup_learn(100, None)
+        for n in (16, n_steps, 16):
+            assert model.collect_rollouts(model.env, callback, model.rollout_buffer, n)
+            model.train()
+            assert (model.rollout_buffer.pos, model.rollout_buffer.buffer_size) == (n, n)
+
+
+class Assigns(BaseCallback):
+    """Assigns an attribute of the model once, and notes each rollout's size and whether it is complete."""
+
+    def __init__(self, event: str, name: str, value: Any) -> None:
+        super().__init__()
+        self.name, self.value, self.seen = name, value, list[tuple[int, bool]]()
+        inner = getattr(self, event)
+        setattr(self, event, lambda: (self._assign(), inner())[1])
+
+    def _assign(self) -> None:
+        setattr(self.model, self.name, self.value)
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        buffer = self.locals["rollout_buffer"]
+        self.seen.append((buffer.buffer_size, buffer.full))
+
+
+@pytest.mark.parametrize("kwargs", ENGINES.values(), ids=ENGINES)
+class TestIncompleteRollouts:
+    MATCH = r"`rollout_buffer` must be full to be trained on, got {} of 16 steps\. Collect the others first"
+
+    def test_none_was_collected(self, kwargs: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match=self.MATCH.format(0)):
+            cartpole(**kwargs).train()
+
+    def test_one_that_a_callback_ended(self, kwargs: dict[str, Any]) -> None:
+        model = cartpole(**kwargs).learn(16)
+        model.learn(16, callback=lambda *_: model.num_timesteps < 5)
+        before = vector(model)
+        with pytest.raises(ValueError, match=self.MATCH.format(4)):
+            model.train()
+        assert th.equal(vector(model), before)
+
+    def test_one_that_was_reset(self, kwargs: dict[str, Any]) -> None:
+        model = cartpole(**kwargs).learn(16)
+        model.rollout_buffer.reset()
+        with pytest.raises(ValueError, match=self.MATCH.format(0)):
+            model.train()
+
+    def test_one_that_takes_the_place_of_a_complete_one(self, kwargs: dict[str, Any]) -> None:
+        model = cartpole(**kwargs)
+        callback = Assigns("_on_rollout_end", "rollout_buffer", cartpole(**kwargs).rollout_buffer)
+        with pytest.raises(ValueError, match=self.MATCH.format(0)):
+            model.learn(16, callback=callback)
+
+
+class TestBuffersOfTheUsers:
+    def test_several_rows_a_step_are_no_other_size(self) -> None:
+        model = cartpole(rollout_buffer_class=Doubling).learn(32)
+        assert (model.rollout_buffer.pos, model.num_timesteps) == (32, 32)
+
+    def test_a_class_that_may_hold_more_is_not_resized(self) -> None:
+        model = cartpole(rollout_buffer_class=Doubling)
+        model.n_steps = 4
+        with pytest.raises(ValueError, match="must be full to be trained on, got 8 of 32 steps"):
+            model.learn(4)
+
+    def test_a_longer_rollout_than_a_class_of_ours_takes_is_refused(self) -> None:
+        model = cartpole(rollout_buffer_class=Tensors)
+        model.n_steps = 17
+        with pytest.raises(ValueError, match="`rollout_buffer` must take 16 steps at most, got one more"):
+            model.learn(17)
+
+    def test_sb3s_bare_assertion_gets_words(self) -> None:
+        model = cartpole(rollout_buffer_class=OwnDraw).learn(16)
+        model.rollout_buffer.reset()
+        with pytest.raises(ValueError, match="must be full to be trained on, got 0 of 16 steps"):
+            model.train()
+
+    def test_another_assertion_stays(self) -> None:
+        class Asserts(RolloutBuffer):
+            def get(self, batch_size: int | None = None) -> Any:
+                assert batch_size == 0, "another one"
+
+        with pytest.raises(AssertionError, match="another one"):
+            cartpole(rollout_buffer_class=Asserts).learn(16)
+
+    def test_one_that_draws_from_what_there_is_may_do_so(self) -> None:
+        model = cartpole(rollout_buffer_class=AnyDraw)
+        model.n_steps = 4
+        model.learn(4)
+        assert model._n_updates == 1
+
+
+def test_another_number_of_environments_resizes_the_buffer() -> None:
+    model = cartpole().learn(16)
+    model.n_envs = 3
+    model.set_env(make_vec_env("CartPole-v1", n_envs=3, seed=0))
+    model.learn(96)
+    assert model.rollout_buffer.rewards.shape == (16, 3)
+    assert model.rollout_buffer.full
+
+
+@pytest.mark.parametrize("n_steps", [0, -1, 2.5, "4", None, True])
+def test_steps_that_are_no_number_are_refused(n_steps: Any) -> None:
+    model = cartpole()
+    model.n_steps = n_steps
+    with pytest.raises((ValueError, TypeError), match="`n_steps` must be a whole number"):
+        model.learn(16)
+    with pytest.raises((ValueError, TypeError), match="`n_steps` must be a whole number"):
+        cartpole().learn(32, callback=Assigns("_on_rollout_end", "n_steps", n_steps))

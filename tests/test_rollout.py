@@ -253,8 +253,29 @@ class TestMinibatches:
         buffer = make()
         buffer.reset()
         buffer.add(np.zeros((3, 2)), np.zeros((3, 2)), np.zeros(3), np.ones(3, bool), th.zeros(3), th.zeros(3))
-        with pytest.raises(RuntimeError, match="The rollout must be complete to be drawn from, got 1 of 7 steps"):
+        with pytest.raises(ValueError, match="`rollout_buffer` must be full to be trained on, got 1 of 7 steps"):
             next(buffer.get())
+
+    def test_a_complete_rollout_takes_no_further_step(self) -> None:
+        buffer = make()
+        fill(buffer, "box")
+        row = (np.zeros((3, 2)), np.zeros((3, 2)), np.zeros(3), np.ones(3, bool), th.zeros(3), th.zeros(3))
+        with pytest.raises(ValueError, match="`rollout_buffer` must take 7 steps at most, got one more.*`reset`"):
+            buffer.add(*row)
+
+    def test_the_first_rollout_needs_no_reset_as_in_sb3(self) -> None:
+        buffer = make()
+        buffer.add(np.ones((3, 2)), np.zeros((3, 2)), np.zeros(3), np.ones(3, bool), th.zeros(3), th.zeros(3))
+        assert (buffer.pos, buffer.observations[0].sum()) == (1, 6)
+
+    @pytest.mark.parametrize("size", [(3, 3), (20, 3), (7, 1)])
+    def test_a_size_that_is_assigned_counts_from_the_next_reset_on_as_in_sb3(self, size: tuple[int, int]) -> None:
+        buffer = make()
+        fill(buffer, "box")
+        buffer.buffer_size, buffer.n_envs = size
+        buffer.reset()
+        assert buffer.rewards.shape == buffer.returns.shape == size
+        assert buffer.observations.shape == (*size, 2)
 
     @pytest.mark.parametrize("name", ["image", "dict"])
     def test_the_next_rollout_replaces_this_one(self, name: str) -> None:
