@@ -23,9 +23,11 @@ from sb3_clipvf.runs import (
     find_run,
     load_model,
     make_env,
+    read_arguments,
     read_training_curve,
 )
 from sb3_clipvf.validation import check_int
+from sb3_clipvf.zoo.finding import RunId
 from sb3_clipvf.zoo.process import has_display, patched_environment
 
 if TYPE_CHECKING:
@@ -202,17 +204,30 @@ def next_commands(run: Run, log_folder: str) -> list[tuple[str, str]]:
     folder = shlex.quote(log_folder)
     algo = "" if run.algo == "clipppo" else f" --algo {run.algo}"
     other = "Acrobot-v1" if run.env_id != "Acrobot-v1" else "Pendulum-v1"
-    train = f"sb3-clipvf train --env {run.env_id} -f {folder} -P"
+    train = f"sb3-clipvf train --env {run.env_id} -f {folder}{_environment_options(run)} -P"
     variant = ("the same with ClipPPO", train)
     if run.algo == "clipppo":
         parameters = "-params clip_range:None kl_coef:1.0 adaptive_kl_target:0.01"
         variant = ("the adaptive KL penalty in place of clipping", f"{train} {parameters}")
-    number = run.folder.name.rpartition("_")[2]
+    number = run.folder.name.removeprefix(f"{run.settings_folder.name}_")
     return [
         ("watch the agent", f"sb3-clipvf enjoy{algo} --env {run.env_id} -f {folder} --exp-id {number}"),
         variant,
         ("another environment", f"sb3-clipvf train{algo} --env {other} -f {folder} -P"),
     ]
+
+
+def _environment_options(run: Run) -> str:
+    """Give the options by which the run's training found and made its environment, and read its settings."""
+    arguments = read_arguments(run)
+    options = []
+    if arguments.get("gym_packages"):
+        options += ["--gym-packages", *arguments["gym_packages"]]
+    if arguments.get("env_kwargs"):
+        options += ["--env-kwargs", *(f"{key}:{value!r}" for key, value in arguments["env_kwargs"].items())]
+    if arguments.get("conf_file"):
+        options += ["--conf-file", arguments["conf_file"]]
+    return "".join(f" {shlex.quote(str(option))}" for option in options)
 
 
 def _write_numbers(path: Path, run: Run, curve: TrainingCurve, evaluation: Evaluation, files: dict[str, str]) -> None:
@@ -258,7 +273,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--env", default="CartPole-v1", help="environment id (default: %(default)s)")
     parser.add_argument("-f", "--folder", default="logs", help="log folder of the training (default: %(default)s)")
     parser.add_argument("--algo", default="clipppo", help="algorithm (default: %(default)s)")
-    parser.add_argument("--exp-id", type=int, default=0, help="number of the run (default: 0, the newest)")
+    parser.add_argument(
+        "--exp-id", type=RunId.parse, default=0, help="number of the run (default: 0, the newest with a model)"
+    )
     parser.add_argument(
         "--load-best", action="store_true", help="take best_model.zip of the evaluations while training"
     )

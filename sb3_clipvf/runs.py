@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import importlib
 import io
 import json
 import os
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sb3_clipvf.validation import check_int
+from sb3_clipvf.zoo.finding import choose_run, import_packages
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
@@ -126,32 +126,32 @@ def find_run(
     :param log_folder: the folder given to ``train -f``
     :param env_id: the environment's id
     :param algo: the algorithm's name in the Zoo
-    :param exp_id: number of the run; 0: the newest
+    :param exp_id: number of the run; 0: the newest that holds the model
     :param load_best: take ``best_model.zip`` of the evaluations while training, not the final model
     :return: the run
     :raises ValueError: where there is no such run, or it holds no such model
     """
     from huggingface_sb3 import EnvironmentName
-    from rl_zoo3.utils import get_latest_run_id, get_model_path
 
     name = EnvironmentName(env_id)
     parent = Path(log_folder) / algo
     algo_option = "" if algo == "clipppo" else f"--algo {algo} "
     train = f"`sb3-clipvf train {algo_option}--env {env_id} -f {shlex.quote(str(log_folder))}`."
-    number = exp_id if exp_id != 0 else get_latest_run_id(str(parent), name)
+    model = "best_model.zip" if load_best else f"{name}.zip"
+    number = choose_run(parent, name, exp_id, lambda run: (run / model).is_file())
     folder = parent / f"{name}_{number}"
     if exp_id < 0 or not folder.is_dir():
         what = f"a run of {env_id}" if exp_id == 0 else f"run {exp_id} of {env_id}"
         raise ValueError(f"`folder` must hold {what}, but there is none in {parent}. Train one with {train}")
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            _, model_path, _ = get_model_path(number, str(log_folder), algo, name, load_best=load_best)
-    except ValueError as error:
-        raise ValueError(
-            f"{folder} must hold a trained model, but {error}. The training did not end, or ran without evaluations. "
-            f"Train again with {train}"
-        ) from error
-    return Run(algo, env_id, folder, Path(model_path))
+    if (folder / model).is_file():
+        return Run(algo, env_id, folder, folder / model)
+    if load_best and (folder / f"{name}.zip").is_file():
+        way_out = "It was trained without evaluations: leave out `--load-best`."
+    elif any(folder.glob("checkpoints/checkpoint_*.zip")):
+        way_out = f"Its training did not end: `sb3-clipvf train --resume {shlex.quote(str(folder))}` goes on with it."
+    else:
+        way_out = f"Its training did not end. Train again with {train}"
+    raise ValueError(f"{folder} must hold {model}, but does not. {way_out}")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -172,6 +172,16 @@ def read_hyperparams(run: Run) -> dict[str, Any]:
     return _read_yaml(run.settings_folder / "config.yml")
 
 
+def read_arguments(run: Run) -> dict[str, Any]:
+    """
+    Read the options of the command that trained a run.
+
+    :param run: the run
+    :return: options of the Zoo's ``train``, by name; {} where the run does not hold them
+    """
+    return _read_yaml(run.settings_folder / "args.yml")
+
+
 def make_env(run: Run, n_envs: int, seed: int, render_mode: str | None = None) -> VecEnv:
     """The run's environment as the Zoo's enjoy makes it: wrappers, statistics (not updated), frame stack, arguments."""
     from rl_zoo3 import create_test_env, get_saved_hyperparams
@@ -181,9 +191,8 @@ def make_env(run: Run, n_envs: int, seed: int, render_mode: str | None = None) -
     from sb3_clipvf.zoo.files import checked_files
     from sb3_clipvf.zoo.models import complete_settings
 
-    arguments = _read_yaml(run.settings_folder / "args.yml")
-    for module in arguments.get("gym_packages") or ():
-        importlib.import_module(module)
+    arguments = read_arguments(run)
+    import_packages(arguments.get("gym_packages"), str(run.settings_folder / "args.yml"))
     with checked_files():
         hyperparams, stats_path = get_saved_hyperparams(str(run.settings_folder), test_mode=True)
     env_kwargs = dict(arguments.get("env_kwargs") or {})

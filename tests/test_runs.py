@@ -1,5 +1,6 @@
 """Runs of the Zoo's train command: found, evaluated as they were trained, their training read from monitor files."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -70,11 +71,31 @@ def test_missing_run_names_the_folder_and_the_train_command(tmp_path: Path, exp_
         find_run(tmp_path, "Acrobot-v1", algo, exp_id)
 
 
-def test_run_without_the_model_asked_for_is_refused(logs: Path) -> None:
+def test_a_model_that_was_not_evaluated_while_training_is_refused(logs: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"must hold a trained model, but No model found.*best_model\.zip.*Train again"
+        ValueError, match=r"must hold best_model\.zip, but does not\. It was trained without evaluations"
     ):
         find_run(logs, "Pendulum-v1", load_best=True)
+
+
+@pytest.mark.parametrize("load_best", [False, True])
+def test_a_training_that_did_not_end_gets_one_piece_of_advice(tmp_path: Path, load_best: bool) -> None:
+    folder = tmp_path / "clipppo" / "E-v0_1"
+    (folder / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"did not end\. Train again with `sb3-clipvf train --env E-v0 -f \S+`\.$"):
+        find_run(tmp_path, "E-v0", load_best=load_best)
+    (folder / "checkpoints" / "checkpoint_64.zip").touch()
+    with pytest.raises(ValueError, match=rf"did not end: `sb3-clipvf train --resume {folder}` goes on with it\.$"):
+        find_run(tmp_path, "E-v0", load_best=load_best)
+
+
+def test_a_newer_run_without_a_model_is_passed_over(
+    logs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(logs, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "clipppo" / "Pendulum-v1_3").mkdir()
+    assert find_run(tmp_path, "Pendulum-v1").folder == tmp_path / "clipppo" / "Pendulum-v1_2"
+    assert "Pendulum-v1_3 does not hold the model: taking that of" in capsys.readouterr().out
 
 
 # --- settings

@@ -52,5 +52,5 @@ def test_folders_that_cannot_be_written_to_are_refused(name: str, tmp_path: Path
 
 @pytest.mark.parametrize("module", ["not_there", "not.there", ".", "json.not_there"])
 def test_modules_that_cannot_be_imported_are_refused(module: str) -> None:
-    with pytest.raises(ImportError, match="`--gym-packages` must be modules that can be imported"):
+    with pytest.raises(ImportError, match="`--gym-packages` must name modules that can be imported"):
         check_options(Namespace(gym_packages=[module]))

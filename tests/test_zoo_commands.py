@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import optuna
 import pytest
@@ -217,7 +218,7 @@ def test_an_unknown_environment_is_one_line(in_empty_folder: Path, capsys: pytes
         ("-params policy:MlpPolicy", "`-params` must have Python as values, got 'policy:MlpPolicy'"),
         ("--env-kwargs length=3", "`--env-kwargs` must be pairs of key and value"),
         ("--eval-env-kwargs length", "`--eval-env-kwargs` must be pairs of key and value"),
-        ("--gym-packages not_there", "`--gym-packages` must be modules that can be imported, got 'not_there'"),
+        ("--gym-packages not_there", "`--gym-packages` must name modules that can be imported, got 'not_there'"),
         ("--conf-file missing.yml", "got 'missing.yml': No such file or directory"),
         ("--conf-file missing.py", "got 'missing.py': No such file or directory"),
         ("--conf-file not_there", "got 'not_there': ModuleNotFoundError: No module named 'not_there'"),
@@ -351,6 +352,64 @@ def test_enjoy_does_not_render_without_a_display(
     assert "No display: running with --no-render" in capsys.readouterr().out
 
 
+@pytest.fixture
+def own_run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The trained run as one of an environment that a module in the working folder registers, under a unique ID."""
+    name = "1_0b0c7c1e-5a52-4a51-8c3e-111111111111"
+    run = tmp_path / "logs" / "clipppo" / f"Registered-v0_{name}"
+    shutil.copytree(trained / RUN, run)
+    (run / "CartPole-v1").rename(run / "Registered-v0")
+    (run / "CartPole-v1.zip").rename(run / "Registered-v0.zip")
+    settings = run / "Registered-v0" / "args.yml"
+    arguments = dict(yaml.unsafe_load(settings.read_text()))
+    settings.write_text(yaml.dump({**arguments, "env": "Registered-v0", "gym_packages": ["registering_module"]}))
+    (tmp_path / "registering_module.py").write_text(
+        "import gymnasium as gym\n"
+        'gym.register("Registered-v0", "gymnasium.envs.classic_control:CartPoleEnv", max_episode_steps=20)\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    # As after a search of hyperparameters, or a training that failed.
+    (tmp_path / "logs" / "clipppo" / "Registered-v0_2").mkdir()
+    yield run
+    sys.modules.pop("registering_module", None)
+    gym.registry.pop("Registered-v0", None)
+
+
+@pytest.mark.parametrize(
+    ("command", "trace"),
+    [
+        ("enjoy --no-render -n 30 --device cpu", "Mean reward: "),
+        ("record_video -n 5", "Saving video to"),
+        ("report --episodes 1 --no-video --device cpu", "mean return"),
+        ("enjoy --no-render -n 30 --device cpu --exp-id 1_0b0c7c1e-5a52-4a51-8c3e-111111111111", "Mean reward: "),
+        ("enjoy --no-render -n 30 --device cpu --exp-id 1 --load-best", "Mean reward: "),
+    ],
+)
+def test_runs_of_packages_with_unique_ids_are_found_behind_newer_ones_without_a_model(
+    command: str, trace: str, own_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command.split(), "--env", "Registered-v0"]) == 0
+    out = capsys.readouterr().out
+    assert own_run.name in out
+    assert trace in out
+
+
+def test_a_video_of_each_model_is_recorded_for_the_run_that_has_them(
+    own_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "call", lambda command: calls.append(command) or 1)
+    assert main(["record_training", "--env", "Registered-v0"]) == 2
+    (call,) = calls
+    assert call[call.index("--exp-id") + 1] == "1_0b0c7c1e-5a52-4a51-8c3e-111111111111"
+
+
+def test_the_packages_of_a_run_are_those_that_are_installed(own_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("registering_module.py").unlink()
+    assert main("enjoy --no-render --env Registered-v0".split()) == 2
+    assert "args.yml` must name modules that can be imported, got 'registering_module'" in capsys.readouterr().err
+
+
 def test_training_goes_on_from_a_file(in_trained: Path) -> None:
     agent = RUN / "CartPole-v1.zip"
     assert main(f"train -i {agent} -n 256 --eval-freq -1 --device cpu --verbose 0 -params clip_range:0.1".split()) == 0
@@ -373,6 +432,7 @@ def test_benchmark_evaluates_our_runs_in_any_folder(
     in_trained: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    RUN.with_name("CartPole-v1_2").mkdir()  # without a model or settings
     assert main("benchmark --no-hub -n 400 --num-threads 1".split()) == 0
     table = Path("benchmark.md").read_text().splitlines()
     assert any(line.replace(" ", "").startswith("|clipppo|CartPole-v1|") for line in table)

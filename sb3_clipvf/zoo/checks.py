@@ -1,6 +1,5 @@
 """Checks of the RL Zoo's parsed options, before its scripts use them."""
 
-import importlib
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from rl_zoo3 import utils
 from sb3_clipvf.validation import check_device, check_folder, check_int
 from sb3_clipvf.zoo.commands import ALGORITHM
 from sb3_clipvf.zoo.files import replaced
+from sb3_clipvf.zoo.finding import RunId, choose_run_of_options, import_packages
 from sb3_clipvf.zoo.parsing import checked_parsing, store_pairs
 
 _COUNTS = {
@@ -28,13 +28,23 @@ _LARGEST_SEED = 2**32 - 1
 
 
 @contextmanager
-def checked_options(program: str) -> Iterator[None]:
+def checked_options(program: str, *, finds_run: bool = False) -> Iterator[None]:
     """
     Check the options that the RL Zoo's script parses next.
 
     :param program: Name of the command, for messages.
+    :param finds_run: Whether the script loads a model: ``--exp-id`` then becomes that of the run to take.
     """
-    with replaced(utils.StoreDict, "__call__", store_pairs), checked_parsing(program, check_options):
+
+    def check(options: Namespace) -> None:
+        check_options(options)
+        if finds_run:
+            choose_run_of_options(options)
+
+    with (
+        replaced(utils.StoreDict, "__call__", store_pairs),
+        checked_parsing(program, check, {"exp_id": RunId.parse} if finds_run else None),
+    ):
         yield
 
 
@@ -63,14 +73,7 @@ def check_options(options: Namespace) -> None:
     for name in _FOLDERS:
         if given.get(name):
             check_folder(_option(name), given[name], _WAY_OUT_OF_FOLDER)
-    for module in given.get("gym_packages") or ():
-        try:
-            importlib.import_module(module)
-        except (ImportError, ValueError, TypeError) as error:
-            raise ImportError(
-                f"`--gym-packages` must be modules that can be imported, got {module!r}: {error}. Correct the name, "
-                "install its package, or run the command where its file is."
-            ) from error
+    import_packages(given.get("gym_packages"), "--gym-packages")
 
 
 def _check_study(given: dict[str, Any]) -> None:

@@ -146,8 +146,8 @@ COMMANDS: dict[str, Command] = {
 }
 
 
-# Those that look for the model of a run.
-_FINDING = ("enjoy", "report", "record_video", "push_to_hub")
+# Those that look for the model of one run.
+_FINDING = ("enjoy", "report", "record_video", "record_training", "push_to_hub")
 
 
 def register() -> None:
@@ -274,6 +274,7 @@ def _run(name: str, command: Command, options: Sequence[str]) -> int:
     finds_model = name in _FINDING and not asks_for_help
     if module.startswith("sb3_clipvf."):
         with ExitStack() as stack:
+            stack.enter_context(importable_working_folder())
             stack.enter_context(checked_parsing(f"{PROGRAM} {name}"))
             if finds_model:
                 _find_own_models(stack, name)
@@ -302,9 +303,9 @@ def _run(name: str, command: Command, options: Sequence[str]) -> int:
         from sb3_clipvf.zoo.checks import checked_options
         from sb3_clipvf.zoo.files import checked_files
 
-        stack.enter_context(checked_options(f"{PROGRAM} {name}"))
+        stack.enter_context(checked_options(f"{PROGRAM} {name}", finds_run=finds_model))
         stack.enter_context(checked_files(plots=name == "plot_from_file"))
-        if finds_model:
+        if finds_model or name == "benchmark":
             _find_own_models(stack, name)
         if command.encodes:
             stack.enter_context(ffmpeg_on_path())

@@ -23,6 +23,7 @@ from sb3_clipvf.safe_zip import entries_of, read_bytes
 from sb3_clipvf.zoo.commands import ALGORITHM
 from sb3_clipvf.zoo.entries import counted, drop_null
 from sb3_clipvf.zoo.files import replaced
+from sb3_clipvf.zoo.finding import choose_run
 from sb3_clipvf.zoo.resume import CHECKPOINTS
 
 _STATISTICS = "vecnormalize.pkl"
@@ -43,6 +44,7 @@ def own_models(command: str) -> Iterator[None]:
         owners.append(importlib.import_module("rl_zoo3.enjoy"))
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         finder = _Finder(Path(folder), utils.get_model_path, utils.get_saved_hyperparams, VecNormalize.load)
+        stack.enter_context(replaced(utils, "get_latest_run_id", _latest_run_id))
         stack.enter_context(replaced(VecNormalize, "load", staticmethod(finder.load)))
         for owner in owners:
             for name, function in (
@@ -156,6 +158,11 @@ class _Finder:
         if own and self._chosen is not None and _is_checkpoint(self._chosen):
             return load_statistics(self._chosen, venv)
         return self._load(load_path, venv)  # type: ignore[no-any-return]
+
+
+def _latest_run_id(log_path: str, env_name: str) -> int:
+    """The Zoo's function of this name, where a run counts only if it ended with a model."""
+    return choose_run(Path(log_path), env_name, 0, lambda run: (run / f"{env_name}.zip").is_file())
 
 
 def _run_folder(exp_id: int, folder: str, algo: str, env_name: EnvironmentName) -> Path:
