@@ -6,6 +6,7 @@ without the change.
 """
 
 import contextlib
+import copy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common import distributions as sb3_distributions
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
@@ -495,6 +497,110 @@ def test_log_std_that_is_no_parameter(kind: str, fast: str) -> None:
     theirs, _ = trained(change, "autograd", policy_kwargs=FAST[fast][0])
     assert type(engine) is AutogradEngine
     assert difference(ours, theirs) == 0
+
+
+# ------------------------------------------------------------------ sizes: kernels would read and write beyond memory
+
+
+def other_layer(index: int, layer: nn.Module) -> Change:
+    def change(model: ClipPPO) -> None:
+        model.policy.mlp_extractor.policy_net[index] = copy.deepcopy(layer)
+        model.policy.optimizer = th.optim.Adam(model.policy.parameters())
+
+    return change
+
+
+def other_part(name: str, part: Any) -> Change:
+    def change(model: ClipPPO) -> None:
+        setattr(model.policy, name, copy.deepcopy(part))
+        model.policy.optimizer = th.optim.Adam(model.policy.parameters())
+
+    return change
+
+
+def smaller_weight(model: ClipPPO) -> None:
+    model.policy.mlp_extractor.policy_net[0].weight = nn.Parameter(th.zeros(2, 3))
+    model.policy.optimizer = th.optim.Adam(model.policy.parameters())
+
+
+MISFITS: dict[str, Change] = {
+    "fewer inputs": other_layer(0, nn.Linear(2, 8)),
+    "more outputs": other_layer(0, nn.Linear(3, 9)),
+    "smaller weight": smaller_weight,
+    "more means": other_part("action_net", nn.Linear(8, 3)),
+    "two values": other_part("value_net", nn.Linear(8, 2)),
+    "other distribution": other_part("action_dist", sb3_distributions.DiagGaussianDistribution(3)),
+}
+
+
+@pytest.mark.parametrize("fast", FAST)
+@pytest.mark.parametrize("name", MISFITS)
+def test_layers_that_do_not_fit_each_other_are_an_error_or_the_references(name: str, fast: str) -> None:
+    results = []
+    for engine in ("auto", "autograd"):
+        try:
+            results.append(trained(MISFITS[name], engine, policy_kwargs=FAST[fast][0])[0])
+        except (RuntimeError, ValueError):
+            results.append([])
+    ours, theirs = results
+    assert bool(ours) == bool(theirs)
+    assert not ours or difference(ours, theirs) == 0
+
+
+class AtRolloutEnd(BaseCallback):
+    def __init__(self, change: Callable[[Any], object]) -> None:
+        super().__init__()
+        self.change = change
+
+    def _on_rollout_end(self) -> None:
+        self.change(self.model.rollout_buffer)
+
+    def _on_step(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("fast", FAST)
+@pytest.mark.parametrize("name", ["actions", "observations", "dist_params", "returns"])
+def test_stored_rows_of_another_width_are_refused(name: str, fast: str) -> None:
+    def cut(buffer: Any) -> None:
+        setattr(buffer, name, getattr(buffer, name)[..., :-1])
+
+    with pytest.raises((RuntimeError, ValueError), match="must have|cannot be multiplied|cannot reshape"):
+        make(policy_kwargs=FAST[fast][0]).learn(N_STEPS * 2, callback=AtRolloutEnd(cut))
+
+
+@pytest.mark.parametrize("fast", FAST)
+@pytest.mark.parametrize("change", [np.asfortranarray, lambda array: array.astype(np.float64)])
+@pytest.mark.parametrize("name", ["advantages", "observations", "values"])
+def test_stored_arrays_of_another_type_or_layout_count(name: str, change: Callable[[Any], Any], fast: str) -> None:
+    def replace(buffer: Any) -> None:
+        setattr(buffer, name, change(getattr(buffer, name)))
+
+    weights = []
+    for engine in ("auto", "autograd"):
+        model = make(engine, policy_kwargs=FAST[fast][0])
+        model.learn(N_STEPS * 2, callback=AtRolloutEnd(replace))
+        weights.append([*model.policy.state_dict().values()])
+    assert difference(*weights) < 1e-4
+
+
+def test_minibatches_of_another_length_are_refused() -> None:
+    def shorten(batch: Any) -> Any:
+        return batch._replace(returns=batch.returns[:-1])
+
+    model = make(policy_kwargs=FAST["fused"][0])
+    replaced("_gather", shorten, "rollout_buffer")(model)
+    with pytest.raises(ValueError, match=r"`rollout_buffer_class` must give `returns` of shape \(16,\) for 16 trans"):
+        model.learn(N_STEPS * 2)
+
+
+def test_lazy_layers_train() -> None:
+    """They have no memory before the first forward pass."""
+
+    def change(model: ClipPPO) -> None:
+        other_layer(0, nn.LazyLinear(8))(model)
+
+    assert_trains_what_the_user_has(change, has_effect=False)
 
 
 # ------------------------------------------------------------------ what changes nothing

@@ -1,5 +1,6 @@
 """What kernels are told of a policy: its tensors, and whether these and its optimizer can be worked on in place."""
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -7,12 +8,18 @@ from typing import Any, cast
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.distributions import DiagGaussianDistribution, StateDependentNoiseDistribution
+from stable_baselines3.common.distributions import (
+    CategoricalDistribution,
+    DiagGaussianDistribution,
+    MultiCategoricalDistribution,
+    StateDependentNoiseDistribution,
+)
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.preprocessing import get_action_dim, get_flattened_obs_dim, is_image_space
 from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from torch import nn
 
+from sb3_clipvf.distributions import dist_param_dim
 from sb3_clipvf.engines.recognition import (
     ACTIVATIONS,
     OPTIMIZERS,
@@ -82,8 +89,8 @@ def plain_policy(policy: ActorCriticPolicy) -> PlainPolicy:
     hidden_actor, actor_activation = _hidden_layers(policy.mlp_extractor.policy_net)
     hidden_critic, critic_activation = _hidden_layers(policy.mlp_extractor.value_net)
     heads = (policy.action_net, policy.value_net)
-    if any(type(head) is not nn.Linear for head in heads):
-        raise NotPlainError("its last layers are not torch.nn.Linear")
+    if any(type(head) is not nn.Linear or head.bias is None for head in heads):
+        raise NotPlainError("its last layers are not torch.nn.Linear with a bias")
     _check_modules(_modules_of(policy))
     activations = {activation for activation in (actor_activation, critic_activation) if activation is not None}
     if len(activations) > 1:
@@ -202,15 +209,65 @@ def _check_tensors(policy: ActorCriticPolicy, plain: PlainPolicy) -> None:
         parameters
     ):
         raise NotPlainError("it has parameters beside those of its two networks")
-    for parameter in parameters:
+    check_parameters(policy)
+    if any(map(_has_hooks, parameters)):
+        raise NotPlainError("it has hooks")
+    _check_shapes(policy, plain)
+
+
+def check_parameters(policy: ActorCriticPolicy) -> None:
+    """
+    Check that kernels can do Adam's steps on a policy's parameters.
+
+    :param policy: Any of SB3's.
+    :raises NotPlainError: If they cannot.
+    """
+    for parameter in policy.parameters():
         if type(parameter) is not nn.Parameter:
             raise NotPlainError(f"one of its parameters is a {type(parameter).__name__}")
         if parameter.dtype != th.float32 or not parameter.is_contiguous():
             raise NotPlainError("its parameters are not contiguous float32 tensors")
         if not parameter.requires_grad:
             raise NotPlainError("some of its parameters are frozen")
-        if _has_hooks(parameter):
-            raise NotPlainError("it has hooks")
+
+
+def _check_shapes(policy: ActorCriticPolicy, plain: PlainPolicy) -> None:
+    """Kernels take sizes as they are given: where tensors are smaller, they would read and write beyond them."""
+    n_observed = get_flattened_obs_dim(policy.observation_space)
+    for layers, n_outputs in ((plain.actor, n_outputs_of(plain.dist)), (plain.critic, 1)):
+        sizes = [n_observed, *(layer.out_features for layer in layers)]
+        shapes = [(n_out, n_in) for n_in, n_out in itertools.pairwise(sizes)]
+        fits = all(
+            layer.in_features == shape[1] and layer.weight.shape == shape and layer.bias.shape == shape[:1]
+            for layer, shape in zip(layers, shapes, strict=True)
+        )
+        if not fits or sizes[-1] != n_outputs:
+            raise NotPlainError("the sizes of its layers do not fit each other, its observations or its actions")
+    if n_action_numbers(plain.dist) != get_action_dim(policy.action_space):
+        raise NotPlainError("its action distribution does not fit its actions")
+
+
+def n_outputs_of(dist: Any) -> int:
+    """
+    Return how many numbers the actor's last layer must give.
+
+    :param dist: An action distribution that kernels know.
+    :return: Logits, or means of a Gaussian.
+    """
+    width = cast(int, dist_param_dim(dist))
+    return width // 2 if isinstance(dist, _GAUSSIANS) else width
+
+
+def n_action_numbers(dist: Any) -> int:
+    """
+    Return how many numbers one action has.
+
+    :param dist: An action distribution that kernels know.
+    :return: Columns of the stored actions.
+    """
+    if isinstance(dist, CategoricalDistribution):
+        return 1
+    return len(dist.action_dims) if isinstance(dist, MultiCategoricalDistribution) else n_outputs_of(dist)
 
 
 def _has_hooks(parameter: Any) -> bool:

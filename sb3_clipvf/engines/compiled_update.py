@@ -17,6 +17,8 @@ from stable_baselines3.common.distributions import (
     StateDependentNoiseDistribution,
 )
 
+from sb3_clipvf.distributions import dist_param_dim
+from sb3_clipvf.engines.binding import n_action_numbers
 from sb3_clipvf.engines.kernels import data, entry, memory
 from sb3_clipvf.engines.kernels.losses import CLIPPED_MAX, CLIPPED_PREDICTION, NOT_CLIPPED
 from sb3_clipvf.engines.kernels.sync import N_COUNTERS
@@ -59,14 +61,26 @@ def widths_of(dist: Distribution) -> np.ndarray:
     return np.array(dist.action_dims if isinstance(dist, MultiCategoricalDistribution) else [], np.int64)
 
 
-def check_actions(dist: Distribution, actions: np.ndarray) -> None:
+def check_stored(dist: Distribution, actions: np.ndarray, old_dist: np.ndarray) -> None:
     """
-    Refuse stored actions that a categorical distribution does not have: kernels would look beyond its row.
+    Refuse what a rollout may hold that a distribution does not have: kernels would read beyond its rows.
 
     :param dist: Any that the kernels know.
     :param actions: Shape ``(n, action_dim)``, as the rollout holds them.
-    :raises ValueError: If one is no action of the distribution.
+    :param old_dist: Parameters of the old distribution, shape ``(n, k)``; ``(0, 0)`` without.
+    :raises ValueError: If one is no action of the distribution, or rows are wider or narrower than its own.
     """
+    width = dist_param_dim(dist)
+    if old_dist.size and old_dist.shape[1] != width:
+        raise ValueError(
+            f"`rollout_buffer.dist_params` must have {width} numbers a step, as {type(dist).__name__} has, got "
+            f"{old_dist.shape[1]}. Correct the callback or the buffer class that stores them."
+        )
+    if actions.shape[1] != n_action_numbers(dist):
+        raise ValueError(
+            f"`rollout_buffer.actions` must have {n_action_numbers(dist)} numbers an action, as the policy gives them, "
+            f"got {actions.shape[1]}. Correct the callback or the buffer class that stores them."
+        )
     widths = widths_of(dist)
     if not len(widths):
         return

@@ -15,9 +15,16 @@ from stable_baselines3.common.preprocessing import get_action_dim, is_image_spac
 from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
 
 from sb3_clipvf.engines.autograd import AutogradEngine, old_dist_params, unvalidated_distributions
-from sb3_clipvf.engines.binding import check_gaussian, check_optimizer, moments_of, table_row
+from sb3_clipvf.engines.binding import (
+    check_gaussian,
+    check_optimizer,
+    check_parameters,
+    moments_of,
+    n_outputs_of,
+    table_row,
+)
 from sb3_clipvf.engines.compiled_update import (
-    check_actions,
+    check_stored,
     compile_kernels,
     kind_of,
     statistics_of,
@@ -48,10 +55,7 @@ def check_around_networks(policy: ActorCriticPolicy) -> None:
     if policy.device.type != "cpu":
         raise NotPlainError(f"it is on the device {policy.device}")
     check_gaussian(policy)
-    if any(parameter.dtype != th.float32 or not parameter.is_contiguous() for parameter in policy.parameters()):
-        raise NotPlainError("its parameters are not contiguous float32 tensors")
-    if not all(parameter.requires_grad for parameter in policy.parameters()):
-        raise NotPlainError("some of its parameters are frozen")
+    check_parameters(policy)
     check_optimizer(policy)
 
 
@@ -172,13 +176,15 @@ class LeanAutogradEngine(AutogradEngine):
         policy = self.policy
         outputs, values, log_std = self._forward(batch.observations)
         n = len(values)
+        old_log_prob, advantages, old_values, returns = _vectors(batch, n)
         logits = outputs.detach().numpy().copy()
         output_gradient = outputs.new_empty(outputs.shape)  # kernels take no other layout than C's
         value_gradient = th.empty_like(values)
         rows = th.empty(0, 0) if log_std is None else log_std.detach().reshape(-1, outputs.shape[1])
         log_std_gradient = th.empty_like(rows)
         actions = batch.actions.numpy().reshape(n, -1).astype(np.float32, copy=False)
-        check_actions(policy.action_dist, actions)
+        old_dist = old_dist_params(batch).numpy() if measure_kl else np.zeros((0, 0), np.float32)
+        check_stored(policy.action_dist, actions, old_dist)
         what, _ = entry.loss_gradients(
             kind_of(policy.action_dist),
             self._widths,
@@ -186,11 +192,11 @@ class LeanAutogradEngine(AutogradEngine):
             rows.numpy(),
             values.detach().numpy().reshape(n),
             actions,
-            batch.old_log_prob.numpy(),
-            batch.advantages.numpy().copy(),
-            batch.old_values.numpy(),
-            batch.returns.numpy(),
-            old_dist_params(batch).numpy() if measure_kl else np.zeros((0, 0), np.float32),
+            old_log_prob,
+            advantages.copy(),
+            old_values,
+            returns,
+            old_dist,
             steps.numbers,
             measure_kl,
             output_gradient.numpy(),
@@ -229,6 +235,11 @@ class LeanAutogradEngine(AutogradEngine):
             latent_vf = policy.mlp_extractor.forward_critic(vf_features)
         outputs, values = policy.action_net(latent_pi), policy.value_net(latent_vf)
         dist = policy.action_dist
+        if outputs.shape != (len(values), n_outputs_of(dist)):  # kernels would write beyond the actions
+            raise ValueError(
+                f"`policy.action_net` must give {n_outputs_of(dist)} numbers for each of {len(values)} observations, "
+                f"as {type(dist).__name__} takes them, got the shape {tuple(outputs.shape)}. Correct the last layer."
+            )
         if isinstance(dist, StateDependentNoiseDistribution):
             gaussian = dist.proba_distribution(outputs, policy.log_std, latent_pi).distribution
             return outputs, values, gaussian.scale.log()
@@ -287,6 +298,18 @@ def _channels_last(observations: Any) -> Any:
     if isinstance(observations, dict):
         return {key: _channels_last(tensor) for key, tensor in observations.items()}
     return observations.contiguous(memory_format=th.channels_last) if observations.dim() == 4 else observations
+
+
+def _vectors(batch: Any, n: int) -> list[np.ndarray]:
+    """The numbers of a minibatch's transitions, from buffers of any class, in the form that kernels take."""
+    arrays = {name: getattr(batch, name).numpy() for name in ("old_log_prob", "advantages", "old_values", "returns")}
+    for name, array in arrays.items():
+        if array.shape != (n,):  # kernels would read beyond them
+            raise ValueError(
+                f"`rollout_buffer_class` must give `{name}` of shape ({n},) for {n} transitions, got {array.shape}. "
+                "Correct its get()."
+            )
+    return [np.ascontiguousarray(array, np.float32) for array in arrays.values()]
 
 
 def _steps_made(optimizer: th.optim.Optimizer) -> int:

@@ -13,7 +13,7 @@ from torch import nn
 from sb3_clipvf.engines import why_not_native
 from sb3_clipvf.engines.binding import Binding, bind, n_steps_made, write_steps
 from sb3_clipvf.engines.compiled_update import (
-    check_actions,
+    check_stored,
     compile_kernels,
     kind_of,
     statistics_of,
@@ -175,12 +175,15 @@ class NativeEngine:
     def _rows(self, observations: np.ndarray | th.Tensor) -> np.ndarray:
         array = observations if isinstance(observations, np.ndarray) else observations.numpy()
         rows = _float_rows(array, len(array))
+        self._check_width(rows)
+        return rows
+
+    def _check_width(self, rows: np.ndarray) -> None:
         if rows.shape[1] != self._obs_dim:  # a kernel would read on beyond them
             raise ValueError(
                 f"`observations` must have {self._obs_dim} numbers a row, as many as the policy takes, got "
                 f"{rows.shape[1]}. Correct the environment or its space."
             )
-        return rows
 
     def _noise_for(self, n_envs: int) -> np.ndarray:
         dist = self._binding.plain.dist
@@ -221,7 +224,8 @@ class NativeEngine:
         self._bind_again()
         settings = self.settings
         rollout = _rollout(buffer, settings.has_dist_params)
-        check_actions(self._binding.plain.dist, rollout.actions)
+        check_stored(self._binding.plain.dist, rollout.actions, rollout.old_dist)
+        self._check_width(rollout.observations)
         n_made = n_steps_made(self._binding, self.policy)
         numbers = update_numbers(settings, coefficients, self.policy.optimizer, n_made, buffer.advantages)
         n_transitions = rollout.returns.shape[0]
@@ -343,14 +347,18 @@ def _rollout(buffer: Any, has_dist_params: bool) -> data.Rollout:
     return data.Rollout(
         observations=_float_rows(buffer.observations, n),
         actions=_float_rows(buffer.actions, n),
-        old_values=buffer.values.reshape(n),
-        old_log_prob=buffer.log_probs.reshape(n),
-        advantages=buffer.advantages.reshape(n),
-        returns=buffer.returns.reshape(n),
-        old_dist=buffer.dist_params.reshape(n, -1) if has_dist_params else np.empty((0, 0), np.float32),
+        old_values=_vector(buffer.values, n),
+        old_log_prob=_vector(buffer.log_probs, n),
+        advantages=_vector(buffer.advantages, n),
+        returns=_vector(buffer.returns, n),
+        old_dist=_float_rows(buffer.dist_params, n) if has_dist_params else np.empty((0, 0), np.float32),
         n_steps=buffer.buffer_size,
         n_envs=buffer.n_envs,
     )
+
+
+def _vector(array: np.ndarray, n: int) -> np.ndarray:
+    return np.ascontiguousarray(array.reshape(n), np.float32)
 
 
 def _gae(
