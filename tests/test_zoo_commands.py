@@ -1,11 +1,11 @@
 """The console command, end to end on CartPole-v1, and the registration with the RL Zoo."""
 
 import gc
-import importlib
 import os
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import optuna
 import pytest
 import rl_zoo3.train as zoo_train
 import yaml
-from rl_zoo3 import ALGOS
+from rl_zoo3 import ALGOS, exp_manager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from stable_baselines3 import PPO
 
@@ -75,27 +75,42 @@ def no_display(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_register_adds_clipppo_once() -> None:
     register()
-    manager = zoo_train.ExperimentManager
     others = {name: algo for name, algo in ALGOS.items() if name != "clipppo"}
     register()
-    assert zoo_train.ExperimentManager is manager
     assert ALGOS == {**others, "clipppo": ClipPPO}
     assert ALGOS["ppo"] is PPO
     assert "clipppo" in HYPERPARAMS_SAMPLER
     assert "clipppo" in HYPERPARAMS_CONVERTER
 
 
-def test_register_keeps_an_experiment_manager_of_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Own(zoo_train.ExperimentManager):  # type: ignore[name-defined, misc]
-        pass
+class OwnManager(exp_manager.ExperimentManager):
+    """Of a user, imported before ``register``."""
 
-    class Unrelated(importlib.import_module("rl_zoo3.exp_manager").ExperimentManager):  # type: ignore[misc]
-        pass
 
-    for manager in (Own, Unrelated):
-        monkeypatch.setattr(zoo_train, "ExperimentManager", manager)
-        register()
-        assert issubclass(zoo_train.ExperimentManager, manager)
+@pytest.mark.parametrize("manager", [exp_manager.ExperimentManager, zoo_train.ExperimentManager, OwnManager])
+def test_each_experiment_manager_knows_clipppo(
+    manager: type[exp_manager.ExperimentManager], in_empty_folder: Path
+) -> None:
+    register()
+    Path("settings.yml").write_text(
+        "CartPole-v1: {policy: MlpPolicy, n_timesteps: 8, n_steps: 8, batch_size: 8, clip_range: cos_0.2, "
+        "clip_range_vf: null}"
+    )
+    made = manager(Namespace(), "clipppo", "CartPole-v1", "logs", config="settings.yml", eval_freq=-1, device="cpu")
+    assert isinstance(made, manager)
+    result = made.setup_experiment()
+    assert result is not None
+    model: Any = result[0]
+    assert (model.clip_range, model.clip_range_vf) == ("cos_0.2", None)
+    model.env.close()
+
+
+def test_the_zoos_own_script_trains_clipppo(in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    register()
+    command = "train --algo clipppo -n 64 --device cpu --eval-freq -1 --verbose 0 -params clip_range:'cos_0.2'"
+    monkeypatch.setattr(sys, "argv", command.split())
+    zoo_train.train()
+    assert ClipPPO.load(RUN / "CartPole-v1.zip", device="cpu").clip_range == "cos_0.2"
 
 
 # ---------------------------------------------------------------- the command itself

@@ -104,6 +104,18 @@ def check_hyperparams(hyperparams: dict[str, Any], overrides: Iterable[str], sou
             )
 
 
+def new_manager(cls: type[ExperimentManager], *args: Any, **kwargs: Any) -> ExperimentManager:
+    """
+    Create an experiment manager that knows ClipPPO, as ``ExperimentManager.__new__``.
+
+    :param cls: Class that was called.
+    :param args: Arguments of its constructor.
+    :param kwargs: More of them.
+    :return: Instance of :func:`experiment_manager` of the class, not initialised.
+    """
+    return object.__new__(experiment_manager(cls))
+
+
 def experiment_manager(base: type[ExperimentManager]) -> type[ExperimentManager]:
     """
     Make an experiment manager know ClipPPO.
