@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from matplotlib.axes import Axes
 from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
@@ -21,6 +22,7 @@ from sb3_clipvf import ClipPPO, bench, zoo
 from sb3_clipvf.bench import speed, speed_child, speed_products, speed_rows
 from sb3_clipvf.bench.results import Results
 from sb3_clipvf.bench.speed import main
+from sb3_clipvf.bench.speed_figure import write_figure
 from sb3_clipvf.bench.speed_profile import area_of, render_profile, sum_areas
 from sb3_clipvf.bench.speed_rows import BOUNDS, PEERS, ROWS, TRIAL_UPDATES, SpeedRow, make_env, make_model
 from sb3_clipvf.bench.speed_table import KEY, TRIALS, Spread, best_threads, ratio, render, wanted
@@ -475,14 +477,14 @@ def test_tables(tmp_path: Path) -> None:
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert text.startswith("Made by `the command`.\n")
     assert lines == [
-        "| configuration | ClipPPO / SB3 | goal | reached | update | ClipPPO / SBX "
-        "| ClipPPO steps/s | SB3 steps/s | SBX steps/s | bound steps/s |",
-        "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| a fast one (`fast`) | 4.00 (2.00 to 6.00) | 2 | yes | 4.00 (2.00 to 6.00) | 1.00 (0.50 to 1.50) "
-        "| 8,000 | 2,000 | 8,000 | 50,000 / 9,000 |",
-        "| a fast one (`anew`) | 1.25 | 2 | no so far (1 of 3 alternations) | 1.25 |  | 1,000 | 800 |  |  |",
-        "| a slow one (`slow`) |  | 2 | not run |  |  |  |  |  |  |",
-        "| a slow one (`gone`) |  | 2 | needs x |  |  |  |  |  |  |",
+        "| configuration | ClipPPO / SB3 | update | ClipPPO / SBX "
+        "| ClipPPO steps/s | SB3 steps/s | SBX steps/s | bound steps/s | goal |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+        "| a fast one (`fast`) | 4.00<br>(2.00 to 6.00) | 4.00<br>(2.00 to 6.00) | 1.00<br>(0.50 to 1.50) "
+        "| 8,000 | 2,000 | 8,000 | 50,000 / 9,000 | 2: yes |",
+        "| a fast one (`anew`) | 1.25 | 1.25 |  | 1,000 | 800 |  |  | 2: no so far (1 of 3 alternations) |",
+        "| a slow one (`slow`) |  |  |  |  |  |  |  | 2: not run |",
+        "| a slow one (`gone`) |  |  |  |  |  |  |  | 2: needs x |",
         "| configuration | peer | environment s | policy s | update s | other s | products of the update | memory MB "
         "| start s | engine | threads |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
@@ -494,6 +496,27 @@ def test_tables(tmp_path: Path) -> None:
     ]
     assert "Other programs used at most 8 % of the processor" in text
     assert text.endswith("- C, 2 cores, one run at a time; python 3\n")
+    ratios, _, seconds = text.partition("\n\n<!-- details -->\n\n")
+    assert "| fast | SB3 |" not in ratios
+    assert seconds.startswith("| configuration | peer |")
+
+
+def test_figure_has_a_bar_for_each_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    text = Axes.text
+    monkeypatch.setattr(
+        Axes, "text", lambda self, *args, **kwargs: (drawn.append(args[2]), text(self, *args, **kwargs))
+    )
+    results = results_of(
+        tmp_path,
+        *(result(FAST, "clipppo", str(n), 4000.0 * n) for n in (1, 2, 3)),
+        *(result(FAST, "sb3", str(n), 2000.0) for n in (1, 2, 3)),
+        result(SLOW, "sb3", "1", 10.0),
+        result(SLOW, "sbx", "1", 5.0),
+    )
+    write_figure(results, (FAST, SLOW), 3, tmp_path / "new" / "figure.png")
+    assert [number.strip() for number in drawn] == ["4.0", "0.5"]
+    assert (tmp_path / "new" / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
 # --- the command
@@ -509,7 +532,10 @@ def test_results_and_table_of_all_rows(in_folder: Path, capsys: pytest.CaptureFi
     assert run["cpu"] and run["versions"]["torch"] and run["versions"]["sb3_clipvf"]
     assert run["command"] == "sb3-clipvf bench speed --rows fast"
     table = Path("docs/results/speed.md").read_text()
-    assert "| a fast one (`fast`) | 2.00 (2.00 to 2.00) | 2 | no |" in table  # 1.999: rounded only in the table
+    (line,) = (
+        line for line in table.splitlines() if line.startswith("| a fast one (`fast`) | 2.00<br>(2.00 to 2.00) |")
+    )
+    assert line.endswith("| 2: no |")  # 1.999: rounded only in the table
     said = capsys.readouterr().out
     assert said.startswith("6 alternations to measure, 0 are done already")
     assert "fast, ClipPPO, 2: 4,002 steps/s" in said
@@ -644,7 +670,7 @@ def test_row_whose_trials_fail_is_left_out(
     assert main(["--alternations", "2"]) == 1
     assert "fast, 1: left out, since the trials failed" in capsys.readouterr().out
     assert {task.split()[2] for task in order() if task.startswith("fast")} == {"0"}
-    assert "| a fast one (`fast`) |  | 2 | failed |" in Path("docs/results/speed.md").read_text()
+    assert "| 2: failed |" in Path("docs/results/speed.md").read_text()
     assert {run["part"] for run in runs_in() if run["name"] == "slow"} == {*TRIALS, "1", "2"}
 
 
@@ -705,7 +731,7 @@ if task["peer"] == "sb3" and task["seed"] == 2:
     assert not psutil.pid_exists(int(Path("pid").read_text()))
     parts = {(run["peer"], run["part"]) for run in runs_in()}
     assert ("sb3", "1") in parts and ("bound_clipppo", "2") in parts and ("sb3", "2") not in parts
-    assert "| no so far (1 of 3 alternations) |" in Path("docs/results/speed.md").read_text()
+    assert "| 2: no so far (1 of 3 alternations) |" in Path("docs/results/speed.md").read_text()
     child_is(monkeypatch, CHILD)
     tasks()
     assert main(["--rows", "fast", "--alternations", "2"]) == 0
@@ -720,7 +746,7 @@ def test_row_that_needs_a_package_is_skipped_with_its_name(
     assert main(["--alternations", "1"]) == 0
     assert "slow: skipped, needs envpool: pip install 'sb3_clipvf[envpool]'" in capsys.readouterr().out
     assert all(task.startswith("fast") for task in order())
-    assert "| needs envpool: pip install 'sb3_clipvf[envpool]' |" in Path("docs/results/speed.md").read_text()
+    assert "| 2: needs envpool: pip install 'sb3_clipvf[envpool]' |" in Path("docs/results/speed.md").read_text()
 
 
 def test_quick_writes_beside_the_results(in_folder: Path) -> None:

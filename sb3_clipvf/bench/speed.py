@@ -22,6 +22,7 @@ from typing import Any, TextIO
 import psutil
 
 from sb3_clipvf.bench.results import Results, check_row_names, machine, sigterm_interrupts, write_text
+from sb3_clipvf.bench.speed_figure import write_figure
 from sb3_clipvf.bench.speed_rows import PEERS, ROWS, SpeedRow
 from sb3_clipvf.bench.speed_table import KEY, MIN_ALTERNATIONS, TRIALS, best_threads, render, trials_of, wanted
 from sb3_clipvf.validation import check_int
@@ -296,7 +297,9 @@ def _benchmark(benchmark: SpeedBenchmark, rows: Sequence[SpeedRow], args: argpar
         notes |= dict.fromkeys(benchmark.failed, "failed")
         text = render(benchmark.results, _select(None, quick=args.quick), args.alternations, command, notes)
         write_text(table, text)
-        benchmark.say(f"\n{text}\nResults: {benchmark.results.path}\nTable:   {table}")
+        figure = table.with_suffix(".png")
+        write_figure(benchmark.results, _select(None, quick=args.quick), args.alternations, figure)
+        benchmark.say(f"\n{text}\nResults: {benchmark.results.path}\nTable:   {table}\nFigure:  {figure}")
     if benchmark.failed:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in benchmark.failed.items())
         benchmark.say(f"Failed: {reasons}. The same command tries again.")

@@ -28,6 +28,9 @@ TRIALS: dict[str, int | None] = {
 }
 """Trials that choose a peer's number of threads: part -> threads, None for the default."""
 
+_DETAILS = "<!-- details -->"
+"""Where docs/speed.md divides the text: the ratios begin the page."""
+
 _SPLIT = ("environment", "policy", "update", "other")
 
 
@@ -132,19 +135,21 @@ def render(
         run for row in rows for peer in (*PEERS, *BOUNDS) for run in runs_of(results, row, peer, alternations).values()
     ]
     busy = max((run["other_load"] for run in runs), default=0.0)
-    text = f"Made by `{command}`.\n\n{_ratio_table(results, rows, alternations, notes)}\n"
-    text += f"\n{_split_table(results, rows, alternations)}\n\n"
+    text = f"Made by `{command}`.\n\n{_ratio_table(results, rows, alternations, notes)}\n\n"
     text += (
         "Steps a second of training, without the warm-up; of rows *update alone*, transitions a second of the update. "
         "Every measurement is a process of its own; each alternation runs all peers one after the other, every second "
-        "one in the opposite order. Ratios are taken within an alternation: median (smallest to largest). *reached* "
-        "compares the median with the goal. All peers have the same arguments and networks, and none logs; ClipPPO "
-        "runs SB3's objective (SB3_EQUIVALENT) on the engine it picks itself. Each peer runs with one thread or with "
-        "its default number, whichever was faster in short trials before; the native engine has the default number and "
-        "chooses itself. *update* is the ratio of the update's "
-        "seconds alone. *bound* is the environments alone under random actions: first ClipPPO's, then SB3's where they "
-        "are others.\n\n"
-        "Seconds in the second table are medians for 100,000 steps: the environment with its VecEnv wrappers, the "
+        "one in the opposite order. Ratios are taken within an alternation: median (smallest to largest). *goal* is "
+        "the ratio that a row is to reach, and whether the median does. All peers have the same arguments and "
+        "networks, and none logs; ClipPPO runs SB3's objective (SB3_EQUIVALENT) on the engine it picks itself. Each "
+        "peer runs with one thread or with its default number, whichever was faster in short trials before; the native "
+        "engine has the default number and chooses itself. *update* is the ratio of the update's seconds alone. "
+        "*bound* is the environments alone under random actions: first ClipPPO's, then SB3's where they are others."
+        "\n\n"
+    )
+    text += f"{_DETAILS}\n\n{_split_table(results, rows, alternations)}\n\n"
+    text += (
+        "Seconds in this table are medians for 100,000 steps: the environment with its VecEnv wrappers, the "
         "policy with the rest of the rollout, the update, and what is around them. *products of the update* is the "
         "share of its seconds that its matrix products and convolutions take alone, by torch's BLAS and oneDNN one "
         "after the other, on one thread or all, whichever is faster. Memory is the peak of the process, "
@@ -157,18 +162,18 @@ def render(
 
 
 def _ratio_table(results: Results, rows: Sequence[SpeedRow], alternations: int, notes: Mapping[str, str]) -> str:
-    header = ["configuration", "ClipPPO / SB3", "goal", "reached", "update", "ClipPPO / SBX"]
-    header += [f"{name} steps/s" for name in PEERS.values()] + ["bound steps/s"]
-    lines = [header, ["---", "---:", "---:", "---"] + ["---:"] * 6]
+    header = ["configuration", "ClipPPO / SB3", "update", "ClipPPO / SBX"]
+    header += [*(f"{name} steps/s" for name in PEERS.values()), "bound steps/s", "goal"]
+    lines = [header, ["---"] + ["---:"] * 7 + ["---"]]
     for row in rows:
         to_sb3 = ratio(results, row, "sb3", alternations)
         update = ratio(results, row, "sb3", alternations, "update")
         speeds = [_speed(results, row, peer, alternations) for peer in (*PEERS, *BOUNDS)]
         bounds = " / ".join(text for text in speeds[len(PEERS) :] if text)
         lines.append(
-            [f"{row.title} (`{row.name}`)", _ratio_text(to_sb3), f"{row.goal:g}"]
-            + [_verdict(row, to_sb3, notes.get(row.name)), _ratio_text(update)]
+            [f"{row.title} (`{row.name}`)", _ratio_text(to_sb3), _ratio_text(update)]
             + [_ratio_text(ratio(results, row, "sbx", alternations)), *speeds[: len(PEERS)], bounds]
+            + [f"{row.goal:g}: {_verdict(row, to_sb3, notes.get(row.name))}"]
         )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -176,7 +181,7 @@ def _ratio_table(results: Results, rows: Sequence[SpeedRow], alternations: int, 
 def _ratio_text(spread: Spread | None) -> str:
     if spread is None:
         return ""
-    return f"{spread.median:.2f}" + (f" ({spread.low:.2f} to {spread.high:.2f})" if spread.count > 1 else "")
+    return f"{spread.median:.2f}" + (f"<br>({spread.low:.2f} to {spread.high:.2f})" if spread.count > 1 else "")
 
 
 def _verdict(row: SpeedRow, spread: Spread | None, note: str | None) -> str:

@@ -1,0 +1,57 @@
+"""The speed benchmark's figure: how many times faster than SB3's PPO the others train, one pair of bars a row."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from sb3_clipvf.bench.results import Results
+from sb3_clipvf.bench.speed_rows import PEERS, SpeedRow
+from sb3_clipvf.bench.speed_table import ratio
+
+# Blue of a palette that colour-blind people tell apart (Okabe and Ito 2008), and grey.
+_COLORS = {"clipppo": "#0072B2", "sbx": "#A0A0A0"}
+_HEIGHT = 0.38
+
+
+def write_figure(results: Results, rows: Sequence[SpeedRow], alternations: int, path: Path) -> None:
+    """
+    Draw the ratios to SB3's steps a second: bars for medians, lines from the smallest to the largest.
+
+    :param results: the results
+    :param rows: the pairs of bars, from the top
+    :param alternations: how many measurements a ratio has
+    :param path: the PNG to write; its folder is made
+    """
+    # The figure object draws without pyplot, whose backend belongs to the caller's process.
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    from sb3_clipvf.checkpoint import atomic_write
+
+    figure = Figure(figsize=(7.4, 1.0 + 0.42 * len(rows)), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for index, (peer, color) in enumerate(_COLORS.items()):
+        for place, row in enumerate(rows):
+            spread = ratio(results, row, "sb3", alternations, base=peer)
+            if spread is None:
+                continue
+            y = place + (index - 0.5) * _HEIGHT
+            margins = [[spread.median - spread.low], [spread.high - spread.median]]
+            axes.barh(y, spread.median, _HEIGHT, color=color, xerr=margins, ecolor="#404040", error_kw={"lw": 0.8})
+            text = f"  {spread.median:.1f}"
+            axes.text(spread.high, y, text, va="center", size="x-small")
+    one = axes.axvline(1, color="black", linewidth=0.8, linestyle="--", label=PEERS["sb3"])
+    axes.set_yticks(range(len(rows)), [textwrap.fill(row.title, 44) for row in rows], size="small")
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlabel(f"steps a second, as a multiple of {PEERS['sb3']}'s PPO", size="small")
+    axes.tick_params(axis="x", labelsize="small")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", alpha=0.3, linewidth=0.5)
+    axes.set_axisbelow(True)
+    handles = [*(Patch(color=color, label=PEERS[peer]) for peer, color in _COLORS.items()), one]
+    axes.legend(handles=handles, loc="lower right", frameon=False, fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")
