@@ -3,11 +3,14 @@
 import doctest
 import importlib.util
 import inspect
+import json
 import re
+import runpy
 import shlex
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pytest
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
@@ -70,7 +73,17 @@ def parameters_of(command: list[str]) -> list[str]:
 
 
 @pytest.fixture
-def short_trainings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def in_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """An empty folder and one torch thread."""
+    monkeypatch.chdir(tmp_path)
+    n_threads = th.get_num_threads()
+    th.set_num_threads(1)
+    yield
+    th.set_num_threads(n_threads)
+
+
+@pytest.fixture
+def short_trainings(monkeypatch: pytest.MonkeyPatch, in_folder: None) -> None:
     """An empty folder, one torch thread, ``MAX_STEPS`` of one epoch for longer trainings, and short evaluations."""
     learn = ClipPPO.learn
 
@@ -84,11 +97,6 @@ def short_trainings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
     monkeypatch.setattr(ClipPPO, "learn", short)
     monkeypatch.setattr("stable_baselines3.common.evaluation.evaluate_policy", few_episodes)
-    monkeypatch.chdir(tmp_path)
-    n_threads = th.get_num_threads()
-    th.set_num_threads(1)
-    yield
-    th.set_num_threads(n_threads)
 
 
 # The migration page shows that a file of SB3 loads with this warning.
@@ -99,6 +107,27 @@ def test_python_examples_run(page: str) -> None:
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks(page, "python"):
         exec(compile(block, page, "exec"), namespace)
+
+
+@pytest.mark.usefixtures("in_folder")
+@pytest.mark.parametrize("script", sorted((DOCS / "examples").glob("*.py")), ids=lambda script: script.name)
+def test_example_scripts_run(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"examples/{script.name}" in text_of("examples.md")
+    runpy.run_path(str(script), run_name="__main__")
+    assert capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("short_trainings")
+def test_the_cells_of_the_notebook_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(plt, "show", lambda: None)
+    notebook = json.loads(text_of("examples/quickstart.ipynb"))
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for cell in notebook["cells"]:
+        assert not cell.get("outputs")
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), "quickstart.ipynb", "exec"), namespace)
+    plt.close("all")
+    assert "steps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", pages_with("pycon"))
