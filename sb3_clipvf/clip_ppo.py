@@ -285,6 +285,7 @@ class ClipPPO(SavedAlgorithm):
         started = time.perf_counter()
         if draws_from_complete(self.rollout_buffer):
             check_complete(self.rollout_buffer)
+        show_messages(self.verbose)
         # Callbacks may have changed these arguments since the last update.
         check_words(self)
         self._setup_controllers()
@@ -359,6 +360,7 @@ class ClipPPO(SavedAlgorithm):
         :raises ValueError: If the spaces are others.
         :raises AssertionError: If the number is another.
         """
+        show_messages(self.verbose)
         with validation.same_spaces():
             super().set_env(env, force_reset)
         buffer = getattr(self, "rollout_buffer", None)
@@ -391,6 +393,7 @@ class ClipPPO(SavedAlgorithm):
         :return: This model.
         :raises ValueError: If a number is out of range, or there is no environment.
         """
+        show_messages(self.verbose)
         total = validation.check_int("total_timesteps", total_timesteps, 0, "Pass the number of environment steps.")
         if schedule_timesteps is not None:
             self._schedule_timesteps = validation.check_int(

@@ -20,6 +20,7 @@ from sb3_clipvf.building import leave_out_kl
 from sb3_clipvf.engines import Acted, Engine
 from sb3_clipvf.engines.recognition import has_own_add
 from sb3_clipvf.envs.shapes import StepCheck
+from sb3_clipvf.messages import show_messages
 from sb3_clipvf.nonfinite import is_finite, observations_are_finite
 from sb3_clipvf.nonfinite_causes import Fault, act_error, act_fault, find_fault, observation_fault, reward_error
 from sb3_clipvf.rollout import fit_to_rollout
@@ -102,6 +103,7 @@ class RolloutCollector(OnPolicyAlgorithm):
 
     def _begin_rollout(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int) -> Engine:
         """Empty the buffer, and let callback, policy and engine make ready. :return: The engine that acts."""
+        show_messages(self.verbose)
         known = self._engine if self._engine is not None and self._engine.policy is self.policy else None
         (self.policy if known is None else known).set_training_mode(False)
         # Someone may have changed `n_steps` or the number of environments since the buffer was built.

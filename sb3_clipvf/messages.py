@@ -12,6 +12,8 @@ class _StdoutHandler(logging.StreamHandler[TextIO]):
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
+        self.level_before, self.propagated_before = log.level, log.propagate
+        self.level_set = log.level
 
     @property
     def stream(self) -> TextIO:
@@ -24,13 +26,29 @@ class _StdoutHandler(logging.StreamHandler[TextIO]):
 
 def show_messages(verbose: int) -> None:
     """
-    Let messages through to standard output, unless the user configured the logger.
+    Show messages on standard output as one model wants it, until another model calls this.
 
-    :param verbose: SB3's verbosity: 0 leaves the logger alone, 1 shows INFO, 2 shows DEBUG.
+    Where the user has added a handler to the logger or set its level, it is left alone.
+
+    :param verbose: SB3's verbosity: 0 shows none, 1 shows INFO, 2 shows DEBUG.
     """
-    if verbose <= 0 or any(not isinstance(handler, _StdoutHandler) for handler in log.handlers):
+    if any(not isinstance(handler, _StdoutHandler) for handler in log.handlers):
         return
-    if not log.handlers:
-        log.addHandler(_StdoutHandler())
+    handler = next((handler for handler in log.handlers if isinstance(handler, _StdoutHandler)), None)
+    if verbose <= 0:
+        if handler is not None:
+            log.removeHandler(handler)
+            log.propagate = handler.propagated_before
+            _set_level(handler, handler.level_before)
+        return
+    if handler is None:
+        handler = _StdoutHandler()
+        log.addHandler(handler)
         log.propagate = False
-    log.setLevel(logging.DEBUG if verbose > 1 else logging.INFO)
+    _set_level(handler, logging.DEBUG if verbose > 1 else logging.INFO)
+
+
+def _set_level(handler: _StdoutHandler, level: int) -> None:
+    if log.level == handler.level_set:  # else the user has set it
+        log.setLevel(level)
+        handler.level_set = level

@@ -879,6 +879,43 @@ class TestMessages:
         make(verbose=verbose)
         assert capsys.readouterr().out.count("The rollout of 8 x 1 steps") == 2
 
+    def test_each_model_has_its_own_verbosity(self, capsys: pytest.CaptureFixture[str]) -> None:
+        log = logging.getLogger("sb3_clipvf")
+        before = (log.level, log.propagate, list(log.handlers))
+        talking = make(verbose=1)
+        told = "The rollout of 8 x 1 steps"
+        assert told in capsys.readouterr().out
+        silent = make()
+        silent.learn(N_STEPS)
+        assert (log.level, log.propagate, list(log.handlers)) == before
+        assert capsys.readouterr().out == ""
+        talking.learn(N_STEPS)
+        assert "Training runs on the engine" in capsys.readouterr().out
+        # Where loops and callbacks of their own alternate.
+        talking.engine = silent.engine = "autograd"
+        silent.train()
+        assert capsys.readouterr().out == ""
+        talking.train()
+        assert "Training runs on the engine 'autograd'" in capsys.readouterr().out
+        file = io.BytesIO()
+        silent.save(file)
+        loaded = ClipPPO.load(file, env=walk(), device="cpu")
+        loaded.set_env(walk())
+        assert capsys.readouterr().out == ""
+        loaded.verbose = 1
+        loaded.learn(N_STEPS)
+        assert "Training runs on the engine 'autograd'" in capsys.readouterr().out
+
+    def test_a_level_that_is_set_later_is_left_alone(self, capsys: pytest.CaptureFixture[str]) -> None:
+        model = make(verbose=1)
+        log = logging.getLogger("sb3_clipvf")
+        log.setLevel(logging.WARNING)
+        capsys.readouterr()
+        model.learn(N_STEPS)
+        assert "Training runs on" not in capsys.readouterr().out
+        make()
+        assert (log.level, log.handlers) == (logging.WARNING, [])
+
     def test_truncated_minibatches_are_warned_of(self) -> None:
         message = (
             r"mini-batch size of 3, .* n_steps \* n_envs = 8 transitions, after every 2 untruncated mini-batches there "
