@@ -53,7 +53,7 @@ def test_only_the_next_parser_is_changed(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def _pairs(*texts: str) -> object:
-    with checked_options("sb3-clipvf train"):
+    with checked_options("sb3-clipvf train", "train"):
         return _parser().parse_args([part for text in texts for part in ("-params", *text.split(" "))]).hyperparams
 
 

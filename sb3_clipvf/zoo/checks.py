@@ -12,6 +12,7 @@ from sb3_clipvf.zoo.commands import ALGORITHM
 from sb3_clipvf.zoo.files import replaced
 from sb3_clipvf.zoo.finding import RunId, choose_run_of_options, import_packages
 from sb3_clipvf.zoo.parsing import checked_parsing, store_pairs
+from sb3_clipvf.zoo.plots import check_all_plots, check_plot_from_file, check_plot_train
 
 _COUNTS = {
     "eval_episodes": "Pass a number of episodes.",
@@ -27,12 +28,16 @@ _WAY_OUT_OF_FOLDER = "Name another one."
 _LARGEST_SEED = 2**32 - 1
 
 
+_PLOTS = {"all_plots": check_all_plots, "plot_from_file": check_plot_from_file, "plot_train": check_plot_train}
+
+
 @contextmanager
-def checked_options(program: str, *, finds_run: bool = False) -> Iterator[None]:
+def checked_options(program: str, name: str, *, finds_run: bool = False) -> Iterator[None]:
     """
     Check the options that the RL Zoo's script parses next.
 
     :param program: Name of the command, for messages.
+    :param name: Sub-command.
     :param finds_run: Whether the script loads a model: ``--exp-id`` then becomes that of the run to take.
     """
 
@@ -40,6 +45,8 @@ def checked_options(program: str, *, finds_run: bool = False) -> Iterator[None]:
         check_options(options)
         if finds_run:
             choose_run_of_options(options)
+        if name in _PLOTS:
+            _PLOTS[name](options)
 
     with (
         replaced(utils.StoreDict, "__call__", store_pairs),

@@ -1,0 +1,137 @@
+"""What the RL Zoo's plots need, checked before it draws: it would plot nothing, print 0.0, or fail in NumPy."""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sb3_clipvf.safe_files import read_pickle
+
+_COLUMNS = {"success": "is_success", "reward": "r", "length": "l"}
+
+
+def check_plot_train(options: Namespace) -> None:
+    """
+    Check that each environment has a run whose training returns can be drawn.
+
+    :param options: Parsed options of ``plot_train``.
+    :raises ValueError: If one has none.
+    """
+    from stable_baselines3.common.monitor import LoadMonitorResultsError, load_results  # imports pandas
+
+    folder, column = Path(options.exp_folder, options.algo), _COLUMNS[options.y_axis]
+    for env in _names(options):
+        most = -1
+        for run in _runs([folder], env):
+            try:
+                episodes = load_results(str(run))
+            except LoadMonitorResultsError:
+                continue
+            if options.max_timesteps is not None:
+                episodes = episodes[episodes.l.cumsum() <= options.max_timesteps]
+            most = max(most, len(episodes) if column in episodes else -1)
+        if most < 0:
+            raise ValueError(
+                f"`--y-axis` must be something that the training of {env} logged, got {options.y_axis!r}: its runs in "
+                f"{folder} have no `{column}` of episodes. `--y-axis reward` draws returns."
+            )
+        if most < options.episode_window:
+            raise ValueError(
+                f"`--episode-window` must be at most the number of episodes of a run, {most} for {env}, got "
+                f"{options.episode_window}. Pass a smaller one, or train longer."
+            )
+
+
+def check_all_plots(options: Namespace) -> None:
+    """
+    Check that each environment has evaluations that can be drawn.
+
+    :param options: Parsed options of ``all_plots``.
+    :raises ValueError: If one has none.
+    """
+    folders = [Path(folder, algo.lower()) for algo in options.algos for folder in options.exp_folders]
+    for env in _names(options):
+        _runs(folders, env)
+        missing = {folder: _missing_evaluations(folder, env, options) for folder in folders}
+        if all(missing.values()):
+            what = next(iter(missing.values()))
+            raise ValueError(f"`--env` must be an environment whose runs can be compared, got {env!r}: {what}")
+        for folder in (folder for folder, what in missing.items() if what):
+            sys.stdout.write(f"{folder} has no evaluations of {env} to draw: 0.0 in the table means that\n")
+
+
+def _missing_evaluations(folder: Path, env: str, options: Namespace) -> str:
+    """Say what the runs of a folder lack, and what to do about it; "" where it is nothing."""
+    files = [path for path in folder.glob("*/evaluations.npz") if env in path.parent.name]
+    if not files:
+        return f"they were trained without evaluations in {folder}. Train with `--eval-freq`."
+    results = []
+    for path in files:
+        with np.load(path) as data:
+            if options.key not in data:
+                return f"{path} has no {options.key!r} for `--key`. It has {', '.join(data)}."
+            if len(data["timesteps"]) > 1:  # the Zoo omits others
+                results.append(data[options.key][data["timesteps"] <= options.max_timesteps])
+    longest = max(map(len, results), default=-1)
+    if longest < 0:
+        return f"they have one evaluation in {folder}. Train longer, or with a smaller `--eval-freq`."
+    if longest == 0:
+        return f"they have no evaluation up to `--max-timesteps` {options.max_timesteps} in {folder}. Pass more."
+    shapes = [np.shape(result) for result in results if len(result) == longest]
+    if len(set(shapes)) > 1:
+        return f"they differ in the episodes of an evaluation in {folder}. Keep them in different folders (`-f`)."
+    if len(shapes) == 1 and np.prod(shapes[0][1:]) == 1:
+        return f"one run with one episode in each evaluation in {folder}. Train again, or with more `--eval-episodes`."
+    return ""
+
+
+def check_plot_from_file(options: Namespace) -> None:
+    """
+    Check that a file of ``all_plots -o`` holds several runs of everything that is to be drawn.
+
+    :param options: Parsed options of ``plot_from_file``.
+    :raises ValueError: If it does not.
+    :raises OSError: If it cannot be read.
+    """
+    path = Path(options.input if options.input.endswith(".pkl") else f"{options.input}.pkl")
+    results: dict[str, dict[str, Any]] = dict(read_pickle(path))
+    results.pop("results_table", None)
+    envs = [
+        env for env in results if env not in options.skip_envs and (env in options.keep_envs or not options.keep_envs)
+    ]
+    keys = [key for env in list(results)[:1] for key in results[env] if key not in options.skip_keys]
+    keys = [key for key in keys if key in options.keep_keys or not options.keep_keys]
+    if not envs or not keys:
+        raise ValueError(
+            f"`--input` must hold something to draw, got {path}, of which the options leave nothing. It has "
+            f"{', '.join(results) or 'no environments'}."
+        )
+    for env, key in ((env, key) for env in envs for key in keys):
+        if key not in results[env]:
+            raise ValueError(
+                f"`--input` must hold evaluations of {key} in all environments, got {path} without those in {env}. "
+                "Leave one out by `--skip-keys` or `--skip-envs`."
+            )
+        if np.ndim(results[env][key]["last_evals"]) == 0:
+            raise ValueError(
+                f"`--input` must hold at least two runs with at least two episodes in each evaluation, got {path} with "
+                f"one of {key} in {env}. Train again, or with more `--eval-episodes`, then run `all_plots -o`."
+            )
+
+
+def _names(options: Namespace) -> list[str]:
+    """Give the environments' names as in the folders of runs, which the RL Zoo compares them with."""
+    options.env = [env.replace("/", "-") for env in options.env]
+    return list(options.env)
+
+
+def _runs(folders: list[Path], env: str) -> list[Path]:
+    present = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir()) if path.is_dir()]
+    runs = [path for path in present if env in path.name]
+    if not runs:
+        where = ", ".join(map(str, folders))
+        names = ", ".join(path.name for path in present) or "none"
+        raise ValueError(f"`--env` must be an environment with runs in {where}, got {env!r}. The runs are: {names}.")
+    return runs

@@ -1,0 +1,145 @@
+"""What the RL Zoo's plots need: runs, episodes, evaluations."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sb3_clipvf.zoo import main
+
+RUNS = Path("logs") / "clipppo"
+
+
+@pytest.fixture(autouse=True)
+def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sb3_clipvf.zoo.commands.has_display", lambda: False)
+    RUNS.mkdir(parents=True)
+
+
+def _make_run(name: str, n_evaluations: int = 0, n_episodes: int = 5, n_training: int = 0, step: int = 100) -> None:
+    run = RUNS / name
+    run.mkdir()
+    if n_evaluations:
+        steps = step * np.arange(1, n_evaluations + 1)
+        results = np.arange(n_evaluations * n_episodes, dtype=float).reshape(n_evaluations, n_episodes)
+        np.savez(run / "evaluations.npz", timesteps=steps, results=results, ep_lengths=results)
+    rows = "".join(f"{i}.0,10,{i}.5\n" for i in range(n_training))
+    (run / "0.monitor.csv").write_text(f'#{{"t_start": 0.0, "env_id": "E-v0"}}\nr,l,t\n{rows}')
+
+
+def _refused(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(command.split()) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1:] == ["(SB3_CLIPVF_TRACEBACK=1 shows where.)"]
+    return lines[0]
+
+
+@pytest.mark.parametrize("command", ["all_plots", "plot_train"])
+def test_an_environment_without_runs_is_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"with runs in {RUNS}, got 'E-v0'. The runs are: none." in _refused(f"{command} -e E-v0", capsys)
+    _make_run("Other-v1_1", 3, n_training=200)
+    assert "got 'E-v0'. The runs are: Other-v1_1." in _refused(f"{command} -e Other-v1 E-v0", capsys)
+    assert "with runs in elsewhere" in _refused(f"{command} -e E-v0 -f elsewhere", capsys)
+
+
+@pytest.mark.parametrize(
+    ("runs", "options", "message"),
+    [
+        ([{}], "", "they were trained without evaluations in logs/clipppo. Train with `--eval-freq`."),
+        ([{"n_evaluations": 1}], "", "they have one evaluation in logs/clipppo."),
+        ([{"n_evaluations": 3}], "-max 99", "they have no evaluation up to `--max-timesteps` 99"),
+        (
+            [{"n_evaluations": 3}],
+            "-k successes",
+            "has no 'successes' for `--key`. It has timesteps, results, ep_lengths.",
+        ),
+        ([{"n_evaluations": 3, "n_episodes": 1}], "", "one run with one episode in each evaluation"),
+        ([{"n_evaluations": 3}, {"n_evaluations": 3, "n_episodes": 4}], "", "they differ in the episodes"),
+    ],
+)
+def test_evaluations_that_cannot_be_drawn_are_refused(
+    runs: list[dict[str, int]], options: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, run in enumerate(runs):
+        _make_run(f"E-v0_{number}", **run)
+    assert message in _refused(f"all_plots -e E-v0 {options}", capsys)
+
+
+@pytest.mark.parametrize(
+    ("runs", "options"),
+    [
+        ([{"n_evaluations": 3}], ""),
+        ([{"n_evaluations": 3}], "-max 100"),
+        ([{"n_evaluations": 3}, {"n_evaluations": 1}, {}], ""),
+        ([{"n_evaluations": 2}, {"n_evaluations": 4, "n_episodes": 4}], ""),
+        ([{"n_evaluations": 3, "n_episodes": 1}] * 2, ""),
+    ],
+)
+def test_evaluations_that_can_be_drawn_are(runs: list[dict[str, int]], options: str) -> None:
+    for number, run in enumerate(runs):
+        _make_run(f"E-v0_{number}", **run)
+    assert main(f"all_plots -e E-v0 --no-display {options}".split()) == 0
+
+
+def test_what_one_folder_lacks_is_named_beside_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    _make_run("E-v0_1", 3)
+    assert main("all_plots -e E-v0 -a clipppo ppo --no-display".split()) == 0
+    assert "logs/ppo has no evaluations of E-v0 to draw: 0.0 in the table means that" in capsys.readouterr().out
+
+
+def test_a_file_of_one_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    _make_run("E-v0_1", 3)
+    assert main("all_plots -e E-v0 -o post --no-display".split()) == 0
+    capsys.readouterr()
+    message = _refused("plot_from_file -i post", capsys)
+    assert (
+        "`--input` must hold at least two runs with at least two episodes in each evaluation, got post.pkl" in message
+    )
+    _make_run("E-v0_2", 3)
+    assert main("all_plots -e E-v0 -o post --no-display".split()) == 0
+    assert main("plot_from_file -i post".split()) == 0
+
+
+@pytest.mark.parametrize(
+    ("results", "options", "message"),
+    [
+        ({}, "", "of which the options leave nothing. It has no environments."),
+        ({"E": {"A": 0}}, "--keep-envs F", "of which the options leave nothing. It has E."),
+        ({"E": {"A": 0}}, "--skip-keys A", "of which the options leave nothing."),
+        ({"E": {"A": 0}, "F": {}}, "", "got post.pkl without those in F"),
+    ],
+)
+def test_a_file_that_lacks_something_is_refused(
+    results: dict[str, dict[str, Any]], options: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = {"last_evals": np.zeros(2)}
+    filled = {env: dict.fromkeys(keys, full) for env, keys in results.items()}
+    Path("post.pkl").write_bytes(pickle.dumps({**filled, "results_table": {}}))
+    assert message in _refused(f"plot_from_file -i post {options}", capsys)
+    assert "No such file" in _refused("plot_from_file -i none", capsys)
+
+
+@pytest.mark.parametrize(
+    ("n_training", "options", "message"),
+    [
+        (0, "", "of a run, 0 for E-v0, got 100"),
+        (150, "-y success", "must be something that the training of E-v0 logged, got 'success'"),
+        (99, "", "`--episode-window` must be at most the number of episodes of a run, 99 for E-v0, got 100"),
+        (150, "-max 500", "`--episode-window` must be at most the number of episodes of a run, 50 for E-v0, got 100"),
+    ],
+)
+def test_training_returns_that_cannot_be_drawn_are_refused(
+    n_training: int, options: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _make_run("E-v0_1", n_training=n_training)
+    assert message in _refused(f"plot_train -e E-v0 {options}", capsys)
+
+
+def test_training_returns_that_can_be_drawn_are() -> None:
+    _make_run("NS-E-v0_1", n_training=100)
+    _make_run("NS-E-v0_2", n_training=3)
+    assert main("plot_train -e NS/E-v0".split()) == 0
+    assert Path("plot_train_1.png").is_file()
