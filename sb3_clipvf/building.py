@@ -63,6 +63,37 @@ def leave_out_kl(model: "ClipPPO", rollout_buffer: Any) -> bool:
     return False
 
 
+def check_kl_is_stored(model: "ClipPPO") -> None:
+    """
+    Check that the rollout holds what the exact KL is computed from, where an argument needs it.
+
+    A loop of the user's, or SB3's, adds steps without the old distribution's parameters.
+
+    :param model: With a complete rollout.
+    :raises ValueError: If it does not.
+    """
+    rollout_buffer = model.rollout_buffer
+    name = _needs_kl(model)
+    if _has_dist_params(rollout_buffer):
+        return
+    if name is None:
+        if model._engine is None or model._engine.settings.has_dist_params:
+            log.info("The rollout holds no parameters of the old action distribution: `train/kl` is omitted.")
+        return
+    if getattr(rollout_buffer, "dist_param_dim", 0):
+        raise ValueError(
+            f"`dist_params` must be given at each step where `{name}` is set, got None and {getattr(model, name)!r}. "
+            "Pass them to `rollout_buffer.add`, or collect by ClipPPO's own `collect_rollouts`, which does."
+        )
+    width = dist_param_dim(getattr(model.policy, "action_dist", None))
+    _check_kl_is_known(model, type(rollout_buffer), width, stores_dist=False)
+
+
+def _has_dist_params(rollout_buffer: Any) -> bool:
+    """Whether the rollout in a buffer holds them; one of the user's may have no such property."""
+    return bool(getattr(rollout_buffer, "has_dist_params", getattr(rollout_buffer, "dist_param_dim", 0)))
+
+
 def stored_observation_space(model: "ClipPPO") -> spaces.Space[Any]:
     """
     The observation space as the buffer sees it: VecNormalize turns integer observations into floats.
@@ -86,10 +117,15 @@ def _as_float(space: spaces.Space[Any]) -> spaces.Space[Any]:
     return space
 
 
-def _check_kl_is_known(model: "ClipPPO", buffer_class: type[Any], width: int | None, stores_dist: bool) -> None:
+def _needs_kl(model: "ClipPPO") -> str | None:
+    """:return: The first argument that needs the exact KL, or None."""
     names = ("kl_coef", "adaptive_kl_target", "lr_kl_target")
-    asked_for = [name for name in names if getattr(model, name) not in (None, 0)]
-    if not asked_for or (width and stores_dist):
+    return next((name for name in names if getattr(model, name) not in (None, 0)), None)
+
+
+def _check_kl_is_known(model: "ClipPPO", buffer_class: type[Any], width: int | None, stores_dist: bool) -> None:
+    name = _needs_kl(model)
+    if name is None or (width and stores_dist):
         return
     if width:
         cause = f"`rollout_buffer_class` {buffer_class.__name__} does not store the old distribution"
@@ -98,7 +134,6 @@ def _check_kl_is_known(model: "ClipPPO", buffer_class: type[Any], width: int | N
         dist = type(getattr(model.policy, "action_dist", None)).__name__
         cause = f"the exact KL of the policy's action distribution ({dist}) is not known"
         way_out = "Use one of SB3's action distributions."
-    name = asked_for[0]
     raise ValueError(f"`{name}` must not be set, since {cause}, got {getattr(model, name)!r}. {way_out}")
 
 
@@ -118,7 +153,7 @@ def make_update_settings(model: "ClipPPO") -> UpdateSettings:
         max_grad_norm=model.max_grad_norm,
         target_kl=model.target_kl,
         measure_kl_after=model.adaptive_kl is not None or model.adaptive_lr is not None,
-        has_dist_params=bool(getattr(model.rollout_buffer, "dist_param_dim", 0)),
+        has_dist_params=_has_dist_params(model.rollout_buffer),
         discrete_actions=isinstance(model.action_space, spaces.Discrete),
         on_nonfinite=model.on_nonfinite,
     )

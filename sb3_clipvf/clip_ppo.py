@@ -26,6 +26,7 @@ from sb3_clipvf.arguments import (
     warn_of_truncated_minibatches,
 )
 from sb3_clipvf.building import (
+    check_kl_is_stored,
     make_adaptive_kl,
     make_adaptive_lr,
     make_rollout_buffer,
@@ -280,12 +281,13 @@ class ClipPPO(SavedAlgorithm):
         """
         Update the policy from the rollout in the buffer, adapt the controllers, and log.
 
-        :raises ValueError: If the rollout is not complete.
+        :raises ValueError: If the rollout is not complete, or lacks the old distribution where an argument needs it.
         """
         started = time.perf_counter()
         if draws_from_complete(self.rollout_buffer):
             check_complete(self.rollout_buffer)
         show_messages(self.verbose)
+        check_kl_is_stored(self)
         # Callbacks may have changed these arguments since the last update.
         check_words(self)
         self._setup_controllers()

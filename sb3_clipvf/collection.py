@@ -23,7 +23,7 @@ from sb3_clipvf.envs.shapes import StepCheck
 from sb3_clipvf.messages import show_messages
 from sb3_clipvf.nonfinite import is_finite, observations_are_finite
 from sb3_clipvf.nonfinite_causes import Fault, act_error, act_fault, find_fault, observation_fault, reward_error
-from sb3_clipvf.rollout import fit_to_rollout
+from sb3_clipvf.rollout import fit_to_rollout, takes_dist_params
 from sb3_clipvf.validation import check_int
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class RolloutCollector(OnPolicyAlgorithm):
         """
         started = time.perf_counter()
         n_steps = 0
-        with_dist_params = bool(getattr(rollout_buffer, "dist_param_dim", 0))
+        with_dist_params = takes_dist_params(rollout_buffer)
         checked = StepCheck(rollout_buffer.observation_space, env.num_envs)
         checked.observations(self._last_obs)
         engine = self._begin_rollout(env, callback, rollout_buffer, n_rollout_steps)

@@ -1,5 +1,6 @@
 """Rollouts: generalised advantage estimation, and the buffer that holds one rollout and draws minibatches from it."""
 
+import inspect
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,6 +135,16 @@ class TensorRolloutBuffer(BaseBuffer):
         # Steps and environments that there is memory for.
         self._allocated: tuple[int, int] | None = None
         self._flat: dict[str, Any] | None = None
+        self._lacks_dist_params = False
+
+    @property
+    def has_dist_params(self) -> bool:
+        """
+        Whether each step of this rollout so far came with the old distribution's parameters.
+
+        :return: False where they are not stored, or a step came without.
+        """
+        return bool(self.dist_param_dim) and not self._lacks_dist_params
 
     @property
     def nbytes(self) -> int:
@@ -184,6 +195,7 @@ class TensorRolloutBuffer(BaseBuffer):
             self.check_memory()
             self._allocate()
         self._flat = None
+        self._lacks_dist_params = False
         super().reset()
 
     def add(
@@ -205,7 +217,8 @@ class TensorRolloutBuffer(BaseBuffer):
         :param episode_start: Whether ``obs`` begins an episode, shape ``(n_envs,)``.
         :param value: Shape ``(n_envs,)`` or ``(n_envs, 1)``.
         :param log_prob: Shape ``(n_envs,)``.
-        :param dist_params: Shape ``(n_envs, dist_param_dim)``; needed if ``dist_param_dim`` is not 0.
+        :param dist_params: Shape ``(n_envs, dist_param_dim)``. None, as SB3's loop calls it: the rollout has no old
+            distribution (:attr:`has_dist_params`).
         :raises ValueError: If the rollout is complete.
         """
         if self._allocated is None:  # a loop of the user's need not reset SB3's buffer before its first rollout
@@ -225,9 +238,9 @@ class TensorRolloutBuffer(BaseBuffer):
         self.episode_starts[self.pos] = episode_start
         self.values[self.pos] = _on_host(value).reshape(-1)
         self.log_probs[self.pos] = _on_host(log_prob).reshape(-1)
-        if self.dist_param_dim:
-            if dist_params is None:
-                raise ValueError("`dist_params` must be given at each step, got None. Pass the rollout's parameters.")
+        if dist_params is None:
+            self._lacks_dist_params = True
+        elif self.dist_param_dim:
             self.dist_params[self.pos] = _on_host(dist_params)
         self.pos += 1
         self.full = self.pos == self.buffer_size
@@ -296,7 +309,7 @@ class TensorRolloutBuffer(BaseBuffer):
             old_log_prob=flat["log_probs"][rows],
             advantages=flat["advantages"][rows],
             returns=flat["returns"][rows],
-            old_dist_params=flat["dist_params"][rows] if self.dist_param_dim else None,
+            old_dist_params=flat["dist_params"][rows] if self.has_dist_params else None,
         )
 
     def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> MiniBatch:  # type: ignore[override]
@@ -308,7 +321,7 @@ class TensorRolloutBuffer(BaseBuffer):
             names = ["values", "log_probs", "advantages", "returns"]
             flat: dict[str, Any] = {name: self._to_flat(getattr(self, name)) for name in names}
             flat["actions"] = self._to_flat(self.actions.astype(np.float32, copy=False))
-            if self.dist_param_dim:
+            if self.has_dist_params:
                 flat["dist_params"] = self._to_flat(self.dist_params)
             if isinstance(self.observations, dict):
                 flat["observations"] = {key: self._to_flat(array) for key, array in self.observations.items()}
@@ -357,6 +370,19 @@ def fit_to_rollout(buffer: Any, n_steps: int, n_envs: int) -> None:
     """
     if type(buffer) in _PLAIN:
         buffer.buffer_size, buffer.n_envs = n_steps, n_envs
+
+
+def takes_dist_params(buffer: Any) -> bool:
+    """
+    Return whether a buffer's ``add`` takes the old distribution's parameters.
+
+    :param buffer: With the interface of SB3's ``RolloutBuffer``.
+    :return: False where none are stored, or an ``add`` of the user's has SB3's arguments alone.
+    """
+    if not getattr(buffer, "dist_param_dim", 0):
+        return False
+    parameters = inspect.signature(buffer.add).parameters.values()
+    return any(parameter.name == "dist_params" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def check_complete(buffer: Any) -> None:

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -447,3 +449,120 @@ def test_steps_that_are_no_number_are_refused(n_steps: Any) -> None:
         model.learn(16)
     with pytest.raises((ValueError, TypeError), match="`n_steps` must be a whole number"):
         cartpole().learn(32, callback=Assigns("_on_rollout_end", "n_steps", n_steps))
+
+
+class HostLoop(ClipPPO):
+    """Collects by SB3's loop, which stores no old distribution."""
+
+    collect_rollouts = OnPolicyAlgorithm.collect_rollouts
+
+
+class HostAdd(TensorRolloutBuffer):
+    """An ``add`` with SB3's arguments alone."""
+
+    def add(self, obs: Any, action: Any, reward: Any, episode_start: Any, value: Any, log_prob: Any) -> None:  # type: ignore[override]
+        super().add(obs, action, reward, episode_start, value, log_prob)
+
+
+def logged(model: ClipPPO) -> dict[str, Any]:
+    return dict(model.logger.name_to_value)
+
+
+def collect_by_hand(model: ClipPPO, with_dist_params: Any = lambda step: False) -> None:
+    """A loop of the user's, which passes the distribution's parameters at some steps, or at none."""
+    buffer = model.rollout_buffer
+    obs, start = model.env.reset(), np.ones(1, bool)
+    for step in range(model.n_steps):
+        with th.no_grad():
+            action, value, log_prob = model.policy(th.as_tensor(obs))
+        new_obs, reward, done, _ = model.env.step(action.numpy())
+        more = {"dist_params": th.zeros(1, 2)} if with_dist_params(step) else {}
+        buffer.add(obs, action.numpy().reshape(-1, 1), reward, start, value, log_prob, **more)
+        obs, start = new_obs, done
+    buffer.compute_returns_and_advantage(th.zeros(1), done)
+
+
+OUR_BUFFER = {name: kwargs for name, kwargs in ENGINES.items() if name != "host_buffer"}
+
+
+@pytest.mark.parametrize("kwargs", OUR_BUFFER.values(), ids=OUR_BUFFER)
+class TestRolloutsWithoutTheOldDistribution:
+    NEEDS_KL = (
+        {"kl_coef": 1.0},
+        {"kl_coef": "lin_1.0", "clip_range": None},
+        {"kl_coef": 1.0, "adaptive_kl_target": 0.01},
+        {"lr_kl_target": 0.01},
+    )
+
+    def test_sb3s_loop_trains_without_the_kl(self, kwargs: dict[str, Any]) -> None:
+        model = HostLoop("MlpPolicy", make_vec_env("CartPole-v1", seed=0), n_steps=16, batch_size=8, seed=0, **kwargs)
+        model.learn(64)
+        assert "train/kl" not in logged(model)
+        assert "train/approx_kl" in logged(model)
+        host = PPO("MlpPolicy", make_vec_env("CartPole-v1", seed=0), n_steps=16, batch_size=8, seed=0,
+                   policy_kwargs=kwargs.get("policy_kwargs")).learn(64)  # fmt: skip
+        # Kernels round differently than torch; torch alone gives the same bits.
+        tolerance = 0.0 if kwargs == {"engine": "autograd"} else 1e-4
+        th.testing.assert_close(vector(model), vector(host), rtol=tolerance, atol=tolerance)
+
+    @pytest.mark.parametrize("arguments", NEEDS_KL)
+    def test_and_is_refused_where_an_argument_needs_it(self, arguments: dict[str, Any], kwargs: dict[str, Any]) -> None:
+        env = make_vec_env("CartPole-v1", seed=0)
+        model = HostLoop("MlpPolicy", env, n_steps=16, batch_size=8, **kwargs, **arguments)
+        before = vector(model)
+        name = "lr_kl_target" if "lr_kl_target" in arguments else "kl_coef"
+        with pytest.raises(
+            ValueError, match=f"`dist_params` must be given at each step where `{name}` is set, got None"
+        ):
+            model.learn(16)
+        assert th.equal(vector(model), before)
+
+    def test_a_loop_of_the_users(self, kwargs: dict[str, Any]) -> None:
+        model = cartpole(**kwargs)
+        model._setup_learn(16, None)
+        collect_by_hand(model)
+        model.train()
+        assert "train/kl" not in logged(model)
+        assert model._n_updates == 1
+
+    @pytest.mark.parametrize("without", [range(16), [0], [15], [3, 4]])
+    def test_after_a_rollout_with_it_none_of_its_rows_are_used(self, without: Any, kwargs: dict[str, Any]) -> None:
+        model = cartpole(**kwargs).learn(16)
+        assert "train/kl" in logged(model)
+        model.logger.name_to_value.clear()
+        model.rollout_buffer.reset()
+        collect_by_hand(model, lambda step: step not in without)
+        model.train()
+        assert "train/kl" not in logged(model)
+
+    def test_a_later_rollout_of_our_own_has_it_again(self, kwargs: dict[str, Any]) -> None:
+        model = cartpole(**kwargs)
+        model._setup_learn(16, None)
+        collect_by_hand(model)
+        model.train()
+        model.learn(16)
+        assert 0 <= logged(model)["train/kl"] < 0.1
+        fresh = cartpole(kl_coef=1.0, **kwargs)
+        fresh._setup_learn(16, None)
+        fresh.kl_coef = 0.0
+        collect_by_hand(fresh)
+        fresh.train()
+        fresh.kl_coef = 1.0
+        assert "train/kl" in logged(fresh.learn(16))
+
+    def test_an_add_with_sb3s_arguments_alone(self, kwargs: dict[str, Any]) -> None:
+        model = cartpole(rollout_buffer_class=HostAdd, **kwargs).learn(32)
+        assert "train/kl" not in logged(model)
+        plain = cartpole(**kwargs).learn(32)
+        assert th.equal(vector(model), vector(plain))
+        with pytest.raises(ValueError, match="`dist_params` must be given at each step where `kl_coef` is set"):
+            cartpole(rollout_buffer_class=HostAdd, kl_coef=1.0, **kwargs).learn(16)
+
+    def test_what_is_left_out_is_said_once(self, kwargs: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+        env = make_vec_env("CartPole-v1", seed=0)
+        model = HostLoop("MlpPolicy", env, n_steps=16, batch_size=8, **kwargs)
+        with caplog.at_level("INFO", logger="sb3_clipvf"):
+            model.learn(48)
+        assert [record.message for record in caplog.records if "`train/kl` is omitted" in record.message] == [
+            "The rollout holds no parameters of the old action distribution: `train/kl` is omitted."
+        ]

@@ -401,9 +401,13 @@ class TestOldDistribution:
             assert th.equal(batch.old_dist_params[:, 0], batch.old_values + 0.25)
             assert not batch.old_dist_params.requires_grad
 
-    def test_missing_rows_are_refused(self) -> None:
-        with pytest.raises(ValueError, match="`dist_params` must be given at each step, got None"):
-            fill(make(dist_param_dim=4), "box")
+    def test_a_rollout_without_them_holds_none_not_those_of_the_rollout_before(self) -> None:
+        buffer = make(dist_param_dim=4)
+        held = []
+        for dist_params in ({"dist_params": th.ones(N_ENVS, 4)}, {}, {"dist_params": th.ones(N_ENVS, 4)}):
+            fill(buffer, "box", **dist_params)
+            held.append((buffer.has_dist_params, next(buffer.get()).old_dist_params is not None))
+        assert held == [(True, True), (False, False), (True, True)]
 
     def test_none_are_stored_where_none_are_wanted(self) -> None:
         buffer = make()
