@@ -10,8 +10,8 @@ import traceback
 import warnings
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -20,14 +20,11 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import gymnasium as gym
-from rl_zoo3 import exp_manager
 from rl_zoo3.callbacks import SaveVecNormalizeCallback
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import get_class_by_name
-from stable_baselines3.common import env_util
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
-from stable_baselines3.common.monitor import ResultsWriter
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
 
 from sb3_clipvf.callbacks import IsolatedEvalCallback
@@ -35,14 +32,22 @@ from sb3_clipvf.checkpoint import ResumableEnv, TrainingCheckpoint
 from sb3_clipvf.checkpoint.file import sorted_checkpoints
 from sb3_clipvf.clip_ppo import ClipPPO
 from sb3_clipvf.coefficients import warn_of_early_end
-from sb3_clipvf.envs import FastDummyVecEnv, episodes
+from sb3_clipvf.envs import FastDummyVecEnv
+from sb3_clipvf.zoo import statistics
 from sb3_clipvf.zoo.commands import ALGORITHM, hyperparams_path
 from sb3_clipvf.zoo.entries import ZOO_KEYS, counted, drop_null
-from sb3_clipvf.zoo.files import check_saved, replaced
+from sb3_clipvf.zoo.files import check_saved
 from sb3_clipvf.zoo.resume import CHECKPOINTS, ResumedRun
 from sb3_clipvf.zoo.settings import check_imports, check_setting, readable_config
 from sb3_clipvf.zoo.tuning import CheckedSearch
-from sb3_clipvf.zoo.vec_env import EnvSettings, make_vec_env, stacks_frames, wrapper_list
+from sb3_clipvf.zoo.vec_env import (
+    EnvSettings,
+    growing_files,
+    known_keywords,
+    make_vec_env,
+    stacks_frames,
+    wrapper_list,
+)
 
 COMMAND_LINE_KEYS = {
     "device": "`--device`",
@@ -162,6 +167,7 @@ class ClipPPOExperimentManager(CheckedSearch):
         if algo == ALGORITHM and self.vec_env_class is DummyVecEnv:
             self.vec_env_class = FastDummyVecEnv
         self._wrappers: Any = None
+        self._found: Path | None = None  # statistics of the model that the training goes on from
         if self.vec_env is not None:
             args.vec_env = self.vec_env  # for args.yml of the run
         self._keeps_checkpoints = algo == ALGORITHM and self.checkpoint_freq > 0 and not self.optimize_hyperparameters
@@ -272,8 +278,8 @@ class ClipPPOExperimentManager(CheckedSearch):
         :raises TypeError: If the environment does not take its arguments.
         """
         manager = self._for_envs()
-        known_keywords = _known_keywords(self.eval_env_kwargs if eval_env else self.env_kwargs)
-        with known_keywords, nullcontext() if self.resumed is None else _growing_files():
+        known = known_keywords(self.eval_env_kwargs if eval_env else self.env_kwargs)
+        with known, nullcontext() if self.resumed is None else growing_files():
             if self.vec_env is None or eval_env:
                 return super(ClipPPOExperimentManager, manager).create_envs(n_envs, eval_env, no_log)
             return manager._create_vectorised(self.vec_env, n_envs, no_log)
@@ -368,17 +374,26 @@ class ClipPPOExperimentManager(CheckedSearch):
         hyperparams.update(coefficients)
         # The Zoo evaluates without those of the settings.
         self.eval_env_kwargs = {**self.env_kwargs, **(self._eval_env_kwargs_args or {})}
+        if self.trained_agent:
+            agent = Path(self.trained_agent)
+            self._found = statistics.find_statistics(agent, self.env_name, normalizes=bool(self.normalize))
         if isinstance(hyperparams.get("rollout_buffer_class"), str):
             hyperparams["rollout_buffer_class"] = get_class_by_name(hyperparams["rollout_buffer_class"])
         return hyperparams, env_wrapper, callbacks, vec_env_wrapper
 
     def _maybe_normalize(self, env: VecEnv, eval_env: bool) -> VecEnv:
-        normalized = super()._maybe_normalize(env, eval_env)
-        if self.algo != ALGORITHM or normalized is env or type(normalized) is not VecNormalize:
-            return normalized
+        if self.algo != ALGORITHM:
+            return super()._maybe_normalize(env, eval_env)
+        if not self.normalize:
+            return env
+        found = statistics.load(self._found, env) if self._found else VecNormalize(env, **self.normalize_kwargs)
+        if eval_env:
+            found.training = found.norm_reward = False
+        if type(found) is not VecNormalize:
+            return found
         from sb3_clipvf.envs import FastVecNormalize  # imports numba
 
-        return FastVecNormalize.from_sb3(normalized)
+        return FastVecNormalize.from_sb3(found)
 
 
 def _resumable(wrapper: Callable[..., gym.Env[Any, Any]] | None, env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
@@ -402,39 +417,6 @@ def _ended_by(error: BaseException, model: BaseAlgorithm) -> BaseException:
 def _ends_training(error: BaseException) -> bool:
     """Whether it is a signal's, or has the notes that an error gets once a training has begun."""
     return isinstance(error, SystemExit) or bool(getattr(error, "__notes__", ()))
-
-
-@contextmanager
-def _growing_files() -> Iterator[None]:
-    """
-    Have environments append to the files of episodes that are there: the checkpoint then cuts them to its own length.
-
-    Not by the manager's ``monitor_kwargs``, since the Zoo completes them for some environments where they are empty,
-    and replaces them for others.
-    """
-
-    def make(make_env: Any, *, monitor_kwargs: dict[str, Any], **kwargs: Any) -> VecEnv:
-        monitor_kwargs = {**monitor_kwargs, "override_existing": False}
-        return env_util.make_vec_env(make_env, monitor_kwargs=monitor_kwargs, **kwargs)
-
-    appending = partial(ResultsWriter, override_existing=False)
-    with replaced(exp_manager, "make_vec_env", make), replaced(episodes, "ResultsWriter", appending):
-        yield
-
-
-@contextmanager
-def _known_keywords(env_kwargs: dict[str, Any] | None) -> Iterator[None]:
-    """Say where an argument comes from that an environment does not know: only making it tells which ones it does."""
-    try:
-        yield
-    except TypeError as error:
-        unknown = [name for name in env_kwargs or {} if f"unexpected keyword argument {name!r}" in str(error)]
-        if not unknown:
-            raise
-        raise TypeError(
-            f"`env_kwargs` must be arguments of the environment, got {unknown[0]!r} in it: {error}. Correct it in the "
-            "settings or in `--env-kwargs`, or leave it out."
-        ) from error
 
 
 def _is_number(text: str) -> bool:

@@ -15,18 +15,14 @@ from typing import Any
 from huggingface_sb3 import EnvironmentName, ModelName
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from sb3_clipvf.callbacks import STATISTICS_ENTRY
 from sb3_clipvf.checkpoint import newest_checkpoint
 from sb3_clipvf.checkpoint.file import sorted_checkpoints
-from sb3_clipvf.checkpoint.resume import has_statistics, load_statistics
-from sb3_clipvf.safe_zip import entries_of, read_bytes
 from sb3_clipvf.zoo.commands import ALGORITHM
 from sb3_clipvf.zoo.entries import counted, drop_null
 from sb3_clipvf.zoo.files import replaced
 from sb3_clipvf.zoo.finding import choose_run
 from sb3_clipvf.zoo.resume import CHECKPOINTS
-
-_STATISTICS = "vecnormalize.pkl"
+from sb3_clipvf.zoo.statistics import STATISTICS, has_own_statistics, own_statistics
 
 
 @contextmanager
@@ -141,22 +137,15 @@ class _Finder:
         hyperparams.setdefault("normalize", False)
         if path is None or self._chosen is None or not hyperparams.get("normalize"):
             return hyperparams, path
-        statistics = self._folder / _STATISTICS
-        if _is_checkpoint(self._chosen):
-            # The Zoo asks whether there is a file; `load` knows where to read.
-            statistics.touch()
-        else:
-            entries = dict(entries_of(*read_bytes(self._chosen, "zip")))
-            content = entries.get(STATISTICS_ENTRY)
-            if content is None:
-                return hyperparams, path
-            statistics.write_bytes(content)
+        if not has_own_statistics(self._chosen):
+            return hyperparams, path
+        # The Zoo asks whether there is a file; `load` knows where to read.
+        (self._folder / STATISTICS).touch()
         return hyperparams, str(self._folder)
 
     def load(self, load_path: str, venv: VecEnv) -> VecNormalize:
-        own = Path(load_path).parent == self._folder
-        if own and self._chosen is not None and _is_checkpoint(self._chosen):
-            return load_statistics(self._chosen, venv)
+        if self._chosen is not None and Path(load_path).parent == self._folder:
+            return own_statistics(self._chosen, venv)
         return self._load(load_path, venv)  # type: ignore[no-any-return]
 
 
@@ -171,10 +160,6 @@ def _run_folder(exp_id: int, folder: str, algo: str, env_name: EnvironmentName) 
     parent = Path(folder) / algo
     number = exp_id or get_latest_run_id(str(parent), env_name)
     return parent / f"{env_name}_{number}" if number > 0 else parent
-
-
-def _is_checkpoint(path: Path) -> bool:
-    return path.parent.name == CHECKPOINTS and has_statistics(path)
 
 
 def _steps(path: Path) -> int:

@@ -5,8 +5,10 @@ settings kept, or the reason why that cannot be.
 
 import difflib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -14,10 +16,14 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from rl_zoo3 import exp_manager
+from stable_baselines3.common import env_util
+from stable_baselines3.common.monitor import ResultsWriter
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_clipvf.envs import as_vec_env
+from sb3_clipvf.envs import as_vec_env, episodes
 from sb3_clipvf.zoo.entries import with_arguments
+from sb3_clipvf.zoo.files import replaced
 
 VEC_ENVS = ("gymnasium", "envpool", "ale")
 """What ``--vec-env`` takes besides the Zoo's ``dummy`` and ``subproc``."""
@@ -81,6 +87,39 @@ def stacks_frames(name: str, settings: EnvSettings) -> bool:
     :return: Whether the environments do it themselves, so that the Zoo must not.
     """
     return name != "gymnasium" and settings.is_atari
+
+
+@contextmanager
+def growing_files() -> Iterator[None]:
+    """
+    Have environments append to the files of episodes that are there: the checkpoint then cuts them to its own length.
+
+    Not by the manager's ``monitor_kwargs``, since the Zoo completes them for some environments where they are empty,
+    and replaces them for others.
+    """
+
+    def make(make_env: Any, *, monitor_kwargs: dict[str, Any], **kwargs: Any) -> VecEnv:
+        monitor_kwargs = {**monitor_kwargs, "override_existing": False}
+        return env_util.make_vec_env(make_env, monitor_kwargs=monitor_kwargs, **kwargs)
+
+    appending = partial(ResultsWriter, override_existing=False)
+    with replaced(exp_manager, "make_vec_env", make), replaced(episodes, "ResultsWriter", appending):
+        yield
+
+
+@contextmanager
+def known_keywords(env_kwargs: dict[str, Any] | None) -> Iterator[None]:
+    """Say where an argument comes from that an environment does not know: only making it tells which ones it does."""
+    try:
+        yield
+    except TypeError as error:
+        unknown = [name for name in env_kwargs or {} if f"unexpected keyword argument {name!r}" in str(error)]
+        if not unknown:
+            raise
+        raise TypeError(
+            f"`env_kwargs` must be arguments of the environment, got {unknown[0]!r} in it: {error}. Correct it in the "
+            "settings or in `--env-kwargs`, or leave it out."
+        ) from error
 
 
 def make_vec_env(name: str, settings: EnvSettings, env_fns: Sequence[Callable[[], gym.Env[Any, Any]]]) -> VecEnv:

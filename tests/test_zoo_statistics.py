@@ -1,0 +1,146 @@
+"""Going on with a model (``-i``): it gets the statistics of ``VecNormalize`` that it was saved with, or is refused."""
+
+import shutil
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_clipvf import ClipPPO
+from sb3_clipvf.zoo import main
+from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
+
+RUN = Path("logs") / "clipppo" / "CartPole-v1_1"
+# Two environments see one observation more each at the start.
+AT_START = 2
+SETTINGS: dict[str, Any] = {
+    "policy": "MlpPolicy",
+    "n_timesteps": 256,
+    "n_envs": 2,
+    "n_steps": 32,
+    "batch_size": 64,
+    "n_epochs": 1,
+    "normalize": "dict(clip_obs=5.0)",
+}
+PLAIN = {**SETTINGS, "normalize": False}
+
+
+def _train(folder: Path, settings: dict[str, Any], *options: str) -> int:
+    (folder / "settings.yml").write_text(yaml.safe_dump({"CartPole-v1": settings}))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        # Evaluated once, in the middle.
+        command = (
+            "train --env CartPole-v1 --conf-file settings.yml --seed 1 --device cpu --verbose 0 --eval-freq 192 "
+            "--eval-episodes 1 --checkpoint-freq 64 --save-freq 64"
+        )
+        return main([*command.split(), *options])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    assert _train(folder, SETTINGS) == 0
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the run, in the working folder."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return RUN
+
+
+def _gone_on(model: Path | str, settings: dict[str, Any] = SETTINGS) -> Any:
+    """:return: The environments of the training that goes on with a model, and those of its evaluation."""
+    Path("settings.yml").write_text(yaml.safe_dump({"CartPole-v1": settings}))
+    manager = ClipPPOExperimentManager(
+        Namespace(), "clipppo", "CartPole-v1", "more", trained_agent=str(model), config="settings.yml", device="cpu"
+    )
+    result = manager.setup_experiment()
+    assert result is not None
+    evaluation: Any = manager.callbacks[-1]
+    venvs: Any = result[0].env, evaluation.eval_env
+    for venv in venvs:
+        venv.close()
+    return venvs
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("CartPole-v1.zip", 256),
+        ("best_model.zip", 192),
+        ("checkpoints/checkpoint_128.zip", 128),
+        ("checkpoints/checkpoint_192.zip", 192),
+        ("elsewhere/checkpoint_128.zip", 128),
+        ("elsewhere/best_model.zip", 192),
+    ],
+)
+def test_a_model_goes_on_with_its_own_statistics(name: str, steps: int, run: Path) -> None:
+    (run / "elsewhere").mkdir()
+    for source in ("checkpoints/checkpoint_128.zip", "best_model.zip"):
+        shutil.copy(run / source, run / "elsewhere")
+    training, evaluation = _gone_on(run / name)
+    assert [venv.obs_rms.count for venv in (training, evaluation)] == pytest.approx([steps + AT_START] * 2, abs=0.001)
+    assert [venv.clip_obs for venv in (training, evaluation)] == [5.0, 5.0]
+    assert [(venv.training, venv.norm_reward) for venv in (training, evaluation)] == [(True, True), (False, False)]
+
+
+def test_settings_of_a_models_statistics_are_its_own(run: Path) -> None:
+    training, _ = _gone_on(run / "best_model.zip", {**SETTINGS, "normalize": True})
+    assert training.clip_obs == 5.0
+
+
+@pytest.mark.parametrize("name", ["rl_model_128_steps.zip", "best_model.zip"])
+def test_statistics_of_another_step_are_refused(name: str, run: Path) -> None:
+    if name == "best_model.zip":  # as one of SB3's EvalCallback, which has none
+        shutil.copy(run / "rl_model_128_steps.zip", run / name)
+    with pytest.raises(ValueError, match=r"whose statistics .* are known, got .* holds those of another step\. Take"):
+        _gone_on(run / name)
+    assert not Path("more").exists()
+
+
+def test_a_model_without_statistics_is_refused_where_settings_normalise(run: Path) -> None:
+    ClipPPO("MlpPolicy", "CartPole-v1", n_steps=32, batch_size=32, device="cpu").save("own.zip")
+    with pytest.raises(ValueError, match=r"must be a model with statistics .* got own.zip without any\. Copy them to"):
+        _gone_on("own.zip")
+    venvs = _gone_on("own.zip", PLAIN)
+    assert not any(isinstance(venv, VecNormalize) for venv in venvs)
+    shutil.copytree(run / "CartPole-v1", "CartPole-v1")
+    assert _gone_on("own.zip")[0].obs_rms.count == pytest.approx(256 + AT_START, abs=0.001)
+
+
+@pytest.mark.parametrize("name", ["CartPole-v1.zip", "best_model.zip", "checkpoints/checkpoint_128.zip"])
+def test_a_model_of_normalised_environments_is_refused_in_others(name: str, run: Path) -> None:
+    with pytest.raises(ValueError, match=r"`normalize` must be set for .* Pass `-params normalize:True`"):
+        _gone_on(run / name, PLAIN)
+
+
+def test_a_model_of_plain_environments_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _train(tmp_path, PLAIN) == 0
+    monkeypatch.chdir(tmp_path)
+    for name in ("CartPole-v1.zip", "best_model.zip", "rl_model_128_steps.zip", "checkpoints/checkpoint_128.zip"):
+        assert not any(isinstance(venv, VecNormalize) for venv in _gone_on(RUN / name, PLAIN))
+
+
+def test_a_new_training_does_not_take_statistics_of_the_working_folder(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run)
+    training, _ = _gone_on("")
+    assert training.obs_rms.count < 1
+
+
+def test_returns_go_on_where_they_were(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = run / "checkpoints" / "checkpoint_128.zip"
+    assert _train(Path.cwd(), SETTINGS, "-i", str(model), "-n", "64") == 0
+    ended = VecNormalize.load(
+        str(RUN.with_name("CartPole-v1_2") / "CartPole-v1" / "vecnormalize.pkl"), make_vec_env("CartPole-v1")
+    )
+    assert ended.obs_rms.count == pytest.approx(128 + 64 + 2 * AT_START, abs=0.001)
