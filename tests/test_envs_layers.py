@@ -118,6 +118,32 @@ class Passing(VecEnvWrapper):
         return self.venv.step_wait()
 
 
+class WithoutInit(VecEnvWrapper):
+    """As SuperSuit's: calls no constructor of SB3, and finds no attributes inside."""
+
+    def __init__(self, simulator: Any) -> None:
+        self.venv, self.num_envs, self.render_mode = simulator, simulator.num_envs, None
+        self.observation_space, self.action_space = simulator.observation_space, simulator.action_space
+
+    def reset(self, seed: int | None = None, options: Any = None) -> Any:
+        return self.venv.reset()
+
+    def step_wait(self) -> Any:
+        return self.venv.step_wait()
+
+    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> Any:
+        return [False] * self.num_envs
+
+    def getattr_recursive(self, name: str) -> Any:
+        raise AttributeError(name)
+
+    def getattr_depth_check(self, name: str, already_found: bool) -> Any:
+        return None
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> Any:
+        raise AttributeError(attr_name)
+
+
 class ToTensors(Adapter):
     """Gives what lies on a device, in a form of its own."""
 
@@ -239,6 +265,7 @@ INNER: dict[str, Callable[[], VecEnv]] = {
     "headless": lambda: Headless(Simulator()),
     "gymnasium": gymnasium_vector,
     "envpool": envpool_vector,
+    "no constructor": lambda: WithoutInit(Slotted()),
     "no dict": lambda: VecMonitor(Slotted()),
 }
 OUTER: dict[str, Callable[[VecEnv], VecEnv]] = {
@@ -278,6 +305,7 @@ def test_they_are_evaluated(cls: type[EvalCallback], inner: str) -> None:
         ("headless", ["Environments of test_envs_layers.Headless"]),
         ("gymnasium", ["OfVectors does not tell", "Environments of gymnasium.vector.sync_vector_env.SyncVectorEnv"]),
         ("envpool", ["OfVectors does not tell", "PendulumGymnasiumEnvPool begin new episodes"]),
+        ("no constructor", ["WithoutInit does not tell", "Environments of test_envs_layers.Slotted"]),
         ("no dict", ["Environments of test_envs_layers.Slotted"]),
     ],
 )
