@@ -146,6 +146,12 @@ def _check_entries(name: str, size: int, entries: list[zipfile.ZipInfo]) -> None
             raise ValueError(f"{what} must not be encrypted. Pack it anew without a password.")
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(f"{what} must be stored or deflated, got method {entry.compress_type}. Pack it anew.")
+        # torch seeks in entries: on Python 3.12 that raises EOFError where the two differ.
+        if entry.compress_type == zipfile.ZIP_STORED and entry.compress_size != entry.file_size:
+            raise ValueError(
+                f"{name} is damaged or cut short: {entry.filename!r} has {entry.file_size} bytes, stored in "
+                f"{entry.compress_size}. Save it again, or fetch another copy."
+            )
     total = sum(entry.file_size for entry in entries)
     if total > max(SMALL, MAX_EXPANSION * size):
         raise ValueError(

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -402,6 +403,17 @@ class TestDamage:
             outcomes.add(outcome(bytes(damaged), expected).split(": ")[0])
         assert "loaded" in outcomes  # dates, versions and the like
         assert "the file is damaged or cut short" in outcomes
+
+    @pytest.mark.parametrize("entry", ["data", "policy.pth"])
+    @pytest.mark.parametrize("change", [-1, 1, 2**20])
+    def test_entries_stored_in_another_number_of_bytes(self, entry: str, change: int, model_path: Path) -> None:
+        content = bytearray(model_path.read_bytes())
+        # The name is last in the list of entries, 46 bytes after the start of its record.
+        place = content.rindex(entry.encode()) - 46 + 20
+        (size,) = struct.unpack_from("<I", content, place)
+        struct.pack_into("<I", content, place, size + change)
+        with pytest.raises(ValueError, match=f"is damaged or cut short: '{entry}' has {size} bytes, stored in"):
+            load(io.BytesIO(bytes(content)))
 
     def test_damage_below_the_checksums(self, model_path: Path) -> None:
         expected, entries = load(model_path), entries_of(model_path)
