@@ -13,6 +13,7 @@ import rl_zoo3.import_envs  # registers the environments of optional packages
 import yaml
 
 from sb3_clipvf import ClipPPO
+from sb3_clipvf.bench import curves, learning
 from sb3_clipvf.zoo import commands as zoo
 from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager, check_hyperparams
 
@@ -66,6 +67,24 @@ def test_each_value_that_is_not_the_default_names_its_source() -> None:
 def _overrides_merged(entry: str) -> bool:
     block = re.search(rf"^{re.escape(entry)}:.*\n((?:  .*\n?)*)", TEXT, re.MULTILINE)
     return block is not None and "<<:" in block[1]
+
+
+# The tables of docs/results/learning.md and curves.md, whatever ClipPPO's defaults are.
+MEASURED = {
+    "CartPole-v1": ("lin_0.2", 1.0),
+    "MountainCarContinuous-v0": ("lin_0.2", 1.0),
+    "Pendulum-v1": (0.2, None),
+    "Acrobot-v1": ("lin_0.2", 1.0),
+    "LunarLander-v3": ("lin_0.2", 1.0),
+    "BipedalWalker-v3": (0.18, 1.0),
+    "HalfCheetah-v5": (0.1, 1.0),
+}
+
+
+def test_the_tables_were_measured_with_these_settings() -> None:
+    names = ("clip_range", "clip_range_vf")
+    assert {entry: tuple({**DEFAULTS, **SETTINGS[entry]}[name] for name in names) for entry in MEASURED} == MEASURED
+    assert {row.env_id for row in (*learning.ROWS, *curves.ROWS)} == set(MEASURED)
 
 
 def test_minibatches_fit_the_rollout() -> None:
