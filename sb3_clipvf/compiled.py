@@ -25,40 +25,41 @@ strict = cast(Compile, njit(**_COMMON))
 """Each operation as written, as NumPy does it."""
 
 
-class _Library(JITCodeLibrary):  # type: ignore[misc]
+class _Library(JITCodeLibrary):
     """
-    Machine code in which a function calls its own copies of the functions that it calls.
+    Machine code that calls its own copies of the functions linked into it.
 
-    numba links these into the module of their caller, optimises all of it again, and leaves them as weak symbols. Of
-    equal weak symbols the linker keeps the first in the process: in one that compiles, each function as it was
-    optimised by itself; in one that reads from disk, the copy in whichever caller was read first. They differ in
-    rounding. Internal symbols stay as they are.
+    numba links the functions that a function calls into its module, optimises them again there, and leaves them as weak
+    symbols. The linker keeps the first weak symbol of a name in a process. Where kernels are compiled, that is each
+    called function as optimised alone; where they are read from disk, the copy in the caller that was read first.
+    These copies round differently. Internal symbols are not replaced.
 
-    Made for numba 0.61 to 0.68, whose ``_get_module_for_linking`` makes them weak.
+    Made for numba 0.61 to 0.68, where ``CPUCodeLibrary._get_module_for_linking`` makes the symbols weak.
     """
 
     def _finalize_final_module(self) -> None:
         for function in self._final_module.functions:
             if function.linkage == Linkage.linkonce_odr:
                 function.linkage = Linkage.internal
-        super()._finalize_final_module()
+        super()._finalize_final_module()  # type: ignore[no-untyped-call]
 
 
-class _Compiler(Compiler):  # type: ignore[misc]
-    """Numba's compiler, which puts the code into a :class:`_Library`."""
+class _Compiler(Compiler):
+    """numba's compiler with the code in a :class:`_Library`."""
 
     def define_pipelines(self) -> Any:
-        self.state.library = _Library(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
+        codegen, name = self.state.targetctx.codegen(), self.state.func_id.func_qualname
+        self.state.library = _Library(codegen, name)  # type: ignore[no-untyped-call]
         self.state.library.enable_object_caching()
-        return super().define_pipelines()
+        return super().define_pipelines()  # type: ignore[no-untyped-call]
 
 
 def cached(*signatures: Any) -> Compile:
     """
     Compile a function that Python calls, and keep the result on disk, beside the package or in the user's cache folder.
 
-    Where no such folder can be written to, it is compiled anew in each process. Its results are the same, to the last
-    bit, whether it was compiled or read from disk.
+    Where no such folder can be written to, each process compiles it. Its results are the same bits, whether it was
+    compiled in this process or read from disk, and whatever else was.
 
     :param signatures: Numba's types of its arguments and its result, compiled at once; none: compiled when called.
     :return: A decorator.

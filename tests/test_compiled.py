@@ -1,15 +1,21 @@
 """Tests of how functions are compiled and kept."""
 
+import json
 import logging
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import kernel_cases
 import numba
+import numpy as np
 import pytest
 
 from sb3_clipvf import compiled
+from sb3_clipvf.engines.kernels.losses import NOT_CLIPPED, value_loss
 
 
 def test_without_a_writable_folder_it_says_so_and_works(
@@ -68,3 +74,54 @@ def test_a_change_of_any_kernel_is_noticed(tmp_path: Path) -> None:
     assert changed != source
     rollout.write_text(changed)
     assert run() == ["7.0", "0"]
+
+
+def test_called_functions_are_not_shared_with_other_kept_functions(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The linker would take the copy of whichever function was there first, which may be rounded in another way."""
+
+    def caller(x: np.ndarray) -> float:
+        return value_loss(x, x, x, NOT_CLIPPED, 0.1, 0.5, x)[0]
+
+    def linkages(function: Any) -> set[str]:
+        assert function(np.ones(3, np.float32)) == 0
+        code = function.inspect_llvm(function.signatures[0])
+        return set(re.findall(r"^define (?:(linkonce_odr|internal) )?.*value_loss", code, re.MULTILINE))
+
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    # Where this fails, numba makes no weak symbols any more, and `cached` can do without a library of its own.
+    assert linkages(compiled.fast(caller)) == {"linkonce_odr"}
+    assert linkages(compiled.cached()(caller)) == {"internal"}
+
+
+def trained(cache: Path, *engines: str) -> dict[str, str]:
+    """What all trainings end with in a process of their own, whose kernels are kept in this folder."""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", kernel_cases.__file__, *engines],
+        env={**os.environ, "NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": str(Path(__file__).parents[1])},
+        stdout=subprocess.PIPE,
+        check=True,
+        timeout=600,
+    )
+    return dict(json.loads(result.stdout.splitlines()[-1]))
+
+
+@pytest.mark.slow
+def test_compiled_and_kept_kernels_train_the_same_weights(tmp_path: Path) -> None:
+    """In the process that compiles them, in one that reads them, and in one that lacks some of them."""
+
+    def kept() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb?")}
+
+    by_compiled = trained(tmp_path, "native", "lean")
+    of_first = kept()
+    assert of_first
+    assert trained(tmp_path, "lean", "native") == by_compiled
+    assert kept() == of_first
+    # As a first run leaves them that was interrupted, or whose policy did not need them.
+    missing = [path for path in of_first if "loss_gradients" in path.name]
+    for path in missing:
+        path.unlink()
+    assert trained(tmp_path, "native", "lean") == by_compiled
+    assert {path for path, time in kept().items() if of_first[path] != time} == set(missing)

@@ -18,8 +18,8 @@ from typing import Any
 import gymnasium as gym
 import pytest
 import torch as th
+from kernel_cases import Doubling
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from sb3_clipvf import ClipPPO
@@ -28,13 +28,6 @@ from sb3_clipvf.envs import FastDummyVecEnv, FastVecNormalize, as_vec_env
 HAS_ENVPOOL = importlib.util.find_spec("envpool") is not None
 STEPS = 384
 """Three updates of two environments; where there may be two threads, the native engine tries both in turn."""
-
-
-class Doubling(FlattenExtractor):
-    """Networks that the native engine does not run."""
-
-    def forward(self, observations: th.Tensor) -> th.Tensor:
-        return 2.0 * super().forward(observations)
 
 
 def train(env: VecEnv, seed: int = 4, n_threads: int = 1, **kwargs: Any) -> ClipPPO:
