@@ -26,6 +26,7 @@ from sb3_clipvf.zoo.experiment import ZOO_KEYS, constructor_keys
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 # results/ is written by the benchmark, and the build is HTML.
 PAGES = sorted(page.relative_to(DOCS).as_posix() for page in [*DOCS.glob("*.md"), *DOCS.glob("api/*.md")])
+PAGES.append("../README.md")
 # Enough for two rollouts of the examples: what they show happens, but nothing is learned.
 MAX_STEPS = 300
 

@@ -12,6 +12,9 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+import yaml
+
+import sb3_clipvf
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = "sb3_clipvf/hyperparams/clipppo.yml"
@@ -63,9 +66,15 @@ def test_the_settings_are_a_file_of_the_wheel(source: Path, tmp_path: Path) -> N
     with ZipFile(build("wheel", source, tmp_path / "wheel")) as wheel:
         names = wheel.namelist()
         assert wheel.read(SETTINGS) == (ROOT / "hyperparams" / "clipppo.yml").read_bytes()
+        (metadata,) = (wheel.read(name).decode() for name in names if name.endswith("/METADATA"))
     assert "sb3_clipvf/py.typed" in names
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sb3_clipvf").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
+    # A package index has no files beside the description.
+    assert "# sb3_clipvf\n" in metadata
+    links = re.findall(r"\]\(([^)]*)\)", metadata)
+    assert links and all(link.startswith("https://") for link in links)
+    assert "![" not in metadata
 
 
 def test_a_source_distribution_builds_the_same_wheel(source: Path, tmp_path: Path) -> None:
@@ -87,3 +96,15 @@ def test_each_extra_is_asked_for_by_name_where_it_is_missed() -> None:
     assert set(re.findall(r"'sb3_clipvf\[(\w+)\]'", code)) == set(extras) - {"dev"}
     table = (ROOT / "docs" / "quickstart.md").read_text().partition("| extra |")[2].partition("\n\n")[0]
     assert set(re.findall(r"`(\w+)`", table)) == set(extras)
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert (citation["version"], citation["license"]) == (sb3_clipvf.__version__, "MIT")
+
+
+@pytest.mark.parametrize("page", ["README.md", "SECURITY.md", "CONTRIBUTING.md"])
+def test_links_to_files_lead_somewhere(page: str) -> None:
+    links = re.findall(r"\]\((?!https://|#)([^)#]*)", (ROOT / page).read_text())
+    assert [link for link in links if not (ROOT / link).exists()] == []
