@@ -190,6 +190,7 @@ def make_env(run: Run, n_envs: int, seed: int, render_mode: str | None = None) -
 
     from sb3_clipvf.zoo.files import checked_files
     from sb3_clipvf.zoo.models import complete_settings
+    from sb3_clipvf.zoo.statistics import own_statistics_loaded
 
     arguments = read_arguments(run)
     import_packages(arguments.get("gym_packages"), str(run.settings_folder / "args.yml"))
@@ -200,8 +201,12 @@ def make_env(run: Run, n_envs: int, seed: int, render_mode: str | None = None) -
     env_kwargs.pop("render_mode", None)
     if render_mode is not None:
         env_kwargs["render_mode"] = render_mode
-    # It tells of statistics and frame stack for every environment.
-    with checked_files(), contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(checked_files())
+        if hyperparams["normalize"]:
+            stats_path = stack.enter_context(own_statistics_loaded(run.model_path, stats_path))
+        # It tells of statistics and frame stack for every environment.
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         return create_test_env(
             run.env_id,
             n_envs=n_envs,

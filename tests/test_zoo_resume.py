@@ -390,7 +390,7 @@ def test_modules_beside_the_run_are_not_imported(
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ("--checkpoint-freq many", "`--checkpoint-freq` must be a whole number of environment steps, got 'many'"),
+        ("--checkpoint-freq many", "`--checkpoint-freq` must be a whole number, got 'many'. It counts"),
         ("--checkpoint-freq 100 --algo ppo", "`--checkpoint-freq` must be left out with --algo ppo"),
         ("--checkpoint-freq 100 -optimize", "must be left out with a search of hyperparameters"),
     ],

@@ -11,6 +11,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_clipvf import ClipPPO
+from sb3_clipvf.runs import find_run, make_env
 from sb3_clipvf.zoo import main
 from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
 
@@ -135,6 +136,14 @@ def test_a_new_training_does_not_take_statistics_of_the_working_folder(
     monkeypatch.chdir(run)
     training, _ = _gone_on("")
     assert training.obs_rms.count < 1
+
+
+@pytest.mark.parametrize(("load_best", "steps"), [(True, 192), (False, 256)])
+def test_evaluations_in_python_take_the_models_own_statistics(load_best: bool, steps: int, run: Path) -> None:
+    venv: Any = make_env(find_run("logs", "CartPole-v1", load_best=load_best), 1, seed=0)
+    assert venv.obs_rms.count == pytest.approx(steps + AT_START, abs=0.001)
+    assert (venv.training, venv.norm_reward) == (False, False)
+    venv.close()
 
 
 def test_returns_go_on_where_they_were(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

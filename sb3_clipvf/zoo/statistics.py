@@ -2,13 +2,17 @@
 
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_clipvf.callbacks import BEST_MODEL, STATISTICS_ENTRY
 from sb3_clipvf.checkpoint.resume import has_statistics, load_statistics
+from sb3_clipvf.safe_files import load_vec_normalize
 from sb3_clipvf.safe_zip import entries_of, read_bytes
+from sb3_clipvf.zoo.files import replaced
 
 STATISTICS = "vecnormalize.pkl"
 """The RL Zoo's file of a run's last statistics."""
@@ -40,7 +44,25 @@ def own_statistics(path: Path, venv: VecEnv) -> VecNormalize:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, STATISTICS)
         copy.write_bytes(dict(entries_of(*read_bytes(path, "zip")))[STATISTICS_ENTRY])
-        return VecNormalize.load(str(copy), venv)
+        return load_vec_normalize(str(copy), venv)
+
+
+@contextmanager
+def own_statistics_loaded(model: Path, stats_path: str | None) -> Iterator[str | None]:
+    """
+    Have ``VecNormalize.load`` give the statistics of a model's file meanwhile, where it holds some.
+
+    :param model: Zip file.
+    :param stats_path: Folder of the run's last statistics, or None.
+    :return: Context manager with the folder that the RL Zoo shall load statistics from.
+    """
+    if stats_path is None or not has_own_statistics(model):
+        yield stats_path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, STATISTICS).touch()  # the RL Zoo asks whether there is a file
+        with replaced(VecNormalize, "load", staticmethod(lambda load_path, venv: own_statistics(model, venv))):
+            yield folder
 
 
 def load(path: Path, venv: VecEnv) -> VecNormalize:
