@@ -92,13 +92,13 @@ def warn_of_early_end(
     model._warned_of_early_end = True
     if total_timesteps <= rollout:
         values = " and ".join(f"`{name}` is {schedule(0.0):.3g}" for name, schedule in annealed.items())
-        what = f"learn() collects one rollout: {values} in its only update"
+        what = f"collects one rollout: {values} in its only update"
     else:
         values = ", ".join(
             f"`{name}` is {schedule(first):.3g} in its first update and {schedule(0.0):.3g} in its last"
             for name, schedule in annealed.items()
         )
-        what = f"learn() trains at the end of its schedules: {values}"
+        what = f"is at the end of its schedules: {values}"
     constants = {name: f"{schedule(1.0):.3g}" for name, schedule in annealed.items()}
     if on_command_line:
         params = " ".join(f"{name}:{value}" for name, value in constants.items())
@@ -109,7 +109,8 @@ def warn_of_early_end(
             "Where training runs over several calls, pass schedule_timesteps=<all of its steps> to the first one and "
             f"reset_num_timesteps=False to the others. Or train at constant values: {arguments}."
         )
-    log.warning("%s, since schedules end with each call, as in SB3. %s", what, way_out)
+    training = "The training" if on_command_line else "learn()"
+    log.warning("%s %s, since schedules end with it, as in SB3. %s", training, what, way_out)
 
 
 def _annealed(model: "ClipPPO") -> dict[str, Schedule]:

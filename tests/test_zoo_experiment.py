@@ -105,8 +105,8 @@ def test_a_training_of_one_rollout_says_what_to_do_on_the_command_line(
     assert result is not None
     manager.learn(result[0])
     assert [record.getMessage() for record in caplog.records if "rollout" in record.getMessage()] == [
-        "learn() collects one rollout: `learning_rate` is 0 and `clip_range` is 0 in its only update, since schedules "
-        "end with each call, as in SB3. Train for more rollouts of 8 steps (`-n`), or at constant values: "
+        "The training collects one rollout: `learning_rate` is 0 and `clip_range` is 0 in its only update, since "
+        "schedules end with it, as in SB3. Train for more rollouts of 8 steps (`-n`), or at constant values: "
         "`-params learning_rate:0.001 clip_range:0.2`."
     ]
 
