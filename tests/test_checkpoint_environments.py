@@ -129,6 +129,51 @@ def test_unknown_classes_are_named(make: Callable[[], gym.Env], named: str) -> N
     assert re.search(named, reason)
 
 
+class Robot(Walk):
+    """As some around a simulator: ``unwrapped``, ``spec`` and ``_np_random`` are not what Gymnasium means by them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spec, self._np_random = "robot.xml", np.random.RandomState(0)
+
+    @property
+    def unwrapped(self) -> Any:
+        return self._np_random
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        self._place, self._time = self._np_random.normal(size=2), 0
+        return self._observation(), {}
+
+    def step(self, action: Any) -> Any:
+        self._time += 1
+        self._place = np.clip(self._place + 0.3 * action + self._np_random.normal(0, 0.1, 2), -9, 9)
+        return self._observation(), -float(np.abs(self._place).sum()), False, self._time >= 23, {}
+
+
+class TellingRobot(Robot):
+    """The same, and it tells its state."""
+
+    def get_training_state(self) -> Any:
+        return {"place": self._place, "time": self._time, "drawn": self._np_random.get_state(legacy=False)}
+
+    def set_training_state(self, state: Any) -> None:
+        self._place, self._time = state["place"], state["time"]
+        self._np_random.set_state(state["drawn"])
+
+
+@pytest.mark.parametrize("cls", [Robot, TellingRobot])
+def test_attributes_that_mean_something_else_are_left_alone(cls: type[Robot], tmp_path: Path) -> None:
+    case = Case(lambda _: make_vec_env(cls, 2), policy="MultiInputPolicy")
+    checkpoint_cases.killed(case, tmp_path / "killed")
+    found = checkpoint_cases.resumed(case, tmp_path / "killed")
+    differences = newest_checkpoint(tmp_path / "killed" / "checkpoints").manifest.differences
+    if cls is TellingRobot:
+        assert differences == ()
+        assert found == checkpoint_cases.uninterrupted(case, tmp_path / "uninterrupted")
+    else:
+        assert "Robot does not tell its state" in differences[0]
+
+
 # ------------------------------------------------------------------ what differs, and what resets change about it
 
 

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
+from gymnasium.envs.registration import EnvSpec
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_clipvf.checkpoint.continued_files import continue_file, file_state
@@ -43,10 +45,10 @@ def environment_state(env: gym.Env[Any, Any]) -> dict[str, Any]:
         layers.append(state)
         if reason is not None:
             unknown.append(reason)
-    core = env.unwrapped
+    core = _core(env)
     return {
         "layers": layers,
-        "generator": generator_state(core._np_random),
+        "generator": generator_state(core._np_random) if _has_generator(core) else None,
         "seed": core._np_random_seed,
         "spaces": {name: space_states(getattr(core, name)) for name in _SPACES},
         "unknown": unknown,
@@ -60,8 +62,9 @@ def restore_environment(env: gym.Env[Any, Any], state: dict[str, Any]) -> None:
     :param env: Built as the one that was read, and reset once.
     :param state: From :func:`environment_state`.
     """
-    core = env.unwrapped
-    core._np_random = generator_from(state["generator"])
+    core = _core(env)
+    if _has_generator(core):
+        core._np_random = generator_from(state["generator"])
     core._np_random_seed = state["seed"]
     for name in _SPACES:
         set_space_states(getattr(core, name), state["spaces"][name])
@@ -88,8 +91,8 @@ def describe(env: gym.Env[Any, Any]) -> list[str]:
     """
     # Without modules: a script that resumes may have another name than the one that trained.
     names = [_SAME.get(type(layer).__qualname__, type(layer).__qualname__) for layer in _without_ours(env)]
-    spec = env.unwrapped.spec
-    return names if spec is None else [*names, spec.id]
+    spec = _core(env).spec
+    return [*names, spec.id] if isinstance(spec, EnvSpec) else names
 
 
 def _without_ours(env: gym.Env[Any, Any]) -> Iterator[gym.Env[Any, Any]]:
@@ -101,6 +104,16 @@ def _layers(env: gym.Env[Any, Any]) -> Iterator[gym.Env[Any, Any]]:
         yield env
         env = env.env
     yield env
+
+
+def _core(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
+    """Return the innermost environment, whose ``unwrapped`` may be a simulator."""
+    return list(_layers(env))[-1]
+
+
+def _has_generator(core: gym.Env[Any, Any]) -> bool:
+    """Return whether an environment's own generator is Gymnasium's, made already or not."""
+    return core._np_random is None or isinstance(core._np_random, np.random.Generator)
 
 
 def _layer_state(layer: gym.Env[Any, Any]) -> tuple[dict[str, Any], str | None]:
