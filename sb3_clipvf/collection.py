@@ -19,8 +19,9 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_clipvf.building import leave_out_kl
 from sb3_clipvf.engines import Acted, Engine
 from sb3_clipvf.engines.recognition import has_own_add
+from sb3_clipvf.envs.episode_ends import WAY_OUT, ended_unseen
 from sb3_clipvf.envs.shapes import StepCheck
-from sb3_clipvf.messages import show_messages
+from sb3_clipvf.messages import log, show_messages
 from sb3_clipvf.nonfinite import is_finite, observations_are_finite
 from sb3_clipvf.nonfinite_causes import Fault, act_error, act_fault, find_fault, observation_fault, reward_error
 from sb3_clipvf.rollout import fit_to_rollout, takes_dist_params
@@ -36,6 +37,8 @@ class RolloutCollector(OnPolicyAlgorithm):
     _engine: Engine | None = None
     # Where the training's TrainingCheckpoint writes, if there is one.
     _checkpoint_folder: os.PathLike[str] | None = None
+    # Until an episode is reported, or has ended unseen.
+    _may_lose_episodes = True
 
     @abstractmethod
     def _current_engine(self) -> Engine:
@@ -158,16 +161,33 @@ class RolloutCollector(OnPolicyAlgorithm):
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         self._checkpoint_folder = None  # a TrainingCheckpoint tells when the training starts
+        self._may_lose_episodes = True
         return super()._init_callback(callback, progress_bar)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_checkpoint_folder"]
+        return [*super()._excluded_save_params(), "_checkpoint_folder", "_may_lose_episodes"]
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
         # SB3 looks at each environment twice a step; only ends of episodes have something to tell.
         told = [index for index, info in enumerate(infos) if "episode" in info or "is_success" in info]
         if told:
             super()._update_info_buffer([infos[index] for index in told], None if dones is None else dones[told])
+        if self._may_lose_episodes and dones is not None and np.count_nonzero(dones):
+            self._look_for_lost_episodes(infos, dones)
+
+    def _look_for_lost_episodes(self, infos: list[dict[str, Any]], dones: np.ndarray) -> None:
+        """Warn once if episodes end outside of Monitor, until one is reported."""
+        for index in np.flatnonzero(dones).tolist():
+            unseen = None if "episode" in infos[index] else ended_unseen(cast(VecEnv, self.env), index)
+            self._may_lose_episodes = unseen is False
+            if unseen:
+                log.warning(
+                    "A wrapper outside of Monitor, such as TimeLimit, ends episodes that Monitor does not report: "
+                    "`rollout/ep_rew_mean` lacks them, and SB3's evaluate_policy would not end. %s",
+                    WAY_OUT,
+                )
+            if not self._may_lose_episodes:
+                return
 
 
 def _add(

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from gymnasium.wrappers import TimeLimit
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
@@ -20,6 +22,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from sb3_clipvf import ClipPPO, collection
 from sb3_clipvf.collection import bootstrap_truncated, copy_of, is_idle, to_env
 from sb3_clipvf.engines import Acted, AutogradEngine
+from sb3_clipvf.envs.episode_ends import EpisodeEnds
 from sb3_clipvf.policies import SquashedActorCriticPolicy
 from sb3_clipvf.rollout import TensorRolloutBuffer
 
@@ -566,3 +569,51 @@ class TestRolloutsWithoutTheOldDistribution:
         assert [record.message for record in caplog.records if "`train/kl` is omitted" in record.message] == [
             "The rollout holds no parameters of the old action distribution: `train/kl` is omitted."
         ]
+
+
+class TestLostEpisodes:
+    """Where a wrapper outside of Monitor ends episodes, one warning says so."""
+
+    @staticmethod
+    def warnings(make_env: Any, caplog: pytest.LogCaptureFixture, steps: int = 64) -> list[str]:
+        model = ClipPPO("MlpPolicy", DummyVecEnv([make_env] * 2), n_steps=16, batch_size=32, n_epochs=1, device="cpu")
+        model.learn(steps)
+        return [record.message for record in caplog.records if "outside of Monitor" in record.message]
+
+    def test_a_time_limit_outside_of_monitor_is_named_once(self, caplog: pytest.LogCaptureFixture) -> None:
+        (message,) = self.warnings(lambda: TimeLimit(Monitor(gym.make("Pendulum-v1")), 5), caplog)
+        assert "`rollout/ep_rew_mean` lacks them" in message
+        assert message.endswith("Put Monitor outside of that wrapper, or use VecMonitor in its place.")
+
+    @pytest.mark.parametrize(
+        "make_env",
+        [
+            lambda: Monitor(TimeLimit(gym.make("Pendulum-v1"), 5)),
+            lambda: EpisodeEnds(TimeLimit(Monitor(gym.make("Pendulum-v1")), 5)),
+            lambda: TimeLimit(gym.make("Pendulum-v1"), 5),
+            lambda: OneLife(Monitor(gym.make("Pendulum-v1"))),
+        ],
+    )
+    def test_nothing_is_said_of_others(self, make_env: Any, caplog: pytest.LogCaptureFixture) -> None:
+        assert not self.warnings(make_env, caplog)
+
+    def test_it_is_no_part_of_the_file(self, tmp_path: Path) -> None:
+        model = ClipPPO("MlpPolicy", "Pendulum-v1", n_steps=64, device="cpu")
+        model.learn(64)
+        assert "_may_lose_episodes" not in model._saved_attributes()
+
+
+class OneLife(gym.Wrapper[Any, Any, Any, Any]):
+    """Ends episodes as SB3's EpisodicLifeEnv does: the game goes on after the reset."""
+
+    begun = False
+
+    def reset(self, **kwargs: Any) -> Any:
+        if self.begun:
+            return self.env.step(self.action_space.sample())[0], {}
+        self.begun = True
+        return self.env.reset(**kwargs)
+
+    def step(self, action: Any) -> Any:
+        obs, reward, _, _, info = self.env.step(action)
+        return obs, reward, True, False, info

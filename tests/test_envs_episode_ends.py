@@ -10,12 +10,12 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import RecordEpisodeStatistics, TimeLimit
 from stable_baselines3.common.atari_wrappers import EpisodicLifeEnv
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_clipvf.checkpoint import ResumableEnv
 from sb3_clipvf.checkpoint.environments import describe_vec_env, restore_vec_env, vec_env_state
 from sb3_clipvf.envs import FastDummyVecEnv, as_vec_env
-from sb3_clipvf.envs.episode_ends import EpisodeEnds
+from sb3_clipvf.envs.episode_ends import EpisodeEnds, ended_unseen
 
 
 class Walk(gym.Env[Any, Any]):
@@ -50,6 +50,14 @@ class Scaled(gym.RewardWrapper[Any, Any]):
 
     def reward(self, reward: Any) -> Any:
         return 10.0 * reward
+
+
+class Stepping(gym.Wrapper[Any, Any, Any, Any]):
+    """Takes a step in each reset."""
+
+    def reset(self, **kwargs: Any) -> Any:
+        self.env.reset(**kwargs)
+        return self.env.step(0)[0], {}
 
 
 class OwnInfo(gym.Wrapper[Any, Any, Any, Any]):
@@ -142,6 +150,33 @@ def test_an_end_whose_info_was_lost_is_reported() -> None:
 )
 def test_what_is_not_monitored_or_reported_already_stays_as_it_is(env: Any) -> None:
     assert episodes(FastDummyVecEnv([lambda: EpisodeEnds(env())]), 11) == episodes(FastDummyVecEnv([env]), 11)
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        (lambda: TimeLimit(Monitor(Walk()), 5), True),
+        (lambda: Stepping(TimeLimit(Monitor(Walk()), 5)), True),
+        (lambda: TimeLimit(EpisodicLifeEnv(Monitor(Walk())), 5), False),
+        (lambda: TimeLimit(Walk(), 5), None),
+    ],
+)
+@pytest.mark.parametrize("wrap", [lambda venv: venv, VecNormalize])
+def test_ends_that_are_not_reported_are_told_from_lives(wrap: Any, env: Any, expected: bool | None) -> None:
+    venv = wrap(FastDummyVecEnv([Walk, env]))
+    venv.reset()
+    length = 0
+    done = False
+    while not done:
+        done = venv.step(np.zeros(2, np.int64))[2][1]
+        length += 1
+    assert ended_unseen(venv, 1, length) is expected
+
+
+def test_environments_that_cannot_be_asked_say_nothing() -> None:
+    venv = as_vec_env(gym.make_vec("CartPole-v1", 2))
+    venv.reset()
+    assert ended_unseen(venv, 0) is None
 
 
 def test_checkpoints_do_not_mind_it() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from gymnasium.wrappers import TimeLimit
 from stable_baselines3.common.callbacks import (
     BaseCallback,
     EvalCallback,
@@ -22,7 +23,7 @@ from stable_baselines3.common.callbacks import (
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
 
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.callbacks import IsolatedEvalCallback
@@ -185,6 +186,18 @@ def test_statistics_are_frozen_and_rewards_are_not_normalized() -> None:
     assert len(counts) == 192 // 13
     assert all(mine == theirs for mine, theirs in counts)
     assert (callback.eval_env.training, callback.eval_env.norm_reward) == (True, True)
+
+
+@pytest.mark.parametrize("wrap", [lambda env: env, VecNormalize])
+def test_episodes_that_end_outside_of_monitor_are_refused(wrap: Any) -> None:
+    def make() -> Any:
+        return wrap(make_vec_env(Short, 2, wrapper_class=lambda env: TimeLimit(env, 4)))  # type: ignore[arg-type]
+
+    with pytest.raises(ValueError, match=r"`eval_env` must report .* outside of Monitor ended after 4 steps.* Put Mon"):
+        trained(lambda: wrap(make_vec_env(Short)), evaluation(make))
+    callback = evaluation(lambda: wrap(VecMonitor(DummyVecEnv([lambda: TimeLimit(Short(), 4)]))))
+    trained(lambda: wrap(VecMonitor(DummyVecEnv([Short]))), callback)
+    assert callback.last_mean_reward == 12.0
 
 
 def test_environments_of_the_training_are_refused() -> None:

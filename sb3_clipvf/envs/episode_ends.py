@@ -6,6 +6,28 @@ from typing import Any
 import gymnasium as gym
 from stable_baselines3.common.env_util import unwrap_wrapper
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import VecEnv
+
+WAY_OUT = "Put Monitor outside of that wrapper, or use VecMonitor in its place."
+
+
+def ended_unseen(venv: VecEnv, index: int, length: int = 1) -> bool | None:
+    """
+    Return whether a wrapper outside of ``Monitor`` has ended an episode.
+
+    :param venv: Environments, after a step that ended the episode without a report of it, and began the next one.
+    :param index: Which environment.
+    :param length: Steps of the episode, as far as they are known.
+    :return: False: ``Monitor`` still counts the same episode, as after the loss of a life. None: there is no
+        ``Monitor``, or the environments cannot be asked.
+    """
+    try:
+        if not venv.env_is_wrapped(Monitor, [index])[0]:
+            return None
+        rewards = venv.get_attr("rewards", [index])[0]
+    except Exception:  # of any class of environments; a look must not end the training
+        return None
+    return isinstance(rewards, list) and len(rewards) < length
 
 
 class EpisodeEnds(gym.Wrapper[Any, Any, Any, Any]):
