@@ -21,7 +21,8 @@ from stable_baselines3.common.logger import configure
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.schedules import make_schedule
 from sb3_clipvf.zoo import COMMANDS
-from sb3_clipvf.zoo.experiment import ZOO_KEYS, constructor_keys
+from sb3_clipvf.zoo.entries import ZOO_KEYS
+from sb3_clipvf.zoo.experiment import constructor_keys
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 # results/ is written by the benchmark, and the build is HTML.
