@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -25,7 +24,6 @@ from stable_baselines3.common.distributions import TanhBijector
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
-from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.distributions import dist_param_dim, dist_params
@@ -906,33 +904,3 @@ class TestTraining:
             weights.append(model.policy.state_dict())
         for name, tensor in weights[0].items():
             assert th.equal(tensor, weights[1][name]), name
-
-
-class Wave(gym.Env[Any, Any]):
-    """Shows one number, as a scalar or as a vector of one."""
-
-    action_space = BOX
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.observation_space = spaces.Box(-1.0, 1.0, shape, np.float32)
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
-        self.t = 0
-        return self._show(), {}
-
-    def step(self, action: Any) -> Any:
-        self.t += 1
-        return self._show(), float(action[0]), False, self.t == 7, {}
-
-    def _show(self) -> np.ndarray:
-        return np.full(self.observation_space.shape, np.sin(self.t), np.float32)
-
-
-def test_a_scalar_observation_is_a_row_of_one_number() -> None:
-    weights = []
-    for shape in ((), (1,)):
-        env = DummyVecEnv([partial(Wave, shape)] * 4)
-        model = ClipPPO("MlpPolicy", env, engine="native", n_steps=16, batch_size=16, seed=0, device="cpu")
-        model.learn(192)
-        weights.append(th.nn.utils.parameters_to_vector(model.policy.parameters()))
-    th.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)

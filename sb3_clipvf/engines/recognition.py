@@ -47,10 +47,6 @@ DISTRIBUTIONS = (
 OPTIMIZERS = (th.optim.Adam, th.optim.AdamW)
 """Optimizers whose steps kernels know."""
 
-# torch changes these classes when the first object of each is made; what is kept must be what it leaves.
-for _optimizer in OPTIMIZERS:
-    _optimizer([nn.Parameter(th.zeros(1))])
-
 _CLASSES = (
     ActorCriticPolicy,
     sb3_layers.MlpExtractor,
@@ -241,10 +237,14 @@ def _comes_from_elsewhere(value: Any) -> bool:
 
 
 def _unwrapped(value: Any) -> Any:
-    # torch.compile() wraps functions of optimizers, for all models of the process.
-    while hasattr(value, "_torchdynamo_orig_callable"):
-        value = value._torchdynamo_orig_callable
-    return value
+    """The function in what torch itself puts around it: at the first optimizer, and for torch.compile()."""
+    while True:
+        if hasattr(value, "_torchdynamo_orig_callable"):
+            value = value._torchdynamo_orig_callable
+        elif getattr(value, "hooked", False) and not _comes_from_elsewhere(value):
+            value = value.__wrapped__
+        else:
+            return value
 
 
 class _Kept:
@@ -255,7 +255,7 @@ class _Kept:
         self._names = None if names is None else tuple(names)
         self._owner = owner
         self._is_class = names is None and isinstance(owner, type)
-        self.code = {name: value for name, value in self.now().items() if _is_code(name, value)}
+        self.code = {name: _unwrapped(value) for name, value in self.now().items() if _is_code(name, value)}
         # Replaced before this package was imported.
         self.foreign = [name for name, value in self.code.items() if _comes_from_elsewhere(value)]
 
