@@ -17,7 +17,7 @@ from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization, un
 from sb3_clipvf.checkpoint.atomic import atomic_write
 from sb3_clipvf.checkpoint.best_training import save_statistics
 from sb3_clipvf.checkpoint.random_states import global_states, set_global_states, set_space_states, space_states
-from sb3_clipvf.envs.episode_ends import WAY_OUT, ended_unseen
+from sb3_clipvf.envs.episode_ends import check_end
 from sb3_clipvf.envs.layers import stepped_objects
 from sb3_clipvf.messages import log
 from sb3_clipvf.safe_zip import SMALL, check_json, reason_of
@@ -139,19 +139,10 @@ class IsolatedEvalCallback(EvalCallback):
 
     def _log_success_callback(self, locals_: dict[str, Any], globals_: dict[str, Any]) -> None:
         info = locals_["info"]
-        if locals_["done"] and locals_["is_monitor_wrapped"] and "episode" not in info:
-            self._check_end(locals_["i"], int(locals_["current_lengths"][locals_["i"]]))
+        check_end(locals_, globals_, "eval_env")
         # Where `evaluate_policy` counts an episode.
         if locals_["done"] and (not locals_["is_monitor_wrapped"] or "episode" in info):
             self._is_success_buffer.append(info.get("is_success"))
-
-    def _check_end(self, index: int, length: int) -> None:
-        """Refuse an end that is never reported: `evaluate_policy` would wait for the report without end."""
-        if ended_unseen(self.eval_env, index, length):
-            raise ValueError(
-                "`eval_env` must report the end of each episode, got one that a wrapper outside of Monitor ended after "
-                f"{length} steps, as TimeLimit does. {WAY_OUT}"
-            )
 
     # ------------------------------------------------------------------ what is told of it
 

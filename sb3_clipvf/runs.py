@@ -263,19 +263,24 @@ def evaluate_run(
     :param deterministic: take the most probable action; None: the Zoo's rule
     :param device: where the policy runs
     :return: the episodes
-    :raises ValueError: where ``n_episodes`` or ``n_envs`` is below 1, or the run lacks its VecNormalize statistics
+    :raises ValueError: where ``n_episodes`` or ``n_envs`` is below 1, the run lacks its VecNormalize statistics, or a
+        ``vec_env_wrapper`` ends episodes
     """
     n_episodes = check_int("n_episodes", n_episodes, 1, "Pass a positive number.")
     n_envs = check_int("n_envs", n_envs, 1, "Pass a positive number.")
     register_all()
     from stable_baselines3.common.evaluation import evaluate_policy
 
+    from sb3_clipvf.envs.episode_ends import check_end
+
     model = load_model(run, seed, device)
     env = make_env(run, min(n_envs, n_episodes), seed)
     if deterministic is None:
         deterministic = is_deterministic_by_default(run.env_id)
     try:
-        returns, lengths = evaluate_policy(model, env, n_episodes, deterministic, return_episode_rewards=True)
+        returns, lengths = evaluate_policy(
+            model, env, n_episodes, deterministic, callback=check_end, return_episode_rewards=True
+        )
     finally:
         env.close()
     return Evaluation(

@@ -3,13 +3,14 @@
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import yaml
 from stable_baselines3 import DQN
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecNormalize
 
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.runs import (
@@ -204,6 +205,28 @@ def test_evaluation_repeats_with_its_seed_and_samples_when_asked(logs: Path) -> 
     sampled = evaluate_run(run, 3, n_envs=2, seed=1, deterministic=False, device="cpu")
     assert not sampled.deterministic
     assert sampled.returns != first.returns
+
+
+class EndsAll(VecEnvWrapper):
+    """Ends all episodes after five steps."""
+
+    def reset(self) -> Any:
+        self.count = 0
+        return self.venv.reset()
+
+    def step_wait(self) -> Any:
+        obs, rewards, dones, infos = self.venv.step_wait()
+        self.count += 1
+        return (self.reset(), rewards, np.ones_like(dones), infos) if self.count == 5 else (obs, rewards, dones, infos)
+
+
+def test_an_evaluation_whose_episodes_are_not_reported_is_refused(logs: Path, tmp_path: Path) -> None:
+    shutil.copytree(logs, tmp_path / "logs")
+    run = find_run(tmp_path / "logs", "Pendulum-v1")
+    settings = {**read_hyperparams(run), "vec_env_wrapper": "test_runs.EndsAll"}
+    (run.settings_folder / "config.yml").write_text(yaml.dump(settings))
+    with pytest.raises(ValueError, match="must report the end of each episode, .* outside of Monitor ended after 5 st"):
+        evaluate_run(run, 2, device="cpu")
 
 
 def test_mean_and_std_are_over_the_episodes() -> None:

@@ -208,14 +208,25 @@ def test_an_earlier_checkpoint_can_be_named(
     assert _ended(tmp_path) == expected
 
 
-@pytest.mark.parametrize("vec_env", ["dummy", "gymnasium"])
-def test_the_environments_are_those_of_the_run(vec_env: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("vec_env", "settings"),
+    [
+        ("dummy", {}),
+        ("gymnasium", {}),
+        ("dummy", {"env_wrapper": {"gymnasium.wrappers.TimeLimit": {"max_episode_steps": 9}}}),
+        ("gymnasium", {"env_wrapper": {"gymnasium.wrappers.TimeLimit": {"max_episode_steps": 9}}}),
+    ],
+)
+def test_the_environments_are_those_of_the_run(
+    vec_env: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # As if episodes were too many to be in the checkpoint.
     monkeypatch.setattr("sb3_clipvf.checkpoint.continued_files.LARGEST_FILE", 0)
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):
         folder.mkdir()
-        assert _train(folder, "--vec-env", vec_env, "--eval-freq", "-1", settings={"n_timesteps": 320}) == 0
+        options = ("--vec-env", vec_env, "--eval-freq", "-1")
+        assert _train(folder, *options, settings={**settings, "n_timesteps": 320}) == 0
     os.chdir(second)
     (RUN / "CartPole-v1.zip").unlink()
     assert resume(RUN / "checkpoints" / "checkpoint_256.zip") == 0

@@ -30,6 +30,25 @@ def ended_unseen(venv: VecEnv, index: int, length: int = 1) -> bool | None:
     return isinstance(rewards, list) and len(rewards) < length
 
 
+def check_end(locals_: dict[str, Any], globals_: dict[str, Any], name: str = "env") -> None:
+    """
+    Refuse an end that is never reported, as callback of SB3's ``evaluate_policy``, which would wait for the report.
+
+    :param locals_: Local variables of ``evaluate_policy``, after a step of one environment.
+    :param globals_: Its global ones.
+    :param name: Argument that holds the environments, for messages.
+    :raises ValueError: If a wrapper outside of ``Monitor`` has ended an episode.
+    """
+    if not locals_["done"] or not locals_["is_monitor_wrapped"] or "episode" in locals_["info"]:
+        return
+    length = int(locals_["current_lengths"][locals_["i"]])
+    if ended_unseen(locals_["env"], locals_["i"], length):
+        raise ValueError(
+            f"`{name}` must report the end of each episode, got one that a wrapper outside of Monitor ended after "
+            f"{length} steps, as TimeLimit does. {WAY_OUT}"
+        )
+
+
 class EpisodeEnds(gym.Wrapper[Any, Any, Any, Any]):
     """
     Report the episodes that a wrapper around ``Monitor`` ends, such as ``TimeLimit`` in ``env_wrapper`` of the RL Zoo.
