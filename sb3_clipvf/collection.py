@@ -123,6 +123,22 @@ class RolloutCollector(OnPolicyAlgorithm):
         engine.begin_rollout(rollout_buffer)
         return engine
 
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        if self._engine is not None:
+            self._engine.compile_seconds = 0.0  # before the clock starts
+        return super()._setup_learn(*args, **kwargs)
+
+    def dump_logs(self, iteration: int = 0) -> None:
+        """
+        Log the training's progress; ``time/fps`` and ``time/time_elapsed`` count no compilation of kernels.
+
+        :param iteration: Number of rollouts of this call of ``learn``.
+        """
+        if self._engine is not None:
+            self.start_time += int(self._engine.compile_seconds * 1e9)
+            self._engine.compile_seconds = 0.0
+        super().dump_logs(iteration)
+
     def _renew_noise(self, n_envs: int, n_steps: int) -> None:
         if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
             self.policy.reset_noise(n_envs)

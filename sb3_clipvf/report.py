@@ -312,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout.write(f"{run.env_id}, {run.algo}, {run.folder}: {args.episodes} episodes ...\n")
     sys.stdout.flush()  # the evaluation may take long
     evaluation = evaluate_run(run, args.episodes, args.n_envs, args.seed, args.deterministic, args.device)
-    curve = read_training_curve(run.folder, evaluation.num_timesteps)
+    curve = read_training_curve(run.folder, evaluation.num_timesteps, evaluation.started)
     _say_numbers(run, curve, evaluation)
 
     figure_path, numbers_path = run.folder / "learning_curve.png", run.folder / "report.json"

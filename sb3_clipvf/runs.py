@@ -60,6 +60,8 @@ class Evaluation:
     :param deterministic: whether actions were the most probable ones, or sampled
     :param num_timesteps: environment steps of the training that made the model
     :param seed: seed of the environments
+    :param started: when that training started (s since 1970), later by what the compilation of kernels took; None where
+        it was resumed, or the time is not known
     """
 
     returns: tuple[float, ...]
@@ -67,6 +69,7 @@ class Evaluation:
     deterministic: bool
     num_timesteps: int
     seed: int
+    started: float | None = None
 
     @property
     def mean(self) -> float:
@@ -86,7 +89,7 @@ class TrainingCurve:
 
     :param steps: ``(n,)`` environment steps of all environments together at the end of each episode
     :param returns: ``(n,)`` their returns, in reward units
-    :param seconds: ``(n,)`` seconds from the making of the environments to the end of each episode
+    :param seconds: ``(n,)`` seconds from the start of the training to the end of each episode
     """
 
     steps: np.ndarray
@@ -96,7 +99,7 @@ class TrainingCurve:
     @property
     def training_seconds(self) -> float | None:
         """Seconds to the end of the last episode, None where no episode ended; the training took a little longer."""
-        return float(self.seconds[-1]) if len(self.seconds) > 0 else None
+        return float(self.seconds[-1]) if len(self.seconds) > 0 and self.seconds[-1] > 0 else None
 
     @property
     def steps_per_second(self) -> float | None:
@@ -289,7 +292,15 @@ def evaluate_run(
         deterministic,
         model.num_timesteps,
         seed,
+        _started(model),
     )
+
+
+def _started(model: BaseAlgorithm) -> float | None:
+    """When the training started by which a model came to its steps; None where several did."""
+    if model._num_timesteps_at_start != 0 or not model.start_time:
+        return None
+    return model.start_time / 1e9
 
 
 def _read_monitor(path: Path) -> tuple[float, list[tuple[float, int, float]]]:
@@ -305,7 +316,9 @@ def _read_monitor(path: Path) -> tuple[float, list[tuple[float, int, float]]]:
     return start, episodes
 
 
-def read_training_curve(folder: str | os.PathLike[str], num_timesteps: int | None = None) -> TrainingCurve:
+def read_training_curve(
+    folder: str | os.PathLike[str], num_timesteps: int | None = None, started: float | None = None
+) -> TrainingCurve:
     """
     Read the episodes of a training from its monitor files.
 
@@ -315,6 +328,7 @@ def read_training_curve(folder: str | os.PathLike[str], num_timesteps: int | Non
 
     :param folder: the run's folder, with ``<i>.monitor.csv``
     :param num_timesteps: environment steps of the whole training, None where not known
+    :param started: when the training started (s since 1970), None: when its environments were made
     :return: the episodes; empty where no episode ended or there are no monitor files
     """
     files = [_read_monitor(path) for path in sorted(Path(folder).glob("*.monitor.csv"))]
@@ -329,4 +343,6 @@ def read_training_curve(folder: str | os.PathLike[str], num_timesteps: int | Non
     seconds, steps, returns = (np.array([row[i] for row in rows], dtype=np.float64) for i in range(3))
     if num_timesteps and len(steps) > 0:
         steps = steps / max(1, round(steps[-1] / num_timesteps))
+    if started is not None:
+        seconds += first_start - started
     return TrainingCurve(steps, returns, seconds)

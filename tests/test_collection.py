@@ -57,6 +57,26 @@ def info(*observation: float, truncated: bool = True) -> dict[str, Any]:
     return {"terminal_observation": np.array(observation, np.float32), "TimeLimit.truncated": truncated}
 
 
+@pytest.mark.parametrize("engine", ["native", "autograd"])
+def test_speed_counts_no_compilation(engine: str) -> None:
+    model = ClipPPO("MlpPolicy", "CartPole-v1", n_steps=16, batch_size=16, device="cpu", engine=engine)
+    model.learn(16)
+    starts = []
+
+    class Compile(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_end(self) -> None:
+            starts.append(model.start_time)
+            model._engine.compile_seconds += 2.5
+
+    model._engine.compile_seconds = 1e6  # of before this call
+    model.learn(48, callback=Compile())
+    assert [start - starts[0] for start in starts] == [0, 2_500_000_000, 5_000_000_000]
+    assert model._engine.compile_seconds == 0.0
+
+
 def bootstrapped(policy: Any, *arguments: Any) -> np.ndarray:
     # The settings are of updates, of which there are none here.
     return bootstrap_truncated(AutogradEngine(policy, None), *arguments)  # type: ignore[arg-type]

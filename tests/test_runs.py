@@ -1,5 +1,6 @@
 """Runs of the Zoo's train command: found, evaluated as they were trained, their training read from monitor files."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 from stable_baselines3 import DQN
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecNormalize
 
-from sb3_clipvf import ClipPPO
+from sb3_clipvf import ClipPPO, runs
 from sb3_clipvf.runs import (
     Evaluation,
     Run,
@@ -265,6 +266,28 @@ def test_curve_orders_episodes_by_their_end_and_counts_all_environments(tmp_path
     np.testing.assert_array_equal(curve.returns, [1.0, 5.0, 2.0])
     np.testing.assert_array_equal(curve.seconds, [1.0, 2.0, 4.0])
     assert (curve.training_seconds, curve.steps_per_second) == (4.0, 20.0)
+
+
+def test_the_seconds_of_a_curve_count_from_the_start_of_the_training(tmp_path: Path) -> None:
+    write_monitor(tmp_path, 0, 100.0, "1.0,10,6.0\n2.0,30,10.0\n")
+    curve = read_training_curve(tmp_path, started=106.0)
+    np.testing.assert_array_equal(curve.seconds, [0.0, 4.0])
+    assert (curve.training_seconds, curve.steps_per_second) == (4.0, 10.0)
+    # Kernels were compiled after the last episode.
+    late = read_training_curve(tmp_path, started=111.0)
+    assert (late.training_seconds, late.steps_per_second) == (None, None)
+
+
+def test_the_start_of_a_training_is_that_of_its_model(logs: Path) -> None:
+    run = find_run(logs, "Pendulum-v1")
+    model = load_model(run, 0, "cpu")
+    started = evaluate_run(run, 1, device="cpu").started
+    assert started == model.start_time / 1e9
+    t_start = json.loads((run.folder / "0.monitor.csv").read_text().split("\n")[0][1:])["t_start"]
+    assert started > t_start
+    # One that was resumed is part of a longer one.
+    model._num_timesteps_at_start = 200
+    assert runs._started(model) is None
 
 
 def test_curve_of_a_real_run(logs: Path) -> None:

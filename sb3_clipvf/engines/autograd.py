@@ -74,6 +74,7 @@ class AutogradEngine:
 
     name = "autograd"
     acts_on_arrays = False
+    compile_seconds = 0.0
 
     def __init__(self, policy: ActorCriticPolicy, settings: UpdateSettings) -> None:
         self.policy = policy

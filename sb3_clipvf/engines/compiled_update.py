@@ -222,7 +222,7 @@ def _or_infinite(number: float | None) -> float:
     return math.inf if number is None else float(number)
 
 
-def compile_kernels(group: str) -> None:
+def compile_kernels(group: str) -> float:
     """
     Compile kernels, or read them from numba's cache; where that takes long, say so.
 
@@ -230,10 +230,11 @@ def compile_kernels(group: str) -> None:
 
     :param group: "networks": those that run networks; "kl": the measurement after the update; "around": those around
         networks that torch runs.
+    :return: Seconds that this took.
     """
     kernels, call = _GROUPS[group]
     if kernels[0].signatures:
-        return
+        return 0.0
     note = threading.Timer(
         COMPILE_NOTE_SECONDS,
         lambda: log.warning("Compiling kernels, which may take a minute; they are kept on disk for later runs"),
@@ -245,8 +246,10 @@ def compile_kernels(group: str) -> None:
         call()
     finally:
         note.cancel()
+    seconds = time.perf_counter() - started
     if sum(sum(kernel.stats.cache_misses.values()) for kernel in kernels):
-        log.info("Compiled the kernels in %.1f s", time.perf_counter() - started)
+        log.info("Compiled the kernels in %.1f s", seconds)
+    return seconds
 
 
 # Each kernel is called once with the least that has the types of real data: one weight a layer, an empty rollout.

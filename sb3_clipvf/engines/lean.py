@@ -71,7 +71,7 @@ class LeanAutogradEngine(AutogradEngine):
         super().__init__(policy, settings)
         self._draws = False
         self._pictures: th.Tensor | None = None
-        compile_kernels("around")
+        self.compile_seconds += compile_kernels("around")
 
     def fits(self, buffer: Any) -> bool:
         """

@@ -60,6 +60,7 @@ class NativeEngine:
 
     name = "native"
     acts_on_arrays = True
+    compile_seconds = 0.0
 
     def __init__(self, policy: ActorCriticPolicy, settings: UpdateSettings) -> None:
         self.policy = policy
@@ -69,7 +70,7 @@ class NativeEngine:
         self._work: dict[int, np.ndarray] = {}
         self._has_looked = False
         self._bind()
-        compile_kernels("networks")
+        self.compile_seconds += compile_kernels("networks")
 
     def _bind(self) -> None:
         self._binding = bind(self.policy)
@@ -247,7 +248,7 @@ class NativeEngine:
                 raise skipped
         kl_after = None
         if settings.measure_kl_after:
-            compile_kernels("kl")
+            self.compile_seconds += compile_kernels("kl")
             rows = min(EVALUATION_ROWS, n_transitions)
             with one_blas_thread():
                 kl_after, _ = entry.kl_of_rollout(self._packed, rollout, rows, self._workspace(rows))

@@ -150,6 +150,8 @@ class Engine(Protocol):
     """Whether :meth:`act` takes arrays, of the host; else tensors, on the policy's device."""
     policy: ActorCriticPolicy
     settings: UpdateSettings
+    compile_seconds: float
+    """Seconds that compiling or loading kernels took, until whoever measures speed sets them to 0."""
 
     def fits(self, buffer: Any) -> bool:
         """
