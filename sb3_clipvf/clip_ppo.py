@@ -409,6 +409,7 @@ class ClipPPO(SavedAlgorithm):
         if self.env is None:
             raise ValueError("`env` must be set before learning, got None. Pass it to `load`, or call `set_env`.")
         faults.check_ready(self)
+        faults.tell_of_n_envs(self)
         coefficients.warn_of_early_end(self, total, reset_num_timesteps)
         with faults.told(self, callback):
             return super().learn(

@@ -50,13 +50,13 @@ def check_ready(model: "ClipPPO") -> None:
         )
 
 
-def tell_of_n_envs(model: "ClipPPO", before: Any) -> None:
+def tell_of_n_envs(model: "ClipPPO") -> None:
     """
-    Say what changes where a model goes on in another number of environments.
+    Say once what changes where training resumes in another number of environments.
 
     :param model: Loaded, with its environments.
-    :param before: The number that it was saved with.
     """
+    before, model._n_envs_before = model._n_envs_before, None
     if before == model.n_envs or not isinstance(before, int):
         return
     size, size_before = model.n_steps * model.n_envs, model.n_steps * before

@@ -15,7 +15,6 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TensorD
 
 from sb3_clipvf.arguments import values_to_load
 from sb3_clipvf.collection import RolloutCollector
-from sb3_clipvf.faults import tell_of_n_envs
 from sb3_clipvf.safe_files import check_model, read_model
 from sb3_clipvf.safe_json import NOTE, encoded
 from sb3_clipvf.safe_network import NetworkBound
@@ -31,6 +30,9 @@ class SavedAlgorithm(RolloutCollector):
     """The part of ClipPPO that is about files: it saves and loads models, and resumes trainings."""
 
     _resumed: "Resumed | None" = None
+
+    # Of the file that was loaded, until `learn` compares it.
+    _n_envs_before: Any = None
 
     def save(
         self,
@@ -80,6 +82,7 @@ class SavedAlgorithm(RolloutCollector):
             "_engine_reason",
             "_loads_sb3",
             "_warned_of_early_end",
+            "_n_envs_before",
             "_resumed",
         ]
 
@@ -137,7 +140,7 @@ class SavedAlgorithm(RolloutCollector):
                 **kwargs,
             )
         vars(model).pop(NOTE, None)
-        tell_of_n_envs(cast("ClipPPO", model), (file.data or {}).get("n_envs"))
+        model._n_envs_before = (file.data or {}).get("n_envs")
         return model
 
     def set_parameters(
