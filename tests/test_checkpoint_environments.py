@@ -29,6 +29,7 @@ from stable_baselines3.common.monitor import Monitor, load_results
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper, VecNormalize
 
 from sb3_clipvf import ClipPPO, codec
+from sb3_clipvf.callbacks import IsolatedEvalCallback
 from sb3_clipvf.checkpoint import (
     EnvironmentMismatchError,
     ResumableEnv,
@@ -260,6 +261,26 @@ def test_with_resets_it_is_exact(name: str, tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "killed" / "checkpoints").manifest.differences == ()
     found = checkpoint_cases.resumed(case, tmp_path / "killed")
     assert found == checkpoint_cases.uninterrupted(case, tmp_path / "uninterrupted")
+
+
+def test_what_differs_in_evaluations_too_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def make_env() -> VecEnv:
+        return Halving(dummy("CartPole-v1"))
+
+    callbacks = [TrainingCheckpoint(32, tmp_path), IsolatedEvalCallback(make_env(), eval_freq=16, n_eval_episodes=1)]
+    model = ClipPPO("MlpPolicy", make_env(), n_steps=16, batch_size=16, n_epochs=1, seed=0, device="cpu", verbose=0)
+    model.learn(64, callback=callbacks)
+    assert len([message for message in caplog.messages if "will differ" in message]) == 1
+    differences = newest_checkpoint(tmp_path).manifest.differences
+    assert [text.startswith("In evaluations: ") for text in differences] == [False, True]
+    caplog.clear()
+    # `resume` tells it; the checkpoints that follow do not tell it again.
+    model = ClipPPO.resume(tmp_path, make_env(), device="cpu", verbose=0)
+    callbacks = [TrainingCheckpoint(32, tmp_path), IsolatedEvalCallback(make_env(), eval_freq=16, n_eval_episodes=1)]
+    model.learn(64, callback=callbacks, reset_num_timesteps=False)
+    assert [message.split(":")[0] for message in caplog.messages if "Halving" in message] == [
+        "The training is not resumed exactly"
+    ]
 
 
 def test_vectorised_wrappers_that_tell_their_state_are_exact(tmp_path: Path) -> None:

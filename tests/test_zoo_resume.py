@@ -146,9 +146,9 @@ def test_a_killed_run_ends_as_the_whole_one(whole: Path, tmp_path: Path) -> None
     assert not (tmp_path / RUN / "CartPole-v1.zip").exists()
     # It was evaluated at step 960, of which the checkpoint does not know.
     assert read_manifest(newest(tmp_path / RUN)).num_timesteps == 768
-    resumed = _in_a_process(tmp_path, f"train --resume {RUN}")
+    resumed = _in_a_process(tmp_path, f"train --resume {RUN} --verbose 1")
     assert resumed.returncode == 0, resumed.stderr
-    assert "at step 768 of 1280" in resumed.stdout
+    assert resumed.stdout.count("at step 768 of 1280") == resumed.stdout.count("checkpoint_768") == 1
     assert _ended(tmp_path) == _ended(whole)
 
 
@@ -203,7 +203,7 @@ def test_an_earlier_checkpoint_can_be_named(
     whole: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = _ended(whole)
-    assert resume(run / "checkpoints" / "checkpoint_1024.zip") == 0
+    assert resume(run / "checkpoints" / "checkpoint_1024.zip", "--verbose", "1") == 0
     assert "at step 1024 of 1280" in capsys.readouterr().out
     assert _ended(tmp_path) == expected
 
@@ -304,8 +304,8 @@ def test_a_run_that_was_killed_while_it_saved_its_model_saves_it(whole: Path, ru
 
 
 def test_a_run_can_go_on_for_longer(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert resume(run, "-n", "1344") == 0
-    assert "Schedules end at step 1280, as they were to end at first" in capsys.readouterr().out
+    assert resume(run, "-n", "1.344e3", "--verbose", "1") == 0
+    assert "It ends at step 1344 now; schedules end at 1280, as before" in capsys.readouterr().out
     model = ClipPPO.load(run / "CartPole-v1.zip", device="cpu")
     assert model.num_timesteps == 1344
     assert model.policy.optimizer.param_groups[0]["lr"] == 0.0

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import logging
 import math
 import os
 import re
@@ -14,6 +15,7 @@ import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback, EventCallback
 
 from sb3_clipvf.checkpoint.atomic import TEMPORARY_FILE, atomic_write
+from sb3_clipvf.checkpoint.callback_states import told_once
 from sb3_clipvf.checkpoint.environments import describe_vec_env, vec_env_state
 from sb3_clipvf.checkpoint.errors import DamagedCheckpointError, NotACheckpointError
 from sb3_clipvf.checkpoint.file import file_bytes, read_manifest, sorted_checkpoints
@@ -67,6 +69,9 @@ class TrainingCheckpoint(BaseCallback):
         checkpoints of another one.
     :raises OSError: While training, with ``on_error="raise"``.
     """
+
+    differences_level = logging.WARNING
+    """Level of the messages about what a resumed training will not repeat exactly."""
 
     def __init__(
         self,
@@ -263,10 +268,14 @@ class TrainingCheckpoint(BaseCallback):
             log.info("Checkpoint of step %d written to %s (%d KiB)", state.num_timesteps, path, len(content) // 1024)
 
     def _tell(self, state: TrainingState) -> None:
-        for difference in state.differences:
+        for difference in told_once(state.differences):
             if difference not in self._told:
                 self._told.add(difference)
-                log.warning("A resumed training will differ from one that was not interrupted: %s", difference)
+                log.log(
+                    self.differences_level,
+                    "A resumed training will differ from one that was not interrupted: %s",
+                    difference,
+                )
 
     def _remove_old(self) -> None:
         for path in self._kept[: -self.keep_last]:
@@ -294,4 +303,6 @@ class TrainingCheckpoint(BaseCallback):
         if mean_return is not None:
             self.best_mean_return = max(self.best_mean_return, mean_return)
         self._kept = list(manifests)
+        # `resume` has told what earlier checkpoints say.
+        self._told.update(text for found in manifests.values() for text in found.differences)
         self._serial = max((found.serial for found in manifests.values()), default=0)

@@ -1,7 +1,7 @@
 """The state of a training's callbacks, found again by their place in the tree and their class."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from stable_baselines3.common.callbacks import (
@@ -20,6 +20,7 @@ from sb3_clipvf.codec import frozen
 from sb3_clipvf.messages import log
 from sb3_clipvf.safe_makers import full_name
 
+_IN_EVALUATIONS = "In evaluations: "
 # What every callback has; `parent` is there where someone gave one.
 _BASE = frozenset({"n_calls", "num_timesteps", "verbose", "locals", "globals", "parent", "model", "logger"})
 
@@ -38,6 +39,17 @@ def callback_states(root: BaseCallback) -> tuple[dict[str, Any], list[str]]:
         states[place], reasons = _state(callback)
         differences += [reason for reason in reasons if reason not in differences]
     return states, differences
+
+
+def told_once(differences: Iterable[str]) -> list[str]:
+    """
+    Leave out what is said of evaluations where it is said of the training's environments too.
+
+    :param differences: What differs after a resume.
+    :return: The rest.
+    """
+    texts = list(differences)
+    return [text for text in texts if not text.startswith(_IN_EVALUATIONS) or text[len(_IN_EVALUATIONS) :] not in texts]
 
 
 def restore_callbacks(root: BaseCallback, states: dict[str, Any]) -> None:
@@ -99,7 +111,7 @@ def _state(callback: BaseCallback) -> tuple[dict[str, Any], list[str]]:
     if isinstance(callback, EvalCallback):
         state, unknown = vec_env_state(callback.eval_env)
         evaluation = {"build": describe_vec_env(callback.eval_env), "state": state}
-        reasons += [f"In evaluations: {reason}" for reason in unknown]
+        reasons += [f"{_IN_EVALUATIONS}{reason}" for reason in unknown]
     attributes = frozen(read_attributes(callback, _attributes(type(callback))), name)
     return {"attributes": attributes, "given": given, "evaluation": evaluation}, reasons
 

@@ -33,7 +33,8 @@ _STATISTICS = ("started_at", "returns", "lengths")
 _SAME = {"sb3_clipvf.envs.dummy.FastDummyVecEnv": "DummyVecEnv"}
 
 _METHODS_HINT = (
-    "Give the class get_training_state() and set_training_state(), or pass reset_envs=True to TrainingCheckpoint."
+    "Give the class get_training_state() and set_training_state(). In a script, TrainingCheckpoint(..., "
+    "reset_envs=True) makes a resumed training exact."
 )
 _RESET_TEXT = "begin new episodes at a resume, with other random numbers"
 

@@ -14,7 +14,7 @@ from stable_baselines3.common.logger import HumanOutputFormat, KVWriter, Logger,
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from sb3_clipvf.checkpoint.callback_states import restore_callbacks
+from sb3_clipvf.checkpoint.callback_states import restore_callbacks, told_once
 from sb3_clipvf.checkpoint.environments import check_same_build, describe_vec_env, restore_vec_env
 from sb3_clipvf.checkpoint.errors import DamagedCheckpointError, NotACheckpointError
 from sb3_clipvf.checkpoint.file import Checkpoint, newest_checkpoint, read_checkpoint, read_manifest, versions
@@ -248,6 +248,11 @@ def _warn_of_versions(saved: dict[str, str]) -> None:
 
 def _say(checkpoint: Checkpoint) -> None:
     manifest = checkpoint.manifest
-    log.info("The training goes on from %s, at step %d", checkpoint.path, manifest.num_timesteps)
-    for difference in manifest.differences:
+    log.info(
+        "The training resumes from %s, at step %d of %d",
+        checkpoint.path,
+        manifest.num_timesteps,
+        manifest.total_timesteps,
+    )
+    for difference in told_once(manifest.differences):
         log.warning("The training is not resumed exactly: %s", difference)

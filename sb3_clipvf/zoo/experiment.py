@@ -4,6 +4,7 @@ How the RL Zoo builds a ClipPPO: its experiment manager, with ClipPPO's keys che
 
 import difflib
 import inspect
+import logging
 import shutil
 import sys
 import traceback
@@ -39,6 +40,7 @@ from sb3_clipvf.zoo.entries import ZOO_KEYS, counted, drop_null
 from sb3_clipvf.zoo.files import check_saved
 from sb3_clipvf.zoo.resume import CHECKPOINTS, ResumedRun
 from sb3_clipvf.zoo.settings import check_imports, check_setting, readable_config
+from sb3_clipvf.zoo.terminal import WholeProgressBar, timed_tables
 from sb3_clipvf.zoo.tuning import CheckedSearch
 from sb3_clipvf.zoo.vec_env import (
     EnvSettings,
@@ -247,7 +249,10 @@ class ClipPPOExperimentManager(CheckedSearch):
         if self._keeps_checkpoints and not any(isinstance(one, TrainingCheckpoint) for one in self.callbacks):
             # Best models are those of evaluations here.
             folder = Path(self.save_path, CHECKPOINTS)
-            self.callbacks.insert(0, TrainingCheckpoint(self.checkpoint_freq, folder, keep_best=False))
+            checkpoint = TrainingCheckpoint(self.checkpoint_freq, folder, keep_best=False)
+            checkpoint.differences_level = logging.INFO  # most environments cannot be resumed exactly
+            self.callbacks.insert(0, checkpoint)
+        self.callbacks = [WholeProgressBar() if type(one) is ProgressBarCallback else one for one in self.callbacks]
         # The Zoo closes the first one where a training is interrupted, which leaves no broken bar on the terminal.
         self.callbacks.sort(key=lambda callback: not isinstance(callback, ProgressBarCallback))
 
@@ -331,8 +336,10 @@ class ClipPPOExperimentManager(CheckedSearch):
             warn_of_early_end(model, self.n_timesteps, reset_num_timesteps=True, on_command_line=True)
         if self.resumed is not None:
             target = SimpleNamespace(env=model.env, learn=partial(model.learn, reset_num_timesteps=False))
+        # An interval that the user chose is honoured.
+        is_timed = self.algo == ALGORITHM and self.log_interval == -1
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), timed_tables() if is_timed else nullcontext():
                 if self.vec_env is not None:
                     # Meant so, and without consequence.
                     warnings.filterwarnings("ignore", message="Training and eval env are not of the same type")
@@ -352,9 +359,11 @@ class ClipPPOExperimentManager(CheckedSearch):
         run = self.resumed
         model = ClipPPO.resume(run.checkpoint, env, device=self.device, verbose=self.verbose)
         self.n_timesteps = max(0, run.total_timesteps - model.num_timesteps)
-        sys.stdout.write(f"Going on from {run.checkpoint} at step {model.num_timesteps} of {run.total_timesteps}\n")
-        if run.total_timesteps != model._schedule_timesteps:
-            sys.stdout.write(f"Schedules end at step {model._schedule_timesteps}, as they were to end at first\n")
+        schedules_end = model._schedule_timesteps
+        if run.total_timesteps != schedules_end and self.verbose > 0:
+            sys.stdout.write(
+                f"It ends at step {run.total_timesteps} now; schedules end at {schedules_end}, as before\n"
+            )
         return model
 
     def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:

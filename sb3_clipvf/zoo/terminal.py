@@ -1,0 +1,66 @@
+"""What a training shows on the terminal: a table every few seconds, and a progress bar that ends at its total."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from stable_baselines3.common.callbacks import ProgressBarCallback
+from stable_baselines3.common.logger import HumanOutputFormat
+
+from sb3_clipvf.zoo.files import replaced
+
+TABLE_SECONDS = 5.0
+"""Least time between two tables."""
+
+
+@contextmanager
+def timed_tables() -> Iterator[None]:
+    """
+    Print SB3's tables of numbers at most every ``TABLE_SECONDS``, each with the newest numbers, and one at the end.
+
+    Files and TensorBoard get every row: a small policy trains through several rollouts in a second.
+    """
+    write = HumanOutputFormat.write
+    values: dict[str, Any] = {}
+    excluded: dict[str, tuple[str, ...]] = {}
+    last: list[tuple[HumanOutputFormat, int]] = []
+    due = time.monotonic()
+
+    def print_held() -> None:
+        nonlocal due
+        for output, step in last:
+            write(output, values, excluded, step)
+            due = time.monotonic() + TABLE_SECONDS
+        last.clear()
+
+    def write_where_due(
+        output: HumanOutputFormat,
+        key_values: dict[str, Any],
+        key_excluded: dict[str, tuple[str, ...]],
+        step: int = 0,
+    ) -> None:
+        if output.own_file:
+            write(output, key_values, key_excluded, step)
+            return
+        # Evaluations write rows of their own, which take other numbers along.
+        values.update(key_values)
+        excluded.update(key_excluded)
+        last[:] = [(output, step)]
+        if time.monotonic() >= due:
+            print_held()
+
+    with replaced(HumanOutputFormat, "write", write_where_due):
+        try:
+            yield
+        finally:
+            print_held()
+
+
+class WholeProgressBar(ProgressBarCallback):
+    """SB3's progress bar, which stops at its total: the last rollout may go beyond it."""
+
+    def _on_step(self) -> bool:
+        left = (self.pbar.total or 0) - self.pbar.n
+        self.pbar.update(min(self.training_env.num_envs, left))
+        return True
