@@ -476,9 +476,16 @@ def test_a_report_of_the_best_model_takes_its_statistics(run: Path) -> None:
     assert main("report --env CartPole-v1 --load-best --episodes 1 --no-video --device cpu".split()) == 0
 
 
-def test_the_zoos_own_checkpoints_are_found_as_before(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_zoos_own_checkpoints_are_found_as_before(
+    run: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     assert enjoy("--load-checkpoint 512") == 0
     assert f"Loading {run / 'rl_model_512_steps.zip'}" in capsys.readouterr().out
+    assert "rl_model_512_steps.zip has no statistics of VecNormalize: those of another step, in" in caplog.text
+    caplog.clear()
+    for options in ("", "--load-best", "--load-last-checkpoint"):
+        assert enjoy(options) == 0
+    assert "has no statistics" not in caplog.text
 
 
 @pytest.mark.parametrize("options", ["", "--load-checkpoint 300"])

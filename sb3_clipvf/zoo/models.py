@@ -17,12 +17,13 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_clipvf.checkpoint import newest_checkpoint
 from sb3_clipvf.checkpoint.file import sorted_checkpoints
+from sb3_clipvf.messages import log
 from sb3_clipvf.zoo.commands import ALGORITHM
 from sb3_clipvf.zoo.entries import counted, drop_null
 from sb3_clipvf.zoo.files import replaced
 from sb3_clipvf.zoo.finding import choose_run
 from sb3_clipvf.zoo.resume import CHECKPOINTS
-from sb3_clipvf.zoo.statistics import STATISTICS, has_own_statistics, own_statistics
+from sb3_clipvf.zoo.statistics import EARLIER, STATISTICS, has_own_statistics, own_statistics
 
 
 @contextmanager
@@ -138,6 +139,13 @@ class _Finder:
         if path is None or self._chosen is None or not hyperparams.get("normalize"):
             return hyperparams, path
         if not has_own_statistics(self._chosen):
+            if EARLIER.fullmatch(self._chosen.name):
+                log.warning(
+                    "%s has no statistics of VecNormalize: those of another step, in %s, are used. Models in "
+                    "`checkpoints/` have their own.",
+                    self._chosen,
+                    path,
+                )
             return hyperparams, path
         # The Zoo asks whether there is a file; `load` knows where to read.
         (self._folder / STATISTICS).touch()

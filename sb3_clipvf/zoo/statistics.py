@@ -17,8 +17,8 @@ from sb3_clipvf.zoo.files import replaced
 STATISTICS = "vecnormalize.pkl"
 """The RL Zoo's file of a run's last statistics."""
 
-# The Zoo's models from within a training.
-_EARLIER = re.compile(rf"rl_model_\d+_steps\.zip|{re.escape(BEST_MODEL)}")
+EARLIER = re.compile(rf"rl_model_\d+_steps\.zip|{re.escape(BEST_MODEL)}")
+"""Names of models from within a training, to which the RL Zoo's file of statistics does not belong."""
 
 
 def has_own_statistics(path: Path) -> bool:
@@ -92,7 +92,7 @@ def find_statistics(model: Path, env_name: str, *, normalizes: bool) -> Path | N
         found = model
     elif beside.is_file():
         found = beside
-        if _EARLIER.fullmatch(model.name):
+        if EARLIER.fullmatch(model.name):
             raise ValueError(
                 f"`--trained-agent` must be a model whose statistics of VecNormalize are known, got {model}, which has "
                 f"none of its own: {beside} holds those of another step. Take the run's last model, or one of its "
