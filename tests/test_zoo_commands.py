@@ -419,6 +419,17 @@ def test_a_video_of_each_model_is_recorded_for_the_run_that_has_them(
     assert call[call.index("--exp-id") + 1] == "1_0b0c7c1e-5a52-4a51-8c3e-111111111111"
 
 
+@pytest.mark.parametrize("command", ["enjoy --no-render", "record_video", "push_to_hub -orga someone"])
+def test_a_run_whose_environment_nothing_registers_is_one_line(
+    command: str, own_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("registering_module.py").write_text("")
+    assert main([*command.split(), "--env", "Registered-v0"]) == 2
+    message = capsys.readouterr().err.splitlines()[0]
+    assert "Registered-v0 not found in gym registry, and `gym_packages` in " in message
+    assert message.endswith("args.yml names no module that registers it. Add the module there.")
+
+
 def test_the_packages_of_a_run_are_those_that_are_installed(own_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("registering_module.py").unlink()
     assert main("enjoy --no-render --env Registered-v0".split()) == 2
@@ -478,8 +489,10 @@ def test_a_video_is_recorded(in_trained: Path) -> None:
     assert [video.name for video in videos] == ["final-model-clipppo-CartPole-v1-step-0-to-step-10.mp4"]
 
 
-def test_a_run_is_uploaded_with_a_card_that_knows_clipppo(in_trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    uploads = []
+@pytest.fixture
+def uploads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
+    """What was uploaded to a hub that takes everything."""
+    found: list[tuple[str, Path]] = []
 
     class Hub:
         def create_repo(self, **kwargs: Any) -> str:
@@ -489,9 +502,13 @@ def test_a_run_is_uploaded_with_a_card_that_knows_clipppo(in_trained: Path, monk
             local_dir.mkdir(parents=True)
 
         def upload_folder(self, repo_id: str, folder_path: Path, **kwargs: Any) -> None:
-            uploads.append((repo_id, folder_path))
+            found.append((repo_id, folder_path))
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    return found
+
+
+def test_a_run_is_uploaded_with_a_card_that_knows_clipppo(in_trained: Path, uploads: list[tuple[str, Path]]) -> None:
     assert main("push_to_hub --env CartPole-v1 -orga someone --no-render --device cpu".split()) == 0
     ((repo_id, folder),) = uploads
     assert repo_id == "someone/clipppo-CartPole-v1"
@@ -499,6 +516,11 @@ def test_a_run_is_uploaded_with_a_card_that_knows_clipppo(in_trained: Path, monk
     assert "python -m sb3_clipvf enjoy --algo clipppo --env CartPole-v1" in card
     assert "rl_zoo3." not in card
     assert (Path(folder) / "clipppo-CartPole-v1.zip").is_file()
+
+
+def test_a_run_of_a_package_is_uploaded(own_run: Path, uploads: list[tuple[str, Path]]) -> None:
+    assert main("push_to_hub --env Registered-v0 -orga someone --no-render --device cpu".split()) == 0
+    assert [repo_id for repo_id, _ in uploads] == ["someone/clipppo-Registered-v0"]
 
 
 # ---------------------------------------------------------------- hyperparameter search

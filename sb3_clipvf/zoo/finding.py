@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
+
 _UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
 
@@ -121,6 +123,7 @@ def choose_run_of_options(options: Namespace) -> None:
 
     :param options: Parsed options of a script of the RL Zoo that loads a model.
     :raises ImportError: If a package cannot be imported.
+    :raises ValueError: If nothing registers its environment.
     :raises UnsafeFileError: If the run names packages that may have come with it.
     """
     from sb3_clipvf.zoo.files import read_settings  # imports torch
@@ -130,6 +133,16 @@ def choose_run_of_options(options: Namespace) -> None:
     settings = parent / f"{options.env}_{options.exp_id}" / options.env / "args.yml"
     if settings.is_file():
         import_packages(read_settings(settings).get("gym_packages"), str(settings))
+        _check_registered(options.env.gym_id, settings)
+
+
+def _check_registered(env_id: str, settings: Path) -> None:
+    """The Zoo would look it up in a dict. An environment of a package that is missing is named by its extra."""
+    if env_id not in gym.registry:
+        raise ValueError(
+            f"{env_id} not found in gym registry, and `gym_packages` in {settings} names no module that registers it. "
+            "Add the module there."
+        )
 
 
 def import_packages(names: Iterable[Any] | None, where: str) -> None:
