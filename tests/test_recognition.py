@@ -436,6 +436,8 @@ def validation_as_before() -> Iterator[None]:
     th.distributions.Distribution.set_default_validate_args(before)
 
 
+# torch.compile of Python 3.13.0, and of no later one.
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 def test_a_compiled_policy_goes_to_the_reference(validation_as_before: None) -> None:
     def compile(model: ClipPPO) -> None:
         model.policy = th.compile(model.policy, backend="eager")  # type: ignore[assignment]
