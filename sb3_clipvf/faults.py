@@ -52,7 +52,7 @@ def check_ready(model: "ClipPPO") -> None:
 
 def tell_of_n_envs(model: "ClipPPO") -> None:
     """
-    Say once what changes where training resumes in another number of environments.
+    Warn once of what changes if training resumes in another number of environments.
 
     :param model: Loaded, with its environments.
     """

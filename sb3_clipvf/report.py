@@ -218,7 +218,7 @@ def next_commands(run: Run, log_folder: str) -> list[tuple[str, str]]:
 
 
 def _environment_options(run: Run) -> str:
-    """Give the options by which the run's training found and made its environment, and read its settings."""
+    """Return the options by which the run's training found and made its environment, and read its settings."""
     arguments = read_arguments(run)
     options = []
     if arguments.get("gym_packages"):
@@ -308,6 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     for name in ("episodes", "n_envs"):
         check_int(f"--{name.replace('_', '-')}", getattr(args, name), 1, "Pass a positive number.")
+    check_int("--seed", args.seed, 0, "Pass a number that is not negative.", 2**32 - 1)
     run = find_run(args.folder, args.env, args.algo, args.exp_id, args.load_best)
     sys.stdout.write(f"{run.env_id}, {run.algo}, {run.folder}: {args.episodes} episodes ...\n")
     sys.stdout.flush()  # the evaluation may take long

@@ -18,7 +18,10 @@ from sb3_clipvf.zoo.checks import check_options
         ({"n_trials": 0}, "`--n-trials` must be"),
         ({"n_jobs": -1}, "`--n-jobs` must be"),
         ({"num_threads": 0}, "`--num-threads` must be"),
-        ({"seed": 2**32}, "`--seed` must be"),
+        ({"seed": 2**32, "trained_agent": ""}, r"`--seed` must be a whole number in \[-4294967295, 4294967295\]"),
+        ({"seed": -1}, r"`--seed` must be a whole number in \[0, 4294967295\], got -1"),
+        ({"episode_window": 0}, "`--episode-window` must be a whole number of at least 1, got 0"),
+        ({"log_folder": ""}, "`--log-folder` must be a folder, got ''"),
         ({"algo": "ppo", "device": "gpu"}, "`device` must be 'auto' or a PyTorch device, got 'gpu'"),
         ({"trial_id": None, "storage": "x.log", "study_name": "s"}, "`--trial-id` must be given with `--storage`"),
         ({"trial_id": None, "storage": None, "study_name": "s"}, "`--storage` must be given with `--study-name`"),
@@ -33,7 +36,14 @@ def test_values_out_of_range_are_refused(given: dict[str, Any], message: str) ->
 @pytest.mark.parametrize(
     "given",
     [
-        {"n_timesteps": -1, "num_threads": -1, "seed": -1, "max_total_trials": None, "n_evaluations": None},
+        {
+            "n_timesteps": -1,
+            "num_threads": -1,
+            "seed": -1,
+            "trained_agent": "",
+            "max_total_trials": None,
+            "n_evaluations": None,
+        },
         {"trial_id": None, "storage": "x.log", "study_name": None, "optimize_hyperparameters": True},
         {"trial_id": 0, "storage": "x.log", "study_name": "s"},
         {"tensorboard_log": "", "output_folder": None, "gym_packages": ["json"]},

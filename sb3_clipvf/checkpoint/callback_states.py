@@ -43,10 +43,10 @@ def callback_states(root: BaseCallback) -> tuple[dict[str, Any], list[str]]:
 
 def told_once(differences: Iterable[str]) -> list[str]:
     """
-    Leave out what is said of evaluations where it is said of the training's environments too.
+    Drop differences of evaluations that the training's environments have too.
 
-    :param differences: What differs after a resume.
-    :return: The rest.
+    :param differences: Texts on what differs after a resume.
+    :return: The others.
     """
     texts = list(differences)
     return [text for text in texts if not text.startswith(_IN_EVALUATIONS) or text[len(_IN_EVALUATIONS) :] not in texts]

@@ -15,6 +15,7 @@ from sb3_clipvf.zoo.parsing import checked_parsing, store_pairs
 from sb3_clipvf.zoo.plots import check_all_plots, check_plot_from_file, check_plot_train
 
 _COUNTS = {
+    "episode_window": "Pass a number of episodes.",
     "eval_episodes": "Pass a number of episodes.",
     "max_total_trials": "Pass a number of trials.",
     "n_envs": "Pass a number of environments.",
@@ -73,7 +74,11 @@ def check_options(options: Namespace) -> None:
     if given.get("num_threads", -1) != -1:
         check_int("--num-threads", given["num_threads"], 1, "Leave it out to take PyTorch's own number.")
     if "seed" in given:
-        check_int("--seed", given["seed"], -_LARGEST_SEED, "A negative one stands for a random one.", _LARGEST_SEED)
+        # `train` draws one itself where it is negative.
+        lowest = -_LARGEST_SEED if "trained_agent" in given else 0
+        check_int("--seed", given["seed"], lowest, "Leave it out for the default.", _LARGEST_SEED)
+    if given.get("log_folder") == "":
+        raise ValueError("`--log-folder` must be a folder, got ''. `.` is the working folder.")
     if "device" in given and given.get("algo") != ALGORITHM:  # ClipPPO checks its own
         check_device(given["device"])
     _check_study(given)
@@ -84,7 +89,7 @@ def check_options(options: Namespace) -> None:
 
 
 def _check_study(given: dict[str, Any]) -> None:
-    """A study that is neither searched nor read would be ignored."""
+    """Refuse a study that is neither searched nor read, which the Zoo would ignore."""
     if "trial_id" not in given or given.get("optimize_hyperparameters"):
         return
     parts = {name: given.get(name) for name in ("storage", "study_name", "trial_id")}

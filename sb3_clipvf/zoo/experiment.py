@@ -163,7 +163,7 @@ class ClipPPOExperimentManager(CheckedSearch):
     """The run that goes on; None begins a new one."""
 
     def __init__(self, args: Namespace, algo: str, *rest: Any, config: str | None = None, **kwargs: Any) -> None:
-        if algo == ALGORITHM and config is None:
+        if algo == ALGORITHM and not config:
             config = str(hyperparams_path())
         super().__init__(args, algo, *rest, config=config, **kwargs)  # type: ignore[misc]
         if algo == ALGORITHM and self.vec_env_class is DummyVecEnv:

@@ -80,7 +80,7 @@ def choose_run(parent: Path, env_name: str, exp_id: int, has_model: Callable[[Pa
 
 
 def _run_ids(parent: Path, env_name: str) -> list[RunId]:
-    """Give the numbers of an environment's runs, newest first."""
+    """Return the numbers of an environment's runs, newest first."""
     pattern = re.compile(rf"{re.escape(env_name)}_(\d+)(?:_({_UUID}))?")
     folders = [(folder, pattern.fullmatch(folder.name)) for folder in parent.glob(f"{env_name}_*") if folder.is_dir()]
     run_ids = [
@@ -97,7 +97,7 @@ def _started(settings_folder: Path) -> float:
 
 def model_test(env_name: str, options: Namespace) -> Callable[[Path], bool]:
     """
-    Describe the model that a command asks for.
+    Make the test for the model that a command asks for.
 
     :param env_name: Name of the environment as in the runs' folders.
     :param options: Its parsed options.
@@ -137,7 +137,7 @@ def choose_run_of_options(options: Namespace) -> None:
 
 
 def _check_registered(env_id: str, settings: Path) -> None:
-    """The Zoo would look it up in a dict. An environment of a package that is missing is named by its extra."""
+    """Raise an error that names the environment; the Zoo's would be a KeyError."""
     if env_id not in gym.registry:
         raise ValueError(
             f"{env_id} not found in gym registry, and `gym_packages` in {settings} names no module that registers it. "

@@ -88,7 +88,7 @@ def strict(
 
 
 def _rule(parser: ArgumentParser, message: str) -> str:
-    """Word an error of argparse as all others are."""
+    """Reword an error of argparse."""
     message = re.sub(r"^argument (\S+): ", r"`\1` ", message)
     message = _CHOICE.sub(r"must be one of \g<choices>, got \g<value>", message)
     message = _MISSING.sub("must have a value, got none", message)

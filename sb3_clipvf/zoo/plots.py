@@ -1,4 +1,4 @@
-"""What the RL Zoo's plots need, checked before it draws: it would plot nothing, print 0.0, or fail in NumPy."""
+"""Checks of what the RL Zoo's plots need: without it they are empty, print 0.0, or fail in NumPy."""
 
 import sys
 from argparse import Namespace
@@ -63,7 +63,7 @@ def check_all_plots(options: Namespace) -> None:
 
 
 def _missing_evaluations(folder: Path, env: str, options: Namespace) -> str:
-    """Say what the runs of a folder lack, and what to do about it; "" where it is nothing."""
+    """Return what the runs of a folder lack, and what to do about it; "" if they lack nothing."""
     files = [path for path in folder.glob("*/evaluations.npz") if env in path.parent.name]
     if not files:
         return f"they were trained without evaluations in {folder}. Train with `--eval-freq`."
@@ -122,7 +122,7 @@ def check_plot_from_file(options: Namespace) -> None:
 
 
 def _names(options: Namespace) -> list[str]:
-    """Give the environments' names as in the folders of runs, which the RL Zoo compares them with."""
+    """Return the environments' names as in the folders of runs, with which the RL Zoo compares them."""
     options.env = [env.replace("/", "-") for env in options.env]
     return list(options.env)
 

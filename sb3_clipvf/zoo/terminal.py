@@ -1,4 +1,4 @@
-"""What a training shows on the terminal: a table every few seconds, and a progress bar that ends at its total."""
+"""Output of a training on the terminal: a table every few seconds, and a progress bar that ends at its total."""
 
 import time
 from collections.abc import Iterator
