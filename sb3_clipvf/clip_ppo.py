@@ -161,7 +161,8 @@ class ClipPPO(SavedAlgorithm):
         if env is not None or _init_setup_model:
             env = validation.as_gymnasium(maybe_make_env(env, verbose))  # type: ignore[arg-type]
             validation.check_env(policy, env, use_sde)
-        validation.check_device(device)
+        if _init_setup_model:  # `load` has checked it
+            validation.check_device(device)
         super().__init__(
             policy,
             env,  # type: ignore[arg-type]

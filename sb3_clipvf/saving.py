@@ -19,7 +19,7 @@ from sb3_clipvf.safe_files import check_model, read_model
 from sb3_clipvf.safe_json import NOTE, encoded
 from sb3_clipvf.safe_network import NetworkBound
 from sb3_clipvf.safe_pickle import TrustPickle, trust_of
-from sb3_clipvf.validation import same_spaces
+from sb3_clipvf.validation import check_device, same_spaces
 
 if TYPE_CHECKING:
     from sb3_clipvf.checkpoint.resume import Resumed
@@ -117,10 +117,11 @@ class SavedAlgorithm(RolloutCollector):
         :return: The model.
         :raises UnsafeFileError: If the file needs what it may not use.
         :raises ValueError: If the file is no model, is damaged, does not fit into memory, or holds a value that cannot
-            be read with the packages as they are here.
+            be read with the packages as they are here; or PyTorch knows no such device.
         :raises RuntimeError: If the weights do not fit the policy that the file describes.
         :raises FileNotFoundError: If there is no file.
         """
+        check_device(device)
         trust = trust_of(trust_pickle)
         file = read_model(path)
         replaced = dict(custom_objects or {})

@@ -140,7 +140,11 @@ def test_load_refuses_a_misspelt_argument_and_takes_the_window(tmp_path: Any) ->
 
 
 @pytest.mark.skipif(th.cuda.is_available(), reason="there is a CUDA device")
-def test_a_missing_gpu_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_gpu_is_reported_once(caplog: pytest.LogCaptureFixture, tmp_path: Any) -> None:
     model = make(DummyVecEnv([Counter]), device="cuda")
     assert model.device.type == "cpu"
-    assert "there is no CUDA device here: the CPU is used" in caplog.text
+    assert caplog.text.count("there is no CUDA device here: the CPU is used") == 1
+    model.save(tmp_path / "model")
+    caplog.clear()
+    assert ClipPPO.load(tmp_path / "model", device="cuda").device.type == "cpu"
+    assert caplog.text.count("there is no CUDA device here: the CPU is used") == 1

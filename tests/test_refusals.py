@@ -647,6 +647,10 @@ class TestLoad:
         with refused(error, f"`{name}` {rule}", f"got {value!r}"):
             self.load(file, **{name: value})
 
+    def test_an_unknown_device(self, file: io.BytesIO) -> None:
+        with refused(ValueError, "`device` must be 'auto' or a PyTorch device, got 'gpu'"):
+            ClipPPO.load(file, device="gpu")
+
     def test_contradictions_are_found_again(self, file: io.BytesIO) -> None:
         with refused(ValueError, "`kl_coef` must be positive where `adaptive_kl_target` is set, got 0.0"):
             self.load(file, adaptive_kl_target=0.01)

@@ -353,6 +353,14 @@ def test_what_was_trained_is_a_clipppo_with_the_parameters_given(trained: Path) 
     assert (model.clip_range, model.clip_range_vf, model.num_timesteps) == ("cos_0.3", None, 512)
 
 
+@pytest.mark.parametrize("command", ["enjoy --no-render", "report --no-video"])
+def test_an_unknown_device_of_a_model_is_one_line(
+    command: str, in_trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(f"{command} --device gpu".split()) == 2
+    assert "`device` must be 'auto' or a PyTorch device, got 'gpu'" in capsys.readouterr().err
+
+
 def test_enjoy_runs_the_latest_run(in_trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main("enjoy --no-render -n 600 --device cpu".split()) == 0
     out = capsys.readouterr().out
