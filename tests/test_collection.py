@@ -295,6 +295,23 @@ class Doubling(RolloutBuffer):
         super().add(*args, **kwargs)
 
 
+class TwoRows(RolloutBuffer):
+    """Two rows for each environment."""
+
+    def __init__(self, *args: Any, n_envs: int = 1, **kwargs: Any) -> None:
+        super().__init__(*args, n_envs=2 * n_envs, **kwargs)
+
+    def add(self, *row: Any) -> None:
+        super().add(*map(twice, row))
+
+    def compute_returns_and_advantage(self, last_values: Any, dones: Any) -> None:
+        super().compute_returns_and_advantage(twice(last_values), twice(dones))
+
+
+def twice(rows: Any) -> Any:
+    return (th.cat if isinstance(rows, th.Tensor) else np.concatenate)([rows, rows])
+
+
 class OwnDraw(RolloutBuffer):
     """A ``get`` of its own, by way of SB3's."""
 
@@ -447,6 +464,14 @@ class TestBuffersOfTheUsers:
 
         with pytest.raises(AssertionError, match="another one"):
             cartpole(rollout_buffer_class=Asserts).learn(16)
+
+    def test_more_rows_than_environments_leave_the_actions_as_they_are(self) -> None:
+        """Kernels draw for each environment, as torch does, not for each row."""
+        kernels, torch = (
+            cartpole(n_envs=2, rollout_buffer_class=TwoRows, engine=engine).learn(32) for engine in ("auto", "autograd")
+        )
+        assert "losses and its optimizer are compiled" in kernels._engine_reason[2]
+        np.testing.assert_array_equal(kernels.rollout_buffer.actions, torch.rollout_buffer.actions)
 
     def test_one_that_draws_from_what_there_is_may_do_so(self) -> None:
         model = cartpole(rollout_buffer_class=AnyDraw)

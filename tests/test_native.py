@@ -426,6 +426,19 @@ class TestActing:
         np.testing.assert_allclose(taken[0], taken[1], rtol=1e-5, atol=1e-6)
         assert len(np.unique(taken[0])) > 1
 
+    @pytest.mark.parametrize("engine_class", [NativeEngine, LeanAutogradEngine])
+    @pytest.mark.parametrize("actions", ["box", "discrete", "multi_discrete"])
+    def test_more_environments_than_the_buffer_has_rows(self, actions: str, engine_class: type[Any]) -> None:
+        policy = make_policy(actions)
+        obs = th.linspace(-2, 2, 15).reshape(5, 3)
+        engines = engine_class(policy, SETTINGS), AutogradEngine(policy, SETTINGS)
+        taken = []
+        for engine in engines:
+            engine.begin_rollout(make_buffer(policy, n_envs=1))
+            th.manual_seed(0)
+            taken.append(engine.act(obs, with_dist_params=False).actions)
+        np.testing.assert_allclose(*taken, rtol=1e-5, atol=1e-6)
+
     def test_torchs_seed_decides(self) -> None:
         policy = make_policy()
         engine, buffer = NativeEngine(policy, SETTINGS), make_buffer(policy)

@@ -16,23 +16,27 @@ class Noise:
     So a seed gives the same actions on every engine, as long as the policies agree to rounding.
 
     :param kind: Of the distribution, as kernels call it.
-    :param n_envs: Rows.
     :param action_dim: Numbers of an action.
     :param widths: Actions of each categorical distribution, if it is of that kind.
     """
 
-    def __init__(self, kind: int, n_envs: int, action_dim: int, widths: list[int]) -> None:
+    def __init__(self, kind: int, action_dim: int, widths: list[int]) -> None:
         self._kind = kind
-        # Kernels only read them, so that each step's numbers may take the place of the last one's.
-        self._parts = [th.empty(n_envs, width) for width in (widths or [action_dim])]
-        self._arrays = [part.numpy() for part in self._parts]
+        self._widths = widths or [action_dim]
+        self._n_rows = -1
 
-    def next(self) -> np.ndarray:
+    def next(self, n_rows: int) -> np.ndarray:
         """
         Draw the numbers of the next step.
 
-        :return: Shape ``(n_envs, k)``; good until the next call.
+        :param n_rows: Number of environments that act.
+        :return: Shape ``(n_rows, k)``; good until the next call.
         """
+        if n_rows != self._n_rows:
+            # Kernels only read them, so that each step's numbers may overwrite the last one's.
+            self._parts = [th.empty(n_rows, width) for width in self._widths]
+            self._arrays = [part.numpy() for part in self._parts]
+            self._n_rows = n_rows
         for part in self._parts:
             if self._kind == memory.GAUSSIAN:
                 part.normal_()

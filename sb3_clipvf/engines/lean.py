@@ -98,7 +98,7 @@ class LeanAutogradEngine(AutogradEngine):
         self._draws = not has_own_forward and not isinstance(policy.action_dist, StateDependentNoiseDistribution)
         if self._draws:
             self._action_dim = get_action_dim(policy.action_space)
-            self._noise = Noise(kind_of(policy.action_dist), buffer.n_envs, self._action_dim, self._widths.tolist())
+            self._noise = Noise(kind_of(policy.action_dist), self._action_dim, self._widths.tolist())
 
     @th.no_grad()
     def act(self, observations: Any, *, with_dist_params: bool) -> Acted:
@@ -119,7 +119,7 @@ class LeanAutogradEngine(AutogradEngine):
         dist_params = np.empty((n, width if with_dist_params else 0), np.float32)
         entry.draw(
             kind_of(self.policy.action_dist), self._widths, np.ascontiguousarray(outputs.numpy()), log_stds,
-            self._noise.next(), actions, log_prob, dist_params,
+            self._noise.next(n), actions, log_prob, dist_params,
         )  # fmt: skip
         return Acted(
             actions=as_policy_gives(actions, self.policy.action_space),

@@ -125,7 +125,7 @@ class NativeEngine:
         if buffer.gae_fn is gae:  # a class may have one of its own
             buffer.gae_fn = _gae
         kind, widths = int(self._network.codes[memory.DIST]), self._network.widths.tolist()
-        self._noise = Noise(kind, buffer.n_envs, self._action_dim, widths)
+        self._noise = Noise(kind, self._action_dim, widths)
 
     def act(self, observations: np.ndarray | th.Tensor, *, with_dist_params: bool) -> Acted:
         """
@@ -193,7 +193,7 @@ class NativeEngine:
             return _exploration_matrices(dist, n_envs, self._binding.plain.actor[-1].in_features)
         if self._noise is None:
             raise RuntimeError("`begin_rollout` must be called before `act`, got no call. Call it with the buffer.")
-        return self._noise.next()
+        return self._noise.next(n_envs)
 
     def _follow_parameters(self) -> None:
         # A callback may have put other tensors into the parameters' place; their values need no attention.
