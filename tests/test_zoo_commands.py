@@ -234,6 +234,8 @@ def test_an_unknown_environment_is_one_line(in_empty_folder: Path, capsys: pytes
         ("--env-kwargs length=3", "`--env-kwargs` must be pairs of key and value"),
         ("--eval-env-kwargs length", "`--eval-env-kwargs` must be pairs of key and value"),
         ("--gym-packages not_there", "`--gym-packages` must name modules that can be imported, got 'not_there'"),
+        ("--gym-packages broken", "got 'broken': SyntaxError: "),
+        ("--gym-packages faulty", "got 'faulty': ZeroDivisionError: division by zero. Correct the name or the module"),
         ("--conf-file missing.yml", "got 'missing.yml': No such file or directory"),
         ("--conf-file missing.py", "got 'missing.py': No such file or directory"),
         ("--conf-file not_there", "got 'not_there': ModuleNotFoundError: No module named 'not_there'"),
@@ -261,7 +263,8 @@ def test_what_a_user_gets_wrong_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "envpool", None)
-    for name, text in {"broken.yml": "a: [", "entry.yml": "CartPole-v1:", "broken.py": "hyperparams = {"}.items():
+    files = {"broken.yml": "a: [", "entry.yml": "CartPole-v1:", "broken.py": "hyperparams = {", "faulty.py": "1 / 0"}
+    for name, text in files.items():
         Path(name).write_text(text)
     Path("empty.yml").touch()
     Path("empty.py").touch()

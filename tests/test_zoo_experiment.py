@@ -308,6 +308,13 @@ def test_values_that_the_zoo_reads_are_checked(tmp_path: Path, key: str, value: 
     assert not list(tmp_path.glob("logs/*/*"))
 
 
+def test_a_module_that_fails_as_it_is_imported_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "faulty_wrappers.py").write_text("1 / 0")
+    with pytest.raises(ImportError, match="got 'faulty_wrappers.Own' in .*: ZeroDivisionError: division by zero"):
+        _manager(tmp_path, {**ENTRY, "env_wrapper": "faulty_wrappers.Own"}).setup_experiment()
+
+
 def test_a_refused_value_of_the_command_line_is_said_to_stand_there(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"`n_envs` must be a whole number, got 2.5 .* It stands in `-params`"):
         _manager(tmp_path, {**ENTRY, "n_envs": 2}, hyperparams={"n_envs": 2.5}).setup_experiment()

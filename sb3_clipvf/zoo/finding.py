@@ -156,8 +156,9 @@ def import_packages(names: Iterable[Any] | None, where: str) -> None:
     for name in names or ():
         try:
             importlib.import_module(str(name))
-        except (ImportError, ValueError, TypeError) as error:
+        except Exception as error:  # whatever the module's own code raises
+            text = error if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
             raise ImportError(
-                f"`{where}` must name modules that can be imported, got {name!r}: {error}. Correct the name, install "
-                "its package, or run the command where its file is."
+                f"`{where}` must name modules that can be imported, got {name!r}: {text}. Correct the name or the "
+                "module, install its package, or run the command where its file is."
             ) from error

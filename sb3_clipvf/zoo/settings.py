@@ -98,15 +98,16 @@ def check_imports(key: str, value: Any, where: str) -> None:
         module, _, name = named.rpartition(".")
         try:
             found = getattr(importlib.import_module(module), name)
-        except ImportError as error:
-            raise ImportError(
-                f"`{key}` must name something that can be imported, got {named!r} in {where}: {error}. Correct the "
-                "name, or install its package."
-            ) from error
         except AttributeError as error:
             raise ValueError(
                 f"`{key}` must name something that its module holds, got {named!r} in {where}: {error}. Correct the "
                 "name."
+            ) from error
+        except Exception as error:  # whatever the module's own code raises
+            text = error if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+            raise ImportError(
+                f"`{key}` must name something that can be imported, got {named!r} in {where}: {text}. Correct the "
+                "name or the module, or install its package."
             ) from error
         if not callable(found):
             raise ValueError(f"`{key}` must name a class, got {named!r} in {where}, which is none. {_CLASS_TEXT}")
