@@ -12,8 +12,8 @@ class _StdoutHandler(logging.StreamHandler[TextIO]):
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
-        self.level_before, self.propagated_before = log.level, log.propagate
-        self.level_set = log.level
+        self.propagated_before = log.propagate
+        self.level_set = logging.NOTSET
 
     @property
     def stream(self) -> TextIO:
@@ -39,7 +39,7 @@ def show_messages(verbose: int) -> None:
         if handler is not None:
             log.removeHandler(handler)
             log.propagate = handler.propagated_before
-            _set_level(handler, handler.level_before)
+            _set_level(handler, logging.NOTSET)
         return
     if handler is None:
         handler = _StdoutHandler()

@@ -915,6 +915,18 @@ class TestMessages:
         assert "Training runs on" not in capsys.readouterr().out
         make()
         assert (log.level, log.handlers) == (logging.WARNING, [])
+        model.learn(N_STEPS)
+        assert log.level == logging.WARNING
+
+    @pytest.mark.parametrize("level", [logging.DEBUG, logging.WARNING])
+    def test_a_level_that_was_set_before_is_left_alone(self, level: int, capsys: pytest.CaptureFixture[str]) -> None:
+        log = logging.getLogger("sb3_clipvf")
+        log.setLevel(level)
+        make(verbose=1)
+        assert log.level == level
+        assert ("The rollout of" in capsys.readouterr().out) == (level == logging.DEBUG)
+        make()
+        assert (log.level, log.handlers) == (level, [])
 
     def test_truncated_minibatches_are_warned_of(self) -> None:
         message = (
