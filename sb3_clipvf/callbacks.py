@@ -52,8 +52,8 @@ class IsolatedEvalCallback(EvalCallback):
 
     def _init_callback(self) -> None:
         training, evaluation = self.training_env, self.eval_env
-        used = stepped_objects(training)
-        shared = next((item for item in stepped_objects(evaluation) if any(item is other for other in used)), None)
+        used = set(map(id, stepped_objects(training)))
+        shared = next((item for item in stepped_objects(evaluation) if id(item) in used), None)
         if shared is not None:
             raise ValueError(
                 "`eval_env` must be other environments than those of the training, got the same "

@@ -46,13 +46,12 @@ def stepped_objects(venv: VecEnv) -> list[Any]:
     found: list[Any] = [*layers, simulator_of(venv)]
     with contextlib.suppress(Exception):  # a class may have a property of any kind here
         found.append(layers[-1].unwrapped)
+    known = set(map(id, found))
     for holder in found:  # which grows
         own = getattr(holder, "__dict__", {})
         several = own.get("envs")
-        inner = [own.get("env"), *(several if isinstance(several, list | tuple) else ())]
-        found += [item for item in inner if isinstance(item, (gym.Env, VectorEnv)) and not _is_in(item, found)]
+        for item in (own.get("env"), *(several if isinstance(several, list | tuple) else ())):
+            if isinstance(item, (gym.Env, VectorEnv)) and id(item) not in known:
+                known.add(id(item))
+                found.append(item)
     return [item for item in found if item is not None]
-
-
-def _is_in(item: Any, found: list[Any]) -> bool:
-    return any(item is other for other in found)
