@@ -307,8 +307,9 @@ def replaced_code() -> str | None:
                 return f"{kept.name}.{name} was replaced"
         _accepted = [dict(namespace) for namespace in _namespaces]
     for kept in _kept_functions:
-        if kept.now() != kept.code or kept.foreign:
-            return f"{kept.name}.{kept.replaced()} was replaced"
+        name = None if kept.now() == kept.code and not kept.foreign else kept.replaced()
+        if name is not None:  # torch's own wrappers may be all that differs
+            return f"{kept.name}.{name} was replaced"
     return None
 
 
