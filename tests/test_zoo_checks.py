@@ -16,6 +16,7 @@ from sb3_clipvf.zoo.checks import check_options
         ({"eval_episodes": 0}, "`--eval-episodes` must be a whole number of at least 1, got 0"),
         ({"n_eval_envs": 0}, "`--n-eval-envs` must be"),
         ({"n_trials": 0}, "`--n-trials` must be"),
+        ({"log_interval": 0}, r"`--log-interval` must not be 0, got 0\. .* -2 for no log"),
         ({"n_jobs": -1}, "`--n-jobs` must be"),
         ({"num_threads": 0}, "`--num-threads` must be"),
         ({"seed": 2**32, "trained_agent": ""}, r"`--seed` must be a whole number in \[-4294967295, 4294967295\]"),

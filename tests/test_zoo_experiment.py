@@ -501,9 +501,3 @@ def test_an_error_of_the_end_alone_is_raised(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(FastDummyVecEnv, "close", _fails_to_end)
     with pytest.raises(BrokenPipeError):
         manager.learn(model)
-
-
-def test_a_log_interval_of_zero_is_refused_with_the_options_values(tmp_path: Path) -> None:
-    manager = _manager(tmp_path, ENTRY, log_interval=0)
-    with pytest.raises(ValueError, match="`--log-interval` must not be 0, got 0. .* -2 for no log"):
-        manager.learn(_model(manager))

@@ -77,6 +77,11 @@ def check_options(options: Namespace) -> None:
         # `train` draws one itself where it is negative.
         lowest = -_LARGEST_SEED if "trained_agent" in given else 0
         check_int("--seed", given["seed"], lowest, "Leave it out for the default.", _LARGEST_SEED)
+    if given.get("log_interval") == 0:
+        raise ValueError(
+            "`--log-interval` must not be 0, got 0. Pass the number of updates between two logs, -1 for the default, "
+            "or -2 for no log."
+        )
     if given.get("log_folder") == "":
         raise ValueError("`--log-folder` must be a folder, got ''. `.` is the working folder.")
     if "device" in given and given.get("algo") != ALGORITHM:  # ClipPPO checks its own

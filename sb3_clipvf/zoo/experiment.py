@@ -324,13 +324,7 @@ class ClipPPOExperimentManager(CheckedSearch):
         Train.
 
         :param model: As ``setup_experiment`` gave it.
-        :raises ValueError: If the interval of logs is 0.
         """
-        if self.algo == ALGORITHM and self.log_interval == 0:
-            raise ValueError(
-                "`--log-interval` must not be 0, got 0. Pass the number of updates between two logs, -1 for the "
-                "default, or -2 for no log."
-            )
         target: Any = model
         if isinstance(model, ClipPPO):
             warn_of_early_end(model, self.n_timesteps, reset_num_timesteps=True, on_command_line=True)
