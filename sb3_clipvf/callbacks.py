@@ -52,7 +52,8 @@ class IsolatedEvalCallback(EvalCallback):
 
     def _init_callback(self) -> None:
         training, evaluation = self.training_env, self.eval_env
-        used = set(map(id, stepped_objects(training)))
+        # Keeps what properties may have made just now: ids are unique among living objects.
+        used = {id(item): item for item in stepped_objects(training)}
         shared = next((item for item in stepped_objects(evaluation) if id(item) in used), None)
         if shared is not None:
             raise ValueError(
