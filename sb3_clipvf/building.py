@@ -73,14 +73,15 @@ def check_kl_is_stored(model: "ClipPPO") -> None:
     :raises ValueError: If it does not.
     """
     rollout_buffer = model.rollout_buffer
-    name = _needs_kl(model)
     if _has_dist_params(rollout_buffer):
         return
+    name, can_store = _needs_kl(model), bool(getattr(rollout_buffer, "dist_param_dim", 0))
     if name is None:
-        if model._engine is None or model._engine.settings.has_dist_params:
+        if can_store and not model._warned_of_missing_kl:
+            model._warned_of_missing_kl = True
             log.info("The rollout holds no parameters of the old action distribution: `train/kl` is omitted.")
         return
-    if getattr(rollout_buffer, "dist_param_dim", 0):
+    if can_store:
         raise ValueError(
             f"`dist_params` must be given at each step where `{name}` is set, got None and {getattr(model, name)!r}. "
             "Pass them to `rollout_buffer.add`, or collect by ClipPPO's own `collect_rollouts`, which does."
@@ -90,7 +91,7 @@ def check_kl_is_stored(model: "ClipPPO") -> None:
 
 
 def _has_dist_params(rollout_buffer: Any) -> bool:
-    """Whether the rollout in a buffer holds them; one of the user's may have no such property."""
+    """Return whether the rollout in a buffer holds them; one of the user's may have no such property."""
     return bool(getattr(rollout_buffer, "has_dist_params", getattr(rollout_buffer, "dist_param_dim", 0)))
 
 

@@ -213,6 +213,7 @@ class ClipPPO(SavedAlgorithm):
         self._engine_reason = ("", "", "")
         self._loads_sb3 = False
         self._warned_of_early_end = False
+        self._warned_of_missing_kl = False
 
         if _init_setup_model:
             self._setup_model()

@@ -82,6 +82,7 @@ class SavedAlgorithm(RolloutCollector):
             "_engine_reason",
             "_loads_sb3",
             "_warned_of_early_end",
+            "_warned_of_missing_kl",
             "_n_envs_before",
             "_resumed",
         ]

@@ -608,12 +608,14 @@ class TestRolloutsWithoutTheOldDistribution:
 
     def test_what_is_left_out_is_said_once(self, kwargs: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
         env = make_vec_env("CartPole-v1", seed=0)
-        model = HostLoop("MlpPolicy", env, n_steps=16, batch_size=8, **kwargs)
-        with caplog.at_level("INFO", logger="sb3_clipvf"):
-            model.learn(48)
-        assert [record.message for record in caplog.records if "`train/kl` is omitted" in record.message] == [
-            "The rollout holds no parameters of the old action distribution: `train/kl` is omitted."
-        ]
+        with_host_loop = HostLoop("MlpPolicy", env, n_steps=16, batch_size=8, **kwargs)
+        for model in (with_host_loop, cartpole(rollout_buffer_class=HostAdd, **kwargs)):
+            caplog.clear()
+            with caplog.at_level("INFO", logger="sb3_clipvf"):
+                model.learn(48)
+            assert [message for message in caplog.messages if "`train/kl` is omitted" in message] == [
+                "The rollout holds no parameters of the old action distribution: `train/kl` is omitted."
+            ]
 
 
 class TestLostEpisodes:
