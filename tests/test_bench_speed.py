@@ -401,7 +401,8 @@ def test_profile_of_a_real_run() -> None:
     areas = result["profile"]["areas"]
     assert {"update", "policy in the rollout", "environments", "rollout buffer"} <= set(areas)
     assert areas["other"] < 0.2 * sum(areas.values())
-    assert sum(areas.values()) <= result["wall_seconds"]
+    # The profiler stops a moment after the clock.
+    assert sum(areas.values()) <= result["wall_seconds"] + 1e-3
     lines = render_profile("A title", result).splitlines()
     assert lines[0].startswith("A title: 128 steps in ")
     assert lines[0].endswith(" s, engine torch.")
