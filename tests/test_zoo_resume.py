@@ -496,3 +496,8 @@ def test_a_missing_model_is_told_with_the_checkpoints_that_are_there(
     error = capsys.readouterr().err
     assert "has those of the steps 768, 1024: `--load-last-checkpoint` or `--load-checkpoint 1024`" in error
     assert f"`sb3-clipvf train --resume {cut}`" in error
+
+
+def test_a_run_that_has_ended_is_not_to_be_resumed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert enjoy("--load-checkpoint 300") == 2
+    assert capsys.readouterr().err.splitlines()[0].endswith("or `--load-checkpoint 1280` takes one.")

@@ -122,10 +122,11 @@ class _Finder:
                 steps = [str(_steps(path)) for path in sorted_checkpoints(run / CHECKPOINTS)]
                 if not steps:
                     raise
+                has_ended = (run / f"{env_name}.zip").is_file()
+                resume = "" if has_ended else f", and `sb3-clipvf train --resume {run}` ends the training"
                 raise ValueError(
                     f"{error}. {run / CHECKPOINTS} has those of the steps {', '.join(steps)}: `--load-last-checkpoint` "
-                    f"or `--load-checkpoint {steps[-1]}` takes one, and `sb3-clipvf train --resume {run}` ends the "
-                    "training."
+                    f"or `--load-checkpoint {steps[-1]}` takes one{resume}."
                 ) from error
         self._chosen = Path(found[1])
         return found
