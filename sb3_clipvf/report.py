@@ -313,7 +313,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout.write(f"{run.env_id}, {run.algo}, {run.folder}: {args.episodes} episodes ...\n")
     sys.stdout.flush()  # the evaluation may take long
     evaluation = evaluate_run(run, args.episodes, args.n_envs, args.seed, args.deterministic, args.device)
-    curve = read_training_curve(run.folder, evaluation.num_timesteps, evaluation.started)
+    from sb3_clipvf.zoo.resume import saved_timesteps  # imports torch
+
+    # Of the whole training, which the best model is from within.
+    total = saved_timesteps(run.folder / f"{run.settings_folder.name}.zip")
+    curve = read_training_curve(run.folder, total if total > 0 else None, evaluation.started)
     _say_numbers(run, curve, evaluation)
 
     figure_path, numbers_path = run.folder / "learning_curve.png", run.folder / "report.json"

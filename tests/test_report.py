@@ -254,6 +254,8 @@ def test_command_takes_the_best_model_without_a_video(tmp_path: Path, capsys: py
     numbers = json.loads((run.folder / "report.json").read_text())
     assert numbers["model"] == str(run.folder / "best_model.zip")
     assert numbers["num_timesteps"] == 32
+    # The last episodes of the training ended at step 60 of 64.
+    assert numbers["steps_per_second"] * numbers["training_seconds"] == pytest.approx(60)
     assert list(numbers["files"]) == ["learning_curve"]
     assert not (run.folder / "videos").exists()
 

@@ -116,7 +116,7 @@ def resumed_run(path: str, options: Sequence[str]) -> tuple[ResumedRun, list[str
     drop_null(hyperparams)
     check_built(settings_folder / "config.yml", hyperparams)
     steps, total = checkpoint.manifest.num_timesteps, checkpoint.manifest.total_timesteps
-    saved = _saved_timesteps(folder / f"{settings_folder.name}.zip")
+    saved = saved_timesteps(folder / f"{settings_folder.name}.zip")
     # A callback may have ended it early; but who names an earlier file wants to go back.
     is_complete = saved >= steps and (place.is_dir() or steps >= total)
     if "n_timesteps" in given:
@@ -129,6 +129,21 @@ def resumed_run(path: str, options: Sequence[str]) -> tuple[ResumedRun, list[str
         is_complete = False
     run = ResumedRun(folder, settings_folder, checkpoint.path, args, hyperparams, steps, total, is_complete)
     return run, _command_line(args, given)
+
+
+def saved_timesteps(path: Path) -> int:
+    """
+    Read how long a model was trained.
+
+    :param path: Zip file that the end of a run saves.
+    :return: Environment steps; -1 if there is no whole file.
+    """
+    from sb3_clipvf.safe_files import read_model
+
+    try:
+        return int((read_model(path).data or {})["num_timesteps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
 
 
 def _settings_folder(folder: Path) -> Path:
@@ -179,16 +194,6 @@ def _modules(names: Iterable[Any]) -> list[str]:
         if not all(part.isidentifier() for part in str(name).split(".")):
             raise ValueError(f"`gym_packages` of the run must be names of modules, got {name!r}. Correct its args.yml.")
     return [str(name) for name in names]
-
-
-def _saved_timesteps(path: Path) -> int:
-    """Environment steps of the model that the end of a run saves; -1 where there is no whole one."""
-    from sb3_clipvf.safe_files import read_model
-
-    try:
-        return int((read_model(path).data or {})["num_timesteps"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return -1
 
 
 def _option(name: str) -> str:
