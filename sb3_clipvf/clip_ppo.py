@@ -41,7 +41,7 @@ from sb3_clipvf.policies import (
     SquashedActorCriticPolicy,
     SquashedMultiInputActorCriticPolicy,
 )
-from sb3_clipvf.rollout import check_complete, draws_from_complete
+from sb3_clipvf.rollout import TensorRolloutBuffer, check_complete, draws_from_complete
 from sb3_clipvf.saving import SavedAlgorithm
 from sb3_clipvf.schedules import AdaptiveKL, KLAdaptiveLR, Schedule, clamp_progress, make_schedule
 
@@ -288,6 +288,8 @@ class ClipPPO(SavedAlgorithm):
         started = time.perf_counter()
         if draws_from_complete(self.rollout_buffer):
             check_complete(self.rollout_buffer)
+        if isinstance(self.rollout_buffer, TensorRolloutBuffer):
+            self.rollout_buffer.forget_copies()
         show_messages(self.verbose)
         check_kl_is_stored(self)
         # Callbacks may have changed these arguments since the last update.

@@ -135,6 +135,8 @@ class TensorRolloutBuffer(BaseBuffer):
         # Steps and environments that there is memory for.
         self._allocated: tuple[int, int] | None = None
         self._flat: dict[str, Any] | None = None
+        # The arrays that it was made from.
+        self._flat_arrays: list[np.ndarray] = []
         self._lacks_dist_params = False
 
     @property
@@ -194,7 +196,7 @@ class TensorRolloutBuffer(BaseBuffer):
         if not self._is_allocated:
             self.check_memory()
             self._allocate()
-        self._flat = None
+        self.forget_copies()
         self._lacks_dist_params = False
         super().reset()
 
@@ -261,7 +263,7 @@ class TensorRolloutBuffer(BaseBuffer):
             self.gamma,
             self.gae_lambda,
         )
-        self._flat = None
+        self.forget_copies()
 
     def get(self, batch_size: int | None = None) -> Generator[MiniBatch, None, None]:
         """
@@ -272,11 +274,8 @@ class TensorRolloutBuffer(BaseBuffer):
         :raises ValueError: If the rollout is not complete.
         """
         check_complete(self)
-        n_transitions = self.buffer_size * self.n_envs
-        rows = self._rows(np.random.permutation(n_transitions))
-        size = n_transitions if batch_size is None else batch_size
-        for start in range(0, n_transitions, size):
-            yield self._gather(rows[start : start + size])
+        indices = np.random.permutation(self.buffer_size * self.n_envs)
+        yield from _minibatches(self, indices, len(indices) if batch_size is None else batch_size)
 
     def in_order(self, batch_size: int) -> Generator[MiniBatch, None, None]:
         """
@@ -285,10 +284,12 @@ class TensorRolloutBuffer(BaseBuffer):
         :param batch_size: Transitions in each minibatch, the last one may be shorter.
         :return: Minibatches on the buffer's device.
         """
-        n_transitions = self.buffer_size * self.n_envs
-        rows = th.arange(n_transitions, device=self.device)
-        for start in range(0, n_transitions, batch_size):
-            yield self._gather(rows[start : start + batch_size])
+        indices = np.arange(self.buffer_size * self.n_envs).reshape(self.n_envs, self.buffer_size).T
+        yield from _minibatches(self, indices.flatten(), batch_size)
+
+    def forget_copies(self) -> None:
+        """Read the arrays again at the next minibatch, since they may have been changed in place."""
+        self._flat, self._flat_arrays = None, []
 
     def _rows(self, indices: np.ndarray) -> th.Tensor:
         # SB3 numbers transitions environment by environment; memory here runs step by step.
@@ -316,18 +317,20 @@ class TensorRolloutBuffer(BaseBuffer):
         return self._gather(self._rows(batch_inds))
 
     def _flat_tensors(self) -> dict[str, Any]:
-        """The rollout with steps and environments in one axis: views on the CPU, one copy a rollout elsewhere."""
-        if self._flat is None:
+        """The rollout with steps and environments in one axis: views on the CPU where they can be, copies elsewhere."""
+        by_key = self.observations if isinstance(self.observations, dict) else {"": self.observations}
+        arrays = [self.values, self.log_probs, self.advantages, self.returns, self.actions, self.dist_params]
+        arrays += by_key.values()
+        # A callback may have assigned others.
+        if self._flat is None or list(map(id, arrays)) != list(map(id, self._flat_arrays)):
             names = ["values", "log_probs", "advantages", "returns"]
             flat: dict[str, Any] = {name: self._to_flat(getattr(self, name)) for name in names}
             flat["actions"] = self._to_flat(self.actions.astype(np.float32, copy=False))
             if self.has_dist_params:
                 flat["dist_params"] = self._to_flat(self.dist_params)
-            if isinstance(self.observations, dict):
-                flat["observations"] = {key: self._to_flat(array) for key, array in self.observations.items()}
-            else:
-                flat["observations"] = self._to_flat(self.observations)
-            self._flat = flat
+            tensors = {key: self._to_flat(array) for key, array in by_key.items()}
+            flat["observations"] = tensors if isinstance(self.observations, dict) else tensors[""]
+            self._flat, self._flat_arrays = flat, arrays
         return self._flat
 
     def _to_flat(self, array: np.ndarray) -> th.Tensor:
@@ -352,6 +355,22 @@ class TensorRolloutBuffer(BaseBuffer):
         self.advantages = np.zeros(cells, np.float32)
         self.dist_params = np.zeros((*cells, self.dist_param_dim), np.float32)
         self._allocated = cells
+
+
+_get_samples = TensorRolloutBuffer._get_samples
+
+
+def _minibatches(buffer: TensorRolloutBuffer, indices: np.ndarray, size: int) -> Generator[MiniBatch, None, None]:
+    """Walk through transitions in SB3's numbering, by the ``_get_samples`` of a subclass where it has one."""
+    if buffer.device.type == "cpu":
+        buffer.forget_copies()  # mostly views, which take no time to make again
+    if getattr(buffer._get_samples, "__func__", None) is not _get_samples:
+        for start in range(0, len(indices), size):
+            yield buffer._get_samples(indices[start : start + size])
+        return
+    rows = buffer._rows(indices)
+    for start in range(0, len(indices), size):
+        yield buffer._gather(rows[start : start + size])
 
 
 # What holds one row a step, and draws from complete rollouts alone.

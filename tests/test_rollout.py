@@ -299,6 +299,62 @@ class TestMinibatches:
         buffer.compute_returns_and_advantage(th.zeros(N_ENVS), np.ones(N_ENVS, bool))
         assert th.equal(next(buffer.in_order(100)).returns, th.as_tensor(buffer.returns).flatten())
 
+    @pytest.mark.parametrize("name", ["advantages", "actions", "observations", "dist_params"])
+    @pytest.mark.parametrize("how", ["assigned", "transposed", "in place"])
+    @pytest.mark.parametrize("case", ["box", "multi_binary", "dict"])
+    def test_changes_after_a_draw_are_seen_by_the_next_one(self, case: str, how: str, name: str) -> None:
+        buffer = make(case, dist_param_dim=2)
+        fill(buffer, case, dist_params=th.rand(N_ENVS, 2))
+        list(buffer.get(4))
+        holder, key = (buffer.observations, "position") if (case, name) == ("dict", "observations") else (None, name)
+        array = getattr(buffer, name) if holder is None else holder[key]  # type: ignore[index]
+        changed = 1 - array
+        if how == "in place":
+            array[:] = changed
+        else:
+            other = changed if how == "assigned" else np.asfortranarray(changed)
+            setattr(buffer, name, other) if holder is None else holder.update({key: other})  # type: ignore[union-attr]
+        field = {"dist_params": "old_dist_params"}.get(name, name)
+        for batch in (next(buffer.in_order(100)), next(buffer.get())):
+            drawn = getattr(batch, field) if holder is None else batch.observations[key]
+            expected = th.as_tensor(changed).flatten(0, 1).to(drawn.dtype)
+            assert th.equal(*(rows.reshape(len(drawn), -1).sort(0).values for rows in (drawn, expected)))
+
+    def test_samples_by_index_follow_assigned_arrays_and_those_in_place_where_copies_are_forgotten(self) -> None:
+        """Where the buffer's device is not the CPU, all tensors are copies, as integer actions are here."""
+        buffer = make("multi_binary")
+        fill(buffer, "multi_binary")
+        indices = np.arange(4)
+        before = buffer._get_samples(indices)
+        buffer.advantages = buffer.advantages + 1
+        assert th.equal(buffer._get_samples(indices).advantages, before.advantages + 1)
+        buffer.actions[:] = 1 - buffer.actions
+        buffer.forget_copies()
+        assert th.equal(buffer._get_samples(indices).actions, 1 - before.actions)
+
+    @pytest.mark.parametrize("of", ["class", "instance"])
+    def test_a_hook_for_samples_makes_the_minibatches_as_in_sb3(self, of: str) -> None:
+        """`get` calls it with the transitions of each minibatch, in SB3's numbering."""
+
+        def marked(self: TensorRolloutBuffer, batch_inds: np.ndarray, env: Any = None) -> MiniBatch:
+            return TensorRolloutBuffer._get_samples(self, batch_inds)._replace(returns=th.as_tensor(batch_inds))
+
+        own = type("Own", (TensorRolloutBuffer,), {"_get_samples": marked} if of == "class" else {})
+        buffer, plain = own(N_STEPS, *CASES["box"], "cpu", n_envs=N_ENVS), make()
+        if of == "instance":
+            buffer._get_samples = marked.__get__(buffer)
+        for each in (buffer, plain):
+            fill(each, "box")
+        np.random.seed(5)
+        ours = list(buffer.get(4))
+        assert th.equal(
+            th.cat([batch.returns for batch in ours]), th.as_tensor(np.random.RandomState(5).permutation(21))
+        )
+        np.random.seed(5)
+        for batch, other in zip([*ours, *buffer.in_order(4)], [*plain.get(4), *plain.in_order(4)], strict=True):
+            assert th.equal(batch.old_values, other.old_values)
+            assert th.equal(batch.observations, other.observations)
+
 
 class TestMemory:
     @pytest.mark.parametrize("dist_param_dim", [0, 5])
