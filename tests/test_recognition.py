@@ -259,6 +259,17 @@ def test_steps_of_adam_that_were_replaced_count(fast: str, monkeypatch: pytest.M
     assert type(engine) is AutogradEngine
 
 
+@pytest.mark.parametrize("scope", ["minibatch", "rollout"])
+@pytest.mark.parametrize("fast", FAST)
+def test_the_offset_of_normalised_advantages_counts(fast: str, scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kwargs = {"policy_kwargs": FAST[fast][0], "advantage_scope": scope}
+    before = trained(None, "auto", **kwargs)[0]
+    monkeypatch.setattr(objectives, "ADVANTAGE_EPS", 100.0)
+    engine = assert_trains_what_the_user_has(lambda _: None, has_effect=False, **kwargs)
+    assert type(engine) is FAST[fast][1]
+    assert difference(trained(None, "auto", **kwargs)[0], before) > 5e-3
+
+
 def test_a_method_that_was_added_to_a_subclass_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes the place of the inherited one, which is still there."""
     monkeypatch.setattr(

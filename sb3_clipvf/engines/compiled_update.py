@@ -17,6 +17,7 @@ from stable_baselines3.common.distributions import (
     StateDependentNoiseDistribution,
 )
 
+from sb3_clipvf import objectives
 from sb3_clipvf.distributions import dist_param_dim
 from sb3_clipvf.engines.binding import n_action_numbers
 from sb3_clipvf.engines.kernels import data, entry, memory
@@ -25,7 +26,6 @@ from sb3_clipvf.engines.kernels.sync import N_COUNTERS
 from sb3_clipvf.engines.settings import UpdateCoefficients, UpdateSettings, UpdateStatistics, named_terms
 from sb3_clipvf.messages import log
 from sb3_clipvf.nonfinite import BadMinibatchError
-from sb3_clipvf.objectives import ADVANTAGE_EPS
 
 COMPILE_NOTE_SECONDS = 3.0
 """Waiting time after which the user is told that kernels are being compiled."""
@@ -115,7 +115,7 @@ def update_numbers(
     shift, scale = 0.0, 1.0
     if in_rollout and advantages.size > 1:
         shift = float(advantages.mean(dtype=np.float64))
-        scale = float(advantages.std(dtype=np.float64, ddof=1)) + ADVANTAGE_EPS
+        scale = float(advantages.std(dtype=np.float64, ddof=1)) + objectives.ADVANTAGE_EPS
     form = NOT_CLIPPED
     if coefficients.clip_range_vf is not None:
         form = CLIPPED_MAX if settings.vf_clip == "max" else CLIPPED_PREDICTION
@@ -130,7 +130,7 @@ def update_numbers(
         normalize=float(settings.normalize_advantage and not in_rollout),
         shift=shift,
         scale=scale,
-        advantage_eps=ADVANTAGE_EPS,
+        advantage_eps=objectives.ADVANTAGE_EPS,
         max_grad_norm=float(settings.max_grad_norm),
         target_kl=_or_infinite(settings.target_kl),
         kl_from_epoch=min(with_kl, default=math.inf),
