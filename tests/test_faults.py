@@ -574,6 +574,37 @@ def test_copies_of_environments_write_into_their_own_rows() -> None:
     np.testing.assert_array_equal(venv.buf_obs[None], before[None])
 
 
+@pytest.mark.parametrize("name", ["step_wait", "reset", "_save_obs"])
+@pytest.mark.parametrize("wraps", [False, True])
+def test_what_a_callback_puts_on_environments_stays_after_the_training(name: str, wraps: bool) -> None:
+    venv, n_calls = make(), 0
+    before = set(vars(venv))
+
+    class Puts(BaseCallback):
+        def _on_training_start(self) -> None:
+            old = getattr(venv, name) if wraps else partial(getattr(DummyVecEnv, name), venv)
+
+            def own(*args: Any) -> Any:
+                nonlocal n_calls
+                n_calls += 1
+                return old(*args)
+
+            setattr(venv, name, own)
+
+        def _on_step(self) -> bool:
+            return True
+
+    model_of(VecNormalize(venv)).learn(32, callback=Puts())
+    assert set(vars(venv)) - before == {name, "actions"}
+    n_calls = 0
+    model_of(VecNormalize(venv)).learn(32)
+    assert n_calls >= (1 if name == "reset" else 16)
+    if wraps and name == "_save_obs":  # the check that it wraps goes on
+        venv.envs[1].change = lambda step: (step[0][:1], *step[1:])
+        with pytest.raises(ValueError, match=r"shape \(4,\), got \(1,\) from environment 1"):
+            model_of(VecNormalize(venv)).learn(32)
+
+
 # ------------------------------------------------------------------ full disks and folders that cannot be written to
 
 

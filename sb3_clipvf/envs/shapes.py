@@ -118,8 +118,8 @@ def checked_rows(venv: VecEnv) -> Iterator[None]:
 
     layers = vec_env_layers(venv)
     base = layers[-1]
-    methods = ("reset", "step_wait", "_save_obs", "_obs_from_buf")
-    checks_itself = all(getattr(type(base), name, None) is getattr(FastDummyVecEnv, name) for name in methods)
+    names = ("reset", "step_wait", "_save_obs", "_obs_from_buf")
+    checks_itself = all(getattr(type(base), name, None) is getattr(FastDummyVecEnv, name) for name in names)
     checks: list[tuple[VecEnv, str, Any]] = []
     for outer, inner in reversed(list(pairwise(layers))):
         if _takes_shapes_of(outer, inner):
@@ -128,15 +128,16 @@ def checked_rows(venv: VecEnv) -> Iterator[None]:
             break
     if isinstance(base, DummyVecEnv) and type(base)._save_obs is DummyVecEnv._save_obs:
         checks.append((base, "_save_obs", _save_obs))
-    # Methods, so that a copy of the environments writes into its own rows. What others have put there stays.
-    checked = [(layer, name, check) for layer, name, check in checks if name not in vars(layer)]
-    for layer, name, check in checked:
-        vars(layer)[name] = MethodType(check, layer)
+    # Methods, so that a copy of the environments writes into its own rows. What others put there stays, also meanwhile.
+    methods = [(layer, name, MethodType(check, layer)) for layer, name, check in checks if name not in vars(layer)]
+    for layer, name, method in methods:
+        vars(layer)[name] = method
     try:
         yield
     finally:
-        for layer, name, _ in checked:
-            vars(layer).pop(name, None)
+        for layer, name, method in methods:
+            if vars(layer).get(name) is method:
+                del vars(layer)[name]
 
 
 def _takes_shapes_of(outer: VecEnv, inner: VecEnv) -> bool:
