@@ -382,18 +382,36 @@ def test_settings_that_run_code_are_refused(
     assert not Path("mark").exists()
 
 
-@pytest.mark.parametrize("packages", ["!!python/tuple [q]", "!!set {q}", "q", "[q]"])
-def test_modules_beside_the_run_are_not_imported(
-    packages: str, cut: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def _name_packages(cut: Path, packages: str) -> None:
+    """Have a run name packages, and put the module ``q`` beside its model."""
     path = cut / "CartPole-v1" / "args.yml"
     settings = yaml.load(path.read_text(), Loader=RunLoader)
     del settings["gym_packages"]
     path.write_text(f"{yaml.dump(dict(settings))}gym_packages: {packages}\n")
     (cut / "q.py").write_text("open('mark', 'w').close()")
+
+
+@pytest.mark.parametrize("packages", ["!!python/tuple [q]", "!!set {q}", "q", "[q]"])
+def test_modules_beside_the_run_are_not_imported(
+    packages: str, cut: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _name_packages(cut, packages)
     monkeypatch.chdir(cut)
     monkeypatch.syspath_prepend(Path.cwd())  # as `python -m sb3_clipvf` has it
     assert resume(".") == 2
+    assert "`gym_packages` in" in capsys.readouterr().err
+    assert not Path("mark").exists()
+
+
+@pytest.mark.parametrize("command", [f"train --resume {RUN}", "enjoy --load-checkpoint 768"])
+def test_modules_of_the_log_folder_are_not_imported_from_the_working_folder(
+    command: str, cut: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # As the console script starts: without the working folder.
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", os.getcwd())])
+    _name_packages(cut, "[logs.q]")
+    (cut / "q.py").rename(Path("logs", "q.py"))
+    assert main(command.split()) == 2
     assert "`gym_packages` in" in capsys.readouterr().err
     assert not Path("mark").exists()
 

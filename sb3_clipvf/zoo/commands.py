@@ -288,6 +288,8 @@ def _run(name: str, command: Command, options: Sequence[str]) -> int:
         sys.stdout.write(f"No display: running with --no-render. `{PROGRAM} record_video` makes a video.\n")
         arguments = with_defaults(arguments, (Default(None, "--no-render", None),))
     with ExitStack() as stack:
+        # Before settings are read: whether a module may be imported depends on where it would be found.
+        stack.enter_context(importable_working_folder())
         if not display:
             stack.enter_context(patched_environment(_without_display(command)))
             if command.plots:
@@ -314,7 +316,6 @@ def _run(name: str, command: Command, options: Sequence[str]) -> int:
             stack.enter_context(ffmpeg_on_path())
         if name == "push_to_hub":
             stack.enter_context(own_model_card(ALGORITHM))
-        stack.enter_context(importable_working_folder())
         stack.enter_context(patched_argv([f"{PROGRAM} {name}", *arguments]))
         stack.enter_context(own_subprocesses())
         if function:
