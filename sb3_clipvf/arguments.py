@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from stable_baselines3.common.buffers import BaseBuffer
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 
 from sb3_clipvf import validation
 from sb3_clipvf.engines import check_engine_name
@@ -109,7 +109,11 @@ def _check_parts(model: "ClipPPO") -> None:
 
 
 def _check_policy_class(policy: Any) -> None:
-    validation.check_class("policy", policy, ActorCriticPolicy, "Or pass an alias, such as 'MlpPolicy'.")
+    # SB3 asks for no more of a policy, whatever its annotations say.
+    needed = ("forward", "evaluate_actions", "predict_values")
+    is_base = isinstance(policy, type) and issubclass(policy, BasePolicy)
+    if not (is_base and all(callable(getattr(policy, name, None)) for name in needed)):
+        validation.check_class("policy", policy, ActorCriticPolicy, "Or pass an alias, such as 'MlpPolicy'.")
 
 
 def _check_is_dict(name: str, kwargs: Any) -> None:

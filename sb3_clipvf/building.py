@@ -59,7 +59,7 @@ def leave_out_kl(model: "ClipPPO", rollout_buffer: Any) -> bool:
     """
     _check_kl_is_known(model, type(rollout_buffer), None, stores_dist=False)
     rollout_buffer.dist_param_dim = 0
-    log.warning("The policy's action distribution has no exact KL that is known here: `train/kl` is left out.")
+    log.info("`train/kl` is omitted, since the policy leaves no action distribution whose exact KL is known.")
     return False
 
 
@@ -156,6 +156,7 @@ def make_update_settings(model: "ClipPPO") -> UpdateSettings:
         measure_kl_after=model.adaptive_kl is not None or model.adaptive_lr is not None,
         has_dist_params=_has_dist_params(model.rollout_buffer),
         discrete_actions=isinstance(model.action_space, spaces.Discrete),
+        needs_kl=_needs_kl(model) is not None,
         on_nonfinite=model.on_nonfinite,
     )
 

@@ -267,7 +267,8 @@ def copy_of(observations: Any) -> Any:
     :param observations: An array, or a dict or tuple of such.
     :return: The same with memory of its own.
     """
-    return observations.copy() if isinstance(observations, np.ndarray) else copy.deepcopy(observations)
+    # In the same layout of memory, since sums in another order round differently.
+    return observations.copy("K") if isinstance(observations, np.ndarray) else copy.deepcopy(observations)
 
 
 def bootstrap_truncated(

@@ -87,8 +87,62 @@ def dist_params(dist: Distribution) -> th.Tensor:
         gaussian = known.distribution
         return th.cat([gaussian.loc, gaussian.scale.log()], dim=-1)
     if type(dist) is MultiCategoricalDistribution:
-        return th.cat([categorical.logits for categorical in known.distribution], dim=-1)
-    return cast(th.Tensor, known.distribution.logits)
+        return th.cat([_finite(categorical.logits) for categorical in known.distribution], dim=-1)
+    logits = cast(th.Tensor, known.distribution.logits)
+    return _finite(logits) if type(dist) is CategoricalDistribution else logits
+
+
+def _finite(logits: th.Tensor) -> th.Tensor:
+    # Actions that a policy masks by -inf have probability 0 either way; torch's entropy does the same.
+    return logits.clamp(min=th.finfo(logits.dtype).min)
+
+
+class LazyDistribution:
+    """
+    Torch's distribution of a step that kernels have drawn, made when someone looks at it.
+
+    Callbacks of SB3 read ``policy.action_dist``, whose methods then work as after a forward pass of the policy.
+
+    :param dist: One of SB3's action distributions whose exact KL is known; it holds this object.
+    :param params: Its parameters in the states of the step, as :func:`dist_params` gives them; not copied.
+    """
+
+    __slots__ = ("_dist", "_made", "_params")
+
+    def __init__(self, dist: Any, params: Any) -> None:
+        self._dist = dist
+        self._params = params
+        self._made: Any = None
+
+    def _distribution(self) -> Any:
+        if self._made is None:
+            params: Any = th.as_tensor(self._params)
+            if type(self._dist) is MultiCategoricalDistribution:
+                parts = params.split([int(n) for n in self._dist.action_dims], dim=-1)
+                self._made = [Categorical(logits=part) for part in parts]
+            elif type(self._dist) in _GAUSSIANS:
+                mean, log_std = params.chunk(2, dim=-1)
+                self._made = Normal(mean, log_std.exp())
+            else:
+                self._made = cast(Any, _TORCH_TYPES[type(self._dist)])(logits=params)
+        return self._made
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # asked for while it is copied or pickled
+            raise AttributeError(name)
+        return getattr(self._distribution(), name)
+
+    def __iter__(self) -> Any:
+        return iter(self._distribution())
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._distribution()[index]
+
+    def __len__(self) -> int:
+        return len(self._distribution())
+
+    def __repr__(self) -> str:
+        return repr(self._distribution())
 
 
 def kl_from_params(dist: Distribution, old_params: th.Tensor) -> th.Tensor:
@@ -112,18 +166,30 @@ def kl_from_params(dist: Distribution, old_params: th.Tensor) -> th.Tensor:
     return bernoulli_kl(old_params, params)
 
 
-def refreshed_dist(policy: ActorCriticPolicy, observations: Any, stale: object) -> Distribution:
+def current_dist(policy: Any) -> object:
+    """
+    Return torch's distribution of a policy's last forward pass.
+
+    :param policy: Any policy.
+    :return: What SB3's action distribution holds; None where the policy has none, or it holds none.
+    """
+    return getattr(getattr(policy, "action_dist", None), "distribution", None)
+
+
+def refreshed_dist(policy: ActorCriticPolicy, observations: Any, stale: object, *, asks: bool = True) -> Any:
     """
     The action distribution of the forward pass that a policy has just made.
 
     SB3's policies leave it in ``policy.action_dist``. A policy that overrides ``forward`` or ``evaluate_actions`` may
-    not; then its ``get_distribution`` is asked, at the price of a second forward pass.
+    not; then its ``get_distribution`` can be asked, at the price of a second forward pass. SB3 never makes one: it may
+    draw random numbers, or fail.
 
     :param policy: Has just been called with ``observations``.
     :param observations: As the policy takes them, ``n`` of them.
-    :param stale: ``policy.action_dist.distribution`` from before that call.
-    :return: Distribution with parameters set for the ``n`` states.
+    :param stale: :func:`current_dist` from before that call.
+    :param asks: Whether to ask it.
+    :return: Distribution with parameters set for the ``n`` states; None where there is none and nobody asks.
     """
-    if getattr(policy.action_dist, "distribution", None) is stale:
-        return policy.get_distribution(observations)
-    return policy.action_dist
+    if current_dist(policy) is not stale:
+        return policy.action_dist
+    return policy.get_distribution(observations) if asks else None

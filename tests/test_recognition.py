@@ -21,14 +21,19 @@ from stable_baselines3.common import distributions as sb3_distributions
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
+from stable_baselines3.common.policies import (
+    ActorCriticCnnPolicy,
+    ActorCriticPolicy,
+    BasePolicy,
+    MultiInputActorCriticPolicy,
+)
 from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sb3_clipvf import ClipPPO, objectives
-from sb3_clipvf.engines import AutogradEngine, recognition
+from sb3_clipvf import SB3_EQUIVALENT, ClipPPO, objectives
+from sb3_clipvf.engines import AutogradEngine, UpdateSettings, recognition
 from sb3_clipvf.engines.lean import LeanAutogradEngine
 from sb3_clipvf.engines.native import NativeEngine
 from sb3_clipvf.rollout import TensorRolloutBuffer
@@ -661,3 +666,236 @@ def test_sb3s_other_policies_are_known() -> None:
         MultiInputActorCriticPolicy(spaces.Dict({"a": space}), spaces.Discrete(2), lambda _: 1e-3),
     ):
         recognition.check_known(policy)
+
+
+# ------------------------------------------------------------------ what SB3's PPO trains
+
+
+class MaskedHead(nn.Module):
+    """Masks one action by -inf, another one in each state."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, latent: th.Tensor) -> th.Tensor:
+        logits = self.inner(latent)
+        mask = th.arange(logits.shape[1]) == (latent[:, :1] > 0).long()
+        return logits.masked_fill(mask, -th.inf)
+
+
+class MaskedPolicy(ActorCriticPolicy):
+    def _build(self, lr_schedule: Any) -> None:
+        super()._build(lr_schedule)
+        self.action_net = MaskedHead(self.action_net)  # type: ignore[assignment, arg-type]
+
+
+class HeldHead(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, latent: th.Tensor) -> th.Tensor:
+        return self.inner(latent).detach()
+
+
+class HeldCritic(ActorCriticPolicy):
+    """A critic that is not trained, though its parameters are not frozen."""
+
+    def _build(self, lr_schedule: Any) -> None:
+        super()._build(lr_schedule)
+        self.value_net = HeldHead(self.value_net)  # type: ignore[assignment]
+
+
+class HeldActor(ActorCriticPolicy):
+    def _build(self, lr_schedule: Any) -> None:
+        super()._build(lr_schedule)
+        self.action_net = HeldHead(self.action_net)  # type: ignore[assignment, arg-type]
+
+
+class NoisyLinear(nn.Linear):
+    def forward(self, latent: th.Tensor) -> th.Tensor:
+        return super().forward(latent) + 0.1 * th.randn(len(latent), self.out_features)
+
+
+class NoisyHeads(ActorCriticPolicy):
+    def _build(self, lr_schedule: Any) -> None:
+        super()._build(lr_schedule)
+        self.action_net, self.value_net = NoisyLinear(8, self.action_net.out_features), NoisyLinear(8, 1)
+        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1))
+
+
+class FreshDistribution(ActorCriticPolicy):
+    """Leaves nothing in `action_dist`, and draws random numbers at each forward pass."""
+
+    def _build(self, lr_schedule: Any) -> None:
+        super()._build(lr_schedule)
+        self.action_net = nn.Sequential(nn.Dropout(0.3), self.action_net)  # type: ignore[assignment]
+
+    def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Any:
+        return sb3_distributions.CategoricalDistribution(2).proba_distribution(self.action_net(latent_pi))
+
+
+class OwnEverything(ActorCriticPolicy):
+    """Has none of the parts of SB3's policies."""
+
+    def __init__(self, observation_space: Any, action_space: Any, lr_schedule: Any, use_sde: bool = False, **_: Any):
+        super(ActorCriticPolicy, self).__init__(observation_space, action_space)
+        self.net = nn.Linear(4, 3)
+        self.optimizer = th.optim.Adam(self.parameters(), lr=lr_schedule(1))
+
+    def both(self, obs: Any) -> tuple[Any, th.Tensor]:
+        outputs = self.net(obs)
+        return th.distributions.Categorical(logits=outputs[:, :2]), outputs[:, 2:]
+
+    def forward(self, obs: Any, deterministic: bool = False) -> Any:
+        dist, values = self.both(obs)
+        actions = dist.sample()
+        return actions, values, dist.log_prob(actions)
+
+    def evaluate_actions(self, obs: Any, actions: th.Tensor) -> Any:
+        dist, values = self.both(obs)
+        return values, dist.log_prob(actions), dist.entropy()
+
+    def predict_values(self, obs: Any) -> th.Tensor:
+        return self.both(obs)[1]
+
+
+class FromBasePolicy(BasePolicy):
+    """What SB3's PPO needs, and no more."""
+
+    def __init__(self, observation_space: Any, action_space: Any, lr_schedule: Any, use_sde: bool = False, **_: Any):
+        super().__init__(observation_space, action_space)
+        self.net = nn.Linear(4, 3)
+        self.optimizer = th.optim.Adam(self.parameters(), lr=lr_schedule(1))
+
+    both, forward = OwnEverything.both, OwnEverything.forward
+    evaluate_actions, predict_values = OwnEverything.evaluate_actions, OwnEverything.predict_values
+
+    def _predict(self, observation: Any, deterministic: bool = False) -> th.Tensor:
+        return self.both(observation)[0].sample()
+
+
+PPOS = [MaskedPolicy, HeldCritic, HeldActor, NoisyHeads, FreshDistribution, OwnEverything, FromBasePolicy]
+
+
+@pytest.mark.parametrize("policy", PPOS)
+def test_policies_that_sb3_trains(policy: Any) -> None:
+    """The reference ends with SB3's weights, to the last bit; the fast engines agree to rounding."""
+    arguments = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 0, "device": "cpu", "ent_coef": 0.01}
+    kwargs = {**arguments, "policy_kwargs": {"net_arch": [8]}}
+    weights = []
+    for algorithm, more in ((PPO, {}), (ClipPPO, SB3_EQUIVALENT), (ClipPPO, {**SB3_EQUIVALENT, "engine": "auto"})):
+        model: Any = algorithm(policy, "CartPole-v1", **kwargs, **more)
+        model.learn(96)
+        weights.append([parameter.detach() for parameter in model.policy.parameters()])
+    assert difference(weights[0], weights[1]) == 0
+    assert difference(weights[0], weights[2]) < 1e-4
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 1.0])
+def test_masked_actions_have_an_exact_kl(kl_coef: float) -> None:
+    for engine in ("auto", "autograd"):
+        model = make(engine, MaskedPolicy, "CartPole-v1", kl_coef=kl_coef)
+        model.learn(N_STEPS * 2)
+        assert 0 <= model.logger.name_to_value["train/kl"] < 0.1
+
+
+class Flat(nn.Module):
+    def forward(self, pictures: th.Tensor) -> th.Tensor:
+        return pictures.view(len(pictures), -1)  # fails in any other layout
+
+
+@pytest.mark.parametrize("part", ["cnn", "layer", "second extractor", "hook"])
+def test_pictures_keep_their_layout_for_parts_that_are_not_sb3s(part: str) -> None:
+    space = spaces.Box(0, 255, (3, 36, 36), np.uint8)
+    policy = ActorCriticCnnPolicy(space, spaces.Discrete(2), lambda _: 1e-3, share_features_extractor=False)
+    cnn = policy.features_extractor.cnn
+    if part == "cnn":
+        policy.features_extractor.cnn = nn.Sequential(Flat(), nn.Linear(3888, 64))  # type: ignore[assignment]
+    elif part == "layer":
+        cnn[-1] = nn.Sequential(Flat())  # type: ignore[index]
+    elif part == "second extractor":
+        policy.vf_features_extractor.cnn = nn.Sequential(Flat(), nn.Linear(3888, 64))  # type: ignore[assignment]
+    seen: list[bool] = []
+    if part == "hook":
+        cnn[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].is_contiguous()))  # type: ignore[index]
+    settings = UpdateSettings(16, 1, True, "minibatch", "max", 0.5, None, False, True, True)
+    engine = LeanAutogradEngine(policy, settings)
+    pictures = th.zeros(2, *space.shape, dtype=th.uint8)
+    engine._features(pictures)
+    assert seen == ([True] * len(seen))
+
+
+@pytest.mark.parametrize("fast", FAST)
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+def test_callbacks_see_the_distribution_of_the_step(env: str, fast: str) -> None:
+    class Spy(BaseCallback):
+        def __init__(self) -> None:
+            super().__init__()
+            self.entropies: list[float] = []
+
+        def _on_training_start(self) -> None:
+            self.model.predict(self.training_env.reset())  # leaves a distribution behind
+
+        def _on_step(self) -> bool:
+            dist = self.model.policy.action_dist
+            self.entropies.append(float(dist.entropy().mean()))
+            actions = th.as_tensor(self.locals["actions"]).reshape(self.training_env.num_envs, -1)
+            log_prob = dist.log_prob(actions.squeeze(1) if env == "CartPole-v1" else actions)
+            assert th.allclose(log_prob, self.locals["log_probs"], atol=1e-5)
+            assert dist.mode().shape[0] == self.training_env.num_envs
+            copy.deepcopy(self.model.policy)
+            return True
+
+    seen = []
+    for engine in ("auto", "autograd"):
+        spy = Spy()
+        make(engine, env=env, policy_kwargs=FAST[fast][0]).learn(N_STEPS * 4, callback=spy)
+        seen.append(spy.entropies)
+    assert seen[0] == pytest.approx(seen[1], rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("part", ["action_net", "policy", "action_dist"])
+def test_a_class_that_was_changed_counts(part: str) -> None:
+    class Doubled(nn.Linear):
+        def forward(self, latent: th.Tensor) -> th.Tensor:
+            return 2.0 * super().forward(latent)
+
+    class DoubledPolicy(ActorCriticPolicy):
+        def evaluate_actions(self, obs: Any, actions: th.Tensor) -> Any:
+            return of_all_but_values(super().evaluate_actions(obs, actions))
+
+    class DoubledDist(sb3_distributions.DiagGaussianDistribution):
+        def log_prob(self, actions: th.Tensor) -> th.Tensor:
+            return 2.0 * super().log_prob(actions)
+
+    classes: dict[str, Any] = {"action_net": Doubled, "policy": DoubledPolicy, "action_dist": DoubledDist}
+
+    class Change(BaseCallback):
+        def _on_rollout_end(self) -> None:
+            policy = self.model.policy
+            owner = policy if part == "policy" else getattr(policy, part)
+            owner.__class__ = classes[part]
+
+        def _on_step(self) -> bool:
+            return True
+
+    weights = []
+    for engine in ("auto", "autograd"):
+        model = make(engine)
+        model.learn(N_STEPS * 2)
+        model.learn(N_STEPS * 2, callback=Change())
+        assert type(model._engine) is not NativeEngine
+        weights.append([parameter.detach() for parameter in model.policy.parameters()])
+    assert difference(*weights) < 2e-3
+
+
+def test_steps_of_parameters_that_are_gone_do_not_count() -> None:
+    def reload(model: ClipPPO) -> None:
+        model.learn(N_STEPS * 2)
+        policy = model.policy
+        policy.load_state_dict({name: tensor.clone() for name, tensor in policy.state_dict().items()}, assign=True)
+        policy.optimizer.param_groups[0]["params"] = list(policy.parameters())
+
+    assert_trains_what_the_user_has(reload, has_effect=False, policy_kwargs=FAST["fused"][0])

@@ -12,7 +12,7 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_clipvf import objectives
-from sb3_clipvf.distributions import dist_params, has_exact_kl, kl_from_params, refreshed_dist
+from sb3_clipvf.distributions import current_dist, dist_params, has_exact_kl, kl_from_params, refreshed_dist
 from sb3_clipvf.engines.process_wide import ProcessWide
 from sb3_clipvf.engines.settings import Acted, UpdateCoefficients, UpdateSettings, UpdateStatistics, named_terms
 from sb3_clipvf.nonfinite import BadMinibatchError, drawn_indices
@@ -114,11 +114,11 @@ class AutogradEngine:
         :return: What the rollout stores.
         """
         policy = self.policy
-        stale = getattr(policy.action_dist, "distribution", None) if with_dist_params else None
+        stale = current_dist(policy) if with_dist_params else None
         actions, values, log_prob = policy(observations)
         row = None
         if with_dist_params:
-            dist = refreshed_dist(policy, observations, stale)
+            dist = refreshed_dist(policy, observations, stale, asks=self.settings.needs_kl)
             if has_exact_kl(dist):
                 row = dist_params(dist).cpu().numpy()
         return Acted(actions.cpu().numpy(), values.cpu().numpy(), log_prob.cpu().numpy(), row)
@@ -223,7 +223,7 @@ class AutogradEngine:
     ) -> "_Minibatch":
         """The loss of one minibatch, and what is measured of it."""
         actions = batch.actions.long().flatten() if self.settings.discrete_actions else batch.actions
-        stale = getattr(self.policy.action_dist, "distribution", None)
+        stale = current_dist(self.policy)
         values, log_prob, entropy = self.policy.evaluate_actions(batch.observations, actions)
         values = values.flatten()
         log_ratio = log_prob - batch.old_log_prob
@@ -235,12 +235,12 @@ class AutogradEngine:
         loss = policy_loss + coefficients.ent_coef * entropy_loss + coefficients.vf_coef * value_loss
         kl = None
         if coefficients.kl_coef:
-            kl = cast(th.Tensor, self._exact_kl(batch, stale))
+            kl = cast(th.Tensor, self._exact_kl(batch, stale, asks=True))
             loss = loss + coefficients.kl_coef * kl
 
         with th.no_grad():
             if kl is None and measure_kl:
-                kl = self._exact_kl(batch, stale, only_if_known=True)
+                kl = self._exact_kl(batch, stale, asks=self.settings.needs_kl)
             terms = {"policy_gradient_loss": policy_loss, "value_loss": value_loss, "entropy_loss": entropy_loss}
             if coefficients.clip_range is not None:
                 terms["clip_fraction"] = objectives.clip_fraction(ratio, coefficients.clip_range)
@@ -282,10 +282,10 @@ class AutogradEngine:
             return None
         return advantages.mean(), advantages.std() + objectives.ADVANTAGE_EPS
 
-    def _exact_kl(self, batch: MiniBatch, stale: object, *, only_if_known: bool = False) -> th.Tensor | None:
-        """Mean KL(pi_old || pi) of a batch that the policy has just evaluated."""
-        dist = refreshed_dist(self.policy, batch.observations, stale)
-        if only_if_known and not has_exact_kl(dist):
+    def _exact_kl(self, batch: MiniBatch, stale: object, *, asks: bool) -> th.Tensor | None:
+        """Mean KL(pi_old || pi) of a batch that was just evaluated; None where it is neither known nor needed."""
+        dist = refreshed_dist(self.policy, batch.observations, stale, asks=asks)
+        if not asks and not has_exact_kl(dist):
             return None
         return kl_from_params(dist, old_dist_params(batch)).mean()
 

@@ -350,7 +350,7 @@ def fingerprint(policy: ActorCriticPolicy) -> tuple[object, ...]:
     optimizer = policy.optimizer
     options = [value for group in optimizer.param_groups for key, value in group.items() if key not in ("params", "lr")]
     return (
-        [id(module) for module in modules],
+        [(id(module), type(module)) for module in modules],
         [
             (id(parameter), parameter is not None and (parameter.requires_grad, _has_hooks(parameter)))
             for parameter in parameters
@@ -360,8 +360,13 @@ def fingerprint(policy: ActorCriticPolicy) -> tuple[object, ...]:
         [tuple(module.__dict__) for module in modules],
         [module.__dict__.get(name) for module in modules for name in _CONSTANTS],
         (policy.squash_output, policy.normalize_images, id(policy.observation_space)),
-        (id(policy.action_dist), replaced_method(policy.action_dist), _gsde_options(policy.action_dist)),
-        id(optimizer),
+        (
+            id(policy.action_dist),
+            type(policy.action_dist),
+            replaced_method(policy.action_dist),
+            _gsde_options(policy.action_dist),
+        ),
+        (id(optimizer), type(optimizer)),
         [id(parameter) for group in optimizer.param_groups for parameter in group["params"]],
         options,
         bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks),

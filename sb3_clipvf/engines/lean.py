@@ -13,7 +13,9 @@ from stable_baselines3.common.distributions import DiagGaussianDistribution, Sta
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import get_action_dim, is_image_space
 from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
+from torch import nn
 
+from sb3_clipvf.distributions import LazyDistribution
 from sb3_clipvf.engines.autograd import AutogradEngine, old_dist_params, unvalidated_distributions
 from sb3_clipvf.engines.binding import (
     check_gaussian,
@@ -40,8 +42,10 @@ from sb3_clipvf.engines.settings import Acted, UpdateCoefficients, UpdateSetting
 from sb3_clipvf.nonfinite import BadMinibatchError, drawn_indices
 from sb3_clipvf.rollout import MiniBatch
 
-# Extractors that take pictures in any layout of memory: one that flattens by `view` would not.
-_ANY_LAYOUT = (NatureCNN, CombinedExtractor)
+# What SB3's extractors of pictures consist of.
+_SB3S_MODULES = (
+    NatureCNN, CombinedExtractor, nn.Conv2d, nn.ReLU, nn.Flatten, nn.Linear, nn.Sequential, nn.ModuleDict
+)  # fmt: skip
 
 
 def check_around_networks(policy: ActorCriticPolicy) -> None:
@@ -111,7 +115,7 @@ class LeanAutogradEngine(AutogradEngine):
         """
         if not self._draws:
             return super().act(observations, with_dist_params=with_dist_params)
-        outputs, values, log_std = self._forward(observations)
+        outputs, values, log_std = self._forward(observations, values_first=True)
         n, k = outputs.shape
         log_stds = np.empty((0, 0), np.float32) if log_std is None else log_std.detach().numpy().reshape(1, k)
         actions, log_prob = np.empty((n, self._action_dim), np.float32), np.empty(n, np.float32)
@@ -121,6 +125,9 @@ class LeanAutogradEngine(AutogradEngine):
             kind_of(self.policy.action_dist), self._widths, np.ascontiguousarray(outputs.numpy()), log_stds,
             self._noise.next(n), actions, log_prob, dist_params,
         )  # fmt: skip
+        if with_dist_params:  # callbacks may look at it
+            dist: Any = self.policy.action_dist
+            dist.distribution = LazyDistribution(dist, dist_params)
         return Acted(
             actions=as_policy_gives(actions, self.policy.action_space),
             values=values.numpy(),
@@ -140,7 +147,7 @@ class LeanAutogradEngine(AutogradEngine):
         """
         settings = self.settings
         optimizer = self.policy.optimizer
-        n_made = _steps_made(optimizer)
+        n_made = _steps_made(self.policy)
         numbers = update_numbers(settings, coefficients, optimizer, n_made, buffer.advantages)
         totals = np.zeros(data.N_TOTALS)
         steps = _Steps(self.policy, numbers, totals, n_made)
@@ -174,7 +181,7 @@ class LeanAutogradEngine(AutogradEngine):
     def _minibatch(self, batch: MiniBatch, measure_kl: bool, steps: "_Steps", told: np.ndarray) -> int:
         """The gradients of one minibatch, and the step, unless kernels judge otherwise. :return: What came of it."""
         policy = self.policy
-        outputs, values, log_std = self._forward(batch.observations)
+        outputs, values, log_std = self._forward(batch.observations, values_first=False)
         n = len(values)
         old_log_prob, advantages, old_values, returns = _vectors(batch, n)
         logits = outputs.detach().numpy().copy()
@@ -212,6 +219,10 @@ class LeanAutogradEngine(AutogradEngine):
         if log_std is not None:
             roots.append(log_std)
             gradients.append(log_std_gradient.view_as(log_std))
+        # A head may be held by detach(); where all are, torch says so.
+        if any(root.requires_grad for root in roots):
+            pairs = [pair for pair in zip(roots, gradients, strict=True) if pair[0].requires_grad]
+            roots, gradients = [list(column) for column in zip(*pairs, strict=True)]
         th.autograd.backward(roots, gradients)
         return steps.make(told, self.settings.max_grad_norm)
 
@@ -219,10 +230,11 @@ class LeanAutogradEngine(AutogradEngine):
     def _widths(self) -> np.ndarray:
         return widths_of(self.policy.action_dist)
 
-    def _forward(self, observations: Any) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+    def _forward(self, observations: Any, *, values_first: bool) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         """
-        What the actor's and the critic's last layers give, as ``evaluate_actions`` of SB3 does it.
+        Run the networks in SB3's order: its ``forward`` computes values first, its ``evaluate_actions`` does not.
 
+        Layers may draw random numbers, so that the order counts. What the actor's and the critic's last layers give.
         With them a Gaussian's log standard deviations: its parameter, or with gSDE those of each state.
         """
         policy = self.policy
@@ -233,7 +245,12 @@ class LeanAutogradEngine(AutogradEngine):
             pi_features, vf_features = cast(tuple[th.Tensor, th.Tensor], features)
             latent_pi = policy.mlp_extractor.forward_actor(pi_features)
             latent_vf = policy.mlp_extractor.forward_critic(vf_features)
-        outputs, values = policy.action_net(latent_pi), policy.value_net(latent_vf)
+        if values_first:
+            values = policy.value_net(latent_vf)
+            outputs = policy.action_net(latent_pi)
+        else:
+            outputs = policy.action_net(latent_pi)
+            values = policy.value_net(latent_vf)
         dist = policy.action_dist
         if outputs.shape != (len(values), n_outputs_of(dist)):  # kernels would write beyond the actions
             raise ValueError(
@@ -248,7 +265,7 @@ class LeanAutogradEngine(AutogradEngine):
     def _features(self, observations: Any) -> Any:
         """What ``extract_features`` of SB3 gives, of pictures by a faster way with the same numbers."""
         policy = self.policy
-        if type(policy.features_extractor) not in _ANY_LAYOUT:
+        if not _has_pictures(observations) or not all(map(_is_sb3s, self._extractors)):
             return policy.extract_features(observations)
         if not self._scales(observations):
             return policy.extract_features(_channels_last(observations))
@@ -261,8 +278,13 @@ class LeanAutogradEngine(AutogradEngine):
         policy = self.policy
         if not (policy.normalize_images and isinstance(observations, th.Tensor) and observations.dtype == th.uint8):
             return False
-        extractors = {policy.features_extractor, policy.pi_features_extractor, policy.vf_features_extractor}
-        return is_image_space(policy.observation_space) and all(map(_only_reads, extractors))
+        is_cnn = all(type(extractor) is NatureCNN for extractor in self._extractors)
+        return is_cnn and is_image_space(policy.observation_space)
+
+    @property
+    def _extractors(self) -> set[th.nn.Module]:
+        policy = self.policy
+        return {policy.features_extractor, policy.pi_features_extractor, policy.vf_features_extractor}
 
     def _scaled(self, observations: th.Tensor) -> th.Tensor:
         """
@@ -281,12 +303,19 @@ class LeanAutogradEngine(AutogradEngine):
         return self._pictures[:n].copy_(observations).div_(255.0)
 
 
-def _only_reads(extractor: th.nn.Module) -> bool:
-    """Tell whether a features extractor keeps or changes no pictures that it takes, nor shows them to others."""
-    if type(extractor) is not NatureCNN or type(extractor.cnn[0]) is not th.nn.Conv2d:
+def _has_pictures(observations: Any) -> bool:
+    parts = observations.values() if isinstance(observations, dict) else [observations]
+    return any(part.dim() == 4 for part in parts)
+
+
+def _is_sb3s(extractor: th.nn.Module) -> bool:
+    """Return whether an extractor is SB3's in all parts, which take any layout and neither keep nor change pictures."""
+    if type(extractor) not in (NatureCNN, CombinedExtractor) or altered_torch() is not None:
         return False
-    modules = (extractor, extractor.cnn, extractor.cnn[0])
-    return altered_torch() is None and not any(has_hooks(module) or replaced_method(module) for module in modules)
+    modules = list(extractor.modules())
+    if any(type(module) not in _SB3S_MODULES or has_hooks(module) or replaced_method(module) for module in modules):
+        return False
+    return all((module.start_dim, module.end_dim) == (1, -1) for module in modules if type(module) is nn.Flatten)
 
 
 def _channels_last(observations: Any) -> Any:
@@ -312,8 +341,9 @@ def _vectors(batch: Any, n: int) -> list[np.ndarray]:
     return [np.ascontiguousarray(array, np.float32) for array in arrays.values()]
 
 
-def _steps_made(optimizer: th.optim.Optimizer) -> int:
-    return max((int(state["step"]) for state in optimizer.state.values() if state), default=0)
+def _steps_made(policy: ActorCriticPolicy) -> int:
+    states = [policy.optimizer.state.get(parameter) for parameter in policy.parameters()]
+    return max((int(state["step"]) for state in states if state), default=0)
 
 
 class _Steps:

@@ -10,6 +10,7 @@ from stable_baselines3.common.distributions import StateDependentNoiseDistributi
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
+from sb3_clipvf.distributions import LazyDistribution
 from sb3_clipvf.engines import why_not_native
 from sb3_clipvf.engines.binding import Binding, bind, n_steps_made, write_steps
 from sb3_clipvf.engines.compiled_update import (
@@ -148,6 +149,8 @@ class NativeEngine:
             is_finite = entry.act(
                 self._packed, rows, noise, work, actions, values.reshape(n_envs), log_prob, dist_params
             )
+        if with_dist_params:  # callbacks may look at it
+            self._binding.plain.dist.distribution = LazyDistribution(self._binding.plain.dist, dist_params)
         return Acted(
             actions=as_policy_gives(actions, self.policy.action_space),
             values=values,

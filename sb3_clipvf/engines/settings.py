@@ -25,6 +25,7 @@ class UpdateSettings:
     :param measure_kl_after: Whether to measure the exact KL over the whole rollout after the last step.
     :param has_dist_params: Whether minibatches hold the old distribution's parameters.
     :param discrete_actions: Whether actions are class indices, which policies take as integers of shape ``(n,)``.
+    :param needs_kl: Whether an argument needs the exact KL; else it is measured only where that costs no forward pass.
     :param on_nonfinite: "raise" or "skip": whether the first minibatch whose loss or gradient norm is not finite ends
         the update, or is left out. It makes no step in either case.
     """
@@ -39,6 +40,7 @@ class UpdateSettings:
     measure_kl_after: bool
     has_dist_params: bool
     discrete_actions: bool
+    needs_kl: bool = False
     on_nonfinite: str = "raise"
 
     def measures_kl(self, epoch: int, coefficients: "UpdateCoefficients") -> bool:

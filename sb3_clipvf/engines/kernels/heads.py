@@ -17,6 +17,7 @@ from sb3_clipvf.engines.kernels.memory import BERNOULLI, CATEGORICAL, STATE_DEPE
 
 F = np.float32
 _LOG_ROOT_TWO_PI = F(0.5 * math.log(2.0 * math.pi))
+_LOWEST = np.finfo(F).min
 
 
 @fast
@@ -124,7 +125,9 @@ def _normalize(logits: np.ndarray, probs: np.ndarray, widths: np.ndarray) -> Non
                 total += probs[i, j]
             shift, inverse = np.log(total), F(1) / total
             for j in range(start, end):
-                logits[i, j] -= shift
+                # An action that is masked by -inf keeps its probability 0; 0 times -inf would be NaN.
+                log_prob = logits[i, j] - shift
+                logits[i, j] = _LOWEST if log_prob < _LOWEST else log_prob
                 probs[i, j] *= inverse
             start = end
 
