@@ -401,18 +401,19 @@ class ClipPPO(SavedAlgorithm):
         """
         show_messages(self.verbose)
         total = validation.check_int("total_timesteps", total_timesteps, 0, "Pass the number of environment steps.")
+        horizon = None
         if schedule_timesteps is not None:
-            self._schedule_timesteps = validation.check_int(
+            horizon = validation.check_int(
                 "schedule_timesteps", schedule_timesteps, 1, "Pass the environment steps of the whole training."
             )
-        elif reset_num_timesteps:
-            self._schedule_timesteps = None
         if log_interval is not None:
             log_interval = validation.check_int("log_interval", log_interval, 1, "None turns it off.")
         self.n_steps = validation.check_int("n_steps", self.n_steps, 1, "SB3's default is 2048.")
         if self.env is None:
             raise ValueError("`env` must be set before learning, got None. Pass it to `load`, or call `set_env`.")
         faults.check_ready(self)
+        if horizon is not None or reset_num_timesteps:
+            self._schedule_timesteps = horizon
         faults.tell_of_n_envs(self)
         coefficients.warn_of_early_end(self, total, reset_num_timesteps)
         with faults.told(self, callback):

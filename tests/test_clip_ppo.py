@@ -251,6 +251,15 @@ class TestProgress:
         learn(model, N_STEPS, schedule_timesteps=4 * N_STEPS)
         assert column(learn(model, 2 * N_STEPS), "train/learning_rate") == pytest.approx([5e-4, 0], abs=EXACT)
 
+    @pytest.mark.parametrize("arguments", [{"schedule_timesteps": 8 * N_STEPS}, {}])
+    def test_a_call_that_is_refused_keeps_the_horizon(self, arguments: dict[str, Any]) -> None:
+        model = make(learning_rate="lin_0.001")
+        learn(model, N_STEPS, schedule_timesteps=4 * N_STEPS)
+        with pytest.raises(ValueError, match="`log_interval` must be"):
+            model.learn(N_STEPS, log_interval=0, **arguments)
+        logs = learn(model, N_STEPS, reset_num_timesteps=False)
+        assert column(logs, "train/learning_rate") == pytest.approx([5e-4], abs=EXACT)
+
     def test_steps_beyond_the_horizon_see_its_end(self) -> None:
         model = make(learning_rate=lambda p: 1e-3 * (1 + p))
         logs = learn(model, 3 * N_STEPS, schedule_timesteps=2 * N_STEPS)
