@@ -298,9 +298,9 @@ def bootstrap_truncated(
     final_obs: Any = [infos[index]["terminal_observation"] for index in truncated]
     space = engine.policy.observation_space
     if isinstance(space, spaces.Dict):
-        stacked: Any = {key: np.stack([obs[key] for obs in final_obs]) for key in space.spaces}
+        stacked: Any = {key: _stacked(part, [obs[key] for obs in final_obs]) for key, part in space.spaces.items()}
     else:
-        stacked = np.stack(final_obs)
+        stacked = _stacked(space, final_obs)
     # Environments may give integers, which cannot hold the values.
     bootstrapped = rewards.astype(np.result_type(rewards, np.float32))
     if not observations_are_finite(stacked):
@@ -309,3 +309,8 @@ def bootstrap_truncated(
     final_values = engine.predict_values(engine.policy.obs_to_tensor(stacked)[0])
     bootstrapped[truncated] += gamma * final_values.cpu().numpy().reshape(-1)
     return bootstrapped
+
+
+def _stacked(space: spaces.Space[Any], rows: list[Any]) -> np.ndarray:
+    # Environments may give leading axes of length 1 beside those of the space.
+    return np.stack([np.reshape(row, space.shape or ()) for row in rows])

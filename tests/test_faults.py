@@ -343,7 +343,7 @@ def gives(obs: Any) -> Callable[[Step], Step]:
     [
         (np.zeros(1, np.float32), "(1,)"),
         (0.5, "()"),
-        (np.zeros((1, 4)), "(1, 4)"),
+        (np.zeros((4, 1)), "(4, 1)"),
         (np.zeros(3), "(3,)"),
         ([[0.0] * 4] * 2, "(2, 4)"),
         (None, "()"),
@@ -525,10 +525,12 @@ def test_each_key_of_a_batch_is_checked() -> None:
     check = StepCheck(space, 2)
     good = {"a": np.full((2, 2), 0.5), "b": np.zeros((2, 3), np.float32), "c": np.zeros(2, np.int32)}
     check.observations(good)
+    check.observations({**good, "c": np.zeros((2, 1), int)})
     for key, bad, text in (
         ("a", np.zeros((2, 1)), r"observations\['a'\] of its space's shape, \(2, 2\) for 2 environments, got \(2, 1\)"),
         ("b", good["b"] + 0.5, r"whole numbers as observations\['b'\]"),
-        ("c", np.zeros((2, 1), int), r"observations\['c'\] of its space's shape, \(2,\) for 2 environments"),
+        ("a", np.zeros((2, 1, 2)), r"observations\['a'\] of its space's shape, \(2, 2\) for 2 .*, got \(2, 1, 2\)"),
+        ("c", np.zeros((2, 2), int), r"observations\['c'\] of its space's shape, \(2,\) for 2 environments"),
     ):
         with pytest.raises(ValueError, match=text):
             check.observations({**good, key: bad})
@@ -564,6 +566,41 @@ def test_what_sb3_takes_gives_sb3s_numbers(change: Any, theirs: Any) -> None:
         # float32 sums in another order, over 8 minibatches; the smallest error found in trying was 1e-4.
         for one, other in zip(weights(ClipPPO, Bent(make(), change, at=0), engine), expected, strict=True):
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+
+
+def in_columns(obs: Any, rewards: Any, dones: Any, infos: Any) -> Any:
+    for info in infos:
+        if "terminal_observation" in info:
+            info["terminal_observation"] = np.array([info["terminal_observation"]])
+    return obs[:, None], rewards, dones, infos
+
+
+@pytest.mark.parametrize(
+    ("change", "space", "column", "engines"),
+    [
+        (lambda step: (step[0][None], *step[1:]), SPACE, False, ENGINES),
+        (lambda step: (step[0].reshape(2, 2), *step[1:]), spaces.Box(-1, 1, (1, 2, 2)), False, ENGINES),
+        (lambda step: (step[0][0], *step[1:]), spaces.Box(-1, 1, (1,)), False, ENGINES),
+        (lambda step: (int(7 * step[0][0] + 0.5), *step[1:]), spaces.Discrete(7), True, ("autograd", "auto")),
+    ],
+    ids=["(1, 4) for (4,)", "(2, 2) for (1, 2, 2)", "() for (1,)", "column of discrete"],
+)
+@pytest.mark.parametrize("normalizes", [False, True])
+def test_axes_of_length_one_give_sb3s_numbers(
+    change: Any, space: spaces.Space[Any], column: bool, engines: tuple[str, ...], normalizes: bool
+) -> None:
+    def built(cls: type[DummyVecEnv] = DummyVecEnv) -> VecEnv:
+        envs = [partial(Faulty, lambda step: (*change(step)[:2], False, step[2], {}), space=space)] * 2
+        venv: VecEnv = cls(envs)
+        if column:
+            venv = Bent(venv, in_columns, at=0)
+        return VecNormalize(venv, norm_obs=not isinstance(space, spaces.Discrete)) if normalizes else venv
+
+    expected = weights(PPO, built(), "")
+    for engine in engines:
+        for cls in (DummyVecEnv, FastDummyVecEnv):
+            for one, other in zip(weights(ClipPPO, built(cls), engine), expected, strict=True):
+                np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)  # as above
 
 
 def test_copies_of_environments_write_into_their_own_rows() -> None:

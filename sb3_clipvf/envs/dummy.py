@@ -32,7 +32,8 @@ class FastDummyVecEnv(DummyVecEnv):
     ``copy.deepcopy`` of the whole list copies them: an object that stands in several places, or in several infos, is
     one object in the copy as well.
 
-    An observation whose shape is not that of the space is refused: there, NumPy stretches it where it can.
+    An observation whose shape is not that of the space, but for leading axes of length 1, is refused: there, NumPy
+    stretches it where it can.
 
     Infos of numbers, text, arrays and plain dicts cost little. Lists, objects and whatever else goes through
     ``copy.deepcopy`` at its speed. A class that overrides ``_save_obs`` should derive from ``DummyVecEnv``: here,

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import dropwhile, pairwise
 from types import MethodType
 from typing import Any
 
@@ -83,18 +83,21 @@ class StepCheck:
         return array
 
 
-def check_one(space: spaces.Space[Any], obs: Any, index: int) -> None:
+def check_one(space: spaces.Space[Any], obs: Any, index: int, *, columns: bool = False) -> None:
     """
     Check the shape of one environment's observation, which NumPy would stretch to that of the space.
+
+    Leading axes of length 1 do not count, since its numbers stay the same without them.
 
     :param space: Of the observation.
     :param obs: The observation.
     :param index: Which environment gave it.
+    :param columns: Whether a discrete observation may be an array of one, which NumPy does not write into a row.
     :raises ValueError: If its shape is another.
     """
     if type(obs) is np.ndarray and obs.shape == space.shape:
         return
-    for key, wanted, shape in _misfits(space, obs, ()):
+    for key, wanted, shape in _misfits(space, obs, (), columns=columns):
         raise ValueError(
             f"`env` must give {_name(key)} of its space's shape {wanted}, got {shape} from environment {index}. "
             f"{_WAY_OUT}"
@@ -182,20 +185,34 @@ def _check_shapes(venv: VecEnv, obs: Any) -> bool:
         return False
     if not all(isinstance(part, np.ndarray | list) for part in given):
         return False
-    for key, wanted, shape in _misfits(space, obs, (n_envs,)):
+    for key, wanted, shape in _misfits(space, obs, (n_envs,), columns=True):
         raise _shape_error(_name(key), wanted, shape)
     return True
 
 
 def _misfits(
-    space: spaces.Space[Any], obs: Any, leading: tuple[int, ...]
+    space: spaces.Space[Any], obs: Any, leading: tuple[int, ...], *, columns: bool
 ) -> Iterator[tuple[Any, tuple[int, ...], tuple[int, ...]]]:
-    """Parts whose shape is not the leading axes and the space's own: the key, the shape wanted, the one given."""
+    """Parts whose shape does not fit the leading axes and the space's own: the key, the shape wanted, the one given."""
     for key, part in _parts(space):
         given = obs if key is None else obs[key]
         shape = given.shape if isinstance(given, np.ndarray) else np.shape(given)
-        if part.shape is not None and shape != (*leading, *part.shape):
+        if part.shape is not None and not _fits(part, shape, leading, columns=columns):
             yield key, (*leading, *part.shape), shape
+
+
+def _fits(space: spaces.Space[Any], shape: tuple[int, ...], leading: tuple[int, ...], *, columns: bool) -> bool:
+    """Return whether a shape is the leading axes and the space's own, or one that SB3 reshapes to it."""
+    own = space.shape or ()
+    if shape == (*leading, *own):
+        return True
+    if isinstance(space, spaces.Discrete):
+        return columns and shape == (*leading, 1)
+    return not leading and _without_ones(shape) == _without_ones(own)
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(dropwhile(lambda length: length == 1, shape))
 
 
 def _check_final(space: spaces.Space[Any], dones: Any, infos: Any) -> None:
@@ -203,14 +220,14 @@ def _check_final(space: spaces.Space[Any], dones: Any, infos: Any) -> None:
         for index in np.flatnonzero(dones).tolist():
             # Of others it is not read, so that wrappers may leave it as it is.
             if infos[index].get("TimeLimit.truncated") and infos[index].get("terminal_observation") is not None:
-                check_one(space, infos[index]["terminal_observation"], index)
+                check_one(space, infos[index]["terminal_observation"], index, columns=True)
 
 
 def _check_batch(name: str, space: spaces.Space[Any], shape: tuple[int, ...], obs: Any) -> None:
     if not isinstance(obs, np.ndarray) or obs.dtype.kind not in _NUMBERS:
         kind = f"of {obs.dtype}" if isinstance(obs, np.ndarray) else f"of type {type(obs).__name__}"
         raise TypeError(f"`env` must give {name} as a NumPy array of numbers, got one {kind}. {_WAY_OUT}")
-    if obs.shape != shape:
+    if not _fits(space, obs.shape, shape[:1], columns=True):
         raise _shape_error(name, shape, obs.shape)
     is_whole = obs.dtype.kind in _WHOLE or np.dtype(space.dtype).kind == "f"
     # NaN is found, and told by its name, where the policy is to act on it.
