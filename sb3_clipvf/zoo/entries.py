@@ -54,7 +54,7 @@ def drop_null(settings: dict[str, Any]) -> None:
 
 def counted(settings: dict[str, Any]) -> None:
     """
-    Have episodes counted that wrappers end: the RL Zoo puts these outside of ``Monitor``.
+    Add :class:`EpisodeEnds` outside of all wrappers in place, since the RL Zoo puts these outside of ``Monitor``.
 
     :param settings: Of one environment.
     """

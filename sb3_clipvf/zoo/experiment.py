@@ -418,7 +418,7 @@ def _ended_by(error: BaseException, model: BaseAlgorithm) -> BaseException:
 
 
 def _ends_training(error: BaseException) -> bool:
-    """Whether it is a signal's, or has the notes that an error gets once a training has begun."""
+    """Return whether it is a signal's, or has the notes that an error gets once a training has begun."""
     return isinstance(error, SystemExit) or bool(getattr(error, "__notes__", ()))
 
 

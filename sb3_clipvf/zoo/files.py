@@ -42,7 +42,7 @@ _WRAPPER_FUNCTIONS = ("rl_zoo3.utils.flatten_dict_observations",)
 @contextmanager
 def checked_files(plots: bool = False) -> Iterator[None]:
     """
-    Have the RL Zoo and SB3 read files without running code meanwhile, unless the user trusts all of them.
+    Make the RL Zoo and SB3 read files without running code in the context, unless the user trusts all of them.
 
     :param plots: Whether to do so for the data of plots, too, whose packages are slow to import.
     """
@@ -76,11 +76,11 @@ def checked_files(plots: bool = False) -> Iterator[None]:
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """
-    Have a name lead elsewhere meanwhile.
+    Replace an attribute in the context.
 
     :param owner: A module or class that has it.
     :param name: The name.
-    :param value: What it means meanwhile.
+    :param value: Its value in the context.
     """
     before = vars(owner)[name]
     setattr(owner, name, value)
@@ -265,7 +265,7 @@ def _check_settings(source: str, data: dict[str, Any]) -> None:
 
 
 def _names(source: str, key: str, entries: Any) -> list[str]:
-    """Give what a key has imported, in no other form than those that the Zoo reads as names."""
+    """Return the names that a key has imported, and refuse forms that the Zoo does not read as names."""
     is_wrapper = key != "gym_packages"
     names: list[Any] = [name for name, _ in with_arguments(entries)] if is_wrapper else items(entries)
     is_legal = is_wrapper or entries is None or isinstance(entries, list)
@@ -276,7 +276,7 @@ def _names(source: str, key: str, entries: Any) -> list[str]:
 
 
 def _is_plain(expression: str) -> bool:
-    """Whether an expression is a literal, or ``dict(...)`` of literals."""
+    """Return whether an expression is a literal, or ``dict(...)`` of literals."""
     try:
         node = ast.parse(expression, mode="eval").body
         values: list[ast.expr] = [node]

@@ -12,7 +12,7 @@ from typing import Any
 @contextmanager
 def own_model_card(algorithm: str) -> Iterator[None]:
     """
-    Have ``rl_zoo3.push_to_hub`` write a model card whose commands know ClipPPO.
+    Make ``rl_zoo3.push_to_hub`` write a model card whose commands know ClipPPO.
 
     rl_zoo3 2.9.2 imports ``generate_metadata``, which sb3-team-hf-integration 3.2 calls ``_generate_metadata``; where
     the first is missing, the second takes its place meanwhile.

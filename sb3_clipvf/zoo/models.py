@@ -29,7 +29,7 @@ from sb3_clipvf.zoo.statistics import EARLIER, STATISTICS, has_own_statistics, o
 @contextmanager
 def own_models(command: str) -> Iterator[None]:
     """
-    Have the RL Zoo find the checkpoints of ClipPPO's runs meanwhile, and normalise each model by its own statistics.
+    Make the RL Zoo find checkpoints of ClipPPO's runs in the context, and normalise each model by its own statistics.
 
     :param command: Sub-command that will run, whose module may have the Zoo's functions under their names already.
     """

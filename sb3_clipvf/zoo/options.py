@@ -17,7 +17,7 @@ CHECKPOINT_FREQ = 100_000
 @contextmanager
 def own_train_options(arguments: list[str]) -> Iterator[list[str] | None]:
     """
-    Have the experiment manager do what the package's own options of ``train`` say.
+    Make the experiment manager follow the package's own options of ``train`` in the context.
 
     :param arguments: The whole command line.
     :return: Context manager giving the Zoo's part of it, or None where there is nothing to train.

@@ -127,7 +127,7 @@ def quote_schedules(arguments: Sequence[str]) -> list[str]:
 
 def has_display() -> bool:
     """
-    Tell whether windows can be shown.
+    Return whether windows can be shown.
 
     :return: False on Linux without an X or Wayland display, else True.
     """
@@ -137,7 +137,7 @@ def has_display() -> bool:
 @contextmanager
 def patched_environment(values: Mapping[str, str], *, replace: bool = False) -> Iterator[None]:
     """
-    Set environment variables meanwhile, in the processes that are started, too.
+    Set environment variables in the context, and in the processes that are started there.
 
     :param values: Names and values.
     :param replace: Whether to replace values that are set already; they come back.
@@ -243,7 +243,7 @@ def own_command(command: Any) -> Any:
 
 @contextmanager
 def own_subprocesses() -> Iterator[None]:
-    """Have processes that the RL Zoo's scripts start know ClipPPO, by :func:`own_command`."""
+    """Make processes that the RL Zoo's scripts start know ClipPPO, by :func:`own_command`."""
     call = subprocess.call
 
     def own_call(command: Any, *args: Any, **kwargs: Any) -> int:
@@ -258,10 +258,10 @@ def own_subprocesses() -> Iterator[None]:
 
 def explain(error: Exception) -> str | None:
     """
-    Tell an error of input from a fault.
+    Return the message of an error of input.
 
     :param error: As it was raised.
-    :return: What to say to the user, or None if the traceback is needed.
+    :return: Text for the user, or None for a fault, whose traceback is needed.
     """
     # Notes tell of a training that had begun: where it broke is then worth more than a short message.
     if getattr(error, "__notes__", ()):

@@ -50,11 +50,11 @@ def own_statistics(path: Path, venv: VecEnv) -> VecNormalize:
 @contextmanager
 def own_statistics_loaded(model: Path, stats_path: str | None) -> Iterator[str | None]:
     """
-    Have ``VecNormalize.load`` give the statistics of a model's file meanwhile, where it holds some.
+    Make ``VecNormalize.load`` return the statistics of a model's file in the context, if it holds some.
 
     :param model: Zip file.
     :param stats_path: Folder of the run's last statistics, or None.
-    :return: Context manager with the folder that the RL Zoo shall load statistics from.
+    :return: Context manager with the folder to name to the RL Zoo.
     """
     if stats_path is None or not has_own_statistics(model):
         yield stats_path

@@ -55,7 +55,7 @@ class EnvSettings:
 
     @property
     def is_atari(self) -> bool:
-        """Whether it is one of ale-py's games."""
+        """Return whether it is one of ale-py's games."""
         return "AtariEnv" in str(self.spec.entry_point)
 
     @property
@@ -80,11 +80,11 @@ def wrapper_list(entry: Any) -> tuple[tuple[str, dict[str, Any]], ...]:
 
 def stacks_frames(name: str, settings: EnvSettings) -> bool:
     """
-    Tell who stacks observations.
+    Return whether the environments stack observations themselves.
 
     :param name: One of ``VEC_ENVS``.
     :param settings: Of the training environments.
-    :return: Whether the environments do it themselves, so that the Zoo must not.
+    :return: Whether they do, so that the Zoo must not.
     """
     return name != "gymnasium" and settings.is_atari
 
@@ -92,7 +92,7 @@ def stacks_frames(name: str, settings: EnvSettings) -> bool:
 @contextmanager
 def growing_files() -> Iterator[None]:
     """
-    Have environments append to the files of episodes that are there: the checkpoint then cuts them to its own length.
+    Make environments append to the files of episodes that are there; the checkpoint then cuts them to its own length.
 
     Not by the manager's ``monitor_kwargs``, since the Zoo completes them for some environments where they are empty,
     and replaces them for others.
@@ -109,7 +109,7 @@ def growing_files() -> Iterator[None]:
 
 @contextmanager
 def known_keywords(env_kwargs: dict[str, Any] | None) -> Iterator[None]:
-    """Say where an argument comes from that an environment does not know: only making it tells which ones it does."""
+    """Name an argument that the environment does not know, and where it comes from: only making it shows which."""
     try:
         yield
     except TypeError as error:
@@ -199,7 +199,7 @@ def _atari(name: str, settings: EnvSettings, n_envs: int) -> VecEnv:
 
 
 def _atari_options(name: str, settings: EnvSettings) -> tuple[dict[str, Any], bool]:
-    """Say in the pool's words what ``AtariWrapper`` and ``frame_stack`` do, and whether rewards are clipped."""
+    """Return the pool's options for ``AtariWrapper`` and ``frame_stack``, and whether rewards are clipped."""
     spec = settings.spec.kwargs
     if [wrapper for wrapper, _ in settings.wrappers] != [_ATARI_WRAPPER]:
         names = ", ".join(wrapper for wrapper, _ in settings.wrappers) or "none"
@@ -266,7 +266,7 @@ def _check_task(env_id: str, task: str) -> None:
 
 
 def _take_spaces(venv: VecEnv, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
-    """Give the environments Gymnasium's own spaces, so that the model loads with Gymnasium's environments again."""
+    """Set Gymnasium's own spaces, so that the model loads with Gymnasium's environments again."""
     same_actions = _same_form(venv.action_space, action_space) and _same_bounds(venv.action_space, action_space)
     for kind, same, ours, theirs in (
         ("action", same_actions, venv.action_space, action_space),
