@@ -4,8 +4,10 @@ import contextlib
 import math
 import traceback
 from collections.abc import Iterator
+from itertools import starmap
 from typing import TYPE_CHECKING, Any, cast
 
+from gymnasium import spaces
 from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
@@ -37,8 +39,9 @@ def check_ready(model: "ClipPPO") -> None:
     base = vec_env_layers(env)[-1]
     if isinstance(base, SubprocVecEnv) and base.closed:
         raise ValueError("`env` must be open, got a SubprocVecEnv whose processes have ended. Make it anew.")
+    same = _same_but_for_bounds(env.observation_space, model.observation_space)
     with validation.same_spaces():
-        check_for_correct_spaces(env, model.observation_space, model.action_space)
+        check_for_correct_spaces(env, env.observation_space if same else model.observation_space, model.action_space)
     if env.num_envs != model.n_envs:
         raise ValueError(
             f"`env` must have the number of environments that the model was built for, {model.n_envs}, got "
@@ -48,6 +51,16 @@ def check_ready(model: "ClipPPO") -> None:
         validation.check_folder(
             "tensorboard_log", model.tensorboard_log, "Choose another one, or None for no such log."
         )
+
+
+def _same_but_for_bounds(first: spaces.Space[Any], second: spaces.Space[Any]) -> bool:
+    """Return whether a policy sees no difference; a curriculum may move the bounds of observations."""
+    if isinstance(first, spaces.Dict) and isinstance(second, spaces.Dict):
+        pairs = [(first.spaces[key], second.spaces[key]) for key in first.spaces.keys() & second.spaces.keys()]
+        return len(pairs) == len(first.spaces) == len(second.spaces) and all(starmap(_same_but_for_bounds, pairs))
+    if isinstance(first, spaces.Box) and isinstance(second, spaces.Box):
+        return (first.shape, first.dtype) == (second.shape, second.dtype)
+    return first == second
 
 
 def tell_of_n_envs(model: "ClipPPO") -> None:

@@ -736,6 +736,33 @@ def test_other_spaces_are_refused_wherever_they_come(saved: Path) -> None:
     model.learn(32)
 
 
+@pytest.mark.parametrize("has_keys", [False, True])
+def test_bounds_of_observations_may_move_between_trainings(has_keys: bool) -> None:
+    def space(high: float, n: int = 4, dtype: Any = np.float32, key: str = "b") -> spaces.Space[Any]:
+        box = spaces.Box(-high, high, (n,), dtype)
+        return spaces.Dict({"a": spaces.Discrete(2), key: box}) if has_keys else box
+
+    def change(step: Step) -> Step:
+        return ({"a": 0, "b": step[0]} if has_keys else step[0], *step[1:])
+
+    policy = "MultiInputPolicy" if has_keys else "MlpPolicy"
+    arguments: dict[str, Any] = {"n_steps": 16, "batch_size": 16, "seed": 0, "device": "cpu"}
+    models: list[Any] = []
+    for cls, more in ((PPO, {}), (ClipPPO, SB3_EQUIVALENT)):
+        venv = DummyVecEnv([partial(Faulty, change, space=space(1))])
+        model: Any = cls(policy, venv, **arguments, **more)
+        model.learn(16)
+        venv.observation_space = space(2)
+        models.append(model.learn(16))
+    theirs, ours = (list(model.policy.parameters()) for model in models)
+    assert all(map(th.equal, ours, theirs))
+    others = [space(1, 5), space(1, dtype=np.float64), *([space(1, key="c")] if has_keys else [])]
+    for other in [*others, spaces.Discrete(2)]:
+        venv.observation_space = other
+        with pytest.raises(ValueError, match="`env` must have the spaces of the model, got others"):
+            models[1].learn(16)
+
+
 def test_spaces_of_a_file_are_checked_like_those_of_an_environment(saved: Path) -> None:
     space = spaces.Discrete(2, start=1)
     with pytest.raises(ValueError, match="`env` must count its discrete actions from 0, got"):
