@@ -227,8 +227,8 @@ def as_gymnasium(env: Any) -> Any:
         )
     if not (hasattr(env, "observation_space") and hasattr(env, "action_space")):
         raise TypeError(
-            f"`env` must be a gymnasium environment, an SB3 VecEnv or the id of an environment, got {env!r} of type "
-            f"{type(env).__name__}. Pass for example gymnasium.make('CartPole-v1')."
+            f"`env` must be a gymnasium environment or an SB3 VecEnv, got {env!r} of type {type(env).__name__}. Pass "
+            "for example gymnasium.make('CartPole-v1'); only the constructor takes the id as well."
         )
     return _patch_env(env)
 

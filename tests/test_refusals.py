@@ -366,7 +366,7 @@ class TestPolicies:
 class TestEnvironments:
     @pytest.mark.parametrize("env", [5, BOX, [Still()]])
     def test_what_is_no_environment(self, env: Any) -> None:
-        with refused(TypeError, "`env` must be a gymnasium environment, an SB3 VecEnv or the id", "gymnasium.make("):
+        with refused(TypeError, "`env` must be a gymnasium environment or an SB3 VecEnv, got", "gymnasium.make("):
             make(env)
 
     def test_none(self) -> None:
@@ -656,6 +656,12 @@ class TestLoad:
             self.load(file, adaptive_kl_target=0.01)
         with refused(ValueError, "`learning_rate` must be a number where `lr_kl_target` is set, got 'lin_0.001'"):
             self.load(file, lr_kl_target=0.01, learning_rate="lin_0.001")
+
+    def test_ids_are_taken_by_the_constructor_only(self, file: io.BytesIO) -> None:
+        file.seek(0)
+        for call in (make().set_env, lambda env: ClipPPO.load(file, env=env)):
+            with refused(TypeError, "got 'CartPole-v1' of type str", "only the constructor takes the id as well."):
+                call("CartPole-v1")
 
     def test_training_needs_an_environment(self, file: io.BytesIO) -> None:
         with refused(ValueError, "`env` must be set before learning, got None. Pass it to `load`, or call `set_env`"):
