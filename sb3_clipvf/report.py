@@ -28,6 +28,7 @@ from sb3_clipvf.runs import (
 )
 from sb3_clipvf.validation import check_int
 from sb3_clipvf.zoo.finding import RunId
+from sb3_clipvf.zoo.parsing import option_name
 from sb3_clipvf.zoo.process import has_display, patched_environment
 
 if TYPE_CHECKING:
@@ -223,8 +224,12 @@ def _environment_options(run: Run) -> str:
     options = []
     if arguments.get("gym_packages"):
         options += ["--gym-packages", *arguments["gym_packages"]]
-    if arguments.get("env_kwargs"):
-        options += ["--env-kwargs", *(f"{key}:{value!r}" for key, value in arguments["env_kwargs"].items())]
+    # The command evaluates what stands behind the first colon.
+    pairs = [
+        f"{key}:{value!r}" for key, value in (arguments.get("env_kwargs") or {}).items() if str(key).isidentifier()
+    ]
+    if pairs:
+        options += ["--env-kwargs", *pairs]
     if arguments.get("conf_file"):
         options += ["--conf-file", arguments["conf_file"]]
     return "".join(f" {shlex.quote(str(option))}" for option in options)
@@ -307,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     for name in ("episodes", "n_envs"):
-        check_int(f"--{name.replace('_', '-')}", getattr(args, name), 1, "Pass a positive number.")
+        check_int(option_name(name), getattr(args, name), 1, "Pass a positive number.")
     check_int("--seed", args.seed, 0, "Pass a number that is not negative.", 2**32 - 1)
     run = find_run(args.folder, args.env, args.algo, args.exp_id, args.load_best)
     sys.stdout.write(f"{run.env_id}, {run.algo}, {run.folder}: {args.episodes} episodes ...\n")

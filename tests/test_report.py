@@ -280,7 +280,9 @@ def test_proposals_make_the_environment_of_the_run(tmp_path: Path) -> None:
     folder = tmp_path / "E-v0_1_0b0c7c1e-5a52-4a51-8c3e-111111111111"
     settings = folder / "E-v0" / "args.yml"
     settings.parent.mkdir(parents=True)
-    settings.write_text("gym_packages: [json, csv]\nenv_kwargs: {g: 5.0, name: a b}\nconf_file: my.yml\n")
+    settings.write_text(
+        'gym_packages: [json, csv]\nenv_kwargs: {g: 5.0, name: a b, "a:print(1)#": 1}\nconf_file: my.yml\n'
+    )
     watch, variant, _ = (command for _, command in next_commands(Run("clipppo", "E-v0", folder, folder / "x.zip"), "a"))
     assert watch == "sb3-clipvf enjoy --env E-v0 -f a --exp-id 1_0b0c7c1e-5a52-4a51-8c3e-111111111111"
     options = "--gym-packages json csv --env-kwargs g:5.0 'name:'\"'\"'a b'\"'\"'' --conf-file my.yml -P"

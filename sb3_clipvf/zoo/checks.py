@@ -11,7 +11,7 @@ from sb3_clipvf.validation import check_device, check_folder, check_int
 from sb3_clipvf.zoo.commands import ALGORITHM
 from sb3_clipvf.zoo.files import replaced
 from sb3_clipvf.zoo.finding import RunId, choose_run_of_options, import_packages
-from sb3_clipvf.zoo.parsing import checked_parsing, store_pairs
+from sb3_clipvf.zoo.parsing import checked_parsing, option_name, store_pairs
 from sb3_clipvf.zoo.plots import check_all_plots, check_plot_from_file, check_plot_train
 
 _COUNTS = {
@@ -68,7 +68,7 @@ def check_options(options: Namespace) -> None:
     given = vars(options)
     for name, way_out in _COUNTS.items():
         if given.get(name) is not None:
-            check_int(_option(name), given[name], 1, way_out)
+            check_int(option_name(name), given[name], 1, way_out)
     if given.get("n_timesteps", -1) != -1:
         check_int("--n-timesteps", given["n_timesteps"], 1, "Pass a number of environment steps.")
     if given.get("num_threads", -1) != -1:
@@ -89,7 +89,7 @@ def check_options(options: Namespace) -> None:
     _check_study(given)
     for name in _FOLDERS:
         if given.get(name):
-            check_folder(_option(name), given[name], _WAY_OUT_OF_FOLDER)
+            check_folder(option_name(name), given[name], _WAY_OUT_OF_FOLDER)
     import_packages(given.get("gym_packages"), "--gym-packages")
 
 
@@ -98,14 +98,10 @@ def _check_study(given: dict[str, Any]) -> None:
     if "trial_id" not in given or given.get("optimize_hyperparameters"):
         return
     parts = {name: given.get(name) for name in ("storage", "study_name", "trial_id")}
-    missing = [_option(name) for name, value in parts.items() if value is None]
+    missing = [option_name(name) for name, value in parts.items() if value is None]
     if missing and len(missing) < len(parts):
-        named = next(_option(name) for name, value in parts.items() if value is not None)
+        named = next(option_name(name) for name, value in parts.items() if value is not None)
         raise ValueError(
             f"`{missing[0]}` must be given with `{named}`, got none. `--storage`, `--study-name` and `--trial-id` "
             "together train with the settings of a trial; `-optimize` searches."
         )
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

@@ -34,6 +34,16 @@ def whole_number(text: str) -> int:
     return int(number)
 
 
+def option_name(name: str) -> str:
+    """
+    Return an option as it is typed.
+
+    :param name: Its name among parsed options, as ``n_envs``.
+    :return: ``--n-envs``.
+    """
+    return f"--{name.replace('_', '-')}"
+
+
 @contextmanager
 def checked_parsing(
     program: str,

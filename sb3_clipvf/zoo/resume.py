@@ -9,7 +9,7 @@ from typing import Any
 
 from sb3_clipvf.zoo.commands import ALGORITHM
 from sb3_clipvf.zoo.entries import drop_null
-from sb3_clipvf.zoo.parsing import strict
+from sb3_clipvf.zoo.parsing import option_name, strict
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run's checkpoints, in the run's own."""
@@ -161,7 +161,7 @@ def _given(options: Sequence[str]) -> dict[str, Any]:
         prog="sb3-clipvf train --resume", add_help=False, argument_default=argparse.SUPPRESS
     )
     for name, kind in {**_KEPT, **_FREE}.items():
-        parser.add_argument(*_SHORT.get(name, []), _option(name), type=kind)
+        parser.add_argument(*_SHORT.get(name, []), option_name(name), type=kind)
     parser.add_argument("-P", "--progress", action="store_true")
     given, others = strict(parser, "sb3-clipvf train").parse_known_args(list(options))
     if others:
@@ -175,7 +175,9 @@ def _given(options: Sequence[str]) -> dict[str, Any]:
 def _check_given(given: dict[str, Any], args: dict[str, Any]) -> None:
     for name, value in given.items():
         if name in _KEPT and value != args.get(name):
-            raise ValueError(f"`{_option(name)}` must be {args.get(name)!r} as in the run, got {value!r}. {_WAY_OUT}")
+            raise ValueError(
+                f"`{option_name(name)}` must be {args.get(name)!r} as in the run, got {value!r}. {_WAY_OUT}"
+            )
 
 
 def _command_line(args: dict[str, Any], given: dict[str, Any]) -> list[str]:
@@ -183,7 +185,7 @@ def _command_line(args: dict[str, Any], given: dict[str, Any]) -> list[str]:
     values |= {name: args[name] for name in ("verbose", "num_threads", "device") if args.get(name) is not None}
     values |= {name: value for name, value in given.items() if name in _FREE}
     # Joined to its name, no value can pass for an option.
-    arguments = [f"{_option(name)}={value}" for name, value in values.items()]
+    arguments = [f"{option_name(name)}={value}" for name, value in values.items()]
     arguments += ["--progress"] if given.get("progress") or args.get("progress") else []
     packages = _modules(args.get("gym_packages") or ())
     return [*arguments, "--gym-packages", *packages] if packages else arguments
@@ -194,10 +196,6 @@ def _modules(names: Iterable[Any]) -> list[str]:
         if not all(part.isidentifier() for part in str(name).split(".")):
             raise ValueError(f"`gym_packages` of the run must be names of modules, got {name!r}. Correct its args.yml.")
     return [str(name) for name in names]
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 _WAY_OUT = "Leave it out; --n-timesteps, --verbose, --progress, --num-threads and --device may differ."
