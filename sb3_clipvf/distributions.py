@@ -59,7 +59,7 @@ def dist_param_dim(dist: object) -> int | None:
 
 def has_exact_kl(dist: object) -> bool:
     """
-    Return whether the exact KL of a distribution is known, which depends on what it holds, too.
+    Return whether the exact KL of a distribution is known.
 
     :param dist: An action distribution with its parameters set.
     :return: False where it, or torch's distribution in it, is not exactly of a known type.

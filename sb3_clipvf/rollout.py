@@ -423,7 +423,7 @@ def draws_from_complete(buffer: Any) -> bool:
     Return whether a buffer's ``get`` is ours or SB3's, which need all rows.
 
     :param buffer: With the interface of SB3's ``RolloutBuffer``.
-    :return: Whether it is.
+    :return: False for a ``get`` of the user's.
     """
     return "get" not in vars(buffer) and getattr(type(buffer), "get", None) in [known.get for known in _PLAIN]
 

@@ -158,10 +158,10 @@ def is_constant(value: Any) -> bool:
 
 def is_known(schedule: Schedule) -> bool:
     """
-    Return whether calling a schedule has no effect but its value, as a function of the user's may have.
+    Return whether a schedule may be called at any time, without side effects.
 
     :param schedule: From :func:`make_schedule`.
-    :return: Whether it is one of this module or of SB3.
+    :return: True for those of this module and of SB3, False for functions of the user's.
     """
     inner: Any = schedule.function if type(schedule) is ClampedSchedule else schedule
     if type(inner) is FloatSchedule:

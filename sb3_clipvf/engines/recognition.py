@@ -1,5 +1,5 @@
 """
-Which policies fast engines may run: those made of code that is known, everything else is left to the reference.
+Which policies fast engines may run: those made of known code only. The reference runs all others.
 
 Kernels restate what SB3's and torch's classes compute. They are right only while those classes compute it themselves,
 so this module keeps their functions at import and compares by identity before each rollout and each update.
@@ -144,10 +144,10 @@ def check_known(policy: Any) -> None:
 
 def why_unknown_buffer(buffer: Any) -> str | None:
     """
-    Return what keeps kernels from reading a rollout buffer's memory in the place of its minibatches.
+    Return why kernels cannot read a rollout buffer's memory instead of its minibatches.
 
     :param buffer: Any rollout buffer.
-    :return: Half a sentence, or None where nothing does.
+    :return: Half a sentence, or None where they can.
     """
     if not isinstance(buffer, TensorRolloutBuffer) or any(
         getattr(type(buffer), name) is not _kept_methods[name] for name in _BUFFER_METHODS
@@ -170,10 +170,10 @@ def has_own_add(buffer: Any) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """
-    Return whether others have registered hooks on a module.
+    Return whether a module has hooks.
 
-    :param module: Without the modules in it.
-    :return: Whether calling it calls them.
+    :param module: Module, whose submodules are not looked at.
+    :return: True where calling it calls a hook.
     """
     own = module.__dict__
     return any(own[hooks] for hooks in _HOOKS)
@@ -295,9 +295,9 @@ _accepted: list[dict[str, Any]] = []
 
 def replaced_code() -> str | None:
     """
-    Return which function of the known classes and modules is no longer the one that was kept.
+    Return which function of the known classes and modules was replaced.
 
-    :return: Half a sentence, or None where all are.
+    :return: Half a sentence, or None where none was.
     """
     global _accepted
     if _namespaces != _accepted:
@@ -315,9 +315,9 @@ def replaced_code() -> str | None:
 
 def altered_torch() -> str | None:
     """
-    Return which switch of the process makes torch compute something else than by default.
+    Return which process-wide switch of torch changes what it computes.
 
-    :return: Half a sentence, or None where there is none.
+    :return: Half a sentence, or None where all have their defaults.
     """
     if th.get_default_dtype() is not th.float32:
         return f"torch's default dtype is {th.get_default_dtype()}"

@@ -153,7 +153,7 @@ class Engine(Protocol):
     policy: ActorCriticPolicy
     settings: UpdateSettings
     compile_seconds: float
-    """Seconds that compiling or loading kernels took, until whoever measures speed sets them to 0."""
+    """Seconds that compiling or loading kernels took since this was last set to 0."""
 
     def fits(self, buffer: Any) -> bool:
         """

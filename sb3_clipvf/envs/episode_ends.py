@@ -1,4 +1,4 @@
-"""Episodes that end outside of SB3's ``Monitor``: reported as the monitor reports those that it sees ending."""
+"""Episodes that a wrapper outside of SB3's ``Monitor`` ends: find them, and report them as ``Monitor`` does."""
 
 import time
 from typing import Any
