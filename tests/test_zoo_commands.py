@@ -23,7 +23,7 @@ from stable_baselines3 import PPO
 import sb3_clipvf
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.zoo import COMMANDS, hyperparams_path, main, register
-from sb3_clipvf.zoo.process import with_defaults
+from sb3_clipvf.zoo.parsing import with_defaults
 
 pytestmark = [
     # Optuna, of the multivariate sampler that the Zoo chooses.

@@ -1,4 +1,4 @@
-"""Parsing of options: errors in one line, whole numbers as 1e6, pairs of key and value."""
+"""Options: found and completed; errors in one line, whole numbers as 1e6, pairs of key and value."""
 
 import re
 from argparse import ArgumentParser, Namespace
@@ -7,7 +7,63 @@ import pytest
 from rl_zoo3.utils import StoreDict
 
 from sb3_clipvf.zoo.checks import checked_options
-from sb3_clipvf.zoo.parsing import checked_parsing, strict
+from sb3_clipvf.zoo.parsing import (
+    Default,
+    checked_parsing,
+    option_value,
+    quote_schedules,
+    strict,
+    with_defaults,
+)
+
+ALGO = Default(None, "--algo", "clipppo")
+FOLDER = Default("-f", "--folder", "logs")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["-f", "here"], "here"),
+        (["-fhere"], "here"),
+        (["-f=here"], "here"),
+        (["--folder", "here"], "here"),
+        (["--folder=here"], "here"),
+        (["--fold", "here"], "here"),
+        (["--env", "X", "--fol=here"], "here"),
+        (["--folder"], ""),
+        (["--env", "X"], None),
+        (["--folders", "here"], None),
+        (["--", "here"], None),
+    ],
+)
+def test_an_option_is_found_in_every_form_that_argparse_takes(arguments: list[str], expected: str | None) -> None:
+    assert option_value(arguments, "-f", "--folder") == expected
+
+
+def test_defaults_are_put_in_only_where_the_user_gave_none() -> None:
+    assert with_defaults(["--env", "X"], (ALGO, FOLDER)) == ["--algo", "clipppo", "--folder", "logs", "--env", "X"]
+    assert with_defaults(["--algo=ppo"], (ALGO, FOLDER)) == ["--folder", "logs", "--algo=ppo"]
+    assert with_defaults(["-f", "runs", "--alg", "ppo"], (ALGO, FOLDER)) == ["-f", "runs", "--alg", "ppo"]
+
+
+def test_an_option_without_a_value_can_be_put_in() -> None:
+    no_render = Default(None, "--no-render", None)
+    assert with_defaults(["-n", "5"], (no_render,)) == ["--no-render", "-n", "5"]
+    assert with_defaults(["--no-r"], (no_render,)) == ["--no-r"]
+
+
+def test_bare_schedules_are_quoted_for_the_zoo_and_nothing_else_is() -> None:
+    given = ["-params", "clip_range:lin_0.2", "learning_rate:exp_3e-4", "ent_coef:0.1", "policy:'MlpPolicy'", "lin_0.2"]
+    quoted = quote_schedules(given)
+    assert quoted == [
+        "-params",
+        "clip_range:'lin_0.2'",
+        "learning_rate:'exp_3e-4'",
+        "ent_coef:0.1",
+        "policy:'MlpPolicy'",
+        "lin_0.2",
+    ]
+    assert quote_schedules(quoted) == quoted
 
 
 def _parser() -> ArgumentParser:

@@ -21,7 +21,7 @@ from sb3_clipvf.envs.envpool import EnvPoolVecEnv, SparedEnvPoolVecEnv
 from sb3_clipvf.envs.gymnasium_vector import CartPoleVecEnv, SeparateVecEnv
 from sb3_clipvf.zoo import main, register
 from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
-from sb3_clipvf.zoo.process import without_option
+from sb3_clipvf.zoo.parsing import without_option
 from sb3_clipvf.zoo.vec_env import EnvSettings, make_vec_env, wrapper_list
 
 pytestmark = [

@@ -19,20 +19,16 @@ from pathlib import Path
 
 from sb3_clipvf.safe_pickle import TRUST_VARIABLE
 from sb3_clipvf.zoo.hub import own_model_card
-from sb3_clipvf.zoo.parsing import checked_parsing
+from sb3_clipvf.zoo.parsing import Default, checked_parsing, option_value, quote_schedules, with_defaults
 from sb3_clipvf.zoo.process import (
-    Default,
     explain,
     ffmpeg_on_path,
     figures_to_files,
     has_display,
     importable_working_folder,
-    option_value,
     own_subprocesses,
     patched_argv,
     patched_environment,
-    quote_schedules,
-    with_defaults,
 )
 
 ALGORITHM = "clipppo"

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sb3_clipvf.zoo.commands import ALGORITHM
-from sb3_clipvf.zoo.parsing import whole_number
-from sb3_clipvf.zoo.process import option_value, without_option
+from sb3_clipvf.zoo.parsing import option_value, whole_number, without_option
 
 CHECKPOINT_FREQ = 100_000
 """Environment steps between two checkpoints, where the command line says nothing."""

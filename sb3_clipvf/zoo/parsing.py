@@ -1,16 +1,106 @@
-"""How a sub-command's options are parsed: by argparse, whose errors become one line; values as ``1e6``; pairs."""
+"""Options of the sub-commands: completed, then parsed by argparse, whose errors become one line."""
 
 import difflib
 import re
 from argparse import Action, ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 _CHOICE = re.compile(r"invalid choice: (?P<value>.*) \(choose from (?P<choices>.*)\)")
 _MISSING = re.compile(r"expected .*argument.*")
 _PAIR = re.compile(r"\w+:.+", re.DOTALL)
+_SCHEDULE_PARAMETER = re.compile(r"(?P<key>\w+):(?P<schedule>(?:lin|cos|exp|const)_[\d.eE+-]+)")
 _WORDS = {"true": "True", "false": "False", "none": "None", "null": "None"}
+
+
+@dataclass(frozen=True)
+class Default:
+    """
+    An option to put in where the user gave none.
+
+    :param short: Its short name, as ``-f``, or None.
+    :param long: Its long name, as ``--folder``.
+    :param value: Its value; None for an option without one.
+    """
+
+    short: str | None
+    long: str
+    value: str | None
+
+
+def option_value(arguments: Sequence[str], short: str | None, long: str, least: int = len("--x")) -> str | None:
+    """
+    Find an option as argparse would: short or long, abbreviated, joined to its value or not.
+
+    :param arguments: Command line.
+    :param short: Short name or None.
+    :param long: Long name.
+    :param least: Characters from which on an abbreviation of the long name means it.
+    :return: Its value, "" where it has none, None if it is not there; the last one of several.
+    """
+    found = None
+    for index, token in enumerate(arguments):
+        following = arguments[index + 1] if index + 1 < len(arguments) else ""
+        name, joined, value = token.partition("=")
+        if token.startswith("--"):
+            if len(name) >= least and long.startswith(name):
+                found = value if joined else following
+        elif short is not None and token.startswith(short):
+            found = token[len(short) :].removeprefix("=") or following
+    return found
+
+
+def without_option(arguments: Sequence[str], long: str, least: int) -> list[str]:
+    """
+    Take an option with a value out of a command line.
+
+    :param arguments: Command line.
+    :param long: Its long name.
+    :param least: Characters from which on an abbreviation means it.
+    :return: The rest.
+    """
+    rest: list[str] = []
+    skip = False
+    for token in arguments:
+        name, joined, _ = token.partition("=")
+        if skip:
+            skip = False
+        elif len(name) >= least and long.startswith(name):
+            skip = not joined
+        else:
+            rest.append(token)
+    return rest
+
+
+def with_defaults(arguments: Sequence[str], defaults: Iterable[Default]) -> list[str]:
+    """
+    Complete a command line.
+
+    :param arguments: What the user gave.
+    :param defaults: Options to put in front of it, each only if it is not there.
+    :return: The completed command line.
+    """
+    added: list[str] = []
+    for default in defaults:
+        if option_value(arguments, default.short, default.long) is None:
+            added += [default.long] if default.value is None else [default.long, default.value]
+    return [*added, *arguments]
+
+
+def quote_schedules(arguments: Sequence[str]) -> list[str]:
+    """
+    Put quotes around schedule strings of ``-params``, since the RL Zoo evaluates each value as Python.
+
+    :param arguments: Command line, perhaps with tokens as ``clip_range:lin_0.2``.
+    :return: The same with ``clip_range:'lin_0.2'``.
+    """
+    quoted = []
+    for token in arguments:
+        match = _SCHEDULE_PARAMETER.fullmatch(token)
+        quoted.append(f"{match['key']}:{match['schedule']!r}" if match else token)
+    return quoted
 
 
 def whole_number(text: str) -> int:
