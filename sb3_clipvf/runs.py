@@ -151,7 +151,7 @@ def find_run(
     if load_best and (folder / f"{name}.zip").is_file():
         way_out = "It was trained without evaluations: leave out `--load-best`."
     elif any(folder.glob("checkpoints/checkpoint_*.zip")):
-        way_out = f"Its training did not end: `sb3-clipvf train --resume {shlex.quote(str(folder))}` goes on with it."
+        way_out = f"Its training did not end: `sb3-clipvf train --resume {shlex.quote(str(folder))}` resumes it."
     else:
         way_out = f"Its training did not end. Train again with {train}"
     raise ValueError(f"{folder} must hold {model}, but does not. {way_out}")

@@ -1,4 +1,4 @@
-"""Numbers that go bad: where they are found, what the error says, what is written, and what stays whole."""
+"""Non-finite values: where they are found, what the error says, what is written, and what stays whole."""
 
 import copy
 import dataclasses

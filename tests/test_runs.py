@@ -87,7 +87,7 @@ def test_a_training_that_did_not_end_gets_one_piece_of_advice(tmp_path: Path, lo
     with pytest.raises(ValueError, match=r"did not end\. Train again with `sb3-clipvf train --env E-v0 -f \S+`\.$"):
         find_run(tmp_path, "E-v0", load_best=load_best)
     (folder / "checkpoints" / "checkpoint_64.zip").touch()
-    with pytest.raises(ValueError, match=rf"did not end: `sb3-clipvf train --resume {folder}` goes on with it\.$"):
+    with pytest.raises(ValueError, match=rf"did not end: `sb3-clipvf train --resume {folder}` resumes it\.$"):
         find_run(tmp_path, "E-v0", load_best=load_best)
 
 

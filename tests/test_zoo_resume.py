@@ -158,7 +158,7 @@ def test_a_terminated_run_ends_as_the_whole_one(
     monkeypatch.setenv(SIGNAL, "SIGTERM:1000")
     assert _train(tmp_path) == 128 + signal.SIGTERM
     monkeypatch.delenv(SIGNAL)
-    assert f"To go on: sb3-clipvf train --resume {RUN}" in capsys.readouterr().out
+    assert f"To resume: sb3-clipvf train --resume {RUN}" in capsys.readouterr().out
     assert not (tmp_path / RUN / "CartPole-v1.zip").exists()
     assert read_manifest(newest(tmp_path / RUN)).num_timesteps >= 768
     assert resume(RUN / "checkpoints") == 0
@@ -192,7 +192,7 @@ def test_an_error_ends_a_training_with_its_notes_and_the_way_on(
     with pytest.raises(ValueError, match="`n_steps` must be a whole number") as raised:
         _train(tmp_path, "--eval-freq", "-1")
     assert f"The training ended at num_timesteps={step} of 1280" in raised.value.__notes__[-1]
-    assert (f"To go on: sb3-clipvf train --resume {RUN}" in capsys.readouterr().out) is has_checkpoint
+    assert (f"To resume: sb3-clipvf train --resume {RUN}" in capsys.readouterr().out) is has_checkpoint
 
 
 def newest(run: Path) -> Path:

@@ -46,8 +46,8 @@ _TRAIN_HELP = """\
   --checkpoint-freq CHECKPOINT_FREQ
                         Environment steps between two checkpoints of the whole
                         training of clipppo (default: 100000; -1: none)
-  --resume PATH         Go on with the run of this folder, or of this
-                        checkpoint, as if it had not been interrupted
+  --resume PATH         Resume the run of this folder, or of this checkpoint,
+                        as if it had not been interrupted
 """
 _TRUST_HELP = """\
   --trust-pickle        Let the files of models, statistics and settings that

@@ -342,7 +342,7 @@ class ClipPPOExperimentManager(CheckedSearch):
             ended = _ended_by(error, model)
             if self._keeps_checkpoints and _ends_training(ended):
                 if sorted_checkpoints(Path(self.save_path, CHECKPOINTS)):
-                    sys.stdout.write(f"To go on: sb3-clipvf train --resume {self.save_path}\n")
+                    sys.stdout.write(f"To resume: sb3-clipvf train --resume {self.save_path}\n")
             if ended is error:
                 raise
             raise ended from ended.__cause__
