@@ -50,17 +50,22 @@ def make_rollout_buffer(model: "ClipPPO") -> Any:
 
 def leave_out_kl(model: "ClipPPO", rollout_buffer: Any) -> bool:
     """
-    Do without the exact KL of a policy whose own distribution turned out to be of an unknown type.
+    Do without the exact KL in a rollout of a policy whose distribution turned out to be of an unknown type.
 
     :param model: Collecting its first step.
-    :param rollout_buffer: Stops storing the distribution's parameters.
+    :param rollout_buffer: Stores the rollout.
     :return: False: parameters are not to be stored.
     :raises ValueError: If an argument needs the exact KL.
     """
     _check_kl_is_known(model, type(rollout_buffer), None, stores_dist=False)
-    rollout_buffer.dist_param_dim = 0
-    log.info("`train/kl` is omitted, since the policy leaves no action distribution whose exact KL is known.")
+    _say_once(model, "`train/kl` is omitted, since the policy leaves no action distribution whose exact KL is known.")
     return False
+
+
+def _say_once(model: "ClipPPO", message: str) -> None:
+    if not model._warned_of_missing_kl:
+        model._warned_of_missing_kl = True
+        log.info(message)
 
 
 def check_kl_is_stored(model: "ClipPPO") -> None:
@@ -77,9 +82,8 @@ def check_kl_is_stored(model: "ClipPPO") -> None:
         return
     name, can_store = _needs_kl(model), bool(getattr(rollout_buffer, "dist_param_dim", 0))
     if name is None:
-        if can_store and not model._warned_of_missing_kl:
-            model._warned_of_missing_kl = True
-            log.info("The rollout holds no parameters of the old action distribution: `train/kl` is omitted.")
+        if can_store:
+            _say_once(model, "The rollout holds no parameters of the old action distribution: `train/kl` is omitted.")
         return
     if can_store:
         raise ValueError(

@@ -618,6 +618,26 @@ class TestRolloutsWithoutTheOldDistribution:
             ]
 
 
+class Unshown(ActorCriticPolicy):
+    """Leaves no distribution in ``action_dist``; ``get_distribution`` has one."""
+
+    def forward(self, obs: Any, deterministic: bool = False) -> Any:
+        before = getattr(self.action_dist, "distribution", None)
+        result = super().forward(obs, deterministic)
+        self.action_dist.distribution = before
+        return result
+
+
+def test_a_penalty_that_begins_later_asks_policies_for_their_distribution(caplog: pytest.LogCaptureFixture) -> None:
+    model = ClipPPO(Unshown, make_vec_env("CartPole-v1", seed=0), n_steps=16, batch_size=8, seed=0)
+    with caplog.at_level("INFO", logger="sb3_clipvf"):
+        model.learn(48)
+    assert caplog.text.count("`train/kl` is omitted") == 1
+    assert "train/kl" not in logged(model)
+    model.kl_coef = 1.0
+    assert "train/kl" in logged(model.learn(16))
+
+
 class TestLostEpisodes:
     """Where a wrapper outside of Monitor ends episodes, one warning says so."""
 
