@@ -26,7 +26,7 @@ from sb3_clipvf.runs import (
     read_arguments,
     read_training_curve,
 )
-from sb3_clipvf.validation import check_int
+from sb3_clipvf.validation import check_device, check_int
 from sb3_clipvf.zoo.finding import RunId
 from sb3_clipvf.zoo.parsing import option_name
 from sb3_clipvf.zoo.process import has_display, patched_environment
@@ -314,6 +314,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("episodes", "n_envs"):
         check_int(option_name(name), getattr(args, name), 1, "Pass a positive number.")
     check_int("--seed", args.seed, 0, "Pass a number that is not negative.", 2**32 - 1)
+    if args.algo != "clipppo":  # ClipPPO checks its own
+        check_device(args.device)
     run = find_run(args.folder, args.env, args.algo, args.exp_id, args.load_best)
     sys.stdout.write(f"{run.env_id}, {run.algo}, {run.folder}: {args.episodes} episodes ...\n")
     sys.stdout.flush()  # the evaluation may take long

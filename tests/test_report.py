@@ -295,6 +295,7 @@ def test_proposals_make_the_environment_of_the_run(tmp_path: Path) -> None:
         ("--episodes 0", r"`--episodes` must be a whole number of at least 1, got 0\."),
         ("--seed -1", r"`--seed` must be a whole number in \[0, 4294967295\], got -1\."),
         ("--n-envs -2", r"`--n-envs` must be a whole number of at least 1, got -2\."),
+        ("--algo ppo --device gpu", "`device` must be 'auto' or a PyTorch device, got 'gpu'"),
         ("--env Acrobot-v1", r"`folder` must hold a run of Acrobot-v1, but there is none in"),
     ],
 )
