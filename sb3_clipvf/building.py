@@ -48,18 +48,16 @@ def make_rollout_buffer(model: "ClipPPO") -> Any:
     return rollout_buffer
 
 
-def leave_out_kl(model: "ClipPPO", rollout_buffer: Any) -> bool:
+def leave_out_kl(model: "ClipPPO", rollout_buffer: Any) -> None:
     """
     Do without the exact KL in a rollout of a policy whose distribution turned out to be of an unknown type.
 
     :param model: Collecting its first step.
     :param rollout_buffer: Stores the rollout.
-    :return: False: parameters are not to be stored.
     :raises ValueError: If an argument needs the exact KL.
     """
     _check_kl_is_known(model, type(rollout_buffer), None, stores_dist=False)
     _say_once(model, "`train/kl` is omitted, since the policy leaves no action distribution whose exact KL is known.")
-    return False
 
 
 def _say_once(model: "ClipPPO", message: str) -> None:

@@ -86,7 +86,8 @@ class RolloutCollector(OnPolicyAlgorithm):
             self._update_info_buffer(infos, dones)
             n_steps += 1
             if with_dist_params and dist_params is None:
-                with_dist_params = leave_out_kl(cast("ClipPPO", self), rollout_buffer)
+                with_dist_params = False
+                leave_out_kl(cast("ClipPPO", self), rollout_buffer)
             if isinstance(self.action_space, spaces.Discrete):
                 actions = actions.reshape(-1, 1)
             bootstrapped = bootstrap_truncated(engine, rewards, dones, infos, self.gamma)
