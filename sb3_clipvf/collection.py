@@ -23,7 +23,16 @@ from sb3_clipvf.envs.episode_ends import WAY_OUT, ended_unseen
 from sb3_clipvf.envs.shapes import StepCheck
 from sb3_clipvf.messages import log, show_messages
 from sb3_clipvf.nonfinite import is_finite, observations_are_finite
-from sb3_clipvf.nonfinite_causes import Fault, act_error, act_fault, find_fault, observation_fault, reward_error
+from sb3_clipvf.nonfinite_causes import (
+    Fault,
+    act_error,
+    act_fault,
+    find_fault,
+    has_finite_statistics,
+    observation_fault,
+    reads_by_own_code,
+    reward_error,
+)
 from sb3_clipvf.rollout import fit_to_rollout, takes_dist_params
 from sb3_clipvf.validation import check_int
 
@@ -145,7 +154,7 @@ class RolloutCollector(OnPolicyAlgorithm):
             self.policy.reset_noise(n_envs)
 
     def _act(self, engine: Engine, obs_tensor: Any, rollout_buffer: Any, with_dist_params: bool) -> Acted:
-        """Let the policy act on observations, and refuse those and what it gives where they are not finite."""
+        """Let the policy act; refuse what it gives where it is not finite, and the observations that make it so."""
         try:
             rows = self._last_obs if engine.acts_on_arrays else obs_tensor
             acted = engine.act(rows, with_dist_params=with_dist_params)
@@ -157,19 +166,25 @@ class RolloutCollector(OnPolicyAlgorithm):
             raise act_error(self, fault, rollout_buffer) from error
         finite = acted.is_finite
         if finite is None:
-            finite = observations_are_finite(self._last_obs)
-            finite = finite and is_finite(acted.values) and is_finite(acted.log_prob)
+            finite = is_finite(acted.values) and is_finite(acted.log_prob) and self._may_act()
         if not finite:
             fault = act_fault(self.policy, self._last_obs, obs_tensor, acted)
             raise act_error(self, cast(Fault, fault), rollout_buffer)
         return acted
 
+    def _may_act(self) -> bool:
+        """Return whether the observations are finite, or what the policy gives for them decides."""
+        if observations_are_finite(self._last_obs):
+            return True
+        return reads_by_own_code(self.policy) and has_finite_statistics(self.get_vec_normalize_env())
+
     def _complete(self, engine: Engine, rollout_buffer: Any, dones: np.ndarray) -> th.Tensor:
         """Compute returns and advantages. :return: Values of the observations that the next rollout starts from."""
-        fault = observation_fault(self._last_obs)
+        fault = None if self._may_act() else observation_fault(self._last_obs)
         if fault is None:
             values = engine.predict_values(to_tensor(self._last_obs, self.device))
             fault = find_fault("value", None, values.cpu().numpy().reshape(-1))
+            fault = fault and (observation_fault(self._last_obs) or fault)
         if fault is not None:
             raise act_error(self, fault, rollout_buffer)
         with np.errstate(over="ignore", invalid="ignore"):  # the update tells of it by name
@@ -284,7 +299,7 @@ def bootstrap_truncated(
     :param infos: One dict an environment, with SB3's ``TimeLimit.truncated`` and ``terminal_observation``.
     :param gamma: Discount factor.
     :return: A copy with the values added, or ``rewards`` itself where nothing was cut off; NaN where a final
-        observation is not finite.
+        observation is not finite, unless the policy reads it by code of its own and gives a finite value.
     Source: Pardo et al. 2018, arXiv 1712.00378.
     """
     if not np.count_nonzero(dones):  # any() takes several times as long
@@ -304,7 +319,7 @@ def bootstrap_truncated(
         stacked = _stacked(space, final_obs)
     # Environments may give integers, which cannot hold the values.
     bootstrapped = rewards.astype(np.result_type(rewards, np.float32))
-    if not observations_are_finite(stacked):
+    if not (observations_are_finite(stacked) or reads_by_own_code(engine.policy)):
         bootstrapped[truncated] = np.nan  # whatever a network would make of them
         return bootstrapped
     final_values = engine.predict_values(engine.policy.obs_to_tensor(stacked)[0])

@@ -9,9 +9,11 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_clipvf.distributions import dist_params
 from sb3_clipvf.engines.autograd import unvalidated_distributions
+from sb3_clipvf.engines.recognition import has_hooks, replaced_method
 from sb3_clipvf.nonfinite import BadMinibatchError, NonFiniteError, by_key, is_finite, which_are_not
 
 if TYPE_CHECKING:
@@ -73,6 +75,39 @@ def observation_fault(observations: Any) -> Fault | None:
     return next((fault for fault in faults if fault is not None), None)
 
 
+def reads_by_own_code(policy: Any) -> bool:
+    """
+    Return whether code of the user's reads observations, which may know what to do with missing ones.
+
+    Networks of SB3 make NaN of an observation that is NaN, but of an infinite one tanh makes a number.
+
+    :param policy: Any policy.
+    :return: False where all that stands between observations and networks is SB3's or this package's.
+    """
+    parts = [policy, *(getattr(policy, name, None) for name in ("pi_features_extractor", "vf_features_extractor"))]
+    return any(
+        not type(part).__module__.startswith(("stable_baselines3.", "sb3_clipvf."))
+        or replaced_method(part) is not None
+        or has_hooks(part)
+        for part in [*parts, getattr(policy, "mlp_extractor", None)]
+    )
+
+
+def has_finite_statistics(normalizer: VecNormalize | None) -> bool:
+    """
+    Return whether statistics of observations are finite; others turn all later observations into NaN.
+
+    :param normalizer: Of the environments, if any.
+    :return: Whether they are, or there are none.
+    """
+    if normalizer is None or not normalizer.norm_obs:
+        return True
+    rms = normalizer.obs_rms
+    return all(
+        is_finite(each.mean) and is_finite(each.var) for each in (rms.values() if isinstance(rms, dict) else [rms])
+    )
+
+
 def _parameter_fault(policy: th.nn.Module) -> Fault | None:
     for name, parameter in policy.named_parameters():
         fault = find_fault("parameter", name, parameter.detach().cpu().float().numpy(), has_rows=False)
@@ -91,7 +126,8 @@ def act_fault(policy: ActorCriticPolicy, observations: Any, obs_tensor: Any, act
     :param acted: What it gave; None where torch has refused to draw an action.
     :return: None where nothing is found.
     """
-    fault = observation_fault(observations) or _parameter_fault(policy)
+    # The policy may know how to treat a missing observation; nothing comes of a missing weight.
+    fault = _parameter_fault(policy) or observation_fault(observations)
     if fault is not None:
         return fault
     values: Any
@@ -250,13 +286,19 @@ def update_error(model: "ClipPPO", bad: BadMinibatchError, reason: str = "") -> 
 
 def _cause_in_update(model: "ClipPPO", bad: BadMinibatchError) -> Fault | None:
     """What makes a minibatch's loss or gradient not finite; None where no single number does."""
-    for name, value in _flat(_arrays_of(bad.batch)).items():
+    arrays = _arrays_of(bad.batch)
+    observations = {"observations": arrays.pop("observations", None)}  # which the policy may know how to treat
+    for name, value in _flat(arrays).items():
         fault = find_fault(bad.what, name, value, has_rows=value.ndim > 0)
         if fault is not None:
             return fault
     fault = _parameter_fault(model.policy)
     if fault is not None:
         return fault
+    for name, value in _flat(observations).items():
+        fault = find_fault(bad.what, name, value)
+        if fault is not None:
+            return fault
     for name, value in _evaluated(model.policy, bad.batch).items():
         fault = find_fault(bad.what, name, value)
         if fault is not None:

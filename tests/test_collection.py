@@ -85,13 +85,16 @@ def bootstrapped(policy: Any, *arguments: Any) -> np.ndarray:
 class TestBootstrap:
     REWARDS = np.array([1.0, 2.0, 3.0, 4.0], np.float32)
 
-    def test_no_network_is_asked_for_the_value_of_what_is_no_number(self) -> None:
-        policy = make()
-        rewards = bootstrapped(
-            policy, self.REWARDS, np.array([True] + 3 * [False]), [info(np.nan, 0), {}, {}, {}], GAMMA
-        )
+    def test_no_network_of_sb3s_is_asked_for_the_value_of_what_is_not_finite(self) -> None:
+        done, infos = np.array([True] + 3 * [False]), [info(np.inf, 0), {}, {}, {}]  # of which tanh makes a number
+        rewards = bootstrapped(make(ActorCriticPolicy), self.REWARDS, done, infos, GAMMA)
         np.testing.assert_array_equal(rewards, [np.nan, 2, 3, 4])
-        assert policy.n_calls == 0
+
+    def test_the_users_own_code_is_asked_for_it(self) -> None:
+        done = np.array([True, True, False, False])
+        rewards = bootstrapped(make(), self.REWARDS, done, [info(3, np.nan), info(np.nan, 3), {}, {}], GAMMA)
+        # 1 + 0.5 * 30, whatever the second number is
+        np.testing.assert_array_equal(rewards, [16, np.nan, 3, 4])
 
     def test_only_where_cut_off_and_in_one_forward_pass(self) -> None:
         policy = make()

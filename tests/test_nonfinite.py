@@ -18,10 +18,12 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from test_engines import COEFFICIENTS, N_ENVS, N_STEPS, make_case, make_engine, settings_for
 
-from sb3_clipvf import ClipPPO, NonFiniteError
+from sb3_clipvf import SB3_EQUIVALENT, ClipPPO, NonFiniteError
 from sb3_clipvf.checkpoint import TrainingCheckpoint, newest_checkpoint
 from sb3_clipvf.engines import AutogradEngine
 from sb3_clipvf.engines.autograd import _Start
@@ -356,7 +358,7 @@ class World(gym.Env[Any, Any]):
         return self._observe(now and self.what == "observation"), reward, False, self.n_steps % 6 == 0, {}
 
 
-def make(what: str = "", n_envs: int = 3, wrap: Any = None, policy: str = "MlpPolicy", **kwargs: Any) -> ClipPPO:
+def make(what: str = "", n_envs: int = 3, wrap: Any = None, policy: Any = "MlpPolicy", **kwargs: Any) -> ClipPPO:
     """A training whose environment 1 goes bad."""
     keys = ("at", "value", "dtype")
     world = {key: kwargs.pop(key) for key in keys if key in kwargs}
@@ -460,6 +462,98 @@ def test_a_dict_observation_is_told_by_its_key() -> None:
     assert "`observation` 'b' of environment 1 must be finite" in str(error)
     error = error_of(make("key observation", policy="MultiInputPolicy", at=6))
     assert (error.what, error.key, error.env_index) == ("terminal_observation", "b", 1)
+
+
+class Filled(FlattenExtractor):
+    """Puts a number where a sensor is missing."""
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return super().forward(th.nan_to_num(observations, nan=-1.0, posinf=2.0))
+
+
+class FilledDict(CombinedExtractor):
+    def forward(self, observations: Any) -> th.Tensor:
+        filled = {key: th.nan_to_num(tensor, nan=-1.0, posinf=2.0) for key, tensor in observations.items()}
+        return super().forward(filled)
+
+
+class FilledPolicy(ActorCriticPolicy):
+    def extract_features(self, obs: Any, features_extractor: Any = None) -> Any:
+        return super().extract_features(th.nan_to_num(obs, nan=-1.0, posinf=2.0), features_extractor)
+
+    def predict_values(self, obs: Any) -> th.Tensor:  # which calls the method of its base class
+        return super().predict_values(th.nan_to_num(obs, nan=-1.0, posinf=2.0))
+
+
+class Passing(FlattenExtractor):
+    """Code of the user's that does nothing about it."""
+
+
+FILLED: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "extractor": ("MlpPolicy", "observation", {"features_extractor_class": Filled}),
+    "two extractors": (
+        "MlpPolicy", "observation", {"features_extractor_class": Filled, "share_features_extractor": False},
+    ),
+    "policy": (FilledPolicy, "observation", {}),
+    "dict": ("MultiInputPolicy", "key observation", {"features_extractor_class": FilledDict}),
+}  # fmt: skip
+
+
+class TestMissingSensors:
+    """Observations that code of the user's knows how to treat: what the policy gives decides, as in SB3."""
+
+    @pytest.mark.parametrize("engine", ["autograd", "auto"])
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    @pytest.mark.parametrize("case", FILLED)
+    @pytest.mark.parametrize("at", [5, 6, 8])  # within an episode, at its end, at the rollout's
+    def test_they_train_as_in_sb3(self, at: int, case: str, value: float, engine: str) -> None:
+        policy, what, policy_kwargs = FILLED[case]
+        policy_kwargs = {"net_arch": [4], **policy_kwargs}
+        world: dict[str, Any] = {"policy": policy, "policy_kwargs": policy_kwargs, "at": at, "value": value}
+        env = make(what, **world).get_env()
+        arguments = {"n_steps": 8, "batch_size": 6, "n_epochs": 2, "seed": 0, "device": "cpu"}
+        theirs = PPO(policy, env, policy_kwargs=policy_kwargs, **arguments).learn(48)  # type: ignore[arg-type]
+        ours = make(what, **world, **{**SB3_EQUIVALENT, "clip_range_vf": None, "engine": engine}).learn(48)
+        for one, other in zip(ours.policy.parameters(), theirs.policy.parameters(), strict=True):
+            # Environments that are cut off in the same step share a forward pass, which rounds differently.
+            th.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("at", [5, 6, 8])
+    def test_one_that_the_policy_makes_no_number_of_is_named(self, at: int) -> None:
+        error = error_of(make("observation", at=at, policy_kwargs={"features_extractor_class": Passing}))
+        what = "terminal_observation" if at == 6 else "observation"
+        assert (error.what, error.env_index, error.num_timesteps) == (what, 1, 3 * at)
+        assert f"`{what}` of environment 1 must be finite, got nan at element [1]" in str(error)
+
+    def test_one_whose_gradient_is_no_number_is_named_by_the_update(self) -> None:
+        """tanh makes a number of infinity, and the gradient of the weights before it is none."""
+        model = make("observation", value=np.inf, policy_kwargs={"features_extractor_class": Passing})
+        error = error_of(model)
+        assert (error.what, error.key, error.env_index, error.step) == ("grad_norm", "observations", 1, 5)
+
+    def test_another_cause_is_not_taken_for_it(self) -> None:
+        policy_kwargs = {"features_extractor_class": Filled}
+
+        def ruin(model: Any) -> None:
+            model.policy.log_std.data.fill_(np.nan)
+
+        def spoil_advantages(model: Any) -> None:
+            model.rollout_buffer.advantages[:] = np.inf
+
+        error = error_of(make("observation", at=8, policy_kwargs=policy_kwargs), callback=At(ruin, 2, "start"))
+        assert (error.what, error.key) == ("parameter", "log_std")
+        error = error_of(make("observation", policy_kwargs=policy_kwargs), callback=At(spoil_advantages))
+        assert error.key == "advantages"
+
+    @pytest.mark.parametrize("wrap", [VecNormalize, lambda env: VecNormalize(env, norm_obs=False)])
+    def test_statistics_that_it_has_spoiled_end_the_training(self, wrap: Any) -> None:
+        model = make("observation", wrap=wrap, policy_kwargs={"features_extractor_class": Filled})
+        if wrap is not VecNormalize:  # there are none
+            model.learn(48)
+            return
+        error = error_of(model)
+        assert (error.what, error.num_timesteps) == ("observation", 15)
+        assert "VecNormalize may have taken it into its statistics" in str(error)
 
 
 def test_other_errors_of_the_policy_stay_what_they_are() -> None:
