@@ -136,7 +136,6 @@ class _Finder:
     ) -> tuple[dict[str, Any], str | None]:
         hyperparams, path = self._hyperparams(stats_path, norm_reward, test_mode)
         drop_null(hyperparams)
-        hyperparams.setdefault("normalize", False)
         if path is None or self._chosen is None or not hyperparams.get("normalize"):
             return hyperparams, path
         if not has_own_statistics(self._chosen):
