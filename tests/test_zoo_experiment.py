@@ -248,6 +248,8 @@ def test_a_missing_key_is_named(tmp_path: Path, key: str, null: bool) -> None:
 def test_a_number_that_yaml_reads_as_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`learning_rate` must be a number, got the text '1e-3' .* !!float 1e-3"):
         _manager(tmp_path, {**ENTRY, "learning_rate": "1e-3"}).setup_experiment()
+    with pytest.raises(ValueError, match="got the text '64' in `-params`. Write `n_steps:64`."):
+        _manager(tmp_path, ENTRY, hyperparams={"n_steps": "64"}).setup_experiment()
 
 
 CLASS = "rl_zoo3.wrappers.DelayedRewardWrapper"

@@ -99,10 +99,10 @@ def check_hyperparams(hyperparams: dict[str, Any], overrides: Iterable[str], sou
                 f"`{key}` must be an argument of ClipPPO or a key of the RL Zoo, got it in {where}. {hint}"
             )
         if isinstance(value, str) and _is_number(value):
-            raise ValueError(
-                f"`{key}` must be a number, got the text {value!r} in {where}. YAML needs a point in it, as in 1.0e-3, "
-                f"or a tag: !!float {value}."
-            )
+            way_out = f"YAML needs a point in it, as in 1.0e-3, or a tag: !!float {value}."
+            if key in overridden:
+                way_out = f"Write `{key}:{value}`."
+            raise ValueError(f"`{key}` must be a number, got the text {value!r} in {where}. {way_out}")
         check_setting(key, value, where)
     for key in ("policy", "n_timesteps"):
         if key not in hyperparams:
