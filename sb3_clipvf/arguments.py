@@ -2,6 +2,8 @@
 
 import difflib
 import inspect
+import math
+import numbers
 import os
 import warnings
 from collections.abc import Mapping
@@ -149,8 +151,11 @@ def _check_sizes(model: "ClipPPO") -> None:
 def _check_numbers(model: "ClipPPO") -> None:
     model.gamma = validation.check_float("gamma", model.gamma, "SB3's default is 0.99.", 0.0, 1.0)
     model.gae_lambda = validation.check_float("gae_lambda", model.gae_lambda, "SB3's default is 0.95.", 0.0, 1.0)
-    way_out = "SB3's default is 0.5; a large number, such as 1e9, leaves gradients as they are."
-    model.max_grad_norm = validation.check_float("max_grad_norm", model.max_grad_norm, way_out, above_low=True)
+    if isinstance(model.max_grad_norm, numbers.Real) and model.max_grad_norm == math.inf:
+        model.max_grad_norm = math.inf
+    else:
+        way_out = "SB3's default is 0.5. Infinity is legal too: it sets no bound."
+        model.max_grad_norm = validation.check_float("max_grad_norm", model.max_grad_norm, way_out, above_low=True)
     for name in ("target_kl", "adaptive_kl_target", "lr_kl_target"):
         if getattr(model, name) is not None:
             value = validation.check_float(name, getattr(model, name), "None turns it off.", above_low=True)

@@ -74,7 +74,7 @@ class ClipPPO(SavedAlgorithm):
     :param normalize_advantage: Whether advantages are shifted and scaled to mean 0 and standard deviation 1.
     :param ent_coef: Schedule, at least 0: weight of the entropy.
     :param vf_coef: Schedule, at least 0: weight of the value loss, a mean of squared errors without a factor 1/2.
-    :param max_grad_norm: Bound on the joint gradient norm of actor and critic, positive.
+    :param max_grad_norm: Bound on the joint gradient norm of actor and critic, positive; infinity sets none.
     :param use_sde: Whether to explore with SB3's gSDE.
     :param sde_sample_freq: Steps between new gSDE noise matrices; -1: only at the start of a rollout.
     :param rollout_buffer_class: A buffer class with SB3's ``RolloutBuffer`` interface. None: ``TensorRolloutBuffer``.

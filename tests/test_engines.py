@@ -6,6 +6,7 @@ A new engine joins by adding its name to `ENGINES`.
 
 import dataclasses
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -332,6 +333,7 @@ class TestContract:
             {"advantage_scope": "rollout"},
             {"normalize_advantage": False, "advantage_scope": "rollout"},
             {"max_grad_norm": 1e9},
+            {"max_grad_norm": math.inf},
             {"max_grad_norm": 1e-3},
             {"batch_size": N_TRANSITIONS},
             {"batch_size": 1000},

@@ -87,7 +87,7 @@ BAD: list[tuple[str, Any, type[Exception], str]] = [
     *[(name, value, TypeError, NUMBER) for name in ("gamma", "gae_lambda") for value in ("0.9", None, True)],
     *[(name, value, ValueError, UNIT) for name in ("gamma", "gae_lambda") for value in (-0.01, 1.01, NAN, INF)],
     *[("max_grad_norm", value, TypeError, NUMBER) for value in ("0.5", None)],
-    *[("max_grad_norm", value, ValueError, POSITIVE) for value in (0, -0.5, NAN, INF)],
+    *[("max_grad_norm", value, ValueError, POSITIVE) for value in (0, -0.5, NAN, -INF)],
     *[(name, "0.1", TypeError, NUMBER) for name in ("target_kl", "lr_kl_target")],
     *[(name, value, ValueError, POSITIVE) for name in ("target_kl", "lr_kl_target") for value in (0, -1, NAN, INF)],
     *[
@@ -159,6 +159,7 @@ LEGAL: list[dict[str, Any]] = [
     {"gamma": 0, "gae_lambda": 0},
     {"gamma": 1, "gae_lambda": 1.0},
     {"max_grad_norm": 1e-9},
+    {"max_grad_norm": INF},
     {"learning_rate": 0, "ent_coef": 0, "vf_coef": 0, "kl_coef": 0},
     {"learning_rate": "lin_0", "ent_coef": "const_0", "vf_coef": np.float32(0.5), "kl_coef": lambda p: 1 - p},
     {"clip_range": 1e-9, "clip_range_vf": 1e9},
