@@ -65,7 +65,7 @@ def has_exact_kl(dist: object) -> bool:
     :return: False where it, or torch's distribution in it, is not exactly of a known type.
     """
     torch_type = _TORCH_TYPES.get(type(dist))
-    inner = getattr(dist, "distribution", None)
+    inner = _unwrapped(getattr(dist, "distribution", None))
     inner = inner if type(dist) is MultiCategoricalDistribution and type(inner) is list else [inner]
     return torch_type is not None and all(type(part) is torch_type for part in inner)
 
@@ -83,6 +83,7 @@ def dist_params(dist: Distribution) -> th.Tensor:
         inner = type(getattr(dist, "distribution", None)).__name__
         raise TypeError(f"`dist` must be one of SB3's action distributions, got {type(dist).__name__} of {inner}.")
     known: Any = dist
+    _unwrapped(known.distribution)
     if type(dist) in _GAUSSIANS:
         gaussian = known.distribution
         return th.cat([gaussian.loc, gaussian.scale.log()], dim=-1)
@@ -101,7 +102,8 @@ class LazyDistribution:
     """
     Torch's distribution of a step that kernels have drawn, made when someone looks at it.
 
-    Callbacks of SB3 read ``policy.action_dist``, whose methods then work as after a forward pass of the policy.
+    Callbacks of SB3 read ``policy.action_dist``, whose methods then work as after a forward pass of the policy. The
+    first use puts torch's object in the place of this one.
 
     :param dist: One of SB3's action distributions whose exact KL is known; it holds this object.
     :param params: Its parameters in the states of the step, as :func:`dist_params` gives them; not copied.
@@ -125,6 +127,8 @@ class LazyDistribution:
                 self._made = Normal(mean, log_std.exp())
             else:
                 self._made = cast(Any, _TORCH_TYPES[type(self._dist)])(logits=params)
+            if self._dist.distribution is self:
+                self._dist.distribution = self._made
         return self._made
 
     def __getattr__(self, name: str) -> Any:
@@ -143,6 +147,10 @@ class LazyDistribution:
 
     def __repr__(self) -> str:
         return repr(self._distribution())
+
+
+def _unwrapped(inner: Any) -> Any:
+    return inner._distribution() if type(inner) is LazyDistribution else inner
 
 
 def kl_from_params(dist: Distribution, old_params: th.Tensor) -> th.Tensor:
@@ -190,6 +198,7 @@ def refreshed_dist(policy: ActorCriticPolicy, observations: Any, stale: object, 
     :param asks: Whether to ask it.
     :return: Distribution with parameters set for the ``n`` states; None where there is none and nobody asks.
     """
-    if current_dist(policy) is not stale:
+    now = current_dist(policy)
+    if now is not None and now is not stale:
         return policy.action_dist
     return policy.get_distribution(observations) if asks else None

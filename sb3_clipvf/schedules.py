@@ -120,7 +120,7 @@ class ClampedSchedule:
         progress = clamp_progress(progress_remaining)
         try:
             # float(): NumPy scalars would end up in the optimizer and in the saved file.
-            value = float(self.function(progress))
+            value = float(self.function(progress) + 0.0)  # text is no number, whatever float() makes of it
         except TypeError as error:
             raise _not_a_schedule(self.name, self.function, f"failed at progress {progress:g}", error) from error
         if not (math.isfinite(value) and value >= 0):

@@ -33,6 +33,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_clipvf import SB3_EQUIVALENT, ClipPPO, objectives
+from sb3_clipvf.distributions import dist_params
 from sb3_clipvf.engines import AutogradEngine, UpdateSettings, recognition
 from sb3_clipvf.engines.lean import LeanAutogradEngine
 from sb3_clipvf.engines.native import NativeEngine
@@ -845,6 +846,8 @@ def test_callbacks_see_the_distribution_of_the_step(env: str, fast: str) -> None
             log_prob = dist.log_prob(actions.squeeze(1) if env == "CartPole-v1" else actions)
             assert th.allclose(log_prob, self.locals["log_probs"], atol=1e-5)
             assert dist.mode().shape[0] == self.training_env.num_envs
+            assert float(sb3_distributions.kl_divergence(dist, dist).abs().max()) == 0
+            assert dist_params(dist).shape[0] == self.training_env.num_envs
             copy.deepcopy(self.model.policy)
             return True
 
@@ -854,6 +857,20 @@ def test_callbacks_see_the_distribution_of_the_step(env: str, fast: str) -> None
         make(engine, env=env, policy_kwargs=FAST[fast][0]).learn(N_STEPS * 4, callback=spy)
         seen.append(spy.entropies)
     assert seen[0] == pytest.approx(seen[1], rel=1e-3, abs=1e-4)
+
+
+def test_wider_parts_in_the_middle_of_a_rollout_are_an_error() -> None:
+    """Kernels that draw for the distribution of the rollout's start would write beyond the actions."""
+
+    class Widen(BaseCallback):
+        def _on_step(self) -> bool:
+            self.model.policy.action_dist = sb3_distributions.DiagGaussianDistribution(3)
+            self.model.policy.action_net = nn.Linear(8, 3)
+            return True
+
+    for engine in ("auto", "autograd"):
+        with pytest.raises(ValueError, match="cannot reshape|shape"):
+            make(engine, policy_kwargs=FAST["fused"][0]).learn(N_STEPS * 2, callback=Widen())
 
 
 @pytest.mark.parametrize("part", ["action_net", "policy", "action_dist"])

@@ -154,6 +154,8 @@ class TestBadSchedules:
         )
         with pytest.raises(TypeError, match=message):
             schedule(0.5)
+        with pytest.raises(TypeError, match=message):
+            make_schedule(lambda _: "0.2", "clip_range")(0.5)
 
     @pytest.mark.parametrize("function", [abs, math.sqrt, functools.partial(pow, 0.5), np.square])
     def test_functions_in_c_are_functions_as_well(self, function: Any) -> None:

@@ -73,7 +73,7 @@ class LeanAutogradEngine(AutogradEngine):
 
     def __init__(self, policy: ActorCriticPolicy, settings: UpdateSettings) -> None:
         super().__init__(policy, settings)
-        self._draws = False
+        self._draws, self._drawn_for = False, cast(Any, None)
         self._pictures: th.Tensor | None = None
         self.compile_seconds += compile_kernels("around")
 
@@ -100,6 +100,7 @@ class LeanAutogradEngine(AutogradEngine):
         has_own_forward = type(policy).forward is not ActorCriticPolicy.forward
         # Where the spread depends on the state, torch holds the noise.
         self._draws = not has_own_forward and not isinstance(policy.action_dist, StateDependentNoiseDistribution)
+        self._drawn_for = policy.action_dist
         if self._draws:
             self._action_dim = get_action_dim(policy.action_space)
             self._noise = Noise(kind_of(policy.action_dist), self._action_dim, self._widths.tolist())
@@ -113,7 +114,8 @@ class LeanAutogradEngine(AutogradEngine):
         :param with_dist_params: Whether the distribution's parameters are wanted.
         :return: What the rollout stores.
         """
-        if not self._draws:
+        # A callback may have put another distribution there since the rollout began.
+        if not self._draws or self.policy.action_dist is not self._drawn_for:
             return super().act(observations, with_dist_params=with_dist_params)
         outputs, values, log_std = self._forward(observations, values_first=True)
         n, k = outputs.shape
