@@ -18,6 +18,7 @@ TABLE_SECONDS = 5.0
 def timed_tables() -> Iterator[None]:
     """
     Print SB3's tables of numbers at most every ``TABLE_SECONDS``, each with the newest numbers, and one at the end.
+    Those of an evaluation are shown once.
 
     Files and TensorBoard get every row: a small policy trains through several rollouts in a second.
     """
@@ -32,6 +33,8 @@ def timed_tables() -> Iterator[None]:
         for output, step in last:
             write(output, values, excluded, step)
             due = time.monotonic() + TABLE_SECONDS
+            for key in [key for key in values if key.startswith("eval/")]:
+                del values[key], excluded[key]
         last.clear()
 
     def write_where_due(
