@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def make_rollout_buffer(model: "ClipPPO") -> Any:
     """
-    Build the buffer of a model, and say how much memory it will take.
+    Build the buffer of a model.
 
     :param model: With its policy built.
     :return: A buffer with the interface of SB3's ``RolloutBuffer``.
@@ -42,8 +42,6 @@ def make_rollout_buffer(model: "ClipPPO") -> Any:
         **kwargs,
     )
     if isinstance(rollout_buffer, TensorRolloutBuffer) and model.env is not None:
-        mib = rollout_buffer.nbytes / 2**20
-        log.info("The rollout of %d x %d steps will take %.2f MiB", model.n_steps, model.n_envs, mib)
         rollout_buffer.check_memory()
     return rollout_buffer
 

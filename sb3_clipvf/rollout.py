@@ -12,6 +12,8 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import BaseBuffer, DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_clipvf.messages import log
+
 # Limit and use of a container's memory, in version 2 and version 1 of Linux's control groups.
 _CONTAINER_FILES = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
@@ -195,6 +197,7 @@ class TensorRolloutBuffer(BaseBuffer):
         """
         if not self._is_allocated:
             self.check_memory()
+            log.info("The rollout of %d x %d steps takes %.2f MiB", self.buffer_size, self.n_envs, self.nbytes / 2**20)
             self._allocate()
         self.forget_copies()
         self._lacks_dist_params = False

@@ -853,7 +853,16 @@ class TestMessages:
             make().learn(2 * N_STEPS)
         engine = "Training runs on the engine 'native': it is the fastest for this policy"
         # 8 transitions of 8 bytes of observation, 8 of action, 6 float32 and 4 of the distribution: 448 bytes
-        assert caplog.messages == ["The rollout of 8 x 1 steps will take 0.00 MiB", engine]
+        assert caplog.messages == ["The rollout of 8 x 1 steps takes 0.00 MiB", engine]
+
+    def test_memory_is_told_when_a_training_takes_it(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        make().save(tmp_path / "model.zip")
+        with caplog.at_level(logging.INFO, logger="sb3_clipvf"):
+            model = ClipPPO.load(tmp_path / "model.zip", env=make().env, device="cpu")
+            assert caplog.messages == []
+            for _ in range(2):
+                model.learn(N_STEPS, reset_num_timesteps=False)
+        assert caplog.text.count("The rollout of 8 x 1 steps takes") == 1
 
     def test_early_stopping_is_told_and_counted(self, caplog: pytest.LogCaptureFixture) -> None:
         model = make(target_kl=1e-9, learning_rate=0.01, n_epochs=5)
@@ -878,22 +887,22 @@ class TestMessages:
         handler.emit = records.append  # type: ignore[method-assign]
         log.addHandler(handler)
         log.setLevel(logging.WARNING)
-        make(verbose=2)
+        make(verbose=2).learn(3 * N_STEPS)
         assert (log.handlers[-1], log.level, records) == (handler, logging.WARNING, [])
         assert "MiB" not in capsys.readouterr().out
 
     @pytest.mark.parametrize("verbose", [1, 2])
     def test_several_models_add_one_handler(self, verbose: int, capsys: pytest.CaptureFixture[str]) -> None:
-        make(verbose=verbose)
-        make(verbose=verbose)
+        for _ in range(2):
+            make(verbose=verbose).learn(N_STEPS)
         assert capsys.readouterr().out.count("The rollout of 8 x 1 steps") == 2
 
     def test_each_model_has_its_own_verbosity(self, capsys: pytest.CaptureFixture[str]) -> None:
         log = logging.getLogger("sb3_clipvf")
         before = (log.level, log.propagate, list(log.handlers))
         talking = make(verbose=1)
-        told = "The rollout of 8 x 1 steps"
-        assert told in capsys.readouterr().out
+        talking.rollout_buffer.reset()
+        assert "The rollout of 8 x 1 steps" in capsys.readouterr().out
         silent = make()
         silent.learn(N_STEPS)
         assert (log.level, log.propagate, list(log.handlers)) == before
@@ -931,7 +940,7 @@ class TestMessages:
     def test_a_level_that_was_set_before_is_left_alone(self, level: int, capsys: pytest.CaptureFixture[str]) -> None:
         log = logging.getLogger("sb3_clipvf")
         log.setLevel(level)
-        make(verbose=1)
+        make(verbose=1).rollout_buffer.reset()
         assert log.level == level
         assert ("The rollout of" in capsys.readouterr().out) == (level == logging.DEBUG)
         make()
