@@ -117,6 +117,8 @@ class ClipPPO(SavedAlgorithm):
         "SquashedMultiInputPolicy": SquashedMultiInputActorCriticPolicy,
     }
     rollout_buffer: Any
+    # Set on the class, it holds for all models that do not have it themselves.
+    _warned_of_early_end = False
 
     def __init__(
         self,
@@ -212,7 +214,6 @@ class ClipPPO(SavedAlgorithm):
         self._engine: Engine | None = None
         self._engine_reason = ("", "", "")
         self._loads_sb3 = False
-        self._warned_of_early_end = False
         self._warned_of_missing_kl = False
 
         if _init_setup_model:

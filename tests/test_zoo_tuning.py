@@ -5,10 +5,11 @@ from typing import Any
 
 import optuna
 import pytest
+from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_clipvf import ClipPPO
-from sb3_clipvf.zoo.tuning import OBJECTIVES, convert_clipppo_params, sample_clipppo_params
+from sb3_clipvf.zoo.tuning import OBJECTIVES, CheckedSearch, convert_clipppo_params, sample_clipppo_params
 
 N_TRIALS = 24
 
@@ -84,3 +85,19 @@ def test_what_was_drawn_in_another_form_is_kept_with_the_trial(
     study, sampled = study_and_samples
     for trial, params in zip(study.trials, sampled, strict=True):
         assert trial.user_attrs == {name: params[name] for name in ("n_steps", "batch_size", "gamma", "gae_lambda")}
+
+
+def test_trials_do_not_warn_of_schedules_that_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def learn(*_: Any) -> None:
+        model = ClipPPO("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=8, n_epochs=1, clip_range="lin_0.2")
+        model.learn(8)
+
+    monkeypatch.setattr(ExperimentManager, "hyperparameters_optimization", learn)
+    manager = object.__new__(CheckedSearch)
+    manager.storage = None
+    manager.hyperparameters_optimization()
+    assert caplog.messages == []
+    learn()
+    assert "`clip_range` is 0 in its only update" in caplog.text

@@ -14,6 +14,9 @@ from optuna.storages.journal import JournalFileBackend
 from rl_zoo3.exp_manager import ExperimentManager
 from torch import nn
 
+from sb3_clipvf.clip_ppo import ClipPPO
+from sb3_clipvf.zoo.files import replaced
+
 OBJECTIVES = ("clip", "fixed_kl", "adaptive_kl", "clip_and_adaptive_kl")
 """Forms of the objective that the search chooses from."""
 
@@ -70,7 +73,9 @@ class CheckedSearch(ExperimentManager):
         if self.storage is not None:
             open_storage(self.storage)
         try:
-            super().hyperparameters_optimization()
+            # Trials are short and drawn by the search: the advice to call `learn` otherwise is not for its user.
+            with replaced(ClipPPO, "_warned_of_early_end", True):
+                super().hyperparameters_optimization()
         except ValueError as error:
             if "No trials are completed" not in str(error):
                 raise
