@@ -430,15 +430,22 @@ def test_a_video_of_each_model_is_recorded_for_the_run_that_has_them(
     assert call[call.index("--exp-id") + 1] == "1_0b0c7c1e-5a52-4a51-8c3e-111111111111"
 
 
-@pytest.mark.parametrize("command", ["enjoy --no-render", "record_video", "push_to_hub -orga someone"])
+@pytest.mark.parametrize(
+    ("command", "way_out"),
+    [
+        ("enjoy --no-render", "Name it by `--gym-packages`, or add it there."),
+        ("record_video", "Add the module there."),
+        ("push_to_hub -orga someone", "Add the module there."),
+    ],
+)
 def test_a_run_whose_environment_nothing_registers_is_one_line(
-    command: str, own_run: Path, capsys: pytest.CaptureFixture[str]
+    command: str, way_out: str, own_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("registering_module.py").write_text("")
     assert main([*command.split(), "--env", "Registered-v0"]) == 2
     message = capsys.readouterr().err.splitlines()[0]
     assert "Registered-v0 not found in gym registry, and `gym_packages` in " in message
-    assert message.endswith("args.yml names no module that registers it. Add the module there.")
+    assert message.endswith(f"args.yml names no module that registers it. {way_out}")
 
 
 def test_the_packages_of_a_run_are_those_that_are_installed(own_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

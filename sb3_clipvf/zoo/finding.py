@@ -133,15 +133,16 @@ def choose_run_of_options(options: Namespace) -> None:
     settings = parent / f"{options.env}_{options.exp_id}" / options.env / "args.yml"
     if settings.is_file():
         import_packages(read_settings(settings).get("gym_packages"), str(settings))
-        _check_registered(options.env.gym_id, settings)
+        _check_registered(options.env.gym_id, settings, hasattr(options, "gym_packages"))
 
 
-def _check_registered(env_id: str, settings: Path) -> None:
+def _check_registered(env_id: str, settings: Path, has_option: bool) -> None:
     """Raise an error that names the environment; the Zoo's would be a KeyError."""
     if env_id not in gym.registry:
+        way_out = "Name it by `--gym-packages`, or add it there." if has_option else "Add the module there."
         raise ValueError(
             f"{env_id} not found in gym registry, and `gym_packages` in {settings} names no module that registers it. "
-            "Add the module there."
+            f"{way_out}"
         )
 
 
