@@ -291,11 +291,28 @@ CLASS = "rl_zoo3.wrappers.DelayedRewardWrapper"
                 ([[CLASS]], "must be a list of classes, got"),
                 ([{CLASS: None}], "must give arguments as a dict, got None for"),
                 ([{CLASS: {3: 4}}], "must have text as keys, got 3"),
-                ([{CLASS: {"delays": 2}}], "must hold arguments of DelayedRewardWrapper .delay.* got 'delays' in it"),
                 ("rl_zoo3.wrappers.Nothing", "must name something that its module holds, got 'rl_zoo3.wrappers.No"),
                 ("nothing_here.Wrapper", "must name something that can be imported, got 'nothing_here.Wrapper'"),
                 ("rl_zoo3.wrappers.np", "must name a class, got 'rl_zoo3.wrappers.np'"),
             )
+        ],
+        *[
+            (key, {name: {"delays": 2}}, f"must hold arguments of {name.rpartition('.')[2]} .* got 'delays' in it")
+            for key, name in (
+                ("env_wrapper", CLASS),
+                ("vec_env_wrapper", "stable_baselines3.common.vec_env.VecCheckNan"),
+                ("callback", "rl_zoo3.callbacks.ParallelTrainCallback"),
+            )
+        ],
+        *[
+            (key, "os.path.join", "must name a class, got 'os.path.join' in")
+            for key in ("env_wrapper", "vec_env_wrapper", "callback", "policy", "rollout_buffer_class")
+        ],
+        ("env_wrapper", "rl_zoo3.callbacks.ParallelTrainCallback", "must name a class derived from Env, got"),
+        ("vec_env_wrapper", CLASS, "must name a class derived from VecEnv, got"),
+        *[
+            ("callback", value, "must name a class derived from BaseCallback, got")
+            for value in (CLASS, [{"builtins.dict": {}}])
         ],
         ("policy", "nothing_here.Policy", "must name something that can be imported, got"),
         ("rollout_buffer_class", "sb3_clipvf.rollout.Nothing", "must name something that its module holds, got"),

@@ -19,6 +19,9 @@ ZOO_KEYS = frozenset(
 )
 """Keys of an entry that the RL Zoo itself reads, where the algorithm is on-policy."""
 
+WRAPPER_FUNCTIONS = ("rl_zoo3.utils.flatten_dict_observations",)
+"""What the entry of a wrapper may name although it is no class."""
+
 
 def items(value: Any) -> list[Any]:
     """

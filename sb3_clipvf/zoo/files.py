@@ -31,12 +31,10 @@ from sb3_clipvf.safe_makers import NotAllowedError
 from sb3_clipvf.safe_objects import Maker, create, find, restore
 from sb3_clipvf.safe_pickle import TRUST_VARIABLE, UnsafeFileError, trust_of
 from sb3_clipvf.safe_zip import reason_of
-from sb3_clipvf.zoo.entries import items, with_arguments
+from sb3_clipvf.zoo.entries import WRAPPER_FUNCTIONS, items, with_arguments
 
 _PYTHON = "tag:yaml.org,2002:python/"
 _TRUST = f"If you trust where it comes from, pass `--trust-pickle` or set {TRUST_VARIABLE}=1."
-# What a wrapper's entry may name although it is no class.
-_WRAPPER_FUNCTIONS = ("rl_zoo3.utils.flatten_dict_observations",)
 
 
 @contextmanager
@@ -346,7 +344,7 @@ def _check_wrappers(entries: Any, key: str) -> None:
     for name, _ in wrapper_list(entries):
         wrapper: Any = get_class_by_name(name)
         is_wrapper = isinstance(wrapper, type) and issubclass(wrapper, (gym.Wrapper, VecEnvWrapper))
-        if not is_wrapper and name not in _WRAPPER_FUNCTIONS:
+        if not is_wrapper and name not in WRAPPER_FUNCTIONS:
             raise UnsafeFileError(
                 f"`{key}` of the run must name wrappers, classes derived from gymnasium.Wrapper or VecEnvWrapper, got "
                 f"{name}, which the RL Zoo would call. {_TRUST}"

@@ -7,16 +7,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import yaml
 from rl_zoo3 import exp_manager
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_clipvf.validation import check_float, check_int, check_keywords
-from sb3_clipvf.zoo.entries import items, with_arguments
+from sb3_clipvf.zoo.entries import WRAPPER_FUNCTIONS, items, with_arguments
 
-_IMPORTED = ("callback", "env_wrapper", "policy", "rollout_buffer_class", "vec_env_wrapper")
+# Of `policy` and `rollout_buffer_class`, ClipPPO checks what they are derived from.
+_IMPORTED: dict[str, type] = {
+    "callback": BaseCallback,
+    "env_wrapper": gym.Env,
+    "policy": object,
+    "rollout_buffer_class": object,
+    "vec_env_wrapper": VecEnv,
+}
+"""Keys that name classes, and what these must be derived from."""
 _TAKEN = ("env", "filename", "venv")
 """Arguments of wrappers that the RL Zoo fills."""
 
@@ -87,7 +96,7 @@ def check_imports(key: str, value: Any, where: str) -> None:
     :param value: Its value, which :func:`check_setting` has checked.
     :param where: Where it stands, for messages.
     :raises ImportError: If a module cannot be imported.
-    :raises ValueError: If it holds nothing of this name.
+    :raises ValueError: If it holds nothing of this name, or no class that the key can use.
     :raises TypeError: If an argument is none.
     """
     if key not in _IMPORTED:
@@ -109,9 +118,19 @@ def check_imports(key: str, value: Any, where: str) -> None:
                 f"`{key}` must name something that can be imported, got {named!r} in {where}: {text}. Correct the "
                 "name or the module, or install its package."
             ) from error
-        if not callable(found):
-            raise ValueError(f"`{key}` must name a class, got {named!r} in {where}, which is none. {_CLASS_TEXT}")
+        _check_class(key, named, found, where)
         check_keywords(key, kwargs, found, _TAKEN, f"It stands in {where}. Correct it, or leave it out.")
+
+
+def _check_class(key: str, named: str, found: Any, where: str) -> None:
+    if isinstance(found, type):
+        base = _IMPORTED[key]
+        if not issubclass(found, base):
+            raise ValueError(
+                f"`{key}` must name a class derived from {base.__name__}, got {named!r} in {where}. Correct the name."
+            )
+    elif not (key == "env_wrapper" and named in WRAPPER_FUNCTIONS):
+        raise ValueError(f"`{key}` must name a class, got {named!r} in {where}, which is none. {_CLASS_TEXT}")
 
 
 def _whole(key: str, value: Any, where: str) -> None:
