@@ -220,6 +220,8 @@ def next_commands(run: Run, log_folder: str) -> list[tuple[str, str]]:
 
 def _environment_options(run: Run) -> str:
     """Return the options by which the run's training found and made its environment, and read its settings."""
+    from sb3_clipvf.zoo.files import lies_beside  # imports torch
+
     arguments = read_arguments(run)
     options = []
     if arguments.get("gym_packages"):
@@ -230,8 +232,10 @@ def _environment_options(run: Run) -> str:
     ]
     if pairs:
         options += ["--env-kwargs", *pairs]
-    if arguments.get("conf_file"):
-        options += ["--conf-file", arguments["conf_file"]]
+    config = str(arguments.get("conf_file") or "")
+    # A command that is copied must not run code that may have come with the run.
+    if config and not lies_beside(run.settings_folder / "args.yml", config):
+        options += ["--conf-file", config]
     return "".join(f" {shlex.quote(str(option))}" for option in options)
 
 

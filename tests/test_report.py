@@ -290,6 +290,32 @@ def test_proposals_make_the_environment_of_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("config", "is_named"),
+    [
+        ("logs/clipppo/E-v0_1/own.py", False),
+        ("logs/clipppo/E-v0_1/../../own.yml", False),
+        ("{}/logs/own.py", False),
+        ("logs.own", False),
+        ("own.py", True),
+        ("{}/own.yml", True),
+        ("own", True),
+    ],
+)
+def test_proposals_name_no_settings_of_the_log_folder(
+    config: str, is_named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    folder, config = Path("logs/clipppo/E-v0_1"), config.format(tmp_path)
+    (folder / "E-v0").mkdir(parents=True)
+    (folder / "E-v0" / "args.yml").write_text(f"conf_file: {config}\n")
+    for path in ("own.py", "logs/own.py"):
+        Path(path).touch()
+    _, (_, variant), _ = next_commands(Run("clipppo", "E-v0", folder, folder / "E-v0.zip"), "logs")
+    assert (f" --conf-file {config} " in variant) == ("--conf-file" in variant) == is_named
+
+
+@pytest.mark.parametrize(
     "options, match",
     [
         ("--episodes 0", r"`--episodes` must be a whole number of at least 1, got 0\."),

@@ -292,14 +292,31 @@ def _check_origin(source: str, key: str, name: str) -> None:
     if not os.path.isfile(source):
         return
     folder = _folder_of_runs(pathlib.Path(source).resolve())
-    installed = [pathlib.Path(path).resolve() for path in {*sysconfig.get_paths().values()}]
-    installed = [path for path in installed if path != folder and path.is_relative_to(folder)]
-    for place in _places(name):
-        if not place.is_relative_to(folder) or any(map(place.is_relative_to, installed)):
-            continue
+    if any(_is_of_runs(place, folder) for place in _places(name)):
         raise UnsafeFileError(
             f"`{key}` in {source} must name a module that is installed, got {name!r}, which lies in {folder}. {_TRUST}"
         )
+
+
+def lies_beside(source: str | os.PathLike[str], config: str) -> bool:
+    """
+    Return whether the settings that a run was trained with lie among the runs, so that they may have come with it.
+
+    :param source: ``args.yml`` of the run.
+    :param config: File or module, as given to ``--conf-file``.
+    :return: Whether they do.
+    """
+    folder = _folder_of_runs(pathlib.Path(source).resolve())
+    is_file = config.endswith((".py", ".yml", ".yaml"))
+    places = [pathlib.Path(config).resolve()] if is_file else _places(config)
+    return any(_is_of_runs(place, folder) for place in places)
+
+
+def _is_of_runs(place: pathlib.Path, folder: pathlib.Path) -> bool:
+    """Return whether a file is in the folder of runs, and not in one that Python's packages are installed in there."""
+    installed = [pathlib.Path(path).resolve() for path in {*sysconfig.get_paths().values()}]
+    installed = [path for path in installed if path != folder and path.is_relative_to(folder)]
+    return place.is_relative_to(folder) and not any(map(place.is_relative_to, installed))
 
 
 def _folder_of_runs(source: pathlib.Path) -> pathlib.Path:
