@@ -262,15 +262,21 @@ def _write_numbers(path: Path, run: Run, curve: TrainingCurve, evaluation: Evalu
         file.write(json.dumps(numbers, indent=2).encode() + b"\n")
 
 
-def _say_numbers(run: Run, curve: TrainingCurve, evaluation: Evaluation) -> None:
+def _say_numbers(curve: TrainingCurve, evaluation: Evaluation, total: int) -> None:
     kind = "most probable actions" if evaluation.deterministic else "sampled actions"
     low, high = min(evaluation.returns), max(evaluation.returns)
     speed = curve.steps_per_second
-    time = "" if speed is None else f", about {curve.training_seconds:,.0f} s ({speed:,.0f} steps/s)"
+    time = "" if speed is None else f"about {curve.training_seconds:,.0f} s ({speed:,.0f} steps/s)"
+    # The time is that of the whole training, which a best model is from within.
+    training = [f"{evaluation.num_timesteps:,} steps", time]
+    if total <= 0:
+        training = [training[0], "of a training that did not end"]
+    elif evaluation.num_timesteps != total:
+        training = [f"{evaluation.num_timesteps:,} of {total:,} steps", time and f"all of them in {time}"]
     sys.stdout.write(
         f"  mean return     {evaluation.mean:.2f} +/- {evaluation.std:.2f} (std of {len(evaluation.returns)} episodes, "
         f"{low:.2f} to {high:.2f}; {kind})\n"
-        f"  training        {evaluation.num_timesteps:,} steps{time}\n"
+        f"  training        {', '.join(filter(None, training))}\n"
     )
 
 
@@ -326,10 +332,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluation = evaluate_run(run, args.episodes, args.n_envs, args.seed, args.deterministic, args.device)
     from sb3_clipvf.zoo.resume import saved_timesteps  # imports torch
 
-    # Of the whole training, which the best model is from within.
     total = saved_timesteps(run.folder / f"{run.settings_folder.name}.zip")
     curve = read_training_curve(run.folder, total if total > 0 else None, evaluation.started)
-    _say_numbers(run, curve, evaluation)
+    _say_numbers(curve, evaluation, total)
 
     figure_path, numbers_path = run.folder / "learning_curve.png", run.folder / "report.json"
     video_path = run.folder / "videos" / f"{run.model_path.stem}.mp4"

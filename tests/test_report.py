@@ -251,6 +251,7 @@ def test_command_takes_the_best_model_without_a_video(tmp_path: Path, capsys: py
     said = capsys.readouterr().out
     assert "video           skipped: --no-video" in said
     assert "sampled actions" in said
+    assert "training        32 of 64 steps, all of them in about " in said
     numbers = json.loads((run.folder / "report.json").read_text())
     assert numbers["model"] == str(run.folder / "best_model.zip")
     assert numbers["num_timesteps"] == 32
@@ -258,6 +259,9 @@ def test_command_takes_the_best_model_without_a_video(tmp_path: Path, capsys: py
     assert numbers["steps_per_second"] * numbers["training_seconds"] == pytest.approx(60)
     assert list(numbers["files"]) == ["learning_curve"]
     assert not (run.folder / "videos").exists()
+    (run.folder / "Scripted-v0.zip").unlink()
+    assert main(argv) == 0
+    assert "training        32 steps, of a training that did not end\n" in capsys.readouterr().out
 
 
 def test_proposals_name_the_run_and_the_algorithm(run: Run, tmp_path: Path) -> None:
