@@ -16,7 +16,7 @@ import optuna
 import pytest
 import rl_zoo3.train as zoo_train
 import yaml
-from rl_zoo3 import ALGOS, exp_manager
+from rl_zoo3 import ALGOS, exp_manager, utils
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from stable_baselines3 import PPO
 
@@ -488,6 +488,26 @@ def test_benchmark_of_nothing_says_so(in_empty_folder: Path, capsys: pytest.Capt
     Path("logs").mkdir()
     assert main(["benchmark", "--no-hub"]) == 0
     assert Path("logs/benchmark/benchmark.md").is_file()
+
+
+def test_benchmark_without_a_network_names_its_option(
+    in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class UnreachableError(Exception):
+        """As the errors of each HTTP library: of no class of Python's."""
+
+    def list_models(*_: Any, **__: Any) -> None:
+        raise UnreachableError("Name or service\nnot known")
+
+    monkeypatch.setattr("rl_zoo3.utils.HfApi", lambda: Namespace(list_models=list_models))
+    listed = utils.get_hf_trained_models
+    Path("logs").mkdir()
+    assert main(["benchmark"]) == 2
+    assert capsys.readouterr().err.splitlines()[0] == (
+        "sb3-clipvf benchmark: `--no-hub` must be given where the Hugging Face hub cannot be read, got: Name or "
+        "service not known. It evaluates the agents of `--log-dir` alone."
+    )
+    assert utils.get_hf_trained_models is listed
 
 
 def test_plots_are_written_to_files_without_a_display(

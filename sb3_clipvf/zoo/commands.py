@@ -18,7 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from sb3_clipvf.safe_pickle import TRUST_VARIABLE
-from sb3_clipvf.zoo.hub import own_model_card
+from sb3_clipvf.zoo.hub import explained_listing, own_model_card
 from sb3_clipvf.zoo.parsing import Default, checked_parsing, option_value, quote_schedules, with_defaults
 from sb3_clipvf.zoo.process import (
     explain,
@@ -310,6 +310,8 @@ def _run(name: str, command: Command, options: Sequence[str]) -> int:
             _find_own_models(stack, name)
         if command.encodes:
             stack.enter_context(ffmpeg_on_path())
+        if name == "benchmark":
+            stack.enter_context(explained_listing())
         if name == "push_to_hub":
             stack.enter_context(own_model_card(ALGORITHM))
         stack.enter_context(patched_argv([f"{PROGRAM} {name}", *arguments]))

@@ -1,5 +1,6 @@
 """
-The RL Zoo's upload to the Hugging Face hub: kept running, and its model card made true for ClipPPO.
+The RL Zoo and the Hugging Face hub: its upload kept running, its model card made true for ClipPPO, and a way out where
+the hub cannot be read.
 """
 
 import importlib
@@ -44,6 +45,29 @@ def own_model_card(algorithm: str) -> Iterator[None]:
         repocard.metadata_save = save
         if renamed:
             del vars(push_to_hub)["generate_metadata"]
+
+
+@contextmanager
+def explained_listing() -> Iterator[None]:
+    """Name ``--no-hub`` where ``rl_zoo3.benchmark`` cannot list the agents of the Hugging Face hub."""
+    from rl_zoo3 import utils
+
+    from sb3_clipvf.zoo.files import replaced  # imports torch
+
+    listed = utils.get_hf_trained_models
+
+    def get_hf_trained_models(*args: Any, **kwargs: Any) -> dict[str, tuple[str, str]]:
+        try:
+            return listed(*args, **kwargs)
+        except Exception as error:  # each version of huggingface_hub has its own errors
+            text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            raise ConnectionError(
+                f"`--no-hub` must be given where the Hugging Face hub cannot be read, got: {text}. It evaluates the "
+                "agents of `--log-dir` alone."
+            ) from error
+
+    with replaced(utils, "get_hf_trained_models", get_hf_trained_models):
+        yield
 
 
 def own_commands(card: str, algorithm: str) -> str:
