@@ -510,6 +510,15 @@ def test_benchmark_without_a_network_names_its_option(
     assert utils.get_hf_trained_models is listed
 
 
+def test_a_download_without_a_network_is_one_line(
+    in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "True")
+    assert main("load_from_hub --env CartPole-v1".split()) == 2
+    assert "cannot find the requested files in the local cache" in capsys.readouterr().err.splitlines()[0]
+
+
 def test_plots_are_written_to_files_without_a_display(
     in_trained: Path, no_display: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

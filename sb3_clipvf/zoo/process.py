@@ -29,7 +29,7 @@ _OPTIONAL_PACKAGES = (
 )
 
 _INPUT_ERRORS = (ValueError, TypeError, ImportError, AssertionError, OSError, GymnasiumError)
-_INPUT_CHECKERS = ("sb3_clipvf", "rl_zoo3", "stable_baselines3", "gymnasium", "huggingface_sb3")
+_INPUT_CHECKERS = ("sb3_clipvf", "rl_zoo3", "stable_baselines3", "gymnasium", "huggingface_hub", "huggingface_sb3")
 
 
 def has_display() -> bool:
