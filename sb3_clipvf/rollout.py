@@ -403,6 +403,8 @@ def takes_dist_params(buffer: Any) -> bool:
     """
     if not getattr(buffer, "dist_param_dim", 0):
         return False
+    if getattr(buffer.add, "__func__", None) is TensorRolloutBuffer.add:
+        return True  # as the signature would say, in a hundredth of the time
     parameters = inspect.signature(buffer.add).parameters.values()
     return any(parameter.name == "dist_params" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 

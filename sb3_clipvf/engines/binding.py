@@ -123,7 +123,8 @@ def _check_extractors(policy: ActorCriticPolicy) -> None:
 def _modules_of(policy: ActorCriticPolicy) -> list[Any]:
     """All modules of a plain policy that a forward pass calls; where it is not plain, as many as are there."""
     extractor = policy.mlp_extractor
-    features = (policy.features_extractor, policy.pi_features_extractor, policy.vf_features_extractor)
+    # One object where it is shared.
+    features = dict.fromkeys((policy.features_extractor, policy.pi_features_extractor, policy.vf_features_extractor))
     modules: list[Any] = [policy, extractor, *features, policy.action_net, policy.value_net]
     modules += [getattr(module, "flatten", None) for module in features]
     for network in (getattr(extractor, "policy_net", None), getattr(extractor, "value_net", None)):

@@ -6,8 +6,9 @@ so this module keeps their functions at import and compares by identity before e
 """
 
 import functools
+import operator
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import FunctionType
 from typing import Any, cast
@@ -70,7 +71,6 @@ _MODULES = (
     sb3_policies,
     sb3_distributions,
     sb3_layers,
-    nn.functional,
     sys.modules["torch.optim.adam"],
     sys.modules["torch.distributions.normal"],
     sys.modules["torch.distributions.categorical"],
@@ -88,6 +88,7 @@ _FUNCTIONS: tuple[tuple[Any, tuple[str, ...]], ...] = (
     (th.Tensor, ("backward", "float", "flatten", "__mul__", "__add__", "__sub__", "__truediv__", "__neg__")),
     (th.autograd, ("backward",)),
     (nn.utils, ("clip_grad_norm_",)),
+    (nn.functional, ("linear", "relu", "elu", "leaky_relu", "silu", "softplus", "conv2d")),
 )
 _PACKAGES = tuple(
     str(Path(str(module.__file__)).parent)
@@ -253,16 +254,17 @@ class _Kept:
     def __init__(self, owner: Any, names: Iterable[str] | None = None) -> None:
         self.name = owner.__name__
         self._names = None if names is None else tuple(names)
-        self._owner = owner
+        self.owner = owner
         self._is_class = names is None and isinstance(owner, type)
+        self.values: Callable[[Any], Any] = operator.attrgetter(*(self._names or ("__name__",)))
         self.code = {name: _unwrapped(value) for name, value in self.now().items() if _is_code(name, value)}
         # Replaced before this package was imported.
         self.foreign = [name for name, value in self.code.items() if _comes_from_elsewhere(value)]
 
     def now(self) -> Mapping[str, Any]:
         if self._names is None:
-            return cast(Mapping[str, Any], vars(self._owner))
-        return {name: getattr(self._owner, name) for name in self._names}
+            return cast(Mapping[str, Any], vars(self.owner))
+        return {name: getattr(self.owner, name) for name in self._names}
 
     def replaced(self) -> str | None:
         """The name of what is other code now, or None."""
@@ -278,7 +280,7 @@ class _Kept:
         return next((name for name in added if _unwrapped(now[name]) is not self._inherited(name)), None)
 
     def _inherited(self, name: str) -> object:
-        return next((_kept[base].code[name] for base in self._owner.__mro__[1:-1] if name in _kept[base].code), None)
+        return next((_kept[base].code[name] for base in self.owner.__mro__[1:-1] if name in _kept[base].code), None)
 
 
 def _bases(classes: Iterable[type[Any]]) -> list[type[Any]]:
@@ -291,6 +293,7 @@ _kept_methods = {name: getattr(TensorRolloutBuffer, name) for name in (*_BUFFER_
 _namespaces = [vars(owner) for owner in _kept]
 # Contents of the namespaces that were found to be all right, to compare at little cost.
 _accepted: list[dict[str, Any]] = []
+_accepted_functions: list[Any] = []
 
 
 def replaced_code() -> str | None:
@@ -299,17 +302,20 @@ def replaced_code() -> str | None:
 
     :return: Half a sentence, or None where none was.
     """
-    global _accepted
+    global _accepted, _accepted_functions
     if _namespaces != _accepted:
         for kept in _kept.values():
             name = kept.replaced()
             if name is not None:
                 return f"{kept.name}.{name} was replaced"
         _accepted = [dict(namespace) for namespace in _namespaces]
-    for kept in _kept_functions:
-        name = None if kept.now() == kept.code and not kept.foreign else kept.replaced()
-        if name is not None:  # torch's own wrappers may be all that differs
-            return f"{kept.name}.{name} was replaced"
+    functions = [kept.values(kept.owner) for kept in _kept_functions]
+    if functions != _accepted_functions:
+        for kept in _kept_functions:
+            name = kept.replaced()
+            if name is not None:  # torch's own wrappers may be all that differs
+                return f"{kept.name}.{name} was replaced"
+        _accepted_functions = functions
     return None
 
 
