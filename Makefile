@@ -25,8 +25,7 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 train: $(STAMP)-default  ## train on CartPole-v1 (100k steps), evaluate, write the learning curve and a video
-# One thread: networks this small lose more to waiting for a second one than it brings.
-	$(BIN)/sb3-clipvf train --env CartPole-v1 --seed $(SEED) -P --num-threads 1 -f $(LOGS)
+	$(BIN)/sb3-clipvf train --env CartPole-v1 --seed $(SEED) -P -f $(LOGS)
 	$(BIN)/sb3-clipvf report --env CartPole-v1 -f $(LOGS) --episodes 20
 
 # One torch thread for each worker: several would fight for the cores, and sums would depend on how many there are.

@@ -95,9 +95,6 @@ _PACKAGES = tuple(
     for module in (th, stable_baselines3, objectives, sys.modules["contextlib"], sys.modules["typing_extensions"])
 )
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-"""Attributes of a module that hold what others have registered on it."""
-
 # What a subclass of SB3's policies may define without changing what its losses are computed from.
 _HARMLESS = frozenset(
     "__init__ __module__ __qualname__ __doc__ __annotations__ __parameters__ __orig_bases__ __abstractmethods__ "
@@ -177,7 +174,9 @@ def has_hooks(module: nn.Module) -> bool:
     :return: True where calling it calls a hook.
     """
     own = module.__dict__
-    return any(own[hooks] for hooks in _HOOKS)
+    return bool(
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )
 
 
 def replaced_method(owner: Any, known: Any = None) -> str | None:
