@@ -83,7 +83,6 @@ def dist_params(dist: Distribution) -> th.Tensor:
         inner = type(getattr(dist, "distribution", None)).__name__
         raise TypeError(f"`dist` must be one of SB3's action distributions, got {type(dist).__name__} of {inner}.")
     known: Any = dist
-    _unwrapped(known.distribution)
     if type(dist) in _GAUSSIANS:
         gaussian = known.distribution
         return th.cat([gaussian.loc, gaussian.scale.log()], dim=-1)
@@ -103,7 +102,7 @@ class LazyDistribution:
     Torch's distribution of a step that kernels have drawn, made when someone looks at it.
 
     Callbacks of SB3 read ``policy.action_dist``, whose methods then work as after a forward pass of the policy. The
-    first use puts torch's object in the place of this one.
+    first use replaces this object by torch's.
 
     :param dist: One of SB3's action distributions whose exact KL is known; it holds this object.
     :param params: Its parameters in the states of the step, as :func:`dist_params` gives them; not copied.

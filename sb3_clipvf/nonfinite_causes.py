@@ -126,7 +126,7 @@ def act_fault(policy: ActorCriticPolicy, observations: Any, obs_tensor: Any, act
     :param acted: What it gave; None where torch has refused to draw an action.
     :return: None where nothing is found.
     """
-    # The policy may know how to treat a missing observation; nothing comes of a missing weight.
+    # A policy may handle a missing observation, but not a missing weight.
     fault = _parameter_fault(policy) or observation_fault(observations)
     if fault is not None:
         return fault

@@ -208,7 +208,7 @@ def make_env(run: Run, n_envs: int, seed: int, render_mode: str | None = None) -
         stack.enter_context(checked_files())
         if hyperparams["normalize"]:
             stats_path = stack.enter_context(own_statistics_loaded(run.model_path, stats_path))
-        # It tells of statistics and frame stack for every environment.
+        # It reports statistics and frame stack for every environment.
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         return create_test_env(
             run.env_id,

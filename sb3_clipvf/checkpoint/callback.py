@@ -303,6 +303,6 @@ class TrainingCheckpoint(BaseCallback):
         if mean_return is not None:
             self.best_mean_return = max(self.best_mean_return, mean_return)
         self._kept = list(manifests)
-        # `resume` has told what earlier checkpoints say.
+        # `resume` has logged what earlier checkpoints say.
         self._told.update(text for found in manifests.values() for text in found.differences)
         self._serial = max((found.serial for found in manifests.values()), default=0)
