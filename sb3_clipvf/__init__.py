@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sb3_clipvf.checkpoint import SaveBestTrainingReward
     from sb3_clipvf.clip_ppo import SB3_EQUIVALENT, ClipPPO
-    from sb3_clipvf.nonfinite import NonFiniteError
+    from sb3_clipvf.common.nonfinite import NonFiniteError
+    from sb3_clipvf.files.trust import UnsafeFileError
     from sb3_clipvf.rollout import TensorRolloutBuffer
-    from sb3_clipvf.safe_pickle import UnsafeFileError
 
 __version__ = "0.1.0"
 
@@ -26,10 +26,10 @@ __all__ = [
 _HOMES = {
     "SB3_EQUIVALENT": "sb3_clipvf.clip_ppo",
     "ClipPPO": "sb3_clipvf.clip_ppo",
-    "NonFiniteError": "sb3_clipvf.nonfinite",
+    "NonFiniteError": "sb3_clipvf.common.nonfinite",
     "SaveBestTrainingReward": "sb3_clipvf.checkpoint",
     "TensorRolloutBuffer": "sb3_clipvf.rollout",
-    "UnsafeFileError": "sb3_clipvf.safe_pickle",
+    "UnsafeFileError": "sb3_clipvf.files.unpickle",
 }
 
 

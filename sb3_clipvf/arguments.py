@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from stable_baselines3.common.buffers import BaseBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 
-from sb3_clipvf import validation
-from sb3_clipvf.engines import check_engine_name
+from sb3_clipvf.common import validation
+from sb3_clipvf.engines.selection import check_engine_name
 from sb3_clipvf.rollout import TensorRolloutBuffer
 from sb3_clipvf.schedules import AdaptiveKL, KLAdaptiveLR, is_constant, make_schedule
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from gymnasium import spaces
 
+from sb3_clipvf.common.messages import log
 from sb3_clipvf.distributions import dist_param_dim
-from sb3_clipvf.engines import UpdateSettings
-from sb3_clipvf.messages import log
+from sb3_clipvf.engines.interface import UpdateSettings
 from sb3_clipvf.rollout import TensorRolloutBuffer
 from sb3_clipvf.schedules import AdaptiveKL, KLAdaptiveLR, Schedule
 

@@ -14,13 +14,13 @@ from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization, unwrap_vec_normalize
 
-from sb3_clipvf.checkpoint.atomic import atomic_write
-from sb3_clipvf.checkpoint.best_training import save_statistics
 from sb3_clipvf.checkpoint.random_states import global_states, set_global_states, set_space_states, space_states
+from sb3_clipvf.common.messages import log
 from sb3_clipvf.envs.episode_ends import check_end
 from sb3_clipvf.envs.layers import stepped_objects
-from sb3_clipvf.messages import log
-from sb3_clipvf.safe_zip import SMALL, check_json, reason_of
+from sb3_clipvf.files.archive import SMALL, check_json, reason_of
+from sb3_clipvf.files.atomic import atomic_write
+from sb3_clipvf.files.statistics import save_statistics
 
 BEST_MODEL = "best_model.zip"
 BEST_STATISTICS = "best_vecnormalize.pkl"

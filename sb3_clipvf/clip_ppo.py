@@ -17,7 +17,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.utils import explained_variance, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_clipvf import coefficients, faults, validation
+from sb3_clipvf import coefficients
 from sb3_clipvf.arguments import (
     SB3_EQUIVALENT,
     check_arguments,
@@ -33,9 +33,12 @@ from sb3_clipvf.building import (
     make_update_settings,
     stored_observation_space,
 )
-from sb3_clipvf.engines import Engine, UpdateCoefficients, UpdateStatistics, is_surpassed, select_engine
+from sb3_clipvf.common import validation
+from sb3_clipvf.common.messages import log, show_messages
+from sb3_clipvf.engines.interface import Engine, UpdateCoefficients, UpdateStatistics
+from sb3_clipvf.engines.selection import is_surpassed, select_engine
 from sb3_clipvf.guarded_update import guarded_update
-from sb3_clipvf.messages import log, show_messages
+from sb3_clipvf.guards import failures
 from sb3_clipvf.policies import (
     SquashedActorCriticCnnPolicy,
     SquashedActorCriticPolicy,
@@ -412,12 +415,12 @@ class ClipPPO(SavedAlgorithm):
         self.n_steps = validation.check_int("n_steps", self.n_steps, 1, "SB3's default is 2048.")
         if self.env is None:
             raise ValueError("`env` must be set before learning, got None. Pass it to `load`, or call `set_env`.")
-        faults.check_ready(self)
+        failures.check_ready(self)
         if horizon is not None or reset_num_timesteps:
             self._schedule_timesteps = horizon
-        faults.tell_of_n_envs(self)
+        failures.tell_of_n_envs(self)
         coefficients.warn_of_early_end(self, total, reset_num_timesteps)
-        with faults.told(self, callback):
+        with failures.told(self, callback):
             return super().learn(
                 total_timesteps=total,
                 callback=callback,

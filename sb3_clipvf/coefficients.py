@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from sb3_clipvf.engines import UpdateCoefficients
-from sb3_clipvf.messages import log
+from sb3_clipvf.common.messages import log
+from sb3_clipvf.engines.interface import UpdateCoefficients
 from sb3_clipvf.schedules import Schedule, clamp_progress, is_known, make_schedule
 
 if TYPE_CHECKING:

@@ -17,13 +17,14 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_clipvf.building import leave_out_kl
-from sb3_clipvf.engines import Acted, Engine
+from sb3_clipvf.common.messages import log, show_messages
+from sb3_clipvf.common.nonfinite import is_finite, observations_are_finite
+from sb3_clipvf.common.validation import check_int
+from sb3_clipvf.engines.interface import Acted, Engine
 from sb3_clipvf.engines.recognition import has_own_add
 from sb3_clipvf.envs.episode_ends import WAY_OUT, ended_unseen
 from sb3_clipvf.envs.shapes import StepCheck
-from sb3_clipvf.messages import log, show_messages
-from sb3_clipvf.nonfinite import is_finite, observations_are_finite
-from sb3_clipvf.nonfinite_causes import (
+from sb3_clipvf.guards.diagnosis import (
     Fault,
     act_error,
     act_fault,
@@ -34,7 +35,6 @@ from sb3_clipvf.nonfinite_causes import (
     reward_error,
 )
 from sb3_clipvf.rollout import fit_to_rollout, takes_dist_params
-from sb3_clipvf.validation import check_int
 
 if TYPE_CHECKING:
     from sb3_clipvf.clip_ppo import ClipPPO

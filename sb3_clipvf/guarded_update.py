@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-from sb3_clipvf.engines import Engine, UpdateCoefficients, UpdateStatistics
-from sb3_clipvf.messages import log
-from sb3_clipvf.nonfinite import MAX_UPDATES_WITH_SKIPS, BadMinibatchError
-from sb3_clipvf.nonfinite_causes import update_error
+from sb3_clipvf.common.messages import log
+from sb3_clipvf.common.nonfinite import MAX_UPDATES_WITH_SKIPS, BadMinibatchError
+from sb3_clipvf.engines.interface import Engine, UpdateCoefficients, UpdateStatistics
+from sb3_clipvf.guards.diagnosis import update_error
 from sb3_clipvf.rollout import check_complete
 
 if TYPE_CHECKING:

@@ -2,23 +2,16 @@
 
 import inspect
 from collections.abc import Generator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import BaseBuffer, DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_clipvf.messages import log
-
-# Limit and use of a container's memory, in version 2 and version 1 of Linux's control groups.
-_CONTAINER_FILES = (
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
-)
+from sb3_clipvf.common.memory import free_memory
+from sb3_clipvf.common.messages import log
 
 
 def gae(
@@ -57,23 +50,6 @@ def gae(
         advantages[step] = advantage
         next_values, next_non_terminal = values[step], 1.0 - episode_starts[step]
     return advantages, advantages + values
-
-
-def free_memory() -> int:
-    """
-    Memory that this process may still take.
-
-    :return: Bytes: what is free on the machine, or less where the process runs in a container with a limit.
-    """
-    free = int(psutil.virtual_memory().available)
-    for limit_file, used_file in _CONTAINER_FILES:
-        try:
-            limit, used = limit_file.read_text().strip(), used_file.read_text().strip()
-        except OSError:
-            continue
-        if limit.isdigit() and used.isdigit():  # "max": no limit
-            free = min(free, max(0, int(limit) - int(used)))
-    return free
 
 
 class MiniBatch(NamedTuple):

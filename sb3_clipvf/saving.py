@@ -15,11 +15,10 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TensorD
 
 from sb3_clipvf.arguments import values_to_load
 from sb3_clipvf.collection import RolloutCollector
-from sb3_clipvf.safe_files import check_model, read_model
-from sb3_clipvf.safe_json import NOTE, encoded
-from sb3_clipvf.safe_network import NetworkBound
-from sb3_clipvf.safe_pickle import TrustPickle, trust_of
-from sb3_clipvf.validation import check_device, same_spaces
+from sb3_clipvf.common.validation import check_device, same_spaces
+from sb3_clipvf.files.codec import NOTE, encoded
+from sb3_clipvf.files.model import NetworkBound, check_model, read_model
+from sb3_clipvf.files.trust import TrustPickle, trust_of
 
 if TYPE_CHECKING:
     from sb3_clipvf.checkpoint.resume import Resumed
@@ -55,7 +54,7 @@ class SavedAlgorithm(RolloutCollector):
         attributes = encoded(self._saved_attributes(exclude or (), include or ()))
         save_to_zip_file(stream, attributes, self.get_parameters(), self._saved_variables())
         if isinstance(path, str | os.PathLike):
-            from sb3_clipvf.checkpoint.atomic import atomic_write
+            from sb3_clipvf.files.atomic import atomic_write
 
             with atomic_write(_target(pathlib.Path(path))) as file:
                 file.write(stream.getbuffer())

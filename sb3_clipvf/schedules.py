@@ -16,7 +16,7 @@ from stable_baselines3.common.utils import ConstantSchedule as HostConstantSched
 from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.utils import LinearSchedule as HostLinearSchedule
 
-from sb3_clipvf.validation import as_float
+from sb3_clipvf.common.validation import as_float
 
 Schedule = Callable[[float], float]
 

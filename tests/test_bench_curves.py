@@ -29,7 +29,7 @@ from sb3_clipvf.bench.curves_statistics import (
 )
 from sb3_clipvf.bench.results import Results
 from sb3_clipvf.bench.training_runs import train_arguments
-from sb3_clipvf.runs import TrainingCurve, find_run, read_training_curve
+from sb3_clipvf.zoo.runs import TrainingCurve, find_run, read_training_curve
 
 NATIVE, AUTOGRAD = CurveRow("CartPole-v1", 256, "native"), CurveRow("CartPole-v1", 256, "autograd")
 MADE_ON = {"cpu": "C", "cores": 2, "jobs": 1, "versions": {"python": "3"}}

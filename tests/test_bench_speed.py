@@ -26,7 +26,8 @@ from sb3_clipvf.bench.speed_figure import write_figure
 from sb3_clipvf.bench.speed_profile import area_of, render_profile, sum_areas
 from sb3_clipvf.bench.speed_rows import BOUNDS, PEERS, ROWS, TRIAL_UPDATES, SpeedRow, make_env, make_model
 from sb3_clipvf.bench.speed_table import KEY, TRIALS, Spread, best_threads, ratio, render, wanted
-from sb3_clipvf.engines import ENGINE_NAMES, threads
+from sb3_clipvf.engines import threads
+from sb3_clipvf.engines.selection import ENGINE_NAMES
 from sb3_clipvf.envs import FastDummyVecEnv, FastVecNormalize
 
 # Of a policy that the native engine does not run, so that ClipPPO's number of threads is tried.

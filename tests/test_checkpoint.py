@@ -21,7 +21,8 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_clipvf import ClipPPO
-from sb3_clipvf.checkpoint import SaveBestTrainingReward, atomic_write, load_best_training
+from sb3_clipvf.checkpoint import SaveBestTrainingReward, load_best_training
+from sb3_clipvf.files.atomic import atomic_write
 
 RISING = tuple(float(k) for k in range(1, 100))
 

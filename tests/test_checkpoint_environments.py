@@ -28,7 +28,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor, load_results
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper, VecNormalize
 
-from sb3_clipvf import ClipPPO, codec
+from sb3_clipvf import ClipPPO
 from sb3_clipvf.callbacks import IsolatedEvalCallback
 from sb3_clipvf.checkpoint import (
     EnvironmentMismatchError,
@@ -39,6 +39,7 @@ from sb3_clipvf.checkpoint import (
 )
 from sb3_clipvf.checkpoint.environment_state import environment_state, restore_environment
 from sb3_clipvf.envs import FastDummyVecEnv, FastVecNormalize, as_vec_env
+from sb3_clipvf.files import codec
 
 CLASSIC = ("CartPole-v1", "Pendulum-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Acrobot-v1")
 TOY = ("FrozenLake-v1", "CliffWalking-v1", "Taxi-v4", "Blackjack-v1")

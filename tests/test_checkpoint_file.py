@@ -16,7 +16,7 @@ from checkpoint_cases import CASES
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.save_util import load_from_zip_file
 
-from sb3_clipvf import ClipPPO, safe_zip
+from sb3_clipvf import ClipPPO
 from sb3_clipvf.checkpoint import (
     DamagedCheckpointError,
     NotACheckpointError,
@@ -25,6 +25,7 @@ from sb3_clipvf.checkpoint import (
     read_manifest,
 )
 from sb3_clipvf.checkpoint.file import versions
+from sb3_clipvf.files.archive import SMALL
 
 CASE = CASES["native"]
 
@@ -138,18 +139,18 @@ def test_files_too_large_for_the_memory_are_not_read(copied: Path, monkeypatch: 
     path = copied / "checkpoint_320.zip"
     rewrite(path, lambda entries: with_state(entries, b"[[]" + b",[]" * 500_000 + b"]"))
     read_checkpoint(path)
-    monkeypatch.setattr(safe_zip, "free_memory", lambda: 0)
+    monkeypatch.setattr("sb3_clipvf.files.archive.free_memory", lambda: 0)
     with pytest.raises(DamagedCheckpointError, match="the values of training_state.json in .* must be small enough"):
         read_checkpoint(path)
     with path.open("ab") as file:
-        file.truncate(safe_zip.SMALL + 1)
+        file.truncate(SMALL + 1)
     with pytest.raises(ValueError, match=r"checkpoint_320\.zip must be small enough to be loaded"):
         read_checkpoint(path)
 
 
 def test_a_manifest_that_is_too_large_is_not_read(copied: Path) -> None:
     path = copied / "checkpoint_320.zip"
-    rewrite(path, lambda entries: entries.update({"training_manifest.json": b" " * (safe_zip.SMALL + 1)}))
+    rewrite(path, lambda entries: entries.update({"training_manifest.json": b" " * (SMALL + 1)}))
     with pytest.raises(DamagedCheckpointError, match="a manifest of more than 16,777,216 bytes"):
         read_manifest(path)
 

@@ -24,7 +24,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_clipvf import SB3_EQUIVALENT, ClipPPO, TensorRolloutBuffer
 from sb3_clipvf.distributions import dist_params
-from sb3_clipvf.engines import AutogradEngine, UpdateCoefficients
+from sb3_clipvf.engines.autograd import AutogradEngine
+from sb3_clipvf.engines.interface import UpdateCoefficients
 from sb3_clipvf.engines.native import NativeEngine
 from sb3_clipvf.envs import FastVecNormalize
 from sb3_clipvf.schedules import AdaptiveKL, KLAdaptiveLR

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from sb3_clipvf import codec
+from sb3_clipvf.files import codec
 
 
 def round_trip(tree: Any) -> Any:

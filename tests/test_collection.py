@@ -21,7 +21,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_clipvf import ClipPPO, collection
 from sb3_clipvf.collection import bootstrap_truncated, copy_of, is_idle, to_env
-from sb3_clipvf.engines import Acted, AutogradEngine
+from sb3_clipvf.engines.autograd import AutogradEngine
+from sb3_clipvf.engines.interface import Acted
 from sb3_clipvf.envs.episode_ends import EpisodeEnds
 from sb3_clipvf.policies import SquashedActorCriticPolicy
 from sb3_clipvf.rollout import TensorRolloutBuffer

@@ -14,7 +14,7 @@ import numba
 import numpy as np
 import pytest
 
-from sb3_clipvf import compiled
+from sb3_clipvf.common import jit
 from sb3_clipvf.engines.kernels.losses import NOT_CLIPPED, value_loss
 
 
@@ -28,9 +28,9 @@ def test_without_a_writable_folder_it_says_so_and_works(
             raise RuntimeError("no locator available")
         return njit(*args, **kwargs)
 
-    monkeypatch.setattr(compiled, "njit", without_folder)
+    monkeypatch.setattr(jit, "njit", without_folder)
     with caplog.at_level(logging.WARNING, "sb3_clipvf"):
-        double = compiled.cached()(lambda x: 2 * x)
+        double = jit.cached()(lambda x: 2 * x)
     assert double(4) == 8
     assert "cannot be kept on disk (no locator available). Point NUMBA_CACHE_DIR to a folder" in caplog.text
 
@@ -38,7 +38,7 @@ def test_without_a_writable_folder_it_says_so_and_works(
 @pytest.mark.slow
 def test_a_change_of_any_kernel_is_noticed(tmp_path: Path) -> None:
     """numba's cache looks at one file; the kernels lie in several."""
-    package = Path(compiled.__file__).parent
+    package = Path(jit.__file__).parents[1]
     copied = tmp_path / "sb3_clipvf"
     for source in package.rglob("*.py"):
         target = copied / source.relative_to(package)
@@ -91,8 +91,8 @@ def test_called_functions_are_not_shared_with_other_kept_functions(
 
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
     # Where this fails, numba makes no weak symbols any more, and `cached` can do without a library of its own.
-    assert linkages(compiled.fast(caller)) == {"linkonce_odr"}
-    assert linkages(compiled.cached()(caller)) == {"internal"}
+    assert linkages(jit.fast(caller)) == {"linkonce_odr"}
+    assert linkages(jit.cached()(caller)) == {"internal"}
 
 
 def trained(cache: Path, *engines: str) -> dict[str, str]:

@@ -377,7 +377,7 @@ BROKEN: dict[str, bytes] = {
 def test_an_evaluation_that_cannot_be_read_counts_as_none(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sb3_clipvf.safe_zip.free_memory", lambda: 2**28)
+    monkeypatch.setattr("sb3_clipvf.files.archive.free_memory", lambda: 2**28)
     path = tmp_path / "best_model.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("evaluation.json", BROKEN.get(name, b'{"training": "this", "mean_reward": 99.0}'))

@@ -24,10 +24,10 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv,
 
 from sb3_clipvf import SB3_EQUIVALENT, ClipPPO
 from sb3_clipvf.checkpoint import TrainingCheckpoint, newest_checkpoint
+from sb3_clipvf.common.nonfinite import NonFiniteError
 from sb3_clipvf.envs import FastDummyVecEnv, FastVecNormalize
 from sb3_clipvf.envs.shapes import StepCheck
-from sb3_clipvf.nonfinite import NonFiniteError
-from sb3_clipvf.workers import WorkerDiedError, watched
+from sb3_clipvf.guards.workers import WorkerDiedError, watched
 
 ENGINES = ("native", "autograd")
 SPACE = spaces.Box(-1, 1, (4,))
@@ -277,7 +277,7 @@ def stay(step: Step) -> Step:
 
 
 def test_a_process_that_does_not_end_is_made_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sb3_clipvf.workers.GRACE", 0.5)
+    monkeypatch.setattr("sb3_clipvf.guards.workers.GRACE", 0.5)
     venv = SubprocVecEnv([partial(Faulty, kill_itself, 20), partial(Faulty, stay, 20)], start_method="fork")
     with within(10), pytest.raises(WorkerDiedError) as caught:
         model_of(venv).learn(96)
@@ -296,7 +296,7 @@ def test_processes_that_were_not_forked_are_not_watched(monkeypatch: pytest.Monk
     wait = connection.wait
     monkeypatch.setattr(connection, "wait", few)
     # As on Windows; the end of the first process, which no other one holds the pipe of, is seen without help.
-    monkeypatch.setattr("sb3_clipvf.workers._FORKED", ())
+    monkeypatch.setattr("sb3_clipvf.guards.workers._FORKED", ())
     monkeypatch.delattr(signal, "SIGKILL")
     n_threads = threading.active_count()
     with watched(venv):
@@ -316,7 +316,7 @@ def test_the_error_of_a_dead_process_can_be_pickled() -> None:
 
 
 def test_an_error_elsewhere_leaves_the_processes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sb3_clipvf.workers.GRACE", 0.1)
+    monkeypatch.setattr("sb3_clipvf.guards.workers.GRACE", 0.1)
     venv = make(cls=partial(SubprocVecEnv, start_method="fork"))
     for error in (BrokenError, EOFError):
 

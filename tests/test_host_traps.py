@@ -12,7 +12,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecNorm
 
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.collection import bootstrap_truncated
-from sb3_clipvf.engines import AutogradEngine
+from sb3_clipvf.engines.autograd import AutogradEngine
 
 N_STEPS = 12
 

@@ -26,15 +26,17 @@ from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticP
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from sb3_clipvf import ClipPPO
+from sb3_clipvf.common.nonfinite import BadMinibatchError
 from sb3_clipvf.distributions import dist_param_dim, dist_params
-from sb3_clipvf.engines import AutogradEngine, UpdateCoefficients, UpdateSettings, why_not_native
+from sb3_clipvf.engines.autograd import AutogradEngine
 from sb3_clipvf.engines.binding import NotPlainError
+from sb3_clipvf.engines.fused import LeanAutogradEngine
+from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateSettings
 from sb3_clipvf.engines.kernels import entry
 from sb3_clipvf.engines.kernels.elementwise import exp32, tanh32
 from sb3_clipvf.engines.kernels.network import weight_gradient
-from sb3_clipvf.engines.lean import LeanAutogradEngine
 from sb3_clipvf.engines.native import NativeEngine
-from sb3_clipvf.nonfinite import BadMinibatchError
+from sb3_clipvf.engines.selection import why_not_native
 from sb3_clipvf.rollout import TensorRolloutBuffer, gae
 
 OBS = spaces.Box(-2.0, 2.0, (3,), np.float32)

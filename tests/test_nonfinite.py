@@ -25,10 +25,9 @@ from test_engines import COEFFICIENTS, N_ENVS, N_STEPS, make_case, make_engine, 
 
 from sb3_clipvf import SB3_EQUIVALENT, ClipPPO, NonFiniteError
 from sb3_clipvf.checkpoint import TrainingCheckpoint, newest_checkpoint
-from sb3_clipvf.engines import AutogradEngine
-from sb3_clipvf.engines.autograd import _Start
+from sb3_clipvf.common.nonfinite import FLOAT32_MAX, MAX_UPDATES_WITH_SKIPS, BadMinibatchError, is_finite
+from sb3_clipvf.engines.autograd import AutogradEngine, _Start
 from sb3_clipvf.engines.native import NativeEngine
-from sb3_clipvf.nonfinite import FLOAT32_MAX, MAX_UPDATES_WITH_SKIPS, BadMinibatchError, is_finite
 
 # "gpu": the autograd engine as it runs where reading a number makes the device wait.
 ENGINES = ["autograd", "gpu", "lean", "native", "two_threads"]

@@ -34,8 +34,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_clipvf import SB3_EQUIVALENT, ClipPPO, objectives
 from sb3_clipvf.distributions import dist_params
-from sb3_clipvf.engines import AutogradEngine, UpdateSettings, recognition
-from sb3_clipvf.engines.lean import LeanAutogradEngine
+from sb3_clipvf.engines import recognition
+from sb3_clipvf.engines.autograd import AutogradEngine
+from sb3_clipvf.engines.fused import LeanAutogradEngine
+from sb3_clipvf.engines.interface import UpdateSettings
 from sb3_clipvf.engines.native import NativeEngine
 from sb3_clipvf.rollout import TensorRolloutBuffer
 

@@ -24,7 +24,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, NatureC
 from stable_baselines3.common.vec_env import patch_gym
 
 from sb3_clipvf import ClipPPO, TensorRolloutBuffer
-from sb3_clipvf.validation import (
+from sb3_clipvf.common.validation import (
     check_bool,
     check_choice,
     check_class,

@@ -14,9 +14,10 @@ from gymnasium import spaces
 from imageio_ffmpeg import get_ffmpeg_exe
 from matplotlib.figure import Figure
 
-from sb3_clipvf import report, zoo
-from sb3_clipvf.report import main, next_commands, record_video, rolling_mean, write_learning_curve
-from sb3_clipvf.runs import Evaluation, Run, TrainingCurve, find_run
+from sb3_clipvf import zoo
+from sb3_clipvf.zoo import report
+from sb3_clipvf.zoo.report import main, next_commands, record_video, rolling_mean, write_learning_curve
+from sb3_clipvf.zoo.runs import Evaluation, Run, TrainingCurve, find_run
 
 EVALUATION = Evaluation((9.0, 11.0), (5, 5), True, 1000, 0)
 

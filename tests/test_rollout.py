@@ -12,7 +12,8 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 
-from sb3_clipvf.rollout import MiniBatch, TensorRolloutBuffer, free_memory, gae
+from sb3_clipvf.common.memory import free_memory
+from sb3_clipvf.rollout import MiniBatch, TensorRolloutBuffer, gae
 
 N_STEPS, N_ENVS = 7, 3
 
@@ -419,7 +420,7 @@ class TestMemory:
         for file, text in zip(files, (limit, used), strict=True):
             if text is not None:
                 file.write_text(text + "\n")
-        monkeypatch.setattr("sb3_clipvf.rollout._CONTAINER_FILES", (files,))
+        monkeypatch.setattr("sb3_clipvf.common.memory._CONTAINER_FILES", (files,))
         monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**6))
         assert free_memory() == free
 

@@ -13,8 +13,9 @@ import yaml
 from stable_baselines3 import DQN
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecNormalize
 
-from sb3_clipvf import ClipPPO, runs
-from sb3_clipvf.runs import (
+from sb3_clipvf import ClipPPO
+from sb3_clipvf.zoo import main, runs
+from sb3_clipvf.zoo.runs import (
     Evaluation,
     Run,
     TrainingCurve,
@@ -25,7 +26,6 @@ from sb3_clipvf.runs import (
     read_hyperparams,
     read_training_curve,
 )
-from sb3_clipvf.zoo import main
 
 
 @pytest.fixture(scope="module")

@@ -25,10 +25,12 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_clipvf import ClipPPO, UnsafeFileError, safe_network, safe_zip
+from sb3_clipvf import ClipPPO, UnsafeFileError
 from sb3_clipvf.envs import FastVecNormalize
-from sb3_clipvf.safe_files import load_vec_normalize, read_model, read_pickle
-from sb3_clipvf.safe_pickle import TRUST_VARIABLE
+from sb3_clipvf.files.archive import SMALL as SMALL_BYTES
+from sb3_clipvf.files.model import read_model
+from sb3_clipvf.files.statistics import load_vec_normalize, read_pickle
+from sb3_clipvf.files.trust import TRUST_VARIABLE
 
 SMALL: dict[str, Any] = {"n_steps": 16, "batch_size": 8, "n_epochs": 1, "device": "cpu"}
 NET = {"net_arch": [4]}
@@ -537,7 +539,7 @@ class TestForeignFiles:
 
 class TestBounds:
     def test_bombs(self, model_path: Path) -> None:
-        bomb = {**entries_of(model_path), "data": b" " * (safe_zip.SMALL + 1)}
+        bomb = {**entries_of(model_path), "data": b" " * (SMALL_BYTES + 1)}
         pack(model_path, bomb, compression=zipfile.ZIP_DEFLATED)
         assert model_path.stat().st_size < 100_000
         with pytest.raises(ValueError, match="must not expand more than 100 times, got .* bytes that expand to 16,"):
@@ -546,7 +548,7 @@ class TestBounds:
     def test_bombs_in_the_weights(self, model_path: Path) -> None:
         inner = io.BytesIO()
         with zipfile.ZipFile(inner, "w", compression=zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr("archive/data.pkl", b" " * (safe_zip.SMALL + 1))
+            archive.writestr("archive/data.pkl", b" " * (SMALL_BYTES + 1))
         pack(model_path, {**entries_of(model_path), "policy.pth": inner.getvalue()})
         with pytest.raises(ValueError, match=r"'policy.pth' in .* must not expand"):
             load(model_path)
@@ -562,14 +564,14 @@ class TestBounds:
             load(io.BytesIO(small))
 
     def test_many_entries(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_path: Path) -> None:
-        monkeypatch.setattr(safe_zip, "MAX_ENTRIES", 8)
+        monkeypatch.setattr("sb3_clipvf.files.archive.MAX_ENTRIES", 8)
         with pytest.raises(ValueError, match="must have at most 8 entries, got"):
             load(model_path)
 
     def test_memory(self, model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(safe_zip, "free_memory", lambda: 3 * (safe_zip.SMALL + 1000))
+        monkeypatch.setattr("sb3_clipvf.files.archive.free_memory", lambda: 3 * (SMALL_BYTES + 1000))
         with model_path.open("ab") as file:
-            file.truncate(safe_zip.SMALL + 2000)
+            file.truncate(SMALL_BYTES + 2000)
         with pytest.raises(ValueError, match="must be small enough to be loaded, got 16 MiB where 16 MiB are a third"):
             load(model_path)
         with pytest.raises(ValueError, match="must be small enough to be loaded"):
@@ -579,7 +581,7 @@ class TestBounds:
     def test_networks_that_the_weights_do_not_fill(
         self, model_path: Path, net_arch: list[int], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(safe_network, "ROOM", 2**20)
+        monkeypatch.setattr("sb3_clipvf.files.model.ROOM", 2**20)
         entries = entries_of(model_path)
         data = json.loads(entries["data"])
         data["policy_kwargs"] = {"net_arch": net_arch}
@@ -590,7 +592,7 @@ class TestBounds:
     def test_networks_of_files_that_are_trusted_may_have_any_size(self, model_path: Path) -> None:
         model = ClipPPO.load(model_path, device="cpu", trust_pickle=True)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(safe_network, "ROOM", -(10**9))
+            patch.setattr("sb3_clipvf.files.model.ROOM", -(10**9))
             ClipPPO.load(model_path, device="cpu", trust_pickle=True)
             with pytest.raises(ValueError, match="no larger than its weights"):
                 load(model_path)

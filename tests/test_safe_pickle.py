@@ -19,9 +19,10 @@ from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, Line
 
 import sb3_clipvf
 from sb3_clipvf import schedules
+from sb3_clipvf.files.allowlist import NotAllowedError
+from sb3_clipvf.files.trust import TRUST_VARIABLE, Trust, UnsafeFileError, trust_of
+from sb3_clipvf.files.unpickle import unpickle
 from sb3_clipvf.policies import SquashedActorCriticPolicy
-from sb3_clipvf.safe_makers import NotAllowedError
-from sb3_clipvf.safe_pickle import TRUST_VARIABLE, Trust, UnsafeFileError, trust_of, unpickle
 
 PLAIN: list[Any] = [
     None,

@@ -26,10 +26,11 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import LinearSchedule
 from torch import nn
 
-from sb3_clipvf import ClipPPO, UnsafeFileError, safe_json
+from sb3_clipvf import ClipPPO, UnsafeFileError
 from sb3_clipvf.checkpoint import TrainingCheckpoint
-from sb3_clipvf.safe_files import read_model
-from sb3_clipvf.safe_pickle import TRUST_VARIABLE, trust_of
+from sb3_clipvf.files import codec
+from sb3_clipvf.files.model import read_model
+from sb3_clipvf.files.trust import TRUST_VARIABLE, trust_of
 
 SMALL: dict[str, Any] = {"n_steps": 16, "batch_size": 8, "n_epochs": 1, "device": "cpu"}
 NET = {"net_arch": [4]}
@@ -38,7 +39,7 @@ NET = {"net_arch": [4]}
 @pytest.fixture(autouse=True)
 def _as_new(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(TRUST_VARIABLE, raising=False)
-    safe_json._warn_of_pickles.cache_clear()
+    codec._warn_of_pickles.cache_clear()
 
 
 def own_schedule(progress_remaining: float) -> float:
@@ -104,8 +105,8 @@ def pickled_in(file: Any) -> set[str]:
     data = attributes_in(file)
     found = {name for name, item in data.items() if isinstance(item, dict) and ":serialized:" in item}
     assert ":serialized:" not in json.dumps({name: item for name, item in data.items() if name not in found})
-    assert data[safe_json.NOTE] == {":serialized:": None}
-    return found - {safe_json.NOTE}
+    assert data[codec.NOTE] == {":serialized:": None}
+    return found - {codec.NOTE}
 
 
 def same(first: Any, second: Any) -> bool:
@@ -148,7 +149,7 @@ def test_all_that_is_saved_comes_back(name: str, tmp_path: Path) -> None:
     model.save(tmp_path / "model")
     file, ours = read_model(tmp_path / "model"), model._saved_attributes()
     theirs = {**(file.data or {}), **file.unpickled(trust_of(True), ())}
-    assert theirs.pop(safe_json.NOTE) is None
+    assert theirs.pop(codec.NOTE) is None
     assert ours.keys() == theirs.keys()
     # A lambda comes back as another one.
     assert [key for key in ours if not same(ours[key], theirs[key])] == ["clip_range"] * (name == "functions")
@@ -222,9 +223,9 @@ def test_plain_values_stand_there_for_everyone_to_read(tmp_path: Path) -> None:
     ids=repr,
 )
 def test_values_that_could_be_confused_or_are_rare(value: Any) -> None:
-    written = json.loads(json.dumps(safe_json.encoded({"key": value}), allow_nan=False))["key"]
+    written = json.loads(json.dumps(codec.encoded({"key": value}), allow_nan=False))["key"]
     assert not (isinstance(written, dict) and ":serialized:" in written)
-    found = safe_json.decoded(written)
+    found = codec.decoded(written)
     assert th.equal(found, value) if isinstance(value, th.Tensor) else same(found, value)
 
 
@@ -245,8 +246,8 @@ def test_values_that_could_be_confused_or_are_rare(value: Any) -> None:
     ids=lambda value: str(type(value)),
 )
 def test_all_else_is_left_to_pickle_as_it_is(value: Any) -> None:
-    assert safe_json.encoded({"key": value})["key"] is value
-    assert safe_json.encoded({"key": [value]})["key"][0] is value
+    assert codec.encoded({"key": value})["key"] is value
+    assert codec.encoded({"key": [value]})["key"][0] is value
 
 
 # ---------------------------------------------------------------- other readers
@@ -290,14 +291,14 @@ def test_ppo_load_says_what_reads_the_file(name: str, tmp_path: Path) -> None:
     # What the note tells to do works, without it, and the next file has it once.
     PPO("MlpPolicy", "CartPole-v1", policy_kwargs=NET, device="cpu").set_parameters(tmp_path / name)
     model = ClipPPO.load(tmp_path / name, device="cpu")
-    assert safe_json.NOTE not in vars(model)
+    assert codec.NOTE not in vars(model)
     model.save(tmp_path / "again")
-    assert list(attributes_in(tmp_path / "again.zip")).count(safe_json.NOTE) == 1
+    assert list(attributes_in(tmp_path / "again.zip")).count(codec.NOTE) == 1
 
 
 def test_a_pickle_in_the_place_of_the_note_is_not_read(tmp_path: Path) -> None:
     make().save(tmp_path / "model")
-    with_data(tmp_path / "model.zip", **{safe_json.NOTE: hostile.os_system(tmp_path / "mark")})
+    with_data(tmp_path / "model.zip", **{codec.NOTE: hostile.os_system(tmp_path / "mark")})
     ClipPPO.load(tmp_path / "model", device="cpu")
     assert not (tmp_path / "mark").exists()
 
@@ -305,8 +306,8 @@ def test_a_pickle_in_the_place_of_the_note_is_not_read(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- hostile and damaged JSON
 
 
-def marked(tree: Any, version: Any = safe_json.FORMAT) -> dict[str, Any]:
-    return {safe_json.ENCODED: version, "value": tree}
+def marked(tree: Any, version: Any = codec.FORMAT) -> dict[str, Any]:
+    return {codec.ENCODED: version, "value": tree}
 
 
 def array(shape: list[Any], dtype: str = "<f4", raw: str = "") -> dict[str, Any]:
@@ -377,7 +378,7 @@ def test_json_of_another_version_and_without_a_value(model_path: Path) -> None:
     with_data(model_path, gamma=marked(0.5, version=2))
     with pytest.raises(ValueError, match=r"it is of the form 2, and this version of sb3_clipvf reads 1"):
         ClipPPO.load(model_path, device="cpu")
-    with_data(model_path, gamma={safe_json.ENCODED: 1})
+    with_data(model_path, gamma={codec.ENCODED: 1})
     with pytest.raises(ValueError, match=r"`gamma` in .* could not be read: KeyError"):
         ClipPPO.load(model_path, device="cpu")
 
@@ -396,7 +397,7 @@ def test_json_of_many_values_is_refused_before_it_is_parsed(model_path: Path, mo
     entries = entries_of(model_path)
     data = json.dumps({**json.loads(entries["data"]), "gamma": marked([[]] * 1_000_000)}, separators=(",", ":"))
     pack(model_path, {**entries, "data": data.encode()})
-    monkeypatch.setattr("sb3_clipvf.safe_zip.free_memory", lambda: 100 * 2**20)
+    monkeypatch.setattr("sb3_clipvf.files.archive.free_memory", lambda: 100 * 2**20)
     monkeypatch.setattr(json, "loads", lambda _: pytest.fail("it was parsed"))
     with pytest.raises(ValueError, match="the values of `data` in .* must be small enough to be loaded, got 19. MiB"):
         ClipPPO.load(model_path, device="cpu")

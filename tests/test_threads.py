@@ -9,14 +9,7 @@ import pytest
 import torch as th
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from sb3_clipvf.engines.threads import (
-    LOOK_AGAIN,
-    TRIALS,
-    ThreadChoice,
-    one_blas_thread,
-    second_thread,
-    usable_cores,
-)
+from sb3_clipvf.engines.threads import LOOK_AGAIN, TRIALS, ThreadChoice, one_blas_thread, second_thread, usable_cores
 
 _FORKS = """
 import os, threading

@@ -181,10 +181,10 @@ def test_our_own_sub_commands_get_their_options(monkeypatch: pytest.MonkeyPatch)
         calls.append(argv)
         return 5
 
-    for name in ("report", "bench"):
-        module = type(sys)(f"sb3_clipvf.{name}")
+    for name, module_name in (("report", "sb3_clipvf.zoo.report"), ("bench", "sb3_clipvf.bench")):
+        module = type(sys)(module_name)
         module.main = own_main  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, f"sb3_clipvf.{name}", module)
+        monkeypatch.setitem(sys.modules, module_name, module)
         assert main([name, "--env", "X"]) == 5
     assert calls == [["--env", "X"], ["--env", "X"]]
 

@@ -18,12 +18,7 @@ from sb3_clipvf import ClipPPO, TensorRolloutBuffer
 from sb3_clipvf.envs import FastDummyVecEnv, FastVecNormalize
 from sb3_clipvf.zoo import hyperparams_path, register
 from sb3_clipvf.zoo.entries import ZOO_KEYS
-from sb3_clipvf.zoo.experiment import (
-    COMMAND_LINE_KEYS,
-    ClipPPOExperimentManager,
-    constructor_keys,
-    experiment_manager,
-)
+from sb3_clipvf.zoo.experiment import COMMAND_LINE_KEYS, ClipPPOExperimentManager, constructor_keys, experiment_manager
 from sb3_clipvf.zoo.settings import check_setting
 
 register()

@@ -7,14 +7,7 @@ import pytest
 from rl_zoo3.utils import StoreDict
 
 from sb3_clipvf.zoo.checks import checked_options
-from sb3_clipvf.zoo.parsing import (
-    Default,
-    checked_parsing,
-    option_value,
-    quote_schedules,
-    strict,
-    with_defaults,
-)
+from sb3_clipvf.zoo.parsing import Default, checked_parsing, option_value, quote_schedules, strict, with_defaults
 
 ALGO = Default(None, "--algo", "clipppo")
 FOLDER = Default("-f", "--folder", "logs")

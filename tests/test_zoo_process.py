@@ -9,8 +9,8 @@ import pytest
 from gymnasium.error import DependencyNotInstalled
 from rl_zoo3.utils import get_class_by_name
 
+from sb3_clipvf.common.validation import check_folder
 from sb3_clipvf.schedules import make_schedule
-from sb3_clipvf.validation import check_folder
 from sb3_clipvf.zoo.process import (
     explain,
     ffmpeg_on_path,

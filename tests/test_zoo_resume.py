@@ -22,10 +22,10 @@ from stable_baselines3.common.callbacks import BaseCallback
 import sb3_clipvf
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.checkpoint import ResumableEnv, read_checkpoint, read_manifest
+from sb3_clipvf.common.validation import check_int
 from sb3_clipvf.envs import FastDummyVecEnv
-from sb3_clipvf.safe_files import read_pickle
-from sb3_clipvf.safe_pickle import TRUST_VARIABLE
-from sb3_clipvf.validation import check_int
+from sb3_clipvf.files.statistics import read_pickle
+from sb3_clipvf.files.trust import TRUST_VARIABLE
 from sb3_clipvf.zoo import main
 from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
 from sb3_clipvf.zoo.files import RunLoader

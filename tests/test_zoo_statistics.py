@@ -11,9 +11,9 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_clipvf import ClipPPO
-from sb3_clipvf.runs import find_run, make_env
 from sb3_clipvf.zoo import main
 from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
+from sb3_clipvf.zoo.runs import find_run, make_env
 
 RUN = Path("logs") / "clipppo" / "CartPole-v1_1"
 # Two environments see one observation more each at the start.

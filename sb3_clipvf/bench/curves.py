@@ -23,7 +23,7 @@ from sb3_clipvf.bench.results import write_text
 from sb3_clipvf.bench.training_runs import TrainingBenchmark
 
 if TYPE_CHECKING:
-    from sb3_clipvf.runs import Run
+    from sb3_clipvf.zoo.runs import Run
 
 _TRAININGS = (
     ("CartPole-v1", 100_000),
@@ -58,7 +58,7 @@ class Benchmark(TrainingBenchmark[CurveRow]):
 
     def measure(self, row: CurveRow, run: Run) -> dict[str, Any]:
         """:return: the training's curve, its mean, and the mean of the last episodes, in reward units"""
-        from sb3_clipvf.runs import load_model, read_training_curve, register_all
+        from sb3_clipvf.zoo.runs import load_model, read_training_curve, register_all
 
         register_all()
         num_timesteps = load_model(run, 0, "cpu").num_timesteps

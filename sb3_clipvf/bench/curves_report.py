@@ -73,7 +73,7 @@ def write_figure(compared: Sequence[Comparison], path: Path) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    from sb3_clipvf.checkpoint import atomic_write
+    from sb3_clipvf.files.atomic import atomic_write
 
     n_columns = min(2, len(compared))
     n_rows = -(-len(compared) // n_columns)

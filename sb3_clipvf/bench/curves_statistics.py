@@ -11,7 +11,7 @@ import numpy as np
 
 from sb3_clipvf.bench import training_runs
 from sb3_clipvf.bench.results import Results
-from sb3_clipvf.runs import TrainingCurve
+from sb3_clipvf.zoo.runs import TrainingCurve
 
 # The first one is compared with the second, which is the reference.
 ENGINES = ("native", "autograd")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from sb3_clipvf.bench.faults_table import render_table
 from sb3_clipvf.bench.results import Results, check_row_names, machine, sigterm_interrupts, write_text
-from sb3_clipvf.validation import check_int
+from sb3_clipvf.common.validation import check_int
 
 if TYPE_CHECKING:
     from sb3_clipvf.bench.faults_children import Tally

@@ -203,7 +203,7 @@ def train(
 def _die_in_write(n_writes: int, share: float) -> None:
     """Have this process killed by SIGKILL, once the next writes are done and a share of one more is in its file."""
     from sb3_clipvf.checkpoint import callback
-    from sb3_clipvf.checkpoint.atomic import atomic_write
+    from sb3_clipvf.files.atomic import atomic_write
 
     left = iter(range(n_writes))
 

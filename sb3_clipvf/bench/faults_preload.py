@@ -10,10 +10,10 @@ import torch._dynamo
 import sb3_clipvf.bench.faults_files
 import sb3_clipvf.bench.faults_kills
 import sb3_clipvf.checkpoint
-import sb3_clipvf.engines.lean
+import sb3_clipvf.engines.fused
 import sb3_clipvf.envs
 import sb3_clipvf.zoo.experiment
-from sb3_clipvf.engines.compiled_update import compile_kernels
+from sb3_clipvf.engines.bridge import compile_kernels
 
 for _name in ("gymnasium.envs.mujoco.half_cheetah_v5", "gymnasium.envs.classic_control", "hypothesis"):
     with contextlib.suppress(ImportError):  # a row that needs what is missing says so

@@ -13,7 +13,7 @@ from sb3_clipvf.bench.results import write_text
 from sb3_clipvf.bench.training_runs import TrainingBenchmark
 
 if TYPE_CHECKING:
-    from sb3_clipvf.runs import Run
+    from sb3_clipvf.zoo.runs import Run
 
 _FIXED_KL = ("clip_range:None", "kl_coef:1.0")
 # Seed 1 ended at 149, 148, 225 and -95 with a coefficient of 0.3, 1, 3 and 10 and the shipped 4 epochs, and at 254 with
@@ -77,7 +77,7 @@ class Benchmark(TrainingBenchmark[Row]):
 
     def measure(self, row: Row, run: Run) -> dict[str, Any]:
         """:return: the evaluation of a run's final model, and the speed of its training"""
-        from sb3_clipvf.runs import evaluate_run, read_training_curve
+        from sb3_clipvf.zoo.runs import evaluate_run, read_training_curve
 
         evaluation = evaluate_run(run, row.n_episodes, device="cpu")
         speed = read_training_curve(run.folder, evaluation.num_timesteps).steps_per_second

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sb3_clipvf.versions import installed_versions
+from sb3_clipvf.common.versions import installed_versions
 
 _FORMAT = 1
 _PACKAGES = ("sb3_clipvf", "stable_baselines3", "rl_zoo3", "gymnasium", "torch", "numpy")
@@ -119,7 +119,7 @@ def write_text(path: Path, text: str) -> None:
     :param text: its content
     :raises OSError: where it cannot be written; it then holds what it held before
     """
-    from sb3_clipvf.checkpoint import atomic_write
+    from sb3_clipvf.files.atomic import atomic_write
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:

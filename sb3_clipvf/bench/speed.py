@@ -25,7 +25,7 @@ from sb3_clipvf.bench.results import Results, check_row_names, machine, sigterm_
 from sb3_clipvf.bench.speed_figure import write_figure
 from sb3_clipvf.bench.speed_rows import PEERS, ROWS, SpeedRow
 from sb3_clipvf.bench.speed_table import KEY, MIN_ALTERNATIONS, TRIALS, best_threads, render, trials_of, wanted
-from sb3_clipvf.validation import check_int
+from sb3_clipvf.common.validation import check_int
 
 # Replaced in tests.
 CHILD_COMMAND: tuple[str, ...] = (sys.executable, "-m", "sb3_clipvf.bench.speed_child")

@@ -28,7 +28,7 @@ def write_figure(results: Results, rows: Sequence[SpeedRow], alternations: int, 
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    from sb3_clipvf.checkpoint import atomic_write
+    from sb3_clipvf.files.atomic import atomic_write
 
     figure = Figure(figsize=(7.4, 1.0 + 0.42 * len(rows)), dpi=150, layout="constrained")
     axes = figure.add_subplot()

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TextIO, TypeVar
 
 from sb3_clipvf.bench.results import Results, check_row_names, machine, sigterm_interrupts
-from sb3_clipvf.validation import check_int
+from sb3_clipvf.common.validation import check_int
 
 if TYPE_CHECKING:
-    from sb3_clipvf.runs import Run
+    from sb3_clipvf.zoo.runs import Run
 
 # Replaced in tests, which need a train command of a second.
 TRAIN_COMMAND: tuple[str, ...] = (sys.executable, "-m", "sb3_clipvf", "train")
@@ -281,7 +281,7 @@ class TrainingBenchmark(ABC, Generic[RowT]):
     def _measure(self, row: RowT, seed: int, folder: Path) -> dict[str, Any]:
         import torch as th
 
-        from sb3_clipvf.runs import find_run, read_hyperparams
+        from sb3_clipvf.zoo.runs import find_run, read_hyperparams
 
         threads = th.get_num_threads()
         th.set_num_threads(1)  # other runs are training beside it

@@ -5,12 +5,12 @@ Files that survive a crash: checkpoints of a whole training, going on from them,
 ``ClipPPO.resume`` goes on from them. ``SaveBestTrainingReward`` keeps the best model by the training's own returns.
 """
 
-from sb3_clipvf.checkpoint.atomic import atomic_write
 from sb3_clipvf.checkpoint.best_training import SaveBestTrainingReward, load_best_training
 from sb3_clipvf.checkpoint.callback import TrainingCheckpoint
 from sb3_clipvf.checkpoint.errors import DamagedCheckpointError, EnvironmentMismatchError, NotACheckpointError
 from sb3_clipvf.checkpoint.file import Checkpoint, CheckpointManifest, newest_checkpoint, read_checkpoint, read_manifest
 from sb3_clipvf.checkpoint.resumable import ResumableEnv
+from sb3_clipvf.files.atomic import atomic_write
 
 __all__ = [
     "Checkpoint",

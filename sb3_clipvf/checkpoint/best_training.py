@@ -8,16 +8,15 @@ import logging
 import math
 import os
 import re
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_clipvf.checkpoint.atomic import TEMPORARY_FILE, atomic_write, write_error
-from sb3_clipvf.messages import log
-from sb3_clipvf.validation import check_int
+from sb3_clipvf.common.messages import log
+from sb3_clipvf.common.validation import check_int
+from sb3_clipvf.files.atomic import TEMPORARY_FILE, atomic_write, write_error
+from sb3_clipvf.files.statistics import save_statistics
 
 _logger = log
 
@@ -102,25 +101,6 @@ def load_best_training(
             )
     statistics = None if manifest.vecnormalize is None else folder / manifest.vecnormalize
     return folder / manifest.model, statistics
-
-
-def save_statistics(normalizer: VecNormalize, path: Path) -> bytes:
-    """
-    Write the statistics of ``VecNormalize`` at once or not at all, whichever way its class writes.
-
-    :param normalizer: SB3's, this package's or another one.
-    :param path: The file.
-    :return: Its content.
-    :raises OSError: If it cannot be written; what it held before is unchanged.
-    """
-    # Not by the name of the open file: FastVecNormalize puts another one in its place, which Windows forbids.
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder, path.name)
-        normalizer.save(str(copy))
-        content = copy.read_bytes()
-    with atomic_write(path) as file:
-        file.write(content)
-    return content
 
 
 class SaveBestTrainingReward(BaseCallback):

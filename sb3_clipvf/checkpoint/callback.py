@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback, EventCallback
 
-from sb3_clipvf.checkpoint.atomic import TEMPORARY_FILE, atomic_write
 from sb3_clipvf.checkpoint.callback_states import told_once
 from sb3_clipvf.checkpoint.environments import describe_vec_env, vec_env_state
 from sb3_clipvf.checkpoint.errors import DamagedCheckpointError, NotACheckpointError
@@ -24,8 +23,9 @@ from sb3_clipvf.checkpoint.resume import draw_seed, reset_environments
 from sb3_clipvf.checkpoint.signals import SignalWatch, is_learning
 from sb3_clipvf.checkpoint.state import TrainingState, training_state
 from sb3_clipvf.collection import RolloutCollector
-from sb3_clipvf.messages import log
-from sb3_clipvf.validation import check_bool, check_choice, check_folder, check_int
+from sb3_clipvf.common.messages import log
+from sb3_clipvf.common.validation import check_bool, check_choice, check_folder, check_int
+from sb3_clipvf.files.atomic import TEMPORARY_FILE, atomic_write
 
 if TYPE_CHECKING:
     from sb3_clipvf.clip_ppo import ClipPPO

@@ -5,7 +5,7 @@ from typing import Any
 
 from stable_baselines3.common.monitor import ResultsWriter
 
-from sb3_clipvf.messages import log
+from sb3_clipvf.common.messages import log
 
 LARGEST_FILE = 2**24
 """Bytes, 16 MiB: of a longer file a checkpoint keeps the length alone."""

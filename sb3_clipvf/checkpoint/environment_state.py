@@ -18,8 +18,8 @@ from sb3_clipvf.checkpoint.known_classes import (
 )
 from sb3_clipvf.checkpoint.mujoco_state import is_mujoco, mujoco_state, set_mujoco_state
 from sb3_clipvf.checkpoint.random_states import generator_from, generator_state, set_space_states, space_states
-from sb3_clipvf.codec import frozen
-from sb3_clipvf.safe_makers import full_name
+from sb3_clipvf.files.allowlist import full_name
+from sb3_clipvf.files.codec import frozen
 
 _SPACES = ("action_space", "observation_space")
 _MONITOR = full_name(Monitor)

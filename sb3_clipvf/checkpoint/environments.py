@@ -21,11 +21,11 @@ from sb3_clipvf.checkpoint.environment_state import (
 from sb3_clipvf.checkpoint.errors import EnvironmentMismatchError
 from sb3_clipvf.checkpoint.known_classes import VEC_WRAPPERS, read_attributes, write_attributes
 from sb3_clipvf.checkpoint.random_states import generator_from, generator_state
-from sb3_clipvf.codec import frozen
 from sb3_clipvf.envs.gymnasium_vector import CartPoleVecEnv
 from sb3_clipvf.envs.layers import simulator_of, vec_env_layers
 from sb3_clipvf.envs.vector import BatchedVecEnv
-from sb3_clipvf.safe_makers import full_name
+from sb3_clipvf.files.allowlist import full_name
+from sb3_clipvf.files.codec import frozen
 
 _CARTPOLE = ("state", "steps", "prev_done", "steps_beyond_terminated", "_np_random_seed")
 _STATISTICS = ("started_at", "returns", "lengths")

@@ -12,14 +12,15 @@ from typing import Any
 
 from stable_baselines3.common.save_util import save_to_zip_file
 
-from sb3_clipvf import __version__, codec
+from sb3_clipvf import __version__
 from sb3_clipvf.checkpoint.continued_files import with_contents
 from sb3_clipvf.checkpoint.errors import DamagedCheckpointError, NotACheckpointError
 from sb3_clipvf.checkpoint.state import TrainingState
-from sb3_clipvf.messages import log
-from sb3_clipvf.safe_json import encoded
-from sb3_clipvf.safe_zip import SMALL, check_inner_zip, check_json, entries_of, read_bytes
-from sb3_clipvf.versions import installed_versions
+from sb3_clipvf.common.messages import log
+from sb3_clipvf.common.versions import installed_versions
+from sb3_clipvf.files import codec
+from sb3_clipvf.files.archive import SMALL, check_inner_zip, check_json, entries_of, read_bytes
+from sb3_clipvf.files.codec import encoded
 
 FORMAT = 1
 """Version of the layout."""

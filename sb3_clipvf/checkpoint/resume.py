@@ -20,7 +20,7 @@ from sb3_clipvf.checkpoint.errors import DamagedCheckpointError, NotACheckpointE
 from sb3_clipvf.checkpoint.file import Checkpoint, newest_checkpoint, read_checkpoint, read_manifest, versions
 from sb3_clipvf.checkpoint.random_states import generator_from, global_states, set_global_states, set_space_states
 from sb3_clipvf.checkpoint.state import OBSERVATIONS, SPACES, set_logger_state
-from sb3_clipvf.messages import log
+from sb3_clipvf.common.messages import log
 
 if TYPE_CHECKING:
     from sb3_clipvf.clip_ppo import ClipPPO

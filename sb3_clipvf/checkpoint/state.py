@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from sb3_clipvf.checkpoint.callback_states import callback_states
 from sb3_clipvf.checkpoint.environments import vec_env_state
 from sb3_clipvf.checkpoint.random_states import global_states, space_states
-from sb3_clipvf.codec import frozen
+from sb3_clipvf.files.codec import frozen
 
 if TYPE_CHECKING:
     from sb3_clipvf.clip_ppo import ClipPPO

@@ -12,10 +12,10 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_clipvf import objectives
+from sb3_clipvf.common.nonfinite import BadMinibatchError, drawn_indices
 from sb3_clipvf.distributions import current_dist, dist_params, has_exact_kl, kl_from_params, refreshed_dist
-from sb3_clipvf.engines.process_wide import ProcessWide
-from sb3_clipvf.engines.settings import Acted, UpdateCoefficients, UpdateSettings, UpdateStatistics, named_terms
-from sb3_clipvf.nonfinite import BadMinibatchError, drawn_indices
+from sb3_clipvf.engines.interface import Acted, UpdateCoefficients, UpdateSettings, UpdateStatistics, named_terms
+from sb3_clipvf.engines.threads import ProcessWide
 from sb3_clipvf.rollout import MiniBatch
 
 EVALUATION_BATCH = 4096

@@ -10,10 +10,12 @@ from stable_baselines3.common.distributions import StateDependentNoiseDistributi
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
+from sb3_clipvf.common.nonfinite import BadMinibatchError
 from sb3_clipvf.distributions import LazyDistribution
-from sb3_clipvf.engines import why_not_native
 from sb3_clipvf.engines.binding import Binding, bind, n_steps_made, write_steps
-from sb3_clipvf.engines.compiled_update import (
+from sb3_clipvf.engines.bridge import (
+    Noise,
+    as_policy_gives,
     check_stored,
     compile_kernels,
     kind_of,
@@ -22,14 +24,13 @@ from sb3_clipvf.engines.compiled_update import (
     update_numbers,
     widths_of,
 )
-from sb3_clipvf.engines.drawing import Noise, as_policy_gives
+from sb3_clipvf.engines.interface import Acted, UpdateCoefficients, UpdateSettings, UpdateStatistics
 from sb3_clipvf.engines.kernels import data, entry, memory
 from sb3_clipvf.engines.kernels.network import workspace_size
 from sb3_clipvf.engines.kernels.sync import GIVEN_UP, N_COUNTERS
 from sb3_clipvf.engines.recognition import why_unknown_buffer
-from sb3_clipvf.engines.settings import Acted, UpdateCoefficients, UpdateSettings, UpdateStatistics
+from sb3_clipvf.engines.selection import why_not_native
 from sb3_clipvf.engines.threads import ThreadChoice, one_blas_thread, second_thread
-from sb3_clipvf.nonfinite import BadMinibatchError
 from sb3_clipvf.rollout import gae
 
 EVALUATION_ROWS = 1024

@@ -3,22 +3,55 @@
 import os
 import statistics
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
+from threading import Lock
+from typing import Any
 
 import torch as th
-from threadpoolctl import ThreadpoolController
 
-from sb3_clipvf.engines.process_wide import ProcessWide
-from sb3_clipvf.messages import log
+from sb3_clipvf.common.messages import log
 
 TRIALS = 3
 """Updates whose median tells how fast a number of threads is, the first ones in turn, then the last ones."""
 
 LOOK_AGAIN = 50
 """Updates of which one runs on the number of threads that was slower: what else the machine runs may have changed."""
+
+
+class ProcessWide:
+    """
+    A context that is the process's own: the first of several threads enters it, and the last one leaves it.
+
+    :param make: Makes the context manager that is entered for all of them.
+    """
+
+    def __init__(self, make: Callable[[], AbstractContextManager[object]]) -> None:
+        self._make = make
+        self._lock = Lock()
+        self._n_inside = 0
+        self._context = ExitStack()
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """
+        Be in the context, whether this thread entered it or another one.
+
+        :return: Context manager.
+        """
+        with self._lock:
+            if self._n_inside == 0:
+                self._context.enter_context(self._make())
+            self._n_inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._n_inside -= 1
+                if self._n_inside == 0:
+                    self._context.close()
 
 
 def usable_cores() -> int:
@@ -101,7 +134,9 @@ def _second_thread(process: int) -> ThreadPoolExecutor:
 
 
 @cache
-def _controller() -> ThreadpoolController:
+def _controller() -> Any:
+    from threadpoolctl import ThreadpoolController  # SB3 does not load it
+
     return ThreadpoolController()
 
 

@@ -19,9 +19,9 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
-from sb3_clipvf.compiled import cached
-from sb3_clipvf.safe_files import digest_of_pickle, load_vec_normalize
-from sb3_clipvf.safe_pickle import TrustPickle
+from sb3_clipvf.common.jit import cached
+from sb3_clipvf.files.statistics import digest_of_pickle, load_vec_normalize
+from sb3_clipvf.files.trust import TrustPickle
 
 Observations = np.ndarray | dict[str, np.ndarray]
 
@@ -104,7 +104,7 @@ class FastVecNormalize(VecNormalize):
         :param save_path: File. It names no class of this package.
         :raises OSError: If it cannot be written; what it held before is unchanged.
         """
-        from sb3_clipvf.checkpoint.atomic import atomic_write
+        from sb3_clipvf.files.atomic import atomic_write
 
         plain = VecNormalize.__new__(VecNormalize)
         plain.__dict__.update(self.__dict__)

@@ -7,7 +7,7 @@ from typing import Any
 
 from rl_zoo3 import utils
 
-from sb3_clipvf.validation import check_device, check_folder, check_int
+from sb3_clipvf.common.validation import check_device, check_folder, check_int
 from sb3_clipvf.zoo.commands import ALGORITHM
 from sb3_clipvf.zoo.files import replaced
 from sb3_clipvf.zoo.finding import RunId, choose_run_of_options, import_packages

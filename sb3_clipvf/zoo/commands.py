@@ -17,7 +17,7 @@ from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
-from sb3_clipvf.safe_pickle import TRUST_VARIABLE
+from sb3_clipvf.files.trust import TRUST_VARIABLE
 from sb3_clipvf.zoo.hub import explained_listing, own_model_card
 from sb3_clipvf.zoo.parsing import Default, checked_parsing, option_value, quote_schedules, with_defaults
 from sb3_clipvf.zoo.process import (
@@ -89,7 +89,9 @@ COMMANDS: dict[str, Command] = {
         "train an agent; with -optimize, search hyperparameters", "rl_zoo3.train:train", (_ALGO,), loads=True
     ),
     "enjoy": Command("run a trained agent and show it", "rl_zoo3.enjoy:enjoy", (_ALGO, _FOLDER), loads=True),
-    "report": Command("evaluate a run, plot its learning curve, record a video", "sb3_clipvf.report:main", loads=True),
+    "report": Command(
+        "evaluate a run, plot its learning curve, record a video", "sb3_clipvf.zoo.report:main", loads=True
+    ),
     "bench": Command("run the package's own measurements", "sb3_clipvf.bench:main"),
     "plot_train": Command(
         "plot training returns of runs",

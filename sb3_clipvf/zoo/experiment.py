@@ -42,14 +42,7 @@ from sb3_clipvf.zoo.resume import CHECKPOINTS, ResumedRun
 from sb3_clipvf.zoo.settings import check_imports, check_setting, readable_config
 from sb3_clipvf.zoo.terminal import WholeProgressBar, timed_tables
 from sb3_clipvf.zoo.tuning import CheckedSearch
-from sb3_clipvf.zoo.vec_env import (
-    EnvSettings,
-    growing_files,
-    known_keywords,
-    make_vec_env,
-    stacks_frames,
-    wrapper_list,
-)
+from sb3_clipvf.zoo.vec_env import EnvSettings, growing_files, known_keywords, make_vec_env, stacks_frames, wrapper_list
 
 COMMAND_LINE_KEYS = {
     "device": "`--device`",

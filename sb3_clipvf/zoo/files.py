@@ -26,11 +26,11 @@ from stable_baselines3.common import base_class, off_policy_algorithm, save_util
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnvWrapper, VecNormalize
 
-from sb3_clipvf.safe_files import CheckedStream, load_vec_normalize, read_model, read_pickle
-from sb3_clipvf.safe_makers import NotAllowedError
-from sb3_clipvf.safe_objects import Maker, create, find, restore
-from sb3_clipvf.safe_pickle import TRUST_VARIABLE, UnsafeFileError, trust_of
-from sb3_clipvf.safe_zip import reason_of
+from sb3_clipvf.files.allowlist import Maker, NotAllowedError, create, find, restore
+from sb3_clipvf.files.archive import reason_of
+from sb3_clipvf.files.model import CheckedStream, read_model
+from sb3_clipvf.files.statistics import load_vec_normalize, read_pickle
+from sb3_clipvf.files.trust import TRUST_VARIABLE, UnsafeFileError, trust_of
 from sb3_clipvf.zoo.entries import WRAPPER_FUNCTIONS, items, with_arguments
 
 _PYTHON = "tag:yaml.org,2002:python/"

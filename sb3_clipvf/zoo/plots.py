@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sb3_clipvf.safe_files import read_pickle
+from sb3_clipvf.files.statistics import read_pickle
 
 _COLUMNS = {"success": "is_success", "reward": "r", "length": "l"}
 

@@ -138,7 +138,7 @@ def saved_timesteps(path: Path) -> int:
     :param path: Zip file that the end of a run saves.
     :return: Environment steps; -1 if there is no whole file.
     """
-    from sb3_clipvf.safe_files import read_model
+    from sb3_clipvf.files.model import read_model
 
     try:
         return int((read_model(path).data or {})["num_timesteps"])

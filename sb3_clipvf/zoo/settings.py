@@ -14,7 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from sb3_clipvf.validation import check_float, check_int, check_keywords
+from sb3_clipvf.common.validation import check_float, check_int, check_keywords
 from sb3_clipvf.zoo.entries import WRAPPER_FUNCTIONS, items, with_arguments
 
 # Of `policy` and `rollout_buffer_class`, ClipPPO checks what they are derived from.

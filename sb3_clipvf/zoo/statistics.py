@@ -10,8 +10,8 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_clipvf.callbacks import BEST_MODEL, STATISTICS_ENTRY
 from sb3_clipvf.checkpoint.resume import has_statistics, load_statistics
-from sb3_clipvf.safe_files import load_vec_normalize
-from sb3_clipvf.safe_zip import entries_of, read_bytes
+from sb3_clipvf.files.archive import entries_of, read_bytes
+from sb3_clipvf.files.statistics import load_vec_normalize
 from sb3_clipvf.zoo.files import replaced
 
 STATISTICS = "vecnormalize.pkl"

@@ -17,7 +17,7 @@ import stable_baselines3
 import stable_baselines3.ppo.ppo
 
 from sb3_clipvf import ClipPPO
-from sb3_clipvf.safe_pickle import TRUST_VARIABLE
+from sb3_clipvf.files.trust import TRUST_VARIABLE
 
 EXCEPTIONS = Path(__file__).with_name("exceptions.toml")
 HOST_PPO = stable_baselines3.PPO

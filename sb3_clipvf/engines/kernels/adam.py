@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from sb3_clipvf.compiled import fast
+from sb3_clipvf.common.jit import fast
 from sb3_clipvf.engines.kernels.memory import GRAD, MOMENT1, MOMENT2, PARAM, SIZE, vector
 
 F = np.float32

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from numba.np.unsafe.ndarray import to_fixed_tuple
 
-from sb3_clipvf.compiled import fast
+from sb3_clipvf.common.jit import fast
 from sb3_clipvf.engines.kernels.memory import DIST, GAUSSIAN, N_COLUMNS, matrix
 
 # Totals over the minibatches that were looked at and not skipped; those of the last epoch are started anew with each

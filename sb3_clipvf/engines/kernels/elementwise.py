@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from sb3_clipvf.compiled import exact, fast
+from sb3_clipvf.common.jit import exact, fast
 from sb3_clipvf.engines.kernels.memory import ELU, LEAKY_RELU, RELU, SILU, TANH, bits_of_float, float_of_bits
 
 F = np.float32

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sb3_clipvf.compiled import cached
+from sb3_clipvf.common.jit import cached
 from sb3_clipvf.engines.kernels import minibatch, rollout, update
 from sb3_clipvf.engines.kernels.adam import squared_norm
 from sb3_clipvf.engines.kernels.data import ACTOR_NORM, N_STEPS, unpack, unpack_numbers
@@ -22,7 +22,7 @@ def _digest() -> int:
     folder = files("sb3_clipvf.engines.kernels")
     sources = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".py"))
     content = b"".join(folder.joinpath(name).read_bytes() for name in sources)
-    content += files("sb3_clipvf").joinpath("compiled.py").read_bytes()
+    content += files("sb3_clipvf").joinpath("common", "jit.py").read_bytes()
     return 1 + int.from_bytes(hashlib.sha256(content).digest()[:4], "big")
 
 

@@ -10,7 +10,7 @@ Source: Raffin et al. 2021, arXiv 2005.05719, section 3.
 
 import numpy as np
 
-from sb3_clipvf.compiled import fast
+from sb3_clipvf.common.jit import fast
 from sb3_clipvf.engines.kernels.data import Network, log_std_of
 from sb3_clipvf.engines.kernels.elementwise import exp32
 from sb3_clipvf.engines.kernels.memory import DIST, GRAD, PARAM, SIZE, STATE_DEPENDENT, USE_EXPLN, matrix

@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from sb3_clipvf.compiled import fast
+from sb3_clipvf.common.jit import fast
 from sb3_clipvf.engines.kernels.elementwise import exp32
 from sb3_clipvf.engines.kernels.memory import BERNOULLI, CATEGORICAL, STATE_DEPENDENT
 

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from sb3_clipvf.compiled import fast
+from sb3_clipvf.common.jit import fast
 from sb3_clipvf.engines.kernels.elementwise import exp32
 
 F = np.float32

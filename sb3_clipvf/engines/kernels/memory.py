@@ -12,7 +12,7 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from sb3_clipvf.compiled import strict
+from sb3_clipvf.common.jit import strict
 
 # Columns of the parameter table, one row a tensor: its size, then addresses.
 SIZE, PARAM, GRAD, MOMENT1, MOMENT2 = range(5)

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from sb3_clipvf.compiled import fast
+from sb3_clipvf.common.jit import fast
 from sb3_clipvf.engines.kernels import heads
 from sb3_clipvf.engines.kernels.adam import adam_step
 from sb3_clipvf.engines.kernels.data import (

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sb3_clipvf.compiled import fast
+from sb3_clipvf.common.jit import fast
 from sb3_clipvf.engines.kernels.elementwise import activate, add_bias, times_derivative
 from sb3_clipvf.engines.kernels.memory import GRAD, PARAM, SILU, matrix, vector
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sb3_clipvf.compiled import fast, strict
+from sb3_clipvf.common.jit import fast, strict
 from sb3_clipvf.engines.kernels import gsde, heads
 from sb3_clipvf.engines.kernels.data import Network
 from sb3_clipvf.engines.kernels.memory import ACTIVATION, DIST, STATE_DEPENDENT

@@ -8,7 +8,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from sb3_clipvf.compiled import strict
+from sb3_clipvf.common.jit import strict
 
 # The system's call by which a waiting thread leaves the core to whoever needs it.
 _leave_core = types.ExternalFunction("SwitchToThread" if sys.platform == "win32" else "sched_yield", types.int32())

@@ -7,7 +7,7 @@ other; the numbers are the same on one thread and on two.
 
 import numpy as np
 
-from sb3_clipvf.compiled import fast
+from sb3_clipvf.common.jit import fast
 from sb3_clipvf.engines.kernels import gsde, heads
 from sb3_clipvf.engines.kernels.adam import squared_norm
 from sb3_clipvf.engines.kernels.data import (

@@ -15,6 +15,7 @@ from stable_baselines3.common.preprocessing import get_action_dim, is_image_spac
 from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
 from torch import nn
 
+from sb3_clipvf.common.nonfinite import BadMinibatchError, drawn_indices
 from sb3_clipvf.distributions import LazyDistribution
 from sb3_clipvf.engines.autograd import AutogradEngine, old_dist_params, unvalidated_distributions
 from sb3_clipvf.engines.binding import (
@@ -25,7 +26,9 @@ from sb3_clipvf.engines.binding import (
     n_outputs_of,
     table_row,
 )
-from sb3_clipvf.engines.compiled_update import (
+from sb3_clipvf.engines.bridge import (
+    Noise,
+    as_policy_gives,
     check_stored,
     compile_kernels,
     kind_of,
@@ -34,12 +37,10 @@ from sb3_clipvf.engines.compiled_update import (
     update_numbers,
     widths_of,
 )
-from sb3_clipvf.engines.drawing import Noise, as_policy_gives
+from sb3_clipvf.engines.interface import Acted, UpdateCoefficients, UpdateSettings, UpdateStatistics
 from sb3_clipvf.engines.kernels import data, entry, memory
 from sb3_clipvf.engines.kernels.minibatch import SKIPS, STEPS, STOPS, count, is_finite
 from sb3_clipvf.engines.recognition import NotPlainError, altered_torch, check_known, has_hooks, replaced_method
-from sb3_clipvf.engines.settings import Acted, UpdateCoefficients, UpdateSettings, UpdateStatistics
-from sb3_clipvf.nonfinite import BadMinibatchError, drawn_indices
 from sb3_clipvf.rollout import MiniBatch
 
 # What SB3's extractors of pictures consist of.

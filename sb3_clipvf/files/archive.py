@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from stable_baselines3.common.save_util import open_path
 
-from sb3_clipvf.rollout import free_memory
+from sb3_clipvf.common.memory import free_memory
 
 ModelPath = str | pathlib.Path | io.BufferedIOBase
 

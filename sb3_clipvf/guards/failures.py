@@ -12,12 +12,12 @@ from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
-from sb3_clipvf import validation
+from sb3_clipvf.common import validation
+from sb3_clipvf.common.messages import log
+from sb3_clipvf.common.nonfinite import NonFiniteError
 from sb3_clipvf.envs.layers import vec_env_layers
-from sb3_clipvf.envs.shapes import checked_rows
-from sb3_clipvf.messages import log
-from sb3_clipvf.nonfinite import NonFiniteError
-from sb3_clipvf.workers import death, watched
+from sb3_clipvf.guards.env_checks import checked_rows
+from sb3_clipvf.guards.workers import death, watched
 
 if TYPE_CHECKING:
     from sb3_clipvf.checkpoint.callback import TrainingCheckpoint

@@ -7,7 +7,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_clipvf.nonfinite import BadMinibatchError
+from sb3_clipvf.common.nonfinite import BadMinibatchError
 
 
 @dataclass(frozen=True)

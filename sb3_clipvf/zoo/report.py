@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sb3_clipvf.runs import (
+from sb3_clipvf.common.validation import check_device, check_int
+from sb3_clipvf.zoo.finding import RunId
+from sb3_clipvf.zoo.parsing import option_name
+from sb3_clipvf.zoo.process import has_display, patched_environment
+from sb3_clipvf.zoo.runs import (
     EVALUATION_SEED,
     Evaluation,
     Run,
@@ -26,10 +30,6 @@ from sb3_clipvf.runs import (
     read_arguments,
     read_training_curve,
 )
-from sb3_clipvf.validation import check_device, check_int
-from sb3_clipvf.zoo.finding import RunId
-from sb3_clipvf.zoo.parsing import option_name
-from sb3_clipvf.zoo.process import has_display, patched_environment
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -240,7 +240,7 @@ def _environment_options(run: Run) -> str:
 
 
 def _write_numbers(path: Path, run: Run, curve: TrainingCurve, evaluation: Evaluation, files: dict[str, str]) -> None:
-    from sb3_clipvf.checkpoint import atomic_write
+    from sb3_clipvf.files.atomic import atomic_write
 
     numbers = {
         "env": run.env_id,

@@ -6,77 +6,17 @@ function called with checked arguments, and set the attributes of an object that
 refused, and so is each instruction of the pickle language that is not below. No other unpickler sees the bytes.
 """
 
-import os
+import pickle
 import pickletools
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
-from sb3_clipvf import safe_objects
-from sb3_clipvf.safe_makers import NotAllowedError, full_name
-from sb3_clipvf.safe_objects import Maker
-
-TRUST_VARIABLE = "SB3_CLIPVF_TRUST_PICKLE"
-"""Environment variable that trusts all files, where it is "1"."""
-
-TrustPickle = bool | Iterable[Callable[..., Any]] | None
-"""What ``trust_pickle`` takes: True, False, classes and functions that may be used in addition, or None."""
-
-
-class UnsafeFileError(ValueError):
-    """A file asks for code to be run while it is loaded, and its user did not say that it is trusted."""
-
-
-@dataclass(frozen=True)
-class Trust:
-    """
-    How far a file is trusted.
-
-    :param everything: Whether it may run any code.
-    :param extra: Classes and functions that it may use in addition to the list, by their full names.
-    """
-
-    everything: bool = False
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-
-def trust_of(trust_pickle: TrustPickle) -> Trust:
-    """
-    Read what the user said.
-
-    :param trust_pickle: True: any code may run. False: none. Classes and functions: these may be used in addition to
-        the list, and be called. None: as the environment variable :data:`TRUST_VARIABLE` says, "1" or "0".
-    :return: The trust.
-    :raises TypeError: If it is something else.
-    :raises ValueError: If the variable is, or a class or function cannot be found by its name.
-    """
-    if isinstance(trust_pickle, bool):
-        return Trust(trust_pickle)
-    if trust_pickle is None:
-        value = os.environ.get(TRUST_VARIABLE, "")
-        if value not in ("", "0", "1"):
-            raise ValueError(f"`{TRUST_VARIABLE}` must be 0 or 1, got {value!r}. 1 trusts every file that is loaded.")
-        return Trust(value == "1")
-    if isinstance(trust_pickle, str | bytes) or not isinstance(trust_pickle, Iterable):
-        raise TypeError(
-            f"`trust_pickle` must be True, False, None or some classes and functions, got {trust_pickle!r}. True lets "
-            "the file run any code."
-        )
-    extra = {}
-    for item in trust_pickle:
-        name = getattr(item, "__qualname__", None)
-        if not callable(item) or name is None:
-            raise TypeError(
-                f"`trust_pickle` must hold classes and functions, got {item!r} in it. Pass what the error names."
-            )
-        if item.__module__ == "__main__" or "<" in name:
-            raise ValueError(
-                f"`trust_pickle` must hold classes and functions of modules, got {item!r}: a file brings its own code "
-                "for it. Move it to a module and save again, replace what needs it by `custom_objects`, or pass True."
-            )
-        extra[f"{item.__module__}.{name}"] = item
-    return Trust(extra=extra)
+from sb3_clipvf.files import allowlist
+from sb3_clipvf.files.allowlist import Maker, NotAllowedError, full_name
+from sb3_clipvf.files.archive import reason_of
+from sb3_clipvf.files.trust import TRUST_VARIABLE, Trust, UnsafeFileError
 
 
 def unpickle(raw: bytes, trust: Trust) -> Any:
@@ -207,7 +147,7 @@ class _Machine:
     def _push_named(self, module: str, name: str) -> None:
         # The user's own objects stand as they are: nothing is looked up.
         known = self._extra.get(f"{module}.{name}")
-        self._stack.append(safe_objects.find(module, name) if known is None else known)
+        self._stack.append(allowlist.find(module, name) if known is None else known)
 
     def _reduce(self, _: Any) -> None:
         args, function = self._stack.pop(), self._stack.pop()
@@ -220,7 +160,7 @@ class _Machine:
         elif self._is_extra(cls):
             self._stack.append(cls.__new__(cls, *_checked_args(args)))
         else:
-            self._stack.append(safe_objects.create(cls, _checked_args(args)))
+            self._stack.append(allowlist.create(cls, _checked_args(args)))
 
     def _called(self, function: Any, args: Any) -> Any:
         if isinstance(function, Maker):
@@ -232,7 +172,7 @@ class _Machine:
     def _build(self, _: Any) -> None:
         state, instance = self._stack.pop(), self._stack[-1]
         if not self._is_extra(type(instance)):
-            safe_objects.restore(instance, state)
+            allowlist.restore(instance, state)
         elif hasattr(instance, "__setstate__"):
             instance.__setstate__(state)
         else:
@@ -288,3 +228,37 @@ def _checked_key(key: Any) -> Any:
     if not all(isinstance(member, _ATOMS) for member in members):
         raise NotAllowedError(f"a key of the type {full_name(type(key))}")
     return key
+
+
+TRUST_ADVICE = (
+    f"If you trust where it comes from, pass trust_pickle=True or set {TRUST_VARIABLE}=1 (`--trust-pickle` on the "
+    "command line); trust_pickle=[...] allows single classes and functions"
+)
+
+
+def rebuilt(raw: bytes, trust: Trust) -> Any:
+    """Return what was pickled: by Python's own unpickler only where the file is trusted with everything."""
+    return pickle.loads(raw) if trust.everything else unpickle(raw, trust)
+
+
+@contextmanager
+def named_errors(what: str, refused_advice: str = f"{TRUST_ADVICE}.", damaged_advice: str = "") -> Iterator[None]:
+    """Say what could not be rebuilt, and the ways out: of a refusal, and of damage."""
+    try:
+        yield
+    except NotAllowedError as refused:
+        raise UnsafeFileError(
+            f"{what} must be of classes that are known to be safe, got {_described(refused.what)}, which could run any "
+            f"code. {refused_advice}"
+        ) from None
+    except Exception as error:  # damaged bytes, and classes of other versions, fail in any way
+        raise ValueError(
+            f"{what} could not be read: {reason_of(error)}. The file is damaged, or was saved with other versions of "
+            f"its packages.{damaged_advice}"
+        ) from error
+
+
+def _described(what: str) -> str:
+    if what.startswith("cloudpickle."):
+        return f"code of its own (by {what}; lambdas, and classes of scripts, are saved so)"
+    return what

@@ -6,37 +6,24 @@ pickled is rebuilt by ``safe_pickle``; Stable-Baselines3 (SB3) gets the objects 
 """
 
 import base64
-import hashlib
 import io
 import json
 import os
-import pathlib
-import pickle
 import re
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+import zipfile
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch as th
-from gymnasium import Space
-from stable_baselines3.common.running_mean_std import RunningMeanStd
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from torch.overrides import TorchFunctionMode
 
-from sb3_clipvf.safe_json import ENCODED, NOTE, decoded
-from sb3_clipvf.safe_makers import NotAllowedError
-from sb3_clipvf.safe_pickle import TRUST_VARIABLE, Trust, TrustPickle, UnsafeFileError, trust_of, unpickle
-from sb3_clipvf.safe_zip import ModelPath, check_inner_zip, check_json, entries_of, read_bytes, reason_of
-
-_DIGEST_MARK = b"# SHA-256 of the pickle: "
+from sb3_clipvf.files.archive import ModelPath, check_inner_zip, check_json, entries_of, read_bytes, reason_of
+from sb3_clipvf.files.codec import ENCODED, NOTE, decoded
+from sb3_clipvf.files.trust import Trust, UnsafeFileError
+from sb3_clipvf.files.unpickle import TRUST_ADVICE, named_errors, rebuilt
 
 _REFUSED_BY_TORCH = re.compile(r"GLOBAL (\S+)")
-_NUMBERS = (int, float, np.number, np.ndarray)
-_TRUST_ADVICE = (
-    f"If you trust where it comes from, pass trust_pickle=True or set {TRUST_VARIABLE}=1 (`--trust-pickle` on the "
-    "command line); trust_pickle=[...] allows single classes and functions"
-)
 
 
 class CheckedStream(io.BytesIO):
@@ -84,12 +71,12 @@ class ModelFile:
 
     def _unpickled(self, key: str, text: Any, trust: Trust) -> Any:
         way_out = f"pass a value of your own: custom_objects={{{key!r}: ...}}."
-        with _named_errors(f"`{key}` in {self.name}", f"{_TRUST_ADVICE}. Or {way_out}", f" To go on, {way_out}"):
-            return _rebuilt(base64.b64decode(text, validate=True), trust)
+        with named_errors(f"`{key}` in {self.name}", f"{TRUST_ADVICE}. Or {way_out}", f" To go on, {way_out}"):
+            return rebuilt(base64.b64decode(text, validate=True), trust)
 
     def _decoded(self, key: str, item: dict[str, Any]) -> Any:
         way_out = f"To go on, pass a value of your own: custom_objects={{{key!r}: ...}}."
-        with _named_errors(f"`{key}` in {self.name}", f"`save` writes nothing like it. {way_out}", f" {way_out}"):
+        with named_errors(f"`{key}` in {self.name}", f"`save` writes nothing like it. {way_out}", f" {way_out}"):
             return decoded(item)
 
 
@@ -135,7 +122,7 @@ def check_model(file: ModelFile, cls: type[Any], trust: Trust, replaced: Collect
         raise ValueError(f"{file.name} must be what `save` wrote, but holds no `policy.optimizer.pth`.")
     if data.get("env") is not None and "env" not in replaced and not trust.everything:
         raise UnsafeFileError(
-            f"`env` in {file.name} must not be there: making an environment can import any module. {_TRUST_ADVICE}."
+            f"`env` in {file.name} must not be there: making an environment can import any module. {TRUST_ADVICE}."
         )
     missing = [key for key in ("policy_class", "observation_space", "action_space") if key not in data]
     if missing:
@@ -143,88 +130,6 @@ def check_model(file: ModelFile, cls: type[Any], trust: Trust, replaced: Collect
     for key in data:
         if key.startswith("__") or callable(getattr(cls, key, None)):
             raise ValueError(f"`{key}` in {file.name} must not be there: {cls.__name__} has a method of this name.")
-
-
-def load_vec_normalize(load_path: Any, venv: VecEnv, trust_pickle: TrustPickle = None) -> VecNormalize:
-    """
-    Load what ``VecNormalize.save`` wrote, without running code.
-
-    :param load_path: File.
-    :param venv: Environments to wrap.
-    :param trust_pickle: As in :meth:`sb3_clipvf.ClipPPO.load`.
-    :return: Of the class that the file names, usually SB3's; settings and statistics are the file's.
-    :raises UnsafeFileError: If it needs what is neither on the list nor trusted.
-    :raises ValueError: If it holds something else, or is damaged.
-    """
-    vec_normalize = read_pickle(load_path, trust_pickle)
-    name = os.fspath(load_path)
-    if not isinstance(vec_normalize, VecNormalize):
-        kind = type(vec_normalize).__name__
-        raise ValueError(f"{name} must hold a VecNormalize, got {kind}. Pass what `VecNormalize.save` wrote.")
-    if type(vec_normalize) is VecNormalize:
-        _check_statistics(name, vec_normalize)
-    vec_normalize.set_venv(venv)
-    return vec_normalize
-
-
-def digest_of_pickle(pickled: bytes) -> bytes:
-    """
-    Make what may stand behind a pickle, so that :func:`read_pickle` tells damage. Pickle's own readers stop before it.
-
-    :param pickled: A pickle.
-    :return: Bytes to append.
-    """
-    return _DIGEST_MARK + hashlib.sha256(pickled).hexdigest().encode()
-
-
-def read_pickle(path: str | os.PathLike[str], trust_pickle: TrustPickle = None) -> Any:
-    """
-    Read a file that holds one pickle, without running code.
-
-    :param path: File.
-    :param trust_pickle: As in :meth:`sb3_clipvf.ClipPPO.load`.
-    :return: The object.
-    :raises UnsafeFileError: If it needs what is neither on the list nor trusted.
-    :raises ValueError: If it is no pickle, damaged, or too large for the memory.
-    """
-    trust = trust_of(trust_pickle)
-    name, content = read_bytes(pathlib.Path(path), None)
-    if content[:1] != b"\x80":  # older protocols have no such start, and none of SB3's files is as old
-        what = f"{len(content)} bytes of something else" if content else "is empty"
-        raise ValueError(f"{name} must be a pickle, but {what}. Pass what `VecNormalize.save` wrote.")
-    with _named_errors(name):
-        return _rebuilt(_without_digest(content), trust)
-
-
-def _without_digest(content: bytes) -> bytes:
-    pickled, mark, digest = content.rpartition(_DIGEST_MARK)
-    if mark and mark + digest != digest_of_pickle(pickled):
-        raise ValueError("its digest is that of other bytes")
-    # Where damage hit the mark, it is not found, but something stands behind the pickle.
-    if not (mark or content.endswith(pickle.STOP)):
-        raise ValueError("it does not end where a pickle ends")
-    return pickled if mark else content
-
-
-def _rebuilt(raw: bytes, trust: Trust) -> Any:
-    return pickle.loads(raw) if trust.everything else unpickle(raw, trust)
-
-
-@contextmanager
-def _named_errors(what: str, refused_advice: str = f"{_TRUST_ADVICE}.", damaged_advice: str = "") -> Iterator[None]:
-    """Say what could not be rebuilt, and the ways out: of a refusal, and of damage."""
-    try:
-        yield
-    except NotAllowedError as refused:
-        raise UnsafeFileError(
-            f"{what} must be of classes that are known to be safe, got {_described(refused.what)}, which could run any "
-            f"code. {refused_advice}"
-        ) from None
-    except Exception as error:  # damaged bytes, and classes of other versions, fail in any way
-        raise ValueError(
-            f"{what} could not be read: {reason_of(error)}. The file is damaged, or was saved with other versions of "
-            f"its packages.{damaged_advice}"
-        ) from error
 
 
 # ---------------------------------------------------------------------- contents
@@ -265,23 +170,44 @@ def _check_weights(name: str, entry: str, raw: bytes) -> None:
         raise ValueError(f"{what} must hold the state of an optimizer, got something else. Save the model again.")
 
 
-def _check_statistics(name: str, vec_normalize: VecNormalize) -> None:
-    attributes = vars(vec_normalize)
-    moments = [attributes.get("ret_rms")]
-    if attributes.get("norm_obs"):
-        obs_rms = attributes.get("obs_rms")
-        moments += obs_rms.values() if isinstance(obs_rms, dict) else [obs_rms]
-    numbers = [attributes.get(key) for key in ("gamma", "epsilon", "clip_obs", "clip_reward")]
-    spaces = [attributes.get(key) for key in ("observation_space", "action_space")]
-    for rms in moments:
-        numbers += [getattr(rms, key, None) for key in ("mean", "var", "count")]
-    complete = {"training", "norm_reward"} <= attributes.keys() and all(isinstance(space, Space) for space in spaces)
-    are_moments = all(type(rms) is RunningMeanStd for rms in moments)
-    if not (complete and are_moments and all(isinstance(number, _NUMBERS) for number in numbers)):
-        raise ValueError(f"{name} must hold complete statistics, but some are missing. Save them again.")
+ROOM = 64 * 2**20
+"""Bytes that a policy may take besides four times those of the file's weights: buffers are no weights."""
+
+_LEAST = 1024  # a tensor takes this, however small it is; in a file some hundred bytes
+_FACTORIES = frozenset({th.empty, th.zeros, th.ones, th.full, th.rand, th.randn, th.eye, th.arange})
 
 
-def _described(what: str) -> str:
-    if what.startswith("cloudpickle."):
-        return f"code of its own (by {what}; lambdas, and classes of scripts, are saved so)"
-    return what
+class NetworkBound(TorchFunctionMode):
+    """
+    Refuse tensors, while a policy is built, that are larger together than the file's weights give reason for.
+
+    :param file: The model's file.
+    """
+
+    def __init__(self, file: ModelFile) -> None:
+        super().__init__()
+        with zipfile.ZipFile(file.stream()) as archive:
+            self._weights = sum(info.file_size for info in archive.infolist() if info.filename == "policy.pth")
+        self._name, self._taken = file.name, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """
+        Count what is made, before it takes memory.
+
+        :param func: Of torch.
+        :param types: Of its arguments.
+        :param args: Its arguments.
+        :param kwargs: Its keyword arguments.
+        :return: Its result.
+        :raises ValueError: If it is too much.
+        """
+        kwargs = kwargs or {}
+        if func in _FACTORIES and "out" not in kwargs:
+            self._taken += max(_LEAST, func(*args, **{**kwargs, "device": "meta"}).nbytes)
+            if self._taken > ROOM + 4 * self._weights:
+                raise ValueError(
+                    f"The policy in {self._name} must be no larger than its weights, got a network of more than "
+                    f"{self._taken / 1e6:.0f} MB and weights of {self._weights / 1e6:.1f} MB. Load it only if you know "
+                    "where it comes from, with trust_pickle=True."
+                )
+        return func(*args, **kwargs)

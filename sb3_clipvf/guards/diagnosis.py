@@ -11,15 +11,15 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_clipvf.common.nonfinite import BadMinibatchError, NonFiniteError, by_key, is_finite, which_are_not
 from sb3_clipvf.distributions import dist_params
 from sb3_clipvf.engines.autograd import unvalidated_distributions
 from sb3_clipvf.engines.recognition import has_hooks, replaced_method
-from sb3_clipvf.nonfinite import BadMinibatchError, NonFiniteError, by_key, is_finite, which_are_not
 
 if TYPE_CHECKING:
     from sb3_clipvf.clip_ppo import ClipPPO
     from sb3_clipvf.collection import RolloutCollector
-    from sb3_clipvf.engines import Acted
+    from sb3_clipvf.engines.interface import Acted
 
 
 @dataclass(frozen=True)
@@ -347,7 +347,7 @@ def _flat(arrays: dict[str, Any]) -> dict[str, np.ndarray]:
 
 def _write(model: "RolloutCollector", arrays: dict[str, Any]) -> tuple[Path | None, str]:
     """:return: The file that was written, if any, and a sentence about it."""
-    from sb3_clipvf.checkpoint.atomic import atomic_write
+    from sb3_clipvf.files.atomic import atomic_write
 
     folder = _folder(model)
     if folder is None:

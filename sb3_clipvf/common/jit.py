@@ -8,7 +8,7 @@ from numba import njit
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 
-from sb3_clipvf.messages import log
+from sb3_clipvf.common.messages import log
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sb3_clipvf.validation import check_int
+from sb3_clipvf.common.validation import check_int
 from sb3_clipvf.zoo.finding import choose_run, import_packages
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import VectorEnv
 
-from sb3_clipvf.messages import log
+from sb3_clipvf.common.messages import log
 
 MAX_INT = 2**63 - 1
 """Arrays, tensors and kernels count no further."""

@@ -1,0 +1,1 @@
+"""What every layer uses: checks of arguments, messages, versions, memory, compiling, finite checks."""

@@ -1,0 +1,28 @@
+"""Memory that is free."""
+
+from pathlib import Path
+
+import psutil
+
+# Limit and use of a container's memory, in version 2 and version 1 of Linux's control groups.
+_CONTAINER_FILES = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
+)
+
+
+def free_memory() -> int:
+    """
+    Memory that this process may still take.
+
+    :return: Bytes: what is free on the machine, or less where the process runs in a container with a limit.
+    """
+    free = int(psutil.virtual_memory().available)
+    for limit_file, used_file in _CONTAINER_FILES:
+        try:
+            limit, used = limit_file.read_text().strip(), used_file.read_text().strip()
+        except OSError:
+            continue
+        if limit.isdigit() and used.isdigit():  # "max": no limit
+            free = min(free, max(0, int(limit) - int(used)))
+    return free

@@ -1,0 +1,120 @@
+"""Files of ``VecNormalize`` statistics: one pickle, read without running code and replaced atomically."""
+
+import hashlib
+import os
+import pathlib
+import pickle
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gymnasium import Space
+from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+
+from sb3_clipvf.files.archive import read_bytes
+from sb3_clipvf.files.atomic import atomic_write
+from sb3_clipvf.files.trust import TrustPickle, trust_of
+from sb3_clipvf.files.unpickle import named_errors, rebuilt
+
+_NUMBERS = (int, float, np.number, np.ndarray)
+
+
+_DIGEST_MARK = b"# SHA-256 of the pickle: "
+
+
+def load_vec_normalize(load_path: Any, venv: VecEnv, trust_pickle: TrustPickle = None) -> VecNormalize:
+    """
+    Load what ``VecNormalize.save`` wrote, without running code.
+
+    :param load_path: File.
+    :param venv: Environments to wrap.
+    :param trust_pickle: As in :meth:`sb3_clipvf.ClipPPO.load`.
+    :return: Of the class that the file names, usually SB3's; settings and statistics are the file's.
+    :raises UnsafeFileError: If it needs what is neither on the list nor trusted.
+    :raises ValueError: If it holds something else, or is damaged.
+    """
+    vec_normalize = read_pickle(load_path, trust_pickle)
+    name = os.fspath(load_path)
+    if not isinstance(vec_normalize, VecNormalize):
+        kind = type(vec_normalize).__name__
+        raise ValueError(f"{name} must hold a VecNormalize, got {kind}. Pass what `VecNormalize.save` wrote.")
+    if type(vec_normalize) is VecNormalize:
+        _check_statistics(name, vec_normalize)
+    vec_normalize.set_venv(venv)
+    return vec_normalize
+
+
+def digest_of_pickle(pickled: bytes) -> bytes:
+    """
+    Make what may stand behind a pickle, so that :func:`read_pickle` tells damage. Pickle's own readers stop before it.
+
+    :param pickled: A pickle.
+    :return: Bytes to append.
+    """
+    return _DIGEST_MARK + hashlib.sha256(pickled).hexdigest().encode()
+
+
+def read_pickle(path: str | os.PathLike[str], trust_pickle: TrustPickle = None) -> Any:
+    """
+    Read a file that holds one pickle, without running code.
+
+    :param path: File.
+    :param trust_pickle: As in :meth:`sb3_clipvf.ClipPPO.load`.
+    :return: The object.
+    :raises UnsafeFileError: If it needs what is neither on the list nor trusted.
+    :raises ValueError: If it is no pickle, damaged, or too large for the memory.
+    """
+    trust = trust_of(trust_pickle)
+    name, content = read_bytes(pathlib.Path(path), None)
+    if content[:1] != b"\x80":  # older protocols have no such start, and none of SB3's files is as old
+        what = f"{len(content)} bytes of something else" if content else "is empty"
+        raise ValueError(f"{name} must be a pickle, but {what}. Pass what `VecNormalize.save` wrote.")
+    with named_errors(name):
+        return rebuilt(_without_digest(content), trust)
+
+
+def _without_digest(content: bytes) -> bytes:
+    pickled, mark, digest = content.rpartition(_DIGEST_MARK)
+    if mark and mark + digest != digest_of_pickle(pickled):
+        raise ValueError("its digest is that of other bytes")
+    # Where damage hit the mark, it is not found, but something stands behind the pickle.
+    if not (mark or content.endswith(pickle.STOP)):
+        raise ValueError("it does not end where a pickle ends")
+    return pickled if mark else content
+
+
+def _check_statistics(name: str, vec_normalize: VecNormalize) -> None:
+    attributes = vars(vec_normalize)
+    moments = [attributes.get("ret_rms")]
+    if attributes.get("norm_obs"):
+        obs_rms = attributes.get("obs_rms")
+        moments += obs_rms.values() if isinstance(obs_rms, dict) else [obs_rms]
+    numbers = [attributes.get(key) for key in ("gamma", "epsilon", "clip_obs", "clip_reward")]
+    spaces = [attributes.get(key) for key in ("observation_space", "action_space")]
+    for rms in moments:
+        numbers += [getattr(rms, key, None) for key in ("mean", "var", "count")]
+    complete = {"training", "norm_reward"} <= attributes.keys() and all(isinstance(space, Space) for space in spaces)
+    are_moments = all(type(rms) is RunningMeanStd for rms in moments)
+    if not (complete and are_moments and all(isinstance(number, _NUMBERS) for number in numbers)):
+        raise ValueError(f"{name} must hold complete statistics, but some are missing. Save them again.")
+
+
+def save_statistics(normalizer: VecNormalize, path: Path) -> bytes:
+    """
+    Write the statistics of ``VecNormalize`` at once or not at all, whichever way its class writes.
+
+    :param normalizer: SB3's, this package's or another one.
+    :param path: The file.
+    :return: Its content.
+    :raises OSError: If it cannot be written; what it held before is unchanged.
+    """
+    # Not by the name of the open file: FastVecNormalize puts another one in its place, which Windows forbids.
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, path.name)
+        normalizer.save(str(copy))
+        content = copy.read_bytes()
+    with atomic_write(path) as file:
+        file.write(content)
+    return content

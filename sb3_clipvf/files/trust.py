@@ -1,0 +1,68 @@
+"""How far a file is trusted: what `trust_pickle` and its environment variable say."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+TRUST_VARIABLE = "SB3_CLIPVF_TRUST_PICKLE"
+"""Environment variable that trusts all files, where it is "1"."""
+
+
+TrustPickle = bool | Iterable[Callable[..., Any]] | None
+"""What ``trust_pickle`` takes: True, False, classes and functions that may be used in addition, or None."""
+
+
+class UnsafeFileError(ValueError):
+    """A file asks for code to be run while it is loaded, and its user did not say that it is trusted."""
+
+
+@dataclass(frozen=True)
+class Trust:
+    """
+    How far a file is trusted.
+
+    :param everything: Whether it may run any code.
+    :param extra: Classes and functions that it may use in addition to the list, by their full names.
+    """
+
+    everything: bool = False
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def trust_of(trust_pickle: TrustPickle) -> Trust:
+    """
+    Read what the user said.
+
+    :param trust_pickle: True: any code may run. False: none. Classes and functions: these may be used in addition to
+        the list, and be called. None: as the environment variable :data:`TRUST_VARIABLE` says, "1" or "0".
+    :return: The trust.
+    :raises TypeError: If it is something else.
+    :raises ValueError: If the variable is, or a class or function cannot be found by its name.
+    """
+    if isinstance(trust_pickle, bool):
+        return Trust(trust_pickle)
+    if trust_pickle is None:
+        value = os.environ.get(TRUST_VARIABLE, "")
+        if value not in ("", "0", "1"):
+            raise ValueError(f"`{TRUST_VARIABLE}` must be 0 or 1, got {value!r}. 1 trusts every file that is loaded.")
+        return Trust(value == "1")
+    if isinstance(trust_pickle, str | bytes) or not isinstance(trust_pickle, Iterable):
+        raise TypeError(
+            f"`trust_pickle` must be True, False, None or some classes and functions, got {trust_pickle!r}. True lets "
+            "the file run any code."
+        )
+    extra = {}
+    for item in trust_pickle:
+        name = getattr(item, "__qualname__", None)
+        if not callable(item) or name is None:
+            raise TypeError(
+                f"`trust_pickle` must hold classes and functions, got {item!r} in it. Pass what the error names."
+            )
+        if item.__module__ == "__main__" or "<" in name:
+            raise ValueError(
+                f"`trust_pickle` must hold classes and functions of modules, got {item!r}: a file brings its own code "
+                "for it. Move it to a module and save again, replace what needs it by `custom_objects`, or pass True."
+            )
+        extra[f"{item.__module__}.{name}"] = item
+    return Trust(extra=extra)

@@ -1,0 +1,1 @@
+"""What watches over a training: non-finite numbers, failures, dead worker processes, ill-shaped observations."""

@@ -1,0 +1,98 @@
+"""Methods of environments replaced, while a training runs, by ones that refuse observations of the wrong shape."""
+
+import contextlib
+from collections.abc import Iterator
+from itertools import pairwise
+from types import MethodType
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+
+from sb3_clipvf.envs.dummy import FastDummyVecEnv
+from sb3_clipvf.envs.layers import vec_env_layers
+from sb3_clipvf.envs.shapes import check_final, check_one, misfits, name_of, parts, shape_error
+
+
+@contextlib.contextmanager
+def checked_rows(venv: VecEnv) -> Iterator[None]:
+    """
+    Let environments refuse observations that they or a wrapper would stretch, for as long as this lasts.
+
+    What they give is checked before wrappers, ``VecNormalize`` among them, see it; in SB3's ``DummyVecEnv`` before it
+    saves a row. ``FastDummyVecEnv`` does it itself. Where there are no wrappers, the rest is :class:`StepCheck`'s.
+    Layers below a wrapper that converts observations to other shapes are left alone, and so are arrays that are not
+    NumPy's.
+
+    :param venv: With its wrappers.
+    :return: Context manager.
+    """
+    layers = vec_env_layers(venv)
+    base = layers[-1]
+    names = ("reset", "step_wait", "_save_obs", "_obs_from_buf")
+    checks_itself = all(getattr(type(base), name, None) is getattr(FastDummyVecEnv, name) for name in names)
+    checks: list[tuple[VecEnv, str, Any]] = []
+    for outer, inner in reversed(list(pairwise(layers))):
+        if _takes_shapes_of(outer, inner):
+            if not (inner is base and checks_itself):
+                checks = [(inner, "reset", _reset), (inner, "step_wait", _step_wait)]
+            break
+    if isinstance(base, DummyVecEnv) and type(base)._save_obs is DummyVecEnv._save_obs:
+        checks.append((base, "_save_obs", _save_obs))
+    # Methods, so that a copy of the environments writes into its own rows. What others put there stays, also meanwhile.
+    methods = [(layer, name, MethodType(check, layer)) for layer, name, check in checks if name not in vars(layer)]
+    for layer, name, method in methods:
+        vars(layer)[name] = method
+    try:
+        yield
+    finally:
+        for layer, name, method in methods:
+            if vars(layer).get(name) is method:
+                del vars(layer)[name]
+
+
+def _takes_shapes_of(outer: VecEnv, inner: VecEnv) -> bool:
+    """Return whether a wrapper relies on the shapes of the space inside; one of the user's may convert them."""
+    shapes = [[(key, part.shape) for key, part in parts(venv.observation_space)] for venv in (outer, inner)]
+    return type(outer).__module__.startswith("stable_baselines3.") or shapes[0] == shapes[1]
+
+
+def _save_obs(self: DummyVecEnv, env_idx: int, obs: Any) -> None:
+    check_one(self.observation_space, obs, env_idx)
+    DummyVecEnv._save_obs(self, env_idx, obs)
+
+
+def _reset(self: VecEnv, *args: Any, **kwargs: Any) -> Any:
+    obs = type(self).reset(self, *args, **kwargs)
+    if not args and not kwargs:  # some classes reset by themselves only those environments that are over
+        _check_shapes(self, obs)
+    return obs
+
+
+def _step_wait(self: VecEnv) -> Any:
+    step = type(self).step_wait(self)
+    # In another form than SB3's, it is for a wrapper to convert.
+    if (
+        isinstance(step, tuple)
+        and len(step) == 4
+        and _check_shapes(self, step[0])
+        and isinstance(step[3], list | tuple)
+    ):
+        check_final(self.observation_space, step[2], step[3])
+    return step
+
+
+def _check_shapes(venv: VecEnv, obs: Any) -> bool:
+    """Check shapes; types are checked behind the wrappers. :return: False for what only a wrapper can convert."""
+    n_envs, space = venv.num_envs, venv.observation_space
+    if type(obs) is np.ndarray and obs.shape == (n_envs, *(space.shape or ())):
+        return True
+    try:
+        given = [obs if key is None else obs[key] for key, _ in parts(space)]
+    except (IndexError, KeyError, TypeError):
+        return False
+    if not all(isinstance(part, np.ndarray | list) for part in given):
+        return False
+    for key, wanted, shape in misfits(space, obs, (n_envs,), columns=True):
+        raise shape_error(name_of(key), wanted, shape)
+    return True
