@@ -28,7 +28,7 @@ from sb3_clipvf.files.statistics import read_pickle
 from sb3_clipvf.files.trust import TRUST_VARIABLE
 from sb3_clipvf.zoo import main
 from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
-from sb3_clipvf.zoo.files import RunLoader
+from sb3_clipvf.zoo.run_files import RunLoader
 from sb3_clipvf.zoo.vec_env import make_vec_env
 
 RUN = Path("logs") / "clipppo" / "CartPole-v1_1"

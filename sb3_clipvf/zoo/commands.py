@@ -304,7 +304,7 @@ def _run(name: str, command: Command, options: Sequence[str]) -> int:
         register()
         # These import torch, as register() does.
         from sb3_clipvf.zoo.checks import checked_options
-        from sb3_clipvf.zoo.files import checked_files
+        from sb3_clipvf.zoo.run_files import checked_files
 
         stack.enter_context(checked_options(f"{PROGRAM} {name}", name, finds_run=finds_model))
         stack.enter_context(checked_files(plots=name == "plot_from_file"))

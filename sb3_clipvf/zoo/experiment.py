@@ -37,8 +37,8 @@ from sb3_clipvf.envs import FastDummyVecEnv
 from sb3_clipvf.zoo import statistics
 from sb3_clipvf.zoo.commands import ALGORITHM, hyperparams_path
 from sb3_clipvf.zoo.entries import ZOO_KEYS, counted, drop_null
-from sb3_clipvf.zoo.files import check_saved
 from sb3_clipvf.zoo.resume import CHECKPOINTS, ResumedRun
+from sb3_clipvf.zoo.run_files import check_saved
 from sb3_clipvf.zoo.settings import check_imports, check_setting, readable_config
 from sb3_clipvf.zoo.terminal import WholeProgressBar, timed_tables
 from sb3_clipvf.zoo.tuning import CheckedSearch

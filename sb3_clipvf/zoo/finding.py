@@ -126,7 +126,7 @@ def choose_run_of_options(options: Namespace) -> None:
     :raises ValueError: If nothing registers its environment.
     :raises UnsafeFileError: If the run names packages that may have come with it.
     """
-    from sb3_clipvf.zoo.files import read_settings  # imports torch
+    from sb3_clipvf.zoo.run_files import read_settings  # imports torch
 
     parent = Path(options.folder, options.algo)
     options.exp_id = choose_run(parent, options.env, options.exp_id, model_test(options.env, options))

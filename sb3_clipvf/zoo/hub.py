@@ -52,7 +52,7 @@ def explained_listing() -> Iterator[None]:
     """Name ``--no-hub`` where ``rl_zoo3.benchmark`` cannot list the agents of the Hugging Face hub."""
     from rl_zoo3 import utils
 
-    from sb3_clipvf.zoo.files import replaced  # imports torch
+    from sb3_clipvf.zoo.run_files import replaced  # imports torch
 
     listed = utils.get_hf_trained_models
 

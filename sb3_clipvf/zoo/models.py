@@ -20,9 +20,9 @@ from sb3_clipvf.checkpoint.file import sorted_checkpoints
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.zoo.commands import ALGORITHM
 from sb3_clipvf.zoo.entries import counted, drop_null
-from sb3_clipvf.zoo.files import replaced
 from sb3_clipvf.zoo.finding import choose_run
 from sb3_clipvf.zoo.resume import CHECKPOINTS
+from sb3_clipvf.zoo.run_files import replaced
 from sb3_clipvf.zoo.statistics import EARLIER, STATISTICS, has_own_statistics, own_statistics
 
 

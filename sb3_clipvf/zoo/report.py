@@ -220,7 +220,7 @@ def next_commands(run: Run, log_folder: str) -> list[tuple[str, str]]:
 
 def _environment_options(run: Run) -> str:
     """Return the options by which the run's training found and made its environment, and read its settings."""
-    from sb3_clipvf.zoo.files import lies_beside  # imports torch
+    from sb3_clipvf.zoo.run_files import lies_beside  # imports torch
 
     arguments = read_arguments(run)
     options = []

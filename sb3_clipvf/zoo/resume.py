@@ -85,7 +85,7 @@ def resumed_run(path: str, options: Sequence[str]) -> tuple[ResumedRun, list[str
     """
     from sb3_clipvf.checkpoint import newest_checkpoint, read_checkpoint
     from sb3_clipvf.checkpoint.file import sorted_checkpoints
-    from sb3_clipvf.zoo.files import check_built, read_settings
+    from sb3_clipvf.zoo.run_files import check_built, read_settings
 
     place = Path(os.path.abspath(path))
     if not path or not place.exists():

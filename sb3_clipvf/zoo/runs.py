@@ -160,7 +160,7 @@ def find_run(
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    from sb3_clipvf.zoo.files import read_settings
+    from sb3_clipvf.zoo.run_files import read_settings
 
     return read_settings(path)
 
@@ -191,8 +191,8 @@ def make_env(run: Run, n_envs: int, seed: int, render_mode: str | None = None) -
     from rl_zoo3.exp_manager import ExperimentManager
     from stable_baselines3.common.vec_env import DummyVecEnv
 
-    from sb3_clipvf.zoo.files import checked_files
     from sb3_clipvf.zoo.models import complete_settings
+    from sb3_clipvf.zoo.run_files import checked_files
     from sb3_clipvf.zoo.statistics import own_statistics_loaded
 
     arguments = read_arguments(run)
@@ -228,7 +228,7 @@ def load_model(run: Run, seed: int, device: str) -> BaseAlgorithm:
     from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
     from stable_baselines3.common.utils import set_random_seed
 
-    from sb3_clipvf.zoo.files import checked_files
+    from sb3_clipvf.zoo.run_files import checked_files
 
     set_random_seed(seed)
     algorithm = ALGOS[run.algo]

@@ -12,7 +12,7 @@ from sb3_clipvf.callbacks import BEST_MODEL, STATISTICS_ENTRY
 from sb3_clipvf.checkpoint.resume import has_statistics, load_statistics
 from sb3_clipvf.files.archive import entries_of, read_bytes
 from sb3_clipvf.files.statistics import load_vec_normalize
-from sb3_clipvf.zoo.files import replaced
+from sb3_clipvf.zoo.run_files import replaced
 
 STATISTICS = "vecnormalize.pkl"
 """The RL Zoo's file of a run's last statistics."""

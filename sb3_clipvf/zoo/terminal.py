@@ -8,7 +8,7 @@ from typing import Any
 from stable_baselines3.common.callbacks import ProgressBarCallback
 from stable_baselines3.common.logger import HumanOutputFormat
 
-from sb3_clipvf.zoo.files import replaced
+from sb3_clipvf.zoo.run_files import replaced
 
 TABLE_SECONDS = 5.0
 """Least time between two tables."""

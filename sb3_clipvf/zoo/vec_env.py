@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_clipvf.envs import as_vec_env, episodes
 from sb3_clipvf.zoo.entries import with_arguments
-from sb3_clipvf.zoo.files import replaced
+from sb3_clipvf.zoo.run_files import replaced
 
 VEC_ENVS = ("gymnasium", "envpool", "ale")
 """What ``--vec-env`` takes besides the Zoo's ``dummy`` and ``subproc``."""
