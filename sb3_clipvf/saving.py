@@ -1,23 +1,21 @@
 """What ClipPPO keeps and takes up again: models in files, their weights, and trainings that were interrupted."""
 
-import contextlib
 import io
 import os
 import pathlib
-import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.save_util import open_path, recursive_getattr, save_to_zip_file
+from stable_baselines3.common.save_util import recursive_getattr
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TensorDict
 
 from sb3_clipvf.arguments import values_to_load
 from sb3_clipvf.collection import RolloutCollector
 from sb3_clipvf.common.validation import check_device, same_spaces
-from sb3_clipvf.files.codec import NOTE, encoded
-from sb3_clipvf.files.model import NetworkBound, check_model, read_model
+from sb3_clipvf.files.codec import NOTE
+from sb3_clipvf.files.model import check_model, network_bound, read_model, write_model
 from sb3_clipvf.files.trust import TrustPickle, trust_of
 
 if TYPE_CHECKING:
@@ -50,16 +48,8 @@ class SavedAlgorithm(RolloutCollector):
         :param include: Attributes to save although they are left out otherwise.
         :raises OSError: If the file cannot be written. What ``path`` held before is then unchanged.
         """
-        stream = io.BytesIO()
-        attributes = encoded(self._saved_attributes(exclude or (), include or ()))
-        save_to_zip_file(stream, attributes, self.get_parameters(), self._saved_variables())
-        if isinstance(path, str | os.PathLike):
-            from sb3_clipvf.files.atomic import atomic_write
-
-            with atomic_write(_target(pathlib.Path(path))) as file:
-                file.write(stream.getbuffer())
-        else:
-            open_path(path, "w").write(stream.getbuffer())
+        attributes = self._saved_attributes(exclude or (), include or ())
+        write_model(path, attributes, self.get_parameters(), self._saved_variables())
 
     def _saved_attributes(self, exclude: Iterable[str] = (), include: Iterable[str] = ()) -> dict[str, Any]:
         """:return: What a file has of the model besides tensors, by name."""
@@ -129,8 +119,7 @@ class SavedAlgorithm(RolloutCollector):
         kwargs = values_to_load(file.data or {}, kwargs, replaced, cls)
         # Built anew in any case; and SB3 compares the policy's arguments with the file's.
         replaced = {"lr_schedule": None, **{key: kwargs[key] for key in kwargs if key != "policy_kwargs"}, **replaced}
-        bound = contextlib.nullcontext() if trust.everything else NetworkBound(file)
-        with same_spaces(), bound:
+        with same_spaces(), network_bound(file, trust):
             model = super().load(
                 file.stream(),
                 env=env,
@@ -199,16 +188,3 @@ class SavedAlgorithm(RolloutCollector):
 
             take_over(cast("ClipPPO", self), initialised)
         return initialised
-
-
-def _target(path: pathlib.Path) -> pathlib.Path:
-    """Where SB3 would write, which adds a suffix, makes folders, and passes over a folder of the name."""
-    if not path.suffix:
-        path = pathlib.Path(f"{path}.zip")
-    if path.is_dir():
-        warnings.warn(f"Path '{path}' is a folder. Will save instead to {path}_2", stacklevel=3)
-        path = pathlib.Path(f"{path}_2")
-    if not path.parent.exists():
-        warnings.warn(f"Path '{path.parent}' does not exist. Will create it.", stacklevel=3)
-        path.parent.mkdir(exist_ok=True, parents=True)
-    return path.resolve()  # a link stays one

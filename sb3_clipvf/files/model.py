@@ -9,17 +9,22 @@ import base64
 import io
 import json
 import os
+import pathlib
 import re
+import warnings
 import zipfile
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch as th
+from stable_baselines3.common.save_util import open_path, save_to_zip_file
 from torch.overrides import TorchFunctionMode
 
 from sb3_clipvf.files.archive import ModelPath, check_inner_zip, check_json, entries_of, read_bytes, reason_of
-from sb3_clipvf.files.codec import ENCODED, NOTE, decoded
+from sb3_clipvf.files.atomic import atomic_write
+from sb3_clipvf.files.codec import ENCODED, NOTE, decoded, encoded
 from sb3_clipvf.files.trust import Trust, UnsafeFileError
 from sb3_clipvf.files.unpickle import TRUST_ADVICE, named_errors, rebuilt
 
@@ -78,6 +83,40 @@ class ModelFile:
         way_out = f"To go on, pass a value of your own: custom_objects={{{key!r}: ...}}."
         with named_errors(f"`{key}` in {self.name}", f"`save` writes nothing like it. {way_out}", f" {way_out}"):
             return decoded(item)
+
+
+def write_model(
+    path: ModelPath, attributes: Mapping[str, Any], parameters: Mapping[str, Any], variables: Mapping[str, Any]
+) -> None:
+    """
+    Write a model's zip, which replaces an older one only when it is complete; an open file is written to directly.
+
+    :param path: File, with or without ".zip", or an open binary file.
+    :param attributes: Attributes of the model, by name. What JSON cannot express is pickled, with a warning.
+    :param parameters: State dicts, by name.
+    :param variables: Further tensors, by name.
+    :raises OSError: If the file cannot be written. What ``path`` held before is then unchanged.
+    """
+    stream = io.BytesIO()
+    save_to_zip_file(stream, encoded(attributes), dict(parameters), dict(variables))
+    if isinstance(path, str | os.PathLike):
+        with atomic_write(_target(pathlib.Path(path))) as file:
+            file.write(stream.getbuffer())
+    else:
+        open_path(path, "w").write(stream.getbuffer())
+
+
+def _target(path: pathlib.Path) -> pathlib.Path:
+    """Return the path that SB3 would write to. It adds a suffix, creates folders, and avoids a folder of that name."""
+    if not path.suffix:
+        path = pathlib.Path(f"{path}.zip")
+    if path.is_dir():
+        warnings.warn(f"Path '{path}' is a folder. Will save instead to {path}_2", stacklevel=4)
+        path = pathlib.Path(f"{path}_2")
+    if not path.parent.exists():
+        warnings.warn(f"Path '{path.parent}' does not exist. Will create it.", stacklevel=4)
+        path.parent.mkdir(exist_ok=True, parents=True)
+    return path.resolve()  # a link stays one
 
 
 def read_model(path: ModelPath, *, needs_data: bool = True) -> ModelFile:
@@ -175,6 +214,11 @@ ROOM = 64 * 2**20
 
 _LEAST = 1024  # a tensor takes this, however small it is; in a file some hundred bytes
 _FACTORIES = frozenset({th.empty, th.zeros, th.ones, th.full, th.rand, th.randn, th.eye, th.arange})
+
+
+def network_bound(file: ModelFile, trust: Trust) -> AbstractContextManager[Any]:
+    """Return a context in which a policy larger than the file's weights is refused, unless the file is trusted."""
+    return nullcontext() if trust.everything else NetworkBound(file)
 
 
 class NetworkBound(TorchFunctionMode):

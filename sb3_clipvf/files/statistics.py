@@ -18,8 +18,10 @@ from sb3_clipvf.files.atomic import atomic_write
 from sb3_clipvf.files.trust import TrustPickle, trust_of
 from sb3_clipvf.files.unpickle import named_errors, rebuilt
 
-_NUMBERS = (int, float, np.number, np.ndarray)
+STATISTICS_FILE = "vecnormalize.pkl"
+"""Name of the file of statistics in a folder of a run, as the RL Zoo names it."""
 
+_NUMBERS = (int, float, np.number, np.ndarray)
 
 _DIGEST_MARK = b"# SHA-256 of the pickle: "
 
