@@ -1,6 +1,5 @@
 """From ClipPPO's arguments to its parts: the rollout buffer, the engine's settings, the controllers of the KL."""
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +9,7 @@ from sb3_clipvf.common.messages import log
 from sb3_clipvf.distributions import dist_param_dim
 from sb3_clipvf.engines.interface import UpdateSettings
 from sb3_clipvf.rollout import TensorRolloutBuffer
-from sb3_clipvf.schedules import AdaptiveKL, KLAdaptiveLR, Schedule
+from sb3_clipvf.schedules import AdaptiveKL, KLAdaptiveLR, Schedule, make_controller
 
 if TYPE_CHECKING:
     from sb3_clipvf.clip_ppo import ClipPPO
@@ -170,9 +169,7 @@ def make_adaptive_kl(kept: AdaptiveKL | None, target: float | None, kl_coef: Sch
     :param kl_coef: Beta starts at its value at progress 1.
     :return: The state, or None.
     """
-    if target is None:
-        return None
-    return AdaptiveKL(beta=kl_coef(1.0), target=target) if kept is None else replace(kept, target=target)
+    return make_controller(AdaptiveKL, kept, target, kl_coef)
 
 
 def make_adaptive_lr(kept: KLAdaptiveLR | None, target: float | None, lr_schedule: Schedule) -> KLAdaptiveLR | None:
@@ -184,6 +181,4 @@ def make_adaptive_lr(kept: KLAdaptiveLR | None, target: float | None, lr_schedul
     :param lr_schedule: The rate starts at its value at progress 1.
     :return: The state, or None.
     """
-    if target is None:
-        return None
-    return KLAdaptiveLR(lr_schedule(1.0), target) if kept is None else replace(kept, target=target)
+    return make_controller(KLAdaptiveLR, kept, target, lr_schedule)

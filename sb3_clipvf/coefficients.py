@@ -4,17 +4,15 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from sb3_clipvf import schedules
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.engines.interface import UpdateCoefficients
-from sb3_clipvf.schedules import Schedule, clamp_progress, is_known, make_schedule
+from sb3_clipvf.schedules import Schedule, clamp_progress, is_known
 
 if TYPE_CHECKING:
     from sb3_clipvf.clip_ppo import ClipPPO
 
-NAMES = ("clip_range", "clip_range_vf", "ent_coef", "vf_coef", "kl_coef")
-_POSITIVE = ("clip_range", "clip_range_vf")
-# None switches these off; the others take 0 for that.
-_OPTIONAL = ("clip_range", "clip_range_vf")
+NAMES = schedules.COEFFICIENTS
 
 SPREAD_EPS = 1e-6
 """Returns whose standard deviation is below this share of the largest one differ by rounding alone."""
@@ -30,12 +28,7 @@ def schedule_of(model: "ClipPPO", name: str) -> Schedule | None:
     :raises TypeError: If the attribute is no coefficient.
     :raises ValueError: If it is out of range.
     """
-    value = getattr(model, name)
-    if value is None and name in _OPTIONAL:
-        return None
-    if name not in model._schedules or model._schedules[name][0] is not value:
-        model._schedules[name] = (value, make_schedule(value, name, positive=name in _POSITIVE))
-    return model._schedules[name][1]
+    return schedules.schedule_of(getattr(model, name), name, model._schedules)
 
 
 def update_coefficients(model: "ClipPPO") -> UpdateCoefficients:
@@ -115,6 +108,6 @@ def warn_of_early_end(
 
 def _annealed(model: "ClipPPO") -> dict[str, Schedule]:
     """:return: The schedules that change with progress, by coefficient, without functions of the user."""
-    schedules = {"learning_rate": model.lr_schedule, **{name: schedule_of(model, name) for name in NAMES}}
-    known = {name: schedule for name, schedule in schedules.items() if schedule is not None and is_known(schedule)}
+    by_name = {"learning_rate": model.lr_schedule, **{name: schedule_of(model, name) for name in NAMES}}
+    known = {name: schedule for name, schedule in by_name.items() if schedule is not None and is_known(schedule)}
     return {name: schedule for name, schedule in known.items() if schedule(1.0) != schedule(0.0)}

@@ -10,7 +10,7 @@ import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from stable_baselines3.common.utils import ConstantSchedule as HostConstantSchedule
 from stable_baselines3.common.utils import FloatSchedule
@@ -21,6 +21,12 @@ from sb3_clipvf.common.validation import as_float
 Schedule = Callable[[float], float]
 
 SCHEDULE_STRINGS = "`lin_x`, `cos_x`, `exp_x` or `const_x` with a number x, for example `lin_0.2`"
+COEFFICIENTS = ("clip_range", "clip_range_vf", "ent_coef", "vf_coef", "kl_coef")
+"""Arguments of the loss that take a schedule."""
+
+# Positive, or None, which switches them off. The others are at least 0, and 0 switches them off.
+_POSITIVE = ("clip_range", "clip_range_vf")
+
 EXPONENTIAL_DECAY = 100.0
 """An ``exp_x`` schedule ends at ``x / EXPONENTIAL_DECAY``."""
 
@@ -204,6 +210,16 @@ def make_schedule(value: Any, name: str, *, positive: bool = False) -> Schedule:
     return schedule
 
 
+def schedule_of(value: Any, name: str, cache: dict[str, tuple[Any, Schedule]]) -> Schedule | None:
+    """Return the schedule of a coefficient, or None if it is None; ``cache`` holds values and their schedules."""
+    positive = name in _POSITIVE
+    if value is None and positive:
+        return None
+    if name not in cache or cache[name][0] is not value:
+        cache[name] = (value, make_schedule(value, name, positive=positive))
+    return cache[name][1]
+
+
 def _parse(text: str, name: str) -> Schedule:
     prefix, separator, number = text.partition("_")
     try:
@@ -302,3 +318,15 @@ class KLAdaptiveLR:
         elif 0.0 < kl < self.target / 2.0:
             rate = min(self.lr_max, rate * 1.5)
         return replace(self, learning_rate=rate)
+
+
+ControllerT = TypeVar("ControllerT", AdaptiveKL, KLAdaptiveLR)
+
+
+def make_controller(
+    kind: type[ControllerT], kept: ControllerT | None, target: float | None, schedule: Schedule
+) -> ControllerT | None:
+    """Return ``kept`` with this target, or a controller that starts at ``schedule(1.0)``; None without a target."""
+    if target is None:
+        return None
+    return kind(schedule(1.0), target) if kept is None else replace(kept, target=target)

@@ -21,7 +21,9 @@ from sb3_clipvf.schedules import (
     LinearSchedule,
     clamp_progress,
     is_constant,
+    make_controller,
     make_schedule,
+    schedule_of,
 )
 
 # Rounding of two or three float64 operations.
@@ -109,6 +111,24 @@ class TestSchedules:
     )
     def test_what_may_change_is_not_constant(self, value: Any) -> None:
         assert not is_constant(value)
+
+
+class TestScheduleOf:
+    def test_it_is_built_again_only_when_the_value_is_replaced(self) -> None:
+        cache: dict[str, Any] = {}
+        first = schedule_of("lin_0.2", "clip_range", cache)
+        assert schedule_of("lin_0.2", "clip_range", cache) is first
+        assert schedule_of("lin_0.4", "clip_range", cache) == LinearSchedule(0.4)
+
+    def test_none_switches_ranges_off(self) -> None:
+        assert schedule_of(None, "clip_range", {}) is schedule_of(None, "clip_range_vf", {}) is None
+        with pytest.raises(TypeError, match="`ent_coef` must be a number, a function of progress or a string, got Non"):
+            schedule_of(None, "ent_coef", {})
+
+    def test_only_ranges_must_be_positive(self) -> None:
+        assert schedule_of(0, "kl_coef", {}) == ConstantSchedule(0.0)
+        with pytest.raises(ValueError, match="`clip_range_vf` must be positive"):
+            schedule_of(0, "clip_range_vf", {})
 
 
 class TestBadSchedules:
@@ -246,3 +266,15 @@ class TestKLAdaptiveLR:
     def test_default_bounds(self) -> None:
         state = KLAdaptiveLR(learning_rate=3e-4, target=0.01)
         assert (state.lr_min, state.lr_max) == (1e-5, 1e-2)
+
+
+@pytest.mark.parametrize("kind", [AdaptiveKL, KLAdaptiveLR])
+class TestMakeController:
+    def test_without_a_target_there_is_none(self, kind: Any) -> None:
+        assert make_controller(kind, kind(0.1, 0.01), None, LinearSchedule(3e-4)) is None
+
+    def test_it_starts_where_the_schedule_does(self, kind: Any) -> None:
+        assert make_controller(kind, None, 0.01, LinearSchedule(3e-4)) == kind(3e-4, 0.01)
+
+    def test_a_kept_one_takes_the_new_target_alone(self, kind: Any) -> None:
+        assert make_controller(kind, kind(0.1, 0.01), 0.02, LinearSchedule(3e-4)) == kind(0.1, 0.02)
