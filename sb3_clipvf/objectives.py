@@ -2,9 +2,9 @@
 The mathematics of PPO's update: pure functions of tensors.
 
 An *objective* is maximised, a *loss* is minimised. ``ratio`` is pi(a|s) / pi_old(a|s), where pi_old is the policy that
-collected the rollout. Everything here is differentiable, holds no state and does no input or output.
+collected the rollout. All functions are differentiable.
 
-Notation follows Schulman et al. 2017, arXiv 1707.06347, except where a docstring says otherwise.
+Notation and equation numbers follow Schulman et al. 2017, arXiv 1707.06347, unless stated otherwise.
 """
 
 import torch as th
@@ -18,8 +18,8 @@ def normalize_advantages(advantages: th.Tensor) -> th.Tensor:
     """
     Shift and scale advantages to mean 0 and (unbiased) standard deviation 1.
 
-    :param advantages: Shape ``(n,)``. A single advantage has no spread and is returned as it is.
-    :return: Shape ``(n,)``.
+    :param advantages: Shape ``(n,)``.
+    :return: Shape ``(n,)``. A single advantage has no spread and is returned unchanged.
     """
     if len(advantages) <= 1:
         return advantages
@@ -55,7 +55,7 @@ def clipped_surrogate(ratio: th.Tensor, advantages: th.Tensor, clip_range: float
 
 def clip_fraction(ratio: th.Tensor, clip_range: float) -> th.Tensor:
     """
-    The share of ratios outside ``[1 - eps, 1 + eps]``.
+    Fraction of ratios outside ``[1 - eps, 1 + eps]``.
 
     :param ratio: Probability ratios, shape ``(n,)``.
     :param clip_range: epsilon, at least 0.
@@ -64,37 +64,15 @@ def clip_fraction(ratio: th.Tensor, clip_range: float) -> th.Tensor:
     return th.mean((th.abs(ratio - 1) > clip_range).float())
 
 
-def kl_k1(log_ratio: th.Tensor) -> th.Tensor:
-    """
-    Sampled estimate of KL(pi_old || pi): ``E[-log ratio]``; unbiased, may be negative.
-
-    :param log_ratio: log pi(a|s) - log pi_old(a|s) of actions drawn from pi_old, shape ``(n,)``, nats.
-    :return: Scalar, nats.
-    Source: Schulman 2020, "Approximating KL divergence" (blog), estimator k1.
-    """
-    return (-log_ratio).mean()
-
-
-def kl_k2(log_ratio: th.Tensor) -> th.Tensor:
-    """
-    Sampled estimate of KL(pi_old || pi): ``E[(log ratio)^2 / 2]``; biased, low variance, never negative.
-
-    :param log_ratio: log pi(a|s) - log pi_old(a|s) of actions drawn from pi_old, shape ``(n,)``, nats.
-    :return: Scalar, nats.
-    Source: Schulman 2020, estimator k2.
-    """
-    return (0.5 * log_ratio**2).mean()
-
-
 def kl_k3(log_ratio: th.Tensor) -> th.Tensor:
     """
     Sampled estimate of KL(pi_old || pi): ``E[(ratio - 1) - log ratio]``; unbiased, never negative.
 
-    This is what SB3 logs as ``train/approx_kl``.
+    SB3 logs it as ``train/approx_kl``.
 
     :param log_ratio: log pi(a|s) - log pi_old(a|s) of actions drawn from pi_old, shape ``(n,)``, nats.
     :return: Scalar, nats.
-    Source: Schulman 2020, estimator k3.
+    Source: Schulman 2020, "Approximating KL divergence" (blog), estimator k3.
     """
     return th.mean((th.exp(log_ratio) - 1) - log_ratio)
 
@@ -104,12 +82,12 @@ def categorical_kl(old_logits: th.Tensor, logits: th.Tensor) -> th.Tensor:
     Exact KL(old || new) of two categorical distributions: ``sum_i p_i (log p_i - log q_i)``.
 
     :param old_logits: Unnormalised log-probabilities of the old distribution, shape ``(..., n_actions)``.
-    :param logits: The same of the new distribution.
+    :param logits: The same for the new distribution.
     :return: Shape ``(...)``, nats.
     """
     old_log_p = th.log_softmax(old_logits, dim=-1)
     log_p = th.log_softmax(logits, dim=-1)
-    # A probability of exactly 0 contributes 0, also where both log-probabilities are -inf (masked actions).
+    # A masked action (log-probability -inf) contributes 0, even where both log-probabilities are -inf.
     terms = th.where(old_log_p == -th.inf, 0.0, old_log_p.exp() * (old_log_p - log_p))
     return terms.sum(dim=-1)
 
@@ -118,9 +96,9 @@ def multi_categorical_kl(old_logits: th.Tensor, logits: th.Tensor, n_actions: li
     """
     Exact KL(old || new) of independent categorical distributions: the sum over them.
 
-    :param old_logits: Their logits side by side, shape ``(n, sum(n_actions))``.
-    :param logits: The same of the new distribution.
-    :param n_actions: How many actions each of them has.
+    :param old_logits: Concatenated logits of the old distributions, shape ``(n, sum(n_actions))``.
+    :param logits: The same for the new distributions.
+    :param n_actions: Number of actions of each distribution.
     :return: Shape ``(n,)``, nats.
     """
     pairs = zip(th.split(old_logits, n_actions, dim=-1), th.split(logits, n_actions, dim=-1), strict=True)
@@ -131,8 +109,8 @@ def bernoulli_kl(old_logits: th.Tensor, logits: th.Tensor) -> th.Tensor:
     """
     Exact KL(old || new) of independent Bernoulli distributions: the sum over them.
 
-    :param old_logits: Log-odds of a one, shape ``(n, n_bits)``.
-    :param logits: The same of the new distribution.
+    :param old_logits: Log-odds of a one under the old distributions, shape ``(n, n_bits)``.
+    :param logits: The same for the new distributions.
     :return: Shape ``(n,)``, nats.
     """
     old_p = th.sigmoid(old_logits)
@@ -147,8 +125,8 @@ def gaussian_kl(old_mean: th.Tensor, old_log_std: th.Tensor, mean: th.Tensor, lo
 
     ``sum_d log(sigma / sigma_old) + (sigma_old^2 + (mu_old - mu)^2) / (2 sigma^2) - 1/2``
 
-    It also holds for tanh-squashed Gaussians, whose KL is that of the Gaussians before squashing: a bijection of the
-    actions changes both densities by the same factor.
+    It also holds for tanh-squashed Gaussians, with the parameters before squashing: a bijection of the actions changes
+    both densities by the same factor.
 
     :param old_mean: mu_old, shape ``(n, action_dim)``.
     :param old_log_std: log sigma_old, shape ``(n, action_dim)``.
@@ -174,12 +152,14 @@ def value_loss(values: th.Tensor, returns: th.Tensor) -> th.Tensor:
 
 def clip_values(values: th.Tensor, old_values: th.Tensor, clip_range_vf: float) -> th.Tensor:
     """
-    Predictions held within ``clip_range_vf`` of those at rollout time.
+    Predictions clipped to within ``clip_range_vf`` of those at rollout time.
+
+    ``V_clip = V_old + clip(V - V_old, -clip_range_vf, clip_range_vf)``
 
     :param values: V, shape ``(n,)``, return units.
     :param old_values: V_old, shape ``(n,)``, return units.
-    :param clip_range_vf: Largest change that is let through, at least 0, return units.
-    :return: ``V_old + clip(V - V_old, -clip_range_vf, clip_range_vf)``, shape ``(n,)``.
+    :param clip_range_vf: Largest change of a prediction, at least 0, return units.
+    :return: V_clip, shape ``(n,)``.
     """
     return old_values + th.clamp(values - old_values, -clip_range_vf, clip_range_vf)
 
@@ -188,10 +168,9 @@ def value_loss_clipped_prediction(
     values: th.Tensor, old_values: th.Tensor, returns: th.Tensor, clip_range_vf: float
 ) -> th.Tensor:
     """
-    SB3's form: the squared error of the clipped prediction alone.
+    SB3's form, the squared error of the clipped prediction alone: ``E[(V_clip - R)^2]``.
 
-    Its gradient is zero wherever the prediction moved further than ``clip_range_vf``, also where it moved away from
-    the target.
+    The gradient is zero wherever the prediction moved by more than ``clip_range_vf``, even away from the target.
 
     :param values: V, shape ``(n,)``, return units.
     :param old_values: V_old, shape ``(n,)``, return units.
@@ -209,14 +188,14 @@ def value_loss_clipped_max(
     """
     The larger of the clipped and the unclipped squared error: ``E[max((V - R)^2, (V_clip - R)^2)]``.
 
-    A prediction that moved too far towards the target gets no gradient; one that moved away from it is pulled back.
+    A prediction that moved too far towards the target has no gradient. One that moved away is pulled back.
 
     :param values: V, shape ``(n,)``, return units.
     :param old_values: V_old, shape ``(n,)``, return units.
     :param returns: Targets, shape ``(n,)``, return units.
     :param clip_range_vf: At least 0, return units.
-    :return: Scalar loss, squared return units; no factor 1/2 (OpenAI baselines has one, its vf_coef means half).
-    Source: OpenAI baselines, ``ppo2/model.py``.
+    :return: Scalar loss, squared return units.
+    Source: OpenAI baselines, ``ppo2/model.py``, without its factor 1/2.
     """
     clipped = clip_values(values, old_values, clip_range_vf)
     return th.max((values - returns) ** 2, (clipped - returns) ** 2).mean()
@@ -224,7 +203,7 @@ def value_loss_clipped_max(
 
 def vf_clip_fraction(values: th.Tensor, old_values: th.Tensor, clip_range_vf: float) -> th.Tensor:
     """
-    The share of value predictions that moved further than ``clip_range_vf`` since the rollout.
+    Fraction of value predictions that moved by more than ``clip_range_vf`` since the rollout.
 
     :param values: V, shape ``(n,)``, return units.
     :param old_values: V_old, shape ``(n,)``, return units.
@@ -238,9 +217,9 @@ def entropy_loss(entropy: th.Tensor | None, log_prob: th.Tensor) -> th.Tensor:
     """
     Negative mean entropy of the policy.
 
-    :param entropy: Entropy of the action distribution, shape ``(n,)``, nats; None where it has no closed form
-        (SB3's gSDE with ``squash_output``): then ``-log_prob`` stands in for it, as in SB3. That stand-in is right in
-        value but its gradient has expectation zero at pi_old; SB3_EQUIVALENT asks for it.
+    :param entropy: Entropy of the action distribution, shape ``(n,)``, nats. None where it has no closed form (SB3's
+        gSDE with ``squash_output``): ``-log_prob`` is then used, as in SB3. It has the right mean, but its expected
+        gradient at pi_old is zero.
     :param log_prob: log pi(a|s), shape ``(n,)``, nats.
     :return: Scalar loss, nats.
     """
