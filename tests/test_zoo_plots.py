@@ -15,7 +15,7 @@ RUNS = Path("logs") / "clipppo"
 @pytest.fixture(autouse=True)
 def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sb3_clipvf.zoo.commands.has_display", lambda: False)
+    monkeypatch.setattr("sb3_clipvf.zoo.cli.has_display", lambda: False)
     RUNS.mkdir(parents=True)
 
 

@@ -1,11 +1,11 @@
 """
 ClipPPO in the RL Zoo: the console command ``sb3-clipvf``, and :func:`register` for scripts of one's own.
 
-``commands`` holds the sub-commands, ``parsing`` and ``checks`` their options, ``process`` process state and errors,
-``finding`` which run is taken, ``experiment`` how settings are read, ``tuning`` the hyperparameter search, ``plots``
-what plots need, ``terminal`` what a training shows, ``hub`` the model card.
+``cli`` runs the sub-commands, ``defaults`` lists them, ``registration`` registers the algorithm with the Zoo.
 """
 
-from sb3_clipvf.zoo.commands import ALGORITHM, COMMANDS, hyperparams_path, main, register
+from sb3_clipvf.zoo.cli import main
+from sb3_clipvf.zoo.defaults import ALGORITHM, COMMANDS, hyperparams_path
+from sb3_clipvf.zoo.registration import register
 
 __all__ = ["ALGORITHM", "COMMANDS", "hyperparams_path", "main", "register"]

@@ -35,7 +35,7 @@ from sb3_clipvf.clip_ppo import ClipPPO
 from sb3_clipvf.coefficients import warn_of_early_end
 from sb3_clipvf.envs import FastDummyVecEnv
 from sb3_clipvf.zoo import statistics
-from sb3_clipvf.zoo.commands import ALGORITHM, hyperparams_path
+from sb3_clipvf.zoo.defaults import ALGORITHM, hyperparams_path
 from sb3_clipvf.zoo.entries import ZOO_KEYS, counted, drop_null
 from sb3_clipvf.zoo.resume import CHECKPOINTS, ResumedRun
 from sb3_clipvf.zoo.run_files import check_saved

@@ -18,7 +18,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from sb3_clipvf.checkpoint import newest_checkpoint
 from sb3_clipvf.checkpoint.file import sorted_checkpoints
 from sb3_clipvf.common.messages import log
-from sb3_clipvf.zoo.commands import ALGORITHM
+from sb3_clipvf.zoo.defaults import ALGORITHM
 from sb3_clipvf.zoo.entries import counted, drop_null
 from sb3_clipvf.zoo.finding import choose_run
 from sb3_clipvf.zoo.resume import CHECKPOINTS

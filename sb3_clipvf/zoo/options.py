@@ -6,7 +6,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sb3_clipvf.zoo.commands import ALGORITHM
+from sb3_clipvf.zoo.defaults import ALGORITHM
 from sb3_clipvf.zoo.parsing import option_value, whole_number, without_option
 
 CHECKPOINT_FREQ = 100_000

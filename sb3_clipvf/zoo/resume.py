@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sb3_clipvf.zoo.commands import ALGORITHM
+from sb3_clipvf.zoo.defaults import ALGORITHM
 from sb3_clipvf.zoo.entries import drop_null
 from sb3_clipvf.zoo.parsing import option_name, strict
 

@@ -323,7 +323,7 @@ def _folder_of_runs(source: pathlib.Path) -> pathlib.Path:
     """The log folder, where the Zoo's ``<logs>/<algo>/<run>/<env>/config.yml`` is, or what is known to belong to it."""
     from rl_zoo3 import ALGOS
 
-    from sb3_clipvf.zoo.commands import ALGORITHM
+    from sb3_clipvf.zoo.defaults import ALGORITHM
 
     run = source.parent.parent
     for algo in (run, run.parent):

@@ -111,7 +111,7 @@ def register_all() -> None:
     """Make ``clipppo`` known to the Zoo, and the environments of optional packages to Gymnasium."""
     import rl_zoo3.import_envs  # noqa: F401
 
-    from sb3_clipvf.zoo import register
+    from sb3_clipvf.zoo.registration import register
 
     register()
 

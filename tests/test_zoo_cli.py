@@ -1,4 +1,4 @@
-"""The console command, end to end on CartPole-v1, and the registration with the RL Zoo."""
+"""The console command, end to end on CartPole-v1."""
 
 import gc
 import os
@@ -16,13 +16,13 @@ import optuna
 import pytest
 import rl_zoo3.train as zoo_train
 import yaml
-from rl_zoo3 import ALGOS, exp_manager, utils
-from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+from rl_zoo3 import utils
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER
 from stable_baselines3 import PPO
 
 import sb3_clipvf
 from sb3_clipvf import ClipPPO
-from sb3_clipvf.zoo import COMMANDS, hyperparams_path, main, register
+from sb3_clipvf.zoo import COMMANDS, hyperparams_path, main
 from sb3_clipvf.zoo.parsing import with_defaults
 
 pytestmark = [
@@ -67,50 +67,7 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def no_display(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sb3_clipvf.zoo.commands.has_display", lambda: False)
-
-
-# ---------------------------------------------------------------- registration
-
-
-def test_register_adds_clipppo_once() -> None:
-    register()
-    others = {name: algo for name, algo in ALGOS.items() if name != "clipppo"}
-    register()
-    assert ALGOS == {**others, "clipppo": ClipPPO}
-    assert ALGOS["ppo"] is PPO
-    assert "clipppo" in HYPERPARAMS_SAMPLER
-    assert "clipppo" in HYPERPARAMS_CONVERTER
-
-
-class OwnManager(exp_manager.ExperimentManager):
-    """Of a user, imported before ``register``."""
-
-
-@pytest.mark.parametrize("manager", [exp_manager.ExperimentManager, zoo_train.ExperimentManager, OwnManager])
-def test_each_experiment_manager_knows_clipppo(
-    manager: type[exp_manager.ExperimentManager], in_empty_folder: Path
-) -> None:
-    register()
-    Path("settings.yml").write_text(
-        "CartPole-v1: {policy: MlpPolicy, n_timesteps: 8, n_steps: 8, batch_size: 8, clip_range: cos_0.2, "
-        "clip_range_vf: null}"
-    )
-    made = manager(Namespace(), "clipppo", "CartPole-v1", "logs", config="settings.yml", eval_freq=-1, device="cpu")
-    assert isinstance(made, manager)
-    result = made.setup_experiment()
-    assert result is not None
-    model: Any = result[0]
-    assert (model.clip_range, model.clip_range_vf) == ("cos_0.2", None)
-    model.env.close()
-
-
-def test_the_zoos_own_script_trains_clipppo(in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    register()
-    command = "train --algo clipppo -n 64 --device cpu --eval-freq -1 --verbose 0 -params clip_range:'cos_0.2'"
-    monkeypatch.setattr(sys, "argv", command.split())
-    zoo_train.train()
-    assert ClipPPO.load(RUN / "CartPole-v1.zip", device="cpu").clip_range == "cos_0.2"
+    monkeypatch.setattr("sb3_clipvf.zoo.cli.has_display", lambda: False)
 
 
 # ---------------------------------------------------------------- the command itself
