@@ -14,7 +14,7 @@ from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization, unwrap_vec_normalize
 
-from sb3_clipvf.checkpoint.random_states import global_states, set_global_states, set_space_states, space_states
+from sb3_clipvf.checkpoint.random_state import global_states, set_global_states, set_space_states, space_states
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.envs.episode_ends import check_end
 from sb3_clipvf.envs.layers import stepped_objects

@@ -369,7 +369,7 @@ def test_an_end_that_is_no_end_of_learn_writes_nothing(tmp_path: Path) -> None:
 
 def test_copies_for_signals_take_a_small_part_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, copies = iter(range(0, 10**9, 5)), []  # each look at the clock finds 5 s later, so that a copy takes 5 s
-    monkeypatch.setattr("sb3_clipvf.checkpoint.callback.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("sb3_clipvf.checkpoint.training_checkpoint.time.perf_counter", lambda: next(clock))
     callback = TrainingCheckpoint(10**6, tmp_path)
     real = callback._state
     monkeypatch.setattr(callback, "_state", lambda **kwargs: copies.append(1) or real(**kwargs))

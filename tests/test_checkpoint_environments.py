@@ -34,10 +34,10 @@ from sb3_clipvf.checkpoint import (
     EnvironmentMismatchError,
     ResumableEnv,
     TrainingCheckpoint,
-    continued_files,
+    monitor_files,
     newest_checkpoint,
 )
-from sb3_clipvf.checkpoint.environment_state import environment_state, restore_environment
+from sb3_clipvf.checkpoint.env_state import environment_state, restore_environment
 from sb3_clipvf.envs import FastDummyVecEnv, FastVecNormalize, as_vec_env
 from sb3_clipvf.files import codec
 
@@ -389,7 +389,7 @@ def test_monitor_files_lose_what_came_after_the_checkpoint_and_nothing_else(
 def test_long_monitor_files_are_cut_and_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(continued_files, "LARGEST_FILE", 10)
+    monkeypatch.setattr(monitor_files, "LARGEST_FILE", 10)
     case = Case(lambda folder: monitored(folder, override_existing=False))
     monitored(tmp_path).close()
     checkpoint_cases.killed(case, tmp_path)

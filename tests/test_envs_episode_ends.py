@@ -13,7 +13,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_clipvf.checkpoint import ResumableEnv
-from sb3_clipvf.checkpoint.environments import describe_vec_env, restore_vec_env, vec_env_state
+from sb3_clipvf.checkpoint.vec_env_state import describe_vec_env, restore_vec_env, vec_env_state
 from sb3_clipvf.envs import FastDummyVecEnv, as_vec_env
 from sb3_clipvf.envs.episode_ends import EpisodeEnds, ended_unseen
 

@@ -169,7 +169,9 @@ def test_an_error_in_a_callback_comes_through_with_the_way_on(tmp_path: Path) ->
 def test_what_was_learned_since_the_last_checkpoint_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("sb3_clipvf.checkpoint.callback.COPY_SHARE", 1e9)  # a copy in memory after each update
+    monkeypatch.setattr(
+        "sb3_clipvf.checkpoint.training_checkpoint.COPY_SHARE", 1e9
+    )  # a copy in memory after each update
     with pytest.raises(BrokenError) as caught:
         model_of(make()).learn(96, callback=[TrainingCheckpoint(10**6, tmp_path), Call(broken, 70)])
     assert "checkpoint_64.zip" in notes(caught.value)
@@ -178,7 +180,7 @@ def test_what_was_learned_since_the_last_checkpoint_is_written(
 
 
 def test_a_disk_that_is_full_then_does_not_hide_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sb3_clipvf.checkpoint.callback.COPY_SHARE", 1e9)
+    monkeypatch.setattr("sb3_clipvf.checkpoint.training_checkpoint.COPY_SHARE", 1e9)
 
     def full(*_: Any) -> bool:
         monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))

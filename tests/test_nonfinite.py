@@ -754,7 +754,7 @@ class TestFile:
     def test_a_copy_of_ruined_weights_is_not_written(
         self, tmp_path: Path, whose: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("sb3_clipvf.checkpoint.callback.COPY_SHARE", 1e9)  # a copy after each update
+        monkeypatch.setattr("sb3_clipvf.checkpoint.training_checkpoint.COPY_SHARE", 1e9)  # a copy after each update
 
         def ruin(model: Any) -> None:
             if model.num_timesteps == 48:

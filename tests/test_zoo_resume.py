@@ -221,7 +221,7 @@ def test_the_environments_are_those_of_the_run(
     vec_env: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As if episodes were too many to be in the checkpoint.
-    monkeypatch.setattr("sb3_clipvf.checkpoint.continued_files.LARGEST_FILE", 0)
+    monkeypatch.setattr("sb3_clipvf.checkpoint.monitor_files.LARGEST_FILE", 0)
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):
         folder.mkdir()

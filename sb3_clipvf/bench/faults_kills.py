@@ -202,7 +202,7 @@ def train(
 
 def _die_in_write(n_writes: int, share: float) -> None:
     """Have this process killed by SIGKILL, once the next writes are done and a share of one more is in its file."""
-    from sb3_clipvf.checkpoint import callback
+    from sb3_clipvf.checkpoint import training_checkpoint
     from sb3_clipvf.files.atomic import atomic_write
 
     left = iter(range(n_writes))
@@ -225,7 +225,7 @@ def _die_in_write(n_writes: int, share: float) -> None:
         if is_last:
             signal.raise_signal(signal.SIGKILL)
 
-    mock.patch.object(callback, "atomic_write", dying).start()
+    mock.patch.object(training_checkpoint, "atomic_write", dying).start()
 
 
 def _telling(report: Path, checkpoints: Path) -> TrainingCheckpoint:

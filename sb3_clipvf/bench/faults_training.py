@@ -86,8 +86,8 @@ def digest(model: ClipPPO, monitor: Path | None = None) -> dict[str, str]:
     :param monitor: Folder with the files of episodes.
     :return: SHA-256 by part of the state.
     """
-    from sb3_clipvf.checkpoint.environments import vec_env_state
-    from sb3_clipvf.checkpoint.random_states import global_states
+    from sb3_clipvf.checkpoint.random_state import global_states
+    from sb3_clipvf.checkpoint.vec_env_state import vec_env_state
 
     names = (
         *("num_timesteps", "_total_timesteps", "_n_updates", "_episode_num", "_current_progress_remaining"),

@@ -6,10 +6,10 @@ Files that survive a crash: checkpoints of a whole training, going on from them,
 """
 
 from sb3_clipvf.checkpoint.best_training import SaveBestTrainingReward, load_best_training
-from sb3_clipvf.checkpoint.callback import TrainingCheckpoint
 from sb3_clipvf.checkpoint.errors import DamagedCheckpointError, EnvironmentMismatchError, NotACheckpointError
 from sb3_clipvf.checkpoint.file import Checkpoint, CheckpointManifest, newest_checkpoint, read_checkpoint, read_manifest
 from sb3_clipvf.checkpoint.resumable import ResumableEnv
+from sb3_clipvf.checkpoint.training_checkpoint import TrainingCheckpoint
 from sb3_clipvf.files.atomic import atomic_write
 
 __all__ = [

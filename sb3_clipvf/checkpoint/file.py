@@ -12,10 +12,9 @@ from typing import Any
 
 from stable_baselines3.common.save_util import save_to_zip_file
 
-from sb3_clipvf import __version__
-from sb3_clipvf.checkpoint.continued_files import with_contents
 from sb3_clipvf.checkpoint.errors import DamagedCheckpointError, NotACheckpointError
-from sb3_clipvf.checkpoint.state import TrainingState
+from sb3_clipvf.checkpoint.monitor_files import with_contents
+from sb3_clipvf.checkpoint.training_state import TrainingState
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.common.versions import installed_versions
 from sb3_clipvf.files import codec
@@ -29,7 +28,7 @@ FILE_NAME = re.compile(r"checkpoint_(\d+)\.zip")
 """Names of checkpoints in their folder."""
 
 _STATE, _ARRAYS, _MANIFEST = "training_state.json", "training_arrays.npz", "training_manifest.json"
-_PACKAGES = ("stable_baselines3", "gymnasium", "torch", "numpy", "numba", "scipy", "mujoco")
+_PACKAGES = ("stable_baselines3", "gymnasium", "torch", "numpy", "numba", "scipy", "mujoco", "sb3_clipvf")
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def versions() -> dict[str, str]:
 
     :return: By package, those that are installed, and Python.
     """
-    return installed_versions(_PACKAGES) | {"sb3_clipvf": __version__}
+    return installed_versions(_PACKAGES)
 
 
 def read_manifest(path: str | os.PathLike[str]) -> CheckpointManifest:

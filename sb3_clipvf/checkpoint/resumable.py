@@ -4,7 +4,7 @@ from typing import Any
 
 import gymnasium as gym
 
-from sb3_clipvf.checkpoint.environment_state import describe, environment_state, restore_environment
+from sb3_clipvf.checkpoint.env_state import describe, environment_state, restore_environment
 
 
 class ResumableEnv(gym.Wrapper[Any, Any, Any, Any]):

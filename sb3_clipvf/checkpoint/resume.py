@@ -5,7 +5,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
@@ -14,18 +14,16 @@ from stable_baselines3.common.logger import HumanOutputFormat, KVWriter, Logger,
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from sb3_clipvf.checkpoint.callback_states import restore_callbacks, told_once
-from sb3_clipvf.checkpoint.environments import check_same_build, describe_vec_env, restore_vec_env
+from sb3_clipvf.checkpoint.callback_state import restore_callbacks, told_once
 from sb3_clipvf.checkpoint.errors import DamagedCheckpointError, NotACheckpointError
 from sb3_clipvf.checkpoint.file import Checkpoint, newest_checkpoint, read_checkpoint, read_manifest, versions
-from sb3_clipvf.checkpoint.random_states import generator_from, global_states, set_global_states, set_space_states
-from sb3_clipvf.checkpoint.state import OBSERVATIONS, SPACES, set_logger_state
+from sb3_clipvf.checkpoint.protocol import ResumableModel
+from sb3_clipvf.checkpoint.random_state import generator_from, global_states, set_global_states, set_space_states
+from sb3_clipvf.checkpoint.training_state import OBSERVATIONS, SPACES, set_logger_state
+from sb3_clipvf.checkpoint.vec_env_state import check_same_build, describe_vec_env, restore_vec_env
 from sb3_clipvf.common.messages import log
 
-if TYPE_CHECKING:
-    from sb3_clipvf.clip_ppo import ClipPPO
-
-Model = TypeVar("Model", bound="ClipPPO")
+Model = TypeVar("Model", bound=ResumableModel)
 
 _NORMALIZERS = ("VecNormalize", "FastVecNormalize")
 # They belong to the training's environments, of which there may be another number.
@@ -97,7 +95,7 @@ def resume(
     return model
 
 
-def take_over(model: "ClipPPO", callback: BaseCallback) -> None:
+def take_over(model: ResumableModel, callback: BaseCallback) -> None:
     """
     Let a resumed training go on: states of callbacks, values to be logged, random states.
 
@@ -105,7 +103,7 @@ def take_over(model: "ClipPPO", callback: BaseCallback) -> None:
     :param callback: What ``learn`` made of its argument.
     :raises ValueError: If ``learn`` was told to start anew.
     """
-    resumed = model._resumed
+    resumed: Resumed | None = model._resumed
     if resumed is None:
         return
     model._resumed = None
@@ -159,7 +157,7 @@ def load_statistics(path: str | os.PathLike[str], venv: VecEnv) -> VecNormalize:
     return normalizer
 
 
-def reset_environments(model: "ClipPPO", generator: np.random.Generator) -> None:
+def reset_environments(model: ResumableModel, generator: np.random.Generator) -> None:
     """
     Begin a new episode in each environment, with a seed that the generator draws.
 
@@ -183,7 +181,7 @@ def draw_seed(generator: np.random.Generator) -> int:
     return int(generator.integers(2**30))
 
 
-def _begin_episodes(model: "ClipPPO", venv: VecEnv) -> None:
+def _begin_episodes(model: ResumableModel, venv: VecEnv) -> None:
     model._last_obs = venv.reset()  # type: ignore[assignment]
     model._last_episode_starts = np.ones(venv.num_envs, dtype=bool)
     normalizer = model.get_vec_normalize_env()
@@ -191,7 +189,7 @@ def _begin_episodes(model: "ClipPPO", venv: VecEnv) -> None:
         model._last_original_obs = normalizer.get_original_obs()
 
 
-def _restore_environments(model: "ClipPPO", venv: VecEnv, tree: dict[str, Any]) -> dict[str, Any]:
+def _restore_environments(model: ResumableModel, venv: VecEnv, tree: dict[str, Any]) -> dict[str, Any]:
     """Put the environments into their state. :return: The model's attributes that say where the next rollout starts."""
     venv.reset()
     restore_vec_env(venv, tree["environments"])
@@ -210,7 +208,7 @@ def _restore_environments(model: "ClipPPO", venv: VecEnv, tree: dict[str, Any]) 
     return {name: getattr(model, name) for name in OBSERVATIONS}
 
 
-def _continue_tensorboard(model: "ClipPPO", folder: str | None) -> bool:
+def _continue_tensorboard(model: ResumableModel, folder: str | None) -> bool:
     """Write on into the folder of the interrupted run, unless the user moved its parent. :return: Whether it does."""
     if folder is None or model.tensorboard_log is None:
         return False

@@ -20,7 +20,7 @@ from sb3_clipvf.guards.env_checks import checked_rows
 from sb3_clipvf.guards.workers import death, watched
 
 if TYPE_CHECKING:
-    from sb3_clipvf.checkpoint.callback import TrainingCheckpoint
+    from sb3_clipvf.checkpoint.training_checkpoint import TrainingCheckpoint
     from sb3_clipvf.clip_ppo import ClipPPO
 
 # What `learn` calls once it has begun; an error before is one of its arguments.
@@ -147,7 +147,7 @@ def _way_on(checkpoint: "TrainingCheckpoint") -> str:
 
 
 def _checkpoints(callback: Any) -> list["TrainingCheckpoint"]:
-    from sb3_clipvf.checkpoint.callback import TrainingCheckpoint
+    from sb3_clipvf.checkpoint.training_checkpoint import TrainingCheckpoint
 
     parts = callback.callbacks if isinstance(callback, CallbackList) else callback
     if isinstance(parts, list):

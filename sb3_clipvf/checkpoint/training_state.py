@@ -3,20 +3,18 @@
 import copy
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from torch.nn.modules.conv import _ConvNd
 
-from sb3_clipvf.checkpoint.callback_states import callback_states
-from sb3_clipvf.checkpoint.environments import vec_env_state
-from sb3_clipvf.checkpoint.random_states import global_states, space_states
+from sb3_clipvf.checkpoint.callback_state import callback_states
+from sb3_clipvf.checkpoint.protocol import ResumableModel
+from sb3_clipvf.checkpoint.random_state import global_states, space_states
+from sb3_clipvf.checkpoint.vec_env_state import vec_env_state
 from sb3_clipvf.files.codec import frozen
-
-if TYPE_CHECKING:
-    from sb3_clipvf.clip_ppo import ClipPPO
 
 OBSERVATIONS = ("_last_obs", "_last_episode_starts", "_last_original_obs")
 """Where the next rollout starts; SB3's own file has it too, but its ``load`` drops it."""
@@ -53,7 +51,7 @@ class TrainingState:
 
 
 def training_state(
-    model: "ClipPPO", callback: BaseCallback, build: dict[str, Any], resets: dict[str, Any] | None
+    model: ResumableModel, callback: BaseCallback, build: dict[str, Any], resets: dict[str, Any] | None
 ) -> TrainingState:
     """
     Read the state of a training.
@@ -92,7 +90,7 @@ def training_state(
     )
 
 
-def set_logger_state(model: "ClipPPO", state: dict[str, Any]) -> None:
+def set_logger_state(model: ResumableModel, state: dict[str, Any]) -> None:
     """
     Put back what was recorded and not yet written.
 
@@ -104,13 +102,13 @@ def set_logger_state(model: "ClipPPO", state: dict[str, Any]) -> None:
     model.logger.name_to_excluded.update(state["excluded"])
 
 
-def _env(model: "ClipPPO") -> Any:
+def _env(model: ResumableModel) -> Any:
     if model.env is None:
         raise ValueError("`env` must be set to save a training's state, got None. Call `set_env`.")
     return model.env
 
 
-def _rounding(model: "ClipPPO") -> list[str]:
+def _rounding(model: ResumableModel) -> list[str]:
     """Where a library may round the same sums differently in another process."""
     if model.device.type != "cpu":
         return [
@@ -143,7 +141,7 @@ def _cloned(value: Any) -> Any:
     return value
 
 
-def _logger_state(model: "ClipPPO") -> dict[str, Any]:
+def _logger_state(model: ResumableModel) -> dict[str, Any]:
     """What was recorded and not yet written: numbers and text, no pictures and videos."""
     logger = model.logger
     plain = (bool, int, float, str, np.generic)
@@ -156,7 +154,7 @@ def _logger_state(model: "ClipPPO") -> dict[str, Any]:
     }
 
 
-def _mean_return(model: "ClipPPO") -> float | None:
+def _mean_return(model: ResumableModel) -> float | None:
     episodes = model.ep_info_buffer
     if episodes is None or len(episodes) != episodes.maxlen:
         return None

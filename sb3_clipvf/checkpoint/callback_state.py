@@ -13,9 +13,9 @@ from stable_baselines3.common.callbacks import (
     ProgressBarCallback,
 )
 
-from sb3_clipvf.checkpoint.environments import check_same_build, describe_vec_env, restore_vec_env, vec_env_state
 from sb3_clipvf.checkpoint.errors import EnvironmentMismatchError
-from sb3_clipvf.checkpoint.known_classes import CALLBACKS, read_attributes, write_attributes
+from sb3_clipvf.checkpoint.state_attributes import CALLBACKS, read_attributes, write_attributes
+from sb3_clipvf.checkpoint.vec_env_state import check_same_build, describe_vec_env, restore_vec_env, vec_env_state
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.files.allowlist import full_name
 from sb3_clipvf.files.codec import frozen

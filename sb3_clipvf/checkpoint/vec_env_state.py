@@ -10,8 +10,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv,
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
 
-from sb3_clipvf.checkpoint.continued_files import continue_file, file_state
-from sb3_clipvf.checkpoint.environment_state import (
+from sb3_clipvf.checkpoint.env_state import (
     describe,
     environment_state,
     given_state,
@@ -19,8 +18,9 @@ from sb3_clipvf.checkpoint.environment_state import (
     restore_environment,
 )
 from sb3_clipvf.checkpoint.errors import EnvironmentMismatchError
-from sb3_clipvf.checkpoint.known_classes import VEC_WRAPPERS, read_attributes, write_attributes
-from sb3_clipvf.checkpoint.random_states import generator_from, generator_state
+from sb3_clipvf.checkpoint.monitor_files import continue_file, file_state
+from sb3_clipvf.checkpoint.random_state import generator_from, generator_state
+from sb3_clipvf.checkpoint.state_attributes import VEC_WRAPPERS, read_attributes, write_attributes
 from sb3_clipvf.envs.gymnasium_vector import CartPoleVecEnv
 from sb3_clipvf.envs.layers import simulator_of, vec_env_layers
 from sb3_clipvf.envs.vector import BatchedVecEnv

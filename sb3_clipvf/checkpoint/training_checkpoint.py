@@ -9,26 +9,23 @@ import re
 import time
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback, EventCallback
 
-from sb3_clipvf.checkpoint.callback_states import told_once
-from sb3_clipvf.checkpoint.environments import describe_vec_env, vec_env_state
+from sb3_clipvf.checkpoint.callback_state import told_once
 from sb3_clipvf.checkpoint.errors import DamagedCheckpointError, NotACheckpointError
 from sb3_clipvf.checkpoint.file import file_bytes, read_manifest, sorted_checkpoints
-from sb3_clipvf.checkpoint.random_states import generator_from, generator_state
+from sb3_clipvf.checkpoint.protocol import ResumableModel
+from sb3_clipvf.checkpoint.random_state import generator_from, generator_state
 from sb3_clipvf.checkpoint.resume import draw_seed, reset_environments
 from sb3_clipvf.checkpoint.signals import SignalWatch, is_learning
-from sb3_clipvf.checkpoint.state import TrainingState, training_state
-from sb3_clipvf.collection import RolloutCollector
+from sb3_clipvf.checkpoint.training_state import TrainingState, training_state
+from sb3_clipvf.checkpoint.vec_env_state import describe_vec_env, vec_env_state
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.common.validation import check_bool, check_choice, check_folder, check_int
 from sb3_clipvf.files.atomic import TEMPORARY_FILE, atomic_write
-
-if TYPE_CHECKING:
-    from sb3_clipvf.clip_ppo import ClipPPO
 
 BEST_NAME = "best_checkpoint.zip"
 
@@ -150,7 +147,7 @@ class TrainingCheckpoint(BaseCallback):
     # ------------------------------------------------------------------ events
 
     def _init_callback(self) -> None:
-        if not isinstance(self.model, RolloutCollector):
+        if not isinstance(self.model, ResumableModel):
             raise TypeError(
                 f"`model` must be a ClipPPO, got {type(self.model).__name__}, which cannot be resumed. Use SB3's "
                 "CheckpointCallback for it."
@@ -205,8 +202,8 @@ class TrainingCheckpoint(BaseCallback):
     # ------------------------------------------------------------------ saving
 
     @property
-    def _model(self) -> "ClipPPO":
-        return cast("ClipPPO", self.model)
+    def _model(self) -> ResumableModel:
+        return cast(ResumableModel, self.model)
 
     def _state(self, *, is_reset: bool) -> TrainingState:
         self._is_reset = is_reset

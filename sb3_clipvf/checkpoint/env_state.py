@@ -8,16 +8,16 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from stable_baselines3.common.monitor import Monitor
 
-from sb3_clipvf.checkpoint.continued_files import continue_file, file_state
-from sb3_clipvf.checkpoint.known_classes import (
+from sb3_clipvf.checkpoint.monitor_files import continue_file, file_state
+from sb3_clipvf.checkpoint.mujoco_state import is_mujoco, mujoco_state, set_mujoco_state
+from sb3_clipvf.checkpoint.random_state import generator_from, generator_state, set_space_states, space_states
+from sb3_clipvf.checkpoint.state_attributes import (
     ENVIRONMENTS,
     STATELESS_MODULES,
     WRAPPERS,
     read_attributes,
     write_attributes,
 )
-from sb3_clipvf.checkpoint.mujoco_state import is_mujoco, mujoco_state, set_mujoco_state
-from sb3_clipvf.checkpoint.random_states import generator_from, generator_state, set_space_states, space_states
 from sb3_clipvf.files.allowlist import full_name
 from sb3_clipvf.files.codec import frozen
 
