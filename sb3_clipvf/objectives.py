@@ -87,7 +87,7 @@ def categorical_kl(old_logits: th.Tensor, logits: th.Tensor) -> th.Tensor:
     """
     old_log_p = th.log_softmax(old_logits, dim=-1)
     log_p = th.log_softmax(logits, dim=-1)
-    # A masked action (log-probability -inf) contributes 0, even where both log-probabilities are -inf.
+    # A masked action (log-probability -inf) contributes 0; -inf minus -inf would be NaN.
     terms = th.where(old_log_p == -th.inf, 0.0, old_log_p.exp() * (old_log_p - log_p))
     return terms.sum(dim=-1)
 

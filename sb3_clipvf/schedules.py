@@ -1,8 +1,8 @@
 """
-Coefficients that change during training: functions of progress, and controllers that follow the measured KL.
+Coefficients that change during training: functions of progress, and controllers that adapt to the measured KL.
 
-Progress is SB3's ``progress_remaining``: 1 at the start of training, 0 at its end. SB3 may pass a value slightly below
-0 at the last update, because it counts the rollout before it updates; schedules here see it clamped to [0, 1].
+Progress is SB3's ``progress_remaining``: 1 at the start of training, 0 at its end. SB3 counts a rollout before its
+update, so progress may be slightly below 0 at the last update. Schedules clamp it to [0, 1].
 """
 
 import inspect
@@ -16,7 +16,7 @@ from stable_baselines3.common.utils import ConstantSchedule as HostConstantSched
 from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.utils import LinearSchedule as HostLinearSchedule
 
-from sb3_clipvf.common.validation import as_float
+from sb3_clipvf.common.validation import as_float, wrong_type
 
 Schedule = Callable[[float], float]
 
@@ -32,34 +32,29 @@ EXPONENTIAL_DECAY = 100.0
 
 
 def clamp_progress(progress_remaining: float) -> float:
-    """
-    Hold progress within the horizon.
-
-    :param progress_remaining: SB3's progress, any finite number.
-    :return: The same within [0, 1].
-    """
+    """Return SB3's progress clamped to [0, 1]."""
     return min(max(float(progress_remaining), 0.0), 1.0)
 
 
 @dataclass(frozen=True)
 class ConstantSchedule:
     """
-    The same value throughout.
+    A constant.
 
-    :param value: Returned at any progress.
+    :param value: Value at any progress.
     """
 
     value: float
 
     def __call__(self, progress_remaining: float) -> float:
-        """:return: The value at ``progress_remaining``."""
+        """Return the value at ``progress_remaining``."""
         return self.value
 
 
 @dataclass(frozen=True)
 class LinearSchedule:
     """
-    From ``start`` to 0 along a line: ``start * p``.
+    Linear decay from ``start`` to 0: ``start * p``.
 
     :param start: Value at the start of training.
     Source: Schulman et al. 2017, arXiv 1707.06347, table 5 (the factor alpha).
@@ -68,14 +63,14 @@ class LinearSchedule:
     start: float
 
     def __call__(self, progress_remaining: float) -> float:
-        """:return: The value at ``progress_remaining``."""
+        """Return the value at ``progress_remaining``."""
         return self.start * clamp_progress(progress_remaining)
 
 
 @dataclass(frozen=True)
 class CosineSchedule:
     """
-    From ``start`` to 0 along half a cosine: ``start * (1 - cos(pi * p)) / 2``.
+    Cosine decay from ``start`` to 0: ``start * (1 - cos(pi * p)) / 2``.
 
     :param start: Value at the start of training.
     Source: Loshchilov and Hutter 2017, arXiv 1608.03983, equation 5, without restarts and with a final value of 0.
@@ -84,14 +79,14 @@ class CosineSchedule:
     start: float
 
     def __call__(self, progress_remaining: float) -> float:
-        """:return: The value at ``progress_remaining``."""
+        """Return the value at ``progress_remaining``."""
         return self.start * (1.0 - math.cos(math.pi * clamp_progress(progress_remaining))) / 2.0
 
 
 @dataclass(frozen=True)
 class ExponentialSchedule:
     """
-    From ``start`` to ``start / 100`` by a constant factor a step: ``start * 100**(p - 1)``.
+    Exponential decay from ``start`` to ``start / 100``: ``start * 100**(p - 1)``.
 
     :param start: Value at the start of training.
     """
@@ -99,34 +94,31 @@ class ExponentialSchedule:
     start: float
 
     def __call__(self, progress_remaining: float) -> float:
-        """:return: The value at ``progress_remaining``."""
+        """Return the value at ``progress_remaining``."""
         return float(self.start * EXPONENTIAL_DECAY ** (clamp_progress(progress_remaining) - 1.0))
 
 
 @dataclass(frozen=True)
 class ClampedSchedule:
     """
-    A schedule of the user's, called with progress held within [0, 1].
+    A user's function, called with progress clamped to [0, 1].
 
-    :param function: Progress to value.
-    :param name: The argument that it was given for, for messages.
+    It raises ``TypeError`` if the function does not map one number to a number, and ``ValueError`` if the value is
+    negative or not finite.
+
+    :param function: Function of progress.
+    :param name: Argument that the function was passed for, named in messages.
     """
 
     function: Schedule
     name: str = "schedule"
 
     def __call__(self, progress_remaining: float) -> float:
-        """
-        Call the user's function.
-
-        :return: The value at ``progress_remaining``, at least 0.
-        :raises TypeError: If the function does not turn one number into a number.
-        :raises ValueError: If the value is negative or not finite.
-        """
+        """Return the value at ``progress_remaining``."""
         progress = clamp_progress(progress_remaining)
         try:
-            # float(): NumPy scalars would end up in the optimizer and in the saved file.
-            value = float(self.function(progress) + 0.0)  # text is no number, whatever float() makes of it
+            # float(), since NumPy scalars would end up in the optimizer and in the saved file. Adding 0.0 refuses text.
+            value = float(self.function(progress) + 0.0)
         except TypeError as error:
             raise _not_a_schedule(self.name, self.function, f"failed at progress {progress:g}", error) from error
         if not (math.isfinite(value) and value >= 0):
@@ -144,68 +136,36 @@ _BY_PREFIX: dict[str, Callable[[float], Schedule]] = {
     "const": ConstantSchedule,
 }
 
-
-_WITHOUT_EFFECT = (*_BY_PREFIX.values(), HostConstantSchedule, HostLinearSchedule)
-
-
-def is_constant(value: Any) -> bool:
-    """
-    Tell whether a coefficient as the user gave it is a plain number or a ``const_x`` string.
-
-    :param value: A number, a schedule or a string.
-    :return: False for everything that may change with progress.
-    """
-    if isinstance(value, str):
-        return value.startswith("const_")
-    # SB3 and the RL Zoo wrap plain numbers in objects of their own.
-    inner = getattr(value, "value_schedule", value)
-    return isinstance(value, numbers.Real) or type(inner).__name__ == "ConstantSchedule"
-
-
-def is_known(schedule: Schedule) -> bool:
-    """
-    Return whether a schedule may be called at any time, without side effects.
-
-    :param schedule: From :func:`make_schedule`.
-    :return: True for those of this module and of SB3, False for functions of the user's.
-    """
-    inner: Any = schedule.function if type(schedule) is ClampedSchedule else schedule
-    if type(inner) is FloatSchedule:
-        inner = inner.value_schedule
-    return type(inner) in _WITHOUT_EFFECT
+_KNOWN = (*_BY_PREFIX.values(), HostConstantSchedule, HostLinearSchedule)
 
 
 def make_schedule(value: Any, name: str, *, positive: bool = False) -> Schedule:
     """
-    Build the schedule of a coefficient from what the user gave.
+    Build the schedule of a coefficient.
 
-    :param value: A finite number, a function of SB3's progress_remaining (1 -> 0), or a string ``lin_x``, ``cos_x``,
-        ``exp_x``, ``const_x`` with x its value at the start.
-    :param name: The argument's name, for messages.
-    :param positive: Whether the value must be above 0 at the start of training; else it may be 0. A function may
-        reach 0 in any case, since annealing does.
-    :return: Function of progress, which it clamps to [0, 1]. A function of the user's is not called before that.
-    :raises TypeError: If ``value`` is none of these.
-    :raises ValueError: If a string is not understood, or a number is not finite, or out of range.
+    :param value: A number, a function of ``progress_remaining`` (1 -> 0), or a string ``lin_x``, ``cos_x``, ``exp_x``,
+        ``const_x`` with x the value at the start. A function is not called here.
+    :param name: Argument's name, for messages.
+    :param positive: Whether a number or a string must be above 0 at the start of training, instead of at least 0. A
+        function may always reach 0.
+    :return: Function of progress, which it clamps to [0, 1].
+    :raises TypeError: If ``value`` is of another type, or a function does not take one argument.
+    :raises ValueError: If a string has another form, or the value at the start is not finite or out of range.
     """
-    rule = "positive and finite" if positive else "at least 0 and finite"
     if isinstance(value, str):
         schedule = _parse(value, name)
-        start = schedule(1.0)
-        in_range = start > 0 if positive else start >= 0
-    elif isinstance(value, bool) or not (isinstance(value, numbers.Real) or callable(value)):
-        raise TypeError(
-            f"`{name}` must be a number, a function of progress or a string, got {value!r} of type "
-            f"{type(value).__name__}. As a string use {SCHEDULE_STRINGS}."
-        )
-    elif isinstance(value, numbers.Real):
-        start = as_float(value)
-        schedule = ConstantSchedule(start)
-        in_range = start > 0 if positive else start >= 0
-    else:
+    elif isinstance(value, numbers.Real) and not isinstance(value, bool):
+        schedule = ConstantSchedule(as_float(value))
+    elif callable(value):
         _check_signature(value, name)
         return ClampedSchedule(value, name)
-    if not (math.isfinite(start) and in_range):
+    else:
+        raise wrong_type(
+            name, "a number, a function of progress or a string", value, f"As a string use {SCHEDULE_STRINGS}."
+        )
+    start = schedule(1.0)
+    if not math.isfinite(start) or start < 0 or (positive and start == 0):
+        rule = "positive and finite" if positive else "at least 0 and finite"
         raise ValueError(f"`{name}` must be {rule}, got {value!r}. Its value at the start of training is {start}.")
     return schedule
 
@@ -220,10 +180,27 @@ def schedule_of(value: Any, name: str, cache: dict[str, tuple[Any, Schedule]]) -
     return cache[name][1]
 
 
+def is_constant(value: Any) -> bool:
+    """Return whether a coefficient, as passed by the user, is a number, a ``const_x`` string or a constant schedule."""
+    if isinstance(value, str):
+        return value.startswith("const_")
+    return isinstance(value, numbers.Real) or type(_unwrapped(value)) in (ConstantSchedule, HostConstantSchedule)
+
+
+def is_known(schedule: Schedule) -> bool:
+    """Return whether a schedule from :func:`make_schedule` is ours or SB3's, so that a call has no side effects."""
+    inner = schedule.function if type(schedule) is ClampedSchedule else schedule
+    return type(_unwrapped(inner)) in _KNOWN
+
+
+def _unwrapped(schedule: Any) -> Any:
+    return schedule.value_schedule if type(schedule) is FloatSchedule else schedule
+
+
 def _parse(text: str, name: str) -> Schedule:
     prefix, separator, number = text.partition("_")
     try:
-        # Python takes "1_0" for 10.
+        # float("1_0") is 10.
         if not separator or prefix not in _BY_PREFIX or "_" in number:
             raise ValueError(prefix)
         return _BY_PREFIX[prefix](float(number))
@@ -232,10 +209,10 @@ def _parse(text: str, name: str) -> Schedule:
 
 
 def _check_signature(function: Any, name: str) -> None:
-    """Refuse a function of other arguments without calling it: one with a state would be a call ahead of SB3's."""
+    """Refuse a function that does not take one argument. It is not called: it may have a state."""
     try:
         inspect.signature(function).bind(1.0)
-    except ValueError:  # some functions in C have no signature
+    except ValueError:  # some C functions have no signature
         return
     except TypeError as error:
         raise _not_a_schedule(name, function, "takes other arguments", error) from error
@@ -251,16 +228,15 @@ def _not_a_schedule(name: str, function: Any, fault: str, error: Exception) -> T
 @dataclass(frozen=True)
 class AdaptiveKL:
     """
-    The KL penalty's coefficient, adapted once an update so that the KL stays near a target.
+    Coefficient of the KL penalty, adapted after each update to keep the KL near a target.
 
-    ``d < target / 1.5``: beta is halved; ``d > 1.5 * target``: beta is doubled; in between it stays. The new beta
-    serves the next update.
+    Beta is halved if ``kl < target / 1.5`` and doubled if ``kl > 1.5 * target``. The next update uses the new beta.
 
     :param beta: Current coefficient, in [beta_min, beta_max].
     :param target: d_targ, nats, positive.
     :param beta_min: Lower bound, positive: a beta of 0 could never grow again.
     :param beta_max: Upper bound.
-    Source: Schulman et al. 2017, arXiv 1707.06347, section 4. The bounds are ours; the paper has none.
+    Source: Schulman et al. 2017, arXiv 1707.06347, section 4. Departure: the paper has no bounds.
     """
 
     beta: float
@@ -272,9 +248,8 @@ class AdaptiveKL:
         """
         Apply the rule to the KL measured after an update.
 
-        :param kl: Mean exact KL(pi_old || pi) over the rollout, nats. A KL that is not finite means that the policy
-            left every bound, and counts as too large.
-        :return: The state for the next update.
+        :param kl: Mean exact KL(pi_old || pi) over the rollout, nats. A non-finite KL counts as too large.
+        :return: State for the next update.
         """
         beta = self.beta
         if not kl <= 1.5 * self.target:
@@ -287,16 +262,16 @@ class AdaptiveKL:
 @dataclass(frozen=True)
 class KLAdaptiveLR:
     """
-    A learning rate adapted once an update so that the KL stays near a target.
+    Learning rate, adapted after each update to keep the KL near a target.
 
-    ``kl > 2 * target``: divided by 1.5; ``0 < kl < target / 2``: multiplied by 1.5; else it stays.
+    The rate is divided by 1.5 if ``kl > 2 * target`` and multiplied by 1.5 if ``0 < kl < target / 2``.
 
     :param learning_rate: Current rate, in [lr_min, lr_max].
-    :param target: nats, positive.
+    :param target: Target KL, nats, positive.
     :param lr_min: Lower bound.
     :param lr_max: Upper bound.
     Source: rsl_rl, ``algorithms/ppo.py`` (schedule "adaptive"), with its factors and bounds. Departure: rsl_rl adapts
-        at each minibatch; here it is once an update, from the KL after it, so that the update needs no device read.
+        at each minibatch. Adapting after the update needs no device read within it.
     """
 
     learning_rate: float
@@ -308,9 +283,9 @@ class KLAdaptiveLR:
         """
         Apply the rule to the KL measured after an update.
 
-        :param kl: Mean exact KL(pi_old || pi) over the rollout, nats. Exactly 0 says that nothing moved or nothing was
-            measured, and leaves the rate; a KL that is not finite counts as too large.
-        :return: The state for the next update.
+        :param kl: Mean exact KL(pi_old || pi) over the rollout, nats. Exactly 0 means that nothing moved or nothing was
+            measured, and keeps the rate. A non-finite KL counts as too large.
+        :return: State for the next update.
         """
         rate = self.learning_rate
         if not kl <= 2.0 * self.target:

@@ -396,7 +396,7 @@ class TestEnvironments:
         [(spaces.MultiBinary([2, 3]), "MultiBinary"), (spaces.MultiDiscrete([[2, 3]]), "MultiDiscrete")],
     )
     def test_action_spaces_of_two_dimensions(self, space: spaces.Space[Any], kind: str) -> None:
-        with refused(ValueError, f"`env` must have a {kind} action space of one dimension, got {kind}(", "Flatten it"):
+        with refused(ValueError, f"`env` must have {kind} actions of one dimension, got {kind}(", "Wrap"):
             make(Still(action_space=space))
 
     @pytest.mark.parametrize(
@@ -428,7 +428,7 @@ class TestEnvironments:
         [
             (
                 spaces.Discrete(3, start=1),
-                "must count its discrete observations from 0, got Discrete(3, start=1). Shift",
+                "must count its discrete observations from 0, got Discrete(3, start=1). Wrap",
             ),
             (spaces.Discrete(3, start=-1), "must count its discrete observations from 0"),
             (spaces.MultiDiscrete([3, 3], start=[0, 2]), "must count its discrete observations from 0"),

@@ -1,4 +1,8 @@
-"""Checks at the door: each says which argument broke which rule, with which value, and what to do."""
+"""
+Checks of what users pass. Each error names the argument, its rule, the value and what to do (``way_out``, a sentence).
+
+A check raises ``TypeError`` for a value of the wrong type and ``ValueError`` for a value out of range.
+"""
 
 import contextlib
 import inspect
@@ -16,30 +20,25 @@ from gymnasium.vector import VectorEnv
 from sb3_clipvf.common.messages import log
 
 MAX_INT = 2**63 - 1
-"""Arrays, tensors and kernels count no further."""
+"""Largest integer of arrays, tensors and kernels."""
 
-ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+_SPACE_NAMES = ", ".join(space.__name__ for space in _SPACES)
 
 
 class UnsupportedSpaceError(ValueError, NotImplementedError):
-    """An observation space that SB3 cannot store; code that catches SB3's NotImplementedError goes on working."""
+    """An observation space that SB3 cannot store, for which SB3 raises NotImplementedError."""
+
+
+def wrong_type(name: str, rule: str, value: Any, way_out: str) -> TypeError:
+    """Return the error for an argument of the wrong type; ``rule`` completes "must be"."""
+    return TypeError(f"`{name}` must be {rule}, got {value!r} of type {type(value).__name__}. {way_out}")
 
 
 def check_int(name: str, value: Any, minimum: int, way_out: str, maximum: int = MAX_INT) -> int:
-    """
-    Check a whole number.
-
-    :param name: The argument's name.
-    :param value: What the user passed; floats with a whole value, such as 1e6, count as whole numbers.
-    :param minimum: Smallest legal value.
-    :param way_out: What to do instead, a sentence.
-    :param maximum: Largest legal value.
-    :return: The value as an int.
-    :raises TypeError: If it is no number.
-    :raises ValueError: If it is not whole or out of range.
-    """
+    """Return a whole number in [minimum, maximum] as an int; floats with a whole value, such as 1e6, are accepted."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"`{name}` must be a whole number, got {value!r} of type {type(value).__name__}. {way_out}")
+        raise wrong_type(name, "a whole number", value, way_out)
     # An int may be too large for a float.
     number = int(value) if isinstance(value, numbers.Integral) else float(value)
     is_whole = isinstance(number, int) or number.is_integer()
@@ -53,21 +52,9 @@ def check_int(name: str, value: Any, minimum: int, way_out: str, maximum: int = 
 def check_float(
     name: str, value: Any, way_out: str, low: float = 0.0, high: float = math.inf, *, above_low: bool = False
 ) -> float:
-    """
-    Check a finite number.
-
-    :param name: The argument's name.
-    :param value: What the user passed.
-    :param way_out: What to do instead, a sentence.
-    :param low: Smallest legal value.
-    :param high: Largest legal value.
-    :param above_low: Whether ``low`` itself is refused.
-    :return: The value as a float.
-    :raises TypeError: If it is no number.
-    :raises ValueError: If it is not finite or out of range.
-    """
+    """Return a finite number in [low, high], or in (low, high] if ``above_low``, as a float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"`{name}` must be a number, got {value!r} of type {type(value).__name__}. {way_out}")
+        raise wrong_type(name, "a number", value, way_out)
     number = as_float(value)
     too_low = number <= low if above_low else number < low
     if not math.isfinite(number) or too_low or number > high:
@@ -80,12 +67,7 @@ def check_float(
 
 
 def as_float(value: Any) -> float:
-    """
-    Turn a number into a float.
-
-    :param value: A real number.
-    :return: The nearest one, infinite where there is none.
-    """
+    """Return the nearest float to a real number, infinite if the number is too large."""
     try:
         return float(value)
     except OverflowError:
@@ -93,57 +75,26 @@ def as_float(value: Any) -> float:
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...], way_out: str) -> None:
-    """
-    Check one of several words.
-
-    :param name: The argument's name.
-    :param value: What the user passed.
-    :param choices: The legal ones.
-    :param way_out: What to do instead, a sentence.
-    :raises ValueError: If it is none of them.
-    """
-    # An array compares with each of them element by element.
+    """Check that a value is one of several words."""
+    # An array would compare with each of them element by element.
     if not (isinstance(value, str) and value in choices):
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}. {way_out}")
 
 
 def check_bool(name: str, value: Any) -> None:
-    """
-    Check a truth value.
-
-    :param name: The argument's name.
-    :param value: What the user passed.
-    :raises TypeError: If it is neither True nor False.
-    """
+    """Check that a value is True or False."""
     if not isinstance(value, bool):
-        raise TypeError(f"`{name}` must be True or False, got {value!r} of type {type(value).__name__}. Pass a bool.")
+        raise wrong_type(name, "True or False", value, "Pass a bool.")
 
 
 def check_type(name: str, value: Any, types: type | tuple[type, ...], rule: str, way_out: str) -> None:
-    """
-    Check the type of an argument that may be None.
-
-    :param name: The argument's name.
-    :param value: What the user passed.
-    :param types: The legal ones beside None.
-    :param rule: The same in words.
-    :param way_out: What to do instead, a sentence.
-    :raises TypeError: If it is of another type.
-    """
+    """Check that a value is None or of one of the types; ``rule`` names them in words."""
     if value is not None and not isinstance(value, types):
-        raise TypeError(f"`{name}` must be {rule}, got {value!r} of type {type(value).__name__}. {way_out}")
+        raise wrong_type(name, rule, value, way_out)
 
 
 def check_class(name: str, value: Any, base: type, way_out: str) -> None:
-    """
-    Check a class that the user passed.
-
-    :param name: The argument's name.
-    :param value: What the user passed.
-    :param base: Class that it must be derived from.
-    :param way_out: What to do instead, a sentence.
-    :raises TypeError: If it is no class, or not derived from ``base``.
-    """
+    """Check that a value is a class derived from ``base``."""
     if not (isinstance(value, type) and issubclass(value, base)):
         raise TypeError(f"`{name}` must be a class derived from SB3's {base.__name__}, got {value!r}. {way_out}")
 
@@ -151,16 +102,7 @@ def check_class(name: str, value: Any, base: type, way_out: str) -> None:
 def check_keywords(
     name: str, kwargs: Mapping[Any, Any], called: Callable[..., Any], taken: Collection[str], way_out: str
 ) -> None:
-    """
-    Check the keys of a dict whose entries become arguments.
-
-    :param name: The argument that the dict was given for.
-    :param kwargs: The dict.
-    :param called: Class or function that gets its entries; one that takes any keyword is not asked here.
-    :param taken: Arguments that it gets from elsewhere.
-    :param way_out: What to do instead, a sentence.
-    :raises TypeError: If a key is none of its arguments.
-    """
+    """Check that the keys of a dict are arguments of ``called``, other than those in ``taken``."""
     parameters = inspect.signature(called).parameters.values()
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return
@@ -172,89 +114,61 @@ def check_keywords(
 
 
 def check_verbose(verbose: Any) -> None:
-    """
-    Check how much is shown.
-
-    :param verbose: What the user passed.
-    :raises TypeError: If it is no number.
-    :raises ValueError: If it is not whole or out of range.
-    """
+    """Check the verbosity."""
     check_int("verbose", verbose, 0, "0 is silent, 1 shows messages, 2 shows details.")
 
 
 def check_device(device: Any) -> None:
-    """
-    Check a PyTorch device.
-
-    :param device: What the user passed.
-    :raises ValueError: If PyTorch knows no such device. Where there is none here, a warning says that the CPU is used.
-    """
+    """Check that PyTorch knows a device, and warn if it is CUDA and there is none here."""
     import torch as th  # here, so that the commands that only read results start without it
 
     if isinstance(device, str) and device == "auto":
         return
     try:
         kind = th.device(device).type
-    except (RuntimeError, TypeError, ValueError):  # the last one for numbers beyond 64 bits
+    except (RuntimeError, TypeError, ValueError):  # ValueError for numbers beyond 64 bits
         raise ValueError(
             f"`device` must be 'auto' or a PyTorch device, got {device!r}. Use for example 'cpu' or 'cuda'."
         ) from None
     if kind == "cuda" and not th.cuda.is_available():
-        # SB3 takes the CPU then, also for files that a GPU machine wrote; but nothing falls back in silence.
+        # SB3 falls back to the CPU silently, also for files that were written with a GPU.
         log.warning("`device` is %r, but there is no CUDA device here: the CPU is used. Use 'auto' or 'cpu'.", device)
 
 
-def as_gymnasium(env: Any) -> Any:
-    """
-    Return an environment that SB3 takes; one of OpenAI Gym is converted as SB3 does it, with its warning.
+def check_folder(name: str, folder: str | os.PathLike[str], way_out: str) -> None:
+    """Create a folder if necessary, and raise ``OSError`` if files cannot be written to it."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        rule = f"`{name}` must be a folder that can be written to"
+        text = f"{rule}, got {os.fspath(folder)!r}: {error.strerror}. {way_out}"
+        raise OSError(error.errno, text) from error
 
-    :param env: What the user passed, made already where it was an id.
-    :return: A Gymnasium environment or a ``VecEnv``.
-    :raises TypeError: If it is no environment, or a vectorised one that is no ``VecEnv``.
-    :raises ValueError: SB3's, if it is neither of Gymnasium nor of OpenAI Gym.
-    :raises ImportError: SB3's, if the package is missing that converts it.
-    """
+
+def as_gymnasium(env: Any) -> Any:
+    """Return a Gymnasium environment or ``VecEnv``; SB3 converts environments of OpenAI Gym, with its warning."""
     from stable_baselines3.common.vec_env import VecEnv  # imports torch
     from stable_baselines3.common.vec_env.patch_gym import _patch_env
 
     if isinstance(env, VecEnv):
         return env
     is_envpool = any(cls.__module__.startswith("envpool.") for cls in type(env).__mro__)
+    rule = "a gymnasium environment or an SB3 VecEnv"
     if isinstance(env, VectorEnv) or is_envpool:
         raise TypeError(
-            "`env` must be a gymnasium environment or an SB3 VecEnv, got the vectorised environment "
-            f"{type(env).__name__}. Pass sb3_clipvf.envs.as_vec_env(env)."
+            f"`env` must be {rule}, got the vectorised environment {type(env).__name__}. "
+            "Pass sb3_clipvf.envs.as_vec_env(env)."
         )
     if not (hasattr(env, "observation_space") and hasattr(env, "action_space")):
-        raise TypeError(
-            f"`env` must be a gymnasium environment or an SB3 VecEnv, got {env!r} of type {type(env).__name__}. Pass "
-            "for example gymnasium.make('CartPole-v1'); only the constructor takes the id as well."
-        )
+        way_out = "Pass for example gymnasium.make('CartPole-v1'); only the constructor takes the id as well."
+        raise wrong_type("env", rule, env, way_out)
     return _patch_env(env)
-
-
-def check_env(policy: Any, env: Any, use_sde: bool) -> None:
-    """
-    Check that the algorithm can act in an environment.
-
-    :param policy: Policy class or alias.
-    :param env: The environment, or whatever else has its spaces.
-    :param use_sde: Whether gSDE is asked for.
-    :raises ValueError: If it cannot.
-    """
-    check_bool("use_sde", use_sde)
-    _check_action_space(env.action_space, use_sde)
-    _check_observation_space(policy, env.observation_space)
 
 
 @contextlib.contextmanager
 def same_spaces() -> Iterator[None]:
-    """
-    Say more where SB3 finds that environments have other spaces than the model.
-
-    :return: Context manager.
-    :raises ValueError: In the place of SB3's.
-    """
+    """Extend SB3's error about spaces that differ from the model's by what to do."""
     try:
         yield
     except ValueError as error:
@@ -266,60 +180,31 @@ def same_spaces() -> Iterator[None]:
         ) from None
 
 
-def check_folder(name: str, folder: str | os.PathLike[str], way_out: str) -> None:
-    """
-    Check that files can be written to a folder, which is made where it does not exist.
-
-    :param name: The argument's name.
-    :param folder: What the user passed.
-    :param way_out: What to do instead, a sentence.
-    :raises OSError: If they cannot, of the subclass for the error number.
-    """
-    try:
-        os.makedirs(folder, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        rule = f"`{name}` must be a folder that can be written to"
-        text = f"{rule}, got {os.fspath(folder)!r}: {error.strerror}. {way_out}"
-        raise OSError(error.errno, text) from error
+def check_env(policy: Any, env: Any, use_sde: bool) -> None:
+    """Check the spaces of an environment (or of a model) for a policy class or alias, and ``use_sde``."""
+    check_bool("use_sde", use_sde)
+    _check_action_space(env.action_space, use_sde)
+    _check_observation_space(policy, env.observation_space)
 
 
 def check_observations(policy_class: type, policy_kwargs: dict[str, Any], observation_space: Any) -> None:
-    """
-    Check that a policy can read observations, which SB3's policies find out when they see them.
-
-    :param policy_class: Class of the policy.
-    :param policy_kwargs: Its further arguments.
-    :param observation_space: Of the environment, of a type that SB3 takes.
-    :raises ValueError: If it cannot.
-    """
+    """Check what SB3's policies would find out only when they read observations."""
     from stable_baselines3.common import torch_layers
     from stable_baselines3.common.policies import ActorCriticPolicy
 
-    is_dict = isinstance(observation_space, spaces.Dict)
-    parts = list(observation_space.spaces.values()) if is_dict else [observation_space]
+    parts = _parts(observation_space)
     if not parts or any(0 in (space.shape or ()) for space in parts):
         raise ValueError(
             f"`env` must have observations of at least one number, got {observation_space}. Leave out a key that is "
             "empty (gymnasium.wrappers.FilterObservation), or add a constant by a wrapper."
         )
     if getattr(policy_class, "extract_features", None) is not ActorCriticPolicy.extract_features:
-        return  # it may read them in its own way
+        return  # the policy may read them in its own way
     default = inspect.signature(policy_class).parameters.get("features_extractor_class")
     extractor = policy_kwargs.get("features_extractor_class", default and default.default)
     flattening = (torch_layers.FlattenExtractor, torch_layers.NatureCNN, torch_layers.CombinedExtractor)
     for space in parts:
-        if np.any(getattr(space, "start", 0)):
-            raise ValueError(
-                f"`env` must count its discrete observations from 0, got {space}. Shift them by a wrapper "
-                "(gymnasium.wrappers.TransformObservation), or turn them into vectors "
-                "(gymnasium.wrappers.FlattenObservation)."
-            )
-        if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim != 1:
-            raise ValueError(
-                f"`env` must have MultiDiscrete observations of one dimension, got {space}. Flatten them by a wrapper "
-                "(gymnasium.wrappers.FlattenObservation)."
-            )
+        _check_discrete(space, "observations", "FlattenObservation")
         if isinstance(space, spaces.Box) and space.shape == () and extractor in flattening:
             raise ValueError(
                 f"`env` must have Box observations of at least one dimension for {extractor.__name__}, got {space}. "
@@ -327,16 +212,29 @@ def check_observations(policy_class: type, policy_kwargs: dict[str, Any], observ
             )
 
 
+def _parts(observation_space: Any) -> list[Any]:
+    is_dict = isinstance(observation_space, spaces.Dict)
+    return list(observation_space.spaces.values()) if is_dict else [observation_space]
+
+
 def _full_type(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
+def _check_discrete(space: Any, what: str, wrapper: str) -> None:
+    """Check that a space, if it is discrete, counts from 0 and has one dimension."""
+    way_out = f"Wrap the environment, for example in gymnasium.wrappers.{wrapper}."
+    if np.any(getattr(space, "start", 0)):
+        raise ValueError(f"`env` must count its discrete {what} from 0, got {space}. {way_out}")
+    if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim != 1:
+        raise ValueError(f"`env` must have MultiDiscrete {what} of one dimension, got {space}. {way_out}")
+
+
 def _check_action_space(action_space: Any, use_sde: bool) -> None:
-    if not isinstance(action_space, ACTION_SPACES):
-        legal = ", ".join(space.__name__ for space in ACTION_SPACES)
+    if not isinstance(action_space, _SPACES):
         raise ValueError(
-            f"`env` must have an action space of type {legal}, got {action_space} of type {_full_type(action_space)}. "
-            "Wrap the environment to convert it."
+            f"`env` must have an action space of type {_SPACE_NAMES}, got {action_space} of type "
+            f"{_full_type(action_space)}. Wrap the environment to convert it."
         )
     if 0 in (action_space.shape or ()):
         raise ValueError(f"`env` must have actions of at least one number, got {action_space}. Change it by a wrapper.")
@@ -347,18 +245,10 @@ def _check_action_space(action_space: Any, use_sde: bool) -> None:
         )
     if isinstance(action_space, spaces.MultiBinary) and not isinstance(action_space.n, int):
         raise ValueError(
-            f"`env` must have a MultiBinary action space of one dimension, got {action_space}. Flatten it by a wrapper."
+            f"`env` must have MultiBinary actions of one dimension, got {action_space}. "
+            "Wrap the environment, for example in gymnasium.wrappers.TransformAction."
         )
-    if isinstance(action_space, spaces.MultiDiscrete) and action_space.nvec.ndim != 1:
-        raise ValueError(
-            f"`env` must have a MultiDiscrete action space of one dimension, got {action_space}. "
-            "Flatten it by a wrapper."
-        )
-    if np.any(getattr(action_space, "start", 0)):
-        raise ValueError(
-            f"`env` must count its discrete actions from 0, got {action_space}. Shift them by a wrapper "
-            "(gymnasium.wrappers.TransformAction)."
-        )
+    _check_discrete(action_space, "actions", "TransformAction")
     if use_sde and not isinstance(action_space, spaces.Box):
         raise ValueError(
             f"`use_sde` must be False unless actions are continuous, got True and {action_space}. Drop it."
@@ -366,17 +256,16 @@ def _check_action_space(action_space: Any, use_sde: bool) -> None:
 
 
 def _check_observation_space(policy: Any, observation_space: Any) -> None:
-    is_dict = isinstance(observation_space, spaces.Dict)
-    for space in observation_space.spaces.values() if is_dict else [observation_space]:
-        if not isinstance(space, ACTION_SPACES):
-            legal = ", ".join(space.__name__ for space in ACTION_SPACES)
+    for space in _parts(observation_space):
+        if not isinstance(space, _SPACES):
             raise UnsupportedSpaceError(
-                f"`env` must have an observation space of type {legal}, or a Dict of these that is not nested, got "
-                f"{observation_space} with a part of type {_full_type(space)}. Wrap the environment to convert it, for "
-                "example in gymnasium.wrappers.FlattenObservation."
+                f"`env` must have an observation space of type {_SPACE_NAMES}, or a Dict of these that is not nested, "
+                f"got {observation_space} with a part of type {_full_type(space)}. Wrap the environment to convert it, "
+                "for example in gymnasium.wrappers.FlattenObservation."
             )
     if not isinstance(policy, str):
         return
+    is_dict = isinstance(observation_space, spaces.Dict)
     squashed = "Squashed" if policy.startswith("Squashed") else ""
     if is_dict and policy.removeprefix(squashed) in ("MlpPolicy", "CnnPolicy"):
         raise ValueError(
