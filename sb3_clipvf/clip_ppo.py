@@ -103,7 +103,7 @@ class ClipPPO(SavedAlgorithm):
     :param on_nonfinite: What comes of a minibatch whose loss or gradient is not finite; it makes no step in any case.
         "raise": the training ends with a ``NonFiniteError``. "skip": it is left out and counted, until the bound of
         ``nonfinite.MAX_UPDATES_WITH_SKIPS``.
-    :param engine: "auto" (the fastest that runs the policy), "native" or "autograd".
+    :param engine: "auto" (the fastest that runs the policy), "native", "fused" or "autograd" (``docs/engines.md``).
     :raises ValueError: If an argument is out of range, or two arguments contradict each other. While training, a
         ``NonFiniteError``, which is one, for observations, rewards, values, losses and gradients that are not finite.
     :raises TypeError: If an argument is of the wrong type.

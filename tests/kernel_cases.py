@@ -1,7 +1,7 @@
 """
 Trainings that between them run every kernel: all action distributions under all forms of the objective.
 
-Run as a program it prints what each of them ends with: ``python kernel_cases.py native lean``, engine by engine.
+Run as a program it prints what each of them ends with: ``python kernel_cases.py native fused``, engine by engine.
 """
 
 import hashlib
@@ -76,7 +76,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "native": ("NativeEngine", {}),
-    "lean": ("LeanAutogradEngine", {"features_extractor_class": Doubling}),
+    "fused": ("FusedEngine", {"features_extractor_class": Doubling}),
 }
 
 

@@ -114,14 +114,14 @@ def test_compiled_and_kept_kernels_train_the_same_weights(tmp_path: Path) -> Non
     def kept() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb?")}
 
-    by_compiled = trained(tmp_path, "native", "lean")
+    by_compiled = trained(tmp_path, "native", "fused")
     of_first = kept()
     assert of_first
-    assert trained(tmp_path, "lean", "native") == by_compiled
+    assert trained(tmp_path, "fused", "native") == by_compiled
     assert kept() == of_first
     # As a first run leaves them that was interrupted, or whose policy did not need them.
     missing = [path for path in of_first if "loss_gradients" in path.name]
     for path in missing:
         path.unlink()
-    assert trained(tmp_path, "native", "lean") == by_compiled
+    assert trained(tmp_path, "native", "fused") == by_compiled
     assert {path for path, time in kept().items() if of_first[path] != time} == set(missing)

@@ -57,7 +57,7 @@ def pendulums(**kwargs: Any) -> VecEnv:
 
 ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "native": ("NativeEngine", {"engine": "native"}),
-    "lean autograd": ("LeanAutogradEngine", {"policy_kwargs": {"features_extractor_class": Doubling}}),
+    "fused": ("FusedEngine", {"policy_kwargs": {"features_extractor_class": Doubling}}),
     "autograd": ("AutogradEngine", {"engine": "autograd"}),
 }
 """The class that runs the updates, and the arguments by which it does."""

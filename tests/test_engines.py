@@ -25,16 +25,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_clipvf.distributions import dist_param_dim, dist_params
 from sb3_clipvf.engines.autograd import AutogradEngine
-from sb3_clipvf.engines.fused import LeanAutogradEngine
+from sb3_clipvf.engines.fused import FusedEngine
 from sb3_clipvf.engines.interface import Engine, UpdateCoefficients, UpdateSettings, UpdateStatistics
 from sb3_clipvf.engines.selection import ENGINE_NAMES, check_engine_name, select_engine
 from sb3_clipvf.policies import SquashedActorCriticPolicy
 from sb3_clipvf.rollout import TensorRolloutBuffer
 
-# "lean" is the autograd engine as "auto" takes it: its losses and its optimizer's steps are compiled.
-ENGINES = ["autograd", "lean", "native"]
+ENGINES = ["autograd", "fused", "native"]
 # Policies that an engine leaves to the autograd engine: tests/test_native.py has the reasons.
-NOT_RUN = {("lean", "squashed"), ("native", "squashed")}
+NOT_RUN = {("fused", "squashed"), ("native", "squashed")}
 
 OBS = spaces.Box(-2.0, 2.0, (3,), np.float32)
 BOX = spaces.Box(-1.0, 1.0, (2,), np.float32)
@@ -123,8 +122,6 @@ def make_case(name: str, moved: float = 0.1, **kwargs: Any) -> tuple[ActorCritic
 
 
 def make_engine(name: str, policy: ActorCriticPolicy, settings: UpdateSettings, buffer: Any) -> Engine:
-    if name == "lean":
-        return LeanAutogradEngine(policy, settings)
     return select_engine(name, policy, settings, buffer)[0]
 
 
@@ -557,11 +554,11 @@ def test_kl_after_weighs_every_transition_the_same(small_evaluation_batch: None)
 # ------------------------------------------------------------------ choosing an engine
 
 
-def test_names_in_the_contract_exist() -> None:
-    assert set(ENGINES) - {"lean"} <= set(ENGINE_NAMES)
+def test_the_contract_covers_all_engines() -> None:
+    assert {"auto", *ENGINES} == set(ENGINE_NAMES)
 
 
-@pytest.mark.parametrize("name", ["auto", "autograd", "native"])
+@pytest.mark.parametrize("name", ["auto", "autograd", "fused", "native"])
 def test_select_gives_the_engine_and_the_reason(name: str) -> None:
     policy, buffer = make_case("box")
     engine, reason = select_engine(name, policy, SETTINGS, buffer)
@@ -578,38 +575,28 @@ def test_auto_says_why_a_policy_is_not_run_faster() -> None:
     engine, reason = select_engine("auto", policy, SETTINGS, buffer)
     assert engine.name == "autograd"
     assert reason == (
-        "the native engine does not run the policy: its class is SquashedActorCriticPolicy, and only MlpPolicy itself "
-        "is compiled; nor are its losses compiled: its "
-        "_get_action_dist_from_latent() is its own"
+        "native cannot run the policy: its class is SquashedActorCriticPolicy, and only MlpPolicy itself is compiled; "
+        "nor can fused: its _get_action_dist_from_latent() is its own"
     )
 
 
-def test_native_is_refused_where_it_cannot_run() -> None:
+@pytest.mark.parametrize(("name", "reason"), [("native", "its class is Squashed"), ("fused", "its _get_action_dist")])
+def test_an_engine_that_cannot_run_the_policy_is_refused(name: str, reason: str) -> None:
     policy, buffer = make_case("squashed")
-    with pytest.raises(
-        ValueError,
-        match="`engine` must be one that runs the policy, got 'native', which does not: its class is Squashed.*"
-        "Use 'auto' or 'autograd'",
-    ):
-        select_engine("native", policy, SETTINGS, buffer)
+    refusal = f"`engine` must be one that can run the policy, got '{name}', which cannot: {reason}.*Use 'auto'"
+    with pytest.raises(ValueError, match=refusal):
+        select_engine(name, policy, SETTINGS, buffer)
 
 
-@pytest.mark.parametrize("name", ["jax", "", "AUTO", None, 1])
+@pytest.mark.parametrize("name", ["jax", "cuda_graph", "", "AUTO", None, 1])
 def test_unknown_engines_are_refused(name: Any) -> None:
-    with pytest.raises(ValueError, match="`engine` must be one of auto, autograd, native, cuda_graph, got"):
+    with pytest.raises(ValueError, match="`engine` must be one of auto, autograd, fused, native, got"):
         check_engine_name(name)
     with pytest.raises(ValueError, match=r"Leave it out for 'auto'\."):
         select_engine(name, make_policy("box"), SETTINGS, None)
 
 
-@pytest.mark.parametrize("name", [name for name in ENGINE_NAMES if name not in ("auto", *ENGINES)])
-def test_engines_to_come_are_refused(name: str) -> None:
-    expected = f"`engine` must be 'auto', 'native' or 'autograd' in this version, got '{name}'"
-    with pytest.raises(ValueError, match=expected):
-        check_engine_name(name)
-
-
-# ------------------------------------------------------------------ the autograd engine as "auto" takes it
+# ------------------------------------------------------------------ the fused engine alone
 
 
 class Doubled(FlattenExtractor):
@@ -683,7 +670,7 @@ class OwnEntropy(ActorCriticPolicy):
         return values, log_prob, -log_prob
 
 
-class TestLean:
+class TestFused:
     @pytest.mark.parametrize(
         "kwargs",
         [
@@ -696,22 +683,19 @@ class TestLean:
     @pytest.mark.parametrize("actions", ["box", "discrete"])
     def test_custom_extractors(self, actions: str, kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(ACTIONS, "custom", (ACTIONS[actions][0], ActorCriticPolicy, kwargs))
-        compare("lean", "custom", settings_for("custom"), COEFFICIENTS, n_updates=3)
+        compare("fused", "custom", settings_for("custom"), COEFFICIENTS, n_updates=3)
         policy, buffer = make_case("custom")
         engine, reason = select_engine("auto", policy, SETTINGS, buffer)
-        assert type(engine) is LeanAutogradEngine
-        assert engine.name == "autograd"
-        assert reason == (
-            "the native engine does not run the policy: its features extractor is Doubled; its losses and its "
-            "optimizer are compiled"
-        )
+        assert type(engine) is FusedEngine
+        assert engine.name == "fused"
+        assert reason == "native cannot run the policy: its features extractor is Doubled"
 
     @pytest.mark.parametrize("learn_features", [False, True])
     def test_gsde_with_a_custom_extractor(self, learn_features: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         kwargs = {"features_extractor_class": Doubled, "use_sde": True, "full_std": False}
         monkeypatch.setitem(ACTIONS, "custom", (BOX, ActorCriticPolicy, kwargs))
         policies, norms = [], []
-        for engine_class in (AutogradEngine, LeanAutogradEngine):
+        for engine_class in (AutogradEngine, FusedEngine):
             policy, buffer = make_case("custom")
             policy.action_dist.learn_features = learn_features
             np.random.seed(0)
@@ -724,7 +708,7 @@ class TestLean:
     def test_parameters_that_no_loss_reaches_stay(self) -> None:
         policies = [make_case("box")[0] for _ in range(2)]
         buffer = make_case("box")[1]
-        for policy, engine_class in zip(policies, (AutogradEngine, LeanAutogradEngine), strict=True):
+        for policy, engine_class in zip(policies, (AutogradEngine, FusedEngine), strict=True):
             policy.unused = th.nn.Parameter(th.ones(2))
             policy.optimizer = th.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.5)
             np.random.seed(0)
@@ -741,7 +725,7 @@ class TestLean:
         kwargs = {"features_extractor_class": Switching, "optimizer_kwargs": {"weight_decay": 0.1}}
         monkeypatch.setitem(ACTIONS, "custom", (BOX, ActorCriticPolicy, kwargs))
         results = []
-        for engine_class in (AutogradEngine, LeanAutogradEngine):
+        for engine_class in (AutogradEngine, FusedEngine):
             policy, buffer = make_case("custom")
             settings = settings_for("custom", n_epochs=4, target_kl=target_kl)
             np.random.seed(0)
@@ -752,7 +736,7 @@ class TestLean:
         assert results[1][1] == results[0][1]
         assert results[1][0] == pytest.approx(results[0][0], rel=1e-3, abs=2e-5)
         assert_same_training(results[1][2], results[0][2])
-        assert not LeanAutogradEngine(results[1][2], SETTINGS).fits(buffer)
+        assert not FusedEngine(results[1][2], SETTINGS).fits(buffer)
 
     def test_ctrl_c_leaves_the_optimizer_with_the_steps_made(self, monkeypatch: pytest.MonkeyPatch) -> None:
         policy, buffer = make_case("box")
@@ -764,10 +748,10 @@ class TestLean:
 
         monkeypatch.setattr(buffer, "get", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            LeanAutogradEngine(policy, settings_for("box")).update(buffer, COEFFICIENTS)
+            FusedEngine(policy, settings_for("box")).update(buffer, COEFFICIENTS)
         assert {float(state["step"]) for state in policy.optimizer.state.values()} == {2.0}
 
-    @pytest.mark.parametrize("engine_class", [AutogradEngine, LeanAutogradEngine])
+    @pytest.mark.parametrize("engine_class", [AutogradEngine, FusedEngine])
     def test_minibatches_without_the_old_distribution_are_refused(self, engine_class: type[Any]) -> None:
         policy = make_policy("box")
         buffer = collect(policy, ForeignBuffer(N_STEPS, OBS, BOX, "cpu", n_envs=N_ENVS, dist_param_dim=4), 0.1)
@@ -777,7 +761,7 @@ class TestLean:
     def test_pictures_of_extractors_of_the_users_keep_their_layout(self) -> None:
         space = spaces.Box(0, 255, (3, 36, 36), np.uint8)
         policy = ActorCriticCnnPolicy(space, BOX, lambda _: 1e-3, features_extractor_class=Viewing)
-        engine = LeanAutogradEngine(policy, SETTINGS)
+        engine = FusedEngine(policy, SETTINGS)
         engine.begin_rollout(TensorRolloutBuffer(2, space, BOX, "cpu", n_envs=2))
         pictures = th.zeros(2, 3, 36, 36, dtype=th.uint8)
         assert engine.act(pictures, with_dist_params=False).actions.shape == (2, 2)
@@ -786,7 +770,7 @@ class TestLean:
     def test_pictures_are_scaled_as_sb3_scales_them_in_memory_that_is_kept(self, share: bool) -> None:
         space = spaces.Box(0, 255, (2, 36, 36), np.uint8)
         policy = ActorCriticCnnPolicy(space, BOX, lambda _: 1e-3, share_features_extractor=share)
-        engine = LeanAutogradEngine(policy, SETTINGS)
+        engine = FusedEngine(policy, SETTINGS)
         addresses = []
         for n in (5, 3, 8, 1):  # memory for more serves fewer, and grows
             pictures = th.randint(0, 256, (n, 36, 36, 2), dtype=th.uint8).permute(0, 3, 1, 2)
@@ -802,7 +786,7 @@ class TestLean:
     def test_other_pictures_go_through_sb3(self, kwargs: dict[str, Any]) -> None:
         space = spaces.Box(0, 255, (2, 36, 36), np.uint8)
         policy = ActorCriticCnnPolicy(space, BOX, lambda _: 1e-3, **kwargs)
-        engine = LeanAutogradEngine(policy, SETTINGS)
+        engine = FusedEngine(policy, SETTINGS)
         pictures = th.randint(0, 256, (3, 2, 36, 36), dtype=th.uint8 if kwargs else th.float32)
         ours, theirs = engine._features(pictures), policy.extract_features(pictures)
         # Numbers of up to 255 are summed, in an order that depends on memory.
@@ -828,7 +812,7 @@ class TestLean:
             other = policy.vf_features_extractor if way == "second_extractor" else extractor
             other.cnn[0] = Keeping(1, 32, 8, 4)
             kept = other.cnn[0].kept
-        engine = LeanAutogradEngine(policy, SETTINGS)
+        engine = FusedEngine(policy, SETTINGS)
         try:
             for value in (51, 255):
                 engine._features(th.full((2, 1, 36, 36), value, dtype=th.uint8))
@@ -839,7 +823,7 @@ class TestLean:
 
     def test_pictures_of_a_rollout_in_inference_mode_leave_the_update_its_memory(self) -> None:
         policy = ActorCriticCnnPolicy(spaces.Box(0, 255, (1, 36, 36), np.uint8), BOX, lambda _: 1e-3)
-        engine = LeanAutogradEngine(policy, SETTINGS)
+        engine = FusedEngine(policy, SETTINGS)
         pictures = th.zeros(4, 1, 36, 36, dtype=th.uint8)
         with th.inference_mode():
             engine._features(pictures)
@@ -849,7 +833,7 @@ class TestLean:
     @pytest.mark.parametrize("name", ["discrete", "box", "multi_binary"])
     def test_last_layers_may_give_their_outputs_in_any_layout(self, layout: str, name: str) -> None:
         results = []
-        for engine_class in (AutogradEngine, LeanAutogradEngine):
+        for engine_class in (AutogradEngine, FusedEngine):
             policy, buffer = make_case(name)
             policy.action_net.forward = functools.partial(LAYOUTS[layout], policy.action_net)
             engine = engine_class(policy, settings_for(name))
@@ -871,7 +855,7 @@ class TestLean:
         rng = np.random.default_rng(0)
         buffer = TensorRolloutBuffer(4, space, spaces.Discrete(2), "cpu", n_envs=4, dist_param_dim=2)
         results = []
-        for engine_class in (AutogradEngine, LeanAutogradEngine):
+        for engine_class in (AutogradEngine, FusedEngine):
             th.manual_seed(0)
             policy = ActorCriticCnnPolicy(space, spaces.Discrete(2), lambda _: 3e-4, share_features_extractor=share)
             if not results:
@@ -902,7 +886,7 @@ class TestLean:
         squashed = ActorCriticPolicy(OBS, BOX, lambda _: 1e-3, use_sde=True, squash_output=True, **kwargs)
         frozen = ActorCriticPolicy(OBS, BOX, lambda _: 1e-3, **kwargs)
         engine = select_engine("auto", frozen, SETTINGS, buffer)[0]
-        assert type(engine) is LeanAutogradEngine
+        assert type(engine) is FusedEngine
         assert engine.fits(buffer)
         frozen.features_extractor.requires_grad_(False)
         assert not engine.fits(buffer)

@@ -29,14 +29,13 @@ from sb3_clipvf import ClipPPO
 from sb3_clipvf.common.nonfinite import BadMinibatchError
 from sb3_clipvf.distributions import dist_param_dim, dist_params
 from sb3_clipvf.engines.autograd import AutogradEngine
-from sb3_clipvf.engines.binding import NotPlainError
-from sb3_clipvf.engines.fused import LeanAutogradEngine
+from sb3_clipvf.engines.binding import NotPlainError, why_not_native
+from sb3_clipvf.engines.fused import FusedEngine
 from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateSettings
 from sb3_clipvf.engines.kernels import entry
 from sb3_clipvf.engines.kernels.elementwise import exp32, tanh32
 from sb3_clipvf.engines.kernels.network import weight_gradient
 from sb3_clipvf.engines.native import NativeEngine
-from sb3_clipvf.engines.selection import why_not_native
 from sb3_clipvf.rollout import TensorRolloutBuffer, gae
 
 OBS = spaces.Box(-2.0, 2.0, (3,), np.float32)
@@ -355,7 +354,7 @@ class TestActing:
             with pytest.raises(ValueError, match=f"`observations` must have 3 numbers a row, .* got {width}"):
                 call(th.ones(4, width))
 
-    @pytest.mark.parametrize("engine_class", [NativeEngine, LeanAutogradEngine])
+    @pytest.mark.parametrize("engine_class", [NativeEngine, FusedEngine])
     @pytest.mark.parametrize("n_envs", [1, 7])
     @pytest.mark.parametrize("actions", ACTIONS)
     def test_gives_what_the_policy_would(self, engine_class: type[Any], actions: str, n_envs: int) -> None:
@@ -410,7 +409,7 @@ class TestActing:
         assert stats.kstest(standard[:, 0], "norm").pvalue > 1e-4
         assert abs(np.corrcoef(standard.T)[0, 1]) < 0.03
 
-    @pytest.mark.parametrize("engine_class", [NativeEngine, LeanAutogradEngine])
+    @pytest.mark.parametrize("engine_class", [NativeEngine, FusedEngine])
     @pytest.mark.parametrize("n_envs", [1, 7, 20])
     @pytest.mark.parametrize("actions", ACTIONS)
     def test_a_seed_gives_the_actions_of_the_policy_itself(
@@ -428,7 +427,7 @@ class TestActing:
         np.testing.assert_allclose(taken[0], taken[1], rtol=1e-5, atol=1e-6)
         assert len(np.unique(taken[0])) > 1
 
-    @pytest.mark.parametrize("engine_class", [NativeEngine, LeanAutogradEngine])
+    @pytest.mark.parametrize("engine_class", [NativeEngine, FusedEngine])
     @pytest.mark.parametrize("actions", ["box", "discrete", "multi_discrete"])
     def test_more_environments_than_the_buffer_has_rows(self, actions: str, engine_class: type[Any]) -> None:
         policy = make_policy(actions)
@@ -653,7 +652,7 @@ class TestUpdate:
             th.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
         assert policies[1].optimizer.state_dict()["state"][0]["step"] == 6
 
-    @pytest.mark.parametrize("engine_class", [NativeEngine, LeanAutogradEngine])
+    @pytest.mark.parametrize("engine_class", [NativeEngine, FusedEngine])
     @pytest.mark.parametrize(("actions", "stored"), [("discrete", 3), ("discrete", -1), ("multi_discrete", 2)])
     def test_actions_that_the_policy_does_not_have_are_refused(
         self, engine_class: type[Any], actions: str, stored: int
@@ -670,7 +669,7 @@ class TestUpdate:
 
     def test_an_update_that_was_refused_draws_as_many_permutations_as_the_reference(self) -> None:
         draws = []
-        for engine_class in (AutogradEngine, LeanAutogradEngine, NativeEngine):
+        for engine_class in (AutogradEngine, FusedEngine, NativeEngine):
             policy = make_policy()
             buffer = filled(policy)
             buffer.returns[:] = np.nan
@@ -758,7 +757,7 @@ class TestTraining:
         model = make_model()
         with caplog.at_level(logging.INFO, "sb3_clipvf"):
             model.learn(128, callback=Change(freeze))
-        assert "'autograd': the native engine does not run the policy: some of its parameters are frozen" in caplog.text
+        assert "'autograd': native cannot run the policy: some of its parameters are frozen" in caplog.text
         assert model._n_updates == 4
 
     def test_frozen_tensors_replaced_in_a_rollout_go_on_with_autograd(self) -> None:
@@ -774,14 +773,14 @@ class TestTraining:
         assert model._engine.name == "autograd"
         assert model.policy.action_net.bias.tolist() == [1e4, -1e4]
 
-    def test_compiled_losses_come_back_when_nothing_keeps_them(self) -> None:
+    def test_fused_comes_back_when_nothing_keeps_it(self) -> None:
         model = make_model(policy_kwargs={"features_extractor_class": OtherExtractor})
         handle = model.policy.optimizer.register_step_pre_hook(hook)
         model.learn(64)
         assert type(model._engine) is AutogradEngine
         handle.remove()
         model.learn(64)
-        assert type(model._engine) is LeanAutogradEngine
+        assert type(model._engine) is FusedEngine
 
     def test_and_comes_back_when_it_is_plain_again(self) -> None:
         def freeze(model: ClipPPO) -> None:
@@ -799,7 +798,7 @@ class TestTraining:
 
     def test_another_engine_can_be_asked_for_later(self) -> None:
         model = make_model()
-        for engine in ("native", "autograd", "native"):
+        for engine in ("native", "fused", "autograd", "native"):
             model.engine = engine
             model.learn(64)
             assert model._engine is not None
@@ -809,7 +808,7 @@ class TestTraining:
         def freeze(model: ClipPPO) -> None:
             model.policy.action_net.bias.requires_grad_(False)
 
-        with pytest.raises(ValueError, match="got 'native', which does not: some of its parameters are frozen"):
+        with pytest.raises(ValueError, match="got 'native', which cannot: some of its parameters are frozen"):
             make_model("native").learn(128, callback=Change(freeze))
 
     def test_a_callbacks_changes_count(self) -> None:
@@ -885,7 +884,7 @@ class TestTraining:
         model.learn(64, callback=Spy(), reset_num_timesteps=False)
         assert set(modes) == {False}
 
-    @pytest.mark.parametrize("engines", [("native", "autograd"), ("autograd", "native")])
+    @pytest.mark.parametrize("engines", [("native", "autograd"), ("autograd", "native"), ("fused", "native")])
     def test_saved_on_one_engine_and_loaded_on_the_other(self, engines: tuple[str, str], tmp_path: Path) -> None:
         """The next update of both from the same rollout is the same: moments and step count came along."""
         model = make_model(engines[0], clip_range=0.2)

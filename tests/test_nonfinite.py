@@ -30,7 +30,7 @@ from sb3_clipvf.engines.autograd import AutogradEngine, _Start
 from sb3_clipvf.engines.native import NativeEngine
 
 # "gpu": the autograd engine as it runs where reading a number makes the device wait.
-ENGINES = ["autograd", "gpu", "lean", "native", "two_threads"]
+ENGINES = ["autograd", "gpu", "fused", "native", "two_threads"]
 BATCH = 10
 
 

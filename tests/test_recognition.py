@@ -36,7 +36,7 @@ from sb3_clipvf import SB3_EQUIVALENT, ClipPPO, objectives
 from sb3_clipvf.distributions import dist_params
 from sb3_clipvf.engines import recognition
 from sb3_clipvf.engines.autograd import AutogradEngine
-from sb3_clipvf.engines.fused import LeanAutogradEngine
+from sb3_clipvf.engines.fused import FusedEngine
 from sb3_clipvf.engines.interface import UpdateSettings
 from sb3_clipvf.engines.native import NativeEngine
 from sb3_clipvf.rollout import TensorRolloutBuffer
@@ -51,7 +51,7 @@ class OwnExtractor(FlattenExtractor):
 
 FAST: dict[str, tuple[dict[str, Any], type[Any]]] = {
     "native": ({}, NativeEngine),
-    "fused": ({"features_extractor_class": OwnExtractor}, LeanAutogradEngine),
+    "fused": ({"features_extractor_class": OwnExtractor}, FusedEngine),
 }
 
 
@@ -644,7 +644,7 @@ def test_subclasses_that_only_build_and_help_stay_fast() -> None:
     def change(model: ClipPPO) -> None:
         model.policy.flag = True  # type: ignore[assignment]
 
-    assert type(trained(change, "auto", policy=OwnBuild)[1]) is LeanAutogradEngine
+    assert type(trained(change, "auto", policy=OwnBuild)[1]) is FusedEngine
 
 
 def test_other_attributes_change_nothing() -> None:
@@ -824,7 +824,7 @@ def test_pictures_keep_their_layout_for_parts_that_are_not_sb3s(part: str) -> No
     if part == "hook":
         cnn[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].is_contiguous()))  # type: ignore[index]
     settings = UpdateSettings(16, 1, True, "minibatch", "max", 0.5, None, False, True, True)
-    engine = LeanAutogradEngine(policy, settings)
+    engine = FusedEngine(policy, settings)
     pictures = th.zeros(2, *space.shape, dtype=th.uint8)
     engine._features(pictures)
     assert seen == ([True] * len(seen))

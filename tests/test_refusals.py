@@ -64,7 +64,6 @@ def refused(error: type[Exception], *parts: str) -> Any:
 
 
 WHOLE, NUMBER = "must be a whole number", "must be a number"
-LATER = ("cuda_graph",)
 SIZES = ("n_steps", "batch_size", "n_epochs")
 AT_LEAST_1 = "must be a whole number of at least 1"
 POSITIVE = "must be finite and above 0"
@@ -114,8 +113,7 @@ BAD: list[tuple[str, Any, type[Exception], str]] = [
     *[("vf_clip", value, ValueError, "must be one of 'max', 'prediction'") for value in ("MAX", None, True)],
     ("vf_clip_units", "advantage_rms", ValueError, "must be one of 'return_std', 'absolute'"),
     ("advantage_scope", "batch", ValueError, "must be one of 'minibatch', 'rollout'"),
-    *[("engine", value, ValueError, "must be one of auto, autograd") for value in ("jax", None, "")],
-    *[("engine", name, ValueError, "must be 'auto', 'native' or 'autograd' in this version") for name in LATER],
+    *[("engine", value, ValueError, "must be one of auto, autograd") for value in ("jax", "cuda_graph", None, "")],
     *[("normalize_advantage", value, TypeError, "must be True or False") for value in (1, None, "yes")],
     ("use_sde", 0, TypeError, "must be True or False"),
     *[("policy_kwargs", value, TypeError, "must be a dict") for value in ([1], "net_arch")],

@@ -1,1 +1,1 @@
-"""How one update runs. Engines differ in speed, never in meaning; ``autograd`` is the reference."""
+"""How a policy acts and is updated. Engines differ in speed, never in meaning; ``autograd`` is the reference."""

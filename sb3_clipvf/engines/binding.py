@@ -29,6 +29,7 @@ from sb3_clipvf.engines.recognition import (
     has_hooks,
     replaced_code,
     replaced_method,
+    why_unknown_buffer,
 )
 
 _GAUSSIANS = (DiagGaussianDistribution, StateDependentNoiseDistribution)
@@ -69,6 +70,43 @@ class PlainPolicy:
 
 def _parameters(layers: list[nn.Linear]) -> list[nn.Parameter]:
     return [cast(nn.Parameter, parameter) for layer in layers for parameter in (layer.weight, layer.bias)]
+
+
+def why_not_native(policy: ActorCriticPolicy, buffer: Any) -> str | None:
+    """
+    Return why the native engine cannot run a policy.
+
+    :param policy: Any policy.
+    :param buffer: Its rollout buffer.
+    :return: Half a sentence, or None where it can.
+    """
+    reason = why_unknown_buffer(buffer)
+    if reason is not None:
+        return reason
+    try:
+        plain_policy(policy)
+    except NotPlainError as not_plain:
+        return str(not_plain)
+    return None
+
+
+def why_not_fused(policy: ActorCriticPolicy) -> str | None:
+    """
+    Return why the fused engine cannot run a policy.
+
+    :param policy: Any policy, with networks of any kind.
+    :return: Half a sentence, or None where it can.
+    """
+    try:
+        check_known(policy)
+        if policy.device.type != "cpu":
+            raise NotPlainError(f"it is on the device {policy.device}")
+        check_gaussian(policy)
+        check_parameters(policy)
+        check_optimizer(policy)
+    except NotPlainError as not_plain:
+        return str(not_plain)
+    return None
 
 
 def plain_policy(policy: ActorCriticPolicy) -> PlainPolicy:

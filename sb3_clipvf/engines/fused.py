@@ -1,5 +1,5 @@
 """
-The autograd engine with little around the networks: torch runs and differentiates them, kernels do the rest.
+The fused engine: torch runs and differentiates the networks, kernels do the rest.
 
 The losses' gradients with respect to what the networks give are one kernel call, and so is clipping with Adam's step;
 in torch these are about a hundred small operations, which take most of the time of a small minibatch.
@@ -19,12 +19,10 @@ from sb3_clipvf.common.nonfinite import BadMinibatchError, drawn_indices
 from sb3_clipvf.distributions import LazyDistribution
 from sb3_clipvf.engines.autograd import AutogradEngine, old_dist_params, unvalidated_distributions
 from sb3_clipvf.engines.binding import (
-    check_gaussian,
-    check_optimizer,
-    check_parameters,
     moments_of,
     n_outputs_of,
     table_row,
+    why_not_fused,
 )
 from sb3_clipvf.engines.bridge import (
     Noise,
@@ -40,7 +38,7 @@ from sb3_clipvf.engines.bridge import (
 from sb3_clipvf.engines.interface import Acted, UpdateCoefficients, UpdateSettings, UpdateStatistics
 from sb3_clipvf.engines.kernels import data, entry, memory
 from sb3_clipvf.engines.kernels.minibatch import SKIPS, STEPS, STOPS, count, is_finite
-from sb3_clipvf.engines.recognition import NotPlainError, altered_torch, check_known, has_hooks, replaced_method
+from sb3_clipvf.engines.recognition import altered_torch, has_hooks, replaced_method
 from sb3_clipvf.rollout import MiniBatch
 
 # What SB3's extractors of pictures consist of.
@@ -49,28 +47,15 @@ _SB3S_MODULES = (
 )  # fmt: skip
 
 
-def check_around_networks(policy: ActorCriticPolicy) -> None:
-    """
-    Make sure that a policy's losses and its optimizer's steps are those that kernels know.
-
-    :param policy: Any of SB3's.
-    :raises NotPlainError: If they are not: half a sentence why.
-    """
-    check_known(policy)
-    if policy.device.type != "cpu":
-        raise NotPlainError(f"it is on the device {policy.device}")
-    check_gaussian(policy)
-    check_parameters(policy)
-    check_optimizer(policy)
-
-
-class LeanAutogradEngine(AutogradEngine):
+class FusedEngine(AutogradEngine):
     """
     Updates, and acts, with the autograd engine's numbers to float32 rounding.
 
     :param policy: Its parameters and its optimizer are changed in place.
     :param settings: What stays the same over all updates.
     """
+
+    name = "fused"
 
     def __init__(self, policy: ActorCriticPolicy, settings: UpdateSettings) -> None:
         super().__init__(policy, settings)
@@ -85,11 +70,7 @@ class LeanAutogradEngine(AutogradEngine):
         :param buffer: The rollout buffer.
         :return: False where another engine must be chosen.
         """
-        try:
-            check_around_networks(self.policy)
-        except NotPlainError:
-            return False
-        return True
+        return why_not_fused(self.policy) is None
 
     def begin_rollout(self, buffer: Any) -> None:
         """

@@ -12,7 +12,7 @@ from torch import nn
 
 from sb3_clipvf.common.nonfinite import BadMinibatchError
 from sb3_clipvf.distributions import LazyDistribution
-from sb3_clipvf.engines.binding import Binding, bind, n_steps_made, write_steps
+from sb3_clipvf.engines.binding import Binding, bind, n_steps_made, why_not_native, write_steps
 from sb3_clipvf.engines.bridge import (
     Noise,
     as_policy_gives,
@@ -29,7 +29,6 @@ from sb3_clipvf.engines.kernels import data, entry, memory
 from sb3_clipvf.engines.kernels.network import workspace_size
 from sb3_clipvf.engines.kernels.sync import GIVEN_UP, N_COUNTERS
 from sb3_clipvf.engines.recognition import why_unknown_buffer
-from sb3_clipvf.engines.selection import why_not_native
 from sb3_clipvf.engines.threads import ThreadChoice, one_blas_thread, second_thread
 from sb3_clipvf.rollout import gae
 
