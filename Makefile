@@ -39,22 +39,22 @@ lint: $(STAMP)-test
 	$(BIN)/ruff check .
 
 types: $(STAMP)-test
-	$(BIN)/mypy --strict sb3_clipvf
+	$(BIN)/mypy
 
 docs: $(STAMP)-test  ## build the documentation into docs/_build/html; a warning is an error
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
 bench: $(STAMP)-speed  ## measure the speed beside SB3 and SBX (an hour; stop it, and it goes on)
-	$(BIN)/sb3-clipvf bench speed
+	$(BIN)/python -m tests.bench speed
 
 bench-learning: $(STAMP)-learning  ## make the learning results again (hours; stop it, and it goes on)
-	$(BIN)/sb3-clipvf bench learning
+	$(BIN)/python -m tests.bench learning
 
 bench-curves: $(STAMP)-curves  ## compare training curves of the engines (hours; stop it, and it goes on)
-	$(BIN)/sb3-clipvf bench curves
+	$(BIN)/python -m tests.bench curves
 
 bench-faults: $(STAMP)-test  ## kill trainings, damage files, pass odd arguments (stop it, and it goes on)
-	$(BIN)/sb3-clipvf bench faults
+	$(BIN)/python -m tests.bench faults
 
 host-suite: $(STAMP)-test  ## run Stable-Baselines3's own tests with ClipPPO in PPO's place
 	$(BIN)/python tests/host_suite/run.py

@@ -17,7 +17,7 @@ copyright = "sb3_clipvf contributors, MIT licence"
 release = version = sb3_clipvf.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "mathml_renderer"]
-# results/ is written by `sb3-clipvf bench`; results.md includes its tables.
+# results/ is written by the benchmarks; results.md includes its tables.
 exclude_patterns = ["_build", "results"]
 
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist", "colon_fence"]

@@ -1,4 +1,4 @@
-"""``sb3-clipvf bench curves``: the curves, their intervals, and what the command runs, keeps, tables and draws."""
+"""``python -m tests.bench curves``: the curves, their intervals, and what the command runs, keeps, tables and draws."""
 
 import json
 import sys
@@ -12,10 +12,11 @@ import yaml
 from scipy import stats
 
 from sb3_clipvf import zoo
-from sb3_clipvf.bench import curves, curves_statistics, training_runs
-from sb3_clipvf.bench.curves import ROWS, main
-from sb3_clipvf.bench.curves_report import render_table, write_figure
-from sb3_clipvf.bench.curves_statistics import (
+from sb3_clipvf.zoo.runs import TrainingCurve, find_run, read_training_curve
+from tests.bench import curves, curves_statistics, training_runs
+from tests.bench.curves import ROWS, main
+from tests.bench.curves_report import render_table, write_figure
+from tests.bench.curves_statistics import (
     N_POINTS,
     Comparison,
     CurveRow,
@@ -27,9 +28,8 @@ from sb3_clipvf.bench.curves_statistics import (
     mean_estimate,
     run_of,
 )
-from sb3_clipvf.bench.results import Results
-from sb3_clipvf.bench.training_runs import train_arguments
-from sb3_clipvf.zoo.runs import TrainingCurve, find_run, read_training_curve
+from tests.bench.results import Results
+from tests.bench.training_runs import train_arguments
 
 NATIVE, AUTOGRAD = CurveRow("CartPole-v1", 256, "native"), CurveRow("CartPole-v1", 256, "autograd")
 MADE_ON = {"cpu": "C", "cores": 2, "jobs": 1, "versions": {"python": "3"}}
@@ -245,7 +245,7 @@ def test_results_on_another_grid_do_not_count(tmp_path: Path, monkeypatch: pytes
 def test_results_table_and_figure_of_all_rows_and_seeds(
     in_folder: Path, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert zoo.main(["bench", "curves", "--seeds", "1", "2", "--jobs", "2"]) == 0
+    assert main(["--seeds", "1", "2", "--jobs", "2"]) == 0
     out = Path("docs/results/curves.json")
     runs = runs_in(out)
     names = [("CartPole-v1-autograd", 1), ("CartPole-v1-autograd", 2), ("CartPole-v1-native", 1)]
@@ -262,7 +262,7 @@ def test_results_table_and_figure_of_all_rows_and_seeds(
     assert (run["num_timesteps"], run["jobs"], run["hyperparams"]["n_steps"]) == (256, 2, 16)
     assert run["wall_seconds"] > 0 and run["cpu"] and run["versions"]["torch"]
     table = out.with_suffix(".md").read_text().replace("\u00a0", " ")
-    assert "Made by `sb3-clipvf bench curves --seeds 1 2`." in table
+    assert "Made by `python -m tests.bench curves --seeds 1 2`." in table
     assert f"| whole training | {run['mean_return']:.1f} ± 0.0 | {run['mean_return']:.1f} ± 0.0 | 0.0 ± 0.0 |" in table
     assert out.with_suffix(".png").stat().st_size > 10_000
     said = capsys.readouterr().out
@@ -326,6 +326,6 @@ def test_training_without_an_ended_episode_has_no_curve(
 
 def test_unknown_rows_are_refused(in_folder: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"`--only` must name rows .* got CartPole-v1\. `sb3-clipvf bench curves --list`"
+        ValueError, match=r"`--only` must name rows .* got CartPole-v1\. `python -m tests.bench curves --list`"
     ):
         main(["--only", "CartPole-v1"])

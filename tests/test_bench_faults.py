@@ -1,4 +1,4 @@
-"""``sb3-clipvf bench faults``: a short campaign survives, and each kind of failure is counted as what it is."""
+"""``python -m tests.bench faults``: a short campaign survives, and each kind of failure is counted as what it is."""
 
 import json
 import os
@@ -12,17 +12,17 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from sb3_clipvf.bench import faults
-from sb3_clipvf.bench.faults import ROWS, main
-from sb3_clipvf.bench.faults_children import Tally, lines_of, tell
-from sb3_clipvf.bench.faults_files import _outcome, _place, _result, damaged
-from sb3_clipvf.bench.faults_files import is_clear as is_clear_of_file
-from sb3_clipvf.bench.faults_fuzz import is_clear, judged
-from sb3_clipvf.bench.faults_kills import _die_in_write, judge
-from sb3_clipvf.bench.faults_table import render_table
-from sb3_clipvf.bench.faults_training import digest_of
-from sb3_clipvf.bench.results import Results
 from sb3_clipvf.checkpoint import DamagedCheckpointError, callback
+from tests.bench import faults
+from tests.bench.faults import ROWS, main
+from tests.bench.faults_children import Tally, lines_of, tell
+from tests.bench.faults_files import _outcome, _place, _result, damaged
+from tests.bench.faults_files import is_clear as is_clear_of_file
+from tests.bench.faults_fuzz import is_clear, judged
+from tests.bench.faults_kills import _die_in_write, judge
+from tests.bench.faults_table import render_table
+from tests.bench.faults_training import digest_of
+from tests.bench.results import Results
 
 pytest.importorskip("hypothesis")
 
@@ -32,7 +32,7 @@ OPTIONS = ["--only", *SHORT, "--kills", "2", "--corruptions", "30", "--examples"
 
 def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "sb3_clipvf", "bench", "faults", *options],
+        [sys.executable, "-m", "tests.bench", "faults", *options],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
@@ -70,7 +70,7 @@ def test_a_short_campaign_is_survived(campaign: tuple[Path, subprocess.Completed
 def test_what_is_done_is_not_done_again(campaign: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(campaign[0])
     monkeypatch.setattr(faults, "_campaign", lambda *args: pytest.fail("nothing is missing"))
-    monkeypatch.setattr("sb3_clipvf.bench.faults_children.start_server", lambda: None)
+    monkeypatch.setattr("tests.bench.faults_children.start_server", lambda: None)
     # `_campaign` is only made where attempts are missing.
     assert main(OPTIONS) == 0
 
@@ -88,7 +88,7 @@ def test_a_failure_is_counted_told_and_ends_with_1(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(faults, "_campaign", lambda *args: _Failing())
-    monkeypatch.setattr("sb3_clipvf.bench.faults_children.start_server", lambda: None)
+    monkeypatch.setattr("tests.bench.faults_children.start_server", lambda: None)
     assert main(["--only", "arguments", "--examples", "4"]) == 1
     assert "arguments: 4 of 4, 3 survived, 0 lost, 1 wrong, 0 unclear" in capsys.readouterr().out
     assert "`arguments`: `` part 1 ``" in Path("docs/results/faults.md").read_text()
@@ -107,7 +107,7 @@ def test_an_interruption_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(faults, "_campaign", lambda *args: Interrupted())
-    monkeypatch.setattr("sb3_clipvf.bench.faults_children.start_server", lambda: None)
+    monkeypatch.setattr("tests.bench.faults_children.start_server", lambda: None)
     assert main(["--only", "arguments"]) == 130
     (found,) = Results(Path("docs/results/faults.json")).runs
     assert (found["attempts"], found["parts"]) == (2, 1)

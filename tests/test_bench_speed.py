@@ -1,4 +1,4 @@
-"""``sb3-clipvf bench speed``: what it measures, keeps, skips and tables."""
+"""``python -m tests.bench speed``: what it measures, keeps, skips and tables."""
 
 import json
 import os
@@ -18,17 +18,17 @@ from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_clipvf import ClipPPO, bench, zoo
-from sb3_clipvf.bench import speed, speed_child, speed_products, speed_rows
-from sb3_clipvf.bench.results import Results
-from sb3_clipvf.bench.speed import main
-from sb3_clipvf.bench.speed_figure import write_figure
-from sb3_clipvf.bench.speed_profile import area_of, render_profile, sum_areas
-from sb3_clipvf.bench.speed_rows import BOUNDS, PEERS, ROWS, TRIAL_UPDATES, SpeedRow, make_env, make_model
-from sb3_clipvf.bench.speed_table import KEY, TRIALS, Spread, best_threads, ratio, render, wanted
+from sb3_clipvf import ClipPPO
 from sb3_clipvf.engines import threads
 from sb3_clipvf.engines.selection import ENGINE_NAMES
 from sb3_clipvf.envs import FastDummyVecEnv, FastVecNormalize
+from tests.bench import speed, speed_child, speed_products, speed_rows
+from tests.bench.results import Results
+from tests.bench.speed import main
+from tests.bench.speed_figure import write_figure
+from tests.bench.speed_profile import area_of, render_profile, sum_areas
+from tests.bench.speed_rows import BOUNDS, PEERS, ROWS, TRIAL_UPDATES, SpeedRow, make_env, make_model
+from tests.bench.speed_table import KEY, TRIALS, Spread, best_threads, ratio, render, wanted
 
 # Of a policy that the native engine does not run, so that ClipPPO's number of threads is tried.
 FAST = SpeedRow("fast", "a fast one", 2, "CartPole-v1", 4, 8, {"n_steps": 16}, policy="CnnPolicy")
@@ -525,14 +525,14 @@ def test_figure_has_a_bar_for_each_ratio(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_results_and_table_of_all_rows(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert zoo.main(["bench", "speed"]) == 0
+    assert main([]) == 0
     runs = runs_in()
     assert len(runs) == 2 * 2 * 4 + 3 * (3 + 4)  # trials of two peers, two on each number of threads; alternations
     run = next(run for run in runs if (run["name"], run["peer"], run["part"]) == ("fast", "clipppo", "2"))
     # Both peers are faster on one thread in the fake process.
     assert (run["steps_per_second"], run["threads"], run["other_load"], run["goal"]) == (4002.0, 1, 5.0, 2)
     assert run["cpu"] and run["versions"]["torch"] and run["versions"]["sb3_clipvf"]
-    assert run["command"] == "sb3-clipvf bench speed --rows fast"
+    assert run["command"] == "python -m tests.bench speed --rows fast"
     table = Path("docs/results/speed.md").read_text()
     (line,) = (
         line for line in table.splitlines() if line.startswith("| a fast one (`fast`) | 2.00<br>(2.00 to 2.00) |")
@@ -756,7 +756,7 @@ def test_quick_writes_beside_the_results(in_folder: Path) -> None:
     assert not Path("docs").exists()
     assert {run["row"]["iterations"] for run in runs_in(Path("logs/bench/quick.json"))} == {2}
     assert {task["bound_seconds"] for task in tasks()} == {0.05}
-    assert "Made by `sb3-clipvf bench speed --quick --alternations 1`." in Path("logs/bench/quick.md").read_text()
+    assert "Made by `python -m tests.bench speed --quick --alternations 1`." in Path("logs/bench/quick.md").read_text()
     # Results of moments never stand for real ones.
     Path("docs/results").mkdir(parents=True)
     Path("docs/results/speed.json").write_bytes(Path("logs/bench/quick.json").read_bytes())
@@ -834,7 +834,6 @@ def test_real_processes_of_both_peers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(Path(bench.__file__).parents[2]))
     installed(monkeypatch, lambda name: name != "sbx")
     for name in [*TRIALS][1:]:  # which take minutes where the cores are busy
         monkeypatch.delitem(TRIALS, name)

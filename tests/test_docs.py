@@ -23,6 +23,8 @@ from sb3_clipvf.schedules import make_schedule
 from sb3_clipvf.zoo import COMMANDS
 from sb3_clipvf.zoo.entries import ZOO_KEYS
 from sb3_clipvf.zoo.experiment import constructor_keys
+from tests import bench
+from tests.bench.__main__ import BENCHMARKS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 # results/ is written by the benchmark, and the build is HTML.
@@ -44,11 +46,12 @@ def pages_with(language: str) -> list[str]:
     return [page for page in PAGES if blocks(page, language)]
 
 
-def commands() -> list[list[str]]:
+def commands(program: str = "sb3-clipvf") -> list[list[str]]:
     lines = [
         line for page in PAGES for block in blocks(page, "console") for line in block.replace("\\\n", " ").splitlines()
     ]
-    return [shlex.split(line[2:])[1:] for line in lines if line.startswith("$ sb3-clipvf ")]
+    start = f"$ {program} "
+    return [shlex.split(line.removeprefix(start)) for line in lines if line.startswith(start)]
 
 
 def source_of(name: str) -> str:
@@ -58,8 +61,8 @@ def source_of(name: str) -> str:
     assert spec is not None and spec.origin is not None
     module = Path(spec.origin).parent.joinpath(*path)
     if module.is_dir():
-        # The plot commands have a module each in one package, and the benchmarks too.
-        files = [module / f"{name}.py"] if name != "bench" else sorted(module.glob("*.py"))
+        # The plot commands have a module each in one package.
+        files = [module / f"{name}.py"]
     else:
         files = [module.with_suffix(".py")]
     if name == "train":
@@ -147,6 +150,15 @@ def test_commands_and_their_options_exist(command: list[str]) -> None:
     assert name in COMMANDS
     source = source_of(name)
     for option in (token for token in arguments if re.match(r"--?[a-zA-Z]", token)):
+        assert f'"{option}"' in source, f"{name} has no option {option}"
+
+
+@pytest.mark.parametrize("command", commands("python -m tests.bench"), ids=" ".join)
+def test_benchmarks_and_their_options_exist(command: list[str]) -> None:
+    name, *arguments = command
+    assert name in BENCHMARKS
+    source = "".join(file.read_text(encoding="utf-8") for file in Path(bench.__file__).parent.glob("*.py"))
+    for option in (token for token in arguments if token.startswith("--")):
         assert f'"{option}"' in source, f"{name} has no option {option}"
 
 

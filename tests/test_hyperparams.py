@@ -13,9 +13,9 @@ import rl_zoo3.import_envs  # registers the environments of optional packages
 import yaml
 
 from sb3_clipvf import ClipPPO
-from sb3_clipvf.bench import curves, learning
 from sb3_clipvf.zoo import defaults, register
 from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager, check_hyperparams
+from tests.bench import curves, learning
 
 register()
 

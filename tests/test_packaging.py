@@ -92,7 +92,8 @@ def test_each_extra_is_asked_for_by_name_where_it_is_missed() -> None:
     extras = dict(config["options.extras_require"])
     everything = re.findall(r"\w+", extras.pop("all").partition("[")[2])
     assert set(everything) == set(extras)
-    code = "".join(path.read_text() for path in (ROOT / "sb3_clipvf").rglob("*.py"))
+    files = [path for folder in ("sb3_clipvf", "tests/bench") for path in (ROOT / folder).rglob("*.py")]
+    code = "".join(path.read_text() for path in files)
     assert set(re.findall(r"'sb3_clipvf\[(\w+)\]'", code)) == set(extras) - {"dev"}
     table = (ROOT / "docs" / "quickstart.md").read_text().partition("| extra |")[2].partition("\n\n")[0]
     assert set(re.findall(r"`(\w+)`", table)) == set(extras)

@@ -47,7 +47,6 @@ COMMANDS: dict[str, Command] = {
     "report": Command(
         "evaluate a run, plot its learning curve, record a video", "sb3_clipvf.zoo.report:main", loads=True
     ),
-    "bench": Command("run the package's own measurements", "sb3_clipvf.bench:main"),
     "plot_train": Command(
         "plot training returns of runs",
         "rl_zoo3.plots:plot_train",

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sb3_clipvf.bench.faults_children import Tally, finish, limit_memory, limit_processor, lines_of, start, tell
-from sb3_clipvf.bench.faults_training import Training, digest, digest_of
+from tests.bench.faults_children import Tally, finish, limit_memory, limit_processor, lines_of, start, tell
+from tests.bench.faults_training import Training, digest, digest_of
 
 if TYPE_CHECKING:
     from stable_baselines3.common.vec_env import VecEnv

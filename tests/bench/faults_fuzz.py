@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sb3_clipvf.bench.faults_children import Tally, finish, limit_memory, limit_processor, lines_of, start, tell
-from sb3_clipvf.bench.faults_files import MEMORY, SECONDS
+from tests.bench.faults_children import Tally, finish, limit_memory, limit_processor, lines_of, start, tell
+from tests.bench.faults_files import MEMORY, SECONDS
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy

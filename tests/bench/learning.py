@@ -1,4 +1,4 @@
-"""``sb3-clipvf bench learning``: train with the shipped settings, evaluate, and keep a table of the returns."""
+"""``python -m tests.bench learning``: train with the shipped settings, evaluate, and keep a table of the returns."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sb3_clipvf.bench.learning_table import Row, render_table, run_of
-from sb3_clipvf.bench.results import write_text
-from sb3_clipvf.bench.training_runs import TrainingBenchmark
+from tests.bench.learning_table import Row, render_table, run_of
+from tests.bench.results import write_text
+from tests.bench.training_runs import TrainingBenchmark
 
 if TYPE_CHECKING:
     from sb3_clipvf.zoo.runs import Run
@@ -57,7 +57,7 @@ ROWS: tuple[Row, ...] = (
 class Benchmark(TrainingBenchmark[Row]):
     """Evaluates final models, and tables their returns beside the goals."""
 
-    command = "sb3-clipvf bench learning"
+    command = "python -m tests.bench learning"
     description = "Train with the shipped settings and table the returns."
     default_seeds = (1, 2, 3)
     default_out = Path("docs/results/learning.json")
@@ -109,7 +109,7 @@ class Benchmark(TrainingBenchmark[Row]):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """
-    Run ``sb3-clipvf bench learning``.
+    Run ``python -m tests.bench learning``.
 
     :param argv: its options; None takes the process's own
     :return: exit code: 0, 1 where a run failed, 130 where it was interrupted

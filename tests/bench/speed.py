@@ -1,5 +1,5 @@
 """
-``sb3-clipvf bench speed``: ClipPPO, SB3's PPO and, where it is installed, SBX's PPO on the same machine in turn.
+``python -m tests.bench speed``: ClipPPO, SB3's PPO and, where it is installed, SBX's PPO on the same machine in turn.
 
 Each measurement is a process of its own (``speed_child``). Its result goes into a JSON file when it is there, so that
 the benchmark can be stopped at any time; the same command goes on with the alternations that are missing.
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -21,15 +20,15 @@ from typing import Any, TextIO
 
 import psutil
 
-from sb3_clipvf.bench.results import Results, check_row_names, machine, sigterm_interrupts, write_text
-from sb3_clipvf.bench.speed_figure import write_figure
-from sb3_clipvf.bench.speed_rows import PEERS, ROWS, SpeedRow
-from sb3_clipvf.bench.speed_table import KEY, MIN_ALTERNATIONS, TRIALS, best_threads, render, trials_of, wanted
 from sb3_clipvf.common.validation import check_int
+from tests.bench.results import Results, check_row_names, clone_environment, machine, sigterm_interrupts, write_text
+from tests.bench.speed_figure import write_figure
+from tests.bench.speed_rows import PEERS, ROWS, SpeedRow
+from tests.bench.speed_table import KEY, MIN_ALTERNATIONS, TRIALS, best_threads, render, trials_of, wanted
 
 # Replaced in tests.
-CHILD_COMMAND: tuple[str, ...] = (sys.executable, "-m", "sb3_clipvf.bench.speed_child")
-_COMMAND = "sb3-clipvf bench speed"
+CHILD_COMMAND: tuple[str, ...] = (sys.executable, "-m", "tests.bench.speed_child")
+_COMMAND = "python -m tests.bench speed"
 _PACKAGES = ("numba", "scipy", "mujoco", "box2d", "envpool", "ale_py", "sbx_rl", "jax")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 _BOUND_SECONDS = 2.0
@@ -183,7 +182,7 @@ def run_child(
     :raises ChildError: where it failed
     :raises KeyboardInterrupt: when it was interrupted, after ending the process
     """
-    environment = {name: value for name, value in os.environ.items() if name not in _THREAD_VARIABLES}
+    environment = {name: value for name, value in clone_environment().items() if name not in _THREAD_VARIABLES}
     environment |= dict.fromkeys(_THREAD_VARIABLES, str(threads)) if threads is not None else {}
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("wb") as log:
@@ -265,7 +264,7 @@ def _profile(benchmark: SpeedBenchmark, row: SpeedRow, peer: str) -> int:
             "(pip install 'sb3_clipvf[sbx]'), and runs no PyTorch extractors."
         )
     task = benchmark.task(row, peer, 1, 1) | {"profile": True}
-    from sb3_clipvf.bench.speed_profile import render_profile
+    from tests.bench.speed_profile import render_profile
 
     try:
         result = run_child(task, 1, benchmark.log_folder / row.name / f"{peer}-profile.log")
@@ -309,7 +308,7 @@ def _benchmark(benchmark: SpeedBenchmark, rows: Sequence[SpeedRow], args: argpar
 
 def main(argv: Sequence[str] | None = None) -> int:
     """
-    Run ``sb3-clipvf bench speed``.
+    Run ``python -m tests.bench speed``.
 
     :param argv: its options; None takes the process's own
     :return: exit code: 0, 1 where a measurement failed, 130 where it was interrupted

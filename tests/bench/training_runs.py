@@ -8,7 +8,6 @@ can be stopped at any time; the same command goes on with what is missing.
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import subprocess
 import sys
@@ -20,8 +19,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TextIO, TypeVar
 
-from sb3_clipvf.bench.results import Results, check_row_names, machine, sigterm_interrupts
 from sb3_clipvf.common.validation import check_int
+from tests.bench.results import Results, check_row_names, clone_environment, machine, sigterm_interrupts
 
 if TYPE_CHECKING:
     from sb3_clipvf.zoo.runs import Run
@@ -265,7 +264,7 @@ class TrainingBenchmark(ABC, Generic[RowT]):
 
     def _train(self, options: list[str], log_path: Path) -> int:
         # One thread for numerical libraries: two runs of several threads each would fight for the cores.
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment = clone_environment() | {"OMP_NUM_THREADS": "1"}
         with log_path.open("wb") as log:
             process = subprocess.Popen(
                 [*TRAIN_COMMAND, *options], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment

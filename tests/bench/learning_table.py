@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from sb3_clipvf.bench import training_runs
-from sb3_clipvf.bench.results import Results, machine_text
+from tests.bench import training_runs
+from tests.bench.results import Results, machine_text
 
 
 @dataclass(frozen=True)

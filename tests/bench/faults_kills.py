@@ -15,8 +15,8 @@ from unittest import mock
 
 import numpy as np
 
-from sb3_clipvf.bench.faults_children import Tally, end, finish, lines_of, start, tell
-from sb3_clipvf.bench.faults_training import Training, digest
+from tests.bench.faults_children import Tally, end, finish, lines_of, start, tell
+from tests.bench.faults_training import Training, digest
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerProcess

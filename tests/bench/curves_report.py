@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sb3_clipvf.bench.curves_statistics import ENGINES, WINDOW, Comparison, difference_estimate, grid, mean_estimate
-from sb3_clipvf.bench.results import machine_text
+from tests.bench.curves_statistics import ENGINES, WINDOW, Comparison, difference_estimate, grid, mean_estimate
+from tests.bench.results import machine_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,9 +6,9 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from sb3_clipvf.bench.results import Results
-from sb3_clipvf.bench.speed_rows import PEERS, SpeedRow
-from sb3_clipvf.bench.speed_table import ratio
+from tests.bench.results import Results
+from tests.bench.speed_rows import PEERS, SpeedRow
+from tests.bench.speed_table import ratio
 
 # Blue of a palette that colour-blind people tell apart (Okabe and Ito 2008), and grey.
 _COLORS = {"clipppo": "#0072B2", "sbx": "#A0A0A0"}

@@ -1,5 +1,5 @@
 """
-``sb3-clipvf bench faults``: kill trainings, damage files, pass unusual arguments, and count what happens.
+``python -m tests.bench faults``: kill trainings, damage files, pass unusual arguments, and count what happens.
 
 The parts of a row are counted in the JSON file as they are done: the command can be stopped at any time, and goes on.
 """
@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from sb3_clipvf.bench.faults_table import render_table
-from sb3_clipvf.bench.results import Results, check_row_names, machine, sigterm_interrupts, write_text
 from sb3_clipvf.common.validation import check_int
+from tests.bench.faults_table import render_table
+from tests.bench.results import Results, check_row_names, machine, sigterm_interrupts, write_text
 
 if TYPE_CHECKING:
-    from sb3_clipvf.bench.faults_children import Tally
+    from tests.bench.faults_children import Tally
 
-COMMAND = "sb3-clipvf bench faults"
+COMMAND = "python -m tests.bench faults"
 DEFAULTS = {"kills": 100, "corruptions": 1000, "examples": 3000}
 """Attempts of a row, by the option that sets them."""
 
@@ -81,10 +81,10 @@ class _Campaign(Protocol):
 
 
 def _campaign(row: Row, folder: Path, seed: int) -> _Campaign:
-    from sb3_clipvf.bench.faults_files import FileCampaign
-    from sb3_clipvf.bench.faults_fuzz import FuzzCampaign
-    from sb3_clipvf.bench.faults_kills import KillCampaign
-    from sb3_clipvf.bench.faults_training import Training
+    from tests.bench.faults_files import FileCampaign
+    from tests.bench.faults_fuzz import FuzzCampaign
+    from tests.bench.faults_kills import KillCampaign
+    from tests.bench.faults_training import Training
 
     native, autograd = {"engine": "native"}, {"engine": "autograd"}
     trainings = {
@@ -167,7 +167,7 @@ class Benchmark:
                 done = (self._done(row) or {"attempts": 0})["attempts"]
                 self._say(f"{row.name:<26} {row.what:<42} {done} of {self._wanted(row)} done")
             return 0
-        from sb3_clipvf.bench.faults_children import start_server
+        from tests.bench.faults_children import start_server
 
         start_server()
         try:
@@ -192,7 +192,7 @@ class Benchmark:
         return self.results.find({"name": row.name, "seed": self.args.seed})
 
     def _run(self, row: Row) -> None:
-        from sb3_clipvf.bench.faults_children import Tally
+        from tests.bench.faults_children import Tally
 
         earlier = None if self.args.rerun else self._done(row)
         tally = Tally() if earlier is None else Tally.from_json(earlier)
@@ -227,7 +227,7 @@ class Benchmark:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """
-    Run ``sb3-clipvf bench faults``.
+    Run ``python -m tests.bench faults``.
 
     :param argv: its options; None takes the process's own
     :return: exit code: 0; 1 where something was lost, wrong or unclear; 130 where it was interrupted

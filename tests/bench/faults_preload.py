@@ -7,12 +7,12 @@ import importlib
 # Four seconds, which the first optimizer of a process spends otherwise.
 import torch._dynamo
 
-import sb3_clipvf.bench.faults_files
-import sb3_clipvf.bench.faults_kills
 import sb3_clipvf.checkpoint
 import sb3_clipvf.engines.fused
 import sb3_clipvf.envs
 import sb3_clipvf.zoo.experiment
+import tests.bench.faults_files
+import tests.bench.faults_kills
 from sb3_clipvf.engines.bridge import compile_kernels
 
 for _name in ("gymnasium.envs.mujoco.half_cheetah_v5", "gymnasium.envs.classic_control", "hypothesis"):

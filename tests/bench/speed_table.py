@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sb3_clipvf.bench.results import Results, machine_text
-from sb3_clipvf.bench.speed_rows import BOUNDS, PEERS, SpeedRow
+from tests.bench.results import Results, machine_text
+from tests.bench.speed_rows import BOUNDS, PEERS, SpeedRow
 
 KEY = ("name", "peer", "part")
 """What tells runs of the results file apart; ``part`` is a trial's name or the number of an alternation."""

@@ -13,8 +13,16 @@ from typing import Any
 
 from sb3_clipvf.common.versions import installed_versions
 
+ROOT = Path(__file__).resolve().parents[2]
+"""The clone, from which processes of benchmarks import ``sb3_clipvf`` and ``tests.bench``."""
+
 _FORMAT = 1
 _PACKAGES = ("sb3_clipvf", "stable_baselines3", "rl_zoo3", "gymnasium", "torch", "numpy")
+
+
+def clone_environment() -> dict[str, str]:
+    """Return this process's environment variables, with the clone on the path of Python's modules."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
 
 
 def _cpu_model() -> str:

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from sb3_clipvf.bench import training_runs
-from sb3_clipvf.bench.results import Results
 from sb3_clipvf.zoo.runs import TrainingCurve
+from tests.bench import training_runs
+from tests.bench.results import Results
 
 # The first one is compared with the second, which is the reference.
 ENGINES = ("native", "autograd")

@@ -36,7 +36,7 @@ _AREAS: tuple[tuple[str, str, str], ...] = (
     ("clip_ppo.py", "train", "update"),
     ("ppo/ppo.py", "train", "update"),
     ("", "collect_rollouts", "loop of the rollout"),
-    ("sb3_clipvf/bench/speed_child.py", "", "other"),
+    ("tests/bench/speed_child.py", "", "other"),
 )
 
 

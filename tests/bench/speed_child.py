@@ -1,5 +1,5 @@
 """
-The measured process: ``python -m sb3_clipvf.bench.speed_child <task>`` measures one peer once.
+The measured process: ``python -m tests.bench.speed_child <task>`` measures one peer once.
 
 The task is a JSON object: ``row`` (a SpeedRow's fields), ``peer`` (a key of PEERS or BOUNDS), ``seed``, ``one_core``
 (whether to stay on one core) and ``profile``. The last line that it prints is the result, a JSON object as well.
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from sb3_clipvf.bench.speed_rows import BOUNDS, SpeedRow, make_model, raw_vector
+from tests.bench.speed_rows import BOUNDS, SpeedRow, make_model, raw_vector
 
 
 @dataclass
@@ -144,11 +144,11 @@ def measure_peer(row: SpeedRow, peer: str, seed: int, *, profile: bool = False) 
     result["startup_seconds"] = setup_seconds + max(0.0, result["warmup_seconds"] - usual)
     result["peak_megabytes"] = peak_megabytes()
     if peer == "clipppo":
-        from sb3_clipvf.bench.speed_products import products_seconds
+        from tests.bench.speed_products import products_seconds
 
         result["products_seconds"] = products_seconds(model) * row.iterations
     if profile:
-        from sb3_clipvf.bench.speed_profile import summarise
+        from tests.bench.speed_profile import summarise
 
         result["profile"] = summarise(profiler)
     return result

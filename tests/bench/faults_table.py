@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sb3_clipvf.bench.results import Results, machine_text
+from tests.bench.results import Results, machine_text
 
 if TYPE_CHECKING:
-    from sb3_clipvf.bench.faults import Row
+    from tests.bench.faults import Row
 
 _COLUMNS = ("attempts", "survived", "lost", "wrong", "unclear")
 

@@ -29,7 +29,7 @@ LIMIT_SECONDS = 4 * 3600.0
 KEPT_FAILURES = 20
 """Failures of a row that are described in the results; all are counted."""
 
-_PRELOADED = ("sb3_clipvf.bench.faults_preload",)
+_PRELOADED = ("tests.bench.faults_preload",)
 
 
 @dataclass

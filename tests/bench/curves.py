@@ -1,4 +1,4 @@
-"""``sb3-clipvf bench curves``: train on the native engine and on the reference, and compare the training curves."""
+"""``python -m tests.bench curves``: train on the native engine and the reference, and compare the training curves."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sb3_clipvf.bench.curves_report import render_table, write_figure
-from sb3_clipvf.bench.curves_statistics import (
+from tests.bench.curves_report import render_table, write_figure
+from tests.bench.curves_statistics import (
     ENGINES,
     LAST_EPISODES,
     CurveRow,
@@ -19,8 +19,8 @@ from sb3_clipvf.bench.curves_statistics import (
     rounded_mean,
     run_of,
 )
-from sb3_clipvf.bench.results import write_text
-from sb3_clipvf.bench.training_runs import TrainingBenchmark
+from tests.bench.results import write_text
+from tests.bench.training_runs import TrainingBenchmark
 
 if TYPE_CHECKING:
     from sb3_clipvf.zoo.runs import Run
@@ -37,7 +37,7 @@ ROWS = tuple(CurveRow(env_id, n_timesteps, engine) for env_id, n_timesteps in _T
 class Benchmark(TrainingBenchmark[CurveRow]):
     """Reads the training's own episodes, and draws and tables the engines' curves beside each other."""
 
-    command = "sb3-clipvf bench curves"
+    command = "python -m tests.bench curves"
     description = "Train on the native engine and on the reference, and compare the training curves."
     default_seeds = (1, 2, 3, 4, 5)
     default_out = Path("docs/results/curves.json")
@@ -91,7 +91,7 @@ class Benchmark(TrainingBenchmark[CurveRow]):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """
-    Run ``sb3-clipvf bench curves``.
+    Run ``python -m tests.bench curves``.
 
     :param argv: its options; None takes the process's own
     :return: exit code: 0, 1 where a run failed, 130 where it was interrupted
