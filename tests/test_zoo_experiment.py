@@ -19,7 +19,7 @@ from sb3_clipvf.envs import FastDummyVecEnv, FastVecNormalize
 from sb3_clipvf.zoo import hyperparams_path, register
 from sb3_clipvf.zoo.entries import ZOO_KEYS
 from sb3_clipvf.zoo.experiment import COMMAND_LINE_KEYS, ClipPPOExperimentManager, constructor_keys, experiment_manager
-from sb3_clipvf.zoo.settings import check_setting
+from sb3_clipvf.zoo.settings import check_setting, import_packages
 
 register()
 
@@ -515,3 +515,9 @@ def test_an_error_of_the_end_alone_is_raised(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(FastDummyVecEnv, "close", _fails_to_end)
     with pytest.raises(BrokenPipeError):
         manager.learn(model)
+
+
+@pytest.mark.parametrize("name", ["not_there", ".", 5])
+def test_packages_that_cannot_be_imported_are_refused(name: object) -> None:
+    with pytest.raises(ImportError, match=rf"`args.yml` must name modules that can be imported, got {name!r}"):
+        import_packages([name], "args.yml")

@@ -1,6 +1,7 @@
 """Looking at a run: each command builds the environment of the training, whatever its settings leave null."""
 
 import shutil
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from gymnasium.wrappers import TimeLimit
 
 from sb3_clipvf.zoo import main
 from sb3_clipvf.zoo.entries import ZOO_KEYS
+from sb3_clipvf.zoo.models import has_model
+from sb3_clipvf.zoo.runs import choose_run
 
 RUN = Path("logs") / "clipppo" / "Pendulum-v1_1"
 SETTINGS: dict[str, Any] = {
@@ -119,3 +122,22 @@ def test_runs_with_null_keys_are_read(command: str, run: Path, monkeypatch: pyte
     (run / "Pendulum-v1.zip").unlink()
     assert main(["train", "--resume", str(run / "checkpoints" / "checkpoint_32.zip")]) == 0
     assert (run / "Pendulum-v1.zip").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "file"),
+    [
+        ({}, "E-v0.zip"),
+        ({"load_best": True}, "best_model.zip"),
+        ({"load_checkpoint": 512}, "rl_model_512_steps.zip"),
+        ({"load_checkpoint": 512}, "checkpoints/checkpoint_512.zip"),
+        ({"load_last_checkpoint": True}, "checkpoints/checkpoint_9.zip"),
+    ],
+)
+def test_the_model_asked_for_decides(options: dict[str, object], file: str, tmp_path: Path) -> None:
+    others = ["0.monitor.csv", "checkpoints/nothing", *(["E-v0.zip"] if options else [])]
+    for path in (f"E-v0_1/{file}", *(f"E-v0_2/{name}" for name in others)):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    asked_for = has_model("E-v0", Namespace(**{"load_checkpoint": None, **options}))
+    assert choose_run(tmp_path, "E-v0", 0, asked_for) == 1

@@ -363,10 +363,13 @@ def test_what_is_no_run_is_refused(path: str, reason: str, run: Path, capsys: py
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"callback": [{}]}, "`callback` in .* must name callbacks"),
+        ({"callback": [{}]}, "`callback` of the run must name classes derived from BaseCallback"),
         ({"env_wrapper": [{}]}, "`env_wrapper` in .* must be names, or names with their arguments"),
-        ({"callback": [{"subprocess.Popen": {"args": ["touch", "mark"]}}]}, "`callback` in .* must name callbacks"),
-        ({"env_wrapper": {"pydoc.pipepager": {"cmd": "touch mark"}}}, "`env_wrapper` of the run must name wrappers"),
+        (
+            {"callback": [{"subprocess.Popen": {"args": ["touch", "mark"]}}]},
+            "`callback` of the run must name classes derived from BaseCallback",
+        ),
+        ({"env_wrapper": {"pydoc.pipepager": {"cmd": "touch mark"}}}, "`env_wrapper` of the run must name classes"),
         ({"monitor_kwargs": "__import__('os').system('touch mark') or {}"}, "`monitor_kwargs` in .* plain values"),
         ({"normalize": "__import__('os').system('touch mark') or {}"}, "`normalize` in .* must be plain values"),
     ],

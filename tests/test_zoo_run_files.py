@@ -121,7 +121,7 @@ def evaluated_normalize(run: Path, mark: Path) -> str:
 def called_wrapper(run: Path, mark: Path) -> str:
     # It starts a shell before it looks at its first argument.
     edit(run / "CartPole-v1" / "config.yml", env_wrapper={"pydoc.pipepager": {"cmd": f"touch {mark}"}})
-    return "`env_wrapper` of the run must name wrappers"
+    return "`env_wrapper` of the run must name classes derived from Wrapper or VecEnvWrapper"
 
 
 def module_beside_the_settings(run: Path, mark: Path) -> str:

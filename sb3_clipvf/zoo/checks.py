@@ -9,10 +9,12 @@ from rl_zoo3 import utils
 
 from sb3_clipvf.common.validation import check_device, check_folder, check_int
 from sb3_clipvf.zoo.defaults import ALGORITHM
-from sb3_clipvf.zoo.finding import RunId, choose_run_of_options, import_packages
+from sb3_clipvf.zoo.models import choose_run_of_options
 from sb3_clipvf.zoo.parsing import checked_parsing, option_name, store_pairs
 from sb3_clipvf.zoo.plots import check_all_plots, check_plot_from_file, check_plot_train
 from sb3_clipvf.zoo.run_files import replaced
+from sb3_clipvf.zoo.runs import RunId
+from sb3_clipvf.zoo.settings import import_packages
 
 _COUNTS = {
     "episode_window": "Pass a number of episodes.",

@@ -34,12 +34,12 @@ from sb3_clipvf.checkpoint.file import sorted_checkpoints
 from sb3_clipvf.clip_ppo import ClipPPO
 from sb3_clipvf.coefficients import warn_of_early_end
 from sb3_clipvf.envs import FastDummyVecEnv
-from sb3_clipvf.zoo import statistics
 from sb3_clipvf.zoo.defaults import ALGORITHM, hyperparams_path
 from sb3_clipvf.zoo.entries import ZOO_KEYS, counted, drop_null
-from sb3_clipvf.zoo.resume import CHECKPOINTS, ResumedRun
-from sb3_clipvf.zoo.run_files import check_saved
-from sb3_clipvf.zoo.settings import check_imports, check_setting, readable_config
+from sb3_clipvf.zoo.models import find_statistics, load_normalizer
+from sb3_clipvf.zoo.resume import ResumedRun
+from sb3_clipvf.zoo.runs import CHECKPOINTS
+from sb3_clipvf.zoo.settings import check_imports, check_saved, check_setting, readable_config
 from sb3_clipvf.zoo.terminal import WholeProgressBar, timed_tables
 from sb3_clipvf.zoo.tuning import CheckedSearch
 from sb3_clipvf.zoo.vec_env import EnvSettings, growing_files, known_keywords, make_vec_env, stacks_frames, wrapper_list
@@ -372,7 +372,7 @@ class ClipPPOExperimentManager(CheckedSearch):
         self.eval_env_kwargs = {**self.env_kwargs, **(self._eval_env_kwargs_args or {})}
         if self.trained_agent:
             agent = Path(self.trained_agent)
-            self._found = statistics.find_statistics(agent, self.env_name, normalizes=bool(self.normalize))
+            self._found = find_statistics(agent, self.env_name, normalizes=bool(self.normalize))
         if isinstance(hyperparams.get("rollout_buffer_class"), str):
             hyperparams["rollout_buffer_class"] = get_class_by_name(hyperparams["rollout_buffer_class"])
         return hyperparams, env_wrapper, callbacks, vec_env_wrapper
@@ -382,7 +382,7 @@ class ClipPPOExperimentManager(CheckedSearch):
             return super()._maybe_normalize(env, eval_env)
         if not self.normalize:
             return env
-        found = statistics.load(self._found, env) if self._found else VecNormalize(env, **self.normalize_kwargs)
+        found = load_normalizer(self._found, env) if self._found else VecNormalize(env, **self.normalize_kwargs)
         if eval_env:
             found.training = found.norm_reward = False
         if type(found) is not VecNormalize:

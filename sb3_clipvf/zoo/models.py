@@ -1,66 +1,113 @@
 """
-Which model of a run is taken, and which statistics of ``VecNormalize`` belong to it.
+Which run and model a command takes, and which statistics of ``VecNormalize`` belong to the model.
 
-The Zoo finds ``rl_model_<timesteps>_steps.zip`` only, and normalises every model by the statistics of the last one.
+The Zoo finds no checkpoints of ClipPPO, and normalises every model by the statistics of the run's last one.
 """
 
 import importlib
+import re
 import tempfile
-from collections.abc import Iterator
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 from huggingface_sb3 import EnvironmentName, ModelName
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
+from sb3_clipvf.callbacks import BEST_MODEL
 from sb3_clipvf.checkpoint import newest_checkpoint
 from sb3_clipvf.checkpoint.file import sorted_checkpoints
+from sb3_clipvf.checkpoint.resume import has_statistics, load_statistics
 from sb3_clipvf.common.messages import log
+from sb3_clipvf.files.archive import entries_of, read_bytes
+from sb3_clipvf.files.statistics import STATISTICS_FILE, load_vec_normalize
 from sb3_clipvf.zoo.defaults import ALGORITHM
 from sb3_clipvf.zoo.entries import counted, drop_null
-from sb3_clipvf.zoo.finding import choose_run
-from sb3_clipvf.zoo.resume import CHECKPOINTS
-from sb3_clipvf.zoo.run_files import replaced
-from sb3_clipvf.zoo.statistics import EARLIER, STATISTICS, has_own_statistics, own_statistics
+from sb3_clipvf.zoo.run_files import read_settings, replaced
+from sb3_clipvf.zoo.runs import CHECKPOINTS, choose_run
+from sb3_clipvf.zoo.settings import import_packages
+
+_MID_TRAINING = re.compile(rf"rl_model_\d+_steps\.zip|{re.escape(BEST_MODEL)}")
+"""Names of models saved during a training, whose statistics are not those of the Zoo's file."""
+
+
+def choose_run_of_options(options: Namespace) -> None:
+    """Replace ``exp_id`` by that of the run to take, and import the packages that register its environment."""
+    parent = Path(options.folder, options.algo)
+    options.exp_id = choose_run(parent, options.env, options.exp_id, has_model(options.env, options))
+    settings = parent / f"{options.env}_{options.exp_id}" / options.env / "args.yml"
+    if not settings.is_file():
+        return
+    import_packages(read_settings(settings).get("gym_packages"), str(settings))
+    env_id = options.env.gym_id
+    if env_id not in gym.registry:  # the Zoo would raise a KeyError
+        takes_packages = hasattr(options, "gym_packages")
+        way_out = "Name it by `--gym-packages`, or add it there." if takes_packages else "Add the module there."
+        raise ValueError(
+            f"{env_id} not found in gym registry, and `gym_packages` in {settings} names no module that registers it. "
+            f"{way_out}"
+        )
+
+
+def has_model(env_name: str, options: Namespace) -> Callable[[Path], bool]:
+    """Return a function that checks whether the folder of a run holds the model that the options ask for."""
+    if getattr(options, "load_best", False):
+        names = [BEST_MODEL]
+    elif getattr(options, "load_checkpoint", None) is not None:
+        steps = options.load_checkpoint
+        names = [f"rl_model_{steps}_steps.zip", f"{CHECKPOINTS}/checkpoint_{steps}.zip"]
+    elif getattr(options, "load_last_checkpoint", False):
+        names = ["rl_model_*_steps.zip", f"{CHECKPOINTS}/checkpoint_*.zip"]
+    elif hasattr(options, "load_checkpoint"):
+        names = [f"{env_name}.zip"]
+    else:  # `record_training` makes a video of each model
+        names = [f"{env_name}.zip", BEST_MODEL, "rl_model_*_steps.zip"]
+    return lambda folder: any(any(folder.glob(name)) for name in names)
 
 
 @contextmanager
 def own_models(command: str) -> Iterator[None]:
-    """
-    Make the RL Zoo find checkpoints of ClipPPO's runs in the context, and normalise each model by its own statistics.
-
-    :param command: Sub-command that will run, whose module may have the Zoo's functions under their names already.
-    """
+    """Make the RL Zoo's ``command`` find ClipPPO's checkpoints and build the environments of the training."""
     import rl_zoo3
     from rl_zoo3 import utils
 
-    owners = [utils, rl_zoo3]
-    if command == "enjoy":
-        owners.append(importlib.import_module("rl_zoo3.enjoy"))
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        finder = _Finder(Path(folder), utils.get_model_path, utils.get_saved_hyperparams, VecNormalize.load)
+    zoo_path, zoo_hyperparams, zoo_env = utils.get_model_path, utils.get_saved_hyperparams, utils.create_test_env
+    chosen: Path | None = None
+
+    def get_model_path(
+        exp_id: int, folder: str, algo: str, env_name: EnvironmentName, *which: Any, **named: Any
+    ) -> tuple[str, str, str]:
+        nonlocal chosen
+        if algo != ALGORITHM:
+            return zoo_path(exp_id, folder, algo, env_name, *which, **named)
+        found = _find_model(zoo_path, exp_id, folder, env_name, *which, **named)
+        chosen = Path(found[1])
+        return found
+
+    def get_saved_hyperparams(*args: Any, **kwargs: Any) -> tuple[dict[str, Any], str | None]:
+        hyperparams, path = zoo_hyperparams(*args, **kwargs)
+        drop_null(hyperparams)
+        return hyperparams, path
+
+    def create_test_env(*args: Any, **kwargs: Any) -> VecEnv:
+        return make_test_env(zoo_env, chosen, *args, **kwargs)
+
+    with ExitStack() as stack:
         stack.enter_context(replaced(utils, "get_latest_run_id", _latest_run_id))
-        stack.enter_context(replaced(VecNormalize, "load", staticmethod(finder.load)))
+        # These modules may have imported the functions already.
+        owners = [utils, rl_zoo3, *([importlib.import_module("rl_zoo3.enjoy")] if command == "enjoy" else [])]
         for owner in owners:
-            for name, function in (
-                ("get_model_path", finder.get_model_path),
-                ("get_saved_hyperparams", finder.get_saved_hyperparams),
-                ("create_test_env", partial(_create_test_env, vars(owner)["create_test_env"])),
-            ):
-                if name in vars(owner):
-                    stack.enter_context(replaced(owner, name, function))
+            for function in (get_model_path, get_saved_hyperparams, create_test_env):
+                if function.__name__ in vars(owner):
+                    stack.enter_context(replaced(owner, function.__name__, function))
         yield
 
 
 def complete_settings(hyperparams: dict[str, Any], env_kwargs: dict[str, Any]) -> None:
-    """
-    Complete in place what the RL Zoo's ``create_test_env`` builds environments from, so that they are the training's.
-
-    :param hyperparams: Settings of the run.
-    :param env_kwargs: Arguments of the environment that were given otherwise, and go before those of the settings.
-    """
+    """Complete a run's settings in place, so that the RL Zoo builds the environments of the training from them."""
     drop_null(hyperparams)
     hyperparams.setdefault("normalize", False)
     counted(hyperparams)
@@ -68,116 +115,136 @@ def complete_settings(hyperparams: dict[str, Any], env_kwargs: dict[str, Any]) -
         env_kwargs.setdefault(name, value)
 
 
-def _create_test_env(
-    create: Any, *args: Any, hyperparams: dict[str, Any], env_kwargs: dict[str, Any], **kwargs: Any
+def make_test_env(
+    create: Callable[..., VecEnv],
+    model: Path | None,
+    *args: Any,
+    stats_path: str | None,
+    hyperparams: dict[str, Any],
+    env_kwargs: dict[str, Any],
+    **kwargs: Any,
 ) -> VecEnv:
+    """Call ``create``, the RL Zoo's ``create_test_env``, with the model's own statistics and complete settings."""
     # In place, since `push_to_hub` writes the arguments to its files.
     complete_settings(hyperparams, env_kwargs)
-    return create(*args, hyperparams=hyperparams, env_kwargs=env_kwargs, **kwargs)  # type: ignore[no-any-return]
+    arguments: dict[str, Any] = {"hyperparams": hyperparams, "env_kwargs": env_kwargs, **kwargs}
+    if stats_path is None or model is None or not hyperparams["normalize"]:
+        return create(*args, stats_path=stats_path, **arguments)
+    if not _has_own_statistics(model):
+        if _MID_TRAINING.fullmatch(model.name):
+            log.warning(
+                "%s has no statistics of VecNormalize: those of another step, in %s, are used. Models in "
+                "`checkpoints/` have their own.",
+                model,
+                stats_path,
+            )
+        return create(*args, stats_path=stats_path, **arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, STATISTICS_FILE).touch()  # the Zoo checks that the file exists
+        with replaced(VecNormalize, "load", staticmethod(lambda _, venv: load_normalizer(model, venv))):
+            return create(*args, stats_path=folder, **arguments)
 
 
-class _Finder:
+def find_statistics(model: Path, env_name: str, *, normalizes: bool) -> Path | None:
     """
-    The Zoo's functions that find a model and its statistics, and what they found last.
+    Return the file with the statistics of a model given to ``--trained-agent``: the model's, or the Zoo's beside it.
 
-    :param folder: An empty one, for statistics.
-    :param model_path: The Zoo's ``get_model_path``.
-    :param hyperparams: The Zoo's ``get_saved_hyperparams``.
-    :param load: ``VecNormalize.load`` as it was.
+    Return None if the model has none. Raise an error if its statistics are unknown, or do not fit whether the settings
+    of the training normalise (``normalizes``).
     """
-
-    def __init__(self, folder: Path, model_path: Any, hyperparams: Any, load: Any) -> None:
-        self._folder = folder
-        self._model_path = model_path
-        self._hyperparams = hyperparams
-        self._load = load
-        self._chosen: Path | None = None
-
-    def get_model_path(
-        self,
-        exp_id: int,
-        folder: str,
-        algo: str,
-        env_name: EnvironmentName,
-        load_best: bool = False,
-        load_checkpoint: int | None = None,
-        load_last_checkpoint: bool = False,
-    ) -> tuple[str, str, str]:
-        arguments = (exp_id, folder, algo, env_name, load_best, load_checkpoint, load_last_checkpoint)
-        if algo != ALGORITHM:
-            return self._model_path(*arguments)  # type: ignore[no-any-return]
-        run = _run_folder(exp_id, folder, algo, env_name)
-        chosen = None
-        if not load_best and load_checkpoint is not None:
-            path = run / CHECKPOINTS / f"checkpoint_{load_checkpoint}.zip"
-            chosen = path if path.is_file() else None
-        elif not load_best and load_last_checkpoint:
-            chosen = _last_checkpoint(run)
-        if chosen is not None:
-            found = f"checkpoint-{_steps(chosen)}-{ModelName(algo, env_name)}", str(chosen), str(run)
-        else:
-            try:
-                found = self._model_path(*arguments)
-            except ValueError as error:
-                steps = [str(_steps(path)) for path in sorted_checkpoints(run / CHECKPOINTS)]
-                if not steps:
-                    raise
-                has_ended = (run / f"{env_name}.zip").is_file()
-                resume = "" if has_ended else f", and `sb3-clipvf train --resume {run}` ends the training"
-                raise ValueError(
-                    f"{error}. {run / CHECKPOINTS} has those of the steps {', '.join(steps)}: `--load-last-checkpoint` "
-                    f"or `--load-checkpoint {steps[-1]}` takes one{resume}."
-                ) from error
-        self._chosen = Path(found[1])
-        return found
-
-    def get_saved_hyperparams(
-        self, stats_path: str, norm_reward: bool = False, test_mode: bool = False
-    ) -> tuple[dict[str, Any], str | None]:
-        hyperparams, path = self._hyperparams(stats_path, norm_reward, test_mode)
-        drop_null(hyperparams)
-        if path is None or self._chosen is None or not hyperparams.get("normalize"):
-            return hyperparams, path
-        if not has_own_statistics(self._chosen):
-            if EARLIER.fullmatch(self._chosen.name):
-                log.warning(
-                    "%s has no statistics of VecNormalize: those of another step, in %s, are used. Models in "
-                    "`checkpoints/` have their own.",
-                    self._chosen,
-                    path,
-                )
-            return hyperparams, path
-        # The Zoo asks whether there is a file; `load` knows where to read.
-        (self._folder / STATISTICS).touch()
-        return hyperparams, str(self._folder)
-
-    def load(self, load_path: str, venv: VecEnv) -> VecNormalize:
-        if self._chosen is not None and Path(load_path).parent == self._folder:
-            return own_statistics(self._chosen, venv)
-        return self._load(load_path, venv)  # type: ignore[no-any-return]
+    beside = model.parent / env_name / STATISTICS_FILE
+    found = None
+    if _has_own_statistics(model):
+        found = model
+    elif beside.is_file():
+        found = beside
+        if _MID_TRAINING.fullmatch(model.name):
+            raise ValueError(
+                f"`--trained-agent` must be a model whose statistics of VecNormalize are known, got {model}, which has "
+                f"none of its own: {beside} holds those of another step. Take the run's last model, or one of its "
+                "`checkpoints/`."
+            )
+    if found is None and normalizes:
+        raise ValueError(
+            f"`--trained-agent` must be a model with statistics of VecNormalize, since the settings normalise, got "
+            f"{model} without any. Copy them to {beside}, or pass `-params normalize:False`."
+        )
+    if found is not None and not normalizes:
+        raise ValueError(
+            f"`normalize` must be set for {model}, which was trained in normalised environments, got none in the "
+            "settings. Pass `-params normalize:True`: statistics and their settings are the model's."
+        )
+    return found
 
 
-def _latest_run_id(log_path: str, env_name: str) -> int:
-    """The Zoo's function of this name, where a run counts only if it ended with a model."""
-    return choose_run(Path(log_path), env_name, 0, lambda run: (run / f"{env_name}.zip").is_file())
+def load_normalizer(path: Path, venv: VecEnv) -> VecNormalize:
+    """Wrap environments in the ``VecNormalize`` of a file: ``vecnormalize.pkl``, a checkpoint or a best model."""
+    if path.name == STATISTICS_FILE:
+        return VecNormalize.load(str(path), venv)
+    if has_statistics(path):
+        return load_statistics(path, venv)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, STATISTICS_FILE)
+        copy.write_bytes(_entries(path)[STATISTICS_FILE])
+        return load_vec_normalize(str(copy), venv)
 
 
-def _run_folder(exp_id: int, folder: str, algo: str, env_name: EnvironmentName) -> Path:
-    from rl_zoo3.utils import get_latest_run_id
+def _has_own_statistics(path: Path) -> bool:
+    """Return whether a model's zip file holds statistics, as checkpoints and best models do."""
+    return has_statistics(path) or STATISTICS_FILE in _entries(path)
 
-    parent = Path(folder) / algo
-    number = exp_id or get_latest_run_id(str(parent), env_name)
-    return parent / f"{env_name}_{number}" if number > 0 else parent
+
+def _entries(path: Path) -> dict[str, bytes]:
+    return dict(entries_of(*read_bytes(path, "zip")))
+
+
+def _find_model(
+    zoo_path: Callable[..., tuple[str, str, str]],
+    exp_id: int,
+    folder: str,
+    env_name: EnvironmentName,
+    load_best: bool = False,
+    load_checkpoint: int | None = None,
+    load_last_checkpoint: bool = False,
+) -> tuple[str, str, str]:
+    """Return the name, path and run folder of the model, as the Zoo's ``get_model_path`` (``zoo_path``) does."""
+    parent = Path(folder, ALGORITHM)
+    number = exp_id or _latest_run_id(str(parent), env_name)
+    run = parent / f"{env_name}_{number}" if number > 0 else parent
+    checkpoint = None
+    if not load_best and load_checkpoint is not None:
+        checkpoint = run / CHECKPOINTS / f"checkpoint_{load_checkpoint}.zip"
+    elif not load_best and load_last_checkpoint:
+        checkpoint = _last_checkpoint(run)
+    if checkpoint is not None and checkpoint.is_file():
+        return f"checkpoint-{_steps(checkpoint)}-{ModelName(ALGORITHM, env_name)}", str(checkpoint), str(run)
+    try:
+        return zoo_path(exp_id, folder, ALGORITHM, env_name, load_best, load_checkpoint, load_last_checkpoint)
+    except ValueError as error:
+        steps = [str(_steps(path)) for path in sorted_checkpoints(run / CHECKPOINTS)]
+        if not steps:
+            raise
+        has_ended = (run / f"{env_name}.zip").is_file()
+        resume = "" if has_ended else f", and `sb3-clipvf train --resume {run}` ends the training"
+        raise ValueError(
+            f"{error}. {run / CHECKPOINTS} has those of the steps {', '.join(steps)}: `--load-last-checkpoint` or "
+            f"`--load-checkpoint {steps[-1]}` takes one{resume}."
+        ) from error
+
+
+def _last_checkpoint(run: Path) -> Path | None:
+    """Return the newest undamaged checkpoint, or None if there is none or the Zoo has saved a later model."""
+    if not sorted_checkpoints(run / CHECKPOINTS):
+        return None
+    newest = newest_checkpoint(run / CHECKPOINTS)
+    of_zoo = max(map(_steps, run.glob("rl_model_*_steps.zip")), default=-1)
+    return newest.path if newest.manifest.num_timesteps >= of_zoo else None
 
 
 def _steps(path: Path) -> int:
     return int(path.stem.removeprefix("rl_model_").removeprefix("checkpoint_").removesuffix("_steps"))
 
 
-def _last_checkpoint(run: Path) -> Path | None:
-    """The newest whole checkpoint, where the Zoo has no later one of its own."""
-    if not sorted_checkpoints(run / CHECKPOINTS):
-        return None
-    newest = newest_checkpoint(run / CHECKPOINTS)
-    of_the_zoo = max(map(_steps, run.glob("rl_model_*_steps.zip")), default=-1)
-    return newest.path if newest.manifest.num_timesteps >= of_the_zoo else None
+def _latest_run_id(log_path: str, env_name: str) -> int:
+    """Replace the Zoo's function of this name; a run counts only if it has ended with a model."""
+    return choose_run(Path(log_path), env_name, 0, lambda run: (run / f"{env_name}.zip").is_file())

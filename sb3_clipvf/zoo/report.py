@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sb3_clipvf.common.validation import check_device, check_int
-from sb3_clipvf.zoo.finding import RunId
 from sb3_clipvf.zoo.parsing import option_name
 from sb3_clipvf.zoo.process import has_display, patched_environment
 from sb3_clipvf.zoo.runs import (
     EVALUATION_SEED,
     Evaluation,
     Run,
+    RunId,
     TrainingCurve,
     evaluate_run,
     find_run,

@@ -10,9 +10,7 @@ from typing import Any
 from sb3_clipvf.zoo.defaults import ALGORITHM
 from sb3_clipvf.zoo.entries import drop_null
 from sb3_clipvf.zoo.parsing import option_name, strict
-
-CHECKPOINTS = "checkpoints"
-"""Folder of a run's checkpoints, in the run's own."""
+from sb3_clipvf.zoo.runs import CHECKPOINTS
 
 # Of the run; the command line may repeat them.
 _KEPT: dict[str, type] = {
@@ -85,7 +83,7 @@ def resumed_run(path: str, options: Sequence[str]) -> tuple[ResumedRun, list[str
     """
     from sb3_clipvf.checkpoint import newest_checkpoint, read_checkpoint
     from sb3_clipvf.checkpoint.file import sorted_checkpoints
-    from sb3_clipvf.zoo.run_files import check_built, read_settings
+    from sb3_clipvf.zoo.run_files import check_no_code, read_settings
 
     place = Path(os.path.abspath(path))
     if not path or not place.exists():
@@ -114,7 +112,7 @@ def resumed_run(path: str, options: Sequence[str]) -> tuple[ResumedRun, list[str
     hyperparams = read_settings(settings_folder / "config.yml")
     hyperparams = {key: value for key, value in hyperparams.items() if key in _BUILT_FROM}
     drop_null(hyperparams)
-    check_built(settings_folder / "config.yml", hyperparams)
+    check_no_code(settings_folder / "config.yml", hyperparams)
     steps, total = checkpoint.manifest.num_timesteps, checkpoint.manifest.total_timesteps
     saved = saved_timesteps(folder / f"{settings_folder.name}.zip")
     # A callback may have ended it early; but who names an earlier file wants to go back.

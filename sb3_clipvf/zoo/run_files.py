@@ -1,22 +1,22 @@
 """
-Files of runs, read by the RL Zoo without running code: models, statistics, settings.
+Files of a run, read by the RL Zoo without running code: models, statistics, settings.
 
-The Zoo unpickles statistics and replay buffers, reads ``config.yml`` and ``args.yml`` by a YAML loader that calls what
-they name, evaluates the text of ``normalize``, and calls whatever ``env_wrapper`` names. While :func:`checked_files` is
-on, the names by which its modules reach these lead here.
+The Zoo unpickles statistics and replay buffers and loads ``config.yml`` and ``args.yml`` with YAML's unsafe loader. It
+evaluates the text of ``normalize`` and calls whatever ``env_wrapper`` names. In :func:`checked_files`, all of these are
+checked first.
 """
 
 import ast
 import importlib
 import io
 import os
-import pathlib
 import sys
 import sysconfig
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.machinery import PathFinder
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +27,6 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnvWrapper, VecNormalize
 
 from sb3_clipvf.files.allowlist import Maker, NotAllowedError, create, find, restore
-from sb3_clipvf.files.archive import reason_of
 from sb3_clipvf.files.model import CheckedStream, read_model
 from sb3_clipvf.files.statistics import load_vec_normalize, read_pickle
 from sb3_clipvf.files.trust import TRUST_VARIABLE, UnsafeFileError, trust_of
@@ -35,14 +34,19 @@ from sb3_clipvf.zoo.entries import WRAPPER_FUNCTIONS, items, with_arguments
 
 _PYTHON = "tag:yaml.org,2002:python/"
 _TRUST = f"If you trust where it comes from, pass `--trust-pickle` or set {TRUST_VARIABLE}=1."
+_BASES: dict[str, tuple[type, ...]] = {
+    "callback": (BaseCallback,),
+    "env_wrapper": (gym.Wrapper, VecEnvWrapper),
+    "vec_env_wrapper": (gym.Wrapper, VecEnvWrapper),
+}
 
 
 @contextmanager
 def checked_files(plots: bool = False) -> Iterator[None]:
     """
-    Make the RL Zoo and SB3 read files without running code in the context, unless the user trusts all of them.
+    Make the RL Zoo and SB3 read files without running code in the context, unless the user trusts all files.
 
-    :param plots: Whether to do so for the data of plots, too, whose packages are slow to import.
+    With ``plots``, this includes the data of plots, whose packages are slow to import.
     """
     if trust_of(None).everything:
         yield
@@ -52,7 +56,8 @@ def checked_files(plots: bool = False) -> Iterator[None]:
     get_wrapper_class = utils.get_wrapper_class
 
     def checked_wrapper_class(hyperparams: dict[str, Any], key: str = "env_wrapper") -> Any:
-        _check_wrappers(hyperparams.get(key), key)
+        for named, _ in with_arguments(hyperparams.get(key)):
+            _check_class(key, named)
         return get_wrapper_class(hyperparams, key)
 
     with ExitStack() as stack:
@@ -73,13 +78,7 @@ def checked_files(plots: bool = False) -> Iterator[None]:
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """
-    Replace an attribute in the context.
-
-    :param owner: A module or class that has it.
-    :param name: The name.
-    :param value: Its value in the context.
-    """
+    """Replace an attribute of a module or class in the context."""
     before = vars(owner)[name]
     setattr(owner, name, value)
     try:
@@ -88,66 +87,68 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-def _load_from_zip_file(
-    load_path: Any, load_data: bool = True, custom_objects: dict[str, Any] | None = None, **kwargs: Any
-) -> Any:
-    """SB3's function of this name; what ``ClipPPO.load`` hands it is checked already."""
-    replaced = dict(custom_objects or {})
-    if not isinstance(load_path, CheckedStream):
-        file = read_model(load_path, needs_data=load_data)
-        load_path = file.stream()
-        if load_data:
-            replaced = {**file.unpickled(trust_of(None), replaced), **replaced}
-    return save_util.load_from_zip_file(load_path, load_data=load_data, custom_objects=replaced, **kwargs)
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read ``args.yml`` or ``config.yml`` of a run; refuse it if it is damaged or could run untrusted code."""
+    with checked_files(), open(path, encoding="utf-8") as file:
+        settings = yaml.load(file, Loader=yaml.UnsafeLoader)
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"{path} must hold the settings of a run, got {type(settings).__name__}. Restore the run's own file."
+        )
+    return dict(settings)
 
 
-def _load_from_pkl(path: Any, verbose: int = 0) -> Any:
-    return read_pickle(path)
+def check_no_code(path: str | os.PathLike[str], settings: dict[str, Any]) -> None:
+    """Refuse settings of a run that would run code when it is resumed, unless the user trusts all files."""
+    if trust_of(None).everything:
+        return
+    _check_plain(str(path), "monitor_kwargs", settings.get("monitor_kwargs"))
+    for key in _BASES:
+        for named, _ in with_arguments(settings.get(key)):
+            if key == "callback" and isinstance(named, str):  # the loader has checked the wrappers
+                _check_origin(str(path), key, named)
+            _check_class(key, named)
 
 
-def _load_open_pickle(file: io.BufferedReader) -> Any:
-    return read_pickle(file.name)
+def lies_beside(source: str | os.PathLike[str], config: str) -> bool:
+    """
+    Return whether the settings in ``--conf-file`` lie among the runs, so that they may have come with the run.
 
-
-# ---------------------------------------------------------------------- YAML
+    ``source`` is the run's ``args.yml``; ``config`` is a file or the name of a module.
+    """
+    folder = _folder_of_runs(Path(source).resolve())
+    is_file = config.endswith((".py", ".yml", ".yaml"))
+    places = [Path(config).resolve()] if is_file else _module_files(config)
+    return any(_is_of_runs(place, folder) for place in places)
 
 
 class RunLoader(yaml.SafeLoader):
-    """Reads the settings of a run, which the Zoo wrote with Python's types in them, and refuses what could run code."""
+    """YAML loader of a run's settings: builds the Python types that the Zoo writes, and refuses what could run code."""
 
     def get_single_data(self) -> Any:
-        """
-        Read the only document.
-
-        :return: It.
-        :raises UnsafeFileError: If reading it, or what the Zoo does with it, could run code.
-        :raises ValueError: If it is damaged.
-        """
+        """Read the only document of the file."""
         try:
             data = super().get_single_data()
         except UnsafeFileError:
             raise
         except (yaml.YAMLError, TypeError, ValueError, RecursionError, ImportError, AttributeError) as error:
-            raise ValueError(f"{self.name} could not be read: {error}. Bring back the run's own file.") from error
+            raise ValueError(f"{self.name} could not be read: {error}. Restore the run's own file.") from error
         if isinstance(data, dict):
             _check_settings(str(self.name), data)
         return data
 
-    def _refused(self, what: str, node: yaml.Node) -> UnsafeFileError:
-        mark = node.start_mark
-        return UnsafeFileError(
-            f"{self.name}, line {mark.line + 1}, must hold plain data, got {what}, which could run any code. {_TRUST}"
-        )
-
     def _python_object(self, kind: str, node: yaml.Node) -> Any:
-        """Build what ``!!python/<kind>`` asks for, of the same list as in pickles."""
+        """Build the object of ``!!python/<kind>``, if it is on the list that pickles are checked against."""
         what, _, name = kind.partition(":")
         try:
-            return self._of_list(what, name, node)
+            return self._allowed_object(what, name, node)
         except NotAllowedError as refused:
-            raise self._refused(refused.what, node) from None
+            raise UnsafeFileError(
+                f"{self.name}, line {node.start_mark.line + 1}, must hold plain data, got {refused.what}, which could "
+                f"run any code. {_TRUST}"
+            ) from None
 
-    def _of_list(self, what: str, name: str, node: yaml.Node) -> Any:
+    def _allowed_object(self, what: str, name: str, node: yaml.Node) -> Any:
         if what == "tuple" and isinstance(node, yaml.SequenceNode):
             return tuple(self.construct_sequence(node, deep=True))
         module, _, attribute = name.rpartition(".")
@@ -185,85 +186,36 @@ class RunLoader(yaml.SafeLoader):
 RunLoader.add_multi_constructor(_PYTHON, RunLoader._python_object)
 
 
-def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """
-    Read ``args.yml`` or ``config.yml`` of a run.
-
-    :param path: The file.
-    :return: Its content, in Python's types.
-    :raises UnsafeFileError: If reading it, or what the Zoo does with it, could run code that the user does not trust.
-    :raises ValueError: If it is damaged.
-    """
-    with checked_files(), open(path, encoding="utf-8") as file:
-        settings = yaml.load(file, Loader=yaml.UnsafeLoader)
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold the settings of a run, got {type(settings).__name__}. Bring its file back.")
-    return dict(settings)
+def _load_from_zip_file(
+    load_path: Any, load_data: bool = True, custom_objects: dict[str, Any] | None = None, **kwargs: Any
+) -> Any:
+    """Replace SB3's function of this name; ``ClipPPO.load`` passes a stream that it has checked already."""
+    objects = dict(custom_objects or {})
+    if not isinstance(load_path, CheckedStream):
+        file = read_model(load_path, needs_data=load_data)
+        load_path = file.stream()
+        if load_data:
+            objects = {**file.unpickled(trust_of(None), objects), **objects}
+    return save_util.load_from_zip_file(load_path, load_data=load_data, custom_objects=objects, **kwargs)
 
 
-def check_saved(key: str, value: Any, where: str) -> None:
-    """
-    Check that the files of a run can hold a value, so that other commands can read them.
-
-    :param key: A key of the settings, or an option.
-    :param value: Its value.
-    :param where: Where it stands, for messages.
-    :raises ValueError: If it cannot be written as YAML, or not be read again.
-    """
-    try:
-        # Not as `yaml.UnsafeLoader`, which may be replaced; these are the user's own settings.
-        yaml.load(yaml.dump(value), Loader=yaml.loader.UnsafeLoader)
-    except Exception as error:  # whatever the value's own class raises
-        raise ValueError(
-            f"`{key}` must be what the files of the run can hold, got {value!r} in {where}: {reason_of(error)}. Define "
-            "functions and classes in a module that can be imported, and leave out lambdas."
-        ) from error
+def _load_from_pkl(path: Any, verbose: int = 0) -> Any:
+    return read_pickle(path)
 
 
-def check_built(path: str | os.PathLike[str], settings: dict[str, Any]) -> None:
-    """
-    Refuse settings by which training a run again would run code, unless the user trusts all files.
-
-    :param path: Where they were read from.
-    :param settings: From :func:`read_settings`.
-    :raises UnsafeFileError: If a wrapper or callback is none, or text would be evaluated that is no plain value.
-    """
-    if trust_of(None).everything:
-        return
-    from rl_zoo3.utils import get_class_by_name
-
-    for key in ("env_wrapper", "vec_env_wrapper"):
-        _check_wrappers(settings.get(key), key)
-    monitor = settings.get("monitor_kwargs")
-    if isinstance(monitor, str) and not _is_plain(monitor):
-        raise UnsafeFileError(
-            f"`monitor_kwargs` in {path} must be plain values, got {monitor!r}, which the RL Zoo would run. {_TRUST}"
-        )
-    for named, _ in with_arguments(settings.get("callback")):
-        found = named
-        if isinstance(named, str):
-            _check_origin(str(path), "callback", named)
-            found = get_class_by_name(named)
-        if not (isinstance(found, BaseCallback) or (isinstance(found, type) and issubclass(found, BaseCallback))):
-            raise UnsafeFileError(
-                f"`callback` in {path} must name callbacks, classes derived from BaseCallback, got {named!r}, which "
-                f"the RL Zoo would call. {_TRUST}"
-            )
+def _load_open_pickle(file: io.BufferedReader) -> Any:
+    return read_pickle(file.name)
 
 
 def _check_settings(source: str, data: dict[str, Any]) -> None:
-    normalize = data.get("normalize")
-    if isinstance(normalize, str) and not _is_plain(normalize):
-        raise UnsafeFileError(
-            f"`normalize` in {source} must be plain values, got {normalize!r}, which the RL Zoo would run. {_TRUST}"
-        )
+    _check_plain(source, "normalize", data.get("normalize"))
     for key in ("env_wrapper", "vec_env_wrapper", "gym_packages"):
         for name in _names(source, key, data.get(key)):
             _check_origin(source, key, name)
 
 
 def _names(source: str, key: str, entries: Any) -> list[str]:
-    """Return the names that a key has imported, and refuse forms that the Zoo does not read as names."""
+    """Return the modules or classes that a key names, and refuse forms that the Zoo does not read as names."""
     is_wrapper = key != "gym_packages"
     names: list[Any] = [name for name, _ in with_arguments(entries)] if is_wrapper else items(entries)
     is_legal = is_wrapper or entries is None or isinstance(entries, list)
@@ -273,54 +225,61 @@ def _names(source: str, key: str, entries: Any) -> list[str]:
     return names
 
 
-def _is_plain(expression: str) -> bool:
-    """Return whether an expression is a literal, or ``dict(...)`` of literals."""
+def _check_plain(source: str, key: str, value: Any) -> None:
+    """Refuse text other than a literal or ``dict(...)`` of literals, since the Zoo evaluates it."""
+    if not isinstance(value, str):
+        return
     try:
-        node = ast.parse(expression, mode="eval").body
-        values: list[ast.expr] = [node]
+        node = ast.parse(value, mode="eval").body
+        literals: list[ast.expr] = [node]
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
-            values = [keyword.value for keyword in node.keywords]
-        for value in values:
-            ast.literal_eval(value)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return False
-    return True
+            literals = [keyword.value for keyword in node.keywords]
+        for literal in literals:
+            ast.literal_eval(literal)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise UnsafeFileError(
+            f"`{key}` in {source} must be plain values, got {value!r}, which the RL Zoo would run. {_TRUST}"
+        ) from error
+
+
+def _check_class(key: str, named: Any) -> None:
+    """Refuse what is not a wrapper or callback, since the Zoo calls it."""
+    from rl_zoo3.utils import get_class_by_name
+
+    if named in WRAPPER_FUNCTIONS and key != "callback":
+        return
+    found: Any = get_class_by_name(named) if isinstance(named, str) else named
+    bases = _BASES[key]
+    is_class = isinstance(found, type) and issubclass(found, bases)
+    is_callback = key == "callback" and isinstance(found, bases)
+    if not (is_class or is_callback):
+        names = " or ".join(base.__name__ for base in bases)
+        raise UnsafeFileError(
+            f"`{key}` of the run must name classes derived from {names}, got {named}, which the RL Zoo would call. "
+            f"{_TRUST}"
+        )
 
 
 def _check_origin(source: str, key: str, name: str) -> None:
-    """Refuse modules that lie beside the settings: whoever wrote these may have written those."""
+    """Refuse a module that lies beside the settings: their author may have written it."""
     if not os.path.isfile(source):
         return
-    folder = _folder_of_runs(pathlib.Path(source).resolve())
-    if any(_is_of_runs(place, folder) for place in _places(name)):
+    folder = _folder_of_runs(Path(source).resolve())
+    if any(_is_of_runs(place, folder) for place in _module_files(name)):
         raise UnsafeFileError(
             f"`{key}` in {source} must name a module that is installed, got {name!r}, which lies in {folder}. {_TRUST}"
         )
 
 
-def lies_beside(source: str | os.PathLike[str], config: str) -> bool:
-    """
-    Return whether the settings that a run was trained with lie among the runs, so that they may have come with it.
-
-    :param source: ``args.yml`` of the run.
-    :param config: File or module, as given to ``--conf-file``.
-    :return: Whether they do.
-    """
-    folder = _folder_of_runs(pathlib.Path(source).resolve())
-    is_file = config.endswith((".py", ".yml", ".yaml"))
-    places = [pathlib.Path(config).resolve()] if is_file else _places(config)
-    return any(_is_of_runs(place, folder) for place in places)
-
-
-def _is_of_runs(place: pathlib.Path, folder: pathlib.Path) -> bool:
-    """Return whether a file is in the folder of runs, and not in one that Python's packages are installed in there."""
-    installed = [pathlib.Path(path).resolve() for path in {*sysconfig.get_paths().values()}]
+def _is_of_runs(place: Path, folder: Path) -> bool:
+    """Return whether a file is in the folder of runs, but not in a folder of installed packages inside it."""
+    installed = [Path(path).resolve() for path in {*sysconfig.get_paths().values()}]
     installed = [path for path in installed if path != folder and path.is_relative_to(folder)]
     return place.is_relative_to(folder) and not any(map(place.is_relative_to, installed))
 
 
-def _folder_of_runs(source: pathlib.Path) -> pathlib.Path:
-    """The log folder, where the Zoo's ``<logs>/<algo>/<run>/<env>/config.yml`` is, or what is known to belong to it."""
+def _folder_of_runs(source: Path) -> Path:
+    """Return the log folder of ``<logs>/<algo>/<run>/<env>/config.yml``, or as much as is known to belong to it."""
     from rl_zoo3 import ALGOS
 
     from sb3_clipvf.zoo.defaults import ALGORITHM
@@ -328,41 +287,26 @@ def _folder_of_runs(source: pathlib.Path) -> pathlib.Path:
     run = source.parent.parent
     for algo in (run, run.parent):
         if algo.name in {*ALGOS, ALGORITHM}:
-            # The user's own modules are where the command runs.
-            return algo if pathlib.Path.cwd().is_relative_to(algo.parent) else algo.parent
+            # The working folder holds the user's own modules.
+            return algo if Path.cwd().is_relative_to(algo.parent) else algo.parent
     return run
 
 
-def _places(name: str) -> list[pathlib.Path]:
-    """Where the modules lie that importing a name would run; none of them is imported for this."""
-    places: list[pathlib.Path] = []
+def _module_files(name: str) -> list[Path]:
+    """Return the files of the modules that importing a name would run, without importing any of them."""
+    places: list[Path] = []
     search: list[str] | None = None
     for part in name.split("."):
-        # By its last name alone, or the finder would look for the packages above it among the imported ones.
+        # The last part alone: for a dotted name, the finder would search the imported packages.
         spec = PathFinder.find_spec(part, search)
         if spec is None:
             break
         if spec.origin is not None:
-            places.append(pathlib.Path(spec.origin).resolve())
+            places.append(Path(spec.origin).resolve())
             if spec.submodule_search_locations is None:
                 break
             search = list(spec.submodule_search_locations)
         else:
-            # Folders that hold no module of this name, but perhaps others.
+            # A namespace: its folders hold no module of this name, but perhaps modules of the next part.
             search = [os.path.join(folder, part) for folder in (sys.path if search is None else search)]
     return places
-
-
-def _check_wrappers(entries: Any, key: str) -> None:
-    from rl_zoo3.utils import get_class_by_name
-
-    from sb3_clipvf.zoo.vec_env import wrapper_list
-
-    for name, _ in wrapper_list(entries):
-        wrapper: Any = get_class_by_name(name)
-        is_wrapper = isinstance(wrapper, type) and issubclass(wrapper, (gym.Wrapper, VecEnvWrapper))
-        if not is_wrapper and name not in WRAPPER_FUNCTIONS:
-            raise UnsafeFileError(
-                f"`{key}` of the run must name wrappers, classes derived from gymnasium.Wrapper or VecEnvWrapper, got "
-                f"{name}, which the RL Zoo would call. {_TRUST}"
-            )

@@ -7,7 +7,11 @@ import csv
 import io
 import json
 import os
+import re
 import shlex
+import sys
+from argparse import ArgumentTypeError
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +19,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sb3_clipvf.common.validation import check_int
-from sb3_clipvf.zoo.finding import choose_run, import_packages
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
     from stable_baselines3.common.vec_env import VecEnv
 
-# Training seeds are small numbers; the starts that an evaluation sees should not be theirs.
+CHECKPOINTS = "checkpoints"
+"""Folder of a run's checkpoints, inside the run's folder."""
+
 EVALUATION_SEED = 10_000
+"""Seed of evaluations: training seeds are small numbers, and evaluations must not see their starts."""
+
+_UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
 
 @dataclass(frozen=True)
@@ -30,10 +38,10 @@ class Run:
     """
     One run of the Zoo's train command.
 
-    :param algo: the algorithm's name in the Zoo
-    :param env_id: the environment's id
-    :param folder: the run's folder, ``<log folder>/<algo>/<env>_<id>``
-    :param model_path: the model's zip in it
+    :param algo: Name of the algorithm in the Zoo.
+    :param env_id: Id of the environment.
+    :param folder: Folder of the run, ``<log folder>/<algo>/<env>_<id>``.
+    :param model_path: Zip file of the model in this folder.
     """
 
     algo: str
@@ -43,7 +51,7 @@ class Run:
 
     @property
     def settings_folder(self) -> Path:
-        """Where the Zoo keeps ``config.yml``, ``args.yml`` and ``vecnormalize.pkl``."""
+        """Folder of ``config.yml``, ``args.yml`` and ``vecnormalize.pkl``."""
         from huggingface_sb3 import EnvironmentName
 
         return Path(self.folder, EnvironmentName(self.env_id))
@@ -55,13 +63,13 @@ class Evaluation:
     Episodes of a trained agent. Returns are undiscounted sums of the environment's own rewards, before VecNormalize
     and reward clipping.
 
-    :param returns: return of each episode, in reward units
-    :param lengths: length of each episode, in steps of the unwrapped environment
-    :param deterministic: whether actions were the most probable ones, or sampled
-    :param num_timesteps: environment steps of the training that made the model
-    :param seed: seed of the environments
-    :param started: when that training started (s since 1970), later by what the compilation of kernels took; None where
-        it was resumed, or the time is not known
+    :param returns: Return of each episode, in reward units.
+    :param lengths: Length of each episode, in steps of the unwrapped environment.
+    :param deterministic: Whether actions were the most probable ones rather than samples.
+    :param num_timesteps: Environment steps of the training that made the model.
+    :param seed: Seed of the environments.
+    :param started: Start of that training (s since 1970), after the compilation of kernels. None if the training was
+        resumed or the time is unknown.
     """
 
     returns: tuple[float, ...]
@@ -78,18 +86,18 @@ class Evaluation:
 
     @property
     def std(self) -> float:
-        """Standard deviation over the episodes (of these, not an estimate: divided by n)."""
+        """Standard deviation of the episodes (divided by n: of these episodes, not an estimate)."""
         return float(np.std(self.returns))
 
 
 @dataclass(frozen=True)
 class TrainingCurve:
     """
-    The episodes of a training, in the order in which they ended.
+    Episodes of a training, in the order in which they ended.
 
-    :param steps: ``(n,)`` environment steps of all environments together at the end of each episode
-    :param returns: ``(n,)`` their returns, in reward units
-    :param seconds: ``(n,)`` seconds from the start of the training to the end of each episode
+    :param steps: Environment steps of all environments together at the end of each episode, ``(n,)``.
+    :param returns: Returns in reward units, ``(n,)``.
+    :param seconds: Seconds from the start of the training to the end of each episode, ``(n,)``.
     """
 
     steps: np.ndarray
@@ -98,17 +106,43 @@ class TrainingCurve:
 
     @property
     def training_seconds(self) -> float | None:
-        """Seconds to the end of the last episode, None where no episode ended; the training took a little longer."""
+        """Seconds to the end of the last episode, a little before the training's end; None if no episode ended."""
         return float(self.seconds[-1]) if len(self.seconds) > 0 and self.seconds[-1] > 0 else None
 
     @property
     def steps_per_second(self) -> float | None:
-        """Environment steps a second up to the end of the last episode, None where it cannot be known."""
+        """Environment steps per second up to the end of the last episode; None if no episode ended."""
         return float(self.steps[-1] / self.seconds[-1]) if self.training_seconds else None
 
 
+class RunId(int):
+    """Number of a run; its text includes what ``-uuid`` added to the folder, so that the RL Zoo finds the folder."""
+
+    unique: str
+
+    def __new__(cls, number: int, unique: str = "") -> RunId:
+        """Create the number; ``unique`` is what ``-uuid`` added, or ""."""
+        run_id = super().__new__(cls, number)
+        run_id.unique = unique
+        return run_id
+
+    def __str__(self) -> str:
+        return f"{int(self)}_{self.unique}" if self.unique else str(int(self))
+
+    def __format__(self, spec: str) -> str:
+        return format(str(self), spec)
+
+    @classmethod
+    def parse(cls, text: str) -> RunId:
+        """Read ``--exp-id``: a number, or a number with what ``-uuid`` added."""
+        match = re.fullmatch(rf"(-?\d+)(?:_({_UUID}))?", text)
+        if match is None:
+            raise ArgumentTypeError(f"must be the number of a run, or <number>_<uuid>, got {text!r}")
+        return cls(int(match[1]), match[2] or "")
+
+
 def register_all() -> None:
-    """Make ``clipppo`` known to the Zoo, and the environments of optional packages to Gymnasium."""
+    """Register ``clipppo`` with the Zoo, and the environments of optional packages with Gymnasium."""
     import rl_zoo3.import_envs  # noqa: F401
 
     from sb3_clipvf.zoo.registration import register
@@ -126,13 +160,13 @@ def find_run(
     """
     Find a run of the Zoo's train command.
 
-    :param log_folder: the folder given to ``train -f``
-    :param env_id: the environment's id
-    :param algo: the algorithm's name in the Zoo
-    :param exp_id: number of the run; 0: the newest that holds the model
-    :param load_best: take ``best_model.zip`` of the evaluations while training, not the final model
-    :return: the run
-    :raises ValueError: where there is no such run, or it holds no such model
+    :param log_folder: Folder given to ``train -f``.
+    :param env_id: Id of the environment.
+    :param algo: Name of the algorithm in the Zoo.
+    :param exp_id: Number of the run; 0 takes the newest run that holds the model.
+    :param load_best: Whether to take ``best_model.zip`` of the evaluations during training, not the final model.
+    :return: The run.
+    :raises ValueError: If there is no such run, or it holds no such model.
     """
     from huggingface_sb3 import EnvironmentName
 
@@ -150,27 +184,43 @@ def find_run(
         return Run(algo, env_id, folder, folder / model)
     if load_best and (folder / f"{name}.zip").is_file():
         way_out = "It was trained without evaluations: leave out `--load-best`."
-    elif any(folder.glob("checkpoints/checkpoint_*.zip")):
+    elif any(folder.glob(f"{CHECKPOINTS}/checkpoint_*.zip")):
         way_out = f"Its training did not end: `sb3-clipvf train --resume {shlex.quote(str(folder))}` resumes it."
     else:
         way_out = f"Its training did not end. Train again with {train}"
     raise ValueError(f"{folder} must hold {model}, but does not. {way_out}")
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    from sb3_clipvf.zoo.run_files import read_settings
+def choose_run(parent: Path, env_name: str, exp_id: int, has_model: Callable[[Path], bool]) -> int:
+    """
+    Return the number of the run to take in the algorithm's folder, and print it if it is not the newest run.
 
-    return read_settings(path)
+    For an ``exp_id`` of 0, or one that several runs of ``-uuid`` share, this is the newest of these runs with the model
+    asked for, or the newest if none has it. Otherwise it is ``exp_id``.
+    """
+    is_exact = isinstance(exp_id, RunId) and exp_id.unique
+    if is_exact or exp_id < 0 or (exp_id > 0 and (parent / f"{env_name}_{exp_id}").is_dir()):
+        return exp_id
+    # RunIds are equal where their numbers are.
+    found = [(run_id, parent / f"{env_name}_{run_id}") for run_id in _run_ids(parent, env_name)]
+    found = [(run_id, folder) for run_id, folder in found if exp_id in (0, run_id)]
+    if not found:
+        return exp_id
+    newest = found[0][1]
+    chosen, folder = next((pair for pair in found if has_model(pair[1])), found[0])
+    if folder != newest:
+        sys.stdout.write(f"{newest} does not hold the model: taking that of {folder}\n")
+    elif exp_id > 0 and len(found) > 1:
+        sys.stdout.write(f"{len(found)} runs have the number {exp_id}: taking {folder}\n")
+    return chosen
 
 
 def read_hyperparams(run: Run) -> dict[str, Any]:
     """
     Read the settings that a run was made with: those of the YAML file with the changes of ``-params``.
 
-    :param run: the run
-    :return: settings, in YAML's types; {} where the run does not hold them
+    :param run: Run from :func:`find_run`.
+    :return: Settings in YAML's types; {} if the run does not hold them.
     """
     return _read_yaml(run.settings_folder / "config.yml")
 
@@ -179,38 +229,35 @@ def read_arguments(run: Run) -> dict[str, Any]:
     """
     Read the options of the command that trained a run.
 
-    :param run: the run
-    :return: options of the Zoo's ``train``, by name; {} where the run does not hold them
+    :param run: Run from :func:`find_run`.
+    :return: Options of the Zoo's ``train``, by name; {} if the run does not hold them.
     """
     return _read_yaml(run.settings_folder / "args.yml")
 
 
 def make_env(run: Run, n_envs: int, seed: int, render_mode: str | None = None) -> VecEnv:
-    """The run's environment as the Zoo's enjoy makes it: wrappers, statistics (not updated), frame stack, arguments."""
+    """Make the run's environments as the Zoo's enjoy does, with wrappers, arguments and fixed statistics."""
     from rl_zoo3 import create_test_env, get_saved_hyperparams
     from rl_zoo3.exp_manager import ExperimentManager
     from stable_baselines3.common.vec_env import DummyVecEnv
 
-    from sb3_clipvf.zoo.models import complete_settings
+    from sb3_clipvf.zoo.models import complete_settings, make_test_env
     from sb3_clipvf.zoo.run_files import checked_files
-    from sb3_clipvf.zoo.statistics import own_statistics_loaded
+    from sb3_clipvf.zoo.settings import import_packages
 
     arguments = read_arguments(run)
     import_packages(arguments.get("gym_packages"), str(run.settings_folder / "args.yml"))
-    with checked_files():
+    # The Zoo prints statistics and frame stack for every environment.
+    with checked_files(), contextlib.redirect_stdout(io.StringIO()):
         hyperparams, stats_path = get_saved_hyperparams(str(run.settings_folder), test_mode=True)
-    env_kwargs = dict(arguments.get("env_kwargs") or {})
-    complete_settings(hyperparams, env_kwargs)
-    env_kwargs.pop("render_mode", None)
-    if render_mode is not None:
-        env_kwargs["render_mode"] = render_mode
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(checked_files())
-        if hyperparams["normalize"]:
-            stats_path = stack.enter_context(own_statistics_loaded(run.model_path, stats_path))
-        # It reports statistics and frame stack for every environment.
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        return create_test_env(
+        env_kwargs = dict(arguments.get("env_kwargs") or {})
+        complete_settings(hyperparams, env_kwargs)
+        env_kwargs.pop("render_mode", None)
+        if render_mode is not None:
+            env_kwargs["render_mode"] = render_mode
+        return make_test_env(
+            create_test_env,
+            run.model_path,
             run.env_id,
             n_envs=n_envs,
             stats_path=stats_path,
@@ -232,14 +279,14 @@ def load_model(run: Run, seed: int, device: str) -> BaseAlgorithm:
 
     set_random_seed(seed)
     algorithm = ALGOS[run.algo]
-    # An off-policy algorithm would otherwise take the memory of its replay buffer, which an evaluation never reads.
+    # An evaluation never reads the replay buffer of an off-policy algorithm: do not allocate it.
     kwargs: dict[str, Any] = {"buffer_size": 1} if issubclass(algorithm, OffPolicyAlgorithm) else {}
     with checked_files():
         return algorithm.load(run.model_path, device=device, **kwargs)
 
 
 def is_deterministic_by_default(env_id: str) -> bool:
-    """:return: the Zoo's rule: sampled actions for Atari and MiniGrid, the most probable ones elsewhere"""
+    """Return whether the Zoo takes the most probable actions, as it does everywhere but in Atari and MiniGrid."""
     from rl_zoo3.exp_manager import ExperimentManager
 
     return not (ExperimentManager.is_atari(env_id) or ExperimentManager.is_minigrid(env_id))
@@ -256,18 +303,18 @@ def evaluate_run(
     """
     Evaluate a run's model on its environment, in the run's own settings.
 
-    Episodes are shared out evenly over the environments beforehand, so that short ones are not favoured. Global random
-    states (Python, NumPy, torch) are set to ``seed``.
+    Each environment runs a fixed share of the episodes, so that short episodes are not favoured. Global random states
+    (Python, NumPy, torch) are set to ``seed``.
 
-    :param run: the run, see :func:`find_run`
-    :param n_episodes: number of episodes, at least 1
-    :param n_envs: number of environments side by side, at least 1; more than ``n_episodes`` are not made
-    :param seed: seed of the environments and of sampled actions
-    :param deterministic: take the most probable action; None: the Zoo's rule
-    :param device: where the policy runs
-    :return: the episodes
-    :raises ValueError: where ``n_episodes`` or ``n_envs`` is below 1, the run lacks its VecNormalize statistics, or a
-        ``vec_env_wrapper`` ends episodes
+    :param run: Run from :func:`find_run`.
+    :param n_episodes: Number of episodes, at least 1.
+    :param n_envs: Number of environments that step together, at least 1; at most ``n_episodes`` are made.
+    :param seed: Seed of the environments and of sampled actions.
+    :param deterministic: Whether to take the most probable action; None follows the Zoo's rule.
+    :param device: PyTorch device of the policy.
+    :return: The episodes.
+    :raises ValueError: If ``n_episodes`` or ``n_envs`` is below 1, the run lacks its VecNormalize statistics, or a
+        ``vec_env_wrapper`` ends episodes.
     """
     n_episodes = check_int("n_episodes", n_episodes, 1, "Pass a positive number.")
     n_envs = check_int("n_envs", n_envs, 1, "Pass a positive number.")
@@ -292,28 +339,8 @@ def evaluate_run(
         deterministic,
         model.num_timesteps,
         seed,
-        _started(model),
+        _start_of_training(model),
     )
-
-
-def _started(model: BaseAlgorithm) -> float | None:
-    """When the training started by which a model came to its steps; None where several did."""
-    if model._num_timesteps_at_start != 0 or not model.start_time:
-        return None
-    return model.start_time / 1e9
-
-
-def _read_monitor(path: Path) -> tuple[float, list[tuple[float, int, float]]]:
-    """The start time (s) of a monitor file, and return, length and end (s since the start) of its episodes."""
-    episodes = []
-    with path.open(newline="", encoding="utf-8") as file:
-        start = float(json.loads(file.readline().lstrip("#"))["t_start"])
-        for row in csv.DictReader(file):
-            try:
-                episodes.append((float(row["r"]), int(row["l"]), float(row["t"])))
-            except (TypeError, ValueError):  # a kill may cut the last line short
-                break
-    return start, episodes
 
 
 def read_training_curve(
@@ -323,13 +350,13 @@ def read_training_curve(
     Read the episodes of a training from its monitor files.
 
     The environments step together, so an episode that ends after ``k`` steps of its own environment ends at step
-    ``k * n_envs`` of the training. Monitor counts below Atari's frame skip: where its count is a multiple of the
+    ``k * n_envs`` of the training. Monitor counts frames below Atari's frame skip: if its count is a multiple of the
     training's, steps are divided by that (whole) number.
 
-    :param folder: the run's folder, with ``<i>.monitor.csv``
-    :param num_timesteps: environment steps of the whole training, None where not known
-    :param started: when the training started (s since 1970), None: when its environments were made
-    :return: the episodes; empty where no episode ended or there are no monitor files
+    :param folder: Folder of the run, with ``<i>.monitor.csv``.
+    :param num_timesteps: Environment steps of the whole training; None if unknown.
+    :param started: Start of the training (s since 1970); None: the time at which its environments were made.
+    :return: The episodes; empty if no episode ended or there are no monitor files.
     """
     files = [_read_monitor(path) for path in sorted(Path(folder).glob("*.monitor.csv"))]
     first_start = min((start for start, _ in files), default=0.0)
@@ -346,3 +373,47 @@ def read_training_curve(
     if started is not None:
         seconds += first_start - started
     return TrainingCurve(steps, returns, seconds)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    from sb3_clipvf.zoo.run_files import read_settings
+
+    return read_settings(path)
+
+
+def _run_ids(parent: Path, env_name: str) -> list[RunId]:
+    """Return the numbers of an environment's runs, newest first."""
+    pattern = re.compile(rf"{re.escape(env_name)}_(\d+)(?:_({_UUID}))?")
+    folders = [(folder, pattern.fullmatch(folder.name)) for folder in parent.glob(f"{env_name}_*") if folder.is_dir()]
+    run_ids = [
+        (RunId(int(match[1]), match[2] or ""), _start_of_run(folder / env_name)) for folder, match in folders if match
+    ]
+    return [run_id for run_id, _ in sorted(run_ids, key=lambda pair: (int(pair[0]), pair[1]), reverse=True)]
+
+
+def _start_of_run(settings_folder: Path) -> float:
+    # Later commands write into the run's folder, but not into its settings.
+    path = settings_folder / "args.yml"
+    return (path if path.exists() else settings_folder.parent).stat().st_mtime
+
+
+def _start_of_training(model: BaseAlgorithm) -> float | None:
+    """Return when the model's training started (s since 1970); None if it was resumed."""
+    if model._num_timesteps_at_start != 0 or not model.start_time:
+        return None
+    return model.start_time / 1e9
+
+
+def _read_monitor(path: Path) -> tuple[float, list[tuple[float, int, float]]]:
+    """Return the start (s) of a monitor file, and the return, length and end (s since the start) of its episodes."""
+    episodes = []
+    with path.open(newline="", encoding="utf-8") as file:
+        start = float(json.loads(file.readline().lstrip("#"))["t_start"])
+        for row in csv.DictReader(file):
+            try:
+                episodes.append((float(row["r"]), int(row["l"]), float(row["t"])))
+            except (TypeError, ValueError):  # a kill may have cut the last line
+                break
+    return start, episodes
