@@ -1,10 +1,10 @@
-"""Memory that is free."""
+"""Free memory."""
 
 from pathlib import Path
 
 import psutil
 
-# Limit and use of a container's memory, in version 2 and version 1 of Linux's control groups.
+# Limit and use of a container's memory, in versions 2 and 1 of Linux's control groups.
 _CONTAINER_FILES = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
     (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
@@ -12,11 +12,7 @@ _CONTAINER_FILES = (
 
 
 def free_memory() -> int:
-    """
-    Memory that this process may still take.
-
-    :return: Bytes: what is free on the machine, or less where the process runs in a container with a limit.
-    """
+    """Return the bytes that this process may still allocate: on the machine, or in its container if that is less."""
     free = int(psutil.virtual_memory().available)
     for limit_file, used_file in _CONTAINER_FILES:
         try:

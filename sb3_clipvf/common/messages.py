@@ -1,4 +1,4 @@
-"""What the package tells its user: the logger ``sb3_clipvf``, shown on standard output by ``verbose=1``."""
+"""The logger ``sb3_clipvf``, whose messages ``verbose=1`` shows on standard output."""
 
 import logging
 import sys
@@ -8,7 +8,7 @@ log = logging.getLogger("sb3_clipvf")
 
 
 class _StdoutHandler(logging.StreamHandler[TextIO]):
-    """Writes to what ``sys.stdout`` is at that moment, which notebooks and test runners replace."""
+    """Writes to the current ``sys.stdout``, which notebooks and test runners replace."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -26,15 +26,14 @@ class _StdoutHandler(logging.StreamHandler[TextIO]):
 
 def show_messages(verbose: int) -> None:
     """
-    Show messages on standard output as one model wants it, until another model calls this.
+    Show messages as a model's ``verbose`` asks: 0 for none, 1 for INFO, 2 for DEBUG.
 
-    Where the user has added a handler to the logger or set its level, it is left alone.
-
-    :param verbose: SB3's verbosity: 0 shows none, 1 shows INFO, 2 shows DEBUG.
+    The logger has one setting, that of the latest call. A handler or a level that the user has set is kept.
     """
-    if any(not isinstance(handler, _StdoutHandler) for handler in log.handlers):
+    ours = [handler for handler in log.handlers if isinstance(handler, _StdoutHandler)]
+    if len(ours) < len(log.handlers):
         return
-    handler = next((handler for handler in log.handlers if isinstance(handler, _StdoutHandler)), None)
+    handler = ours[0] if ours else None
     if verbose <= 0:
         if handler is not None:
             log.removeHandler(handler)

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: finding them at little cost, and the errors that tell of them."""
+"""Non-finite values: fast checks, and the errors raised for them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,29 +7,29 @@ from typing import Any
 import numpy as np
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
-"""Beyond this a number is infinite for the policy."""
+"""Larger numbers are infinite for the policy."""
 
 MAX_UPDATES_WITH_SKIPS = 10
-"""Updates in a row that may skip minibatches with ``on_nonfinite="skip"``; the next one ends the training."""
+"""Consecutive updates that may skip minibatches with ``on_nonfinite="skip"``; the next one ends the training."""
 
-# Of so few numbers Python makes the sum in a fraction of NumPy's time; one below this limit holds no larger number.
+# Python sums up to `_FEW` numbers faster than NumPy. If the sum of their magnitudes is below the limit, all are finite.
 _FEW, _SURELY_FINITE = 32, 1e38
 
 
 class NonFiniteError(ValueError):
     """
-    A number of the training is NaN or infinite.
+    A value is NaN or infinite during training.
 
-    :param message: What it is, where, and what to do.
+    :param message: The value, where it was found, and what to do.
     :param what: "observation", "reward", "value", "log_prob", "terminal_observation", "terminal_value" or "parameter"
         in a step; "policy_loss", "value_loss", "entropy_loss", "kl", "loss" or "grad_norm" in an update.
     :param num_timesteps: Environment steps so far.
-    :param step: Step of the rollout, from 0, if one is known.
-    :param env_index: Environment, if one is known.
-    :param key: Of a dict observation; the parameter's name; in an update what of the transition is not finite.
-    :param epoch: Of the update, from 0.
-    :param minibatch: Of the epoch, from 0.
-    :param path: The file with the step or the minibatch, if one was written.
+    :param step: Step in the rollout, from 0, if known.
+    :param env_index: Index of the environment, if known.
+    :param key: Key of a dict observation, name of a parameter, or (in an update) the non-finite field of a transition.
+    :param epoch: Epoch of the update, from 0.
+    :param minibatch: Minibatch of the epoch, from 0.
+    :param path: File that holds the step or the minibatch, if one was written.
     """
 
     def __init__(
@@ -58,13 +58,13 @@ class NonFiniteError(ValueError):
 
 class BadMinibatchError(Exception):
     """
-    A minibatch that makes no step, on its way from an engine to :func:`.nonfinite_causes.update_error`.
+    A minibatch has a non-finite loss or gradient; its step is not made.
 
-    :param terms: Its loss's terms, the loss and the gradient norm.
-    :param epoch: Of the update, from 0.
-    :param minibatch: Of the epoch, from 0.
-    :param batch: Its transitions.
-    :param indices: Where they stand in the rollout, in SB3's numbering, environment by environment; None: not known.
+    :param terms: Terms of the loss, the loss itself and the gradient norm.
+    :param epoch: Epoch of the update, from 0.
+    :param minibatch: Minibatch of the epoch, from 0.
+    :param batch: Transitions.
+    :param indices: Their indices in the rollout as SB3 numbers them, environment by environment. None if unknown.
     """
 
     def __init__(
@@ -80,12 +80,7 @@ class BadMinibatchError(Exception):
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """
-    Tell whether an array holds numbers alone that float32 can hold, in less than a microsecond for short ones.
-
-    :param array: Of any type and shape; integers always are.
-    :return: False for NaN, infinities and larger numbers.
-    """
+    """Return whether all numbers of an array are finite as float32; integers are. Fast for few numbers."""
     if array.dtype.kind != "f":
         return True
     if array.size <= _FEW:
@@ -96,33 +91,18 @@ def is_finite(array: np.ndarray) -> bool:
 
 
 def which_are_not(array: np.ndarray) -> np.ndarray:
-    """
-    Tell which numbers of an array are not finite.
-
-    :param array: Floats.
-    :return: bool, of the same shape.
-    """
+    """Return a mask of the numbers of a float array that are not finite as float32."""
     fits = np.isfinite(array) if array.dtype.itemsize <= 4 else np.abs(array) <= FLOAT32_MAX
     return np.asarray(~fits)
 
 
 def by_key(observations: Any) -> dict[str, np.ndarray]:
-    """
-    Give observations the form of a dict.
-
-    :param observations: An array, or a dict of such.
-    :return: Arrays by key; "" where there are no keys.
-    """
+    """Return observations as a dict of arrays; an array gets the key ""."""
     return dict(observations) if isinstance(observations, Mapping) else {"": np.asarray(observations)}
 
 
 def observations_are_finite(observations: Any) -> bool:
-    """
-    Tell whether observations hold numbers alone.
-
-    :param observations: An array, or a dict of such.
-    :return: See :func:`is_finite`.
-    """
+    """Return whether all numbers of an array, or of a dict of arrays, are finite as float32."""
     if type(observations) is np.ndarray:
         return is_finite(observations)
     return all(is_finite(array) for array in by_key(observations).values())
@@ -130,22 +110,19 @@ def observations_are_finite(observations: Any) -> bool:
 
 def drawn_indices(state: Any, buffer: Any, epoch: int, start: int, batch: Any) -> np.ndarray | None:
     """
-    Draw an update's permutations once more, to tell where a minibatch stands in the rollout.
+    Find the indices of a minibatch in the rollout, by drawing the permutations of its update again.
 
-    :param state: Of NumPy's generator at the start of the update.
-    :param buffer: The rollout buffer.
-    :param epoch: Of the minibatch.
-    :param start: Transitions of the epoch before it.
-    :param batch: The minibatch.
-    :return: In SB3's numbering, environment by environment; None where the buffer draws in another way.
+    ``state`` is NumPy's random state before the update, and the minibatch begins at ``start`` in its epoch. The result
+    is None if the buffer draws minibatches in another way.
     """
     generator = np.random.RandomState()
     generator.set_state(state)
     n = buffer.buffer_size * buffer.n_envs
-    drawn = np.concatenate([generator.permutation(n) for _ in range(epoch + 1)])[epoch * n :]
-    indices = drawn[start : start + len(batch.returns)]
+    for _ in range(epoch + 1):
+        permutation = generator.permutation(n)
+    indices = permutation[start : start + len(batch.returns)]
     returns = np.asarray(buffer.returns)
-    # SB3's buffer has turned its arrays into one column by now.
+    # SB3's buffer has flattened its arrays by now.
     by_env = returns.swapaxes(0, 1) if returns.shape == (buffer.buffer_size, buffer.n_envs) else returns
     same = np.array_equal(by_env.reshape(-1)[indices], batch.returns.cpu().numpy().reshape(-1), equal_nan=True)
     return indices if same else None

@@ -1,4 +1,4 @@
-"""Versions of what numbers come from: results and checkpoints hold them."""
+"""Versions of packages, which results and checkpoints hold."""
 
 import contextlib
 import platform
@@ -7,12 +7,7 @@ from importlib import metadata
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:
-    """
-    Look up versions.
-
-    :param packages: Their names; those that are not installed are left out.
-    :return: By name, Python first.
-    """
+    """Return the versions of Python and of those packages that are installed, by name."""
     versions = {"python": platform.python_version()}
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
