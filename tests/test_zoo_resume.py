@@ -445,16 +445,16 @@ def test_checkpoints_can_be_turned_off(tmp_path: Path) -> None:
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The environments that the Zoo made to show a model in."""
-    import rl_zoo3.enjoy as zoo_enjoy
+    from rl_zoo3 import utils
 
     made = []
-    create = zoo_enjoy.create_test_env
+    create = utils.create_test_env
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         made.append(create(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(zoo_enjoy, "create_test_env", spy)
+    monkeypatch.setattr(utils, "create_test_env", spy)
     return made
 
 
