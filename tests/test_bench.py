@@ -106,11 +106,9 @@ def test_results_and_table_of_all_rows_and_seeds(in_folder: Path, capsys: pytest
     runs = runs_in()
     assert [(run["name"], run["seed"]) for run in runs] == [("hard", 1), ("hard", 2), ("tiny", 1), ("tiny", 2)]
     run = runs[2]
-    assert run["command"] == "sb3-clipvf train " + " ".join(train_arguments(TINY, 1, Path("logs/bench/tiny/seed_1")))
-    assert run["mean_return"] == sum(run["returns"]) / 2
-    assert (run["n_timesteps"], run["num_timesteps"], run["params"], run["jobs"]) == (64, 64, list(PARAMS), 2)
-    assert run["hyperparams"]["n_steps"] == 16
-    assert run["wall_seconds"] > 0
+    assert (run["n_timesteps"], run["params"], run["jobs"]) == (64, list(PARAMS), 2)
+    lines = Path("docs/results/learning.json").read_text().splitlines()
+    assert len(lines) == 4 + 2  # a line a run
     assert run["cpu"] and run["versions"]["torch"] and run["versions"]["sb3_clipvf"]
     assert (in_folder / "logs/bench/tiny/seed_1/train.log").read_text().startswith("trained --algo clipppo")
     table = Path("docs/results/learning.md").read_text()
@@ -137,7 +135,7 @@ def test_finished_runs_are_skipped_until_asked_or_changed(
     monkeypatch.setattr(training_runs, "TRAIN_COMMAND", command)
     assert main(options) == 0
     assert "1 runs to make" in capsys.readouterr().out
-    assert [len(run["returns"]) for run in runs_in()] == [3]
+    assert [run["n_episodes"] for run in runs_in()] == [3]
 
 
 def test_failed_run_is_told_not_kept_and_does_not_stop_the_others(
@@ -217,8 +215,8 @@ def test_real_train_command(in_folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(training_runs, "TRAIN_COMMAND", (sys.executable, "-m", "sb3_clipvf", "train"))
     assert main(["--seeds", "5", "--only", "tiny", "--out", "o/r.json", "--table", "o/t.md", "--log-folder", "l"]) == 0
     (run,) = runs_in(Path("o/r.json"))
-    assert (run["seed"], run["num_timesteps"], len(run["returns"])) == (5, 64, 2)
-    assert "l/tiny/seed_5" in run["command"]
+    assert (run["seed"], run["n_episodes"]) == (5, 2)
+    assert Path("l/tiny/seed_5/train.log").exists()
     assert Path("o/t.md").exists()
 
 
@@ -299,7 +297,7 @@ def test_results_replace_the_run_of_the_same_row_and_seed(tmp_path: Path) -> Non
         Row("tiny", "CartPole-v0", 64, 8.0, "", PARAMS, n_episodes=2),
         Row("tiny", "CartPole-v1", 64, 8.0, "", PARAMS[1:], n_episodes=2),
         Row("tiny", "CartPole-v1", 64, 8.0, "", PARAMS, n_episodes=3),
-        Row("tiny", "CartPole-v1", 64, 8.0, "", PARAMS, n_episodes=2, algo="ppo"),
+        Row("tiny", "CartPole-v1", 64, 8.0, "", PARAMS, n_episodes=2, vec_env="envpool"),
     ],
 )
 def test_results_of_other_settings_do_not_count(tmp_path: Path, changed: Row) -> None:

@@ -12,7 +12,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from sb3_clipvf.checkpoint import DamagedCheckpointError, callback
+from sb3_clipvf.checkpoint import DamagedCheckpointError, training_checkpoint
 from tests.bench import faults
 from tests.bench.faults import ROWS, main
 from tests.bench.faults_children import Tally, lines_of, tell
@@ -185,10 +185,10 @@ def test_a_process_can_be_killed_inside_a_write(
     monkeypatch.setattr(signal, "raise_signal", kill)
     try:
         _die_in_write(1, share)
-        with callback.atomic_write(tmp_path / "first.zip") as file:
+        with training_checkpoint.atomic_write(tmp_path / "first.zip") as file:
             file.write(b"1234")
         with pytest.raises(KilledError, match=str(int(signal.SIGKILL))):
-            with callback.atomic_write(tmp_path / "second.zip") as file:
+            with training_checkpoint.atomic_write(tmp_path / "second.zip") as file:
                 file.write(b"abcd")
     finally:
         mock.patch.stopall()

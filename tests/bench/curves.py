@@ -67,7 +67,6 @@ class Benchmark(TrainingBenchmark[CurveRow]):
         return {
             "mean_return": rounded_mean([value for value in on_grid if value is not None]),
             "last_return": rounded_mean(curve.returns[-LAST_EPISODES:]),
-            "n_episodes": len(curve.returns),
             "num_timesteps": num_timesteps,
             "curve": on_grid,
         }
@@ -76,10 +75,8 @@ class Benchmark(TrainingBenchmark[CurveRow]):
         """:return: both means"""
         if result["mean_return"] is None:
             return "no episode ended"
-        return (
-            f"mean return {result['mean_return']:.1f} over the training, {result['last_return']:.1f} of the last "
-            f"{min(LAST_EPISODES, result['n_episodes'])} episodes"
-        )
+        means = (result["mean_return"], result["last_return"])
+        return "mean return {:.1f} over the training, {:.1f} of the last episodes".format(*means)
 
     def write(self, command: str) -> dict[str, Path]:
         """:return: the table and the figure, written"""

@@ -29,14 +29,12 @@ class CurveRow:
     :param env_id: the environment's id
     :param n_timesteps: environment steps of training
     :param engine: value of ``engine=``
-    :param algo: the algorithm's name in the RL Zoo
     :param vec_env: kind of the training environments, as ``--vec-env`` takes it
     """
 
     env_id: str
     n_timesteps: int
     engine: str
-    algo: str = "clipppo"
     vec_env: str = "dummy"
 
     @property

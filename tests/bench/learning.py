@@ -76,21 +76,14 @@ class Benchmark(TrainingBenchmark[Row]):
         return run_of(row, seed)
 
     def measure(self, row: Row, run: Run) -> dict[str, Any]:
-        """:return: the evaluation of a run's final model, and the speed of its training"""
-        from sb3_clipvf.zoo.runs import evaluate_run, read_training_curve
+        """:return: the evaluation of a run's final model"""
+        from sb3_clipvf.zoo.runs import evaluate_run
 
         evaluation = evaluate_run(run, row.n_episodes, device="cpu")
-        speed = read_training_curve(run.folder, evaluation.num_timesteps).steps_per_second
         return {
-            "goal": row.goal,
-            "comparison": row.comparison,
+            "num_timesteps": evaluation.num_timesteps,
             "mean_return": evaluation.mean,
             "std_return": evaluation.std,
-            "returns": evaluation.returns,
-            "deterministic": evaluation.deterministic,
-            "evaluation_seed": evaluation.seed,
-            "num_timesteps": evaluation.num_timesteps,
-            "steps_per_second": None if speed is None else round(speed, 1),
         }
 
     def summary(self, row: Row, result: Mapping[str, Any]) -> str:

@@ -24,7 +24,6 @@ class Row:
     :param comparison: what others reach, with its source
     :param params: changes to the shipped settings, as ``-params`` takes them
     :param n_episodes: episodes of the evaluation; more where the returns of one policy differ much
-    :param algo: the algorithm's name in the RL Zoo
     :param vec_env: kind of the training environments, as ``--vec-env`` takes it; evaluation has Gymnasium's
     """
 
@@ -35,7 +34,6 @@ class Row:
     comparison: str
     params: tuple[str, ...] = ()
     n_episodes: int = 20
-    algo: str = "clipppo"
     vec_env: str = "dummy"
 
 

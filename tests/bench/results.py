@@ -38,14 +38,14 @@ def machine(more_packages: Iterable[str] = ()) -> dict[str, Any]:
     Describe where a run was made.
 
     :param more_packages: names of further packages that decide on the numbers; those not installed are left out
-    :return: CPU model, number of cores, system, and versions of Python and of the packages that decide on the numbers
+    :return: CPU model, number of cores, and versions of Python and of the packages that decide on the numbers
     """
     versions = installed_versions((*_PACKAGES, *more_packages))
     if "sb3_clipvf" not in versions:  # run from a source tree that is not installed
         import sb3_clipvf
 
         versions["sb3_clipvf"] = sb3_clipvf.__version__
-    return {"cpu": _cpu_model(), "cores": os.cpu_count(), "system": platform.platform(), "versions": versions}
+    return {"cpu": _cpu_model(), "cores": os.cpu_count(), "versions": versions}
 
 
 def machine_text(run: Mapping[str, Any], how: str) -> str:
@@ -116,7 +116,8 @@ class Results:
         # Read again: another benchmark may have added to the file since.
         others = [other for other in self._read() if self._key_of(other) != self._key_of(run)]
         self.runs = sorted([*others, run], key=self._key_of)
-        write_text(self.path, json.dumps({"format": _FORMAT, "runs": self.runs}, indent=1, default=str) + "\n")
+        lines = ",\n".join(json.dumps(run, default=str) for run in self.runs)
+        write_text(self.path, f'{{"format": {_FORMAT}, "runs": [\n{lines}\n]}}\n')
 
 
 def write_text(path: Path, text: str) -> None:

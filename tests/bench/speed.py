@@ -24,7 +24,7 @@ from sb3_clipvf.common.validation import check_int
 from tests.bench.results import Results, check_row_names, clone_environment, machine, sigterm_interrupts, write_text
 from tests.bench.speed_figure import write_figure
 from tests.bench.speed_rows import PEERS, ROWS, SpeedRow
-from tests.bench.speed_table import KEY, MIN_ALTERNATIONS, TRIALS, best_threads, render, trials_of, wanted
+from tests.bench.speed_table import KEY, MIN_ALTERNATIONS, STORED, TRIALS, best_threads, render, trials_of, wanted
 
 # Replaced in tests.
 CHILD_COMMAND: tuple[str, ...] = (sys.executable, "-m", "tests.bench.speed_child")
@@ -142,9 +142,8 @@ class SpeedBenchmark:
             self.failed[row.name] = str(error)
             self.say(f"{label}: FAILED, {error}")
             return
-        command = f"{_COMMAND} --rows {row.name}"
-        how = {"goal": row.goal, "threads": threads, "other_load": load, "command": command}
-        self.results.add(wanted(row, peer, part) | result | how | self._machine)
+        kept = {name: result[name] for name in (STORED if peer in PEERS else STORED[:1]) if name in result}
+        self.results.add(wanted(row, peer, part) | kept | {"other_load": load} | self._machine)
         self.say(f"{label}: {result['steps_per_second']:,.0f} steps/s")
 
     def task(self, row: SpeedRow, peer: str, seed: int, threads: int | None) -> dict[str, Any]:

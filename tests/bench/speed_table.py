@@ -14,6 +14,12 @@ from tests.bench.speed_rows import BOUNDS, PEERS, SpeedRow
 KEY = ("name", "peer", "part")
 """What tells runs of the results file apart; ``part`` is a trial's name or the number of an alternation."""
 
+STORED = (
+    *("steps_per_second", "steps", "environment_seconds", "policy_seconds", "update_seconds", "other_seconds"),
+    *("startup_seconds", "products_seconds", "peak_megabytes", "engine", "torch_threads"),
+)
+"""Measured values that the tables read, of a bound the first one alone; the results file keeps no others."""
+
 MIN_ALTERNATIONS = 3
 """Fewer are no result."""
 

@@ -8,7 +8,6 @@ can be stopped at any time; the same command goes on with what is missing.
 from __future__ import annotations
 
 import argparse
-import shlex
 import subprocess
 import sys
 import threading
@@ -49,10 +48,6 @@ class TrainingRow(Protocol):
         """Changes to the shipped settings, as ``-params`` takes them."""
 
     @property
-    def algo(self) -> str:
-        """The algorithm's name in the RL Zoo."""
-
-    @property
     def vec_env(self) -> str:
         """Kind of the training environments, as ``--vec-env`` takes it."""
 
@@ -69,7 +64,7 @@ def run_of(row: TrainingRow, seed: int) -> dict[str, Any]:
     :param seed: the seed
     :return: name, seed, and those of the row's fields, as JSON gives them back
     """
-    settings = {"env_id": row.env_id, "n_timesteps": row.n_timesteps, "algo": row.algo, "params": [*row.params]}
+    settings = {"env_id": row.env_id, "n_timesteps": row.n_timesteps, "params": [*row.params]}
     if row.vec_env != "dummy":
         settings["vec_env"] = row.vec_env
     return {"name": row.name, "seed": seed, **settings}
@@ -84,7 +79,7 @@ def train_arguments(row: TrainingRow, seed: int, log_folder: Path) -> list[str]:
     :param log_folder: where this run alone writes
     :return: the options; one thread and the CPU, so that runs side by side do not slow each other
     """
-    options = ["--algo", row.algo, "--env", row.env_id, "--seed", str(seed), "-n", str(row.n_timesteps)]
+    options = ["--algo", "clipppo", "--env", row.env_id, "--seed", str(seed), "-n", str(row.n_timesteps)]
     options += ["-f", str(log_folder), "--eval-freq", "-1", "--num-threads", "1", "--device", "cpu", "--verbose", "0"]
     options += ["--checkpoint-freq", "-1"]  # runs are timed, too
     if row.vec_env != "dummy":
@@ -257,9 +252,7 @@ class TrainingBenchmark(ABC, Generic[RowT]):
             except ValueError as error:  # no model, or one that is not whole: no reason to stop the other rows
                 self._fail(row, seed, str(error))
                 return
-            command = "sb3-clipvf train " + shlex.join(options)
-            result |= {"wall_seconds": round(wall_seconds, 3), "jobs": self.jobs, "command": command, **machine()}
-            self.results.add(result)
+            self.results.add({**result, "jobs": self.jobs, **machine()})
         self.say(f"{row.name}, seed {seed}: {self.summary(row, result)}, {wall_seconds:,.0f} s")
 
     def _train(self, options: list[str], log_path: Path) -> int:
@@ -280,19 +273,20 @@ class TrainingBenchmark(ABC, Generic[RowT]):
     def _measure(self, row: RowT, seed: int, folder: Path) -> dict[str, Any]:
         import torch as th
 
-        from sb3_clipvf.zoo.runs import find_run, read_hyperparams
+        from sb3_clipvf.zoo.runs import find_run
 
         threads = th.get_num_threads()
         th.set_num_threads(1)  # other runs are training beside it
         try:
-            run = find_run(folder, row.env_id, row.algo)
+            run = find_run(folder, row.env_id, "clipppo")
             numbers = self.measure(row, run)
         finally:
             th.set_num_threads(threads)
-        if numbers["num_timesteps"] < row.n_timesteps:
+        num_timesteps = numbers.pop("num_timesteps")
+        if num_timesteps < row.n_timesteps:
             # The Zoo saves the model and ends with code 0 when it is interrupted.
-            raise ValueError(f"the training was interrupted at step {numbers['num_timesteps']:,}")
-        return {**self.run_of(row, seed), **numbers, "hyperparams": read_hyperparams(run)}
+            raise ValueError(f"the training was interrupted at step {num_timesteps:,}")
+        return {**self.run_of(row, seed), **numbers}
 
     def _fail(self, row: RowT, seed: int, reason: str) -> None:
         self.failed.append(f"{row.name}, seed {seed}")
