@@ -1,7 +1,7 @@
 """
-SB3's action distributions as plain tensors: one row of parameters per state, and the exact KL between such rows.
+SB3's action distributions as tensors: one row of parameters per state, and the exact KL between two such tensors.
 
-The rollout buffer stores these rows as the old distribution, since SB3 policies reuse one mutable distribution object.
+The rollout buffer stores the rows of the old distribution, since SB3's policies reuse one mutable distribution object.
 """
 
 from typing import Any, cast
@@ -22,7 +22,7 @@ from torch.distributions import Bernoulli, Categorical, Normal
 from sb3_clipvf.objectives import bernoulli_kl, categorical_kl, gaussian_kl, multi_categorical_kl
 from sb3_clipvf.policies import SquashedGaussianDistribution
 
-# Kinds of action distributions, and the type of torch's distribution that each must hold.
+# SB3's types, and the type of torch's distribution that each one must hold for its exact KL to be known.
 _GAUSSIANS = (
     DiagGaussianDistribution,
     SquashedDiagGaussianDistribution,
@@ -39,11 +39,11 @@ _TORCH_TYPES: dict[type[object], type[object]] = {
 
 def dist_param_dim(dist: object) -> int | None:
     """
-    Width of a distribution's parameter row.
+    Number of parameters per state.
 
-    :param dist: An SB3 action distribution (``policy.action_dist``); its parameters need not be set yet.
-    :return: Number of parameters per state, or None where the exact KL of ``dist`` is not known to this package: for
-        each type that is not exactly one of SB3's, or our squashed Gaussian.
+    :param dist: Action distribution (``policy.action_dist``). Its parameters need not be set yet.
+    :return: Width of a row, or None if ``dist`` is of another type than SB3's and our squashed Gaussian. The exact KL
+        of a derived type is not known.
     """
     known: Any = dist
     if type(dist) in _GAUSSIANS:
@@ -58,30 +58,28 @@ def dist_param_dim(dist: object) -> int | None:
 
 
 def has_exact_kl(dist: object) -> bool:
-    """
-    Return whether the exact KL of a distribution is known.
-
-    :param dist: An action distribution with its parameters set.
-    :return: False where it, or torch's distribution in it, is not exactly of a known type.
-    """
+    """Return whether an action distribution, and torch's distribution in it, are exactly of known types."""
     torch_type = _TORCH_TYPES.get(type(dist))
     inner = _unwrapped(getattr(dist, "distribution", None))
-    inner = inner if type(dist) is MultiCategoricalDistribution and type(inner) is list else [inner]
-    return torch_type is not None and all(type(part) is torch_type for part in inner)
+    parts = inner if type(dist) is MultiCategoricalDistribution and type(inner) is list else [inner]
+    return torch_type is not None and all(type(part) is torch_type for part in parts)
 
 
 def dist_params(dist: Distribution) -> th.Tensor:
     """
-    The parameters of a distribution as one tensor.
+    Parameters of a distribution as one differentiable tensor.
 
-    :param dist: An SB3 action distribution with its parameters set.
-    :return: Shape ``(n, dist_param_dim(dist))``: logits, or the Gaussian's means followed by its log standard
-        deviations (before squashing where the distribution squashes). Differentiable.
-    :raises TypeError: If the exact KL of ``dist`` is not known to this package.
+    :param dist: Action distribution with its parameters set for ``n`` states.
+    :return: Logits, or means followed by log standard deviations (before squashing), shape
+        ``(n, dist_param_dim(dist))``.
+    :raises TypeError: If the exact KL of ``dist`` is not known.
     """
     if not has_exact_kl(dist):
         inner = type(getattr(dist, "distribution", None)).__name__
-        raise TypeError(f"`dist` must be one of SB3's action distributions, got {type(dist).__name__} of {inner}.")
+        raise TypeError(
+            f"`dist` must be one of SB3's action distributions, got {type(dist).__name__} of {inner}. "
+            "The exact KL of others is not known: set no `kl_coef` and no KL target."
+        )
     known: Any = dist
     if type(dist) in _GAUSSIANS:
         gaussian = known.distribution
@@ -92,20 +90,52 @@ def dist_params(dist: Distribution) -> th.Tensor:
     return _finite(logits) if type(dist) is CategoricalDistribution else logits
 
 
-def _finite(logits: th.Tensor) -> th.Tensor:
-    # Actions that a policy masks by -inf have probability 0 either way; torch's entropy does the same.
-    return logits.clamp(min=th.finfo(logits.dtype).min)
+def kl_from_params(dist: Distribution, old_params: th.Tensor) -> th.Tensor:
+    """
+    Exact KL(pi_old || pi), summed over the action dimensions.
+
+    :param dist: Current distribution pi with its parameters set for ``n`` states.
+    :param old_params: Parameters of pi_old in the same states, from :func:`dist_params`, shape ``(n, k)``.
+    :return: Shape ``(n,)``, nats.
+    :raises TypeError: If the exact KL of ``dist`` is not known.
+    """
+    params = dist_params(dist)
+    if type(dist) in _GAUSSIANS:
+        old_mean, old_log_std = old_params.chunk(2, dim=-1)
+        mean, log_std = params.chunk(2, dim=-1)
+        return gaussian_kl(old_mean, old_log_std, mean, log_std)
+    if type(dist) is MultiCategoricalDistribution:
+        return multi_categorical_kl(old_params, params, [int(n) for n in dist.action_dims])
+    if type(dist) is CategoricalDistribution:
+        return categorical_kl(old_params, params)
+    return bernoulli_kl(old_params, params)
+
+
+def current_dist(policy: Any) -> object:
+    """Return torch's distribution of a policy's last forward pass, or None."""
+    return getattr(getattr(policy, "action_dist", None), "distribution", None)
+
+
+def refreshed_dist(policy: ActorCriticPolicy, observations: Any, stale: object, *, may_recompute: bool = True) -> Any:
+    """
+    Return the action distribution of the forward pass that a policy has just made for ``observations``.
+
+    SB3's policies leave it in ``policy.action_dist``; ``stale`` is the :func:`current_dist` from before that pass. A
+    policy with its own ``forward`` or ``evaluate_actions`` may leave none. Then the result comes from a second forward
+    pass, which may draw random numbers or fail, or is None without ``may_recompute``.
+    """
+    now = current_dist(policy)
+    if now is not None and now is not stale:
+        return policy.action_dist
+    return policy.get_distribution(observations) if may_recompute else None
 
 
 class LazyDistribution:
     """
-    Torch's distribution of a step that kernels have drawn, made when someone looks at it.
+    Torch's distribution of a step that kernels sampled, built only when a callback reads ``policy.action_dist``.
 
-    Callbacks of SB3 read ``policy.action_dist``, whose methods then work as after a forward pass of the policy. The
-    first use replaces this object by torch's.
-
-    :param dist: One of SB3's action distributions whose exact KL is known; it holds this object.
-    :param params: Its parameters in the states of the step, as :func:`dist_params` gives them; not copied.
+    ``dist`` is the action distribution that holds this object as ``distribution``; ``params`` are its parameters as
+    from :func:`dist_params`, not copied. The first use replaces this object by torch's distribution.
     """
 
     __slots__ = ("_dist", "_made", "_params")
@@ -131,7 +161,7 @@ class LazyDistribution:
         return self._made
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # asked for while it is copied or pickled
+        if name.startswith("_"):  # looked up by copy and pickle
             raise AttributeError(name)
         return getattr(self._distribution(), name)
 
@@ -148,56 +178,10 @@ class LazyDistribution:
         return repr(self._distribution())
 
 
+def _finite(logits: th.Tensor) -> th.Tensor:
+    # A masked action (-inf) keeps probability 0. Torch's entropy clamps in the same way.
+    return logits.clamp(min=th.finfo(logits.dtype).min)
+
+
 def _unwrapped(inner: Any) -> Any:
     return inner._distribution() if type(inner) is LazyDistribution else inner
-
-
-def kl_from_params(dist: Distribution, old_params: th.Tensor) -> th.Tensor:
-    """
-    Exact KL(pi_old || pi), summed over the action dimensions.
-
-    :param dist: The current distribution pi, parameters set for ``n`` states.
-    :param old_params: Parameters of pi_old in the same states, from :func:`dist_params`, shape ``(n, k)``.
-    :return: Shape ``(n,)``, nats.
-    :raises TypeError: If the exact KL of ``dist`` is not known to this package.
-    """
-    params = dist_params(dist)
-    if type(dist) in _GAUSSIANS:
-        old_mean, old_log_std = old_params.chunk(2, dim=-1)
-        mean, log_std = params.chunk(2, dim=-1)
-        return gaussian_kl(old_mean, old_log_std, mean, log_std)
-    if type(dist) is MultiCategoricalDistribution:
-        return multi_categorical_kl(old_params, params, [int(n) for n in dist.action_dims])
-    if type(dist) is CategoricalDistribution:
-        return categorical_kl(old_params, params)
-    return bernoulli_kl(old_params, params)
-
-
-def current_dist(policy: Any) -> object:
-    """
-    Return torch's distribution of a policy's last forward pass.
-
-    :param policy: Any policy.
-    :return: What SB3's action distribution holds; None where the policy has none, or it holds none.
-    """
-    return getattr(getattr(policy, "action_dist", None), "distribution", None)
-
-
-def refreshed_dist(policy: ActorCriticPolicy, observations: Any, stale: object, *, asks: bool = True) -> Any:
-    """
-    The action distribution of the forward pass that a policy has just made.
-
-    SB3's policies leave it in ``policy.action_dist``. A policy that overrides ``forward`` or ``evaluate_actions`` may
-    not; then its ``get_distribution`` can be asked, at the price of a second forward pass. SB3 never makes one: it may
-    draw random numbers, or fail.
-
-    :param policy: Has just been called with ``observations``.
-    :param observations: As the policy takes them, ``n`` of them.
-    :param stale: :func:`current_dist` from before that call.
-    :param asks: Whether to ask it.
-    :return: Distribution with parameters set for the ``n`` states; None where there is none and nobody asks.
-    """
-    now = current_dist(policy)
-    if now is not None and now is not stale:
-        return policy.action_dist
-    return policy.get_distribution(observations) if asks else None

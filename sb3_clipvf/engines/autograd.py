@@ -118,7 +118,7 @@ class AutogradEngine:
         actions, values, log_prob = policy(observations)
         row = None
         if with_dist_params:
-            dist = refreshed_dist(policy, observations, stale, asks=self.settings.needs_kl)
+            dist = refreshed_dist(policy, observations, stale, may_recompute=self.settings.needs_kl)
             if has_exact_kl(dist):
                 row = dist_params(dist).cpu().numpy()
         return Acted(actions.cpu().numpy(), values.cpu().numpy(), log_prob.cpu().numpy(), row)
@@ -284,7 +284,7 @@ class AutogradEngine:
 
     def _exact_kl(self, batch: MiniBatch, stale: object, *, asks: bool) -> th.Tensor | None:
         """Mean KL(pi_old || pi) of a batch that was just evaluated; None where it is neither known nor needed."""
-        dist = refreshed_dist(self.policy, batch.observations, stale, asks=asks)
+        dist = refreshed_dist(self.policy, batch.observations, stale, may_recompute=asks)
         if not asks and not has_exact_kl(dist):
             return None
         return kl_from_params(dist, old_dist_params(batch)).mean()
