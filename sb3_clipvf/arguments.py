@@ -1,24 +1,30 @@
-"""ClipPPO's arguments: the checks that need several of them, and what makes them SB3's."""
+"""Checks and warnings for ClipPPO's arguments, as values, and the arguments that make it SB3's PPO."""
 
 import difflib
 import inspect
 import math
-import numbers
 import os
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from numbers import Real
+from typing import Any
 
 from stable_baselines3.common.buffers import BaseBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 
 from sb3_clipvf.common import validation
+from sb3_clipvf.common.messages import log
 from sb3_clipvf.engines.selection import check_engine_name
 from sb3_clipvf.rollout import TensorRolloutBuffer
-from sb3_clipvf.schedules import AdaptiveKL, KLAdaptiveLR, is_constant, make_schedule
-
-if TYPE_CHECKING:
-    from sb3_clipvf.clip_ppo import ClipPPO
+from sb3_clipvf.schedules import (
+    AdaptiveKL,
+    KLAdaptiveLR,
+    Schedule,
+    clamp_progress,
+    is_constant,
+    is_known,
+    make_schedule,
+)
 
 SB3_EQUIVALENT: dict[str, Any] = {
     "clip_range": 0.2,
@@ -32,81 +38,67 @@ SB3_EQUIVALENT: dict[str, Any] = {
     "on_nonfinite": "raise",
     "engine": "autograd",
 }
-"""Arguments under which ClipPPO is SB3's PPO: with the same seed it ends with the same weights."""
+"""Arguments under which ClipPPO is SB3's PPO: the same seed gives the same weights."""
 
 MAX_SEED = 2**32 - 1
-"""NumPy's generator takes no larger one."""
+"""Largest seed of NumPy's generator."""
 
 _OF_EACH_POLICY = ("observation_space", "action_space", "lr_schedule", "use_sde")
 _OF_EACH_BUFFER = ("buffer_size", "observation_space", "action_space", "device", "gamma", "gae_lambda", "n_envs")
 
 
 def check_what_sb3_reads(policy: Any, rollout_buffer_kwargs: Any, verbose: Any) -> None:
-    """
-    Check the arguments that SB3's constructor looks into, before the model has attributes that can be checked.
-
-    :param policy: Alias or class.
-    :param rollout_buffer_kwargs: Arguments of the buffer, or None.
-    :param verbose: How much is shown.
-    :raises TypeError: If one is of the wrong type.
-    :raises ValueError: If ``verbose`` is out of range.
-    """
+    """Check the arguments that SB3's own constructor reads, before the model has attributes to check."""
     if not isinstance(policy, str):
         _check_policy_class(policy)
     _check_is_dict("rollout_buffer_kwargs", rollout_buffer_kwargs)
     validation.check_verbose(verbose)
 
 
-def check_arguments(model: "ClipPPO") -> None:
+def check_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
     """
-    Check all arguments of a model, of its constructor or of a file, and make its numbers plain ints and floats.
+    Check all arguments of a model, from its constructor or from a file.
 
-    :param model: With its attributes set and nothing built yet.
+    :param values: The model's attributes by name, before anything is built from them.
+    :return: Those that are to be replaced: numbers as plain ints and floats.
     :raises ValueError: If one is out of range, or two contradict each other.
     :raises TypeError: If one is of the wrong type.
     """
-    _check_parts(model)
-    _check_sizes(model)
-    _check_numbers(model)
+    _check_classes(values)
+    checked = {**_checked_sizes(values), **_checked_numbers(values)}
     for name in ("normalize_advantage", "use_sde"):
-        validation.check_bool(name, getattr(model, name))
-    check_words(model)
-    check_engine_name(model.engine)
-    _check_controllers(model)
+        validation.check_bool(name, values[name])
+    _check_normalization({**values, **checked})
+    check_words(values)
+    check_engine_name(values["engine"])
+    _check_controllers({**values, **checked})
+    return checked
 
 
-def check_words(model: "ClipPPO") -> None:
-    """
-    Check the arguments that are one of several words; callbacks may change them between updates.
-
-    :param model: With its attributes set.
-    :raises ValueError: If one is none of its words.
-    """
-    validation.check_choice("vf_clip", model.vf_clip, ("max", "prediction"), "SB3's form is 'prediction'.")
-    validation.check_choice(
-        "vf_clip_units", model.vf_clip_units, ("return_std", "absolute"), "SB3 counts in 'absolute' return units."
-    )
-    validation.check_choice(
-        "advantage_scope", model.advantage_scope, ("minibatch", "rollout"), "SB3 normalises each 'minibatch'."
-    )
-    validation.check_choice(
-        "on_nonfinite", model.on_nonfinite, ("raise", "skip"), "'skip' leaves out minibatches that are not finite."
-    )
-
-
-def _check_parts(model: "ClipPPO") -> None:
-    _check_policy_class(model.policy_class)
-    if model.rollout_buffer_class is not None:
-        validation.check_class("rollout_buffer_class", model.rollout_buffer_class, BaseBuffer, "None takes ours.")
-    for name, called, taken in (
-        ("policy_kwargs", model.policy_class, _OF_EACH_POLICY),
-        ("rollout_buffer_kwargs", model.rollout_buffer_class or TensorRolloutBuffer, _OF_EACH_BUFFER),
+def check_words(values: Mapping[str, Any]) -> None:
+    """Raise ValueError if an argument that takes one of several words has another one; callbacks may replace them."""
+    for name, words, way_out in (
+        ("vf_clip", ("max", "prediction"), "SB3's form is 'prediction'."),
+        ("vf_clip_units", ("return_std", "absolute"), "SB3 counts in 'absolute' return units."),
+        ("advantage_scope", ("minibatch", "rollout"), "SB3 normalises each 'minibatch'."),
+        ("on_nonfinite", ("raise", "skip"), "'skip' skips minibatches that are not finite."),
     ):
-        kwargs = getattr(model, name)
+        validation.check_choice(name, values[name], words, way_out)
+
+
+def _check_classes(values: Mapping[str, Any]) -> None:
+    _check_policy_class(values["policy_class"])
+    if values["rollout_buffer_class"] is not None:
+        validation.check_class("rollout_buffer_class", values["rollout_buffer_class"], BaseBuffer, "None takes ours.")
+    for name, called, taken in (
+        ("policy_kwargs", values["policy_class"], _OF_EACH_POLICY),
+        ("rollout_buffer_kwargs", values["rollout_buffer_class"] or TensorRolloutBuffer, _OF_EACH_BUFFER),
+    ):
+        kwargs = values[name]
         _check_is_dict(name, kwargs)
         validation.check_keywords(name, kwargs or {}, called, taken, "Correct the key, or leave it out.")
     validation.check_type(
-        "tensorboard_log", model.tensorboard_log, (str, os.PathLike), "the path of a folder", "None turns it off."
+        "tensorboard_log", values["tensorboard_log"], (str, os.PathLike), "the path of a folder", "None turns it off."
     )
 
 
@@ -122,100 +114,171 @@ def _check_is_dict(name: str, kwargs: Any) -> None:
     validation.check_type(name, kwargs, dict, "a dict", "None stands for an empty one.")
 
 
-def _check_sizes(model: "ClipPPO") -> None:
-    model.n_steps = validation.check_int("n_steps", model.n_steps, 1, "SB3's default is 2048.")
-    model.batch_size = validation.check_int("batch_size", model.batch_size, 1, "SB3's default is 64.")
-    model.n_epochs = validation.check_int("n_epochs", model.n_epochs, 1, "SB3's default is 10.")
-    window = validation.check_int("stats_window_size", model._stats_window_size, 1, "SB3's default is 100.")
-    model._stats_window_size = window
-    way_out = "-1 draws noise once a rollout."
-    model.sde_sample_freq = validation.check_int("sde_sample_freq", model.sde_sample_freq, -1, way_out)
-    validation.check_verbose(model.verbose)
-    if model.seed is not None:
+def _checked_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
+    sizes: dict[str, Any] = {}
+    for name, low, way_out in (
+        ("n_steps", 1, "SB3's default is 2048."),
+        ("batch_size", 1, "SB3's default is 64."),
+        ("n_epochs", 1, "SB3's default is 10."),
+        ("sde_sample_freq", -1, "-1 draws noise once a rollout."),
+    ):
+        sizes[name] = validation.check_int(name, values[name], low, way_out)
+    window = values["_stats_window_size"]
+    sizes["_stats_window_size"] = validation.check_int("stats_window_size", window, 1, "SB3's default is 100.")
+    validation.check_verbose(values["verbose"])
+    if values["seed"] is not None:
         way_out = "None leaves the random states alone."
-        model.seed = validation.check_int("seed", model.seed, 0, way_out, maximum=MAX_SEED)
-    if not model.normalize_advantage:
+        sizes["seed"] = validation.check_int("seed", values["seed"], 0, way_out, maximum=MAX_SEED)
+    return sizes
+
+
+def _check_normalization(values: Mapping[str, Any]) -> None:
+    if not values["normalize_advantage"]:
         return
-    if model.batch_size == 1 and model.advantage_scope == "minibatch":
+    if values["batch_size"] == 1 and values["advantage_scope"] == "minibatch":
         raise ValueError(
             "`batch_size` must be greater than 1 to normalise advantages in minibatches, got 1. Raise it, or set "
             "advantage_scope='rollout' or normalize_advantage=False."
         )
-    if model.env is not None and model.n_steps * model.n_envs == 1:
+    if values["env"] is not None and values["n_steps"] * values["n_envs"] == 1:
         raise ValueError(
             "`n_steps` must be such that n_steps * n_envs is greater than 1 to normalise advantages, got n_steps=1 and "
             "n_envs=1. Raise it, or set normalize_advantage=False."
         )
 
 
-def _check_numbers(model: "ClipPPO") -> None:
-    model.gamma = validation.check_float("gamma", model.gamma, "SB3's default is 0.99.", 0.0, 1.0)
-    model.gae_lambda = validation.check_float("gae_lambda", model.gae_lambda, "SB3's default is 0.95.", 0.0, 1.0)
-    if isinstance(model.max_grad_norm, numbers.Real) and model.max_grad_norm == math.inf:
-        model.max_grad_norm = math.inf
+def _checked_numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    numbers = {
+        "gamma": validation.check_float("gamma", values["gamma"], "SB3's default is 0.99.", 0.0, 1.0),
+        "gae_lambda": validation.check_float("gae_lambda", values["gae_lambda"], "SB3's default is 0.95.", 0.0, 1.0),
+    }
+    norm = values["max_grad_norm"]
+    if isinstance(norm, Real) and norm == math.inf:
+        numbers["max_grad_norm"] = math.inf
     else:
         way_out = "SB3's default is 0.5. Infinity is legal too: it sets no bound."
-        model.max_grad_norm = validation.check_float("max_grad_norm", model.max_grad_norm, way_out, above_low=True)
+        numbers["max_grad_norm"] = validation.check_float("max_grad_norm", norm, way_out, above_low=True)
     for name in ("target_kl", "adaptive_kl_target", "lr_kl_target"):
-        if getattr(model, name) is not None:
-            value = validation.check_float(name, getattr(model, name), "None turns it off.", above_low=True)
-            setattr(model, name, value)
+        if values[name] is not None:
+            numbers[name] = validation.check_float(name, values[name], "None turns it off.", above_low=True)
+    return numbers
 
 
-def _check_controllers(model: "ClipPPO") -> None:
-    if model.adaptive_kl_target is not None:
-        if not is_constant(model.kl_coef):
+def _check_controllers(values: Mapping[str, Any]) -> None:
+    kl_coef, learning_rate = values["kl_coef"], values["learning_rate"]
+    if values["adaptive_kl_target"] is not None:
+        if not is_constant(kl_coef):
             raise ValueError(
-                f"`kl_coef` must be a number where `adaptive_kl_target` is set, got {model.kl_coef!r}. Either beta "
-                "follows a schedule or it adapts: drop one of the two."
+                f"`kl_coef` must be a number where `adaptive_kl_target` is set, got {kl_coef!r}. Either beta follows a "
+                "schedule or it adapts: drop one of the two."
             )
-        beta = make_schedule(model.kl_coef, "kl_coef")(1.0)
+        beta = make_schedule(kl_coef, "kl_coef")(1.0)
         if beta == 0:
             raise ValueError(
-                f"`kl_coef` must be positive where `adaptive_kl_target` is set, got {model.kl_coef!r}: doubling and "
-                "halving never leave 0. Start at 1.0, as the paper does."
+                f"`kl_coef` must be positive where `adaptive_kl_target` is set, got {kl_coef!r}: doubling and halving "
+                "never leave 0. Start at 1.0, as the paper does."
             )
         low, high = AdaptiveKL.beta_min, AdaptiveKL.beta_max
         if not low <= beta <= high:
             raise ValueError(
-                f"`kl_coef` must be in [{low:g}, {high:g}] where `adaptive_kl_target` is set, got {model.kl_coef!r}: "
-                "it adapts within these bounds. Start at 1.0, as the paper does."
+                f"`kl_coef` must be in [{low:g}, {high:g}] where `adaptive_kl_target` is set, got {kl_coef!r}: it "
+                "adapts within these bounds. Start at 1.0, as the paper does."
             )
-    if model.lr_kl_target is not None and not is_constant(model.learning_rate):
+    if values["lr_kl_target"] is None:
+        return
+    if not is_constant(learning_rate):
         raise ValueError(
-            f"`learning_rate` must be a number where `lr_kl_target` is set, got {model.learning_rate!r}. Either the "
-            "rate follows a schedule or it adapts: drop one of the two."
+            f"`learning_rate` must be a number where `lr_kl_target` is set, got {learning_rate!r}. Either the rate "
+            "follows a schedule or it adapts: drop one of the two."
         )
     # A file brings the adapted rate, and the Zoo replaces the initial one by 0 where it only evaluates.
-    if model.lr_kl_target is not None and model.adaptive_lr is None:
+    if values["adaptive_lr"] is None:
         low, high = KLAdaptiveLR.lr_min, KLAdaptiveLR.lr_max
-        if not low <= make_schedule(model.learning_rate, "learning_rate")(1.0) <= high:
+        if not low <= make_schedule(learning_rate, "learning_rate")(1.0) <= high:
             raise ValueError(
-                f"`learning_rate` must be in [{low:g}, {high:g}] where `lr_kl_target` is set, got "
-                f"{model.learning_rate!r}: it adapts within these bounds. SB3's default is 3e-4."
+                f"`learning_rate` must be in [{low:g}, {high:g}] where `lr_kl_target` is set, got {learning_rate!r}: "
+                "it adapts within these bounds. SB3's default is 3e-4."
             )
 
 
-def warn_of_truncated_minibatches(model: "ClipPPO") -> None:
-    """
-    Warn where the rollout is no multiple of the minibatch, as SB3 does.
-
-    :param model: Fully built.
-    """
-    if model.env is None:
+def warn_of_truncated_minibatches(values: Mapping[str, Any]) -> None:
+    """Warn, as SB3 does, if the rollout is not a multiple of the minibatch."""
+    batch_size, n_steps, n_envs = values["batch_size"], values["n_steps"], values["n_envs"]
+    buffer_size = n_envs * n_steps
+    rest = buffer_size % batch_size
+    if values["env"] is None or rest == 0:
         return
-    buffer_size = model.n_envs * model.n_steps
-    rest = buffer_size % model.batch_size
-    if rest == 0:
-        return
-    is_alone = rest == 1 and model.normalize_advantage and model.advantage_scope == "minibatch"
+    is_alone = rest == 1 and values["normalize_advantage"] and values["advantage_scope"] == "minibatch"
     consequence = " It is not normalised, having no spread." if is_alone else ""
     warnings.warn(
-        f"You have specified a mini-batch size of {model.batch_size}, but because the rollout has n_steps * n_envs = "
-        f"{buffer_size} transitions, after every {buffer_size // model.batch_size} untruncated mini-batches there will "
+        f"You have specified a mini-batch size of {batch_size}, but because the rollout has n_steps * n_envs = "
+        f"{buffer_size} transitions, after every {buffer_size // batch_size} untruncated mini-batches there will "
         f"be a truncated mini-batch of size {rest}.{consequence} We recommend a `batch_size` that is a factor of "
-        f"n_steps * n_envs (n_steps={model.n_steps}, n_envs={model.n_envs}).",
+        f"n_steps * n_envs (n_steps={n_steps}, n_envs={n_envs}).",
         stacklevel=3,
+    )
+
+
+def warn_of_early_end(
+    schedules: Mapping[str, Schedule], *, rollout: int, done: int, to_do: int, on_command_line: bool = False
+) -> bool:
+    """
+    Warn if schedules are in their second half during a whole call of ``learn``, and name their values there.
+
+    As in SB3, progress is counted after a rollout was collected, over the steps of this call and those before it: a
+    call of one rollout updates at progress 0. Functions of the user are not looked at: each call may change them.
+
+    :param schedules: By argument.
+    :param rollout: Environment steps of a rollout.
+    :param done: Environment steps before this call.
+    :param to_do: Environment steps of this call.
+    :param on_command_line: Whether to name options of the command instead of arguments of ``learn``.
+    :return: Whether it has warned.
+    """
+    first = clamp_progress(1.0 - (done + rollout) / (done + to_do)) if to_do else 1.0
+    known = {name: schedule for name, schedule in schedules.items() if first < 0.5 and is_known(schedule)}
+    annealed = {name: schedule for name, schedule in known.items() if schedule(1.0) != schedule(0.0)}
+    if not annealed:
+        return False
+    if to_do <= rollout:
+        values = " and ".join(f"`{name}` is {schedule(0.0):.3g}" for name, schedule in annealed.items())
+        what = f"collects one rollout: {values} in its only update"
+    else:
+        values = ", ".join(
+            f"`{name}` is {schedule(first):.3g} in its first update and {schedule(0.0):.3g} in its last"
+            for name, schedule in annealed.items()
+        )
+        what = f"is at the end of its schedules: {values}"
+    constants = {name: f"{schedule(1.0):.3g}" for name, schedule in annealed.items()}
+    if on_command_line:
+        params = " ".join(f"{name}:{value}" for name, value in constants.items())
+        way_out = f"Train for more rollouts of {rollout} steps (`-n`), or at constant values: `-params {params}`."
+    else:
+        arguments = ", ".join(f"{name}={value}" for name, value in constants.items())
+        way_out = (
+            "Where training runs over several calls, pass schedule_timesteps=<all of its steps> to the first one and "
+            f"reset_num_timesteps=False to the others. Or train at constant values: {arguments}."
+        )
+    training = "The training" if on_command_line else "learn()"
+    log.warning("%s %s, since schedules end with it, as in SB3. %s", training, what, way_out)
+    return True
+
+
+def warn_of_n_envs(values: Mapping[str, Any], n_envs_before: int) -> None:
+    """Warn of what changes where training resumes with another number of environments."""
+    n_envs, n_steps, batch_size = values["n_envs"], values["n_steps"], values["batch_size"]
+    size, size_before = n_steps * n_envs, n_steps * n_envs_before
+    log.warning(
+        "`env` has %d environments, and the model was saved with %d: a rollout of n_steps=%d steps of each now has %d "
+        "transitions instead of %d, and an epoch %d minibatches of batch_size=%d instead of %d.",
+        n_envs,
+        n_envs_before,
+        n_steps,
+        size,
+        size_before,
+        math.ceil(size / batch_size),
+        batch_size,
+        math.ceil(size_before / batch_size),
     )
 
 
@@ -226,17 +289,17 @@ def values_to_load(
     cls: type[Any],
 ) -> dict[str, Any]:
     """
-    Complete the values that the user passed to ``load``.
+    Return the values that replace a file's when a model is loaded.
 
-    A controller goes on from the file's state, unless the user changes where it starts. For what a file of another
-    algorithm of SB3 does not hold, the values of :data:`SB3_EQUIVALENT` are taken, and a warning names them.
+    A KL controller continues from the file's state, unless the user changes its initial value. A file of another SB3
+    algorithm lacks ClipPPO's own arguments: they take the values of :data:`SB3_EQUIVALENT`, and a warning names them.
 
-    :param file: The model's attributes in the file: plain ones as they are, others as their description.
+    :param file: Attributes of the model in the file: plain ones as they are, others as their description.
     :param given: The user's values, by argument.
-    :param custom_objects: Values that replace the file's while it is read; SB3 passes over those that it does not hold.
-    :param cls: The class that is loaded.
-    :return: Values that replace the file's.
-    :raises TypeError: If a value is for nothing that the class or the file has.
+    :param custom_objects: Values that replace the file's while it is read. SB3 ignores those that the file lacks.
+    :param cls: Class to load.
+    :return: Values by attribute.
+    :raises TypeError: If a value belongs to no argument of the class and no attribute of the file.
     """
     values = dict(given)
     if "stats_window_size" in values:

@@ -1,57 +1,82 @@
-"""ClipPPO: the algorithm under SB3's interface. It validates, collects, hands the update to an engine and logs once."""
+"""
+ClipPPO, the algorithm: its arguments, the update, ``learn``, and saving, loading and resuming.
 
+``collection`` holds the loop over the environments, ``engines`` run the minibatches of an update, ``objectives`` are
+the losses. docs/architecture.md shows how they work together.
+"""
+
+import contextlib
+import io
+import os
+import pathlib
 import time
+from collections.abc import Iterable
 from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import (
     ActorCriticCnnPolicy,
     ActorCriticPolicy,
     BasePolicy,
     MultiInputActorCriticPolicy,
 )
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+from stable_baselines3.common.save_util import recursive_getattr
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TensorDict
 from stable_baselines3.common.utils import explained_variance, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_clipvf import coefficients
 from sb3_clipvf.arguments import (
     SB3_EQUIVALENT,
     check_arguments,
     check_what_sb3_reads,
     check_words,
+    values_to_load,
+    warn_of_early_end,
+    warn_of_n_envs,
     warn_of_truncated_minibatches,
 )
-from sb3_clipvf.building import (
-    check_kl_is_stored,
-    make_adaptive_kl,
-    make_adaptive_lr,
-    make_rollout_buffer,
-    make_update_settings,
-    stored_observation_space,
-)
+from sb3_clipvf.checkpoint.resume import Resumed, resume, take_over
+from sb3_clipvf.collection import RolloutCollector
 from sb3_clipvf.common import validation
 from sb3_clipvf.common.messages import log, show_messages
-from sb3_clipvf.engines.interface import Engine, UpdateCoefficients, UpdateStatistics
+from sb3_clipvf.common.nonfinite import MAX_UPDATES_WITH_SKIPS, BadMinibatchError
+from sb3_clipvf.engines.interface import Engine, UpdateCoefficients, UpdateSettings, UpdateStatistics
 from sb3_clipvf.engines.selection import is_surpassed, select_engine
-from sb3_clipvf.guarded_update import guarded_update
-from sb3_clipvf.guards import failures
+from sb3_clipvf.files.codec import NOTE
+from sb3_clipvf.files.model import NetworkBound, check_model, read_model, write_model
+from sb3_clipvf.files.trust import TrustPickle, trust_of
+from sb3_clipvf.guards.diagnosis import update_error
+from sb3_clipvf.guards.env_checks import check_environments
+from sb3_clipvf.guards.failures import failures_explained
 from sb3_clipvf.policies import (
     SquashedActorCriticCnnPolicy,
     SquashedActorCriticPolicy,
     SquashedMultiInputActorCriticPolicy,
 )
-from sb3_clipvf.rollout import TensorRolloutBuffer, check_complete, draws_from_complete
-from sb3_clipvf.saving import SavedAlgorithm
-from sb3_clipvf.schedules import AdaptiveKL, KLAdaptiveLR, Schedule, clamp_progress, make_schedule
+from sb3_clipvf.rollout import TensorRolloutBuffer, check_complete, draws_from_complete, has_dist_params
+from sb3_clipvf.schedules import (
+    COEFFICIENTS,
+    AdaptiveKL,
+    KLAdaptiveLR,
+    Schedule,
+    clamp_progress,
+    make_controller,
+    make_schedule,
+    schedule_of,
+)
 
 __all__ = ["SB3_EQUIVALENT", "ClipPPO"]
 
+SPREAD_EPS = 1e-6
+"""Returns whose standard deviation is below this share of the largest one differ by rounding alone."""
 
-class ClipPPO(SavedAlgorithm):
+
+class ClipPPO(RolloutCollector):
     """
     Proximal Policy Optimization with ratio clipping, a KL penalty, both or neither, and a clipped value loss.
 
@@ -119,9 +144,12 @@ class ClipPPO(SavedAlgorithm):
         "SquashedCnnPolicy": SquashedActorCriticCnnPolicy,
         "SquashedMultiInputPolicy": SquashedMultiInputActorCriticPolicy,
     }
-    rollout_buffer: Any
-    # Set on the class, it holds for all models that do not have it themselves.
+    # Set on the class, it silences the warning for all models.
     _warned_of_early_end = False
+    # State of a checkpoint that `learn` still has to restore.
+    _resumed: Resumed | None = None
+    # Number of environments in the file that was loaded, until `learn` compares it.
+    _n_envs_before: Any = None
 
     def __init__(
         self,
@@ -205,37 +233,36 @@ class ClipPPO(SavedAlgorithm):
         self.on_nonfinite = on_nonfinite
         self.engine = engine
 
-        # State that lasts over updates, and is saved.
+        # State that lasts over updates and is saved.
         self.adaptive_kl: AdaptiveKL | None = None
         self.adaptive_lr: KLAdaptiveLR | None = None
         self._schedule_timesteps: int | None = None
         self._updates_with_skips = 0
-        # Whose checkpoints are its own.
+        # Marks the checkpoints of this training as its own.
         self._training_id: str | None = None
-        # Built from the arguments when needed, and not saved.
+        # Built from the arguments when needed and not saved.
         self._schedules: dict[str, tuple[Any, Schedule]] = {}
         self._engine: Engine | None = None
         self._engine_reason = ("", "", "")
         self._loads_sb3 = False
-        self._warned_of_missing_kl = False
 
         if _init_setup_model:
             self._setup_model()
-            warn_of_truncated_minibatches(self)
+            warn_of_truncated_minibatches(vars(self))
 
     def _setup_model(self) -> None:
-        """Check the arguments, then build what they describe; SB3's ``load`` comes here as well."""
+        """Check the arguments, then build what they describe; SB3's ``load`` calls this, too."""
         if self._loads_sb3 and self.rollout_buffer_class in (RolloutBuffer, DictRolloutBuffer):
-            # SB3 writes the class that it picked itself; ours draws the same minibatches.
+            # SB3 saves the class that it chose itself; ours draws the same minibatches.
             self.rollout_buffer_class = None
-        check_arguments(self)
+        vars(self).update(check_arguments(vars(self)))
         validation.check_env(self.policy_class, self, self.use_sde)
         validation.check_observations(self.policy_class, self.policy_kwargs, self.observation_space)
         show_messages(self.verbose)
-        # Schedules are refused before anything is built or drawn.
+        # Bad schedules are refused before anything is built or drawn.
         self._schedules = {}
-        for name in coefficients.NAMES:
-            coefficients.schedule_of(self, name)
+        for name in COEFFICIENTS:
+            self._schedule(name)
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         self.policy = self.policy_class(
@@ -245,29 +272,159 @@ class ClipPPO(SavedAlgorithm):
             use_sde=self.use_sde,
             **self.policy_kwargs,
         ).to(self.device)  # type: ignore[assignment]
-        self.rollout_buffer = make_rollout_buffer(self)
+        self.rollout_buffer = self._make_rollout_buffer()
         self._maybe_recommend_cpu()
         self._setup_controllers()
         self._engine = None
 
     def _setup_controllers(self) -> None:
-        """Start the controllers of the KL, or go on with the beta and the rate that they have come to."""
-        kl_coef = cast(Schedule, coefficients.schedule_of(self, "kl_coef"))
-        self.adaptive_kl = make_adaptive_kl(self.adaptive_kl, self.adaptive_kl_target, kl_coef)
-        self.adaptive_lr = make_adaptive_lr(self.adaptive_lr, self.lr_kl_target, self.lr_schedule)
+        """Start the KL controllers, or continue with the beta and the learning rate that they have reached."""
+        kl_coef = cast(Schedule, self._schedule("kl_coef"))
+        self.adaptive_kl = make_controller(AdaptiveKL, self.adaptive_kl, self.adaptive_kl_target, kl_coef)
+        self.adaptive_lr = make_controller(KLAdaptiveLR, self.adaptive_lr, self.lr_kl_target, self.lr_schedule)
 
     def _setup_lr_schedule(self) -> None:
         self.lr_schedule = make_schedule(self.learning_rate, "learning_rate")
 
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
-        return SavedAlgorithm._wrap_env(validation.as_gymnasium(env), verbose, monitor_wrapper)
+        return RolloutCollector._wrap_env(validation.as_gymnasium(env), verbose, monitor_wrapper)
 
     def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
         validation.check_choice("policy", policy_name, tuple(self.policy_aliases), "Or pass a policy class.")
         return self.policy_aliases[policy_name]
 
-    # ------------------------------------------------------------------ schedules and progress
+    def _argument_that_needs_kl(self) -> str | None:
+        names = ("kl_coef", "adaptive_kl_target", "lr_kl_target")
+        return next((name for name in names if getattr(self, name) not in (None, 0)), None)
+
+    # ------------------------------------------------------------------ update
+
+    @np.errstate(over="ignore", invalid="ignore")  # the update reports such numbers by name
+    def train(self) -> None:
+        """
+        Update the policy from the rollout in the buffer, adapt the controllers, and log.
+
+        :raises ValueError: If the rollout is not complete, or lacks the old distribution where an argument needs it.
+        :raises NonFiniteError: If a minibatch is not finite, unless it may be skipped.
+        """
+        started = time.perf_counter()
+        if draws_from_complete(self.rollout_buffer):
+            check_complete(self.rollout_buffer)
+        if isinstance(self.rollout_buffer, TensorRolloutBuffer):
+            self.rollout_buffer.forget_copies()
+        show_messages(self.verbose)
+        self._check_kl_is_stored()
+        # Callbacks may have changed these arguments since the last update.
+        check_words(vars(self))
+        self._setup_controllers()
+        engine = self._current_engine()
+        engine.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        coefficients = self._update_coefficients()
+        statistics = self._run_update(engine, coefficients)
+        self._n_updates += statistics.n_epochs
+        if statistics.stopped_at_kl is not None:
+            log.info(
+                "Early stopping at step %d due to reaching max kl: %.2f",
+                statistics.n_epochs - 1,
+                statistics.stopped_at_kl,
+            )
+        if statistics.kl_after is not None:
+            self._adapt(float(statistics.kl_after))
+        self._log_update(statistics, coefficients)
+        self.logger.record("time/update_seconds", time.perf_counter() - started)
+
+    def _update_coefficients(self) -> UpdateCoefficients:
+        """
+        Return the coefficients at the present progress.
+
+        ``clip_range_vf`` in units of the returns' standard deviation is converted to return units. If the returns have
+        no spread, there is no unit, and this update does not clip the value loss.
+        """
+        progress = self._current_progress_remaining
+        values: dict[str, Any] = {}
+        for name in COEFFICIENTS:
+            schedule = self._schedule(name)
+            values[name] = None if schedule is None else schedule(progress)
+        if values["clip_range_vf"] is not None and self.vf_clip_units == "return_std":
+            returns = self.rollout_buffer.returns
+            spread = float(np.std(returns))
+            has_spread = spread > SPREAD_EPS * float(np.max(np.abs(returns)))
+            values["clip_range_vf"] = values["clip_range_vf"] * spread if has_spread else None
+        if self.adaptive_kl is not None:
+            values["kl_coef"] = self.adaptive_kl.beta
+        return UpdateCoefficients(**values)
+
+    def _schedule(self, name: str) -> Schedule | None:
+        """Return a coefficient's schedule, built again if a callback replaced the coefficient; None if it is None."""
+        return schedule_of(getattr(self, name), name, self._schedules)
+
+    def _run_update(self, engine: Engine, coefficients: UpdateCoefficients) -> UpdateStatistics:
+        """Run the epochs, and raise if a minibatch is not finite or too many updates in a row skipped some."""
+        try:
+            statistics = engine.update(self.rollout_buffer, coefficients)
+        except BadMinibatchError as bad:
+            reason = "training has ended since all minibatches of the update were skipped."
+            raise self._update_error(bad, reason if self.on_nonfinite == "skip" else "") from None
+        except AssertionError:
+            check_complete(self.rollout_buffer)  # SB3's `get` asserts it without a message
+            raise
+        self._updates_with_skips = self._updates_with_skips + 1 if statistics.n_skipped else 0
+        if statistics.skipped is None:
+            return statistics
+        if self._updates_with_skips > MAX_UPDATES_WITH_SKIPS:
+            reason = f"training has ended since {self._updates_with_skips} updates in a row have skipped minibatches."
+            raise self._update_error(statistics.skipped, reason)
+        if self._updates_with_skips == 1:
+            log.warning(
+                "%d minibatches were skipped in the update at num_timesteps=%d, the first one since %s. "
+                "`train/skipped_minibatches` counts them; training ends after %d updates in a row that skip some.",
+                statistics.n_skipped,
+                self.num_timesteps,
+                statistics.skipped,
+                MAX_UPDATES_WITH_SKIPS + 1,
+            )
+        return statistics
+
+    def _update_error(self, bad: BadMinibatchError, reason: str) -> Exception:
+        return update_error(self._fault_context(), bad, self.rollout_buffer, reason)
+
+    def _current_engine(self) -> Engine:
+        """Return the engine for the policy and the arguments as they are now; callbacks may have replaced them."""
+        settings = self._update_settings()
+        if self._engine is None or not self._engine_stays(self._engine):
+            logged = self._engine_reason
+            self._engine, reason = select_engine(self.engine, self.policy, settings, self.rollout_buffer)
+            self._engine_reason = (self.engine, self._engine.name, reason)
+            if self._engine_reason != logged:
+                log.info("Training runs on the engine %r: %s", self._engine.name, reason)
+        self._engine.settings = settings
+        return self._engine
+
+    def _engine_stays(self, engine: Engine) -> bool:
+        if engine.policy is not self.policy or self.engine != self._engine_reason[0]:
+            return False
+        # A faster engine may run the policy now.
+        if self.engine == "auto" and is_surpassed(engine, self.rollout_buffer):
+            return False
+        return engine.fits(self.rollout_buffer)
+
+    def _update_settings(self) -> UpdateSettings:
+        return UpdateSettings(
+            batch_size=self.batch_size,
+            n_epochs=self.n_epochs,
+            normalize_advantage=self.normalize_advantage,
+            advantage_scope=self.advantage_scope,
+            vf_clip=self.vf_clip,
+            max_grad_norm=self.max_grad_norm,
+            target_kl=self.target_kl,
+            measure_kl_after=self.adaptive_kl is not None or self.adaptive_lr is not None,
+            has_dist_params=has_dist_params(self.rollout_buffer),
+            discrete_actions=isinstance(self.action_space, spaces.Discrete),
+            needs_kl=self._argument_that_needs_kl() is not None,
+            on_nonfinite=self.on_nonfinite,
+        )
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         horizon = self._schedule_timesteps or total_timesteps
@@ -280,102 +437,30 @@ class ClipPPO(SavedAlgorithm):
         self.logger.record("train/learning_rate", self.adaptive_lr.learning_rate)
         update_learning_rate(optimizers, self.adaptive_lr.learning_rate)
 
-    # ------------------------------------------------------------------ update
-
-    @np.errstate(over="ignore", invalid="ignore")  # such numbers are told of by name
-    def train(self) -> None:
-        """
-        Update the policy from the rollout in the buffer, adapt the controllers, and log.
-
-        :raises ValueError: If the rollout is not complete, or lacks the old distribution where an argument needs it.
-        """
-        started = time.perf_counter()
-        if draws_from_complete(self.rollout_buffer):
-            check_complete(self.rollout_buffer)
-        if isinstance(self.rollout_buffer, TensorRolloutBuffer):
-            self.rollout_buffer.forget_copies()
-        show_messages(self.verbose)
-        check_kl_is_stored(self)
-        # Callbacks may have changed these arguments since the last update.
-        check_words(self)
-        self._setup_controllers()
-        engine = self._current_engine()
-        engine.set_training_mode(True)
-        self._update_learning_rate(self.policy.optimizer)
-        current = coefficients.update_coefficients(self)
-        statistics = guarded_update(self, engine, current)
-        self._n_updates += statistics.n_epochs
-        if statistics.stopped_at_kl is not None:
-            log.info(
-                "Early stopping at step %d due to reaching max kl: %.2f",
-                statistics.n_epochs - 1,
-                statistics.stopped_at_kl,
-            )
-        if statistics.kl_after is not None:
-            self._adapt(float(statistics.kl_after))
-        self._log_update(statistics, current)
-        self.logger.record("time/update_seconds", time.perf_counter() - started)
-
-    def _current_engine(self) -> Engine:
-        """The engine for the policy and the arguments as they are now: callbacks may have replaced them."""
-        settings = make_update_settings(self)
-        if self._engine is None or not self._engine_stays(self._engine):
-            told = self._engine_reason
-            self._engine, reason = select_engine(self.engine, self.policy, settings, self.rollout_buffer)
-            self._engine_reason = (self.engine, self._engine.name, reason)
-            if self._engine_reason != told:
-                log.info("Training runs on the engine %r: %s", self._engine.name, reason)
-        self._engine.settings = settings
-        return self._engine
-
-    def _engine_stays(self, engine: Engine) -> bool:
-        if engine.policy is not self.policy or self.engine != self._engine_reason[0]:
-            return False
-        # What kept a faster engine from running the policy may be gone.
-        if self.engine == "auto" and is_surpassed(engine, self.rollout_buffer):
-            return False
-        return engine.fits(self.rollout_buffer)
-
     def _adapt(self, kl_after: float) -> None:
         if self.adaptive_kl is not None:
             self.adaptive_kl = self.adaptive_kl.next(kl_after)
         if self.adaptive_lr is not None:
             self.adaptive_lr = self.adaptive_lr.next(kl_after)
 
-    def _log_update(self, statistics: UpdateStatistics, current: UpdateCoefficients) -> None:
+    def _log_update(self, statistics: UpdateStatistics, coefficients: UpdateCoefficients) -> None:
         record = self.logger.record
         for name, value in statistics.read().items():
             record(f"train/{name}", value)
         if self.on_nonfinite == "skip":
             record("train/skipped_minibatches", statistics.n_skipped)
-        record("train/kl_coef", current.kl_coef)
+        record("train/kl_coef", coefficients.kl_coef)
         values, returns = self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten()
         record("train/explained_variance", explained_variance(values, returns))
         if hasattr(self.policy, "log_std"):
             record("train/std", th.exp(self.policy.log_std).mean().item())
         record("train/n_updates", self._n_updates, exclude="tensorboard")
-        if current.clip_range is not None:
-            record("train/clip_range", current.clip_range)
-        if current.clip_range_vf is not None:
-            record("train/clip_range_vf", current.clip_range_vf)
+        if coefficients.clip_range is not None:
+            record("train/clip_range", coefficients.clip_range)
+        if coefficients.clip_range_vf is not None:
+            record("train/clip_range_vf", coefficients.clip_range_vf)
 
     # ------------------------------------------------------------------ learn
-
-    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
-        """
-        Go on in other environments.
-
-        :param env: Their spaces and their number must be those of the model; :meth:`load` takes another number.
-        :param force_reset: Whether to reset them before training.
-        :raises ValueError: If the spaces are others.
-        :raises AssertionError: If the number is another.
-        """
-        show_messages(self.verbose)
-        with validation.same_spaces():
-            super().set_env(env, force_reset)
-        buffer = getattr(self, "rollout_buffer", None)
-        if buffer is not None and buffer.observation_space != stored_observation_space(self):
-            self.rollout_buffer = make_rollout_buffer(self)
 
     def learn(
         self,
@@ -390,18 +475,19 @@ class ClipPPO(SavedAlgorithm):
         """
         Train.
 
-        :param total_timesteps: Environment steps of this call, over all environments; whole rollouts are collected, so
-            the last one may go beyond. A float with a whole value, such as 1e6, is fine.
-        :param callback: Called at each step.
+        :param total_timesteps: Environment steps of this call, over all environments. Whole rollouts are collected, so
+            the last one may exceed it. A float with a whole value, such as 1e6, is legal.
+        :param callback: Callback, or list of callbacks.
         :param log_interval: Updates between two logs. None: never.
         :param tb_log_name: Name of the TensorBoard run.
-        :param reset_num_timesteps: Whether this starts counting steps at 0, or goes on.
-        :param progress_bar: Whether to show one.
-        :param schedule_timesteps: Environment steps, counted from 0, at which schedules end. Give it where training
-            runs over several calls with ``reset_num_timesteps=False``; later calls keep it. None at first: SB3's way,
-            in which schedules end with each call.
+        :param reset_num_timesteps: Whether to count steps from 0 again. False: continue the count.
+        :param progress_bar: Whether to show a progress bar.
+        :param schedule_timesteps: Environment steps, counted from 0, at which schedules end. Pass it to the first of
+            several calls with ``reset_num_timesteps=False``; later calls keep it. None: schedules end with each call,
+            as in SB3.
         :return: This model.
         :raises ValueError: If a number is out of range, or there is no environment.
+        :raises NonFiniteError: If observations, rewards, values, losses or gradients are not finite.
         """
         show_messages(self.verbose)
         total = validation.check_int("total_timesteps", total_timesteps, 0, "Pass the number of environment steps.")
@@ -415,12 +501,17 @@ class ClipPPO(SavedAlgorithm):
         self.n_steps = validation.check_int("n_steps", self.n_steps, 1, "SB3's default is 2048.")
         if self.env is None:
             raise ValueError("`env` must be set before learning, got None. Pass it to `load`, or call `set_env`.")
-        failures.check_ready(self)
+        check_environments(self.env, self.observation_space, self.action_space, self.n_envs)
+        if self.tensorboard_log is not None and not self._custom_logger:
+            way_out = "Choose another one, or None for no such log."
+            validation.check_folder("tensorboard_log", self.tensorboard_log, way_out)
         if horizon is not None or reset_num_timesteps:
             self._schedule_timesteps = horizon
-        failures.tell_of_n_envs(self)
-        coefficients.warn_of_early_end(self, total, reset_num_timesteps)
-        with failures.told(self, callback):
+        if isinstance(self._n_envs_before, int) and self._n_envs_before != self.n_envs:
+            warn_of_n_envs(vars(self), self._n_envs_before)
+        self._n_envs_before = None
+        self._warn_of_early_end(total, 0 if reset_num_timesteps else self.num_timesteps)
+        with failures_explained(self.env, callback, lambda: (self.num_timesteps, self._total_timesteps)):
             return super().learn(
                 total_timesteps=total,
                 callback=callback,
@@ -429,3 +520,176 @@ class ClipPPO(SavedAlgorithm):
                 reset_num_timesteps=reset_num_timesteps,
                 progress_bar=progress_bar,
             )
+
+    def _warn_of_early_end(self, to_do: int, done: int = 0, *, on_command_line: bool = False) -> None:
+        """
+        Warn once if schedules run mostly at their final values in a call of ``learn``.
+
+        :param to_do: Environment steps of the call.
+        :param done: Environment steps before it.
+        :param on_command_line: Whether to name options of the command instead of arguments of ``learn``.
+        """
+        if self._schedule_timesteps is not None or self._warned_of_early_end:
+            return
+        schedules = {"learning_rate": self.lr_schedule, **{name: self._schedule(name) for name in COEFFICIENTS}}
+        self._warned_of_early_end = warn_of_early_end(
+            {name: schedule for name, schedule in schedules.items() if schedule is not None},
+            rollout=self.n_steps * self.n_envs,
+            done=done,
+            to_do=to_do,
+            on_command_line=on_command_line,
+        )
+
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        initialised = super()._init_callback(callback, progress_bar)
+        if self._resumed is not None:
+            take_over(self, initialised)
+        return initialised
+
+    # ------------------------------------------------------------------ saving, loading, resuming
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        Save the model; only the user's own functions and classes are pickled, and a warning names them.
+
+        An existing file is replaced when the new one is complete. An open file is written in-place.
+
+        :param path: Zip file, with or without its suffix, or an open binary file.
+        :param exclude: Attributes to omit, besides those that are always omitted.
+        :param include: Attributes to save although they are omitted otherwise.
+        :raises OSError: If the file cannot be written. The previous content of ``path`` is then unchanged.
+        """
+        attributes = self._saved_attributes(exclude or (), include or ())
+        write_model(path, attributes, self.get_parameters(), self._saved_variables())
+
+    def _saved_attributes(self, exclude: Iterable[str] = (), include: Iterable[str] = ()) -> dict[str, Any]:
+        """Return what a file holds of the model besides tensors, by name."""
+        names, variables = self._get_torch_save_params()
+        omitted = {*self._excluded_save_params(), *exclude}.difference(include)
+        omitted.update(name.split(".")[0] for name in names + variables)
+        return {name: value for name, value in vars(self).items() if name not in omitted}
+
+    def _saved_variables(self) -> dict[str, Any]:
+        """Return tensors that a file holds besides state dicts, by name."""
+        return {name: recursive_getattr(self, name) for name in self._get_torch_save_params()[1]}
+
+    def _excluded_save_params(self) -> list[str]:
+        return [
+            *super()._excluded_save_params(),
+            "lr_schedule",
+            "_schedules",
+            "_engine_reason",
+            "_loads_sb3",
+            "_warned_of_early_end",
+            "_n_envs_before",
+            "_resumed",
+        ]
+
+    @classmethod
+    def load(
+        cls,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        trust_pickle: TrustPickle = None,
+        **kwargs: Any,
+    ) -> Self:
+        """
+        Load a model that ClipPPO or SB3's PPO saved, without running code that the file brings or names.
+
+        What a file of SB3's PPO does not hold takes the value of :data:`SB3_EQUIVALENT`, so that training goes on as
+        SB3's PPO would; a warning names those values.
+
+        :param path: Zip file, with or without its suffix, or an open binary file.
+        :param env: Environment to go on in; it may differ in its number of copies. None: the model can only predict.
+        :param device: PyTorch device, or "auto".
+        :param custom_objects: Values to take instead of the file's, by attribute; the file's are not looked at.
+        :param print_system_info: Whether to print the versions of the packages then and now.
+        :param force_reset: Whether to reset the environments before training.
+        :param trust_pickle: True: the file may run any code. False: it may use classes of Gymnasium, NumPy, torch, SB3
+            and this package that are known to do no harm. Classes and functions: it may use these, too. None: as the
+            environment variable ``SB3_CLIPVF_TRUST_PICKLE`` says, "1" or "0", which is the default.
+        :param kwargs: Arguments of the constructor to change.
+        :return: The model.
+        :raises UnsafeFileError: If the file needs what it may not use.
+        :raises ValueError: If the file is no model, is damaged, does not fit into memory, or holds a value that cannot
+            be read with the packages as they are here; or PyTorch knows no such device.
+        :raises RuntimeError: If the weights do not fit the policy that the file describes.
+        :raises FileNotFoundError: If there is no file.
+        """
+        validation.check_device(device)
+        trust = trust_of(trust_pickle)
+        file = read_model(path)
+        replaced = dict(custom_objects or {})
+        check_model(file, cls, trust, replaced)
+        kwargs = values_to_load(file.data or {}, kwargs, replaced, cls)
+        # Built anew in any case; and SB3 compares the policy's arguments with the file's.
+        replaced = {"lr_schedule": None, **{key: kwargs[key] for key in kwargs if key != "policy_kwargs"}, **replaced}
+        bound = contextlib.nullcontext() if trust.everything else NetworkBound(file)
+        with validation.same_spaces(), bound:
+            model = super().load(
+                file.stream(),
+                env=env,
+                device=device,
+                custom_objects={**file.unpickled(trust, replaced), **replaced},
+                print_system_info=print_system_info,
+                force_reset=force_reset,
+                **kwargs,
+            )
+        vars(model).pop(NOTE, None)
+        model._n_envs_before = (file.data or {}).get("n_envs")
+        return model
+
+    def set_parameters(
+        self,
+        load_path_or_dict: str | pathlib.Path | io.BufferedIOBase | TensorDict,
+        exact_match: bool = True,
+        device: th.device | str = "auto",
+    ) -> None:
+        """
+        Take over weights and the optimizer's state.
+
+        :param load_path_or_dict: Zip file of a model, of which only tensors are read, or what ``get_parameters`` gave.
+        :param exact_match: Whether all of them must be there. False takes over what there is.
+        :param device: PyTorch device, or "auto".
+        :raises UnsafeFileError: If the file holds more than tensors in the place of weights.
+        :raises ValueError: If the file is no model, is damaged or does not fit into memory, or a name is unknown or,
+            with ``exact_match``, missing.
+        """
+        parameters: Any = load_path_or_dict
+        if not isinstance(parameters, dict):
+            parameters = read_model(parameters, needs_data=False).stream()
+        super().set_parameters(parameters, exact_match=exact_match, device=device)
+
+    @property
+    def remaining_timesteps(self) -> int:
+        """Environment steps up to the end of the training that was last begun, at least 0."""
+        return max(0, self._total_timesteps - self.num_timesteps)
+
+    @classmethod
+    def resume(cls, path: str | os.PathLike[str], env: GymEnv, device: th.device | str = "auto", **kwargs: Any) -> Self:
+        """
+        Go on with an interrupted training from a checkpoint of ``TrainingCheckpoint``.
+
+        ``model.learn(model.remaining_timesteps, reset_num_timesteps=False, callback=...)`` then ends, on the CPU, with
+        the weights of the training that was not interrupted, to the last bit; the checkpoint names what keeps it from
+        that. Pass the callbacks that the training had: theirs is part of the state.
+
+        :param path: A checkpoint, or the folder of them: the newest whole one is taken.
+        :param env: Environments, built as those of the training. They are reset, then put where they were.
+        :param device: PyTorch device, or "auto".
+        :param kwargs: Further arguments of :meth:`load`, such as arguments of the constructor to change.
+        :return: The model.
+        :raises FileNotFoundError: If there is no checkpoint.
+        :raises ValueError: If all are damaged, or the environments are built differently; or the file is a model
+            without the state of its training, as ``save`` writes it.
+        """
+        return resume(cls, path, env, device, **kwargs)

@@ -1,10 +1,15 @@
-"""Collecting a rollout: the loop over the environments, what they take, and values where episodes were cut off."""
+"""
+The loop over the environments: acting, bootstrapping truncated episodes, and the buffer that holds a rollout.
+
+``RolloutCollector`` is the base of ``ClipPPO``: SB3's ``OnPolicyAlgorithm`` with a loop and a buffer of its own.
+"""
 
 import copy
 import os
 import time
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch as th
@@ -12,46 +17,58 @@ from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.type_aliases import MaybeCallback
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_clipvf.building import leave_out_kl
 from sb3_clipvf.common.messages import log, show_messages
-from sb3_clipvf.common.nonfinite import is_finite, observations_are_finite
-from sb3_clipvf.common.validation import check_int
+from sb3_clipvf.common.nonfinite import NonFiniteError, is_finite, observations_are_finite
+from sb3_clipvf.common.validation import check_int, same_spaces
+from sb3_clipvf.distributions import dist_param_dim
 from sb3_clipvf.engines.interface import Acted, Engine
 from sb3_clipvf.engines.recognition import has_own_add
 from sb3_clipvf.envs.episode_ends import WAY_OUT, ended_unseen
 from sb3_clipvf.envs.shapes import StepCheck
 from sb3_clipvf.guards.diagnosis import (
     Fault,
-    act_error,
+    FaultContext,
     act_fault,
     find_fault,
     has_finite_statistics,
     observation_fault,
     reads_by_own_code,
-    reward_error,
+    reward_fault,
+    step_error,
 )
-from sb3_clipvf.rollout import fit_to_rollout, takes_dist_params
-
-if TYPE_CHECKING:
-    from sb3_clipvf.clip_ppo import ClipPPO
+from sb3_clipvf.rollout import (
+    TensorRolloutBuffer,
+    fit_to_rollout,
+    has_dist_params,
+    stored_observation_space,
+    takes_dist_params,
+)
 
 
 class RolloutCollector(OnPolicyAlgorithm):
-    """SB3's on-policy algorithm with a loop of its own over the environments, whose policy an engine runs."""
+    """SB3's on-policy algorithm whose policy acts through an engine, in a loop and with a buffer of its own."""
 
+    rollout_buffer: Any
     _engine: Engine | None = None
-    # Where the training's TrainingCheckpoint writes, if there is one.
+    # Set by the training's TrainingCheckpoint, if there is one.
     _checkpoint_folder: os.PathLike[str] | None = None
-    # Until an episode is reported, or has ended unseen.
+    # Until Monitor reports an episode, or one has ended unseen.
     _may_lose_episodes = True
+    _warned_of_missing_kl = False
 
     @abstractmethod
     def _current_engine(self) -> Engine:
-        """The engine for the policy as it is now."""
+        """Return the engine for the policy as it is now."""
+
+    @abstractmethod
+    def _argument_that_needs_kl(self) -> str | None:
+        """Return the name of the first argument that needs the exact KL(pi_old || pi), or None."""
+
+    # ------------------------------------------------------------------ rollout
 
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int) -> bool:
         """
@@ -60,21 +77,22 @@ class RolloutCollector(OnPolicyAlgorithm):
         Callbacks see this method's local variables, under SB3's names.
 
         :param env: The training environments.
-        :param callback: Called at each step and at both ends of the rollout.
-        :param rollout_buffer: Filled from empty. SB3's buffers and ours are resized to the rollout first.
+        :param callback: Callback, called at each step and at both ends of the rollout.
+        :param rollout_buffer: Buffer to fill. SB3's buffers and ours are resized to the rollout first.
         :param n_rollout_steps: Steps of each environment.
-        :return: False if the callback asked to stop, then the rollout is incomplete.
+        :return: False if the callback asked to stop; the rollout is then incomplete.
+        :raises NonFiniteError: If observations, rewards, values or log-probabilities are not finite.
         """
         started = time.perf_counter()
         n_steps = 0
         with_dist_params = takes_dist_params(rollout_buffer)
-        checked = StepCheck(rollout_buffer.observation_space, env.num_envs)
-        checked.observations(self._last_obs)
+        check_step = StepCheck(rollout_buffer.observation_space, env.num_envs)
+        check_step.observations(self._last_obs)
         engine = self._begin_rollout(env, callback, rollout_buffer, n_rollout_steps)
         stores_arrays = not has_own_add(rollout_buffer)
-        is_seen = not is_idle(callback)
+        has_callback = not is_noop(callback)
         # Making tensors takes longer than the policy's forward pass.
-        makes_tensors = is_seen or not (stores_arrays and engine.acts_on_arrays)
+        makes_tensors = has_callback or not (stores_arrays and engine.acts_on_arrays)
 
         while n_steps < n_rollout_steps:
             self._renew_noise(env.num_envs, n_steps)
@@ -82,13 +100,13 @@ class RolloutCollector(OnPolicyAlgorithm):
             acted = self._act(engine, obs_tensor, rollout_buffer, with_dist_params)
             actions, values, log_probs, dist_params = acted.as_tensors() if makes_tensors else acted[:4]
             clipped_actions = to_env(self.policy, self.action_space, actions)
-            new_obs, rewards, dones, infos = checked(env.step(clipped_actions))
+            new_obs, rewards, dones, infos = check_step(env.step(clipped_actions))
             self.num_timesteps += env.num_envs
 
-            if is_seen:
+            if has_callback:
                 callback.update_locals(locals())
             if not callback.on_step():
-                # The environments have moved on: a later learn() that continues starts from there.
+                # The environments have stepped: a later learn() that continues must start from there.
                 self._last_obs, self._last_episode_starts = copy_of(new_obs), dones.copy()
                 return False
 
@@ -96,18 +114,19 @@ class RolloutCollector(OnPolicyAlgorithm):
             n_steps += 1
             if with_dist_params and dist_params is None:
                 with_dist_params = False
-                leave_out_kl(cast("ClipPPO", self), rollout_buffer)
+                self._omit_kl(rollout_buffer)
             if isinstance(self.action_space, spaces.Discrete):
                 actions = actions.reshape(-1, 1)
             bootstrapped = bootstrap_truncated(engine, rewards, dones, infos, self.gamma)
             if not is_finite(bootstrapped):
-                raise reward_error(self, bootstrapped, locals())
+                arrays = {**locals(), "observations": self._last_obs, "new_observations": new_obs}
+                raise step_error(self._fault_context(), reward_fault(rewards, bootstrapped, infos), n_steps - 1, arrays)
             row = (self._last_obs, actions, bootstrapped, self._last_episode_starts)
-            _add(rollout_buffer, row, acted if stores_arrays else None, values, log_probs, dist_params)
+            add_to_buffer(rollout_buffer, row, acted if stores_arrays else None, values, log_probs, dist_params)
             self._last_obs = copy_of(new_obs)
             self._last_episode_starts = dones.copy()
 
-        values = self._complete(engine, rollout_buffer, dones)
+        values = self._compute_returns(engine, rollout_buffer, dones)
 
         callback.update_locals(locals())
         callback.on_rollout_end()
@@ -115,20 +134,20 @@ class RolloutCollector(OnPolicyAlgorithm):
         return True
 
     def _begin_rollout(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int) -> Engine:
-        """Empty the buffer, and let callback, policy and engine make ready. :return: The engine that acts."""
+        """Empty the buffer and prepare callback, policy and engine. :return: The engine that acts."""
         show_messages(self.verbose)
         known = self._engine if self._engine is not None and self._engine.policy is self.policy else None
         (self.policy if known is None else known).set_training_mode(False)
-        # Someone may have changed `n_steps` or the number of environments since the buffer was built.
+        # `n_steps` or the number of environments may have changed since the buffer was built.
         fit_to_rollout(rollout_buffer, check_int("n_steps", n_rollout_steps, 1, "SB3's default is 2048."), env.num_envs)
         rollout_buffer.reset()
         self._last_obs = copy_of(self._last_obs)
-        # Before anything is drawn for this rollout, unlike in SB3: a checkpoint that is taken here holds no part of it.
+        # Unlike in SB3, before anything is drawn for this rollout: a checkpoint written here holds no part of it.
         callback.on_rollout_start()
         if self.use_sde:
             self.policy.reset_noise(env.num_envs)
         engine = self._current_engine()  # after the callback, which may have changed the policy
-        if engine is not known:  # it may know modules that the other one did not
+        if engine is not known:  # it may run modules that the other one did not
             engine.set_training_mode(False)
         engine.begin_rollout(rollout_buffer)
         return engine
@@ -140,9 +159,9 @@ class RolloutCollector(OnPolicyAlgorithm):
 
     def dump_logs(self, iteration: int = 0) -> None:
         """
-        Log the training's progress; ``time/fps`` and ``time/time_elapsed`` count no compilation of kernels.
+        Log the progress of the training. ``time/fps`` and ``time/time_elapsed`` exclude the compilation of kernels.
 
-        :param iteration: Number of rollouts of this call of ``learn``.
+        :param iteration: Number of rollouts in this call of ``learn``.
         """
         if self._engine is not None:
             self.start_time += int(self._engine.compile_seconds * 1e9)
@@ -154,31 +173,31 @@ class RolloutCollector(OnPolicyAlgorithm):
             self.policy.reset_noise(n_envs)
 
     def _act(self, engine: Engine, obs_tensor: Any, rollout_buffer: Any, with_dist_params: bool) -> Acted:
-        """Let the policy act; refuse what it gives where it is not finite, and the observations that make it so."""
+        """Let the policy act, and raise if observations, values or log-probabilities are not finite."""
         try:
             rows = self._last_obs if engine.acts_on_arrays else obs_tensor
             acted = engine.act(rows, with_dist_params=with_dist_params)
         except (ValueError, RuntimeError) as error:
-            # torch draws from no distribution whose parameters are not finite.
+            # torch refuses to sample from a distribution whose parameters are not finite.
             fault = act_fault(self.policy, self._last_obs, to_tensor(self._last_obs, self.device), None)
             if fault is None:
                 raise
-            raise act_error(self, fault, rollout_buffer) from error
+            raise self._act_error(fault, rollout_buffer) from error
         finite = acted.is_finite
         if finite is None:
             finite = is_finite(acted.values) and is_finite(acted.log_prob) and self._may_act()
         if not finite:
             fault = act_fault(self.policy, self._last_obs, obs_tensor, acted)
-            raise act_error(self, cast(Fault, fault), rollout_buffer)
+            raise self._act_error(cast(Fault, fault), rollout_buffer)
         return acted
 
     def _may_act(self) -> bool:
-        """Return whether the observations are finite, or what the policy gives for them decides."""
+        """Return whether observations are finite, or the policy handles non-finite ones by code of its own."""
         if observations_are_finite(self._last_obs):
             return True
         return reads_by_own_code(self.policy) and has_finite_statistics(self.get_vec_normalize_env())
 
-    def _complete(self, engine: Engine, rollout_buffer: Any, dones: np.ndarray) -> th.Tensor:
+    def _compute_returns(self, engine: Engine, rollout_buffer: Any, dones: np.ndarray) -> th.Tensor:
         """Compute returns and advantages. :return: Values of the observations that the next rollout starts from."""
         fault = None if self._may_act() else observation_fault(self._last_obs)
         if fault is None:
@@ -186,29 +205,56 @@ class RolloutCollector(OnPolicyAlgorithm):
             fault = find_fault("value", None, values.cpu().numpy().reshape(-1))
             fault = fault and (observation_fault(self._last_obs) or fault)
         if fault is not None:
-            raise act_error(self, fault, rollout_buffer)
-        with np.errstate(over="ignore", invalid="ignore"):  # the update tells of it by name
+            raise self._act_error(fault, rollout_buffer)
+        with np.errstate(over="ignore", invalid="ignore"):  # the update reports them
             rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
         return values
 
+    def _act_error(self, fault: Fault, buffer: Any) -> NonFiniteError:
+        """Return the error of a policy that is to act, or to predict values, after the last step in the buffer."""
+        arrays: dict[str, Any] = {"new_observations": self._last_obs, "dones": self._last_episode_starts}
+        if buffer.pos:
+            for name in ("observations", "actions", "values", "log_probs", "rewards"):
+                rows, last = getattr(buffer, name), buffer.pos - 1
+                arrays[name] = {key: rows[key][last] for key in rows} if isinstance(rows, dict) else rows[last]
+        return step_error(self._fault_context(), fault, buffer.pos, arrays)
+
+    def _fault_context(self) -> FaultContext:
+        folder = self._checkpoint_folder
+        has_own_log = self._custom_logger or self.tensorboard_log is not None
+        if folder is None and has_own_log:
+            folder = None if self.logger.dir is None else Path(self.logger.dir)
+        return FaultContext(
+            policy=self.policy,
+            num_timesteps=self.num_timesteps,
+            folder=None if folder is None else Path(folder),
+            normalizes=self.get_vec_normalize_env() is not None,
+        )
+
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
-        self._checkpoint_folder = None  # a TrainingCheckpoint tells when the training starts
+        self._checkpoint_folder = None  # a TrainingCheckpoint sets it when training starts
         self._may_lose_episodes = True
         return super()._init_callback(callback, progress_bar)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_checkpoint_folder", "_may_lose_episodes"]
+        return [
+            *super()._excluded_save_params(),
+            "_checkpoint_folder",
+            "_engine",
+            "_may_lose_episodes",
+            "_warned_of_missing_kl",
+        ]
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
-        # SB3 looks at each environment twice a step; only ends of episodes have something to tell.
-        told = [index for index, info in enumerate(infos) if "episode" in info or "is_success" in info]
-        if told:
-            super()._update_info_buffer([infos[index] for index in told], None if dones is None else dones[told])
+        # SB3 reads each environment's info twice a step; only the ends of episodes hold what it looks for.
+        ended = [index for index, info in enumerate(infos) if "episode" in info or "is_success" in info]
+        if ended:
+            super()._update_info_buffer([infos[index] for index in ended], None if dones is None else dones[ended])
         if self._may_lose_episodes and dones is not None and np.count_nonzero(dones):
             self._look_for_lost_episodes(infos, dones)
 
     def _look_for_lost_episodes(self, infos: list[dict[str, Any]], dones: np.ndarray) -> None:
-        """Warn once if episodes end outside of Monitor, until one is reported."""
+        """Warn once if episodes end outside of Monitor; stop looking when it reports one."""
         for index in np.flatnonzero(dones).tolist():
             unseen = None if "episode" in infos[index] else ended_unseen(cast(VecEnv, self.env), index)
             self._may_lose_episodes = unseen is False
@@ -221,11 +267,102 @@ class RolloutCollector(OnPolicyAlgorithm):
             if not self._may_lose_episodes:
                 return
 
+    # ------------------------------------------------------------------ environments and buffer
 
-def _add(
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """
+        Replace the environments.
+
+        :param env: Environments with the model's spaces and number of copies; :meth:`load` takes another number.
+        :param force_reset: Whether to reset them before training.
+        :raises ValueError: If the spaces differ from the model's.
+        :raises AssertionError: If the number of copies differs.
+        """
+        show_messages(self.verbose)
+        with same_spaces():
+            super().set_env(env, force_reset)
+        buffer = getattr(self, "rollout_buffer", None)
+        space = stored_observation_space(self.observation_space, self.get_vec_normalize_env())
+        if buffer is not None and buffer.observation_space != space:
+            self.rollout_buffer = self._make_rollout_buffer()
+
+    def _make_rollout_buffer(self) -> Any:
+        """Build the buffer; raise ValueError if it does not fit into memory or cannot store what the KL needs."""
+        buffer_class = self.rollout_buffer_class or TensorRolloutBuffer
+        width = dist_param_dim(getattr(self.policy, "action_dist", None))
+        kwargs = dict(self.rollout_buffer_kwargs)
+        if issubclass(buffer_class, TensorRolloutBuffer):
+            kwargs.setdefault("dist_param_dim", width or 0)
+        stores_dist = issubclass(buffer_class, TensorRolloutBuffer) and kwargs["dist_param_dim"] == width
+        self._check_kl_is_known(buffer_class, width, stores_dist)
+        rollout_buffer = buffer_class(
+            self.n_steps,
+            stored_observation_space(self.observation_space, self.get_vec_normalize_env()),
+            self.action_space,
+            device=self.device,
+            gamma=self.gamma,
+            gae_lambda=self.gae_lambda,
+            n_envs=self.n_envs,
+            **kwargs,
+        )
+        if isinstance(rollout_buffer, TensorRolloutBuffer) and self.env is not None:
+            rollout_buffer.check_memory()
+        return rollout_buffer
+
+    # ------------------------------------------------------------------ the exact KL
+
+    def _check_kl_is_known(self, buffer_class: type[Any], width: int | None, stores_dist: bool) -> None:
+        """Raise ValueError if an argument needs the exact KL, and policy or buffer lack what it is computed from."""
+        name = self._argument_that_needs_kl()
+        if name is None or (width and stores_dist):
+            return
+        if width:
+            cause = f"`rollout_buffer_class` {buffer_class.__name__} does not store the old distribution"
+            way_out = "Derive the buffer class from TensorRolloutBuffer, and leave its `dist_param_dim` alone."
+        else:
+            dist = type(getattr(self.policy, "action_dist", None)).__name__
+            cause = f"the exact KL of the policy's action distribution ({dist}) is not known"
+            way_out = "Use one of SB3's action distributions."
+        raise ValueError(f"`{name}` must not be set, since {cause}, got {getattr(self, name)!r}. {way_out}")
+
+    def _check_kl_is_stored(self) -> None:
+        """
+        Raise ValueError if the rollout lacks the old distribution's parameters where an argument needs them.
+
+        A loop of the user's, or SB3's, adds steps without them.
+        """
+        rollout_buffer = self.rollout_buffer
+        if has_dist_params(rollout_buffer):
+            return
+        name, can_store = self._argument_that_needs_kl(), bool(getattr(rollout_buffer, "dist_param_dim", 0))
+        if name is None:
+            if can_store:
+                self._log_missing_kl("`train/kl` is omitted: the rollout lacks the old distribution's parameters.")
+            return
+        if can_store:
+            raise ValueError(
+                f"`dist_params` must be given at each step where `{name}` is set, got None and "
+                f"{getattr(self, name)!r}. Pass them to `rollout_buffer.add`, or collect by ClipPPO's own "
+                "`collect_rollouts`, which does."
+            )
+        width = dist_param_dim(getattr(self.policy, "action_dist", None))
+        self._check_kl_is_known(type(rollout_buffer), width, stores_dist=False)
+
+    def _omit_kl(self, rollout_buffer: Any) -> None:
+        """Collect without the exact KL where the policy's distribution turned out to be of an unknown type."""
+        self._check_kl_is_known(type(rollout_buffer), None, stores_dist=False)
+        self._log_missing_kl("`train/kl` is omitted: the exact KL of the policy's action distribution is not known.")
+
+    def _log_missing_kl(self, message: str) -> None:
+        if not self._warned_of_missing_kl:
+            self._warned_of_missing_kl = True
+            log.info(message)
+
+
+def add_to_buffer(
     buffer: Any, row: tuple[Any, ...], arrays: Acted | None, values: Any, log_probs: Any, dist_params: Any
 ) -> None:
-    """Store a step: in our buffer from arrays, where given; one with an ``add`` of its own expects SB3's tensors."""
+    """Store a step from arrays, or from SB3's tensors where the buffer has an ``add`` of its own (arrays: None)."""
     if arrays is not None:
         buffer.add(*row, *arrays[1:4])
     else:
@@ -233,40 +370,22 @@ def _add(
         buffer.add(*row, values, log_probs, **more)
 
 
-def is_idle(callback: BaseCallback) -> bool:
-    """
-    Tell whether a callback looks at nothing: what SB3 puts in the place of None, or a list of such.
-
-    :param callback: Of a training.
-    :return: Whether nobody will see the local variables of a step.
-    """
+def is_noop(callback: BaseCallback) -> bool:
+    """Return whether the callback is a no-op (SB3's wrapper around ``None``, or a list of these)."""
     if type(callback) is CallbackList:
-        return all(is_idle(child) for child in callback.callbacks)
+        return all(is_noop(child) for child in callback.callbacks)
     return type(callback) is ConvertCallback and callback.callback is None
 
 
 def to_tensor(observations: Any, device: th.device) -> Any:
-    """
-    Turn observations into tensors that share their memory where they can.
-
-    :param observations: An array, or a dict of such.
-    :param device: Where they are needed.
-    :return: A tensor, or a dict of such.
-    """
+    """Return observations, an array or a dict of arrays, as tensors on a device; on the host they share memory."""
     if device.type == "cpu" and type(observations) is np.ndarray:
         return th.from_numpy(observations)  # a third of the time of SB3's way
     return obs_as_tensor(observations, device)
 
 
 def to_env(policy: ActorCriticPolicy, action_space: spaces.Space[Any], actions: np.ndarray) -> np.ndarray:
-    """
-    Turn the policy's actions into what the environments take; log-probs and the buffer keep the policy's own.
-
-    :param policy: Says whether it squashes its actions.
-    :param action_space: Of one environment.
-    :param actions: Shape ``(n_envs, ...)``.
-    :return: Scaled from [-1, 1] where the policy squashes, else clipped to the bounds of a Box.
-    """
+    """Return the policy's actions as environments take them: unscaled if the policy squashes, else clipped to a Box."""
     if not isinstance(action_space, spaces.Box):
         return actions
     if policy.squash_output:
@@ -277,13 +396,8 @@ def to_env(policy: ActorCriticPolicy, action_space: spaces.Space[Any], actions: 
 
 
 def copy_of(observations: Any) -> Any:
-    """
-    Copy observations, since some VecEnvs write the next step into the same arrays.
-
-    :param observations: An array, or a dict or tuple of such.
-    :return: The same with memory of its own.
-    """
-    # In the same layout of memory, since sums in another order round differently.
+    """Return a copy of observations, since some VecEnvs write the next step into the same arrays."""
+    # In the same memory layout: sums in another order round differently.
     return observations.copy("K") if isinstance(observations, np.ndarray) else copy.deepcopy(observations)
 
 
@@ -291,15 +405,15 @@ def bootstrap_truncated(
     engine: Engine, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]], gamma: float
 ) -> np.ndarray:
     """
-    Add gamma * V(final observation) where an episode was cut off rather than ended, by one forward pass for all.
+    Add gamma * V(final observation) to the reward where an episode was truncated, by one forward pass for all.
 
-    :param engine: Gives the values.
-    :param rewards: Of this step, shape ``(n_envs,)``; left as they are, since callbacks read them.
-    :param dones: Whether an episode was cut off or ended, shape ``(n_envs,)``.
+    :param engine: Engine that predicts the values.
+    :param rewards: Rewards of this step, shape ``(n_envs,)``; not changed in-place, since callbacks read them.
+    :param dones: Whether an episode was truncated or terminated, shape ``(n_envs,)``.
     :param infos: One dict an environment, with SB3's ``TimeLimit.truncated`` and ``terminal_observation``.
     :param gamma: Discount factor.
-    :return: A copy with the values added, or ``rewards`` itself where nothing was cut off; NaN where a final
-        observation is not finite, unless the policy reads it by code of its own and gives a finite value.
+    :return: A copy with the values added, or ``rewards`` itself if no episode was truncated. NaN where a final
+        observation is not finite, unless the policy reads it by code of its own and predicts a finite value.
     Source: Pardo et al. 2018, arXiv 1712.00378.
     """
     if not np.count_nonzero(dones):  # any() takes several times as long
@@ -317,10 +431,10 @@ def bootstrap_truncated(
         stacked: Any = {key: _stacked(part, [obs[key] for obs in final_obs]) for key, part in space.spaces.items()}
     else:
         stacked = _stacked(space, final_obs)
-    # Environments may give integers, which cannot hold the values.
+    # Integer rewards cannot hold the values.
     bootstrapped = rewards.astype(np.result_type(rewards, np.float32))
     if not (observations_are_finite(stacked) or reads_by_own_code(engine.policy)):
-        bootstrapped[truncated] = np.nan  # whatever a network would make of them
+        bootstrapped[truncated] = np.nan  # a network may turn them into finite numbers
         return bootstrapped
     final_values = engine.predict_values(engine.policy.obs_to_tensor(stacked)[0])
     bootstrapped[truncated] += gamma * final_values.cpu().numpy().reshape(-1)
@@ -328,5 +442,5 @@ def bootstrap_truncated(
 
 
 def _stacked(space: spaces.Space[Any], rows: list[Any]) -> np.ndarray:
-    # Environments may give leading axes of length 1 beside those of the space.
+    # Environments may add leading axes of length 1.
     return np.stack([np.reshape(row, space.shape or ()) for row in rows])

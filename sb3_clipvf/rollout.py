@@ -409,6 +409,27 @@ def draws_from_complete(buffer: Any) -> bool:
     return "get" not in vars(buffer) and getattr(type(buffer), "get", None) in [known.get for known in _PLAIN]
 
 
+def has_dist_params(buffer: Any) -> bool:
+    """Return whether the rollout in a buffer holds the old distribution; a user's buffer may lack the property."""
+    return bool(getattr(buffer, "has_dist_params", getattr(buffer, "dist_param_dim", 0)))
+
+
+def stored_observation_space(space: spaces.Space[Any], normalizer: VecNormalize | None) -> spaces.Space[Any]:
+    """Return the space of the observations to store: float32 for boxes of integers that VecNormalize normalises."""
+    if normalizer is None or not normalizer.norm_obs:
+        return space
+    if isinstance(space, spaces.Dict):
+        keys = normalizer.norm_obs_keys or []
+        return spaces.Dict({key: _as_float(sub) if key in keys else sub for key, sub in space.spaces.items()})
+    return _as_float(space)
+
+
+def _as_float(space: spaces.Space[Any]) -> spaces.Space[Any]:
+    if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.integer):
+        return spaces.Box(-np.inf, np.inf, space.shape, np.float32)
+    return space
+
+
 def _shaped(array: Any, shape: tuple[int, ...]) -> np.ndarray:
     # np.reshape takes longer than the copy that follows.
     return array if isinstance(array, np.ndarray) and array.shape == shape else np.reshape(array, shape)

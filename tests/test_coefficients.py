@@ -12,7 +12,6 @@ from stable_baselines3.common.utils import LinearSchedule as HostLinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_clipvf import ClipPPO
-from sb3_clipvf.coefficients import update_coefficients
 
 N_STEPS = 16
 
@@ -47,9 +46,9 @@ def test_returns_without_spread_leave_the_critic_unclipped() -> None:
     model = make()
     model.learn(N_STEPS)
     assert np.ptp(model.rollout_buffer.returns) == 0
-    assert update_coefficients(model).clip_range_vf is None
+    assert model._update_coefficients().clip_range_vf is None
     model.rollout_buffer.returns[0] += 1.0
-    assert update_coefficients(model).clip_range_vf == pytest.approx(np.std(model.rollout_buffer.returns))
+    assert model._update_coefficients().clip_range_vf == pytest.approx(np.std(model.rollout_buffer.returns))
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture, model: ClipPPO, *calls: dict[str, Any]) -> list[str]:

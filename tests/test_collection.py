@@ -20,7 +20,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_clipvf import ClipPPO, collection
-from sb3_clipvf.collection import bootstrap_truncated, copy_of, is_idle, to_env
+from sb3_clipvf.collection import bootstrap_truncated, copy_of, is_noop, to_env
 from sb3_clipvf.engines.autograd import AutogradEngine
 from sb3_clipvf.engines.interface import Acted
 from sb3_clipvf.envs.episode_ends import EpisodeEnds
@@ -249,12 +249,12 @@ def test_an_add_that_someone_has_put_in_place_takes_what_sb3_gives() -> None:
     assert all(isinstance(part, th.Tensor) for args in given for part in args[4:])
 
 
-def test_only_what_sb3_puts_in_the_place_of_none_is_idle() -> None:
+def test_only_what_sb3_puts_in_the_place_of_none_is_noop() -> None:
     nothing = ConvertCallback(None)
-    assert is_idle(nothing) and is_idle(CallbackList([])) and is_idle(CallbackList([nothing]))
-    assert not is_idle(ConvertCallback(lambda *_: True))
-    assert not is_idle(CallbackList([nothing, Watcher()]))
-    assert not is_idle(Watcher())
+    assert is_noop(nothing) and is_noop(CallbackList([])) and is_noop(CallbackList([nothing]))
+    assert not is_noop(ConvertCallback(lambda *_: True))
+    assert not is_noop(CallbackList([nothing, Watcher()]))
+    assert not is_noop(Watcher())
 
 
 class Reusing(DummyVecEnv):
@@ -610,7 +610,7 @@ class TestRolloutsWithoutTheOldDistribution:
         with pytest.raises(ValueError, match="`dist_params` must be given at each step where `kl_coef` is set"):
             cartpole(rollout_buffer_class=HostAdd, kl_coef=1.0, **kwargs).learn(16)
 
-    def test_what_is_left_out_is_said_once(self, kwargs: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    def test_a_missing_kl_is_logged_once(self, kwargs: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
         env = make_vec_env("CartPole-v1", seed=0)
         with_host_loop = HostLoop("MlpPolicy", env, n_steps=16, batch_size=8, **kwargs)
         for model in (with_host_loop, cartpole(rollout_buffer_class=HostAdd, **kwargs)):
@@ -618,7 +618,7 @@ class TestRolloutsWithoutTheOldDistribution:
             with caplog.at_level("INFO", logger="sb3_clipvf"):
                 model.learn(48)
             assert [message for message in caplog.messages if "`train/kl` is omitted" in message] == [
-                "The rollout holds no parameters of the old action distribution: `train/kl` is omitted."
+                "`train/kl` is omitted: the rollout lacks the old distribution's parameters."
             ]
 
 

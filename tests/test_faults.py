@@ -27,7 +27,7 @@ from sb3_clipvf.checkpoint import TrainingCheckpoint, newest_checkpoint
 from sb3_clipvf.common.nonfinite import NonFiniteError
 from sb3_clipvf.envs import FastDummyVecEnv, FastVecNormalize
 from sb3_clipvf.envs.shapes import StepCheck
-from sb3_clipvf.guards.workers import WorkerDiedError, watched
+from sb3_clipvf.guards.workers import WorkerDiedError, unblock_dead_workers
 
 ENGINES = ("native", "autograd")
 SPACE = spaces.Box(-1, 1, (4,))
@@ -143,7 +143,7 @@ def test_an_error_in_step_comes_through_with_the_way_on(engine: str, cls: type[D
     assert caught.traceback[-1].name == "broken"
     told = notes(caught.value)
     assert "ended at num_timesteps=38 of 96" in told
-    assert f"Its last whole checkpoint is {tmp_path / 'checkpoint_32.zip'}." in told
+    assert f"Its last complete checkpoint is {tmp_path / 'checkpoint_32.zip'}." in told
     assert f"ClipPPO.resume({str(tmp_path)!r}, env)" in told
     whole(tmp_path, make(cls=cls))
 
@@ -192,7 +192,7 @@ def test_a_disk_that_is_full_then_does_not_hide_the_error(tmp_path: Path, monkey
     monkeypatch.undo()
     assert "The last update could not be saved: " in notes(caught.value)
     assert "No space left" in notes(caught.value)
-    assert f"There is no checkpoint yet in {tmp_path}: start anew." in notes(caught.value)
+    assert f"There is no checkpoint yet in {tmp_path}: start again." in notes(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -245,7 +245,7 @@ def exit_itself(step: Step) -> Step:
         (kill_itself, 1, -9, "environment 1 was killed by SIGKILL", "memory runs out"),
         (kill_itself, 0, -9, "environment 0 was killed by SIGKILL", "memory runs out"),
         (exit_itself, 1, 3, "environment 1 ended with exit code 3", "DummyVecEnv"),
-        (broken, 1, 1, "environment 1 ended with exit code 1", "its traceback stands above, in the error output"),
+        (broken, 1, 1, "environment 1 ended with exit code 1", "its traceback is above, in the error output"),
     ],
 )
 def test_a_process_that_dies_ends_the_training(
@@ -301,7 +301,7 @@ def test_processes_that_were_not_forked_are_not_watched(monkeypatch: pytest.Monk
     monkeypatch.setattr("sb3_clipvf.guards.workers._FORKED", ())
     monkeypatch.delattr(signal, "SIGKILL")
     n_threads = threading.active_count()
-    with watched(venv):
+    with unblock_dead_workers(venv):
         assert threading.active_count() == n_threads
     with within(10), pytest.raises(WorkerDiedError) as caught:
         model_of(venv).learn(96)

@@ -552,7 +552,7 @@ class TestMissingSensors:
             return
         error = error_of(model)
         assert (error.what, error.num_timesteps) == ("observation", 15)
-        assert "VecNormalize may have taken it into its statistics" in str(error)
+        assert "The statistics of VecNormalize may contain it" in str(error)
 
 
 def test_other_errors_of_the_policy_stay_what_they_are() -> None:
@@ -569,7 +569,7 @@ def test_other_errors_of_the_policy_stay_what_they_are() -> None:
 
 def test_vec_normalize_is_told_of() -> None:
     error = error_of(make("observation", wrap=VecNormalize))
-    assert "VecNormalize may have taken it into its statistics" in str(error)
+    assert "The statistics of VecNormalize may contain it" in str(error)
     assert "VecNormalize" not in str(error_of(make("observation")))
 
 
@@ -601,7 +601,7 @@ class TestTraining:
         assert (error.num_timesteps, error.epoch) == (48, 0)
         assert 0 <= error.minibatch < 4  # type: ignore[operator]
         assert "`returns` of environment 1 at step 2 of the rollout, got inf" in str(error)
-        assert "on_nonfinite='skip' leaves such minibatches out" in str(error)
+        assert "on_nonfinite='skip' skips such minibatches" in str(error)
         assert np.isfinite(model.predict(np.ones(3, np.float32))[0]).all()
 
     def test_a_ratio_is_found_by_asking_the_policy(self) -> None:
@@ -631,7 +631,7 @@ class TestTraining:
         error, text = caught.value, str(caught.value)
         assert (error.what, error.key, error.env_index) == ("value_loss", "value_net.bias", None)
         assert "Its cause: `value_net.bias`, got nan" in text
-        assert "Go on from the last checkpoint or saved model. If a callback changes weights, correct it." in text
+        assert "Resume from the last checkpoint or saved model. If a callback changes weights, correct it." in text
         assert "whole" not in text
         assert "on_nonfinite" not in text
         assert "learning_rate" not in text
@@ -705,7 +705,7 @@ class TestTraining:
 
     def test_another_word_is_refused(self) -> None:
         with pytest.raises(
-            ValueError, match="`on_nonfinite` must be one of 'raise', 'skip', got 'ignore'. 'skip' leaves"
+            ValueError, match="`on_nonfinite` must be one of 'raise', 'skip', got 'ignore'. 'skip' skips"
         ):
             make(on_nonfinite="ignore")
 

@@ -176,7 +176,7 @@ class TestHostileModels:
             return file
 
         expected = load(model_path)
-        monkeypatch.setattr("sb3_clipvf.saving.read_model", read_and_replace)
+        monkeypatch.setattr("sb3_clipvf.clip_ppo.read_model", read_and_replace)
         assert same_weights(load(model_path), expected)
         assert not mark.exists()
 

@@ -1,17 +1,47 @@
-"""Methods of environments replaced, while a training runs, by ones that refuse observations of the wrong shape."""
+"""Checks of the training environments: that they fit the model, and that observations keep the shape of their space."""
 
 import contextlib
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import pairwise, starmap
 from types import MethodType
 from typing import Any
 
 import numpy as np
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from gymnasium import spaces
+from stable_baselines3.common.utils import check_for_correct_spaces
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
+from sb3_clipvf.common.validation import same_spaces
 from sb3_clipvf.envs.dummy import FastDummyVecEnv
 from sb3_clipvf.envs.layers import vec_env_layers
 from sb3_clipvf.envs.shapes import check_final, check_one, misfits, name_of, parts, shape_error
+
+
+def check_environments(
+    env: VecEnv, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], n_envs: int
+) -> None:
+    """Raise ValueError if environments, which someone may have replaced or closed, do not fit a model."""
+    base = vec_env_layers(env)[-1]
+    if isinstance(base, SubprocVecEnv) and base.closed:
+        raise ValueError("`env` must be open, got a SubprocVecEnv whose processes have ended. Make it again.")
+    same = _same_but_for_bounds(env.observation_space, observation_space)
+    with same_spaces():
+        check_for_correct_spaces(env, env.observation_space if same else observation_space, action_space)
+    if env.num_envs != n_envs:
+        raise ValueError(
+            f"`env` must have the number of environments that the model was built for, {n_envs}, got {env.num_envs}. "
+            "Save the model, and pass the environments to `load`."
+        )
+
+
+def _same_but_for_bounds(first: spaces.Space[Any], second: spaces.Space[Any]) -> bool:
+    """Return whether a policy sees no difference: a curriculum may move the bounds of observations."""
+    if isinstance(first, spaces.Dict) and isinstance(second, spaces.Dict):
+        pairs = [(first.spaces[key], second.spaces[key]) for key in first.spaces.keys() & second.spaces.keys()]
+        return len(pairs) == len(first.spaces) == len(second.spaces) and all(starmap(_same_but_for_bounds, pairs))
+    if isinstance(first, spaces.Box) and isinstance(second, spaces.Box):
+        return (first.shape, first.dtype) == (second.shape, second.dtype)
+    return first == second
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Processes of ``SubprocVecEnv`` that die while a training waits for them."""
+"""Worker processes of ``SubprocVecEnv`` that die during a training."""
 
 import contextlib
 import multiprocessing
@@ -13,19 +13,19 @@ from multiprocessing import connection, context
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 GRACE = 2.0
-"""Seconds that processes get to end by themselves, before they are made to."""
+"""Seconds before worker processes that do not end by themselves are terminated."""
 
-# Windows has neither of them: no SIGKILL, and no processes that were forked.
+# Windows has neither SIGKILL nor forked processes.
 _KILLED = -9
 _FORKED: tuple[type, ...] = (context.ForkProcess,) if hasattr(context, "ForkProcess") else ()
 
 
 class WorkerDiedError(RuntimeError):
     """
-    A process of ``SubprocVecEnv`` has ended while its environment was needed; the others were ended too.
+    A worker process of ``SubprocVecEnv`` has died; the others were terminated.
 
-    :param message: Which, how, and what to do.
-    :param exit_codes: By environment: as the process gave it, or minus the number of the signal that ended it.
+    :param message: Which process, its exit code, and what to do.
+    :param exit_codes: Exit codes by environment; minus the signal's number where a signal ended the process.
     """
 
     def __init__(self, message: str, exit_codes: dict[int, int] | None = None) -> None:
@@ -34,16 +34,12 @@ class WorkerDiedError(RuntimeError):
 
 
 @contextlib.contextmanager
-def watched(venv: VecEnv) -> Iterator[None]:
+def unblock_dead_workers(venv: VecEnv) -> Iterator[None]:
     """
-    See to it that waiting for a process that has died ends.
+    Unblock reads from a dead ``SubprocVecEnv`` worker, where ``venv`` is one.
 
-    Where processes were forked, each holds the ends of the pipes of those that were forked after it: the end of one of
-    these is then no end of its pipe, and ``SubprocVecEnv`` would wait for its answer for ever. Processes that were
-    started otherwise need no watch.
-
-    :param venv: The innermost ``VecEnv``, of any kind.
-    :return: Context manager.
+    A forked worker inherits the pipe ends of the workers before it. The pipe of a dead worker then stays open, and
+    ``SubprocVecEnv`` would wait for its answer for ever. Workers that are started otherwise inherit nothing.
     """
     if not isinstance(venv, SubprocVecEnv) or not isinstance(venv.processes[0], _FORKED):
         yield
@@ -66,22 +62,16 @@ def _end_pipes(venv: SubprocVecEnv, stopped: connection.Connection) -> None:
         for ended in connection.wait([stopped, *remotes]):
             if ended is stopped:
                 return
-            # What it sent before can still be read; what waits for more, in any thread, finds the end.
+            # What it sent before can still be read; a read that waits for more, in any thread, ends.
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(remotes.pop(ended).fileno())) as end:
                 end.shutdown(socket.SHUT_RDWR)
 
 
-def death(venv: VecEnv, error: Exception) -> WorkerDiedError | None:
-    """
-    Tell whether an error is that of processes that have died, and end the others.
-
-    :param venv: The innermost ``VecEnv``, of any kind.
-    :param error: What has ended the training.
-    :return: What to raise in its place; None where it is another error.
-    """
+def worker_death(venv: VecEnv, error: Exception) -> WorkerDiedError | None:
+    """Return the error to raise in place of ``error`` if a worker of ``venv`` has died, and terminate the others."""
     if not isinstance(venv, SubprocVecEnv) or not isinstance(error, EOFError | OSError):
         return None
-    # Its pipes are at their end some moments before a process is.
+    # A process ends some moments after its pipes are closed.
     deadline = time.monotonic() + GRACE
     while all(process.is_alive() for process in venv.processes) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -92,14 +82,14 @@ def death(venv: VecEnv, error: Exception) -> WorkerDiedError | None:
     _end_processes(venv)
     ends = ", ".join(f"that of environment {index} {_end(code)}" for index, code in died.items())
     if _KILLED in died.values():
-        way_out = "The system kills so where memory runs out (see `dmesg`): run fewer or smaller environments."
+        way_out = "The system does that where memory runs out (see `dmesg`): run fewer or smaller environments."
     else:
         way_out = (
-            "An error in the environment ends its process so: its traceback stands above, in the error output "
-            "(stderr). In a DummyVecEnv it is raised here."
+            "An error in the environment does that: its traceback is above, in the error output (stderr). A "
+            "DummyVecEnv raises it here."
         )
     return WorkerDiedError(
-        f"`env` must keep its {venv.num_envs} processes running, but {ends}. The others were ended, too. {way_out}",
+        f"`env` must keep its {venv.num_envs} processes running, but {ends}. The others were terminated. {way_out}",
         died,
     )
 
@@ -124,4 +114,4 @@ def _end_processes(venv: SubprocVecEnv) -> None:
             process.join(max(0.0, deadline - time.monotonic()))
     for remote in venv.remotes:
         remote.close()
-    venv.waiting, venv.closed = False, True  # for `close`, which would wait for them
+    venv.waiting, venv.closed = False, True  # else `close` would wait for them

@@ -32,7 +32,6 @@ from sb3_clipvf.callbacks import IsolatedEvalCallback
 from sb3_clipvf.checkpoint import ResumableEnv, TrainingCheckpoint
 from sb3_clipvf.checkpoint.file import sorted_checkpoints
 from sb3_clipvf.clip_ppo import ClipPPO
-from sb3_clipvf.coefficients import warn_of_early_end
 from sb3_clipvf.envs import FastDummyVecEnv
 from sb3_clipvf.zoo.defaults import ALGORITHM, hyperparams_path
 from sb3_clipvf.zoo.entries import ZOO_KEYS, counted, drop_null
@@ -320,7 +319,7 @@ class ClipPPOExperimentManager(CheckedSearch):
         """
         target: Any = model
         if isinstance(model, ClipPPO):
-            warn_of_early_end(model, self.n_timesteps, reset_num_timesteps=True, on_command_line=True)
+            model._warn_of_early_end(self.n_timesteps, on_command_line=True)
         if self.resumed is not None:
             target = SimpleNamespace(env=model.env, learn=partial(model.learn, reset_num_timesteps=False))
         # An interval that the user chose is honoured.
