@@ -1,9 +1,6 @@
 """Evaluation while training that changes nothing in the training."""
 
-import io
-import json
 import sys
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,20 +11,15 @@ from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization, unwrap_vec_normalize
 
+from sb3_clipvf.checkpoint.best_model import publish_statistics, read_score, write_best_model
 from sb3_clipvf.checkpoint.random_state import global_states, set_global_states, set_space_states, space_states
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.envs.episode_ends import check_end
 from sb3_clipvf.envs.layers import stepped_objects
-from sb3_clipvf.files.archive import SMALL, check_json, reason_of
 from sb3_clipvf.files.atomic import atomic_write
-from sb3_clipvf.files.statistics import save_statistics
 
 BEST_MODEL = "best_model.zip"
 BEST_STATISTICS = "best_vecnormalize.pkl"
-STATISTICS_ENTRY = "vecnormalize.pkl"
-"""Name, in the zip of a best model, of the ``VecNormalize`` that it was evaluated with."""
-
-_EVALUATION_ENTRY = "evaluation.json"
 
 
 class IsolatedEvalCallback(EvalCallback):
@@ -189,29 +181,24 @@ class IsolatedEvalCallback(EvalCallback):
 
     def _save_best(self, folder: Path) -> None:
         path = folder / BEST_MODEL
-        evaluation = {
+        score = {
             "mean_reward": self.last_mean_reward,
             "num_timesteps": self.num_timesteps,
             "training": getattr(self.model, "_training_id", None),
         }
-        earlier = _evaluation_of(path)
-        # A killed training may have evaluated after its last checkpoint, of which the resumed one knows nothing.
-        is_of_this_training = earlier.get("training") is not None and earlier["training"] == evaluation["training"]
+        try:
+            earlier = read_score(path) or {}
+        except ValueError as error:
+            log.warning("%s is replaced: %s", path, error)
+            earlier = {}
+        # A killed training may have evaluated after its last checkpoint. The resumed training does not know that.
+        is_of_this_training = earlier.get("training") is not None and earlier["training"] == score["training"]
         if is_of_this_training and earlier["mean_reward"] > self.last_mean_reward:
             text = "%s stays, with a mean return of %s at step %s"
             log.info(text, path, earlier["mean_reward"], earlier.get("num_timesteps"))
             return
-        content = io.BytesIO()
-        self.model.save(content)
-        with zipfile.ZipFile(content, "a") as archive:
-            archive.writestr(_EVALUATION_ENTRY, json.dumps(evaluation))
-            normalizer = self.model.get_vec_normalize_env()
-            if normalizer is None:
-                (folder / BEST_STATISTICS).unlink(missing_ok=True)  # of another training
-            else:
-                archive.writestr(STATISTICS_ENTRY, save_statistics(normalizer, folder / BEST_STATISTICS))
-        with atomic_write(path) as file:
-            file.write(content.getbuffer())
+        write_best_model(path, self.model, score)
+        publish_statistics(path, folder / BEST_STATISTICS)
 
 
 def _table(rows: list[list[Any]]) -> np.ndarray:
@@ -232,25 +219,3 @@ def _frozen_statistics(eval_env: VecEnv) -> Iterator[None]:
         yield
     finally:
         normalizer.training, normalizer.norm_reward = before
-
-
-def _evaluation_of(path: Path) -> dict[str, Any]:
-    """What a best model's file says of its evaluation; nothing where it is not this class's, or cannot be read."""
-    if not path.exists():
-        return {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if _EVALUATION_ENTRY not in archive.namelist():
-                return {}
-            # Of a file whose size has not been checked.
-            if archive.getinfo(_EVALUATION_ENTRY).file_size > SMALL:
-                raise ValueError(f"it is larger than {SMALL:,} bytes")
-            raw = archive.read(_EVALUATION_ENTRY)
-        check_json(f"{_EVALUATION_ENTRY} in {path}", raw)
-        evaluation = json.loads(raw)
-        if not (isinstance(evaluation, dict) and isinstance(evaluation.get("mean_reward"), float)):
-            raise ValueError("it holds no mean return")
-    except Exception as error:  # a damaged zip raises whatever its parts lead to
-        log.warning("%s is replaced: the evaluation in it could not be read (%s)", path, reason_of(error))
-        return {}
-    return evaluation

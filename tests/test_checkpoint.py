@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import resource
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -211,14 +212,18 @@ def test_best_window_is_kept_with_matching_statistics(tmp_path: Path) -> None:
     callback = SaveBestTrainingReward(tmp_path)
     make_model(returns).learn(24, callback=callback)
     assert callback.best_mean_reward == 10.0
-    assert {key: manifest(tmp_path)[key] for key in ("best_mean_reward", "num_timesteps", "n_episodes", "version")} == {
+    assert manifest(tmp_path) == {
         "best_mean_reward": 10.0,
         "num_timesteps": 16,
         "n_episodes": 4,
-        "version": 2,
+        "model": "best_training_model.zip",
+        "vecnormalize": "vecnormalize.pkl",
+        "format": 1,
     }
-    assert steps_of(*load_best_training(tmp_path)) == (16, 16)
-    assert steps_of(tmp_path / "best_training_model.zip", tmp_path / "vecnormalize.pkl") == (16, 16)
+    pair = load_best_training(tmp_path)
+    assert pair == (tmp_path / "best_training_model.zip", tmp_path / "vecnormalize.pkl")
+    assert steps_of(*pair) == (16, 16)
+    assert sorted(os.listdir(tmp_path)) == ["best_training_model.json", "best_training_model.zip", "vecnormalize.pkl"]
 
 
 def test_saved_model_predicts_and_trains_on_as_any_sb3_file(tmp_path: Path) -> None:
@@ -237,7 +242,7 @@ def test_saved_model_predicts_and_trains_on_as_any_sb3_file(tmp_path: Path) -> N
 def test_environment_without_normalisation_has_no_statistics(tmp_path: Path) -> None:
     make_model(normalize=False).learn(16, callback=SaveBestTrainingReward(tmp_path, name_prefix="top"))
     assert load_best_training(tmp_path, name_prefix="top")[1] is None
-    assert sorted(os.listdir(tmp_path)) == ["top.json", "top.zip", "top_versions"]
+    assert sorted(os.listdir(tmp_path)) == ["top.json", "top.zip"]
 
 
 def test_statistics_of_an_earlier_model_do_not_stay_beside_one_without(tmp_path: Path) -> None:
@@ -245,12 +250,6 @@ def test_statistics_of_an_earlier_model_do_not_stay_beside_one_without(tmp_path:
     assert (tmp_path / "vecnormalize.pkl").exists()
     make_model(tuple(100 + r for r in RISING), normalize=False).learn(8, callback=SaveBestTrainingReward(tmp_path))
     assert not (tmp_path / "vecnormalize.pkl").exists()
-
-
-def test_only_the_last_two_pairs_are_kept(tmp_path: Path) -> None:
-    make_model().learn(40, callback=SaveBestTrainingReward(tmp_path))
-    names = sorted(os.listdir(tmp_path / "best_training_model_versions"))
-    assert names == ["000004.pkl", "000004.zip", "000005.pkl", "000005.zip"]
 
 
 def test_check_freq_compares_inside_rollouts(tmp_path: Path) -> None:
@@ -309,8 +308,8 @@ def test_verbose_logs_each_save(tmp_path: Path, caplog: pytest.LogCaptureFixture
 
 # --- kills and full disks
 
-# A save makes five renames: model, statistics, manifest, then the two plain names.
-N_RENAMES = 5
+# A save makes three renames: the model with its statistics, the copy of the statistics, the manifest.
+N_RENAMES = 3
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -321,28 +320,31 @@ def test_kill_during_a_save_leaves_a_matching_pair(
     make_model().learn(8, callback=SaveBestTrainingReward(tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fail_at(N_RENAMES + call, os.replace, Killed(), after))
-        # Renames of this run: two plain names mended, five of the save at step 8, five of the save at step 16. Hence
-        # the calls 5 to 9 are the plain names of one save, then the model, statistics and manifest of the next.
+        # The save at step 8 passes, the one at step 16 is killed.
         with pytest.raises(Killed):
             make_model(tuple(10 + r for r in RISING)).learn(24, callback=SaveBestTrainingReward(tmp_path))
     model_steps, statistics_steps = steps_of(*load_best_training(tmp_path))
     assert model_steps == statistics_steps == manifest(tmp_path)["num_timesteps"]
 
-    # The next training mends the plain names, goes on from the best mean, and removes what the kill left.
+    assert model_steps == (8 if (call, after) == (0, False) else 16)
+
+    # The next training resumes from the best mean, and removes what the kill left.
     best = manifest(tmp_path)["best_mean_reward"]
+    (tmp_path / ".best_training_model.zip.99-0123abcd.tmp").write_bytes(b"half")
     callback = SaveBestTrainingReward(tmp_path)
     make_model(tuple(50 + r for r in RISING)).learn(8, callback=callback)
     assert callback.best_mean_reward == 52.5 > best
     assert steps_of(tmp_path / "best_training_model.zip", tmp_path / "vecnormalize.pkl") == (8, 8)
-    assert len(os.listdir(tmp_path / "best_training_model_versions")) == 4
     assert leftovers(tmp_path) == []
 
 
-def test_plain_names_are_mended_at_the_start(tmp_path: Path) -> None:
+def test_copies_of_what_the_model_holds_are_completed_at_the_start(tmp_path: Path) -> None:
     make_model().learn(8, callback=SaveBestTrainingReward(tmp_path))
-    for name in ("best_training_model.zip", "vecnormalize.pkl"):
-        (tmp_path / name).unlink()
+    before = (tmp_path / "best_training_model.json").read_bytes()
+    (tmp_path / "best_training_model.json").write_bytes(b"of an earlier model")
+    (tmp_path / "vecnormalize.pkl").unlink()
     make_model((0.0,) * 99).learn(8, callback=SaveBestTrainingReward(tmp_path))  # saves nothing itself
+    assert (tmp_path / "best_training_model.json").read_bytes() == before
     assert steps_of(tmp_path / "best_training_model.zip", tmp_path / "vecnormalize.pkl") == (8, 8)
 
 
@@ -359,8 +361,8 @@ def test_full_disk_stops_the_training_and_leaves_the_previous_best(
         with pytest.raises(OSError, match=r"No space left on device\. .*(Free space|Check that disk)"):
             model.learn(16, callback=callback, reset_num_timesteps=False)
     model_steps, statistics_steps = steps_of(*load_best_training(tmp_path))
-    # Six syncs make the manifest; the fifth puts the new one in place.
-    assert model_steps == statistics_steps == manifest(tmp_path)["num_timesteps"] == (8 if call < 5 else 16)
+    # After the first sync the new model is in its place.
+    assert model_steps == statistics_steps == manifest(tmp_path)["num_timesteps"] == (8 if call == 0 else 16)
     assert leftovers(tmp_path) == []
     model.learn(8, callback=callback, reset_num_timesteps=False)  # space is back: the same callback goes on
     assert manifest(tmp_path)["num_timesteps"] == 24
@@ -397,7 +399,7 @@ def test_without_resume_the_first_mean_replaces_the_old_best(tmp_path: Path) -> 
     make_model().learn(16, callback=SaveBestTrainingReward(tmp_path))
     make_model((0.0,) * 99).learn(16, callback=SaveBestTrainingReward(tmp_path, resume=False))
     assert manifest(tmp_path)["best_mean_reward"] == 0.0
-    assert manifest(tmp_path)["version"] == 3
+    assert steps_of(*load_best_training(tmp_path)) == (8, 8)
 
 
 def test_one_callback_serves_several_learn_calls(tmp_path: Path) -> None:
@@ -441,14 +443,14 @@ def test_min_episodes_above_the_window_is_refused_and_the_window_itself_is_not(t
 
 
 def test_loading_from_an_empty_folder_says_what_path_must_be(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"best_training_model\.json was not found\. `path` must be the folder"):
+    with pytest.raises(FileNotFoundError, match=r"best_training_model\.zip was not found\. `path` must be the folder"):
         load_best_training(tmp_path)
 
 
 def test_loading_a_pair_with_a_missing_file_names_it(tmp_path: Path) -> None:
     make_model().learn(8, callback=SaveBestTrainingReward(tmp_path))
     load_best_training(tmp_path)[0].unlink()
-    with pytest.raises(FileNotFoundError, match=r"000001\.zip was not found, but .* names it as the best model"):
+    with pytest.raises(FileNotFoundError, match=r"model\.zip was not found, but .* names it as the best model"):
         load_best_training(tmp_path)
 
 
@@ -459,3 +461,31 @@ def test_foreign_manifest_is_refused(tmp_path: Path, text: str) -> None:
         load_best_training(tmp_path)
     with pytest.raises(ValueError, match="Move the file away"):
         make_model().learn(8, callback=SaveBestTrainingReward(tmp_path))
+
+
+def test_damaged_model_is_refused(tmp_path: Path) -> None:
+    make_model().learn(8, callback=SaveBestTrainingReward(tmp_path))
+    path = tmp_path / "best_training_model.zip"
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"model\.zip must be a model that SaveBestTrainingReward saved.*Move it away"):
+        make_model().learn(8, callback=SaveBestTrainingReward(tmp_path))
+    make_model().learn(8, callback=SaveBestTrainingReward(tmp_path, resume=False))
+    assert steps_of(*load_best_training(tmp_path)) == (8, 8)
+
+
+# --- folders of version 0.1.0, whose models do not hold their statistics
+
+
+def test_a_pair_of_an_earlier_version_stays_until_a_better_model_is_saved(tmp_path: Path) -> None:
+    folder = tmp_path / "best"
+    shutil.copytree(Path(__file__).parent / "data" / "0.1.0" / "best_training", folder)
+    pair = load_best_training(folder)
+    assert [path and path.parent.name for path in pair] == ["best_training_model_versions"] * 2
+    best = manifest(folder)["best_mean_reward"]
+    callback = SaveBestTrainingReward(folder)
+    make_model(tuple(best - 100 + r / 100 for r in RISING)).learn(8, callback=callback)
+    assert callback.best_mean_reward == best
+    assert load_best_training(folder) == pair
+    make_model().learn(8, callback=SaveBestTrainingReward(folder))
+    assert load_best_training(folder) == (folder / "best_training_model.zip", folder / "vecnormalize.pkl")
+    assert steps_of(*load_best_training(folder)) == (8, 8)

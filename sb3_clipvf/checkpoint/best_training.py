@@ -1,136 +1,79 @@
 """The callback that keeps the best model of a training, by the mean return of the training's own episodes."""
 
-from __future__ import annotations
-
-import io
 import json
 import logging
 import math
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from stable_baselines3.common.callbacks import BaseCallback
 
+from sb3_clipvf.checkpoint.best_model import publish_statistics, read_score, write_best_model, write_if_changed
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.common.validation import check_int
-from sb3_clipvf.files.atomic import TEMPORARY_FILE, atomic_write, write_error
-from sb3_clipvf.files.statistics import save_statistics
-
-_logger = log
+from sb3_clipvf.files.atomic import remove_unfinished, write_error
+from sb3_clipvf.files.statistics import STATISTICS_FILE
 
 _FORMAT = 1
-_PLAIN_STATISTICS = "vecnormalize.pkl"
-_VERSION_FILE = re.compile(r"\d{6,}\.(zip|pkl)")
-
-
-@dataclass(frozen=True)
-class _Manifest:
-    """
-    The content of ``<name_prefix>.json``: which pair of files is the best model. It is written after them.
-
-    :param best_mean_reward: mean return of the training episodes in the window, in the environment's reward units
-    :param num_timesteps: environment steps of the training when the model was saved
-    :param n_episodes: number of episodes in that mean
-    :param version: counts the saves in the folder, from 1
-    :param model: path of the model's zip, relative to the manifest's folder, with ``/``
-    :param vecnormalize: the same for the VecNormalize statistics, None where the environment has none
-    :param format: version of this layout
-    """
-
-    best_mean_reward: float
-    num_timesteps: int
-    n_episodes: int
-    version: int
-    model: str
-    vecnormalize: str | None
-    format: int = _FORMAT
-
-    def files(self) -> tuple[str, ...]:
-        return (self.model,) if self.vecnormalize is None else (self.model, self.vecnormalize)
-
-    @staticmethod
-    def read(path: Path) -> _Manifest | None:
-        """:return: the manifest at ``path``, None where there is none. :raises ValueError: where it is not readable."""
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return None
-        try:
-            manifest = _Manifest(**json.loads(text))
-            if manifest.format != _FORMAT or not math.isfinite(manifest.best_mean_reward):
-                raise ValueError(f"format {manifest.format}, best_mean_reward {manifest.best_mean_reward}")
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"`{path}` must be a manifest of SaveBestTrainingReward (format {_FORMAT}), got another content "
-                f"({error}). Move the file away, or choose another folder."
-            ) from error
-        return manifest
+"""Version of the layout of ``<name_prefix>.json``."""
 
 
 def load_best_training(
     path: str | os.PathLike[str], name_prefix: str = "best_training_model"
 ) -> tuple[Path, Path | None]:
     """
-    Find the newest complete pair of model and VecNormalize statistics that :class:`SaveBestTrainingReward` saved.
+    Find the model and the ``VecNormalize`` statistics that :class:`SaveBestTrainingReward` saved.
 
-    The two files belong together even where the training was killed while it saved; the plain file names
-    (``best_training_model.zip``, ``vecnormalize.pkl``) give no such promise, as no system renames two files at once.
+    The model's file also holds its statistics. If a kill came before they were copied to their own file, they are
+    copied now, so that the two files belong together.
 
-    :param path: the callback's ``save_path``
-    :param name_prefix: the callback's ``name_prefix``
-    :return: the model's zip, for ``ClipPPO.load``, and the statistics for ``VecNormalize.load``, None where the
-        environment had no VecNormalize
-    :raises FileNotFoundError: where the folder holds no saved model, or one of its files was removed
-    :raises ValueError: where the manifest is not one of this callback
+    :param path: The callback's ``save_path``.
+    :param name_prefix: The callback's ``name_prefix``.
+    :return: The model's zip, for ``ClipPPO.load``, and the statistics, for ``VecNormalize.load``; None if the
+        environment had no ``VecNormalize``.
+    :raises FileNotFoundError: If the folder holds no saved model, or one of its files was removed.
+    :raises ValueError: If the files are damaged, or are not those of this callback.
     """
-    folder = Path(path)
-    manifest_path = folder / f"{name_prefix}.json"
-    manifest = _Manifest.read(manifest_path)
-    if manifest is None:
+    best = _find_best(Path(path), name_prefix)
+    if best is None:
         raise FileNotFoundError(
-            f"{manifest_path} was not found. `path` must be the folder that SaveBestTrainingReward saved into, and "
-            "`name_prefix` its prefix; a training that ended fewer than `min_episodes` episodes saves nothing."
+            f"{Path(path, name_prefix)}.zip was not found. `path` must be the folder that SaveBestTrainingReward saved "
+            "into, and `name_prefix` its prefix; a training with fewer than `min_episodes` episodes saves nothing."
         )
-    for name in manifest.files():
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder / name} was not found, but {manifest_path} names it as the best model. Bring the file back, "
-                "or remove the manifest to begin anew."
-            )
-    statistics = None if manifest.vecnormalize is None else folder / manifest.vecnormalize
-    return folder / manifest.model, statistics
+    return best.model, best.statistics
 
 
 class SaveBestTrainingReward(BaseCallback):
     """
-    Keep the model with the best mean return of the training episodes, with its VecNormalize statistics.
+    Keep the model with the best mean return of the training episodes, with its ``VecNormalize`` statistics.
 
-    The mean is the logged ``rollout/ep_rew_mean``: over the last ``stats_window_size`` episodes (100 unless the
-    algorithm was given another number), as Monitor recorded them, before VecNormalize. It is compared at the end of
-    each rollout, before the update, so the saved policy is the one that collected the last of these episodes.
+    The mean is the logged ``rollout/ep_rew_mean``: over the last ``stats_window_size`` episodes (100 by default), as
+    ``Monitor`` recorded them, before ``VecNormalize``. It is compared at the end of each rollout, before the update, so
+    the saved policy is the one that collected the last of these episodes.
 
-    Files in ``save_path``, a folder for this callback alone (replaced atomically, one after the other):
+    Files in ``save_path``, which is a folder for this callback alone:
 
-    - ``<name_prefix>.zip`` and ``vecnormalize.pkl``: the best model and its statistics, under plain names;
-    - ``<name_prefix>.json``: the best mean return, its environment step, and the names of the matching pair;
-    - ``<name_prefix>_versions/``: that pair, and the one before it. :func:`load_best_training` finds the pair.
+    - ``<name_prefix>.zip``: the best model, with its statistics and its mean return, replaced atomically;
+    - ``vecnormalize.pkl``: a copy of the statistics;
+    - ``<name_prefix>.json``: the best mean return, its environment step, and the names of the two files.
 
-    No save is ever half done: the pair in the manifest stays complete through a kill, a full disk or a power cut.
+    A kill, a full disk or a power cut leaves either the earlier best model or the new one. The copies are written
+    after it; :func:`load_best_training` completes them if a kill came in between.
 
-    :param save_path: folder to save into; made where it does not exist
-    :param name_prefix: first part of the file names, without a folder
-    :param min_episodes: number of episodes in the window from which a mean counts, at most ``stats_window_size``.
-        None (default): a full window, since a mean of few episodes is often high by luck and would then stand
-        unbeaten. Where a training ends without reaching it, a warning says so.
-    :param check_freq: also compare every ``check_freq`` calls, that is every ``check_freq * n_envs`` environment
-        steps; None (default): at the end of rollouts only
-    :param resume: start from the best mean return that ``save_path`` already holds, so that an interrupted training
-        goes on; False: the first full mean replaces it
-    :param verbose: 1: log each save at INFO level to the logger ``sb3_clipvf``
-    :raises ValueError, TypeError: for values outside these rules
-    :raises OSError: while training, where a file cannot be written; the best model so far stays as it was
+    :param save_path: Folder to save into; it is created if it does not exist.
+    :param name_prefix: First part of the file names, without a folder.
+    :param min_episodes: Number of episodes in the window from which a mean counts, at most ``stats_window_size``. None
+        (default): a full window, since a mean of few episodes is often high by luck and would then stay unbeaten. A
+        warning is logged if a training ends without reaching it.
+    :param check_freq: Number of calls after which means are also compared within a rollout, that is every
+        ``check_freq * n_envs`` environment steps. None (default): only at the end of rollouts.
+    :param resume: Whether to start from the best mean return that ``save_path`` holds, as a resumed training needs.
+        False: the first full mean replaces it.
+    :param verbose: 1: log each save at INFO level to the logger ``sb3_clipvf``.
+    :raises ValueError, TypeError: If an argument is outside these rules.
+    :raises OSError: While training, if a file cannot be written.
     """
 
     def __init__(
@@ -157,27 +100,14 @@ class SaveBestTrainingReward(BaseCallback):
         self.check_freq = check_freq
         self.resume = resume
         self.best_mean_reward = -math.inf
-        self._manifest: _Manifest | None = None
         self._most_episodes = 0
-        self._started = False
+        self._is_started = False
         self._warned: set[str] = set()
 
     @property
     def manifest_path(self) -> Path:
-        """The file that names the best model's pair."""
+        """File with the best mean return, its environment step, and the names of the best model's files."""
         return self.save_path / f"{self.name_prefix}.json"
-
-    def _window(self) -> int:
-        buffer = self.model.ep_info_buffer
-        return 0 if buffer is None or buffer.maxlen is None else buffer.maxlen
-
-    def _n_required(self) -> int:
-        return self._window() if self.min_episodes is None else self.min_episodes
-
-    def _warn_once(self, key: str, text: str) -> None:
-        if key not in self._warned:
-            self._warned.add(key)
-            _logger.warning(text)
 
     def _init_callback(self) -> None:
         if self._n_required() > self._window():
@@ -185,25 +115,26 @@ class SaveBestTrainingReward(BaseCallback):
                 f"`min_episodes` must be at most the model's `stats_window_size` ({self._window()}), got "
                 f"{self.min_episodes}. The mean is taken over that window; pass a larger `stats_window_size` to it."
             )
-        if self._started:  # learn() is called again: the best so far is known
+        if self._is_started:  # learn() is called again: the best so far is known
             return
         try:
             self.save_path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise write_error(self.save_path, error) from error
-        self._manifest = _Manifest.read(self.manifest_path)
-        self._started = True
-        if self._manifest is None or not self.resume:
+        remove_unfinished(self.save_path, rf"{re.escape(self.name_prefix)}\.(zip|json)")
+        best = _find_best(self.save_path, self.name_prefix) if self.resume else None
+        self._is_started = True
+        if best is None:
             return
-        self.best_mean_reward = self._manifest.best_mean_reward
-        load_best_training(self.save_path, self.name_prefix)  # raises where a file of the pair is missing
-        self._publish(self._manifest)  # a kill may have come between the manifest and the plain names
-        text = (
-            f"{self.manifest_path} holds a best mean training return of {self.best_mean_reward:.2f}; only a better one "
-            "replaces it. For a new training choose another `save_path`, or pass resume=False."
+        self.best_mean_reward = best.mean_reward
+        # A model at step 0 may be a new training in an old folder, which would then save nothing for a long time.
+        log.log(
+            logging.WARNING if self.model.num_timesteps == 0 else logging.INFO,
+            "%s holds a best mean training return of %.2f; only a better one replaces it. For a new training choose "
+            "another `save_path`, or pass resume=False.",
+            self.save_path,
+            self.best_mean_reward,
         )
-        # A model at step 0 may be a new training in an old folder, which would then save nothing for long.
-        _logger.log(logging.WARNING if self.model.num_timesteps == 0 else logging.INFO, text)
 
     def _on_step(self) -> bool:
         if self.check_freq is not None and self.n_calls % self.check_freq == 0:
@@ -214,86 +145,102 @@ class SaveBestTrainingReward(BaseCallback):
         self._save_if_best()
 
     def _on_training_end(self) -> None:
-        if not self._started:  # the RL Zoo ends callbacks also where `learn` fails before it begins
+        if not self._is_started:  # the RL Zoo ends callbacks also if `learn` fails before it begins
             return
         if self.best_mean_reward == -math.inf and self._most_episodes < self._n_required():
             self._warn_once(
-                "never",
                 f"SaveBestTrainingReward saved no model: {self._most_episodes} training episodes ended, and "
                 f"{self._n_required()} are needed. Pass a smaller `min_episodes`, or train longer; if no episode is "
-                "counted at all, wrap the environment in Monitor or VecMonitor.",
+                "counted at all, wrap the environment in Monitor or VecMonitor."
             )
 
+    def _window(self) -> int:
+        buffer = self.model.ep_info_buffer
+        return 0 if buffer is None or buffer.maxlen is None else buffer.maxlen
+
+    def _n_required(self) -> int:
+        return self._window() if self.min_episodes is None else self.min_episodes
+
     def _save_if_best(self) -> None:
-        episodes = self.model.ep_info_buffer or ()
-        returns = [float(episode["r"]) for episode in episodes]
+        returns = [float(episode["r"]) for episode in self.model.ep_info_buffer or ()]
         self._most_episodes = max(self._most_episodes, len(returns))
         if len(returns) < self._n_required():
             return
         mean_reward = math.fsum(returns) / len(returns)
         if not math.isfinite(mean_reward):
-            self._warn_once(
-                "finite", f"The mean training return is {mean_reward}: SaveBestTrainingReward saves no model of it."
-            )
+            self._warn_once(f"The mean training return is {mean_reward}: SaveBestTrainingReward saves no model of it.")
         elif mean_reward > self.best_mean_reward:
             self._save(mean_reward, len(returns))
 
     def _save(self, mean_reward: float, n_episodes: int) -> None:
-        """Write the pair under new names, then the manifest, then the plain names. The order is the safety."""
-        self.num_timesteps = self.model.num_timesteps
-        version = 1 if self._manifest is None else self._manifest.version + 1
-        versions = f"{self.name_prefix}_versions"
-        vec_normalize = self.model.get_vec_normalize_env()
-        manifest = _Manifest(
-            best_mean_reward=mean_reward,
-            num_timesteps=self.num_timesteps,
-            n_episodes=n_episodes,
-            version=version,
-            model=f"{versions}/{version:06d}.zip",
-            vecnormalize=None if vec_normalize is None else f"{versions}/{version:06d}.pkl",
-        )
-        # In memory first: torch turns an error of the disk in the middle of its zip into another, misleading one.
-        buffer = io.BytesIO()
-        self.model.save(buffer)
-        try:
-            (self.save_path / versions).mkdir(exist_ok=True)
-        except OSError as error:
-            raise write_error(self.save_path / versions, error) from error
-        try:
-            with atomic_write(self.save_path / manifest.model) as file:
-                file.write(buffer.getbuffer())
-            if vec_normalize is not None and manifest.vecnormalize is not None:
-                save_statistics(vec_normalize, self.save_path / manifest.vecnormalize)
-            with atomic_write(self.manifest_path) as file:
-                file.write(json.dumps(asdict(manifest), indent=2).encode() + b"\n")
-        except OSError:  # leave a full disk no fuller than it was; the manifest may be the new one already
-            self._remove_all_but(_Manifest.read(self.manifest_path), self._manifest)
-            raise
-        previous, self._manifest = self._manifest, manifest
+        score = {"mean_reward": mean_reward, "num_timesteps": self.model.num_timesteps, "n_episodes": n_episodes}
+        write_best_model(self.save_path / f"{self.name_prefix}.zip", self.model, score)
         self.best_mean_reward = mean_reward
-        self._publish(manifest)
-        if previous is not None and previous.vecnormalize is not None and vec_normalize is None:
-            (self.save_path / _PLAIN_STATISTICS).unlink(missing_ok=True)  # they would not belong to this model
-        self._remove_all_but(manifest, previous)
+        _find_best(self.save_path, self.name_prefix)  # writes the copies
         if self.verbose >= 1:
             text = "New best mean training return %.2f over %d episodes at step %d, saved to %s"
-            _logger.info(text, mean_reward, n_episodes, self.num_timesteps, self.save_path)
+            log.info(text, mean_reward, n_episodes, self.model.num_timesteps, self.save_path)
 
-    def _publish(self, manifest: _Manifest) -> None:
-        """Copy the pair to its plain names: copies, since a program that writes to a link would change the pair."""
-        copies = {self.save_path / f"{self.name_prefix}.zip": self.save_path / manifest.model}
-        if manifest.vecnormalize is not None:
-            copies[self.save_path / _PLAIN_STATISTICS] = self.save_path / manifest.vecnormalize
-        for plain, source in copies.items():
-            content = source.read_bytes()
-            with atomic_write(plain) as file:
-                file.write(content)
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            log.warning(text)
 
-    def _remove_all_but(self, *manifests: _Manifest | None) -> None:
-        """Remove older pairs and what a killed save left; the pair before the newest stays for who reads just now."""
-        kept = {Path(name).name for manifest in manifests if manifest is not None for name in manifest.files()}
-        versions = self.save_path / f"{self.name_prefix}_versions"
-        for path in list(versions.iterdir()):
-            ours = _VERSION_FILE.fullmatch(path.name) or TEMPORARY_FILE.fullmatch(path.name)
-            if ours and path.name not in kept:
-                path.unlink(missing_ok=True)
+
+@dataclass(frozen=True)
+class _Best:
+    mean_reward: float
+    model: Path
+    statistics: Path | None
+
+
+def _find_best(folder: Path, name_prefix: str) -> _Best | None:
+    """Find the best model of a folder, and complete the copies of what its file holds."""
+    model, manifest = (folder / f"{name_prefix}.{suffix}" for suffix in ("zip", "json"))
+    statistics = folder / STATISTICS_FILE
+    try:
+        score = read_score(model)
+    except ValueError as error:
+        raise ValueError(
+            f"{model} must be a model that SaveBestTrainingReward saved, but {error}. Move it away, or choose another "
+            "folder."
+        ) from error
+    if score is None:
+        return _read_manifest(manifest)
+    has_statistics = publish_statistics(model, statistics)
+    content = {
+        "best_mean_reward": score["mean_reward"],
+        "num_timesteps": score.get("num_timesteps"),
+        "n_episodes": score.get("n_episodes"),
+        "model": model.name,
+        "vecnormalize": statistics.name if has_statistics else None,
+        "format": _FORMAT,
+    }
+    write_if_changed(manifest, json.dumps(content, indent=2).encode() + b"\n")
+    return _Best(score["mean_reward"], model, statistics if has_statistics else None)
+
+
+def _read_manifest(path: Path) -> _Best | None:
+    """Read the manifest of an earlier version, whose models do not hold their statistics: it names a pair of files."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    try:
+        content = json.loads(text)
+        statistics = content["vecnormalize"] and path.parent / content["vecnormalize"]
+        best = _Best(float(content["best_mean_reward"]), path.parent / content["model"], statistics)
+        if content["format"] != _FORMAT or not math.isfinite(best.mean_reward):
+            raise ValueError(f"format {content['format']}, best_mean_reward {best.mean_reward}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"`{path}` must be a manifest of SaveBestTrainingReward (format {_FORMAT}), got another content "
+            f"({error}). Move the file away, or choose another folder."
+        ) from error
+    for file in (best.model, best.statistics):
+        if file is not None and not file.is_file():
+            raise FileNotFoundError(
+                f"{file} was not found, but {path} names it as the best model. Bring the file back, or remove the "
+                "manifest to start again."
+            )
+    return best

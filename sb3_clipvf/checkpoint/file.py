@@ -18,7 +18,7 @@ from sb3_clipvf.checkpoint.training_state import TrainingState
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.common.versions import installed_versions
 from sb3_clipvf.files import codec
-from sb3_clipvf.files.archive import SMALL, check_inner_zip, check_json, entries_of, read_bytes
+from sb3_clipvf.files.archive import check_inner_zip, check_json, entries_of, read_bytes, read_json
 from sb3_clipvf.files.codec import encoded
 
 FORMAT = 1
@@ -216,7 +216,7 @@ def _manifest(path: Path, stream: Any) -> CheckpointManifest:
     try:
         with zipfile.ZipFile(stream) as archive:
             is_model = "data" in archive.namelist()
-            values = _parsed_manifest(path, archive) if _MANIFEST in archive.namelist() else None
+            values = read_json(archive, _MANIFEST) if _MANIFEST in archive.namelist() else None
         if values is None and not is_model:
             raise DamagedCheckpointError(f"{path} holds no model. Use another checkpoint.")
         if values is not None and values["format"] == FORMAT:
@@ -234,15 +234,6 @@ def _manifest(path: Path, stream: Any) -> CheckpointManifest:
         f"{path} has the format {values['format']}, and this version of sb3_clipvf reads {FORMAT}. Resume it with "
         f"sb3_clipvf {values.get('versions', {}).get('sb3_clipvf', 'of that time')}."
     )
-
-
-def _parsed_manifest(path: Path, archive: zipfile.ZipFile) -> Any:
-    # Of a file whose size has not been checked.
-    if archive.getinfo(_MANIFEST).file_size > SMALL:
-        raise DamagedCheckpointError(f"{path} has a manifest of more than {SMALL:,} bytes. Use another checkpoint.")
-    raw = archive.read(_MANIFEST)
-    check_json(f"{_MANIFEST} in {path}", raw)
-    return json.loads(raw)
 
 
 def _digest(content: bytes) -> str:

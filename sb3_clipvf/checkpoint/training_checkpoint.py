@@ -5,7 +5,6 @@ import inspect
 import logging
 import math
 import os
-import re
 import time
 import uuid
 from pathlib import Path
@@ -25,14 +24,12 @@ from sb3_clipvf.checkpoint.training_state import TrainingState, training_state
 from sb3_clipvf.checkpoint.vec_env_state import describe_vec_env, vec_env_state
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.common.validation import check_bool, check_choice, check_folder, check_int
-from sb3_clipvf.files.atomic import TEMPORARY_FILE, atomic_write
+from sb3_clipvf.files.atomic import atomic_write, remove_unfinished
 
 BEST_NAME = "best_checkpoint.zip"
 
 COPY_SHARE = 0.01
 """The part of a training's time that may go into copies in memory, which signals save."""
-
-_TEMPORARY = re.compile(r"\.((best_)?checkpoint_?\d*\.zip|nonfinite_\d+\.npz)\..*")
 
 
 class TrainingCheckpoint(BaseCallback):
@@ -281,9 +278,7 @@ class TrainingCheckpoint(BaseCallback):
 
     def _look_into_folder(self) -> None:
         """Find earlier checkpoints, which the serial numbers go on from, and remove what killed writes left."""
-        for path in list(self.path.iterdir()):
-            if TEMPORARY_FILE.fullmatch(path.name) and _TEMPORARY.fullmatch(path.name):
-                path.unlink(missing_ok=True)
+        remove_unfinished(self.path, r"(best_)?checkpoint_?\d*\.zip|nonfinite_\d+\.npz")
         best = self.path / BEST_NAME
         manifests = {}
         for path in [*sorted_checkpoints(self.path), *([best] if best.exists() else [])]:

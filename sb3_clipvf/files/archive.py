@@ -2,11 +2,13 @@
 
 import contextlib
 import io
+import json
 import os
 import pathlib
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 from stable_baselines3.common.save_util import open_path
 
@@ -116,6 +118,15 @@ def check_json(name: str, content: bytes) -> None:
     """
     n_values = sum(map(content.count, (b",", b"[", b"{")))
     _check_size(f"the values of {name}", len(content) + BYTES_OF_VALUE * n_values)
+
+
+def read_json(archive: zipfile.ZipFile, entry: str) -> Any:
+    """Read a small entry of a zip whose sizes have not been checked."""
+    if archive.getinfo(entry).file_size > SMALL:
+        raise ValueError(f"{entry} is larger than {SMALL:,} bytes")
+    raw = archive.read(entry)
+    check_json(entry, raw)
+    return json.loads(raw)
 
 
 def _is_zip(content: bytes) -> bool:

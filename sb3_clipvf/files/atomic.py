@@ -8,9 +8,6 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-TEMPORARY_FILE = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
-"""Names that a killed :func:`atomic_write` may leave behind."""
-
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[io.BufferedWriter]:
@@ -42,6 +39,14 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[io.BufferedWriter]:
         with contextlib.suppress(OSError):  # it is gone after the rename; a second error must not hide the first
             temporary.unlink()
     _sync_folder(target.parent)
+
+
+def remove_unfinished(folder: Path, names: str) -> None:
+    """Remove the temporary files of killed writes from a folder, of files whose names match a regular expression."""
+    pattern = re.compile(rf"\.({names})\.\d+-[0-9a-f]{{8}}\.tmp")
+    for path in list(folder.iterdir()):
+        if pattern.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def write_error(path: Path, error: OSError) -> OSError:

@@ -14,7 +14,6 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_clipvf.files.archive import read_bytes
-from sb3_clipvf.files.atomic import atomic_write
 from sb3_clipvf.files.trust import TrustPickle, trust_of
 from sb3_clipvf.files.unpickle import named_errors, rebuilt
 
@@ -103,20 +102,9 @@ def _check_statistics(name: str, vec_normalize: VecNormalize) -> None:
         raise ValueError(f"{name} must hold complete statistics, but some are missing. Save them again.")
 
 
-def save_statistics(normalizer: VecNormalize, path: Path) -> bytes:
-    """
-    Write the statistics of ``VecNormalize`` at once or not at all, whichever way its class writes.
-
-    :param normalizer: SB3's, this package's or another one.
-    :param path: The file.
-    :return: Its content.
-    :raises OSError: If it cannot be written; what it held before is unchanged.
-    """
-    # Not by the name of the open file: FastVecNormalize puts another one in its place, which Windows forbids.
+def statistics_bytes(normalizer: VecNormalize) -> bytes:
+    """Return what ``normalizer.save`` writes, whichever way its class writes it."""
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder, path.name)
-        normalizer.save(str(copy))
-        content = copy.read_bytes()
-    with atomic_write(path) as file:
-        file.write(content)
-    return content
+        path = Path(folder, STATISTICS_FILE)
+        normalizer.save(str(path))
+        return path.read_bytes()

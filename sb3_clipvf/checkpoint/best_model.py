@@ -1,0 +1,66 @@
+"""
+The file of a best model: one zip with the model, its ``VecNormalize`` statistics and its score, replaced atomically.
+
+No system replaces two files at once, so the copy of the statistics beside it, which SB3 and the RL Zoo read, is written
+afterwards and compared whenever the file is read.
+"""
+
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from sb3_clipvf.files.archive import entries_of, read_bytes, read_json, reason_of
+from sb3_clipvf.files.atomic import atomic_write
+from sb3_clipvf.files.statistics import STATISTICS_FILE, statistics_bytes
+
+SCORE_ENTRY = "evaluation.json"
+"""Name of the score in the zip; the statistics have the name of their own file."""
+
+
+def write_best_model(path: Path, model: BaseAlgorithm, score: dict[str, Any]) -> None:
+    """Write a model with its statistics and its score (``mean_reward``, and what else JSON can hold)."""
+    # In memory first: torch turns an error of the disk in the middle of its zip into another, misleading one.
+    content = io.BytesIO()
+    model.save(content)
+    normalizer = model.get_vec_normalize_env()
+    with zipfile.ZipFile(content, "a") as archive:
+        archive.writestr(SCORE_ENTRY, json.dumps(score))
+        if normalizer is not None:
+            archive.writestr(STATISTICS_FILE, statistics_bytes(normalizer))
+    with atomic_write(path) as file:
+        file.write(content.getbuffer())
+
+
+def read_score(path: Path) -> dict[str, Any] | None:
+    """Return the score in a model's file, None without one. Raise a ValueError if it cannot be read."""
+    if not path.exists():
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            score = read_json(archive, SCORE_ENTRY) if SCORE_ENTRY in archive.namelist() else None
+        if score is not None and not (isinstance(score, dict) and isinstance(score.get("mean_reward"), float)):
+            raise ValueError("it holds no mean return")
+    except Exception as error:  # a damaged zip raises whatever its parts lead to
+        raise ValueError(f"the evaluation in it could not be read ({reason_of(error)})") from error
+    return score
+
+
+def publish_statistics(path: Path, copy: Path) -> bool:
+    """Make ``copy`` equal to the statistics in a best model's file. Return False, and remove it, if there are none."""
+    statistics = dict(entries_of(*read_bytes(path, None))).get(STATISTICS_FILE)
+    if statistics is None:
+        copy.unlink(missing_ok=True)  # it belongs to another model
+        return False
+    write_if_changed(copy, statistics)
+    return True
+
+
+def write_if_changed(path: Path, content: bytes) -> None:
+    """Write a file atomically, unless it has this content."""
+    if not path.exists() or path.read_bytes() != content:
+        with atomic_write(path) as file:
+            file.write(content)
