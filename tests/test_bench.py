@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from sb3_clipvf import zoo
-from sb3_clipvf.zoo.experiment import check_hyperparams
+from sb3_clipvf.zoo.settings import check_hyperparams
 from tests.bench import learning, training_runs
 from tests.bench.__main__ import main as run_benchmark
 from tests.bench.learning import ROWS, main

@@ -22,7 +22,7 @@ from sb3_clipvf import ClipPPO
 from sb3_clipvf.schedules import make_schedule
 from sb3_clipvf.zoo import COMMANDS
 from sb3_clipvf.zoo.entries import ZOO_KEYS
-from sb3_clipvf.zoo.experiment import constructor_keys
+from sb3_clipvf.zoo.settings import constructor_keys
 from tests import bench
 from tests.bench.__main__ import BENCHMARKS
 

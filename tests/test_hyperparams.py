@@ -14,7 +14,8 @@ import yaml
 
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.zoo import defaults, register
-from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager, check_hyperparams
+from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
+from sb3_clipvf.zoo.settings import check_hyperparams
 from tests.bench import curves, learning
 
 register()

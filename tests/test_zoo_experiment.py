@@ -18,8 +18,8 @@ from sb3_clipvf import ClipPPO, TensorRolloutBuffer
 from sb3_clipvf.envs import FastDummyVecEnv, FastVecNormalize
 from sb3_clipvf.zoo import hyperparams_path, register
 from sb3_clipvf.zoo.entries import ZOO_KEYS
-from sb3_clipvf.zoo.experiment import COMMAND_LINE_KEYS, ClipPPOExperimentManager, constructor_keys, experiment_manager
-from sb3_clipvf.zoo.settings import check_setting, import_packages
+from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager, experiment_manager
+from sb3_clipvf.zoo.settings import COMMAND_LINE_KEYS, check_hyperparams, constructor_keys, import_packages
 
 register()
 
@@ -411,8 +411,7 @@ def test_an_option_that_no_file_can_hold_is_refused_at_the_start(tmp_path: Path)
 def test_the_zoos_own_settings_pass_the_checks() -> None:
     entries = yaml.safe_load((Path(rl_zoo3.__file__).parent / "hyperparams" / "ppo.yml").read_text())
     for name, entry in entries.items():
-        for key, value in entry.items():
-            check_setting(key, value, name)
+        check_hyperparams(entry, (), name)
 
 
 def test_an_atari_game_without_an_entry_is_refused(tmp_path: Path) -> None:

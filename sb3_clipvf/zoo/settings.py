@@ -1,6 +1,8 @@
 """Checks of the settings that the RL Zoo itself reads: their file, their values, and what they import."""
 
+import difflib
 import importlib
+import inspect
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,9 +16,19 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from sb3_clipvf.common.validation import check_float, check_int, check_keywords
+from sb3_clipvf.clip_ppo import ClipPPO
+from sb3_clipvf.common.validation import check_float, check_int, check_keywords, wrong_type
 from sb3_clipvf.files.archive import reason_of
-from sb3_clipvf.zoo.entries import WRAPPER_FUNCTIONS, items, with_arguments
+from sb3_clipvf.zoo.entries import WRAPPER_FUNCTIONS, ZOO_KEYS, items, with_arguments
+
+COMMAND_LINE_KEYS = {
+    "device": "`--device`",
+    "env": "`--env`",
+    "seed": "`--seed`",
+    "tensorboard_log": "`--tensorboard-log`",
+    "verbose": "`--verbose`",
+}
+"""Arguments of ClipPPO that the RL Zoo sets from its command line, so that the settings must not."""
 
 # ClipPPO itself checks the bases of `policy` and `rollout_buffer_class`.
 _IMPORTED: dict[str, type] = {
@@ -68,29 +80,39 @@ def _check_config_file(config: str, rule: str) -> None:
             raise ValueError(f"{rule}, got {value!r} for {key} in {config}. Write its settings indented below it.")
 
 
-def check_setting(key: str, value: Any, where: str) -> None:
-    """Check the value of a key that the RL Zoo reads, without importing what it names; ``where`` is for messages."""
-    check = _CHECKS.get(key)
-    if check is not None:
-        check(key, value, where)
+def constructor_keys() -> frozenset[str]:
+    """Return the arguments of ClipPPO that the settings may hold."""
+    names = inspect.signature(ClipPPO.__init__).parameters
+    return frozenset(names) - {"self", "_init_setup_model", *COMMAND_LINE_KEYS}
 
 
-def check_imports(key: str, value: Any, where: str) -> None:
-    """Check that the classes named by a checked value exist, fit the key, and take the arguments beside them."""
-    if key not in _IMPORTED:
-        return
-    for named, kwargs in with_arguments(value):
-        if not isinstance(named, str) or (key == "policy" and "." not in named):
-            continue
-        module, _, name = named.rpartition(".")
-        found = _imported(f"`{key}` must name something that can be imported, got {named!r} in {where}", module, name)
-        if found is None:
+def check_hyperparams(hyperparams: dict[str, Any], overrides: Iterable[str], source: str) -> None:
+    """
+    Refuse settings that neither the RL Zoo nor ClipPPO would use, or that the files of a run cannot hold.
+
+    ``overrides`` are the keys given on the command line; ``source`` names the origin of the others for messages. What
+    ClipPPO's constructor checks itself is not checked here.
+    """
+    overridden = set(overrides)
+    for key, value in hyperparams.items():
+        where = "`-params`" if key in overridden else source
+        _check_key(key, where)
+        if isinstance(value, str) and _is_number(value):
+            way_out = f"YAML needs a point in it, as in 1.0e-3, or a tag: !!float {value}."
+            if key in overridden:
+                way_out = f"Write `{key}:{value}`."
+            raise ValueError(f"`{key}` must be a number, got the text {value!r} in {where}. {way_out}")
+        if key in _CHECKS:
+            _CHECKS[key](key, value, where)
+    for key in ("policy", "n_timesteps"):
+        if key not in hyperparams:
             raise ValueError(
-                f"`{key}` must name something that its module holds, got {named!r} in {where}: {module} has no "
-                f"{name!r}. Correct the name."
+                f"`{key}` must be set for each environment, got none in {source}. Add a line `{key}: ...`."
             )
-        _check_class(key, named, found, where)
-        check_keywords(key, kwargs, found, _TAKEN, f"It stands in {where}. Correct it, or leave it out.")
+    for key, value in hyperparams.items():
+        where = "`-params`" if key in overridden else source
+        _check_imports(key, value, where)
+        check_saved(key, value, where)
 
 
 def import_packages(names: Iterable[Any] | None, where: str) -> None:
@@ -109,6 +131,36 @@ def check_saved(key: str, value: Any, where: str) -> None:
             f"`{key}` must be what the files of the run can hold, got {value!r} in {where}: {reason_of(error)}. Define "
             "functions and classes in a module that can be imported, and leave out lambdas."
         ) from error
+
+
+def _check_key(key: str, where: str) -> None:
+    if key in COMMAND_LINE_KEYS:
+        raise ValueError(
+            f"`{key}` must be given by the option {COMMAND_LINE_KEYS[key]}, got it in {where}. Remove it there."
+        )
+    legal = constructor_keys() | ZOO_KEYS
+    if key not in legal:
+        near = difflib.get_close_matches(str(key), sorted(legal), n=1)
+        hint = f"Did you mean `{near[0]}`?" if near else f"The keys are: {', '.join(sorted(legal))}."
+        raise ValueError(f"`{key}` must be an argument of ClipPPO or a key of the RL Zoo, got it in {where}. {hint}")
+
+
+def _check_imports(key: str, value: Any, where: str) -> None:
+    """Check that the classes named by a checked value exist, fit the key, and take the arguments beside them."""
+    if key not in _IMPORTED:
+        return
+    for named, kwargs in with_arguments(value):
+        if not isinstance(named, str) or (key == "policy" and "." not in named):
+            continue
+        module, _, name = named.rpartition(".")
+        found = _imported(f"`{key}` must name something that can be imported, got {named!r} in {where}", module, name)
+        if found is None:
+            raise ValueError(
+                f"`{key}` must name something that its module holds, got {named!r} in {where}: {module} has no "
+                f"{name!r}. Correct the name."
+            )
+        _check_class(key, named, found, where)
+        check_keywords(key, kwargs, found, _TAKEN, f"It stands in {where}. Correct it, or leave it out.")
 
 
 def _imported(rule: str, module: str, name: str | None = None) -> Any:
@@ -135,10 +187,18 @@ def _check_class(key: str, named: str, found: Any, where: str) -> None:
         raise ValueError(f"`{key}` must name a class, got {named!r} in {where}, which is not a class. {_CLASS_TEXT}")
 
 
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _check_whole(key: str, value: Any, where: str) -> None:
     way_out = f"It stands in {where}. Write it without a point."
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"`{key}` must be a whole number, got {value!r} of type {type(value).__name__}. {way_out}")
+    if not isinstance(value, numbers.Integral):  # the Zoo does not convert whole floats
+        raise wrong_type(key, "a whole number", value, way_out)
     check_int(key, value, 1, way_out)
 
 
@@ -153,28 +213,20 @@ def _check_frames(key: str, value: Any, where: str) -> None:
 
 def _check_dict(key: str, value: Any, where: str) -> None:
     if value is not None and not isinstance(value, Mapping):
-        raise TypeError(
-            f"`{key}` must be a dict, got {value!r} of type {type(value).__name__} in {where}. Write its entries "
-            "indented below it."
-        )
+        raise wrong_type(key, "a dict", value, f"It stands in {where}. Write its entries indented below it.")
     _check_text_keys(key, value or {}, where)
 
 
 def _check_evaluated(key: str, value: Any, where: str) -> None:
-    # The Zoo runs text as Python.
     if isinstance(value, str):
+        rule = f"`{key}` must be a dict, or Python text that makes one"
+        way_out = 'Write for example "dict(...)".'
         try:
             value = eval(value, dict(vars(exp_manager)))  # as the Zoo will
         except Exception as error:
-            raise ValueError(
-                f"`{key}` must be a dict, or Python text that makes one, got {value!r} in {where}: "
-                f'{type(error).__name__}: {error}. Write for example "dict(...)".'
-            ) from error
+            raise ValueError(f"{rule}, got {value!r} in {where}: {type(error).__name__}: {error}. {way_out}") from error
         if not isinstance(value, dict):
-            raise TypeError(
-                f"`{key}` must be a dict, or Python text that makes one, got text that makes {value!r} in {where}. "
-                'Write for example "dict(...)".'
-            )
+            raise TypeError(f"{rule}, got text that makes {value!r} in {where}. {way_out}")
     _check_dict(key, value, where)
     called = {"monitor_kwargs": Monitor, "normalize": VecNormalize}.get(key)
     if called is not None:
@@ -188,10 +240,7 @@ def _check_normalize(key: str, value: Any, where: str) -> None:
 
 def _check_policy(key: str, value: Any, where: str) -> None:
     if not isinstance(value, str):
-        raise TypeError(
-            f"`{key}` must be text, got {value!r} of type {type(value).__name__} in {where}. Write MlpPolicy, or "
-            "`package.module.Class`."
-        )
+        raise wrong_type(key, "text", value, f"It stands in {where}. Write MlpPolicy, or `package.module.Class`.")
     if "." in value:  # ClipPPO itself checks names of its own policies
         _check_named(key, value, where)
 

@@ -166,7 +166,7 @@ def _changes(kind: str) -> SearchStrategy[dict[str, Any]]:
         names = sorted(set(inspect.signature(ClipPPO.__init__).parameters) - _LEFT_OUT)
         return st.dictionaries(st.sampled_from(names), _values(), min_size=1, max_size=3)
     from sb3_clipvf.zoo.entries import ZOO_KEYS
-    from sb3_clipvf.zoo.experiment import COMMAND_LINE_KEYS, constructor_keys
+    from sb3_clipvf.zoo.settings import COMMAND_LINE_KEYS, constructor_keys
 
     keys = sorted({*constructor_keys(), *ZOO_KEYS, *COMMAND_LINE_KEYS, "clip_rang", "buffer_size"})
     pair = st.sampled_from(keys).flatmap(lambda key: st.tuples(st.just(key), _scalars(large=key not in _NOT_LARGE)))
