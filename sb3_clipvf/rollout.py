@@ -1,4 +1,4 @@
-"""Rollouts: generalised advantage estimation, and the buffer that holds one rollout and draws minibatches from it."""
+"""Generalised advantage estimation (GAE), and the buffer that holds one rollout and yields its minibatches."""
 
 import inspect
 from collections.abc import Generator
@@ -24,27 +24,26 @@ def gae(
     gae_lambda: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    Advantages and lambda-returns of a rollout.
+    Compute the advantages and lambda-returns of a rollout.
 
     ``delta_t = r_t + gamma * V_{t+1} * (1 - done_t) - V_t`` and
     ``A_t = delta_t + gamma * lambda * (1 - done_t) * A_{t+1}``; the returns are ``A_t + V_t``.
 
-    :param rewards: Shape ``(n_steps, n_envs)``; a truncated episode's last reward already holds ``gamma * V`` of its
+    :param rewards: Shape ``(n_steps, n_envs)``. The last reward of a truncated episode includes ``gamma * V`` of its
         final observation.
     :param values: V_old of each observation, shape ``(n_steps, n_envs)``, return units.
-    :param episode_starts: 1 where an observation is the first of its episode, shape ``(n_steps, n_envs)``.
-    :param last_values: V_old of the observation after the last step, shape ``(n_envs,)``.
+    :param episode_starts: 1 where an observation is the first of its episode, else 0, shape ``(n_steps, n_envs)``.
+    :param last_values: V_old of the observations after the last step, shape ``(n_envs,)``.
     :param dones: Whether the last step ended an episode, shape ``(n_envs,)``.
     :param gamma: Discount factor, in [0, 1].
     :param gae_lambda: lambda, in [0, 1].
     :return: Advantages and returns, each of shape ``(n_steps, n_envs)`` and the dtype of ``values``.
     Source: Schulman et al. 2016, arXiv 1506.02438, equations 11, 12 and 16.
     """
-    n_steps = len(rewards)
     advantages = np.empty_like(values)
     next_values, next_non_terminal = last_values, 1.0 - dones.astype(values.dtype)
     advantage = np.zeros_like(last_values)
-    for step in reversed(range(n_steps)):
+    for step in reversed(range(len(rewards))):
         delta = rewards[step] + gamma * next_values * next_non_terminal - values[step]
         advantage = delta + gamma * gae_lambda * next_non_terminal * advantage
         advantages[step] = advantage
@@ -54,15 +53,15 @@ def gae(
 
 class MiniBatch(NamedTuple):
     """
-    Transitions of one gradient step; the first six fields are SB3's ``RolloutBufferSamples``.
+    Transitions of one gradient step. The first six fields are those of SB3's ``RolloutBufferSamples``.
 
-    :param observations: In the observation space's own dtype, shape ``(n, *obs_shape)``, or a dict of such.
-    :param actions: As the policy gave them, shape ``(n, action_dim)``, float32.
+    :param observations: Shape ``(n, *obs_shape)`` and dtype of the observation space, or a dict of such tensors.
+    :param actions: The policy's actions, not clipped, shape ``(n, action_dim)``, float32.
     :param old_values: Shape ``(n,)``, return units.
     :param old_log_prob: Shape ``(n,)``, nats.
     :param advantages: Not normalised, shape ``(n,)``.
     :param returns: Shape ``(n,)``, return units.
-    :param old_dist_params: Parameters of the rollout's action distribution, shape ``(n, k)``, or None if not stored.
+    :param old_dist_params: Parameters of pi_old (``distributions.dist_params``), shape ``(n, k)``; None if not stored.
     """
 
     observations: Any
@@ -76,21 +75,20 @@ class MiniBatch(NamedTuple):
 
 class TensorRolloutBuffer(BaseBuffer):
     """
-    One rollout in contiguous memory that NumPy and torch share; a minibatch is one gather from it.
+    One rollout, in arrays whose memory NumPy and torch share.
 
-    It serves SB3's callbacks and ``collect_rollouts`` like SB3's ``RolloutBuffer`` and ``DictRolloutBuffer``, and draws
-    the same minibatches from the same NumPy random state. Unlike there, the arrays keep their shape
-    ``(n_steps, n_envs, ...)`` after :meth:`get`, and memory is allocated once, at the first :meth:`reset`.
+    It replaces SB3's ``RolloutBuffer`` and ``DictRolloutBuffer``, and draws the same minibatches from the same NumPy
+    random state. Its arrays keep their shape ``(n_steps, n_envs, ...)`` after :meth:`get`. Memory is allocated once, at
+    the first :meth:`reset`.
 
     :param buffer_size: Steps of each environment, n_steps.
-    :param observation_space: Of one environment; dict spaces give one array a key.
-    :param action_space: Of one environment.
-    :param device: Where minibatches are needed.
+    :param observation_space: Observation space of one environment. A dict space has one array per key.
+    :param action_space: Action space of one environment.
+    :param device: Device of the minibatches.
     :param gae_lambda: lambda of the advantage estimate, in [0, 1].
     :param gamma: Discount factor, in [0, 1].
     :param n_envs: Number of environments.
-    :param dist_param_dim: Width of the old distribution's parameter rows; 0 stores none.
-    :raises ValueError: By :meth:`check_memory` and the first :meth:`reset`, if the memory is not there.
+    :param dist_param_dim: Number of parameters of pi_old per state (``distributions.dist_param_dim``); 0 stores none.
     """
 
     def __init__(
@@ -108,31 +106,23 @@ class TensorRolloutBuffer(BaseBuffer):
         self.gae_lambda = gae_lambda
         self.gamma = gamma
         self.dist_param_dim = dist_param_dim
-        # The native engine puts a compiled one with the same roundings here.
+        # The native engine replaces it by a compiled function with the same rounding.
         self.gae_fn = gae
-        # Steps and environments that there is memory for.
+        # Steps and environments for which memory is allocated.
         self._allocated: tuple[int, int] | None = None
+        # Tensors of the whole rollout, by field, and the arrays that they were made from.
         self._flat: dict[str, Any] | None = None
-        # The arrays that it was made from.
         self._flat_arrays: list[np.ndarray] = []
         self._lacks_dist_params = False
 
     @property
     def has_dist_params(self) -> bool:
-        """
-        Whether each step of this rollout so far came with the old distribution's parameters.
-
-        :return: False where they are not stored, or a step came without.
-        """
+        """Whether all steps of this rollout so far were added with ``dist_params``, and these are stored."""
         return bool(self.dist_param_dim) and not self._lacks_dist_params
 
     @property
     def nbytes(self) -> int:
-        """
-        Memory that the rollout takes once allocated.
-
-        :return: Bytes.
-        """
+        """Bytes of the rollout, allocated or not."""
         cells = self.buffer_size * self.n_envs
         obs_bytes: int = sum(
             int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in self._obs_layout().values()
@@ -147,15 +137,11 @@ class TensorRolloutBuffer(BaseBuffer):
 
     @property
     def _action_dtype(self) -> np.dtype[Any]:
-        # The policy's own actions are floats, whatever the Box that they are clipped to takes.
+        # The policy's actions are floats, whatever the dtype of the Box that they are clipped to.
         return np.dtype(np.float32 if isinstance(self.action_space, spaces.Box) else self.action_space.dtype)
 
     def check_memory(self) -> None:
-        """
-        Refuse a rollout that does not fit into the memory that is free now.
-
-        :raises ValueError: If :attr:`nbytes` exceeds it.
-        """
+        """Raise ``ValueError`` if the rollout is not allocated and does not fit into free memory."""
         available = free_memory()
         if not self._is_allocated and self.nbytes > available:
             gib = 2**30
@@ -167,9 +153,9 @@ class TensorRolloutBuffer(BaseBuffer):
 
     def reset(self) -> None:
         """
-        Make ready for the next rollout; memory is allocated for ``buffer_size`` and ``n_envs`` as they are now.
+        Empty the buffer, and allocate memory if ``buffer_size`` or ``n_envs`` has changed.
 
-        :raises ValueError: Where memory is allocated, if the rollout does not fit into it.
+        :raises ValueError: If the rollout does not fit into free memory.
         """
         if not self._is_allocated:
             self.check_memory()
@@ -192,17 +178,17 @@ class TensorRolloutBuffer(BaseBuffer):
         """
         Store one step of all environments.
 
-        :param obs: Shape ``(n_envs, *obs_shape)``, or a dict of such.
-        :param action: Shape ``(n_envs, ...)``, as the policy gave it.
+        :param obs: Shape ``(n_envs, *obs_shape)``, or a dict of such arrays.
+        :param action: The policy's actions, not clipped, shape ``(n_envs, ...)``.
         :param reward: Shape ``(n_envs,)``.
-        :param episode_start: Whether ``obs`` begins an episode, shape ``(n_envs,)``.
-        :param value: Shape ``(n_envs,)`` or ``(n_envs, 1)``.
-        :param log_prob: Shape ``(n_envs,)``.
-        :param dist_params: Shape ``(n_envs, dist_param_dim)``. None, as SB3's loop calls it: the rollout has no old
-            distribution (:attr:`has_dist_params`).
+        :param episode_start: Whether ``obs`` is the first of its episode, shape ``(n_envs,)``.
+        :param value: V_old, shape ``(n_envs,)`` or ``(n_envs, 1)``, return units.
+        :param log_prob: Shape ``(n_envs,)``, nats.
+        :param dist_params: Parameters of pi_old, shape ``(n_envs, dist_param_dim)``. None: minibatches of this rollout
+            hold none.
         :raises ValueError: If the rollout is complete.
         """
-        if self._allocated is None:  # a loop of the user's need not reset SB3's buffer before its first rollout
+        if self._allocated is None:  # SB3's buffer needs no reset before its first rollout
             self.reset()
         if self.pos == self.buffer_size:
             raise ValueError(
@@ -211,7 +197,7 @@ class TensorRolloutBuffer(BaseBuffer):
             )
         if isinstance(self.observations, dict):
             for key, array in self.observations.items():
-                array[self.pos] = np.reshape(obs[key], array.shape[1:])
+                array[self.pos] = _shaped(obs[key], array.shape[1:])
         else:
             self.observations[self.pos] = _shaped(obs, self.observations.shape[1:])
         self.actions[self.pos] = _shaped(action, self.actions.shape[1:])
@@ -228,9 +214,9 @@ class TensorRolloutBuffer(BaseBuffer):
 
     def compute_returns_and_advantage(self, last_values: th.Tensor, dones: np.ndarray) -> None:
         """
-        Fill :attr:`advantages` and :attr:`returns` by :func:`gae`.
+        Compute ``advantages`` and ``returns`` by :func:`gae`.
 
-        :param last_values: V_old of the observations after the last step, ``n_envs`` of them.
+        :param last_values: V_old of the observations after the last step, shape ``(n_envs,)`` or ``(n_envs, 1)``.
         :param dones: Whether the last step ended an episode, shape ``(n_envs,)``.
         """
         self.advantages[:], self.returns[:] = self.gae_fn(
@@ -246,9 +232,9 @@ class TensorRolloutBuffer(BaseBuffer):
 
     def get(self, batch_size: int | None = None) -> Generator[MiniBatch, None, None]:
         """
-        Draw a new permutation of the rollout and walk through it.
+        Yield the minibatches of one epoch, in a random order of the transitions.
 
-        :param batch_size: Transitions in each minibatch, the last one may be shorter; None: all in one.
+        :param batch_size: Transitions in a minibatch; the last one may be smaller. None: all transitions in one.
         :return: Minibatches on the buffer's device.
         :raises ValueError: If the rollout is not complete.
         """
@@ -258,20 +244,20 @@ class TensorRolloutBuffer(BaseBuffer):
 
     def in_order(self, batch_size: int) -> Generator[MiniBatch, None, None]:
         """
-        Walk through the rollout in the order of its memory, without touching a random state.
+        Yield minibatches in the order of collection. No random state changes.
 
-        :param batch_size: Transitions in each minibatch, the last one may be shorter.
+        :param batch_size: Transitions in a minibatch; the last one may be smaller.
         :return: Minibatches on the buffer's device.
         """
         indices = np.arange(self.buffer_size * self.n_envs).reshape(self.n_envs, self.buffer_size).T
         yield from _minibatches(self, indices.flatten(), batch_size)
 
     def forget_copies(self) -> None:
-        """Read the arrays again at the next minibatch, since they may have been changed in place."""
+        """Read the arrays again at the next minibatch: they may have changed in place."""
         self._flat, self._flat_arrays = None, []
 
     def _rows(self, indices: np.ndarray) -> th.Tensor:
-        # SB3 numbers transitions environment by environment; memory here runs step by step.
+        # SB3 numbers transitions environment by environment; the arrays hold them step by step.
         rows = (indices % self.buffer_size) * self.n_envs + indices // self.buffer_size
         return th.as_tensor(rows, device=self.device)
 
@@ -296,19 +282,18 @@ class TensorRolloutBuffer(BaseBuffer):
         return self._gather(self._rows(batch_inds))
 
     def _flat_tensors(self) -> dict[str, Any]:
-        """The rollout with steps and environments in one axis: views on the CPU where they can be, copies elsewhere."""
-        by_key = self.observations if isinstance(self.observations, dict) else {"": self.observations}
-        arrays = [self.values, self.log_probs, self.advantages, self.returns, self.actions, self.dist_params]
-        arrays += by_key.values()
-        # A callback may have assigned others.
+        """Return tensors with steps and environments in one axis: views of the arrays if possible, else copies."""
+        fields = {name: getattr(self, name) for name in ("values", "log_probs", "advantages", "returns", "dist_params")}
+        obs = self.observations
+        arrays = [*fields.values(), self.actions, *(obs.values() if isinstance(obs, dict) else [obs])]
+        # A callback may have assigned other arrays.
         if self._flat is None or list(map(id, arrays)) != list(map(id, self._flat_arrays)):
-            names = ["values", "log_probs", "advantages", "returns"]
-            flat: dict[str, Any] = {name: self._to_flat(getattr(self, name)) for name in names}
+            flat: dict[str, Any] = {name: self._to_flat(array) for name, array in fields.items()}
             flat["actions"] = self._to_flat(self.actions.astype(np.float32, copy=False))
-            if self.has_dist_params:
-                flat["dist_params"] = self._to_flat(self.dist_params)
-            tensors = {key: self._to_flat(array) for key, array in by_key.items()}
-            flat["observations"] = tensors if isinstance(self.observations, dict) else tensors[""]
+            if isinstance(obs, dict):
+                flat["observations"] = {key: self._to_flat(array) for key, array in obs.items()}
+            else:
+                flat["observations"] = self._to_flat(obs)
             self._flat, self._flat_arrays = flat, arrays
         return self._flat
 
@@ -340,9 +325,9 @@ _get_samples = TensorRolloutBuffer._get_samples
 
 
 def _minibatches(buffer: TensorRolloutBuffer, indices: np.ndarray, size: int) -> Generator[MiniBatch, None, None]:
-    """Walk through transitions in SB3's numbering, by the ``_get_samples`` of a subclass where it has one."""
+    """Yield the minibatches of indices in SB3's numbering, by a ``_get_samples`` of the user's if there is one."""
     if buffer.device.type == "cpu":
-        buffer.forget_copies()  # mostly views, which take no time to make again
+        buffer.forget_copies()  # mostly views, which are quick to create again
     if getattr(buffer._get_samples, "__func__", None) is not _get_samples:
         for start in range(0, len(indices), size):
             yield buffer._get_samples(indices[start : start + size])
@@ -352,46 +337,28 @@ def _minibatches(buffer: TensorRolloutBuffer, indices: np.ndarray, size: int) ->
         yield buffer._gather(rows[start : start + size])
 
 
-# What holds one row a step, and draws from complete rollouts alone.
-_PLAIN = (TensorRolloutBuffer, RolloutBuffer, DictRolloutBuffer)
+# Buffers that hold one row per step, and whose `get` needs a complete rollout.
+_KNOWN = (TensorRolloutBuffer, RolloutBuffer, DictRolloutBuffer)
 
 
 def fit_to_rollout(buffer: Any, n_steps: int, n_envs: int) -> None:
-    """
-    Resize a buffer to the rollout that it will hold, as its next ``reset`` does with the memory.
-
-    A buffer of another class than ours and SB3's is left as it is: it may hold several rows a step.
-
-    :param buffer: About to be reset.
-    :param n_steps: Steps of each environment.
-    :param n_envs: Number of environments.
-    """
-    if type(buffer) in _PLAIN:
+    """Set the size of a buffer before its next ``reset``; one of a user's class may hold several rows per step."""
+    if type(buffer) in _KNOWN:
         buffer.buffer_size, buffer.n_envs = n_steps, n_envs
 
 
 def takes_dist_params(buffer: Any) -> bool:
-    """
-    Return whether a buffer's ``add`` takes the old distribution's parameters.
-
-    :param buffer: With the interface of SB3's ``RolloutBuffer``.
-    :return: False where none are stored, or an ``add`` of the user's has SB3's arguments alone.
-    """
+    """Return whether a buffer stores ``dist_params`` and its ``add``, which may be the user's, takes them."""
     if not getattr(buffer, "dist_param_dim", 0):
         return False
     if getattr(buffer.add, "__func__", None) is TensorRolloutBuffer.add:
-        return True  # as the signature would say, in a hundredth of the time
+        return True  # a hundred times faster than to read its signature
     parameters = inspect.signature(buffer.add).parameters.values()
     return any(parameter.name == "dist_params" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def check_complete(buffer: Any) -> None:
-    """
-    Refuse to draw from a rollout that is not complete: its other rows are zeros, or of a rollout before.
-
-    :param buffer: With the interface of SB3's ``RolloutBuffer``.
-    :raises ValueError: If it is not complete.
-    """
+    """Raise ``ValueError`` if a rollout is not complete: its other rows are zeros, or of the previous rollout."""
     if not getattr(buffer, "full", True):
         raise ValueError(
             f"`rollout_buffer` must be full to be trained on, got {buffer.pos} of {buffer.buffer_size} steps. Collect "
@@ -400,13 +367,8 @@ def check_complete(buffer: Any) -> None:
 
 
 def draws_from_complete(buffer: Any) -> bool:
-    """
-    Return whether a buffer's ``get`` is ours or SB3's, which need all rows.
-
-    :param buffer: With the interface of SB3's ``RolloutBuffer``.
-    :return: False for a ``get`` of the user's.
-    """
-    return "get" not in vars(buffer) and getattr(type(buffer), "get", None) in [known.get for known in _PLAIN]
+    """Return whether a buffer's ``get`` is ours or SB3's, which need a complete rollout."""
+    return "get" not in vars(buffer) and getattr(type(buffer), "get", None) in [known.get for known in _KNOWN]
 
 
 def has_dist_params(buffer: Any) -> bool:
@@ -431,7 +393,7 @@ def _as_float(space: spaces.Space[Any]) -> spaces.Space[Any]:
 
 
 def _shaped(array: Any, shape: tuple[int, ...]) -> np.ndarray:
-    # np.reshape takes longer than the copy that follows.
+    # np.reshape takes longer than the copy into the buffer.
     return array if isinstance(array, np.ndarray) and array.shape == shape else np.reshape(array, shape)
 
 
@@ -440,5 +402,5 @@ def _on_host(tensor: th.Tensor | np.ndarray) -> np.ndarray:
         return tensor
     try:
         return tensor.numpy()
-    except (RuntimeError, TypeError):  # it needs a gradient, or lies on another device
+    except (RuntimeError, TypeError):  # requires a gradient, or is on another device
         return tensor.detach().cpu().numpy()
