@@ -29,7 +29,7 @@ _HOMES = {
     "NonFiniteError": "sb3_clipvf.common.nonfinite",
     "SaveBestTrainingReward": "sb3_clipvf.checkpoint",
     "TensorRolloutBuffer": "sb3_clipvf.rollout",
-    "UnsafeFileError": "sb3_clipvf.files.unpickle",
+    "UnsafeFileError": "sb3_clipvf.files.trust",
 }
 
 

@@ -1,4 +1,4 @@
-"""Bytes of files and entries of zips, bounded by the memory that there is, with one error for all kinds of damage."""
+"""Reading files and zips within bounds of memory, with one error for every kind of damage."""
 
 import contextlib
 import io
@@ -16,36 +16,21 @@ from sb3_clipvf.common.memory import free_memory
 
 ModelPath = str | pathlib.Path | io.BufferedIOBase
 
-MEMORY_SHARE = 3
-"""A file may take this part of the free memory: its bytes, what is read from them, and the model built from that."""
-
-MAX_EXPANSION = 100
-"""How many times its own size a zip may expand to, where that is more than ``SMALL``. SB3 does not compress at all."""
-
 SMALL = 16 * 2**20
-"""Bytes that any file may have, and any zip expand to."""
+"""Bytes that any file may have, and any zip may expand to."""
 
-MAX_ENTRIES = 100_000
-"""Of a zip, those of the zips inside included."""
+MAX_ENTRIES = 100_000  # of a zip
+MAX_EXPANSION = 100  # times a zip's own size, beyond SMALL; SB3 does not compress at all
 
-BYTES_OF_VALUE = 100
-"""Memory that a value of JSON takes at most, besides its text."""
-
+_MEMORY_SHARE = 3  # 1 / this of the free memory: for a file's bytes, the values read from them, and the model
+_BYTES_OF_VALUE = 100  # memory that a value of JSON takes at most, besides its text
 _ENTRY_HEADER = b"PK\x01\x02"
 _LOCAL_HEADER = b"PK\x03\x04"
 _IS_ENCRYPTED = 0x1
 
 
 def read_bytes(path: ModelPath, suffix: str | None) -> tuple[str, bytes]:
-    """
-    Read a whole file.
-
-    :param path: The file, or an open binary file, whose position stays.
-    :param suffix: Of the file, where ``path`` lacks it.
-    :return: Its name, for messages, and its bytes.
-    :raises OSError: If it cannot be read.
-    :raises ValueError: If it does not fit into memory.
-    """
+    """Return a file's name for messages, and its bytes if they fit into memory. An open file keeps its position."""
     file = open_path(path, "r", verbose=0, suffix=suffix)
     name = str(getattr(file, "name", "the file"))
     start = file.tell()
@@ -61,24 +46,8 @@ def read_bytes(path: ModelPath, suffix: str | None) -> tuple[str, bytes]:
             file.seek(start)
 
 
-def _check_size(name: str, size: int) -> None:
-    limit = max(SMALL, free_memory() // MEMORY_SHARE)
-    if size > limit:
-        raise ValueError(
-            f"{name} must be small enough to be loaded, got {size / 2**20:,.0f} MiB where {limit / 2**20:,.0f} MiB are "
-            "a third of the free memory. It is no honest file, or needs a larger machine."
-        )
-
-
 def entries_of(name: str, content: bytes) -> Iterator[tuple[str, bytes]]:
-    """
-    Give a zip's entries one after the other, after a check of the list of all of them.
-
-    :param name: Of the zip, for messages.
-    :param content: The zip.
-    :return: Names and bytes.
-    :raises ValueError: If it is no zip, damaged, encrypted or too large, or if it has folders or a name twice.
-    """
+    """Yield name and bytes of each entry of a zip, after a check of all names, sizes and methods of compression."""
     if content[:4] != _LOCAL_HEADER and not _is_zip(content):
         what = f"{len(content)} bytes of something else" if content else "an empty file"
         raise ValueError(f"{name} wasn't a zip-file, but {what}. Pass the zip that `save` wrote.")
@@ -97,27 +66,30 @@ def entries_of(name: str, content: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def check_inner_zip(name: str, content: bytes) -> None:
-    """
-    Check the list of entries of what may be a zip inside a zip, as torch's files of tensors are.
-
-    :param name: Of the inner one, for messages.
-    :param content: Its bytes.
-    :raises ValueError: If it is a zip, and damaged, encrypted or too large.
-    """
+    """Check the list of entries of a zip inside a zip, such as torch's files of tensors; skip anything else."""
     if _is_zip(content):
         _opened(name, content).close()
 
 
 def check_json(name: str, content: bytes) -> None:
-    """
-    Refuse JSON whose values would not fit into memory: they may take many times the bytes of their text.
-
-    :param name: Of it, for messages.
-    :param content: Its bytes.
-    :raises ValueError: If it is too large.
-    """
+    """Refuse JSON whose values would not fit into memory: they may take many times the bytes of their text."""
     n_values = sum(map(content.count, (b",", b"[", b"{")))
-    _check_size(f"the values of {name}", len(content) + BYTES_OF_VALUE * n_values)
+    _check_size(f"the values of {name}", len(content) + _BYTES_OF_VALUE * n_values)
+
+
+def reason_of(error: Exception) -> str:
+    """Return type and first line of an error, to be part of another's message."""
+    text = str(error).strip().partition("\n")[0].rstrip(".")
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
+def _check_size(name: str, size: int) -> None:
+    limit = max(SMALL, free_memory() // _MEMORY_SHARE)
+    if size > limit:
+        raise ValueError(
+            f"{name} must be small enough to be loaded, got {size / 2**20:,.0f} MiB where {limit / 2**20:,.0f} MiB are "
+            "a third of the free memory. Use a larger machine, if you know where it comes from."
+        )
 
 
 def read_json(archive: zipfile.ZipFile, entry: str) -> Any:
@@ -140,7 +112,9 @@ def _opened(name: str, content: bytes) -> zipfile.ZipFile:
     # Before the list of entries is read, which takes many times the memory of its bytes.
     n_entries = content.count(_ENTRY_HEADER)
     if n_entries > MAX_ENTRIES:
-        raise ValueError(f"{name} must have at most {MAX_ENTRIES} entries, got {n_entries}. It is no honest file.")
+        raise ValueError(
+            f"{name} must have at most {MAX_ENTRIES} entries, got {n_entries}. This package did not write it."
+        )
     with _damage_explained(name):
         archive = zipfile.ZipFile(io.BytesIO(content))
     _check_entries(name, len(content), archive.infolist())
@@ -154,9 +128,9 @@ def _check_entries(name: str, size: int, entries: list[zipfile.ZipInfo]) -> None
     for entry in entries:
         what = f"{entry.filename!r} in {name}"
         if entry.flag_bits & _IS_ENCRYPTED:
-            raise ValueError(f"{what} must not be encrypted. Pack it anew without a password.")
+            raise ValueError(f"{what} must not be encrypted. Pack it again without a password.")
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ValueError(f"{what} must be stored or deflated, got method {entry.compress_type}. Pack it anew.")
+            raise ValueError(f"{what} must be stored or deflated, got method {entry.compress_type}. Pack it again.")
         # torch seeks in entries: on Python 3.12 that raises EOFError where the two differ.
         if entry.compress_type == zipfile.ZIP_STORED and entry.compress_size != entry.file_size:
             raise ValueError(
@@ -167,7 +141,7 @@ def _check_entries(name: str, size: int, entries: list[zipfile.ZipInfo]) -> None
     if total > max(SMALL, MAX_EXPANSION * size):
         raise ValueError(
             f"{name} must not expand more than {MAX_EXPANSION} times, got {size:,} bytes that expand to {total:,}. "
-            "Pack it anew without compression, if it is an honest file."
+            "If you know where it comes from, pack it again without compression."
         )
     _check_size(name, total)
 
@@ -180,9 +154,3 @@ def _damage_explained(name: str) -> Iterator[None]:
         raise ValueError(
             f"{name} is damaged or cut short: {reason_of(error)}. Save it again, or fetch another copy."
         ) from error
-
-
-def reason_of(error: Exception) -> str:
-    """:return: type and first line of an error, to be part of another's message"""
-    text = str(error).strip().partition("\n")[0].rstrip(".")
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

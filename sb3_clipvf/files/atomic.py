@@ -1,4 +1,4 @@
-"""Writing a file at once or not at all, so that neither a crash nor a full disk leaves half of one."""
+"""Atomic writes: neither a crash nor a full disk leaves half a file."""
 
 import contextlib
 import io
@@ -12,18 +12,15 @@ from pathlib import Path
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[io.BufferedWriter]:
     """
-    Open a file for writing that takes the place of ``path`` only when it is complete and on the disk.
+    Open a file for writing that replaces ``path`` only when it is complete and on the disk.
 
-    The bytes go to a temporary file in the same folder, which is flushed, synced and renamed over ``path`` when the
-    ``with`` block ends; then the folder is synced. After an exception, a kill or a power cut ``path`` holds either
-    all of its old content or all of the new one. A kill may leave a hidden ``.<name>.<pid>-<hex>.tmp`` beside it.
+    The bytes go to a temporary file ``.<name>.<pid>-<hex>.tmp`` in the same folder. It is flushed, synced and renamed
+    when the ``with`` block ends; then the folder is synced. After an exception, a kill or a power cut, ``path`` holds
+    either all of its old content or all of the new one. A kill may leave the temporary file.
 
-    :param path: the file to write; its folder must exist
-    :return: context manager giving the temporary file, open in binary mode; code that needs a file name may write
-        to the file's ``name`` instead
-    :raises OSError: (or its subclass for the error number) where the file cannot be written: no space, no permission,
-        no folder. ``path`` is then unchanged and the temporary file is removed; only where syncing the folder fails
-        is ``path`` new already, and the message says so.
+    :param path: File to write; its folder must exist. Code that needs a file name may write to the file's ``name``.
+    :raises OSError: Of the subclass of the error number, if the file cannot be written. ``path`` is then unchanged and
+        the temporary file removed; only if syncing the folder fails, ``path`` is new already, and the message says so.
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -50,13 +47,7 @@ def remove_unfinished(folder: Path, names: str) -> None:
 
 
 def write_error(path: Path, error: OSError) -> OSError:
-    """
-    Say more about a failed write.
-
-    :param path: the file that was to be written
-    :param error: what came of it
-    :return: the same kind of error (``errno`` decides on the subclass), with the file, the consequence and the way out
-    """
+    """Return the same kind of error (``errno`` decides on the subclass) with the file, the consequence and advice."""
     reason = error.strerror or str(error)
     text = f"{path} could not be written: {reason}. What it held before is unchanged. Free space there, or choose"
     return OSError(error.errno, f"{text} a folder that can be written to.")

@@ -5,7 +5,6 @@ import os
 import pathlib
 import pickle
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,25 +14,24 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_clipvf.files.archive import read_bytes
 from sb3_clipvf.files.trust import TrustPickle, trust_of
-from sb3_clipvf.files.unpickle import named_errors, rebuilt
+from sb3_clipvf.files.unpickle import named_errors, unpickle
 
 STATISTICS_FILE = "vecnormalize.pkl"
 """Name of the file of statistics in a folder of a run, as the RL Zoo names it."""
 
 _NUMBERS = (int, float, np.number, np.ndarray)
-
 _DIGEST_MARK = b"# SHA-256 of the pickle: "
 
 
 def load_vec_normalize(load_path: Any, venv: VecEnv, trust_pickle: TrustPickle = None) -> VecNormalize:
     """
-    Load what ``VecNormalize.save`` wrote, without running code.
+    Load a file of ``VecNormalize.save``, without running code.
 
     :param load_path: File.
     :param venv: Environments to wrap.
     :param trust_pickle: As in :meth:`sb3_clipvf.ClipPPO.load`.
-    :return: Of the class that the file names, usually SB3's; settings and statistics are the file's.
-    :raises UnsafeFileError: If it needs what is neither on the list nor trusted.
+    :return: An object of the class that the file names, usually SB3's, with the file's settings and statistics.
+    :raises UnsafeFileError: If it needs something that is neither on the list nor trusted.
     :raises ValueError: If it holds something else, or is damaged.
     """
     vec_normalize = read_pickle(load_path, trust_pickle)
@@ -47,24 +45,21 @@ def load_vec_normalize(load_path: Any, venv: VecEnv, trust_pickle: TrustPickle =
     return vec_normalize
 
 
-def digest_of_pickle(pickled: bytes) -> bytes:
-    """
-    Make what may stand behind a pickle, so that :func:`read_pickle` tells damage. Pickle's own readers stop before it.
-
-    :param pickled: A pickle.
-    :return: Bytes to append.
-    """
-    return _DIGEST_MARK + hashlib.sha256(pickled).hexdigest().encode()
+def statistics_bytes(normalizer: VecNormalize) -> bytes:
+    """Return the bytes that ``normalizer.save`` writes, whatever its class."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, STATISTICS_FILE)
+        normalizer.save(str(path))
+        return path.read_bytes()
 
 
 def read_pickle(path: str | os.PathLike[str], trust_pickle: TrustPickle = None) -> Any:
     """
-    Read a file that holds one pickle, without running code.
+    Return the object of a file that holds one pickle, without running code.
 
     :param path: File.
     :param trust_pickle: As in :meth:`sb3_clipvf.ClipPPO.load`.
-    :return: The object.
-    :raises UnsafeFileError: If it needs what is neither on the list nor trusted.
+    :raises UnsafeFileError: If it needs something that is neither on the list nor trusted.
     :raises ValueError: If it is no pickle, damaged, or too large for the memory.
     """
     trust = trust_of(trust_pickle)
@@ -73,14 +68,19 @@ def read_pickle(path: str | os.PathLike[str], trust_pickle: TrustPickle = None) 
         what = f"{len(content)} bytes of something else" if content else "is empty"
         raise ValueError(f"{name} must be a pickle, but {what}. Pass what `VecNormalize.save` wrote.")
     with named_errors(name):
-        return rebuilt(_without_digest(content), trust)
+        return unpickle(_without_digest(content), trust)
+
+
+def digest_of_pickle(pickled: bytes) -> bytes:
+    """Return bytes to append to a pickle, by which :func:`read_pickle` finds damage. Unpicklers stop before them."""
+    return _DIGEST_MARK + hashlib.sha256(pickled).hexdigest().encode()
 
 
 def _without_digest(content: bytes) -> bytes:
     pickled, mark, digest = content.rpartition(_DIGEST_MARK)
     if mark and mark + digest != digest_of_pickle(pickled):
         raise ValueError("its digest is that of other bytes")
-    # Where damage hit the mark, it is not found, but something stands behind the pickle.
+    # A damaged mark is not found, but then the file does not end with the pickle.
     if not (mark or content.endswith(pickle.STOP)):
         raise ValueError("it does not end where a pickle ends")
     return pickled if mark else content
@@ -100,11 +100,3 @@ def _check_statistics(name: str, vec_normalize: VecNormalize) -> None:
     are_moments = all(type(rms) is RunningMeanStd for rms in moments)
     if not (complete and are_moments and all(isinstance(number, _NUMBERS) for number in numbers)):
         raise ValueError(f"{name} must hold complete statistics, but some are missing. Save them again.")
-
-
-def statistics_bytes(normalizer: VecNormalize) -> bytes:
-    """Return what ``normalizer.save`` writes, whichever way its class writes it."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, STATISTICS_FILE)
-        normalizer.save(str(path))
-        return path.read_bytes()

@@ -1,4 +1,4 @@
-"""How far a file is trusted: what `trust_pickle` and its environment variable say."""
+"""How far the user trusts a file: `trust_pickle` and its environment variable."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -6,15 +6,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 TRUST_VARIABLE = "SB3_CLIPVF_TRUST_PICKLE"
-"""Environment variable that trusts all files, where it is "1"."""
+"""Environment variable that trusts all files where it is "1"."""
 
+TRUST_ADVICE = (
+    f"If you trust where it comes from, pass trust_pickle=True or set {TRUST_VARIABLE}=1 (`--trust-pickle` on the "
+    "command line); trust_pickle=[...] allows single classes and functions"
+)
 
 TrustPickle = bool | Iterable[Callable[..., Any]] | None
-"""What ``trust_pickle`` takes: True, False, classes and functions that may be used in addition, or None."""
+"""Values of ``trust_pickle``: True, False, classes and functions to allow besides the list, or None."""
 
 
 class UnsafeFileError(ValueError):
-    """A file asks for code to be run while it is loaded, and its user did not say that it is trusted."""
+    """Loading a file would run code that the file brings or names, and the user did not trust it."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Trust:
     How far a file is trusted.
 
     :param everything: Whether it may run any code.
-    :param extra: Classes and functions that it may use in addition to the list, by their full names.
+    :param extra: Classes and functions that it may use besides the list, by their full names.
     """
 
     everything: bool = False
@@ -32,13 +36,13 @@ class Trust:
 
 def trust_of(trust_pickle: TrustPickle) -> Trust:
     """
-    Read what the user said.
+    Check ``trust_pickle`` and return what it means.
 
-    :param trust_pickle: True: any code may run. False: none. Classes and functions: these may be used in addition to
-        the list, and be called. None: as the environment variable :data:`TRUST_VARIABLE` says, "1" or "0".
+    :param trust_pickle: True: any code may run. False: none. Classes and functions: these may be used besides the
+        list, and be called. None: the environment variable :data:`TRUST_VARIABLE` decides, "1" or "0".
     :return: The trust.
     :raises TypeError: If it is something else.
-    :raises ValueError: If the variable is, or a class or function cannot be found by its name.
+    :raises ValueError: If the variable is something else, or a class or function cannot be found by its name.
     """
     if isinstance(trust_pickle, bool):
         return Trust(trust_pickle)
@@ -57,7 +61,7 @@ def trust_of(trust_pickle: TrustPickle) -> Trust:
         name = getattr(item, "__qualname__", None)
         if not callable(item) or name is None:
             raise TypeError(
-                f"`trust_pickle` must hold classes and functions, got {item!r} in it. Pass what the error names."
+                f"`trust_pickle` must hold classes and functions, got {item!r} in it. Pass those that the error names."
             )
         if item.__module__ == "__main__" or "<" in name:
             raise ValueError(

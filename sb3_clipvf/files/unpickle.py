@@ -1,9 +1,9 @@
 """
-Unpickling that runs no code: a pickle machine with few instructions, which builds what ``safe_objects`` lists.
+Unpickling that runs no code: a pickle machine with few instructions, which builds what the allowlist names.
 
-Python's own unpickler imports and calls whatever a file names. Here a file may name a class of the list, have a listed
-function called with checked arguments, and set the attributes of an object that it made itself. Everything else is
-refused, and so is each instruction of the pickle language that is not below. No other unpickler sees the bytes.
+Python's own unpickler imports and calls whatever a file names. Here a file may name listed classes, call listed
+functions with checked arguments, and set attributes of objects that it made itself. Everything else is refused,
+including every instruction of the pickle language that has no method below. No other unpickler reads the bytes.
 """
 
 import pickle
@@ -11,25 +11,41 @@ import pickletools
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 from sb3_clipvf.files import allowlist
 from sb3_clipvf.files.allowlist import Maker, NotAllowedError, full_name
 from sb3_clipvf.files.archive import reason_of
-from sb3_clipvf.files.trust import TRUST_VARIABLE, Trust, UnsafeFileError
+from sb3_clipvf.files.trust import TRUST_ADVICE, Trust, UnsafeFileError
 
 
 def unpickle(raw: bytes, trust: Trust) -> Any:
     """
-    Rebuild what was pickled, by protocol 3 or later: those of Python 3.
+    Rebuild an object, by Python's own unpickler only if the file is trusted with everything.
 
-    :param raw: The pickle.
-    :param trust: What it may use in addition to the list; ``everything`` does not count here.
-    :return: The object.
-    :raises NotAllowedError: If it needs something that is not on the list.
-    :raises Exception: Of any type, if it is damaged, or made for another version of what it names.
+    The protocol is 3 or later. Damage, and classes of other versions, raise exceptions of any type.
     """
-    return _Machine(trust.extra).run(raw)
+    return pickle.loads(raw) if trust.everything else _Machine(trust.extra).run(raw)
+
+
+@contextmanager
+def named_errors(what: str, refused_advice: str = f"{TRUST_ADVICE}.", damaged_advice: str = "") -> Iterator[None]:
+    """Replace errors of :func:`unpickle` by ones that name the file and what to do."""
+    try:
+        yield
+    except NotAllowedError as refused:
+        needed = str(refused)
+        if needed.startswith("cloudpickle."):
+            needed = f"code of its own (by {needed}; lambdas, and classes of scripts, are saved so)"
+        raise UnsafeFileError(
+            f"{what} must be of classes that are known to be safe, got {needed}, which could run any code. "
+            f"{refused_advice}"
+        ) from None
+    except Exception as error:  # damaged bytes, and classes of other versions, fail in any way
+        raise ValueError(
+            f"{what} could not be read: {reason_of(error)}. The file is damaged, or was saved with other versions of "
+            f"its packages.{damaged_advice}"
+        ) from error
 
 
 _CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
@@ -45,7 +61,7 @@ _DICTS = (dict, OrderedDict)
 
 
 class _Machine:
-    """One run of the pickle machine."""
+    """One run of the pickle machine. ``_op_<name>`` is the instruction of that name in pickletools."""
 
     def __init__(self, extra: Mapping[str, Any]) -> None:
         self._extra = extra
@@ -68,16 +84,18 @@ class _Machine:
             elif name in _TUPLES:
                 items = [self._stack.pop() for _ in range(_TUPLES[name])]
                 self._stack.append(tuple(reversed(items)))
-            elif name in self._instructions:
-                self._instructions[name](self, argument)
+            elif hasattr(self, f"_op_{name.lower()}"):
+                getattr(self, f"_op_{name.lower()}")(argument)
             else:
                 raise NotAllowedError(f"the pickle instruction {name}")
         raise EOFError("the pickle has no end")
 
-    def _ignore(self, argument: Any) -> None:
-        """PROTO and FRAME say how the bytes are laid out."""
+    def _op_proto(self, _: Any) -> None:
+        """Ignore the version, and frames: both describe the layout of the bytes only."""
 
-    def _mark(self, _: Any) -> None:
+    _op_frame = _op_proto
+
+    def _op_mark(self, _: Any) -> None:
         self._marked.append(self._stack)
         self._stack = []
 
@@ -85,42 +103,46 @@ class _Machine:
         items, self._stack = self._stack, self._marked.pop()
         return items
 
-    def _put(self, index: int) -> None:
+    def _op_binput(self, index: int) -> None:
         self._memo[index] = self._stack[-1]
 
-    def _memoize(self, _: Any) -> None:
+    _op_long_binput = _op_binput
+
+    def _op_memoize(self, _: Any) -> None:
         self._memo[len(self._memo)] = self._stack[-1]
 
-    def _get(self, index: int) -> None:
+    def _op_binget(self, index: int) -> None:
         self._stack.append(self._memo[index])
 
-    def _pop(self, _: Any) -> None:
+    _op_long_binget = _op_binget
+
+    def _op_pop(self, _: Any) -> None:
         self._stack.pop()
-
-    def _tuple(self, _: Any) -> None:
-        items = self._since_mark()
-        self._stack.append(tuple(items))
-
-    def _frozenset(self, _: Any) -> None:
-        items = self._since_mark()
-        self._stack.append(frozenset(map(_checked_key, items)))
 
     # ------------------------------------------------------------------ containers
 
-    def _append(self, _: Any) -> None:
+    def _op_tuple(self, _: Any) -> None:
+        items = self._since_mark()
+        self._stack.append(tuple(items))
+
+    def _op_frozenset(self, _: Any) -> None:
+        items = self._since_mark()
+        self._stack.append(frozenset(map(_checked_key, items)))
+
+    def _op_append(self, _: Any) -> None:
         self._extend([self._stack.pop()])
 
-    def _appends(self, _: Any) -> None:
+    def _op_appends(self, _: Any) -> None:
         self._extend(self._since_mark())
 
     def _extend(self, items: list[Any]) -> None:
         _check_type(self._stack[-1], _LISTS, "appending").extend(items)
 
-    def _setitem(self, _: Any) -> None:
+    def _op_setitem(self, _: Any) -> None:
         value, key = self._stack.pop(), self._stack.pop()
         self._update([key, value])
 
-    def _setitems(self, _: Any) -> None:
+    def _op_setitems(self, _: Any) -> None:
         self._update(self._since_mark())
 
     def _update(self, items: list[Any]) -> None:
@@ -128,32 +150,32 @@ class _Machine:
         for key, value in zip(items[::2], items[1::2], strict=True):
             target[_checked_key(key)] = value
 
-    def _additems(self, _: Any) -> None:
+    def _op_additems(self, _: Any) -> None:
         items = self._since_mark()
         _check_type(self._stack[-1], (set,), "adding items").update(map(_checked_key, items))
 
     # ------------------------------------------------------------------ classes, functions, objects
 
-    def _global(self, argument: str) -> None:
+    def _op_global(self, argument: str) -> None:
         # pickletools joins the two lines by a space.
         self._push_named(*argument.split(" ", 1))
 
-    def _stack_global(self, _: Any) -> None:
+    def _op_stack_global(self, _: Any) -> None:
         name, module = self._stack.pop(), self._stack.pop()
         if type(name) is not str or type(module) is not str:
             raise NotAllowedError("a name that is no text")
         self._push_named(module, name)
 
     def _push_named(self, module: str, name: str) -> None:
-        # The user's own objects stand as they are: nothing is looked up.
+        # The user's own objects are pushed as they are, without an import.
         known = self._extra.get(f"{module}.{name}")
         self._stack.append(allowlist.find(module, name) if known is None else known)
 
-    def _reduce(self, _: Any) -> None:
+    def _op_reduce(self, _: Any) -> None:
         args, function = self._stack.pop(), self._stack.pop()
         self._stack.append(self._called(function, args))
 
-    def _newobj(self, _: Any) -> None:
+    def _op_newobj(self, _: Any) -> None:
         args, cls = self._stack.pop(), self._stack.pop()
         if isinstance(cls, Maker):
             self._stack.append(self._called(cls, args))
@@ -169,7 +191,7 @@ class _Machine:
             return function(*_checked_args(args))
         raise NotAllowedError(f"a call of {full_name(function)}")
 
-    def _build(self, _: Any) -> None:
+    def _op_build(self, _: Any) -> None:
         state, instance = self._stack.pop(), self._stack[-1]
         if not self._is_extra(type(instance)):
             allowlist.restore(instance, state)
@@ -183,30 +205,6 @@ class _Machine:
 
     def _is_extra(self, value: Any) -> bool:
         return any(value is known for known in self._extra.values())
-
-    _instructions: ClassVar[dict[str, Callable[["_Machine", Any], None]]] = {
-        "PROTO": _ignore,
-        "FRAME": _ignore,
-        "MARK": _mark,
-        "POP": _pop,
-        "BINPUT": _put,
-        "LONG_BINPUT": _put,
-        "MEMOIZE": _memoize,
-        "BINGET": _get,
-        "LONG_BINGET": _get,
-        "TUPLE": _tuple,
-        "FROZENSET": _frozenset,
-        "APPEND": _append,
-        "APPENDS": _appends,
-        "SETITEM": _setitem,
-        "SETITEMS": _setitems,
-        "ADDITEMS": _additems,
-        "GLOBAL": _global,
-        "STACK_GLOBAL": _stack_global,
-        "REDUCE": _reduce,
-        "NEWOBJ": _newobj,
-        "BUILD": _build,
-    }
 
 
 def _check_type(value: Any, types: tuple[type, ...], what: str) -> Any:
@@ -228,37 +226,3 @@ def _checked_key(key: Any) -> Any:
     if not all(isinstance(member, _ATOMS) for member in members):
         raise NotAllowedError(f"a key of the type {full_name(type(key))}")
     return key
-
-
-TRUST_ADVICE = (
-    f"If you trust where it comes from, pass trust_pickle=True or set {TRUST_VARIABLE}=1 (`--trust-pickle` on the "
-    "command line); trust_pickle=[...] allows single classes and functions"
-)
-
-
-def rebuilt(raw: bytes, trust: Trust) -> Any:
-    """Return what was pickled: by Python's own unpickler only where the file is trusted with everything."""
-    return pickle.loads(raw) if trust.everything else unpickle(raw, trust)
-
-
-@contextmanager
-def named_errors(what: str, refused_advice: str = f"{TRUST_ADVICE}.", damaged_advice: str = "") -> Iterator[None]:
-    """Say what could not be rebuilt, and the ways out: of a refusal, and of damage."""
-    try:
-        yield
-    except NotAllowedError as refused:
-        raise UnsafeFileError(
-            f"{what} must be of classes that are known to be safe, got {_described(refused.what)}, which could run any "
-            f"code. {refused_advice}"
-        ) from None
-    except Exception as error:  # damaged bytes, and classes of other versions, fail in any way
-        raise ValueError(
-            f"{what} could not be read: {reason_of(error)}. The file is damaged, or was saved with other versions of "
-            f"its packages.{damaged_advice}"
-        ) from error
-
-
-def _described(what: str) -> str:
-    if what.startswith("cloudpickle."):
-        return f"code of its own (by {what}; lambdas, and classes of scripts, are saved so)"
-    return what

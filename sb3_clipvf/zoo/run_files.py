@@ -144,7 +144,7 @@ class RunLoader(yaml.SafeLoader):
             return self._allowed_object(what, name, node)
         except NotAllowedError as refused:
             raise UnsafeFileError(
-                f"{self.name}, line {node.start_mark.line + 1}, must hold plain data, got {refused.what}, which could "
+                f"{self.name}, line {node.start_mark.line + 1}, must hold plain data, got {refused}, which could "
                 f"run any code. {_TRUST}"
             ) from None
 
