@@ -5,7 +5,6 @@ ClipPPO, the algorithm: its arguments, the update, ``learn``, and saving, loadin
 the losses. docs/architecture.md shows how they work together.
 """
 
-import contextlib
 import io
 import os
 import pathlib
@@ -48,7 +47,7 @@ from sb3_clipvf.common.nonfinite import MAX_UPDATES_WITH_SKIPS, BadMinibatchErro
 from sb3_clipvf.engines.interface import Engine, UpdateCoefficients, UpdateSettings, UpdateStatistics
 from sb3_clipvf.engines.selection import is_surpassed, select_engine
 from sb3_clipvf.files.codec import NOTE
-from sb3_clipvf.files.model import NetworkBound, check_model, read_model, write_model
+from sb3_clipvf.files.model import check_model, network_bound, read_model, write_model
 from sb3_clipvf.files.trust import TrustPickle, trust_of
 from sb3_clipvf.guards.diagnosis import update_error
 from sb3_clipvf.guards.env_checks import check_environments
@@ -633,8 +632,7 @@ class ClipPPO(RolloutCollector):
         kwargs = values_to_load(file.data or {}, kwargs, replaced, cls)
         # Built anew in any case; and SB3 compares the policy's arguments with the file's.
         replaced = {"lr_schedule": None, **{key: kwargs[key] for key in kwargs if key != "policy_kwargs"}, **replaced}
-        bound = contextlib.nullcontext() if trust.everything else NetworkBound(file)
-        with validation.same_spaces(), bound:
+        with validation.same_spaces(), network_bound(file, trust):
             model = super().load(
                 file.stream(),
                 env=env,

@@ -654,7 +654,7 @@ class TestLostEpisodes:
     def test_a_time_limit_outside_of_monitor_is_named_once(self, caplog: pytest.LogCaptureFixture) -> None:
         (message,) = self.warnings(lambda: TimeLimit(Monitor(gym.make("Pendulum-v1")), 5), caplog)
         assert "`rollout/ep_rew_mean` lacks them" in message
-        assert message.endswith("Put Monitor outside of that wrapper, or use VecMonitor in its place.")
+        assert message.endswith("Put Monitor outside of that wrapper, or use VecMonitor instead.")
 
     @pytest.mark.parametrize(
         "make_env",

@@ -474,7 +474,7 @@ class TestRefusals:
         ("env", "hint"),
         [
             ("CartPole-v1", r"gymnasium.make_vec\('CartPole-v1'"),
-            (gym.make("CartPole-v1"), "Give a single environment to the algorithm"),
+            (gym.make("CartPole-v1"), "Pass a single environment to the algorithm"),
             (DummyVecEnv([lambda: gym.make("CartPole-v1")]), "It is an SB3 VecEnv already"),
             (3, "Make one with"),
         ],

@@ -357,7 +357,7 @@ def test_observations_that_numpy_would_stretch(
     venv = make(gives(obs), at, cls)
     with pytest.raises(ValueError, match="must give observations of its space's shape") as caught:
         model_of(venv).learn(96, callback=TrainingCheckpoint(32, tmp_path))
-    assert f"shape (4,), got {shape} from environment 1. Mend it" in str(caught.value)
+    assert f"shape (4,), got {shape} from environment 1. Fix it" in str(caught.value)
     assert venv.envs[1].n == at  # at once, not at the end of the episode
     assert "_save_obs" not in vars(venv)
     if at:

@@ -16,9 +16,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecFram
 
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.envs import FastDummyVecEnv
-from sb3_clipvf.envs.atari_vector import AtariVecEnv
 from sb3_clipvf.envs.envpool import EnvPoolVecEnv, SparedEnvPoolVecEnv
-from sb3_clipvf.envs.gymnasium_vector import CartPoleVecEnv, SeparateVecEnv
+from sb3_clipvf.envs.gymnasium_vector import AtariVecEnv, CartPoleVecEnv, SeparateVecEnv
 from sb3_clipvf.zoo import main, register
 from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
 from sb3_clipvf.zoo.parsing import without_option

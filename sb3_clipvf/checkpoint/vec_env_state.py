@@ -240,10 +240,9 @@ def _stacks(stack: StackedObservations[Any]) -> list[StackedObservations[Any]]:
 
 def _adapter_state(layer: BatchedVecEnv, state: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     env = layer.env
-    writer = None if layer._file is None else layer._file._writer
     own: dict[str, Any] = {
         "statistics": frozen(read_attributes(layer.statistics, _STATISTICS)),
-        "file": file_state(writer),
+        "file": file_state(layer._writer),
         "cartpole": None,
         "sync": None,
     }
@@ -267,7 +266,7 @@ def _adapter_state(layer: BatchedVecEnv, state: dict[str, Any]) -> tuple[dict[st
 def _restore_adapter(layer: BatchedVecEnv, own: dict[str, Any]) -> None:
     env = layer.env
     write_attributes(layer.statistics, own["statistics"])
-    continue_file(None if layer._file is None else layer._file._writer, own["file"])
+    continue_file(layer._writer, own["file"])
     if own["cartpole"] is not None:
         write_attributes(env, own["cartpole"])
         env._np_random = generator_from(own["generator"])

@@ -1,4 +1,4 @@
-"""From an environment that steps many rows at once to SB3's ``VecEnv``: which adapter serves it, or why none does."""
+"""``as_vec_env``: the choice of an adapter from a vectorised environment to SB3's ``VecEnv``."""
 
 import sys
 from collections.abc import Callable
@@ -10,9 +10,8 @@ from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_clipvf.envs.atari_vector import AtariVecEnv
 from sb3_clipvf.envs.envpool import EnvPoolVecEnv, SparedEnvPoolVecEnv
-from sb3_clipvf.envs.gymnasium_vector import CartPoleVecEnv, GymnasiumVecEnv, SeparateVecEnv
+from sb3_clipvf.envs.gymnasium_vector import AtariVecEnv, CartPoleVecEnv, GymnasiumVecEnv, SeparateVecEnv
 from sb3_clipvf.envs.vector import BatchedVecEnv
 
 
@@ -24,29 +23,29 @@ def as_vec_env(
     spares: bool = False,
 ) -> BatchedVecEnv:
     """
-    Turn a vectorised environment into an SB3 ``VecEnv`` with the meaning of ``DummyVecEnv`` over ``Monitor``.
+    Turn a vectorised environment into an SB3 ``VecEnv`` that behaves like ``DummyVecEnv`` over ``Monitor``.
 
-    An episode's last transition comes with its true final observation, and the row goes on with the first observation
-    of the next episode in the same step: rows that only reset an environment are no transitions and never appear. The
-    adapter takes the environment over; who steps it on the side breaks the bookkeeping.
+    The step that ends an episode returns the first observation of the next one, with the true final observation in the
+    infos. Steps that only reset an environment are no transitions, and are never returned. Do not step the environment
+    yourself while the adapter is in use.
 
     :param env: A gymnasium ``VectorEnv`` of any autoreset mode, an EnvPool of ``env_type="gymnasium"``, or an
         ``AtariVectorEnv`` of ale-py.
-    :param clip_rewards: Give the algorithm the sign of each reward. Returns in ``info["episode"]`` stay the true ones.
-    :param monitor_path: File to which the return, length and time of each episode are written, in the format of SB3's
-        ``Monitor``; ``.monitor.csv`` is appended where the name lacks it. None: no file.
-    :param spares: For an EnvPool, whose environments then are two a row: while one plays, the other waits, already
-        reset. So resets run beside the next step of all rows, instead of in a step of their own.
-    :return: The environment with SB3's interface. ``.env`` is what was given.
+    :param clip_rewards: Whether the algorithm gets the sign of each reward. Returns in ``info["episode"]`` stay true.
+    :param monitor_path: File for the return, length and time of each episode, in the format of SB3's ``Monitor``;
+        ``.monitor.csv`` is appended where the name lacks it. None: no file.
+    :param spares: For an EnvPool: two environments per row, of which one plays and the other waits, already reset.
+        Resets then run during the next step of all rows, instead of in a step of their own.
+    :return: The environment with SB3's interface. ``.env`` is ``env``.
     :raises TypeError: If ``env`` is something else.
-    :raises ValueError: If it runs in a way that has no exact counterpart in SB3; the message says what to change.
+    :raises ValueError: If it runs in a mode that has no exact counterpart in SB3; the message says what to change.
     """
     adapter = _adapter_of(env)
     if spares:
         if adapter is not EnvPoolVecEnv:
             raise ValueError(
                 f"`spares` must be False for {type(env).__name__}, got True: only an EnvPool steps some of its "
-                "environments alone. Leave it away."
+                "environments alone. Omit it."
             )
         adapter = SparedEnvPoolVecEnv
     return adapter(env, clip_rewards=clip_rewards, monitor_path=monitor_path)
@@ -64,8 +63,8 @@ def _adapter_of(env: Any) -> Callable[..., BatchedVecEnv]:
     core = env.unwrapped
     if _is_envpool(core):
         raise TypeError(
-            f"`env` must be the EnvPool itself, got it inside {type(env).__name__}, which takes every step to have all "
-            "rows. Use wrappers of SB3's vec_env module around the adapter."
+            f"`env` must be the EnvPool itself, got it inside {type(env).__name__}, which expects all rows in every "
+            "step. Use wrappers of SB3's vec_env module around the adapter."
         )
     if isinstance(core, CartPoleVectorEnv):
         return CartPoleVecEnv
@@ -77,7 +76,7 @@ def _adapter_of(env: Any) -> Callable[..., BatchedVecEnv]:
 
 
 def _is_envpool(env: Any) -> bool:
-    # An instance of a class exists only if its module has been imported: no need to import an optional package here.
+    # An instance exists only if its module has been imported, so the optional package need not be imported here.
     module = sys.modules.get("envpool.python.envpool")
     return module is not None and isinstance(env, module.EnvPoolMixin)
 
@@ -91,7 +90,7 @@ def _hint(env: Any) -> str:
     if isinstance(env, VecEnv):
         return "It is an SB3 VecEnv already: use it as it is."
     if isinstance(env, gym.Env):
-        return "Give a single environment to the algorithm as it is, or make many with gymnasium.make_vec."
+        return "Pass a single environment to the algorithm as it is, or make many with gymnasium.make_vec."
     if isinstance(env, str):
         return f"Make it first, with gymnasium.make_vec({env!r}, num_envs=8) for example."
     return "Make one with gymnasium.make_vec or envpool.make_gymnasium."

@@ -1,8 +1,8 @@
 """
 SB3's DummyVecEnv without its deep copies: the same results at a fraction of the overhead.
 
-SB3's class hands the buffers of observations and the list of infos to ``copy.deepcopy`` at every step. Here arrays and
-plain dicts are copied by their own methods, and only what these do not cover goes the general way.
+SB3's class passes the buffers of observations and the list of infos to ``copy.deepcopy`` at every step. Here arrays and
+plain dicts are copied by their own methods, and only other objects by ``copy.deepcopy``.
 """
 
 from collections import OrderedDict
@@ -27,31 +27,27 @@ class FastDummyVecEnv(DummyVecEnv):
     """
     Step environments one after the other, as SB3's ``DummyVecEnv`` does, at less cost.
 
-    Results are those of ``DummyVecEnv``: values, types, and what shares memory with what. They may be kept and changed:
-    neither the environments nor later steps see it, nor do later steps change them. Values of infos are copied as
-    ``copy.deepcopy`` of the whole list copies them: an object that stands in several places, or in several infos, is
-    one object in the copy as well.
+    Results are those of ``DummyVecEnv``: values, types, and which objects share memory. They may be kept and changed,
+    since neither environments nor later steps use them. Infos are copied as ``copy.deepcopy`` copies the whole list: an
+    object in several places, or in several infos, is one object in the copy as well.
 
-    An observation whose shape is not that of the space, but for leading axes of length 1, is refused: there, NumPy
-    stretches it where it can.
+    An observation is refused if its shape is not that of the space, apart from leading axes of length 1.
+    ``DummyVecEnv`` broadcasts it where NumPy can.
 
-    Infos of numbers, text, arrays and plain dicts cost little. Lists, objects and whatever else goes through
-    ``copy.deepcopy`` at its speed. A class that overrides ``_save_obs`` should derive from ``DummyVecEnv``: here,
-    ``step_wait`` calls it for dicts and tuples only.
+    Infos of numbers, text, arrays and plain dicts cost little. Lists and other objects are copied by ``copy.deepcopy``,
+    at its speed. A class that overrides ``_save_obs`` should derive from ``DummyVecEnv``: this ``step_wait`` calls it
+    for dicts and tuples only.
 
     :param env_fns: Functions that make one environment each.
-    :raises ValueError: If two of them give the same environment.
+    :raises ValueError: If two of them return the same environment.
     """
-
-    # The constructor is DummyVecEnv's own.
 
     def step_wait(self) -> VecEnvStepReturn:
         """
-        Step each environment by its action, and reset those that end.
+        Step each environment with its action, and reset those whose episode ended.
 
-        :return: Observations, rewards (float32), dones and infos. There, ``TimeLimit.truncated`` says whether the
-            episode was cut off and had not ended by itself, and ``terminal_observation`` is the last observation of one
-            that is over.
+        :return: Observations, rewards (float32), dones and infos. In the infos, ``TimeLimit.truncated`` is whether the
+            episode was truncated and not terminated, and ``terminal_observation`` is its last observation.
         """
         actions, rewards, dones, infos = self.actions, self.buf_rews, self.buf_dones, self.buf_infos
         buffers: dict[Any, np.ndarray] = self.buf_obs
@@ -64,7 +60,7 @@ class FastDummyVecEnv(DummyVecEnv):
             done = dones[index] = terminated or truncated
             info["TimeLimit.truncated"] = truncated and not terminated
             if done:
-                if info["TimeLimit.truncated"] and obs is not None:  # its value will be asked for
+                if info["TimeLimit.truncated"] and obs is not None:  # its value is bootstrapped
                     check_one(self.observation_space, obs, index)
                 info["terminal_observation"] = obs
                 obs, self.reset_infos[index] = env.reset()
@@ -74,7 +70,7 @@ class FastDummyVecEnv(DummyVecEnv):
             if type(obs) is not np.ndarray or obs.shape != shape:
                 check_one(self.observation_space, obs, index)
             rows[index] = obs
-        # Not before the last step: environments may share what they give, and change it.
+        # After the last step: environments may share objects, and change them.
         memo: dict[int, Any] = {}
         return self._obs_from_buf(), rewards.copy(), dones.copy(), [_copied(info, memo) for info in infos]
 
@@ -92,13 +88,7 @@ class FastDummyVecEnv(DummyVecEnv):
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    """
-    Copy as ``copy.deepcopy(value, memo)`` does.
-
-    :param value: Anything. It must live until the last copy with this memo is made.
-    :param memo: ``deepcopy``'s: copies so far, by the ``id`` of what they are copies of.
-    :return: The copy.
-    """
+    """Copy as ``copy.deepcopy(value, memo)`` does; ``value`` must live until the last copy with this memo."""
     kind = type(value)
     if kind is dict:
         copied = memo.get(id(value))

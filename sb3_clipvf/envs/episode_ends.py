@@ -1,4 +1,4 @@
-"""Episodes that a wrapper outside of SB3's ``Monitor`` ends: find them, and report them as ``Monitor`` does."""
+"""Episodes that a wrapper outside of SB3's ``Monitor`` ends: found, and reported as ``Monitor`` reports them."""
 
 import time
 from typing import Any
@@ -8,37 +8,27 @@ from stable_baselines3.common.env_util import unwrap_wrapper
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
-WAY_OUT = "Put Monitor outside of that wrapper, or use VecMonitor in its place."
+WAY_OUT = "Put Monitor outside of that wrapper, or use VecMonitor instead."
 
 
 def ended_unseen(venv: VecEnv, index: int, length: int = 1) -> bool | None:
     """
-    Return whether a wrapper outside of ``Monitor`` has ended an episode.
+    Return whether a wrapper outside of ``Monitor`` ended an episode, after a step that ended it without a report.
 
-    :param venv: Environments, after a step that ended the episode without a report of it, and began the next one.
-    :param index: Which environment.
-    :param length: Steps of the episode, as far as they are known.
-    :return: False: ``Monitor`` still counts the same episode, as after the loss of a life. None: there is no
-        ``Monitor``, or the environments cannot be asked.
+    False: ``Monitor`` still counts the same episode, of at least ``length`` steps, as after the loss of a life. None:
+    there is no ``Monitor``, or its attributes cannot be read.
     """
     try:
         if not venv.env_is_wrapped(Monitor, [index])[0]:
             return None
         rewards = venv.get_attr("rewards", [index])[0]
-    except Exception:  # of any class of environments; a look must not end the training
+    except Exception:  # from any class of environments; this check must not end the training
         return None
     return isinstance(rewards, list) and len(rewards) < length
 
 
 def check_end(locals_: dict[str, Any], globals_: dict[str, Any], name: str = "env") -> None:
-    """
-    Refuse an end that is never reported, as callback of SB3's ``evaluate_policy``, which would wait for the report.
-
-    :param locals_: Local variables of ``evaluate_policy``, after a step of one environment.
-    :param globals_: Its global ones.
-    :param name: Argument that holds the environments, for messages.
-    :raises ValueError: If a wrapper outside of ``Monitor`` has ended an episode.
-    """
+    """Refuse unreported ends, as callback of SB3's ``evaluate_policy``, which would wait for the report forever."""
     if not locals_["done"] or not locals_["is_monitor_wrapped"] or "episode" in locals_["info"]:
         return
     length = int(locals_["current_lengths"][locals_["i"]])
@@ -53,12 +43,10 @@ class EpisodeEnds(gym.Wrapper[Any, Any, Any, Any]):
     """
     Report the episodes that a wrapper around ``Monitor`` ends, such as ``TimeLimit`` in ``env_wrapper`` of the RL Zoo.
 
-    Where an episode ends and ``Monitor`` has not reported it, the environment is reset at once. The next ``reset``
-    without seed and options, which SB3's vectorised environments call within the same step, returns what that gave.
-    If the reset reached ``Monitor``, the episode is over, with the return and length that ``Monitor`` has counted. If
-    not, the game goes on, as it does after the loss of a life in SB3's ``AtariWrapper``.
-
-    :param env: The environment, in all its other wrappers.
+    If an episode ends without a report of ``Monitor``, the environment is reset at once. The next ``reset`` without
+    seed and options, which SB3's vectorised environments call within the same step, returns the result of that reset.
+    If the reset reached ``Monitor``, the episode is over, with the return and length that ``Monitor`` counted. If not,
+    the game continues, as after the loss of a life in SB3's ``AtariWrapper``.
     """
 
     def __init__(self, env: gym.Env[Any, Any]) -> None:
@@ -67,12 +55,7 @@ class EpisodeEnds(gym.Wrapper[Any, Any, Any, Any]):
         self._begun: tuple[Any, dict[str, Any]] | None = None
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """
-        Step the environment.
-
-        :param action: The action.
-        :return: Its answer, with ``episode`` in the info where an episode is over.
-        """
+        """Step the environment, and add ``episode`` to the info where an episode is over."""
         self._begun = None
         obs, reward, terminated, truncated, info = self.env.step(action)
         if (terminated or truncated) and "episode" not in info and self._monitor is not None:
@@ -82,19 +65,14 @@ class EpisodeEnds(gym.Wrapper[Any, Any, Any, Any]):
         return obs, reward, terminated, truncated, info
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        """
-        Begin an episode.
-
-        :param kwargs: Seed and options.
-        :return: Its first observation, and an info.
-        """
+        """Begin an episode, or return the reset of the last step if it began this one."""
         begun, self._begun = self._begun, None
-        is_asked = any(value is not None for value in kwargs.values())
-        return begun if begun is not None and not is_asked else self.env.reset(**kwargs)
+        has_arguments = any(value is not None for value in kwargs.values())
+        return begun if begun is not None and not has_arguments else self.env.reset(**kwargs)
 
     def _ended(self, info: dict[str, Any]) -> dict[str, Any] | None:
         monitor = self._monitor
-        if monitor.needs_reset:  # it has reported the end, but a wrapper has made an info of its own
+        if monitor.needs_reset:  # it reported the end, but a wrapper replaced the info
             last = (monitor.episode_returns[-1], monitor.episode_lengths[-1], monitor.episode_times[-1])
             return {"r": round(last[0], 6), "l": last[1], "t": round(last[2], 6)}
         rewards, n_reported = monitor.rewards, len(monitor.episode_returns)

@@ -1,5 +1,6 @@
-"""SB3's ``VecEnv`` over gymnasium's ``VectorEnv``, in its three autoreset modes."""
+"""SB3's ``VecEnv`` over gymnasium's ``VectorEnv``, in its three autoreset modes; ale-py's is one of them."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +12,10 @@ from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
 
-from sb3_clipvf.envs.episodes import are_statistics
 from sb3_clipvf.envs.rows import fill_infos, own_batch, own_row, put_rows, same, take_rows
-from sb3_clipvf.envs.vector import BatchedVecEnv, Step
+from sb3_clipvf.envs.vector import BatchedVecEnv, Step, are_statistics, keep_final_obs
 
-# Their state of all rows is lost where one row is reset (Gymnasium 1.4).
+# A reset of one row resets their state of all rows (Gymnasium 1.4).
 _FORGETFUL_WRAPPERS = (NormalizeObservation, NormalizeReward, RecordEpisodeStatistics)
 
 _MODE_HINT = "Make it with autoreset_mode=AutoresetMode.SAME_STEP"
@@ -23,21 +23,18 @@ _MODE_HINT = "Make it with autoreset_mode=AutoresetMode.SAME_STEP"
 
 class GymnasiumVecEnv(BatchedVecEnv):
     """
-    SB3's ``VecEnv`` over a ``VectorEnv``.
+    SB3's ``VecEnv`` over a ``VectorEnv``, wrapped or not.
 
-    SAME_STEP resets rows within the step and hands the final observations over. In the other two modes the adapter
-    resets the rows that ended, and only them, by ``reset(options={"reset_mask": mask})`` right after the step; so no
-    reset is pending when the next step comes, which in NEXT_STEP mode would spend it on a row without a transition.
-
-    :param env: A ``VectorEnv``, wrapped or not.
-    :param kwargs: Those of :class:`BatchedVecEnv`.
+    SAME_STEP resets rows within the step and returns the final observations in the infos. In the other two modes the
+    adapter resets only the rows that ended, by ``reset(options={"reset_mask": mask})`` right after the step. In
+    NEXT_STEP mode no reset is then pending, which would spend the next step on a row without a transition.
     """
 
     _UNWANTED_INFOS = frozenset({"final_obs", "final_info"})
 
     def __init__(self, env: VectorEnv[Any, Any, Any], **kwargs: Any) -> None:
         self.autoreset_mode = _autoreset_mode(env)
-        # Classes whose masked reset is known to leave the other rows alone; any other is watched.
+        # Classes whose masked reset is known to keep the other rows; any other class is checked.
         self._masks_reset = type(env) in (SyncVectorEnv, AsyncVectorEnv)
         if self.autoreset_mode is not AutoresetMode.SAME_STEP:
             _refuse_forgetful(env)
@@ -48,7 +45,7 @@ class GymnasiumVecEnv(BatchedVecEnv):
         return own_batch(self.observation_space, obs), infos
 
     def _seed_argument(self, seeds: list[int]) -> Any:
-        # The interface of VectorEnv knows one seed for all.
+        # The interface of VectorEnv has one seed for all.
         return seeds[0]
 
     def _advance(self, actions: np.ndarray) -> Step:
@@ -65,15 +62,18 @@ class GymnasiumVecEnv(BatchedVecEnv):
 
     def _renew(self, step: Step, ended: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
         if self.autoreset_mode is AutoresetMode.SAME_STEP:
-            return self._renewed_by_env(step, ended, infos)
-        for index in ended.tolist():
-            infos[index]["terminal_observation"] = own_row(step.obs, index)
-        first_obs, reset_infos = self._reset_rows(step, ended)
-        put_rows(step.obs, ended, first_obs)
-        self._keep_reset_infos(ended, reset_infos)
+            self._sort_infos(step, ended, infos)
+        else:
+            keep_final_obs(infos, step.obs, ended)
+            first_obs, batch_infos = self._reset_rows(step, ended)
+            put_rows(step.obs, ended, first_obs)
+            reset_infos = self._info_rows(batch_infos, self.num_envs)
+            for index in ended.tolist():
+                self.reset_infos[index] = reset_infos[index]
         return np.ones(len(ended), dtype=bool)
 
-    def _renewed_by_env(self, step: Step, ended: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
+    def _sort_infos(self, step: Step, ended: np.ndarray, infos: list[dict[str, Any]]) -> None:
+        """Sort the infos of a SAME_STEP reset: those of the step into ``infos``, the others into ``reset_infos``."""
         final_obs = step.infos.get("final_obs")
         if final_obs is None:
             raise RuntimeError(
@@ -83,7 +83,7 @@ class GymnasiumVecEnv(BatchedVecEnv):
         final_infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         fill_infos(final_infos, step.infos.get("final_info", {}))
         for index in ended.tolist():
-            # What stands there came with the first observation of the next episode.
+            # These came with the first observation of the next episode.
             reset_info = infos[index]
             infos[index] = {"TimeLimit.truncated": False, **final_infos[index]}
             infos[index]["terminal_observation"] = self._final_row(final_obs, index)
@@ -92,16 +92,16 @@ class GymnasiumVecEnv(BatchedVecEnv):
                 # Gymnasium's RecordEpisodeStatistics adds them outside of `final_info`.
                 infos[index]["episode"] = reset_info.pop("episode")
             self.reset_infos[index] = reset_info
-        return np.ones(len(ended), dtype=bool)
 
     def _final_row(self, final_obs: Any, index: int) -> Any:
-        # Sync and Async: an array of objects, one observation each. Others may hand over a batch as `obs` is one.
+        # Sync and Async: an array of objects, one observation each. Others may return a batch like `obs`.
         row = final_obs[index] if isinstance(final_obs, np.ndarray) else own_row(final_obs, index)
         if isinstance(row, (dict, tuple)):
             return own_row(own_batch(self.observation_space, _batch_of_one(row)), 0)
         return np.array(row, dtype=self.observation_space.dtype)[()]
 
     def _reset_rows(self, step: Step, ended: np.ndarray) -> tuple[Any, dict[str, Any]]:
+        """Reset the rows that ended; return their first observations, and the infos of the batch."""
         if len(ended) == self.num_envs:
             obs, infos = self.env.reset()
             return obs, infos
@@ -119,22 +119,13 @@ class GymnasiumVecEnv(BatchedVecEnv):
             )
         return take_rows(obs, ended), infos
 
-    def _keep_reset_infos(self, ended: np.ndarray, infos: dict[str, Any]) -> None:
-        rows: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
-        fill_infos(rows, infos, self._UNWANTED_INFOS)
-        for index in ended.tolist():
-            self.reset_infos[index] = rows[index]
-
 
 class SeparateVecEnv(GymnasiumVecEnv):
     """
-    SB3's ``VecEnv`` over ``SyncVectorEnv`` and ``AsyncVectorEnv``, whose environments can be asked one by one.
+    SB3's ``VecEnv`` over ``SyncVectorEnv`` and ``AsyncVectorEnv``, whose environments can be reached one by one.
 
-    Where the environments keep episode statistics themselves, by SB3's ``Monitor`` or gymnasium's
-    ``RecordEpisodeStatistics``, these are handed on: below other wrappers they see true rewards and whole games.
-
-    :param env: One of the two, wrapped or not.
-    :param kwargs: Those of :class:`BatchedVecEnv`.
+    Episode statistics of SB3's ``Monitor`` or gymnasium's ``RecordEpisodeStatistics`` in the environments are passed
+    on: below other wrappers these see true rewards and whole games.
     """
 
     def __init__(self, env: VectorEnv[Any, Any, Any], **kwargs: Any) -> None:
@@ -146,7 +137,7 @@ class SeparateVecEnv(GymnasiumVecEnv):
             and self.autoreset_mode is AutoresetMode.NEXT_STEP
             and not core.shared_memory
         ):
-            # Its workers forget a pending reset only with shared memory (Gymnasium 1.4).
+            # Its workers drop a pending reset only with shared memory (Gymnasium 1.4).
             raise ValueError(
                 "`shared_memory` must be True for an AsyncVectorEnv in NEXT_STEP mode, got False, with which it "
                 f"resets rows twice. {_MODE_HINT}, or with shared memory."
@@ -157,14 +148,7 @@ class SeparateVecEnv(GymnasiumVecEnv):
         return seeds
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        """
-        Read an attribute of environments.
-
-        :param attr_name: Its name.
-        :param indices: Which environments; None: all.
-        :return: One value for each of them.
-        :raises AttributeError: If one lacks it.
-        """
+        """Return an attribute of each environment."""
         if not isinstance(self._core, AsyncVectorEnv):
             return [self._core.envs[index].get_wrapper_attr(attr_name) for index in self._get_indices(indices)]
         # An error in a worker process ends it.
@@ -174,13 +158,7 @@ class SeparateVecEnv(GymnasiumVecEnv):
         return [values[index] for index in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
-        """
-        Set an attribute of environments to the same value.
-
-        :param attr_name: Its name.
-        :param value: Its value.
-        :param indices: Which environments; None: all.
-        """
+        """Set an attribute of environments to the same value."""
         if not isinstance(self._core, AsyncVectorEnv):
             for index in self._get_indices(indices):
                 self._core.envs[index].set_wrapper_attr(attr_name, value)
@@ -192,16 +170,7 @@ class SeparateVecEnv(GymnasiumVecEnv):
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
     ) -> list[Any]:
-        """
-        Call a method of environments.
-
-        :param method_name: Method.
-        :param method_args: Its arguments.
-        :param indices: Which environments; None: all.
-        :param method_kwargs: Its keyword arguments.
-        :return: One result for each of them.
-        :raises ValueError: If only some environments of an ``AsyncVectorEnv`` are meant.
-        """
+        """Call a method of each environment; an ``AsyncVectorEnv`` calls it in all of them only."""
         chosen = list(self._get_indices(indices))
         if not isinstance(self._core, AsyncVectorEnv):
             methods: list[Callable[..., Any]] = [self._core.envs[i].get_wrapper_attr(method_name) for i in chosen]
@@ -214,14 +183,7 @@ class SeparateVecEnv(GymnasiumVecEnv):
         return list(self._core.call(method_name, *method_args, **method_kwargs))
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: Any = None) -> list[bool]:
-        """
-        Tell whether environments are wrapped. ``Monitor`` counts as a wrapper, since its statistics are kept.
-
-        :param wrapper_class: Class of the wrapper.
-        :param indices: Which environments; None: all.
-        :return: One bool for each of them.
-        :raises ValueError: If the environments run in other processes and the class is not ``Monitor``.
-        """
+        """Return whether each environment is wrapped. ``Monitor`` counts as a wrapper: its statistics are kept."""
         chosen = list(self._get_indices(indices))
         if wrapper_class is Monitor:
             return [True] * len(chosen)
@@ -235,11 +197,10 @@ class SeparateVecEnv(GymnasiumVecEnv):
 
 class CartPoleVecEnv(GymnasiumVecEnv):
     """
-    SB3's ``VecEnv`` over ``CartPoleVectorEnv``, which ``make_vec("CartPole-v1")`` makes. It knows NEXT_STEP mode and no
-    masked reset, but its state lies open: rows that ended get a new one as its own next step would draw it.
+    SB3's ``VecEnv`` over ``CartPoleVectorEnv``, which ``make_vec("CartPole-v1")`` makes.
 
-    :param env: A ``CartPoleVectorEnv`` without wrappers.
-    :param kwargs: Those of :class:`BatchedVecEnv`.
+    It has NEXT_STEP mode only, and no masked reset, but its state is accessible. Rows that ended get a new state, drawn
+    as its own next step would draw it.
     """
 
     def __init__(self, env: VectorEnv[Any, Any, Any], **kwargs: Any) -> None:
@@ -259,6 +220,67 @@ class CartPoleVecEnv(GymnasiumVecEnv):
         return state.T, {}
 
 
+class AtariVecEnv(GymnasiumVecEnv):
+    """
+    SB3's ``VecEnv`` over ale-py's ``AtariVectorEnv``.
+
+    With ``life_loss_info=True`` a lost life ends a row while the game continues, as with SB3's ``EpisodicLifeEnv``;
+    ``info["episode"]`` comes when the game ends. Only the infos of SAME_STEP mode distinguish the two ends. With
+    ``reward_clipping=True``, its default, the true rewards are lost: make it with False, and this adapter with
+    ``clip_rewards=True``.
+    """
+
+    _UNWANTED_INFOS = frozenset({"final_obs", "final_info", "env_id"})
+
+    def __init__(self, env: VectorEnv[Any, Any, Any], **kwargs: Any) -> None:
+        core: Any = env.unwrapped
+        if core.batch_size != core.num_envs:
+            raise ValueError(
+                f"`batch_size` must be `num_envs` or 0, got {core.batch_size} of {core.num_envs}: SB3 steps all "
+                "environments together. Omit it."
+            )
+        super().__init__(env, **kwargs)
+        self._masks_reset = self._masks_reset or type(env) is type(core)
+        self._earlier_frames = np.zeros(self.num_envs, np.int64)
+        if core.spec is not None and core.spec.kwargs.get("reward_clipping", True):
+            warnings.warn(
+                "AtariVectorEnv clips rewards, so the returns in info['episode'] are those of clipped ones. Make it "
+                "with reward_clipping=False, and as_vec_env with clip_rewards=True.",
+                stacklevel=3,
+            )
+
+    def _seed_argument(self, seeds: list[int]) -> Any:
+        # It takes what fits an int32; negative ones mean none.
+        return np.array([seed % 2**31 for seed in seeds], np.int64)
+
+    def _begin(self, seeds: list[int] | None, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+        obs, infos = super()._begin(seeds, options)
+        self._earlier_frames = _earlier_frames(infos)
+        return obs, infos
+
+    def _renew(self, step: Step, ended: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
+        if self.autoreset_mode is AutoresetMode.SAME_STEP:
+            earlier_frames = _earlier_frames(step.infos)
+            over: np.ndarray = earlier_frames[ended] != self._earlier_frames[ended]
+            self._earlier_frames = earlier_frames
+            if over.any():
+                self._sort_infos(step, ended[over], infos)
+            keep_final_obs(infos, step.obs, ended[~over])
+            return over
+        if np.any(step.terminated[ended] & (np.asarray(step.infos["lives"])[ended] > 0)):
+            raise ValueError(
+                "`autoreset_mode` must be SAME_STEP where episodes end with lives left (`life_loss_info`, "
+                "`episodic_life`), got NEXT_STEP, which does not report whether the game continues. Make the "
+                "environment with autoreset_mode='SameStep'."
+            )
+        return super()._renew(step, ended, infos)
+
+
+def _earlier_frames(infos: dict[str, Any]) -> np.ndarray:
+    """Return the frames of earlier games, which change only when a game ends."""
+    return np.array(infos["frame_number"], np.int64) - np.array(infos["episode_frame_number"], np.int64)
+
+
 def _autoreset_mode(env: VectorEnv[Any, Any, Any]) -> AutoresetMode:
     core = env.unwrapped
     mode = getattr(core, "autoreset_mode", None)
@@ -267,8 +289,8 @@ def _autoreset_mode(env: VectorEnv[Any, Any, Any]) -> AutoresetMode:
         mode = env.metadata.get("autoreset_mode")
     if not isinstance(mode, AutoresetMode):
         raise ValueError(
-            f"`env.metadata['autoreset_mode']` must be an AutoresetMode, got {mode!r} in {type(core).__name__}. Let "
-            "the class say there how it goes on after an episode."
+            f"`env.metadata['autoreset_mode']` must be an AutoresetMode, got {mode!r} in {type(core).__name__}. Set it "
+            "to how the class begins the next episode."
         )
     return mode
 
@@ -277,8 +299,8 @@ def _refuse_forgetful(env: VectorEnv[Any, Any, Any]) -> None:
     while isinstance(env, VectorWrapper):
         if isinstance(env, _FORGETFUL_WRAPPERS):
             raise ValueError(
-                f"`env` must not be wrapped in {type(env).__name__} in this autoreset mode, got it: resetting one row "
-                "makes that wrapper forget all. Leave it away: the adapter keeps episode statistics, and SB3's "
+                f"`env` must not be wrapped in {type(env).__name__} in this autoreset mode, got it: a reset of one row "
+                "resets the wrapper's state of all rows. Omit it: the adapter keeps episode statistics, and SB3's "
                 "VecNormalize normalises."
             )
         env = env.env

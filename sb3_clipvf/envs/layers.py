@@ -10,13 +10,10 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvWrapper
 
 def vec_env_layers(venv: VecEnv) -> list[VecEnv]:
     """
-    List a ``VecEnv`` and those that it wraps.
+    Return a ``VecEnv`` and those that it wraps, from the outermost to the innermost one.
 
-    SB3's ``unwrapped`` does not serve: a ``VecEnvWrapper`` may wrap a simulator, and ``unwrapped`` of a ``VecEnv`` may
-    be the simulator inside it.
-
-    :param venv: The outermost one.
-    :return: From the outermost to the innermost ``VecEnv``, which is a ``VecEnvWrapper`` if it wraps something else.
+    SB3's ``unwrapped`` is no substitute: a ``VecEnvWrapper`` may wrap a simulator, and ``unwrapped`` of a ``VecEnv``
+    may be the simulator inside it.
     """
     layers = [venv]
     while isinstance(layers[-1], VecEnvWrapper) and isinstance(layers[-1].venv, VecEnv):
@@ -25,29 +22,19 @@ def vec_env_layers(venv: VecEnv) -> list[VecEnv]:
 
 
 def simulator_of(venv: VecEnv) -> Any:
-    """
-    Return what the innermost ``VecEnvWrapper`` wraps where this is no ``VecEnv``.
-
-    :param venv: The outermost ``VecEnv``.
-    :return: The object, or None where the innermost layer is not a wrapper.
-    """
+    """Return what the innermost ``VecEnvWrapper`` wraps if this is no ``VecEnv``, else None."""
     base = vec_env_layers(venv)[-1]
     return base.venv if isinstance(base, VecEnvWrapper) else None
 
 
 def stepped_objects(venv: VecEnv) -> list[Any]:
-    """
-    List every object in a ``VecEnv`` that has episodes of its own.
-
-    :param venv: The outermost ``VecEnv``.
-    :return: ``VecEnv``, simulators, and environments and vector environments of Gymnasium, with their wrappers.
-    """
+    """Return all objects with episodes of their own: ``VecEnv``, simulators, Gymnasium's environments and wrappers."""
     layers = vec_env_layers(venv)
     found: list[Any] = [*layers, simulator_of(venv)]
     with contextlib.suppress(Exception):  # a class may have a property of any kind here
         found.append(layers[-1].unwrapped)
     known = set(map(id, found))
-    for holder in found:  # which grows
+    for holder in found:  # the list grows meanwhile
         own = getattr(holder, "__dict__", {})
         several = own.get("envs")
         for item in (own.get("env"), *(several if isinstance(several, list | tuple) else ())):

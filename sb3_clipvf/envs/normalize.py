@@ -1,9 +1,9 @@
 """
 SB3's VecNormalize with its arithmetic in compiled kernels: the same results and files at a fraction of the cost.
 
-SB3's class spends its time in the overhead of some forty NumPy calls a step. Here one kernel takes the observations and
-one the rewards. They keep no state: statistics are read from the objects where SB3's code keeps them, and new arrays
-are put there, so that whoever reads, replaces or changes them is heard at the next step.
+SB3's class spends its time in the overhead of some forty NumPy calls per step. Here one kernel processes the
+observations, and one the rewards. They keep no state: they read the statistics from the objects where SB3's code keeps
+them, and put new arrays there. A change of these objects takes effect at the next step.
 """
 
 import inspect
@@ -20,6 +20,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from sb3_clipvf.common.jit import cached
+from sb3_clipvf.files.atomic import atomic_write
 from sb3_clipvf.files.statistics import digest_of_pickle, load_vec_normalize
 from sb3_clipvf.files.trust import TrustPickle
 
@@ -33,41 +34,38 @@ class FastVecNormalize(VecNormalize):
     Observations, per element: (x - mean) / sqrt(var + epsilon), clipped. Rewards: r / sqrt(var + epsilon), clipped,
     with the variance of the discounted sums of rewards.
 
-    Results are those of ``VecNormalize`` up to the last digit: operations, their order and their precision are the same
-    (moments of one step in the observations' own precision, all else in float64), but NumPy adds 8 or more returns, or
-    observations of a single element, pairwise. NaN and infinity come out where they do there, without NumPy's warnings.
+    Results are those of ``VecNormalize`` up to the last digit. Operations, their order and their precision are the
+    same: moments of one step in the observations' own precision, all else in float64. But NumPy adds 8 or more returns,
+    or observations of a single element, pairwise. NaN and infinity appear as there, without NumPy's warnings.
 
-    Dones may be numbers as well as bools. Where they are integers, SB3's class ends the sums of the wrong environments.
+    Dones may be numbers as well as bools. If they are integers, SB3's class resets the sums of the wrong environments.
 
-    What the kernels do not take goes through SB3's own code, at its speed: float16, statistics of another class or
-    shape, a clipping range for each element.
+    SB3's own code, at its speed, handles what the kernels do not: float16, statistics of another class or shape, a
+    clipping range for each element.
 
     Files are SB3's. Those that ``save`` writes name SB3's classes only, so that ``VecNormalize.load`` reads them where
-    this package is not installed. A class that overrides single methods should derive from ``VecNormalize``: here,
+    this package is not installed. A class that overrides single methods should derive from ``VecNormalize``: this
     ``step_wait`` does not call ``normalize_obs`` and ``normalize_reward``.
 
     :param venv: Environments to wrap.
     :param training: Whether the statistics are updated.
     :param norm_obs: Whether observations are normalised. They are float32 then.
-    :param norm_reward: Whether rewards are normalised. They are float32 in any case.
+    :param norm_reward: Whether rewards are normalised. They are always float32.
     :param clip_obs: Largest absolute value of a normalised observation.
     :param clip_reward: Largest absolute value of a normalised reward.
     :param gamma: Discount factor of the sums of rewards.
-    :param epsilon: Added to the variance before its root is taken.
-    :param norm_obs_keys: Entries of a dict observation that are normalised; None: all of them.
+    :param epsilon: Constant added to the variance before its root is taken.
+    :param norm_obs_keys: Entries of a dict observation to normalise; None: all of them.
     :raises ValueError: If an observation to be normalised is not a Box, or ``norm_obs_keys`` is given without a dict.
     """
-
-    # The constructor is VecNormalize's own.
 
     @classmethod
     def from_sb3(cls, vec_normalize: VecNormalize) -> Self:
         """
-        Make one that stands where an SB3 ``VecNormalize`` stood.
+        Return a replacement for SB3's ``VecNormalize``, in the same state.
 
-        :param vec_normalize: Whose environments, settings and statistics are taken over. The two share them: use it no
-            more.
-        :return: In the same state.
+        :param vec_normalize: Wrapper to replace. The two share environments, settings and statistics: do not use it
+            afterwards.
         :raises TypeError: If it is of a subclass, whose own behaviour would be lost.
         """
         if type(vec_normalize) not in (VecNormalize, cls):
@@ -83,13 +81,13 @@ class FastVecNormalize(VecNormalize):
     @classmethod
     def load(cls, load_path: str | os.PathLike[str], venv: VecEnv, trust_pickle: TrustPickle = None) -> Self:
         """
-        Load what ``save`` of this class or of SB3's ``VecNormalize`` wrote, without running code.
+        Load a file that ``save`` of this class or of SB3's ``VecNormalize`` wrote, without running code.
 
         :param load_path: File.
         :param venv: Environments to wrap.
         :param trust_pickle: As in :meth:`sb3_clipvf.ClipPPO.load`. True: the file may run any code.
-        :return: Settings and statistics of the file; sums of rewards start at 0.
-        :raises UnsafeFileError: If the file needs what it may not use.
+        :return: Wrapper with the file's settings and statistics; sums of rewards start at 0.
+        :raises UnsafeFileError: If the file needs classes or functions that it may not use.
         :raises ValueError: If the file holds something else, is damaged or does not fit into memory.
         :raises TypeError: If the file holds a subclass of ``VecNormalize``.
         """
@@ -97,15 +95,13 @@ class FastVecNormalize(VecNormalize):
 
     def save(self, save_path: str) -> None:
         """
-        Save settings and statistics in SB3's format, at once or not at all.
+        Save settings and statistics atomically, in SB3's format.
 
-        A digest stands behind the pickle, where SB3 does not look: ``load`` refuses a file whose bytes have changed.
+        A digest follows the pickle, where SB3 does not read: ``load`` refuses a file whose bytes have changed.
 
         :param save_path: File. It names no class of this package.
-        :raises OSError: If it cannot be written; what it held before is unchanged.
+        :raises OSError: If it cannot be written; its old content is then unchanged.
         """
-        from sb3_clipvf.files.atomic import atomic_write
-
         plain = VecNormalize.__new__(VecNormalize)
         plain.__dict__.update(self.__dict__)
         with atomic_write(save_path) as file:
@@ -115,11 +111,7 @@ class FastVecNormalize(VecNormalize):
             file.write(digest_of_pickle(pickled))
 
     def step_wait(self) -> VecEnvStepReturn:
-        """
-        Wait for the environments, update the statistics where ``training`` is on, and normalise.
-
-        :return: Observations, rewards, dones and infos, where ``terminal_observation`` is normalised too.
-        """
+        """Wait for the environments, update the statistics if ``training``, and normalise, final observations too."""
         self.old_obs, self.old_reward, dones, infos = self.venv.step_wait()  # type: ignore[assignment]
         obs = self._processed(self.old_obs, update=self.training)
         rewards = self._processed_reward(self.old_reward, update=self.training)
@@ -133,20 +125,16 @@ class FastVecNormalize(VecNormalize):
         return obs, rewards, dones, infos
 
     def reset(self) -> Observations:
-        """
-        Reset all environments and update the statistics where ``training`` is on.
-
-        :return: First observations, normalised.
-        """
+        """Reset all environments, update the statistics if ``training``, and return normalised observations."""
         self.old_obs = self.venv.reset()  # type: ignore[assignment]
         self.returns = np.zeros(self.num_envs)
         return self._processed(self.old_obs, update=self.training)
 
     def normalize_obs(self, obs: Observations) -> Observations:
         """
-        Normalise observations and leave the statistics as they are.
+        Normalise observations, without an update of the statistics.
 
-        :param obs: One observation, or several along leading dimensions. It stays as it is.
+        :param obs: One observation, or several along leading dimensions. It is not changed.
         :return: New arrays of the same shape, float32 where normalised.
         """
         return self._processed(obs, update=False)
@@ -176,7 +164,7 @@ class FastVecNormalize(VecNormalize):
                     _as_floats(rows), mean, var, rms.count, self.epsilon, self.clip_obs, update
                 )
             except (AttributeError, TypeError):
-                pass  # not what the kernel takes
+                pass  # the kernel does not support these types
             else:
                 if update:
                     shape = rms.mean.shape
@@ -204,7 +192,7 @@ class FastVecNormalize(VecNormalize):
                     update,
                 )
             except TypeError:
-                pass  # not what the kernel takes; new statistics neither, whose moments are arrays at first
+                pass  # the kernel does not support these types; the moments of new statistics are arrays
             else:
                 if update:
                     rms.mean, rms.var = np.float64(mean), np.float64(var)
@@ -216,27 +204,20 @@ class FastVecNormalize(VecNormalize):
 
 
 def _flattened(values: np.ndarray, rms: RunningMeanStd) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """
-    Lay out values and moments as the kernel takes them.
-
-    :param values: The moments' shape, with or without leading dimensions.
-    :param rms: Running moments.
-    :return: Values, shape ``(rows, size)``; mean and variance, shape ``(size,)``.
-    :raises TypeError: If the shapes do not match.
-    """
+    """Return values ``(rows, size)``, mean ``(size,)`` and variance ``(size,)`` for the kernel."""
     if rms.mean.size == 0 or values.shape[values.ndim - rms.mean.ndim :] != rms.mean.shape:
         raise TypeError("values and moments differ in shape")
     return values.reshape(-1, rms.mean.size), rms.mean.ravel(), rms.var.ravel()
 
 
 def _as_floats(values: np.ndarray) -> np.ndarray:
-    """Contiguous; integers as float64, in which NumPy averages them."""
+    """Return a contiguous array, with integers as float64, in which NumPy averages them."""
     return np.ascontiguousarray(values.astype(np.float64) if values.dtype.kind in "iub" else values)
 
 
-# What follows restates RunningMeanStd.update and VecNormalize's formulas, each operation rounded where theirs is;
-# the streams in tests/test_envs_normalize.py hold it to them. Signatures are given, so that other types are a TypeError
-# and no new compilation.
+# The kernels restate RunningMeanStd.update and VecNormalize's formulas, each operation rounded where theirs is.
+# tests/test_envs_normalize.py compares streams of both. Signatures are fixed, so that other types raise TypeError
+# instead of a new compilation.
 
 _types: Any = numba.types
 _F4, _F8 = _types.float32, _types.float64
@@ -244,7 +225,7 @@ _FLOATS = (_F4, _F8)
 
 
 def _array(dtype: Any, ndim: int) -> Any:
-    """Numba's type of a contiguous array that may be read-only."""
+    """Return Numba's type of a contiguous array that may be read-only."""
     return _types.Array(dtype, ndim, "C", readonly=True)
 
 
@@ -270,17 +251,10 @@ def _scale_rows(
     rows: np.ndarray, mean: np.ndarray, var: np.ndarray, count: float, epsilon: float, clip: float, update: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
-    Join the moments of a batch to running ones, then centre, scale and clip the batch by these.
+    Join the moments of rows ``(n, k)`` to running ones ``(k,)`` of ``count`` rows; centre, scale and clip the rows.
 
-    :param rows: Shape ``(n, k)``, float32 or float64.
-    :param mean: Running mean, shape ``(k,)``.
-    :param var: Running variance, that of the population, shape ``(k,)``.
-    :param count: Number of rows that they stand for.
-    :param epsilon: Added to the variance.
-    :param clip: Largest absolute value of the result.
-    :param update: False: the moments stay.
-    :return: Mean and variance, shape ``(k,)``; scaled rows, shape ``(n, k)``, float32. All are new arrays.
-    :raises TypeError: If the shapes do not match.
+    Return new arrays: mean and (population) variance, unchanged without ``update``, and the scaled rows, float32.
+
     Source: Chan, Golub and LeVeque 1979, Stanford STAN-CS-79-773, equation 2.1.
     """
     n, k = rows.shape
@@ -301,7 +275,7 @@ def _scale_rows(
                 batch_m2[j] += deviation * deviation
         total = count + n
         for j in range(k):
-            batch_m2[j] /= n  # SB3 goes by way of the variance, rounded
+            batch_m2[j] /= n  # SB3 computes the variance first, rounded
             batch_m2[j] *= n
             delta = batch_mean[j] - mean[j]
             new_mean[j] = mean[j] + delta * n / total
@@ -333,19 +307,9 @@ def _scale_rewards(
     update: bool,
 ) -> tuple[np.ndarray, float, float, np.ndarray]:
     """
-    Add rewards to their discounted sums, the sums to running moments, then scale and clip the rewards by the variance.
+    Add rewards ``(n,)`` to their discounted sums, the sums to running moments, and scale and clip the rewards.
 
-    :param rewards: Shape ``(n,)``, float32 or float64.
-    :param returns: Discounted sums so far, shape ``(n,)``.
-    :param gamma: Discount factor.
-    :param mean: Running mean of the sums.
-    :param var: Their running variance.
-    :param count: Number of sums that these stand for.
-    :param epsilon: Added to the variance.
-    :param clip: Largest absolute value of the result.
-    :param update: False: sums and moments stay.
-    :return: Sums, mean, variance; scaled rewards, float32. Arrays are new, shape ``(n,)``.
-    :raises TypeError: If the shapes do not match.
+    Return sums, mean and variance, unchanged without ``update``, and the scaled rewards, float32. Arrays are new.
     """
     n = len(rewards)
     if len(returns) != n:

@@ -1,4 +1,4 @@
-"""Batches and their rows: observations of nested spaces, and gymnasium's infos of a whole batch."""
+"""Rows of batches: observations ``(n_envs, ...)``, in dicts and tuples where spaces nest, and infos of a batch."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,18 +6,12 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-# What the adapters themselves put into the infos.
+# Keys that the adapters themselves put into the infos.
 _OURS = frozenset({"TimeLimit.truncated", "terminal_observation"})
 
 
 def own_batch(space: spaces.Space[Any], obs: Any) -> Any:
-    """
-    Copy a batch of observations, since environments write the next one into the same memory.
-
-    :param space: Of one environment's observation.
-    :param obs: Arrays ``(n_envs, ...)``, in a dict or tuple where the space is one.
-    :return: The copy, C-contiguous, with the dtypes of the space.
-    """
+    """Return a C-contiguous copy with the space's dtypes: environments write the next batch into the same memory."""
     if isinstance(space, spaces.Dict):
         return {key: own_batch(part, obs[key]) for key, part in space.spaces.items()}
     if isinstance(space, spaces.Tuple):
@@ -26,13 +20,7 @@ def own_batch(space: spaces.Space[Any], obs: Any) -> Any:
 
 
 def own_row(obs: Any, index: int) -> Any:
-    """
-    Copy one environment's observation out of a batch.
-
-    :param obs: Arrays ``(n_envs, ...)``, in a dict or tuple where the space is one.
-    :param index: Which environment.
-    :return: The observation.
-    """
+    """Return a copy of one environment's observation."""
     if isinstance(obs, Mapping):
         return {key: own_row(part, index) for key, part in obs.items()}
     if isinstance(obs, tuple):
@@ -41,13 +29,7 @@ def own_row(obs: Any, index: int) -> Any:
 
 
 def put_rows(obs: Any, indices: np.ndarray, new: Any) -> None:
-    """
-    Replace some environments' observations in a batch.
-
-    :param obs: Arrays ``(n_envs, ...)`` to write to, in a dict or tuple where the space is one.
-    :param indices: Which environments, shape ``(k,)``.
-    :param new: Arrays ``(k, ...)`` in the same structure.
-    """
+    """Write ``new`` rows ``(k, ...)`` to the places ``indices`` of a batch."""
     if isinstance(obs, Mapping):
         for key, part in obs.items():
             put_rows(part, indices, new[key])
@@ -59,13 +41,7 @@ def put_rows(obs: Any, indices: np.ndarray, new: Any) -> None:
 
 
 def take_rows(obs: Any, indices: np.ndarray | slice) -> Any:
-    """
-    Pick some environments' observations, or other values, out of a batch.
-
-    :param obs: Arrays ``(n_envs, ...)``, in a dict or tuple where the space is one.
-    :param indices: Which environments: shape ``(k,)``, a mask ``(n_envs,)``, or a slice, which copies nothing.
-    :return: Arrays ``(k, ...)`` in the same structure.
-    """
+    """Return some rows of a batch: indices ``(k,)``, a mask ``(n_envs,)``, or a slice, which copies nothing."""
     if isinstance(obs, Mapping):
         return {key: take_rows(part, indices) for key, part in obs.items()}
     if isinstance(obs, tuple):
@@ -74,13 +50,7 @@ def take_rows(obs: Any, indices: np.ndarray | slice) -> Any:
 
 
 def same(first: Any, second: Any) -> bool:
-    """
-    Compare batches of observations.
-
-    :param first: Arrays, in a dict or tuple.
-    :param second: The same structure.
-    :return: Whether all elements are equal; NaN equals NaN.
-    """
+    """Return whether all elements of two batches are equal; NaN equals NaN."""
     if isinstance(first, Mapping):
         return all(same(part, second[key]) for key, part in first.items())
     if isinstance(first, tuple):
@@ -91,14 +61,10 @@ def same(first: Any, second: Any) -> bool:
 
 def fill_infos(rows: list[dict[str, Any]], infos: Mapping[str, Any], left_out: frozenset[str] = frozenset()) -> None:
     """
-    Spread the infos of a batch over one dict an environment.
+    Add the infos of a batch to one dict per environment, except the keys ``left_out``.
 
-    An array under ``key`` holds one value an environment; a boolean array under ``_key`` says whose values are there
-    (Gymnasium's convention). What is no array belongs to all environments. Numbers become Python numbers.
-
-    :param rows: One dict an environment, to which the values are added.
-    :param infos: Of the batch.
-    :param left_out: Keys that are not wanted.
+    An array under ``key`` holds one value per environment. A boolean array under ``_key`` marks those that have one
+    (Gymnasium's convention). Other values belong to all environments. Numbers become Python numbers.
     """
     for key, values in infos.items():
         if key in left_out or key in _OURS or (key.startswith("_") and key[1:] in infos):
@@ -114,7 +80,7 @@ def fill_infos(rows: list[dict[str, Any]], infos: Mapping[str, Any], left_out: f
 
 
 def _column(values: Any, n_envs: int) -> list[Any]:
-    if isinstance(values, np.ndarray) and values.shape == (n_envs,):  # most are; the other questions take longer
+    if isinstance(values, np.ndarray) and values.shape == (n_envs,):  # most are; the other checks take longer
         return values.tolist()  # type: ignore[no-any-return]
     if isinstance(values, Mapping):
         column: list[dict[str, Any]] = [{} for _ in range(n_envs)]

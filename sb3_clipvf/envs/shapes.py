@@ -1,4 +1,4 @@
-"""What environments give at a step, checked for shapes and types that NumPy would stretch or cut in silence."""
+"""Checks of what environments return: shapes and types that NumPy would broadcast or cast without an error."""
 
 from collections.abc import Iterator
 from itertools import dropwhile
@@ -7,62 +7,45 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
+# NumPy's kinds of dtypes: bool, int, unsigned int, float.
 _NUMBERS = "biuf"
-"""NumPy's kinds: truth values, whole numbers with and without a sign, floats."""
-
 _WHOLE = "biu"
 
-_WAY_OUT = "Mend it, or its observation space; stable_baselines3.common.env_checker.check_env finds more."
+_WAY_OUT = "Fix it, or its observation space; stable_baselines3.common.env_checker.check_env finds more."
 
 
 class StepCheck:
     """
-    Refuse what environments give where it does not fit their spaces. What fits costs some comparisons.
+    Refuse steps of ``n_envs`` environments that do not match the space of one environment's observations.
 
-    SB3's PPO casts float64 observations and takes whole numbers as rewards and values outside of the space; so does
-    this, with the same numbers.
-
-    :param space: Of one environment's observations.
-    :param n_envs: Number of environments.
+    A matching step costs a few comparisons. As in SB3's PPO, float64 observations are cast, rewards may be whole
+    numbers, and values may lie outside the space.
     """
 
     def __init__(self, space: spaces.Space[Any], n_envs: int) -> None:
         self._space = space
         self._n_envs = n_envs
         self._column_shape = (n_envs,)
-        # Kinds of numbers that need no look at the numbers themselves.
+        # Kinds of numbers whose values need no check.
         self._parts = [
             (key, part, (n_envs, *(part.shape or ())), _NUMBERS if np.dtype(part.dtype).kind == "f" else _WHOLE)
             for key, part in parts(space)
         ]
 
     def observations(self, obs: Any) -> None:
-        """
-        Check the observations of all environments.
-
-        :param obs: An array, or a dict of such.
-        :raises ValueError: If a shape is not that of the space, or fractions come where it has whole numbers.
-        :raises TypeError: If it is no array of numbers.
-        """
+        """Check the observations of all environments: an array, or a dict of arrays."""
         for key, space, shape, kinds in self._parts:
             part = obs if key is None else obs[key]
             if type(part) is not np.ndarray or part.shape != shape or part.dtype.kind not in kinds:
                 _check_batch(name_of(key), space, shape, part)
 
     def __call__(self, step: tuple[Any, Any, Any, Any]) -> tuple[Any, np.ndarray, np.ndarray, Any]:
-        """
-        Check a step.
-
-        :param step: Observations, rewards, dones and infos of a ``VecEnv``.
-        :return: The same; rewards are an array, dones one of bools, if they were not.
-        :raises ValueError: If a shape is wrong, or fractions come where a space has whole numbers.
-        :raises TypeError: If something is no array of numbers.
-        """
+        """Check a step of a ``VecEnv``, and return it with rewards as an array and dones as an array of bools."""
         obs, rewards, dones, infos = step
         self.observations(obs)
         rewards, dones = self._column("rewards", rewards), self._column("dones", dones)
         if dones.dtype != bool:
-            dones = dones.astype(bool)  # numbers would be rows where they index
+            dones = dones.astype(bool)  # as an index, numbers would select rows
         check_final(self._space, dones, infos)
         return obs, rewards, dones, infos
 
@@ -70,25 +53,20 @@ class StepCheck:
         array = values if type(values) is np.ndarray else np.asarray(values)
         if array.shape != self._column_shape:
             raise ValueError(
-                f"`env` must give {name} of the shape ({self._n_envs},), got {array.shape}. Let step() give one number "
+                f"`env` must give {name} of the shape ({self._n_envs},), got {array.shape}. Return one number "
                 "for each environment."
             )
         if array.dtype.kind not in _NUMBERS:
-            raise TypeError(f"`env` must give numbers as {name}, got {values!r}. Let step() give int, float or bool.")
+            raise TypeError(f"`env` must give numbers as {name}, got {values!r}. Return int, float or bool.")
         return array
 
 
 def check_one(space: spaces.Space[Any], obs: Any, index: int, *, columns: bool = False) -> None:
     """
-    Check the shape of one environment's observation, which NumPy would stretch to that of the space.
+    Check the shape of an observation of environment ``index``, which NumPy would broadcast to that of the space.
 
-    Leading axes of length 1 do not count, since its numbers stay the same without them.
-
-    :param space: Of the observation.
-    :param obs: The observation.
-    :param index: Which environment gave it.
-    :param columns: Whether a discrete observation may be an array of one, which NumPy does not write into a row.
-    :raises ValueError: If its shape is another.
+    Leading axes of length 1 do not count, since they leave the numbers as they are. ``columns`` allows an array of
+    shape ``(1,)`` as discrete observation, which NumPy does not write into a row.
     """
     if type(obs) is np.ndarray and obs.shape == space.shape:
         return
@@ -102,7 +80,7 @@ def check_one(space: spaces.Space[Any], obs: Any, index: int, *, columns: bool =
 def misfits(
     space: spaces.Space[Any], obs: Any, leading: tuple[int, ...], *, columns: bool
 ) -> Iterator[tuple[Any, tuple[int, ...], tuple[int, ...]]]:
-    """Parts whose shape does not fit the leading axes and the space's own: the key, the shape wanted, the one given."""
+    """Yield key, expected shape and actual shape of parts that do not match the leading axes and the space's own."""
     for key, part in parts(space):
         given = obs if key is None else obs[key]
         shape = given.shape if isinstance(given, np.ndarray) else np.shape(given)
@@ -125,10 +103,10 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def check_final(space: spaces.Space[Any], dones: Any, infos: Any) -> None:
-    """Check the shapes of the final observations of truncated episodes, of which values are bootstrapped."""
+    """Check the shapes of the final observations of truncated episodes, whose values are bootstrapped."""
     if np.count_nonzero(dones):
         for index in np.flatnonzero(dones).tolist():
-            # Of others it is not read, so that wrappers may leave it as it is.
+            # Others are not read, so wrappers may leave them as they are.
             if infos[index].get("TimeLimit.truncated") and infos[index].get("terminal_observation") is not None:
                 check_one(space, infos[index]["terminal_observation"], index, columns=True)
 
@@ -140,7 +118,7 @@ def _check_batch(name: str, space: spaces.Space[Any], shape: tuple[int, ...], ob
     if not _fits(space, obs.shape, shape[:1], columns=True):
         raise shape_error(name, shape, obs.shape)
     is_whole = obs.dtype.kind in _WHOLE or np.dtype(space.dtype).kind == "f"
-    # NaN is found, and told by its name, where the policy is to act on it.
+    # NaN is reported by its name before the policy acts on it.
     if not is_whole and not np.array_equal(obs, np.trunc(obs), equal_nan=True):
         raise ValueError(
             f"`env` must give whole numbers as {name}, as its space of {space.dtype} says, got fractions, which the "
@@ -156,12 +134,12 @@ def shape_error(name: str, shape: tuple[int, ...], given: tuple[int, ...]) -> Va
 
 
 def parts(space: spaces.Space[Any]) -> list[tuple[Any, spaces.Space[Any]]]:
-    """Spaces that are stored in one array each, by their key; None where observations have no keys."""
+    """Return the spaces that are stored in one array each, with their keys; None if observations have no keys."""
     if isinstance(space, spaces.Dict):
         return list(space.spaces.items())
     return list(enumerate(space.spaces)) if isinstance(space, spaces.Tuple) else [(None, space)]
 
 
 def name_of(key: Any) -> str:
-    """Return how messages name observations, or one key of them."""
+    """Return the name of observations, or of one key of them, in messages."""
     return "observations" if key is None else f"observations[{key!r}]"

@@ -1,31 +1,31 @@
-"""What all adapters to SB3's ``VecEnv`` share: steps, infos and episodes, seeds, options, attributes."""
+"""The base class of the adapters to SB3's ``VecEnv``: steps, infos, statistics of episodes, seeds, attributes."""
 
+import time
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from os import PathLike
+from os import PathLike, fspath
 from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.monitor import Monitor, ResultsWriter
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
-from sb3_clipvf.envs.episodes import EpisodeFile, EpisodeStatistics, are_statistics
-from sb3_clipvf.envs.rows import fill_infos
+from sb3_clipvf.envs.rows import fill_infos, own_row
 
 
 class Step(NamedTuple):
     """
-    What all environments answered to one action each.
+    What all environments returned for one action each.
 
-    :param obs: Observations ``(n_envs, ...)`` that belong to the adapter.
-    :param rewards: As the algorithm shall see them, before clipping, shape ``(n_envs,)``.
-    :param true_rewards: As the statistics count them, shape ``(n_envs,)``.
+    :param obs: Observations ``(n_envs, ...)``, copied out of the environments' memory.
+    :param rewards: Rewards for the algorithm, before clipping, shape ``(n_envs,)``.
+    :param true_rewards: Rewards for the statistics, shape ``(n_envs,)``.
     :param terminated: bool ``(n_envs,)``.
     :param truncated: bool ``(n_envs,)``.
-    :param infos: Of the batch, in Gymnasium's form.
+    :param infos: Infos of the batch, in Gymnasium's form.
     """
 
     obs: Any
@@ -40,14 +40,14 @@ class BatchedVecEnv(VecEnv):
     """
     SB3's ``VecEnv`` over one object that steps all environments.
 
-    A subclass says how to begin (:meth:`_begin`), to step (:meth:`_advance`) and to go on after an episode's end
-    (:meth:`_renew`). Python work for single environments is done only where an episode ended or there are infos.
+    A subclass defines how to begin (:meth:`_begin`), to step (:meth:`_advance`) and to begin the next episodes
+    (:meth:`_renew`). Python loops over environments run only where an episode ended or there are infos.
 
     :param env: The object.
     :param n_envs: Number of environments in it.
-    :param observation_space: Of one environment.
-    :param action_space: Of one environment.
-    :param clip_rewards: Give the algorithm the sign of each reward.
+    :param observation_space: Space of one environment.
+    :param action_space: Space of one environment.
+    :param clip_rewards: Whether the algorithm gets the sign of each reward.
     :param monitor_path: File for the episodes' statistics, or None.
     """
 
@@ -67,58 +67,42 @@ class BatchedVecEnv(VecEnv):
         self.clip_rewards = clip_rewards
         self.statistics = EpisodeStatistics(n_envs)
         self._keeps_statistics = True
-        self._file = None
+        self._writer: ResultsWriter | None = None
         self._actions: Any = None
         self._was_reset = False
         super().__init__(n_envs, observation_space, action_space)
         if monitor_path is not None:
-            self._file = EpisodeFile(monitor_path, self.statistics.started_at, _env_id(env))
+            env_id = str(getattr(getattr(env, "spec", None), "id", None) or _name(env))
+            header: dict[str, float | str] = {"t_start": self.statistics.started_at, "env_id": env_id}
+            self._writer = ResultsWriter(fspath(monitor_path), header=header)
 
     @abstractmethod
     def _begin(self, seeds: list[int] | None, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
-        """
-        Reset all environments.
-
-        :param seeds: One an environment; None continues the random streams.
-        :param options: For all of them, or None.
-        :return: Observations ``(n_envs, ...)`` that belong to the adapter, and infos of the batch.
-        """
+        """Reset all environments, with one seed each or None, and return copied observations and the batch's infos."""
 
     @abstractmethod
     def _advance(self, actions: np.ndarray) -> Step:
-        """
-        Step all environments.
-
-        :param actions: Shape ``(n_envs, ...)``.
-        :return: Their answers.
-        """
+        """Step all environments, with actions ``(n_envs, ...)``."""
 
     @abstractmethod
     def _renew(self, step: Step, ended: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
         """
-        Put ``terminal_observation`` into the infos of the rows that ended, their first observations into ``step.obs``
-        and their infos of the reset into ``reset_infos``.
+        Begin the next episodes of the rows ``ended``, shape ``(k,)``.
 
-        :param step: Of which some rows ended.
-        :param ended: Their indices, shape ``(k,)``, at least one.
-        :param infos: One dict an environment, to be completed.
-        :return: bool ``(k,)``: False where the row ended but its game goes on with the next life.
+        Put their first observations into ``step.obs``, the final ones into ``infos`` as ``terminal_observation``, and
+        the infos of the reset into ``reset_infos``. Return bool ``(k,)``: False where the game continues with the next
+        life.
         """
 
     def reset(self) -> VecEnvObs:
-        """
-        Begin an episode in every environment, with what ``seed`` and ``set_options`` were given.
-
-        :return: Observations ``(n_envs, ...)``.
-        """
+        """Begin an episode in every environment, with the seeds and options of ``seed`` and ``set_options``."""
         seeds = None if None in self._seeds else [seed for seed in self._seeds if seed is not None]
         if any(options != self._options[0] for options in self._options):
             raise ValueError(
                 "`options` must be the same for all environments here, got different ones. Give set_options one dict."
             )
         obs, infos = self._begin(seeds, self._options[0] or None)
-        self.reset_infos = [{} for _ in range(self.num_envs)]
-        fill_infos(self.reset_infos, infos, self._UNWANTED_INFOS)
+        self.reset_infos = self._info_rows(infos, self.num_envs)
         self._reset_seeds()
         self._reset_options()
         self.statistics.restart()
@@ -126,23 +110,13 @@ class BatchedVecEnv(VecEnv):
         return obs  # type: ignore[no-any-return]
 
     def step_async(self, actions: np.ndarray) -> None:
-        """
-        Take the actions of the next step.
-
-        :param actions: Shape ``(n_envs, ...)``.
-        :raises RuntimeError: Before the first reset.
-        """
+        """Store the actions of the next step, shape ``(n_envs, ...)``."""
         if not self._was_reset:
             raise RuntimeError("`reset` must be called before `step`, got no call of it. Call reset() once.")
         self._actions = actions
 
     def step_wait(self) -> VecEnvStepReturn:
-        """
-        Step all environments.
-
-        :return: Observations ``(n_envs, ...)``, the first of a new episode where one ended; rewards, float32
-            ``(n_envs,)``; whether an episode ended, bool ``(n_envs,)``; one dict an environment.
-        """
+        """Step all environments. Where an episode ended, the observation is the first one of the next."""
         step = self._advance(self._actions)
         dones = step.terminated | step.truncated
         infos: list[dict[str, Any]] = [{"TimeLimit.truncated": False} for _ in range(self.num_envs)]
@@ -163,26 +137,27 @@ class BatchedVecEnv(VecEnv):
             if not is_over:
                 continue
             episode = self.statistics.finish(index)
-            # Statistics that a wrapper inside took below changes of the reward are the truer ones.
+            # A wrapper inside saw the rewards before others changed them, so its statistics are kept.
             if self._keeps_statistics and not are_statistics(info.get("episode")):
                 info["episode"] = episode
-            if self._file is not None and are_statistics(info.get("episode")):
-                self._file.write(info["episode"])
+            if self._writer is not None and are_statistics(info.get("episode")):
+                self._writer.write_row({key: info["episode"][key] for key in ("r", "l", "t")})
+
+    def _info_rows(self, infos: dict[str, Any], n_rows: int) -> list[dict[str, Any]]:
+        """Return the infos of a batch as one dict per row."""
+        rows: list[dict[str, Any]] = [{} for _ in range(n_rows)]
+        fill_infos(rows, infos, self._UNWANTED_INFOS)
+        return rows
 
     def close(self) -> None:
         """Close the environments and the file of statistics."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
         self.env.close()
 
     def get_images(self) -> Sequence[np.ndarray | None]:
-        """
-        Draw the environments.
-
-        :return: One image ``(height, width, 3)`` an environment; None for each, with a warning, where ``render_mode``
-            is not ``rgb_array``.
-        """
+        """Return an image ``(height, width, 3)`` of each environment, or None if ``render_mode`` is another."""
         if self.render_mode != "rgb_array":
             warnings.warn(f"The render mode must be rgb_array for images, got {self.render_mode}.", stacklevel=2)
             return [None] * self.num_envs
@@ -193,14 +168,7 @@ class BatchedVecEnv(VecEnv):
         return images
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        """
-        Read an attribute that all environments share.
-
-        :param attr_name: Its name.
-        :param indices: Which environments; None: all.
-        :return: The value, once for each of them.
-        :raises AttributeError: If there is none, or it is an array with all environments' values.
-        """
+        """Return an attribute that all environments share, once for each of ``indices``."""
         if not hasattr(self.env, attr_name):
             raise AttributeError(f"`{attr_name}` must be an attribute of {_name(self.env)}, got one that it lacks.")
         value = getattr(self.env, attr_name)
@@ -212,14 +180,7 @@ class BatchedVecEnv(VecEnv):
         return [value for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
-        """
-        Refuse, as there are no separate environments.
-
-        :param attr_name: Attribute.
-        :param value: Its value.
-        :param indices: Which environments.
-        :raises AttributeError: Always.
-        """
+        """Raise AttributeError, since there are no separate environments."""
         raise AttributeError(
             f"`{attr_name}` must belong to separate environments to be set, got {_name(self.env)}, which has none. Set "
             "it at `.env`, or use gymnasium.make_vec(..., vectorization_mode='sync')."
@@ -228,34 +189,57 @@ class BatchedVecEnv(VecEnv):
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
     ) -> list[Any]:
-        """
-        Refuse, as there are no separate environments.
-
-        :param method_name: Method.
-        :param method_args: Its arguments.
-        :param indices: Which environments.
-        :param method_kwargs: Its keyword arguments.
-        :raises AttributeError: Always.
-        """
+        """Raise AttributeError, since there are no separate environments."""
         raise AttributeError(
             f"`{method_name}` must belong to separate environments to be called, got {_name(self.env)}, which has "
             "none. Call it at `.env`, or use gymnasium.make_vec(..., vectorization_mode='sync')."
         )
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: Any = None) -> list[bool]:
-        """
-        Tell whether environments are wrapped. ``Monitor`` counts as a wrapper, since its statistics are kept.
-
-        :param wrapper_class: Class of the wrapper.
-        :param indices: Which environments; None: all.
-        :return: One bool for each of them.
-        """
+        """Return whether each environment is wrapped. ``Monitor`` counts as a wrapper: its statistics are kept."""
         return [wrapper_class is Monitor for _ in self._get_indices(indices)]
+
+
+def keep_final_obs(infos: list[dict[str, Any]], obs: Any, ended: np.ndarray) -> None:
+    """Copy the observations of the rows that ended into their infos, before the first ones of the next episodes."""
+    for index in ended.tolist():
+        infos[index]["terminal_observation"] = own_row(obs, index)
+
+
+class EpisodeStatistics:
+    """Running return and length of each environment's episode, as SB3's ``Monitor`` keeps them for one."""
+
+    def __init__(self, n_envs: int) -> None:
+        self.started_at = time.time()
+        self.returns = np.zeros(n_envs, np.float64)
+        self.lengths = np.zeros(n_envs, np.int64)
+
+    def restart(self) -> None:
+        """Begin a new episode in every environment."""
+        self.returns[:] = 0.0
+        self.lengths[:] = 0
+
+    def add(self, rewards: np.ndarray) -> None:
+        """Add one step of every environment, with true rewards ``(n_envs,)``."""
+        self.returns += rewards
+        self.lengths += 1
+
+    def finish(self, index: int) -> dict[str, Any]:
+        """End an episode; return ``r``, its return, ``l``, its length in steps of the agent, and ``t``, seconds."""
+        episode = {
+            "r": round(float(self.returns[index]), 6),
+            "l": int(self.lengths[index]),
+            "t": round(time.time() - self.started_at, 6),
+        }
+        self.returns[index] = 0.0
+        self.lengths[index] = 0
+        return episode
+
+
+def are_statistics(value: Any) -> bool:
+    """Return whether ``episode`` in an info holds an episode's statistics; an environment may use the key too."""
+    return isinstance(value, dict) and {"r", "l", "t"} <= value.keys()
 
 
 def _name(env: Any) -> str:
     return type(getattr(env, "unwrapped", env)).__name__
-
-
-def _env_id(env: Any) -> str:
-    return str(getattr(getattr(env, "spec", None), "id", None) or _name(env))

@@ -66,8 +66,7 @@ def create(cls: Any, args: tuple[Any, ...]) -> Any:
     """Return an object of a listed class, without calling its constructor; ``args`` must be empty."""
     if not isinstance(cls, type) or full_name(cls) not in _RESTORED or args:
         raise NotAllowedError(f"an object of {full_name(cls)}")
-    empty: Any = object.__new__(cls)
-    return empty
+    return object.__new__(cls)
 
 
 def restore(instance: Any, state: Any) -> None:
@@ -104,7 +103,7 @@ _RESTORED = frozenset(
         *(f"stable_baselines3.common.buffers.{name}ReplayBuffer" for name in ("", "Dict")),
         *(
             f"stable_baselines3.common.noise.{name}ActionNoise"
-            for name in ("Normal", "OrnsteinUhlenbeck", "Vectorized")
+            for name in "Normal OrnsteinUhlenbeck Vectorized".split()
         ),
         "stable_baselines3.common.running_mean_std.RunningMeanStd",
         *(f"stable_baselines3.common.utils.{name}Schedule" for name in ("Constant", "Float", "Linear")),
@@ -225,8 +224,7 @@ def _array_of_buffer(raw: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray
 
 
 def _scalar(dtype: Any, raw: Any) -> Any:
-    is_usual = isinstance(dtype, np.dtype) and type(raw) is bytes and len(raw) == dtype.itemsize
-    _check(is_usual, "numpy's scalar")
+    _check(isinstance(dtype, np.dtype) and type(raw) is bytes and len(raw) == dtype.itemsize, "numpy's scalar")
     return np.frombuffer(raw, dtype=dtype, count=1)[0]
 
 

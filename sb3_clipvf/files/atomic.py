@@ -14,13 +14,10 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[io.BufferedWriter]:
     """
     Open a file for writing that replaces ``path`` only when it is complete and on the disk.
 
-    The bytes go to a temporary file ``.<name>.<pid>-<hex>.tmp`` in the same folder. It is flushed, synced and renamed
-    when the ``with`` block ends; then the folder is synced. After an exception, a kill or a power cut, ``path`` holds
-    either all of its old content or all of the new one. A kill may leave the temporary file.
-
-    :param path: File to write; its folder must exist. Code that needs a file name may write to the file's ``name``.
-    :raises OSError: Of the subclass of the error number, if the file cannot be written. ``path`` is then unchanged and
-        the temporary file removed; only if syncing the folder fails, ``path`` is new already, and the message says so.
+    The bytes go to a temporary file in the same folder, whose ``name`` may also be written to. When the ``with`` block
+    ends, it is synced and renamed, and the folder is synced. After an exception, a kill or a power cut, ``path`` holds
+    either all of its old content or all of the new one; only if syncing the folder fails, it is new despite the error.
+    A kill may leave the temporary file.
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")

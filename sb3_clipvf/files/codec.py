@@ -23,14 +23,11 @@ from sb3_clipvf.common.messages import log
 from sb3_clipvf.files import allowlist
 from sb3_clipvf.files.allowlist import NotAllowedError, full_name
 
-Tree = Any
-"""A tree of plain values."""
-
-ENCODED = ":clipvf:"
-"""Key of an encoded attribute; under it is the version of the form."""
+Tree = Any  # of plain values
 
 FORMAT = 1
-"""Version of the form of encoded attributes."""
+ENCODED = ":clipvf:"
+"""Key of an encoded attribute; under it is the version of the form, ``FORMAT``."""
 
 NOTE = (
     "observation_space: this file was saved by sb3_clipvf.ClipPPO. Load it with ClipPPO.load, or take over its weights "

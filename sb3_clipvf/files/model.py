@@ -166,9 +166,6 @@ def _parsed(name: str, raw: bytes) -> dict[str, Any]:
     return data
 
 
-_REFUSED_BY_TORCH = re.compile(r"GLOBAL (\S+)")
-
-
 def _check_weights(name: str, entry: str, raw: bytes) -> None:
     """Read weights as SB3 will, which takes tensors and plain containers of them only."""
     what = f"{entry!r} in {name}"
@@ -176,7 +173,7 @@ def _check_weights(name: str, entry: str, raw: bytes) -> None:
     try:
         weights = th.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except Exception as error:  # torch fails in many ways on damaged bytes
-        refused = _REFUSED_BY_TORCH.search(str(error))
+        refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused is None:
             raise ValueError(f"{what} could not be read: {reason_of(error)}. Save the model again.") from error
         # Not torch's own message, which advises to load it without the check.

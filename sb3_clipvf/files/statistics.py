@@ -1,4 +1,4 @@
-"""Files of ``VecNormalize`` statistics: one pickle, read without running code and replaced atomically."""
+"""Files of ``VecNormalize`` statistics: one pickle, read without running code."""
 
 import hashlib
 import os

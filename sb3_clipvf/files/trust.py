@@ -35,15 +35,7 @@ class Trust:
 
 
 def trust_of(trust_pickle: TrustPickle) -> Trust:
-    """
-    Check ``trust_pickle`` and return what it means.
-
-    :param trust_pickle: True: any code may run. False: none. Classes and functions: these may be used besides the
-        list, and be called. None: the environment variable :data:`TRUST_VARIABLE` decides, "1" or "0".
-    :return: The trust.
-    :raises TypeError: If it is something else.
-    :raises ValueError: If the variable is something else, or a class or function cannot be found by its name.
-    """
+    """Check ``trust_pickle`` and return what it means; for None, :data:`TRUST_VARIABLE` decides, "1" or "0"."""
     if isinstance(trust_pickle, bool):
         return Trust(trust_pickle)
     if trust_pickle is None:

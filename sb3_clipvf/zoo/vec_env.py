@@ -21,7 +21,7 @@ from stable_baselines3.common import env_util
 from stable_baselines3.common.monitor import ResultsWriter
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_clipvf.envs import as_vec_env, episodes
+from sb3_clipvf.envs import as_vec_env, vector
 from sb3_clipvf.zoo.entries import with_arguments
 from sb3_clipvf.zoo.run_files import replaced
 
@@ -103,7 +103,7 @@ def growing_files() -> Iterator[None]:
         return env_util.make_vec_env(make_env, monitor_kwargs=monitor_kwargs, **kwargs)
 
     appending = partial(ResultsWriter, override_existing=False)
-    with replaced(exp_manager, "make_vec_env", make), replaced(episodes, "ResultsWriter", appending):
+    with replaced(exp_manager, "make_vec_env", make), replaced(vector, "ResultsWriter", appending):
         yield
 
 
