@@ -223,17 +223,11 @@ def warn_of_early_end(
     schedules: Mapping[str, Schedule], *, rollout: int, done: int, to_do: int, on_command_line: bool = False
 ) -> bool:
     """
-    Warn if schedules are in their second half during a whole call of ``learn``, and name their values there.
+    Warn if schedules are in their second half during a whole call of ``learn``. :return: Whether it has warned.
 
-    As in SB3, progress is counted after a rollout was collected, over the steps of this call and those before it: a
-    call of one rollout updates at progress 0. Functions of the user are not looked at: each call may change them.
-
-    :param schedules: By argument.
-    :param rollout: Environment steps of a rollout.
-    :param done: Environment steps before this call.
-    :param to_do: Environment steps of this call.
-    :param on_command_line: Whether to name options of the command instead of arguments of ``learn``.
-    :return: Whether it has warned.
+    As in SB3, progress is counted after a rollout was collected, over the ``done`` steps before the call and its
+    ``to_do`` steps: a call of one rollout updates at progress 0. The user's own functions are skipped, since calling
+    them may change them.
     """
     first = clamp_progress(1.0 - (done + rollout) / (done + to_do)) if to_do else 1.0
     known = {name: schedule for name, schedule in schedules.items() if first < 0.5 and is_known(schedule)}

@@ -82,54 +82,54 @@ class ClipPPO(RolloutCollector):
     The update minimises, over minibatches of the rollout of pi_old,
     ``-E[min(r A, clip(r, 1 - clip_range, 1 + clip_range) A)] + kl_coef KL(pi_old || pi) + vf_coef L_vf - ent_coef H``.
 
-    Coefficients marked *schedule* take a number, a function of SB3's ``progress_remaining`` (1 -> 0), or a string
-    ``lin_x``, ``cos_x``, ``exp_x``, ``const_x`` with x the value at the start.
+    Arguments marked *schedule* take a number, a function of SB3's ``progress_remaining`` (1 -> 0), or a string
+    ``lin_x``, ``cos_x``, ``exp_x``, ``const_x``, where x is the initial value.
 
     :param policy: Policy class or alias: MlpPolicy, CnnPolicy, MultiInputPolicy, SquashedMlpPolicy, SquashedCnnPolicy,
         SquashedMultiInputPolicy.
     :param env: Environment, VecEnv or registered id.
     :param learning_rate: Schedule, at least 0.
-    :param n_steps: Steps of each environment in a rollout. Assigned to the model, it counts from the next rollout on,
-        for which a buffer of ours or SB3's is resized; one of another class must be replaced with it.
+    :param n_steps: Steps of each environment in a rollout. An assignment to the model's attribute takes effect with
+        the next rollout: SB3's buffers and ours are resized; replace one of another class together with it.
     :param batch_size: Transitions in a minibatch; more than 1 if advantages are normalised in minibatches.
     :param n_epochs: Passes over the rollout in an update.
     :param gamma: Discount factor, in [0, 1].
     :param gae_lambda: lambda of the advantage estimate, in [0, 1].
     :param clip_range: Schedule, positive: epsilon of the ratio clip. None: the ratio is not clipped.
-    :param clip_range_vf: Schedule, positive: the largest change of a value prediction that is let through, in
+    :param clip_range_vf: Schedule, positive: largest change of a value prediction without clipping, in
         ``vf_clip_units``. None: plain squared error.
-    :param normalize_advantage: Whether advantages are shifted and scaled to mean 0 and standard deviation 1.
+    :param normalize_advantage: Whether to normalise advantages to mean 0 and standard deviation 1.
     :param ent_coef: Schedule, at least 0: weight of the entropy.
     :param vf_coef: Schedule, at least 0: weight of the value loss, a mean of squared errors without a factor 1/2.
-    :param max_grad_norm: Bound on the joint gradient norm of actor and critic, positive; infinity sets none.
+    :param max_grad_norm: Bound on the joint gradient norm of actor and critic, positive; infinity sets no bound.
     :param use_sde: Whether to explore with SB3's gSDE.
     :param sde_sample_freq: Steps between new gSDE noise matrices; -1: only at the start of a rollout.
-    :param rollout_buffer_class: A buffer class with SB3's ``RolloutBuffer`` interface. None: ``TensorRolloutBuffer``.
-    :param rollout_buffer_kwargs: Its further arguments.
-    :param target_kl: nats, positive: an update ends before the step of the first minibatch whose estimated KL (k3)
-        exceeds 1.5 times this. It reads one number from the device at each minibatch.
+    :param rollout_buffer_class: Buffer class with the interface of SB3's ``RolloutBuffer``. None:
+        ``TensorRolloutBuffer``.
+    :param rollout_buffer_kwargs: Further arguments of the buffer class.
+    :param target_kl: nats, positive. An update ends before the step of the first minibatch whose estimated KL (k3)
+        exceeds 1.5 times this value. It reads one number from the device at each minibatch.
     :param stats_window_size: Episodes over which ``rollout/`` statistics are averaged.
     :param tensorboard_log: Folder for TensorBoard. None: no such log.
     :param policy_kwargs: Further arguments of the policy.
-    :param verbose: 0 is silent, 1 shows messages, 2 shows details.
+    :param verbose: 0: no messages; 1: messages; 2: details.
     :param seed: Seed of all random states, at least 0.
     :param device: PyTorch device, or "auto".
-    :param kl_coef: Schedule, at least 0: weight beta of the exact KL(pi_old || pi), in 1/nats; the initial one where
-        it adapts. 0: no penalty.
-    :param adaptive_kl_target: d_targ, nats, positive: beta adapts once an update (``schedules.AdaptiveKL``). None: it
-        does not.
+    :param kl_coef: Schedule, at least 0: weight beta of the exact KL(pi_old || pi), in 1/nats, or its initial value
+        where beta adapts. 0: no penalty.
+    :param adaptive_kl_target: d_targ, nats, positive: beta adapts once an update (``schedules.AdaptiveKL``). None: beta
+        does not adapt.
     :param vf_clip: "max": the larger of the clipped and unclipped squared error; "prediction": SB3's form.
-    :param vf_clip_units: "return_std": ``clip_range_vf`` counts in standard deviations of the rollout's returns;
+    :param vf_clip_units: "return_std": ``clip_range_vf`` is in standard deviations of the rollout's returns;
         "absolute": in return units, as in SB3.
-    :param advantage_scope: "minibatch" or "rollout": over what advantages are normalised.
+    :param advantage_scope: "minibatch" or "rollout": the set over which advantages are normalised.
     :param lr_kl_target: nats, positive: the learning rate adapts once an update (``schedules.KLAdaptiveLR``). None: it
         follows ``learning_rate``.
-    :param on_nonfinite: What comes of a minibatch whose loss or gradient is not finite; it makes no step in any case.
-        "raise": the training ends with a ``NonFiniteError``. "skip": it is left out and counted, until the bound of
-        ``nonfinite.MAX_UPDATES_WITH_SKIPS``.
+    :param on_nonfinite: How to handle a minibatch with a non-finite loss or gradient; it makes no step in either case.
+        "raise": training ends with a ``NonFiniteError``. "skip": it is skipped and counted, in at most
+        ``MAX_UPDATES_WITH_SKIPS`` updates in a row.
     :param engine: "auto" (the fastest that runs the policy), "native", "fused" or "autograd" (``docs/engines.md``).
-    :raises ValueError: If an argument is out of range, or two arguments contradict each other. While training, a
-        ``NonFiniteError``, which is one, for observations, rewards, values, losses and gradients that are not finite.
+    :raises ValueError: If an argument is out of range, or two arguments contradict each other.
     :raises TypeError: If an argument is of the wrong type.
     Source: Schulman et al. 2017, arXiv 1707.06347. Departures: the clipped value loss (OpenAI baselines), advantage
         normalisation and gradient clipping (the same), bounds on beta.
@@ -521,13 +521,7 @@ class ClipPPO(RolloutCollector):
             )
 
     def _warn_of_early_end(self, to_do: int, done: int = 0, *, on_command_line: bool = False) -> None:
-        """
-        Warn once if schedules run mostly at their final values in a call of ``learn``.
-
-        :param to_do: Environment steps of the call.
-        :param done: Environment steps before it.
-        :param on_command_line: Whether to name options of the command instead of arguments of ``learn``.
-        """
+        """Warn once if schedules run mostly at their final values in a ``learn`` of ``to_do`` steps after ``done``."""
         if self._schedule_timesteps is not None or self._warned_of_early_end:
             return
         schedules = {"learning_rate": self.lr_schedule, **{name: self._schedule(name) for name in COEFFICIENTS}}
@@ -602,25 +596,25 @@ class ClipPPO(RolloutCollector):
         **kwargs: Any,
     ) -> Self:
         """
-        Load a model that ClipPPO or SB3's PPO saved, without running code that the file brings or names.
+        Load a model that ClipPPO or SB3's PPO saved, without running code that the file contains or names.
 
-        What a file of SB3's PPO does not hold takes the value of :data:`SB3_EQUIVALENT`, so that training goes on as
-        SB3's PPO would; a warning names those values.
+        A file of SB3's PPO lacks ClipPPO's own arguments. They take the values of :data:`SB3_EQUIVALENT`, so that
+        training continues as SB3's PPO would; a warning names them.
 
         :param path: Zip file, with or without its suffix, or an open binary file.
-        :param env: Environment to go on in; it may differ in its number of copies. None: the model can only predict.
+        :param env: Environment to continue in; its number of copies may differ. None: the model can only predict.
         :param device: PyTorch device, or "auto".
-        :param custom_objects: Values to take instead of the file's, by attribute; the file's are not looked at.
+        :param custom_objects: Values that replace the file's, by attribute; the replaced ones are not read.
         :param print_system_info: Whether to print the versions of the packages then and now.
         :param force_reset: Whether to reset the environments before training.
         :param trust_pickle: True: the file may run any code. False: it may use classes of Gymnasium, NumPy, torch, SB3
-            and this package that are known to do no harm. Classes and functions: it may use these, too. None: as the
-            environment variable ``SB3_CLIPVF_TRUST_PICKLE`` says, "1" or "0", which is the default.
+            and this package that are known to be harmless. Classes and functions: it may use these, too. None: the
+            environment variable ``SB3_CLIPVF_TRUST_PICKLE`` decides: "1" or "0", the default.
         :param kwargs: Arguments of the constructor to change.
         :return: The model.
         :raises UnsafeFileError: If the file needs what it may not use.
-        :raises ValueError: If the file is no model, is damaged, does not fit into memory, or holds a value that cannot
-            be read with the packages as they are here; or PyTorch knows no such device.
+        :raises ValueError: If the file is not a model, is damaged, does not fit into memory, or holds a value that the
+            installed packages cannot read; or PyTorch does not know the device.
         :raises RuntimeError: If the weights do not fit the policy that the file describes.
         :raises FileNotFoundError: If there is no file.
         """
@@ -630,7 +624,7 @@ class ClipPPO(RolloutCollector):
         replaced = dict(custom_objects or {})
         check_model(file, cls, trust, replaced)
         kwargs = values_to_load(file.data or {}, kwargs, replaced, cls)
-        # Built anew in any case; and SB3 compares the policy's arguments with the file's.
+        # The learning rate's schedule is built again; SB3 compares the policy's arguments with the file's.
         replaced = {"lr_schedule": None, **{key: kwargs[key] for key in kwargs if key != "policy_kwargs"}, **replaced}
         with validation.same_spaces(), network_bound(file, trust):
             model = super().load(
@@ -653,13 +647,14 @@ class ClipPPO(RolloutCollector):
         device: th.device | str = "auto",
     ) -> None:
         """
-        Take over weights and the optimizer's state.
+        Set the weights and the state of the optimizer.
 
-        :param load_path_or_dict: Zip file of a model, of which only tensors are read, or what ``get_parameters`` gave.
-        :param exact_match: Whether all of them must be there. False takes over what there is.
+        :param load_path_or_dict: Zip file of a model, of which only tensors are read, or a dict from
+            ``get_parameters``.
+        :param exact_match: Whether all of them must be there. False: set those that are there.
         :param device: PyTorch device, or "auto".
-        :raises UnsafeFileError: If the file holds more than tensors in the place of weights.
-        :raises ValueError: If the file is no model, is damaged or does not fit into memory, or a name is unknown or,
+        :raises UnsafeFileError: If the file holds more than tensors as weights.
+        :raises ValueError: If the file is not a model, is damaged or does not fit into memory; or a name is unknown or,
             with ``exact_match``, missing.
         """
         parameters: Any = load_path_or_dict
@@ -669,25 +664,25 @@ class ClipPPO(RolloutCollector):
 
     @property
     def remaining_timesteps(self) -> int:
-        """Environment steps up to the end of the training that was last begun, at least 0."""
+        """Environment steps until the training that was started last ends, at least 0."""
         return max(0, self._total_timesteps - self.num_timesteps)
 
     @classmethod
     def resume(cls, path: str | os.PathLike[str], env: GymEnv, device: th.device | str = "auto", **kwargs: Any) -> Self:
         """
-        Go on with an interrupted training from a checkpoint of ``TrainingCheckpoint``.
+        Resume an interrupted training from a checkpoint of ``TrainingCheckpoint``.
 
-        ``model.learn(model.remaining_timesteps, reset_num_timesteps=False, callback=...)`` then ends, on the CPU, with
-        the weights of the training that was not interrupted, to the last bit; the checkpoint names what keeps it from
-        that. Pass the callbacks that the training had: theirs is part of the state.
+        ``model.learn(model.remaining_timesteps, reset_num_timesteps=False, callback=...)`` then ends with the same
+        weights, bit for bit on the CPU, as a training without interruption. The checkpoint names what prevents that.
+        Pass the callbacks of the training: their state is part of the checkpoint.
 
-        :param path: A checkpoint, or the folder of them: the newest whole one is taken.
-        :param env: Environments, built as those of the training. They are reset, then put where they were.
+        :param path: Checkpoint, or the folder of checkpoints, whose newest complete one is read.
+        :param env: Environments, built as for the training. They are reset, then their state is restored.
         :param device: PyTorch device, or "auto".
         :param kwargs: Further arguments of :meth:`load`, such as arguments of the constructor to change.
         :return: The model.
         :raises FileNotFoundError: If there is no checkpoint.
-        :raises ValueError: If all are damaged, or the environments are built differently; or the file is a model
-            without the state of its training, as ``save`` writes it.
+        :raises ValueError: If all checkpoints are damaged, the environments are built differently, or the file is a
+            model without the state of its training, as ``save`` writes it.
         """
         return resume(cls, path, env, device, **kwargs)
