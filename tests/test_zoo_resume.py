@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch as th
 import yaml
+from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.callbacks import BaseCallback
 
 import sb3_clipvf
@@ -283,7 +284,10 @@ def test_environments_in_processes_can_be_asked_for_their_state(monkeypatch: pyt
         ClipPPOExperimentManager(Namespace(), "clipppo", "CartPole-v1", "logs", vec_env_type=kind)
         for kind in ("subproc", "dummy")
     ]
-    wrappers = [manager._for_envs().env_wrapper for manager in managers]
+    wrappers: list[Any] = []
+    monkeypatch.setattr(ExperimentManager, "create_envs", lambda manager, *_: wrappers.append(manager.env_wrapper))
+    for manager in managers:
+        manager.create_envs(1)
     assert isinstance(wrappers[0](gym.make("CartPole-v1")), ResumableEnv)
     assert wrappers[1] is None
 

@@ -29,6 +29,7 @@ from sb3_clipvf.zoo.runs import (
     make_env,
     read_arguments,
     read_training_curve,
+    saved_timesteps,
 )
 
 if TYPE_CHECKING:
@@ -330,8 +331,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout.write(f"{run.env_id}, {run.algo}, {run.folder}: {args.episodes} episodes ...\n")
     sys.stdout.flush()  # the evaluation may take long
     evaluation = evaluate_run(run, args.episodes, args.n_envs, args.seed, args.deterministic, args.device)
-    from sb3_clipvf.zoo.resume import saved_timesteps  # imports torch
-
     total = saved_timesteps(run.folder / f"{run.settings_folder.name}.zip")
     curve = read_training_curve(run.folder, total if total > 0 else None, evaluation.started)
     _say_numbers(curve, evaluation, total)

@@ -1,8 +1,8 @@
-"""``sb3-clipvf train --resume``: a run of the RL Zoo goes on from its last checkpoint, in its own folder."""
+"""``sb3-clipvf train --resume``: find an interrupted run, and the command line that builds it again."""
 
 import argparse
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,8 @@ from typing import Any
 from sb3_clipvf.zoo.defaults import ALGORITHM
 from sb3_clipvf.zoo.entries import drop_null
 from sb3_clipvf.zoo.parsing import option_name, strict
-from sb3_clipvf.zoo.runs import CHECKPOINTS
+from sb3_clipvf.zoo.runs import CHECKPOINTS, saved_timesteps
 
-# Of the run; the command line may repeat them.
 _KEPT: dict[str, type] = {
     "algo": str,
     "env": str,
@@ -27,10 +26,13 @@ _KEPT: dict[str, type] = {
     "log_folder": str,
     "tensorboard_log": str,
 }
-# Of the process; the command line may change them.
+"""Options of the run, which the command line may only repeat."""
+
 _FREE: dict[str, type] = {"n_timesteps": int, "verbose": int, "num_threads": int, "device": str}
+"""Options of the process, which the command line may change."""
+
 _SHORT = {"log_folder": ["-f"], "tensorboard_log": ["-tb"], "n_timesteps": ["-n"]}
-# Of the settings, what environments and callbacks are built from: the model is in the checkpoint.
+
 _BUILT_FROM = (
     "callback",
     "env_kwargs",
@@ -43,43 +45,31 @@ _BUILT_FROM = (
     "normalize",
     "vec_env_wrapper",
 )
+"""Settings that environments and callbacks are built from. The model is in the checkpoint."""
+
+_WAY_OUT = "Leave it out; --n-timesteps, --verbose, --progress, --num-threads and --device may differ."
 
 
 @dataclass(frozen=True)
 class ResumedRun:
-    """
-    A run that goes on.
-
-    :param folder: The run's folder.
-    :param settings_folder: Where its settings are, in that folder.
-    :param checkpoint: The file that it goes on from.
-    :param args: The options that it was started with.
-    :param hyperparams: What its environments and callbacks are built from.
-    :param num_timesteps: Environment steps at the checkpoint.
-    :param total_timesteps: Environment steps at which it ends.
-    :param is_complete: Whether it has reached its end, and its last model is saved.
-    """
+    """A run to resume."""
 
     folder: Path
-    settings_folder: Path
+    settings_folder: Path  # inside `folder`
     checkpoint: Path
-    args: dict[str, Any]
-    hyperparams: dict[str, Any]
-    num_timesteps: int
-    total_timesteps: int
-    is_complete: bool
+    args: dict[str, Any]  # options that the run was started with
+    hyperparams: dict[str, Any]  # settings that its environments and callbacks are built from
+    num_timesteps: int  # environment steps at the checkpoint
+    total_timesteps: int  # environment steps at the end of the run
+    is_complete: bool  # it has reached its end, and its last model is saved
 
 
 def resumed_run(path: str, options: Sequence[str]) -> tuple[ResumedRun, list[str]]:
     """
-    Find a run and the command line that builds it again.
+    Find the run of a run's folder, its folder of checkpoints, or one of these.
 
-    :param path: The run's folder, its folder of checkpoints, or one of these.
-    :param options: What else the command line holds.
-    :return: The run, and the options of the Zoo's ``train`` for it.
-    :raises FileNotFoundError: If there is no such run.
-    :raises ValueError: If it has no whole checkpoint, is of another algorithm, or an option contradicts it.
-    :raises UnsafeFileError: If its settings could run code.
+    Return it with the options of the Zoo's ``train`` that build it again. ``options`` are the rest of the command line;
+    an option that contradicts the run is refused, and so are settings that could run code.
     """
     from sb3_clipvf.checkpoint import newest_checkpoint, read_checkpoint
     from sb3_clipvf.checkpoint.file import sorted_checkpoints
@@ -98,14 +88,13 @@ def resumed_run(path: str, options: Sequence[str]) -> tuple[ResumedRun, list[str
     if args.get("algo") != ALGORITHM:
         raise ValueError(
             f"`--resume` must name a run of {ALGORITHM}, got {folder} of {args.get('algo')}, which keeps no "
-            "checkpoints of the whole training. Go on from its model with `-i`."
+            "checkpoints of the whole training. Continue from its model with `-i`."
         )
-    given = _given(options)
-    _check_given(given, args)
+    given = _given_options(options, args)
     if place.is_dir() and not sorted_checkpoints(folder / CHECKPOINTS):
         raise ValueError(
             f"`--resume` must name a run with checkpoints, got {folder} without any: it ended before its first one, or "
-            "ran with `--checkpoint-freq -1`. Start it anew: "
+            "ran with `--checkpoint-freq -1`. Start it again: "
             f"`sb3-clipvf train --env {args.get('env')} --seed {args.get('seed')}`."
         )
     checkpoint = newest_checkpoint(folder / CHECKPOINTS) if place.is_dir() else read_checkpoint(place)
@@ -115,7 +104,7 @@ def resumed_run(path: str, options: Sequence[str]) -> tuple[ResumedRun, list[str
     check_no_code(settings_folder / "config.yml", hyperparams)
     steps, total = checkpoint.manifest.num_timesteps, checkpoint.manifest.total_timesteps
     saved = saved_timesteps(folder / f"{settings_folder.name}.zip")
-    # A callback may have ended it early; but who names an earlier file wants to go back.
+    # A callback may have ended the run early. But a user who names an earlier checkpoint wants to go back to it.
     is_complete = saved >= steps and (place.is_dir() or steps >= total)
     if "n_timesteps" in given:
         total = given["n_timesteps"]
@@ -129,71 +118,51 @@ def resumed_run(path: str, options: Sequence[str]) -> tuple[ResumedRun, list[str
     return run, _command_line(args, given)
 
 
-def saved_timesteps(path: Path) -> int:
-    """
-    Read how long a model was trained.
-
-    :param path: Zip file that the end of a run saves.
-    :return: Environment steps; -1 if there is no whole file.
-    """
-    from sb3_clipvf.files.model import read_model
-
-    try:
-        return int((read_model(path).data or {})["num_timesteps"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return -1
-
-
 def _settings_folder(folder: Path) -> Path:
     found = [path.parent for path in folder.glob("*/args.yml")]
     if len(found) != 1 or not (found[0] / "config.yml").is_file():
         raise FileNotFoundError(
             f"{folder} must be the folder of one run, with <environment>/args.yml and config.yml, but it is not. Name "
-            f"one like logs/{ALGORITHM}/CartPole-v1_1; trainings of scripts are resumed by ClipPPO.resume."
+            f"one like logs/{ALGORITHM}/CartPole-v1_1. ClipPPO.resume resumes trainings of scripts."
         )
     return found[0]
 
 
-def _given(options: Sequence[str]) -> dict[str, Any]:
+def _given_options(options: Sequence[str], args: dict[str, Any]) -> dict[str, Any]:
+    """Parse the command line, and refuse what differs from the run's ``args``."""
     parser = argparse.ArgumentParser(
         prog="sb3-clipvf train --resume", add_help=False, argument_default=argparse.SUPPRESS
     )
     for name, kind in {**_KEPT, **_FREE}.items():
         parser.add_argument(*_SHORT.get(name, []), option_name(name), type=kind)
     parser.add_argument("-P", "--progress", action="store_true")
-    given, others = strict(parser, "sb3-clipvf train").parse_known_args(list(options))
+    parsed, others = strict(parser, "sb3-clipvf train").parse_known_args(list(options))
     if others:
         raise ValueError(
             f"`{others[0]}` must not be given with `--resume`, got it: a run keeps the settings that it was started "
             f"with. {_WAY_OUT}"
         )
-    return vars(given)
-
-
-def _check_given(given: dict[str, Any], args: dict[str, Any]) -> None:
+    given = vars(parsed)
     for name, value in given.items():
         if name in _KEPT and value != args.get(name):
             raise ValueError(
                 f"`{option_name(name)}` must be {args.get(name)!r} as in the run, got {value!r}. {_WAY_OUT}"
             )
+    return given
 
 
 def _command_line(args: dict[str, Any], given: dict[str, Any]) -> list[str]:
-    values = {name: args[name] for name in _KEPT if args.get(name) is not None}
-    values |= {name: args[name] for name in ("verbose", "num_threads", "device") if args.get(name) is not None}
+    kept = (*_KEPT, "verbose", "num_threads", "device")
+    values = {name: args[name] for name in kept if args.get(name) is not None}
     values |= {name: value for name, value in given.items() if name in _FREE}
-    # Joined to its name, no value can pass for an option.
+    # A value joined to its name cannot be taken for an option.
     arguments = [f"{option_name(name)}={value}" for name, value in values.items()]
-    arguments += ["--progress"] if given.get("progress") or args.get("progress") else []
-    packages = _modules(args.get("gym_packages") or ())
+    if given.get("progress") or args.get("progress"):
+        arguments.append("--progress")
+    packages = [str(name) for name in args.get("gym_packages") or ()]
+    for package in packages:
+        if not all(part.isidentifier() for part in package.split(".")):
+            raise ValueError(
+                f"`gym_packages` of the run must be names of modules, got {package!r}. Correct its args.yml."
+            )
     return [*arguments, "--gym-packages", *packages] if packages else arguments
-
-
-def _modules(names: Iterable[Any]) -> list[str]:
-    for name in names:
-        if not all(part.isidentifier() for part in str(name).split(".")):
-            raise ValueError(f"`gym_packages` of the run must be names of modules, got {name!r}. Correct its args.yml.")
-    return [str(name) for name in names]
-
-
-_WAY_OUT = "Leave it out; --n-timesteps, --verbose, --progress, --num-threads and --device may differ."

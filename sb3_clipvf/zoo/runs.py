@@ -375,6 +375,16 @@ def read_training_curve(
     return TrainingCurve(steps, returns, seconds)
 
 
+def saved_timesteps(path: Path) -> int:
+    """Return the environment steps that a saved model was trained for; -1 if there is no undamaged file."""
+    from sb3_clipvf.files.model import read_model
+
+    try:
+        return int((read_model(path).data or {})["num_timesteps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}

@@ -1,8 +1,9 @@
 """
-Hyperparameter search with the RL Zoo: what ``-optimize`` draws for ClipPPO, and how a finished trial is read back.
+Hyperparameter search with the RL Zoo: the distributions that ``-optimize`` draws ClipPPO's arguments from, and the
+arguments of a finished trial.
 
-Every parameter is drawn in every trial, also one that the drawn objective does not use: the search space is then the
-same for all trials, as Optuna's multivariate sampler needs it.
+Each trial draws every parameter, even those that its objective does not use. The search space is then the same for all
+trials, as Optuna's multivariate sampler requires.
 """
 
 from pathlib import Path
@@ -18,7 +19,7 @@ from sb3_clipvf.clip_ppo import ClipPPO
 from sb3_clipvf.zoo.run_files import replaced
 
 OBJECTIVES = ("clip", "fixed_kl", "adaptive_kl", "clip_and_adaptive_kl")
-"""Forms of the objective that the search chooses from."""
+"""Objectives that the search chooses from."""
 
 NET_ARCHS: dict[str, dict[str, list[int]]] = {
     "tiny": {"pi": [64], "vf": [64]},
@@ -28,7 +29,7 @@ NET_ARCHS: dict[str, dict[str, list[int]]] = {
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU}
 
-_PASSED_ON = (
+_DRAWN_AS_THEY_ARE = (
     "ent_coef",
     "vf_coef",
     "n_epochs",
@@ -40,22 +41,13 @@ _PASSED_ON = (
 
 
 class CheckedSearch(ExperimentManager):
-    """The RL Zoo's experiment manager, with errors about studies and trials that name the option."""
+    """The RL Zoo's experiment manager, whose errors about studies and trials name the option."""
 
     def load_trial(
         self, storage: str, study_name: str, trial_id: int | None = None, convert: bool = True
     ) -> dict[str, Any]:
-        """
-        Read the hyperparameters of a trial.
-
-        :param storage: Optuna's storage.
-        :param study_name: Name of the study.
-        :param trial_id: Number of the trial; None: the best one.
-        :param convert: Whether to turn what was drawn into the algorithm's arguments.
-        :return: The hyperparameters.
-        :raises ValueError: If there is no such trial, or it was drawn for another algorithm.
-        """
-        check_trial(storage, study_name, trial_id)
+        """Return the hyperparameters of a trial (None: the best one), converted to the algorithm's arguments."""
+        _check_trial(storage, study_name, trial_id)
         try:
             return super().load_trial(storage, study_name, trial_id, convert)
         except KeyError as error:
@@ -65,15 +57,11 @@ class CheckedSearch(ExperimentManager):
             ) from error
 
     def hyperparameters_optimization(self) -> None:
-        """
-        Search hyperparameters.
-
-        :raises ValueError: If the storage cannot be used, or no trial ended.
-        """
+        """Search hyperparameters; raise a ValueError if the storage cannot be used or no trial completes."""
         if self.storage is not None:
-            open_storage(self.storage)
+            _open_storage(self.storage)
         try:
-            # Trials are short and drawn by the search: the advice to call `learn` otherwise is not for its user.
+            # Skip the warning about short trainings: the search chooses the trials.
             with replaced(ClipPPO, "_warned_of_early_end", True):
                 super().hyperparameters_optimization()
         except ValueError as error:
@@ -85,64 +73,16 @@ class CheckedSearch(ExperimentManager):
             ) from error
 
 
-def open_storage(storage: str) -> BaseStorage:
-    """
-    Open the storage of a study.
-
-    :param storage: As given to ``--storage``: the address of a database, or a file that ends in ``.log``.
-    :return: Optuna's storage.
-    :raises ValueError: If it cannot be opened.
-    """
-    try:
-        if storage.endswith(".log"):
-            Path(storage).parent.mkdir(parents=True, exist_ok=True)
-            return JournalStorage(JournalFileBackend(storage))
-        return get_storage(storage)
-    except Exception as error:  # each database has its own errors
-        text = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-        raise ValueError(
-            f"`--storage` must be a storage of Optuna, got {storage!r}: {text}. Give a file as logs/study.log or a "
-            "database as sqlite:///logs/study.db, in a folder that exists."
-        ) from error
-
-
-def check_trial(storage: str, study_name: str, trial_id: int | None) -> None:
-    """
-    Check that a trial can be read.
-
-    :param storage: As given to ``--storage``.
-    :param study_name: Name of the study.
-    :param trial_id: Number of the trial; None: the best one.
-    :raises ValueError: If there is no such study, or no such trial in it.
-    """
-    opened = open_storage(storage)
-    names = optuna.get_all_study_names(opened)
-    if study_name not in names:
-        raise ValueError(
-            f"`--study-name` must be a study in {storage}, got {study_name!r}. It has {', '.join(names) or 'none'}."
-        )
-    if trial_id is None:
-        return
-    numbers = [
-        str(trial.number) for trial in optuna.load_study(study_name=study_name, storage=opened).trials if trial.params
-    ]
-    if str(trial_id) not in numbers:
-        raise ValueError(
-            f"`--trial-id` must be a trial of {study_name!r} that drew hyperparameters, got {trial_id}. These did: "
-            f"{', '.join(numbers) or 'none'}."
-        )
-
-
 def sample_clipppo_params(
     trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]
 ) -> dict[str, Any]:
     """
-    Draw one trial's arguments of ClipPPO, the RL Zoo's sampler for ``clipppo``.
+    Draw one trial's arguments of ClipPPO; the RL Zoo's sampler for ``clipppo``.
 
     :param trial: Optuna's trial.
-    :param n_actions: Unused here; the Zoo passes it for the noise of off-policy algorithms.
-    :param n_envs: Number of environments. It is recorded in the trial, since the minibatch size depends on it.
-    :param additional_args: Unused here; the Zoo passes it for replay buffers.
+    :param n_actions: Unused; the Zoo passes it for the noise of off-policy algorithms.
+    :param n_envs: Number of environments. The trial records it, since the minibatch size depends on it.
+    :param additional_args: Unused; the Zoo passes it for replay buffers.
     :return: Keyword arguments of ClipPPO.
     """
     drawn = {
@@ -156,7 +96,7 @@ def sample_clipppo_params(
         "objective": trial.suggest_categorical("objective", list(OBJECTIVES)),
         "clip_range": trial.suggest_categorical("clip_range", [0.1, 0.2, 0.3, 0.4]),
         "clip_schedule": trial.suggest_categorical("clip_schedule", ["const", "lin"]),
-        # The paper's tables 1: fixed beta 0.3 to 10, targets 0.003 to 0.03.
+        # Table 1 of the paper: fixed beta 0.3 to 10, targets 0.003 to 0.03.
         "kl_coef": trial.suggest_float("kl_coef", 0.1, 10.0, log=True),
         "adaptive_kl_target": trial.suggest_float("adaptive_kl_target", 0.003, 0.05, log=True),
         "clip_range_vf": trial.suggest_categorical("clip_range_vf", [None, 0.2, 0.5, 1.0, 2.0]),
@@ -170,7 +110,7 @@ def sample_clipppo_params(
         "activation_fn": trial.suggest_categorical("activation_fn", list(ACTIVATIONS)),
     }
     hyperparams = convert_clipppo_params(drawn)
-    # For whoever reads the study: what was drawn in another form.
+    # For readers of the study: these were drawn in another form.
     for name in ("n_steps", "batch_size", "gamma", "gae_lambda"):
         trial.set_user_attr(name, hyperparams[name])
     return hyperparams
@@ -178,14 +118,14 @@ def sample_clipppo_params(
 
 def convert_clipppo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     """
-    Turn what a trial drew into ClipPPO's arguments, the RL Zoo's converter for ``clipppo``.
+    Convert a trial's parameters to ClipPPO's arguments; the RL Zoo's converter for ``clipppo``.
 
     :param sampled_params: A trial's ``params``.
-    :return: Keyword arguments of ClipPPO, the same that the sampler gave to that trial. ``batch_size`` divides
+    :return: Keyword arguments of ClipPPO, the same that the sampler returned for that trial. ``batch_size`` divides
         ``n_steps * n_envs``.
     """
     n_steps = 2 ** sampled_params["n_steps_pow"]
-    # At least 8 steps of every environment in a minibatch, whatever was drawn.
+    # A minibatch holds at least 8 steps of each environment.
     n_minibatches = 2 ** min(sampled_params["n_minibatches_pow"], sampled_params["n_steps_pow"] - 3)
     learning_rate = sampled_params["learning_rate"]
     return {
@@ -194,10 +134,10 @@ def convert_clipppo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
         "gamma": 1 - sampled_params["one_minus_gamma"],
         "gae_lambda": 1 - sampled_params["one_minus_gae_lambda"],
         "learning_rate": learning_rate if sampled_params["lr_schedule"] == "const" else f"lin_{learning_rate}",
-        # The search draws the learning rate's schedule, and ClipPPO takes either that or a KL-adaptive rate.
+        # ClipPPO takes either a schedule of the learning rate, which the search draws, or a KL-adaptive rate.
         "lr_kl_target": None,
         **_objective(sampled_params),
-        **{name: sampled_params[name] for name in _PASSED_ON},
+        **{name: sampled_params[name] for name in _DRAWN_AS_THEY_ARE},
         "policy_kwargs": {
             "net_arch": NET_ARCHS[sampled_params["net_arch"]],
             "activation_fn": ACTIVATIONS[sampled_params["activation_fn"]],
@@ -214,3 +154,38 @@ def _objective(sampled_params: dict[str, Any]) -> dict[str, Any]:
         "kl_coef": 0.0 if form == "clip" else sampled_params["kl_coef"],
         "adaptive_kl_target": sampled_params["adaptive_kl_target"] if adapts else None,
     }
+
+
+def _open_storage(storage: str) -> BaseStorage:
+    """Open a study's storage: a database, or a file whose name ends in ``.log``."""
+    try:
+        if storage.endswith(".log"):
+            Path(storage).parent.mkdir(parents=True, exist_ok=True)
+            return JournalStorage(JournalFileBackend(storage))
+        return get_storage(storage)
+    except Exception as error:  # each database has its own errors
+        text = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        raise ValueError(
+            f"`--storage` must be a storage of Optuna, got {storage!r}: {text}. Give a file as logs/study.log or a "
+            "database as sqlite:///logs/study.db, in a folder that exists."
+        ) from error
+
+
+def _check_trial(storage: str, study_name: str, trial_id: int | None) -> None:
+    """Check that a study has the trial of this number; None stands for the best one."""
+    opened = _open_storage(storage)
+    names = optuna.get_all_study_names(opened)
+    if study_name not in names:
+        raise ValueError(
+            f"`--study-name` must be a study in {storage}, got {study_name!r}. It has {', '.join(names) or 'none'}."
+        )
+    if trial_id is None:
+        return
+    numbers = [
+        str(trial.number) for trial in optuna.load_study(study_name=study_name, storage=opened).trials if trial.params
+    ]
+    if str(trial_id) not in numbers:
+        raise ValueError(
+            f"`--trial-id` must be a trial of {study_name!r} that drew hyperparameters, got {trial_id}. These did: "
+            f"{', '.join(numbers) or 'none'}."
+        )

@@ -1,6 +1,6 @@
 """
-``--vec-env gymnasium|envpool|ale``: training environments of the RL Zoo that step together, with the meaning of the
-settings kept, or the reason why that cannot be.
+``--vec-env gymnasium|envpool|ale``: training environments of the RL Zoo that step together. Settings keep their
+meaning, or are refused with the reason.
 """
 
 import difflib
@@ -26,51 +26,36 @@ from sb3_clipvf.zoo.entries import with_arguments
 from sb3_clipvf.zoo.run_files import replaced
 
 VEC_ENVS = ("gymnasium", "envpool", "ale")
-"""What ``--vec-env`` takes besides the Zoo's ``dummy`` and ``subproc``."""
+"""Values of ``--vec-env`` besides the Zoo's ``dummy`` and ``subproc``."""
 
 _ATARI_WRAPPER = "stable_baselines3.common.atari_wrappers.AtariWrapper"
 
 
 @dataclass(frozen=True)
 class EnvSettings:
-    """
-    What the Zoo's settings and command line say about the training environments.
-
-    :param spec: Gymnasium's entry of the environment.
-    :param env_kwargs: Arguments of the environment.
-    :param wrappers: Full names and arguments of the wrappers of each environment, innermost first.
-    :param monitor_kwargs: Arguments of ``Monitor``.
-    :param frame_stack: Observations to stack, or None.
-    :param normalize: Whether ``VecNormalize`` is asked for.
-    :param monitor_folder: Folder for the files of episodes, or None.
-    """
+    """Settings of the training environments, from the Zoo's settings and command line."""
 
     spec: EnvSpec
     env_kwargs: dict[str, Any] = field(default_factory=dict)
-    wrappers: tuple[tuple[str, dict[str, Any]], ...] = ()
+    wrappers: tuple[tuple[str, dict[str, Any]], ...] = ()  # full names and arguments, innermost first
     monitor_kwargs: dict[str, Any] = field(default_factory=dict)
     frame_stack: int | None = None
-    normalize: bool = False
-    monitor_folder: str | None = None
+    normalize: bool = False  # whether `VecNormalize` is asked for
+    monitor_folder: str | None = None  # folder for the files of episodes
 
     @property
     def is_atari(self) -> bool:
-        """Return whether it is one of ale-py's games."""
+        """Whether the environment is one of ale-py's games."""
         return "AtariEnv" in str(self.spec.entry_point)
 
     @property
     def monitor_path(self) -> str | None:
-        """File of episodes where one serves all environments."""
+        """File of episodes, if one file serves all environments."""
         return None if self.monitor_folder is None else os.path.join(self.monitor_folder, "0.monitor.csv")
 
 
 def wrapper_list(entry: Any) -> tuple[tuple[str, dict[str, Any]], ...]:
-    """
-    Read ``env_wrapper`` of the settings.
-
-    :param entry: A name or class, a dict of one name and its arguments, a list of these, or None.
-    :return: Full names and arguments, innermost first.
-    """
+    """Return full names and arguments of the wrappers in an ``env_wrapper`` entry, innermost first."""
     wrappers = []
     for wrapper, kwargs in with_arguments(entry):
         name = wrapper if isinstance(wrapper, str) else f"{wrapper.__module__}.{wrapper.__qualname__}"
@@ -79,23 +64,16 @@ def wrapper_list(entry: Any) -> tuple[tuple[str, dict[str, Any]], ...]:
 
 
 def stacks_frames(name: str, settings: EnvSettings) -> bool:
-    """
-    Return whether the environments stack observations themselves.
-
-    :param name: One of ``VEC_ENVS``.
-    :param settings: Of the training environments.
-    :return: Whether they do, so that the Zoo must not.
-    """
+    """Return whether the environments of ``--vec-env <name>`` stack observations themselves."""
     return name != "gymnasium" and settings.is_atari
 
 
 @contextmanager
 def growing_files() -> Iterator[None]:
     """
-    Make environments append to the files of episodes that are there; the checkpoint then cuts them to its own length.
+    Make environments append to existing files of episodes, which a checkpoint cuts to its own length.
 
-    Not by the manager's ``monitor_kwargs``, since the Zoo completes them for some environments where they are empty,
-    and replaces them for others.
+    The manager's ``monitor_kwargs`` cannot do this: the Zoo completes or replaces them for some environments.
     """
 
     def make(make_env: Any, *, monitor_kwargs: dict[str, Any], **kwargs: Any) -> VecEnv:
@@ -109,7 +87,7 @@ def growing_files() -> Iterator[None]:
 
 @contextmanager
 def known_keywords(env_kwargs: dict[str, Any] | None) -> Iterator[None]:
-    """Name an argument that the environment does not know, and where it comes from: only making it shows which."""
+    """Raise an error that names the argument in ``env_kwargs`` that an environment made in the context refuses."""
     try:
         yield
     except TypeError as error:
@@ -124,14 +102,9 @@ def known_keywords(env_kwargs: dict[str, Any] | None) -> Iterator[None]:
 
 def make_vec_env(name: str, settings: EnvSettings, env_fns: Sequence[Callable[[], gym.Env[Any, Any]]]) -> VecEnv:
     """
-    Make the training environments.
+    Make the training environments of ``--vec-env <name>``, not normalised yet; refuse settings without effect there.
 
-    :param name: One of ``VEC_ENVS``.
-    :param settings: What they must be like.
-    :param env_fns: The Zoo's own ways to make each of them, with its wrappers.
-    :return: All of them, not normalised yet.
-    :raises ValueError: If a setting cannot be honoured so.
-    :raises ImportError: If the package is missing.
+    ``env_fns`` are the Zoo's functions that make each environment with its wrappers.
     """
     if name == "gymnasium":
         return _gymnasium(settings, env_fns)
@@ -172,7 +145,7 @@ def _envpool(settings: EnvSettings, n_envs: int) -> VecEnv:
     pool = envpool.make_gymnasium(spec.id, num_envs=2 * n_envs, **limit)
     venv = as_vec_env(pool, monitor_path=settings.monitor_path, spares=True)
     single = gym.make(spec.id)
-    _take_spaces(venv, single.observation_space, single.action_space)
+    _take_spaces(venv, single)
     single.close()
     return venv
 
@@ -265,35 +238,23 @@ def _check_task(env_id: str, task: str) -> None:
         )
 
 
-def _take_spaces(venv: VecEnv, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
-    """Set Gymnasium's own spaces, so that the model loads with Gymnasium's environments again."""
-    same_actions = _same_form(venv.action_space, action_space) and _same_bounds(venv.action_space, action_space)
-    for kind, same, ours, theirs in (
-        ("action", same_actions, venv.action_space, action_space),
-        # Observations come as they are, whatever bounds are declared.
-        (
-            "observation",
-            _same_form(venv.observation_space, observation_space),
-            venv.observation_space,
-            observation_space,
-        ),
-    ):
-        if not same:
+def _take_spaces(venv: VecEnv, single: gym.Env[Any, Any]) -> None:
+    """Set the spaces of Gymnasium's environment, so that the model loads there; refuse an environment with others."""
+    for name in ("action_space", "observation_space"):
+        ours, theirs = getattr(venv, name), getattr(single, name)
+        # Observations are not clipped to the declared bounds.
+        if not _is_same_space(ours, theirs, with_bounds=name == "action_space"):
             raise ValueError(
-                f"`--env` must have the same {kind} space in EnvPool and Gymnasium, got {ours} and {theirs}: a model "
-                "would not carry over. Train with `--vec-env gymnasium`."
+                f"`--env` must have the same {name.replace('_', ' ')} in EnvPool and Gymnasium, got {ours} and "
+                f"{theirs}: a model would not carry over. Train with `--vec-env gymnasium`."
             )
-    venv.observation_space, venv.action_space = observation_space, action_space
+        setattr(venv, name, theirs)
 
 
-def _same_form(first: spaces.Space[Any], second: spaces.Space[Any]) -> bool:
+def _is_same_space(first: spaces.Space[Any], second: spaces.Space[Any], *, with_bounds: bool) -> bool:
     if not (isinstance(first, spaces.Box) and isinstance(second, spaces.Box)):
         return first == second
     # EnvPool has the actions of MuJoCo's environments in float64, Gymnasium in float32.
-    return first.shape == second.shape and first.dtype.kind == second.dtype.kind
-
-
-def _same_bounds(first: spaces.Space[Any], second: spaces.Space[Any]) -> bool:
-    if not (isinstance(first, spaces.Box) and isinstance(second, spaces.Box)):
-        return True
-    return np.allclose(first.low, second.low) and np.allclose(first.high, second.high)
+    if first.shape != second.shape or first.dtype.kind != second.dtype.kind:
+        return False
+    return not with_bounds or (np.allclose(first.low, second.low) and np.allclose(first.high, second.high))
