@@ -1,7 +1,8 @@
-"""The bounded policy that Stable-Baselines3 lacks: a tanh-squashed Gaussian with a state-dependent std.
+"""
+A bounded policy that Stable-Baselines3 lacks: a tanh-squashed Gaussian with a state-dependent standard deviation.
 
-SB3's on-policy policies draw from an unbounded Gaussian and clip what the environment receives, or squash with gSDE.
-Here the action is ``a = tanh(u)`` with ``u ~ N(mean(s), std(s)^2)``, so it lies in [-1, 1] and is scaled to the Box.
+SB3's on-policy policies sample from an unbounded Gaussian and clip the action for the environment, or squash with gSDE.
+Here the action is ``a = tanh(u)`` with ``u ~ N(mean(s), std(s)^2)``. It lies in [-1, 1] and is scaled to the Box.
 """
 
 import math
@@ -22,17 +23,17 @@ from torch.distributions import Normal
 from torch.nn.functional import softplus
 
 MIN_STD = 1e-4
-"""Floor of the std of the Gaussian before squashing: keeps log-probs and KL finite when softplus underflows."""
+"""Floor of the std before squashing: keeps log-probs and the KL finite where softplus underflows."""
 
+# SB3's orthogonal gain of the action layer: at first, actions depend little on the state.
 _ACTION_NET_GAIN = 0.01
-"""SB3's orthogonal gain of the action layer: the first actions depend little on the state."""
 
 _MAX_DIMS_SHOWN = 8
 
 
 class SquashedGaussianDistribution(Distribution):
     r"""
-    Diagonal Gaussian squashed by tanh, whose mean and std both come from the network.
+    Diagonal Gaussian squashed by tanh, with mean and std from the network.
 
     .. math::
         a = \tanh(u), \quad u \sim \mathcal{N}(\mu, \sigma^2), \quad \sigma = \mathrm{softplus}(\rho) + \sigma_{min}
@@ -40,13 +41,11 @@ class SquashedGaussianDistribution(Distribution):
         \log \pi(a) = \sum_i \log \mathcal{N}(u_i; \mu_i, \sigma_i) - \log(1 - \tanh^2 u_i)
 
     with the network's outputs mu and rho, and :data:`MIN_STD` as the floor. ``distribution`` is the Gaussian *before*
-    squashing, a new object at every :meth:`proba_distribution`. Squashing is a bijection, under which the KL divergence
-    is invariant: the KL between two squashed Gaussians is the KL between their Gaussians.
+    squashing, a new object at every :meth:`proba_distribution`.
 
+    :param action_dim: Number of action dimensions d, at least 1.
     Source: Haarnoja et al. 2018, arXiv 1801.01290, appendix C (eq. 20 and 21). Departures: the std is a softplus, not
-    an exponential, and the log-Jacobian is written ``2 (log 2 - u - softplus(-2u))``, which is exact for large u too.
-
-    :param action_dim: number of action components d, at least 1
+        an exponential. The log-Jacobian is ``2 (log 2 - u - softplus(-2u))``, which is exact for large u as well.
     """
 
     distribution: Normal
@@ -56,73 +55,52 @@ class SquashedGaussianDistribution(Distribution):
         self.action_dim = action_dim
 
     def __getstate__(self) -> dict[str, Any]:
-        # The Gaussian of the last forward pass may hang on a graph, which can be neither copied nor pickled,
-        # and every use sets it anew: copies go without it.
+        # The Gaussian of the last forward pass may be part of a graph, which can be neither copied nor pickled.
+        # Every forward pass sets it again, so copies omit it.
         return {name: value for name, value in self.__dict__.items() if name != "distribution"}
 
     def proba_distribution_net(self, latent_dim: int, log_std_init: float = 0.0) -> nn.Linear:
-        """
-        Create the layer that gives the parameters; its std is ``exp(log_std_init)`` in every state at first.
-
-        :param latent_dim: width of the policy network's last layer
-        :param log_std_init: initial log std before squashing, above ``log(MIN_STD)`` (-9.21) and at most 40
-        :return: layer from ``(batch, latent_dim)`` to ``(batch, 2 * d)``: the means, then the raw stds
-        :raises TypeError: if ``log_std_init`` is no number
-        :raises ValueError: if ``log_std_init`` is out of range
-        """
+        """Create the layer of means and raw stds; at first, the std is ``exp(log_std_init)`` in every state."""
         net = nn.Linear(latent_dim, 2 * self.action_dim)
         nn.init.zeros_(net.weight.data[self.action_dim :])
         self.init_std_bias(net, log_std_init)
         return net
 
     def init_std_bias(self, net: nn.Linear, log_std_init: float) -> None:
-        """
-        Set the bias of the raw stds so that their std is ``exp(log_std_init)`` where the weights contribute nothing.
-
-        :param net: the layer of :meth:`proba_distribution_net`
-        :param log_std_init: log std before squashing, above ``log(MIN_STD)`` (-9.21) and at most 40
-        :raises TypeError: if ``log_std_init`` is no number
-        :raises ValueError: if ``log_std_init`` is out of range
-        """
+        """Set the raw stds' bias so that, with weights of 0, the std is ``exp(log_std_init)``."""
         _check_log_std_init(log_std_init)
         above_floor = math.exp(log_std_init) - MIN_STD
-        # Inverse of softplus; log(exp(x) - 1) itself would overflow for large x
+        # Inverse of softplus; log(exp(x) - 1) would overflow for large x.
         raw_std = above_floor + math.log(-math.expm1(-above_floor))
         nn.init.constant_(net.bias.data[self.action_dim :], raw_std)
 
     def proba_distribution(self, params: th.Tensor) -> "SquashedGaussianDistribution":
-        """
-        Set the parameters.
-
-        :param params: output of the layer, shape ``(batch, 2 * d)``: means, then raw stds
-        :return: self, with a new ``distribution``
-        """
+        """Set the parameters to the layer's output, and return this object."""
         mean, raw_std = params.chunk(2, dim=-1)
         self.distribution = Normal(mean, softplus(raw_std) + MIN_STD)
         return self
 
     def log_prob(self, actions: th.Tensor) -> th.Tensor:
         """
-        Log-density of squashed actions, in nats.
+        Log-density of squashed actions.
 
-        It depends on the actions alone, never on a remembered u: the rollout and the update get the same number for a
-        stored action. Where tanh rounds, above ``1 - eps`` of the dtype (|u| > 8.5 in float32), the action stands for
-        all u beyond that point: its density is their probability spread evenly over the rounded-off interval.
-        The density at a clamped u would instead lie far in the Gaussian's tail once the mean is large, and ratios
-        of such densities overflow.
+        It depends only on the actions, so that rollout and update compute the same number for a stored action. Where
+        tanh rounds, above ``1 - eps`` of the dtype (|u| > 8.5 in float32), an action stands for all u beyond that
+        point. Its density is their probability, spread evenly over the interval that is rounded. The density at a
+        clamped u would lie far in the Gaussian's tail if the mean is large, and ratios of such densities overflow.
 
-        :param actions: shape ``(batch, d)``, in [-1, 1]
-        :return: shape ``(batch,)``
+        :param actions: Shape ``(n, d)``, in [-1, 1].
+        :return: Shape ``(n,)``, nats.
         """
-        # A buffer may hold another dtype; the rounding is that of the rollout
+        # A buffer may hold another dtype; the rounding is that of the rollout.
         actions = actions.to(self.distribution.mean.dtype)
         eps = th.finfo(actions.dtype).eps
         limit = 1.0 - eps
         gaussian_actions = th.atanh(actions.clamp(-limit, limit))
         density: th.Tensor = self.distribution.log_prob(gaussian_actions)  # type: ignore[no-untyped-call]
-        # The next number above 1 - eps is 1 - eps / 2: what lies beyond the midpoint rounds up
+        # The next number above 1 - eps is 1 - eps / 2: values beyond their midpoint round up.
         cut_off = 0.75 * eps
-        # atanh(1 - cut_off), which no float64 can hold before the atanh
+        # atanh(1 - cut_off), without rounding 1 - cut_off.
         edge = 0.5 * (math.log(2.0 - cut_off) - math.log(cut_off))
         distance = (actions.sign() * self.distribution.mean - edge) / self.distribution.stddev
         saturated = th.special.log_ndtr(distance) - math.log(cut_off)
@@ -132,86 +110,65 @@ class SquashedGaussianDistribution(Distribution):
 
     def entropy(self) -> th.Tensor:
         """
-        One-sample estimate of the entropy of the squashed distribution, in nats; unbiased, as is its gradient.
+        Estimate the entropy ``H(a) = H(u) + E[log(1 - tanh^2 u)]``; the estimate and its gradient are unbiased.
 
-        ``H(a) = H(u) + E[log(1 - tanh^2 u)]``: the first term is exact, the second takes one fresh reparameterised
-        sample. ``-log_prob`` of the stored actions would not do: it has the right mean but, at the parameters that
-        drew them, an expected gradient of zero (that of a score), so an entropy bonus made of it pushes nowhere.
+        The first term is exact, the second uses one new reparameterised sample. ``-log_prob`` of the stored actions has
+        the right mean, but an expected gradient of zero at pi_old: as an entropy bonus it would have no effect.
 
-        :return: shape ``(batch,)``
+        :return: Shape ``(n,)``, nats.
         """
         gaussian_entropy = self.distribution.entropy()  # type: ignore[no-untyped-call]
         return sum_independent_dims(gaussian_entropy + _log_jacobian(self.distribution.rsample()))
 
     def sample(self) -> th.Tensor:
-        """
-        Draw actions by reparameterisation, so that gradients reach the parameters.
-
-        :return: shape ``(batch, d)``, in [-1, 1]
-        """
+        """Sample actions in [-1, 1], shape ``(n, d)``, with gradients by reparameterisation."""
         return th.tanh(self.distribution.rsample())
 
     def mode(self) -> th.Tensor:
-        """
-        The squashed mean, which is the median of each component (the density of a wide one peaks at the bounds).
-
-        :return: shape ``(batch, d)``, in [-1, 1]
-        """
+        """Return the squashed mean: the median of each dimension, not its mode, which may lie at a bound."""
         return th.tanh(self.distribution.mean)
 
     def actions_from_params(self, params: th.Tensor, deterministic: bool = False) -> th.Tensor:
-        """
-        Set the parameters and give actions.
-
-        :param params: shape ``(batch, 2 * d)``: means, then raw stds
-        :param deterministic: the squashed mean instead of a sample
-        :return: shape ``(batch, d)``, in [-1, 1]
-        """
+        """Set the parameters, and return ``mode()`` or a sample."""
         return self.proba_distribution(params).get_actions(deterministic=deterministic)
 
     def log_prob_from_params(self, params: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        """
-        Set the parameters, draw actions and give their log-density.
-
-        :param params: shape ``(batch, 2 * d)``: means, then raw stds
-        :return: actions, shape ``(batch, d)``, and their log-density in nats, shape ``(batch,)``
-        """
+        """Set the parameters, and return sampled actions and their log-density."""
         actions = self.actions_from_params(params)
         return actions, self.log_prob(actions)
 
 
 class SquashedActorCriticPolicy(ActorCriticPolicy):
     """
-    Actor-critic policy with a tanh-squashed Gaussian: actions never leave the Box and are never clipped.
+    Actor-critic policy with a tanh-squashed Gaussian, whose actions stay in the Box without clipping.
 
-    The arguments are those of SB3's ``ActorCriticPolicy``, in its order. Those that only gSDE reads are refused when
-    they ask for something that cannot be honoured.
+    The arguments are those of SB3's ``ActorCriticPolicy``, in its order.
 
-    :param observation_space: observation space
-    :param action_space: Box of float32 or float64 with finite bounds, any shape
-    :param lr_schedule: learning rate as a function of the remaining progress (1 to 0)
-    :param net_arch: hidden layers: a list for both networks, or ``dict(pi=[...], vf=[...])``; None for SB3's default
-    :param activation_fn: activation between the layers
-    :param ortho_init: orthogonal weights with SB3's gains (0.01 for means and raw stds) and zero biases; False for
-        torch's own, with zero weights for the raw stds
-    :param use_sde: must be False
-    :param log_std_init: initial log std before squashing, above -9.21 and at most 40
-    :param full_std: must be True (only gSDE reads it)
-    :param use_expln: must be False (only gSDE reads it)
-    :param squash_output: must be True
-    :param features_extractor_class: features extractor; None for the class's own (flatten, NatureCNN, or combined)
-    :param features_extractor_kwargs: its keyword arguments
-    :param share_features_extractor: one extractor for actor and critic, or one each
-    :param normalize_images: divide uint8 images by 255
-    :param optimizer_class: optimizer, Adam (eps 1e-5) unless told
-    :param optimizer_kwargs: its keyword arguments but for the learning rate
-    :raises TypeError: if the action space is no Box or ``log_std_init`` no number
-    :raises ValueError: if the Box is not floating point or not finite, or an argument above is not honoured
+    :param observation_space: Observation space.
+    :param action_space: Box of float32 or float64 with finite bounds, of any shape.
+    :param lr_schedule: Learning rate as a function of the remaining progress (1 -> 0).
+    :param net_arch: Hidden layers: a list for both networks, or ``dict(pi=[...], vf=[...])``. None: SB3's default.
+    :param activation_fn: Activation between the layers.
+    :param ortho_init: Whether to use orthogonal weights with SB3's gains (0.01 for the action layer) and zero biases.
+        False: torch's initialisation, with zero weights for the raw stds.
+    :param use_sde: Must be False.
+    :param log_std_init: Initial log std before squashing, above -9.21 and at most 40.
+    :param full_std: Must be True (only gSDE reads it).
+    :param use_expln: Must be False (only gSDE reads it).
+    :param squash_output: Must be True.
+    :param features_extractor_class: Features extractor. None: that of the class (flatten, NatureCNN, or combined).
+    :param features_extractor_kwargs: Keyword arguments of the extractor.
+    :param share_features_extractor: Whether actor and critic share one extractor.
+    :param normalize_images: Whether to divide uint8 images by 255.
+    :param optimizer_class: Optimizer; SB3 sets eps=1e-5 for Adam.
+    :param optimizer_kwargs: Keyword arguments of the optimizer, without the learning rate.
+    :raises TypeError: If the action space is not a Box, or ``log_std_init`` not a number.
+    :raises ValueError: If the Box is not floating point or not finite, or another argument breaks its rule.
     """
 
     default_features_extractor: ClassVar[type[BaseFeaturesExtractor]] = FlattenExtractor
     sb3_policy: ClassVar[str] = "MlpPolicy"
-    """Alias of SB3's policy for the same observations, named where this one refuses."""
+    """Alias of SB3's policy for the same observations, which error messages suggest."""
 
     action_space: spaces.Box
     action_net: nn.Linear
@@ -248,7 +205,7 @@ class SquashedActorCriticPolicy(ActorCriticPolicy):
             activation_fn,
             ortho_init,
             log_std_init=log_std_init,
-            # The base class knows squashing only together with gSDE; the flag is set below
+            # The base class squashes only with gSDE; the flag is set below.
             squash_output=False,
             features_extractor_class=features_extractor_class or self.default_features_extractor,
             features_extractor_kwargs=features_extractor_kwargs,
@@ -257,17 +214,12 @@ class SquashedActorCriticPolicy(ActorCriticPolicy):
             optimizer_class=optimizer_class,
             optimizer_kwargs=optimizer_kwargs,
         )
-        # SB3 reads it as the property `squash_output`: predict() and collect_rollouts() then unscale, and do not clip
+        # SB3 reads it as `squash_output`: predict() and collect_rollouts() then unscale actions, and do not clip them.
         self._squash_output = True
 
     def _build(self, lr_schedule: Callable[[float], float]) -> None:
-        """
-        Create the networks and the optimizer.
-
-        :param lr_schedule: learning rate as a function of the remaining progress, read at 1
-        """
-        # The base class builds all but the action layer as it should, for a plain Gaussian: exchange that layer,
-        # drop its log_std, and make the optimizer over the parameters that remain.
+        # The base class builds the networks for a plain Gaussian. Replace its action layer, drop its log_std, and
+        # create the optimizer for the parameters that remain.
         super()._build(lr_schedule)
         del self.log_std
         self.action_dist = SquashedGaussianDistribution(get_action_dim(self.action_space))
@@ -279,22 +231,12 @@ class SquashedActorCriticPolicy(ActorCriticPolicy):
         self.optimizer = optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
 
     def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> SquashedGaussianDistribution:
-        """
-        Action distribution for the actor's latent.
-
-        :param latent_pi: shape ``(batch, latent_dim_pi)``
-        :return: the policy's one distribution object, with new parameters
-        """
         return self.action_dist.proba_distribution(self.action_net(latent_pi))
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        """
-        Arguments that build this policy again; SB3 saves them with the weights.
-
-        :return: keyword arguments of the constructor
-        """
+        """Return the arguments that build this policy again; SB3 saves them with the weights."""
         data = super()._get_constructor_parameters()
-        # The base class gives None for what only gSDE has, and forgets whether the extractor is shared
+        # The base class sets gSDE's arguments to None, and omits whether the extractor is shared.
         for name in ("full_std", "use_expln", "squash_output"):
             del data[name]
         data["share_features_extractor"] = self.share_features_extractor
@@ -302,13 +244,13 @@ class SquashedActorCriticPolicy(ActorCriticPolicy):
 
     def scale_action(self, action: np.ndarray) -> np.ndarray:
         """
-        Map actions of the environment to [-1, 1]: exactly ±1 at the bounds, without overflow for any finite Box.
+        Map actions from the Box to [-1, 1], exactly ±1 at its bounds, without overflow for any finite Box.
 
-        :param action: shape ``(*box)`` or ``(n, *box)``, inside the Box (outside it, the result leaves [-1, 1])
-        :return: same shape, in the Box's dtype; 0 in components whose bounds coincide
+        :param action: Actions inside the Box, shape ``(*box)`` or ``(n, *box)``.
+        :return: Same shape, in the Box's dtype; 0 in dimensions whose bounds coincide.
         """
         low, high = _bounds_float64(self.action_space)
-        # Halving keeps the width of a huge float64 Box finite; a subnormal one would lose its last bit by it
+        # Halving keeps the width of a huge float64 Box finite, but would cost a subnormal one its last bit.
         half = np.where(np.maximum(np.abs(low), np.abs(high)) > 1.0, 0.5, 1.0)
         offset = half * np.asarray(action, dtype=np.float64) - half * low
         width = half * high - half * low
@@ -317,35 +259,35 @@ class SquashedActorCriticPolicy(ActorCriticPolicy):
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
         """
-        Map actions in [-1, 1] to the Box: ±1 are exactly its bounds, and nothing leaves it by rounding.
+        Map actions from [-1, 1] to the Box: ±1 are exactly its bounds, and rounding never crosses them.
 
-        :param scaled_action: shape ``(*box)`` or ``(n, *box)``, in [-1, 1] (beyond it, the nearest bound)
-        :return: same shape, in the Box's dtype
+        :param scaled_action: Shape ``(*box)`` or ``(n, *box)``. Values beyond [-1, 1] map to the nearest bound.
+        :return: Same shape, in the Box's dtype.
         """
         low, high = _bounds_float64(self.action_space)
         half_scaled = 0.5 * np.asarray(scaled_action, dtype=np.float64)
-        # A convex combination needs no width, which could overflow
+        # A convex combination needs no width, which could overflow.
         action = low * (0.5 - half_scaled) + high * (0.5 + half_scaled)
-        # Clip before the cast: the bounds are representable in the Box's dtype, so the cast cannot cross them
+        # Clip before the cast: the Box's dtype represents the bounds, so the cast cannot cross them.
         return np.asarray(np.clip(action, low, high), dtype=self.action_space.dtype)
 
 
 class SquashedActorCriticCnnPolicy(SquashedActorCriticPolicy):
-    """:class:`SquashedActorCriticPolicy` for images: its extractor is SB3's ``NatureCNN``."""
+    """:class:`SquashedActorCriticPolicy` for images, with SB3's ``NatureCNN`` as extractor."""
 
     default_features_extractor = NatureCNN
     sb3_policy = "CnnPolicy"
 
 
 class SquashedMultiInputActorCriticPolicy(SquashedActorCriticPolicy):
-    """:class:`SquashedActorCriticPolicy` for dict observations: its extractor is SB3's ``CombinedExtractor``."""
+    """:class:`SquashedActorCriticPolicy` for dict observations, with SB3's ``CombinedExtractor``."""
 
     default_features_extractor = CombinedExtractor
     sb3_policy = "MultiInputPolicy"
 
 
 def _log_jacobian(gaussian_actions: th.Tensor) -> th.Tensor:
-    """``log(d tanh(u) / du) = log(1 - tanh^2 u)`` of each component, stable for any u; same shape."""
+    """Return ``log(d tanh(u) / du) = log(1 - tanh^2 u)`` elementwise, stable for any u."""
     return 2.0 * (math.log(2.0) - gaussian_actions - softplus(-2.0 * gaussian_actions))
 
 
@@ -354,15 +296,12 @@ def _bounds_float64(space: spaces.Box) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _check_action_space(action_space: spaces.Space[Any], sb3_policy: str) -> None:
-    """Refuse whatever is not a finite Box of float32 or float64."""
-    if isinstance(action_space, (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
-        raise TypeError(f'`action_space` must be a Box for a squashed policy, got {action_space}. Use "{sb3_policy}".')
+    """Check that an action space is a finite Box of float32 or float64."""
     if not isinstance(action_space, spaces.Box):
-        raise TypeError(
-            f"`action_space` must be a Box for a squashed policy, got {action_space}. "
-            "Flatten it into one Box in a wrapper of the environment."
-        )
-    # float16 would round the stored actions, and the log-prob at the update would not be the rollout's
+        is_discrete = isinstance(action_space, (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary))
+        way_out = f'Use "{sb3_policy}".' if is_discrete else "Flatten it into one Box in a wrapper of the environment."
+        raise TypeError(f"`action_space` must be a Box for a squashed policy, got {action_space}. {way_out}")
+    # float16 would round the stored actions, and the update's log-prob would differ from the rollout's.
     if action_space.dtype not in (np.float32, np.float64):
         raise ValueError(
             f"`action_space` must be of dtype float32 or float64 for a squashed policy, got {action_space.dtype}. "
@@ -370,7 +309,7 @@ def _check_action_space(action_space: spaces.Space[Any], sb3_policy: str) -> Non
         )
     infinite_dims = np.argwhere(~(np.isfinite(action_space.low) & np.isfinite(action_space.high))).tolist()
     if infinite_dims:
-        # A one-dimensional Box reads better with plain numbers
+        # Plain numbers for a one-dimensional Box.
         shown = [dim[0] if len(dim) == 1 else tuple(dim) for dim in infinite_dims[:_MAX_DIMS_SHOWN]]
         raise ValueError(
             f"`action_space` must have finite bounds for a squashed policy, got infinite ones in {len(infinite_dims)} "
@@ -380,11 +319,11 @@ def _check_action_space(action_space: spaces.Space[Any], sb3_policy: str) -> Non
 
 
 def _check_log_std_init(log_std_init: float) -> None:
-    """Refuse what no softplus above the floor can give, and what overflows."""
+    """Check that a softplus above the floor reaches the std, and that its variance does not overflow."""
     if not isinstance(log_std_init, Real):
         raise TypeError(f"`log_std_init` must be a number, got {log_std_init!r}. Take for example 0.0 (std 1).")
     lowest = math.log(MIN_STD)
-    # The variance exp(2 * 40) still fits float32; a NaN fails the comparison too
+    # float32 holds the variance exp(2 * 40). NaN fails the comparison as well.
     if not lowest < log_std_init <= 40.0:
         raise ValueError(
             f"`log_std_init` must be above log(MIN_STD) = {lowest:.2f} and at most 40, got {log_std_init}. "
@@ -393,7 +332,7 @@ def _check_log_std_init(log_std_init: float) -> None:
 
 
 def _check_options(sb3_policy: str, use_sde: bool, full_std: bool, use_expln: bool, squash_output: bool) -> None:
-    """Refuse the arguments of SB3's signature that a squashed policy cannot honour."""
+    """Check the arguments of SB3's signature that a squashed policy does not support."""
     if use_sde:
         raise ValueError(
             "`use_sde` must be False for a squashed policy, got True. "

@@ -16,12 +16,8 @@ class _StdoutHandler(logging.StreamHandler[TextIO]):
         self.level_set = logging.NOTSET
 
     @property
-    def stream(self) -> TextIO:
+    def stream(self) -> TextIO:  # type: ignore[override]
         return sys.stdout
-
-    @stream.setter
-    def stream(self, value: TextIO) -> None:
-        raise AttributeError("the stream follows sys.stdout")
 
 
 def show_messages(verbose: int) -> None:

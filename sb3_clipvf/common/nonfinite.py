@@ -1,6 +1,7 @@
 """Non-finite values: fast checks, and the errors raised for them."""
 
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ MAX_UPDATES_WITH_SKIPS = 10
 _FEW, _SURELY_FINITE = 32, 1e38
 
 
+@dataclass(eq=False, repr=False)
 class NonFiniteError(ValueError):
     """
     A value is NaN or infinite during training.
@@ -32,28 +34,19 @@ class NonFiniteError(ValueError):
     :param path: File that holds the step or the minibatch, if one was written.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        what: str = "",
-        num_timesteps: int = 0,
-        step: int | None = None,
-        env_index: int | None = None,
-        key: str | None = None,
-        epoch: int | None = None,
-        minibatch: int | None = None,
-        path: Path | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.what = what
-        self.num_timesteps = num_timesteps
-        self.step = step
-        self.env_index = env_index
-        self.key = key
-        self.epoch = epoch
-        self.minibatch = minibatch
-        self.path = path
+    message: str
+    _: KW_ONLY
+    what: str = ""
+    num_timesteps: int = 0
+    step: int | None = None
+    env_index: int | None = None
+    key: str | None = None
+    epoch: int | None = None
+    minibatch: int | None = None
+    path: Path | None = None
+
+    def __post_init__(self) -> None:
+        super().__init__(self.message)
 
 
 class BadMinibatchError(Exception):
