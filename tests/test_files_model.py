@@ -1,5 +1,6 @@
-"""Loading of files: no hostile one runs code, honest ones load without trust, and damaged ones say so."""
+"""Files of models and statistics: hostile ones run no code, damaged ones are errors, and saving is atomic."""
 
+import errno
 import io
 import json
 import os
@@ -203,7 +204,7 @@ class TestHostileStatistics:
         assert mark.exists()
 
 
-# ---------------------------------------------------------------- honest files
+# ---------------------------------------------------------------- usual files
 
 
 def squashed_box() -> gym.Env[Any, Any]:
@@ -230,7 +231,7 @@ def same_attributes(loaded: Any, model: Any, names: tuple[str, ...]) -> bool:
     return all(repr(getattr(loaded, name)) == repr(getattr(model, name)) for name in names)
 
 
-class TestHonestModels:
+class TestUsualModels:
     @pytest.mark.parametrize(
         ("policy", "make_env"),
         [
@@ -330,9 +331,9 @@ class TestClassesOfTheUser:
         kwargs = {"features_extractor_class": OwnExtractor, **NET}
         model = ClipPPO(OwnPolicy, "CartPole-v1", learning_rate=own_schedule, policy_kwargs=kwargs, **SMALL)
         model.save(tmp_path / "model")
-        with pytest.raises(UnsafeFileError, match="got test_safe_files.Own"):
+        with pytest.raises(UnsafeFileError, match="got test_files_model.Own"):
             load(tmp_path / "model")
-        with pytest.raises(UnsafeFileError, match="`learning_rate` in .* got test_safe_files.own_schedule"):
+        with pytest.raises(UnsafeFileError, match="`learning_rate` in .* got test_files_model.own_schedule"):
             load(tmp_path / "model", trust_pickle=[OwnExtractor, OwnPolicy])
         loaded = load(tmp_path / "model", trust_pickle=[OwnExtractor, OwnPolicy, own_schedule])
         assert type(loaded.policy) is OwnPolicy
@@ -625,3 +626,67 @@ class TestBounds:
         expected = load(model_path)
         pack(model_path, entries_of(model_path), compression=zipfile.ZIP_DEFLATED)
         assert same_weights(load(model_path), expected)
+
+
+# ---------------------------------------------------------------- where the file goes
+
+
+def test_a_full_disk_leaves_the_old_file(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = model_path.read_bytes()
+    model = ClipPPO("MlpPolicy", "CartPole-v1", policy_kwargs=NET, **SMALL)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"model.zip could not be written: No space left on device"):
+        model.save(model_path)
+    assert model_path.read_bytes() == before
+    assert [path.name for path in model_path.parent.iterdir()] == ["model.zip"]
+
+
+def test_an_error_while_the_model_is_read_leaves_the_old_file(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = model_path.read_bytes()
+    model = ClipPPO("MlpPolicy", "CartPole-v1", policy_kwargs=NET, **SMALL)
+
+    def failing(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(th, "save", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model.save(model_path)
+    assert model_path.read_bytes() == before
+
+
+def test_suffixes_folders_and_links(tmp_path: Path) -> None:
+    model = ClipPPO("MlpPolicy", "CartPole-v1", policy_kwargs=NET, **SMALL)
+    model.save(tmp_path / "plain")
+    model.save(str(tmp_path / "with.suffix"))
+    (tmp_path / "folder.zip").mkdir()
+    with pytest.warns(UserWarning, match="is a folder. Will save instead to"):
+        model.save(tmp_path / "folder")
+    with pytest.warns(UserWarning, match="does not exist. Will create it"):
+        model.save(tmp_path / "new" / "model")
+    (tmp_path / "link.zip").symlink_to(tmp_path / "plain.zip")
+    (tmp_path / "plain.zip").write_bytes(b"")
+    model.save(tmp_path / "link")
+    assert (tmp_path / "link.zip").is_symlink()
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert names == {"plain.zip", "with.suffix", "folder.zip_2", "new/model.zip", "link.zip"}
+    for name in names:
+        assert ClipPPO.load(tmp_path / name, device="cpu").n_steps == 16
+
+
+def test_open_files_are_written_where_they_are(tmp_path: Path) -> None:
+    model = ClipPPO("MlpPolicy", "CartPole-v1", policy_kwargs=NET, **SMALL)
+    with (tmp_path / "file").open("wb") as file:
+        file.write(b"before")
+        model.save(file)
+        assert not file.closed
+    content = (tmp_path / "file").read_bytes()
+    assert content.startswith(b"before")
+    assert ClipPPO.load(io.BytesIO(content[6:]), device="cpu").n_steps == 16
+    with (tmp_path / "file").open("rb") as file, pytest.raises(ValueError, match="Expected a writable file"):
+        model.save(file)

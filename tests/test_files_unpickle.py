@@ -252,7 +252,7 @@ class TestTrust:
         assert unpickle(pickle.dumps(value), trust) == value
 
     def test_they_allow_nothing_else(self, tmp_path: Path) -> None:
-        with pytest.raises(NotAllowedError, match=r"test_safe_pickle\.Called"):
+        with pytest.raises(NotAllowedError, match=r"test_files_unpickle\.Called"):
             unpickle(pickle.dumps([Own(3), Called(4)]), trust_of([Own]))
         with pytest.raises(NotAllowedError, match=r"posix\.system|nt\.system"):
             unpickle(hostile.os_system(tmp_path / "mark"), trust_of([Own]))

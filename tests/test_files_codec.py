@@ -1,8 +1,8 @@
-"""Saving: what is JSON and what stays a pickle, equality after a round trip, and files that are whole or old."""
+"""Values as JSON: what is JSON and what stays a pickle in saved models, exact round trips, hostile and damaged JSON."""
 
-import errno
 import io
 import json
+import math
 import os
 import pickletools
 import zipfile
@@ -250,6 +250,22 @@ def test_all_else_is_left_to_pickle_as_it_is(value: Any) -> None:
     assert codec.encoded({"key": [value]})["key"][0] is value
 
 
+def test_attributes_are_left_out_and_taken_in(tmp_path: Path) -> None:
+    model = make(gamma=0.5)
+    model.save(tmp_path / "without", exclude=["gamma"])
+    assert "gamma" not in attributes_in(tmp_path / "without.zip")
+    model.save(tmp_path / "with", exclude=["gamma"], include=["gamma", "lr_schedule"])
+    assert {"gamma", "lr_schedule"} <= attributes_in(tmp_path / "with.zip").keys()
+    model.save(tmp_path / "never", include=["policy"])
+    assert "policy" not in attributes_in(tmp_path / "never.zip")
+
+
+def test_a_checkpoint_is_of_the_same_form(tmp_path: Path) -> None:
+    env = make_vec_env("CartPole-v1", 2)
+    make(env).learn(32, callback=TrainingCheckpoint(32, tmp_path, on_signal=False))
+    assert pickled_in(tmp_path / "checkpoint_32.zip") == set()
+
+
 # ---------------------------------------------------------------- other readers
 
 
@@ -403,81 +419,110 @@ def test_json_of_many_values_is_refused_before_it_is_parsed(model_path: Path, mo
         ClipPPO.load(model_path, device="cpu")
 
 
-# ---------------------------------------------------------------- where the file goes
+# ---------------------------------------------------------------- trees as bytes
 
 
-def test_a_full_disk_leaves_the_old_file(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = model_path.read_bytes()
-    model = make()
-
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"model.zip could not be written: No space left on device"):
-        model.save(model_path)
-    assert model_path.read_bytes() == before
-    assert [path.name for path in model_path.parent.iterdir()] == ["model.zip"]
+def round_trip(tree: Any) -> Any:
+    return codec.from_bytes(*codec.to_bytes(codec.frozen(tree)))
 
 
-def test_an_error_while_the_model_is_read_leaves_the_old_file(
-    model_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = model_path.read_bytes()
-    model = make()
-
-    def failing(*_: Any) -> None:
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(th, "save", failing)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        model.save(model_path)
-    assert model_path.read_bytes() == before
-
-
-def test_suffixes_folders_and_links(tmp_path: Path) -> None:
-    model = make()
-    model.save(tmp_path / "plain")
-    model.save(str(tmp_path / "with.suffix"))
-    (tmp_path / "folder.zip").mkdir()
-    with pytest.warns(UserWarning, match="is a folder. Will save instead to"):
-        model.save(tmp_path / "folder")
-    with pytest.warns(UserWarning, match="does not exist. Will create it"):
-        model.save(tmp_path / "new" / "model")
-    (tmp_path / "link.zip").symlink_to(tmp_path / "plain.zip")
-    (tmp_path / "plain.zip").write_bytes(b"")
-    model.save(tmp_path / "link")
-    assert (tmp_path / "link.zip").is_symlink()
-    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert names == {"plain.zip", "with.suffix", "folder.zip_2", "new/model.zip", "link.zip"}
-    for name in names:
-        assert ClipPPO.load(tmp_path / name, device="cpu").n_steps == 16
-
-
-def test_open_files_are_written_where_they_are(tmp_path: Path) -> None:
-    model = make()
-    with (tmp_path / "file").open("wb") as file:
-        file.write(b"before")
-        model.save(file)
-        assert not file.closed
-    content = (tmp_path / "file").read_bytes()
-    assert content.startswith(b"before")
-    assert ClipPPO.load(io.BytesIO(content[6:]), device="cpu").n_steps == 16
-    with (tmp_path / "file").open("rb") as file, pytest.raises(ValueError, match="Expected a writable file"):
-        model.save(file)
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        True,
+        -3,
+        2**130,
+        0.1 + 0.2,
+        5e-324,
+        math.inf,
+        -math.inf,
+        "naïve ~",
+        b"",
+        b"\x00\xff",
+        np.float32(0.1),
+        np.int8(-5),
+        np.bool_(True),
+        [],
+        (),
+        {},
+        (1, (2.5, [None])),
+        [{"a": (1,)}],
+        {1: "one", (2, 3): "two", None: []},
+        {"~": "tuple", "v": [1]},
+        deque([1, 2], maxlen=2),
+        OrderedDict([("~", 1), (2, (3,))]),
+        deque([(1,)]),
+    ],
+    ids=repr,
+)
+def test_values_come_back_equal_and_of_the_same_type(value: Any) -> None:
+    found = round_trip(value)
+    assert found == value
+    assert type(found) is type(value)
+    assert getattr(found, "dtype", None) == getattr(value, "dtype", None)
+    assert getattr(found, "maxlen", None) == getattr(value, "maxlen", None)
 
 
-def test_attributes_are_left_out_and_taken_in(tmp_path: Path) -> None:
-    model = make(gamma=0.5)
-    model.save(tmp_path / "without", exclude=["gamma"])
-    assert "gamma" not in attributes_in(tmp_path / "without.zip")
-    model.save(tmp_path / "with", exclude=["gamma"], include=["gamma", "lr_schedule"])
-    assert {"gamma", "lr_schedule"} <= attributes_in(tmp_path / "with.zip").keys()
-    model.save(tmp_path / "never", include=["policy"])
-    assert "policy" not in attributes_in(tmp_path / "never.zip")
+def test_nan_and_the_sign_of_zero_come_back() -> None:
+    assert math.isnan(round_trip(math.nan))
+    assert math.copysign(1.0, round_trip(-0.0)) == -1.0
 
 
-def test_a_checkpoint_is_of_the_same_form(tmp_path: Path) -> None:
-    env = make_vec_env("CartPole-v1", 2)
-    make(env).learn(32, callback=TrainingCheckpoint(32, tmp_path, on_signal=False))
-    assert pickled_in(tmp_path / "checkpoint_32.zip") == set()
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.uint8, np.int64, bool, "U5", ">f8"])
+def test_arrays_come_back_equal_to_the_last_bit(dtype: Any) -> None:
+    array = np.arange(6).reshape(2, 3).T.astype(dtype)
+    found = round_trip({"array": array, "scalar": np.array(1, dtype)})
+    assert found["array"].dtype == array.dtype
+    assert found["array"].tobytes() == np.ascontiguousarray(array).tobytes()
+    assert found["scalar"].shape == ()
+
+
+def test_tensors_come_back_as_tensors() -> None:
+    found = round_trip([th.get_rng_state(), th.zeros(2, 0), th.tensor(3.0)])
+    assert all(isinstance(tensor, th.Tensor) for tensor in found)
+    assert th.equal(found[0], th.get_rng_state())
+    assert found[1].shape == (2, 0)
+    assert found[2].dtype == th.float32
+
+
+def test_frozen_trees_share_nothing_that_can_change() -> None:
+    rewards, array, tensor = [1.0], np.zeros(2), th.zeros(2)
+    frozen = codec.frozen({"rewards": rewards, "nested": [[rewards]], "array": array, "tensor": tensor})
+    rewards.append(2.0)
+    array[0] = tensor[0] = 5
+    assert frozen["rewards"] == [1.0]
+    assert frozen["nested"] == [[[1.0]]]
+    assert frozen["array"].tolist() == frozen["tensor"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [(object(), "builtins.object"), ({"a": [len]}, r"state\['a'\]\[0\]"), (np.array([None]), "object")],
+)
+def test_other_objects_are_refused_by_name(value: Any, named: str) -> None:
+    with pytest.raises(TypeError, match=named):
+        codec.frozen(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "archive", "error"),
+    [
+        (b"{", codec.to_bytes({})[1], ValueError),
+        (b'{"~":"array","v":"a7"}', codec.to_bytes({})[1], KeyError),
+        (b'{"~":"object","v":"a0"}', codec.to_bytes([np.zeros(1)])[1], ValueError),
+        (b"{}", b"no archive", ValueError),
+        (b"[" * 100_000, codec.to_bytes({})[1], RecursionError),
+    ],
+    ids=["cut short", "no such array", "no such kind", "no archive", "too deep"],
+)
+def test_anything_else_is_an_error(text: bytes, archive: bytes, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        codec.from_bytes(text, archive)
+
+
+def test_arrays_of_objects_are_not_unpickled() -> None:
+    stream = io.BytesIO()
+    np.savez(stream, a0=np.array([print], dtype=object))
+    with pytest.raises(ValueError, match="allow_pickle"):
+        codec.from_bytes(b'{"~":"array","v":"a0"}', stream.getvalue())
