@@ -8,7 +8,6 @@ Here the action is ``a = tanh(u)`` with ``u ~ N(mean(s), std(s)^2)``. It lies in
 import math
 from collections.abc import Callable
 from functools import partial
-from numbers import Real
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,13 +21,13 @@ from torch import nn
 from torch.distributions import Normal
 from torch.nn.functional import softplus
 
+from sb3_clipvf.common.validation import check_float
+
 MIN_STD = 1e-4
 """Floor of the std before squashing: keeps log-probs and the KL finite where softplus underflows."""
 
 # SB3's orthogonal gain of the action layer: at first, actions depend little on the state.
 _ACTION_NET_GAIN = 0.01
-
-_MAX_DIMS_SHOWN = 8
 
 
 class SquashedGaussianDistribution(Distribution):
@@ -307,28 +306,19 @@ def _check_action_space(action_space: spaces.Space[Any], sb3_policy: str) -> Non
             f"`action_space` must be of dtype float32 or float64 for a squashed policy, got {action_space.dtype}. "
             "Declare the environment's Box with dtype=np.float32."
         )
-    infinite_dims = np.argwhere(~(np.isfinite(action_space.low) & np.isfinite(action_space.high))).tolist()
-    if infinite_dims:
-        # Plain numbers for a one-dimensional Box.
-        shown = [dim[0] if len(dim) == 1 else tuple(dim) for dim in infinite_dims[:_MAX_DIMS_SHOWN]]
+    infinite = np.argwhere(~(np.isfinite(action_space.low) & np.isfinite(action_space.high)))
+    if len(infinite):
         raise ValueError(
-            f"`action_space` must have finite bounds for a squashed policy, got infinite ones in {len(infinite_dims)} "
-            f"dimension(s), at {', '.join(map(str, shown))}{', ...' if len(infinite_dims) > len(shown) else ''}. "
-            "Give the environment's Box finite bounds, for example with gymnasium.wrappers.TransformAction."
+            f"`action_space` must have finite bounds for a squashed policy, got infinite ones in {len(infinite)} "
+            f"dimension(s), the first at {infinite[0].tolist()}. Give the environment's Box finite bounds, for example "
+            "with gymnasium.wrappers.TransformAction."
         )
 
 
 def _check_log_std_init(log_std_init: float) -> None:
-    """Check that a softplus above the floor reaches the std, and that its variance does not overflow."""
-    if not isinstance(log_std_init, Real):
-        raise TypeError(f"`log_std_init` must be a number, got {log_std_init!r}. Take for example 0.0 (std 1).")
-    lowest = math.log(MIN_STD)
-    # float32 holds the variance exp(2 * 40). NaN fails the comparison as well.
-    if not lowest < log_std_init <= 40.0:
-        raise ValueError(
-            f"`log_std_init` must be above log(MIN_STD) = {lowest:.2f} and at most 40, got {log_std_init}. "
-            "It is the log of the std before tanh: actions are nearly uniform at 0, narrow below -2."
-        )
+    # A softplus above the floor exceeds MIN_STD, and float32 holds the variance exp(2 * 40).
+    way_out = "It is the log of the std before tanh: actions are nearly uniform at 0, narrow below -2."
+    check_float("log_std_init", log_std_init, way_out, math.log(MIN_STD), 40.0, above_low=True)
 
 
 def _check_options(sb3_policy: str, use_sde: bool, full_std: bool, use_expln: bool, squash_output: bool) -> None:

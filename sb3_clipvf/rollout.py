@@ -321,24 +321,10 @@ class TensorRolloutBuffer(BaseBuffer):
         self._allocated = cells
 
 
-_get_samples = TensorRolloutBuffer._get_samples
-
-
-def _minibatches(buffer: TensorRolloutBuffer, indices: np.ndarray, size: int) -> Generator[MiniBatch, None, None]:
-    """Yield the minibatches of indices in SB3's numbering, by a ``_get_samples`` of the user's if there is one."""
-    if buffer.device.type == "cpu":
-        buffer.forget_copies()  # mostly views, which are quick to create again
-    if getattr(buffer._get_samples, "__func__", None) is not _get_samples:
-        for start in range(0, len(indices), size):
-            yield buffer._get_samples(indices[start : start + size])
-        return
-    rows = buffer._rows(indices)
-    for start in range(0, len(indices), size):
-        yield buffer._gather(rows[start : start + size])
-
-
 # Buffers that hold one row per step, and whose `get` needs a complete rollout.
 _KNOWN = (TensorRolloutBuffer, RolloutBuffer, DictRolloutBuffer)
+# A user may replace the class's method.
+_get_samples = TensorRolloutBuffer._get_samples
 
 
 def fit_to_rollout(buffer: Any, n_steps: int, n_envs: int) -> None:
@@ -390,6 +376,19 @@ def _as_float(space: spaces.Space[Any]) -> spaces.Space[Any]:
     if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.integer):
         return spaces.Box(-np.inf, np.inf, space.shape, np.float32)
     return space
+
+
+def _minibatches(buffer: TensorRolloutBuffer, indices: np.ndarray, size: int) -> Generator[MiniBatch, None, None]:
+    """Yield the minibatches of indices in SB3's numbering, by a ``_get_samples`` of the user's if there is one."""
+    if buffer.device.type == "cpu":
+        buffer.forget_copies()  # mostly views, which are quick to create again
+    if getattr(buffer._get_samples, "__func__", None) is not _get_samples:
+        for start in range(0, len(indices), size):
+            yield buffer._get_samples(indices[start : start + size])
+        return
+    rows = buffer._rows(indices)
+    for start in range(0, len(indices), size):
+        yield buffer._gather(rows[start : start + size])
 
 
 def _shaped(array: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -269,7 +269,7 @@ def test_proba_distribution_net_starts_at_log_std_init_in_every_state(log_std_in
 
 @pytest.mark.parametrize("log_std_init", [math.log(MIN_STD), -20.0, 40.1, math.inf, math.nan])
 def test_log_std_init_out_of_range_is_refused(log_std_init: float) -> None:
-    with pytest.raises(ValueError, match=r"`log_std_init` must be above log\(MIN_STD\) = -9\.21 and at most 40, got"):
+    with pytest.raises(ValueError, match=r"`log_std_init` must be in \(-9\.21034, 40\], got"):
         make_policy(log_std_init=log_std_init)
 
 
@@ -525,16 +525,15 @@ def test_nested_action_spaces_are_refused() -> None:
         make_policy(spaces.Dict({"a": ACT}))
 
 
-def test_infinite_bounds_are_refused_with_their_dimensions() -> None:
+def test_infinite_bounds_are_refused_with_the_first_dimension() -> None:
     one_dim = spaces.Box(f32([-1, -np.inf, 0, -1]), f32([1, 1, 1, np.inf]))
-    with pytest.raises(ValueError, match=r"must have finite bounds .* in 2 dimension\(s\), at 1, 3\. Give the env"):
+    message = r"must have finite bounds .* in 2 dimension\(s\), the first at \[1\]\. Give the env"
+    with pytest.raises(ValueError, match=message):
         make_policy(one_dim)
     high = np.ones((2, 3), np.float32)
     high[1, 2] = np.inf
-    with pytest.raises(ValueError, match=r"in 1 dimension\(s\), at \(1, 2\)\. "):
+    with pytest.raises(ValueError, match=r"in 1 dimension\(s\), the first at \[1, 2\]\. "):
         make_policy(spaces.Box(-np.ones((2, 3), np.float32), high))
-    with pytest.raises(ValueError, match=r"in 20 dimension\(s\), at 0, 1, 2, 3, 4, 5, 6, 7, \.\.\.\. "):
-        make_policy(spaces.Box(-np.inf, np.inf, (20,), np.float32))
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.uint8, np.float16])
