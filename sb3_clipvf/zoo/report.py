@@ -1,4 +1,4 @@
-"""``sb3-clipvf report``: evaluate a run, draw its learning curve, record a video, and say where each file lies."""
+"""``sb3-clipvf report``: evaluate a run, draw its learning curve, record a video, and print where the files are."""
 
 from __future__ import annotations
 
@@ -37,20 +37,15 @@ if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
     from stable_baselines3.common.vec_env import VecEnv
 
-# The window of `rollout/ep_rew_mean`, so that the curve is the one in the training's log.
 ROLLING_WINDOW = 100
-# An episode may have no end; this many steps play for 50 to 100 seconds at the usual 30 to 60 frames a second.
+"""Episodes in a mean of the learning curve, as in ``rollout/ep_rew_mean`` of the training's log."""
+
 MAX_VIDEO_STEPS = 3000
+"""Steps of a video, since an episode may have no end: 50 to 100 s at the usual 30 to 60 frames per second."""
 
 
 def rolling_mean(values: np.ndarray, window: int = ROLLING_WINDOW) -> np.ndarray:
-    """
-    Average each value with those before it.
-
-    :param values: ``(n,)``
-    :param window: at most this many values in a mean; the first means are of fewer
-    :return: ``(n,)``
-    """
+    """Return the mean of each value and the values before it, at most ``window`` in all, ``(n,)``."""
     sums = np.concatenate(([0.0], np.cumsum(values)))
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - window, 0)
@@ -59,13 +54,10 @@ def rolling_mean(values: np.ndarray, window: int = ROLLING_WINDOW) -> np.ndarray
 
 def write_learning_curve(run: Run, curve: TrainingCurve, evaluation: Evaluation, path: Path) -> None:
     """
-    Draw returns against environment steps: training episodes, their rolling mean, evaluations while training (the
-    Zoo's ``evaluations.npz``, where the run has it) and the evaluation of the trained agent.
+    Draw returns over environment steps, and write the figure as a PNG.
 
-    :param run: the run
-    :param curve: its training episodes
-    :param evaluation: the trained agent's episodes
-    :param path: the PNG to write
+    It shows the training's episodes and their rolling mean, the evaluations during training (the Zoo's
+    ``evaluations.npz``, if the run has it) and the evaluation of the trained agent.
     """
     # The figure object draws without pyplot, whose backend belongs to the caller's process.
     from matplotlib.figure import Figure
@@ -84,7 +76,7 @@ def write_learning_curve(run: Run, curve: TrainingCurve, evaluation: Evaluation,
         color="tab:green",
         capsize=4,
         zorder=5,
-        clip_on=False,  # the last step is the edge of the axes
+        clip_on=False,  # the marker lies on the edge of the axes
         label=f"trained agent, {len(evaluation.returns)} episodes, {kind}:\n"
         f"{evaluation.mean:.1f} ± {evaluation.std:.1f} (one std)",
     )
@@ -96,7 +88,7 @@ def write_learning_curve(run: Run, curve: TrainingCurve, evaluation: Evaluation,
     axes.grid(alpha=0.3)
     for handle in axes.legend(loc="best", framealpha=0.9, fontsize="small").legend_handles:
         if handle is not None:
-            handle.set_alpha(1.0)  # one dot of a cloud is too pale to be seen
+            handle.set_alpha(1.0)  # a single pale dot could not be seen
     figure.savefig(path)
 
 
@@ -104,13 +96,13 @@ def _draw_training(axes: Axes, curve: TrainingCurve) -> None:
     if len(curve.steps) == 0:
         axes.text(0.5, 0.5, "no training episode ended", transform=axes.transAxes, ha="center", color="gray")
         return
-    # Few episodes are seen best as clear dots, many thousands as a cloud.
+    # Draw few episodes as clear dots, and thousands as a cloud.
     few = len(curve.steps) < 200
     alpha, size = (0.7, 14) if few else (float(np.clip(300 / len(curve.steps), 0.08, 0.6)), 6)
     axes.scatter(
         curve.steps, curve.returns, s=size, alpha=alpha, color="tab:blue", linewidths=0, label="training episodes"
     )
-    # Environments that step together may end episodes at one step: the mean there is the one after all of them.
+    # Several episodes may end at one step: draw the mean after all of them.
     last = np.append(np.diff(curve.steps) > 0, True)
     mean = rolling_mean(curve.returns)[last]
     axes.plot(curve.steps[last], mean, color="tab:blue", label=f"mean of the last {ROLLING_WINDOW} of them")
@@ -129,18 +121,13 @@ def _draw_evaluations(axes: Axes, path: Path) -> None:
 
 def record_video(run: Run, path: Path, deterministic: bool, seed: int, device: str = "auto") -> str:
     """
-    Record one episode of a run's agent, the first one of an evaluation with the same seed.
+    Record one episode of a run's agent as an mp4: the first episode of an evaluation with the same seed.
 
-    :param run: the run
-    :param path: the mp4 to write; its folder is made
-    :param deterministic: take the most probable action
-    :param seed: seed of the environment
-    :param device: where the policy runs
-    :return: what the video shows, or ``skipped: <reason>`` where no video could be made
+    Return what the video shows, or ``skipped: <reason>`` if no video could be made.
     """
     if importlib.util.find_spec("imageio_ffmpeg") is None:
         return "skipped: the package moviepy is not installed (`pip install moviepy`)"
-    # Windows are not needed, and must not be asked for where there is no display.
+    # Draw off-screen if there is no display for windows.
     drivers = {} if has_display() else {"SDL_VIDEODRIVER": "dummy", "MUJOCO_GL": "egl"}
     with patched_environment(drivers):
         env = make_env(run, 1, seed)
@@ -152,7 +139,7 @@ def record_video(run: Run, path: Path, deterministic: bool, seed: int, device: s
             env = make_env(run, 1, seed, render_mode="rgb_array")
             env.reset()
             env.render()
-        except Exception as error:  # each renderer has its own errors (OpenGL, pygame, MuJoCo), of no common class
+        except Exception as error:  # renderers (OpenGL, pygame, MuJoCo) have errors of no common class
             return f"skipped: {run.env_id} could not be rendered ({type(error).__name__}: {error})"
         try:
             return _record_episode(env, load_model(run, seed, device), path, deterministic, seed)
@@ -163,13 +150,13 @@ def record_video(run: Run, path: Path, deterministic: bool, seed: int, device: s
 def _record_episode(env: VecEnv, model: BaseAlgorithm, path: Path, deterministic: bool, seed: int) -> str:
     from imageio_ffmpeg import write_frames  # type: ignore[import-untyped]
 
-    env.seed(seed)  # the trial frame used up the first seeding
+    env.seed(seed)  # the reset before the trial frame used the first seed
     observations: Any = env.reset()
     frame = _even_frame(env)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}")
     fps = env.get_attr("metadata")[0].get("render_fps", 30)
-    # Frames go to the encoder one by one: an episode of them may not fit in memory.
+    # Encode frame by frame: the frames of an episode may not fit in memory.
     writer = write_frames(str(unfinished), frame.shape[1::-1], fps=fps, macro_block_size=2, quality=7)
     writer.send(None)
     state, episode_start, shows = None, np.ones(1, dtype=bool), f"the first {MAX_VIDEO_STEPS} steps of an episode"
@@ -178,7 +165,7 @@ def _record_episode(env: VecEnv, model: BaseAlgorithm, path: Path, deterministic
             writer.send(frame)
             actions, state = model.predict(observations, state, episode_start, deterministic)
             observations, _, episode_start, infos = env.step(actions)
-            if "episode" in infos[0]:  # not `done`, which may be the loss of one of Atari's lives
+            if "episode" in infos[0]:  # `done` may be the loss of a life in Atari
                 shows = f"one episode, return {infos[0]['episode']['r']:.1f}, {infos[0]['episode']['l']} steps"
                 break
             frame = _even_frame(env)
@@ -189,20 +176,14 @@ def _record_episode(env: VecEnv, model: BaseAlgorithm, path: Path, deterministic
 
 
 def _even_frame(env: VecEnv) -> np.ndarray:
-    """Render; an odd last row or column is doubled, as players need even sizes."""
+    """Render a frame, and repeat an odd last row or column, since video players need even sizes."""
     frame = np.asarray(env.render())
     rows, columns = frame.shape[:2]
     return np.ascontiguousarray(np.pad(frame, ((0, rows % 2), (0, columns % 2), (0, 0)), mode="edge"))
 
 
 def next_commands(run: Run, log_folder: str) -> list[tuple[str, str]]:
-    """
-    Propose what to do after a report.
-
-    :param run: the run reported on
-    :param log_folder: the folder given to ``train -f``
-    :return: three pairs of purpose and command
-    """
+    """Return pairs of purpose and command to try after a report; ``log_folder`` is that of ``train -f``."""
     folder = shlex.quote(log_folder)
     algo = "" if run.algo == "clipppo" else f" --algo {run.algo}"
     other = "Acrobot-v1" if run.env_id != "Acrobot-v1" else "Pendulum-v1"
@@ -210,7 +191,7 @@ def next_commands(run: Run, log_folder: str) -> list[tuple[str, str]]:
     variant = ("the same with ClipPPO", train)
     if run.algo == "clipppo":
         parameters = "-params clip_range:None kl_coef:1.0 adaptive_kl_target:0.01"
-        variant = ("the adaptive KL penalty in place of clipping", f"{train} {parameters}")
+        variant = ("the adaptive KL penalty instead of clipping", f"{train} {parameters}")
     number = run.folder.name.removeprefix(f"{run.settings_folder.name}_")
     return [
         ("watch the agent", f"sb3-clipvf enjoy{algo} --env {run.env_id} -f {folder} --exp-id {number}"),
@@ -220,21 +201,21 @@ def next_commands(run: Run, log_folder: str) -> list[tuple[str, str]]:
 
 
 def _environment_options(run: Run) -> str:
-    """Return the options by which the run's training found and made its environment, and read its settings."""
+    """Return the options with which the training of the run found its environment and its settings."""
     from sb3_clipvf.zoo.run_files import lies_beside  # imports torch
 
     arguments = read_arguments(run)
     options = []
     if arguments.get("gym_packages"):
         options += ["--gym-packages", *arguments["gym_packages"]]
-    # The command evaluates what stands behind the first colon.
+    # The command evaluates the text behind the first colon.
     pairs = [
         f"{key}:{value!r}" for key, value in (arguments.get("env_kwargs") or {}).items() if str(key).isidentifier()
     ]
     if pairs:
         options += ["--env-kwargs", *pairs]
     config = str(arguments.get("conf_file") or "")
-    # A command that is copied must not run code that may have come with the run.
+    # A copied command must not run code that may have come with the run.
     if config and not lies_beside(run.settings_folder / "args.yml", config):
         options += ["--conf-file", config]
     return "".join(f" {shlex.quote(str(option))}" for option in options)
@@ -263,12 +244,12 @@ def _write_numbers(path: Path, run: Run, curve: TrainingCurve, evaluation: Evalu
         file.write(json.dumps(numbers, indent=2).encode() + b"\n")
 
 
-def _say_numbers(curve: TrainingCurve, evaluation: Evaluation, total: int) -> None:
+def _print_numbers(curve: TrainingCurve, evaluation: Evaluation, total: int) -> None:
     kind = "most probable actions" if evaluation.deterministic else "sampled actions"
     low, high = min(evaluation.returns), max(evaluation.returns)
     speed = curve.steps_per_second
     time = "" if speed is None else f"about {curve.training_seconds:,.0f} s ({speed:,.0f} steps/s)"
-    # The time is that of the whole training, which a best model is from within.
+    # The time is that of the whole training, but a best model was saved during it.
     training = [f"{evaluation.num_timesteps:,} steps", time]
     if total <= 0:
         training = [training[0], "of a training that did not end"]
@@ -317,9 +298,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     Run ``sb3-clipvf report``.
 
-    :param argv: its options; None takes the process's own
-    :return: exit code, 0
-    :raises ValueError: for a run that does not exist or holds no model, or a number out of range
+    :param argv: Options; None takes those of the process.
+    :return: Exit code 0.
+    :raises ValueError: If the run does not exist or holds no model, or a number is out of range.
     """
     args = _parser().parse_args(argv)
     for name in ("episodes", "n_envs"):
@@ -333,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluation = evaluate_run(run, args.episodes, args.n_envs, args.seed, args.deterministic, args.device)
     total = saved_timesteps(run.folder / f"{run.settings_folder.name}.zip")
     curve = read_training_curve(run.folder, total if total > 0 else None, evaluation.started)
-    _say_numbers(curve, evaluation, total)
+    _print_numbers(curve, evaluation, total)
 
     figure_path, numbers_path = run.folder / "learning_curve.png", run.folder / "report.json"
     video_path = run.folder / "videos" / f"{run.model_path.stem}.mp4"

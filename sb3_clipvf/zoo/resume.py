@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sb3_clipvf.zoo.defaults import ALGORITHM
-from sb3_clipvf.zoo.entries import drop_null
+from sb3_clipvf.zoo.entries import ZOO_KEYS, drop_null
 from sb3_clipvf.zoo.parsing import option_name, strict
 from sb3_clipvf.zoo.runs import CHECKPOINTS, saved_timesteps
 
@@ -33,18 +33,7 @@ _FREE: dict[str, type] = {"n_timesteps": int, "verbose": int, "num_threads": int
 
 _SHORT = {"log_folder": ["-f"], "tensorboard_log": ["-tb"], "n_timesteps": ["-n"]}
 
-_BUILT_FROM = (
-    "callback",
-    "env_kwargs",
-    "env_wrapper",
-    "frame_stack",
-    "gamma",
-    "monitor_kwargs",
-    "n_envs",
-    "n_timesteps",
-    "normalize",
-    "vec_env_wrapper",
-)
+_BUILT_FROM = ZOO_KEYS | {"gamma"}
 """Settings that environments and callbacks are built from. The model is in the checkpoint."""
 
 _WAY_OUT = "Leave it out; --n-timesteps, --verbose, --progress, --num-threads and --device may differ."

@@ -8,7 +8,6 @@ checked first.
 
 import ast
 import importlib
-import io
 import os
 import sys
 import sysconfig
@@ -65,14 +64,15 @@ def checked_files(plots: bool = False) -> Iterator[None]:
             (yaml, "UnsafeLoader", RunLoader),
             (VecNormalize, "load", staticmethod(load_vec_normalize)),
             (base_class, "load_from_zip_file", _load_from_zip_file),
-            (off_policy_algorithm, "load_from_pkl", _load_from_pkl),
+            (off_policy_algorithm, "load_from_pkl", lambda path, verbose=0: read_pickle(path)),
             (utils, "get_wrapper_class", checked_wrapper_class),
         ):
             stack.enter_context(replaced(owner, name, value))
         if plots:
             # Not `from rl_zoo3.plots import`: that name is a function there.
             plot_from_file = importlib.import_module("rl_zoo3.plots.plot_from_file")
-            stack.enter_context(replaced(plot_from_file, "pickle", SimpleNamespace(load=_load_open_pickle)))
+            checked_pickle = SimpleNamespace(load=lambda file: read_pickle(file.name))
+            stack.enter_context(replaced(plot_from_file, "pickle", checked_pickle))
         yield
 
 
@@ -197,14 +197,6 @@ def _load_from_zip_file(
         if load_data:
             objects = {**file.unpickled(trust_of(None), objects), **objects}
     return save_util.load_from_zip_file(load_path, load_data=load_data, custom_objects=objects, **kwargs)
-
-
-def _load_from_pkl(path: Any, verbose: int = 0) -> Any:
-    return read_pickle(path)
-
-
-def _load_open_pickle(file: io.BufferedReader) -> Any:
-    return read_pickle(file.name)
 
 
 def _check_settings(source: str, data: dict[str, Any]) -> None:

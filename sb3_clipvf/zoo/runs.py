@@ -396,17 +396,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _run_ids(parent: Path, env_name: str) -> list[RunId]:
     """Return the numbers of an environment's runs, newest first."""
     pattern = re.compile(rf"{re.escape(env_name)}_(\d+)(?:_({_UUID}))?")
-    folders = [(folder, pattern.fullmatch(folder.name)) for folder in parent.glob(f"{env_name}_*") if folder.is_dir()]
-    run_ids = [
-        (RunId(int(match[1]), match[2] or ""), _start_of_run(folder / env_name)) for folder, match in folders if match
-    ]
-    return [run_id for run_id, _ in sorted(run_ids, key=lambda pair: (int(pair[0]), pair[1]), reverse=True)]
-
-
-def _start_of_run(settings_folder: Path) -> float:
-    # Later commands write into the run's folder, but not into its settings.
-    path = settings_folder / "args.yml"
-    return (path if path.exists() else settings_folder.parent).stat().st_mtime
+    found = []
+    for folder in parent.glob(f"{env_name}_*"):
+        match = pattern.fullmatch(folder.name)
+        if match is not None and folder.is_dir():
+            # Later commands write into the run's folder, but not into its settings.
+            settings = folder / env_name / "args.yml"
+            started = (settings if settings.exists() else folder).stat().st_mtime
+            found.append((int(match[1]), started, match[2] or ""))
+    return [RunId(number, unique) for number, _, unique in sorted(found, reverse=True)]
 
 
 def _start_of_training(model: BaseAlgorithm) -> float | None:

@@ -206,11 +206,6 @@ def _check_steps(key: str, value: Any, where: str) -> None:
     check_float(key, value, f"It stands in {where}. Write for example `{key}: !!float 1e6`.")
 
 
-def _check_frames(key: str, value: Any, where: str) -> None:
-    if value is not None:
-        _check_whole(key, value, where)
-
-
 def _check_dict(key: str, value: Any, where: str) -> None:
     if value is not None and not isinstance(value, Mapping):
         raise wrong_type(key, "a dict", value, f"It stands in {where}. Write its entries indented below it.")
@@ -287,7 +282,7 @@ _CHECKS: dict[str, Callable[[str, Any, str], None]] = {
     "callback": _check_classes,
     "env_kwargs": _check_dict,
     "env_wrapper": _check_classes,
-    "frame_stack": _check_frames,
+    "frame_stack": _check_whole,
     "monitor_kwargs": _check_evaluated,
     "n_envs": _check_whole,
     "n_timesteps": _check_steps,
