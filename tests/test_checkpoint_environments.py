@@ -37,7 +37,7 @@ from sb3_clipvf.checkpoint import (
     monitor_files,
     newest_checkpoint,
 )
-from sb3_clipvf.checkpoint.env_state import environment_state, restore_environment
+from sb3_clipvf.checkpoint.env_state import env_state, restore_env
 from sb3_clipvf.envs import FastDummyVecEnv, FastVecNormalize, as_vec_env
 from sb3_clipvf.files import codec
 
@@ -69,9 +69,9 @@ def check_that_it_goes_on(make: Callable[[], gym.Env], n_steps: int = 120) -> No
     first.reset(seed=1)
     second.reset(seed=2)
     answers(first, actions[:37])
-    state = environment_state(first)
+    state = env_state(first)
     assert state["unknown"] == []
-    restore_environment(second, codec.from_bytes(*codec.to_bytes(codec.frozen(state))))
+    restore_env(second, codec.from_bytes(*codec.to_bytes(codec.frozen(state))))
     assert repr(answers(first, actions[37:])) == repr(answers(second, actions[37:]))
 
 
@@ -127,7 +127,7 @@ class Wrong(TellingWalk):
 def test_unknown_classes_are_named(make: Callable[[], gym.Env], named: str) -> None:
     if "lander" in named:
         pytest.importorskip("Box2D")
-    (reason,) = environment_state(Monitor(make()))["unknown"]
+    (reason,) = env_state(Monitor(make()))["unknown"]
     assert re.search(named, reason)
 
 
@@ -173,7 +173,7 @@ def test_attributes_that_mean_something_else_are_left_alone(cls: type[Robot], tm
         assert differences == ()
         assert found == checkpoint_cases.uninterrupted(case, tmp_path / "uninterrupted")
     else:
-        assert "Robot does not tell its state" in differences[0]
+        assert "Robot does not provide its state" in differences[0]
 
 
 # ------------------------------------------------------------------ what differs, and what resets change about it
@@ -216,10 +216,10 @@ class TellingHalving(Halving):
 
 
 INEXACT = {
-    "own class": (lambda _: make_vec_env(Walk, 2), "MultiInputPolicy", "Walk does not tell its state"),
+    "own class": (lambda _: make_vec_env(Walk, 2), "MultiInputPolicy", "Walk does not provide its state"),
     "processes": (unwrapped_processes, "MlpPolicy", r"Wrap them in ResumableEnv"),
-    "pool": (pool, "MlpPolicy", "cannot give back the state of its environments"),
-    "wrapper": (lambda _: Halving(dummy("CartPole-v1")), "MlpPolicy", "Halving does not tell its state"),
+    "pool": (pool, "MlpPolicy", r"Environments of \S+ begin new episodes at a resume"),
+    "wrapper": (lambda _: Halving(dummy("CartPole-v1")), "MlpPolicy", "Halving does not provide its state"),
 }
 
 
@@ -332,7 +332,7 @@ def test_environments_of_another_build_are_refused(normalized: Path, make: Calla
 
 
 def test_a_missing_environment_is_refused(normalized: Path) -> None:
-    with pytest.raises(ValueError, match="`env` must be the environment to go on in, got None"):
+    with pytest.raises(ValueError, match="`env` must be the environment to resume in, got None"):
         ClipPPO.resume(normalized, None, device="cpu")  # type: ignore[arg-type]
 
 

@@ -151,7 +151,7 @@ def test_files_too_large_for_the_memory_are_not_read(copied: Path, monkeypatch: 
 def test_a_manifest_that_is_too_large_is_not_read(copied: Path) -> None:
     path = copied / "checkpoint_320.zip"
     rewrite(path, lambda entries: entries.update({"training_manifest.json": b" " * (SMALL + 1)}))
-    with pytest.raises(DamagedCheckpointError, match="a manifest of more than 16,777,216 bytes"):
+    with pytest.raises(DamagedCheckpointError, match="training_manifest.json is larger than 16,777,216 bytes"):
         read_manifest(path)
 
 

@@ -1,8 +1,8 @@
 """
-Files that survive a crash: checkpoints of a whole training, going on from them, and the best model of a training.
+Checkpoints of a whole training, and the best model of a training.
 
-``atomic_write`` writes a file at once or not at all. ``TrainingCheckpoint`` writes checkpoints by it, and
-``ClipPPO.resume`` goes on from them. ``SaveBestTrainingReward`` keeps the best model by the training's own returns.
+``TrainingCheckpoint`` writes checkpoints, ``ClipPPO.resume`` continues from them. ``SaveBestTrainingReward`` keeps the
+best model by the training's own returns. All files are written by ``atomic_write``.
 """
 
 from sb3_clipvf.checkpoint.best_training import SaveBestTrainingReward, load_best_training

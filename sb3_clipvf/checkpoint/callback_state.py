@@ -1,4 +1,4 @@
-"""The state of a training's callbacks, found again by their place in the tree and their class."""
+"""The state of a training's callbacks, which are matched by their class and their place in the tree."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -21,18 +21,15 @@ from sb3_clipvf.files.allowlist import full_name
 from sb3_clipvf.files.codec import frozen
 
 _IN_EVALUATIONS = "In evaluations: "
-# What every callback has; `parent` is there where someone gave one.
+# Attributes of every callback; `parent` only if it was set.
 _BASE = frozenset({"n_calls", "num_timesteps", "verbose", "locals", "globals", "parent", "model", "logger"})
 
 
 def callback_states(root: BaseCallback) -> tuple[dict[str, Any], list[str]]:
     """
-    Read the states of all callbacks.
+    Return the states of all callbacks, by place, and a text for each class that may keep more than was read.
 
-    A class may give its own by ``training_state()``, and take it by ``load_training_state(state)``.
-
-    :param root: What ``learn`` made of its argument.
-    :return: States, by place and class; and for each class that may keep more than was read, what differs for it.
+    A class may define ``training_state()`` and ``load_training_state(state)``.
     """
     states, differences = {}, []
     for place, callback in _places(root):
@@ -41,37 +38,27 @@ def callback_states(root: BaseCallback) -> tuple[dict[str, Any], list[str]]:
     return states, differences
 
 
-def told_once(differences: Iterable[str]) -> list[str]:
-    """
-    Drop differences of evaluations that the training's environments have too.
-
-    :param differences: Texts on what differs after a resume.
-    :return: The others.
-    """
-    texts = list(differences)
-    return [text for text in texts if not text.startswith(_IN_EVALUATIONS) or text[len(_IN_EVALUATIONS) :] not in texts]
-
-
 def restore_callbacks(root: BaseCallback, states: dict[str, Any]) -> None:
-    """
-    Put callbacks into their states; a warning names those that are not in both trainings.
-
-    :param root: Initialised.
-    :param states: From :func:`callback_states`.
-    """
+    """Put initialised callbacks into their states; warn of those that only one of the two trainings has."""
     places = dict(_places(root))
-    gone, new = sorted(states.keys() - places.keys()), sorted(places.keys() - states.keys())
-    if gone:
-        log.warning("Callbacks of the checkpoint are missing here, and their state is dropped: %s.", ", ".join(gone))
+    missing, new = sorted(states.keys() - places.keys()), sorted(places.keys() - states.keys())
+    if missing:
+        log.warning("Callbacks of the checkpoint are missing here; their state is dropped: %s.", ", ".join(missing))
     if new:
-        log.warning("Callbacks that the checkpoint does not know start anew: %s.", ", ".join(new))
+        log.warning("Callbacks that are not in the checkpoint start without a state: %s.", ", ".join(new))
     for place, callback in places.items():
         if place in states:
             _restore(callback, states[place], place)
 
 
+def without_repeats(differences: Iterable[str]) -> list[str]:
+    """Drop the differences of evaluations that the training's environments have, too."""
+    texts = list(differences)
+    return [text for text in texts if not text.startswith(_IN_EVALUATIONS) or text[len(_IN_EVALUATIONS) :] not in texts]
+
+
 def _places(root: BaseCallback, above: str = "") -> Iterator[tuple[str, BaseCallback]]:
-    """Each callback with its place: the classes above it, its own, and which one it is of several."""
+    """Yield each callback with its place: the classes above it, its own, and its number among several."""
     counts: Counter[str] = Counter()
     for callback in _without_lists(root):
         name = f"{above}{type(callback).__name__}"
@@ -85,34 +72,29 @@ def _places(root: BaseCallback, above: str = "") -> Iterator[tuple[str, BaseCall
 
 
 def _without_lists(callback: BaseCallback) -> Iterator[BaseCallback]:
-    # Lists keep nothing of their own, and `learn` itself puts one around a progress bar, or a function around nothing.
+    # `learn` itself makes a list for a progress bar, and wraps None.
+    is_none = isinstance(callback, ConvertCallback) and callback.callback is None
     if isinstance(callback, CallbackList):
         for part in callback.callbacks:
             yield from _without_lists(part)
-    elif not isinstance(callback, ProgressBarCallback) and not _is_nothing(callback):
+    elif not isinstance(callback, ProgressBarCallback) and not is_none:
         yield callback
-
-
-def _is_nothing(callback: BaseCallback) -> bool:
-    return isinstance(callback, ConvertCallback) and callback.callback is None
 
 
 def _state(callback: BaseCallback) -> tuple[dict[str, Any], list[str]]:
     name = full_name(type(callback))
+    given = evaluation = None
     reasons = []
-    given = None
-    if _gives_state(callback):
+    if _has_own_state(callback):
         given = {"state": frozen(callback.training_state(), f"{name}.training_state()")}  # type: ignore[attr-defined]
     elif _may_keep_more(callback):
-        reasons.append(
-            f"{name} may keep more than is saved of a callback. Give it training_state() and load_training_state()."
-        )
-    evaluation = None
+        reasons.append(f"{name} may keep more than is saved. Define training_state() and load_training_state() in it.")
     if isinstance(callback, EvalCallback):
         state, unknown = vec_env_state(callback.eval_env)
         evaluation = {"build": describe_vec_env(callback.eval_env), "state": state}
         reasons += [f"{_IN_EVALUATIONS}{reason}" for reason in unknown]
-    attributes = frozen(read_attributes(callback, _attributes(type(callback))), name)
+    names = " ".join(CALLBACKS.get(full_name(base), "") for base in type(callback).__mro__)
+    attributes = frozen(read_attributes(callback, names), name)
     return {"attributes": attributes, "given": given, "evaluation": evaluation}, reasons
 
 
@@ -122,19 +104,15 @@ def _restore(callback: BaseCallback, state: dict[str, Any], place: str) -> None:
         try:
             check_same_build(state["evaluation"]["build"], describe_vec_env(callback.eval_env))
         except EnvironmentMismatchError as error:
-            log.warning("The environments of %s start anew: %s", place, error)
+            log.warning("The environments of %s begin new episodes: %s", place, error)
         else:
             restore_vec_env(callback.eval_env, state["evaluation"]["state"])
-    if state["given"] is not None and _gives_state(callback):
+    if state["given"] is not None and _has_own_state(callback):
         callback.load_training_state(state["given"]["state"])  # type: ignore[attr-defined]
 
 
-def _gives_state(callback: BaseCallback) -> bool:
+def _has_own_state(callback: BaseCallback) -> bool:
     return all(callable(getattr(callback, method, None)) for method in ("training_state", "load_training_state"))
-
-
-def _attributes(cls: type) -> tuple[str, ...]:
-    return tuple(name for base in cls.__mro__ for name in CALLBACKS.get(full_name(base), ()))
 
 
 def _may_keep_more(callback: BaseCallback) -> bool:

@@ -1,13 +1,13 @@
-"""What is wrong with a checkpoint file."""
+"""Errors of files and environments that a training cannot be resumed with."""
 
 
 class DamagedCheckpointError(ValueError):
-    """A file is no whole checkpoint: parts of it are missing, or are not what was written."""
+    """A checkpoint's file is damaged: parts of it are missing or have changed."""
 
 
 class NotACheckpointError(ValueError):
-    """A file is a model without the state of its training."""
+    """A file is a model without the state of its training, or a checkpoint of another format."""
 
 
 class EnvironmentMismatchError(ValueError):
-    """The environments to go on in are built differently from those of the checkpoint."""
+    """Environments are built differently from those of the checkpoint."""

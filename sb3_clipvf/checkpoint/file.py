@@ -1,4 +1,4 @@
-"""The checkpoint file: SB3's zip with the training's state, a format, versions, and a digest of each entry."""
+"""The checkpoint file: a model's zip with the training's state, and a manifest with a digest of each entry."""
 
 import hashlib
 import io
@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from stable_baselines3.common.save_util import save_to_zip_file
-
 from sb3_clipvf.checkpoint.errors import DamagedCheckpointError, NotACheckpointError
 from sb3_clipvf.checkpoint.monitor_files import with_contents
 from sb3_clipvf.checkpoint.training_state import TrainingState
@@ -19,14 +17,12 @@ from sb3_clipvf.common.messages import log
 from sb3_clipvf.common.versions import installed_versions
 from sb3_clipvf.files import codec
 from sb3_clipvf.files.archive import check_inner_zip, check_json, entries_of, read_bytes, read_json
-from sb3_clipvf.files.codec import encoded
+from sb3_clipvf.files.model import write_model
 
 FORMAT = 1
 """Version of the layout."""
 
-FILE_NAME = re.compile(r"checkpoint_(\d+)\.zip")
-"""Names of checkpoints in their folder."""
-
+_NAME = re.compile(r"checkpoint_(\d+)\.zip")
 _STATE, _ARRAYS, _MANIFEST = "training_state.json", "training_arrays.npz", "training_manifest.json"
 _PACKAGES = ("stable_baselines3", "gymnasium", "torch", "numpy", "numba", "scipy", "mujoco", "sb3_clipvf")
 
@@ -34,17 +30,17 @@ _PACKAGES = ("stable_baselines3", "gymnasium", "torch", "numpy", "numba", "scipy
 @dataclass(frozen=True)
 class CheckpointManifest:
     """
-    What a checkpoint says about itself.
+    Description of a checkpoint, which its file holds.
 
     :param training: Random name of the training, which its checkpoints share.
     :param num_timesteps: Environment steps of the training so far.
     :param total_timesteps: Environment steps at which the training ends.
-    :param serial: Counts the checkpoints that a folder ever held; the newest has the highest.
+    :param serial: Number of the checkpoint among all that its folder ever held; the newest has the highest.
     :param mean_return: Mean return of the training's last episodes, return units; None without a full window of them.
-    :param differences: What will differ after a resume, and how to avoid it; empty where the resumed training gives the
+    :param differences: What will differ after a resume, and how to avoid it; empty if the resumed training gives the
         same weights to the last bit.
-    :param versions: Of Python and of the packages that numbers come from.
-    :param build: How the environments are built.
+    :param versions: Versions of Python and of the packages that numbers come from.
+    :param build: Number and classes of the environments.
     :param entries: SHA-256 of each other entry of the file, in hexadecimal.
     :param format: Version of the layout.
     """
@@ -66,10 +62,10 @@ class Checkpoint:
     """
     A whole checkpoint, read and checked.
 
-    :param path: Where it was read from.
-    :param content: The file.
-    :param manifest: What it says about itself.
-    :param tree: The state besides what SB3's ``load`` reads.
+    :param path: Path of the file.
+    :param content: Bytes of the file.
+    :param manifest: Description in the file.
+    :param tree: State besides what SB3's ``load`` reads.
     """
 
     path: Path
@@ -79,15 +75,9 @@ class Checkpoint:
 
 
 def file_bytes(state: TrainingState, serial: int) -> bytes:
-    """
-    Make the file of a training's state.
-
-    :param state: The state.
-    :param serial: Of this checkpoint.
-    :return: Its content.
-    """
+    """Return the content of a checkpoint's file."""
     stream = io.BytesIO()
-    save_to_zip_file(stream, encoded(state.attributes), state.parameters, state.variables)
+    write_model(stream, state.attributes, state.parameters, state.variables)
     text, arrays = codec.to_bytes(with_contents(state.tree))
     with zipfile.ZipFile(stream, "a") as archive:
         archive.writestr(_STATE, text, zipfile.ZIP_DEFLATED, 1)
@@ -108,22 +98,18 @@ def file_bytes(state: TrainingState, serial: int) -> bytes:
 
 
 def versions() -> dict[str, str]:
-    """
-    Look up the versions of what numbers come from.
-
-    :return: By package, those that are installed, and Python.
-    """
+    """Return the versions of Python and of the installed packages that numbers come from."""
     return installed_versions(_PACKAGES)
 
 
 def read_manifest(path: str | os.PathLike[str]) -> CheckpointManifest:
     """
-    Read what a checkpoint says about itself, without checking the rest of it.
+    Read the manifest of a checkpoint, without checking the rest of the file.
 
-    :param path: The file.
+    :param path: Checkpoint file.
     :return: Its manifest.
-    :raises FileNotFoundError: If there is none.
-    :raises NotACheckpointError: If it is a model without the state of its training, or of another format.
+    :raises FileNotFoundError: If there is no such file.
+    :raises NotACheckpointError: If it is a model without the state of its training, or has another format.
     :raises DamagedCheckpointError: If it is no whole zip.
     """
     with open(path, "rb") as file:
@@ -132,13 +118,13 @@ def read_manifest(path: str | os.PathLike[str]) -> CheckpointManifest:
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
-    Read a checkpoint and check each entry of it.
+    Read a checkpoint and check each of its entries.
 
-    :param path: The file.
+    :param path: Checkpoint file.
     :return: Its content.
-    :raises FileNotFoundError: If there is none.
-    :raises NotACheckpointError: If it is a model without the state of its training, or of another format.
-    :raises DamagedCheckpointError: If parts of it are missing or changed; the message names them.
+    :raises FileNotFoundError: If there is no such file.
+    :raises NotACheckpointError: If it is a model without the state of its training, or has another format.
+    :raises DamagedCheckpointError: If parts of it are missing or have changed; the message names them.
     :raises ValueError: If it does not fit into memory.
     """
     path = Path(path)
@@ -161,16 +147,16 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         )
     try:
         tree = codec.from_bytes(entries[_STATE], entries[_ARRAYS])
-    except Exception as error:  # zipfile, zlib, NumPy and JSON have each their own
+    except Exception as error:  # zipfile, zlib, NumPy and JSON each raise their own
         raise DamagedCheckpointError(f"{path} is damaged: its state cannot be read: {error}") from error
     return Checkpoint(path, content, manifest, tree)
 
 
 def newest_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     """
-    Read the newest whole checkpoint of a folder; a warning names each newer one that is damaged.
+    Read the newest whole checkpoint of a folder. A warning names each newer one that is damaged.
 
-    :param folder: Where a ``TrainingCheckpoint`` wrote.
+    :param folder: Folder of a ``TrainingCheckpoint``.
     :return: The checkpoint.
     :raises FileNotFoundError: If there is none.
     :raises DamagedCheckpointError: If all are damaged.
@@ -180,28 +166,23 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
         try:
             return read_checkpoint(path)
         except (DamagedCheckpointError, NotACheckpointError) as error:
-            log.warning("A checkpoint is passed over: %s", error)
+            log.warning("A checkpoint is skipped: %s", error)
     if paths:
         raise DamagedCheckpointError(
-            f"None of the {len(paths)} checkpoints in {folder} is whole. Start anew in another folder, or load a model "
-            "that was saved elsewhere."
+            f"None of the {len(paths)} checkpoints in {folder} is whole. Start a new training in another folder, or "
+            "load a model that was saved elsewhere."
         )
     raise FileNotFoundError(
         f"{folder} holds no checkpoint_<timesteps>.zip. `path` must be a checkpoint or the folder of a "
-        "TrainingCheckpoint; a training that was ended before its first checkpoint starts anew."
+        "TrainingCheckpoint. If the training ended before its first checkpoint, start it again."
     )
 
 
 def sorted_checkpoints(folder: Path) -> list[Path]:
-    """
-    Find the checkpoints of a folder.
-
-    :param folder: The folder; it need not exist.
-    :return: Oldest first. What cannot be read counts by its time steps, as newer than all others.
-    """
+    """Return the checkpoints of a folder, oldest first; unreadable ones are last, sorted by their time steps."""
     found: list[tuple[float, int, Path]] = []
     for path in folder.glob("checkpoint_*.zip"):
-        match = FILE_NAME.fullmatch(path.name)
+        match = _NAME.fullmatch(path.name)
         if match is None:
             continue
         try:
@@ -218,17 +199,15 @@ def _manifest(path: Path, stream: Any) -> CheckpointManifest:
             is_model = "data" in archive.namelist()
             values = read_json(archive, _MANIFEST) if _MANIFEST in archive.namelist() else None
         if values is None and not is_model:
-            raise DamagedCheckpointError(f"{path} holds no model. Use another checkpoint.")
+            raise ValueError("it holds no model")
         if values is not None and values["format"] == FORMAT:
             return CheckpointManifest(**{**values, "differences": tuple(values["differences"])})
-    except DamagedCheckpointError:
-        raise
     except Exception as error:  # a damaged zip raises whatever its parts lead to
-        raise DamagedCheckpointError(f"{path} is damaged: {error}. Use an older checkpoint.") from error
+        raise DamagedCheckpointError(f"{path} is damaged: {error}. Use another checkpoint.") from error
     if values is None:
         raise NotACheckpointError(
-            f"{path} is a model without the state of its training, so that it cannot be resumed. Go on from its "
-            "weights by ClipPPO.load, or pass what a TrainingCheckpoint wrote."
+            f"{path} is a model without the state of its training, and cannot be resumed. Continue from its weights by "
+            "ClipPPO.load, or pass a file that a TrainingCheckpoint wrote."
         )
     raise NotACheckpointError(
         f"{path} has the format {values['format']}, and this version of sb3_clipvf reads {FORMAT}. Resume it with "

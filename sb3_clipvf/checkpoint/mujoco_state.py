@@ -1,4 +1,4 @@
-"""The state of Gymnasium's MuJoCo environments: that of the simulation, and what Python code reads of it."""
+"""The state of Gymnasium's MuJoCo environments: the simulation's state, and what Python code reads from it."""
 
 import sys
 from typing import Any
@@ -7,8 +7,8 @@ import numpy as np
 
 from sb3_clipvf.checkpoint.errors import EnvironmentMismatchError
 
-# MuJoCo computes these before it moves on, so that after a step they are those of the state before. Rewards and
-# observations are made of them, and computing them anew would give those of the state after.
+# MuJoCo computes these before it integrates: after a step they belong to the state before it. Rewards and observations
+# read them, and computing them again would give those of the state after the step.
 _DERIVED = (
     "xpos xquat xmat xipos ximat xanchor xaxis geom_xpos geom_xmat site_xpos site_xmat cam_xpos cam_xmat light_xpos "
     "light_xdir subtree_com subtree_linvel subtree_angmom cinert cvel cacc cfrc_int cfrc_ext cdof cdof_dot qacc "
@@ -16,17 +16,12 @@ _DERIVED = (
     "actuator_length actuator_velocity ten_length ten_velocity sensordata energy"
 ).split()
 
-# Drawn at a reset, by Pusher and Reacher; they stand in the simulation's state as well.
+# Pusher and Reacher draw these at a reset, and the simulation's state holds them as well.
 _DRAWN = ("goal", "goal_pos", "cylinder_pos")
 
 
 def is_mujoco(env: Any) -> bool:
-    """
-    Tell whether an environment is one of Gymnasium's that run on MuJoCo.
-
-    :param env: Without wrappers.
-    :return: False for classes that others derived from these: what they add is not known here.
-    """
+    """Return whether an environment without wrappers is one of Gymnasium's on MuJoCo, not a class derived from them."""
     module = sys.modules.get("gymnasium.envs.mujoco.mujoco_env")
     return (
         module is not None
@@ -36,12 +31,7 @@ def is_mujoco(env: Any) -> bool:
 
 
 def mujoco_state(env: Any) -> dict[str, Any]:
-    """
-    Read the state.
-
-    :param env: Without wrappers.
-    :return: Arrays of its own memory.
-    """
+    """Return the state of an environment without wrappers, as arrays with memory of their own."""
     import mujoco
 
     kind = mujoco.mjtState.mjSTATE_INTEGRATION
@@ -53,13 +43,7 @@ def mujoco_state(env: Any) -> dict[str, Any]:
 
 
 def set_mujoco_state(env: Any, state: dict[str, Any]) -> None:
-    """
-    Put the simulation into a state.
-
-    :param env: Without wrappers, and reset.
-    :param state: From :func:`mujoco_state`.
-    :raises EnvironmentMismatchError: If the state is that of another simulation.
-    """
+    """Set a reset environment without wrappers to what :func:`mujoco_state` returned."""
     import mujoco
 
     kind = mujoco.mjtState.mjSTATE_INTEGRATION
@@ -71,8 +55,7 @@ def set_mujoco_state(env: Any, state: dict[str, Any]) -> None:
         )
     mujoco.mj_setState(env.model, env.data, state["integration"], kind)
     mujoco.mj_forward(env.model, env.data)
-    # The forward pass wrote to some of it.
-    mujoco.mj_setState(env.model, env.data, state["integration"], kind)
+    mujoco.mj_setState(env.model, env.data, state["integration"], kind)  # the forward pass changed some of it
     for name, values in state["derived"].items():
         getattr(env.data, name)[...] = values
     for name, values in state["drawn"].items():

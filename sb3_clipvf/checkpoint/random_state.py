@@ -1,4 +1,4 @@
-"""States of random generators: Python's, NumPy's, torch's, and those of environments and spaces."""
+"""The state of random generators: Python's, NumPy's, torch's, and those of environments and spaces."""
 
 import random
 from typing import Any
@@ -7,16 +7,12 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 
-# Those of NumPy. A name in a file must not pick anything else.
+# NumPy's. A name in a file must not select anything else.
 _BIT_GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
 
 
 def global_states() -> dict[str, Any]:
-    """
-    Read the generators that a whole process shares.
-
-    :return: Their states.
-    """
+    """Return the states of the generators that a whole process shares."""
     version, numbers, gauss_next = random.getstate()
     states: dict[str, Any] = {
         "python": (version, np.array(numbers, np.uint32), gauss_next),
@@ -29,38 +25,23 @@ def global_states() -> dict[str, Any]:
 
 
 def set_global_states(states: dict[str, Any]) -> None:
-    """
-    Set the generators that a whole process shares.
-
-    :param states: From :func:`global_states`.
-    """
+    """Set the generators that a whole process shares to what :func:`global_states` returned."""
     version, numbers, gauss_next = states["python"]
     random.setstate((version, tuple(numbers.tolist()), gauss_next))
     np.random.set_state(states["numpy"])
     th.set_rng_state(states["torch"])
-    # Where there are other devices than before, nothing is exact in any case.
+    # With other devices than before, nothing is exact in any case.
     if "cuda" in states and th.cuda.is_available() and th.cuda.device_count() == len(states["cuda"]):
         th.cuda.set_rng_state_all(states["cuda"])
 
 
 def generator_state(generator: np.random.Generator | None) -> dict[str, Any] | None:
-    """
-    Read a generator.
-
-    :param generator: One of NumPy's, or None.
-    :return: Its state, or None.
-    """
+    """Return the state of one of NumPy's generators, None for None."""
     return None if generator is None else dict(generator.bit_generator.state)
 
 
 def generator_from(state: dict[str, Any] | None) -> np.random.Generator | None:
-    """
-    Make a generator.
-
-    :param state: From :func:`generator_state`.
-    :return: One in that state, or None.
-    :raises ValueError: If it is of none of NumPy's kinds.
-    """
+    """Make a generator in a state that :func:`generator_state` returned."""
     if state is None:
         return None
     if state["bit_generator"] not in _BIT_GENERATORS:
@@ -73,22 +54,12 @@ def generator_from(state: dict[str, Any] | None) -> np.random.Generator | None:
 
 
 def space_states(space: spaces.Space[Any]) -> list[dict[str, Any] | None]:
-    """
-    Read the generators of a space and of all spaces in it.
-
-    :param space: The space.
-    :return: Their states; None where nothing was drawn so far.
-    """
+    """Return the generator states of a space and of all spaces in it; None for those that nothing was drawn from."""
     return [generator_state(part._np_random) for part in _parts(space)]
 
 
 def set_space_states(space: spaces.Space[Any], states: list[dict[str, Any] | None]) -> None:
-    """
-    Set the generators of a space and of all spaces in it.
-
-    :param space: Built as the one that was read.
-    :param states: From :func:`space_states`.
-    """
+    """Set the generators of a space and of all spaces in it to what :func:`space_states` returned."""
     for part, state in zip(_parts(space), states, strict=True):
         part._np_random = generator_from(state)
 

@@ -1,11 +1,11 @@
-"""Going on with a training from a checkpoint, as if it had never been interrupted."""
+"""Resuming a training from a checkpoint, as if it had never been interrupted."""
 
 import io
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch as th
@@ -14,9 +14,9 @@ from stable_baselines3.common.logger import HumanOutputFormat, KVWriter, Logger,
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from sb3_clipvf.checkpoint.callback_state import restore_callbacks, told_once
+from sb3_clipvf.checkpoint.callback_state import restore_callbacks, without_repeats
 from sb3_clipvf.checkpoint.errors import DamagedCheckpointError, NotACheckpointError
-from sb3_clipvf.checkpoint.file import Checkpoint, newest_checkpoint, read_checkpoint, read_manifest, versions
+from sb3_clipvf.checkpoint.file import newest_checkpoint, read_checkpoint, read_manifest, versions
 from sb3_clipvf.checkpoint.protocol import ResumableModel
 from sb3_clipvf.checkpoint.random_state import generator_from, global_states, set_global_states, set_space_states
 from sb3_clipvf.checkpoint.training_state import OBSERVATIONS, SPACES, set_logger_state
@@ -26,20 +26,20 @@ from sb3_clipvf.common.messages import log
 Model = TypeVar("Model", bound=ResumableModel)
 
 _NORMALIZERS = ("VecNormalize", "FastVecNormalize")
-# They belong to the training's environments, of which there may be another number.
+# State of the running episodes, of which there may be another number.
 _OF_THE_STEP = ("returns", "old_obs", "old_reward")
 
 
 @dataclass(frozen=True)
 class Resumed:
     """
-    What a resumed model still has to take over once ``learn`` has built its callbacks and its logger.
+    What a resumed model takes over when ``learn`` has built its callbacks and its logger.
 
     :param tree: State of the training.
     :param random: States of the process's random generators at the start of the next rollout.
-    :param observations: Where the next rollout starts; ``learn`` replaces them where it starts anew.
-    :param held_horizon: Environment steps at which schedules end, where ``learn`` would find that by itself.
-    :param has_own_logger: Whether the logger goes on in the folder of the interrupted training.
+    :param observations: Observations that the next rollout starts from; ``learn`` replaces them if it starts again.
+    :param held_horizon: Environment steps at which schedules end, if only this resume holds them there.
+    :param has_own_logger: Whether the logger writes to the folder of the interrupted training.
     """
 
     tree: dict[str, Any]
@@ -52,18 +52,9 @@ class Resumed:
 def resume(
     cls: type[Model], path: str | os.PathLike[str], env: GymEnv, device: th.device | str, **kwargs: Any
 ) -> Model:
-    """
-    Load a checkpoint and make its model ready to go on; see ``ClipPPO.resume``.
-
-    :param cls: Class of the model.
-    :param path: A checkpoint, or the folder of a ``TrainingCheckpoint``.
-    :param env: Environments, built as those of the training.
-    :param device: PyTorch device, or "auto".
-    :param kwargs: Further arguments of ``load``.
-    :return: The model.
-    """
+    """Load a model from a checkpoint, or from a folder of them, with its environments; see ``ClipPPO.resume``."""
     if env is None:
-        raise ValueError("`env` must be the environment to go on in, got None. Build it as it was built before.")
+        raise ValueError("`env` must be the environment to resume in, got None. Build it as it was built before.")
     checkpoint = newest_checkpoint(path) if Path(path).is_dir() else read_checkpoint(path)
     manifest, tree = checkpoint.manifest, checkpoint.tree
     found = {"n_envs": env.num_envs if isinstance(env, VecEnv) else 1}
@@ -74,15 +65,14 @@ def resume(
     if venv is None:
         raise ValueError("`env` must be a Gymnasium environment or an SB3 VecEnv, got one that is neither.")
     check_same_build(tree["build"], describe_vec_env(venv))
-    observations = _restore_environments(model, venv, tree)
-    for name, value in observations.items():
+    for name, value in _restore_environments(model, venv, tree).items():
         setattr(model, name, value)
     for name in SPACES:
         set_space_states(getattr(model, name), tree["spaces"][name])
     has_own_logger = _continue_tensorboard(model, tree["logger"]["folder"])
     holds_horizon = model._schedule_timesteps is None and manifest.total_timesteps > 0
     if holds_horizon:
-        # Where learn() is told to go on for less or for longer, schedules still end where they were to end.
+        # Schedules still end there if learn() trains for fewer or for more steps.
         model._schedule_timesteps = manifest.total_timesteps
     model._resumed = Resumed(
         tree=tree,
@@ -91,18 +81,19 @@ def resume(
         held_horizon=manifest.total_timesteps if holds_horizon else None,
         has_own_logger=has_own_logger,
     )
-    _say(checkpoint)
+    log.info(
+        "The training resumes from %s, at step %d of %d",
+        checkpoint.path,
+        manifest.num_timesteps,
+        manifest.total_timesteps,
+    )
+    for difference in without_repeats(manifest.differences):
+        log.warning("The training is not resumed exactly: %s", difference)
     return model
 
 
 def take_over(model: ResumableModel, callback: BaseCallback) -> None:
-    """
-    Let a resumed training go on: states of callbacks, values to be logged, random states.
-
-    :param model: Resumed, at the start of ``learn``.
-    :param callback: What ``learn`` made of its argument.
-    :raises ValueError: If ``learn`` was told to start anew.
-    """
+    """Restore callbacks, the logger and random generators at the start of the first ``learn`` of a resumed model."""
     resumed: Resumed | None = model._resumed
     if resumed is None:
         return
@@ -111,12 +102,12 @@ def take_over(model: ResumableModel, callback: BaseCallback) -> None:
         raise ValueError(
             "`reset_num_timesteps` must be False in the first learn() of a resumed model, got environments that were "
             "reset. Call model.learn(model.remaining_timesteps, reset_num_timesteps=False) without set_env before it, "
-            "or use ClipPPO.load to start anew."
+            "or use ClipPPO.load to start again."
         )
     if resumed.has_own_logger:
         model._custom_logger = False
     if model._total_timesteps == model._schedule_timesteps == resumed.held_horizon:
-        # The horizon is the first one in any case, and later calls shall find what they would have found.
+        # This call's own horizon is the same, and later calls must find theirs as without the interruption.
         model._schedule_timesteps = None
     restore_callbacks(callback, resumed.tree["callbacks"])
     set_logger_state(model, resumed.tree["logger"])
@@ -125,12 +116,7 @@ def take_over(model: ResumableModel, callback: BaseCallback) -> None:
 
 
 def has_statistics(path: str | os.PathLike[str]) -> bool:
-    """
-    Tell whether a model's file is a checkpoint of a training in normalised environments.
-
-    :param path: The file.
-    :return: Whether :func:`load_statistics` has something to load.
-    """
+    """Return whether a model's file is a checkpoint of a training in normalised environments."""
     try:
         return not set(_NORMALIZERS).isdisjoint(read_manifest(path).build["layers"])
     except (DamagedCheckpointError, NotACheckpointError):
@@ -138,14 +124,7 @@ def has_statistics(path: str | os.PathLike[str]) -> bool:
 
 
 def load_statistics(path: str | os.PathLike[str], venv: VecEnv) -> VecNormalize:
-    """
-    Wrap environments in the ``VecNormalize`` that a training had at a checkpoint.
-
-    :param path: The checkpoint; see :func:`has_statistics`.
-    :param venv: Environments with the training's observations, of any number.
-    :return: With the training's statistics and settings.
-    :raises DamagedCheckpointError: If the checkpoint is damaged.
-    """
+    """Wrap any number of environments in the ``VecNormalize`` of a checkpoint; see :func:`has_statistics`."""
     checkpoint = read_checkpoint(path)
     layers = zip(checkpoint.manifest.build["layers"], checkpoint.tree["environments"]["layers"], strict=True)
     state = next(state for name, state in layers if name in _NORMALIZERS)
@@ -158,12 +137,7 @@ def load_statistics(path: str | os.PathLike[str], venv: VecEnv) -> VecNormalize:
 
 
 def reset_environments(model: ResumableModel, generator: np.random.Generator) -> None:
-    """
-    Begin a new episode in each environment, with a seed that the generator draws.
-
-    :param model: With its environments.
-    :param generator: Moves on by one number.
-    """
+    """Begin a new episode in each environment, with a seed from the generator."""
     venv = model.env
     if venv is None:
         raise ValueError("`env` must be set to be reset, got None. Call `set_env`.")
@@ -172,12 +146,7 @@ def reset_environments(model: ResumableModel, generator: np.random.Generator) ->
 
 
 def draw_seed(generator: np.random.Generator) -> int:
-    """
-    Draw the seed of a reset.
-
-    :param generator: Moves on by one number.
-    :return: One that fits all kinds of environments, which add their own number to it.
-    """
+    """Draw the seed of a reset, to which each environment adds its own number."""
     return int(generator.integers(2**30))
 
 
@@ -190,16 +159,15 @@ def _begin_episodes(model: ResumableModel, venv: VecEnv) -> None:
 
 
 def _restore_environments(model: ResumableModel, venv: VecEnv, tree: dict[str, Any]) -> dict[str, Any]:
-    """Put the environments into their state. :return: The model's attributes that say where the next rollout starts."""
+    """Put the environments into their state. Return the model's attributes that the next rollout starts from."""
     venv.reset()
     restore_vec_env(venv, tree["environments"])
     set_global_states(tree["random"])
     if tree["resets"] is not None:
-        generator = generator_from(tree["resets"])
-        reset_environments(model, generator)  # type: ignore[arg-type]
+        reset_environments(model, cast(np.random.Generator, generator_from(tree["resets"])))
     elif not tree["environments"]["exact"]:
         if model.seed is not None:
-            # Not the seed itself: all resumed trainings would begin with the episodes of the first one.
+            # Not the seed itself: each resumed training would begin with the episodes of the first one.
             seeds = np.random.SeedSequence((model.seed, model.num_timesteps))
             venv.seed(draw_seed(np.random.default_rng(seeds)))
         _begin_episodes(model, venv)
@@ -209,7 +177,7 @@ def _restore_environments(model: ResumableModel, venv: VecEnv, tree: dict[str, A
 
 
 def _continue_tensorboard(model: ResumableModel, folder: str | None) -> bool:
-    """Write on into the folder of the interrupted run, unless the user moved its parent. :return: Whether it does."""
+    """Log to the folder of the interrupted run, unless ``tensorboard_log`` is another. Return whether it does."""
     if folder is None or model.tensorboard_log is None:
         return False
     if Path(folder).parent.resolve() != Path(model.tensorboard_log).resolve():
@@ -224,7 +192,7 @@ def _continue_tensorboard(model: ResumableModel, folder: str | None) -> bool:
 
 
 class _ContinuedTensorBoard(TensorBoardOutputFormat):
-    """SB3's writer; what the interrupted run wrote after its checkpoint is hidden, since it is written once more."""
+    """SB3's writer; it hides what the interrupted run wrote after its checkpoint, since that is written again."""
 
     def __init__(self, folder: str, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -242,15 +210,3 @@ def _warn_of_versions(saved: dict[str, str]) -> None:
     ]
     if changed:
         log.warning("Numbers may differ in their last digits, since versions have changed: %s.", ", ".join(changed))
-
-
-def _say(checkpoint: Checkpoint) -> None:
-    manifest = checkpoint.manifest
-    log.info(
-        "The training resumes from %s, at step %d of %d",
-        checkpoint.path,
-        manifest.num_timesteps,
-        manifest.total_timesteps,
-    )
-    for difference in told_once(manifest.differences):
-        log.warning("The training is not resumed exactly: %s", difference)

@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback, EventCallback
 
-from sb3_clipvf.checkpoint.callback_state import told_once
+from sb3_clipvf.checkpoint.callback_state import without_repeats
 from sb3_clipvf.checkpoint.errors import DamagedCheckpointError, NotACheckpointError
 from sb3_clipvf.checkpoint.file import file_bytes, read_manifest, sorted_checkpoints
 from sb3_clipvf.checkpoint.protocol import ResumableModel
@@ -29,38 +29,38 @@ from sb3_clipvf.files.atomic import atomic_write, remove_unfinished
 BEST_NAME = "best_checkpoint.zip"
 
 COPY_SHARE = 0.01
-"""The part of a training's time that may go into copies in memory, which signals save."""
+"""Share of a training's time that copies in memory, which signals save, may take."""
 
 
 class TrainingCheckpoint(BaseCallback):
     """
-    Write checkpoints from which ``ClipPPO.resume`` goes on as if the training had never been interrupted.
+    Write checkpoints from which ``ClipPPO.resume`` continues as if the training had never been interrupted.
 
-    A checkpoint holds the whole state of the training between two rollouts, in one file that is replaced at once or not
-    at all: ``checkpoint_<timesteps>.zip`` in the folder. It is also an SB3 model, for ``ClipPPO.load`` and the Zoo.
+    A checkpoint holds the whole state of the training between two rollouts in one file, replaced atomically:
+    ``checkpoint_<timesteps>.zip`` in the folder. It is also an SB3 model, for ``ClipPPO.load`` and the Zoo.
 
     One is written at the first end of an update at or after each multiple of ``every_timesteps``, and one at the end of
-    the training. What a resumed training will not repeat exactly is told once, when the first one is written. Let it be
-    the first callback of a list: what others do at the start of a rollout belongs to that rollout.
+    the training. The first one logs what a resumed training will not repeat exactly. Put this callback first in a list:
+    what others do at the start of a rollout belongs to that rollout.
 
     :param every_timesteps: Environment steps, over all environments, between two checkpoints.
-    :param path: Folder for the checkpoints of one training; made where it does not exist.
-    :param keep_last: How many of the newest checkpoints stay.
-    :param keep_best: Whether the checkpoint with the best mean return of the training's own episodes, over a full
-        window of ``stats_window_size`` of them, stays as ``best_checkpoint.zip``.
-    :param reset_envs: Whether all environments begin new episodes after each checkpoint, with seeds that the checkpoint
-        fixes, in this training and in the resumed one. So trainings are resumed exactly in environments whose state
-        cannot be saved, as long as a reset with a seed decides all that follows; episodes are cut off there. One more
+    :param path: Folder for the checkpoints of one training; it is created if it does not exist.
+    :param keep_last: Number of newest checkpoints to keep.
+    :param keep_best: Whether to keep the checkpoint with the best mean return of the training's own episodes, over a
+        full window of ``stats_window_size`` of them, as ``best_checkpoint.zip``.
+    :param reset_envs: Whether all environments begin new episodes after each checkpoint, with seeds from the
+        checkpoint, in this training and in the resumed one. It makes a resume exact if the environments' state cannot
+        be saved and a reset with a seed decides everything that follows. Running episodes are cut off. One more
         checkpoint is written at the start.
-    :param on_error: What comes of a checkpoint that cannot be written: "warn" logs an error and trains on, "raise" ends
-        the training. Earlier checkpoints stay in any case.
-    :param on_signal: Whether SIGTERM and SIGINT write a last checkpoint at once and end the process, with the exit code
-        143 or 130. It is that of the end of the last update, or of one shortly before: for it the state is copied in
-        memory, which takes at most a hundredth of the time. With ``reset_envs`` and environments whose state cannot be
-        saved, the last checkpoint is that of the last multiple.
+    :param on_error: What to do if a checkpoint cannot be written: "warn" logs an error and trains on, "raise" ends the
+        training. Earlier checkpoints stay in any case.
+    :param on_signal: Whether SIGTERM and SIGINT write a last checkpoint at once and end the process, with exit code 143
+        or 130. It holds the end of the last update or of one shortly before: its state is copied in memory, which takes
+        at most a hundredth of the time. With ``reset_envs`` and environments whose state cannot be saved, the last
+        checkpoint is that of the last multiple.
     :param verbose: 1: log each checkpoint at INFO level to the logger ``sb3_clipvf``.
-    :raises ValueError, TypeError: For values outside these rules; at the start of a new training, if the folder holds
-        checkpoints of another one.
+    :raises ValueError, TypeError: If an argument is outside these rules, or if the folder holds checkpoints of another
+        training when a new one starts.
     :raises OSError: While training, with ``on_error="raise"``.
     """
 
@@ -101,18 +101,17 @@ class TrainingCheckpoint(BaseCallback):
         self._build: dict[str, Any] = {}
         self._root: BaseCallback = self
         self._watch: SignalWatch | None = None
-        self._last: TrainingState | None = None
-        self._last_is_written = False
+        self._unwritten: TrainingState | None = None
         self._next_copy = 0.0
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
 
     # ------------------------------------------------------------------ state of this callback in a checkpoint
 
     def training_state(self) -> dict[str, Any]:
         """
-        Give the state of this callback.
+        Return the state of this callback.
 
-        :return: What :meth:`load_training_state` takes.
+        :return: Argument of :meth:`load_training_state`.
         """
         return {
             "generator": generator_state(self._generator),
@@ -125,7 +124,7 @@ class TrainingCheckpoint(BaseCallback):
         """
         Take over the state of the callback that wrote a checkpoint.
 
-        :param state: From :meth:`training_state`.
+        :param state: Result of :meth:`training_state`.
         """
         self._is_resumed = True
         ours = {"every_timesteps": self.every_timesteps, "reset_envs": self.reset_envs}
@@ -139,7 +138,7 @@ class TrainingCheckpoint(BaseCallback):
         if self.reset_envs:
             self._generator = generator_from(state["generator"])
             if self._generator is not None and state["is_reset"]:
-                draw_seed(self._generator)  # the seed by which `resume` has reset the environments
+                draw_seed(self._generator)  # `resume` has reset the environments with this seed
 
     # ------------------------------------------------------------------ events
 
@@ -152,7 +151,7 @@ class TrainingCheckpoint(BaseCallback):
         if isinstance(self.parent, EventCallback):
             raise ValueError(
                 f"`callback` must not be a TrainingCheckpoint, got one in {type(self.parent).__name__}. Pass it to "
-                "learn(callback=[...]) itself: it sees only there when a rollout begins."
+                "learn(callback=[...]) itself, which calls it at the start of each rollout."
             )
         check_folder("path", self.path, "Choose another one.")
 
@@ -165,24 +164,24 @@ class TrainingCheckpoint(BaseCallback):
         self._multiples = model.num_timesteps // self.every_timesteps
         if model._training_id is None or (model.num_timesteps == 0 and not self._is_resumed):
             model._training_id = uuid.uuid4().hex
-        self._look_into_folder()
+        self._scan_folder()
         if self.reset_envs and self._generator is None:
-            # The multiple 0: whenever the process ends, there is a checkpoint that is exact.
+            # The multiple 0: there is an exact checkpoint whenever the process ends.
             self._multiples = -1 if model.num_timesteps == 0 else self._multiples
             self._generator = np.random.default_rng(model.seed)
         if self.on_signal:
-            self._watch = SignalWatch(model, self.save_last)
-            self._watch = self._watch if self._watch.start() else None
+            watch = SignalWatch(model, self.save_last)
+            self._watch = watch if watch.start() else None
 
     def _on_rollout_start(self) -> None:
-        # Nothing of the next rollout has been drawn.
+        # Nothing has been drawn for the next rollout.
         multiples = self._model.num_timesteps // self.every_timesteps
         is_due = multiples > self._multiples
         self._multiples = multiples
         if is_due:
             self._save_and_reset()
         elif self._watch is not None and (self._is_exact or not self.reset_envs):
-            self._copy_where_time_allows()
+            self._copy_if_time_allows()
 
     def _on_step(self) -> bool:
         return True
@@ -191,10 +190,10 @@ class TrainingCheckpoint(BaseCallback):
         if self._watch is not None:
             self._watch.stop()
             self._watch = None
-        # The RL Zoo calls this again: after an error or a signal too, and where `learn` failed before it had a model.
+        # The RL Zoo calls this again, also after an error or a signal, and if `learn` failed before it had a model.
         if "model" in vars(self) and is_learning(self._model, inspect.currentframe()):
             self._save_and_reset()
-        self._last = None
+        self._unwritten = None
 
     # ------------------------------------------------------------------ saving
 
@@ -207,46 +206,46 @@ class TrainingCheckpoint(BaseCallback):
         generator = generator_state(self._generator) if is_reset else None
         return training_state(self._model, self._root, self._build, generator)
 
-    def _copy_where_time_allows(self) -> None:
-        # Any boundary will do for a resume; so short updates need not be copied one by one.
+    def _copy_if_time_allows(self) -> None:
+        # A resume may start at any update, so not every short one needs a copy.
         started = time.perf_counter()
         if started >= self._next_copy:
-            self._last, self._last_is_written = self._state(is_reset=False), False
+            self._unwritten = self._state(is_reset=False)
             now = time.perf_counter()
             self._next_copy = now + (now - started) / COPY_SHARE
 
     def _save_and_reset(self) -> None:
-        self._last, self._last_is_written = self._state(is_reset=self.reset_envs), False
-        self._write(self._last)
+        self._unwritten = self._state(is_reset=self.reset_envs)
+        self._write(self._unwritten)
         if self._generator is not None:
             reset_environments(self._model, self._generator)
 
     @property
     def newest(self) -> Path | None:
-        """The newest checkpoint of this training; None where there is none."""
+        """Newest checkpoint of this training, or None."""
         return self._kept[-1] if self._kept else None
 
     def save_last(self, reason: str, *, at_start: bool = True) -> None:
         """
-        Write the copy in memory of the last update where it is in no file, and log what ends the training.
+        Write the copy of the last update unless it is in a file, and log what ends the training.
 
         :param reason: What ends it.
-        :param at_start: Whether a copy from before the first step is worth a file.
+        :param at_start: Whether to write a copy from before the first step.
         :raises OSError: If it cannot be written, with ``on_error="raise"``.
         """
-        if self._last is not None and not self._last_is_written and (at_start or self._last.num_timesteps > 0):
-            self._write(self._last)
+        if self._unwritten is not None and (at_start or self._unwritten.num_timesteps > 0):
+            self._write(self._unwritten)
         log.warning("%s ends the training. Its last checkpoint: %s.", reason, self.newest or "none")
 
     def _write(self, state: TrainingState) -> None:
-        self._tell(state)
+        self._log_differences(state)
         path = self.path / f"checkpoint_{state.num_timesteps}.zip"
         try:
             content = file_bytes(state, self._serial + 1)
             with atomic_write(path) as file:
                 file.write(content)
             self._serial += 1
-            self._last_is_written = True
+            self._unwritten = None
             self._kept = [*(kept for kept in self._kept if kept != path), path]
             if self.keep_best and state.mean_return is not None and state.mean_return > self.best_mean_return:
                 with atomic_write(self.path / BEST_NAME) as file:
@@ -257,44 +256,38 @@ class TrainingCheckpoint(BaseCallback):
                 raise
             log.error("There is no checkpoint of step %d: %s", state.num_timesteps, error)
             return
-        self._remove_old()
+        for old in self._kept[: -self.keep_last]:
+            old.unlink(missing_ok=True)
+        self._kept = self._kept[-self.keep_last :]
         if self.verbose >= 1:
             log.info("Checkpoint of step %d written to %s (%d KiB)", state.num_timesteps, path, len(content) // 1024)
 
-    def _tell(self, state: TrainingState) -> None:
-        for difference in told_once(state.differences):
-            if difference not in self._told:
-                self._told.add(difference)
-                log.log(
-                    self.differences_level,
-                    "A resumed training will differ from one that was not interrupted: %s",
-                    difference,
-                )
+    def _log_differences(self, state: TrainingState) -> None:
+        for difference in without_repeats(state.differences):
+            if difference not in self._logged:
+                self._logged.add(difference)
+                text = "A resumed training will differ from one that was not interrupted: %s"
+                log.log(self.differences_level, text, difference)
 
-    def _remove_old(self) -> None:
-        for path in self._kept[: -self.keep_last]:
-            path.unlink(missing_ok=True)
-        self._kept = self._kept[-self.keep_last :]
-
-    def _look_into_folder(self) -> None:
-        """Find earlier checkpoints, which the serial numbers go on from, and remove what killed writes left."""
+    def _scan_folder(self) -> None:
+        """Find earlier checkpoints, to continue their serial numbers, and remove what killed writes left."""
         remove_unfinished(self.path, r"(best_)?checkpoint_?\d*\.zip|nonfinite_\d+\.npz")
         best = self.path / BEST_NAME
         manifests = {}
         for path in [*sorted_checkpoints(self.path), *([best] if best.exists() else [])]:
-            # What cannot be read stays: resume() tells of it.
+            # Unreadable files stay: resume() names them.
             with contextlib.suppress(DamagedCheckpointError, NotACheckpointError):
                 manifests[path] = read_manifest(path)
         others = [path.name for path, found in manifests.items() if found.training != self._model._training_id]
         if others:
             raise ValueError(
                 f"`path` must be a folder without checkpoints of another training, got {self.path} with "
-                f"{', '.join(others)}. Go on with that training by ClipPPO.resume, or choose another folder."
+                f"{', '.join(others)}. Continue that training by ClipPPO.resume, or choose another folder."
             )
         mean_return = manifests.pop(best).mean_return if best in manifests else None
         if mean_return is not None:
             self.best_mean_return = max(self.best_mean_return, mean_return)
         self._kept = list(manifests)
-        # `resume` has logged what earlier checkpoints say.
-        self._told.update(text for found in manifests.values() for text in found.differences)
+        # `resume` has logged the differences of earlier checkpoints.
+        self._logged.update(text for found in manifests.values() for text in found.differences)
         self._serial = max((found.serial for found in manifests.values()), default=0)

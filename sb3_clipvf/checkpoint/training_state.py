@@ -17,7 +17,7 @@ from sb3_clipvf.checkpoint.vec_env_state import vec_env_state
 from sb3_clipvf.files.codec import frozen
 
 OBSERVATIONS = ("_last_obs", "_last_episode_starts", "_last_original_obs")
-"""Where the next rollout starts; SB3's own file has it too, but its ``load`` drops it."""
+"""Where the next rollout starts; SB3's own file has it, too, but SB3's ``load`` drops it."""
 
 SPACES = ("action_space", "observation_space")
 """Spaces of a model, which have random generators of their own."""
@@ -26,17 +26,14 @@ SPACES = ("action_space", "observation_space")
 @dataclass(frozen=True)
 class TrainingState:
     """
-    The state of a training between two rollouts. It shares nothing with the training that can change.
+    The state of a training between two rollouts, which shares nothing that can change with the training.
 
     :param attributes: What SB3 saves of a model besides tensors.
     :param parameters: State dicts of networks and optimizers, by name.
     :param variables: Other tensors that SB3 saves.
     :param tree: Everything else.
-    :param differences: What will differ after a resume, and how to avoid it; empty where nothing will.
-    :param training: Random name of the training, which its checkpoints share.
-    :param num_timesteps: Environment steps so far.
-    :param total_timesteps: Environment steps at which the training ends.
-    :param mean_return: Mean return of the training's last episodes, return units; None without a full window of them.
+
+    The other fields are those of ``CheckpointManifest``.
     """
 
     attributes: dict[str, Any]
@@ -54,16 +51,16 @@ def training_state(
     model: ResumableModel, callback: BaseCallback, build: dict[str, Any], resets: dict[str, Any] | None
 ) -> TrainingState:
     """
-    Read the state of a training.
+    Return the state of a training between two rollouts.
 
-    :param model: Between two rollouts.
-    :param callback: What ``learn`` made of its argument.
-    :param build: From ``describe_vec_env`` of the model's environments.
-    :param resets: State of the generator that seeds the environments' reset right after this checkpoint; None: they go
-        on as they are.
-    :return: The state.
+    :param model: Model with its environments.
+    :param callback: Callback that ``learn`` made from its argument.
+    :param build: Description of the environments, from ``describe_vec_env``.
+    :param resets: State of the generator of seeds, if environments are reset right after this checkpoint.
     """
-    environments, differences = vec_env_state(_env(model))
+    if model.env is None:
+        raise ValueError("`env` must be set to save a training's state, got None. Call `set_env`.")
+    environments, differences = vec_env_state(model.env)
     callbacks, reasons = callback_states(callback)
     if resets is not None:
         differences = []
@@ -91,25 +88,14 @@ def training_state(
 
 
 def set_logger_state(model: ResumableModel, state: dict[str, Any]) -> None:
-    """
-    Put back what was recorded and not yet written.
-
-    :param model: With the logger of the training.
-    :param state: From a checkpoint.
-    """
+    """Put back what was recorded and not yet written."""
     model.logger.name_to_value.update(state["values"])
     model.logger.name_to_count.update(state["counts"])
     model.logger.name_to_excluded.update(state["excluded"])
 
 
-def _env(model: ResumableModel) -> Any:
-    if model.env is None:
-        raise ValueError("`env` must be set to save a training's state, got None. Call `set_env`.")
-    return model.env
-
-
 def _rounding(model: ResumableModel) -> list[str]:
-    """Where a library may round the same sums differently in another process."""
+    """Return a text if a library may round the same sums differently in another process."""
     if model.device.type != "cpu":
         return [
             f"Sums on the device {model.device} have no fixed order, so that weights may differ in their last digits."
@@ -123,14 +109,14 @@ def _rounding(model: ResumableModel) -> list[str]:
 
 
 def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Containers are copied, since the training goes on."""
+    """Copy containers, which the training goes on to change."""
     containers = (deque, list, dict, set, np.ndarray)
     return {name: copy.copy(value) if isinstance(value, containers) else value for name, value in attributes.items()}
 
 
 def _cloned(value: Any) -> Any:
     if isinstance(value, th.Tensor):
-        return value.detach().to("cpu", copy=True)  # `load` brings it to its device
+        return value.detach().to("cpu", copy=True)  # `load` moves it to its device
     if isinstance(value, dict):
         cloned = copy.copy(value)  # a state dict has its version in an attribute
         for key, item in value.items():
@@ -142,7 +128,7 @@ def _cloned(value: Any) -> Any:
 
 
 def _logger_state(model: ResumableModel) -> dict[str, Any]:
-    """What was recorded and not yet written: numbers and text, no pictures and videos."""
+    """Return what was recorded and not yet written: numbers and text, no images and videos."""
     logger = model.logger
     plain = (bool, int, float, str, np.generic)
     values = {name: value for name, value in logger.name_to_value.items() if isinstance(value, plain)}
@@ -155,6 +141,7 @@ def _logger_state(model: ResumableModel) -> dict[str, Any]:
 
 
 def _mean_return(model: ResumableModel) -> float | None:
+    """Return the mean return of a full window of episodes, None without one."""
     episodes = model.ep_info_buffer
     if episodes is None or len(episodes) != episodes.maxlen:
         return None

@@ -1,4 +1,4 @@
-"""The state of SB3's vectorised environments: layer by layer, from the outermost wrapper to the environments."""
+"""The state of vectorised environments: layer by layer, from the outermost wrapper to the single environments."""
 
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -10,15 +10,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv,
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
 
-from sb3_clipvf.checkpoint.env_state import (
-    describe,
-    environment_state,
-    given_state,
-    gives_state,
-    restore_environment,
-)
+from sb3_clipvf.checkpoint.env_state import describe_env, env_state, has_own_state, own_state, restore_env
 from sb3_clipvf.checkpoint.errors import EnvironmentMismatchError
-from sb3_clipvf.checkpoint.monitor_files import continue_file, file_state
+from sb3_clipvf.checkpoint.monitor_files import file_state, restore_file
 from sb3_clipvf.checkpoint.random_state import generator_from, generator_state
 from sb3_clipvf.checkpoint.state_attributes import VEC_WRAPPERS, read_attributes, write_attributes
 from sb3_clipvf.envs.gymnasium_vector import CartPoleVecEnv
@@ -27,28 +21,19 @@ from sb3_clipvf.envs.vector import BatchedVecEnv
 from sb3_clipvf.files.allowlist import full_name
 from sb3_clipvf.files.codec import frozen
 
-_CARTPOLE = ("state", "steps", "prev_done", "steps_beyond_terminated", "_np_random_seed")
-_STATISTICS = ("started_at", "returns", "lengths")
-# It gives what DummyVecEnv gives.
+# It steps as DummyVecEnv does, to the last bit.
 _SAME = {"sb3_clipvf.envs.dummy.FastDummyVecEnv": "DummyVecEnv"}
 
-_METHODS_HINT = (
-    "Give the class get_training_state() and set_training_state(). In a script, TrainingCheckpoint(..., "
-    "reset_envs=True) makes a resumed training exact."
-)
 _RESET_TEXT = "begin new episodes at a resume, with other random numbers"
+_RESET_HINT = "In a script, TrainingCheckpoint(..., reset_envs=True) makes a resumed training exact."
+_METHODS_HINT = f"Define get_training_state() and set_training_state() in the class. {_RESET_HINT}"
 
-# Whether the environments in other processes can be asked; asking costs a message to each of them.
-_REACHABLE: WeakKeyDictionary[VecEnv, bool] = WeakKeyDictionary()
+# Whether environments in other processes have the methods of ResumableEnv; asking costs a message to each of them.
+_RESUMABLE: WeakKeyDictionary[VecEnv, bool] = WeakKeyDictionary()
 
 
 def vec_env_state(venv: VecEnv) -> tuple[dict[str, Any], list[str]]:
-    """
-    Read the state of environments and of all their wrappers.
-
-    :param venv: The outermost wrapper.
-    :return: A tree; and for each class whose state cannot be read, what differs for it after a resume.
-    """
+    """Return the state of environments and all their wrappers, and a text for each class whose state is not known."""
     layers, differences = [], []
     for layer in _layers(venv):
         state, reasons = _layer_state(layer)
@@ -59,10 +44,9 @@ def vec_env_state(venv: VecEnv) -> tuple[dict[str, Any], list[str]]:
 
 def restore_vec_env(venv: VecEnv, state: dict[str, Any]) -> None:
     """
-    Put environments and all their wrappers into a state, as far as it is known.
+    Put environments with the same wrappers, which have been reset once, into what :func:`vec_env_state` returned.
 
-    :param venv: Built as those that were read, and reset once. Where the state is not exact, they must be reset after.
-    :param state: From :func:`vec_env_state`.
+    They must be reset afterwards if the state is not exact.
     """
     for layer, own in reversed(list(zip(_layers(venv), state["layers"], strict=True))):
         if own["given"] is not None:
@@ -76,7 +60,7 @@ def restore_vec_env(venv: VecEnv, state: dict[str, Any]) -> None:
         if own["stacks"] is not None and isinstance(layer, VecFrameStack):
             for stack, values in zip(_stacks(layer.stacked_obs), own["stacks"], strict=True):
                 stack.stacked_obs = values
-        continue_file(vars(layer).get("results_writer"), own["file"])
+        restore_file(vars(layer).get("results_writer"), own["file"])
         if own["environments"] is not None:
             _restore_environments(layer, own["environments"])
         if own["adapter"] is not None and isinstance(layer, BatchedVecEnv):
@@ -84,37 +68,24 @@ def restore_vec_env(venv: VecEnv, state: dict[str, Any]) -> None:
 
 
 def describe_vec_env(venv: VecEnv) -> dict[str, Any]:
-    """
-    Say how environments are built.
-
-    :param venv: The outermost wrapper.
-    :return: Number and classes; those of single environments only where they can be asked.
-    """
+    """Return the number of environments and the classes of all layers; of single environments only if accessible."""
     layers = _layers(venv)
     base = layers[-1]
     environments = None
     if isinstance(base, DummyVecEnv):
-        environments = [describe(env) for env in base.envs]
-    elif _is_reachable(base):
+        environments = [describe_env(env) for env in base.envs]
+    elif _is_resumable(base):
         environments = base.env_method("whole_description")
-    names = [_SAME.get(full_name(type(layer)), type(layer).__qualname__) for layer in layers]
-    inner = type(base.env.unwrapped).__qualname__ if isinstance(base, BatchedVecEnv) else None
     return {
         "n_envs": venv.num_envs,
-        "layers": names,
+        "layers": [_SAME.get(full_name(type(layer)), type(layer).__qualname__) for layer in layers],
         "environments": environments,
-        "inner": inner,
+        "inner": type(base.env.unwrapped).__qualname__ if isinstance(base, BatchedVecEnv) else None,
     }
 
 
 def check_same_build(saved: dict[str, Any], found: dict[str, Any]) -> None:
-    """
-    Refuse to go on in environments of another build.
-
-    :param saved: Of the checkpoint, from :func:`describe_vec_env`.
-    :param found: Of the environments at hand.
-    :raises EnvironmentMismatchError: If they differ.
-    """
+    """Raise if the description of environments differs from that in a checkpoint; see :func:`describe_vec_env`."""
     way_out = "Build them as they were built for the training."
     for name, what in (("n_envs", "environments"), ("layers", "classes of vectorised environments"), ("inner", "env")):
         if saved[name] != found[name]:
@@ -142,28 +113,21 @@ def _text(value: Any) -> str:
 
 
 def _layers(venv: VecEnv) -> list[Any]:
-    """List the layers, and last a simulator that the innermost one wraps without giving its state."""
+    """Return the layers, and last a simulator that the innermost one wraps without saving its state."""
     layers, simulator = vec_env_layers(venv), simulator_of(venv)
-    return layers if simulator is None or gives_state(layers[-1]) else [*layers, simulator]
+    return layers if simulator is None or has_own_state(layers[-1]) else [*layers, simulator]
 
 
 def _layer_state(layer: Any) -> tuple[dict[str, Any], list[str]]:
     name = full_name(type(layer))
-    state: dict[str, Any] = {
-        "attributes": {},
-        "given": None,
-        "obs_rms": None,
-        "stacks": None,
-        "file": None,
-        "environments": None,
-        "adapter": None,
-    }
-    if gives_state(layer):
-        state["given"], wrong = given_state(layer)
-        return state, [] if wrong is None else [f"{wrong} starts anew at a resume."]
+    state: dict[str, Any] = dict.fromkeys(("given", "obs_rms", "stacks", "file", "environments", "adapter"))
+    state["attributes"] = {}
+    if has_own_state(layer):
+        state["given"], wrong = own_state(layer)
+        return state, [] if wrong is None else [f"{wrong} starts again at a resume."]
     if isinstance(layer, VecEnvWrapper):
         if name not in VEC_WRAPPERS:
-            return state, [f"{name} does not tell its state, so that it starts anew at a resume. {_METHODS_HINT}"]
+            return state, [f"{name} does not provide its state, and starts again at a resume. {_METHODS_HINT}"]
         state["attributes"] = frozen(read_attributes(layer, VEC_WRAPPERS[name]), name)
         state["file"] = file_state(vars(layer).get("results_writer"))
         if isinstance(layer, VecNormalize) and layer.norm_obs:
@@ -172,24 +136,25 @@ def _layer_state(layer: Any) -> tuple[dict[str, Any], list[str]]:
             state["stacks"] = [stack.stacked_obs.copy() for stack in _stacks(layer.stacked_obs)]
         return state, []
     if not isinstance(layer, VecEnv):
-        return state, [_unreachable(layer)]
-    # Seeds that the next reset will use: environments that were built anew have them again.
-    state["attributes"] = frozen(read_attributes(layer, ("_seeds",)))
+        return state, [_inaccessible(layer)]
+    # Seeds that the next reset will use: new environments have those of their first reset instead.
+    state["attributes"] = frozen(read_attributes(layer, "_seeds"))
     if isinstance(layer, BatchedVecEnv):
-        return _adapter_state(layer, state)
+        state["adapter"], reasons = _adapter_state(layer)
+        return state, reasons
     if isinstance(layer, DummyVecEnv):
-        state["environments"] = [environment_state(env) for env in layer.envs]
-    elif _is_reachable(layer):
+        state["environments"] = [env_state(env) for env in layer.envs]
+    elif _is_resumable(layer):
         state["environments"] = layer.env_method("whole_state")
     else:
-        return state, [_unreachable(layer)]
+        return state, [_inaccessible(layer)]
     return state, _unknown(state["environments"])
 
 
-def _unreachable(layer: Any) -> str:
+def _inaccessible(layer: Any) -> str:
     if isinstance(layer, SubprocVecEnv):
         return (
-            f"Environments in other processes cannot be asked for their state: they {_RESET_TEXT}. Wrap them in "
+            f"The state of environments in other processes is not accessible: they {_RESET_TEXT}. Wrap them in "
             "ResumableEnv, as make_vec_env(..., wrapper_class=ResumableEnv) does, or pass reset_envs=True to "
             "TrainingCheckpoint."
         )
@@ -198,24 +163,23 @@ def _unreachable(layer: Any) -> str:
 
 def _unknown(environments: list[dict[str, Any]]) -> list[str]:
     names = sorted({name for environment in environments for name in environment["unknown"]})
-    return [f"{name} does not tell its state: the environments {_RESET_TEXT}. {_METHODS_HINT}" for name in names]
+    return [f"{name} does not provide its state: the environments {_RESET_TEXT}. {_METHODS_HINT}" for name in names]
 
 
-def _is_reachable(layer: VecEnv) -> bool:
+def _is_resumable(layer: VecEnv) -> bool:
     if not isinstance(layer, SubprocVecEnv):
         return False
-    if layer not in _REACHABLE:
-        # An attribute that is missing would end the process that is asked for it.
-        _REACHABLE[layer] = layer.has_attr("whole_state")
-    return _REACHABLE[layer]
+    if layer not in _RESUMABLE:
+        # Reading a missing attribute would end the process of the environment.
+        _RESUMABLE[layer] = layer.has_attr("whole_state")
+    return _RESUMABLE[layer]
 
 
 def _restore_environments(layer: VecEnv, states: list[dict[str, Any]]) -> None:
-    if isinstance(layer, DummyVecEnv):
-        for env, state in zip(layer.envs, states, strict=True):
-            restore_environment(env, state)
-    else:
-        for index, state in enumerate(states):
+    for index, state in enumerate(states):
+        if isinstance(layer, DummyVecEnv):
+            restore_env(layer.envs[index], state)
+        else:
             layer.env_method("set_whole_state", state, indices=[index])
 
 
@@ -238,39 +202,34 @@ def _stacks(stack: StackedObservations[Any]) -> list[StackedObservations[Any]]:
     return [stack] if inner is None else [part for key in inner for part in _stacks(inner[key])]
 
 
-def _adapter_state(layer: BatchedVecEnv, state: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _adapter_state(layer: BatchedVecEnv) -> tuple[dict[str, Any], list[str]]:
     env = layer.env
-    own: dict[str, Any] = {
-        "statistics": frozen(read_attributes(layer.statistics, _STATISTICS)),
+    state: dict[str, Any] = {
+        "statistics": frozen(read_attributes(layer.statistics, "started_at returns lengths")),
         "file": file_state(layer._writer),
         "cartpole": None,
         "sync": None,
     }
-    state["adapter"] = own
     if isinstance(layer, CartPoleVecEnv):
-        own["cartpole"] = frozen(read_attributes(env, _CARTPOLE))
-        own["generator"] = generator_state(env._np_random)
+        names = "state steps prev_done steps_beyond_terminated _np_random_seed"
+        state["cartpole"] = frozen(read_attributes(env, names))
+        state["generator"] = generator_state(env._np_random)
         return state, []
     if type(env) is SyncVectorEnv:
-        environments = [environment_state(part) for part in env.envs]
-        own["sync"] = {"environments": environments, "autoreset": env._autoreset_envs.copy()}
+        environments = [env_state(part) for part in env.envs]
+        state["sync"] = {"environments": environments, "autoreset": env._autoreset_envs.copy()}
         return state, _unknown(environments)
-    name = full_name(type(env.unwrapped))
-    reason = (
-        f"{name} cannot give back the state of its environments: they {_RESET_TEXT}. In a script, "
-        "TrainingCheckpoint(..., reset_envs=True) makes a resumed training exact."
-    )
-    return state, [reason]
+    return state, [f"Environments of {full_name(type(env.unwrapped))} {_RESET_TEXT}. {_RESET_HINT}"]
 
 
-def _restore_adapter(layer: BatchedVecEnv, own: dict[str, Any]) -> None:
+def _restore_adapter(layer: BatchedVecEnv, state: dict[str, Any]) -> None:
     env = layer.env
-    write_attributes(layer.statistics, own["statistics"])
-    continue_file(layer._writer, own["file"])
-    if own["cartpole"] is not None:
-        write_attributes(env, own["cartpole"])
-        env._np_random = generator_from(own["generator"])
-    if own["sync"] is not None:
-        env._autoreset_envs[:] = own["sync"]["autoreset"]
-        for part, part_state in zip(env.envs, own["sync"]["environments"], strict=True):
-            restore_environment(part, part_state)
+    write_attributes(layer.statistics, state["statistics"])
+    restore_file(layer._writer, state["file"])
+    if state["cartpole"] is not None:
+        write_attributes(env, state["cartpole"])
+        env._np_random = generator_from(state["generator"])
+    if state["sync"] is not None:
+        env._autoreset_envs[:] = state["sync"]["autoreset"]
+        for part, own in zip(env.envs, state["sync"]["environments"], strict=True):
+            restore_env(part, own)
