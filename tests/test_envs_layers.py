@@ -299,13 +299,20 @@ def test_they_are_evaluated(cls: type[EvalCallback], inner: str) -> None:
 @pytest.mark.parametrize(
     ("inner", "named"),
     [
-        ("simulator", ["Adapter does not provide its state", "Environments of test_envs_layers.Simulator"]),
-        ("wrapped", ["Passing does not provide its state", "Adapter does not provide its state", "Environments of test_envs_layers.Simulator"]),
+        ("simulator", ["Adapter does not provide", "Environments of test_envs_layers.Simulator"]),
+        (
+            "wrapped",
+            [
+                "Passing does not provide",
+                "Adapter does not provide its state",
+                "Environments of test_envs_layers.Simulator",
+            ],
+        ),
         ("robots", ["Environments of test_envs_layers.Robots"]),
         ("headless", ["Environments of test_envs_layers.Headless"]),
-        ("gymnasium", ["OfVectors does not provide its state", "Environments of gymnasium.vector.sync_vector_env.SyncVectorEnv"]),
-        ("envpool", ["OfVectors does not provide its state", "PendulumGymnasiumEnvPool begin new episodes"]),
-        ("no constructor", ["WithoutInit does not provide its state", "Environments of test_envs_layers.Slotted"]),
+        ("gymnasium", ["OfVectors does not provide", "Environments of gymnasium.vector.sync_vector_env.SyncVectorEnv"]),
+        ("envpool", ["OfVectors does not provide", "PendulumGymnasiumEnvPool begin new episodes"]),
+        ("no constructor", ["WithoutInit does not provide", "Environments of test_envs_layers.Slotted"]),
         ("no dict", ["Environments of test_envs_layers.Slotted"]),
     ],
 )

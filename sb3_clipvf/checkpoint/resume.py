@@ -81,12 +81,8 @@ def resume(
         held_horizon=manifest.total_timesteps if holds_horizon else None,
         has_own_logger=has_own_logger,
     )
-    log.info(
-        "The training resumes from %s, at step %d of %d",
-        checkpoint.path,
-        manifest.num_timesteps,
-        manifest.total_timesteps,
-    )
+    text = "The training resumes from %s, at step %d of %d"
+    log.info(text, checkpoint.path, manifest.num_timesteps, manifest.total_timesteps)
     for difference in without_repeats(manifest.differences):
         log.warning("The training is not resumed exactly: %s", difference)
     return model
