@@ -1,8 +1,8 @@
 """
 The console command ``sb3-clipvf``: the RL Zoo's own sub-commands with ClipPPO registered as ``clipppo``.
 
-The Zoo does the work; this module registers the algorithm, puts in what a user of ClipPPO would have to type each time,
-and turns input errors into one line.
+The Zoo does the work. This module runs its scripts with the options, defaults and patches of this package, and reports
+errors of input in one line.
 """
 
 import difflib
@@ -10,59 +10,30 @@ import importlib
 import os
 import runpy
 import sys
-from collections.abc import Callable, Sequence
+from argparse import ArgumentParser
+from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from importlib.resources import files
-from pathlib import Path
 
+from sb3_clipvf import __version__
 from sb3_clipvf.files.trust import TRUST_VARIABLE
-from sb3_clipvf.zoo.defaults import ALGORITHM, COMMANDS, Command
-from sb3_clipvf.zoo.hub import explained_listing, own_model_card
-from sb3_clipvf.zoo.parsing import Default, checked_parsing, option_value, quote_schedules, with_defaults
-from sb3_clipvf.zoo.process import (
-    explain,
-    ffmpeg_on_path,
-    figures_to_files,
-    has_display,
-    importable_working_folder,
-    own_subprocesses,
-    patched_argv,
-    patched_environment,
-)
+from sb3_clipvf.zoo.defaults import COMMANDS, Command
+from sb3_clipvf.zoo.errors import input_error
+from sb3_clipvf.zoo.parsing import add_trust_option, next_parser
+from sb3_clipvf.zoo.patching import replaced
+from sb3_clipvf.zoo.process import ffmpeg_on_path, figures_to_files, has_display, own_subprocesses, patched_environment
 from sb3_clipvf.zoo.registration import register
 
 PROGRAM = "sb3-clipvf"
-
-TRUST_OPTION = "--trust-pickle"
-
-_HELP = "sb3-clipvf adds to the options below:"
-_TRAIN_HELP = """\
-  --vec-env {gymnasium,envpool,ale}
-                        Training environments that step together: Gymnasium's,
-                        EnvPool's, or ale-py's (Atari games)
-  --checkpoint-freq CHECKPOINT_FREQ
-                        Environment steps between two checkpoints of the whole
-                        training of clipppo (default: 100000; -1: none)
-  --resume PATH         Resume the run of this folder, or of this checkpoint,
-                        as if it had not been interrupted
-"""
-_TRUST_HELP = """\
-  --trust-pickle        Let the files of models, statistics and settings that
-                        are loaded run any code; without it such are refused
-"""
-
-# Those that look for the model of one run.
-_FINDING = ("enjoy", "report", "record_video", "record_training", "push_to_hub")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """
     Run one sub-command in this process.
 
-    An error of input, one raised by this package, the RL Zoo, Stable-Baselines3 or Gymnasium about what the user gave,
-    becomes one line on stderr; with ``SB3_CLIPVF_TRACEBACK=1`` it comes with its traceback, as any other error does,
-    those of a training that had begun included, with their notes.
+    An error about the user's input becomes one line on stderr. With ``SB3_CLIPVF_TRACEBACK=1`` it is raised, as any
+    other error is. An error of a training that has begun is always raised, with its notes.
 
     :param argv: Sub-command and its options; None takes the process's own.
     :return: Exit code: 0 for success, 2 for an error of input, else the sub-command's own.
@@ -73,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments[0] == "--version":
         versions = [f"{name} {version(name)}" for name in ("stable_baselines3", "rl_zoo3", "torch")]
-        sys.stdout.write(f"sb3_clipvf {_own_version()} ({', '.join(versions)})\n")
+        sys.stdout.write(f"sb3_clipvf {__version__} ({', '.join(versions)})\n")
         return 0
     name, *options = arguments
     if name not in COMMANDS:
@@ -82,11 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{PROGRAM}: `{name}` is not one of its sub-commands. {hint}\n")
         return 2
     try:
-        return run_command(name, options)
+        code = run_command(name, options)
+        sys.stdout.flush()
+        return code
     except SystemExit as stop:
         return _exit_code(stop)
     except Exception as error:
-        message = explain(error)
+        if _is_closed_output(error):
+            return 141  # as a command that SIGPIPE ends
+        message = input_error(error)
         if message is None or os.environ.get("SB3_CLIPVF_TRACEBACK") == "1":
             raise
         sys.stderr.write(f"{PROGRAM} {name}: {message}\n(SB3_CLIPVF_TRACEBACK=1 shows where.)\n")
@@ -94,11 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def overview() -> str:
-    """
-    Describe the command.
-
-    :return: Text of ``--help``.
-    """
+    """Return the text of ``--help``."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
@@ -120,72 +91,19 @@ def overview() -> str:
 
 
 def run_command(name: str, options: Sequence[str]) -> int:
-    """
-    Run one sub-command, with the options completed and ``sys.argv`` set for it while it runs.
-
-    :param name: Key of ``COMMANDS``.
-    :param options: What the user gave after it.
-    :return: Exit code.
-    :raises ValueError: If something the sub-command needs is missing.
-    """
+    """Run one sub-command and return its exit code."""
     command = COMMANDS[name]
-    if not (command.loads and TRUST_OPTION in options):
-        return _run(name, command, options)
-    with patched_environment({TRUST_VARIABLE: "1"}, replace=True):
-        return _run(name, command, [option for option in options if option != TRUST_OPTION])
-
-
-def _run(name: str, command: Command, options: Sequence[str]) -> int:
     module, _, function = command.target.partition(":")
-    asks_for_help = not {"-h", "--help"}.isdisjoint(options)
-    if asks_for_help and command.loads:
-        sys.stdout.write(f"{_HELP}\n{_TRAIN_HELP if name == 'train' else ''}{_TRUST_HELP}\n")
-    finds_model = name in _FINDING and not asks_for_help
-    if module.startswith("sb3_clipvf."):
-        with ExitStack() as stack:
-            stack.enter_context(importable_working_folder())
-            stack.enter_context(checked_parsing(f"{PROGRAM} {name}"))
-            if finds_model:
-                _find_own_models(stack, name)
-            return _own_main(module, function)(list(options))
-    display = has_display()
-    arguments = with_defaults(quote_schedules(options), command.defaults)
-    if name == "enjoy" and not display and not asks_for_help and option_value(arguments, None, "--no-render") is None:
-        sys.stdout.write(f"No display: running with --no-render. `{PROGRAM} record_video` makes a video.\n")
-        arguments = with_defaults(arguments, (Default(None, "--no-render", None),))
     with ExitStack() as stack:
-        # Before settings are read: whether a module may be imported depends on where it would be found.
-        stack.enter_context(importable_working_folder())
-        if not display:
-            stack.enter_context(patched_environment(_without_display(command)))
-            if command.plots:
-                stack.enter_context(figures_to_files(name))
-        if name == "train" and not asks_for_help:
-            from sb3_clipvf.zoo.options import own_train_options  # imports torch
-
-            own = stack.enter_context(own_train_options(arguments))
-            if own is None:
-                return 0
-            arguments = own
-        if not asks_for_help:
-            _check(name, command, arguments)
-        register()
-        # These import torch, as register() does.
-        from sb3_clipvf.zoo.checks import checked_options
-        from sb3_clipvf.zoo.run_files import checked_files
-
-        stack.enter_context(checked_options(f"{PROGRAM} {name}", name, finds_run=finds_model))
-        stack.enter_context(checked_files(plots=name == "plot_from_file"))
-        if finds_model or name == "benchmark":
-            _find_own_models(stack, name)
-        if command.encodes:
-            stack.enter_context(ffmpeg_on_path())
-        if name == "benchmark":
-            stack.enter_context(explained_listing())
-        if name == "push_to_hub":
-            stack.enter_context(own_model_card(ALGORITHM))
-        stack.enter_context(patched_argv([f"{PROGRAM} {name}", *arguments]))
-        stack.enter_context(own_subprocesses())
+        if command.loads:
+            options = _take_trust_option(stack, options)
+        # As `python -m` does, but behind installed modules. Whether settings may import a module depends on its place.
+        stack.enter_context(replaced(sys, "path", [*sys.path, os.getcwd()]))
+        if module.startswith("sb3_clipvf."):
+            stack.enter_context(next_parser(f"{PROGRAM} {name}", add_trust_option if command.loads else None))
+            return int(getattr(importlib.import_module(module), function)(list(options)))
+        _enter_contexts(stack, name, command)
+        stack.enter_context(replaced(sys, "argv", [f"{PROGRAM} {name}", *options]))
         if function:
             getattr(importlib.import_module(module), function)()
         else:
@@ -194,41 +112,42 @@ def _run(name: str, command: Command, options: Sequence[str]) -> int:
     return 0
 
 
-def _find_own_models(stack: ExitStack, name: str) -> None:
-    from sb3_clipvf.zoo.models import own_models  # imports torch
+def _take_trust_option(stack: ExitStack, options: Sequence[str]) -> list[str]:
+    """Trust all files where ``--trust-pickle`` is given, and return the other options."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    add_trust_option(parser)
+    trust, others = parser.parse_known_args(options)
+    if vars(trust):
+        stack.enter_context(patched_environment({TRUST_VARIABLE: "1"}, replace=True))
+    return others
 
-    stack.enter_context(own_models(name))
 
+def _enter_contexts(stack: ExitStack, name: str, command: Command) -> None:
+    """Enter what a script of the Zoo needs to know ClipPPO and its runs, and to do without a display."""
+    if not has_display():
+        # MuJoCo fails at import where EGL is chosen and missing: choose it only where environments are drawn.
+        drivers = {"MPLBACKEND": "Agg"} | ({"MUJOCO_GL": "egl"} if command.renders else {})
+        stack.enter_context(patched_environment(drivers))
+        if command.plots:
+            stack.enter_context(figures_to_files(name))
+    register()
+    # These import torch, as `register` does.
+    from sb3_clipvf.zoo.hub import explained_listing, own_model_card
+    from sb3_clipvf.zoo.models import own_models
+    from sb3_clipvf.zoo.options import command_options
+    from sb3_clipvf.zoo.run_files import checked_files
 
-def _without_display(command: Command) -> dict[str, str]:
-    # MuJoCo fails at import where EGL is chosen and missing: choose it only where something will be drawn.
-    return {"MPLBACKEND": "Agg"} | ({"MUJOCO_GL": "egl"} if command.renders else {})
-
-
-def _check(name: str, command: Command, arguments: Sequence[str]) -> None:
-    for short, long in command.required:
-        if option_value(arguments, short, long) is None:
-            raise ValueError(f"`{long}` must be given, got none. See `{PROGRAM} {name} --help`.")
+    stack.enter_context(command_options(name))
+    stack.enter_context(checked_files(plots=name == "plot_from_file"))
+    if command.finds_model or name == "benchmark":
+        stack.enter_context(own_models())
+    if command.encodes:
+        stack.enter_context(ffmpeg_on_path())
     if name == "benchmark":
-        log_dir = Path(option_value(arguments, None, "--log-dir") or "logs")
-        if not log_dir.is_dir():
-            raise ValueError(
-                f"`--log-dir` must be a folder of trained agents, got {str(log_dir)!r}, which does not exist. Train "
-                f"one with `{PROGRAM} train --env CartPole-v1`, or name another folder."
-            )
-        # The Zoo writes its table there even if it evaluated nothing.
-        Path(option_value(arguments, None, "--benchmark-dir") or "logs/benchmark").mkdir(parents=True, exist_ok=True)
-
-
-def _own_main(module: str, function: str) -> Callable[[list[str]], int]:
-    main_function: Callable[[list[str]], int] = getattr(importlib.import_module(module), function)
-    return main_function
-
-
-def _own_version() -> str:
-    import sb3_clipvf
-
-    return str(sb3_clipvf.__version__)
+        stack.enter_context(explained_listing())
+    if name == "push_to_hub":
+        stack.enter_context(own_model_card())
+    stack.enter_context(own_subprocesses())
 
 
 def _exit_code(stop: SystemExit) -> int:
@@ -236,3 +155,16 @@ def _exit_code(stop: SystemExit) -> int:
         return stop.code or 0
     sys.stderr.write(f"{stop.code}\n")
     return 1
+
+
+def _is_closed_output(error: Exception) -> bool:
+    """Return whether the reader of stdout has gone, as ``head`` does, and drop the rest of the output then."""
+    if not isinstance(error, BrokenPipeError) or getattr(error, "__notes__", None):
+        return False
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes it again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False  # another pipe, as that of an environment's process

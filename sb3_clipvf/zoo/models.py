@@ -4,17 +4,17 @@ Which run and model a command takes, and which statistics of ``VecNormalize`` be
 The Zoo finds no checkpoints of ClipPPO, and normalises every model by the statistics of the run's last one.
 """
 
-import importlib
 import re
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 from huggingface_sb3 import EnvironmentName, ModelName
+from rl_zoo3 import utils
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_clipvf.callbacks import BEST_MODEL
@@ -26,7 +26,8 @@ from sb3_clipvf.files.archive import entries_of, read_bytes
 from sb3_clipvf.files.statistics import STATISTICS_FILE, load_vec_normalize
 from sb3_clipvf.zoo.defaults import ALGORITHM
 from sb3_clipvf.zoo.entries import counted, drop_null
-from sb3_clipvf.zoo.run_files import read_settings, replaced
+from sb3_clipvf.zoo.patching import patched
+from sb3_clipvf.zoo.run_files import read_settings
 from sb3_clipvf.zoo.runs import CHECKPOINTS, choose_run
 from sb3_clipvf.zoo.settings import import_packages
 
@@ -69,11 +70,8 @@ def has_model(env_name: str, options: Namespace) -> Callable[[Path], bool]:
 
 
 @contextmanager
-def own_models(command: str) -> Iterator[None]:
-    """Make the RL Zoo's ``command`` find ClipPPO's checkpoints and build the environments of the training."""
-    import rl_zoo3
-    from rl_zoo3 import utils
-
+def own_models() -> Iterator[None]:
+    """Make the RL Zoo's commands find ClipPPO's checkpoints and build the environments of the training."""
     zoo_path, zoo_hyperparams, zoo_env = utils.get_model_path, utils.get_saved_hyperparams, utils.create_test_env
     chosen: Path | None = None
 
@@ -95,14 +93,12 @@ def own_models(command: str) -> Iterator[None]:
     def create_test_env(*args: Any, **kwargs: Any) -> VecEnv:
         return make_test_env(zoo_env, chosen, *args, **kwargs)
 
-    with ExitStack() as stack:
-        stack.enter_context(replaced(utils, "get_latest_run_id", _latest_run_id))
-        # These modules may have imported the functions already.
-        owners = [utils, rl_zoo3, *([importlib.import_module("rl_zoo3.enjoy")] if command == "enjoy" else [])]
-        for owner in owners:
-            for function in (get_model_path, get_saved_hyperparams, create_test_env):
-                if function.__name__ in vars(owner):
-                    stack.enter_context(replaced(owner, function.__name__, function))
+    with patched(
+        latest_run=_latest_run_id,
+        model_path=get_model_path,
+        saved_settings=get_saved_hyperparams,
+        test_env=create_test_env,
+    ):
         yield
 
 
@@ -141,7 +137,7 @@ def make_test_env(
         return create(*args, stats_path=stats_path, **arguments)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, STATISTICS_FILE).touch()  # the Zoo checks that the file exists
-        with replaced(VecNormalize, "load", staticmethod(lambda _, venv: load_normalizer(model, venv))):
+        with patched(load_statistics=staticmethod(lambda _, venv: load_normalizer(model, venv))):
             return create(*args, stats_path=folder, **arguments)
 
 

@@ -1,84 +1,232 @@
-"""Options of ``sb3-clipvf train`` that the RL Zoo does not have: what the experiment manager does by them."""
+"""Options of the sub-commands: those that this package adds, its defaults, and checks of all values."""
 
-import difflib
+import re
 import sys
-from argparse import ArgumentTypeError
-from collections.abc import Iterator
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
-from sb3_clipvf.zoo.defaults import ALGORITHM
-from sb3_clipvf.zoo.parsing import option_value, whole_number, without_option
+from rl_zoo3 import utils
+
+from sb3_clipvf.common.validation import check_device, check_folder, check_int
+from sb3_clipvf.zoo.defaults import ALGORITHM, COMMANDS
+from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
+from sb3_clipvf.zoo.models import choose_run_of_options
+from sb3_clipvf.zoo.parsing import add_trust_option, next_parser, option_name, whole_number
+from sb3_clipvf.zoo.plot_checks import check_all_plots, check_plot_from_file, check_plot_train
+from sb3_clipvf.zoo.process import has_display
+from sb3_clipvf.zoo.resume import resumed_run
+from sb3_clipvf.zoo.runs import RunId
+from sb3_clipvf.zoo.settings import import_packages
+from sb3_clipvf.zoo.vec_env import VEC_ENVS
 
 CHECKPOINT_FREQ = 100_000
-"""Environment steps between two checkpoints, where the command line says nothing."""
+"""Environment steps between two checkpoints by default."""
+
+_COUNTED = {
+    "episode_window": "episodes",
+    "eval_episodes": "episodes",
+    "max_total_trials": "trials",
+    "n_envs": "environments",
+    "n_eval_envs": "environments",
+    "n_evaluations": "evaluations",
+    "n_jobs": "threads",
+    "n_trials": "trials",
+}
+_FOLDERS = ("benchmark_dir", "log_folder", "optimization_log_path", "output_folder", "reward_log", "tensorboard_log")
+_LARGEST_SEED = 2**32 - 1
+
+_PAIR = re.compile(r"(\w+):(.+)", re.DOTALL)
+_SCHEDULE = re.compile(r"(?:lin|cos|exp|const)_[\d.eE+-]+")
+_CONSTANTS = {"true": "True", "false": "False", "none": "None", "null": "None"}
 
 
 @contextmanager
-def own_train_options(arguments: list[str]) -> Iterator[list[str] | None]:
-    """
-    Make the experiment manager follow the package's own options of ``train`` in the context.
-
-    :param arguments: The whole command line.
-    :return: Context manager giving the Zoo's part of it, or None where there is nothing to train.
-    :raises ValueError: If a value is none of its option's.
-    """
-    from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
-
-    run = None
-    path = option_value(arguments, None, "--resume")
-    if path is not None:
-        from sb3_clipvf.zoo.resume import resumed_run
-
-        run, arguments = resumed_run(path, without_option(arguments, "--resume", least=len("--r")))
-        if run.is_complete:
-            sys.stdout.write(
-                f"{run.folder} is complete, with {run.num_timesteps} steps: nothing is left to train. `-n` with more "
-                "steps would go on.\n"
-            )
-            yield None
-            return
+def command_options(name: str) -> Iterator[None]:
+    """Make the parser that parses next that of a sub-command: with this package's options, defaults and checks."""
     manager = ClipPPOExperimentManager
-    vec_env, arguments = _vec_env(arguments)
-    freq, arguments = _checkpoint_freq(arguments)
-    manager.vec_env, manager.checkpoint_freq, manager.resumed = vec_env, freq, run
+
+    def finish(parse_args: Callable[..., Namespace], options: Namespace) -> Namespace:
+        if name == "train":
+            options = _train_options(parse_args, options)
+        if name in _CHECKS:
+            _CHECKS[name](options)
+        check_options(options)
+        if COMMANDS[name].finds_model:
+            choose_run_of_options(options)
+        return options
+
     try:
-        yield arguments
+        with next_parser(f"sb3-clipvf {name}", lambda parser: _prepare(parser, name), finish):
+            yield
     finally:
         manager.vec_env, manager.checkpoint_freq, manager.resumed = None, -1, None
 
 
-def _vec_env(arguments: list[str]) -> tuple[str | None, list[str]]:
-    chosen = option_value(arguments, None, "--vec-env")
-    if chosen is None or chosen in ("dummy", "subproc"):
-        return None, arguments
-    from sb3_clipvf.zoo.vec_env import VEC_ENVS
+def _prepare(parser: ArgumentParser, name: str) -> None:
+    """Set the defaults of a sub-command and add its own options."""
+    command = COMMANDS[name]
+    for action in parser._actions:
+        if action.dest in command.defaults:
+            action.default, action.required = command.defaults[action.dest], False
+        if action.dest == command.required:
+            action.required = True
+        if action.dest == "exp_id" and command.finds_model:
+            action.type = RunId.parse
+        if isinstance(action, utils.StoreDict):
+            action.__class__ = StorePairs
+        if action.dest == "vec_env":
+            action.choices = [*(action.choices or ()), *VEC_ENVS]
+            action.help = "Training environments; those of gymnasium, envpool and ale-py (Atari games) step together"
+    if name == "train":
+        parser.add_argument(
+            "--checkpoint-freq",
+            type=whole_number,
+            help="Environment steps between two checkpoints of the whole training of clipppo "
+            f"(default: {CHECKPOINT_FREQ}; -1: none)",
+        )
+        parser.add_argument(
+            "--resume",
+            metavar="PATH",
+            help="Resume the run of this folder, or of this checkpoint, as if it had not been interrupted",
+        )
+    if command.loads:
+        add_trust_option(parser)
 
-    if chosen not in VEC_ENVS:
-        names = ", ".join(("dummy", "subproc", *VEC_ENVS))
-        near = difflib.get_close_matches(chosen, names.split(", "), n=1)
-        hint = f"Did you mean `{near[0]}`?" if near else "`dummy` is the default."
-        raise ValueError(f"`--vec-env` must be one of {names}, got {chosen!r}. {hint}")
-    # --v and --ve could be --verbose as well.
-    return chosen, without_option(arguments, "--vec-env", least=len("--vec"))
 
-
-def _checkpoint_freq(arguments: list[str]) -> tuple[int, list[str]]:
-    least = len("--ch")  # --c could be --conf-file as well
-    value = option_value(arguments, None, "--checkpoint-freq", least)
-    if value is None:
-        return CHECKPOINT_FREQ, arguments
-    try:
-        freq = whole_number(value)
-    except ArgumentTypeError as error:
-        raise ValueError(
-            f"`--checkpoint-freq` {error}. It counts environment steps; -1 writes no checkpoints."
-        ) from None
-    algo = option_value(arguments, None, "--algo")
-    searches = any(token == "-optimize" or token.startswith("--optimize") for token in arguments)
-    if freq > 0 and (algo != ALGORITHM or searches):
-        what = "a search of hyperparameters" if searches else f"--algo {algo}"
+def _train_options(parse_args: Callable[..., Namespace], options: Namespace) -> Namespace:
+    """Pass this package's options of ``train`` to the experiment manager, and return the Zoo's."""
+    manager = ClipPPOExperimentManager
+    if options.resume is not None:
+        manager.resumed, arguments = resumed_run(options.resume, sys.argv[1:])
+        if manager.resumed.is_complete:
+            sys.stdout.write(
+                f"{manager.resumed.folder} is complete, with {manager.resumed.num_timesteps} steps: nothing is left to "
+                "train. `-n` with more steps continues it.\n"
+            )
+            raise SystemExit
+        options = parse_args(arguments)
+    freq = options.checkpoint_freq
+    if freq is not None and freq > 0 and (options.algo != ALGORITHM or options.optimize_hyperparameters):
+        what = "a search of hyperparameters" if options.optimize_hyperparameters else f"--algo {options.algo}"
         raise ValueError(
             f"`--checkpoint-freq` must be left out with {what}, got {freq}: whole trainings of {ALGORITHM} are "
             "checkpointed. `--save-freq` saves models of every algorithm."
         )
-    return freq, without_option(arguments, "--checkpoint-freq", least)
+    manager.checkpoint_freq = CHECKPOINT_FREQ if freq is None else freq
+    if options.vec_env in VEC_ENVS:
+        manager.vec_env, options.vec_env = options.vec_env, "dummy"
+    del options.resume, options.checkpoint_freq
+    return options
+
+
+class StorePairs(utils.StoreDict):
+    """
+    Store pairs ``key:value`` whose values are Python or schedules, as ``clip_range:lin_0.2``.
+
+    Unlike the RL Zoo's action, it names a wrong pair, and adds up the pairs of a repeated option.
+    """
+
+    def __call__(
+        self,
+        parser: ArgumentParser,
+        namespace: Namespace,
+        values: Sequence[str] | str | None,
+        option_string: str | None = None,
+    ) -> None:
+        """Store the pairs."""
+        pairs = dict(getattr(namespace, self.dest) or {})
+        for text in values or ():
+            key, value = _pair(option_string or self.option_strings[-1], text)
+            pairs[key] = value
+        setattr(namespace, self.dest, pairs)
+
+
+def _pair(option: str, text: str) -> tuple[str, Any]:
+    match = _PAIR.fullmatch(text)
+    if match is None:
+        way_out = f"Write `{text.replace('=', ':', 1)}`." if re.match(r"\w+=.", text) else "Write `key:value`."
+        raise ValueError(f"`{option}` must be pairs of key and value with a colon, got {text!r}. {way_out}")
+    key, value = match.groups()
+    if _SCHEDULE.fullmatch(value):
+        return key, value
+    try:
+        return key, eval(value, dict(vars(utils)))  # as the Zoo does, with what it has imported
+    except Exception as error:
+        way_out = f"Text needs quotes of its own, inside those of the shell: \"{key}:'{value}'\"."
+        if value.lower() in _CONSTANTS:
+            way_out = f"Write `{key}:{_CONSTANTS[value.lower()]}`."
+        raise ValueError(
+            f"`{option}` must have Python as values, got {text!r}: {type(error).__name__}: {error}. {way_out}"
+        ) from error
+
+
+def check_options(options: Namespace) -> None:
+    """Check values of options that the RL Zoo does not check, or with an error that does not name the option."""
+    given = vars(options)
+    for name, counted in _COUNTED.items():
+        if given.get(name) is not None:
+            check_int(option_name(name), given[name], 1, f"Pass a number of {counted}.")
+    if given.get("n_timesteps", -1) != -1:
+        check_int("--n-timesteps", given["n_timesteps"], 1, "Pass a number of environment steps.")
+    if given.get("num_threads", -1) != -1:
+        check_int("--num-threads", given["num_threads"], 1, "Leave it out for PyTorch's own number.")
+    if "seed" in given:
+        # `train` draws a seed itself if it is negative.
+        lowest = -_LARGEST_SEED if "trained_agent" in given else 0
+        check_int("--seed", given["seed"], lowest, "Leave it out for the default.", _LARGEST_SEED)
+    if given.get("log_interval") == 0:
+        raise ValueError(
+            "`--log-interval` must not be 0, got 0. Pass the number of updates between two logs, -1 for the default, "
+            "or -2 for no log."
+        )
+    if given.get("log_folder") == "":
+        raise ValueError("`--log-folder` must be a folder, got ''. `.` is the working folder.")
+    if "device" in given and given.get("algo") != ALGORITHM:  # ClipPPO checks its own
+        check_device(given["device"])
+    _check_study(given)
+    for name in _FOLDERS:
+        if given.get(name):
+            check_folder(option_name(name), given[name], "Name another one.")
+    import_packages(given.get("gym_packages"), "--gym-packages")
+
+
+def _check_study(given: dict[str, Any]) -> None:
+    """Raise for a study that is neither searched nor read: the Zoo would ignore it."""
+    if "trial_id" not in given or given.get("optimize_hyperparameters"):
+        return
+    parts = {name: given.get(name) for name in ("storage", "study_name", "trial_id")}
+    missing = [option_name(name) for name, value in parts.items() if value is None]
+    if missing and len(missing) < len(parts):
+        named = next(option_name(name) for name, value in parts.items() if value is not None)
+        raise ValueError(
+            f"`{missing[0]}` must be given with `{named}`, got none. `--storage`, `--study-name` and `--trial-id` "
+            "together train with the settings of a trial; `-optimize` searches."
+        )
+
+
+def _check_enjoy(options: Namespace) -> None:
+    if not (options.no_render or has_display()):
+        sys.stdout.write("No display: running with --no-render. `sb3-clipvf record_video` makes a video.\n")
+        options.no_render = True
+
+
+def _check_benchmark(options: Namespace) -> None:
+    if not Path(options.log_dir).is_dir():
+        raise ValueError(
+            f"`--log-dir` must be a folder of trained agents, got {options.log_dir!r}, which does not exist. Train one "
+            "with `sb3-clipvf train --env CartPole-v1`, or name another folder."
+        )
+    # The Zoo writes its table there even if it evaluated nothing.
+    Path(options.benchmark_dir).mkdir(parents=True, exist_ok=True)
+
+
+_CHECKS: dict[str, Callable[[Namespace], None]] = {
+    "all_plots": check_all_plots,
+    "benchmark": _check_benchmark,
+    "enjoy": _check_enjoy,
+    "plot_from_file": check_plot_from_file,
+    "plot_train": check_plot_train,
+}

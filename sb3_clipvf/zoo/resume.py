@@ -57,7 +57,7 @@ def resumed_run(path: str, options: Sequence[str]) -> tuple[ResumedRun, list[str
     """
     Find the run of a run's folder, its folder of checkpoints, or one of these.
 
-    Return it with the options of the Zoo's ``train`` that build it again. ``options`` are the rest of the command line;
+    Return it with the options of the Zoo's ``train`` that build it again. ``options`` are the command line;
     an option that contradicts the run is refused, and so are settings that could run code.
     """
     from sb3_clipvf.checkpoint import newest_checkpoint, read_checkpoint
@@ -125,6 +125,7 @@ def _given_options(options: Sequence[str], args: dict[str, Any]) -> dict[str, An
     for name, kind in {**_KEPT, **_FREE}.items():
         parser.add_argument(*_SHORT.get(name, []), option_name(name), type=kind)
     parser.add_argument("-P", "--progress", action="store_true")
+    parser.add_argument("--resume")
     parsed, others = strict(parser, "sb3-clipvf train").parse_known_args(list(options))
     if others:
         raise ValueError(
@@ -132,6 +133,7 @@ def _given_options(options: Sequence[str], args: dict[str, Any]) -> dict[str, An
             f"with. {_WAY_OUT}"
         )
     given = vars(parsed)
+    given.pop("resume", None)
     for name, value in given.items():
         if name in _KEPT and value != args.get(name):
             raise ValueError(

@@ -7,13 +7,12 @@ checked first.
 """
 
 import ast
-import importlib
 import os
 import sys
 import sysconfig
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,15 +20,16 @@ from typing import Any
 
 import gymnasium as gym
 import yaml
-from stable_baselines3.common import base_class, off_policy_algorithm, save_util
+from stable_baselines3.common import save_util
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.vec_env import VecEnvWrapper, VecNormalize
+from stable_baselines3.common.vec_env import VecEnvWrapper
 
 from sb3_clipvf.files.allowlist import Maker, NotAllowedError, create, find, restore
 from sb3_clipvf.files.model import CheckedStream, read_model
 from sb3_clipvf.files.statistics import load_vec_normalize, read_pickle
 from sb3_clipvf.files.trust import TRUST_VARIABLE, UnsafeFileError, trust_of
 from sb3_clipvf.zoo.entries import WRAPPER_FUNCTIONS, items, with_arguments
+from sb3_clipvf.zoo.patching import patched
 
 _PYTHON = "tag:yaml.org,2002:python/"
 _TRUST = f"If you trust where it comes from, pass `--trust-pickle` or set {TRUST_VARIABLE}=1."
@@ -59,32 +59,17 @@ def checked_files(plots: bool = False) -> Iterator[None]:
             _check_class(key, named)
         return get_wrapper_class(hyperparams, key)
 
-    with ExitStack() as stack:
-        for owner, name, value in (
-            (yaml, "UnsafeLoader", RunLoader),
-            (VecNormalize, "load", staticmethod(load_vec_normalize)),
-            (base_class, "load_from_zip_file", _load_from_zip_file),
-            (off_policy_algorithm, "load_from_pkl", lambda path, verbose=0: read_pickle(path)),
-            (utils, "get_wrapper_class", checked_wrapper_class),
-        ):
-            stack.enter_context(replaced(owner, name, value))
-        if plots:
-            # Not `from rl_zoo3.plots import`: that name is a function there.
-            plot_from_file = importlib.import_module("rl_zoo3.plots.plot_from_file")
-            checked_pickle = SimpleNamespace(load=lambda file: read_pickle(file.name))
-            stack.enter_context(replaced(plot_from_file, "pickle", checked_pickle))
+    replacements: dict[str, Any] = {
+        "yaml_loader": RunLoader,
+        "load_statistics": staticmethod(load_vec_normalize),
+        "load_model": _load_from_zip_file,
+        "load_replay_buffer": lambda path, verbose=0: read_pickle(path),
+        "wrapper_class": checked_wrapper_class,
+    }
+    if plots:
+        replacements["plot_pickle"] = SimpleNamespace(load=lambda file: read_pickle(file.name))
+    with patched(**replacements):
         yield
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Replace an attribute of a module or class in the context."""
-    before = vars(owner)[name]
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from stable_baselines3.common.callbacks import ProgressBarCallback
 from stable_baselines3.common.logger import HumanOutputFormat
 
-from sb3_clipvf.zoo.run_files import replaced
+from sb3_clipvf.zoo.patching import patched
 
 TABLE_SECONDS = 5.0
 """Least time between two tables."""
@@ -18,46 +18,42 @@ TABLE_SECONDS = 5.0
 def timed_tables() -> Iterator[None]:
     """
     Print SB3's tables of numbers at most every ``TABLE_SECONDS``, each with the newest numbers, and one at the end.
-    Those of an evaluation are shown once.
 
-    Files and TensorBoard get every row: a small policy trains through several rollouts in a second.
+    Numbers of an evaluation are shown once. Files and TensorBoard get every row.
     """
     write = HumanOutputFormat.write
     values: dict[str, Any] = {}
     excluded: dict[str, tuple[str, ...]] = {}
-    last: list[tuple[HumanOutputFormat, int]] = []
+    held: list[tuple[HumanOutputFormat, int]] = []
     due = time.monotonic()
 
     def print_held() -> None:
         nonlocal due
-        for output, step in last:
+        for output, step in held:
             write(output, values, excluded, step)
             due = time.monotonic() + TABLE_SECONDS
             for key in [key for key in values if key.startswith("eval/")]:
                 del values[key], excluded[key]
-        last.clear()
+        held.clear()
 
-    def write_where_due(
-        output: HumanOutputFormat,
-        key_values: dict[str, Any],
-        key_excluded: dict[str, tuple[str, ...]],
-        step: int = 0,
+    def write_if_due(
+        output: HumanOutputFormat, row: dict[str, Any], row_excluded: dict[str, tuple[str, ...]], step: int = 0
     ) -> None:
         if output.own_file:
-            write(output, key_values, key_excluded, step)
+            write(output, row, row_excluded, step)
             return
-        # Evaluations write rows of their own, which take other numbers along.
-        values.update(key_values)
-        excluded.update(key_excluded)
-        last[:] = [(output, step)]
+        # An evaluation writes a row of its own, without most numbers of the training.
+        values.update(row)
+        excluded.update(row_excluded)
+        held[:] = [(output, step)]
         if time.monotonic() >= due:
             print_held()
 
-    with replaced(HumanOutputFormat, "write", write_where_due):
-        try:
+    try:
+        with patched(write_table=write_if_due):
             yield
-        finally:
-            print_held()
+    finally:
+        print_held()
 
 
 class WholeProgressBar(ProgressBarCallback):

@@ -16,7 +16,7 @@ from rl_zoo3.exp_manager import ExperimentManager
 from torch import nn
 
 from sb3_clipvf.clip_ppo import ClipPPO
-from sb3_clipvf.zoo.run_files import replaced
+from sb3_clipvf.zoo.patching import replaced
 
 OBJECTIVES = ("clip", "fixed_kl", "adaptive_kl", "clip_and_adaptive_kl")
 """Objectives that the search chooses from."""

@@ -16,14 +16,13 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from rl_zoo3 import exp_manager
 from stable_baselines3.common import env_util
 from stable_baselines3.common.monitor import ResultsWriter
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_clipvf.envs import as_vec_env, vector
 from sb3_clipvf.zoo.entries import with_arguments
-from sb3_clipvf.zoo.run_files import replaced
+from sb3_clipvf.zoo.patching import patched, replaced
 
 VEC_ENVS = ("gymnasium", "envpool", "ale")
 """Values of ``--vec-env`` besides the Zoo's ``dummy`` and ``subproc``."""
@@ -81,7 +80,7 @@ def growing_files() -> Iterator[None]:
         return env_util.make_vec_env(make_env, monitor_kwargs=monitor_kwargs, **kwargs)
 
     appending = partial(ResultsWriter, override_existing=False)
-    with replaced(exp_manager, "make_vec_env", make), replaced(vector, "ResultsWriter", appending):
+    with patched(make_vec_env=make), replaced(vector, "ResultsWriter", appending):
         yield
 
 

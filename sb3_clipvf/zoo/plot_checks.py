@@ -1,4 +1,4 @@
-"""Checks of what the RL Zoo's plots need: without it they are empty, print 0.0, or fail in NumPy."""
+"""Check that there is something to plot: otherwise the RL Zoo's plots are empty, print 0.0, or fail in NumPy."""
 
 import sys
 from argparse import Namespace
@@ -13,12 +13,7 @@ _COLUMNS = {"success": "is_success", "reward": "r", "length": "l"}
 
 
 def check_plot_train(options: Namespace) -> None:
-    """
-    Check that each environment has a run whose training returns can be drawn.
-
-    :param options: Parsed options of ``plot_train``.
-    :raises ValueError: If one has none.
-    """
+    """Check that each environment has a run whose training returns can be drawn."""
     from stable_baselines3.common.monitor import LoadMonitorResultsError, load_results  # imports pandas
 
     folder, column = Path(options.exp_folder, options.algo), _COLUMNS[options.y_axis]
@@ -45,21 +40,61 @@ def check_plot_train(options: Namespace) -> None:
 
 
 def check_all_plots(options: Namespace) -> None:
-    """
-    Check that each environment has evaluations that can be drawn.
-
-    :param options: Parsed options of ``all_plots``.
-    :raises ValueError: If one has none.
-    """
+    """Check that each environment has evaluations that can be drawn."""
     folders = [Path(folder, algo.lower()) for algo in options.algos for folder in options.exp_folders]
     for env in _names(options):
         _runs(folders, env)
         missing = {folder: _missing_evaluations(folder, env, options) for folder in folders}
         if all(missing.values()):
-            what = next(iter(missing.values()))
-            raise ValueError(f"`--env` must be an environment whose runs can be compared, got {env!r}: {what}")
-        for folder in (folder for folder, what in missing.items() if what):
+            reason = next(iter(missing.values()))
+            raise ValueError(f"`--env` must be an environment whose runs can be compared, got {env!r}: {reason}")
+        for folder in (folder for folder, reason in missing.items() if reason):
             sys.stdout.write(f"{folder} has no evaluations of {env} to draw: 0.0 in the table means that\n")
+
+
+def check_plot_from_file(options: Namespace) -> None:
+    """Check that a file of ``all_plots -o`` holds several runs of everything that is to be drawn."""
+    path = Path(options.input if options.input.endswith(".pkl") else f"{options.input}.pkl")
+    results: dict[str, dict[str, Any]] = dict(read_pickle(path))
+    results.pop("results_table", None)
+    envs = _chosen(results, options.keep_envs, options.skip_envs)
+    keys = _chosen(next(iter(results.values()), {}), options.keep_keys, options.skip_keys)
+    if not envs or not keys:
+        raise ValueError(
+            f"`--input` must hold something to draw, got {path}, of which the options leave nothing. It has "
+            f"{', '.join(results) or 'no environments'}."
+        )
+    for env, key in ((env, key) for env in envs for key in keys):
+        if key not in results[env]:
+            raise ValueError(
+                f"`--input` must hold evaluations of {key} in all environments, got {path} without those in {env}. "
+                "Leave one out by `--skip-keys` or `--skip-envs`."
+            )
+        if np.ndim(results[env][key]["last_evals"]) == 0:
+            raise ValueError(
+                f"`--input` must hold at least two runs with at least two episodes in each evaluation, got {path} with "
+                f"one of {key} in {env}. Train again, or with more `--eval-episodes`, then run `all_plots -o`."
+            )
+
+
+def _chosen(names: dict[str, Any], keep: list[str], skip: list[str]) -> list[str]:
+    return [name for name in names if name not in skip and (name in keep or not keep)]
+
+
+def _names(options: Namespace) -> list[str]:
+    """Write the environments' names as in the folders of runs, with which the RL Zoo compares them."""
+    options.env = [env.replace("/", "-") for env in options.env]
+    return list(options.env)
+
+
+def _runs(folders: list[Path], env: str) -> list[Path]:
+    present = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir()) if path.is_dir()]
+    runs = [path for path in present if env in path.name]
+    if not runs:
+        where = ", ".join(map(str, folders))
+        names = ", ".join(path.name for path in present) or "none"
+        raise ValueError(f"`--env` must be an environment with runs in {where}, got {env!r}. The runs are: {names}.")
+    return runs
 
 
 def _missing_evaluations(folder: Path, env: str, options: Namespace) -> str:
@@ -85,53 +120,3 @@ def _missing_evaluations(folder: Path, env: str, options: Namespace) -> str:
     if len(shapes) == 1 and np.prod(shapes[0][1:]) == 1:
         return f"one run with one episode in each evaluation in {folder}. Train again, or with more `--eval-episodes`."
     return ""
-
-
-def check_plot_from_file(options: Namespace) -> None:
-    """
-    Check that a file of ``all_plots -o`` holds several runs of everything that is to be drawn.
-
-    :param options: Parsed options of ``plot_from_file``.
-    :raises ValueError: If it does not.
-    :raises OSError: If it cannot be read.
-    """
-    path = Path(options.input if options.input.endswith(".pkl") else f"{options.input}.pkl")
-    results: dict[str, dict[str, Any]] = dict(read_pickle(path))
-    results.pop("results_table", None)
-    envs = [
-        env for env in results if env not in options.skip_envs and (env in options.keep_envs or not options.keep_envs)
-    ]
-    keys = [key for env in list(results)[:1] for key in results[env] if key not in options.skip_keys]
-    keys = [key for key in keys if key in options.keep_keys or not options.keep_keys]
-    if not envs or not keys:
-        raise ValueError(
-            f"`--input` must hold something to draw, got {path}, of which the options leave nothing. It has "
-            f"{', '.join(results) or 'no environments'}."
-        )
-    for env, key in ((env, key) for env in envs for key in keys):
-        if key not in results[env]:
-            raise ValueError(
-                f"`--input` must hold evaluations of {key} in all environments, got {path} without those in {env}. "
-                "Leave one out by `--skip-keys` or `--skip-envs`."
-            )
-        if np.ndim(results[env][key]["last_evals"]) == 0:
-            raise ValueError(
-                f"`--input` must hold at least two runs with at least two episodes in each evaluation, got {path} with "
-                f"one of {key} in {env}. Train again, or with more `--eval-episodes`, then run `all_plots -o`."
-            )
-
-
-def _names(options: Namespace) -> list[str]:
-    """Return the environments' names as in the folders of runs, with which the RL Zoo compares them."""
-    options.env = [env.replace("/", "-") for env in options.env]
-    return list(options.env)
-
-
-def _runs(folders: list[Path], env: str) -> list[Path]:
-    present = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir()) if path.is_dir()]
-    runs = [path for path in present if env in path.name]
-    if not runs:
-        where = ", ".join(map(str, folders))
-        names = ", ".join(path.name for path in present) or "none"
-        raise ValueError(f"`--env` must be an environment with runs in {where}, got {env!r}. The runs are: {names}.")
-    return runs
