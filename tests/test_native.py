@@ -34,7 +34,7 @@ from sb3_clipvf.engines.fused import FusedEngine
 from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateSettings
 from sb3_clipvf.engines.kernels import entry
 from sb3_clipvf.engines.kernels.elementwise import exp32, tanh32
-from sb3_clipvf.engines.kernels.network import weight_gradient
+from sb3_clipvf.engines.kernels.mlp import weight_gradient
 from sb3_clipvf.engines.native import NativeEngine
 from sb3_clipvf.rollout import TensorRolloutBuffer, gae
 

@@ -1,9 +1,6 @@
-"""What the engines that call kernels share: compiling them, and translating what they are given and give back."""
+"""What the engines that call kernels share: translating what kernels are given and give back."""
 
 import math
-import threading
-import time
-from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -19,24 +16,20 @@ from stable_baselines3.common.distributions import (
 )
 
 from sb3_clipvf import objectives
-from sb3_clipvf.common.messages import log
 from sb3_clipvf.common.nonfinite import BadMinibatchError
 from sb3_clipvf.distributions import dist_param_dim
 from sb3_clipvf.engines.binding import n_action_numbers
 from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateSettings, UpdateStatistics, named_terms
-from sb3_clipvf.engines.kernels import data, entry, memory
+from sb3_clipvf.engines.kernels import inputs
 from sb3_clipvf.engines.kernels.losses import CLIPPED_MAX, CLIPPED_PREDICTION, NOT_CLIPPED
-from sb3_clipvf.engines.kernels.sync import N_COUNTERS
-
-COMPILE_NOTE_SECONDS = 3.0
-"""Waiting time after which the user is told that kernels are being compiled."""
+from sb3_clipvf.engines.kernels.totals import STAT, TOTAL
 
 _KINDS: dict[type[Distribution], int] = {
-    CategoricalDistribution: memory.CATEGORICAL,
-    MultiCategoricalDistribution: memory.CATEGORICAL,
-    BernoulliDistribution: memory.BERNOULLI,
-    DiagGaussianDistribution: memory.GAUSSIAN,
-    StateDependentNoiseDistribution: memory.STATE_DEPENDENT,
+    CategoricalDistribution: inputs.CATEGORICAL,
+    MultiCategoricalDistribution: inputs.CATEGORICAL,
+    BernoulliDistribution: inputs.BERNOULLI,
+    DiagGaussianDistribution: inputs.GAUSSIAN,
+    StateDependentNoiseDistribution: inputs.STATE_DEPENDENT,
 }
 
 
@@ -45,7 +38,7 @@ def kind_of(dist: Distribution) -> int:
     Say which kind the kernels call a distribution.
 
     :param dist: One that they know.
-    :return: A kind of :mod:`.kernels.memory`.
+    :return: A kind of :mod:`.kernels.inputs`.
     """
     return _KINDS[type(dist)]
 
@@ -109,7 +102,7 @@ def update_numbers(
     :param optimizer: Adam or AdamW with one parameter group.
     :param n_steps: Steps that it has made.
     :param advantages: Of the rollout, where they are normalised over it.
-    :return: For :func:`sb3_clipvf.engines.kernels.data.unpack_numbers`.
+    :return: float64, for :func:`sb3_clipvf.engines.kernels.inputs.unpack_hyperparameters`.
     """
     group = optimizer.param_groups[0]
     in_rollout = settings.normalize_advantage and settings.advantage_scope == "rollout"
@@ -121,7 +114,7 @@ def update_numbers(
     if coefficients.clip_range_vf is not None:
         form = CLIPPED_MAX if settings.vf_clip == "max" else CLIPPED_PREDICTION
     with_kl = [float(epoch) for epoch in range(settings.n_epochs) if settings.measures_kl(epoch, coefficients)]
-    numbers = data.Numbers(
+    hyperparameters = inputs.Hyperparameters(
         clip_range=_or_infinite(coefficients.clip_range),
         value_form=float(form),
         clip_range_vf=_or_infinite(coefficients.clip_range_vf),
@@ -145,7 +138,7 @@ def update_numbers(
         decoupled=float(group.get("decoupled_weight_decay", isinstance(optimizer, th.optim.AdamW))),
         skips=float(settings.on_nonfinite == "skip"),
     )
-    return data.pack_numbers(numbers)
+    return np.array(hyperparameters, np.float64)
 
 
 def statistics_of(
@@ -165,33 +158,33 @@ def statistics_of(
     :param skipped: The first minibatch that was skipped, or None.
     :return: Statistics.
     """
-    looked_at, in_epoch = totals[data.N_LOOKED_AT], totals[data.N_IN_EPOCH]
+    looked_at, in_epoch = totals[TOTAL.n_minibatches], totals[TOTAL.n_in_epoch]
     names = {
-        "policy_gradient_loss": data.POLICY_LOSS,
-        "value_loss": data.VALUE_LOSS,
-        "entropy_loss": data.ENTROPY_LOSS,
+        "policy_gradient_loss": TOTAL.policy_loss,
+        "value_loss": TOTAL.value_loss,
+        "entropy_loss": TOTAL.entropy_loss,
     }
     if coefficients.clip_range is not None:
-        names["clip_fraction"] = data.CLIP_FRACTION
+        names["clip_fraction"] = TOTAL.clip_fraction
     if coefficients.clip_range_vf is not None:
-        names["vf_clip_fraction"] = data.VF_CLIP_FRACTION
+        names["vf_clip_fraction"] = TOTAL.vf_clip_fraction
     means = {name: _scalar(totals[place] / looked_at) for name, place in names.items()}
-    if totals[data.N_STEPS]:
-        means["grad_norm"] = _scalar(totals[data.GRAD_NORM] / totals[data.N_STEPS])
-    n_epochs = int(totals[data.N_EPOCHS])
+    if totals[TOTAL.n_steps]:
+        means["grad_norm"] = _scalar(totals[TOTAL.grad_norm] / totals[TOTAL.n_steps])
+    n_epochs = int(totals[TOTAL.n_epochs])
     # All of the last epoch may have been skipped.
     knows_kl = settings.measures_kl(n_epochs - 1, coefficients) and in_epoch > 0
-    stopped_at = float(totals[data.STOPPED_AT])
+    stopped_at = float(totals[TOTAL.stopped_at_kl])
     return UpdateStatistics(
         means=means,
-        last_loss=_scalar(totals[data.LAST_LOSS]),
-        approx_kl=_scalar(totals[data.APPROX_KL] / in_epoch if in_epoch else math.nan),
-        kl=_scalar(totals[data.KL] / in_epoch) if knows_kl else None,
+        last_loss=_scalar(totals[TOTAL.last_loss]),
+        approx_kl=_scalar(totals[TOTAL.approx_kl] / in_epoch if in_epoch else math.nan),
+        kl=_scalar(totals[TOTAL.kl] / in_epoch) if knows_kl else None,
         kl_after=None if kl_after is None else _scalar(kl_after),
-        ratio_max=_scalar(totals[data.RATIO_MAX]),
+        ratio_max=_scalar(totals[TOTAL.ratio_max]),
         n_epochs=n_epochs,
         stopped_at_kl=stopped_at or None,
-        n_skipped=int(totals[data.N_SKIPPED]),
+        n_skipped=int(totals[TOTAL.n_skipped]),
         skipped=skipped,
     )
 
@@ -206,12 +199,12 @@ def terms_of(told: np.ndarray, coefficients: UpdateCoefficients) -> dict[str, fl
     """
     return named_terms(
         coefficients,
-        policy_loss=float(told[data.TOLD_POLICY_LOSS]),
-        value_loss=float(told[data.TOLD_VALUE_LOSS]),
-        entropy_loss=float(told[data.TOLD_ENTROPY_LOSS]),
-        kl=float(told[data.TOLD_EXACT_KL]),
-        loss=float(told[data.TOLD_LOSS]),
-        grad_norm=math.sqrt(told[data.ACTOR_NORM] + told[data.CRITIC_NORM]),
+        policy_loss=float(told[STAT.policy_loss]),
+        value_loss=float(told[STAT.value_loss]),
+        entropy_loss=float(told[STAT.entropy_loss]),
+        kl=float(told[STAT.kl]),
+        loss=float(told[STAT.loss]),
+        grad_norm=math.sqrt(told[STAT.actor_squares] + told[STAT.critic_squares]),
     )
 
 
@@ -221,93 +214,6 @@ def _scalar(number: float) -> th.Tensor:
 
 def _or_infinite(number: float | None) -> float:
     return math.inf if number is None else float(number)
-
-
-def compile_kernels(group: str) -> float:
-    """
-    Compile kernels, or read them from numba's cache; where that takes long, say so.
-
-    Each takes memory, some megabytes; so those that few trainings need are a group of their own.
-
-    :param group: "networks": those that run networks; "kl": the measurement after the update; "around": those around
-        networks that torch runs.
-    :return: Seconds that this took.
-    """
-    kernels, call = _GROUPS[group]
-    if kernels[0].signatures:
-        return 0.0
-    note = threading.Timer(
-        COMPILE_NOTE_SECONDS,
-        lambda: log.warning("Compiling kernels, which may take a minute; they are kept on disk for later runs"),
-    )
-    note.daemon = True
-    started = time.perf_counter()
-    note.start()
-    try:
-        call()
-    finally:
-        note.cancel()
-    seconds = time.perf_counter() - started
-    if sum(sum(kernel.stats.cache_misses.values()) for kernel in kernels):
-        log.info("Compiled the kernels in %.1f s", seconds)
-    return seconds
-
-
-# Each kernel is called once with the least that has the types of real data: one weight a layer, an empty rollout.
-
-
-def _least_network() -> tuple[np.ndarray, np.ndarray]:
-    """A packed policy, and the tensors that it points to, which must outlive it."""
-    tensors = np.zeros((4, memory.N_COLUMNS), np.float32)
-    table = np.full((4, memory.N_COLUMNS), 1, np.int64)
-    for row in range(4):
-        table[row, 1:] = [tensors[row, column:].ctypes.data for column in range(1, memory.N_COLUMNS)]
-    one = np.ones(2, np.int64)
-    codes = np.array([memory.CATEGORICAL, memory.TANH, 1, 1, 0], np.int64)
-    return data.pack(data.Network(codes, one, one, one[:1], table, 2, -1)), tensors
-
-
-def _empty_rollout() -> data.Rollout:
-    none, nothing = np.zeros((0, 1), np.float32), np.zeros(0, np.float32)
-    return data.Rollout(none, none, nothing, nothing, nothing, nothing, none, 0, 1)
-
-
-def _call_with_networks() -> None:
-    packed, _tensors = _least_network()
-    work, cell, vector = np.zeros(8, np.float32), np.zeros((1, 1), np.float32), np.zeros(1, np.float32)
-    none = np.zeros((0, 1), np.float32)
-    entry.predict_values(packed, cell, work, vector)
-    entry.act(packed, cell, cell, work, cell.copy(), vector, vector.copy(), cell.copy())
-    entry.advantages_and_returns(none, none, none, vector, vector, 1.0, 1.0, none, none)
-    numbers, totals = np.zeros(data.N_NUMBERS), np.zeros(data.N_TOTALS)
-    shared, counter = np.zeros((data.N_SHARED_ROWS, data.N_TOLD)), np.zeros(N_COUNTERS, np.int64)
-    permutations = np.zeros((0, 0), np.int64)
-    entry.run_update(0, 1, packed, _empty_rollout(), numbers, permutations, 1, work, shared, counter, totals)
-
-
-def _call_kl() -> None:
-    packed, _tensors = _least_network()
-    entry.kl_of_rollout(packed, _empty_rollout(), 1, np.zeros(8, np.float32))
-
-
-def _call_around_networks() -> None:
-    numbers, totals, widths = np.ones(data.N_NUMBERS), np.zeros(data.N_TOTALS), np.ones(1, np.int64)
-    told = np.zeros(data.N_TOLD)
-    cell, vector = np.zeros((1, 1), np.float32), np.zeros(1, np.float32)
-    entry.loss_gradients(
-        memory.CATEGORICAL, widths, cell, cell, vector, cell, vector, vector.copy(), vector, vector, cell, numbers,
-        False, cell.copy(), cell.copy(), vector.copy(), told, totals,
-    )  # fmt: skip
-    entry.draw(memory.CATEGORICAL, widths, cell.copy(), cell, cell, cell.copy(), vector.copy(), cell.copy())
-    table = np.zeros((0, memory.N_COLUMNS), np.int64)
-    entry.optimizer_step(table, numbers, told, totals)
-
-
-_GROUPS: dict[str, tuple[Sequence[Any], Callable[[], None]]] = {
-    "networks": (entry.FOR_NETWORKS, _call_with_networks),
-    "kl": ((entry.kl_of_rollout,), _call_kl),
-    "around": (entry.AROUND_NETWORKS, _call_around_networks),
-}
 
 
 class Noise:
@@ -339,9 +245,9 @@ class Noise:
             self._arrays = [part.numpy() for part in self._parts]
             self._n_rows = n_rows
         for part in self._parts:
-            if self._kind == memory.GAUSSIAN:
+            if self._kind == inputs.GAUSSIAN:
                 part.normal_()
-            elif self._kind == memory.BERNOULLI:
+            elif self._kind == inputs.BERNOULLI:
                 part.uniform_()
             else:
                 part.exponential_()

@@ -28,7 +28,6 @@ from sb3_clipvf.engines.bridge import (
     Noise,
     as_policy_gives,
     check_stored,
-    compile_kernels,
     kind_of,
     statistics_of,
     terms_of,
@@ -36,8 +35,10 @@ from sb3_clipvf.engines.bridge import (
     widths_of,
 )
 from sb3_clipvf.engines.interface import Acted, UpdateCoefficients, UpdateSettings, UpdateStatistics
-from sb3_clipvf.engines.kernels import data, entry, memory
-from sb3_clipvf.engines.kernels.minibatch import SKIPS, STEPS, STOPS, count, is_finite
+from sb3_clipvf.engines.kernels import entry, memory
+from sb3_clipvf.engines.kernels.minibatch import SKIP, STEP, STOP, add_to_totals, is_finite
+from sb3_clipvf.engines.kernels.totals import STAT, TOTAL
+from sb3_clipvf.engines.kernels.warmup import warm_up
 from sb3_clipvf.engines.recognition import altered_torch, has_hooks, replaced_method
 from sb3_clipvf.rollout import MiniBatch
 
@@ -61,7 +62,7 @@ class FusedEngine(AutogradEngine):
         super().__init__(policy, settings)
         self._draws, self._drawn_for = False, cast(Any, None)
         self._pictures: th.Tensor | None = None
-        self.compile_seconds += compile_kernels("around")
+        self.compile_seconds += warm_up("fused")
 
     def fits(self, buffer: Any) -> bool:
         """
@@ -133,13 +134,13 @@ class FusedEngine(AutogradEngine):
         optimizer = self.policy.optimizer
         n_made = _steps_made(self.policy)
         numbers = update_numbers(settings, coefficients, optimizer, n_made, buffer.advantages)
-        totals = np.zeros(data.N_TOTALS)
+        totals = np.zeros(len(TOTAL))
         steps = _Steps(self.policy, numbers, totals, n_made)
         try:
             skipped = self._run_epochs(buffer, coefficients, steps)
         finally:  # after Ctrl-C, too, the optimizer's state is that of the steps made
             steps.write()
-        if skipped is not None and (settings.on_nonfinite == "raise" or not totals[data.N_LOOKED_AT]):
+        if skipped is not None and (settings.on_nonfinite == "raise" or not totals[TOTAL.n_minibatches]):
             raise skipped
         kl_after = float(self._kl_after(buffer)) if settings.measure_kl_after else None
         return statistics_of(totals, coefficients, settings, kl_after, skipped)
@@ -149,16 +150,16 @@ class FusedEngine(AutogradEngine):
         settings, totals = self.settings, steps.totals
         skipped, state = None, np.random.get_state()
         for epoch in range(settings.n_epochs):
-            totals[data.N_EPOCHS] += 1
-            totals[[data.N_IN_EPOCH, data.APPROX_KL, data.KL]] = 0
+            totals[TOTAL.n_epochs] += 1
+            totals[[TOTAL.n_in_epoch, TOTAL.approx_kl, TOTAL.kl]] = 0
             measure_kl = settings.measures_kl(epoch, coefficients)
             for number, batch in enumerate(buffer.get(settings.batch_size)):
-                told = np.zeros(data.N_TOLD)
+                told = np.zeros(len(STAT))
                 what = self._minibatch(batch, measure_kl, steps, told)
-                if what == SKIPS and skipped is None:
+                if what == SKIP and skipped is None:
                     indices = drawn_indices(state, buffer, epoch, number * settings.batch_size, batch)
                     skipped = BadMinibatchError(terms_of(told, coefficients), epoch, number, batch, indices)
-                if what == STOPS or (what == SKIPS and settings.on_nonfinite == "raise"):
+                if what == STOP or (what == SKIP and settings.on_nonfinite == "raise"):
                     return skipped
         return skipped
 
@@ -196,7 +197,7 @@ class FusedEngine(AutogradEngine):
             told,
             steps.totals,
         )
-        if what != STEPS:
+        if what != STEP:
             return int(what)
         steps.forget_gradients()
         roots, gradients = [outputs, values], [output_gradient, value_gradient]
@@ -362,7 +363,7 @@ class _Steps:
 
         :param told: What the kernels told of this minibatch.
         :param max_grad_norm: The bound of their norm.
-        :return: STEPS or SKIPS.
+        :return: STEP or SKIP.
         """
         reached = [parameter for parameter in self._parameters if parameter.grad is not None]
         gradients = [_contiguous_gradient(parameter) for parameter in reached]
@@ -383,10 +384,10 @@ class _Steps:
         self.write()
         self._is_torchs = True
         norm = float(th.nn.utils.clip_grad_norm_(self._parameters, max_grad_norm))
-        told[data.ACTOR_NORM] = norm**2
-        what = STEPS if is_finite(norm) else SKIPS
-        count(told, what, norm, self.totals)
-        if what == STEPS:
+        told[STAT.actor_squares] = norm**2
+        what = STEP if is_finite(norm) else SKIP
+        add_to_totals(told, what, norm, self.totals)
+        if what == STEP:
             self._optimizer.step()
         return what
 
@@ -394,7 +395,7 @@ class _Steps:
         """Tell the optimizer how many steps were made."""
         if not self._is_torchs:
             for parameter in self._reached:
-                self._optimizer.state[parameter]["step"].fill_(self._n_made + int(self.totals[data.N_STEPS]))
+                self._optimizer.state[parameter]["step"].fill_(self._n_made + int(self.totals[TOTAL.n_steps]))
 
 
 def _contiguous_gradient(parameter: th.nn.Parameter) -> th.Tensor:

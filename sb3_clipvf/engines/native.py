@@ -17,7 +17,6 @@ from sb3_clipvf.engines.bridge import (
     Noise,
     as_policy_gives,
     check_stored,
-    compile_kernels,
     kind_of,
     statistics_of,
     terms_of,
@@ -25,9 +24,11 @@ from sb3_clipvf.engines.bridge import (
     widths_of,
 )
 from sb3_clipvf.engines.interface import Acted, UpdateCoefficients, UpdateSettings, UpdateStatistics
-from sb3_clipvf.engines.kernels import data, entry, memory
-from sb3_clipvf.engines.kernels.network import workspace_size
-from sb3_clipvf.engines.kernels.sync import GIVEN_UP, N_COUNTERS
+from sb3_clipvf.engines.kernels import entry, inputs, memory
+from sb3_clipvf.engines.kernels.barrier import CANCELLED, N_COUNTERS
+from sb3_clipvf.engines.kernels.mlp import workspace_size
+from sb3_clipvf.engines.kernels.totals import N_STAT_ROWS, SKIPPED_ROW, STAT, TOTAL
+from sb3_clipvf.engines.kernels.warmup import warm_up
 from sb3_clipvf.engines.recognition import why_unknown_buffer
 from sb3_clipvf.engines.threads import ThreadChoice, one_blas_thread, second_thread
 from sb3_clipvf.rollout import gae
@@ -39,11 +40,11 @@ UNSHARED_ROWS = 32
 """Rows of a forward pass that BLAS does not share among threads, whatever the width of usual layers."""
 
 _ACTIVATIONS = {
-    nn.Tanh: memory.TANH,
-    nn.ReLU: memory.RELU,
-    nn.ELU: memory.ELU,
-    nn.LeakyReLU: memory.LEAKY_RELU,
-    nn.SiLU: memory.SILU,
+    nn.Tanh: inputs.TANH,
+    nn.ReLU: inputs.RELU,
+    nn.ELU: inputs.ELU,
+    nn.LeakyReLU: inputs.LEAKY_RELU,
+    nn.SiLU: inputs.SILU,
 }
 
 
@@ -71,20 +72,21 @@ class NativeEngine:
         self._work: dict[int, np.ndarray] = {}
         self._has_looked = False
         self._bind()
-        self.compile_seconds += compile_kernels("networks")
+        self.compile_seconds += warm_up("native")
 
     def _bind(self) -> None:
         self._binding = bind(self.policy)
         self._network = _network(self._binding)
-        self._packed = data.pack(self._network)
-        both = (self._network.actor_sizes, self._network.critic_sizes)
-        self._workspace_of_a_row = max(workspace_size(sizes) for sizes in both)
+        self._packed = inputs.pack(self._network)
+        both = (self._network.actor, self._network.critic)
+        self._workspace_of_a_row = max(workspace_size(mlp.sizes) for mlp in both)
         self._addresses = self._binding.table[:, memory.PARAM].tolist()
         self._parameters = [row[0] for row in self._binding.tensors]
         self._modules = tuple(self.policy.modules())
-        self._obs_dim = int(self._network.actor_sizes[0])
-        self._action_dim = int(self._network.codes[memory.ACTION_DIM])
-        self._dist_dim = int(self._network.codes[memory.DIST_DIM])
+        self._obs_dim = int(self._network.actor.sizes[0])
+        n_outputs = int(self._network.actor.sizes[-1])
+        self._action_dim = len(self._network.widths) or n_outputs
+        self._dist_dim = n_outputs if self._binding.plain.log_std is None else 2 * n_outputs
 
     def _bind_again(self) -> None:
         if not self._has_looked and not self._binding.holds(self.policy):
@@ -125,7 +127,7 @@ class NativeEngine:
         self._bind_again()
         if buffer.gae_fn is gae:  # a class may have one of its own
             buffer.gae_fn = _gae
-        kind, widths = int(self._network.codes[memory.DIST]), self._network.widths.tolist()
+        kind, widths = self._network.kind, self._network.widths.tolist()
         self._noise = Noise(kind, self._action_dim, widths)
 
     def act(self, observations: np.ndarray | th.Tensor, *, with_dist_params: bool) -> Acted:
@@ -211,7 +213,7 @@ class NativeEngine:
             return
         # Whether the policy may stay on this engine is asked before the next update.
         self._binding.table[:, memory.PARAM] = self._addresses = addresses
-        self._packed = data.pack(self._network)
+        self._packed = inputs.pack(self._network)
 
     # ------------------------------------------------------------------ update
 
@@ -238,20 +240,22 @@ class NativeEngine:
         for permutation in permutations:
             permutation[:] = np.random.permutation(n_transitions)
         totals, told = self._run(rollout, numbers, permutations)
-        if totals[data.N_EPOCHS] < settings.n_epochs:
+        if totals[TOTAL.n_epochs] < settings.n_epochs:
             # An update that was left early must not have drawn the permutations of the epochs that it left out.
             np.random.set_state(state)
-            for _ in range(int(totals[data.N_EPOCHS])):
+            for _ in range(int(totals[TOTAL.n_epochs])):
                 np.random.permutation(n_transitions)
-        write_steps(self.policy, n_made + int(totals[data.N_STEPS]))
+        write_steps(self.policy, n_made + int(totals[TOTAL.n_steps]))
         skipped = None
-        if totals[data.N_SKIPPED]:
-            skipped = self._skipped(buffer, permutations, int(totals[data.FIRST_SKIPPED]), terms_of(told, coefficients))
-            if settings.on_nonfinite == "raise" or not totals[data.N_LOOKED_AT]:
+        if totals[TOTAL.n_skipped]:
+            skipped = self._skipped(
+                buffer, permutations, int(totals[TOTAL.first_skipped]), terms_of(told, coefficients)
+            )
+            if settings.on_nonfinite == "raise" or not totals[TOTAL.n_minibatches]:
                 raise skipped
         kl_after = None
         if settings.measure_kl_after:
-            self.compile_seconds += compile_kernels("kl")
+            self.compile_seconds += warm_up("kl_of_rollout")
             rows = min(EVALUATION_ROWS, n_transitions)
             with one_blas_thread():
                 kl_after, _ = entry.kl_of_rollout(self._packed, rollout, rows, self._workspace(rows))
@@ -266,13 +270,13 @@ class NativeEngine:
         return BadMinibatchError(terms, epoch, minibatch, buffer._get_samples(indices), indices)
 
     def _run(
-        self, rollout: data.Rollout, numbers: np.ndarray, permutations: np.ndarray
+        self, rollout: inputs.Rollout, numbers: np.ndarray, permutations: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """:return: Totals, and what was told of the first minibatch that was skipped."""
         n_threads = self._threads.next()
         batch_size = min(self.settings.batch_size, permutations.shape[1])
-        counter, shared = np.zeros(N_COUNTERS, np.int64), np.zeros((data.N_SHARED_ROWS, data.N_TOLD))
-        totals = np.zeros(data.N_TOTALS)
+        counter, shared = np.zeros(N_COUNTERS, np.int64), np.zeros((N_STAT_ROWS, len(STAT)))
+        totals = np.zeros(len(TOTAL))
         works = [self._workspace(batch_size, rank) for rank in range(n_threads)]
 
         def run(rank: int) -> None:
@@ -289,14 +293,14 @@ class NativeEngine:
                     others.append(second_thread().submit(run, rank))
                 run(0)
             except BaseException:  # as Ctrl-C before this thread's part has begun
-                counter[GIVEN_UP] = 1
+                counter[CANCELLED] = 1
                 raise
             finally:
                 for other in others:
                     other.result()
             seconds = time.perf_counter() - started
-        self._threads.took(seconds, int(totals[data.N_LOOKED_AT] + totals[data.N_SKIPPED]))
-        return totals, shared[data.SKIPPED_ROW]
+        self._threads.took(seconds, int(totals[TOTAL.n_minibatches] + totals[TOTAL.n_skipped]))
+        return totals, shared[SKIPPED_ROW]
 
     def _workspace(self, n: int, rank: int = 0) -> np.ndarray:
         size = n * self._workspace_of_a_row
@@ -318,27 +322,15 @@ def _exploration_matrices(dist: StateDependentNoiseDistribution, n_envs: int, la
     return np.ascontiguousarray(rows, np.float32)
 
 
-def _network(binding: Binding) -> data.Network:
+def _network(binding: Binding) -> inputs.Policy:
     plain = binding.plain
-    widths = widths_of(plain.dist)
-    n_outputs = plain.actor[-1].out_features
-    is_gaussian = plain.log_std is not None
-    codes = [
-        kind_of(plain.dist),
-        _ACTIVATIONS[plain.activation],
-        len(widths) or n_outputs,
-        2 * n_outputs if is_gaussian else n_outputs,
-        int(getattr(plain.dist, "use_expln", False)),
-    ]
-    n_actor = len(plain.actor_parameters)
-    return data.Network(
-        codes=np.array(codes, np.int64),
-        actor_sizes=_sizes(plain.actor),
-        critic_sizes=_sizes(plain.critic),
-        widths=widths,
-        table=binding.table,
-        first_critic=n_actor,
-        log_std_row=n_actor - 1 if is_gaussian else -1,
+    table, n_actor, activation = binding.table, len(plain.actor_parameters), _ACTIVATIONS[plain.activation]
+    return inputs.Policy(
+        actor=inputs.Mlp(_sizes(plain.actor), table[:n_actor], activation),
+        critic=inputs.Mlp(_sizes(plain.critic), table[n_actor:], activation),
+        kind=kind_of(plain.dist),
+        widths=widths_of(plain.dist),
+        use_expln=int(getattr(plain.dist, "use_expln", False)),
     )
 
 
@@ -346,9 +338,9 @@ def _sizes(layers: list[nn.Linear]) -> np.ndarray:
     return np.array([layers[0].in_features, *(layer.out_features for layer in layers)], np.int64)
 
 
-def _rollout(buffer: Any, has_dist_params: bool) -> data.Rollout:
+def _rollout(buffer: Any, has_dist_params: bool) -> inputs.Rollout:
     n = buffer.buffer_size * buffer.n_envs
-    return data.Rollout(
+    return inputs.Rollout(
         observations=_float_rows(buffer.observations, n),
         actions=_float_rows(buffer.actions, n),
         old_values=_vector(buffer.values, n),

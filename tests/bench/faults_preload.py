@@ -13,10 +13,10 @@ import sb3_clipvf.envs
 import sb3_clipvf.zoo.experiment
 import tests.bench.faults_files
 import tests.bench.faults_kills
-from sb3_clipvf.engines.bridge import compile_kernels
+from sb3_clipvf.engines.kernels.warmup import warm_up
 
 for _name in ("gymnasium.envs.mujoco.half_cheetah_v5", "gymnasium.envs.classic_control", "hypothesis"):
     with contextlib.suppress(ImportError):  # a row that needs what is missing says so
         importlib.import_module(_name)
-for _group in ("networks", "around"):
-    compile_kernels(_group)
+for _group in ("native", "fused"):
+    warm_up(_group)

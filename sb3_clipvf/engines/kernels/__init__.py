@@ -1,13 +1,19 @@
 """
-Compiled kernels in float32: the update and the rollout's forward pass of a plain MLP policy, for the native engine; the
-losses' gradients, the optimizer's step and the drawing of actions, for autograd with these compiled.
+Compiled kernels in float32, for the CPU.
 
-They work on the policy's and the optimizer's own memory, which they get as addresses (``memory``), and restate the
-mathematics of :mod:`sb3_clipvf.objectives`; ``tests/test_engines.py`` holds them to it. From the inside out:
-``elementwise`` (exp, tanh, activations), ``network`` (forward and backward pass), ``heads`` (action distributions),
-``losses``, ``adam``, ``data`` (what kernels are given), ``gsde`` (state-dependent spread and noise), ``minibatch``
-(losses and the optimizer's step), ``sync`` (two threads side by side), ``update`` and ``rollout``, and what Python
-calls in ``entry``.
+The native engine runs whole updates and the rollout's forward pass of an MLP policy by them; the fused engine leaves
+networks to torch, and takes from here the losses' gradients, the optimizer's step and the drawing of actions.
+
+Kernels work in place on the policy's and the optimizer's own memory. They restate formulas, each under a parity test
+that its module names. From the inside out:
+
+- ``memory``, ``inputs``, ``totals``: tensors by address, what Python passes in, where statistics stand;
+- ``elementwise``, ``mlp``: exp, tanh and activations; forward and backward pass of a network;
+- ``gsde``, ``action_distributions``: state-dependent exploration; log-probability, entropy, exact KL, samples;
+- ``losses``, ``adam``: surrogate and value loss; the optimizer's step and the bound on the gradient norm;
+- ``minibatch``, ``barrier``, ``update``: one minibatch; two threads side by side; all epochs of an update;
+- ``acting``, ``gae``: actions and values of a rollout's step; advantages and returns;
+- ``entry``, ``warmup``: what Python calls; compiling or loading it before it is needed.
 
 Importing a module of it imports numba; only the engines that call kernels do.
 """

@@ -1,27 +1,27 @@
-"""Adam and AdamW on tensors in place, and the norm of gradients."""
+"""
+Adam and AdamW, in place, and the bound on the joint gradient norm.
+
+They restate ``torch.optim.Adam``, ``torch.optim.AdamW`` and ``torch.nn.utils.clip_grad_norm_``. Parity test:
+``tests/test_engines.py::TestContract``, with the policies ``adamw``, ``adam_options`` and ``adam_decoupled``.
+"""
 
 import math
 
 import numpy as np
 
 from sb3_clipvf.common.jit import fast
+from sb3_clipvf.engines.kernels.inputs import Hyperparameters
 from sb3_clipvf.engines.kernels.memory import GRAD, MOMENT1, MOMENT2, PARAM, SIZE, vector
 
 F = np.float32
+_CLIP_EPS = 1e-6  # torch's
 
 
 @fast
-def squared_norm(table: np.ndarray, first: int, end: int) -> float:
-    """
-    Sum of the squares of some parameters' gradients.
-
-    :param table: Parameters.
-    :param first: First row.
-    :param end: Row after the last one.
-    :return: float64.
-    """
+def squared_norm(table: np.ndarray) -> float:
+    """Return the sum of the squares of all gradients of a parameter table, float64."""
     total = 0.0
-    for k in range(first, end):
+    for k in range(table.shape[0]):
         gradient = vector(table[k, GRAD], table[k, SIZE])
         squares = F(0)
         for i in range(gradient.shape[0]):
@@ -31,45 +31,33 @@ def squared_norm(table: np.ndarray, first: int, end: int) -> float:
 
 
 @fast
-def adam_step(
-    table: np.ndarray,
-    first: int,
-    end: int,
-    scale: float,
-    step: int,
-    learning_rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-) -> None:
-    """
-    One step of Adam (Kingma and Ba 2015, arXiv 1412.6980) or AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101).
+def clip_factor(squares: float, max_grad_norm: float) -> tuple[float, float]:
+    """Return the joint norm, root of ``squares``, and the factor of all gradients that bounds it; NaN stays NaN."""
+    norm = math.sqrt(squares)
+    factor = max_grad_norm / (norm + _CLIP_EPS)
+    return norm, 1.0 if factor > 1.0 else factor
 
-    :param table: Parameters; values, gradients (scaled) and moments are changed.
-    :param first: First row.
-    :param end: Row after the last one.
-    :param scale: Factor of all gradients, from clipping their norm.
-    :param step: Counts from 1.
-    :param learning_rate: At least 0.
-    :param beta1: Decay of the first moment.
-    :param beta2: Decay of the second moment.
-    :param eps: Added to the root of the second moment.
-    :param weight_decay: Added to the gradient, or taken from the parameters where ``decoupled``.
-    :param decoupled: AdamW's form.
+
+@fast
+def adam_step(table: np.ndarray, factor: float, step: int, hyper: Hyperparameters) -> None:
     """
-    step_size = F(learning_rate / (1.0 - beta1**step))
-    root = F(math.sqrt(1.0 - beta2**step))
-    factor, keep1, keep2, add2, eps32 = F(scale), F(1.0 - beta1), F(beta2), F(1.0 - beta2), F(eps)
-    shrink = F(1.0 - learning_rate * weight_decay) if decoupled else F(1)
-    decay = F(0) if decoupled else F(weight_decay)
-    for k in range(first, end):
+    Make step number ``step``, counted from 1, after multiplying the gradients of a table by ``factor``.
+
+    Sources: Kingma and Ba 2015, arXiv 1412.6980 (Adam); Loshchilov and Hutter 2019, arXiv 1711.05101 (AdamW).
+    """
+    decoupled = hyper.decoupled != 0.0
+    step_size = F(hyper.learning_rate / (1.0 - hyper.beta1**step))
+    root = F(math.sqrt(1.0 - hyper.beta2**step))
+    scale, keep1, keep2, add2 = F(factor), F(1.0 - hyper.beta1), F(hyper.beta2), F(1.0 - hyper.beta2)
+    eps = F(hyper.eps)
+    shrink = F(1.0 - hyper.learning_rate * hyper.weight_decay) if decoupled else F(1)
+    decay = F(0) if decoupled else F(hyper.weight_decay)
+    for k in range(table.shape[0]):
         size = table[k, SIZE]
         p, g = vector(table[k, PARAM], size), vector(table[k, GRAD], size)
         m, v = vector(table[k, MOMENT1], size), vector(table[k, MOMENT2], size)
         for i in range(size):
-            clipped = g[i] * factor
+            clipped = g[i] * scale
             g[i] = clipped
             p_i = p[i] * shrink
             with_decay = clipped + decay * p_i
@@ -77,4 +65,4 @@ def adam_step(
             v_i = v[i] * keep2 + add2 * with_decay * with_decay
             m[i] = m_i
             v[i] = v_i
-            p[i] = p_i - step_size * (m_i / (np.sqrt(v_i) / root + eps32))
+            p[i] = p_i - step_size * (m_i / (np.sqrt(v_i) / root + eps))

@@ -1,11 +1,16 @@
-"""exp, tanh and activations in float32, written so that LLVM turns their loops into vector instructions."""
+"""
+exp, tanh and activations in float32, written so that LLVM turns their loops into vector instructions.
+
+Parity tests: ``tests/test_native.py::TestElementwise`` with NumPy in double precision (exp, tanh); with torch's
+activations and their derivatives ``tests/test_engines.py::TestContract``, which has a policy for each.
+"""
 
 import math
 
 import numpy as np
 
 from sb3_clipvf.common.jit import exact, fast
-from sb3_clipvf.engines.kernels.memory import ELU, LEAKY_RELU, RELU, SILU, TANH, bits_of_float, float_of_bits
+from sb3_clipvf.engines.kernels.inputs import ELU, LEAKY_RELU, RELU, SILU, TANH
 
 F = np.float32
 
@@ -21,43 +26,14 @@ _BITS_OF_ONE = np.int32(127 << 23)
 
 
 @exact
-def _without(x: float, n: float) -> float:
-    """x - n ln(2), where ln(2) has more digits than a float32."""
-    r = x - n * _LN2_HIGH
-    return r - n * _LN2_LOW
-
-
-@exact
-def _exp_within(x: float) -> float:
-    """exp of a number whose exponential is a normal float32."""
-    n = np.floor(x * _LOG2_E + F(0.5))
-    r = _without(x, n)
-    p = F(1.9875691500e-4)
-    p = p * r + F(1.3981999507e-3)
-    p = p * r + F(8.3334519073e-3)
-    p = p * r + F(4.1665795894e-2)
-    p = p * r + F(1.6666665459e-1)
-    p = p * r + F(5.0000001201e-1)
-    # 2^n in two factors: 2^128 is no float32, though the largest exp is.
-    half = np.int32(n) >> np.int32(1)
-    rest = np.int32(n) - half
-    y = (p * (r * r) + r) + F(1)
-    y = y * float_of_bits((half + np.int32(127)) << np.int32(23))
-    return y * float_of_bits((rest + np.int32(127)) << np.int32(23))
-
-
-@exact
 def exp32(x: float) -> float:
     """
-    exp(x) to about one unit in the last place; 0 below the smallest normal number.
+    Return exp(x) of a float32 to about one unit in the last place; 0 below the smallest normal number.
 
     Source of the reduction and the coefficients: Cephes, ``expf`` (Moshier 1987).
-
-    :param x: float32.
-    :return: float32.
     """
     # The conversion to an integer inside needs a number; NaN comes back at the end.
-    y = _exp_within(min(max(x, _EXP_MIN), _EXP_MAX) if x == x else F(0))
+    y = _exp_of_normal(min(max(x, _EXP_MIN), _EXP_MAX) if x == x else F(0))
     if x > _EXP_MAX:
         y = F(np.inf)
     if x < _EXP_MIN:
@@ -68,42 +44,70 @@ def exp32(x: float) -> float:
 @exact
 def tanh32(x: float) -> float:
     """
-    tanh(x) to about two and a half units in the last place.
+    Return tanh(x) of a float32 to about two and a half units in the last place.
 
     ``e / (e + 2)`` with ``e = exp(2 |x|) - 1``, which is summed without the 1: one formula is accurate for all x.
 
     Source of the coefficients: NumPy's ``Chebyshev.fit`` of degree 4 to ``(exp(r) - 1 - r) / r^2`` at 400 Chebyshev
     nodes, |r| <= 1.0005 ln(2) / 2.
-
-    :param x: float32.
-    :return: float32.
     """
     doubled = abs(x) + abs(x)
-    # Beyond it tanh is 1 in float32. NaN stays NaN to the end.
+    # Above it tanh is 1 in float32. NaN stays NaN to the end.
     doubled = _TANH_MAX if doubled > _TANH_MAX else doubled
     # A sum this large keeps no fraction, and its last bits are the whole number.
     shifted = doubled * _LOG2_E + _ROUNDS
     n = shifted - _ROUNDS
-    r = _without(doubled, n)
+    r = _minus_n_ln2(doubled, n)
     p = F(1.3933688e-3)
     p = p * r + F(8.3632050e-3)
     p = p * r + F(4.1666463e-2)
     p = p * r + F(1.6666576e-1)
     p = p * r + F(0.5)
     p = p * (r * r) + r
-    power: float = float_of_bits((bits_of_float(shifted) << np.int32(23)) + _BITS_OF_ONE)  # 2^n
+    power: float = _float_of_bits((_bits_of_float(shifted) << np.int32(23)) + _BITS_OF_ONE)  # 2^n
     e = power * p + (power - F(1))
     return math.copysign(e / (e + F(2)), x)
 
 
+@exact
+def _minus_n_ln2(x: float, n: float) -> float:
+    """Return x - n ln(2), where ln(2) has more digits than a float32."""
+    r = x - n * _LN2_HIGH
+    return r - n * _LN2_LOW
+
+
+@exact
+def _exp_of_normal(x: float) -> float:
+    """Return exp of a number whose exponential is a normal float32."""
+    n = np.floor(x * _LOG2_E + F(0.5))
+    r = _minus_n_ln2(x, n)
+    p = F(1.9875691500e-4)
+    p = p * r + F(1.3981999507e-3)
+    p = p * r + F(8.3334519073e-3)
+    p = p * r + F(4.1665795894e-2)
+    p = p * r + F(1.6666665459e-1)
+    p = p * r + F(5.0000001201e-1)
+    # 2^n in two factors: 2^128 is no float32, though the largest exp is.
+    half = np.int32(n) >> np.int32(1)
+    rest = np.int32(n) - half
+    y = (p * (r * r) + r) + F(1)
+    y = y * _float_of_bits((half + np.int32(127)) << np.int32(23))
+    return y * _float_of_bits((rest + np.int32(127)) << np.int32(23))
+
+
+@exact
+def _float_of_bits(bits: int) -> float:
+    return np.int32(bits).view(np.float32)
+
+
+@exact
+def _bits_of_float(number: float) -> int:
+    return np.float32(number).view(np.int32)
+
+
 @fast
 def add_bias(values: np.ndarray, bias: np.ndarray) -> None:
-    """
-    Add a bias to each row, in place.
-
-    :param values: Shape ``(n, width)``.
-    :param bias: Shape ``(width,)``.
-    """
+    """Add a bias, shape ``(width,)``, to each row of ``values``, shape ``(n, width)``, in place."""
     for i in range(values.shape[0]):
         row = values[i]
         for j in range(row.shape[0]):
@@ -113,39 +117,28 @@ def add_bias(values: np.ndarray, bias: np.ndarray) -> None:
 @fast
 def activate(values: np.ndarray, bias: np.ndarray, kind: int, inputs: np.ndarray) -> None:
     """
-    Add a bias to each row and apply an activation, in place.
+    Add a bias, shape ``(width,)``, to each row of ``values``, shape ``(n, width)``, and apply an activation, in place.
 
-    :param values: Shape ``(n, width)``.
-    :param bias: Shape ``(width,)``.
-    :param kind: One of the activations of :mod:`.memory`.
-    :param inputs: Filled with the activation's inputs for SILU, whose derivative needs them; shape of ``values``.
+    ``inputs``, of the same shape, is filled with the activation's inputs for SILU, whose derivative needs them.
     """
-    if kind == TANH:
-        for i in range(values.shape[0]):
-            row = values[i]
+    for i in range(values.shape[0]):
+        row, kept = values[i], inputs[i]
+        if kind == TANH:
             for j in range(row.shape[0]):
                 row[j] = tanh32(row[j] + bias[j])
-    elif kind == RELU:
-        for i in range(values.shape[0]):
-            row = values[i]
+        elif kind == RELU:
             for j in range(row.shape[0]):
                 x = row[j] + bias[j]
                 row[j] = F(0) if x < F(0) else x
-    elif kind == ELU:
-        for i in range(values.shape[0]):
-            row = values[i]
+        elif kind == ELU:
             for j in range(row.shape[0]):
                 x = row[j] + bias[j]
                 row[j] = x if x > F(0) else exp32(x) - F(1)
-    elif kind == LEAKY_RELU:
-        for i in range(values.shape[0]):
-            row = values[i]
+        elif kind == LEAKY_RELU:
             for j in range(row.shape[0]):
                 x = row[j] + bias[j]
                 row[j] = x if x > F(0) else LEAKY_SLOPE * x
-    elif kind == SILU:
-        for i in range(values.shape[0]):
-            row, kept = values[i], inputs[i]
+        elif kind == SILU:
             for j in range(row.shape[0]):
                 x = row[j] + bias[j]
                 kept[j] = x
@@ -155,12 +148,9 @@ def activate(values: np.ndarray, bias: np.ndarray, kind: int, inputs: np.ndarray
 @fast
 def times_derivative(gradients: np.ndarray, values: np.ndarray, kind: int, inputs: np.ndarray) -> None:
     """
-    Multiply by the derivative of an activation, in place; at 0 it is torch's.
+    Multiply ``gradients`` of an activation's outputs by its derivative, in place; at 0 it is torch's.
 
-    :param gradients: With respect to the activation's outputs, shape ``(n, width)``.
-    :param values: Those outputs.
-    :param kind: One of the activations of :mod:`.memory`.
-    :param inputs: The activation's inputs, where it is SILU.
+    ``values`` are the outputs, and ``inputs`` the inputs where it is SILU, all of shape ``(n, width)``.
     """
     g, y, x = gradients.reshape(gradients.size), values.reshape(values.size), inputs.reshape(inputs.size)
     if kind == TANH:

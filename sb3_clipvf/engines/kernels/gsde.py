@@ -2,8 +2,10 @@
 gSDE: a Gaussian whose spread, and whose noise, are functions of the actor's last hidden layer (the latents).
 
 variance_ij = 1e-6 + sum_l latent_il^2 std_lj^2, noise_ij = sum_l latent_il matrix_lj with matrix_lj ~ N(0, std_lj^2).
-The formulas are those of SB3's ``StateDependentNoiseDistribution``, which passes no gradient to the latents through
-the variance; the contract suite of tests/test_engines.py compares the two.
+
+They restate SB3's ``StateDependentNoiseDistribution``, which passes no gradient to the latents through the variance.
+Parity tests: ``tests/test_engines.py::TestContract`` with the policies ``gsde*`` (updates), and
+``tests/test_native.py::TestActingWithGSDE`` (noise).
 
 Source: Raffin et al. 2021, arXiv 2005.05719, section 3.
 """
@@ -11,10 +13,10 @@ Source: Raffin et al. 2021, arXiv 2005.05719, section 3.
 import numpy as np
 
 from sb3_clipvf.common.jit import fast
-from sb3_clipvf.engines.kernels.data import Network, log_std_of
 from sb3_clipvf.engines.kernels.elementwise import exp32
-from sb3_clipvf.engines.kernels.memory import DIST, GRAD, PARAM, SIZE, STATE_DEPENDENT, USE_EXPLN, matrix
-from sb3_clipvf.engines.kernels.network import layer
+from sb3_clipvf.engines.kernels.inputs import Policy
+from sb3_clipvf.engines.kernels.memory import GRAD, PARAM, SIZE, matrix
+from sb3_clipvf.engines.kernels.mlp import layer
 
 F = np.float32
 # SB3's: added to the variance, and to what `expln` takes the logarithm of.
@@ -22,24 +24,15 @@ _EPSILON = F(1e-6)
 
 
 @fast
-def log_stds(network: Network, work: np.ndarray, n: int) -> np.ndarray:
-    """
-    Log standard deviations of the actions after the actor's forward pass.
-
-    :param network: The policy.
-    :param work: The actor's workspace.
-    :param n: Rows of that pass.
-    :return: Shape ``(n, action_dim)``; ``(1, action_dim)`` where all states share them; empty if it is no Gaussian.
-    """
-    if network.codes[DIST] != STATE_DEPENDENT:
-        return log_std_of(network, PARAM)
-    latents = _latents(network, work, n)
-    log_std, expln = _weights_log_std(network, PARAM), network.codes[USE_EXPLN]
-    width, k = latents.shape[1], network.actor_sizes[-1]
+def log_stds(policy: Policy, workspace: np.ndarray, n: int) -> np.ndarray:
+    """Return log standard deviations of the actions in ``n`` states, ``(n, k)``, after the actor's forward pass."""
+    latents = _latents(policy, workspace, n)
+    log_std = _weights_log_std(policy, PARAM)
+    width, k = latents.shape[1], policy.actor.sizes[-1]
     weights = np.empty((width, k), np.float32)
     for m in range(width):
         for j in range(k):
-            std = _std(log_std[m, j if log_std.shape[1] > 1 else 0], expln)
+            std = _std(log_std[m, j if log_std.shape[1] > 1 else 0], policy.use_expln)
             weights[m, j] = std * std
     rows = np.dot(latents * latents, weights)
     for i in range(n):
@@ -50,46 +43,37 @@ def log_stds(network: Network, work: np.ndarray, n: int) -> np.ndarray:
 
 @fast
 def log_std_gradients(
-    network: Network, work: np.ndarray, n: int, log_std_rows: np.ndarray, row_gradients: np.ndarray
+    policy: Policy, workspace: np.ndarray, n: int, log_std_rows: np.ndarray, row_gradients: np.ndarray
 ) -> None:
     """
-    Overwrite the gradient of gSDE's parameter.
+    Overwrite the gradient of gSDE's parameter, after the actor's forward pass.
 
-    :param network: A policy that explores with gSDE.
-    :param work: The actor's workspace after the forward pass.
-    :param n: Rows of that pass.
-    :param log_std_rows: From :func:`log_stds`, shape ``(n, action_dim)``.
-    :param row_gradients: Of the loss with respect to them; overwritten by those with respect to the variances.
+    ``log_std_rows`` come from :func:`log_stds`. ``row_gradients`` are the loss's gradients with respect to them, and
+    are overwritten by those with respect to the variances. Both have the shape ``(n, k)``.
     """
     for i in range(n):
         for j in range(row_gradients.shape[1]):
             row_gradients[i, j] *= F(0.5) * exp32(F(-2) * log_std_rows[i, j])
-    latents = _latents(network, work, n)
+    latents = _latents(policy, workspace, n)
     squares = latents * latents
     by_weight = np.dot(squares.T, row_gradients)
-    log_std, target = _weights_log_std(network, PARAM), _weights_log_std(network, GRAD)
-    expln = network.codes[USE_EXPLN]
+    log_std, target = _weights_log_std(policy, PARAM), _weights_log_std(policy, GRAD)
     target[:] = F(0)
     for m in range(by_weight.shape[0]):
         for j in range(by_weight.shape[1]):
             column = j if log_std.shape[1] > 1 else 0
             x = log_std[m, column]
-            target[m, column] += F(2) * _std(x, expln) * _std_slope(x, expln) * by_weight[m, j]
+            target[m, column] += F(2) * _std(x, policy.use_expln) * _std_slope(x, policy.use_expln) * by_weight[m, j]
 
 
 @fast
-def noise_of(network: Network, work: np.ndarray, n: int, matrices: np.ndarray) -> np.ndarray:
+def noise_of(policy: Policy, workspace: np.ndarray, n: int, matrices: np.ndarray) -> np.ndarray:
     """
-    What exploration matrices add to the means.
+    Return the noise that exploration matrices add to the means, shape ``(n, k)``, after the actor's forward pass.
 
-    :param network: A policy that explores with gSDE.
-    :param work: The actor's workspace after the forward pass.
-    :param n: Rows of that pass.
-    :param matrices: One matrix for all rows, or one for each, below each other; shape
-        ``(latent_dim, action_dim)`` or ``(n * latent_dim, action_dim)``.
-    :return: Shape ``(n, action_dim)``.
+    ``matrices`` has the shape ``(latent_dim, k)``, for all rows, or ``(n * latent_dim, k)``, one for each row.
     """
-    latents = _latents(network, work, n)
+    latents = _latents(policy, workspace, n)
     width = latents.shape[1]
     noise = np.zeros((n, matrices.shape[1]), np.float32)
     for i in range(n):
@@ -102,22 +86,21 @@ def noise_of(network: Network, work: np.ndarray, n: int, matrices: np.ndarray) -
 
 
 @fast
-def _latents(network: Network, work: np.ndarray, n: int) -> np.ndarray:
-    """Outputs of the last hidden layer; without one, the observations. Shape ``(n, latent_dim)``, no copy."""
-    sizes = network.actor_sizes
-    return layer(work, sizes, n, len(sizes) - 2)
+def _latents(policy: Policy, workspace: np.ndarray, n: int) -> np.ndarray:
+    """Return the last hidden layer, or the observations where there is none, shape ``(n, latent_dim)``, no copy."""
+    return layer(policy.actor, workspace, n, len(policy.actor.sizes) - 2)
 
 
 @fast
-def _weights_log_std(network: Network, column: int) -> np.ndarray:
-    """The parameter or its gradient, shape ``(latent_dim, action_dim)``, or ``(latent_dim, 1)``; no copy."""
-    width, row = network.actor_sizes[-2], network.log_std_row
-    return matrix(network.table[row, column], width, network.table[row, SIZE] // width)
+def _weights_log_std(policy: Policy, column: int) -> np.ndarray:
+    """Return the parameter or its gradient, shape ``(latent_dim, k)`` or ``(latent_dim, 1)``, no copy."""
+    width, row = policy.actor.sizes[-2], policy.actor.table[-1]
+    return matrix(row[column], width, row[SIZE] // width)
 
 
 @fast
 def _std(log_std: float, expln: int) -> float:
-    """SB3's ``get_std``: exp, or with ``use_expln`` log(1 + x) + 1 above 0."""
+    """Return SB3's ``get_std``: exp, or with ``use_expln`` log(1 + x) + 1 above 0."""
     if expln != 0 and log_std > F(0):
         return np.log1p(log_std + _EPSILON) + F(1)
     return exp32(log_std)
@@ -125,7 +108,7 @@ def _std(log_std: float, expln: int) -> float:
 
 @fast
 def _std_slope(log_std: float, expln: int) -> float:
-    """Derivative of :func:`_std`."""
+    """Return the derivative of :func:`_std`."""
     if expln != 0 and log_std > F(0):
         return F(1) / (F(1) + (log_std + _EPSILON))
     return exp32(log_std)

@@ -1,8 +1,9 @@
 """
-The surrogate, the value loss and the normalisation of advantages, with their gradients.
+The surrogate loss, the value loss and the normalisation of advantages, with their gradients.
 
-They restate :mod:`sb3_clipvf.objectives`; where torch splits a gradient between equal arguments of min and max, so do
-they.
+They restate ``clipped_surrogate``, ``kl_k3``, ``value_loss``, ``value_loss_clipped_max``,
+``value_loss_clipped_prediction`` and ``normalize_advantages`` of :mod:`sb3_clipvf.objectives`. Where torch splits a
+gradient between equal arguments of min and max, so do they. Parity test: ``tests/test_engines.py::TestContract``.
 """
 
 import math
@@ -14,23 +15,17 @@ from sb3_clipvf.engines.kernels.elementwise import exp32
 
 F = np.float32
 
-# A ratio this close to the range is inside. Where torch acted and kernels update, log-probabilities of one policy
-# differ by rounding, which would cut gradients off when an annealed range has come to 0.
+# A ratio this close to the range counts as inside. Where torch acted and kernels update, log-probabilities of one
+# policy differ by rounding. Without this, no gradient would be left when an annealed range has reached 0.
 _ROUNDING = F(1e-5)
 
-# How value predictions are clipped.
+# Forms of the value loss.
 NOT_CLIPPED, CLIPPED_MAX, CLIPPED_PREDICTION = range(3)
 
 
 @fast
 def shift_and_scale(advantages: np.ndarray, eps: float) -> tuple[float, float]:
-    """
-    Mean and unbiased standard deviation; (0, 1) for a single advantage, which has no spread.
-
-    :param advantages: Shape ``(n,)``.
-    :param eps: Added to the standard deviation.
-    :return: float32 numbers.
-    """
+    """Return mean and unbiased standard deviation plus ``eps``; (0, 1) for a single advantage, which has no spread."""
     n = advantages.shape[0]
     if n <= 1:
         return F(0), F(1)
@@ -45,39 +40,31 @@ def shift_and_scale(advantages: np.ndarray, eps: float) -> tuple[float, float]:
 
 
 @fast
-def surrogate(
-    log_prob: np.ndarray,
-    old_log_prob: np.ndarray,
-    advantages: np.ndarray,
-    clip_range: float,
-    gradient: np.ndarray,
+def surrogate_loss(
+    log_prob: np.ndarray, old_log_prob: np.ndarray, advantages: np.ndarray, clip_range: float, gradient: np.ndarray
 ) -> tuple[float, float, float, float]:
     """
-    The negative surrogate objective of a minibatch, and what is measured of its ratios.
+    Return a minibatch's surrogate loss, share of clipped ratios, estimate k3 of the KL (nats), and largest ratio.
 
-    :param log_prob: log pi(a|s), shape ``(n,)``, nats.
-    :param old_log_prob: log pi_old(a|s), shape ``(n,)``, nats.
-    :param advantages: As normalised, shape ``(n,)``.
-    :param clip_range: epsilon; infinity: not clipped.
-    :param gradient: Filled with the loss's gradient with respect to ``log_prob``, shape ``(n,)``.
-    :return: Loss, share of clipped ratios, estimator k3 of the KL (nats), largest ratio.
+    All arrays have the shape ``(n,)``; log-probabilities are in nats, and an infinite ``clip_range`` does not clip.
+    ``gradient`` is filled with the loss's gradient with respect to ``log_prob``.
     """
     n = log_prob.shape[0]
     weight = F(1.0 / n)
     low, high, eps = F(1.0 - clip_range), F(1.0 + clip_range), F(clip_range)
     objective, n_clipped, k3, largest = 0.0, 0, 0.0, F(0)
-    for i in range(n):  # a loop of its own, which vector instructions can take
+    for i in range(n):  # a loop of its own, which LLVM can turn into vector instructions
         gradient[i] = exp32(log_prob[i] - old_log_prob[i])
     for i in range(n):
         log_ratio = log_prob[i] - old_log_prob[i]
         ratio = gradient[i]
-        free = advantages[i] * ratio
-        # max and min of Python pass NaN in one order only: the ratio's own NaN is kept by `free`.
-        held = advantages[i] * min(max(ratio, low), high)
+        unclipped = advantages[i] * ratio
+        # Python's max and min pass NaN on in one order only: `unclipped` keeps that of the ratio.
+        clipped = advantages[i] * min(max(ratio, low), high)
+        objective += clipped if clipped < unclipped else unclipped
         inside = low - _ROUNDING <= ratio <= high + _ROUNDING
-        objective += held if held < free else free
-        share = F(1) if inside or free < held else (F(0.5) if free == held else F(0))
-        gradient[i] = -weight * free * share
+        passed = F(1) if inside or unclipped < clipped else (F(0.5) if unclipped == clipped else F(0))
+        gradient[i] = -weight * unclipped * passed
         n_clipped += 1 if abs(ratio - F(1)) > eps + _ROUNDING else 0
         k3 += (ratio - F(1)) - log_ratio
         largest = ratio if ratio > largest or ratio != ratio else largest
@@ -86,44 +73,33 @@ def surrogate(
 
 @fast
 def value_loss(
-    values: np.ndarray,
-    old_values: np.ndarray,
-    returns: np.ndarray,
-    form: int,
-    clip_range_vf: float,
-    vf_coef: float,
+    values: np.ndarray, old_values: np.ndarray, returns: np.ndarray, form: int, clip_range_vf: float, vf_coef: float,
     gradient: np.ndarray,
-) -> tuple[float, float]:
+) -> tuple[float, float]:  # fmt: skip
     """
-    The critic's loss of a minibatch.
+    Return the value loss of a minibatch, and the share of predictions that moved further than ``clip_range_vf``.
 
-    :param values: V, shape ``(n,)``, return units.
-    :param old_values: V_old, shape ``(n,)``, return units.
-    :param returns: Targets, shape ``(n,)``, return units.
-    :param form: NOT_CLIPPED, CLIPPED_MAX or CLIPPED_PREDICTION.
-    :param clip_range_vf: Return units.
-    :param vf_coef: Weight of this loss in the gradient.
-    :param gradient: Filled with ``vf_coef`` times the gradient with respect to ``values``, shape ``(n,)``.
-    :return: Loss without ``vf_coef``, and the share of predictions that moved further than ``clip_range_vf``.
+    All arrays have the shape ``(n,)``, in return units. ``gradient`` is filled with ``vf_coef`` times the loss's
+    gradient with respect to ``values``; the loss returned is without ``vf_coef``.
     """
     n = values.shape[0]
     weight, bound = F(2.0 * vf_coef / n), F(clip_range_vf)
     total, n_clipped = 0.0, 0
     for i in range(n):
-        free = values[i] - returns[i]
+        error = values[i] - returns[i]
         change = values[i] - old_values[i]
-        held = old_values[i] + min(max(change, -bound), bound) - returns[i]
+        clipped_error = old_values[i] + min(max(change, -bound), bound) - returns[i]
         moved = abs(change) > bound
         if form == NOT_CLIPPED:
-            total += free * free
-            gradient[i] = weight * free
+            total += error * error
+            gradient[i] = weight * error
         elif form == CLIPPED_PREDICTION:
-            total += held * held
-            gradient[i] = F(0) if moved else weight * held
+            total += clipped_error * clipped_error
+            gradient[i] = F(0) if moved else weight * clipped_error
         else:
-            free_error, held_error = free * free, held * held
-            total += held_error if held_error > free_error else free_error
-            share = F(1) if free_error > held_error else (F(0.5) if free_error == held_error else F(0))
-            gradient[i] = weight * (free * share if moved else free)
+            square, clipped_square = error * error, clipped_error * clipped_error
+            total += clipped_square if clipped_square > square else square
+            passed = F(1) if square > clipped_square else (F(0.5) if square == clipped_square else F(0))
+            gradient[i] = weight * (error * passed if moved else error)
         n_clipped += 1 if moved else 0
     return total / n, n_clipped / n

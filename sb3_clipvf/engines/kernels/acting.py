@@ -1,0 +1,73 @@
+"""A rollout's step: values of observations, and actions drawn for all environments at once."""
+
+import numpy as np
+
+from sb3_clipvf.common.jit import fast
+from sb3_clipvf.engines.kernels import gsde
+from sb3_clipvf.engines.kernels.action_distributions import (
+    ActionDist,
+    distributions_of,
+    evaluate,
+    normalize_logits,
+    sample,
+)
+from sb3_clipvf.engines.kernels.inputs import STATE_DEPENDENT, Policy
+from sb3_clipvf.engines.kernels.minibatch import is_finite
+from sb3_clipvf.engines.kernels.mlp import forward, layer
+
+
+@fast
+def predict_values(policy: Policy, observations: np.ndarray, workspace: np.ndarray, values: np.ndarray) -> None:
+    """Fill ``values``, shape ``(n,)``, of observations, ``(n, obs_dim)``."""
+    n = observations.shape[0]
+    layer(policy.critic, workspace, n, 0)[:] = observations
+    values[:] = forward(policy.critic, workspace, n).reshape(n)
+
+
+@fast
+def act(
+    policy: Policy, observations: np.ndarray, noise: np.ndarray, workspace: np.ndarray, actions: np.ndarray,
+    values: np.ndarray, log_prob: np.ndarray, dist_params: np.ndarray,
+) -> bool:  # fmt: skip
+    """
+    Draw an action for each of ``n`` observations, as :func:`draw` does, and fill ``values``, shape ``(n,)``.
+
+    For gSDE ``noise`` holds the matrices of :func:`.gsde.noise_of`. Return whether observations, values and
+    log-probabilities are finite; activations may hide an observation's NaN.
+    """
+    predict_values(policy, observations, workspace, values)
+    n = observations.shape[0]
+    layer(policy.actor, workspace, n, 0)[:] = observations
+    dist = distributions_of(policy, workspace, n)
+    if policy.kind == STATE_DEPENDENT:
+        noise = gsde.noise_of(policy, workspace, n, noise)
+    draw(dist, noise, actions, log_prob, dist_params)
+    n_bad = 0
+    for i in range(n):
+        row = observations[i]
+        for j in range(row.shape[0]):
+            n_bad += 0 if is_finite(row[j]) else 1
+        n_bad += 0 if is_finite(values[i]) and is_finite(log_prob[i]) else 1
+    return n_bad == 0
+
+
+@fast
+def draw(
+    dist: ActionDist, noise: np.ndarray, actions: np.ndarray, log_prob: np.ndarray, dist_params: np.ndarray
+) -> None:
+    """
+    Fill ``actions``, ``(n, action_dim)``, and ``log_prob``, ``(n,)`` in nats; ``noise`` is that of :func:`.sample`.
+
+    ``dist_params`` is filled with the distributions' parameters, ``(n, k)``, or has no column where none are wanted.
+    """
+    outputs, log_std = dist.outputs, dist.log_std
+    n, k = outputs.shape
+    normalize_logits(dist)
+    sample(dist, noise, actions)
+    if dist_params.shape[1] > 0:
+        for i in range(n):
+            for j in range(k):
+                dist_params[i, j] = outputs[i, j]
+                if log_std.shape[0] > 0:
+                    dist_params[i, k + j] = log_std[i if log_std.shape[0] > 1 else 0, j]
+    evaluate(dist, actions, log_prob, np.empty(n, np.float32))

@@ -1,0 +1,101 @@
+"""What Python passes to the kernels of an update, as tuples of arrays and numbers."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numba.np.unsafe.ndarray import to_fixed_tuple
+
+from sb3_clipvf.common.jit import fast
+from sb3_clipvf.engines.kernels.memory import N_COLUMNS
+
+# Kinds of action distribution; a state-dependent one is gSDE's Gaussian.
+CATEGORICAL, BERNOULLI, GAUSSIAN, STATE_DEPENDENT = range(4)
+# Activations of hidden layers.
+TANH, RELU, ELU, LEAKY_RELU, SILU = range(5)
+
+
+class Mlp(NamedTuple):
+    """One network of linear layers with an activation between them."""
+
+    sizes: np.ndarray  # widths of the input and of each layer
+    table: np.ndarray  # a row for each weight and bias, columns as in `memory`; an actor's last row may be `log_std`
+    activation: int
+
+
+class Policy(NamedTuple):
+    """A policy whose actor and critic share no layer."""
+
+    actor: Mlp
+    critic: Mlp
+    kind: int  # of the action distribution
+    widths: np.ndarray  # number of actions of each categorical distribution
+    use_expln: int  # 1 if gSDE's standard deviations are SB3's `expln`
+
+
+def pack(policy: Policy) -> np.ndarray:
+    """Return a policy as one int64 array, which Python passes to a kernel in less time than a tuple of arrays."""
+    actor, critic = policy.actor, policy.critic
+    parts = [actor.sizes, actor.table.reshape(-1), critic.sizes, critic.table.reshape(-1), policy.widths]
+    head = [policy.kind, actor.activation, policy.use_expln, *map(len, parts)]
+    return np.concatenate([np.array(head, np.int64), *parts])
+
+
+@fast
+def unpack(packed: np.ndarray) -> Policy:
+    """Return what :func:`pack` wrote, as views."""
+    n_head = 8
+    ends = np.cumsum(packed[3:n_head]) + n_head
+    actor_table = packed[ends[0] : ends[1]].reshape(-1, N_COLUMNS)
+    critic_table = packed[ends[2] : ends[3]].reshape(-1, N_COLUMNS)
+    actor = Mlp(packed[n_head : ends[0]], actor_table, packed[1])
+    critic = Mlp(packed[ends[1] : ends[2]], critic_table, packed[1])
+    return Policy(actor, critic, packed[0], packed[ends[3] : ends[4]], packed[2])
+
+
+class Rollout(NamedTuple):
+    """One rollout of ``n = n_steps * n_envs`` transitions, float32, in rows that run step by step."""
+
+    observations: np.ndarray  # (n, obs_dim)
+    actions: np.ndarray  # (n, action_dim)
+    old_values: np.ndarray  # (n,), return units
+    old_log_prob: np.ndarray  # (n,), nats
+    advantages: np.ndarray  # (n,)
+    returns: np.ndarray  # (n,)
+    old_dist: np.ndarray  # parameters of the old distributions, (n, k); (0, 0) without them
+    n_steps: int
+    n_envs: int
+
+
+class Hyperparameters(NamedTuple):
+    """Settings, coefficients and the optimizer's options of one update, all float64."""
+
+    clip_range: float  # epsilon; infinity: not clipped
+    value_form: float  # NOT_CLIPPED, CLIPPED_MAX or CLIPPED_PREDICTION of `losses`
+    clip_range_vf: float  # return units
+    ent_coef: float
+    vf_coef: float
+    kl_coef: float  # beta, 1/nats
+    normalize: float  # 1: advantages are normalised in each minibatch; 0: they are (advantages - shift) / scale
+    shift: float
+    scale: float
+    advantage_eps: float  # added to the standard deviation of a minibatch's advantages
+    max_grad_norm: float
+    target_kl: float  # nats; infinity: no early stop
+    kl_from_epoch: float  # first epoch whose exact KL is measured
+    step: float  # steps that the optimizer made before this update
+    learning_rate: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    decoupled: float  # 1: weight decay as in AdamW; 0: as in Adam
+    skips: float  # 1: a non-finite minibatch is skipped; 0: it ends the update
+
+
+N_HYPERPARAMETERS = len(Hyperparameters._fields)
+
+
+@fast
+def unpack_hyperparameters(packed: np.ndarray) -> Hyperparameters:
+    """Return the hyperparameters that a float64 array holds in their order."""
+    return Hyperparameters(*to_fixed_tuple(packed, N_HYPERPARAMETERS))

@@ -1,0 +1,100 @@
+"""Compiling or loading, before they are needed, the kernels that an engine calls."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from sb3_clipvf.common.messages import log
+from sb3_clipvf.engines.kernels import entry
+from sb3_clipvf.engines.kernels.barrier import N_COUNTERS
+from sb3_clipvf.engines.kernels.inputs import CATEGORICAL, N_HYPERPARAMETERS, TANH, Mlp, Policy, Rollout, pack
+from sb3_clipvf.engines.kernels.memory import N_COLUMNS
+from sb3_clipvf.engines.kernels.totals import N_STAT_ROWS, STAT, TOTAL
+
+NOTE_SECONDS = 3.0
+"""Waiting time after which a warning says that kernels are being compiled."""
+
+
+def warm_up(group: str) -> float:
+    """
+    Compile a group of kernels, or load them from numba's cache, and return the seconds that this took.
+
+    One group serves all policies of an engine: "native" and "fused" hold what these engines call, "kl_of_rollout" the
+    native engine's measurement after an update. Groups are separate, since a kernel takes some megabytes of memory.
+    """
+    kernels, call = _GROUPS[group]
+    if kernels[0].signatures:
+        return 0.0
+    note = threading.Timer(
+        NOTE_SECONDS,
+        lambda: log.warning("Compiling kernels, which may take a minute; they are kept on disk for later runs"),
+    )
+    note.daemon = True
+    started = time.perf_counter()
+    note.start()
+    try:
+        call()
+    finally:
+        note.cancel()
+    seconds = time.perf_counter() - started
+    if any(kernel.stats.cache_misses for kernel in kernels):
+        log.info("Compiled the kernels in %.1f s", seconds)
+    return seconds
+
+
+# Each kernel is called once with the smallest arguments of the types of real ones: layers of one weight, no rollout.
+
+
+def _call_native() -> None:
+    packed, _tensors = _smallest_policy()
+    workspace, cell, vector = np.zeros(8, np.float32), np.zeros((1, 1), np.float32), np.zeros(1, np.float32)
+    none = np.zeros((0, 1), np.float32)
+    entry.predict_values(packed, cell, workspace, vector)
+    entry.act(packed, cell, cell, workspace, cell.copy(), vector, vector.copy(), cell.copy())
+    entry.advantages_and_returns(none, none, none, vector, vector, 1.0, 1.0, none, none)
+    hyper, totals = np.zeros(N_HYPERPARAMETERS), np.zeros(len(TOTAL))
+    shared_stats, counters = np.zeros((N_STAT_ROWS, len(STAT))), np.zeros(N_COUNTERS, np.int64)
+    permutations = np.zeros((0, 0), np.int64)
+    entry.run_update(0, 1, packed, _empty_rollout(), hyper, permutations, 1, workspace, shared_stats, counters, totals)
+
+
+def _call_kl_of_rollout() -> None:
+    packed, _tensors = _smallest_policy()
+    entry.kl_of_rollout(packed, _empty_rollout(), 1, np.zeros(8, np.float32))
+
+
+def _call_fused() -> None:
+    hyper, stats, totals = np.ones(N_HYPERPARAMETERS), np.zeros(len(STAT)), np.zeros(len(TOTAL))
+    widths, cell, vector = np.ones(1, np.int64), np.zeros((1, 1), np.float32), np.zeros(1, np.float32)
+    entry.loss_gradients(
+        CATEGORICAL, widths, cell, cell, vector, cell, vector, vector.copy(), vector, vector, cell, hyper, False,
+        cell.copy(), cell.copy(), vector.copy(), stats, totals,
+    )  # fmt: skip
+    entry.draw(CATEGORICAL, widths, cell.copy(), cell, cell, cell.copy(), vector.copy(), cell.copy())
+    entry.optimizer_step(np.zeros((0, N_COLUMNS), np.int64), hyper, stats, totals)
+
+
+def _smallest_policy() -> tuple[np.ndarray, np.ndarray]:
+    """Return a packed policy, and the tensors that it points to, which must outlive it."""
+    tensors = np.zeros((4, N_COLUMNS), np.float32)
+    table = np.full((4, N_COLUMNS), 1, np.int64)
+    for row in range(4):
+        table[row, 1:] = [tensors[row, column:].ctypes.data for column in range(1, N_COLUMNS)]
+    sizes = np.ones(2, np.int64)
+    actor, critic = Mlp(sizes, table[:2], TANH), Mlp(sizes, table[2:], TANH)
+    return pack(Policy(actor, critic, CATEGORICAL, sizes[:1], 0)), tensors
+
+
+def _empty_rollout() -> Rollout:
+    none, nothing = np.zeros((0, 1), np.float32), np.zeros(0, np.float32)
+    return Rollout(none, none, nothing, nothing, nothing, nothing, none, 0, 1)
+
+
+_GROUPS: dict[str, tuple[Sequence[Any], Callable[[], None]]] = {
+    "native": (entry.NATIVE, _call_native),
+    "kl_of_rollout": ((entry.kl_of_rollout,), _call_kl_of_rollout),
+    "fused": (entry.FUSED, _call_fused),
+}
