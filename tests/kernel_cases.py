@@ -1,7 +1,7 @@
 """
 Trainings that between them run every kernel: all action distributions under all forms of the objective.
 
-Run as a program it prints what each of them ends with: ``python kernel_cases.py native fused``, engine by engine.
+Run as a program it prints a digest of each training: ``python kernel_cases.py native fused``, engine by engine.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ N_UPDATES = 2
 
 
 class Noise(gym.Env[np.ndarray, Any]):
-    """Random observations and rewards, for every action space."""
+    """An environment of random observations and rewards, for every action space."""
 
     observation_space = spaces.Box(-9.0, 9.0, (5,), np.float32)
 
@@ -45,7 +45,7 @@ class Noise(gym.Env[np.ndarray, Any]):
 
 
 class Doubling(FlattenExtractor):
-    """Networks that the native engine does not run."""
+    """A features extractor that the native engine does not run."""
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
         return 2.0 * super().forward(observations)
@@ -81,7 +81,7 @@ ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def digest(engine: str, actions: str, form: str) -> str:
-    """Of the weights and the statistics that one training ends with."""
+    """Return a digest of the weights and the statistics at the end of one training."""
     action_space, kwargs = ACTIONS[actions]
     class_name, policy_kwargs = ENGINES[engine]
     arguments: dict[str, Any] = {"clip_range": None, "clip_range_vf": None, **kwargs, **OBJECTIVES[form]}

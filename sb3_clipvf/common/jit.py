@@ -1,4 +1,4 @@
-"""How kernels are compiled by numba. Importing this imports numba, which takes half a second."""
+"""Decorators that compile functions by numba. Importing this imports numba, which takes half a second."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -12,27 +12,27 @@ from sb3_clipvf.common.messages import log
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-# Division by zero gives infinity or NaN as in torch: the check of it would keep loops from being vectorised.
+# Division by zero gives infinity or NaN as in torch. A check for it would keep loops from being vectorised.
 _COMMON: dict[str, Any] = {"error_model": "numpy", "nogil": True}
 
 fast = cast(Compile, njit(fastmath={"reassoc", "contract", "nsz"}, **_COMMON))
-"""Sums may be taken in any order and products fused; NaN and infinities keep their meaning."""
+"""Compile with sums in any order and fused products; NaN and infinities keep their meaning."""
 
 exact = cast(Compile, njit(fastmath={"contract"}, **_COMMON))
-"""For functions that lose their accuracy if sums are taken in another order."""
+"""Compile with fused products alone, for functions that lose accuracy if sums are taken in another order."""
 
 strict = cast(Compile, njit(**_COMMON))
-"""Each operation as written, as NumPy does it."""
+"""Compile each operation as written, as NumPy does it."""
 
 
 class _Library(JITCodeLibrary):
     """
-    Machine code that calls its own copies of the functions linked into it.
+    Machine code that calls its own copies of the functions linked into it, so that its results do not vary.
 
     numba links the functions that a function calls into its module, optimises them again there, and leaves them as weak
-    symbols. The linker keeps the first weak symbol of a name in a process. Where kernels are compiled, that is each
-    called function as optimised alone; where they are read from disk, the copy in the caller that was read first.
-    These copies round differently. Internal symbols are not replaced.
+    symbols. The linker keeps the first weak symbol of a name in a process. In a process that compiles kernels, that is
+    each called function as optimised alone. In one that reads them from disk, it is the copy in the caller read first.
+    These copies round differently. Internal symbols, which this class makes of them, are not replaced.
 
     Made for numba 0.61 to 0.68, where ``CPUCodeLibrary._get_module_for_linking`` makes the symbols weak.
     """
@@ -45,7 +45,7 @@ class _Library(JITCodeLibrary):
 
 
 class _Compiler(Compiler):
-    """numba's compiler with the code in a :class:`_Library`."""
+    """numba's compiler, with the machine code in a :class:`_Library`."""
 
     def define_pipelines(self) -> Any:
         codegen, name = self.state.targetctx.codegen(), self.state.func_id.func_qualname
@@ -56,13 +56,10 @@ class _Compiler(Compiler):
 
 def cached(*signatures: Any) -> Compile:
     """
-    Compile a function that Python calls, and keep the result on disk, beside the package or in the user's cache folder.
+    Compile a function that Python calls, and keep the machine code beside the package or in the user's cache folder.
 
-    Where no such folder can be written to, each process compiles it. Its results are the same bits, whether it was
-    compiled in this process or read from disk, and whatever else was.
-
-    :param signatures: Numba's types of its arguments and its result, compiled at once; none: compiled when called.
-    :return: A decorator.
+    With numba's types of result and arguments it is compiled at once, without them when it is called. Where neither
+    folder can be written to, each process compiles it. It gives the same bits compiled here or read from disk.
     """
 
     def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,8 +2,9 @@
 Action distributions: log-probabilities, entropies, exact KL, their gradients, and samples.
 
 A categorical kind has one or more categorical distributions side by side. Sums over action dimensions give one number
-a row. The formulas are those of :mod:`sb3_clipvf.objectives` (exact KL) and torch.distributions. Parity tests:
-``tests/test_engines.py::TestContract``, with a policy of each kind; for samples, ``tests/test_native.py::TestActing``.
+a state. They restate torch.distributions and, of :mod:`sb3_clipvf.objectives`, ``multi_categorical_kl``,
+``bernoulli_kl`` and ``gaussian_kl``. Parity tests: ``tests/test_engines.py::TestContract``, with a policy of each kind;
+for samples, ``tests/test_native.py::TestActing``.
 """
 
 import math
@@ -153,10 +154,10 @@ def kl_from_old(dist: ActionDist, old: np.ndarray, rows: np.ndarray) -> float:
             for j in range(k):
                 kl += _sigmoid(row[j]) * (row[j] - outputs[i, j]) - _softplus(row[j]) + _softplus(outputs[i, j])
         else:
-            spread = log_std[i if log_std.shape[0] > 1 else 0]
+            new = log_std[i if log_std.shape[0] > 1 else 0]
             for j in range(k):
-                change = spread[j] - row[k + j]
-                shift = (row[j] - outputs[i, j]) * exp32(-spread[j])
+                change = new[j] - row[k + j]
+                shift = (row[j] - outputs[i, j]) * exp32(-new[j])
                 kl += change + F(0.5) * (exp32(F(-2) * change) + shift * shift - F(1))
         total += kl
     return total
@@ -276,15 +277,15 @@ def _gaussian_gradients(
             precision = exp32(F(-2) * row[j])
             shift = actions[i, j] - outputs[i, j]
             scaled = shift * precision
-            gradient = log_prob_gradient[i] * scaled
-            spread = log_prob_gradient[i] * (shift * scaled - F(1))
+            of_mean = log_prob_gradient[i] * scaled
+            of_log_std = log_prob_gradient[i] * (shift * scaled - F(1))
             if beta != F(0):
                 moved = outputs[i, j] - old[rows[i], j]
                 old_variance = exp32(F(2) * old[rows[i], k + j])
-                gradient += beta * moved * precision
-                spread += beta * (F(1) - (old_variance + moved * moved) * precision)
-            dist.probs[i, j] = gradient
-            row_gradient[j] += spread
+                of_mean += beta * moved * precision
+                of_log_std += beta * (F(1) - (old_variance + moved * moved) * precision)
+            dist.probs[i, j] = of_mean
+            row_gradient[j] += of_log_std
 
 
 @fast

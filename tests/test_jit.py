@@ -1,4 +1,4 @@
-"""Tests of how functions are compiled and kept."""
+"""Compiling functions, keeping them on disk, and the parity tests that kernels name."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ from sb3_clipvf.common import jit
 from sb3_clipvf.engines.kernels.losses import NOT_CLIPPED, value_loss
 
 
-def test_without_a_writable_folder_it_says_so_and_works(
+def test_without_a_writable_folder_it_warns_and_works(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     njit = numba.njit
@@ -37,7 +37,7 @@ def test_without_a_writable_folder_it_says_so_and_works(
 
 @pytest.mark.slow
 def test_a_change_of_any_kernel_is_noticed(tmp_path: Path) -> None:
-    """numba's cache looks at one file; the kernels lie in several."""
+    """numba's cache checks one file, and a kernel is made of several."""
     package = Path(jit.__file__).parents[1]
     copied = tmp_path / "sb3_clipvf"
     for source in package.rglob("*.py"):
@@ -68,18 +68,18 @@ def test_a_change_of_any_kernel_is_noticed(tmp_path: Path) -> None:
 
     assert run() == ["0.0", "0"]
     assert run() == ["0.0", "1"]
-    rollout = copied / "engines" / "kernels" / "rollout.py"
-    source = rollout.read_text()
+    gae = copied / "engines" / "kernels" / "gae.py"
+    source = gae.read_text()
     changed = source.replace("advantage = delta + decay", "advantage = F(7) + delta + decay")
     assert changed != source
-    rollout.write_text(changed)
+    gae.write_text(changed)
     assert run() == ["7.0", "0"]
 
 
 def test_called_functions_are_not_shared_with_other_kept_functions(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The linker would take the copy of whichever function was there first, which may be rounded in another way."""
+    """The linker would take the copy of the function that was there first, which may round differently."""
 
     def caller(x: np.ndarray) -> float:
         return value_loss(x, x, x, NOT_CLIPPED, 0.1, 0.5, x)[0]
@@ -90,13 +90,13 @@ def test_called_functions_are_not_shared_with_other_kept_functions(
         return set(re.findall(r"^define (?:(linkonce_odr|internal) )?.*value_loss", code, re.MULTILINE))
 
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
-    # Where this fails, numba makes no weak symbols any more, and `cached` can do without a library of its own.
+    # If this fails, numba makes no weak symbols any more, and `cached` needs no library of its own.
     assert linkages(jit.fast(caller)) == {"linkonce_odr"}
     assert linkages(jit.cached()(caller)) == {"internal"}
 
 
 def trained(cache: Path, *engines: str) -> dict[str, str]:
-    """What all trainings end with in a process of their own, whose kernels are kept in this folder."""
+    """Return the digests of all trainings, run in a new process that keeps its kernels in this folder."""
     result = subprocess.run(
         [sys.executable, "-W", "ignore", kernel_cases.__file__, *engines],
         env={**os.environ, "NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": str(Path(__file__).parents[1])},
@@ -109,7 +109,7 @@ def trained(cache: Path, *engines: str) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_compiled_and_kept_kernels_train_the_same_weights(tmp_path: Path) -> None:
-    """In the process that compiles them, in one that reads them, and in one that lacks some of them."""
+    """In a process that compiles kernels, in one that reads them, and in one that lacks some of them."""
 
     def kept() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb?")}
@@ -119,9 +119,18 @@ def test_compiled_and_kept_kernels_train_the_same_weights(tmp_path: Path) -> Non
     assert of_first
     assert trained(tmp_path, "fused", "native") == by_compiled
     assert kept() == of_first
-    # As a first run leaves them that was interrupted, or whose policy did not need them.
+    # As after a first run that was interrupted, or whose policy did not need them.
     missing = [path for path in of_first if "loss_gradients" in path.name]
     for path in missing:
         path.unlink()
     assert trained(tmp_path, "native", "fused") == by_compiled
     assert {path for path, time in kept().items() if of_first[path] != time} == set(missing)
+
+
+def test_the_parity_tests_that_kernels_name_exist() -> None:
+    root, named = Path(__file__).parents[1], []
+    for module in (Path(jit.__file__).parents[1] / "engines" / "kernels").glob("*.py"):
+        named += re.findall(r"(tests/\w+\.py)::(\w+)", module.read_text())
+    assert len(named) >= 8
+    for path, name in named:
+        assert re.search(rf"^(class|def) {name}\b", (root / path).read_text(), re.MULTILINE), (path, name)
