@@ -37,7 +37,14 @@ from sb3_clipvf.zoo.runs import CHECKPOINTS
 from sb3_clipvf.zoo.settings import check_hyperparams, check_saved, readable_config
 from sb3_clipvf.zoo.terminal import WholeProgressBar, timed_tables
 from sb3_clipvf.zoo.tuning import CheckedSearch
-from sb3_clipvf.zoo.vec_env import EnvSettings, growing_files, known_keywords, make_vec_env, stacks_frames, wrapper_list
+from sb3_clipvf.zoo.vec_env import (
+    EnvSettings,
+    appended_monitor_files,
+    known_keywords,
+    make_vec_env,
+    stacks_frames,
+    wrapper_list,
+)
 
 _PREPROCESSED_BY_ZOO = ("learning_rate", "clip_range", "clip_range_vf")
 
@@ -159,7 +166,7 @@ class ClipPPOExperimentManager(CheckedSearch):
             manager = copy(self)
             manager.env_wrapper = partial(_wrap_resumable, self.env_wrapper)
         known = known_keywords(self.eval_env_kwargs if eval_env else self.env_kwargs)
-        with known, nullcontext() if self.resumed is None else growing_files():
+        with known, nullcontext() if self.resumed is None else appended_monitor_files():
             if self.vec_env is None or eval_env:
                 return super(ClipPPOExperimentManager, manager).create_envs(n_envs, eval_env, no_log)
             return manager._create_vectorised(self.vec_env, n_envs, no_log)

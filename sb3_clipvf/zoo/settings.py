@@ -20,29 +20,24 @@ from sb3_clipvf.clip_ppo import ClipPPO
 from sb3_clipvf.common.validation import check_float, check_int, check_keywords, wrong_type
 from sb3_clipvf.files.archive import reason_of
 from sb3_clipvf.zoo.entries import WRAPPER_FUNCTIONS, ZOO_KEYS, items, with_arguments
+from sb3_clipvf.zoo.parsing import option_name
 
-COMMAND_LINE_KEYS = {
-    "device": "`--device`",
-    "env": "`--env`",
-    "seed": "`--seed`",
-    "tensorboard_log": "`--tensorboard-log`",
-    "verbose": "`--verbose`",
-}
+COMMAND_LINE_KEYS = ("device", "env", "seed", "tensorboard_log", "verbose")
 """Arguments of ClipPPO that the RL Zoo sets from its command line, so that the settings must not."""
 
-# ClipPPO itself checks the bases of `policy` and `rollout_buffer_class`.
-_IMPORTED: dict[str, type] = {
+_BASES: dict[str, type] = {
     "callback": BaseCallback,
     "env_wrapper": gym.Env,
-    "policy": object,
+    "policy": object,  # ClipPPO itself checks the bases of this one and the next
     "rollout_buffer_class": object,
     "vec_env_wrapper": VecEnv,
 }
 """Keys that name classes, and the base of these classes."""
-_TAKEN = ("env", "filename", "venv")
-"""Arguments of wrappers that the RL Zoo passes."""
 
-_CLASS_TEXT = "Write it as `package.module.Class`, with its arguments, if any, indented below it."
+_PASSED_BY_ZOO = ("env", "filename", "venv")
+"""Arguments of wrappers that the RL Zoo passes itself."""
+
+_WRITE_CLASS = "Write it as `package.module.Class`, with its arguments, if any, indented below it."
 
 
 @contextmanager
@@ -90,8 +85,8 @@ def check_hyperparams(hyperparams: dict[str, Any], overrides: Iterable[str], sou
     """
     Refuse settings that neither the RL Zoo nor ClipPPO would use, or that the files of a run cannot hold.
 
-    ``overrides`` are the keys given on the command line; ``source`` names the origin of the others for messages. What
-    ClipPPO's constructor checks itself is not checked here.
+    ``overrides`` are the keys given on the command line; ``source`` names the origin of the other keys in messages.
+    ClipPPO's constructor checks its own arguments.
     """
     overridden = set(overrides)
     for key, value in hyperparams.items():
@@ -116,13 +111,13 @@ def check_hyperparams(hyperparams: dict[str, Any], overrides: Iterable[str], sou
 
 
 def import_packages(names: Iterable[Any] | None, where: str) -> None:
-    """Import the modules that register environments; ``where`` names the option or file for messages."""
+    """Import the modules that register environments; ``where`` names their option or file in messages."""
     for name in names or ():
         _imported(f"`{where}` must name modules that can be imported, got {name!r}", str(name))
 
 
 def check_saved(key: str, value: Any, where: str) -> None:
-    """Check that the YAML files of a run can hold the value of a setting or option, so that it can be read again."""
+    """Check that the YAML files of a run can store the value of a setting or option, and that it loads again."""
     try:
         # Not `yaml.UnsafeLoader`, which may be replaced. These are the user's own settings.
         yaml.load(yaml.dump(value), Loader=yaml.loader.UnsafeLoader)
@@ -136,7 +131,7 @@ def check_saved(key: str, value: Any, where: str) -> None:
 def _check_key(key: str, where: str) -> None:
     if key in COMMAND_LINE_KEYS:
         raise ValueError(
-            f"`{key}` must be given by the option {COMMAND_LINE_KEYS[key]}, got it in {where}. Remove it there."
+            f"`{key}` must be given by the option `{option_name(key)}`, got it in {where}. Remove it there."
         )
     legal = constructor_keys() | ZOO_KEYS
     if key not in legal:
@@ -146,8 +141,8 @@ def _check_key(key: str, where: str) -> None:
 
 
 def _check_imports(key: str, value: Any, where: str) -> None:
-    """Check that the classes named by a checked value exist, fit the key, and take the arguments beside them."""
-    if key not in _IMPORTED:
+    """Check that the classes that a value names exist, have the key's base, and take the arguments given for them."""
+    if key not in _BASES:
         return
     for named, kwargs in with_arguments(value):
         if not isinstance(named, str) or (key == "policy" and "." not in named):
@@ -160,11 +155,11 @@ def _check_imports(key: str, value: Any, where: str) -> None:
                 f"{name!r}. Correct the name."
             )
         _check_class(key, named, found, where)
-        check_keywords(key, kwargs, found, _TAKEN, f"It stands in {where}. Correct it, or leave it out.")
+        check_keywords(key, kwargs, found, _PASSED_BY_ZOO, f"It stands in {where}. Correct it, or leave it out.")
 
 
 def _imported(rule: str, module: str, name: str | None = None) -> Any:
-    """Import a module; return it, or what it holds under a name (None if nothing)."""
+    """Import a module; return it, or its attribute of this name (None if there is none)."""
     try:
         found = importlib.import_module(module)
         return found if name is None else getattr(found, name, None)
@@ -178,13 +173,13 @@ def _imported(rule: str, module: str, name: str | None = None) -> Any:
 
 def _check_class(key: str, named: str, found: Any, where: str) -> None:
     if isinstance(found, type):
-        base = _IMPORTED[key]
+        base = _BASES[key]
         if not issubclass(found, base):
             raise ValueError(
                 f"`{key}` must name a class derived from {base.__name__}, got {named!r} in {where}. Correct the name."
             )
     elif not (key == "env_wrapper" and named in WRAPPER_FUNCTIONS):
-        raise ValueError(f"`{key}` must name a class, got {named!r} in {where}, which is not a class. {_CLASS_TEXT}")
+        raise ValueError(f"`{key}` must name a class, got {named!r} in {where}, which is not a class. {_WRITE_CLASS}")
 
 
 def _is_number(text: str) -> bool:
@@ -225,7 +220,7 @@ def _check_evaluated(key: str, value: Any, where: str) -> None:
     _check_dict(key, value, where)
     called = {"monitor_kwargs": Monitor, "normalize": VecNormalize}.get(key)
     if called is not None:
-        check_keywords(key, value or {}, called, _TAKEN, f"It stands in {where}. Correct it, or leave it out.")
+        check_keywords(key, value or {}, called, _PASSED_BY_ZOO, f"It stands in {where}. Correct it, or leave it out.")
 
 
 def _check_normalize(key: str, value: Any, where: str) -> None:
@@ -242,7 +237,7 @@ def _check_policy(key: str, value: Any, where: str) -> None:
 
 def _check_classes(key: str, value: Any, where: str) -> None:
     if isinstance(value, list) and any(isinstance(item, list) for item in value):
-        raise TypeError(f"`{key}` must be a list of classes, got {value!r} in {where}. {_CLASS_TEXT}")
+        raise TypeError(f"`{key}` must be a list of classes, got {value!r} in {where}. {_WRITE_CLASS}")
     ready = BaseCallback if key == "callback" else type
     for item in items(value):
         if isinstance(item, dict) and len(item) != 1:
@@ -269,7 +264,7 @@ def _check_named(key: str, value: Any, where: str, ready: type | tuple[()] = ())
     parts = value.split(".") if isinstance(value, str) else []
     is_path = len(parts) > 1 and all(part.isidentifier() for part in parts)
     if not (is_path or isinstance(value, ready)):
-        raise ValueError(f"`{key}` must name a class with its module, got {value!r} in {where}. {_CLASS_TEXT}")
+        raise ValueError(f"`{key}` must name a class with its module, got {value!r} in {where}. {_WRITE_CLASS}")
 
 
 def _check_text_keys(key: str, value: Mapping[Any, Any], where: str) -> None:

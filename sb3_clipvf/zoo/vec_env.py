@@ -68,7 +68,7 @@ def stacks_frames(name: str, settings: EnvSettings) -> bool:
 
 
 @contextmanager
-def growing_files() -> Iterator[None]:
+def appended_monitor_files() -> Iterator[None]:
     """
     Make environments append to existing files of episodes, which a checkpoint cuts to its own length.
 
@@ -106,23 +106,20 @@ def make_vec_env(name: str, settings: EnvSettings, env_fns: Sequence[Callable[[]
     ``env_fns`` are the Zoo's functions that make each environment with its wrappers.
     """
     if name == "gymnasium":
-        return _gymnasium(settings, env_fns)
-    if settings.env_kwargs:
-        raise ValueError(
-            f"`env_kwargs` must be empty with `--vec-env {name}`, got {settings.env_kwargs}, which are Gymnasium's. "
-            "Train with `--vec-env gymnasium`."
-        )
-    if settings.monitor_kwargs:
-        raise ValueError(
-            f"`monitor_kwargs` must be empty with `--vec-env {name}`, got {settings.monitor_kwargs}: no Monitor runs "
-            "there. Train with `--vec-env gymnasium`."
-        )
+        return _make_gymnasium(settings, env_fns)
+    for key, reason in (("env_kwargs", "which are Gymnasium's"), ("monitor_kwargs", "but no Monitor runs there")):
+        value = getattr(settings, key)
+        if value:
+            raise ValueError(
+                f"`{key}` must be empty with `--vec-env {name}`, got {value}, {reason}. Train with `--vec-env "
+                "gymnasium`."
+            )
     if name == "ale" or settings.is_atari:
-        return _atari(name, settings, len(env_fns))
-    return _envpool(settings, len(env_fns))
+        return _make_atari(name, settings, len(env_fns))
+    return _make_envpool(settings, len(env_fns))
 
 
-def _gymnasium(settings: EnvSettings, env_fns: Sequence[Callable[[], gym.Env[Any, Any]]]) -> VecEnv:
+def _make_gymnasium(settings: EnvSettings, env_fns: Sequence[Callable[[], gym.Env[Any, Any]]]) -> VecEnv:
     spec = settings.spec
     plain = not (settings.env_kwargs or settings.wrappers or settings.monitor_kwargs or spec.additional_wrappers)
     if plain and spec.vector_entry_point is not None and not settings.is_atari:
@@ -130,7 +127,7 @@ def _gymnasium(settings: EnvSettings, env_fns: Sequence[Callable[[], gym.Env[Any
     return as_vec_env(SyncVectorEnv(env_fns, autoreset_mode=AutoresetMode.SAME_STEP))
 
 
-def _envpool(settings: EnvSettings, n_envs: int) -> VecEnv:
+def _make_envpool(settings: EnvSettings, n_envs: int) -> VecEnv:
     import envpool
 
     if settings.wrappers:
@@ -149,7 +146,7 @@ def _envpool(settings: EnvSettings, n_envs: int) -> VecEnv:
     return venv
 
 
-def _atari(name: str, settings: EnvSettings, n_envs: int) -> VecEnv:
+def _make_atari(name: str, settings: EnvSettings, n_envs: int) -> VecEnv:
     if not settings.is_atari:
         raise ValueError(
             f"`--env` must be an Atari game with `--vec-env ale`, got {settings.spec.id}. `--vec-env gymnasium` takes "
