@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,13 @@ from sb3_clipvf import zoo
 from sb3_clipvf.zoo.settings import check_hyperparams
 from tests.bench import learning, training_runs
 from tests.bench.__main__ import main as run_benchmark
-from tests.bench.learning import ROWS, main
-from tests.bench.learning_table import Row, render_table, run_of
+from tests.bench.learning import ROWS, LearningBenchmark, Row, main, render_table
 from tests.bench.results import Results, machine
 from tests.bench.training_runs import train_arguments
 
 PARAMS = ("n_envs:2", "n_steps:16", "batch_size:16", "n_epochs:1")
-TINY = Row("tiny", "CartPole-v1", 64, 8.0, "9 (others)", PARAMS, n_episodes=2)
-HARD = Row("hard", "CartPole-v1", 64, 501.0, "", PARAMS, n_episodes=2)
+TINY = Row("tiny", "CartPole-v1", 64, PARAMS, goal=8.0, comparison="9 (others)", n_episodes=2)
+HARD = Row("hard", "CartPole-v1", 64, PARAMS, goal=501.0, n_episodes=2)
 
 # A train command of a moment: it copies the run at sys.argv[1] to the folder after -f.
 COPY = """
@@ -84,18 +84,18 @@ def test_row_names_an_environment_with_shipped_settings_and_legal_parameters(row
 
 
 def test_train_command_of_a_run() -> None:
-    row = Row("r", "E-v0", 1000, 0.0, "", ("clip_range:None", "kl_coef:1.0"))
+    row = Row("r", "E-v0", 1000, ("clip_range:None", "kl_coef:1.0"), goal=0.0)
     assert " ".join(train_arguments(row, 3, Path("logs/x"))) == (
         "--algo clipppo --env E-v0 --seed 3 -n 1000 -f logs/x --eval-freq -1 --num-threads 1 --device cpu --verbose 0 "
         "--checkpoint-freq -1 -params clip_range:None kl_coef:1.0"
     )
-    assert not {"-params", "--vec-env"} & {*train_arguments(Row("r", "E-v0", 1000, 0.0, ""), 3, Path("logs/x"))}
+    assert not {"-params", "--vec-env"} & {*train_arguments(Row("r", "E-v0", 1000, goal=0.0), 3, Path("logs/x"))}
 
 
 def test_environments_of_another_kind_are_trained_in_and_named() -> None:
-    row = Row("r", "E-v0", 1000, 0.0, "", vec_env="envpool")
+    row = Row("r", "E-v0", 1000, goal=0.0, vec_env="envpool")
     assert train_arguments(row, 3, Path("logs/x"))[-2:] == ["--vec-env", "envpool"]
-    assert run_of(row, 3)["vec_env"] == "envpool"
+    assert row.run(3)["vec_env"] == "envpool"
 
 
 # --- the command
@@ -114,9 +114,9 @@ def test_results_and_table_of_all_rows_and_seeds(in_folder: Path, capsys: pytest
     table = Path("docs/results/learning.md").read_text()
     assert "Made by `python -m tests.bench learning --seeds 1 2`." in table
     assert f"{run['mean_return']:.2f} ± {run['std_return']:.2f}" in table
-    said = capsys.readouterr().out
-    assert said.startswith("4 runs to make, 0 are done already")
-    assert f"tiny, seed 1: {run['mean_return']:.2f} +/- {run['std_return']:.2f} (goal 8)" in said
+    printed = capsys.readouterr().out
+    assert printed.startswith("4 runs to make, 0 are done already")
+    assert f"tiny, seed 1: {run['mean_return']:.2f} +/- {run['std_return']:.2f} (goal 8)" in printed
 
 
 def test_finished_runs_are_skipped_until_asked_or_changed(
@@ -131,22 +131,22 @@ def test_finished_runs_are_skipped_until_asked_or_changed(
     assert main([*options, "--rerun"]) == 1
     assert main(["--only", "tiny", "--seeds", "1", "2"]) == 1  # seed 2 is new
     capsys.readouterr()
-    monkeypatch.setattr(learning, "ROWS", (Row("tiny", "CartPole-v1", 64, 8.0, "", PARAMS, n_episodes=3), HARD))
+    monkeypatch.setattr(learning, "ROWS", (Row("tiny", "CartPole-v1", 64, PARAMS, goal=8.0, n_episodes=3), HARD))
     monkeypatch.setattr(training_runs, "TRAIN_COMMAND", command)
     assert main(options) == 0
     assert "1 runs to make" in capsys.readouterr().out
     assert [run["n_episodes"] for run in runs_in()] == [3]
 
 
-def test_failed_run_is_told_not_kept_and_does_not_stop_the_others(
+def test_failed_run_is_reported_not_kept_and_does_not_stop_the_others(
     in_folder: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     program = "import sys\nif 'tiny' in ' '.join(sys.argv[2:]): raise SystemExit('broken settings')\n" + COPY
     monkeypatch.setattr(training_runs, "TRAIN_COMMAND", (sys.executable, "-c", program, str(trained)))
     assert main(["--seeds", "1"]) == 1
-    said = capsys.readouterr().out
-    assert "tiny, seed 1: FAILED, the train command ended with code 1, see logs/bench/tiny/seed_1/train.log" in said
-    assert "Failed: tiny, seed 1. The same command tries them again." in said
+    printed = capsys.readouterr().out
+    assert "tiny, seed 1: FAILED, the train command ended with code 1, see logs/bench/tiny/seed_1/train.log" in printed
+    assert "Failed:\n  tiny, seed 1: the train command ended with code 1" in printed
     assert (in_folder / "logs/bench/tiny/seed_1/train.log").read_text() == "broken settings\n"
     assert [run["name"] for run in runs_in()] == ["hard"]
 
@@ -155,7 +155,7 @@ def test_training_that_ended_early_is_no_result(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # The Zoo saves its model when it is interrupted, and ends with code 0: the copied run has 64 steps.
-    monkeypatch.setattr(learning, "ROWS", (Row("long", "CartPole-v1", 65, 8.0, "", PARAMS, n_episodes=1),))
+    monkeypatch.setattr(learning, "ROWS", (Row("long", "CartPole-v1", 65, PARAMS, goal=8.0, n_episodes=1),))
     assert main(["--seeds", "1"]) == 1
     assert "long, seed 1: FAILED, the training was interrupted at step 64" in capsys.readouterr().out
     assert not Path("docs/results/learning.json").exists()
@@ -178,7 +178,7 @@ def test_interrupt_ends_the_training_and_keeps_what_is_done(
     # The training interrupts the benchmark and would then last for an hour.
     train_with(monkeypatch, f"import os, signal, time\nos.kill(os.getppid(), signal.{name})\ntime.sleep(3600)")
     assert main(["--seeds", "1", "2"]) == 130
-    assert "Interrupted. The same command goes on with what is missing." in capsys.readouterr().out
+    assert "Interrupted. The same command resumes with what is missing." in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is before
     assert [(run["name"], run["seed"]) for run in runs_in()] == [("tiny", 1)]
     assert "| hard" in Path("docs/results/learning.md").read_text()
@@ -199,13 +199,13 @@ def test_jobs_run_side_by_side(in_folder: Path, monkeypatch: pytest.MonkeyPatch)
     )
     train_with(monkeypatch, program)
     codes: list[int] = []
-    train = learning.Benchmark._train
+    train = LearningBenchmark._train
 
-    def record(self: learning.Benchmark, options: list[str], log_path: Path) -> int:
+    def record(self: LearningBenchmark, options: list[str], log_path: Path) -> int:
         codes.append(train(self, options, log_path))
         return codes[-1]
 
-    monkeypatch.setattr(learning.Benchmark, "_train", record)
+    monkeypatch.setattr(LearningBenchmark, "_train", record)
     assert main(["--seeds", "1", "--jobs", "2"]) == 1
     assert codes == [7, 7]
 
@@ -220,7 +220,7 @@ def test_real_train_command(in_folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert Path("o/t.md").exists()
 
 
-def test_list_tells_what_is_done_and_runs_nothing(
+def test_list_shows_what_is_done_and_runs_nothing(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--seeds", "2", "--only", "tiny"]) == 0
@@ -229,8 +229,8 @@ def test_list_tells_what_is_done_and_runs_nothing(
     assert main(["--list"]) == 0
     params = " ".join(PARAMS)
     assert capsys.readouterr().out.splitlines() == [
-        f"tiny         64 steps  goal    8  done: 2  {params}",
-        f"hard         64 steps  goal  501  done: none  {params}",
+        f"tiny  goal    8         64 steps  done: 2  {params}",
+        f"hard  goal  501         64 steps  done: none  {params}",
     ]
 
 
@@ -248,14 +248,19 @@ def test_overview_and_unknown_benchmarks(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     "options, match",
     [
-        ("--jobs 0", r"`--jobs` must be a whole number of at least 1, got 0\."),
-        ("--seeds -1", r"`--seeds` must be a whole number of at least 0, got -1\."),
-        ("--only tiny huge", r"`--only` must name rows of the benchmark, got huge\. .*--list"),
+        ("--jobs 0", "--jobs: must be a whole number of at least 1, got 0"),
+        ("--jobs two", "--jobs: must be a whole number of at least 1, got two"),
+        ("--seeds -1", "--seeds: must be a whole number of at least 0, got -1"),
+        ("--only tiny huge", "--only/--rows: invalid choice: 'huge' (choose from"),
+        ("--out a.md", "`--table` must be another file than `--out`, got a.md for both."),
+        ("--out foreign.json", "`--out` must be a results file of this benchmark (format 1) or a new one, but foreign"),
     ],
 )
-def test_bad_options_are_refused(in_folder: Path, options: str, match: str) -> None:
-    with pytest.raises(ValueError, match=match):
+def test_bad_options_are_refused(in_folder: Path, capsys: pytest.CaptureFixture[str], options: str, match: str) -> None:
+    Path("foreign.json").write_text("{}")
+    with pytest.raises(SystemExit, match="2"):
         main(options.split())
+    assert match in capsys.readouterr().err
 
 
 # --- results and table
@@ -264,7 +269,7 @@ def test_bad_options_are_refused(in_folder: Path, options: str, match: str) -> N
 def result(row: Row, seed: int, mean: float, speed: float | None = 100.0) -> dict[str, Any]:
     where = {"cpu": "C", "cores": 2, "jobs": 1, "versions": {"python": "3"}}
     numbers = {"mean_return": mean, "std_return": 0.5, "steps_per_second": speed}
-    return {**run_of(row, seed), **numbers, **where}
+    return {**row.run(seed), **numbers, **where}
 
 
 @pytest.mark.parametrize(
@@ -286,26 +291,26 @@ def test_results_replace_the_run_of_the_same_row_and_seed(tmp_path: Path) -> Non
         ("tiny", 1, 2.0),
         ("tiny", 2, 4.0),
     ]
-    assert again.find(run_of(TINY, 2)) == result(TINY, 2, 4.0)
-    assert again.find(run_of(TINY, 3)) is None
+    assert again.find(TINY.run(2)) == result(TINY, 2, 4.0)
+    assert again.find(TINY.run(3)) is None
 
 
 @pytest.mark.parametrize(
     "changed",
     [
-        Row("tiny", "CartPole-v1", 65, 8.0, "", PARAMS, n_episodes=2),
-        Row("tiny", "CartPole-v0", 64, 8.0, "", PARAMS, n_episodes=2),
-        Row("tiny", "CartPole-v1", 64, 8.0, "", PARAMS[1:], n_episodes=2),
-        Row("tiny", "CartPole-v1", 64, 8.0, "", PARAMS, n_episodes=3),
-        Row("tiny", "CartPole-v1", 64, 8.0, "", PARAMS, n_episodes=2, vec_env="envpool"),
+        Row("tiny", "CartPole-v1", 65, PARAMS, goal=8.0, n_episodes=2),
+        Row("tiny", "CartPole-v0", 64, PARAMS, goal=8.0, n_episodes=2),
+        Row("tiny", "CartPole-v1", 64, PARAMS[1:], goal=8.0, n_episodes=2),
+        Row("tiny", "CartPole-v1", 64, PARAMS, goal=8.0, n_episodes=3),
+        Row("tiny", "CartPole-v1", 64, PARAMS, goal=8.0, n_episodes=2, vec_env="envpool"),
     ],
 )
 def test_results_of_other_settings_do_not_count(tmp_path: Path, changed: Row) -> None:
     results = Results(tmp_path / "r.json")
     results.add(result(TINY, 1, 1.0))
-    assert results.find(run_of(TINY, 1)) is not None
-    assert results.find(run_of(Row("tiny", "CartPole-v1", 64, 99.0, "other", PARAMS, n_episodes=2), 1)) is not None
-    assert results.find(run_of(changed, 1)) is None
+    assert results.find(TINY.run(1)) is not None
+    assert results.find(replace(TINY, goal=99.0, comparison="other").run(1)) is not None
+    assert results.find(changed.run(1)) is None
 
 
 def test_two_benchmarks_may_write_the_same_file(tmp_path: Path) -> None:
@@ -315,19 +320,18 @@ def test_two_benchmarks_may_write_the_same_file(tmp_path: Path) -> None:
     assert [run["seed"] for run in Results(tmp_path / "r.json").runs] == [1, 2]
 
 
-def test_table_means_over_seeds_and_says_what_is_missing(tmp_path: Path) -> None:
+def test_table_means_over_seeds_and_names_what_is_missing(tmp_path: Path) -> None:
     results = Results(tmp_path / "r.json")
-    plain = Row("plain", "E-v0", 5000, 8.0, "7 (a2c)")
-    empty = Row("empty", "E-v0", 5000, 8.0, "")
+    plain = Row("plain", "E-v0", 5000, goal=8.0, comparison="7 (a2c)")
+    empty = Row("empty", "E-v0", 5000, goal=8.0)
     for row, seed, mean, speed in (
         (plain, 1, 7.0, 90.0),
         (plain, 2, 9.0, 110.0),
         (TINY, 1, 7.96, None),
     ):
         results.add(result(row, seed, mean, speed))
-    lines = render_table(results, (plain, TINY, empty), (1, 2), "the command").splitlines()
-    assert lines[0] == "Made by `the command`."
-    assert lines[2:7] == [
+    lines = render_table(results, (plain, TINY, empty), (1, 2)).splitlines()
+    assert lines[:5] == [
         "| environment and settings | steps | seed 1 | seed 2 | mean | goal | reached | others (RL Zoo) |",
         "| --- | ---: | ---: | ---: | ---: | ---: | --- | --- |",
         "| plain | 5,000 | 7.00 ± 0.50 | 9.00 ± 0.50 | 8.00 | 8 | yes (1 of 2) | 7 (a2c) |",

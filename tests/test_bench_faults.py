@@ -14,13 +14,12 @@ import pytest
 
 from sb3_clipvf.checkpoint import DamagedCheckpointError, training_checkpoint
 from tests.bench import faults
-from tests.bench.faults import ROWS, main
-from tests.bench.faults_children import Tally, lines_of, tell
+from tests.bench.faults import ROWS, main, render_table
 from tests.bench.faults_files import _outcome, _place, _result, damaged
 from tests.bench.faults_files import is_clear as is_clear_of_file
 from tests.bench.faults_fuzz import is_clear, judged
 from tests.bench.faults_kills import _die_in_write, judge
-from tests.bench.faults_table import render_table
+from tests.bench.faults_processes import Tally, append_line, read_lines
 from tests.bench.faults_training import digest_of
 from tests.bench.results import Results
 
@@ -69,9 +68,9 @@ def test_a_short_campaign_is_survived(campaign: tuple[Path, subprocess.Completed
 
 def test_what_is_done_is_not_done_again(campaign: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(campaign[0])
-    monkeypatch.setattr(faults, "_campaign", lambda *args: pytest.fail("nothing is missing"))
-    monkeypatch.setattr("tests.bench.faults_children.start_server", lambda: None)
-    # `_campaign` is only made where attempts are missing.
+    monkeypatch.setattr(faults, "make_campaign", lambda *args: pytest.fail("nothing is missing"))
+    monkeypatch.setattr("tests.bench.faults.start_server", lambda: None)
+    # `make_campaign` is only made where attempts are missing.
     assert main(OPTIONS) == 0
 
 
@@ -83,12 +82,12 @@ class _Failing:
         return tally
 
 
-def test_a_failure_is_counted_told_and_ends_with_1(
+def test_a_failure_is_counted_and_reported_and_ends_with_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(faults, "_campaign", lambda *args: _Failing())
-    monkeypatch.setattr("tests.bench.faults_children.start_server", lambda: None)
+    monkeypatch.setattr(faults, "make_campaign", lambda *args: _Failing())
+    monkeypatch.setattr("tests.bench.faults.start_server", lambda: None)
     assert main(["--only", "arguments", "--examples", "4"]) == 1
     assert "arguments: 4 of 4, 3 survived, 0 lost, 1 wrong, 0 unclear" in capsys.readouterr().out
     assert "`arguments`: `` part 1 ``" in Path("docs/results/faults.md").read_text()
@@ -106,21 +105,31 @@ def test_an_interruption_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.
             return super().run(index, wanted)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(faults, "_campaign", lambda *args: Interrupted())
-    monkeypatch.setattr("tests.bench.faults_children.start_server", lambda: None)
+    monkeypatch.setattr(faults, "make_campaign", lambda *args: Interrupted())
+    monkeypatch.setattr("tests.bench.faults.start_server", lambda: None)
     assert main(["--only", "arguments"]) == 130
     (found,) = Results(Path("docs/results/faults.json")).runs
     assert (found["attempts"], found["parts"]) == (2, 1)
 
 
-def test_options_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ("--kills 0", "--kills: must be a whole number of at least 1, got 0"),
+        ("--seed -1", "--seed: must be a whole number of at least 0, got -1"),
+        ("--only nothing", "--only/--rows: invalid choice: 'nothing'"),
+        ("--only settings", "The row settings needs hypothesis. Run `pip install 'sb3_clipvf[dev]'`"),
+    ],
+)
+def test_options_are_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: str, match: str
+) -> None:
     monkeypatch.chdir(tmp_path)
-    for options in (["--kills", "0"], ["--seed", "-1"], ["--only", "nothing"]):
-        with pytest.raises(ValueError, match=f"`{options[0]}` must"):
-            main(options)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"row settings needs hypothesis. Run `pip install 'sb3_clipvf\[dev\]'`"):
-        main(["--only", "settings"])
+    with pytest.raises(SystemExit, match="2"):
+        main(options.split())
+    assert match in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,11 +151,11 @@ BEGIN, WRITTEN, RESUMED = (
 
 
 @pytest.mark.parametrize(
-    ("lines", "code", "outcome", "told"),
+    ("lines", "code", "outcome", "reason"),
     [
         ([BEGIN, WRITTEN, RESUMED, END], 0, "survived", ""),
         ([BEGIN, BEGIN, WRITTEN, END], 0, "survived", ""),
-        # The kill came after the file was there, and before it was told.
+        # The kill came after the file was there, and before it was reason.
         ([BEGIN, {"event": "begins", "step": 64}, END], 0, "survived", ""),
         ([BEGIN, WRITTEN, BEGIN, END], 0, "lost", "at step 0, after the checkpoint of step 64"),
         ([BEGIN, WRITTEN, {"event": "written", "step": 128}, RESUMED, END], 0, "lost", "at step 64, after"),
@@ -164,10 +173,10 @@ BEGIN, WRITTEN, RESUMED = (
         ([], 0, "unclear", "nothing"),
     ],
 )
-def test_the_end_of_a_killed_training_is_judged(lines: Any, code: int | None, outcome: str, told: str) -> None:
+def test_the_end_of_a_killed_training_is_judged(lines: Any, code: int | None, outcome: str, reason: str) -> None:
     found, text = judge(lines, code, EXPECTED)
     assert found == outcome
-    assert told in text
+    assert reason in text
 
 
 @pytest.mark.parametrize(("share", "left_behind"), [(0.0, b""), (0.5, b"ab"), (1.1, None)])
@@ -197,14 +206,14 @@ def test_a_process_can_be_killed_inside_a_write(
     assert (tmp_path / "second.zip").exists() == (left_behind is None)
 
 
-def test_a_report_is_read_as_it_was_told(tmp_path: Path) -> None:
-    assert lines_of(tmp_path / "report") == []
-    tell(tmp_path / "report", event="begins", step=0)
-    tell(tmp_path / "report", event="written", step=np.int64(1))
-    assert lines_of(tmp_path / "report") == [{"event": "begins", "step": 0}, {"event": "written", "step": "1"}]
+def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
+    assert read_lines(tmp_path / "report") == []
+    append_line(tmp_path / "report", event="begins", step=0)
+    append_line(tmp_path / "report", event="written", step=np.int64(1))
+    assert read_lines(tmp_path / "report") == [{"event": "begins", "step": 0}, {"event": "written", "step": "1"}]
 
 
-def test_a_digest_tells_values_types_and_shapes_apart() -> None:
+def test_a_digest_differs_by_value_type_and_shape() -> None:
     values = [
         1,
         1.0,
@@ -305,6 +314,6 @@ def test_models_of_illegal_numbers_are_wrong() -> None:
     assert judged(lambda changes: model, {}) == ("wrong", "wrong", "accepted as gamma=nan")
 
 
-def test_rows_not_run_are_told(tmp_path: Path) -> None:
-    table = render_table(Results(tmp_path / "none.json"), ROWS, 0, "command")
+def test_rows_not_run_are_named(tmp_path: Path) -> None:
+    table = render_table(Results(tmp_path / "none.json"), ROWS, 0)
     assert table.count("| not run |") == len(ROWS)

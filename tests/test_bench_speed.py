@@ -26,9 +26,10 @@ from tests.bench import speed, speed_child, speed_products, speed_rows
 from tests.bench.results import Results
 from tests.bench.speed import main
 from tests.bench.speed_figure import write_figure
+from tests.bench.speed_models import make_env, make_model
 from tests.bench.speed_profile import area_of, render_profile, sum_areas
-from tests.bench.speed_rows import BOUNDS, PEERS, ROWS, TRIAL_UPDATES, SpeedRow, make_env, make_model
-from tests.bench.speed_table import KEY, TRIALS, Spread, best_threads, ratio, render, wanted
+from tests.bench.speed_rows import BOUNDS, PEERS, ROWS, TRIAL_UPDATES, SpeedRow
+from tests.bench.speed_table import KEY, TRIALS, Spread, best_threads, entries_of, ratio, render_tables
 
 # Of a policy that the native engine does not run, so that ClipPPO's number of threads is tried.
 FAST = SpeedRow("fast", "a fast one", 2, "CartPole-v1", 4, 8, {"n_steps": 16}, policy="CnnPolicy")
@@ -235,7 +236,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     return measure
 
 
-def test_seconds_are_told_apart_and_compilation_is_not_among_them(scripted: Callable[..., dict[str, Any]]) -> None:
+def test_seconds_are_divided_without_compilation(scripted: Callable[..., dict[str, Any]]) -> None:
     # 3 measured iterations of 4 environments and 2 steps; the warm-up takes 2 iterations and 20 s more.
     result = scripted()
     assert result.pop("peak_megabytes") > 50
@@ -344,7 +345,7 @@ def test_bound_of_a_vector_environment_leaves_out_steps_that_only_reset(monkeypa
     monkeypatch.setattr(speed_child, "raw_vector", lambda row, seed: Vector())
     monkeypatch.setattr(speed_child.time, "perf_counter", clock)
     result = speed_child.measure_bound(replace(SLOW, n_envs=2), "clipppo", 1, 10.0)
-    assert (result["steps"], result["steps_per_second"], result["setup_seconds"]) == (10, 1.0, 120.0)
+    assert (result["steps"], result["steps_per_second"]) == (10, 1.0)
     ale = speed_child.measure_bound(replace(SLOW, n_envs=2, env="ale"), "clipppo", 1, 10.0)
     assert ale["steps"] == 20  # it resets in the same step
 
@@ -418,7 +419,7 @@ def result(row: SpeedRow, peer: str, part: str, speed_: float, **other: Any) -> 
     where = {"cpu": "C", "cores": 2, "versions": {"python": "3"}, "other_load": 1.0}
     split = {"environment_seconds": 0.1, "policy_seconds": 0.2, "update_seconds": 1000 / speed_, "other_seconds": 0.0}
     times = {"steps": 1000, "steps_per_second": speed_, "peak_megabytes": 100.0, "startup_seconds": 4.0}
-    return wanted(row, peer, part) | where | split | times | {"engine": "e", "torch_threads": 1} | other
+    return entries_of(row, peer, part) | where | split | times | {"engine": "e", "torch_threads": 1} | other
 
 
 def results_of(path: Path, *runs: dict[str, Any]) -> Results:
@@ -475,9 +476,8 @@ def test_tables(tmp_path: Path) -> None:
         result(anew, "clipppo", next(iter(TRIALS)), 1000.0, startup_seconds=12.0),
         result(anew, "sb3", "1", 800.0),
     )
-    text = render(results, (FAST, anew, SLOW, replace(SLOW, name="gone")), 3, "the command", {"gone": "needs x"})
+    text = render_tables(results, (FAST, anew, SLOW, replace(SLOW, name="gone")), 3, {"gone": "needs x"})
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert text.startswith("Made by `the command`.\n")
     assert lines == [
         "| configuration | ClipPPO / SB3 | update | ClipPPO / SBX "
         "| ClipPPO steps/s | SB3 steps/s | SBX steps/s | bound steps/s | goal |",
@@ -538,10 +538,10 @@ def test_results_and_table_of_all_rows(in_folder: Path, capsys: pytest.CaptureFi
         line for line in table.splitlines() if line.startswith("| a fast one (`fast`) | 2.00<br>(2.00 to 2.00) |")
     )
     assert line.endswith("| 2: no |")  # 1.999: rounded only in the table
-    said = capsys.readouterr().out
-    assert said.startswith("6 alternations to measure, 0 are done already")
-    assert "fast, ClipPPO, 2: 4,002 steps/s" in said
-    assert table in said
+    printed = capsys.readouterr().out
+    assert printed.startswith("6 alternations to measure, 0 are done already")
+    assert "fast, ClipPPO, 2: 4,002 steps/s" in printed
+    assert table in printed
     assert not (in_folder / "logs/bench/quick.json").exists()
 
 
@@ -558,7 +558,7 @@ def test_peers_run_in_turn_and_each_row_before_the_next_alternation(in_folder: P
     ]
 
 
-def test_processes_are_told_their_threads_and_sizes(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_get_their_threads_and_sizes(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, lambda name: True)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.setattr(speed, "ROWS", (replace(FAST, compile_anew=True), SLOW))
@@ -645,17 +645,17 @@ def test_results_of_another_machine_or_version_are_measured_again(
     assert len(order()) == (8 + 3 if stale else 0)
 
 
-def test_failed_process_is_told_not_kept_and_does_not_stop_the_others(
+def test_failed_process_is_reported_not_kept_and_does_not_stop_the_others(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     program = CHILD + "if task['row']['name'] == 'fast' and task['seed'] == 2: raise SystemExit('it broke')"
     child_is(monkeypatch, program)
     assert main(["--alternations", "2"]) == 1
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     log = "logs/bench/speed/fast/clipppo-2.log"
-    assert f"fast, ClipPPO, 2: FAILED, the process ended with code 1 (it broke), see {log}" in said
-    assert "Failed: fast: the process ended with code 1 (it broke)" in said
-    assert "The same command tries again." in said
+    assert f"fast, ClipPPO, 2: FAILED, the process ended with code 1 (it broke), see {log}" in printed
+    assert "Failed:\n  fast: the process ended with code 1 (it broke)" in printed
+    assert "The same command tries again." in printed
     kept = {(run["name"], run["part"]) for run in runs_in() if run["peer"] == "clipppo"}
     assert kept == {(name, part) for name in ("fast", "slow") for part in (*TRIALS, "1", "2")} - {("fast", "2")}
     child_is(monkeypatch, CHILD)
@@ -727,7 +727,7 @@ if task["peer"] == "sb3" and task["seed"] == 2:
 """
     child_is(monkeypatch, CHILD + program)
     assert main(["--rows", "fast", "--alternations", "2"]) == 130
-    assert "Interrupted. The same command goes on with what is missing." in capsys.readouterr().out
+    assert "Interrupted. The same command resumes with what is missing." in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is before
     assert not psutil.pid_exists(int(Path("pid").read_text()))
     parts = {(run["peer"], run["part"]) for run in runs_in()}
@@ -763,7 +763,7 @@ def test_quick_writes_beside_the_results(in_folder: Path) -> None:
     assert len(order()) == 8 + 3
 
 
-def test_list_tells_what_is_done_and_runs_nothing(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_shows_what_is_done_and_runs_nothing(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--rows", "fast", "--alternations", "2"]) == 0
     tasks()
     capsys.readouterr()
@@ -807,25 +807,23 @@ def test_profile_names_where_the_time_goes(
 @pytest.mark.parametrize(
     "options, match",
     [
-        ("--alternations 0", r"`--alternations` must be a whole number of at least 1, got 0\."),
-        ("--rows fast huge", r"`--rows` must name rows of the benchmark, got huge\. .*bench speed --list"),
-        ("--profile huge", r"`--profile` must name rows of the benchmark, got huge\."),
-        ("--profile fast --peer sbx", r"`--peer` must be one that can run fast, got sbx\. .*sb3_clipvf\[sbx\]"),
-        ("--profile slow", r"`--profile` must name a row whose packages are installed, got slow, which needs envpool"),
-        ("--out a.md", r"`--table` must be another file than `--out`, got a\.md for both\."),
+        ("--alternations 0", "--alternations: must be a whole number of at least 1, got 0"),
+        ("--rows fast huge", "--only/--rows: invalid choice: 'huge' (choose from"),
+        ("--profile huge", "--profile: invalid choice: 'huge' (choose from"),
+        ("--profile fast --peer sbx", "`--peer` must be one that can run fast, got sbx. SBX must be installed"),
+        ("--profile slow", "`--profile` must name a row whose packages are installed, got slow: it needs envpool"),
+        ("--out learning.json", "`--out` must be a results file of this benchmark"),
     ],
 )
-def test_bad_options_are_refused(in_folder: Path, monkeypatch: pytest.MonkeyPatch, options: str, match: str) -> None:
+def test_bad_options_are_refused(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: str, match: str
+) -> None:
+    Path("learning.json").write_text('{"format": 1, "runs": [{"name": "CartPole-v1", "seed": 1}]}')
     monkeypatch.setattr(speed, "ROWS", (FAST, replace(SLOW, env="envpool")))
     installed(monkeypatch, lambda name: name not in ("envpool", "sbx"))
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(SystemExit, match="2"):
         main(options.split())
-
-
-def test_foreign_results_are_refused(in_folder: Path) -> None:
-    Path("learning.json").write_text('{"format": 1, "runs": [{"name": "CartPole-v1", "seed": 1}]}')
-    with pytest.raises(ValueError, match=r"`--out` must be a results file of this benchmark .*KeyError: 'peer'"):
-        main(["--out", "learning.json"])
+    assert match in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -841,7 +839,8 @@ def test_real_processes_of_both_peers(
     assert runs["sb3", "1"]["engine"] == "torch"
     assert runs["clipppo", "1"]["engine"] in set(ENGINE_NAMES) - {"auto", "native"}
     assert runs["clipppo", next(iter(TRIALS))]["torch_threads"] == 1
-    assert all(run["steps_per_second"] > 0 and run["peak_megabytes"] > 10 for run in runs.values())
+    assert all(run["steps_per_second"] > 0 for run in runs.values())
+    assert runs["sb3", "1"]["peak_megabytes"] > 10
     assert "(`custom-extractor`)" in capsys.readouterr().out
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tests.bench.curves_statistics import ENGINES, WINDOW, Comparison, difference_estimate, grid, mean_estimate
-from tests.bench.results import machine_text
+from tests.bench.results import machines_text, markdown_table, save_figure
+from tests.bench.training_runs import how_made
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,16 +22,10 @@ _LABELS = {"native": "native", "autograd": "autograd, the reference"}
 _MEASURES = (("whole training", "mean_return"), ("last 100 episodes", "last_return"))
 
 
-def render_table(compared: Sequence[Comparison], command: str) -> str:
-    """
-    Render the comparisons as a Markdown table.
-
-    :param compared: one an environment
-    :param command: the command that makes the table again
-    :return: Markdown text
-    """
+def render_table(compared: Sequence[Comparison]) -> str:
+    """Return the Markdown table of the comparisons, one an environment, and its notes."""
     header = ["environment", "mean return", *ENGINES, f"{ENGINES[0]} − {ENGINES[1]}", "bands of the curves"]
-    lines = [" | ".join(header), " | ".join(["---", "---"] + ["---:"] * 3 + ["---"])]
+    rows = []
     for comparison in compared:
         verdict = _verdict(comparison)
         for index, (name, key) in enumerate(_MEASURES):
@@ -38,8 +33,7 @@ def render_table(compared: Sequence[Comparison], command: str) -> str:
             estimates = [*(mean_estimate(group) for group in values), difference_estimate(*values)]
             cells = ["" if estimate is None else str(estimate) for estimate in estimates]
             first = f"{comparison.env_id}, {comparison.n_timesteps:,} steps" if index == 0 else ""
-            lines.append(" | ".join([first, name, *cells, verdict if index == 0 else ""]))
-    table = "\n".join(f"| {line} |" for line in lines)
+            rows.append([first, name, *cells, verdict if index == 0 else ""])
     notes = (
         "A cell is the mean over the seeds ± half of its 95 % confidence interval: Student's t over the seeds, and "
         "Welch's for the difference. *Whole training* is the mean of the curve's points, *last 100 episodes* that "
@@ -47,9 +41,7 @@ def render_table(compared: Sequence[Comparison], command: str) -> str:
         "intervals have a value in common."
     )
     runs = [run for comparison in compared for engine in ENGINES for run in comparison.runs[engine]]
-    machines = {machine_text(run, f"{run['jobs']} runs side by side, one thread each") for run in runs}
-    made = "".join(f"- {text}\n" for text in sorted(machines))
-    return f"Made by `{command}`.\n\n{table}\n\n{notes}\n" + (f"\nMachines and versions:\n\n{made}" if made else "")
+    return f"{markdown_table(header, 'llrrrl', rows)}\n\n{notes}\n\n{machines_text(runs, how_made)}"
 
 
 def _verdict(comparison: Comparison) -> str:
@@ -62,18 +54,11 @@ def _verdict(comparison: Comparison) -> str:
 
 
 def write_figure(compared: Sequence[Comparison], path: Path) -> None:
-    """
-    Draw the mean curves of the engines with their confidence bands, one panel an environment.
-
-    :param compared: one an environment
-    :param path: the PNG to write; its folder is made
-    """
+    """Draw the mean curves of the engines with their confidence bands, one panel an environment, into a PNG."""
     # The figure object draws without pyplot, whose backend belongs to the caller's process.
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
-
-    from sb3_clipvf.files.atomic import atomic_write
 
     n_columns = min(2, len(compared))
     n_rows = -(-len(compared) // n_columns)
@@ -87,9 +72,7 @@ def write_figure(compared: Sequence[Comparison], path: Path) -> None:
     ]
     handles.append(Patch(color="gray", alpha=0.3, linewidth=0, label="95 % confidence band of the mean over the seeds"))
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png")
+    save_figure(figure, path)
 
 
 def _draw(axes: Axes, comparison: Comparison) -> None:

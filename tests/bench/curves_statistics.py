@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from sb3_clipvf.zoo.runs import TrainingCurve
-from tests.bench import training_runs
 from tests.bench.results import Results
+from tests.bench.training_runs import TrainingRow
 
 # The first one is compared with the second, which is the reference.
 ENGINES = ("native", "autograd")
@@ -21,62 +21,33 @@ LAST_EPISODES = 100
 CONFIDENCE = 0.95
 
 
-@dataclass(frozen=True)
-class CurveRow:
-    """
-    An environment on an engine, trained with each seed.
+@dataclass(frozen=True, kw_only=True)
+class CurveRow(TrainingRow):
+    """An environment on an engine, trained with each seed."""
 
-    :param env_id: the environment's id
-    :param n_timesteps: environment steps of training
-    :param engine: value of ``engine=``
-    :param vec_env: kind of the training environments, as ``--vec-env`` takes it
-    """
-
-    env_id: str
-    n_timesteps: int
     engine: str
-    vec_env: str = "dummy"
 
-    @property
-    def name(self) -> str:
-        """Name for ``--only``, the file names and the results."""
-        return f"{self.env_id}-{self.engine}"
+    @classmethod
+    def of(cls, env_id: str, n_timesteps: int, engine: str) -> CurveRow:
+        """Return the row whose one change to the shipped settings is the engine."""
+        name, params = f"{env_id}-{engine}", (f"engine:'{engine}'",)
+        return cls(name=name, env_id=env_id, n_timesteps=n_timesteps, params=params, engine=engine)
 
-    @property
-    def params(self) -> tuple[str, ...]:
-        """The change to the shipped settings: the engine."""
-        return (f"engine:'{self.engine}'",)
-
-
-def run_of(row: CurveRow, seed: int) -> dict[str, Any]:
-    """
-    List by what a row's result is found.
-
-    :param row: the row
-    :param seed: the seed
-    :return: the key, and what decides on the result
-    """
-    return {**training_runs.run_of(row, seed), "n_points": N_POINTS, "window": WINDOW}
+    def run(self, seed: int) -> dict[str, Any]:
+        """Return the entries that a seed's result is found by."""
+        return {**super().run(seed), "n_points": N_POINTS, "window": WINDOW}
 
 
 def grid(n_timesteps: int) -> np.ndarray:
-    """
-    Divide a training evenly.
-
-    :param n_timesteps: its environment steps
-    :return: ``(N_POINTS,)`` environment steps; the last one is the training's end
-    """
+    """Return ``(N_POINTS,)`` environment steps that divide a training evenly; the last one is its end."""
     return n_timesteps * np.arange(1, N_POINTS + 1) / N_POINTS
 
 
 def curve_on_grid(curve: TrainingCurve, steps: np.ndarray, window: int = WINDOW) -> list[float | None]:
     """
-    Read a training's curve at given steps: the mean return of the last episodes that had ended by then.
+    Return the mean return of the last ``window`` episodes that had ended by each of the environment steps ``(n,)``.
 
-    :param curve: the training's episodes
-    :param steps: ``(n,)`` environment steps
-    :param window: at most this many episodes in a mean; the first means are of fewer
-    :return: n means in reward units, to 5 significant digits; None where no episode had ended
+    Means have 5 significant digits, and are None where no episode had ended.
     """
     # Episodes come by the clock; of those that end at one step, the order by the clock stays.
     order = np.argsort(curve.steps, kind="stable")
@@ -86,29 +57,19 @@ def curve_on_grid(curve: TrainingCurve, steps: np.ndarray, window: int = WINDOW)
 
 
 def rounded_mean(values: Sequence[float] | np.ndarray) -> float | None:
-    """
-    Average.
-
-    :param values: numbers
-    :return: their mean to 5 significant digits, None where there are none
-    """
+    """Return the mean to 5 significant digits, or None without values."""
     return float(f"{np.mean(values):.5g}") if len(values) > 0 else None
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """
-    A mean and its confidence interval.
-
-    :param mean: the mean
-    :param margin: half of the interval's width; None where too few values tell none
-    """
+    """A mean, and half of the width of its confidence interval, which is None for a single value."""
 
     mean: float
     margin: float | None
 
     def overlaps(self, other: Estimate) -> bool | None:
-        """:return: whether the intervals have a point in common; None where one of them is not known"""
+        """Return whether the intervals have a point in common, or None if one of them is not known."""
         if self.margin is None or other.margin is None:
             return None
         return abs(self.mean - other.mean) <= self.margin + other.margin
@@ -120,10 +81,9 @@ class Estimate:
 
 def mean_estimate(values: Sequence[float | None]) -> Estimate | None:
     r"""
-    Estimate a mean: :math:`t_{n-1} s / \sqrt n` on both sides of the values' mean, with Student's t.
+    Return a mean over seeds with its 95 % interval, or None without values; None among the values does not count.
 
-    :param values: one a seed; None does not count
-    :return: the 95 % interval; None without values
+    The interval is :math:`t_{n-1} s / \sqrt n` on both sides, with Student's t.
     """
     known = np.array([value for value in values if value is not None], dtype=np.float64)
     if len(known) == 0:
@@ -135,14 +95,10 @@ def mean_estimate(values: Sequence[float | None]) -> Estimate | None:
 
 def difference_estimate(first: Sequence[float | None], second: Sequence[float | None]) -> Estimate | None:
     """
-    Estimate the difference of two means whose variances may differ.
+    Return the first mean minus the second with its 95 % interval, or None if one has no values; variances may differ.
 
     Source: Welch 1947, "The generalization of Student's problem when several different population variances are
     involved", with the degrees of freedom of Welch and Satterthwaite.
-
-    :param first: one value a seed; None does not count
-    :param second: those to subtract
-    :return: the 95 % interval of the first mean minus the second; None where one of them has no values
     """
     groups = [np.array([value for value in values if value is not None]) for values in (first, second)]
     if any(len(group) == 0 for group in groups):
@@ -164,14 +120,7 @@ def _margin(squared_error: float, freedom: float) -> float:
 
 @dataclass(frozen=True)
 class Comparison:
-    """
-    The runs of one environment.
-
-    :param env_id: the environment's id
-    :param n_timesteps: environment steps of a training
-    :param n_seeds: number of runs that there should be on each engine
-    :param runs: engine -> results that there are
-    """
+    """The runs of one environment by engine, of which there should be ``n_seeds`` each."""
 
     env_id: str
     n_timesteps: int
@@ -179,18 +128,18 @@ class Comparison:
     runs: Mapping[str, Sequence[Mapping[str, Any]]]
 
     def bands(self, engine: str) -> list[Estimate | None]:
-        """:return: at each step of :func:`grid`, the mean over the seeds; None where no episode had ended"""
+        """Return the mean over the seeds at each step of :func:`grid`, or None where no episode had ended."""
         curves = [run["curve"] for run in self.runs[engine]]
         return [mean_estimate([curve[point] for curve in curves]) for point in range(N_POINTS)]
 
     def overlap(self) -> tuple[int, int]:
-        """:return: number of points at which both bands overlap, and of those at which there are two bands"""
+        """Return the number of points at which both bands overlap, and of those at which there are two bands."""
         pairs = zip(*(self.bands(engine) for engine in ENGINES), strict=True)
         known = [first.overlaps(second) for first, second in pairs if first is not None and second is not None]
         return known.count(True), known.count(True) + known.count(False)
 
     def so_far(self) -> str:
-        """:return: which part of the runs there is; empty where all are there"""
+        """Return which part of the runs is done, empty if all are."""
         counts = [len(self.runs[engine]) for engine in ENGINES]
         if not any(counts):
             return "not run"
@@ -200,17 +149,10 @@ class Comparison:
 
 
 def comparisons(results: Results, rows: Sequence[CurveRow], seeds: Sequence[int]) -> list[Comparison]:
-    """
-    Gather the runs of each environment.
-
-    :param results: the results
-    :param rows: all rows
-    :param seeds: the seeds that count
-    :return: one an environment, in the order of the rows
-    """
+    """Return the runs of these seeds, gathered by environment in the order of the rows."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
-        runs = [run for seed in seeds if (run := results.find(run_of(row, seed))) is not None]
+        runs = [run for seed in seeds if (run := results.find(row.run(seed))) is not None]
         found.setdefault(row.env_id, {})[row.engine] = runs
     n_timesteps = {row.env_id: row.n_timesteps for row in rows}
     return [Comparison(env_id, n_timesteps[env_id], len(seeds), runs) for env_id, runs in found.items()]

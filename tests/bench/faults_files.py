@@ -1,4 +1,4 @@
-"""Files that are damaged at random and read: each must give what was saved, or an error that says what is wrong."""
+"""Files that are damaged at random and read: each must give what was saved, or an error that names the damage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tests.bench.faults_children import Tally, finish, limit_memory, limit_processor, lines_of, start, tell
+from tests.bench.faults_processes import Tally, append_line, finish, limit_memory, limit_processor, read_lines, start
 from tests.bench.faults_training import Training, digest, digest_of
 
 if TYPE_CHECKING:
@@ -37,14 +37,7 @@ _Reader = Callable[[Path], dict[str, str]]
 
 @dataclass
 class FileCampaign:
-    """
-    Damage to the files of one training.
-
-    :param training: Whose files they are.
-    :param kind: One of :data:`KINDS`.
-    :param folder: For the files.
-    :param seed: Of the damage.
-    """
+    """Damage to the files of one training, of a kind in :data:`KINDS`."""
 
     training: Training
     kind: str
@@ -52,13 +45,7 @@ class FileCampaign:
     seed: int
 
     def run(self, index: int, wanted: int) -> Tally:
-        """
-        Damage a file and read it, some hundred times.
-
-        :param index: Number of this call, which decides on the damage.
-        :param wanted: No more than so many times.
-        :return: What came of it.
-        """
+        """Damage a file and read it, up to :data:`READS_IN_A_PROCESS` times, and count the outcomes."""
         path = self._file()
         report = path.with_suffix(".report")
         report.unlink(missing_ok=True)
@@ -66,7 +53,7 @@ class FileCampaign:
         first, last = index * READS_IN_A_PROCESS, index * READS_IN_A_PROCESS + min(wanted, READS_IN_A_PROCESS)
         while first < last:
             code = finish(start(read_damaged, report, self.training, self.kind, path, self.seed, first, last))
-            lines = lines_of(report)
+            lines = read_lines(report)
             if lines and lines[-1]["event"] == "error":
                 raise RuntimeError(f"the whole {path} cannot be read: {lines[-1]['text']}")
             done = [line for line in lines if line["event"] == "read" and line["number"] >= first]
@@ -81,7 +68,7 @@ class FileCampaign:
         return tally
 
     def _file(self) -> Path:
-        """The whole file; one for all calls, since a later one may be of other bytes."""
+        """Return the whole file, one for all calls, since another one may have other bytes."""
         folder = self.folder / self.training.name
         path = folder / f"{self.kind}.whole"
         if not path.exists():
@@ -89,18 +76,12 @@ class FileCampaign:
             folder.mkdir(parents=True)
             code = finish(start(write_files, folder / "report", self.training, folder))
             if code != 0 or not path.exists():
-                raise RuntimeError(f"the files of {self.training.name} were not made: {lines_of(folder / 'report')}")
+                raise RuntimeError(f"the files of {self.training.name} were not made: {read_lines(folder / 'report')}")
         return path
 
 
 def damaged(content: bytes, generator: np.random.Generator) -> tuple[bytes, str]:
-    """
-    Damage bytes as disks, networks and crashes do.
-
-    :param content: The whole file.
-    :param generator: Decides on the damage.
-    :return: Other bytes, and what was done.
-    """
+    """Damage a file's bytes as disks, networks and crashes do, and describe the damage."""
     at = _place(content, generator)
     length = int(generator.integers(1, 65))
     noise = generator.bytes(length)
@@ -124,7 +105,7 @@ def damaged(content: bytes, generator: np.random.Generator) -> tuple[bytes, str]
 
 
 def _place(content: bytes, generator: np.random.Generator) -> int:
-    """Half of all damage hits the headers of zips, which are a small part of a file, and lead its readers."""
+    """Draw a place; half of all damage hits the headers of zips, which are a small part of a file."""
     at = int(generator.integers(len(content)))
     if generator.integers(2):
         return at
@@ -135,13 +116,7 @@ def _place(content: bytes, generator: np.random.Generator) -> int:
 
 
 def write_files(report: Path, training: Training, folder: Path) -> None:
-    """
-    Train for a moment and write one file of each kind; in a process of its own.
-
-    :param report: Not needed.
-    :param training: What is trained.
-    :param folder: Where the files go.
-    """
+    """Train for a moment and write one file of each kind; in a process of its own."""
     from sb3_clipvf.checkpoint import TrainingCheckpoint
 
     env = training.make_env(None)
@@ -158,17 +133,7 @@ def write_files(report: Path, training: Training, folder: Path) -> None:
 
 
 def read_damaged(report: Path, training: Training, kind: str, path: Path, seed: int, first: int, last: int) -> None:
-    """
-    Damage a file and read it, again and again; in a process of its own.
-
-    :param report: Gets a line for each time.
-    :param training: Whose file it is.
-    :param kind: One of :data:`KINDS`.
-    :param path: The whole file.
-    :param seed: Of the damage.
-    :param first: Number of the first damage.
-    :param last: Number of the first one that is not done.
-    """
+    """Damage a file and read it, from damage ``first`` to the one before ``last``; in a process of its own."""
     content = path.read_bytes()
     readers = _readers(kind, training.make_env(None))
     victim = path.with_name("checkpoint_1.zip" if kind == "checkpoint" else f"{kind}.damaged")
@@ -181,11 +146,11 @@ def read_damaged(report: Path, training: Training, kind: str, path: Path, seed: 
         limit_processor(SECONDS)
         results = {name: _result(reader, victim, whole[name]) for name, reader in readers.items()}
         limit_processor(0)
-        tell(report, event="read", number=number, seed=seed, what=what, file=path.name, results=results)
+        append_line(report, event="read", number=number, seed=seed, what=what, file=path.name, results=results)
 
 
 def _readers(kind: str, env: VecEnv) -> dict[str, _Reader]:
-    """Ways to read a file; each gives a digest of what it has read."""
+    """Return the ways to read a file, each of which returns a digest of what it has read."""
     from sb3_clipvf import ClipPPO
     from sb3_clipvf.checkpoint import read_manifest
     from sb3_clipvf.envs import FastVecNormalize
@@ -208,7 +173,7 @@ def _readers(kind: str, env: VecEnv) -> dict[str, _Reader]:
 
 
 def _result(reader: _Reader, path: Path, whole: dict[str, str]) -> str:
-    """Say "same", "other: <parts>", "refused: <class>", or "unclear: <error>"."""
+    """Return "same", "other: <parts>", "refused: <class>", or "unclear: <error>"."""
     try:
         found = reader(path)
     except Exception as error:
@@ -219,13 +184,7 @@ def _result(reader: _Reader, path: Path, whole: dict[str, str]) -> str:
 
 
 def is_clear(error: Exception, path: Path) -> bool:
-    """
-    Tell whether an error helps somebody whose file is damaged.
-
-    :param error: From reading it.
-    :param path: The file.
-    :return: Whether it is of a class that is documented for this, or a plain ValueError that names the file.
-    """
+    """Return whether an error is of a class documented for damaged files, or a ValueError that names the file."""
     from sb3_clipvf import UnsafeFileError
     from sb3_clipvf.checkpoint import DamagedCheckpointError, NotACheckpointError
 
@@ -235,7 +194,7 @@ def is_clear(error: Exception, path: Path) -> bool:
 
 
 def _outcome(line: dict[str, Any]) -> tuple[str, str]:
-    """:return: the outcome, and what it is counted as"""
+    """Return the outcome, and the name under which it is counted."""
     results = list(line["results"].values())
     if any(result.startswith("unclear") for result in results):
         return "unclear", "unclear errors"

@@ -1,4 +1,4 @@
-"""Arguments and settings of all kinds: each must make a model, or an error that names what is wrong and what it got."""
+"""Arguments and settings of all kinds: each must make a model, or raise an error that names it and its value."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tests.bench.faults_children import Tally, finish, limit_memory, limit_processor, lines_of, start, tell
 from tests.bench.faults_files import MEMORY, SECONDS
+from tests.bench.faults_processes import Tally, append_line, finish, limit_memory, limit_processor, read_lines, start
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -43,31 +43,19 @@ _WORDS += ["lin_0.1", "lin_", "cos_nan", "exp_-1", "const_1e400", "lin_1_0", "1e
 
 @dataclass
 class FuzzCampaign:
-    """
-    Arguments or settings that nobody has thought of.
-
-    :param kind: One of :data:`KINDS`.
-    :param folder: For reports.
-    :param seed: Of the examples.
-    """
+    """Random arguments or settings, of a kind in :data:`KINDS`."""
 
     kind: str
     folder: Path
     seed: int
 
     def run(self, index: int, wanted: int) -> Tally:
-        """
-        Try some hundred examples.
-
-        :param index: Number of this call, which decides on the examples.
-        :param wanted: No more than so many.
-        :return: What came of them.
-        """
+        """Try up to :data:`EXAMPLES_IN_A_PROCESS` examples, and count the outcomes."""
         self.folder.mkdir(parents=True, exist_ok=True)
         report = self.folder / f"{self.kind}.report"
         report.unlink(missing_ok=True)
         code = finish(start(fuzz, report, self.kind, self.seed + index, min(wanted, EXAMPLES_IN_A_PROCESS)))
-        lines = lines_of(report)
+        lines = read_lines(report)
         if lines and lines[-1]["event"] == "error":
             raise RuntimeError(f"the examples of {self.kind!r} were not made: {lines[-1]['trace']}")
         tally = Tally()
@@ -82,14 +70,7 @@ class FuzzCampaign:
 
 
 def fuzz(report: Path, kind: str, seed: int, n_examples: int) -> None:
-    """
-    Try examples; in a process of its own.
-
-    :param report: Gets a line before and after each.
-    :param kind: One of :data:`KINDS`.
-    :param seed: Of the examples.
-    :param n_examples: How many; fewer are tried where there are no more.
-    """
+    """Try at most ``n_examples`` examples, with a line in the report before and after each; in a process of its own."""
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import seed as seeded
     from hypothesis.configuration import set_hypothesis_home_dir
@@ -100,12 +81,12 @@ def fuzz(report: Path, kind: str, seed: int, n_examples: int) -> None:
     build = _model_of_arguments() if kind == "arguments" else _model_of_settings()
 
     def attempt(changes: dict[str, Any]) -> None:
-        tell(report, event="tries", changes=_repr(changes))
+        append_line(report, event="tries", changes=_repr(changes))
         limit_processor(SECONDS)
         outcome, counted, failure = judged(build, changes)
         limit_processor(0)
         text = f"{kind} {_repr(changes)}: {failure}" if failure else ""
-        tell(report, event="tried", outcome=outcome, counted=counted, failure=text)
+        append_line(report, event="tried", outcome=outcome, counted=counted, failure=text)
 
     alone = settings(
         max_examples=n_examples,
@@ -118,13 +99,7 @@ def fuzz(report: Path, kind: str, seed: int, n_examples: int) -> None:
 
 
 def judged(build: Callable[[dict[str, Any]], Any], changes: dict[str, Any]) -> tuple[str, str, str]:
-    """
-    Build a model and judge what comes of it.
-
-    :param build: Gives a model, or raises.
-    :param changes: What is unusual, by argument or key.
-    :return: "survived", "wrong" or "unclear"; what it is counted as; and what happened.
-    """
+    """Build a model with changes; return the outcome, the name under which it is counted, and the failure."""
     try:
         model = build(changes)
     except Exception as error:
@@ -138,14 +113,7 @@ def judged(build: Callable[[dict[str, Any]], Any], changes: dict[str, Any]) -> t
 
 
 def is_clear(error: Exception, changes: dict[str, Any]) -> bool:
-    """
-    Tell whether an error helps somebody who has set an argument to an illegal value.
-
-    :param error: What came of it.
-    :param changes: What was set.
-    :return: Whether it names one of them as code and says what it got, being a ValueError or TypeError, or an
-        ImportError where one names a class.
-    """
+    """Return whether an error of an expected class names one of the changes as code, and what it got."""
     text = str(error)
     is_named = any(f"`{name}`" in text for name in changes)
     return isinstance(error, (ValueError, TypeError, ImportError)) and is_named and "got" in text
@@ -174,7 +142,7 @@ def _changes(kind: str) -> SearchStrategy[dict[str, Any]]:
 
 
 def _scalars(*, large: bool = True) -> SearchStrategy[Any]:
-    """What a settings file can hold."""
+    """Return values that a settings file can hold."""
     from hypothesis import strategies as st
 
     texts = st.one_of(st.sampled_from(_WORDS), st.text("abc_.019e-", max_size=6))
@@ -185,7 +153,7 @@ def _scalars(*, large: bool = True) -> SearchStrategy[Any]:
 
 
 def _values() -> SearchStrategy[Any]:
-    """What a program can pass."""
+    """Return values that a program can pass."""
     from hypothesis import strategies as st
 
     kinds = [np.float32("nan"), np.float64(0.5), np.int64(8), np.uint8(255), np.bool_(True), np.str_("max")]

@@ -1,4 +1,4 @@
-"""Trainings that are killed at random moments and resumed, until they end as the one that was never killed, or not."""
+"""Trainings that are killed at random moments and resumed; they must end as the one that was never killed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unittest import mock
 
 import numpy as np
 
-from tests.bench.faults_children import Tally, end, finish, lines_of, start, tell
+from tests.bench.faults_processes import Tally, append_line, end, finish, read_lines, start
 from tests.bench.faults_training import Training, digest
 
 if TYPE_CHECKING:
@@ -24,42 +24,30 @@ if TYPE_CHECKING:
     from sb3_clipvf.checkpoint import TrainingCheckpoint
 
 KILLS_IN_A_LIFE = 2
-"""A kill comes after a random time of the processor, up to that of an unbroken training divided by this."""
+"""A kill comes after a random processor time, at most that of an unbroken training divided by this."""
 
 AIMED_SHARE = 0.25
-"""This part of the kills comes inside a write, which takes milliseconds: others seldom hit one."""
+"""Share of the kills that are aimed at a write, which takes milliseconds, so that others seldom hit one."""
 
 _AFTER_WRITE = 1.25
-"""Up to 1, the share of a file's bytes that are written before a kill; above, the file has its name already."""
+"""Upper bound of the share of a file's bytes that are written before a kill; above 1, the file is renamed already."""
 
 _MORE_SECONDS = 0.02
-"""Waiting for the disk takes no time of the processor: up to so many seconds more pass before a kill."""
+"""At most so many wall-clock seconds follow before a kill, since waiting for the disk takes no processor time."""
 
 
 @dataclass(frozen=True)
 class _Unbroken:
-    """
-    A training that is not killed.
+    """A training that is not killed."""
 
-    :param digest: Of its end.
-    :param seconds: Of the processor, with checkpoints.
-    :param n_writes: Checkpoints that it writes.
-    """
-
-    digest: dict[str, str]
-    seconds: float
-    n_writes: int
+    digest: dict[str, str]  # of its end, without checkpoints
+    seconds: float  # of the processor, with checkpoints
+    n_writes: int  # number of checkpoints
 
 
 @dataclass
 class KillCampaign:
-    """
-    Kills of the trainings in one environment.
-
-    :param trainings: Taken in turn.
-    :param folder: For their files.
-    :param seed: Of the moments.
-    """
+    """Kills of the trainings in one environment, which take turns."""
 
     trainings: tuple[Training, ...]
     folder: Path
@@ -67,13 +55,7 @@ class KillCampaign:
     _unbroken: dict[str, _Unbroken] = field(default_factory=dict)
 
     def run(self, index: int, wanted: int) -> Tally:
-        """
-        Train once, with as many kills as come before its end.
-
-        :param index: Number of this training, which decides on the moments.
-        :param wanted: No more than so many kills.
-        :return: What came of them.
-        """
+        """Train once, with at most ``wanted`` kills before its end, and count their outcomes."""
         training = self.trainings[index % len(self.trainings)]
         unbroken = self._reference(training)
         folder = self._empty(f"{training.name}-killed")
@@ -98,26 +80,27 @@ class KillCampaign:
             n_kills += 1
             is_halfway = any((folder / "checkpoints").glob(f".*.{process.pid}-*.tmp"))
             counts.counts["kills inside a write" if is_halfway else "kills right after a write"] += 1
-        outcome, failure = judge(lines_of(folder / "report"), code, unbroken.digest)
+        lines = read_lines(folder / "report")
+        outcome, failure = judge(lines, code, unbroken.digest)
         counts.counts[f"trainings: {training.name}"] += 1
-        counts.counts["checkpoints written"] += sum(line["event"] == "written" for line in lines_of(folder / "report"))
+        counts.counts["checkpoints written"] += sum(line["event"] == "written" for line in lines)
         for kill in range(n_kills):
-            # The end of a training says nothing of a single one of its kills; a failure is counted as one.
-            is_blamed = outcome != "survived" and kill == n_kills - 1
+            # The end of a training does not show which kill broke it, so one kill is counted as failed.
+            has_failed = outcome != "survived" and kill == n_kills - 1
             text = f"{training.name}, training {index} with {n_kills} kills: {failure}"
-            counts.add(outcome if is_blamed else "survived", text if is_blamed else "")
+            counts.add(outcome if has_failed else "survived", text if has_failed else "")
         return counts
 
     def _reference(self, training: Training) -> _Unbroken:
-        """The digest is that of a training without checkpoints, which must not change it."""
+        """Train without and with checkpoints, which must not change the digest of the end."""
         if training.name not in self._unbroken:
             found = []
             for with_checkpoints in (False, True):
                 folder = self._empty(f"{training.name}-unbroken")
                 code = finish(start(train, folder / "report", training, folder, with_checkpoints))
-                lines = lines_of(folder / "report")
+                lines = read_lines(folder / "report")
                 if code != 0:
-                    raise RuntimeError(f"{training.name} does not even end without kills: {lines or code}")
+                    raise RuntimeError(f"{training.name} does not end without kills: {lines or code}")
                 found.append(lines[-1])
             n_writes = sum(line["event"] == "written" for line in lines)
             self._unbroken[training.name] = _Unbroken(found[0]["digest"], found[1]["seconds"], n_writes)
@@ -131,7 +114,7 @@ class KillCampaign:
 
 
 def _wait(process: ForkServerProcess, seconds: float) -> None:
-    """Until a process has had so much of the processor, whatever else the machine does, or has ended."""
+    """Wait until a process has used so much processor time, or has ended."""
     import psutil
 
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -141,67 +124,52 @@ def _wait(process: ForkServerProcess, seconds: float) -> None:
 
 
 def judge(lines: list[dict[str, Any]], code: int | None, expected: dict[str, str]) -> tuple[str, str]:
-    """
-    Say what came of a training and its kills.
-
-    :param lines: What its processes told, the killed ones included.
-    :param code: Exit code of the last one.
-    :param expected: Digest of the training that was not killed.
-    :return: "survived", "lost", "wrong" or "unclear", and what happened.
-    """
+    """Return the outcome of a training and its kills, from its processes' lines and the last exit code, and why."""
     written = 0
     for line in lines:
         if line["event"] == "written":
             written = line["step"]
         elif line["event"] == "begins" and line["step"] < written:
-            return "lost", f"it went on at step {line['step']}, after the checkpoint of step {written} was written"
+            return "lost", f"it resumed at step {line['step']}, after the checkpoint of step {written} was written"
     last: dict[str, Any] = lines[-1] if lines else {"event": "nothing"}
     if last["event"] == "error":
         return "unclear", last["text"]
     if code != 0 or last["event"] != "end":
-        return "unclear", f"the process ended with code {code} after telling {last}"
+        return "unclear", f"the process ended with code {code} after the line {last}"
     found: dict[str, str] = last["digest"]
     differing = [name for name in expected.keys() | found.keys() if found.get(name) != expected.get(name)]
     return ("wrong", f"{', '.join(sorted(differing))} differ") if differing else ("survived", "")
 
 
 def train(
-    report: Path,
-    training: Training,
-    folder: Path,
-    with_checkpoints: bool,
-    death: tuple[int, float] | None = None,
+    report: Path, training: Training, folder: Path, with_checkpoints: bool, death: tuple[int, float] | None = None
 ) -> None:
     """
-    Train from the last checkpoint, or from the start where there is none; in a process of its own.
+    Train from the last checkpoint, or from the start if there is none; in a process of its own.
 
-    :param report: Gets a line where it begins, after each checkpoint, and at the end.
-    :param training: What is trained.
-    :param folder: Where it is trained.
-    :param with_checkpoints: Whether checkpoints are written.
-    :param death: After how many writes, and after which share of the bytes of the next one, the process is killed.
+    ``death`` is the number of writes, and the share of the bytes of the next one, after which the process is killed.
     """
     from sb3_clipvf import ClipPPO
 
     if death is not None:
         _die_in_write(*death)
     checkpoints = folder / "checkpoints"
-    callback = _telling(report, checkpoints) if with_checkpoints else None
+    callback = _reporting(report, checkpoints) if with_checkpoints else None
     env = training.make_env(folder)
     if any(checkpoints.glob("checkpoint_*.zip")):
         model = ClipPPO.resume(checkpoints, env, device="cpu")
-        tell(report, event="begins", step=model.num_timesteps)
+        append_line(report, event="begins", step=model.num_timesteps)
         model.learn(model.remaining_timesteps, reset_num_timesteps=False, callback=callback)
     else:
-        tell(report, event="begins", step=0)
+        append_line(report, event="begins", step=0)
         model = training.make_model(env)
         model.learn(training.total_timesteps, callback=callback)
-    tell(report, event="end", digest=digest(model, folder), seconds=time.process_time())
+    append_line(report, event="end", digest=digest(model, folder), seconds=time.process_time())
     env.close()
 
 
 def _die_in_write(n_writes: int, share: float) -> None:
-    """Have this process killed by SIGKILL, once the next writes are done and a share of one more is in its file."""
+    """Kill this process with SIGKILL after ``n_writes`` writes, and a share of the bytes of the next one."""
     from sb3_clipvf.checkpoint import training_checkpoint
     from sb3_clipvf.files.atomic import atomic_write
 
@@ -228,13 +196,13 @@ def _die_in_write(n_writes: int, share: float) -> None:
     mock.patch.object(training_checkpoint, "atomic_write", dying).start()
 
 
-def _telling(report: Path, checkpoints: Path) -> TrainingCheckpoint:
-    """A TrainingCheckpoint that tells of each file after it was written."""
+def _reporting(report: Path, checkpoints: Path) -> TrainingCheckpoint:
+    """Return a TrainingCheckpoint that reports each file after it was written."""
     from sb3_clipvf.checkpoint import TrainingCheckpoint
 
-    class Telling(TrainingCheckpoint):
+    class Reporting(TrainingCheckpoint):
         def _save_and_reset(self) -> None:
             super()._save_and_reset()
-            tell(report, event="written", step=self.num_timesteps)
+            append_line(report, event="written", step=self.num_timesteps)
 
-    return Telling(1, checkpoints, on_error="raise", on_signal=False)
+    return Reporting(1, checkpoints, on_error="raise", on_signal=False)

@@ -1,4 +1,4 @@
-"""What the server of the fault campaign has ready before it forks: imports, and compiled kernels."""
+"""The imports and compiled kernels that the server of the fault campaign makes before it forks."""
 # ruff: noqa: F401
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The trainings of the fault campaign: how each is built, and a digest of all that must be the same at its end."""
+"""The trainings of the fault campaign, and a digest of what must be the same at their end."""
 
 from __future__ import annotations
 
@@ -22,13 +22,8 @@ class Training:
     """
     A training of some seconds, with a checkpoint after each update.
 
-    :param name: For the results.
-    :param env_id: The environment's id.
-    :param total_timesteps: Environment steps of the whole training.
-    :param arguments: Of ClipPPO, besides those that all have.
-    :param n_envs: Environments.
-    :param in_processes: Whether each of them runs in a process of its own.
-    :param normalized: Whether observations and rewards are normalised.
+    :param arguments: arguments of ClipPPO, besides those that all trainings have
+    :param in_processes: whether each environment runs in a process of its own
     """
 
     name: str
@@ -40,12 +35,7 @@ class Training:
     normalized: bool = False
 
     def make_env(self, monitor: Path | None) -> VecEnv:
-        """
-        Build the environments.
-
-        :param monitor: Folder for the files of episodes; None: there are none.
-        :return: The same ones each time.
-        """
+        """Build the environments, the same ones each time; ``monitor`` is the folder for the files of episodes."""
         from stable_baselines3.common.env_util import make_vec_env
         from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
@@ -58,19 +48,14 @@ class Training:
             seed=3,
             monitor_dir=None if monitor is None else str(monitor),
             vec_env_cls=SubprocVecEnv if self.in_processes else DummyVecEnv,
-            # From a process without threads; others would import everything anew for each environment.
+            # This process has no threads, and another start method would import everything for each environment.
             vec_env_kwargs={"start_method": "fork"} if self.in_processes else None,
             wrapper_class=ResumableEnv if self.in_processes else None,
         )
         return FastVecNormalize(env) if self.normalized else env
 
     def make_model(self, env: VecEnv) -> ClipPPO:
-        """
-        Build the model.
-
-        :param env: From :meth:`make_env`.
-        :return: The same one each time.
-        """
+        """Build the model, the same one each time."""
         from sb3_clipvf import ClipPPO
 
         common: dict[str, Any] = {"n_steps": 64, "batch_size": 32, "n_epochs": 3, "seed": 0, "device": "cpu"}
@@ -79,13 +64,7 @@ class Training:
 
 
 def digest(model: ClipPPO, monitor: Path | None = None) -> dict[str, str]:
-    """
-    Name what must be the same, to the last bit: whatever changes the next update, and the files of episodes.
-
-    :param model: With its environments or without.
-    :param monitor: Folder with the files of episodes.
-    :return: SHA-256 by part of the state.
-    """
+    """Return the SHA-256 of each part of the state that affects the next update, and of the files of episodes."""
     from sb3_clipvf.checkpoint.random_state import global_states
     from sb3_clipvf.checkpoint.vec_env_state import vec_env_state
 
@@ -111,12 +90,7 @@ def digest(model: ClipPPO, monitor: Path | None = None) -> dict[str, str]:
 
 
 def digest_of(value: Any) -> str:
-    """
-    Give the SHA-256 of a tree.
-
-    :param value: Containers, arrays, tensors, and what has a ``repr`` that tells all.
-    :return: In hexadecimal.
-    """
+    """Return the SHA-256 of a tree of containers, arrays, tensors, and values with a complete ``repr``."""
     sha = hashlib.sha256()
     _feed(sha, value)
     return sha.hexdigest()
@@ -140,7 +114,7 @@ def _feed(sha: Any, value: Any) -> None:
 
 
 def _without_files(tree: Any) -> Any:
-    """Files of episodes hold times, and so have other lengths."""
+    """Remove files of episodes, which hold times, and so differ in length."""
     if isinstance(tree, dict):
         return {key: _without_files(item) for key, item in tree.items() if key not in ("file", "t_start")}
     return [_without_files(item) for item in tree] if isinstance(tree, list) else tree

@@ -1,19 +1,38 @@
-"""``python -m tests.bench learning``: train with the shipped settings, evaluate, and keep a table of the returns."""
+"""``python -m tests.bench learning``: train with the shipped settings, evaluate, and write a table of the returns."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tests.bench.learning_table import Row, render_table, run_of
-from tests.bench.results import write_text
-from tests.bench.training_runs import TrainingBenchmark
+import numpy as np
+
+from tests.bench.results import Results, machines_text, markdown_table
+from tests.bench.training_runs import TrainingBenchmark, TrainingRow, how_made
 
 if TYPE_CHECKING:
     from sb3_clipvf.zoo.runs import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(TrainingRow):
+    """
+    One line of the table.
+
+    :param goal: mean return to reach, in reward units
+    :param comparison: what others reach, with its source
+    :param n_episodes: episodes of the evaluation; more where the returns of one policy differ much
+    """
+
+    goal: float
+    comparison: str = ""
+    n_episodes: int = 20
+
+    def run(self, seed: int) -> dict[str, Any]:
+        """Return the entries that a seed's result is found by."""
+        return {**super().run(seed), "n_episodes": self.n_episodes}
+
 
 _FIXED_KL = ("clip_range:None", "kl_coef:1.0")
 # Seed 1 ended at 149, 148, 225 and -95 with a coefficient of 0.3, 1, 3 and 10 and the shipped 4 epochs, and at 254 with
@@ -30,82 +49,95 @@ _SQUASHED_MOUNTAIN_CAR: tuple[str, ...] = (
 )
 
 
+def _row(env_id: str, n_timesteps: int, goal: float, kind: str = "", **other: Any) -> Row:
+    return Row(name=env_id + kind, env_id=env_id, n_timesteps=n_timesteps, goal=goal, **other)
+
+
 # Comparisons: best on-policy entry of the RL Zoo's benchmark.md, one run each.
 ROWS: tuple[Row, ...] = (
-    Row("CartPole-v1", "CartPole-v1", 100_000, 500, "500"),
-    Row("MountainCarContinuous-v0", "MountainCarContinuous-v0", 50_000, 92, "92.5 (trpo), 88.3 (ppo at 20k)"),
-    Row("Pendulum-v1", "Pendulum-v1", 100_000, -170, "-163", n_episodes=100),
-    Row("Acrobot-v1", "Acrobot-v1", 500_000, -80, "-73.5", n_episodes=100),
-    Row("LunarLander-v3", "LunarLander-v3", 1_000_000, 240, "242", n_episodes=100),
-    Row(
-        "BipedalWalker-v3",
+    _row("CartPole-v1", 100_000, 500, comparison="500"),
+    _row("MountainCarContinuous-v0", 50_000, 92, comparison="92.5 (trpo), 88.3 (ppo at 20k)"),
+    _row("Pendulum-v1", 100_000, -170, comparison="-163", n_episodes=100),
+    _row("Acrobot-v1", 500_000, -80, comparison="-73.5", n_episodes=100),
+    _row("LunarLander-v3", 1_000_000, 240, comparison="242", n_episodes=100),
+    _row(
         "BipedalWalker-v3",
         5_000_000,
         290,
-        "300 (a2c), 288 (ppo)",
+        comparison="300 (a2c), 288 (ppo)",
         n_episodes=100,
         vec_env="envpool",  # 14 minutes in place of 60
     ),
-    Row("CartPole-v1-fixed-kl", "CartPole-v1", 100_000, 500, "", _FIXED_KL),
-    Row("CartPole-v1-adaptive-kl", "CartPole-v1", 100_000, 500, "", _ADAPTIVE_KL),
-    Row("LunarLander-v3-fixed-kl", "LunarLander-v3", 1_000_000, 240, "", _FIXED_KL_LANDER, n_episodes=100),
-    Row("LunarLander-v3-adaptive-kl", "LunarLander-v3", 1_000_000, 240, "", _ADAPTIVE_KL, n_episodes=100),
-    Row("MountainCarContinuous-v0-squashed", "MountainCarContinuous-v0", 50_000, 92, "", _SQUASHED_MOUNTAIN_CAR),
+    _row("CartPole-v1", 100_000, 500, "-fixed-kl", params=_FIXED_KL),
+    _row("CartPole-v1", 100_000, 500, "-adaptive-kl", params=_ADAPTIVE_KL),
+    _row("LunarLander-v3", 1_000_000, 240, "-fixed-kl", params=_FIXED_KL_LANDER, n_episodes=100),
+    _row("LunarLander-v3", 1_000_000, 240, "-adaptive-kl", params=_ADAPTIVE_KL, n_episodes=100),
+    _row("MountainCarContinuous-v0", 50_000, 92, "-squashed", params=_SQUASHED_MOUNTAIN_CAR),
+)
+
+_NOTES = (
+    "A cell is the mean return ± one standard deviation over the evaluation's episodes (20, or 100 where returns "
+    "differ much) of the final model, most probable actions, environment's own rewards. *mean* is over "
+    "the seeds; *reached* compares it with the goal, and counts the seeds that reach it alone."
 )
 
 
-class Benchmark(TrainingBenchmark[Row]):
+class LearningBenchmark(TrainingBenchmark[Row]):
     """Evaluates final models, and tables their returns beside the goals."""
 
-    command = "python -m tests.bench learning"
+    name = "learning"
     description = "Train with the shipped settings and table the returns."
     default_seeds = (1, 2, 3)
-    default_out = Path("docs/results/learning.json")
-    default_log_folder = Path("logs/bench")
-
-    @classmethod
-    def parser(cls) -> argparse.ArgumentParser:
-        """:return: parser of the benchmark's options"""
-        parser = super().parser()
-        table = cls.default_out.with_suffix(".md")
-        parser.add_argument("--table", type=Path, default=table, help="(default: %(default)s)")
-        return parser
-
-    def run_of(self, row: Row, seed: int) -> dict[str, Any]:
-        """:return: by what a result is found"""
-        return run_of(row, seed)
+    log_folder = "logs/bench"
 
     def measure(self, row: Row, run: Run) -> dict[str, Any]:
-        """:return: the evaluation of a run's final model"""
+        """Evaluate a run's final model."""
         from sb3_clipvf.zoo.runs import evaluate_run
 
         evaluation = evaluate_run(run, row.n_episodes, device="cpu")
-        return {
-            "num_timesteps": evaluation.num_timesteps,
-            "mean_return": evaluation.mean,
-            "std_return": evaluation.std,
-        }
+        numbers = {"mean_return": evaluation.mean, "std_return": evaluation.std}
+        return {"num_timesteps": evaluation.num_timesteps, **numbers}
 
     def summary(self, row: Row, result: Mapping[str, Any]) -> str:
-        """:return: the evaluation beside the goal"""
+        """Return the evaluation beside the goal."""
         return f"{result['mean_return']:.2f} +/- {result['std_return']:.2f} (goal {row.goal:g})"
 
     def listed(self, row: Row) -> str:
-        """:return: the goal"""
-        return f"goal {row.goal:>4g}  "
+        """Return the goal before the rest."""
+        return f"goal {row.goal:>4g}  {super().listed(row)}"
 
-    def write(self, command: str) -> dict[str, Path]:
-        """:return: the table, written"""
-        write_text(self.args.table, render_table(self.results, self.rows, self.seeds, command))
-        return {"Table": self.args.table}
+    def render(self) -> str:
+        """Return the table of returns."""
+        return render_table(self.results, self.rows, self.seeds)
+
+
+def render_table(results: Results, rows: Sequence[Row], seeds: Sequence[int]) -> str:
+    """Render the results of the rows and seeds as a Markdown table with notes."""
+    header = ["environment and settings", "steps", *(f"seed {seed}" for seed in seeds), "mean", "goal", "reached"]
+    header += ["others (RL Zoo)"]
+    found = [(row, [results.find(row.run(seed)) for seed in seeds]) for row in rows]
+    alignment = "l" + "r" * (len(header) - 3) + "ll"
+    table = markdown_table(header, alignment, [_cells(row, runs) for row, runs in found])
+    machines = machines_text([run for _, runs in found for run in runs if run is not None], how_made)
+    return f"{table}\n\n{_NOTES}\n\n{machines}"
+
+
+def _cells(row: Row, runs: Sequence[Mapping[str, Any] | None]) -> list[str]:
+    means = [run["mean_return"] for run in runs if run is not None]
+    mean = float(np.mean(means)) if means else None
+    options = [*row.params, *(["--vec-env", row.vec_env] if row.vec_env != "dummy" else [])]
+    settings = f"{row.name}<br>`{' '.join(options)}`" if options else row.name
+    cells = [f"{run['mean_return']:.2f} ± {run['std_return']:.2f}" if run else "" for run in runs]
+    cells = [settings, f"{row.n_timesteps:,}", *cells, "" if mean is None else f"{mean:.2f}", f"{row.goal:g}"]
+    if mean is None:
+        return [*cells, "not run", row.comparison]
+    verdict = "yes" if mean >= row.goal else "no"
+    alone = f"{sum(value >= row.goal for value in means)} of {len(means)}"
+    n_missing = len(runs) - len(means)
+    reached = f"{verdict} so far ({alone}, {n_missing} to run)" if n_missing else f"{verdict} ({alone})"
+    return [*cells, reached, row.comparison]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """
-    Run ``python -m tests.bench learning``.
-
-    :param argv: its options; None takes the process's own
-    :return: exit code: 0, 1 where a run failed, 130 where it was interrupted
-    :raises ValueError: for unknown rows, numbers out of range, or a results file that is none
-    """
-    return Benchmark(ROWS, Benchmark.parser().parse_args(argv), sys.stdout).main()
+    """Run the benchmark with these options, and return its exit code."""
+    return LearningBenchmark(ROWS, argv).main()

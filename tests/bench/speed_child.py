@@ -7,7 +7,6 @@ The task is a JSON object: ``row`` (a SpeedRow's fields), ``peer`` (a key of PEE
 
 from __future__ import annotations
 
-import contextlib
 import cProfile
 import itertools
 import json
@@ -21,36 +20,23 @@ from typing import Any
 
 import numpy as np
 
-from tests.bench.speed_rows import BOUNDS, SpeedRow, make_model, raw_vector
+from tests.bench.speed_models import make_model, raw_vector
+from tests.bench.speed_rows import BOUNDS, SpeedRow
 
 
 @dataclass
 class Iteration:
-    """
-    One rollout and the update that follows, in seconds.
+    """One rollout and the update that follows, in seconds."""
 
-    :param started: when, on the clock of ``time.perf_counter``
-    :param rollout: all of the rollout
-    :param environment: the environments' part of it, with all VecEnv wrappers
-    :param update: the update
-    :param n_env_steps: calls of the environments' ``step``
-    """
-
-    started: float
+    started: float  # on the clock of ``time.perf_counter``
     rollout: float = 0.0
-    environment: float = 0.0
+    environment: float = 0.0  # the part of the rollout in the environments, with all VecEnv wrappers
     update: float = 0.0
     n_env_steps: int = 0
 
 
 class Stopwatch:
-    """
-    Takes the times of a model's iterations, by standing before three of its methods.
-
-    :param model: an on-policy algorithm of SB3's interface
-    :param warmup: iterations before the measured ones
-    :param on_measured: called when the first measured iteration begins
-    """
+    """Times a model's iterations by wrapping three methods, and calls ``on_measured`` after the warm-up."""
 
     def __init__(self, model: Any, warmup: int, on_measured: Callable[[], None]) -> None:
         self.iterations: list[Iteration] = []
@@ -87,38 +73,17 @@ class Stopwatch:
 
 
 def peak_megabytes() -> float:
-    """
-    Read the most memory that this process held.
-
-    :return: MB (10^6 bytes) of resident memory. Linux counts in ``ru_maxrss`` what the process was started from, too,
-        so that its own file of facts is read first.
-    """
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024 / 1e6
-    if sys.platform == "win32":
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset / 1e6
-    import resource  # Windows has none
-
-    # Linux gives KiB, macOS bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+    """Return the peak of this process's resident memory in MB (10^6 bytes)."""
+    # Linux counts in ``ru_maxrss`` the process that started this one, too.
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
 
 
 def measure_peer(row: SpeedRow, peer: str, seed: int, *, profile: bool = False) -> dict[str, Any]:
     """
-    Train a peer for the row's iterations.
+    Train a peer for the row's iterations, and return the entries of its result.
 
-    :param row: the row
-    :param peer: key of PEERS
-    :param seed: seed of the model and its environments
-    :param profile: whether to run the measured iterations under cProfile
-    :return: steps, seconds in parts, steps a second of the row's phase, seconds of the start, peak memory, engine; of
-        ClipPPO, the seconds of the updates' matrix products alone; with ``profile``, the areas and functions that the
-        time goes to
-    :raises RuntimeError: where a peer steps its environments by another way than ``env.step``
+    :raises RuntimeError: if a peer steps its environments by another way than ``env.step``
     """
     started = time.perf_counter()
     model = make_model(row, peer, seed)
@@ -133,12 +98,10 @@ def measure_peer(row: SpeedRow, peer: str, seed: int, *, profile: bool = False) 
     if any(iteration.n_env_steps != row.n_steps for iteration in watch.iterations):
         raise RuntimeError(
             f"A rollout must call `env.step` {row.n_steps} times, got "
-            f"{[iteration.n_env_steps for iteration in watch.iterations]}. The seconds cannot be told apart."
+            f"{[iteration.n_env_steps for iteration in watch.iterations]}. The seconds cannot be divided."
         )
-    result = _summary(row, watch.iterations, warmup, ended) | {
-        "setup_seconds": setup_seconds,
-        "engine": _engine(model, peer),
-    }
+    result = _summary(row, watch.iterations, warmup, ended) | {"setup_seconds": setup_seconds}
+    result["engine"] = model._current_engine().name if peer == "clipppo" else {"sb3": "torch", "sbx": "jax"}[peer]
     # What the warm-up took longer than as many measured iterations is compilation and loading.
     usual = warmup * result["wall_seconds"] / row.iterations
     result["startup_seconds"] = setup_seconds + max(0.0, result["warmup_seconds"] - usual)
@@ -173,30 +136,20 @@ def _summary(row: SpeedRow, iterations: Sequence[Iteration], warmup: int, ended:
     }
 
 
-def _engine(model: Any, peer: str) -> str:
-    return str(model._current_engine().name) if peer == "clipppo" else {"sb3": "torch", "sbx": "jax"}[peer]
-
-
 def measure_bound(row: SpeedRow, peer: str, seed: int, seconds: float) -> dict[str, Any]:
     """
     Step a peer's environments alone, without adapters and statistics, under random actions drawn before.
 
-    :param row: the row
-    :param peer: key of PEERS
-    :param seed: seed of environments and actions
-    :param seconds: for how long
-    :return: steps, seconds, steps a second; steps that only reset an environment do not count
+    Steps that only reset an environment do not count.
     """
-    started = time.perf_counter()
     step = _single_stepper(row, seed) if row.kind(peer) in ("gym", "atari") else _vector_stepper(row, seed)
     for _ in range(20):
         step()
-    setup_seconds = time.perf_counter() - started
     steps, started = 0, time.perf_counter()
     while time.perf_counter() - started < seconds:
         steps += step()
     wall = time.perf_counter() - started
-    return {"steps": steps, "wall_seconds": wall, "steps_per_second": steps / wall, "setup_seconds": setup_seconds}
+    return {"steps": steps, "wall_seconds": wall, "steps_per_second": steps / wall}
 
 
 def _single_stepper(row: SpeedRow, seed: int) -> Callable[[], int]:
@@ -241,12 +194,7 @@ def _vector_stepper(row: SpeedRow, seed: int) -> Callable[[], int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """
-    Measure what the task says, and print the result.
-
-    :param argv: the task; None takes the process's own
-    :return: exit code 0
-    """
+    """Measure the task, and print the result."""
     (text,) = sys.argv[1:] if argv is None else argv
     task = json.loads(text)
     if task["one_core"]:
@@ -259,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         import torch as th
 
         result["torch_threads"] = th.get_num_threads()
-    sys.stdout.write("\n" + json.dumps({"peak_megabytes": peak_megabytes()} | result) + "\n")
+    sys.stdout.write("\n" + json.dumps(result) + "\n")
     return 0
 
 

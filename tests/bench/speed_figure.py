@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.bench.results import Results
+from tests.bench.results import Results, save_figure
 from tests.bench.speed_rows import PEERS, SpeedRow
 from tests.bench.speed_table import ratio
 
@@ -16,19 +16,10 @@ _HEIGHT = 0.38
 
 
 def write_figure(results: Results, rows: Sequence[SpeedRow], alternations: int, path: Path) -> None:
-    """
-    Draw the ratios to SB3's steps a second: bars for medians, lines from the smallest to the largest.
-
-    :param results: the results
-    :param rows: the pairs of bars, from the top
-    :param alternations: how many measurements a ratio has
-    :param path: the PNG to write; its folder is made
-    """
+    """Draw the ratios to SB3's steps a second: bars for medians, lines from the smallest to the largest."""
     # The figure object draws without pyplot, whose backend belongs to the caller's process.
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
-
-    from sb3_clipvf.files.atomic import atomic_write
 
     figure = Figure(figsize=(7.4, 1.0 + 0.42 * len(rows)), dpi=150, layout="constrained")
     axes = figure.add_subplot()
@@ -52,6 +43,4 @@ def write_figure(results: Results, rows: Sequence[SpeedRow], alternations: int, 
     axes.set_axisbelow(True)
     handles = [*(Patch(color=color, label=PEERS[peer]) for peer, color in _COLORS.items()), one]
     axes.legend(handles=handles, loc="lower right", frameon=False, fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png")
+    save_figure(figure, path)

@@ -1,4 +1,4 @@
-"""The matrix products of an update alone: what no engine that computes them with this BLAS can be faster than."""
+"""The matrix products of an update alone: a bound for engines that compute them with this BLAS."""
 
 from __future__ import annotations
 
@@ -13,18 +13,15 @@ from torch import nn
 from sb3_clipvf.engines.threads import usable_cores
 
 SECONDS = 0.5
-"""For how long the products of a minibatch are repeated, for each number of threads."""
+"""How long the products of a minibatch are repeated on each number of threads."""
 
 
 def products_seconds(model: Any) -> float:
     """
-    Time the products of one update: forward, with respect to the weights, and with respect to each layer's input.
+    Return the seconds of the products of one update: forward, for the weights' gradients, and for the inputs'.
 
-    torch computes them one after the other, by its BLAS and its convolutions, into memory that is there already, on as
-    many threads as is fastest.
-
-    :param model: an on-policy algorithm of SB3's interface, after a rollout
-    :return: seconds
+    torch computes them one after the other, with its BLAS and its convolutions, into allocated memory, on the fastest
+    number of threads. The model has SB3's interface, and has collected a rollout.
     """
     products = layer_products(model)
     threads = th.get_num_threads()
@@ -37,12 +34,7 @@ def products_seconds(model: Any) -> float:
 
 
 def layer_products(model: Any) -> list[Callable[[], Any]]:
-    """
-    Collect the products of one minibatch.
-
-    :param model: an on-policy algorithm of SB3's interface, after a rollout
-    :return: one function for each pass through a linear or convolutional layer
-    """
+    """Return a function for each pass of a minibatch through a linear or convolutional layer."""
     batch = next(model.rollout_buffer.get(model.batch_size))
     passes: list[tuple[Any, th.Tensor]] = []
     layers = [layer for layer in model.policy.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
@@ -73,7 +65,7 @@ def _linear(layer: nn.Linear, rows: th.Tensor) -> Callable[[], Any]:
 def _convolution(layer: nn.Conv2d, pictures: th.Tensor) -> Callable[[], Any]:
     needs_input = pictures.requires_grad
     weight = layer.weight.detach()
-    # oneDNN is fastest so.
+    # oneDNN is fastest in this format.
     pictures = pictures.detach().contiguous(memory_format=th.channels_last)
     shape = (layer.stride, layer.padding, layer.dilation, False, (0, 0), layer.groups)
     outputs = th.ops.aten.convolution(pictures, weight, None, *shape)

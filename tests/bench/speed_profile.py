@@ -11,7 +11,7 @@ _TOP = 25
 _SWEEPS = 200  # the deepest chain of calls that is followed
 
 # Part of the file's path, function ("" for any), area; the first that fits. What fits none (PyTorch, NumPy, built-in
-# functions, the engines, shared helpers) counts to the areas it was called from, by the time of each caller's calls.
+# functions, the engines, shared helpers) counts to the areas that call it, by the time of each caller's calls.
 _AREAS: tuple[tuple[str, str, str], ...] = (
     ("stable_baselines3/common/monitor.py", "", "adapters and wrappers"),
     ("stable_baselines3/common/vec_env/", "", "adapters and wrappers"),
@@ -41,13 +41,7 @@ _AREAS: tuple[tuple[str, str, str], ...] = (
 
 
 def area_of(path: str, function: str) -> str | None:
-    """
-    Name the area that a function belongs to by where it stands.
-
-    :param path: path of its file, "~" for a built-in one
-    :param function: its name
-    :return: the area; None where that depends on who calls it
-    """
+    """Return the area of a function by its file ("~" if built in) and name, or None if its callers decide on it."""
     for part, name, area in _AREAS:
         if part in path and name in ("", function):
             return area
@@ -56,10 +50,9 @@ def area_of(path: str, function: str) -> str | None:
 
 def sum_areas(stats: dict[Any, Any]) -> dict[str, float]:
     """
-    Sum the seconds that functions spent in themselves by area.
+    Sum by area the seconds that functions spent in themselves, largest area first.
 
-    :param stats: ``pstats.Stats(...).stats``: function -> (calls, calls, own seconds, seconds with callees, callers)
-    :return: area -> seconds, largest first; they add up to all own seconds
+    ``stats`` is ``pstats.Stats(...).stats``: function -> (calls, calls, own seconds, seconds with callees, callers).
     """
     shares = {function: _fixed(function) for function in stats}
     open_functions = [function for function, share in shares.items() if share is None]
@@ -99,12 +92,7 @@ def _mixed(weights: dict[Any, float], shares: dict[Any, dict[str, float] | None]
 
 
 def summarise(profiler: cProfile.Profile) -> dict[str, Any]:
-    """
-    Summarise a profile.
-
-    :param profiler: what was measured
-    :return: ``areas`` (area -> seconds) and ``top`` (own seconds, calls, function), largest first
-    """
+    """Summarise a profile: ``areas`` (area -> seconds) and ``top`` (own seconds, calls, function), largest first."""
     stats: dict[Any, Any] = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
     by_own = sorted(stats.items(), key=lambda item: -item[1][2])[:_TOP]
     top = [[own, calls, _label(function)] for function, (_, calls, own, _, _) in by_own]
@@ -120,13 +108,7 @@ def _label(function: Any) -> str:
 
 
 def render_profile(title: str, result: dict[str, Any]) -> str:
-    """
-    Render a profiled run.
-
-    :param title: names the configuration and the peer
-    :param result: the measured process's result, with ``profile``
-    :return: lines of text
-    """
+    """Render the result of a profiled run as text."""
     areas, top = result["profile"]["areas"], result["profile"]["top"]
     total = sum(areas.values())
     wall, update = result["wall_seconds"], result["update_seconds"]

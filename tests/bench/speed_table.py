@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tests.bench.results import Results, machine_text
+from tests.bench.results import Results, machines_text, markdown_table
 from tests.bench.speed_rows import BOUNDS, PEERS, SpeedRow
 
 KEY = ("name", "peer", "part")
-"""What tells runs of the results file apart; ``part`` is a trial's name or the number of an alternation."""
+"""What identifies a run of the results file; ``part`` is a trial's name or the number of an alternation."""
 
 STORED = (
     *("steps_per_second", "steps", "environment_seconds", "policy_seconds", "update_seconds", "other_seconds"),
@@ -35,21 +34,14 @@ TRIALS: dict[str, int | None] = {
 """Trials that choose a peer's number of threads: part -> threads, None for the default."""
 
 _DETAILS = "<!-- details -->"
-"""Where docs/speed.md divides the text: the ratios begin the page."""
+"""Where docs/speed.md divides the text; the ratios begin that page."""
 
 _SPLIT = ("environment", "policy", "update", "other")
 
 
 @dataclass(frozen=True)
 class Spread:
-    """
-    A median with the smallest and largest value.
-
-    :param median: the median
-    :param low: the smallest value
-    :param high: the largest value
-    :param count: number of values
-    """
+    """A median with the smallest and the largest value, and the number of values."""
 
     median: float
     low: float
@@ -58,40 +50,20 @@ class Spread:
 
     @staticmethod
     def of(values: Sequence[float]) -> Spread | None:
-        """
-        Summarise values.
-
-        :param values: any number of them
-        :return: None where there are none
-        """
+        """Summarise values, or return None without any."""
         return Spread(statistics.median(values), min(values), max(values), len(values)) if values else None
 
 
-def wanted(row: SpeedRow, peer: str, part: str) -> dict[str, Any]:
-    """
-    List by what a run is found: a run made with other settings of the row is none of it.
-
-    :param row: the row
-    :param peer: key of PEERS or BOUNDS
-    :param part: a trial's name or the number of an alternation
-    :return: the key, and the row as JSON gives it back
-    """
+def entries_of(row: SpeedRow, peer: str, part: str) -> dict[str, Any]:
+    """Return the entries that a run is found by: its key, and the row, since runs with other settings do not count."""
     values = asdict(row)
     del values["title"], values["goal"]
     return {"name": row.name, "peer": peer, "part": part, "row": values}
 
 
 def runs_of(results: Results, row: SpeedRow, peer: str, alternations: int) -> dict[int, dict[str, Any]]:
-    """
-    Collect a peer's runs.
-
-    :param results: all results
-    :param row: the row
-    :param peer: key of PEERS or BOUNDS
-    :param alternations: how many there should be
-    :return: alternation -> run, without those that are missing
-    """
-    found = {number: results.find(wanted(row, peer, str(number))) for number in range(1, alternations + 1)}
+    """Return a peer's runs by number of alternation, without those that are missing."""
+    found = {number: results.find(entries_of(row, peer, str(number))) for number in range(1, alternations + 1)}
     return {number: run for number, run in found.items() if run is not None}
 
 
@@ -99,15 +71,9 @@ def ratio(
     results: Results, row: SpeedRow, peer: str, alternations: int, phase: str = "all", base: str = "clipppo"
 ) -> Spread | None:
     """
-    Compare a peer with another, alternation by alternation.
+    Return how many times faster ``base`` is than ``peer``, alternation by alternation; None without a common machine.
 
-    :param results: all results
-    :param row: the row
-    :param peer: the peer to compare with
-    :param alternations: how many there should be
-    :param phase: "all" compares steps a second of the row's own phase, "update" the update's seconds
-    :param base: the peer that is compared
-    :return: how many times faster ``base`` is; None where no alternation has both on the same machine
+    ``phase`` "all" compares steps a second of the row's own phase, "update" the update's seconds.
     """
     ours, theirs = runs_of(results, row, base, alternations), runs_of(results, row, peer, alternations)
     pairs = [(ours[n], theirs[n]) for n in ours if n in theirs and _same_machine(ours[n], theirs[n])]
@@ -120,28 +86,13 @@ def _same_machine(run: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return all(run[key] == other[key] for key in ("cpu", "cores", "versions"))
 
 
-def render(
-    results: Results,
-    rows: Sequence[SpeedRow],
-    alternations: int,
-    command: str,
-    notes: Mapping[str, str],
-) -> str:
-    """
-    Render results as Markdown.
-
-    :param results: the results
-    :param rows: the table's lines, in order
-    :param alternations: how many there should be
-    :param command: the command that makes the tables again
-    :param notes: row -> why it has no result
-    :return: Markdown text
-    """
+def render_tables(results: Results, rows: Sequence[SpeedRow], alternations: int, notes: Mapping[str, str]) -> str:
+    """Render results as Markdown; ``notes`` has the reason why a row has no result."""
     runs = [
         run for row in rows for peer in (*PEERS, *BOUNDS) for run in runs_of(results, row, peer, alternations).values()
     ]
     busy = max((run["other_load"] for run in runs), default=0.0)
-    text = f"Made by `{command}`.\n\n{_ratio_table(results, rows, alternations, notes)}\n\n"
+    text = f"{_ratio_table(results, rows, alternations, notes)}\n\n"
     text += (
         "Steps a second of training, without the warm-up; of rows *update alone*, transitions a second of the update. "
         "Every measurement is a process of its own; each alternation runs all peers one after the other, every second "
@@ -163,14 +114,13 @@ def render(
         "building, compilation), in brackets, measured once, the same without compiled code from an earlier run.\n"
     )
     text += f"\nOther programs used at most {busy:.0f} % of the processor just before a measurement.\n"
-    made = "".join(f"- {line}\n" for line in sorted({machine_text(run, "one run at a time") for run in runs}))
-    return f"{text}\nMachines and versions:\n\n{made}"
+    return f"{text}\n{machines_text(runs, lambda run: 'one run at a time')}"
 
 
 def _ratio_table(results: Results, rows: Sequence[SpeedRow], alternations: int, notes: Mapping[str, str]) -> str:
     header = ["configuration", "ClipPPO / SB3", "update", "ClipPPO / SBX"]
     header += [*(f"{name} steps/s" for name in PEERS.values()), "bound steps/s", "goal"]
-    lines = [header, ["---"] + ["---:"] * 7 + ["---"]]
+    lines = []
     for row in rows:
         to_sb3 = ratio(results, row, "sb3", alternations)
         update = ratio(results, row, "sb3", alternations, "update")
@@ -181,7 +131,7 @@ def _ratio_table(results: Results, rows: Sequence[SpeedRow], alternations: int, 
             + [_ratio_text(ratio(results, row, "sbx", alternations)), *speeds[: len(PEERS)], bounds]
             + [f"{row.goal:g}: {_verdict(row, to_sb3, notes.get(row.name))}"]
         )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(header, "l" + "r" * 7 + "l", lines)
 
 
 def _ratio_text(spread: Spread | None) -> str:
@@ -207,7 +157,7 @@ def _speed(results: Results, row: SpeedRow, peer: str, alternations: int) -> str
 def _split_table(results: Results, rows: Sequence[SpeedRow], alternations: int) -> str:
     header = ["configuration", "peer", *(f"{part} s" for part in _SPLIT), "products of the update"]
     header += ["memory MB", "start s", "engine", "threads"]
-    lines = [header, ["---", "---"] + ["---:"] * 7 + ["---", "---:"]]
+    lines = []
     for row in rows:
         sb3_memory = _median(runs_of(results, row, "sb3", alternations), "peak_megabytes")
         for peer, title in PEERS.items():
@@ -223,7 +173,7 @@ def _split_table(results: Results, rows: Sequence[SpeedRow], alternations: int) 
                 + [f"{memory:.0f}{difference}", _start_text(results, row, peer, runs)]
                 + [last["engine"], str(last["torch_threads"])]
             )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(header, "ll" + "r" * 7 + "lr", lines)
 
 
 def _median(runs: Mapping[int, Mapping[str, Any]], name: str) -> float:
@@ -236,50 +186,36 @@ def _median_per_100k(runs: Mapping[int, Mapping[str, Any]], name: str) -> float:
 
 
 def _products_text(runs: Mapping[int, Mapping[str, Any]]) -> str:
-    share = Spread.of([run["products_seconds"] / run["update_seconds"] for run in runs.values() if _has_products(run)])
+    # Only ClipPPO's runs have them.
+    found = [run for run in runs.values() if "products_seconds" in run]
+    share = Spread.of([run["products_seconds"] / run["update_seconds"] for run in found])
     return "" if share is None else f"{share.median:.0%}"
-
-
-def _has_products(run: Mapping[str, Any]) -> bool:
-    return "products_seconds" in run  # neither peers' runs nor those of earlier versions
 
 
 def _start_text(results: Results, row: SpeedRow, peer: str, runs: Mapping[int, Mapping[str, Any]]) -> str:
     text = f"{_median(runs, 'startup_seconds'):.1f}"
     if peer != "clipppo" or not row.compile_anew:
         return text
-    cold = [run["startup_seconds"] for part in TRIALS if (run := results.find(wanted(row, peer, part)))]
+    cold = [run["startup_seconds"] for part in TRIALS if (run := results.find(entries_of(row, peer, part)))]
     return f"{text} ({max(cold):.1f})" if cold else text
 
 
 def trials_of(row: SpeedRow, peer: str) -> dict[str, int | None]:
-    """
-    Say which trials a peer makes.
-
-    :param row: the row
-    :param peer: key of PEERS
-    :return: all, where they choose its number of threads; where the native engine does, at most :data:`COLD_TRIAL`
-    """
+    """Return a peer's trials: all, or at most :data:`COLD_TRIAL` if the native engine chooses the number of threads."""
     if not row.is_native(peer):
-        # JAX takes no number of threads: for one, its process stays on one core, where the system can see to that.
-        may_choose = peer != "sbx" or hasattr(os, "sched_setaffinity")
-        return {part: threads for part, threads in TRIALS.items() if threads is None or may_choose}
+        return TRIALS
     return {COLD_TRIAL: None} if row.compile_anew else {}
 
 
 def best_threads(results: Results, row: SpeedRow, peer: str) -> int | None:
     """
-    Choose the number of threads by the trials.
+    Return the number of threads of the fastest trial; None is the default, which the native engine always has.
 
-    :param results: all results
-    :param row: the row
-    :param peer: key of PEERS
-    :return: that of the fastest trial; None: the default, where the native engine chooses itself as well
-    :raises LookupError: where no trial succeeded
+    :raises LookupError: if no trial succeeded
     """
     if row.is_native(peer):
         return None
-    found = {part: run for part in TRIALS if (run := results.find(wanted(row, peer, part)))}
+    found = {part: run for part in TRIALS if (run := results.find(entries_of(row, peer, part)))}
     if not found:
         raise LookupError(f"no trial of {row.name}, {peer}")
     return TRIALS[max(found, key=lambda part: float(found[part]["steps_per_second"]))]

@@ -1,8 +1,8 @@
 """
 The processes of the fault campaign: forked from a server that has imported everything, watched, and ended.
 
-A process that is started anew spends seconds on imports. The server has done them once, has run nothing, and has one
-thread, so that what it forks is as good as new.
+A process of its own interpreter spends seconds on imports. The server has done them, has run nothing, and has one
+thread, so that a fork of it is as good as a fresh process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 from sb3_clipvf.zoo.process import patched_environment
 
 LIMIT_SECONDS = 4 * 3600.0
-"""Wall-clock time after which a process is taken for one that hangs: the machine may have little time to spare."""
+"""Wall-clock time after which a process counts as hanging; the machine may be busy."""
 
 KEPT_FAILURES = 20
 """Failures of a row that are described in the results; all are counted."""
@@ -35,15 +35,14 @@ _PRELOADED = ("tests.bench.faults_preload",)
 @dataclass
 class Tally:
     """
-    What came of attempts to break something.
+    Outcomes of attempts to break something.
 
-    :param attempts: How often it was tried.
-    :param survived: How often it ended as it should.
-    :param lost: How often more was lost than what came after the last checkpoint.
-    :param wrong: How often something else came out, and nothing told so.
-    :param unclear: How often there was an error that does not help, a crash or a hang.
-    :param counts: What else was counted, by name.
-    :param failures: Descriptions of the first ones that did not survive.
+    :param survived: attempts that ended as they should
+    :param lost: attempts that lost more than what came after the last checkpoint
+    :param wrong: attempts that gave something else without an error
+    :param unclear: attempts with an error that does not help, a crash or a hang
+    :param counts: further counts by name
+    :param failures: descriptions of the first attempts that did not survive
     """
 
     attempts: int = 0
@@ -55,35 +54,26 @@ class Tally:
     failures: list[str] = field(default_factory=list)
 
     def add(self, outcome: str, failure: str = "") -> None:
-        """
-        Count one attempt.
-
-        :param outcome: "survived", "lost", "wrong" or "unclear".
-        :param failure: What happened, where it did not survive.
-        """
+        """Count one attempt, and describe its failure."""
         self.attempts += 1
         setattr(self, outcome, getattr(self, outcome) + 1)
         if failure and len(self.failures) < KEPT_FAILURES:
             self.failures.append(failure)
 
     def merge(self, other: Tally) -> None:
-        """
-        Add what another tally has counted.
-
-        :param other: It stays as it is.
-        """
+        """Add the counts of another tally."""
         for name in ("attempts", "survived", "lost", "wrong", "unclear"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.counts.update(other.counts)
         self.failures = [*self.failures, *other.failures][:KEPT_FAILURES]
 
     def as_json(self) -> dict[str, Any]:
-        """:return: what :meth:`from_json` takes"""
+        """Return what :meth:`from_json` takes."""
         return {**asdict(self), "counts": dict(sorted(self.counts.items()))}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Tally:
-        """:return: the tally of which :meth:`as_json` gave the values, among others"""
+        """Return the tally with the values of :meth:`as_json`, which may stand among others."""
         own = {name: values[name] for name in cls.__dataclass_fields__}
         return cls(**{**own, "counts": Counter(own["counts"])})
 
@@ -98,25 +88,14 @@ def start_server() -> None:
 
 
 def start(target: Callable[..., None], report: Path, *args: Any) -> ForkServerProcess:
-    """
-    Start a process in a group of its own.
-
-    :param target: Called there with ``report`` and ``args``.
-    :param report: File to which it appends lines by :func:`tell`; an error's text goes there as well.
-    :param args: What can be pickled.
-    :return: The process.
-    """
+    """Call ``target(report, *args)`` in a process with a group of its own; its error is appended to the report."""
     process = multiprocessing.get_context("forkserver").Process(target=_run, args=(target, report, args))
     process.start()
     return process
 
 
 def end(process: ForkServerProcess) -> None:
-    """
-    Kill a process, and what it has started.
-
-    :param process: From :func:`start`; it may have ended already.
-    """
+    """Kill a process, which may have ended already, and what it has started."""
     process.kill()
     process.join()
     with contextlib.suppress(ProcessLookupError):
@@ -124,12 +103,7 @@ def end(process: ForkServerProcess) -> None:
 
 
 def finish(process: ForkServerProcess) -> int | None:
-    """
-    Wait for the end of a process.
-
-    :param process: From :func:`start`.
-    :return: Its exit code, negative where a signal ended it; None where it did not end and was killed.
-    """
+    """Wait for a process, and return its exit code: negative after a signal, None if it hung and was killed."""
     try:
         process.join(LIMIT_SECONDS)
         return process.exitcode
@@ -137,13 +111,8 @@ def finish(process: ForkServerProcess) -> int | None:
         end(process)
 
 
-def tell(report: Path, **values: Any) -> None:
-    """
-    Append a line to a report. It is there even if the process is killed right after.
-
-    :param report: The file.
-    :param values: What the line says.
-    """
+def append_line(report: Path, **values: Any) -> None:
+    """Append a line to a report; it is there even if the process is killed right after."""
     descriptor = os.open(report, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(descriptor, json.dumps(values, default=str).encode() + b"\n")
@@ -151,35 +120,22 @@ def tell(report: Path, **values: Any) -> None:
         os.close(descriptor)
 
 
-def lines_of(report: Path) -> list[dict[str, Any]]:
-    """
-    Read a report.
-
-    :param report: The file; it need not exist.
-    :return: Its lines.
-    """
+def read_lines(report: Path) -> list[dict[str, Any]]:
+    """Return the lines of a report, none if there is no such file."""
     if not report.exists():
         return []
     return [json.loads(line) for line in report.read_text(encoding="utf-8").splitlines()]
 
 
 def limit_memory(more: int) -> None:
-    """
-    Let this process grow by no more than so much.
-
-    :param more: Bytes of address space.
-    """
+    """Bound the address space of this process to its present size and ``more`` bytes."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     limit = pages * resource.getpagesize() + more
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def limit_processor(seconds: float) -> None:
-    """
-    Have this process end by SIGPROF unless this is called again before so much of the processor's time is used up.
-
-    :param seconds: Time of the processor; 0 lifts the limit.
-    """
+    """End this process with SIGPROF after so many seconds of processor time, from now on; 0 lifts the limit."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
@@ -196,5 +152,5 @@ def _run(target: Callable[..., None], report: Path, args: tuple[Any, ...]) -> No
     try:
         target(report, *args)
     except Exception as error:
-        tell(report, event="error", text=f"{type(error).__name__}: {error}", trace=traceback.format_exc())
+        append_line(report, event="error", text=f"{type(error).__name__}: {error}", trace=traceback.format_exc())
         raise SystemExit(1) from None

@@ -1,0 +1,148 @@
+"""The command line of a benchmark: the options that all have, and a run that can be stopped and resumed."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar, Generic, Protocol, TypeVar
+
+from tests.bench.results import Results, write_text
+
+
+class Row(Protocol):
+    """One line of a benchmark's table."""
+
+    @property
+    def name(self) -> str:
+        """Name for ``--only`` and the results file."""
+
+
+RowT = TypeVar("RowT", bound=Row)
+
+
+class Benchmark(ABC, Generic[RowT]):
+    """
+    A benchmark that keeps each result as it comes, so that the same command resumes with what is missing.
+
+    :param rows: all rows
+    :param argv: options of the command; None takes those of the process
+    """
+
+    name: ClassVar[str]
+    description: ClassVar[str]
+    log_folder: ClassVar[str]
+    key: ClassVar[tuple[str, ...]] = ("name", "seed")
+    # Options that decide on the table, and so belong to the command that makes it again.
+    deciding: ClassVar[tuple[str, ...]]
+
+    def __init__(self, rows: Sequence[RowT], argv: Sequence[str] | None) -> None:
+        self.parser = self._common_parser([row.name for row in rows])
+        self.add_options(self.parser)
+        self.args = self.parser.parse_args(argv)
+        self.rows = self.prepare(rows)
+        self.selected = [row for row in self.rows if self.args.only is None or row.name in self.args.only]
+        self.table: Path = self.args.table or self.args.out.with_suffix(".md")
+        if self.table == self.args.out:
+            self.parser.error(f"`--table` must be another file than `--out`, got {self.table} for both. Leave it out.")
+        try:
+            self.results = Results(self.args.out, self.key)
+        except ValueError as error:
+            self.parser.error(str(error))
+        self.failed: dict[str, str] = {}  # label -> reason
+
+    def _common_parser(self, names: Sequence[str]) -> argparse.ArgumentParser:
+        about = f"{self.description} Stop it with Ctrl-C; the same command resumes with what is missing."
+        parser = argparse.ArgumentParser(prog=f"python -m tests.bench {self.name}", description=about)
+        about = "these rows only, see --list (default: all)"
+        parser.add_argument("--only", "--rows", nargs="+", choices=names, metavar="NAME", help=about)
+        parser.add_argument("--list", action="store_true", help="list the rows and what is done, and run nothing")
+        parser.add_argument("--rerun", action="store_true", help="make results again that are there")
+        out = Path(f"docs/results/{self.name}.json")
+        parser.add_argument("--out", type=Path, default=out, help="results file (default: %(default)s)")
+        parser.add_argument("--table", type=Path, help="Markdown file (default: the results file's name with .md)")
+        parser.add_argument("--log-folder", type=Path, default=Path(self.log_folder), help="(default: %(default)s)")
+        return parser
+
+    def prepare(self, rows: Sequence[RowT]) -> Sequence[RowT]:
+        """Check and complete the options, and return the rows as they change them."""
+        return rows
+
+    @abstractmethod
+    def add_options(self, parser: argparse.ArgumentParser) -> None:
+        """Add the benchmark's own options."""
+
+    @abstractmethod
+    def listed(self, row: RowT) -> str:
+        """Return what ``--list`` prints of a row after its name."""
+
+    @abstractmethod
+    def run(self) -> None:
+        """Measure what is missing, and add it to the results."""
+
+    @abstractmethod
+    def render(self) -> str:
+        """Return the Markdown table of all rows, so that ``--only`` keeps earlier results in it."""
+
+    def draw(self, path: Path) -> bool:
+        """Draw the figure of all rows, if the benchmark has one, and return whether it has."""
+        return False
+
+    def command(self) -> str:
+        """Return the command that makes the table again."""
+        words = [self.parser.prog]
+        for name in self.deciding:
+            value = getattr(self.args, name)
+            if value != self.parser.get_default(name):
+                values = value if isinstance(value, list) else [] if value is True else [value]
+                words += [f"--{name}", *map(str, values)]
+        return " ".join(words)
+
+    def main(self) -> int:
+        """Run or list the rows, and return the exit code: 0, 1 after failures, 130 after an interruption."""
+        if self.args.list:
+            width = max(len(row.name) for row in self.selected)
+            for row in self.selected:
+                print(f"{row.name:<{width}}  {self.listed(row)}".rstrip(), flush=True)
+            return 0
+        try:
+            with sigterm_interrupts():  # or else the processes it started would outlive it
+                self.run()
+        except KeyboardInterrupt:
+            print("\nInterrupted. The same command resumes with what is missing.", flush=True)
+            return 130
+        finally:
+            text = f"Made by `{self.command()}`.\n\n{self.render()}"
+            write_text(self.table, text)
+            print(f"\n{text}\nResults: {self.results.path}\nTable:   {self.table}", flush=True)
+            figure = self.table.with_suffix(".png")
+            if self.draw(figure):
+                print(f"Figure:  {figure}", flush=True)
+        if self.failed:
+            reasons = "".join(f"\n  {label}: {reason}" for label, reason in self.failed.items())
+            print(f"Failed:{reasons}\nThe same command tries again.", flush=True)
+        return 1 if self.failed else 0
+
+
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Raise KeyboardInterrupt on SIGTERM too."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """Return a type for argparse: whole numbers from ``minimum``."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {minimum}, got {text}")
+        return int(text)
+
+    return parse

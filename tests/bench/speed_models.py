@@ -1,0 +1,123 @@
+"""Environments and model of each peer of the speed benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from tests.bench.speed_rows import SpeedRow
+
+
+def make_model(row: SpeedRow, peer: str, seed: int) -> Any:
+    """Build a peer's algorithm, which logs nothing; ClipPPO has SB3's objective and the engine of ``"auto"``."""
+    from sb3_clipvf.schedules import make_schedule
+
+    arguments = dict(row.settings)
+    for name in ("learning_rate", "clip_range"):
+        if isinstance(arguments.get(name), str):  # SB3 takes no such text
+            arguments[name] = make_schedule(arguments[name], name)
+    if row.custom_extractor:
+        arguments["policy_kwargs"] = {"features_extractor_class": _extractor_class()}
+    if peer == "clipppo":
+        from sb3_clipvf import SB3_EQUIVALENT, ClipPPO
+
+        algorithm: Any = ClipPPO
+        arguments = SB3_EQUIVALENT | {"engine": "auto"} | arguments
+    else:
+        algorithm = import_module({"sb3": "stable_baselines3", "sbx": "sbx"}[peer]).PPO
+    return algorithm(row.policy, make_env(row, peer, seed), seed=seed, device="cpu", verbose=0, **arguments)
+
+
+def make_env(row: SpeedRow, peer: str, seed: int) -> Any:
+    """Build a peer's VecEnv."""
+    env = ENVIRONMENTS[row.kind(peer)](row, peer, seed)
+    if not row.normalize:
+        return env
+    if peer == "clipppo":
+        from sb3_clipvf.envs import FastVecNormalize
+
+        return FastVecNormalize(env)
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    return VecNormalize(env)
+
+
+def _gym(row: SpeedRow, peer: str, seed: int) -> Any:
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
+    from sb3_clipvf.envs import FastDummyVecEnv
+
+    vec_env_cls = FastDummyVecEnv if peer == "clipppo" else DummyVecEnv
+    return make_vec_env(row.env_id, row.n_envs, seed=seed, vec_env_cls=vec_env_cls)
+
+
+def _atari(row: SpeedRow, peer: str, seed: int) -> Any:
+    import ale_py
+    import gymnasium as gym
+    from stable_baselines3.common.env_util import make_atari_env
+    from stable_baselines3.common.vec_env import VecFrameStack
+
+    gym.register_envs(ale_py)
+    return VecFrameStack(make_atari_env(row.env_id, row.n_envs, seed=seed), 4)
+
+
+def raw_vector(row: SpeedRow, seed: int, spares: bool = False) -> Any:
+    """Build Gymnasium's, EnvPool's (with ``spares``, two environments a row) or ALE's vector environment of a row."""
+    if row.env == "vector":
+        import gymnasium as gym
+
+        return gym.make_vec(row.env_id, row.n_envs)
+    if row.env == "envpool":
+        import envpool
+
+        return envpool.make_gymnasium(row.env_id, num_envs=row.n_envs * (1 + spares), seed=seed)
+    from ale_py.vector_env import AtariVectorEnv
+
+    # As SB3's AtariWrapper: each life is an episode, and rewards are clipped, by the adapter, after they are summed.
+    game = row.env_id.partition("NoFrameskip")[0].lower()
+    return AtariVectorEnv(game, row.n_envs, autoreset_mode="SameStep", life_loss_info=True, reward_clipping=False)
+
+
+def _adapted(row: SpeedRow, peer: str, seed: int) -> Any:
+    from sb3_clipvf.envs import as_vec_env
+
+    spares = row.env == "envpool"
+    env = as_vec_env(raw_vector(row, seed, spares), clip_rewards=row.env == "ale", spares=spares)
+    if not spares:  # an EnvPool takes its seed in the constructor
+        env.seed(seed)
+    return env
+
+
+ENVIRONMENTS: dict[str, Callable[[SpeedRow, str, int], Any]] = {
+    "gym": _gym,
+    "atari": _atari,
+    "vector": _adapted,
+    "envpool": _adapted,
+    "ale": _adapted,
+}
+"""
+Kinds of environments, and how a peer's VecEnv of them is made, with ``Monitor``'s episode statistics. Of kind "gym",
+ClipPPO has a FastDummyVecEnv, as its command ``train`` does, and the others SB3's DummyVecEnv.
+"""
+
+
+def _extractor_class() -> type[Any]:
+    import torch as th
+    from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+
+    class TwoLayers(BaseFeaturesExtractor):
+        """Layers before the policy's own, which only autograd can differentiate."""
+
+        def __init__(self, observation_space: Any, features_dim: int = 64) -> None:
+            super().__init__(observation_space, features_dim)
+            n_inputs = observation_space.shape[0]
+            layers = (th.nn.Linear(n_inputs, features_dim), th.nn.LayerNorm(features_dim), th.nn.ReLU())
+            self.layers = th.nn.Sequential(*layers)
+
+        def forward(self, observations: th.Tensor) -> th.Tensor:
+            """Compute features of shape ``(n, features_dim)``."""
+            return th.as_tensor(self.layers(observations))
+
+    return TwoLayers
