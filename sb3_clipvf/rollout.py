@@ -55,7 +55,7 @@ class MiniBatch(NamedTuple):
     """
     Transitions of one gradient step. The first six fields are those of SB3's ``RolloutBufferSamples``.
 
-    :param observations: Shape ``(n, *obs_shape)`` and dtype of the observation space, or a dict of such tensors.
+    :param observations: Shape ``(n, *obs_shape)`` and dtype of the observation space, or a dict of tensors.
     :param actions: The policy's actions, not clipped, shape ``(n, action_dim)``, float32.
     :param old_values: Shape ``(n,)``, return units.
     :param old_log_prob: Shape ``(n,)``, nats.
@@ -178,7 +178,7 @@ class TensorRolloutBuffer(BaseBuffer):
         """
         Store one step of all environments.
 
-        :param obs: Shape ``(n_envs, *obs_shape)``, or a dict of such arrays.
+        :param obs: Shape ``(n_envs, *obs_shape)``, or a dict of arrays.
         :param action: The policy's actions, not clipped, shape ``(n_envs, ...)``.
         :param reward: Shape ``(n_envs,)``.
         :param episode_start: Whether ``obs`` is the first of its episode, shape ``(n_envs,)``.
@@ -253,7 +253,7 @@ class TensorRolloutBuffer(BaseBuffer):
         yield from _minibatches(self, indices.flatten(), batch_size)
 
     def forget_copies(self) -> None:
-        """Read the arrays again at the next minibatch: they may have changed in place."""
+        """Read the arrays again at the next minibatch, since they may have changed in place."""
         self._flat, self._flat_arrays = None, []
 
     def _rows(self, indices: np.ndarray) -> th.Tensor:
@@ -338,7 +338,7 @@ def takes_dist_params(buffer: Any) -> bool:
     if not getattr(buffer, "dist_param_dim", 0):
         return False
     if getattr(buffer.add, "__func__", None) is TensorRolloutBuffer.add:
-        return True  # a hundred times faster than to read its signature
+        return True  # a hundred times faster than reading the signature
     parameters = inspect.signature(buffer.add).parameters.values()
     return any(parameter.name == "dist_params" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 

@@ -243,7 +243,7 @@ class HiddenDistribution(DiagGaussianDistribution):
 
 
 class RenamedDistribution(DiagGaussianDistribution):
-    """The same, but who would know?"""
+    """A derived class that changes nothing."""
 
 
 DERIVED = [
@@ -293,7 +293,7 @@ class TestDerivedDistributions:
 
     @pytest.mark.parametrize("kl_coef", [0.0, 1.0])
     def test_the_same_where_the_object_makes_another_distribution(self, kl_coef: float) -> None:
-        """The type of SB3's object says nothing then."""
+        """The type of SB3's object is known, that of torch's distribution is not."""
 
         def laplace(mean: th.Tensor, log_std: th.Tensor) -> Any:
             dist.distribution = td.Laplace(mean, log_std.exp() * th.ones_like(mean))
@@ -366,7 +366,7 @@ class TestPolicies:
         policy.get_distribution = None  # type: ignore[assignment, method-assign]
         assert th.equal(dist_params(refreshed_dist(policy, obs, stale)), expected)
 
-    def test_a_policy_that_leaves_none_is_asked(self, name: str) -> None:
+    def test_a_policy_that_leaves_none_is_called_again(self, name: str) -> None:
         policy = self.make(name)
         obs = th.rand(N_STATES, 3)
         expected = dist_params(policy.get_distribution(obs)).detach()

@@ -1,4 +1,4 @@
-"""Non-finite values: where they are found, what the error says, what is written, and what stays whole."""
+"""Non-finite values: where they are found, the error, the file that is written, and what stays unchanged."""
 
 import copy
 import dataclasses

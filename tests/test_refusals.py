@@ -59,7 +59,7 @@ def make(env: Any = None, policy: Any = "MlpPolicy", **kwargs: Any) -> ClipPPO:
 
 
 def refused(error: type[Exception], *parts: str) -> Any:
-    """Expect an error whose message has these parts in this order, and a second sentence, which says what to do."""
+    """Expect an error whose message has these parts in this order, and a second sentence: what to do."""
     return pytest.raises(error, match=r"(?s)^(?=.*\. \S)" + ".*?" + ".*".join(map(re.escape, parts)))
 
 

@@ -22,7 +22,7 @@ class _StdoutHandler(logging.StreamHandler[TextIO]):
 
 def show_messages(verbose: int) -> None:
     """
-    Show messages as a model's ``verbose`` asks: 0 for none, 1 for INFO, 2 for DEBUG.
+    Set which messages are shown, by a model's ``verbose``: 0 for none, 1 for INFO, 2 for DEBUG.
 
     The logger has one setting, that of the latest call. A handler or a level that the user has set is kept.
     """

@@ -51,7 +51,7 @@ class NonFiniteError(ValueError):
 
 class BadMinibatchError(Exception):
     """
-    A minibatch has a non-finite loss or gradient; its step is not made.
+    A minibatch has a non-finite loss or gradient, so its step is skipped.
 
     :param terms: Terms of the loss, the loss itself and the gradient norm.
     :param epoch: Epoch of the update, from 0.
@@ -80,10 +80,10 @@ def is_finite(array: np.ndarray) -> bool:
         flat = array if array.ndim == 1 else array.reshape(-1)
         if sum(map(abs, flat.tolist())) < _SURELY_FINITE:
             return True
-    return not which_are_not(array).any()
+    return not nonfinite_mask(array).any()
 
 
-def which_are_not(array: np.ndarray) -> np.ndarray:
+def nonfinite_mask(array: np.ndarray) -> np.ndarray:
     """Return a mask of the numbers of a float array that are not finite as float32."""
     fits = np.isfinite(array) if array.dtype.itemsize <= 4 else np.abs(array) <= FLOAT32_MAX
     return np.asarray(~fits)

@@ -15,7 +15,7 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_clipvf.common.nonfinite import BadMinibatchError, NonFiniteError, by_key, is_finite, which_are_not
+from sb3_clipvf.common.nonfinite import BadMinibatchError, NonFiniteError, by_key, is_finite, nonfinite_mask
 from sb3_clipvf.distributions import dist_params
 from sb3_clipvf.engines.autograd import unvalidated_distributions
 from sb3_clipvf.engines.interface import Acted
@@ -64,7 +64,7 @@ def find_fault(what: str, key: str | None, array: np.ndarray, *, has_rows: bool 
     """Return the first non-finite number of an array, whose first axis counts rows unless ``has_rows`` is False."""
     if is_finite(array):
         return None
-    bad = which_are_not(array)
+    bad = nonfinite_mask(array)
     place = tuple(np.argwhere(bad)[0].tolist())
     within = place[1:] if has_rows else place
     element = f" at element [{', '.join(map(str, within))}]" if array[place[:has_rows]].size > 1 else ""
@@ -144,7 +144,7 @@ def reward_fault(rewards: np.ndarray, bootstrapped: np.ndarray, infos: list[dict
     fault = find_fault("reward", None, rewards)
     if fault is not None:
         return fault
-    for row in np.flatnonzero(which_are_not(bootstrapped)).tolist():
+    for row in np.flatnonzero(nonfinite_mask(bootstrapped)).tolist():
         for key, array in by_key(infos[row]["terminal_observation"]).items():
             fault = find_fault("terminal_observation", key, array, has_rows=False)
             if fault is not None:
