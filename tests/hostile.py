@@ -1,4 +1,4 @@
-"""Pickles that would run code, for the tests of safe loading; and the means to put them into files of models."""
+"""Pickles that would run code, for the tests of safe loading, and helpers that put them into files of models."""
 
 import base64
 import builtins
@@ -120,7 +120,7 @@ def attribute_of_a_module(mark: Path) -> bytes:
 
 
 RUNNING = [os_system, builtins_exec, lambda_of_cloudpickle, in_an_ordered_dict, array_of_objects, dotted_name]
-"""These do run where they are trusted."""
+"""Pickles that run code where they are trusted."""
 
 REFUSED = [
     *RUNNING,

@@ -1,4 +1,4 @@
-"""Tests of FastDummyVecEnv: it gives what SB3's DummyVecEnv gives, and copies that nobody else writes to."""
+"""FastDummyVecEnv returns the same as SB3's DummyVecEnv, in copies that nothing else writes to."""
 
 import copy
 import pickle
@@ -44,7 +44,7 @@ class Point:
 
 
 class Scripted(gym.Env[Any, Any]):
-    """Random observations, rewards and ends of episodes, the same for the same number; infos are made by ``infos``."""
+    """Random observations, rewards and ends of episodes, equal for equal numbers; ``infos`` makes the infos."""
 
     action_space = spaces.Discrete(3)
 
@@ -65,7 +65,7 @@ class Scripted(gym.Env[Any, Any]):
 
     def step(self, action: Any) -> Any:
         self.n_steps += 1
-        terminated, truncated = self.rng.random(2) < 0.15  # NumPy's own, as many environments give them
+        terminated, truncated = self.rng.random(2) < 0.15  # NumPy's bools, as many environments return them
         if self.number % 2:
             terminated, truncated = bool(terminated), bool(truncated)
         info = {} if self.infos is None else self.infos(self)
@@ -74,7 +74,7 @@ class Scripted(gym.Env[Any, Any]):
 
 
 def plain(env: Scripted) -> dict[Any, Any]:
-    """What a fast copy takes by itself."""
+    """Return values that the fast copy handles itself."""
     drawn = env.rng.normal(size=(2, 3))
     return {
         "int": 3,
@@ -99,7 +99,7 @@ def plain(env: Scripted) -> dict[Any, Any]:
 
 
 def general(env: Scripted) -> dict[Any, Any]:
-    """What only ``copy.deepcopy`` takes; some of it stands in two places, and the dict in itself."""
+    """Return values that only ``copy.deepcopy`` handles; some appear twice, and the dict contains itself."""
     array, point, inner = env.rng.normal(size=2), Point([env.n_steps]), {"x": 1}
     read_only = env.rng.normal(size=2)
     read_only.flags.writeable = False
@@ -141,7 +141,7 @@ ATOMS = (type(None), bool, int, float, complex, str, bytes, type, np.bool_, np.n
 
 
 def same(ours: Any, theirs: Any, seen: dict[int, Any] | None = None) -> None:
-    """Equal in structure, type, order, memory layout and value; what is one object in one is one in the other."""
+    """Check equal structure, types, order, memory layout and values, and which objects are identical."""
     seen = {} if seen is None else seen
     assert type(ours) is type(theirs)
     if isinstance(theirs, ATOMS):
@@ -178,13 +178,13 @@ def same_buffers(ours: DummyVecEnv, theirs: DummyVecEnv) -> None:
 
 
 def pair(make: Callable[[int], gym.Env[Any, Any]], n_envs: int = 3) -> tuple[FastDummyVecEnv, DummyVecEnv]:
-    """The same environments in ours and in SB3's."""
+    """Return the same environments in our class and in SB3's."""
     ours, theirs = (cls([lambda i=i: make(i) for i in range(n_envs)]) for cls in (FastDummyVecEnv, DummyVecEnv))
     return ours, theirs  # type: ignore[return-value]
 
 
 def run_both(ours: VecEnv, theirs: VecEnv, n_steps: int = 60) -> None:
-    """Both give the same, with at least 3 ends of episodes."""
+    """Check that both return the same, with at least 3 ends of episodes."""
     rng = np.random.default_rng(0)
     same(ours.reset(), theirs.reset())
     same(ours.reset_infos, theirs.reset_infos)
@@ -200,7 +200,7 @@ def run_both(ours: VecEnv, theirs: VecEnv, n_steps: int = 60) -> None:
 
 @pytest.fixture
 def still_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Monitor's episodes take no time."""
+    """Make Monitor's episodes take no time."""
     monkeypatch.setattr("stable_baselines3.common.monitor.time", SimpleNamespace(time=lambda: 0.0))
 
 
@@ -257,7 +257,7 @@ class TestEqualStreams:
             shared: dict[str, Any] = {"n": 0, "array": np.zeros(2)}
 
             def infos(_: Any) -> dict[Any, Any]:
-                # What the environments before gave in this step changes, too.
+                # Objects that earlier environments returned in this step change, too.
                 shared["n"] += 1
                 shared["array"] += 1
                 return {"shared": shared, "array": shared["array"], "list": [shared]}
@@ -286,14 +286,14 @@ class Own(dict[Any, Any]):
 
 
 class OwnArray(np.ndarray):
-    """An array that says itself what its copies are."""
+    """An array that defines its own copies."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return [float(self.sum())]
 
 
 class Reusing(Scripted):
-    """It writes to the same arrays and the same info at every step and reset."""
+    """An environment that writes to the same arrays and the same info at every step and reset."""
 
     def __init__(self, number: int, space: spaces.Space[Any] = BOX) -> None:
         super().__init__(number, space)

@@ -36,7 +36,7 @@ class Walk(gym.Env[Any, Any]):
     def _observation(self) -> np.ndarray:
         return np.array([self.np_random.random()], np.float32)
 
-    # What EpisodicLifeEnv asks for.
+    # EpisodicLifeEnv calls it.
     @property
     def ale(self) -> Any:
         return self
@@ -46,14 +46,14 @@ class Walk(gym.Env[Any, Any]):
 
 
 class Scaled(gym.RewardWrapper[Any, Any]):
-    """Rewards that are not the environment's own."""
+    """A wrapper that changes the rewards."""
 
     def reward(self, reward: Any) -> Any:
         return 10.0 * reward
 
 
 class Stepping(gym.Wrapper[Any, Any, Any, Any]):
-    """Takes a step in each reset."""
+    """A wrapper that steps in each reset."""
 
     def reset(self, **kwargs: Any) -> Any:
         self.env.reset(**kwargs)
@@ -61,14 +61,14 @@ class Stepping(gym.Wrapper[Any, Any, Any, Any]):
 
 
 class OwnInfo(gym.Wrapper[Any, Any, Any, Any]):
-    """Makes an info of its own, so that what ``Monitor`` has reported is lost."""
+    """A wrapper that replaces the info, so that ``Monitor``'s report is lost."""
 
     def step(self, action: Any) -> Any:
         return (*self.env.step(action)[:4], {})
 
 
 def episodes(venv: VecEnv, n_steps: int) -> list[tuple[int, float, int]]:
-    """:return: The step, the return and the length of each episode that is reported."""
+    """Return step, return and length of each reported episode."""
     venv.seed(3)
     venv.reset()
     found = []
@@ -134,7 +134,7 @@ def test_the_file_of_episodes_has_them(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("limit", [100, 5])
 def test_the_loss_of_a_life_is_no_end(limit: int) -> None:
-    # Outside of lives, a time limit ends none of the games either: the next step goes on in the same one.
+    # A time limit outside of lives ends no game either: the next step continues the same one.
     env = EpisodeEnds(TimeLimit(EpisodicLifeEnv(Monitor(Walk())), limit))
     found = episodes(FastDummyVecEnv([lambda: env]), 30)
     assert found

@@ -27,11 +27,11 @@ SCRIPTS = (
     ((4, "truncated"), (1, "terminated")),
     ((3, "both"), (2, "terminated")),
 )
-"""For each environment the length and end of each of its episodes; the last one comes again and again."""
+"""For each environment the length and end of each of its episodes; the last one repeats."""
 
 
 class Scripted(gym.Env[Any, Any]):
-    """Observes (own number, episode, step), rewards 10 * episode + step + 0.25, and says both in its infos."""
+    """Observes (own number, episode, step), rewards 10 * episode + step + 0.25, and puts both into its infos."""
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"]}
     action_space = spaces.Discrete(2)
@@ -88,7 +88,7 @@ class ScriptedBatch(VectorEnv[Any, Any, Any]):
 
 
 class DoubleBatch(ScriptedBatch):
-    """The same with observations of twice the precision, which the space's cannot hold."""
+    """The same with float64 observations, where the space has float32."""
 
     def reset(self, *, seed: Any = None, options: Any = None) -> Any:
         obs, infos = super().reset(seed=seed, options=options)
@@ -110,7 +110,7 @@ def adapted(request: pytest.FixtureRequest, env: Any, **kwargs: Any) -> Any:
 
 
 def assert_same(first: Any, second: Any) -> None:
-    """Deep equality of values, dtypes of arrays and keys; times of episodes are left out."""
+    """Check equal values, dtypes of arrays and keys, except times of episodes."""
     if isinstance(first, dict):
         assert first.keys() == second.keys()
         for key in first:
@@ -211,7 +211,7 @@ class TestScripted:
         assert [obs.tolist() for obs in terminal[:3]] == [[0, 0, 2], [2, 0, 3], [1, 0, 4]]
 
     @mode_cases
-    def test_reset_in_the_middle_begins_everything_anew(
+    def test_reset_in_the_middle_begins_all_episodes_again(
         self, request: pytest.FixtureRequest, mode: AutoresetMode
     ) -> None:
         venv = adapted(request, scripted(mode))
@@ -242,7 +242,7 @@ class TestCartPole:
         assert_same_stream(venv, reference, 120)
 
     def test_native_class_steps_as_dummy_vec_env_from_the_same_states(self, request: pytest.FixtureRequest) -> None:
-        # One random stream serves all its rows, so the first states of episodes are its own; from them on all agrees.
+        # It has one random stream for all rows, so only the first states of episodes differ.
         venv = adapted(request, gym.make_vec("CartPole-v1", num_envs=6, max_episode_steps=18))
         reference = DummyVecEnv([lambda: Monitor(gym.make("CartPole-v1", max_episode_steps=18))] * 6)
         venv.seed(3)
@@ -401,7 +401,7 @@ class TestAttributes:
         assert venv.get_attr("colour", 0) == [[1, 2]]
         assert venv.env_method("double", 5) == [10, 11, 12]
         assert venv.has_attr("colour") and not venv.has_attr("colours")
-        # Asking for what is not there did no harm.
+        # The failed reads did no harm.
         venv.reset()
         assert venv.get_attr("episode") == [0, 0, 0]
 
@@ -453,7 +453,7 @@ class TestAttributes:
 
 
 class Silent(ScriptedBatch):
-    """Does not say how it resets, and inherits gymnasium's shared metadata."""
+    """Has no autoreset mode of its own, and inherits gymnasium's shared metadata."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -461,7 +461,7 @@ class Silent(ScriptedBatch):
 
 
 class Forgetting(ScriptedBatch):
-    """Says SAME_STEP and gives no final observation."""
+    """Has SAME_STEP mode, but returns no final observation."""
 
     def step(self, actions: Any) -> Any:
         *rest, infos = super().step(actions)

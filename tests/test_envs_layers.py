@@ -1,4 +1,4 @@
-"""VecEnvs around objects that are none: simulators, EnvPool, Gymnasium's vector environments; trained as SB3 does."""
+"""VecEnvs around simulators, EnvPool and Gymnasium's vector environments: training equals SB3's."""
 
 import logging
 from collections.abc import Callable
@@ -33,7 +33,7 @@ ARGUMENTS = {"n_steps": 16, "batch_size": 16, "n_epochs": 1, "seed": 0, "device"
 
 
 class Simulator:
-    """Two environments of seven steps in arrays, with SB3's four-tuple and nothing else of a VecEnv."""
+    """Two environments of seven steps in arrays: it returns SB3's four-tuple, but is no VecEnv."""
 
     num_envs = 2
     observation_space = spaces.Box(-9, 9, (4,))
@@ -58,7 +58,7 @@ class Simulator:
 
 
 class Unwrapped(Simulator):
-    """One that has Gymnasium's property."""
+    """A simulator with Gymnasium's property."""
 
     @property
     def unwrapped(self) -> "Unwrapped":
@@ -66,7 +66,7 @@ class Unwrapped(Simulator):
 
 
 class Slotted:
-    """One without a dict of attributes; a VecEnv in all but its class."""
+    """A simulator without ``__dict__``, with the methods of a VecEnv."""
 
     __slots__ = ("_actions", "_simulator")
     num_envs, observation_space, action_space = 2, Simulator.observation_space, Simulator.action_space
@@ -88,7 +88,7 @@ class Slotted:
 
 
 class Adapter(VecEnvWrapper):
-    """What SB3's users write around a simulator."""
+    """A VecEnv around a simulator, as SB3's users write it."""
 
     def __init__(self, simulator: Any) -> None:
         VecEnvWrapper.__init__(
@@ -109,7 +109,7 @@ class Adapter(VecEnvWrapper):
 
 
 class Passing(VecEnvWrapper):
-    """A wrapper as SB3 knows it."""
+    """A usual wrapper."""
 
     def reset(self) -> Any:
         return self.venv.reset()
@@ -119,7 +119,7 @@ class Passing(VecEnvWrapper):
 
 
 class WithoutInit(VecEnvWrapper):
-    """As SuperSuit's: calls no constructor of SB3, and finds no attributes inside."""
+    """A wrapper like SuperSuit's: it calls no constructor of SB3, and finds no attributes inside."""
 
     def __init__(self, simulator: Any) -> None:
         self.venv, self.num_envs, self.render_mode = simulator, simulator.num_envs, None
@@ -145,7 +145,7 @@ class WithoutInit(VecEnvWrapper):
 
 
 class ToTensors(Adapter):
-    """Gives what lies on a device, in a form of its own."""
+    """A simulator that returns arrays on a device, in its own form."""
 
     def reset(self) -> Any:
         return th.as_tensor(self.venv.reset())
@@ -156,7 +156,7 @@ class ToTensors(Adapter):
 
 
 class ToArrays(Passing):
-    """Gives SB3's form again."""
+    """A wrapper that converts these to SB3's form."""
 
     def reset(self) -> Any:
         return self.venv.reset().numpy()
@@ -167,21 +167,21 @@ class ToArrays(Passing):
 
 
 class WithSpacesOfAll(Adapter):
-    """Has the spaces of all environments together, as Gymnasium's vector environments do."""
+    """A simulator with batched spaces, like Gymnasium's vector environments."""
 
     def __init__(self, simulator: Any) -> None:
         VecEnvWrapper.__init__(self, simulator, spaces.Box(-9, 9, (2, 4)), spaces.Box(-1, 1, (2, 1)))
 
 
 class WithSpacesOfOne(Passing):
-    """Has those of one environment."""
+    """A wrapper with the spaces of one environment."""
 
     def __init__(self, venv: VecEnv) -> None:
         super().__init__(venv, spaces.Box(-9, 9, (4,)), spaces.Box(-1, 1, (1,)))
 
 
 class Robots(VecEnv):
-    """As Isaac Lab's: a VecEnv whose ``unwrapped`` is the simulator."""
+    """A VecEnv whose ``unwrapped`` is the simulator, like Isaac Lab's."""
 
     def __init__(self, simulator: Any) -> None:
         self.simulator = simulator
@@ -217,7 +217,7 @@ class Robots(VecEnv):
 
 
 class Headless(Robots):
-    """``unwrapped`` fails."""
+    """A VecEnv whose ``unwrapped`` raises."""
 
     @property
     def unwrapped(self) -> Any:
@@ -332,8 +332,8 @@ def test_checkpoints_name_what_they_do_not_keep(
     assert model.num_timesteps == 96
 
 
-class Telling(Simulator):
-    """Tells its state."""
+class StatefulSimulator(Simulator):
+    """A simulator that returns its state."""
 
     def get_training_state(self) -> Any:
         return {"time": self.time, "drawn": self.rng.bit_generator.state["state"]}
@@ -343,31 +343,31 @@ class Telling(Simulator):
         self.rng.bit_generator.state = {**self.rng.bit_generator.state, "state": state["drawn"]}
 
 
-class SilentAdapter(Adapter):
-    """Has a state that it tells, and with it that of its simulator, which tells nothing."""
+class StatefulAdapter(Adapter):
+    """An adapter that returns the state of its simulator."""
 
     def get_training_state(self) -> Any:
-        return Telling.get_training_state(self.venv)
+        return StatefulSimulator.get_training_state(self.venv)
 
     def set_training_state(self, state: Any) -> None:
-        Telling.set_training_state(self.venv, state)
+        StatefulSimulator.set_training_state(self.venv, state)
 
 
-class TellingSlotted(Slotted):
-    """The same as Slotted, and it tells its state."""
+class StatefulSlotted(Slotted):
+    """A simulator without ``__dict__`` that returns its state."""
 
     __slots__ = ()
 
     def get_training_state(self) -> Any:
-        return Telling.get_training_state(self._simulator)
+        return StatefulSimulator.get_training_state(self._simulator)
 
     def set_training_state(self, state: Any) -> None:
-        Telling.set_training_state(self._simulator, state)
+        StatefulSimulator.set_training_state(self._simulator, state)
 
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: VecMonitor(SilentAdapter(Simulator())), lambda: FastVecNormalize(VecMonitor(TellingSlotted()))],
+    [lambda: VecMonitor(StatefulAdapter(Simulator())), lambda: FastVecNormalize(VecMonitor(StatefulSlotted()))],
     ids=["adapter", "simulator"],
 )
 def test_states_that_are_told_are_resumed_to_the_last_bit(make: Callable[[], VecEnv], tmp_path: Path) -> None:
@@ -390,7 +390,7 @@ def test_a_wrapper_that_keeps_the_shapes_is_given_no_others() -> None:
             ClipPPO("MlpPolicy", make(), **ARGUMENTS).learn(32)
 
 
-# ------------------------------------------------------------------ environments that are used twice
+# ------------------------------------------------------------------ environments of two models
 
 
 def pendulum() -> gym.Env[Any, Any]:

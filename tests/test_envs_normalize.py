@@ -1,4 +1,4 @@
-"""Tests of FastVecNormalize: it gives what SB3's VecNormalize gives, in memory and in files."""
+"""FastVecNormalize returns the same as SB3's VecNormalize, in memory and in files."""
 
 import copy
 import pickle
@@ -26,14 +26,14 @@ from stable_baselines3.common.vec_env import (
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.envs import FastVecNormalize
 
-# Operations and their order are NumPy's, so that numbers agree to the last bit, save for sums of 8 or more of a column:
-# NumPy takes them pairwise. Returns, in float64, then differ by about 1e-16, and float32 results by their last digit at
-# most, 1.2e-7. Observations of one element are the other case: see the test of them.
+# Operations and their order are NumPy's, so numbers agree to the last bit, except for sums of 8 or more in a column:
+# NumPy adds them pairwise. Returns, in float64, then differ by about 1e-16, and float32 results by their last digit at
+# most, 1.2e-7. Observations of one element are the other exception: see their test.
 RTOL, ATOL = 2e-7, 2e-7
 
 
 class Scripted(VecEnv):
-    """Random observations, rewards and ends of episodes, the same for the same seed; what is handed out is recorded."""
+    """Random observations, rewards and ends of episodes, equal for equal seeds; returned values are recorded."""
 
     marker = "scripted"
 
@@ -103,7 +103,7 @@ MIXED = spaces.Dict({"b": box(3), "a": box(2, 2, dtype=np.float64), "kind": spac
 
 
 def same(ours: Any, theirs: Any) -> None:
-    """Equal in structure, type and, within the tolerance, value."""
+    """Check equal structure, types and, within the tolerance, values."""
     assert type(ours) is type(theirs)
     if isinstance(theirs, dict):
         assert list(ours) == list(theirs)
@@ -128,7 +128,7 @@ def same_state(ours: VecNormalize, theirs: VecNormalize) -> None:
 
 
 def step_both(ours: VecNormalize, theirs: VecNormalize) -> None:
-    """One step of both, whose four results must be the same."""
+    """Step both, and check that the four results are the same."""
     for got, wanted in zip(ours.step(np.zeros(1)), theirs.step(np.zeros(1)), strict=True):
         if isinstance(wanted, list):
             assert len(got) == len(wanted)
@@ -160,7 +160,7 @@ def pair(
 
 @pytest.fixture
 def only_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """SB3's own arithmetic of observations is an error in ours: the stream must come from the kernels."""
+    """Make SB3's own arithmetic of observations fail in our class: the stream must come from the kernels."""
 
     def refuse(*_: Any) -> None:
         raise AssertionError("not a kernel")
@@ -554,7 +554,7 @@ class TestTraining:
         return ClipPPO("MlpPolicy", env, **settings, device="cpu", engine="autograd")
 
     def test_clip_ppo_learns_the_same(self) -> None:
-        # Two rollouts; episodes of 200 steps, so that each environment is cut off twice.
+        # Two rollouts; episodes of 200 steps, so that each environment is truncated twice.
         fast, slow = (self._model(normalize).learn(2 * 512) for normalize in (FastVecNormalize, VecNormalize))
         assert type(fast.get_vec_normalize_env()) is FastVecNormalize
         same_state(fast.get_vec_normalize_env(), slow.get_vec_normalize_env())  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The adapters over EnvPool and ale-py: every transition is one of the pool's own, and rows that reset are none."""
+"""The adapters over EnvPool and ale-py: every transition is one of the pool's own, and resets are no transitions."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.envs import as_vec_env
 
-# Gymnasium, of EnvPool's spaces.
+# Gymnasium warns about EnvPool's spaces.
 pytestmark = pytest.mark.filterwarnings("ignore:.*precision lowered by casting:UserWarning")
 
 Stream = list[list[tuple[Any, ...]]]
@@ -23,7 +23,7 @@ Stream = list[list[tuple[Any, ...]]]
 
 
 def native_stream(env: Any, first_obs: Any, n_envs: int, n_steps: int, act: Callable[[Any], Any]) -> Stream:
-    """Step an environment of NEXT_STEP mode by itself and drop the rows that reset."""
+    """Step an environment of NEXT_STEP mode without an adapter, and drop the rows that reset."""
     stream: Stream = [[] for _ in range(n_envs)]
     obs = np.array(first_obs)
     resets = np.zeros(n_envs, bool)
@@ -55,7 +55,7 @@ def adapted_stream(venv: Any, n_steps: int, act: Callable[[Any], Any]) -> Stream
 
 
 def assert_same_streams(adapted: Stream, native: Stream, n_ends: int) -> None:
-    """Each environment steps on its own, so what the pool spent on resets shows in the length of its streams alone."""
+    """Check equal streams; the native ones are shorter by the steps of their resets."""
     ends = 0
     for own, other in zip(adapted, native, strict=True):
         assert 0 < len(other) <= len(own)
@@ -66,7 +66,7 @@ def assert_same_streams(adapted: Stream, native: Stream, n_ends: int) -> None:
     assert ends >= n_ends
 
 
-def lean(obs: Any) -> int:
+def follow_pole(obs: Any) -> int:
     return int(obs[2] > 0.02)
 
 
@@ -94,8 +94,8 @@ class TestEnvPool:
     @pytest.mark.parametrize("limit", [20, 500])
     def test_stream_is_the_pools_without_resets(self, make: Callable[..., Any], limit: int) -> None:
         pool = make(max_episode_steps=limit)
-        native = native_stream(pool, pool.reset()[0], 3, 400, lean)
-        adapted = adapted_stream(as_vec_env(make(max_episode_steps=limit)), 400, lean)
+        native = native_stream(pool, pool.reset()[0], 3, 400, follow_pole)
+        adapted = adapted_stream(as_vec_env(make(max_episode_steps=limit)), 400, follow_pole)
         assert_same_streams(adapted, native, n_ends=15)
         assert any(step[4] for step in native[0]) is (limit == 20)
 
@@ -112,7 +112,7 @@ class TestEnvPool:
             actions = rng.integers(2, size=4)
             obs, rewards, dones, infos = venv.step(actions)
             expected_obs, expected_rewards, expected_dones, expected_infos = reference.step(actions)
-            # The pool keeps float64 states and shows float32: one step from the shown state differs by that rounding.
+            # The pool keeps float64 states and returns float32: steps from the returned states differ by that rounding.
             np.testing.assert_allclose(obs[~dones], expected_obs[~dones], rtol=1e-5, atol=1e-6)
             np.testing.assert_array_equal(rewards, expected_rewards)
             np.testing.assert_array_equal(dones, expected_dones)
@@ -158,7 +158,7 @@ class TestEnvPool:
         np.testing.assert_array_equal(venv.reset(), seeded)
         assert not np.array_equal(venv.reset(), seeded)
         np.testing.assert_array_equal(make(seed=9).reset()[0], seeded)
-        # SB3 draws seeds up to 2**32 where it is given none.
+        # SB3 draws seeds up to 2**32 if none is given.
         venv.seed(2**32 - 2)
         assert venv.reset().shape == (3, 4)
 
@@ -253,8 +253,8 @@ class TestSpares:
     @pytest.mark.parametrize("limit", [1, 2, 20, 500])
     def test_episodes_are_those_of_two_environments_in_turn(self, make: Callable[..., Any], limit: int) -> None:
         pool = make(max_episode_steps=limit)
-        native = [episodes(stream) for stream in native_stream(pool, pool.reset()[0], 6, 400, lean)]
-        rows = adapted_stream(as_vec_env(make(max_episode_steps=limit), spares=True), 400, lean)
+        native = [episodes(stream) for stream in native_stream(pool, pool.reset()[0], 6, 400, follow_pole)]
+        rows = adapted_stream(as_vec_env(make(max_episode_steps=limit), spares=True), 400, follow_pole)
         for row, stream in enumerate(rows):
             assert len(stream) == 400
             own = episodes(stream)
@@ -279,17 +279,17 @@ class TestSpares:
             env.seed(9)
         seeded = venv.reset()
         np.testing.assert_array_equal(seeded, plain.reset())
-        first = adapted_stream(venv, 60, lean)
-        # Spares have the seeds behind those of the rows, as in a pool that was made with this one.
+        first = adapted_stream(venv, 60, follow_pole)
+        # The seeds of spares follow those of the rows, as in a pool that was made with this one.
         made = as_vec_env(make(seed=9), spares=True)
         made.reset()
-        assert_same_streams(adapted_stream(made, 60, lean), first, n_ends=3)
+        assert_same_streams(adapted_stream(made, 60, follow_pole), first, n_ends=3)
         for _ in range(2):
             venv.seed(9)
             np.testing.assert_array_equal(venv.reset(), seeded)
-            assert_same_streams(adapted_stream(venv, 60, lean), first, n_ends=3)
+            assert_same_streams(adapted_stream(venv, 60, follow_pole), first, n_ends=3)
 
-    def test_a_reset_within_an_episode_begins_anew(self, make: Callable[..., Any]) -> None:
+    def test_a_reset_within_an_episode_begins_again(self, make: Callable[..., Any]) -> None:
         venv = as_vec_env(make(max_episode_steps=7), spares=True)
         venv.reset()
         for n_steps in (3, 7, 8, 20):
@@ -315,10 +315,10 @@ class TestSpares:
         assert [info["episode"]["l"] for info in infos] == [3, 3]
 
     def test_infos_are_those_of_the_environment_that_plays(self, make: Callable[..., Any]) -> None:
-        """Rows end at different steps, so that resets of some stand before the steps of all in what the pool gives."""
+        """Rows end at different steps, so the pool returns resets of some rows before the steps of all."""
         falls = np.ones((6, 3))
         pool = make("Hopper-v5")
-        # Of each environment its episodes, each beginning with what its reset tells.
+        # The episodes of each environment, each with the infos of its reset first.
         native = [[[position]] for position in pool.reset()[1]["x_position"].tolist()]
         over = np.zeros(6, bool)
         for _ in range(200):
@@ -472,7 +472,7 @@ class TestAtari:
             venv.reset()
             frames.append([info["episode_frame_number"] for info in venv.reset_infos])
         assert frames[0] == frames[1] != frames[2]
-        # One seed an environment, counted on from the first.
+        # One seed per environment, counted from the first.
         assert frames[0][1:] == frames[2][:2]
         venv.seed(2**32 - 2)
         assert venv.reset().shape == (3, 4, 84, 84)

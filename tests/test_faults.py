@@ -355,7 +355,7 @@ def test_observations_that_numpy_would_stretch(
     obs: Any, shape: str, cls: type[DummyVecEnv], at: int, tmp_path: Path
 ) -> None:
     venv = make(gives(obs), at, cls)
-    with pytest.raises(ValueError, match="must give observations of its space's shape") as caught:
+    with pytest.raises(ValueError, match="must return observations of its space's shape") as caught:
         model_of(venv).learn(96, callback=TrainingCheckpoint(32, tmp_path))
     assert f"shape (4,), got {shape} from environment 1. Fix it" in str(caught.value)
     assert venv.envs[1].n == at  # at once, not at the end of the episode
@@ -377,7 +377,7 @@ def test_one_key_of_a_dict_of_another_shape(cls: type[DummyVecEnv]) -> None:
 def test_observations_that_a_wrapper_would_stretch(cls: type[VecNormalize], at: int) -> None:
     processes = SubprocVecEnv([partial(Faulty, gives(np.zeros(1, np.float32)), at)] * 2, start_method="fork")
     venv = cls(processes)
-    text = r"`env` must give observations of its space's shape, \(2, 4\) for 2 environments, got \(2, 1\)"
+    text = r"`env` must return observations of its space's shape, \(2, 4\) for 2 environments, got \(2, 1\)"
     with pytest.raises(ValueError, match=text):
         model_of(venv).learn(96)
     assert venv.obs_rms.mean.shape == (4,)
@@ -439,7 +439,7 @@ class Bent(VecEnvWrapper):
         return step if self.n < self.at else self.change(*step)
 
 
-OBS = "`env` must give observations"
+OBS = "`env` must return observations"
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -458,10 +458,10 @@ OBS = "`env` must give observations"
         ),
         (lambda o, r, d, i: (o.astype(object), r, d, i), TypeError, "got one of object"),
         (lambda o, r, d, i: (o.astype(complex), r, d, i), TypeError, "got one of complex128"),
-        (lambda o, r, d, i: (o, r[:1], d, i), ValueError, "`env` must give rewards of the shape (2,), got (1,)"),
+        (lambda o, r, d, i: (o, r[:1], d, i), ValueError, "`env` must return rewards of the shape (2,), got (1,)"),
         (lambda o, r, d, i: (o, r[:, None], d, i), ValueError, "rewards of the shape (2,), got (2, 1)"),
-        (lambda o, r, d, i: (o, np.array([1.0, None]), d, i), TypeError, "`env` must give numbers as rewards"),
-        (lambda o, r, d, i: (o, r, d[:1], i), ValueError, "`env` must give dones of the shape (2,), got (1,)"),
+        (lambda o, r, d, i: (o, np.array([1.0, None]), d, i), TypeError, "`env` must return numbers as rewards"),
+        (lambda o, r, d, i: (o, r, d[:1], i), ValueError, "`env` must return dones of the shape (2,), got (1,)"),
         (lambda o, r, d, i: (o, r, False, i), ValueError, "dones of the shape (2,), got ()"),
     ],
 )
@@ -492,7 +492,7 @@ def test_fractions_in_a_space_of_whole_numbers(engine: str) -> None:
     def change(obs: Any, *others: Any) -> Any:
         return (obs + 0.5, *others)
 
-    with pytest.raises(ValueError, match="must give whole numbers as observations, as its space of uint8 says"):
+    with pytest.raises(ValueError, match="must return whole numbers as observations, as its space of uint8 says"):
         model_of(Bent(DummyVecEnv([partial(Faulty, space=space)] * 2), change, at=3), engine).learn(32)
 
     def floats(obs: Any, *others: Any) -> Any:

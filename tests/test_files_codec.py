@@ -101,7 +101,7 @@ def attributes_in(file: Any) -> dict[str, Any]:
 
 
 def pickled_in(file: Any) -> set[str]:
-    """Attributes that are pickles, with a look at each text in the file that might be one."""
+    """Return the attributes that are pickles, and check that no other text in the file is one."""
     data = attributes_in(file)
     found = {name for name, item in data.items() if isinstance(item, dict) and ":serialized:" in item}
     assert ":serialized:" not in json.dumps({name: item for name, item in data.items() if name not in found})
@@ -110,7 +110,7 @@ def pickled_in(file: Any) -> set[str]:
 
 
 def same(first: Any, second: Any) -> bool:
-    """Equality of values, of types and of what is in containers, to the last bit."""
+    """Return whether values, types and contents of containers are equal to the last bit."""
     if type(first) is not type(second):
         return False
     if isinstance(first, np.ndarray):
@@ -145,13 +145,13 @@ def test_only_what_is_the_users_own_is_a_pickle(name: str, tmp_path: Path, caplo
 def test_all_that_is_saved_comes_back(name: str, tmp_path: Path) -> None:
     build, _ = MODELS[name]
     model = build(tmp_path)
-    model.action_space.seed(7)  # its random state belongs to it
+    model.action_space.seed(7)  # its random state is saved, too
     model.save(tmp_path / "model")
     file, ours = read_model(tmp_path / "model"), model._saved_attributes()
     theirs = {**(file.data or {}), **file.unpickled(trust_of(True), ())}
     assert theirs.pop(codec.NOTE) is None
     assert ours.keys() == theirs.keys()
-    # A lambda comes back as another one.
+    # A lambda is loaded as another object.
     assert [key for key in ours if not same(ours[key], theirs[key])] == ["clip_range"] * (name == "functions")
     loaded = ClipPPO.load(tmp_path / "model", device="cpu", trust_pickle=True)
     assert loaded._saved_attributes().keys() == ours.keys()
@@ -169,7 +169,7 @@ def test_statistics_and_observations_are_among_it(tmp_path: Path) -> None:
     assert loaded.ep_info_buffer.maxlen == 100
     assert loaded._last_obs.shape == (3, 4)
     np.testing.assert_array_equal(loaded._last_obs, model._last_obs)
-    loaded._last_obs[0] = 0  # arrays can be written to, as they could
+    loaded._last_obs[0] = 0  # arrays are writeable
 
 
 def test_a_default_model_holds_no_pickle_but_torchs_own(tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_a_checkpoint_is_of_the_same_form(tmp_path: Path) -> None:
 
 
 def test_models_of_older_versions_load(tmp_path: Path) -> None:
-    """Their `data` is SB3's, with a pickle for each value that is no JSON."""
+    """Their `data` has SB3's form: a pickle for each value that is no JSON."""
     model = make().learn(16)
     super(type(model).__mro__[1], model).save(tmp_path / "old")
     data = attributes_in(tmp_path / "old.zip")
@@ -301,10 +301,10 @@ def test_ppo_load_says_what_reads_the_file(name: str, tmp_path: Path) -> None:
     )
     with (
         pytest.warns(UserWarning, match=r"saved by sb3_clipvf.ClipPPO. Load it with ClipPPO.load, or .*set_parameters"),
-        pytest.raises(ValueError, match="OpenAI Gym"),  # what SB3 has to say of a space that it cannot read
+        pytest.raises(ValueError, match="OpenAI Gym"),  # SB3's message about a space that it cannot read
     ):
         PPO.load(tmp_path / name, device="cpu")
-    # What the note tells to do works, without it, and the next file has it once.
+    # The note's advice works, the loaded model has no note, and the next file has one.
     PPO("MlpPolicy", "CartPole-v1", policy_kwargs=NET, device="cpu").set_parameters(tmp_path / name)
     model = ClipPPO.load(tmp_path / name, device="cpu")
     assert codec.NOTE not in vars(model)

@@ -58,7 +58,7 @@ def model_path(saved: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def mark(tmp_path: Path) -> Path:
-    """A file that a hostile file would make."""
+    """Path of a file that a hostile file would write."""
     return tmp_path / "mark"
 
 
@@ -352,7 +352,7 @@ class TestClassesOfTheUser:
 
 
 class TestOtherVersions:
-    """Fields that cannot be read: only the user can say what stands for them."""
+    """Fields that cannot be read: only the user can replace them."""
 
     @pytest.mark.parametrize(
         ("raw", "reason"),
@@ -377,7 +377,7 @@ class TestOtherVersions:
 
 
 def outcome(content: bytes, expected: ClipPPO) -> str:
-    """What comes of loading bytes: an error that is documented, or the right weights."""
+    """Load bytes; return the message of a documented error, or check the weights and return "loaded"."""
     try:
         model = load(io.BytesIO(content))
     except ValueError as error:
@@ -397,7 +397,7 @@ class TestDamage:
     def test_bytes_that_are_flipped(self, saved: Path) -> None:
         content, expected = saved.read_bytes(), load(saved)
         rng = np.random.default_rng(0)
-        # Most of the file are weights; its list of entries is at the end.
+        # Most of the file is weights; its list of entries is at the end.
         places = [*rng.integers(len(content), size=60), *rng.integers(len(content) - 450, len(content), size=120)]
         outcomes = set()
         for place in places:
@@ -429,7 +429,7 @@ class TestDamage:
                 try:
                     load(model_path)
                 except (ValueError, TypeError, RuntimeError) as error:
-                    # What JSON says may be of a wrong type, or a network may have another size.
+                    # Values in JSON may have a wrong type, or a network another size.
                     assert str(error)
         pack(model_path, entries)
         assert same_weights(load(model_path), expected)
@@ -555,7 +555,7 @@ class TestBounds:
             load(model_path)
 
     def test_sizes_that_are_not_true(self, model_path: Path) -> None:
-        """An entry that says it is small gives no more than it said."""
+        """No more bytes of an entry are read than its header states."""
         with zipfile.ZipFile(model_path, "w", compression=zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("data", b" " * 2**20)
         content = model_path.read_bytes()
@@ -628,7 +628,7 @@ class TestBounds:
         assert same_weights(load(model_path), expected)
 
 
-# ---------------------------------------------------------------- where the file goes
+# ---------------------------------------------------------------- writing
 
 
 def test_a_full_disk_leaves_the_old_file(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,7 +99,7 @@ class TestWhatIsRebuilt:
     def test_arrays_and_numbers_of_numpy(self, value: Any, rebuilt: Callable[[Any], Any]) -> None:
         back = rebuilt(value)
         assert type(back) is type(value)
-        # Some protocols bring numbers into the machine's own order of bytes.
+        # Some protocols convert numbers to the machine's byte order.
         assert (back.shape, back.dtype.newbyteorder("=")) == (value.shape, value.dtype.newbyteorder("="))
         np.testing.assert_array_equal(back, value)
 
@@ -127,7 +127,7 @@ class TestWhatIsRebuilt:
     def test_tensors(self, rebuilt: Callable[[Any], Any]) -> None:
         matrix = th.arange(6.0).reshape(2, 3).T
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("warnings.warn", lambda *args, **kwargs: None)  # of torch's own way to pickle a storage
+            patch.setattr("warnings.warn", lambda *args, **kwargs: None)  # torch warns when it pickles a storage
             back, parameter, device, size = rebuilt(
                 [matrix, th.nn.Parameter(th.ones(2)), th.device("cpu"), th.Size([2])]
             )
@@ -149,7 +149,7 @@ class TestWhatIsRefused:
     def test_hostile_pickles(self, make: Callable[[Path], bytes], tmp_path: Path) -> None:
         mark = tmp_path / "mark"
         before = policies.BasePolicy.__dict__.copy()
-        with pytest.raises(Exception) as caught:  # noqa: PT011, torch refuses what is inside its own bytes
+        with pytest.raises(Exception) as caught:  # noqa: PT011, torch refuses pickles inside its own bytes
             unpickle(make(mark), Trust())
         assert isinstance(caught.value, NotAllowedError) or make is hostile.torch_in_torch
         assert not mark.exists()
@@ -199,7 +199,7 @@ class TestWhatIsRefused:
     def test_flags_of_a_dtype(self) -> None:
         raw = pickle.dumps(np.dtype("f4"), 3)
         assert unpickle(raw, Trust()) == np.dtype("f4")
-        # The last number are flags: 1 says that the elements are pointers to objects.
+        # The last number holds flags: 1 means that the elements are pointers to objects.
         position = next(at for op, arg, at in reversed(list(pickletools.genops(raw))) if op.name == "BININT1")
         hostile_raw = raw[:position] + b"K\x01" + raw[position + 2 :]
         with pytest.raises(NotAllowedError, match="unusual arguments of numpy.dtype"):

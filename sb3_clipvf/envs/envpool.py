@@ -42,7 +42,7 @@ class EnvPoolVecEnv(BatchedVecEnv):
             )
         self._has_lives = bool(config.get("episodic_life", False))
         # Infos of Atari games hold the rewards before clipping.
-        self._true_rewards = "reward" if "reward_clip" in config else None
+        self._true_rewards_key = "reward" if "reward_clip" in config else None
         super().__init__(pool, self._n_rows(config), pool.observation_space, pool.action_space, **kwargs)
 
     def _n_rows(self, config: dict[str, Any]) -> int:
@@ -64,7 +64,7 @@ class EnvPoolVecEnv(BatchedVecEnv):
         return Step(
             own_batch(self.observation_space, obs),
             rewards,
-            rewards if self._true_rewards is None else infos[self._true_rewards],
+            rewards if self._true_rewards_key is None else infos[self._true_rewards_key],
             terminated,
             truncated,
             infos,
@@ -83,8 +83,7 @@ class EnvPoolVecEnv(BatchedVecEnv):
         return over
 
     def _render(self) -> np.ndarray:
-        images: np.ndarray = self.env.render(np.arange(self.num_envs))
-        return images
+        return np.asarray(self.env.render(np.arange(self.num_envs)))
 
 
 class SparedEnvPoolVecEnv(EnvPoolVecEnv):
@@ -157,12 +156,11 @@ class SparedEnvPoolVecEnv(EnvPoolVecEnv):
         return np.ones(len(ended), dtype=bool)
 
     def _render(self) -> np.ndarray:
-        images: np.ndarray = self.env.render(self._playing)
-        return images
+        return np.asarray(self.env.render(self._playing))
 
 
 def _seeded(pool: Any, seeds: list[int]) -> Any:
-    # EnvPool takes what fits an int32.
+    # Seeds must fit an int32.
     config = pool.spec.config._replace(env_seed=[seed % 2**31 for seed in seeds])
     seeded = type(pool)(type(pool.spec)(config))
     for name, value in vars(pool).items():

@@ -52,11 +52,11 @@ class EpisodeEnds(gym.Wrapper[Any, Any, Any, Any]):
     def __init__(self, env: gym.Env[Any, Any]) -> None:
         super().__init__(env)
         self._monitor: Any = unwrap_wrapper(env, Monitor)
-        self._begun: tuple[Any, dict[str, Any]] | None = None
+        self._pending_reset: tuple[Any, dict[str, Any]] | None = None
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Step the environment, and add ``episode`` to the info where an episode is over."""
-        self._begun = None
+        self._pending_reset = None
         obs, reward, terminated, truncated, info = self.env.step(action)
         if (terminated or truncated) and "episode" not in info and self._monitor is not None:
             episode = self._ended(info)
@@ -65,10 +65,10 @@ class EpisodeEnds(gym.Wrapper[Any, Any, Any, Any]):
         return obs, reward, terminated, truncated, info
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        """Begin an episode, or return the reset of the last step if it began this one."""
-        begun, self._begun = self._begun, None
+        """Reset the environment, or return the result of the reset that the last step made."""
+        pending, self._pending_reset = self._pending_reset, None
         has_arguments = any(value is not None for value in kwargs.values())
-        return begun if begun is not None and not has_arguments else self.env.reset(**kwargs)
+        return pending if pending is not None and not has_arguments else self.env.reset(**kwargs)
 
     def _ended(self, info: dict[str, Any]) -> dict[str, Any] | None:
         monitor = self._monitor
@@ -77,7 +77,7 @@ class EpisodeEnds(gym.Wrapper[Any, Any, Any, Any]):
             return {"r": round(last[0], 6), "l": last[1], "t": round(last[2], 6)}
         rewards, n_reported = monitor.rewards, len(monitor.episode_returns)
         more = {**{key: info.get(key) for key in monitor.info_keywords}, **monitor.current_reset_info}
-        self._begun = self.env.reset()
+        self._pending_reset = self.env.reset()
         if monitor.rewards is rewards or len(monitor.episode_returns) > n_reported:
             return None
         seconds = time.time() - monitor.t_start

@@ -250,7 +250,7 @@ class AtariVecEnv(GymnasiumVecEnv):
             )
 
     def _seed_argument(self, seeds: list[int]) -> Any:
-        # It takes what fits an int32; negative ones mean none.
+        # Seeds must fit an int32, and negative ones mean none.
         return np.array([seed % 2**31 for seed in seeds], np.int64)
 
     def _begin(self, seeds: list[int] | None, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:

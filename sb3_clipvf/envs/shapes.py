@@ -53,11 +53,11 @@ class StepCheck:
         array = values if type(values) is np.ndarray else np.asarray(values)
         if array.shape != self._column_shape:
             raise ValueError(
-                f"`env` must give {name} of the shape ({self._n_envs},), got {array.shape}. Return one number "
-                "for each environment."
+                f"`env` must return {name} of the shape ({self._n_envs},), got {array.shape}. Return one number "
+                "per environment."
             )
         if array.dtype.kind not in _NUMBERS:
-            raise TypeError(f"`env` must give numbers as {name}, got {values!r}. Return int, float or bool.")
+            raise TypeError(f"`env` must return numbers as {name}, got {values!r}. Return int, float or bool.")
         return array
 
 
@@ -72,7 +72,7 @@ def check_one(space: spaces.Space[Any], obs: Any, index: int, *, columns: bool =
         return
     for key, wanted, shape in misfits(space, obs, (), columns=columns):
         raise ValueError(
-            f"`env` must give {name_of(key)} of its space's shape {wanted}, got {shape} from environment {index}. "
+            f"`env` must return {name_of(key)} of its space's shape {wanted}, got {shape} from environment {index}. "
             f"{_WAY_OUT}"
         )
 
@@ -95,10 +95,10 @@ def _fits(space: spaces.Space[Any], shape: tuple[int, ...], leading: tuple[int, 
         return True
     if isinstance(space, spaces.Discrete):
         return columns and shape == (*leading, 1)
-    return not leading and _without_ones(shape) == _without_ones(own)
+    return not leading and _without_leading_ones(shape) == _without_leading_ones(own)
 
 
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+def _without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(dropwhile(lambda length: length == 1, shape))
 
 
@@ -114,14 +114,14 @@ def check_final(space: spaces.Space[Any], dones: Any, infos: Any) -> None:
 def _check_batch(name: str, space: spaces.Space[Any], shape: tuple[int, ...], obs: Any) -> None:
     if not isinstance(obs, np.ndarray) or obs.dtype.kind not in _NUMBERS:
         kind = f"of {obs.dtype}" if isinstance(obs, np.ndarray) else f"of type {type(obs).__name__}"
-        raise TypeError(f"`env` must give {name} as a NumPy array of numbers, got one {kind}. {_WAY_OUT}")
+        raise TypeError(f"`env` must return {name} as a NumPy array of numbers, got one {kind}. {_WAY_OUT}")
     if not _fits(space, obs.shape, shape[:1], columns=True):
         raise shape_error(name, shape, obs.shape)
     is_whole = obs.dtype.kind in _WHOLE or np.dtype(space.dtype).kind == "f"
     # NaN is reported by its name before the policy acts on it.
     if not is_whole and not np.array_equal(obs, np.trunc(obs), equal_nan=True):
         raise ValueError(
-            f"`env` must give whole numbers as {name}, as its space of {space.dtype} says, got fractions, which the "
+            f"`env` must return whole numbers as {name}, as its space of {space.dtype} says, got fractions, which the "
             f"rollout would cut off. {_WAY_OUT}"
         )
 
@@ -129,7 +129,7 @@ def _check_batch(name: str, space: spaces.Space[Any], shape: tuple[int, ...], ob
 def shape_error(name: str, shape: tuple[int, ...], given: tuple[int, ...]) -> ValueError:
     """Return the error for observations of all environments that have the wrong shape."""
     return ValueError(
-        f"`env` must give {name} of its space's shape, {shape} for {shape[0]} environments, got {given}. {_WAY_OUT}"
+        f"`env` must return {name} of its space's shape, {shape} for {shape[0]} environments, got {given}. {_WAY_OUT}"
     )
 
 

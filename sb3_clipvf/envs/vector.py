@@ -164,8 +164,7 @@ class BatchedVecEnv(VecEnv):
         return list(self._render())
 
     def _render(self) -> Iterable[np.ndarray]:
-        images: Iterable[np.ndarray] = self.env.render()
-        return images
+        return list(self.env.render())
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """Return an attribute that all environments share, once for each of ``indices``."""

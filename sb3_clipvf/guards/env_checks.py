@@ -47,15 +47,11 @@ def _same_but_for_bounds(first: spaces.Space[Any], second: spaces.Space[Any]) ->
 @contextlib.contextmanager
 def checked_rows(venv: VecEnv) -> Iterator[None]:
     """
-    Let environments refuse observations that they or a wrapper would stretch, for as long as this lasts.
+    Make environments in this context refuse observations that they or a wrapper would broadcast.
 
-    What they give is checked before wrappers, ``VecNormalize`` among them, see it; in SB3's ``DummyVecEnv`` before it
-    saves a row. ``FastDummyVecEnv`` does it itself. Where there are no wrappers, the rest is :class:`StepCheck`'s.
-    Layers below a wrapper that converts observations to other shapes are left alone, and so are arrays that are not
-    NumPy's.
-
-    :param venv: With its wrappers.
-    :return: Context manager.
+    Observations are checked before wrappers such as ``VecNormalize`` get them, and in SB3's ``DummyVecEnv`` before it
+    saves a row. ``FastDummyVecEnv`` checks by itself. Without wrappers, :class:`StepCheck` does the rest. Layers below
+    a wrapper that converts observations to other shapes are not checked, and neither are arrays of other libraries.
     """
     layers = vec_env_layers(venv)
     base = layers[-1]
@@ -69,7 +65,7 @@ def checked_rows(venv: VecEnv) -> Iterator[None]:
             break
     if isinstance(base, DummyVecEnv) and type(base)._save_obs is DummyVecEnv._save_obs:
         checks.append((base, "_save_obs", _save_obs))
-    # Methods, so that a copy of the environments writes into its own rows. What others put there stays, also meanwhile.
+    # Methods, so that a copy of the environments writes into its own rows. Attributes that others set are kept.
     methods = [(layer, name, MethodType(check, layer)) for layer, name, check in checks if name not in vars(layer)]
     for layer, name, method in methods:
         vars(layer)[name] = method
@@ -82,7 +78,7 @@ def checked_rows(venv: VecEnv) -> Iterator[None]:
 
 
 def _takes_shapes_of(outer: VecEnv, inner: VecEnv) -> bool:
-    """Return whether a wrapper relies on the shapes of the space inside; one of the user's may convert them."""
+    """Return whether a wrapper needs observations of the inner space's shapes; a user's wrapper may convert them."""
     shapes = [[(key, part.shape) for key, part in parts(venv.observation_space)] for venv in (outer, inner)]
     return type(outer).__module__.startswith("stable_baselines3.") or shapes[0] == shapes[1]
 
@@ -94,14 +90,14 @@ def _save_obs(self: DummyVecEnv, env_idx: int, obs: Any) -> None:
 
 def _reset(self: VecEnv, *args: Any, **kwargs: Any) -> Any:
     obs = type(self).reset(self, *args, **kwargs)
-    if not args and not kwargs:  # some classes reset by themselves only those environments that are over
+    if not args and not kwargs:  # some classes reset only ended environments by themselves
         _check_shapes(self, obs)
     return obs
 
 
 def _step_wait(self: VecEnv) -> Any:
     step = type(self).step_wait(self)
-    # In another form than SB3's, it is for a wrapper to convert.
+    # Only a wrapper can convert a step of another form than SB3's.
     if (
         isinstance(step, tuple)
         and len(step) == 4
@@ -113,7 +109,7 @@ def _step_wait(self: VecEnv) -> Any:
 
 
 def _check_shapes(venv: VecEnv, obs: Any) -> bool:
-    """Check shapes; types are checked behind the wrappers. :return: False for what only a wrapper can convert."""
+    """Check shapes; types are checked outside the wrappers. Return False for what only a wrapper can convert."""
     n_envs, space = venv.num_envs, venv.observation_space
     if type(obs) is np.ndarray and obs.shape == (n_envs, *(space.shape or ())):
         return True
