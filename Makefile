@@ -44,16 +44,16 @@ types: $(STAMP)-test
 docs: $(STAMP)-test  ## build the documentation into docs/_build/html; a warning is an error
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
-bench: $(STAMP)-speed  ## measure the speed beside SB3 and SBX (an hour; stop it, and it goes on)
+bench: $(STAMP)-speed  ## measure the speed beside SB3 and SBX (an hour; resumes if stopped)
 	$(BIN)/python -m tests.bench speed
 
-bench-learning: $(STAMP)-learning  ## make the learning results again (hours; stop it, and it goes on)
+bench-learning: $(STAMP)-learning  ## train with the shipped settings and table the returns (hours; resumes if stopped)
 	$(BIN)/python -m tests.bench learning
 
-bench-curves: $(STAMP)-curves  ## compare training curves of the engines (hours; stop it, and it goes on)
+bench-curves: $(STAMP)-curves  ## compare training curves of the engines (hours; resumes if stopped)
 	$(BIN)/python -m tests.bench curves
 
-bench-faults: $(STAMP)-test  ## kill trainings, damage files, pass odd arguments (stop it, and it goes on)
+bench-faults: $(STAMP)-test  ## kill trainings, damage files, pass random arguments (resumes if stopped)
 	$(BIN)/python -m tests.bench faults
 
 host-suite: $(STAMP)-test  ## run Stable-Baselines3's own tests with ClipPPO in PPO's place
