@@ -1,4 +1,4 @@
-"""``sb3-clipvf report``: what it draws, records, writes and says."""
+"""``sb3-clipvf report``: its figure, video, files and output."""
 
 import importlib.util
 import json
@@ -43,7 +43,7 @@ class Scripted(gym.Env[np.ndarray, int]):
         return np.zeros(1, dtype=np.float32), 1.0, self.count == 5, False, {}
 
     def render(self) -> np.ndarray:
-        # Brightness tells the step: the video must begin at the reset and hold each step once.
+        # Brightness encodes the step: the video must begin at the reset and hold each step once.
         return np.full((33, 47, 3), 50 * self.count, dtype=np.uint8)
 
 
@@ -95,7 +95,7 @@ def curve_of(*rows: tuple[float, float]) -> TrainingCurve:
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that are saved, which are saved all the same."""
+    """Saved figures."""
     saved: list[Figure] = []
     savefig = Figure.savefig
 
@@ -139,7 +139,7 @@ def test_figure_holds_the_numbers_with_names_and_units(run: Run, tmp_path: Path,
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_figure_without_training_episodes_says_so(run: Run, tmp_path: Path, figures: list[Figure]) -> None:
+def test_figure_notes_that_no_training_episode_ended(run: Run, tmp_path: Path, figures: list[Figure]) -> None:
     write_learning_curve(run, curve_of(), EVALUATION, tmp_path / "c.png")
     assert [text.get_text() for text in figures[0].axes[0].texts] == ["no training episode ended"]
 
@@ -148,7 +148,7 @@ def test_figure_without_training_episodes_says_so(run: Run, tmp_path: Path, figu
 
 
 def read_video(path: Path) -> np.ndarray:
-    """The frames as ffmpeg decodes them; 33 rows and 47 columns were made even, which players need."""
+    """Return the frames that ffmpeg decodes; 33 rows and 47 columns were made even for players."""
     command = [get_ffmpeg_exe(), "-i", str(path), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     raw = subprocess.run(command, capture_output=True, check=True).stdout
     return np.frombuffer(raw, dtype=np.uint8).reshape(-1, 34, 48, 3)
@@ -193,7 +193,7 @@ def test_video_without_its_package_is_skipped(run: Run, tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("display, drivers", [(None, ("dummy", "egl")), (":0", (None, None))])
-def test_video_asks_for_no_window_where_there_is_no_display(
+def test_video_opens_no_window_without_a_display(
     run: Run, monkeypatch: pytest.MonkeyPatch, display: str | None, drivers: tuple[str | None, str | None]
 ) -> None:
     names = ("SDL_VIDEODRIVER", "MUJOCO_GL")
@@ -216,20 +216,20 @@ def test_video_asks_for_no_window_where_there_is_no_display(
 # --- command
 
 
-def test_command_writes_and_says_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_writes_and_prints_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logs = tmp_path / "my logs"
     run = train(logs, "Scripted-v0")
     capsys.readouterr()
     argv = ["report", "--env", "Scripted-v0", "-f", str(logs), "--episodes", "3", "--device", "cpu"]
     assert zoo.main(argv) == 0
-    said = capsys.readouterr().out
-    assert "mean return     5.00 +/- 0.00 (std of 3 episodes, 5.00 to 5.00; most probable actions)" in said
-    assert "training        64 steps, about " in said
+    printed = capsys.readouterr().out
+    assert "mean return     5.00 +/- 0.00 (std of 3 episodes, 5.00 to 5.00; most probable actions)" in printed
+    assert "training        64 steps, about " in printed
     for name in ("learning_curve.png", "videos/Scripted-v0.mp4", "report.json"):
         assert (run.folder / name).is_file()
-        assert str(run.folder / name) in said
-    assert said.index("Try next:") > said.index("report.json")
-    assert f"sb3-clipvf enjoy --env Scripted-v0 -f '{logs}' --exp-id 1" in said
+        assert str(run.folder / name) in printed
+    assert printed.index("Try next:") > printed.index("report.json")
+    assert f"sb3-clipvf enjoy --env Scripted-v0 -f '{logs}' --exp-id 1" in printed
     numbers = json.loads((run.folder / "report.json").read_text())
     assert numbers["returns"] == [5.0, 5.0, 5.0]
     assert {name: numbers[name] for name in ("env", "algo", "mean_return", "std_return", "num_timesteps")} == {
@@ -249,10 +249,10 @@ def test_command_takes_the_best_model_without_a_video(tmp_path: Path, capsys: py
     run = train(tmp_path, "Scripted-v0")
     argv = f"--env Scripted-v0 -f {tmp_path} --episodes 1 --load-best --no-video --stochastic --device cpu".split()
     assert main(argv) == 0
-    said = capsys.readouterr().out
-    assert "video           skipped: --no-video" in said
-    assert "sampled actions" in said
-    assert "training        32 of 64 steps, all of them in about " in said
+    printed = capsys.readouterr().out
+    assert "video           skipped: --no-video" in printed
+    assert "sampled actions" in printed
+    assert "training        32 of 64 steps, all of them in about " in printed
     numbers = json.loads((run.folder / "report.json").read_text())
     assert numbers["model"] == str(run.folder / "best_model.zip")
     assert numbers["num_timesteps"] == 32

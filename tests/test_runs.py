@@ -96,9 +96,7 @@ def test_a_training_that_did_not_end_gets_one_piece_of_advice(tmp_path: Path, lo
         find_run(tmp_path, "E-v0", load_best=load_best)
 
 
-def test_a_newer_run_without_a_model_is_passed_over(
-    logs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_newer_run_without_a_model_is_skipped(logs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(logs, tmp_path, dirs_exist_ok=True)
     (tmp_path / "clipppo" / "Pendulum-v1_3").mkdir()
     assert find_run(tmp_path, "Pendulum-v1").folder == tmp_path / "clipppo" / "Pendulum-v1_2"
@@ -387,7 +385,7 @@ def test_run_ids_are_written_as_they_are_read(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "a", "1_foo", "1.5"])
-def test_what_is_no_run_id_is_refused(text: str) -> None:
+def test_an_invalid_run_id_is_refused(text: str) -> None:
     with pytest.raises(
         ArgumentTypeError, match=re.escape(f"must be the number of a run, or <number>_<uuid>, got {text!r}")
     ):

@@ -91,7 +91,7 @@ def test_clipppo_is_trained_and_evaluated_in_fast_environments(tmp_path: Path) -
     assert type(manager.create_envs(1, eval_env=True)) is FastDummyVecEnv
 
 
-def test_a_training_of_one_rollout_says_what_to_do_on_the_command_line(
+def test_the_warning_of_a_single_rollout_names_the_command_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     entry = {**ENTRY, "n_timesteps": 8, "n_epochs": 1, "clip_range": "lin_0.2", "learning_rate": "lin_0.001"}
@@ -117,7 +117,7 @@ def test_other_algorithms_and_choices_keep_their_environments(tmp_path: Path, mo
     assert type(_model(_manager(tmp_path, ENTRY)).env) is Own
 
 
-def test_clipppo_is_normalised_fast_and_as_told(tmp_path: Path) -> None:
+def test_clipppo_is_normalised_fast_with_the_given_settings(tmp_path: Path) -> None:
     manager = _manager(tmp_path, {**ENTRY, "normalize": "{'norm_obs': False, 'clip_reward': 3.0}", "gamma": 0.9})
     env = _model(manager).env
     assert type(env) is FastVecNormalize
@@ -132,7 +132,7 @@ def test_other_algorithms_and_settings_are_normalised_as_the_zoo_does(tmp_path: 
     assert not isinstance(_model(_manager(tmp_path, ENTRY)).env, VecNormalize)
 
 
-def test_a_run_goes_on_with_its_statistics_normalised_fast(tmp_path: Path) -> None:
+def test_a_continued_run_is_normalised_fast_with_its_statistics(tmp_path: Path) -> None:
     first = _manager(tmp_path, {**ENTRY, "normalize": True})
     model = _model(first)
     model.env.ret_rms.count = 7.0
@@ -216,7 +216,7 @@ def test_an_unknown_key_of_the_command_line_is_refused(tmp_path: Path) -> None:
         manager.setup_experiment()
 
 
-def test_a_key_like_no_other_is_refused_with_the_list_of_keys(tmp_path: Path) -> None:
+def test_an_unknown_key_without_a_near_match_is_refused_with_the_list_of_keys(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`zzz` must be .* The keys are: adaptive_kl_target, .*, vf_coef"):
         _manager(tmp_path, {**ENTRY, "zzz": 1}).setup_experiment()
 
@@ -284,7 +284,7 @@ CLASS = "rl_zoo3.wrappers.DelayedRewardWrapper"
                 ({}, "must hold dicts of one class and its arguments, got {}"),
                 ({CLASS: {}, "a.b": {}}, "must hold dicts of one class and its arguments, got"),
                 ([[CLASS]], "must be a list of classes, got"),
-                ([{CLASS: None}], "must give arguments as a dict, got None for"),
+                ([{CLASS: None}], "must hold dicts of arguments, got None for"),
                 ([{CLASS: {3: 4}}], "must have text as keys, got 3"),
                 ("rl_zoo3.wrappers.Nothing", "must name something that its module holds, got 'rl_zoo3.wrappers.No"),
                 ("nothing_here.Wrapper", "must name something that can be imported, got 'nothing_here.Wrapper'"),
@@ -329,7 +329,7 @@ def test_a_module_that_fails_as_it_is_imported_is_refused(tmp_path: Path, monkey
         _manager(tmp_path, {**ENTRY, "env_wrapper": "faulty_wrappers.Own"}).setup_experiment()
 
 
-def test_a_refused_value_of_the_command_line_is_said_to_stand_there(tmp_path: Path) -> None:
+def test_a_refused_value_of_the_command_line_names_its_source(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"`n_envs` must be a whole number, got 2.5 .* It stands in `-params`"):
         _manager(tmp_path, {**ENTRY, "n_envs": 2}, hyperparams={"n_envs": 2.5}).setup_experiment()
 
@@ -352,7 +352,7 @@ def test_what_the_zoo_accepts_is_accepted(tmp_path: Path, settings: dict[str, An
     assert _model(_manager(tmp_path, {**ENTRY, **settings}, algo="ppo")) is not None
 
 
-def test_null_keys_of_the_zoo_are_keys_that_are_not_given(tmp_path: Path) -> None:
+def test_null_keys_of_the_zoo_count_as_missing(tmp_path: Path) -> None:
     null: dict[str, Any] = dict.fromkeys(ZOO_KEYS - {"n_timesteps"})
     manager = _manager(tmp_path, {**ENTRY, **null, "clip_range": None, "kl_coef": 1.0})
     model = _model(manager)
@@ -361,13 +361,13 @@ def test_null_keys_of_the_zoo_are_keys_that_are_not_given(tmp_path: Path) -> Non
     assert dict(saved) == {**ENTRY, "clip_range": None, "kl_coef": 1.0}
 
 
-def test_null_on_the_command_line_takes_a_key_of_the_file_back(tmp_path: Path) -> None:
+def test_null_on_the_command_line_removes_a_key_of_the_file(tmp_path: Path) -> None:
     manager = _manager(tmp_path, {**ENTRY, "frame_stack": 2, "normalize": True}, hyperparams={"frame_stack": None})
     assert _model(manager).observation_space.shape == (4,)
 
 
 class Extractor(FlattenExtractor):
-    """Can be imported, unlike one of a settings file."""
+    """A class that can be imported, unlike one of a settings file."""
 
 
 @pytest.mark.parametrize(
@@ -381,7 +381,7 @@ class Extractor(FlattenExtractor):
         ("dict(optimizer_kwargs=dict(eps=(0.5 for _ in range(2))))", False),
     ],
 )
-def test_what_no_file_can_hold_is_refused_at_the_start(tmp_path: Path, value: str, can_be_saved: bool) -> None:
+def test_a_value_that_no_file_can_hold_is_refused_at_the_start(tmp_path: Path, value: str, can_be_saved: bool) -> None:
     config = tmp_path / "settings.py"
     config.write_text(
         "import torch as th\nfrom test_zoo_experiment import Extractor\nclass Own(Extractor):\n    pass\n"
@@ -496,7 +496,7 @@ def test_an_error_before_callbacks_begin_is_not_masked(
         manager.learn(model)
 
 
-def test_the_cause_of_an_error_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cause_of_an_error_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def collect(self: Any, *args: Any, **kwargs: Any) -> bool:
         raise ValueError("the fault") from OSError("its cause")
 

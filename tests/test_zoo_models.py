@@ -1,4 +1,4 @@
-"""Looking at a run: each command builds the environment of the training, whatever its settings leave null."""
+"""Each command finds the model asked for, and builds the environment of the training."""
 
 import shutil
 from argparse import Namespace
@@ -53,7 +53,7 @@ def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Hub:
-    """Takes an upload and keeps it where it is."""
+    """Accepts an upload without sending it."""
 
     def create_repo(self, **kwargs: Any) -> str:
         return "the repository's address"
@@ -101,7 +101,7 @@ def test_the_command_line_goes_before_the_settings(run: Path, seen: list[tuple[A
     assert seen == [(2.0, 8), (2.0, 8)]
 
 
-def test_an_upload_says_what_the_environment_was_made_with(run: Path, seen: list[tuple[Any, Any]]) -> None:
+def test_an_upload_holds_the_arguments_of_the_environment(run: Path, seen: list[tuple[Any, Any]]) -> None:
     assert _run(COMMANDS[-1]) == 0
     folder = Path("hub", "clipppo-Pendulum-v1")
     assert yaml.safe_load((folder / "env_kwargs.yml").read_text()) == {"g": 5.0}

@@ -1,4 +1,4 @@
-"""``sb3-clipvf train --resume``, and ``enjoy`` of its checkpoints: a run that was killed ends as if it had not been."""
+"""``sb3-clipvf train --resume`` and ``enjoy`` of checkpoints: a killed run ends as one that was not interrupted."""
 
 import os
 import re
@@ -53,7 +53,7 @@ TRAIN = (
 
 
 class Interrupt(BaseCallback):
-    """Ends its own process, as a machine that is taken away does, or the training by an error."""
+    """Kills its own process, or ends the training by an error."""
 
     def _on_step(self) -> bool:
         name, _, step = os.environ.get(SIGNAL, "").partition(":")
@@ -85,7 +85,7 @@ def _in_a_process(folder: Path, command: str, ended_by: str = "") -> subprocess.
 
 
 def _ended(folder: Path) -> dict[str, Any]:
-    """What a run leaves behind."""
+    """Return the results of a run."""
     run = folder / RUN
     ended: dict[str, Any] = {}
     for name in ("CartPole-v1", "best_model"):
@@ -127,7 +127,7 @@ def run(whole: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def cut(run: Path) -> Path:
-    """The same as if it had been killed after its checkpoint at step 1024."""
+    """The same run, killed after its checkpoint at step 1024."""
     (run / "CartPole-v1.zip").unlink()
     (run / "checkpoints" / "checkpoint_1280.zip").unlink()
     return run
@@ -137,10 +137,10 @@ def resume(path: Path | str, *options: str) -> int:
     return main(["train", "--resume", str(path), *options])
 
 
-# ---------------------------------------------------------------- going on
+# ---------------------------------------------------------------- resuming
 
 
-def test_a_killed_run_ends_as_the_whole_one(whole: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_end_of_the_uninterrupted_one(whole: Path, tmp_path: Path) -> None:
     (tmp_path / "settings.yml").write_text(yaml.safe_dump({"CartPole-v1": SETTINGS}))
     killed = _in_a_process(tmp_path, TRAIN, "SIGKILL:1000")
     assert killed.returncode == -signal.SIGKILL
@@ -153,7 +153,7 @@ def test_a_killed_run_ends_as_the_whole_one(whole: Path, tmp_path: Path) -> None
     assert _ended(tmp_path) == _ended(whole)
 
 
-def test_a_terminated_run_ends_as_the_whole_one(
+def test_a_terminated_run_resumes_to_the_end_of_the_uninterrupted_one(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(SIGNAL, "SIGTERM:1000")
@@ -179,7 +179,7 @@ def test_a_signal_to_all_processes_ends_with_its_own_code(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize(("step", "has_checkpoint"), [(300, True), (20, False)])
-def test_an_error_ends_a_training_with_its_notes_and_the_way_on(
+def test_a_failed_training_reports_its_notes_and_how_to_resume(
     step: int, has_checkpoint: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     closed = FastDummyVecEnv.close
@@ -307,7 +307,7 @@ def test_a_run_that_was_killed_while_it_saved_its_model_saves_it(whole: Path, ru
     assert _ended(tmp_path) == expected
 
 
-def test_a_run_can_go_on_for_longer(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_complete_run_can_be_extended(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert resume(run, "-n", "1.344e3", "--verbose", "1") == 0
     assert "It ends at step 1344 now; schedules end at 1280, as before" in capsys.readouterr().out
     model = ClipPPO.load(run / "CartPole-v1.zip", device="cpu")
@@ -359,7 +359,7 @@ def test_a_run_without_checkpoints_is_refused(run: Path, capsys: pytest.CaptureF
         ("", "got '', which does not exist"),
     ],
 )
-def test_what_is_no_run_is_refused(path: str, reason: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_path_without_a_run_is_refused(path: str, reason: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert resume(path) == 2
     assert re.search(reason, capsys.readouterr().err)
 
@@ -390,7 +390,7 @@ def test_settings_that_run_code_are_refused(
 
 
 def _name_packages(cut: Path, packages: str) -> None:
-    """Have a run name packages, and put the module ``q`` beside its model."""
+    """Name packages in a run, and put the module ``q`` beside its model."""
     path = cut / "CartPole-v1" / "args.yml"
     settings = yaml.load(path.read_text(), Loader=RunLoader)
     del settings["gym_packages"]
@@ -431,7 +431,7 @@ def test_modules_of_the_log_folder_are_not_imported_from_the_working_folder(
         ("--checkpoint-freq 100 -optimize", "must be left out with a search of hyperparameters"),
     ],
 )
-def test_a_frequency_that_cannot_be_honoured_is_refused(
+def test_a_checkpoint_frequency_without_effect_is_refused(
     options: str, reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", *options.split()]) == 2
@@ -514,7 +514,7 @@ def test_the_zoos_own_checkpoints_are_found_as_before(
 
 
 @pytest.mark.parametrize("options", ["", "--load-checkpoint 300"])
-def test_a_missing_model_is_told_with_the_checkpoints_that_are_there(
+def test_the_error_for_a_missing_model_lists_the_checkpoints(
     options: str, cut: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert enjoy(options) == 2

@@ -31,7 +31,7 @@ RUN = Path("logs") / "clipppo" / "CartPole-v1_1"
 MODEL, SETTINGS = RUN / "CartPole-v1.zip", RUN / "CartPole-v1"
 TRAIN = "train --env CartPole-v1 -n 32 --eval-freq 32 --eval-episodes 1 --seed 1 --device cpu --verbose 0"
 PARAMETERS = ["-params", "normalize:dict(norm_obs=True,norm_reward=False)", "n_envs:2", "n_steps:16", "batch_size:16"]
-# What a user types to look at a run, or to go on with it.
+# Commands that look at a run, or continue it.
 LOADING = {
     "enjoy": "enjoy --env CartPole-v1 -n 4 --no-render --device cpu",
     "enjoy --load-best": "enjoy --env CartPole-v1 -n 4 --no-render --device cpu --load-best",
@@ -182,7 +182,7 @@ class TestHostileRuns:
             ("train -i", hostile_statistics),
         ],
     )
-    def test_they_run_where_they_are_trusted(
+    def test_they_run_code_if_the_user_trusts_them(
         self, how: str, name: str, attack: Attack, run: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.syspath_prepend(Path.cwd())
@@ -203,7 +203,7 @@ class TestHostileRuns:
         self, run: Path, mark: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
         hostile_statistics(run, mark)
-        # The Zoo goes on without this agent.
+        # The Zoo continues without this agent.
         assert main("benchmark --no-hub -n 4 --num-threads 1".split()) == 0
         assert "vecnormalize.pkl must be of classes" in capfd.readouterr().err
         assert not mark.exists()
@@ -230,7 +230,7 @@ class TestHostileRuns:
         assert not mark.exists()
 
 
-class TestHonestRuns:
+class TestHarmlessRuns:
     @pytest.mark.parametrize("name", ["enjoy", "enjoy --load-best", "report", "train -i"])
     def test_they_load(self, name: str, run: Path) -> None:
         assert main(command(name)) == 0

@@ -1,4 +1,4 @@
-"""Going on with a model (``-i``): it gets the statistics of ``VecNormalize`` that it was saved with, or is refused."""
+"""``train -i``: a model continues with its own statistics of ``VecNormalize``, or is refused."""
 
 import shutil
 from argparse import Namespace
@@ -57,8 +57,8 @@ def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return RUN
 
 
-def _gone_on(model: Path | str, settings: dict[str, Any] = SETTINGS) -> Any:
-    """:return: The environments of the training that goes on with a model, and those of its evaluation."""
+def _continued(model: Path | str, settings: dict[str, Any] = SETTINGS) -> Any:
+    """Return the environments of a training that continues from a model, and those of its evaluation."""
     Path("settings.yml").write_text(yaml.safe_dump({"CartPole-v1": settings}))
     manager = ClipPPOExperimentManager(
         Namespace(), "clipppo", "CartPole-v1", "more", trained_agent=str(model), config="settings.yml", device="cpu"
@@ -83,18 +83,18 @@ def _gone_on(model: Path | str, settings: dict[str, Any] = SETTINGS) -> Any:
         ("elsewhere/best_model.zip", 192),
     ],
 )
-def test_a_model_goes_on_with_its_own_statistics(name: str, steps: int, run: Path) -> None:
+def test_a_model_continues_with_its_own_statistics(name: str, steps: int, run: Path) -> None:
     (run / "elsewhere").mkdir()
     for source in ("checkpoints/checkpoint_128.zip", "best_model.zip"):
         shutil.copy(run / source, run / "elsewhere")
-    training, evaluation = _gone_on(run / name)
+    training, evaluation = _continued(run / name)
     assert [venv.obs_rms.count for venv in (training, evaluation)] == pytest.approx([steps + AT_START] * 2, abs=0.001)
     assert [venv.clip_obs for venv in (training, evaluation)] == [5.0, 5.0]
     assert [(venv.training, venv.norm_reward) for venv in (training, evaluation)] == [(True, True), (False, False)]
 
 
 def test_settings_of_a_models_statistics_are_its_own(run: Path) -> None:
-    training, _ = _gone_on(run / "best_model.zip", {**SETTINGS, "normalize": True})
+    training, _ = _continued(run / "best_model.zip", {**SETTINGS, "normalize": True})
     assert training.clip_obs == 5.0
 
 
@@ -103,38 +103,38 @@ def test_statistics_of_another_step_are_refused(name: str, run: Path) -> None:
     if name == "best_model.zip":  # as one of SB3's EvalCallback, which has none
         shutil.copy(run / "rl_model_128_steps.zip", run / name)
     with pytest.raises(ValueError, match=r"whose statistics .* are known, got .* holds those of another step\. Take"):
-        _gone_on(run / name)
+        _continued(run / name)
     assert not Path("more").exists()
 
 
 def test_a_model_without_statistics_is_refused_where_settings_normalise(run: Path) -> None:
     ClipPPO("MlpPolicy", "CartPole-v1", n_steps=32, batch_size=32, device="cpu").save("own.zip")
     with pytest.raises(ValueError, match=r"must be a model with statistics .* got own.zip without any\. Copy them to"):
-        _gone_on("own.zip")
-    venvs = _gone_on("own.zip", PLAIN)
+        _continued("own.zip")
+    venvs = _continued("own.zip", PLAIN)
     assert not any(isinstance(venv, VecNormalize) for venv in venvs)
     shutil.copytree(run / "CartPole-v1", "CartPole-v1")
-    assert _gone_on("own.zip")[0].obs_rms.count == pytest.approx(256 + AT_START, abs=0.001)
+    assert _continued("own.zip")[0].obs_rms.count == pytest.approx(256 + AT_START, abs=0.001)
 
 
 @pytest.mark.parametrize("name", ["CartPole-v1.zip", "best_model.zip", "checkpoints/checkpoint_128.zip"])
 def test_a_model_of_normalised_environments_is_refused_in_others(name: str, run: Path) -> None:
     with pytest.raises(ValueError, match=r"`normalize` must be set for .* Pass `-params normalize:True`"):
-        _gone_on(run / name, PLAIN)
+        _continued(run / name, PLAIN)
 
 
-def test_a_model_of_plain_environments_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_of_plain_environments_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert _train(tmp_path, PLAIN) == 0
     monkeypatch.chdir(tmp_path)
     for name in ("CartPole-v1.zip", "best_model.zip", "rl_model_128_steps.zip", "checkpoints/checkpoint_128.zip"):
-        assert not any(isinstance(venv, VecNormalize) for venv in _gone_on(RUN / name, PLAIN))
+        assert not any(isinstance(venv, VecNormalize) for venv in _continued(RUN / name, PLAIN))
 
 
 def test_a_new_training_does_not_take_statistics_of_the_working_folder(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(run)
-    training, _ = _gone_on("")
+    training, _ = _continued("")
     assert training.obs_rms.count < 1
 
 
@@ -146,7 +146,7 @@ def test_evaluations_in_python_take_the_models_own_statistics(load_best: bool, s
     venv.close()
 
 
-def test_returns_go_on_where_they_were(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_statistics_continue_from_those_of_the_model(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = run / "checkpoints" / "checkpoint_128.zip"
     assert _train(Path.cwd(), SETTINGS, "-i", str(model), "-n", "64") == 0
     ended = VecNormalize.load(

@@ -1,4 +1,4 @@
-"""Hyperparameter search: what is drawn, and that a finished trial gives the same arguments again."""
+"""Hyperparameter search: the drawn parameters are legal, and a finished trial converts to the same arguments."""
 
 import json
 from typing import Any
@@ -79,7 +79,7 @@ def test_the_search_space_is_the_same_in_every_trial(
     assert len({json.dumps(sorted(trial.distributions)) for trial in study.trials}) == 1
 
 
-def test_what_was_drawn_in_another_form_is_kept_with_the_trial(
+def test_converted_parameters_are_stored_with_the_trial(
     study_and_samples: tuple[optuna.Study, list[dict[str, Any]]],
 ) -> None:
     study, sampled = study_and_samples

@@ -1,4 +1,4 @@
-"""``sb3-clipvf train --vec-env``: which environments train, that the Zoo's settings still hold, and the refusals."""
+"""``sb3-clipvf train --vec-env``: classes of the environments, effect of the Zoo's settings, and refusals."""
 
 import sys
 from argparse import Namespace
@@ -102,7 +102,7 @@ class TestTraining:
         assert len(load_results(str(run))) >= 5
         assert f"- {vec_env}\n" in (run / "CartPole-v1" / "args.yml").read_text()
         assert (run / "evaluations.npz").is_file()
-        # The model goes on with the Zoo's own environments.
+        # The model continues in the Zoo's own environments.
         ClipPPO.load(run / "CartPole-v1.zip", env=DummyVecEnv([lambda: gym.make("CartPole-v1")]), device="cpu")
         # And nothing of the choice is left for the next command of this process.
         assert ClipPPOExperimentManager.vec_env is None

@@ -20,6 +20,7 @@ from typing import Any
 
 import gymnasium as gym
 import yaml
+from rl_zoo3 import ALGOS, utils
 from stable_baselines3.common import save_util
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnvWrapper
@@ -28,6 +29,7 @@ from sb3_clipvf.files.allowlist import Maker, NotAllowedError, create, find, res
 from sb3_clipvf.files.model import CheckedStream, read_model
 from sb3_clipvf.files.statistics import load_vec_normalize, read_pickle
 from sb3_clipvf.files.trust import TRUST_VARIABLE, UnsafeFileError, trust_of
+from sb3_clipvf.zoo.defaults import ALGORITHM
 from sb3_clipvf.zoo.entries import WRAPPER_FUNCTIONS, items, with_arguments
 from sb3_clipvf.zoo.patching import patched
 
@@ -50,8 +52,6 @@ def checked_files(plots: bool = False) -> Iterator[None]:
     if trust_of(None).everything:
         yield
         return
-    from rl_zoo3 import utils
-
     get_wrapper_class = utils.get_wrapper_class
 
     def checked_wrapper_class(hyperparams: dict[str, Any], key: str = "env_wrapper") -> Any:
@@ -108,7 +108,7 @@ def lies_beside(source: str | os.PathLike[str], config: str) -> bool:
 
 
 class RunLoader(yaml.SafeLoader):
-    """YAML loader of a run's settings: builds the Python types that the Zoo writes, and refuses what could run code."""
+    """YAML loader for a run's settings; it builds the types that the Zoo writes, and refuses what could run code."""
 
     def get_single_data(self) -> Any:
         """Read the only document of the file."""
@@ -221,11 +221,9 @@ def _check_plain(source: str, key: str, value: Any) -> None:
 
 def _check_class(key: str, named: Any) -> None:
     """Refuse what is not a wrapper or callback, since the Zoo calls it."""
-    from rl_zoo3.utils import get_class_by_name
-
     if named in WRAPPER_FUNCTIONS and key != "callback":
         return
-    found: Any = get_class_by_name(named) if isinstance(named, str) else named
+    found: Any = utils.get_class_by_name(named) if isinstance(named, str) else named
     bases = _BASES[key]
     is_class = isinstance(found, type) and issubclass(found, bases)
     is_callback = key == "callback" and isinstance(found, bases)
@@ -257,10 +255,6 @@ def _is_of_runs(place: Path, folder: Path) -> bool:
 
 def _folder_of_runs(source: Path) -> Path:
     """Return the log folder of ``<logs>/<algo>/<run>/<env>/config.yml``, or as much as is known to belong to it."""
-    from rl_zoo3 import ALGOS
-
-    from sb3_clipvf.zoo.defaults import ALGORITHM
-
     run = source.parent.parent
     for algo in (run, run.parent):
         if algo.name in {*ALGOS, ALGORITHM}:

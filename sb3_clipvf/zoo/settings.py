@@ -57,7 +57,7 @@ def readable_config(config: str, env_id: str) -> Iterator[None]:
             ) from error
         text = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"{rule}, got {config!r}: {text}. Give a .yml file, or a .py file or module that defines the dict "
+            f"{rule}, got {config!r}: {text}. Pass a .yml file, or a .py file or module that defines the dict "
             "`hyperparams`."
         ) from error
 
@@ -249,7 +249,7 @@ def _check_classes(key: str, value: Any, where: str) -> None:
         _check_named(key, named, where, ready)
         if not isinstance(kwargs, Mapping):
             raise TypeError(
-                f"`{key}` must give arguments as a dict, got {kwargs!r} for {named!r} in {where}. Write `name: value` "
+                f"`{key}` must hold dicts of arguments, got {kwargs!r} for {named!r} in {where}. Write `name: value` "
                 "below it, or leave out the colon behind the class."
             )
         _check_text_keys(key, kwargs, where)

@@ -166,7 +166,7 @@ def _open_storage(storage: str) -> BaseStorage:
     except Exception as error:  # each database has its own errors
         text = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise ValueError(
-            f"`--storage` must be a storage of Optuna, got {storage!r}: {text}. Give a file as logs/study.log or a "
+            f"`--storage` must be a storage of Optuna, got {storage!r}: {text}. Pass a file as logs/study.log or a "
             "database as sqlite:///logs/study.db, in a folder that exists."
         ) from error
 
