@@ -1,4 +1,4 @@
-"""``python -m tests.bench learning``: what it runs, keeps, skips and tables."""
+"""``python -m tests.bench learning``, and what all benchmarks share: options, resuming, results files and tables."""
 
 import json
 import signal

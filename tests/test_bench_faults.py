@@ -91,7 +91,7 @@ def test_a_failure_is_counted_and_reported_and_ends_with_1(
     assert main(["--only", "arguments", "--examples", "4"]) == 1
     assert "arguments: 4 of 4, 3 survived, 0 lost, 1 wrong, 0 unclear" in capsys.readouterr().out
     assert "`arguments`: `` part 1 ``" in Path("docs/results/faults.md").read_text()
-    # It goes on with part 2, and earlier failures stay.
+    # It resumes with part 2, and earlier failures stay.
     assert main(["--only", "arguments", "--examples", "6"]) == 1
     assert "arguments: 6 of 6, 4 survived, 0 lost, 2 wrong" in capsys.readouterr().out
     assert main(["--only", "arguments", "--examples", "2", "--rerun"]) == 0

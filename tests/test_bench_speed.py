@@ -143,7 +143,7 @@ def test_quick_row_is_the_same_but_short(row: SpeedRow) -> None:
     assert 64 <= n_transitions <= 128
     assert (quick.warmup, quick.iterations, quick.settings["n_epochs"], quick.settings["batch_size"]) == (1, 2, 2, 64)
     changed = {"settings": row.settings, "warmup": row.warmup, "iterations": row.iterations}
-    assert replace(quick, **changed, compile_anew=row.compile_anew) == row
+    assert replace(quick, **changed, cold_start=row.cold_start) == row
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -464,7 +464,7 @@ def test_threads_are_those_of_the_fastest_trial(tmp_path: Path) -> None:
 
 
 def test_tables(tmp_path: Path) -> None:
-    anew = replace(FAST, name="anew", compile_anew=True)
+    cold = replace(FAST, name="cold", cold_start=True)
     results = results_of(
         tmp_path,
         *(result(FAST, "clipppo", str(n), 4000.0 * n, peak_megabytes=150.0, products_seconds=0.05) for n in (1, 2, 3)),
@@ -472,11 +472,11 @@ def test_tables(tmp_path: Path) -> None:
         *(result(FAST, "sbx", str(n), 8000.0, other_load=7.6) for n in (1, 2, 3)),
         result(FAST, "bound_clipppo", "1", 50_000.0),
         result(FAST, "bound_sb3", "1", 9_000.0),
-        result(anew, "clipppo", "1", 1000.0),
-        result(anew, "clipppo", next(iter(TRIALS)), 1000.0, startup_seconds=12.0),
-        result(anew, "sb3", "1", 800.0),
+        result(cold, "clipppo", "1", 1000.0),
+        result(cold, "clipppo", next(iter(TRIALS)), 1000.0, startup_seconds=12.0),
+        result(cold, "sb3", "1", 800.0),
     )
-    text = render_tables(results, (FAST, anew, SLOW, replace(SLOW, name="gone")), 3, {"gone": "needs x"})
+    text = render_tables(results, (FAST, cold, SLOW, replace(SLOW, name="gone")), 3, {"gone": "needs x"})
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert lines == [
         "| configuration | ClipPPO / SB3 | update | ClipPPO / SBX "
@@ -484,7 +484,7 @@ def test_tables(tmp_path: Path) -> None:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
         "| a fast one (`fast`) | 4.00<br>(2.00 to 6.00) | 4.00<br>(2.00 to 6.00) | 1.00<br>(0.50 to 1.50) "
         "| 8,000 | 2,000 | 8,000 | 50,000 / 9,000 | 2: yes |",
-        "| a fast one (`anew`) | 1.25 | 1.25 |  | 1,000 | 800 |  |  | 2: no so far (1 of 3 alternations) |",
+        "| a fast one (`cold`) | 1.25 | 1.25 |  | 1,000 | 800 |  |  | 2: no so far (1 of 3 alternations) |",
         "| a slow one (`slow`) |  |  |  |  |  |  |  | 2: not run |",
         "| a slow one (`gone`) |  |  |  |  |  |  |  | 2: needs x |",
         "| configuration | peer | environment s | policy s | update s | other s | products of the update | memory MB "
@@ -493,8 +493,8 @@ def test_tables(tmp_path: Path) -> None:
         "| fast | ClipPPO | 10.00 | 20.00 | 12.50 | 0.00 | 40% | 150 (+50) | 4.0 | e | 1 |",
         "| fast | SB3 | 10.00 | 20.00 | 50.00 | 0.00 |  | 100 | 4.0 | e | 1 |",
         "| fast | SBX | 10.00 | 20.00 | 12.50 | 0.00 |  | 100 (+0) | 4.0 | e | 1 |",
-        "| anew | ClipPPO | 10.00 | 20.00 | 100.00 | 0.00 |  | 100 (+0) | 4.0 (12.0) | e | 1 |",
-        "| anew | SB3 | 10.00 | 20.00 | 125.00 | 0.00 |  | 100 | 4.0 | e | 1 |",
+        "| cold | ClipPPO | 10.00 | 20.00 | 100.00 | 0.00 |  | 100 (+0) | 4.0 (12.0) | e | 1 |",
+        "| cold | SB3 | 10.00 | 20.00 | 125.00 | 0.00 |  | 100 | 4.0 | e | 1 |",
     ]
     assert "Other programs used at most 8 % of the processor" in text
     assert text.endswith("- C, 2 cores, one run at a time; python 3\n")
@@ -561,7 +561,7 @@ def test_peers_run_in_turn_and_each_row_before_the_next_alternation(in_folder: P
 def test_processes_get_their_threads_and_sizes(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, lambda name: True)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    monkeypatch.setattr(speed, "ROWS", (replace(FAST, compile_anew=True), SLOW))
+    monkeypatch.setattr(speed, "ROWS", (replace(FAST, cold_start=True), SLOW))
     assert main(["--rows", "fast", "--alternations", "1"]) == 0
     made = tasks()
     assert [(task["peer"], task["threads"]) for task in made] == [
@@ -571,21 +571,21 @@ def test_processes_get_their_threads_and_sizes(in_folder: Path, monkeypatch: pyt
     ]
     assert [task["row"]["iterations"] for task in made] == [2] * 12 + [8] * 4
     assert [task["one_core"] for task in made] == [False] * 8 + [True, False] * 2 + [False] * 2 + [True, False]
-    # Only ClipPPO's first trial compiles anew.
+    # Only ClipPPO's first trial starts without compiled code.
     assert [task["cache"] for task in made] == [True] + [False] * 15
     assert not any(task["profile"] for task in made)
 
 
-@pytest.mark.parametrize("compile_anew", [False, True])
+@pytest.mark.parametrize("cold_start", [False, True])
 def test_the_native_engine_chooses_its_threads_itself(
-    in_folder: Path, monkeypatch: pytest.MonkeyPatch, compile_anew: bool
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, cold_start: bool
 ) -> None:
-    monkeypatch.setattr(speed, "ROWS", (replace(FAST, policy="MlpPolicy", compile_anew=compile_anew), SLOW))
+    monkeypatch.setattr(speed, "ROWS", (replace(FAST, policy="MlpPolicy", cold_start=cold_start), SLOW))
     assert main(["--rows", "fast", "--alternations", "1"]) == 0
     made = [(task["peer"], task["threads"], task["seed"], task["cache"]) for task in tasks()]
     # What compiling takes is measured by the one trial that it makes.
     assert made == [
-        *([("clipppo", None, 0, True)] if compile_anew else []),
+        *([("clipppo", None, 0, True)] if cold_start else []),
         *(("sb3", threads, 0, False) for threads in ("1", None, "1", None)),
         ("clipppo", None, 1, False),
         ("sb3", "1", 1, False),

@@ -176,7 +176,7 @@ class SpeedBenchmark(Benchmark[SpeedRow]):
         log_path = self.args.log_folder / row.name / f"{peer}, {part}.log".replace(", ", "-").replace(" ", "-")
         # The share of the processor that others take: a measurement beside them is worth less.
         load = psutil.cpu_percent(0.1 if self.args.quick else 0.5)
-        is_cold = row.compile_anew and peer == "clipppo" and part == next(iter(trials_of(row, peer)), None)
+        is_cold = row.cold_start and peer == "clipppo" and part == next(iter(trials_of(row, peer)), None)
         with tempfile.TemporaryDirectory() as cache:  # an empty one, as after an installation
             try:
                 result = run_child(task, threads, log_path, {"NUMBA_CACHE_DIR": cache} if is_cold else {})

@@ -44,7 +44,7 @@ class SpeedRow:
     :param normalize: whether running statistics normalise observations and rewards
     :param custom_extractor: whether the policy has a features extractor of the user's
     :param phase: "all", or "update": only the update's seconds count
-    :param compile_anew: whether ClipPPO's first trial starts without compiled code, to measure how long compiling
+    :param cold_start: whether ClipPPO's first trial starts without compiled code, to measure how long compiling
         takes; rows with the same kernels take the same time
     """
 
@@ -62,7 +62,7 @@ class SpeedRow:
     normalize: bool = False
     custom_extractor: bool = False
     phase: str = "all"
-    compile_anew: bool = False
+    cold_start: bool = False
 
     @property
     def n_steps(self) -> int:
@@ -102,7 +102,7 @@ class SpeedRow:
     def quick(self) -> SpeedRow:
         """Return the row with short rollouts and few of them: whether it runs, not how fast."""
         sizes = {"n_steps": min(self.n_steps, max(2, 64 // self.n_envs)), "batch_size": 64, "n_epochs": 2}
-        return replace(self, settings=self.settings | sizes, warmup=1, iterations=2, compile_anew=False)
+        return replace(self, settings=self.settings | sizes, warmup=1, iterations=2, cold_start=False)
 
 
 # Settings of the RL Zoo's ppo.yml, rl_zoo3 2.9.2; a row without is SB3's defaults.
@@ -126,11 +126,11 @@ def _halfcheetah(name: str, title: str, goal: float, n_envs: int, iterations: in
 # fmt: off
 ROWS: tuple[SpeedRow, ...] = (
     # name, title, goal, (id of the environments,) number of environments, iterations
-    _cartpole("update-64", "update alone, SB3 defaults (CartPole-v1)", 15, 1, 10, phase="update", compile_anew=True),
+    _cartpole("update-64", "update alone, SB3 defaults (CartPole-v1)", 15, 1, 10, phase="update", cold_start=True),
     _cartpole("update-256", "update alone, Zoo settings of CartPole-v1", 8, 8, 200,
               settings=_CARTPOLE, warmup=4, phase="update"),
     _cartpole("cartpole", "CartPole-v1, Zoo settings", 8, 8, 200, settings=_CARTPOLE, warmup=4),
-    _halfcheetah("halfcheetah-1", "HalfCheetah-v5, 1 environment", 5, 1, 6, compile_anew=True),
+    _halfcheetah("halfcheetah-1", "HalfCheetah-v5, 1 environment", 5, 1, 6, cold_start=True),
     _halfcheetah("halfcheetah-8", "HalfCheetah-v5, 8 environments", 5, 8, 2),
     _halfcheetah("halfcheetah-8-envpool", "HalfCheetah-v5, 8 EnvPool environments", 10, 8, 2, env="envpool"),
     SpeedRow("lunarlander-envpool", "LunarLander-v3, Zoo settings, 16 EnvPool environments", 10, "LunarLander-v3", 16,

@@ -194,7 +194,7 @@ def _products_text(runs: Mapping[int, Mapping[str, Any]]) -> str:
 
 def _start_text(results: Results, row: SpeedRow, peer: str, runs: Mapping[int, Mapping[str, Any]]) -> str:
     text = f"{_median(runs, 'startup_seconds'):.1f}"
-    if peer != "clipppo" or not row.compile_anew:
+    if peer != "clipppo" or not row.cold_start:
         return text
     cold = [run["startup_seconds"] for part in TRIALS if (run := results.find(entries_of(row, peer, part)))]
     return f"{text} ({max(cold):.1f})" if cold else text
@@ -204,7 +204,7 @@ def trials_of(row: SpeedRow, peer: str) -> dict[str, int | None]:
     """Return a peer's trials: all, or at most :data:`COLD_TRIAL` if the native engine chooses the number of threads."""
     if not row.is_native(peer):
         return TRIALS
-    return {COLD_TRIAL: None} if row.compile_anew else {}
+    return {COLD_TRIAL: None} if row.cold_start else {}
 
 
 def best_threads(results: Results, row: SpeedRow, peer: str) -> int | None:
