@@ -53,7 +53,7 @@ def as_vec_env(
 
 def _adapter_of(env: Any) -> Callable[..., BatchedVecEnv]:
     # EnvPools of the gymnasium type are VectorEnvs as well, with single spaces where VectorEnvs have batched ones.
-    if _is_envpool(env):
+    if _is_of(env, "envpool.python.envpool", "EnvPoolMixin"):
         return EnvPoolVecEnv
     if not isinstance(env, VectorEnv):
         raise TypeError(
@@ -61,7 +61,7 @@ def _adapter_of(env: Any) -> Callable[..., BatchedVecEnv]:
             f"got {type(env).__name__}. {_hint(env)}"
         )
     core = env.unwrapped
-    if _is_envpool(core):
+    if _is_of(core, "envpool.python.envpool", "EnvPoolMixin"):
         raise TypeError(
             f"`env` must be the EnvPool itself, got it inside {type(env).__name__}, which expects all rows in every "
             "step. Use wrappers of SB3's vec_env module around the adapter."
@@ -70,20 +70,14 @@ def _adapter_of(env: Any) -> Callable[..., BatchedVecEnv]:
         return CartPoleVecEnv
     if isinstance(core, (SyncVectorEnv, AsyncVectorEnv)):
         return SeparateVecEnv
-    if _is_atari(core):
+    if _is_of(core, "ale_py.vector_env", "AtariVectorEnv"):
         return AtariVecEnv
     return GymnasiumVecEnv
 
 
-def _is_envpool(env: Any) -> bool:
-    # An instance exists only if its module has been imported, so the optional package need not be imported here.
-    module = sys.modules.get("envpool.python.envpool")
-    return module is not None and isinstance(env, module.EnvPoolMixin)
-
-
-def _is_atari(env: Any) -> bool:
-    module = sys.modules.get("ale_py.vector_env")
-    return module is not None and isinstance(env, module.AtariVectorEnv)
+def _is_of(env: Any, module: str, name: str) -> bool:
+    """Return whether an object is of a class of an optional package. If it is, the package has been imported."""
+    return module in sys.modules and isinstance(env, getattr(sys.modules[module], name))
 
 
 def _hint(env: Any) -> str:

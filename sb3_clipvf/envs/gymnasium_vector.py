@@ -96,9 +96,7 @@ class GymnasiumVecEnv(BatchedVecEnv):
     def _final_row(self, final_obs: Any, index: int) -> Any:
         # Sync and Async: an array of objects, one observation each. Others may return a batch like `obs`.
         row = final_obs[index] if isinstance(final_obs, np.ndarray) else own_row(final_obs, index)
-        if isinstance(row, (dict, tuple)):
-            return own_row(own_batch(self.observation_space, _batch_of_one(row)), 0)
-        return np.array(row, dtype=self.observation_space.dtype)[()]
+        return own_row(own_batch(self.observation_space, _batch_of_one(row)), 0)
 
     def _reset_rows(self, step: Step, ended: np.ndarray) -> tuple[Any, dict[str, Any]]:
         """Reset the rows that ended; return their first observations, and the infos of the batch."""

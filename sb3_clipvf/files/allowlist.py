@@ -97,8 +97,7 @@ _RESTORED = frozenset(
         *(f"gymnasium.spaces.multi_{name}" for name in "binary.MultiBinary discrete.MultiDiscrete".split()),
         *(f"sb3_clipvf.schedules.{name}Schedule" for name in "Constant Linear Cosine Exponential Clamped".split()),
         "sb3_clipvf.envs.normalize.FastVecNormalize",
-        "sb3_clipvf.schedules.AdaptiveKL",
-        "sb3_clipvf.schedules.KLAdaptiveLR",
+        *(f"sb3_clipvf.schedules.{name}" for name in ("AdaptiveKL", "KLAdaptiveLR")),
         "rl_zoo3.utils.SimpleLinearSchedule",
         *(f"stable_baselines3.common.buffers.{name}ReplayBuffer" for name in ("", "Dict")),
         *(
@@ -130,12 +129,13 @@ _MODULES_OF_NAMED = frozenset(
         "sb3_clipvf.policies",
         "sb3_clipvf.rollout",
         *(f"sb3_contrib.{name}.policies" for name in "ars crossq qrdqn tqc".split()),
-        *(f"sb3_contrib.common.{name}" for name in ("maskable.buffers", "maskable.policies")),
-        *(f"sb3_contrib.common.{name}" for name in ("recurrent.buffers", "recurrent.policies")),
+        *(
+            f"sb3_contrib.common.{kind}.{name}"
+            for kind in ("maskable", "recurrent")
+            for name in ("buffers", "policies")
+        ),
         *(f"stable_baselines3.{name}.policies" for name in "common dqn sac td3".split()),
-        "stable_baselines3.common.buffers",
-        "stable_baselines3.common.sb2_compat.rmsprop_tf_like",
-        "stable_baselines3.common.torch_layers",
+        *(f"stable_baselines3.common.{name}" for name in "buffers sb2_compat.rmsprop_tf_like torch_layers".split()),
         "stable_baselines3.her.her_replay_buffer",
         "torch.nn.modules.activation",
         *(f"torch.optim.{name}" for name in "adadelta adagrad adam adamax adamw asgd lbfgs nadam radam".split()),

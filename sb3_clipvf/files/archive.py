@@ -112,9 +112,7 @@ def _opened(name: str, content: bytes) -> zipfile.ZipFile:
     # Before the list of entries is read, which takes many times the memory of its bytes.
     n_entries = content.count(_ENTRY_HEADER)
     if n_entries > MAX_ENTRIES:
-        raise ValueError(
-            f"{name} must have at most {MAX_ENTRIES} entries, got {n_entries}. This package did not write it."
-        )
+        raise ValueError(f"{name} must have at most {MAX_ENTRIES} entries, got {n_entries}. Save it again.")
     with _damage_explained(name):
         archive = zipfile.ZipFile(io.BytesIO(content))
     _check_entries(name, len(content), archive.infolist())

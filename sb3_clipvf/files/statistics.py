@@ -37,8 +37,8 @@ def load_vec_normalize(load_path: Any, venv: VecEnv, trust_pickle: TrustPickle =
     vec_normalize = read_pickle(load_path, trust_pickle)
     name = os.fspath(load_path)
     if not isinstance(vec_normalize, VecNormalize):
-        kind = type(vec_normalize).__name__
-        raise ValueError(f"{name} must hold a VecNormalize, got {kind}. Pass what `VecNormalize.save` wrote.")
+        found = type(vec_normalize).__name__
+        raise ValueError(f"{name} must hold a VecNormalize, got {found}. Pass what `VecNormalize.save` wrote.")
     if type(vec_normalize) is VecNormalize:
         _check_statistics(name, vec_normalize)
     vec_normalize.set_venv(venv)
