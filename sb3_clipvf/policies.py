@@ -141,13 +141,9 @@ class SquashedActorCriticPolicy(ActorCriticPolicy):
     """
     Actor-critic policy with a tanh-squashed Gaussian, whose actions stay in the Box without clipping.
 
-    The arguments are those of SB3's ``ActorCriticPolicy``, in its order.
+    The arguments are those of SB3's ``ActorCriticPolicy``, in its order, with these differences:
 
-    :param observation_space: Observation space.
     :param action_space: Box of float32 or float64 with finite bounds, of any shape.
-    :param lr_schedule: Learning rate as a function of the remaining progress (1 -> 0).
-    :param net_arch: Hidden layers: a list for both networks, or ``dict(pi=[...], vf=[...])``. None: SB3's default.
-    :param activation_fn: Activation between the layers.
     :param ortho_init: Whether to use orthogonal weights with SB3's gains (0.01 for the action layer) and zero biases.
         False: torch's initialisation, with zero weights for the raw stds.
     :param use_sde: Must be False.
@@ -156,11 +152,6 @@ class SquashedActorCriticPolicy(ActorCriticPolicy):
     :param use_expln: Must be False (only gSDE reads it).
     :param squash_output: Must be True.
     :param features_extractor_class: Features extractor. None: that of the class (flatten, NatureCNN, or combined).
-    :param features_extractor_kwargs: Keyword arguments of the extractor.
-    :param share_features_extractor: Whether actor and critic share one extractor.
-    :param normalize_images: Whether to divide uint8 images by 255.
-    :param optimizer_class: Optimizer; SB3 sets eps=1e-5 for Adam.
-    :param optimizer_kwargs: Keyword arguments of the optimizer, without the learning rate.
     :raises TypeError: If the action space is not a Box, or ``log_std_init`` not a number.
     :raises ValueError: If the Box is not floating point or not finite, or another argument breaks its rule.
     """

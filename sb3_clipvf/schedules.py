@@ -103,7 +103,7 @@ class ClampedSchedule:
     """
     A user's function, called with progress clamped to [0, 1].
 
-    It raises ``TypeError`` if the function does not map one number to a number, and ``ValueError`` if the value is
+    A call raises ``TypeError`` if the function does not map one number to a number, and ``ValueError`` if the value is
     negative or not finite.
 
     :param function: Function of progress.
