@@ -1,4 +1,4 @@
-"""Evaluation while training that changes nothing in the training."""
+"""Callbacks for users: an evaluation that does not change the training."""
 
 import sys
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import VecEnv, sync_envs_normalization, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import sync_envs_normalization, unwrap_vec_normalize
 
 from sb3_clipvf.checkpoint.best_model import publish_statistics, read_score, write_best_model
 from sb3_clipvf.checkpoint.random_state import global_states, set_global_states, set_space_states, space_states
@@ -24,33 +24,33 @@ BEST_STATISTICS = "best_vecnormalize.pkl"
 
 class IsolatedEvalCallback(EvalCallback):
     """
-    SB3's ``EvalCallback``, with the promise that a training ends with the same weights whether it is evaluated or not.
+    SB3's ``EvalCallback``, whose evaluations do not change the training: it ends with the same weights without them.
 
-    Each evaluation begins with the random states of the training (Python's, NumPy's, torch's, those of the model's
-    spaces), and these are put back at its end, as are the policy's mode and its gSDE noise. The statistics of
-    ``VecNormalize`` are those of the training at that moment, and are not updated; rewards are not normalised.
+    Each evaluation starts from the random states of the training: Python's, NumPy's, torch's, and those of the model's
+    spaces. They are restored at its end, with the policy's mode and its gSDE noise. The statistics of ``VecNormalize``
+    are those of the training at that moment, and are not updated. Rewards are not normalised.
 
-    The best model is written at once or not at all, with its statistics in the same file: ``best_model.zip`` in
-    ``best_model_save_path``. ``best_vecnormalize.pkl`` beside it holds them for ``VecNormalize.load``. A resumed
-    training replaces the model only by one that is at least as good.
+    The best model is written atomically, with its statistics in the same file: ``best_model.zip`` in
+    ``best_model_save_path``. ``best_vecnormalize.pkl`` is a copy of them for ``VecNormalize.load``. A resumed training
+    replaces the model only by one that is at least as good.
 
-    Where an environment reports ``is_success`` only in some episodes, the others count as failures.
+    If an environment reports ``is_success`` in some episodes only, the others count as failures.
 
     Arguments are those of ``EvalCallback``.
 
-    :raises ValueError: At the start of a training, if the environments of evaluation are those of the training, or lack
-        the ``VecNormalize`` of these; in an evaluation, if a wrapper outside of ``Monitor`` ends an episode.
+    :raises ValueError: At the start of a training, if both share an environment, or if only one of them has a
+        ``VecNormalize``; in an evaluation, if a wrapper outside of ``Monitor`` ends an episode.
     """
 
     def _init_callback(self) -> None:
         training, evaluation = self.training_env, self.eval_env
-        # Keeps what properties may have made just now: ids are unique among living objects.
+        # The dict keeps the objects alive, since ids are unique among living objects only.
         used = {id(item): item for item in stepped_objects(training)}
         shared = next((item for item in stepped_objects(evaluation) if id(item) in used), None)
         if shared is not None:
             raise ValueError(
                 "`eval_env` must be other environments than those of the training, got the same "
-                f"{type(shared).__name__}: evaluating would end their running episodes. Make them once more."
+                f"{type(shared).__name__}: evaluating would end their running episodes. Make others."
             )
         is_normalized = unwrap_vec_normalize(evaluation) is not None
         if is_normalized != (self.model.get_vec_normalize_env() is not None):
@@ -71,35 +71,36 @@ class IsolatedEvalCallback(EvalCallback):
             self._write_history(returns, lengths)
         self.last_mean_reward = float(np.mean(returns))
         self._report(returns, lengths)
-        goes_on = True
+        continues = True
         if self.last_mean_reward > self.best_mean_reward:
-            self._say("New best mean reward!")
+            self._print("New best mean reward!")
             if self.best_model_save_path is not None:
                 self._save_best(Path(self.best_model_save_path))
             self.best_mean_reward = self.last_mean_reward
             if self.callback_on_new_best is not None:
-                goes_on = self.callback_on_new_best.on_step()
+                continues = self.callback_on_new_best.on_step()
         if self.callback is not None:
-            goes_on = goes_on and self._on_event()
-        return goes_on
+            continues = continues and self._on_event()
+        return continues
 
-    # ------------------------------------------------------------------ an evaluation
+    # ------------------------------------------------------------------ evaluating
 
     @contextmanager
     def _isolated(self) -> Iterator[None]:
-        """Leave everything that the training draws from, and the policy, as they were."""
-        model = self.model
-        policy = model.policy
-        spaces = (model.action_space, model.observation_space)
-        drawn, was_training = [space_states(space) for space in spaces], policy.training
-        # Of gSDE it holds the noise of the rollout.
-        distribution = getattr(policy, "action_dist", None)
+        """Freeze the statistics of ``eval_env``, and restore all that an evaluation changes in the training."""
+        policy, normalizer = self.model.policy, unwrap_vec_normalize(self.eval_env)
+        spaces = (self.model.action_space, self.model.observation_space)
+        drawn, random_states, was_training = [space_states(space) for space in spaces], global_states(), policy.training
+        distribution = getattr(policy, "action_dist", None)  # with gSDE, it holds the noise of the rollout
         noise = {} if distribution is None else dict(vars(distribution))
-        random_states = global_states()
+        if normalizer is not None:
+            modes = normalizer.training, normalizer.norm_reward
+            normalizer.training = normalizer.norm_reward = False
         try:
-            with _frozen_statistics(self.eval_env):
-                yield
+            yield
         finally:
+            if normalizer is not None:
+                normalizer.training, normalizer.norm_reward = modes
             set_global_states(random_states)
             for space, states in zip(spaces, drawn, strict=True):
                 set_space_states(space, states)
@@ -123,7 +124,7 @@ class IsolatedEvalCallback(EvalCallback):
             warn=self.warn,
             callback=self._log_success_callback,
         )
-        # An environment may report successes only; before the first one, it is not known to report any.
+        # An environment may report successes only: before the first one, none is expected.
         if reports_success or any(success is not None for success in self._is_success_buffer):
             self._is_success_buffer = [False if success is None else success for success in self._is_success_buffer]
         else:
@@ -133,11 +134,11 @@ class IsolatedEvalCallback(EvalCallback):
     def _log_success_callback(self, locals_: dict[str, Any], globals_: dict[str, Any]) -> None:
         info = locals_["info"]
         check_end(locals_, globals_, "eval_env")
-        # Where `evaluate_policy` counts an episode.
+        # The condition under which `evaluate_policy` counts an episode.
         if locals_["done"] and (not locals_["is_monitor_wrapped"] or "episode" in info):
             self._is_success_buffer.append(info.get("is_success"))
 
-    # ------------------------------------------------------------------ what is told of it
+    # ------------------------------------------------------------------ reporting
 
     def _write_history(self, returns: list[float], lengths: list[int]) -> None:
         self.evaluations_timesteps.append(self.num_timesteps)
@@ -160,20 +161,19 @@ class IsolatedEvalCallback(EvalCallback):
 
     def _report(self, returns: list[float], lengths: list[int]) -> None:
         # SB3's lines and names.
-        self._say(
-            f"Eval num_timesteps={self.num_timesteps}, episode_reward={np.mean(returns):.2f} +/- {np.std(returns):.2f}"
-        )
-        self._say(f"Episode length: {np.mean(lengths):.2f} +/- {np.std(lengths):.2f}")
+        mean, std = np.mean(returns), np.std(returns)
+        self._print(f"Eval num_timesteps={self.num_timesteps}, episode_reward={mean:.2f} +/- {std:.2f}")
+        self._print(f"Episode length: {np.mean(lengths):.2f} +/- {np.std(lengths):.2f}")
         self.logger.record("eval/mean_reward", self.last_mean_reward)
         self.logger.record("eval/mean_ep_length", np.mean(lengths))
         if self._is_success_buffer:
             success_rate = np.mean(self._is_success_buffer)
-            self._say(f"Success rate: {100 * success_rate:.2f}%")
+            self._print(f"Success rate: {100 * success_rate:.2f}%")
             self.logger.record("eval/success_rate", success_rate)
         self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
         self.logger.dump(self.num_timesteps)
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         if self.verbose >= 1:
             sys.stdout.write(f"{line}\n")
 
@@ -202,20 +202,6 @@ class IsolatedEvalCallback(EvalCallback):
 
 
 def _table(rows: list[list[Any]]) -> np.ndarray:
-    """Make an array of evaluations; shorter rows end in NaN, since ``n_eval_episodes`` may change."""
+    """Return an array of evaluations. Shorter rows end in NaN, since ``n_eval_episodes`` may change."""
     width = max(map(len, rows))
     return np.array([row if len(row) == width else [*row, *[np.nan] * (width - len(row))] for row in rows])
-
-
-@contextmanager
-def _frozen_statistics(eval_env: VecEnv) -> Iterator[None]:
-    normalizer = unwrap_vec_normalize(eval_env)
-    if normalizer is None:
-        yield
-        return
-    before = normalizer.training, normalizer.norm_reward
-    normalizer.training = normalizer.norm_reward = False
-    try:
-        yield
-    finally:
-        normalizer.training, normalizer.norm_reward = before

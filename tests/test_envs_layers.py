@@ -304,7 +304,7 @@ def test_they_are_evaluated(cls: type[EvalCallback], inner: str) -> None:
             "wrapped",
             [
                 "Passing does not provide",
-                "Adapter does not provide its state",
+                "Adapter does not provide",
                 "Environments of test_envs_layers.Simulator",
             ],
         ),

@@ -12,8 +12,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_clipvf.checkpoint.best_model import publish_statistics, read_score, write_best_model, write_if_changed
 from sb3_clipvf.common.messages import log
-from sb3_clipvf.common.validation import check_int
-from sb3_clipvf.files.atomic import remove_unfinished, write_error
+from sb3_clipvf.common.validation import check_folder, check_int
+from sb3_clipvf.files.atomic import remove_unfinished
 from sb3_clipvf.files.statistics import STATISTICS_FILE
 
 _FORMAT = 1
@@ -117,10 +117,7 @@ class SaveBestTrainingReward(BaseCallback):
             )
         if self._is_started:  # learn() is called again: the best so far is known
             return
-        try:
-            self.save_path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise write_error(self.save_path, error) from error
+        check_folder("save_path", self.save_path, "Choose another one.")
         remove_unfinished(self.save_path, rf"{re.escape(self.name_prefix)}\.(zip|json)")
         best = _find_best(self.save_path, self.name_prefix) if self.resume else None
         self._is_started = True
@@ -128,13 +125,11 @@ class SaveBestTrainingReward(BaseCallback):
             return
         self.best_mean_reward = best.mean_reward
         # A model at step 0 may be a new training in an old folder, which would then save nothing for a long time.
-        log.log(
-            logging.WARNING if self.model.num_timesteps == 0 else logging.INFO,
-            "%s holds a best mean training return of %.2f; only a better one replaces it. For a new training choose "
-            "another `save_path`, or pass resume=False.",
-            self.save_path,
-            self.best_mean_reward,
+        text = (
+            f"{self.save_path} holds a best mean training return of {self.best_mean_reward:.2f}; only a better one "
+            "replaces it. For a new training choose another `save_path`, or pass resume=False."
         )
+        log.log(logging.WARNING if self.model.num_timesteps == 0 else logging.INFO, text)
 
     def _on_step(self) -> bool:
         if self.check_freq is not None and self.n_calls % self.check_freq == 0:
@@ -155,8 +150,7 @@ class SaveBestTrainingReward(BaseCallback):
             )
 
     def _window(self) -> int:
-        buffer = self.model.ep_info_buffer
-        return 0 if buffer is None or buffer.maxlen is None else buffer.maxlen
+        return getattr(self.model.ep_info_buffer, "maxlen", None) or 0
 
     def _n_required(self) -> int:
         return self._window() if self.min_episodes is None else self.min_episodes
@@ -209,25 +203,22 @@ def _find_best(folder: Path, name_prefix: str) -> _Best | None:
         return _read_manifest(manifest)
     has_statistics = publish_statistics(model, statistics)
     content = {
-        "best_mean_reward": score["mean_reward"],
-        "num_timesteps": score.get("num_timesteps"),
-        "n_episodes": score.get("n_episodes"),
+        "best_mean_reward": score.pop("mean_reward"),
+        **score,
         "model": model.name,
         "vecnormalize": statistics.name if has_statistics else None,
         "format": _FORMAT,
     }
     write_if_changed(manifest, json.dumps(content, indent=2).encode() + b"\n")
-    return _Best(score["mean_reward"], model, statistics if has_statistics else None)
+    return _Best(content["best_mean_reward"], model, statistics if has_statistics else None)
 
 
 def _read_manifest(path: Path) -> _Best | None:
-    """Read the manifest of an earlier version, whose models do not hold their statistics: it names a pair of files."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    """Read the manifest of version 0.1.0, whose models do not hold their statistics: it names a pair of files."""
+    if not path.exists():
         return None
     try:
-        content = json.loads(text)
+        content = json.loads(path.read_text(encoding="utf-8"))
         statistics = content["vecnormalize"] and path.parent / content["vecnormalize"]
         best = _Best(float(content["best_mean_reward"]), path.parent / content["model"], statistics)
         if content["format"] != _FORMAT or not math.isfinite(best.mean_reward):

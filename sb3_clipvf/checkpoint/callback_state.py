@@ -14,7 +14,7 @@ from stable_baselines3.common.callbacks import (
 )
 
 from sb3_clipvf.checkpoint.errors import EnvironmentMismatchError
-from sb3_clipvf.checkpoint.state_attributes import CALLBACKS, read_attributes, write_attributes
+from sb3_clipvf.checkpoint.state_attributes import ATTRIBUTES, read_attributes, write_attributes
 from sb3_clipvf.checkpoint.vec_env_state import check_same_build, describe_vec_env, restore_vec_env, vec_env_state
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.files.allowlist import full_name
@@ -93,7 +93,7 @@ def _state(callback: BaseCallback) -> tuple[dict[str, Any], list[str]]:
         state, unknown = vec_env_state(callback.eval_env)
         evaluation = {"build": describe_vec_env(callback.eval_env), "state": state}
         reasons += [f"{_IN_EVALUATIONS}{reason}" for reason in unknown]
-    names = " ".join(CALLBACKS.get(full_name(base), "") for base in type(callback).__mro__)
+    names = " ".join(ATTRIBUTES.get(full_name(base), "") for base in type(callback).__mro__)
     attributes = frozen(read_attributes(callback, names), name)
     return {"attributes": attributes, "given": given, "evaluation": evaluation}, reasons
 
@@ -116,7 +116,7 @@ def _has_own_state(callback: BaseCallback) -> bool:
 
 
 def _may_keep_more(callback: BaseCallback) -> bool:
-    own = [cls for cls in type(callback).__mro__ if issubclass(cls, BaseCallback) and full_name(cls) not in CALLBACKS]
+    own = [cls for cls in type(callback).__mro__ if issubclass(cls, BaseCallback) and full_name(cls) not in ATTRIBUTES]
     if not own:
         return False
     if type(callback).__mro__[len(own)] is BaseCallback:

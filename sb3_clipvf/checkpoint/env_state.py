@@ -11,13 +11,7 @@ from stable_baselines3.common.monitor import Monitor
 from sb3_clipvf.checkpoint.monitor_files import file_state, restore_file
 from sb3_clipvf.checkpoint.mujoco_state import is_mujoco, mujoco_state, set_mujoco_state
 from sb3_clipvf.checkpoint.random_state import generator_from, generator_state, set_space_states, space_states
-from sb3_clipvf.checkpoint.state_attributes import (
-    ENVIRONMENTS,
-    STATELESS_MODULES,
-    WRAPPERS,
-    read_attributes,
-    write_attributes,
-)
+from sb3_clipvf.checkpoint.state_attributes import ATTRIBUTES, STATELESS_MODULES, read_attributes, write_attributes
 from sb3_clipvf.files.allowlist import full_name
 from sb3_clipvf.files.codec import frozen
 
@@ -34,7 +28,7 @@ def env_state(env: gym.Env[Any, Any]) -> dict[str, Any]:
     Return the state of an environment and of all its wrappers.
 
     ``unknown`` names the classes that have no ``get_training_state`` and ``set_training_state``, and are not in the
-    tables of ``state_attributes``.
+    table of ``state_attributes``.
     """
     layers, unknown = [], []
     for layer in _layers(env):
@@ -119,15 +113,14 @@ def _has_generator(core: gym.Env[Any, Any]) -> bool:
 
 def _layer_state(layer: gym.Env[Any, Any]) -> tuple[dict[str, Any], str | None]:
     name = full_name(type(layer))
-    table = WRAPPERS if isinstance(layer, gym.Wrapper) else ENVIRONMENTS
     state: dict[str, Any] = {"class": name, "attributes": {}, "file": None, "mujoco": None, "given": None}
     reason = None
     if has_own_state(layer):
         state["given"], reason = own_state(layer)
     elif is_mujoco(layer):
         state["mujoco"] = mujoco_state(layer)
-    elif name in table:
-        state["attributes"] = frozen(read_attributes(layer, table[name]), name)
+    elif name in ATTRIBUTES:
+        state["attributes"] = frozen(read_attributes(layer, ATTRIBUTES[name]), name)
         state["file"] = file_state(vars(layer).get("results_writer"))
     elif type(layer).__module__ not in STATELESS_MODULES:
         reason = name

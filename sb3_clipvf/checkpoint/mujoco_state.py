@@ -1,6 +1,5 @@
 """The state of Gymnasium's MuJoCo environments: the simulation's state, and what Python code reads from it."""
 
-import sys
 from typing import Any
 
 import numpy as np
@@ -22,12 +21,7 @@ _DRAWN = ("goal", "goal_pos", "cylinder_pos")
 
 def is_mujoco(env: Any) -> bool:
     """Return whether an environment without wrappers is one of Gymnasium's on MuJoCo, not a class derived from them."""
-    module = sys.modules.get("gymnasium.envs.mujoco.mujoco_env")
-    return (
-        module is not None
-        and isinstance(env, module.MujocoEnv)
-        and type(env).__module__.startswith("gymnasium.envs.mujoco.")
-    )
+    return type(env).__module__.startswith("gymnasium.envs.mujoco.")
 
 
 def mujoco_state(env: Any) -> dict[str, Any]:

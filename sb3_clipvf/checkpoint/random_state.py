@@ -65,11 +65,7 @@ def set_space_states(space: spaces.Space[Any], states: list[dict[str, Any] | Non
 
 
 def _parts(space: spaces.Space[Any]) -> list[Any]:
-    parts: list[Any] = [space]
     inner = getattr(space, "spaces", ())
-    for part in inner.values() if isinstance(inner, dict) else inner:
-        parts += _parts(part)
-    for name in ("feature_space", "node_space", "edge_space"):
-        if isinstance(getattr(space, name, None), spaces.Space):
-            parts += _parts(getattr(space, name))
-    return parts
+    named = (getattr(space, name, None) for name in ("feature_space", "node_space", "edge_space"))
+    children = [*(inner.values() if isinstance(inner, dict) else inner), *named]
+    return [space, *(part for child in children if isinstance(child, spaces.Space) for part in _parts(child))]

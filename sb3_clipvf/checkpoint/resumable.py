@@ -18,25 +18,13 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any]):
     """
 
     def whole_state(self) -> dict[str, Any]:
-        """
-        Return the state of the environment and of all its wrappers.
-
-        :return: Argument of :meth:`set_whole_state`.
-        """
+        """Return the state of the environment and of all its wrappers, for :meth:`set_whole_state`."""
         return env_state(self.env)
 
     def set_whole_state(self, state: dict[str, Any]) -> None:
-        """
-        Put the environment and all its wrappers into a state.
-
-        :param state: Result of :meth:`whole_state` of an environment with the same wrappers.
-        """
+        """Put the environment and all its wrappers into a state of :meth:`whole_state`."""
         restore_env(self.env, state)
 
     def whole_description(self) -> list[str]:
-        """
-        Return the names of the environment and its wrappers.
-
-        :return: Classes, from the outermost wrapper to the environment.
-        """
+        """Return the classes of the wrappers and the environment, from the outermost one."""
         return describe_env(self.env)

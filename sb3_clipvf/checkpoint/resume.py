@@ -32,20 +32,16 @@ _OF_THE_STEP = ("returns", "old_obs", "old_reward")
 
 @dataclass(frozen=True)
 class Resumed:
-    """
-    What a resumed model takes over when ``learn`` has built its callbacks and its logger.
-
-    :param tree: State of the training.
-    :param random: States of the process's random generators at the start of the next rollout.
-    :param observations: Observations that the next rollout starts from; ``learn`` replaces them if it starts again.
-    :param held_horizon: Environment steps at which schedules end, if only this resume holds them there.
-    :param has_own_logger: Whether the logger writes to the folder of the interrupted training.
-    """
+    """What a resumed model takes over when ``learn`` has built its callbacks and its logger."""
 
     tree: dict[str, Any]
+    # States of the process's random generators at the start of the next rollout
     random: dict[str, Any]
+    # Observations that the next rollout starts from; `learn` replaces them if it starts again
     observations: Any
+    # Environment steps at which schedules end, if only this resume holds them there
     held_horizon: int | None
+    # Whether the logger writes to the folder of the interrupted training
     has_own_logger: bool
 
 
@@ -132,11 +128,8 @@ def load_statistics(path: str | os.PathLike[str], venv: VecEnv) -> VecNormalize:
     return normalizer
 
 
-def reset_environments(model: ResumableModel, generator: np.random.Generator) -> None:
+def reset_environments(model: ResumableModel, venv: VecEnv, generator: np.random.Generator) -> None:
     """Begin a new episode in each environment, with a seed from the generator."""
-    venv = model.env
-    if venv is None:
-        raise ValueError("`env` must be set to be reset, got None. Call `set_env`.")
     venv.seed(draw_seed(generator))
     _begin_episodes(model, venv)
 
@@ -160,7 +153,7 @@ def _restore_environments(model: ResumableModel, venv: VecEnv, tree: dict[str, A
     restore_vec_env(venv, tree["environments"])
     set_global_states(tree["random"])
     if tree["resets"] is not None:
-        reset_environments(model, cast(np.random.Generator, generator_from(tree["resets"])))
+        reset_environments(model, venv, cast(np.random.Generator, generator_from(tree["resets"])))
     elif not tree["environments"]["exact"]:
         if model.seed is not None:
             # Not the seed itself: each resumed training would begin with the episodes of the first one.
@@ -178,12 +171,9 @@ def _continue_tensorboard(model: ResumableModel, folder: str | None) -> bool:
         return False
     if Path(folder).parent.resolve() != Path(model.tensorboard_log).resolve():
         return False
-    formats: list[KVWriter] = []
-    if model.verbose >= 1:
-        formats.append(HumanOutputFormat(sys.stdout))
     os.makedirs(folder, exist_ok=True)
-    formats.append(_ContinuedTensorBoard(folder, model.num_timesteps + 1))
-    model.set_logger(Logger(folder, formats))
+    formats: list[KVWriter] = [HumanOutputFormat(sys.stdout)] if model.verbose >= 1 else []
+    model.set_logger(Logger(folder, [*formats, _ContinuedTensorBoard(folder, model.num_timesteps + 1)]))
     return True
 
 

@@ -2,15 +2,20 @@
 
 from typing import Any
 
-_CLASSIC = "gymnasium.envs.classic_control"
 _TOY = "gymnasium.envs.toy_text"
+_CLASSIC = "gymnasium.envs.classic_control"
 _WRAPPERS = "gymnasium.wrappers"
+_VEC = "stable_baselines3.common.vec_env"
 _ATARI = "stable_baselines3.common.atari_wrappers"
+_CALLBACKS = "stable_baselines3.common.callbacks"
 _ZOO = "rl_zoo3.wrappers"
+_NORMALIZE = (
+    "norm_obs norm_reward norm_obs_keys clip_obs clip_reward gamma epsilon training returns old_obs old_reward "
+    "ret_rms.mean ret_rms.var ret_rms.count"
+)
 
-# Names are separated by spaces, and dotted if they belong to an attribute. A derived class is another class: what it
-# adds is not known here.
-ENVIRONMENTS = {
+ATTRIBUTES = {
+    # Environments. Those on MuJoCo are in mujoco_state.
     f"{_CLASSIC}.cartpole.CartPoleEnv": "state steps_beyond_terminated",
     f"{_CLASSIC}.pendulum.PendulumEnv": "state last_u",
     f"{_CLASSIC}.mountain_car.MountainCarEnv": "state",
@@ -20,11 +25,7 @@ ENVIRONMENTS = {
     f"{_TOY}.cliffwalking.CliffWalkingEnv": "s lastaction",
     f"{_TOY}.taxi.TaxiEnv": "s lastaction fickle_step taxi_orientation",
     f"{_TOY}.blackjack.BlackjackEnv": "dealer player",
-}
-"""Gymnasium's environments; those on MuJoCo are in ``mujoco_state``."""
-
-WRAPPERS = {
-    f"{_WRAPPERS}.common.PassiveEnvChecker": "",
+    # Wrappers of one environment
     f"{_WRAPPERS}.common.OrderEnforcing": "_has_reset",
     f"{_WRAPPERS}.common.TimeLimit": "_elapsed_steps",
     "rl_zoo3.gym_patches.PatchedTimeLimit": "_elapsed_steps",  # the Zoo replaces Gymnasium's by it
@@ -33,84 +34,63 @@ WRAPPERS = {
         "episode_count episode_returns episode_lengths time_queue return_queue length_queue"
     ),
     f"{_WRAPPERS}.stateful_action.StickyAction": "last_action is_sticky_actions num_repeats repeats_taken",
-    f"{_WRAPPERS}.stateful_action.RepeatAction": "",
     f"{_WRAPPERS}.stateful_observation.DelayObservation": "observation_queue",
     f"{_WRAPPERS}.stateful_observation.TimeAwareObservation": "timesteps",
     f"{_WRAPPERS}.stateful_observation.FrameStackObservation": "obs_queue padding_value",
     f"{_WRAPPERS}.stateful_observation.NormalizeObservation": "obs_rms.mean obs_rms.var obs_rms.count",
-    f"{_WRAPPERS}.stateful_observation.MaxAndSkipObservation": "",
-    f"{_WRAPPERS}.stateful_reward.NormalizeReward": (
-        "return_rms.mean return_rms.var return_rms.count discounted_reward"
-    ),
+    f"{_WRAPPERS}.stateful_reward.NormalizeReward": "return_rms.mean return_rms.var return_rms.count discounted_reward",
     "stable_baselines3.common.monitor.Monitor": "rewards needs_reset total_steps current_reset_info t_start",
     f"{_ATARI}.StickyActionEnv": "_sticky_action",
-    f"{_ATARI}.NoopResetEnv": "",
-    f"{_ATARI}.FireResetEnv": "",
     f"{_ATARI}.EpisodicLifeEnv": "lives was_real_done",
     f"{_ATARI}.MaxAndSkipEnv": "_obs_buffer",
-    f"{_ATARI}.ClipRewardEnv": "",
-    f"{_ATARI}.WarpFrame": "",
-    f"{_ATARI}.AtariWrapper": "",
     f"{_ZOO}.TruncatedOnSuccessWrapper": "current_successes",
     f"{_ZOO}.ActionSmoothingWrapper": "smoothed_action",
     f"{_ZOO}.DelayedRewardWrapper": "current_step accumulated_reward",
     f"{_ZOO}.HistoryWrapper": "obs_history action_history",
     f"{_ZOO}.HistoryWrapperObsDict": "obs_history action_history",
-    f"{_ZOO}.FrameSkip": "",
-    f"{_ZOO}.MaskVelocityWrapper": "",
-    f"{_ZOO}.YAMLCompatResizeObservation": "",
-    "sb3_clipvf.checkpoint.resumable.ResumableEnv": "",
-    "sb3_clipvf.envs.episode_ends.EpisodeEnds": "",  # between two steps it keeps nothing
-}
-"""Wrappers of single environments."""
-
-STATELESS_MODULES = (
-    f"{_WRAPPERS}.transform_action",
-    f"{_WRAPPERS}.transform_observation",
-    f"{_WRAPPERS}.transform_reward",
-)
-"""Modules whose wrappers all keep nothing from one step to the next."""
-
-_VEC = "stable_baselines3.common.vec_env"
-_NORMALIZE = (
-    "norm_obs norm_reward norm_obs_keys clip_obs clip_reward gamma epsilon training returns old_obs old_reward "
-    "ret_rms.mean ret_rms.var ret_rms.count"
-)
-
-VEC_WRAPPERS = {
+    # Wrappers of vectorised environments. What is more than a plain attribute is in vec_env_state.
     f"{_VEC}.vec_normalize.VecNormalize": _NORMALIZE,
     "sb3_clipvf.envs.normalize.FastVecNormalize": _NORMALIZE,
-    f"{_VEC}.vec_frame_stack.VecFrameStack": "",
-    f"{_VEC}.vec_transpose.VecTransposeImage": "",
-    f"{_VEC}.vec_extract_dict_obs.VecExtractDictObs": "",
-    f"{_VEC}.vec_check_nan.VecCheckNan": "",
     f"{_VEC}.vec_monitor.VecMonitor": "episode_returns episode_lengths episode_count t_start",
     f"{_VEC}.vec_video_recorder.VecVideoRecorder": "step_id",
-}
-"""Wrappers of vectorised environments; ``vec_env_state`` reads what is more than a plain attribute."""
-
-_CALLBACKS = "stable_baselines3.common.callbacks"
-
-CALLBACKS = {
+    # Callbacks, which also have the attributes of their base classes
     f"{_CALLBACKS}.BaseCallback": "n_calls num_timesteps",
-    f"{_CALLBACKS}.EventCallback": "",
-    f"{_CALLBACKS}.ConvertCallback": "",
-    f"{_CALLBACKS}.CheckpointCallback": "",
     f"{_CALLBACKS}.EvalCallback": (
         "best_mean_reward last_mean_reward evaluations_results evaluations_timesteps evaluations_length "
         "evaluations_successes _is_success_buffer"
     ),
-    f"{_CALLBACKS}.StopTrainingOnRewardThreshold": "",
     f"{_CALLBACKS}.EveryNTimesteps": "last_time_trigger",
-    f"{_CALLBACKS}.LogEveryNTimesteps": "",
     f"{_CALLBACKS}.StopTrainingOnMaxEpisodes": "n_episodes",
     f"{_CALLBACKS}.StopTrainingOnNoModelImprovement": "last_best_mean_reward no_improvement_evals",
-    "rl_zoo3.callbacks.SaveVecNormalizeCallback": "",
     "rl_zoo3.callbacks.RawStatisticsCallback": "_timesteps_counter",
     "rl_zoo3.callbacks.TrialEvalCallback": "eval_idx is_pruned",
-    "sb3_clipvf.checkpoint.best_training.SaveBestTrainingReward": "",  # its folder holds its state
 }
-"""Callbacks; a class also has the attributes of its base classes."""
+"""
+Names of attributes, separated by spaces, and dotted if they belong to an attribute.
+
+A derived class is another class: what it adds is not known here.
+"""
+
+_STATELESS = {
+    f"{_WRAPPERS}.common": "PassiveEnvChecker",
+    f"{_WRAPPERS}.stateful_action": "RepeatAction",
+    f"{_WRAPPERS}.stateful_observation": "MaxAndSkipObservation",
+    _ATARI: "NoopResetEnv FireResetEnv ClipRewardEnv WarpFrame AtariWrapper",
+    _ZOO: "FrameSkip MaskVelocityWrapper YAMLCompatResizeObservation",
+    f"{_VEC}.vec_frame_stack": "VecFrameStack",
+    f"{_VEC}.vec_transpose": "VecTransposeImage",
+    f"{_VEC}.vec_extract_dict_obs": "VecExtractDictObs",
+    f"{_VEC}.vec_check_nan": "VecCheckNan",
+    _CALLBACKS: "EventCallback ConvertCallback CheckpointCallback StopTrainingOnRewardThreshold LogEveryNTimesteps",
+    "rl_zoo3.callbacks": "SaveVecNormalizeCallback",
+    "sb3_clipvf.checkpoint.best_training": "SaveBestTrainingReward",  # its folder holds its state
+    "sb3_clipvf.checkpoint.resumable": "ResumableEnv",
+    "sb3_clipvf.envs.episode_ends": "EpisodeEnds",  # between two steps it keeps nothing
+}
+ATTRIBUTES |= {f"{module}.{name}": "" for module, names in _STATELESS.items() for name in names.split()}
+
+STATELESS_MODULES = tuple(f"{_WRAPPERS}.transform_{kind}" for kind in ("action", "observation", "reward"))
+"""Modules whose wrappers all keep nothing from one step to the next."""
 
 
 def read_attributes(target: Any, names: str) -> dict[str, Any]:

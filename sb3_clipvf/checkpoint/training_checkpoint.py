@@ -108,11 +108,7 @@ class TrainingCheckpoint(BaseCallback):
     # ------------------------------------------------------------------ state of this callback in a checkpoint
 
     def training_state(self) -> dict[str, Any]:
-        """
-        Return the state of this callback.
-
-        :return: Argument of :meth:`load_training_state`.
-        """
+        """Return the state of this callback, for :meth:`load_training_state`."""
         return {
             "generator": generator_state(self._generator),
             "every_timesteps": self.every_timesteps,
@@ -121,11 +117,7 @@ class TrainingCheckpoint(BaseCallback):
         }
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        """
-        Take over the state of the callback that wrote a checkpoint.
-
-        :param state: Result of :meth:`training_state`.
-        """
+        """Take over the state of the callback that wrote a checkpoint, from :meth:`training_state`."""
         self._is_resumed = True
         ours = {"every_timesteps": self.every_timesteps, "reset_envs": self.reset_envs}
         changed = [name for name, value in ours.items() if state[name] != value]
@@ -218,7 +210,7 @@ class TrainingCheckpoint(BaseCallback):
         self._unwritten = self._state(is_reset=self.reset_envs)
         self._write(self._unwritten)
         if self._generator is not None:
-            reset_environments(self._model, self._generator)
+            reset_environments(self._model, self.training_env, self._generator)
 
     @property
     def newest(self) -> Path | None:

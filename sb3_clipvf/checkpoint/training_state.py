@@ -25,21 +25,15 @@ SPACES = ("action_space", "observation_space")
 
 @dataclass(frozen=True)
 class TrainingState:
-    """
-    The state of a training between two rollouts, which shares nothing that can change with the training.
+    """The state of a training between two rollouts. It shares nothing that can change with the training."""
 
-    :param attributes: What SB3 saves of a model besides tensors.
-    :param parameters: State dicts of networks and optimizers, by name.
-    :param variables: Other tensors that SB3 saves.
-    :param tree: Everything else.
-
-    The other fields are those of ``CheckpointManifest``.
-    """
-
+    # SB3's model file: attributes, state dicts, other tensors
     attributes: dict[str, Any]
     parameters: dict[str, Any]
     variables: dict[str, Any]
+    # Everything else
     tree: dict[str, Any]
+    # Fields of CheckpointManifest
     differences: tuple[str, ...]
     training: str
     num_timesteps: int
@@ -53,14 +47,10 @@ def training_state(
     """
     Return the state of a training between two rollouts.
 
-    :param model: Model with its environments.
-    :param callback: Callback that ``learn`` made from its argument.
-    :param build: Description of the environments, from ``describe_vec_env``.
-    :param resets: State of the generator of seeds, if environments are reset right after this checkpoint.
+    ``callback`` is what ``learn`` made from its argument, ``build`` what ``describe_vec_env`` returned for the
+    environments, and ``resets`` the state of the generator of seeds if they are reset right after this checkpoint.
     """
-    if model.env is None:
-        raise ValueError("`env` must be set to save a training's state, got None. Call `set_env`.")
-    environments, differences = vec_env_state(model.env)
+    environments, differences = vec_env_state(callback.training_env)
     callbacks, reasons = callback_states(callback)
     if resets is not None:
         differences = []
@@ -97,19 +87,14 @@ def set_logger_state(model: ResumableModel, state: dict[str, Any]) -> None:
 def _rounding(model: ResumableModel) -> list[str]:
     """Return a text if a library may round the same sums differently in another process."""
     if model.device.type != "cpu":
-        return [
-            f"Sums on the device {model.device} have no fixed order, so that weights may differ in their last digits."
-        ]
+        return [f"Sums on {model.device} have no fixed order: weights may differ in their last digits."]
     if any(isinstance(module, _ConvNd) for module in model.policy.modules()):
-        return [
-            "Sums of convolutions have an order that may depend on where tensors lie in memory, so that weights may "
-            "differ in their last digits."
-        ]
+        return ["Sums of convolutions depend on where tensors lie in memory: weights may differ in their last digits."]
     return []
 
 
 def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Copy containers, which the training goes on to change."""
+    """Copy containers, which the training will change."""
     containers = (deque, list, dict, set, np.ndarray)
     return {name: copy.copy(value) if isinstance(value, containers) else value for name, value in attributes.items()}
 

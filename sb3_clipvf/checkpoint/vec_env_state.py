@@ -14,7 +14,7 @@ from sb3_clipvf.checkpoint.env_state import describe_env, env_state, has_own_sta
 from sb3_clipvf.checkpoint.errors import EnvironmentMismatchError
 from sb3_clipvf.checkpoint.monitor_files import file_state, restore_file
 from sb3_clipvf.checkpoint.random_state import generator_from, generator_state
-from sb3_clipvf.checkpoint.state_attributes import VEC_WRAPPERS, read_attributes, write_attributes
+from sb3_clipvf.checkpoint.state_attributes import ATTRIBUTES, read_attributes, write_attributes
 from sb3_clipvf.envs.gymnasium_vector import CartPoleVecEnv
 from sb3_clipvf.envs.layers import simulator_of, vec_env_layers
 from sb3_clipvf.envs.vector import BatchedVecEnv
@@ -61,8 +61,11 @@ def restore_vec_env(venv: VecEnv, state: dict[str, Any]) -> None:
             for stack, values in zip(_stacks(layer.stacked_obs), own["stacks"], strict=True):
                 stack.stacked_obs = values
         restore_file(vars(layer).get("results_writer"), own["file"])
-        if own["environments"] is not None:
-            _restore_environments(layer, own["environments"])
+        for index, environment in enumerate(own["environments"] or ()):
+            if isinstance(layer, DummyVecEnv):
+                restore_env(layer.envs[index], environment)
+            else:
+                layer.env_method("set_whole_state", environment, indices=[index])
         if own["adapter"] is not None and isinstance(layer, BatchedVecEnv):
             _restore_adapter(layer, own["adapter"])
 
@@ -86,13 +89,8 @@ def describe_vec_env(venv: VecEnv) -> dict[str, Any]:
 
 def check_same_build(saved: dict[str, Any], found: dict[str, Any]) -> None:
     """Raise if the description of environments differs from that in a checkpoint; see :func:`describe_vec_env`."""
-    way_out = "Build them as they were built for the training."
     for name, what in (("n_envs", "environments"), ("layers", "classes of vectorised environments"), ("inner", "env")):
-        if saved[name] != found[name]:
-            raise EnvironmentMismatchError(
-                f"`env` must have the {what} of the checkpoint, {_text(saved[name])}, got {_text(found[name])}. "
-                f"{way_out}"
-            )
+        _check_same(what, saved[name], found[name])
     if None in (saved["environments"], found["environments"]):
         if saved["environments"] is not None:
             raise EnvironmentMismatchError(
@@ -101,15 +99,16 @@ def check_same_build(saved: dict[str, Any], found: dict[str, Any]) -> None:
             )
         return
     for index, (before, now) in enumerate(zip(saved["environments"], found["environments"], strict=True)):
-        if before != now:
-            raise EnvironmentMismatchError(
-                f"`env` must have the wrappers and environments of the checkpoint, {_text(before)}, got {_text(now)} "
-                f"as number {index}. {way_out}"
-            )
+        _check_same("wrappers and environments", before, now, f" as number {index}")
 
 
-def _text(value: Any) -> str:
-    return " > ".join(map(str, value)) if isinstance(value, list) else str(value)
+def _check_same(what: str, saved: Any, found: Any, where: str = "") -> None:
+    if saved != found:
+        texts = [" > ".join(map(str, value)) if isinstance(value, list) else str(value) for value in (saved, found)]
+        raise EnvironmentMismatchError(
+            f"`env` must have the {what} of the checkpoint, {texts[0]}, got {texts[1]}{where}. Build them as they were "
+            "built for the training."
+        )
 
 
 def _layers(venv: VecEnv) -> list[Any]:
@@ -126,9 +125,9 @@ def _layer_state(layer: Any) -> tuple[dict[str, Any], list[str]]:
         state["given"], wrong = own_state(layer)
         return state, [] if wrong is None else [f"{wrong} starts again at a resume."]
     if isinstance(layer, VecEnvWrapper):
-        if name not in VEC_WRAPPERS:
+        if name not in ATTRIBUTES:
             return state, [f"{name} does not provide its state, and starts again at a resume. {_METHODS_HINT}"]
-        state["attributes"] = frozen(read_attributes(layer, VEC_WRAPPERS[name]), name)
+        state["attributes"] = frozen(read_attributes(layer, ATTRIBUTES[name]), name)
         state["file"] = file_state(vars(layer).get("results_writer"))
         if isinstance(layer, VecNormalize) and layer.norm_obs:
             state["obs_rms"] = _moments(layer.obs_rms)
@@ -173,14 +172,6 @@ def _is_resumable(layer: VecEnv) -> bool:
         # Reading a missing attribute would end the process of the environment.
         _RESUMABLE[layer] = layer.has_attr("whole_state")
     return _RESUMABLE[layer]
-
-
-def _restore_environments(layer: VecEnv, states: list[dict[str, Any]]) -> None:
-    for index, state in enumerate(states):
-        if isinstance(layer, DummyVecEnv):
-            restore_env(layer.envs[index], state)
-        else:
-            layer.env_method("set_whole_state", state, indices=[index])
 
 
 def _moments(rms: Any) -> dict[str, Any]:
