@@ -212,7 +212,7 @@ class TestEqualStreams:
         assert ours.env_is_wrapped(Monitor) == [True] * n_envs
         run_both(ours, make_vec_env("CartPole-v1", n_envs, seed=3), 200)
 
-    def test_of_episodes_that_are_cut_off(self, still_clock: None) -> None:
+    def test_of_truncated_episodes(self, still_clock: None) -> None:
         def make(number: int) -> gym.Env[Any, Any]:
             env = Monitor(gym.make("CartPole-v1", max_episode_steps=9 + number))
             env.action_space.seed(number)
@@ -328,13 +328,13 @@ class Reusing(Scripted):
 
 class TestMemory:
     @pytest.mark.parametrize("space", [BOX, PICTURES], ids=str)
-    def test_environments_may_write_to_what_they_gave(self, space: spaces.Space[Any]) -> None:
+    def test_environments_may_change_returned_objects(self, space: spaces.Space[Any]) -> None:
         ours, theirs = pair(lambda number: Reusing(number, space))
         run_both(ours, theirs)
         assert ours.buf_infos[1] is ours.envs[1].info  # type: ignore[attr-defined]
 
     @pytest.mark.parametrize("space", [BOX, PICTURES, PAIR], ids=str)
-    def test_what_was_given_stays(self, space: spaces.Space[Any]) -> None:
+    def test_returned_values_do_not_change(self, space: spaces.Space[Any]) -> None:
         ours, _ = pair(lambda number: Scripted(number, space, general) if space is PAIR else Reusing(number, space))
         held = [ours.reset(), *(ours.step(np.ones(3, int)) for _ in range(30))]
         held_then = copy.deepcopy(held)
@@ -343,7 +343,7 @@ class TestMemory:
         ours.reset()
         same(held, held_then)
 
-    def test_what_was_given_may_be_changed(self) -> None:
+    def test_returned_values_may_be_changed(self) -> None:
         ours, theirs = pair(Reusing)
         given: list[Any] = [ours.reset()]
         same(given[0], theirs.reset())
@@ -442,7 +442,7 @@ class TestRefusals:
 
 class TestAroundIt:
     @pytest.mark.parametrize("dumped", [pickle.dumps, cloudpickle.dumps])
-    def test_a_pickled_one_goes_on_as_sb3s_does(self, dumped: Callable[[Any], bytes]) -> None:
+    def test_a_pickled_copy_continues_as_sb3s_does(self, dumped: Callable[[Any], bytes]) -> None:
         ours, theirs = pair(lambda number: Scripted(number, infos=plain))
         run_both(ours, theirs)
         loaded = pickle.loads(dumped(ours))
@@ -474,7 +474,7 @@ class TestAroundIt:
             # The same numbers in the same order: no difference at all.
             th.testing.assert_close(models[0].policy.state_dict()[name], wanted, rtol=0, atol=0)
 
-    def test_sb3_evaluates_with_it_beside_its_own_and_says_nothing(self) -> None:
+    def test_sb3_evaluates_without_a_warning(self) -> None:
         training = make_vec_env("CartPole-v1", 2, vec_env_cls=FastDummyVecEnv)
         callback = EvalCallback(make_vec_env("CartPole-v1"), eval_freq=32, n_eval_episodes=1, verbose=0)
         ClipPPO("MlpPolicy", training, n_steps=32, batch_size=32, device="cpu").learn(64, callback=callback)

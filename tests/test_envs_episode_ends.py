@@ -133,7 +133,7 @@ def test_the_file_of_episodes_has_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [100, 5])
-def test_the_loss_of_a_life_is_no_end(limit: int) -> None:
+def test_the_loss_of_a_life_does_not_end_an_episode(limit: int) -> None:
     # A time limit outside of lives ends no game either: the next step continues the same one.
     env = EpisodeEnds(TimeLimit(EpisodicLifeEnv(Monitor(Walk())), limit))
     found = episodes(FastDummyVecEnv([lambda: env]), 30)
@@ -148,7 +148,7 @@ def test_an_end_whose_info_was_lost_is_reported() -> None:
 @pytest.mark.parametrize(
     "env", [lambda: TimeLimit(Walk(), 5), lambda: RecordEpisodeStatistics(TimeLimit(Monitor(Walk()), 5))]
 )
-def test_what_is_not_monitored_or_reported_already_stays_as_it_is(env: Any) -> None:
+def test_unmonitored_and_reported_episodes_are_unchanged(env: Any) -> None:
     assert episodes(FastDummyVecEnv([lambda: EpisodeEnds(env())]), 11) == episodes(FastDummyVecEnv([env]), 11)
 
 
@@ -162,7 +162,7 @@ def test_what_is_not_monitored_or_reported_already_stays_as_it_is(env: Any) -> N
     ],
 )
 @pytest.mark.parametrize("wrap", [lambda venv: venv, VecNormalize])
-def test_ends_that_are_not_reported_are_told_from_lives(wrap: Any, env: Any, expected: bool | None) -> None:
+def test_unreported_ends_differ_from_lost_lives(wrap: Any, env: Any, expected: bool | None) -> None:
     venv = wrap(FastDummyVecEnv([Walk, env]))
     venv.reset()
     length = 0
@@ -173,13 +173,13 @@ def test_ends_that_are_not_reported_are_told_from_lives(wrap: Any, env: Any, exp
     assert ended_unseen(venv, 1, length) is expected
 
 
-def test_environments_that_cannot_be_asked_say_nothing() -> None:
+def test_unreadable_environments_give_none() -> None:
     venv = as_vec_env(gym.make_vec("CartPole-v1", 2))
     venv.reset()
     assert ended_unseen(venv, 0) is None
 
 
-def test_checkpoints_do_not_mind_it() -> None:
+def test_checkpoints_are_exact_with_it() -> None:
     venvs = [
         FastDummyVecEnv([lambda: gym.make("CartPole-v1")]),
         FastDummyVecEnv([lambda: EpisodeEnds(gym.make("CartPole-v1"))]),

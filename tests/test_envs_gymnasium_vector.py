@@ -175,7 +175,7 @@ class TestScripted:
     @mode_cases
     @pytest.mark.parametrize("as_dict", [False, True], ids=["box", "dict"])
     @pytest.mark.parametrize("cls", [SyncVectorEnv, AsyncVectorEnv])
-    def test_all_of_it_is_dummy_vec_envs(
+    def test_stream_is_dummy_vec_envs(
         self, request: pytest.FixtureRequest, mode: AutoresetMode, as_dict: bool, cls: Any
     ) -> None:
         venv = adapted(request, scripted(mode, cls, as_dict))
@@ -193,12 +193,12 @@ class TestScripted:
         with pytest.raises(ValueError, match="must reset only the rows of .*ScriptedBatch that changed others too"):
             venv.step(np.zeros(3, np.int64))
 
-    def test_a_native_class_may_give_another_dtype_than_its_space(self, request: pytest.FixtureRequest) -> None:
+    def test_a_native_class_may_return_another_dtype_than_its_space(self, request: pytest.FixtureRequest) -> None:
         venv = adapted(request, DoubleBatch())
         assert_same_stream(venv, DummyVecEnv([lambda i=i: Monitor(Scripted(i)) for i in range(3)]), 30)
 
     @mode_cases
-    def test_what_was_given_out_stays(self, request: pytest.FixtureRequest, mode: AutoresetMode) -> None:
+    def test_returned_arrays_do_not_change(self, request: pytest.FixtureRequest, mode: AutoresetMode) -> None:
         # copy=False: gymnasium writes each observation into the same memory.
         venv = adapted(request, scripted(mode, copy=False))
         given = [venv.reset()]
@@ -313,7 +313,7 @@ class TestStatistics:
 
     @mode_cases
     @pytest.mark.parametrize("cls", [SyncVectorEnv, AsyncVectorEnv])
-    def test_monitors_below_other_wrappers_are_believed(
+    def test_statistics_of_inner_monitors_are_kept(
         self, request: pytest.FixtureRequest, mode: AutoresetMode, cls: Any
     ) -> None:
         def make(i: int) -> Any:
@@ -322,7 +322,7 @@ class TestStatistics:
         venv = adapted(request, cls([lambda i=i: make(i) for i in range(3)], autoreset_mode=mode))
         assert_same_stream(venv, DummyVecEnv([lambda i=i: make(i) for i in range(3)]), 20)
 
-    def test_statistics_of_gymnasium_are_believed(self, request: pytest.FixtureRequest) -> None:
+    def test_statistics_of_gymnasium_are_kept(self, request: pytest.FixtureRequest) -> None:
         env = ClipReward(RecordEpisodeStatistics(scripted(AutoresetMode.SAME_STEP)), 0.0, 1.0)
         venv = adapted(request, env)
         venv.reset()
@@ -341,7 +341,7 @@ class TestStatistics:
         assert results[["r", "l"]].to_numpy().tolist() == [[3.5, 2], [6.75, 3], [11.0, 4]]
         assert (tmp_path / "training.monitor.csv").is_file()
 
-    def test_evaluate_policy_takes_them(self, request: pytest.FixtureRequest) -> None:
+    def test_evaluate_policy_uses_them(self, request: pytest.FixtureRequest) -> None:
         venv = adapted(request, scripted(AutoresetMode.NEXT_STEP), clip_rewards=True)
         model = ClipPPO("MlpPolicy", venv, n_steps=8, batch_size=24, device="cpu")
         returns, lengths = evaluate_policy(model, venv, n_eval_episodes=3, return_episode_rewards=True, warn=True)
@@ -368,7 +368,7 @@ class TestSeeds:
         venv.seed(6)
         assert not np.array_equal(venv.reset(), first)
 
-    def test_one_seed_an_environment(self, request: pytest.FixtureRequest) -> None:
+    def test_one_seed_per_environment(self, request: pytest.FixtureRequest) -> None:
         venv = adapted(request, gym.make_vec("CartPole-v1", num_envs=3, vectorization_mode="sync"))
         venv.seed(5)
         for row, obs in enumerate(venv.reset()):
@@ -480,7 +480,7 @@ class TestRefusals:
         ],
         ids=["id", "single", "sb3", "number"],
     )
-    def test_of_what_is_not_vectorised(self, env: Any, hint: str) -> None:
+    def test_of_other_objects(self, env: Any, hint: str) -> None:
         with pytest.raises(TypeError, match=f"`env` must be a gymnasium VectorEnv.*{hint}"):
             as_vec_env(env)
 
@@ -497,7 +497,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("wrapper", [RecordEpisodeStatistics, NormalizeReward])
     @pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED], ids=lambda mode: mode.value)
-    def test_of_wrappers_that_forget_all_rows(self, wrapper: Any, mode: AutoresetMode) -> None:
+    def test_of_wrappers_that_reset_all_rows(self, wrapper: Any, mode: AutoresetMode) -> None:
         with pytest.raises(ValueError, match=f"must not be wrapped in {wrapper.__name__}"):
             as_vec_env(ClipReward(wrapper(scripted(mode)), 0.0, 1.0))
 
@@ -506,13 +506,13 @@ class TestRefusals:
         with pytest.raises(ValueError, match="must be a CartPoleVectorEnv without wrappers, got it inside ClipReward"):
             as_vec_env(env)
 
-    def test_of_a_class_that_does_not_say_how_it_resets(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_of_a_class_without_autoreset_mode(self, monkeypatch: pytest.MonkeyPatch) -> None:
         # AtariVectorEnv leaves its mode in the metadata that all classes share.
         monkeypatch.setitem(VectorEnv.metadata, "autoreset_mode", AutoresetMode.SAME_STEP)
         with pytest.raises(ValueError, match=r"`env.metadata\['autoreset_mode'\]` must be an AutoresetMode, got None"):
             as_vec_env(Silent())
 
-    def test_of_a_lost_final_observation(self) -> None:
+    def test_of_a_missing_final_observation(self) -> None:
         venv = as_vec_env(Forgetting(AutoresetMode.SAME_STEP))
         venv.reset()
         venv.step(np.zeros(3, np.int64))

@@ -370,7 +370,7 @@ class StatefulSlotted(Slotted):
     [lambda: VecMonitor(StatefulAdapter(Simulator())), lambda: FastVecNormalize(VecMonitor(StatefulSlotted()))],
     ids=["adapter", "simulator"],
 )
-def test_states_that_are_told_are_resumed_to_the_last_bit(make: Callable[[], VecEnv], tmp_path: Path) -> None:
+def test_returned_states_are_resumed_to_the_last_bit(make: Callable[[], VecEnv], tmp_path: Path) -> None:
     whole = ClipPPO("MlpPolicy", make(), **ARGUMENTS).learn(128)
     checkpoint = TrainingCheckpoint(64, tmp_path)
     ClipPPO("MlpPolicy", make(), **ARGUMENTS).learn(64, callback=checkpoint, schedule_timesteps=128)
@@ -380,7 +380,7 @@ def test_states_that_are_told_are_resumed_to_the_last_bit(make: Callable[[], Vec
         assert th.equal(ours, theirs)
 
 
-def test_a_wrapper_that_keeps_the_shapes_is_given_no_others() -> None:
+def test_a_wrapper_that_keeps_shapes_gets_no_others() -> None:
     class Narrow(Simulator):
         def observe(self) -> np.ndarray:
             return super().observe()[:, :1]

@@ -233,7 +233,7 @@ class TestEqualStreams:
         obs = np.asfortranarray(np.arange(12, dtype=np.float32).reshape(4, 3))
         same(ours.normalize_obs(obs), theirs.normalize_obs(obs))
 
-    def test_of_what_only_sb3s_code_takes(self) -> None:
+    def test_of_values_that_only_sb3s_code_handles(self) -> None:
         run_both(*pair(box(3, dtype=np.float16)))
         run_both(*pair(box(0)))
 
@@ -274,7 +274,7 @@ class TestEqualStreams:
 
     @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
     @pytest.mark.parametrize("value", [np.nan, np.inf])
-    def test_of_observations_that_are_no_numbers(self, value: float) -> None:
+    def test_of_nan_and_infinite_observations(self, value: float) -> None:
         ours, theirs = pair(box(2), 2)
         obs, rewards = np.array([[1, value], [2, 3]], np.float32), np.array([1, value], np.float32)
         for env in (ours, theirs):
@@ -354,7 +354,7 @@ class TestState:
             env.ret_rms.mean, env.ret_rms.var, env.ret_rms.count = 3, 4.0, np.float32(2)
         run_both(ours, theirs, 5)
 
-    def test_statistics_of_another_class_are_asked(self) -> None:
+    def test_statistics_of_another_class_are_called(self) -> None:
         class Frozen(RunningMeanStd):
             def update(self, arr: np.ndarray) -> None:
                 pass
@@ -385,7 +385,7 @@ class TestState:
         for array, copied in zip(held, before, strict=True):
             np.testing.assert_array_equal(array, copied)
 
-    def test_observations_of_the_environments_stay(self) -> None:
+    def test_observations_of_the_environments_do_not_change(self) -> None:
         ours, theirs = pair(MIXED, norm_obs_keys=["a"])
         ours.reset()
         assert ours.old_obs is ours.venv.last_obs  # type: ignore[attr-defined]
@@ -424,7 +424,7 @@ class TestState:
             same(evaluated.normalize_obs(obs), theirs.normalize_obs(obs))
 
     @pytest.mark.parametrize("copied", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
-    def test_a_copy_goes_on_as_sb3s_does(self, copied: Any) -> None:
+    def test_a_copy_continues_as_sb3s_does(self, copied: Any) -> None:
         ours, theirs = pair(box(3))
         run_both(ours, theirs, 10)
         mine, other = copied(ours), copied(theirs)
@@ -474,7 +474,7 @@ env.save(sys.argv[2])
 
 
 class TestFiles:
-    def test_ours_are_read_and_written_where_only_sb3_is_installed(self, tmp_path: Path) -> None:
+    def test_files_are_read_and_written_without_this_package(self, tmp_path: Path) -> None:
         ours = FastVecNormalize(make_vec_env("CartPole-v1", n_envs=2), gamma=0.9)
         ours.reset()
         for _ in range(19):
@@ -515,7 +515,7 @@ class TestFiles:
         assert FastVecNormalize.load(path, env).gamma == 0.8
 
     @pytest.mark.parametrize("space", [box(3), MIXED], ids=["box", "dict"])
-    def test_a_loaded_one_goes_on_as_sb3s_does(self, tmp_path: Path, space: Any) -> None:
+    def test_a_loaded_one_continues_as_sb3s_does(self, tmp_path: Path, space: Any) -> None:
         kwargs = {"norm_obs_keys": ["a"]} if space is MIXED else {}
         ours, theirs = pair(space, **kwargs)
         run_both(ours, theirs, 10)

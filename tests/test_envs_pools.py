@@ -131,7 +131,7 @@ class TestEnvPool:
         assert n_compared > 8
 
     @pytest.mark.parametrize("spares", [False, True])
-    def test_what_was_given_out_stays(self, make: Callable[..., Any], spares: bool) -> None:
+    def test_returned_arrays_do_not_change(self, make: Callable[..., Any], spares: bool) -> None:
         venv = as_vec_env(make(num_envs=8 * (1 + spares)), spares=spares)
         given = [venv.reset()]
         for _ in range(50):
@@ -356,7 +356,7 @@ class TestSpares:
             assert (returns >= 10).all()
             assert [info["episode"]["r"] for info in infos] == returns.tolist()
 
-    def test_pictures_are_of_the_environments_that_play(self, make: Callable[..., Any]) -> None:
+    def test_images_are_of_the_environments_that_play(self, make: Callable[..., Any]) -> None:
         venv = as_vec_env(make(num_envs=4, max_episode_steps=2, render_mode="rgb_array"), spares=True)
         asked = []
         venv.env.render = lambda env_ids: asked.append(env_ids.tolist()) or np.zeros((len(env_ids), 2, 2, 3))
@@ -457,7 +457,7 @@ class TestAtari:
         # A pellet gives 10.
         assert infos[0]["episode"]["r"] >= 10 * clipped[0] > 0
 
-    def test_clipping_that_shows_is_warned_of(self) -> None:
+    def test_clipped_returns_are_warned_of(self) -> None:
         pytest.importorskip("ale_py")
         env = gym.make_vec("ALE/Breakout-v5", num_envs=2)
         with pytest.warns(UserWarning, match="returns in info\\['episode'\\] are those of clipped ones"):

@@ -128,7 +128,7 @@ def same(first: Any, second: Any) -> bool:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_only_what_is_the_users_own_is_a_pickle(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_only_the_users_own_objects_are_pickled(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     build, expected = MODELS[name]
     model = build(tmp_path)
     caplog.clear()
@@ -142,7 +142,7 @@ def test_only_what_is_the_users_own_is_a_pickle(name: str, tmp_path: Path, caplo
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_all_that_is_saved_comes_back(name: str, tmp_path: Path) -> None:
+def test_all_saved_attributes_are_loaded(name: str, tmp_path: Path) -> None:
     build, _ = MODELS[name]
     model = build(tmp_path)
     model.action_space.seed(7)  # its random state is saved, too
@@ -160,7 +160,7 @@ def test_all_that_is_saved_comes_back(name: str, tmp_path: Path) -> None:
     assert str(model.policy.optimizer.state_dict()) == str(loaded.policy.optimizer.state_dict())
 
 
-def test_statistics_and_observations_are_among_it(tmp_path: Path) -> None:
+def test_statistics_and_observations_are_loaded(tmp_path: Path) -> None:
     model = make(make_vec_env("CartPole-v1", 3)).learn(200)
     model.save(tmp_path / "model")
     loaded = ClipPPO.load(tmp_path / "model", device="cpu")
@@ -172,7 +172,7 @@ def test_statistics_and_observations_are_among_it(tmp_path: Path) -> None:
     loaded._last_obs[0] = 0  # arrays are writeable
 
 
-def test_a_default_model_holds_no_pickle_but_torchs_own(tmp_path: Path) -> None:
+def test_a_default_model_holds_only_torchs_pickles(tmp_path: Path) -> None:
     MODELS["the default"][0](tmp_path).save(tmp_path / "model")
     entries = entries_of(tmp_path / "model.zip")
     assert entries.keys() == {
@@ -193,7 +193,7 @@ def test_a_default_model_holds_no_pickle_but_torchs_own(tmp_path: Path) -> None:
         list(pickletools.genops(entries["data"]))
 
 
-def test_plain_values_stand_there_for_everyone_to_read(tmp_path: Path) -> None:
+def test_plain_values_are_readable(tmp_path: Path) -> None:
     make(clip_range="cos_0.3").save(tmp_path / "model")
     data = attributes_in(tmp_path / "model.zip")
     assert (data["clip_range"], data["n_steps"], data["policy_kwargs"]) == ("cos_0.3", 16, {"net_arch": [4]})
@@ -222,7 +222,7 @@ def test_plain_values_stand_there_for_everyone_to_read(tmp_path: Path) -> None:
     ],
     ids=repr,
 )
-def test_values_that_could_be_confused_or_are_rare(value: Any) -> None:
+def test_ambiguous_and_rare_values(value: Any) -> None:
     written = json.loads(json.dumps(codec.encoded({"key": value}), allow_nan=False))["key"]
     assert not (isinstance(written, dict) and ":serialized:" in written)
     found = codec.decoded(written)
@@ -245,12 +245,12 @@ def test_values_that_could_be_confused_or_are_rare(value: Any) -> None:
     ],
     ids=lambda value: str(type(value)),
 )
-def test_all_else_is_left_to_pickle_as_it_is(value: Any) -> None:
+def test_other_values_are_left_to_pickle(value: Any) -> None:
     assert codec.encoded({"key": value})["key"] is value
     assert codec.encoded({"key": [value]})["key"][0] is value
 
 
-def test_attributes_are_left_out_and_taken_in(tmp_path: Path) -> None:
+def test_attributes_are_excluded_and_included(tmp_path: Path) -> None:
     model = make(gamma=0.5)
     model.save(tmp_path / "without", exclude=["gamma"])
     assert "gamma" not in attributes_in(tmp_path / "without.zip")
@@ -260,7 +260,7 @@ def test_attributes_are_left_out_and_taken_in(tmp_path: Path) -> None:
     assert "policy" not in attributes_in(tmp_path / "never.zip")
 
 
-def test_a_checkpoint_is_of_the_same_form(tmp_path: Path) -> None:
+def test_a_checkpoint_has_the_same_form(tmp_path: Path) -> None:
     env = make_vec_env("CartPole-v1", 2)
     make(env).learn(32, callback=TrainingCheckpoint(32, tmp_path, on_signal=False))
     assert pickled_in(tmp_path / "checkpoint_32.zip") == set()
@@ -295,7 +295,7 @@ def test_sb3_takes_weights_and_numbers_from_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["checkpoints/checkpoint_32", "model"])
-def test_ppo_load_says_what_reads_the_file(name: str, tmp_path: Path) -> None:
+def test_ppo_load_warns_of_the_right_reader(name: str, tmp_path: Path) -> None:
     make().learn(32, callback=TrainingCheckpoint(32, tmp_path / "checkpoints", on_signal=False)).save(
         tmp_path / "model"
     )
@@ -312,7 +312,7 @@ def test_ppo_load_says_what_reads_the_file(name: str, tmp_path: Path) -> None:
     assert list(attributes_in(tmp_path / "again.zip")).count(codec.NOTE) == 1
 
 
-def test_a_pickle_in_the_place_of_the_note_is_not_read(tmp_path: Path) -> None:
+def test_a_pickle_instead_of_the_note_is_not_read(tmp_path: Path) -> None:
     make().save(tmp_path / "model")
     with_data(tmp_path / "model.zip", **{codec.NOTE: hostile.os_system(tmp_path / "mark")})
     ClipPPO.load(tmp_path / "model", device="cpu")
@@ -383,7 +383,7 @@ def test_json_that_names_what_is_not_on_the_list_is_refused(tree: Any, key: str,
 
 
 @pytest.mark.parametrize("tree", DAMAGED, ids=str)
-def test_json_that_is_damaged_says_so(tree: Any, model_path: Path) -> None:
+def test_damaged_json_is_an_error(tree: Any, model_path: Path) -> None:
     with_data(model_path, gamma=marked(tree))
     with pytest.raises(ValueError, match=r"`gamma` in .*model.zip could not be read: .*custom_objects=\{'gamma'"):
         ClipPPO.load(model_path, device="cpu")
@@ -456,7 +456,7 @@ def round_trip(tree: Any) -> Any:
     ],
     ids=repr,
 )
-def test_values_come_back_equal_and_of_the_same_type(value: Any) -> None:
+def test_values_are_equal_and_of_the_same_type(value: Any) -> None:
     found = round_trip(value)
     assert found == value
     assert type(found) is type(value)
@@ -464,13 +464,13 @@ def test_values_come_back_equal_and_of_the_same_type(value: Any) -> None:
     assert getattr(found, "maxlen", None) == getattr(value, "maxlen", None)
 
 
-def test_nan_and_the_sign_of_zero_come_back() -> None:
+def test_nan_and_the_sign_of_zero_are_kept() -> None:
     assert math.isnan(round_trip(math.nan))
     assert math.copysign(1.0, round_trip(-0.0)) == -1.0
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.uint8, np.int64, bool, "U5", ">f8"])
-def test_arrays_come_back_equal_to_the_last_bit(dtype: Any) -> None:
+def test_arrays_are_equal_to_the_last_bit(dtype: Any) -> None:
     array = np.arange(6).reshape(2, 3).T.astype(dtype)
     found = round_trip({"array": array, "scalar": np.array(1, dtype)})
     assert found["array"].dtype == array.dtype
@@ -478,7 +478,7 @@ def test_arrays_come_back_equal_to_the_last_bit(dtype: Any) -> None:
     assert found["scalar"].shape == ()
 
 
-def test_tensors_come_back_as_tensors() -> None:
+def test_tensors_stay_tensors() -> None:
     found = round_trip([th.get_rng_state(), th.zeros(2, 0), th.tensor(3.0)])
     assert all(isinstance(tensor, th.Tensor) for tensor in found)
     assert th.equal(found[0], th.get_rng_state())
@@ -486,7 +486,7 @@ def test_tensors_come_back_as_tensors() -> None:
     assert found[2].dtype == th.float32
 
 
-def test_frozen_trees_share_nothing_that_can_change() -> None:
+def test_frozen_trees_share_no_memory() -> None:
     rewards, array, tensor = [1.0], np.zeros(2), th.zeros(2)
     frozen = codec.frozen({"rewards": rewards, "nested": [[rewards]], "array": array, "tensor": tensor})
     rewards.append(2.0)
@@ -516,7 +516,7 @@ def test_other_objects_are_refused_by_name(value: Any, named: str) -> None:
     ],
     ids=["cut short", "no such array", "no such kind", "no archive", "too deep"],
 )
-def test_anything_else_is_an_error(text: bytes, archive: bytes, error: type[Exception]) -> None:
+def test_other_bytes_are_an_error(text: bytes, archive: bytes, error: type[Exception]) -> None:
     with pytest.raises(error):
         codec.from_bytes(text, archive)
 

@@ -115,13 +115,13 @@ class TestHostileModels:
         load(model_path)
         assert mark.exists()
 
-    def test_what_the_user_replaces_is_not_looked_at(self, model_path: Path, mark: Path) -> None:
+    def test_replaced_attributes_are_skipped(self, model_path: Path, mark: Path) -> None:
         raw = hostile.os_system(mark)
         with_data(model_path, learning_rate=raw, clip_range=raw, lr_schedule=raw)
         assert load(model_path, learning_rate=0.5, custom_objects={"clip_range": 0.25}).learning_rate == 0.5
         assert not mark.exists()
 
-    def test_the_message_says_what_to_do(self, model_path: Path, mark: Path) -> None:
+    def test_the_message_gives_advice(self, model_path: Path, mark: Path) -> None:
         with_data(model_path, clip_range=hostile.os_system(mark))
         with pytest.raises(UnsafeFileError) as caught:
             load(model_path)
@@ -164,13 +164,11 @@ class TestHostileModels:
         load(with_data(model_path, env=None))
 
     @pytest.mark.parametrize("key", ["predict", "_setup_model", "__class__"])
-    def test_no_attribute_takes_the_place_of_a_method(self, key: str, model_path: Path) -> None:
+    def test_no_attribute_replaces_a_method(self, key: str, model_path: Path) -> None:
         with pytest.raises(ValueError, match=f"`{key}` in .* must not be there: ClipPPO has a method"):
             load(with_data(model_path, **{key: 1}))
 
-    def test_the_bytes_that_are_checked_are_those_that_are_loaded(
-        self, model_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_the_checked_bytes_are_loaded(self, model_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def read_and_replace(path: Any) -> Any:
             file = read_model(path)
             with_data(model_path, learning_rate=hostile.os_system(mark))
@@ -322,7 +320,7 @@ class TestUsualModels:
         load(model_path).save(buffer)  # leaves the position at the end
         assert same_weights(load(buffer), load(model_path))
 
-    def test_the_suffix_may_be_left_out(self, model_path: Path) -> None:
+    def test_the_suffix_may_be_omitted(self, model_path: Path) -> None:
         assert same_weights(load(model_path.with_suffix("")), load(str(model_path.with_suffix(""))))
 
 
@@ -387,14 +385,14 @@ def outcome(content: bytes, expected: ClipPPO) -> str:
 
 
 class TestDamage:
-    def test_files_that_are_cut_short(self, saved: Path) -> None:
+    def test_truncated_files(self, saved: Path) -> None:
         content, expected = saved.read_bytes(), load(saved)
         lengths = np.linspace(0, len(content) - 1, 50).astype(int)
         messages = [outcome(content[:length], expected) for length in lengths]
         assert "wasn't a zip-file, but an empty file" in messages[0]
         assert all("cut short" in message for message in messages[1:])
 
-    def test_bytes_that_are_flipped(self, saved: Path) -> None:
+    def test_flipped_bytes(self, saved: Path) -> None:
         content, expected = saved.read_bytes(), load(saved)
         rng = np.random.default_rng(0)
         # Most of the file is weights; its list of entries is at the end.
@@ -434,7 +432,7 @@ class TestDamage:
         pack(model_path, entries)
         assert same_weights(load(model_path), expected)
 
-    def test_pickles_that_are_damaged(self, tmp_path: Path) -> None:
+    def test_damaged_pickles(self, tmp_path: Path) -> None:
         path, env = tmp_path / "vecnormalize.pkl", make_vec_env("CartPole-v1", 2)
         VecNormalize(env).save(str(path))
         content = path.read_bytes()
@@ -457,7 +455,7 @@ class TestForeignFiles:
     @pytest.mark.parametrize(
         "content", [b"", b"no zip at all", pickle.dumps([1]), b"PK\x03\x04", b"PK\x05\x06" + b"\0" * 18]
     )
-    def test_what_is_no_model(self, content: bytes, tmp_path: Path) -> None:
+    def test_other_files(self, content: bytes, tmp_path: Path) -> None:
         path = tmp_path / "model.zip"
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"model.zip (wasn't a zip-file|is damaged|must be what `save` wrote)"):
@@ -474,7 +472,7 @@ class TestForeignFiles:
             with pytest.raises(ValueError, match=f"must be what `save` wrote, but holds no {what}"):
                 load(pack(model_path, rest))
 
-    def test_a_folder_and_a_file_that_is_not_there(self, tmp_path: Path) -> None:
+    def test_a_folder_and_a_missing_file(self, tmp_path: Path) -> None:
         with pytest.raises(IsADirectoryError):
             load(tmp_path)
         with pytest.raises(FileNotFoundError, match="absent.zip"):
@@ -494,11 +492,11 @@ class TestForeignFiles:
         ],
         ids=lambda value: str(value)[:20],
     )
-    def test_data_that_is_none(self, data: bytes, match: str, model_path: Path) -> None:
+    def test_other_data(self, data: bytes, match: str, model_path: Path) -> None:
         with pytest.raises(ValueError, match=match):
             load(pack(model_path, {**entries_of(model_path), "data": data}))
 
-    def test_text_that_is_no_pickle(self, model_path: Path) -> None:
+    def test_text_instead_of_a_pickle(self, model_path: Path) -> None:
         for text in ("?", "", "gAVLAS4"):
             entries = entries_of(model_path)
             data = {**json.loads(entries["data"]), "gamma": {":serialized:": text}}
@@ -506,7 +504,7 @@ class TestForeignFiles:
                 load(pack(model_path, {**entries, "data": json.dumps(data).encode()}))
 
     @pytest.mark.parametrize("weights", [b"", b"x", b"PK\x03\x04", pickle.dumps([1])])
-    def test_weights_that_are_none(self, weights: bytes, model_path: Path) -> None:
+    def test_other_weights(self, weights: bytes, model_path: Path) -> None:
         model = load(model_path)
         pack(model_path, {**entries_of(model_path), "policy.pth": weights})
         with pytest.raises(ValueError, match=r"'policy.pth' in .* (could not be read|must hold)"):
@@ -515,7 +513,7 @@ class TestForeignFiles:
             model.set_parameters(model_path)
 
     @pytest.mark.parametrize("value", [3, {"a": 1}, spaces.Discrete(2)])
-    def test_pickles_that_are_no_statistics(self, value: Any, tmp_path: Path) -> None:
+    def test_other_pickles(self, value: Any, tmp_path: Path) -> None:
         path = tmp_path / "x.pkl"
         path.write_bytes(pickle.dumps(value))
         assert read_pickle(path) == value
@@ -524,7 +522,7 @@ class TestForeignFiles:
 
     @pytest.mark.parametrize("name", ["ret_rms", "obs_rms", "gamma", "clip_obs", "observation_space"])
     @pytest.mark.parametrize("change", ["absent", "text"])
-    def test_statistics_that_lack_something(self, name: str, change: str, tmp_path: Path) -> None:
+    def test_incomplete_statistics(self, name: str, change: str, tmp_path: Path) -> None:
         path, env = tmp_path / "x.pkl", make_vec_env("CartPole-v1")
         statistics = VecNormalize(env)
         delattr(statistics, name)
@@ -554,7 +552,7 @@ class TestBounds:
         with pytest.raises(ValueError, match=r"'policy.pth' in .* must not expand"):
             load(model_path)
 
-    def test_sizes_that_are_not_true(self, model_path: Path) -> None:
+    def test_false_sizes(self, model_path: Path) -> None:
         """No more bytes of an entry are read than its header states."""
         with zipfile.ZipFile(model_path, "w", compression=zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("data", b" " * 2**20)
@@ -579,7 +577,7 @@ class TestBounds:
             FastVecNormalize.load(model_path, make_vec_env("CartPole-v1"))
 
     @pytest.mark.parametrize("net_arch", [[100_000, 100_000], [1] * 5_000], ids=["wide", "deep"])
-    def test_networks_that_the_weights_do_not_fill(
+    def test_networks_larger_than_the_weights(
         self, model_path: Path, net_arch: list[int], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("sb3_clipvf.files.model.ROOM", 2**20)
@@ -590,7 +588,7 @@ class TestBounds:
         with pytest.raises(ValueError, match=r"The policy in .* must be no larger than its weights, got a network of"):
             load(model_path)
 
-    def test_networks_of_files_that_are_trusted_may_have_any_size(self, model_path: Path) -> None:
+    def test_networks_of_trusted_files_may_have_any_size(self, model_path: Path) -> None:
         model = ClipPPO.load(model_path, device="cpu", trust_pickle=True)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sb3_clipvf.files.model.ROOM", -(10**9))
@@ -679,7 +677,7 @@ def test_suffixes_folders_and_links(tmp_path: Path) -> None:
         assert ClipPPO.load(tmp_path / name, device="cpu").n_steps == 16
 
 
-def test_open_files_are_written_where_they_are(tmp_path: Path) -> None:
+def test_open_files_are_written_at_their_position(tmp_path: Path) -> None:
     model = ClipPPO("MlpPolicy", "CartPole-v1", policy_kwargs=NET, **SMALL)
     with (tmp_path / "file").open("wb") as file:
         file.write(b"before")

@@ -86,7 +86,7 @@ class TestWhatIsRebuilt:
             assert type(back) is type(value)
             assert getattr(back, "maxlen", None) == getattr(value, "maxlen", None)
 
-    def test_what_is_shared_stays_shared(self, rebuilt: Callable[[Any], Any]) -> None:
+    def test_shared_objects_stay_shared(self, rebuilt: Callable[[Any], Any]) -> None:
         shared = [1]
         first, second = rebuilt([shared, shared])
         assert first is second
@@ -156,7 +156,7 @@ class TestWhatIsRefused:
         assert policies.BasePolicy.__dict__ == before
 
     @pytest.mark.parametrize("make", hostile.RUNNING, ids=lambda make: make.__name__)
-    def test_they_would_run(self, make: Callable[[Path], bytes], tmp_path: Path) -> None:
+    def test_python_would_run_them(self, make: Callable[[Path], bytes], tmp_path: Path) -> None:
         mark = tmp_path / "mark"
         pickle.loads(make(mark))
         assert mark.exists()
@@ -267,17 +267,17 @@ class TestTrust:
         monkeypatch.delenv(TRUST_VARIABLE)
         assert not trust_of(None).everything
 
-    def test_other_values_of_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_other_values_of_the_variable(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(TRUST_VARIABLE, "yes")
         with pytest.raises(ValueError, match="`SB3_CLIPVF_TRUST_PICKLE` must be 0 or 1, got 'yes'"):
             trust_of(None)
 
     @pytest.mark.parametrize("value", ["Own", 1, 0.5, [1], ["Own"]])
-    def test_what_is_no_trust(self, value: Any) -> None:
+    def test_other_values_of_trust_pickle(self, value: Any) -> None:
         with pytest.raises(TypeError, match="`trust_pickle` must"):
             trust_of(value)
 
-    def test_what_a_file_brings_itself_cannot_be_named(self) -> None:
+    def test_code_of_the_file_cannot_be_named(self) -> None:
         class Local:
             pass
 

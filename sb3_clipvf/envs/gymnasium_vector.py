@@ -140,7 +140,7 @@ class SeparateVecEnv(GymnasiumVecEnv):
                 "`shared_memory` must be True for an AsyncVectorEnv in NEXT_STEP mode, got False, with which it "
                 f"resets rows twice. {_MODE_HINT}, or with shared memory."
             )
-        self._keeps_statistics = not all(core.call("has_wrapper_attr", "episode_returns"))
+        self._adds_statistics = not all(core.call("has_wrapper_attr", "episode_returns"))
 
     def _seed_argument(self, seeds: list[int]) -> Any:
         return seeds

@@ -66,7 +66,7 @@ class BatchedVecEnv(VecEnv):
         self.env = env
         self.clip_rewards = clip_rewards
         self.statistics = EpisodeStatistics(n_envs)
-        self._keeps_statistics = True
+        self._adds_statistics = True
         self._writer: ResultsWriter | None = None
         self._actions: Any = None
         self._was_reset = False
@@ -138,7 +138,7 @@ class BatchedVecEnv(VecEnv):
                 continue
             episode = self.statistics.finish(index)
             # A wrapper inside saw the rewards before others changed them, so its statistics are kept.
-            if self._keeps_statistics and not are_statistics(info.get("episode")):
+            if self._adds_statistics and not are_statistics(info.get("episode")):
                 info["episode"] = episode
             if self._writer is not None and are_statistics(info.get("episode")):
                 self._writer.write_row({key: info["episode"][key] for key in ("r", "l", "t")})
