@@ -13,7 +13,7 @@ from gymnasium.wrappers import TimeLimit
 from sb3_clipvf.zoo import main
 from sb3_clipvf.zoo.entries import ZOO_KEYS
 from sb3_clipvf.zoo.models import has_model
-from sb3_clipvf.zoo.runs import choose_run
+from sb3_clipvf.zoo.run_folders import choose_run
 
 RUN = Path("logs") / "clipppo" / "Pendulum-v1_1"
 SETTINGS: dict[str, Any] = {

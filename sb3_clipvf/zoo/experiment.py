@@ -33,7 +33,7 @@ from sb3_clipvf.zoo.defaults import ALGORITHM, hyperparams_path
 from sb3_clipvf.zoo.entries import counted, drop_null
 from sb3_clipvf.zoo.models import find_statistics, load_normalizer
 from sb3_clipvf.zoo.resume import ResumedRun
-from sb3_clipvf.zoo.runs import CHECKPOINTS
+from sb3_clipvf.zoo.run_folders import CHECKPOINTS
 from sb3_clipvf.zoo.settings import check_hyperparams, check_saved, readable_config
 from sb3_clipvf.zoo.terminal import WholeProgressBar, timed_tables
 from sb3_clipvf.zoo.tuning import CheckedSearch

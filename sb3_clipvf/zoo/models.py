@@ -28,7 +28,7 @@ from sb3_clipvf.zoo.defaults import ALGORITHM
 from sb3_clipvf.zoo.entries import counted, drop_null
 from sb3_clipvf.zoo.patching import patched
 from sb3_clipvf.zoo.run_files import read_settings
-from sb3_clipvf.zoo.runs import CHECKPOINTS, choose_run
+from sb3_clipvf.zoo.run_folders import CHECKPOINTS, choose_run
 from sb3_clipvf.zoo.settings import import_packages
 
 _MID_TRAINING = re.compile(rf"rl_model_\d+_steps\.zip|{re.escape(BEST_MODEL)}")

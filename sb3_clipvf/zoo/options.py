@@ -18,7 +18,7 @@ from sb3_clipvf.zoo.parsing import add_trust_option, next_parser, option_name, w
 from sb3_clipvf.zoo.plot_checks import check_all_plots, check_plot_from_file, check_plot_train
 from sb3_clipvf.zoo.process import has_display
 from sb3_clipvf.zoo.resume import resumed_run
-from sb3_clipvf.zoo.runs import RunId
+from sb3_clipvf.zoo.run_folders import RunId
 from sb3_clipvf.zoo.settings import import_packages
 from sb3_clipvf.zoo.vec_env import VEC_ENVS
 

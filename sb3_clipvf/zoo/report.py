@@ -17,11 +17,11 @@ import numpy as np
 from sb3_clipvf.common.validation import check_device, check_int
 from sb3_clipvf.zoo.parsing import option_name
 from sb3_clipvf.zoo.process import has_display, patched_environment
+from sb3_clipvf.zoo.run_folders import RunId
 from sb3_clipvf.zoo.runs import (
     EVALUATION_SEED,
     Evaluation,
     Run,
-    RunId,
     TrainingCurve,
     evaluate_run,
     find_run,
@@ -29,7 +29,6 @@ from sb3_clipvf.zoo.runs import (
     make_env,
     read_arguments,
     read_training_curve,
-    saved_timesteps,
 )
 
 if TYPE_CHECKING:
@@ -312,6 +311,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout.write(f"{run.env_id}, {run.algo}, {run.folder}: {args.episodes} episodes ...\n")
     sys.stdout.flush()  # the evaluation may take long
     evaluation = evaluate_run(run, args.episodes, args.n_envs, args.seed, args.deterministic, args.device)
+    from sb3_clipvf.zoo.run_files import saved_timesteps  # imports torch
+
     total = saved_timesteps(run.folder / f"{run.settings_folder.name}.zip")
     curve = read_training_curve(run.folder, total if total > 0 else None, evaluation.started)
     _print_numbers(curve, evaluation, total)

@@ -10,7 +10,7 @@ from typing import Any
 from sb3_clipvf.zoo.defaults import ALGORITHM
 from sb3_clipvf.zoo.entries import ZOO_KEYS, drop_null
 from sb3_clipvf.zoo.parsing import option_name, strict
-from sb3_clipvf.zoo.runs import CHECKPOINTS, saved_timesteps
+from sb3_clipvf.zoo.run_folders import CHECKPOINTS
 
 _KEPT: dict[str, type] = {
     "algo": str,
@@ -62,7 +62,7 @@ def resumed_run(path: str, options: Sequence[str]) -> tuple[ResumedRun, list[str
     """
     from sb3_clipvf.checkpoint import newest_checkpoint, read_checkpoint
     from sb3_clipvf.checkpoint.file import sorted_checkpoints
-    from sb3_clipvf.zoo.run_files import check_no_code, read_settings
+    from sb3_clipvf.zoo.run_files import check_no_code, read_settings, saved_timesteps
 
     place = Path(os.path.abspath(path))
     if not path or not place.exists():

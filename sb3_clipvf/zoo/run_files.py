@@ -95,6 +95,14 @@ def check_no_code(path: str | os.PathLike[str], settings: dict[str, Any]) -> Non
             _check_class(key, named)
 
 
+def saved_timesteps(path: Path) -> int:
+    """Return the environment steps that a saved model was trained for; -1 if there is no undamaged file."""
+    try:
+        return int((read_model(path).data or {})["num_timesteps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
+
+
 def lies_beside(source: str | os.PathLike[str], config: str) -> bool:
     """
     Return whether the settings in ``--conf-file`` lie among the runs, so that they may have come with the run.

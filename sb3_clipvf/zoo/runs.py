@@ -7,11 +7,7 @@ import csv
 import io
 import json
 import os
-import re
 import shlex
-import sys
-from argparse import ArgumentTypeError
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,18 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sb3_clipvf.common.validation import check_int
+from sb3_clipvf.zoo.run_folders import CHECKPOINTS, choose_run
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
     from stable_baselines3.common.vec_env import VecEnv
 
-CHECKPOINTS = "checkpoints"
-"""Folder of a run's checkpoints, inside the run's folder."""
-
 EVALUATION_SEED = 10_000
 """Seed of evaluations: training seeds are small numbers, and evaluations must not see their starts."""
-
-_UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
 
 @dataclass(frozen=True)
@@ -115,32 +107,6 @@ class TrainingCurve:
         return float(self.steps[-1] / self.seconds[-1]) if self.training_seconds else None
 
 
-class RunId(int):
-    """Number of a run; its text includes what ``-uuid`` added to the folder, so that the RL Zoo finds the folder."""
-
-    unique: str
-
-    def __new__(cls, number: int, unique: str = "") -> RunId:
-        """Create the number; ``unique`` is what ``-uuid`` added, or ""."""
-        run_id = super().__new__(cls, number)
-        run_id.unique = unique
-        return run_id
-
-    def __str__(self) -> str:
-        return f"{int(self)}_{self.unique}" if self.unique else str(int(self))
-
-    def __format__(self, spec: str) -> str:
-        return format(str(self), spec)
-
-    @classmethod
-    def parse(cls, text: str) -> RunId:
-        """Read ``--exp-id``: a number, or a number with what ``-uuid`` added."""
-        match = re.fullmatch(rf"(-?\d+)(?:_({_UUID}))?", text)
-        if match is None:
-            raise ArgumentTypeError(f"must be the number of a run, or <number>_<uuid>, got {text!r}")
-        return cls(int(match[1]), match[2] or "")
-
-
 def register_all() -> None:
     """Register ``clipppo`` with the Zoo, and the environments of optional packages with Gymnasium."""
     import rl_zoo3.import_envs  # noqa: F401
@@ -189,30 +155,6 @@ def find_run(
     else:
         way_out = f"Its training did not end. Train again with {train}"
     raise ValueError(f"{folder} must hold {model}, but does not. {way_out}")
-
-
-def choose_run(parent: Path, env_name: str, exp_id: int, has_model: Callable[[Path], bool]) -> int:
-    """
-    Return the number of the run to take in the algorithm's folder, and print it if it is not the newest run.
-
-    For an ``exp_id`` of 0, or one that several runs of ``-uuid`` share, this is the newest of these runs with the model
-    asked for, or the newest if none has it. Otherwise it is ``exp_id``.
-    """
-    is_exact = isinstance(exp_id, RunId) and exp_id.unique
-    if is_exact or exp_id < 0 or (exp_id > 0 and (parent / f"{env_name}_{exp_id}").is_dir()):
-        return exp_id
-    # RunIds are equal where their numbers are.
-    found = [(run_id, parent / f"{env_name}_{run_id}") for run_id in _run_ids(parent, env_name)]
-    found = [(run_id, folder) for run_id, folder in found if exp_id in (0, run_id)]
-    if not found:
-        return exp_id
-    newest = found[0][1]
-    chosen, folder = next((pair for pair in found if has_model(pair[1])), found[0])
-    if folder != newest:
-        sys.stdout.write(f"{newest} does not hold the model: taking that of {folder}\n")
-    elif exp_id > 0 and len(found) > 1:
-        sys.stdout.write(f"{len(found)} runs have the number {exp_id}: taking {folder}\n")
-    return chosen
 
 
 def read_hyperparams(run: Run) -> dict[str, Any]:
@@ -375,36 +317,12 @@ def read_training_curve(
     return TrainingCurve(steps, returns, seconds)
 
 
-def saved_timesteps(path: Path) -> int:
-    """Return the environment steps that a saved model was trained for; -1 if there is no undamaged file."""
-    from sb3_clipvf.files.model import read_model
-
-    try:
-        return int((read_model(path).data or {})["num_timesteps"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return -1
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     from sb3_clipvf.zoo.run_files import read_settings
 
     return read_settings(path)
-
-
-def _run_ids(parent: Path, env_name: str) -> list[RunId]:
-    """Return the numbers of an environment's runs, newest first."""
-    pattern = re.compile(rf"{re.escape(env_name)}_(\d+)(?:_({_UUID}))?")
-    found = []
-    for folder in parent.glob(f"{env_name}_*"):
-        match = pattern.fullmatch(folder.name)
-        if match is not None and folder.is_dir():
-            # Later commands write into the run's folder, but not into its settings.
-            settings = folder / env_name / "args.yml"
-            started = (settings if settings.exists() else folder).stat().st_mtime
-            found.append((int(match[1]), started, match[2] or ""))
-    return [RunId(number, unique) for number, _, unique in sorted(found, reverse=True)]
 
 
 def _start_of_training(model: BaseAlgorithm) -> float | None:
