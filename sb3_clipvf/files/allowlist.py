@@ -90,57 +90,44 @@ def restore(instance: Any, state: Any) -> None:
 
 _BIT_GENERATORS = ("PCG64", "PCG64DXSM")  # Gymnasium's spaces have the first
 
+
+def _names(module: str, names: str) -> frozenset[str]:
+    return frozenset(f"{module}.{name}" for name in names.split())
+
+
 # Classes whose objects a file may hold.
-_RESTORED = frozenset(
-    {
-        *(f"gymnasium.spaces.{name}" for name in "box.Box dict.Dict discrete.Discrete tuple.Tuple".split()),
-        *(f"gymnasium.spaces.multi_{name}" for name in "binary.MultiBinary discrete.MultiDiscrete".split()),
-        *(f"sb3_clipvf.schedules.{name}Schedule" for name in "Constant Linear Cosine Exponential Clamped".split()),
-        "sb3_clipvf.envs.normalize.FastVecNormalize",
-        *(f"sb3_clipvf.schedules.{name}" for name in ("AdaptiveKL", "KLAdaptiveLR")),
-        "rl_zoo3.utils.SimpleLinearSchedule",
-        *(f"stable_baselines3.common.buffers.{name}ReplayBuffer" for name in ("", "Dict")),
-        *(
-            f"stable_baselines3.common.noise.{name}ActionNoise"
-            for name in "Normal OrnsteinUhlenbeck Vectorized".split()
-        ),
-        "stable_baselines3.common.running_mean_std.RunningMeanStd",
-        *(f"stable_baselines3.common.utils.{name}Schedule" for name in ("Constant", "Float", "Linear")),
-        "stable_baselines3.common.vec_env.vec_normalize.VecNormalize",
-    }
+_RESTORED = (
+    _names("gymnasium.spaces", "box.Box dict.Dict discrete.Discrete tuple.Tuple")
+    | _names("gymnasium.spaces", "multi_binary.MultiBinary multi_discrete.MultiDiscrete")
+    | _names("rl_zoo3.utils", "SimpleLinearSchedule")
+    | _names("sb3_clipvf.envs.normalize", "FastVecNormalize")
+    | _names("sb3_clipvf.schedules", "AdaptiveKL KLAdaptiveLR ClampedSchedule ConstantSchedule CosineSchedule")
+    | _names("sb3_clipvf.schedules", "ExponentialSchedule LinearSchedule")
+    | _names("stable_baselines3.common.buffers", "DictReplayBuffer ReplayBuffer")
+    | _names("stable_baselines3.common.noise", "NormalActionNoise OrnsteinUhlenbeckActionNoise VectorizedActionNoise")
+    | _names("stable_baselines3.common.running_mean_std", "RunningMeanStd")
+    | _names("stable_baselines3.common.utils", "ConstantSchedule FloatSchedule LinearSchedule")
+    | _names("stable_baselines3.common.vec_env.vec_normalize", "VecNormalize")
 )
 
 # Classes that a file may name, without objects of them.
-_NAMED = frozenset(
-    {
-        *(f"builtins.{name}" for name in "bool bytes dict float int list str tuple".split()),
-        *(f"numpy.{name}" for name in "ndarray bool bool_ float16 float32 float64".split()),
-        *(f"numpy.{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
-        *(f"numpy.random._pcg64.{name}" for name in _BIT_GENERATORS),
-        "numpy.random.bit_generator.SeedSequence",
-        *(f"torch.{name}" for name in "bfloat16 bool float16 float32 float64 int8 int16 int32 int64 uint8".split()),
-        "torch.nn.modules.linear.Identity",
-    }
+_NAMED = (
+    _names("builtins", "bool bytes dict float int list str tuple")
+    | _names("numpy", "ndarray bool bool_ float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64")
+    | _names("numpy.random", "_pcg64.PCG64 _pcg64.PCG64DXSM bit_generator.SeedSequence")
+    | _names("torch", "bfloat16 bool float16 float32 float64 int8 int16 int32 int64 uint8")
+    | _names("torch.nn.modules.linear", "Identity")
 )
 
 # Modules that define only policies, features extractors, buffers, activations and optimizers.
-_MODULES_OF_NAMED = frozenset(
-    {
-        "sb3_clipvf.policies",
-        "sb3_clipvf.rollout",
-        *(f"sb3_contrib.{name}.policies" for name in "ars crossq qrdqn tqc".split()),
-        *(
-            f"sb3_contrib.common.{kind}.{name}"
-            for kind in ("maskable", "recurrent")
-            for name in ("buffers", "policies")
-        ),
-        *(f"stable_baselines3.{name}.policies" for name in "common dqn sac td3".split()),
-        *(f"stable_baselines3.common.{name}" for name in "buffers sb2_compat.rmsprop_tf_like torch_layers".split()),
-        "stable_baselines3.her.her_replay_buffer",
-        "torch.nn.modules.activation",
-        *(f"torch.optim.{name}" for name in "adadelta adagrad adam adamax adamw asgd lbfgs nadam radam".split()),
-        *(f"torch.optim.{name}" for name in "rmsprop rprop sgd sparse_adam".split()),
-    }
+_MODULES_OF_NAMED = (
+    _names("sb3_clipvf", "policies rollout")
+    | _names("sb3_contrib", "ars.policies crossq.policies qrdqn.policies tqc.policies")
+    | _names("sb3_contrib.common", "maskable.buffers maskable.policies recurrent.buffers recurrent.policies")
+    | _names("stable_baselines3", "dqn.policies her.her_replay_buffer sac.policies td3.policies")
+    | _names("stable_baselines3.common", "buffers policies sb2_compat.rmsprop_tf_like torch_layers")
+    | _names("torch.nn.modules", "activation")
+    | _names("torch.optim", "adadelta adagrad adam adamax adamw asgd lbfgs nadam radam rmsprop rprop sgd sparse_adam")
 )
 
 

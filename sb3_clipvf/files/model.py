@@ -107,8 +107,6 @@ def read_model(path: ModelPath, *, needs_data: bool = True) -> ModelFile:
 
     :param path: File, with or without ".zip", or an open binary file, whose position stays.
     :param needs_data: Whether it must hold the model's attributes, not only weights.
-    :return: The file.
-    :raises FileNotFoundError: If there is none.
     :raises UnsafeFileError: If its weights hold more than tensors.
     :raises ValueError: If it is no model, damaged, or too large for the memory.
     """

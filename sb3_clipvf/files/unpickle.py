@@ -84,8 +84,8 @@ class _Machine:
             elif name in _TUPLES:
                 items = [self._stack.pop() for _ in range(_TUPLES[name])]
                 self._stack.append(tuple(reversed(items)))
-            elif hasattr(self, f"_op_{name.lower()}"):
-                getattr(self, f"_op_{name.lower()}")(argument)
+            elif operation := getattr(self, f"_op_{name.lower()}", None):
+                operation(argument)
             else:
                 raise NotAllowedError(f"the pickle instruction {name}")
         raise EOFError("the pickle has no end")
@@ -119,8 +119,6 @@ class _Machine:
     def _op_pop(self, _: Any) -> None:
         self._stack.pop()
 
-    # ------------------------------------------------------------------ containers
-
     def _op_tuple(self, _: Any) -> None:
         items = self._since_mark()
         self._stack.append(tuple(items))
@@ -153,8 +151,6 @@ class _Machine:
     def _op_additems(self, _: Any) -> None:
         items = self._since_mark()
         _check_type(self._stack[-1], (set,), "adding items").update(map(_checked_key, items))
-
-    # ------------------------------------------------------------------ classes, functions, objects
 
     def _op_global(self, argument: str) -> None:
         # pickletools joins the two lines by a space.
