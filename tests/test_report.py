@@ -124,7 +124,7 @@ def test_figure_holds_the_numbers_with_names_and_units(run: Run, tmp_path: Path,
     mean = lines["mean of the last 100 of them"]
     np.testing.assert_allclose(mean.get_xdata(), [400, 800])
     np.testing.assert_allclose(mean.get_ydata(), [2, 4])
-    evaluations = lines["evaluations while training,\n2 episodes each (band: one std)"]
+    evaluations = lines["evaluations during training,\n2 episodes each (band: one std)"]
     np.testing.assert_allclose(evaluations.get_xdata(), [500, 1000])
     np.testing.assert_allclose(evaluations.get_ydata(), [2, 10])
     np.testing.assert_allclose(axes.collections[0].get_offsets(), [(400, 1), (400, 3), (800, 4), (800, 8)])

@@ -309,7 +309,7 @@ def test_a_run_that_was_killed_while_it_saved_its_model_saves_it(whole: Path, ru
 
 def test_a_complete_run_can_be_extended(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert resume(run, "-n", "1.344e3", "--verbose", "1") == 0
-    assert "It ends at step 1344 now; schedules end at 1280, as before" in capsys.readouterr().out
+    assert "The run now ends at step 1344; schedules still end at step 1280" in capsys.readouterr().out
     model = ClipPPO.load(run / "CartPole-v1.zip", device="cpu")
     assert model.num_timesteps == 1344
     assert model.policy.optimizer.param_groups[0]["lr"] == 0.0

@@ -240,7 +240,7 @@ class ClipPPOExperimentManager(CheckedSearch):
         schedules_end = model._schedule_timesteps
         if run.total_timesteps != schedules_end and self.verbose > 0:
             sys.stdout.write(
-                f"It ends at step {run.total_timesteps} now; schedules end at {schedules_end}, as before\n"
+                f"The run now ends at step {run.total_timesteps}; schedules still end at step {schedules_end}\n"
             )
         return model
 

@@ -113,7 +113,7 @@ def _draw_evaluations(axes: Axes, path: Path) -> None:
     with np.load(path) as data:
         steps, results = data["timesteps"], data["results"]
     mean, std = np.nanmean(results, axis=1), np.nanstd(results, axis=1)
-    label = f"evaluations while training,\n{results.shape[1]} episodes each (band: one std)"
+    label = f"evaluations during training,\n{results.shape[1]} episodes each (band: one std)"
     axes.plot(steps, mean, marker="o", markersize=4, color="tab:orange", label=label)
     axes.fill_between(steps, mean - std, mean + std, color="tab:orange", alpha=0.2, linewidth=0)
 
@@ -273,19 +273,21 @@ def _parser() -> argparse.ArgumentParser:
         "--exp-id", type=RunId.parse, default=0, help="number of the run (default: 0, the newest with a model)"
     )
     parser.add_argument(
-        "--load-best", action="store_true", help="take best_model.zip of the evaluations while training"
+        "--load-best", action="store_true", help="take best_model.zip of the evaluations during training"
     )
     parser.add_argument("--episodes", type=int, default=20, help="number of episodes (default: %(default)s)")
-    parser.add_argument("--n-envs", type=int, default=8, help="environments side by side (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=EVALUATION_SEED, help="of the environments (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="where the policy runs (default: %(default)s)")
+    parser.add_argument("--n-envs", type=int, default=8, help="environments that step together (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=EVALUATION_SEED, help="seed of the environments (default: %(default)s)"
+    )
+    parser.add_argument("--device", default="auto", help="PyTorch device of the policy (default: %(default)s)")
     parser.add_argument("--no-video", action="store_true", help="do not record a video")
     actions = parser.add_mutually_exclusive_group()
     actions.add_argument(
         "--deterministic",
         action="store_true",
         default=None,
-        help="take the most probable actions (default, but for Atari and MiniGrid)",
+        help="take the most probable actions (the default except for Atari and MiniGrid)",
     )
     actions.add_argument(
         "--stochastic", action="store_false", dest="deterministic", default=None, help="sample the actions"

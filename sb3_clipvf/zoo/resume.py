@@ -68,7 +68,7 @@ def resumed_run(path: str, options: Sequence[str]) -> tuple[ResumedRun, list[str
     if not path or not place.exists():
         raise FileNotFoundError(
             f"`--resume` must be the folder of a run or one of its checkpoints, got {path!r}, which does not exist. "
-            f"Runs are in logs/{ALGORITHM}, if `-f` named no other folder."
+            f"Runs are in logs/{ALGORITHM}, unless `-f` named another folder."
         )
     inner = place if place.is_dir() else place.parent
     folder = inner.parent if inner.name == CHECKPOINTS else inner

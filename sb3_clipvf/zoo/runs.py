@@ -149,7 +149,7 @@ def find_run(
     if (folder / model).is_file():
         return Run(algo, env_id, folder, folder / model)
     if load_best and (folder / f"{name}.zip").is_file():
-        way_out = "It was trained without evaluations: leave out `--load-best`."
+        way_out = "It was trained without evaluations. Leave out `--load-best`."
     elif any(folder.glob(f"{CHECKPOINTS}/checkpoint_*.zip")):
         way_out = f"Its training did not end: `sb3-clipvf train --resume {shlex.quote(str(folder))}` resumes it."
     else:

@@ -173,8 +173,8 @@ def _atari_options(name: str, settings: EnvSettings) -> tuple[dict[str, Any], bo
     if [wrapper for wrapper, _ in settings.wrappers] != [_ATARI_WRAPPER]:
         names = ", ".join(wrapper for wrapper, _ in settings.wrappers) or "none"
         raise ValueError(
-            f"`env_wrapper` must be {_ATARI_WRAPPER} alone for Atari games with `--vec-env {name}`, got {names}: that "
-            "preprocessing is built in, and no other. Train with `--vec-env gymnasium`."
+            f"`env_wrapper` must be {_ATARI_WRAPPER} alone for Atari games with `--vec-env {name}`, got {names}: only "
+            "that preprocessing is built in. Train with `--vec-env gymnasium`."
         )
     if spec.get("frameskip") != 1:
         raise ValueError(
@@ -183,8 +183,8 @@ def _atari_options(name: str, settings: EnvSettings) -> tuple[dict[str, Any], bo
         )
     if settings.normalize:
         raise ValueError(
-            f"`normalize` must not be set for Atari games with `--vec-env {name}`, got it: it would see stacked "
-            "observations, and single ones in the evaluation. Train with `--vec-env gymnasium`."
+            f"`normalize` must not be set for Atari games with `--vec-env {name}`, got it: training would "
+            "normalise stacked observations, and evaluation single ones. Train with `--vec-env gymnasium`."
         )
     wrapper = {
         "noop_max": 30,
