@@ -133,13 +133,10 @@ def test_each_patch_is_still_needed(key: str, tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("key", PATCHES)
 def test_each_patch_is_undone(key: str) -> None:
+    patch = PATCHES[key]
+
     def values() -> list[Any]:
-        found = []
-        for owner in PATCHES[key].owners:
-            module, _, attribute = owner.partition(":")
-            place = importlib.import_module(module)
-            found.append(vars(getattr(place, attribute) if attribute else place).get(PATCHES[key].name))
-        return found
+        return [vars(owner).get(patch.name) for owner in patch.owners]
 
     before = values()
     assert (None in before) == (key == "hub_metadata")

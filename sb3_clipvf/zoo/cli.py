@@ -71,23 +71,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def overview() -> str:
     """Return the text of ``--help``."""
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        (
-            f"usage: {PROGRAM} <sub-command> [options]",
-            "",
-            "Train and use ClipPPO with the RL Zoo: its own sub-commands, where the algorithm is clipppo unless --algo",
-            "names another. Options of a sub-command: `sb3-clipvf <sub-command> --help`.",
-            "",
-            *lines,
-            "",
-            "First steps:",
-            "  sb3-clipvf train --env CartPole-v1 -P",
-            "  sb3-clipvf report --env CartPole-v1",
-            "  sb3-clipvf train --env CartPole-v1 -params clip_range:None kl_coef:1.0 adaptive_kl_target:0.01",
-            "",
-        )
-    )
+    commands = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+    return f"""\
+usage: {PROGRAM} <sub-command> [options]
+
+Train and use ClipPPO with the RL Zoo: its own sub-commands, where the algorithm is clipppo unless --algo
+names another. Options of a sub-command: `{PROGRAM} <sub-command> --help`.
+
+{commands}
+
+First steps:
+  {PROGRAM} train --env CartPole-v1 -P
+  {PROGRAM} report --env CartPole-v1
+  {PROGRAM} train --env CartPole-v1 -params clip_range:None kl_coef:1.0 adaptive_kl_target:0.01
+"""
 
 
 def run_command(name: str, options: Sequence[str]) -> int:
@@ -128,7 +125,7 @@ def _enter_contexts(stack: ExitStack, name: str, command: Command) -> None:
         # MuJoCo fails at import where EGL is chosen and missing: choose it only where environments are drawn.
         drivers = {"MPLBACKEND": "Agg"} | ({"MUJOCO_GL": "egl"} if command.renders else {})
         stack.enter_context(patched_environment(drivers))
-        if command.plots:
+        if command.target.startswith("rl_zoo3.plots:"):
             stack.enter_context(figures_to_files(name))
     register()
     # These import torch, as `register` does.
@@ -141,7 +138,7 @@ def _enter_contexts(stack: ExitStack, name: str, command: Command) -> None:
     stack.enter_context(checked_files(plots=name == "plot_from_file"))
     if command.finds_model or name == "benchmark":
         stack.enter_context(own_models())
-    if command.encodes:
+    if command.renders:
         stack.enter_context(ffmpeg_on_path())
     if name == "benchmark":
         stack.enter_context(explained_listing())

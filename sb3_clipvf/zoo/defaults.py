@@ -14,59 +14,36 @@ _OF_RUNS = {"algo": ALGORITHM, "folder": "logs"}
 
 @dataclass(frozen=True)
 class Command:
-    """
-    One sub-command.
+    """One sub-command."""
 
-    :param summary: One line for the overview.
-    :param target: ``module:function``, or the name of a module that runs as a script.
-    :param defaults: Values of options, by the names under which they are parsed, where the user gives none.
-    :param required: Options without which the Zoo's script fails with an error that does not name them.
-    :param plots: Whether it shows figures.
-    :param renders: Whether it draws environments off-screen.
-    :param encodes: Whether it starts the program ``ffmpeg``.
-    :param loads: Whether it reads files that could run code, so that it takes ``--trust-pickle``.
-    :param finds_model: Whether the Zoo looks for the model of one run.
-    """
-
-    summary: str
-    target: str
-    defaults: dict[str, Any] = field(default_factory=dict)
-    required: str | None = None
-    plots: bool = False
-    renders: bool = False
-    encodes: bool = False
-    loads: bool = False
-    finds_model: bool = False
+    summary: str  # one line for the overview
+    target: str  # `module:function`, or a module that runs as a script
+    defaults: dict[str, Any] = field(default_factory=dict)  # values by the names under which options are parsed
+    required: str | None = None  # option without which the Zoo fails with an error that does not name it
+    renders: bool = False  # whether it draws environments off-screen, for a video
+    loads: bool = False  # whether it reads files that could run code, so that it takes `--trust-pickle`
+    finds_model: bool = False  # whether the Zoo looks for the model of one run
 
 
 COMMANDS: dict[str, Command] = {
     "train": Command(
-        "train an agent; with -optimize, search hyperparameters",
-        "rl_zoo3.train:train",
-        {"algo": ALGORITHM},
-        loads=True,
+        "train an agent; with -optimize, search hyperparameters", "rl_zoo3.train:train", {"algo": ALGORITHM}, loads=True
     ),
     "enjoy": Command("run a trained agent and show it", "rl_zoo3.enjoy:enjoy", _OF_RUNS, loads=True, finds_model=True),
     "report": Command(
-        "evaluate a run, plot its learning curve, record a video",
-        "sb3_clipvf.zoo.report:main",
-        loads=True,
+        "evaluate a run, plot its learning curve, record a video", "sb3_clipvf.zoo.report:main", loads=True
     ),
     "plot_train": Command(
-        "plot training returns of runs",
-        "rl_zoo3.plots:plot_train",
-        {"algo": ALGORITHM, "exp_folder": "logs"},
-        plots=True,
+        "plot training returns of runs", "rl_zoo3.plots:plot_train", {"algo": ALGORITHM, "exp_folder": "logs"}
     ),
     "all_plots": Command(
         "plot evaluations of many runs and print a table",
         "rl_zoo3.plots:all_plots",
         {"algos": [ALGORITHM], "exp_folders": ["logs"]},
         required="env",
-        plots=True,
     ),
     "plot_from_file": Command(
-        "plot what all_plots -o saved", "rl_zoo3.plots:plot_from_file", required="input", plots=True, loads=True
+        "plot what all_plots -o saved", "rl_zoo3.plots:plot_from_file", required="input", loads=True
     ),
     "record_video": Command(
         "record a video of a trained agent",
@@ -81,7 +58,6 @@ COMMANDS: dict[str, Command] = {
         "rl_zoo3.record_training",
         _OF_RUNS,
         renders=True,
-        encodes=True,
         loads=True,
         finds_model=True,
     ),
@@ -93,7 +69,6 @@ COMMANDS: dict[str, Command] = {
         "rl_zoo3.push_to_hub",
         _OF_RUNS,
         renders=True,
-        encodes=True,
         loads=True,
         finds_model=True,
     ),

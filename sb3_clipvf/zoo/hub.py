@@ -20,17 +20,12 @@ def own_model_card() -> Iterator[None]:
     push_to_hub = importlib.import_module("huggingface_sb3.push_to_hub")
     save = repocard.metadata_save
 
-    def generate_metadata(*args: Any) -> dict[str, Any]:
-        metadata: dict[str, Any] = push_to_hub._generate_metadata(*args).to_dict()
-        return metadata
-
     def metadata_save(local_path: str | Path, data: dict[str, Any]) -> None:
         card = Path(local_path)
         card.write_text(own_commands(card.read_text(encoding="utf-8")), encoding="utf-8")
         save(local_path, data)
 
-    missing = {} if hasattr(push_to_hub, "generate_metadata") else {"hub_metadata": generate_metadata}
-    with patched(hub_card=metadata_save, **missing):
+    with patched(hub_card=metadata_save, hub_metadata=lambda *args: push_to_hub._generate_metadata(*args).to_dict()):
         yield
 
 

@@ -3,7 +3,7 @@
 import re
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,7 @@ from sb3_clipvf.zoo.vec_env import VEC_ENVS
 CHECKPOINT_FREQ = 100_000
 """Environment steps between two checkpoints by default."""
 
-_COUNTED = {
-    "episode_window": "episodes",
-    "eval_episodes": "episodes",
-    "max_total_trials": "trials",
-    "n_envs": "environments",
-    "n_eval_envs": "environments",
-    "n_evaluations": "evaluations",
-    "n_jobs": "threads",
-    "n_trials": "trials",
-}
+_COUNTS = "episode_window eval_episodes max_total_trials n_envs n_eval_envs n_evaluations n_jobs n_trials".split()
 _FOLDERS = ("benchmark_dir", "log_folder", "optimization_log_path", "output_folder", "reward_log", "tensorboard_log")
 _LARGEST_SEED = 2**32 - 1
 
@@ -130,18 +121,12 @@ class StorePairs(utils.StoreDict):
     """
 
     def __call__(
-        self,
-        parser: ArgumentParser,
-        namespace: Namespace,
-        values: Sequence[str] | str | None,
-        option_string: str | None = None,
+        self, parser: ArgumentParser, namespace: Namespace, values: Any, option_string: str | None = None
     ) -> None:
-        """Store the pairs."""
-        pairs = dict(getattr(namespace, self.dest) or {})
-        for text in values or ():
-            key, value = _pair(option_string or self.option_strings[-1], text)
-            pairs[key] = value
-        setattr(namespace, self.dest, pairs)
+        """Add the pairs to those of the namespace."""
+        option = option_string or self.option_strings[-1]
+        pairs = dict(_pair(option, text) for text in values)
+        setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), **pairs})
 
 
 def _pair(option: str, text: str) -> tuple[str, Any]:
@@ -166,9 +151,9 @@ def _pair(option: str, text: str) -> tuple[str, Any]:
 def check_options(options: Namespace) -> None:
     """Check values of options that the RL Zoo does not check, or with an error that does not name the option."""
     given = vars(options)
-    for name, counted in _COUNTED.items():
+    for name in _COUNTS:
         if given.get(name) is not None:
-            check_int(option_name(name), given[name], 1, f"Pass a number of {counted}.")
+            check_int(option_name(name), given[name], 1, "Pass a positive number.")
     if given.get("n_timesteps", -1) != -1:
         check_int("--n-timesteps", given["n_timesteps"], 1, "Pass a number of environment steps.")
     if given.get("num_threads", -1) != -1:

@@ -4,7 +4,7 @@ import difflib
 import re
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NoReturn
 
 from sb3_clipvf.zoo.patching import patched
@@ -68,17 +68,12 @@ def _reworded(parser: ArgumentParser, message: str) -> str:
 
 def whole_number(text: str) -> int:
     """Read a whole number, also in the form ``1e6``."""
-    try:
+    with suppress(ValueError):
         return int(text)
-    except ValueError:
-        pass
-    try:
-        number = float(text)
-    except ValueError:
-        number = float("nan")
-    if not number.is_integer():
-        raise ArgumentTypeError(f"must be a whole number, got {text!r}")
-    return int(number)
+    with suppress(ValueError):
+        if float(text).is_integer():
+            return int(float(text))
+    raise ArgumentTypeError(f"must be a whole number, got {text!r}")
 
 
 def add_trust_option(parser: ArgumentParser) -> None:

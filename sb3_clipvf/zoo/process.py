@@ -71,11 +71,7 @@ def ffmpeg_on_path() -> Iterator[None]:
 def own_subprocesses() -> Iterator[None]:
     """Make processes that the RL Zoo's scripts start know ClipPPO, by :func:`own_command`."""
     call = subprocess.call
-
-    def own_call(command: Any, *args: Any, **kwargs: Any) -> int:
-        return call(own_command(command), *args, **kwargs)
-
-    with patched(call=own_call):
+    with patched(call=lambda command, *args, **kwargs: call(own_command(command), *args, **kwargs)):
         yield
 
 
