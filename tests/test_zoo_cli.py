@@ -132,6 +132,15 @@ def test_the_module_is_the_command() -> None:
     assert "is not one of its sub-commands" in done.stderr
 
 
+def test_a_reader_of_the_output_that_has_gone_ends_the_command_quietly() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "sb3_clipvf", "--help"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 # ---------------------------------------------------------------- errors
 
 

@@ -38,20 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     :param argv: Sub-command and its options; None takes the process's own.
     :return: Exit code: 0 for success, 2 for an error of input, else the sub-command's own.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(overview())
-        return 0
-    if arguments[0] == "--version":
-        versions = [f"{name} {version(name)}" for name in ("stable_baselines3", "rl_zoo3", "torch")]
-        sys.stdout.write(f"sb3_clipvf {__version__} ({', '.join(versions)})\n")
-        return 0
-    name, *options = arguments
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"Did you mean `{near[0]}`?" if near else f"`{PROGRAM} --help` lists them."
-        sys.stderr.write(f"{PROGRAM}: `{name}` is not one of its sub-commands. {hint}\n")
-        return 2
+    name, *options = (sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         code = run_command(name, options)
         sys.stdout.flush()
@@ -60,12 +47,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _exit_code(stop)
     except Exception as error:
         if _is_closed_output(error):
-            return 141  # as a command that SIGPIPE ends
+            return 141  # as of a command that SIGPIPE ends
         message = input_error(error)
         if message is None or os.environ.get("SB3_CLIPVF_TRACEBACK") == "1":
             raise
         sys.stderr.write(f"{PROGRAM} {name}: {message}\n(SB3_CLIPVF_TRACEBACK=1 shows where.)\n")
         return 2
+
+
+def run_command(name: str, options: Sequence[str]) -> int:
+    """Run one sub-command, ``--help`` or ``--version``, and return the exit code."""
+    if name in ("-h", "--help"):
+        sys.stdout.write(overview())
+    elif name == "--version":
+        versions = [f"{package} {version(package)}" for package in ("stable_baselines3", "rl_zoo3", "torch")]
+        sys.stdout.write(f"sb3_clipvf {__version__} ({', '.join(versions)})\n")
+    elif name in COMMANDS:
+        return _run(name, COMMANDS[name], options)
+    else:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"Did you mean `{near[0]}`?" if near else f"`{PROGRAM} --help` lists them."
+        sys.stderr.write(f"{PROGRAM}: `{name}` is not one of its sub-commands. {hint}\n")
+        return 2
+    return 0
 
 
 def overview() -> str:
@@ -87,9 +91,7 @@ First steps:
 """
 
 
-def run_command(name: str, options: Sequence[str]) -> int:
-    """Run one sub-command and return its exit code."""
-    command = COMMANDS[name]
+def _run(name: str, command: Command, options: Sequence[str]) -> int:
     module, _, function = command.target.partition(":")
     with ExitStack() as stack:
         if command.loads:
@@ -155,13 +157,14 @@ def _exit_code(stop: SystemExit) -> int:
 
 
 def _is_closed_output(error: Exception) -> bool:
-    """Return whether the reader of stdout has gone, as ``head`` does, and drop the rest of the output then."""
+    """Return whether the reader of stdout has gone, as ``head`` does; the rest of the output is then dropped."""
     if not isinstance(error, BrokenPipeError) or getattr(error, "__notes__", None):
         return False
     try:
+        sys.stdout.write("\n")  # it may be another pipe, as that of an environment's process
         sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes it again at its end.
+        # Python flushes it at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
-    return False  # another pipe, as that of an environment's process
+    return False
