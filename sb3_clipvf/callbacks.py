@@ -196,8 +196,8 @@ class IsolatedEvalCallback(EvalCallback):
         if is_of_this_training and earlier["mean_reward"] > self.last_mean_reward:
             text = "%s stays, with a mean return of %s at step %s"
             log.info(text, path, earlier["mean_reward"], earlier.get("num_timesteps"))
-            return
-        write_best_model(path, self.model, score)
+        else:
+            write_best_model(path, self.model, score)
         publish_statistics(path, folder / BEST_STATISTICS)
 
 

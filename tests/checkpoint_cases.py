@@ -40,7 +40,7 @@ KILLED_AT = 210
 
 
 class Walk(gym.Env[dict[str, np.ndarray], np.ndarray]):
-    """A random walk with observations of two parts, whose class tells nothing of its state."""
+    """A random walk with observations of two parts, whose class has no methods for its state."""
 
     observation_space = spaces.Dict({"place": spaces.Box(-9, 9, (2,)), "time": spaces.Box(0, 99, (1,), np.int64)})
     action_space = spaces.Box(-1, 1, (2,))
@@ -64,8 +64,8 @@ class Walk(gym.Env[dict[str, np.ndarray], np.ndarray]):
         return self._observation(), noise - float(np.abs(self._place).sum()), False, self._time >= 23, {}
 
 
-class TellingWalk(Walk):
-    """The same, and it tells its state."""
+class SavedWalk(Walk):
+    """The same walk, with the two methods for its state."""
 
     def get_training_state(self) -> dict[str, Any]:
         return {"place": self._place, "time": self._time}
@@ -186,7 +186,7 @@ CASES = {
         lambda _: VecNormalize(pendulums()), {"policy_kwargs": {"ortho_init": False}}, "MlpPolicy", evaluations
     ),
     "resets": Case(lambda _: VecNormalize(make_vec_env(Walk, 2)), policy="MultiInputPolicy", reset_envs=True),
-    "telling": Case(lambda _: make_vec_env(TellingWalk, 2), policy="MultiInputPolicy"),
+    "own state": Case(lambda _: make_vec_env(SavedWalk, 2), policy="MultiInputPolicy"),
     "rows": Case(rows),
     "sync_rows": Case(sync_rows),
 }

@@ -33,7 +33,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 class Scores(BaseCallback):
-    """Gives the training the returns that a test wants: one full window at each multiple of 64 steps."""
+    """Sets the returns of the training's episodes: one full window at each multiple of 64 steps."""
 
     def __init__(self, means: list[float]) -> None:
         super().__init__()
@@ -127,12 +127,12 @@ def test_a_resumed_training_knows_what_was_best(tmp_path: Path) -> None:
     assert read_manifest(folder / "best_checkpoint.zip").num_timesteps == 256
 
 
-def test_a_rewound_training_takes_the_place_of_the_newer_checkpoints(tmp_path: Path) -> None:
+def test_a_rewound_training_replaces_the_newer_checkpoints(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     CASE.model(tmp_path).learn(256, callback=TrainingCheckpoint(64, folder, keep_last=3))
     model = ClipPPO.resume(folder / "checkpoint_128.zip", CASE.make_env(tmp_path), device="cpu")
     model.learn(64, reset_num_timesteps=False, callback=TrainingCheckpoint(64, folder, keep_last=3))
-    # 256 is of the training that was given up; the newest is what was written last.
+    # 256 belongs to the abandoned training; the newest one is the last that was written.
     assert steps(folder) == [128, 192, 256]
     assert newest_checkpoint(folder).manifest.num_timesteps == 192
 
@@ -143,7 +143,7 @@ def test_a_new_training_does_not_mix_with_another_one(tmp_path: Path) -> None:
     before = {name: (folder / name).read_bytes() for name in names(folder)}
     with pytest.raises(ValueError, match=r"without checkpoints of another training.*checkpoint_64\.zip.*resume"):
         CASE.model(tmp_path).learn(64, callback=TrainingCheckpoint(64, folder))
-    # Nor does one that goes on from elsewhere.
+    # Nor does one that was resumed from another folder.
     CASE.model(tmp_path).learn(64, callback=TrainingCheckpoint(64, tmp_path / "elsewhere"))
     model = ClipPPO.resume(tmp_path / "elsewhere", CASE.make_env(tmp_path), device="cpu")
     with pytest.raises(ValueError, match="without checkpoints of another training"):
@@ -160,7 +160,7 @@ def test_a_training_in_parts_is_one_training(tmp_path: Path) -> None:
         model.learn(64, callback=TrainingCheckpoint(64, tmp_path))
 
 
-def test_a_training_that_a_callback_stops_in_a_rollout_goes_on_from_there(tmp_path: Path) -> None:
+def test_a_training_that_a_callback_stops_in_a_rollout_continues_from_there(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     model = CASE.model(tmp_path)
     model.learn(320, callback=[TrainingCheckpoint(10**6, folder), StopTrainingOnMaxEpisodes(3)])
@@ -213,7 +213,7 @@ def fill_disk_at(calls: range, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", fsync)
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint_and_the_training_goes_on(
+def test_a_full_disk_leaves_the_previous_checkpoint_and_the_training_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     fill_disk_at(range(2, 3), monkeypatch)  # the file of the second checkpoint; each takes two calls, file and folder
@@ -285,7 +285,7 @@ def test_sigkill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None
     folder = tmp_path / "checkpoints"
     callback = TrainingCheckpoint(1, folder, keep_last=2)
 
-    def go_on() -> None:
+    def train_on() -> None:
         if steps(folder):
             model = ClipPPO.resume(folder, CASE.make_env(tmp_path), device="cpu")
             model.learn(10**6, reset_num_timesteps=False, callback=callback)
@@ -294,7 +294,7 @@ def test_sigkill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None
 
     last = 0
     for delay in delays:
-        process = FORK.Process(target=go_on)
+        process = FORK.Process(target=train_on)
         process.start()
         while max(steps(folder) if folder.exists() else [], default=0) <= last:
             assert process.is_alive()

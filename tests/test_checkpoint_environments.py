@@ -1,4 +1,4 @@
-"""The state of environments: exact for those that are known, and told where it is not."""
+"""The state of environments: exact if their classes are known or have methods for it, else reported."""
 
 import importlib.util
 import logging
@@ -12,7 +12,7 @@ import checkpoint_cases
 import gymnasium as gym
 import numpy as np
 import pytest
-from checkpoint_cases import CASES, Case, TellingWalk, Walk, dummy
+from checkpoint_cases import CASES, Case, SavedWalk, Walk, dummy
 from gymnasium.wrappers import (
     DelayObservation,
     FrameStackObservation,
@@ -51,8 +51,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*precision lowered by casting")
 needs_mujoco = pytest.mark.skipif(importlib.util.find_spec("mujoco") is None, reason="needs mujoco")
 
 
-def answers(env: gym.Env, actions: list[Any]) -> list[Any]:
-    """What an environment gives, and what its own random generator gives after."""
+def results(env: gym.Env, actions: list[Any]) -> list[Any]:
+    """Return the results of steps, and what the environment's generators draw after them."""
     found: list[Any] = []
     for action in actions:
         obs, reward, terminated, truncated, _ = env.step(action)
@@ -62,22 +62,22 @@ def answers(env: gym.Env, actions: list[Any]) -> list[Any]:
     return [*found, env.unwrapped.np_random.random(), env.action_space.sample()]
 
 
-def check_that_it_goes_on(make: Callable[[], gym.Env], n_steps: int = 120) -> None:
+def check_resumed_exactly(make: Callable[[], gym.Env], n_steps: int = 120) -> None:
     first, second = make(), make()
     first.action_space.seed(5)
     actions = [first.action_space.sample() for _ in range(37 + n_steps)]
     first.reset(seed=1)
     second.reset(seed=2)
-    answers(first, actions[:37])
+    results(first, actions[:37])
     state = env_state(first)
     assert state["unknown"] == []
     restore_env(second, codec.from_bytes(*codec.to_bytes(codec.frozen(state))))
-    assert repr(answers(first, actions[37:])) == repr(answers(second, actions[37:]))
+    assert repr(results(first, actions[37:])) == repr(results(second, actions[37:]))
 
 
 @pytest.mark.parametrize("env_id", [*CLASSIC, *TOY, *(pytest.param(name, marks=needs_mujoco) for name in MUJOCO_IDS)])
-def test_known_environments_go_on_to_the_last_bit(env_id: str) -> None:
-    check_that_it_goes_on(lambda: Monitor(gym.make(env_id, max_episode_steps=50)))
+def test_known_environments_resume_to_the_last_bit(env_id: str) -> None:
+    check_resumed_exactly(lambda: Monitor(gym.make(env_id, max_episode_steps=50)))
 
 
 @pytest.mark.parametrize(
@@ -94,8 +94,8 @@ def test_known_environments_go_on_to_the_last_bit(env_id: str) -> None:
     ],
     ids=["sticky", "stack", "delay", "normalize", "time", "statistics", "history", "smooth"],
 )
-def test_known_wrappers_go_on_to_the_last_bit(env_id: str, wrap: Callable[[gym.Env], gym.Env]) -> None:
-    check_that_it_goes_on(lambda: wrap(gym.make(env_id, max_episode_steps=50)))
+def test_known_wrappers_resume_to_the_last_bit(env_id: str, wrap: Callable[[gym.Env], gym.Env]) -> None:
+    check_resumed_exactly(lambda: wrap(gym.make(env_id, max_episode_steps=50)))
 
 
 class Hill(gym.envs.classic_control.MountainCarEnv):
@@ -103,11 +103,11 @@ class Hill(gym.envs.classic_control.MountainCarEnv):
 
 
 class Unknown(gym.Wrapper):
-    """A wrapper that tells nothing."""
+    """A wrapper without methods for its state."""
 
 
-class Wrong(TellingWalk):
-    """What it tells cannot be stored."""
+class Wrong(SavedWalk):
+    """Its state cannot be stored."""
 
     def get_training_state(self) -> dict[str, Any]:
         return {"self": self}
@@ -152,8 +152,8 @@ class Robot(Walk):
         return self._observation(), -float(np.abs(self._place).sum()), False, self._time >= 23, {}
 
 
-class TellingRobot(Robot):
-    """The same, and it tells its state."""
+class SavedRobot(Robot):
+    """The same robot, with the two methods for its state."""
 
     def get_training_state(self) -> Any:
         return {"place": self._place, "time": self._time, "drawn": self._np_random.get_state(legacy=False)}
@@ -163,13 +163,13 @@ class TellingRobot(Robot):
         self._np_random.set_state(state["drawn"])
 
 
-@pytest.mark.parametrize("cls", [Robot, TellingRobot])
+@pytest.mark.parametrize("cls", [Robot, SavedRobot])
 def test_attributes_that_mean_something_else_are_left_alone(cls: type[Robot], tmp_path: Path) -> None:
     case = Case(lambda _: make_vec_env(cls, 2), policy="MultiInputPolicy")
     checkpoint_cases.killed(case, tmp_path / "killed")
     found = checkpoint_cases.resumed(case, tmp_path / "killed")
     differences = newest_checkpoint(tmp_path / "killed" / "checkpoints").manifest.differences
-    if cls is TellingRobot:
+    if cls is SavedRobot:
         assert differences == ()
         assert found == checkpoint_cases.uninterrupted(case, tmp_path / "uninterrupted")
     else:
@@ -190,7 +190,7 @@ def pool(_: Path) -> VecEnv:
 
 
 class Halving(VecEnvWrapper):
-    """Halves rewards, and counts steps, which it does not tell."""
+    """Halves rewards, and counts steps, without methods for its state."""
 
     def __init__(self, venv: VecEnv) -> None:
         super().__init__(venv)
@@ -205,8 +205,8 @@ class Halving(VecEnvWrapper):
         return obs, rewards / (2 + self.count % 3), dones, infos
 
 
-class TellingHalving(Halving):
-    """The same, and it tells its count."""
+class SavedHalving(Halving):
+    """The same wrapper, with the two methods for its state."""
 
     def get_training_state(self) -> int:
         return self.count
@@ -224,7 +224,7 @@ INEXACT = {
 
 
 @pytest.mark.parametrize("name", INEXACT)
-def test_what_differs_is_told_once_and_written_down(
+def test_what_differs_is_logged_once_and_kept_in_the_manifest(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     if name == "pool":
@@ -233,11 +233,11 @@ def test_what_differs_is_told_once_and_written_down(
     case = Case(make, policy=policy)
     with caplog.at_level(logging.WARNING, "sb3_clipvf"):
         case.model(tmp_path).learn(256, callback=case.callbacks(tmp_path)[:1])
-    told = [message for message in caplog.messages if "will differ" in message]
-    assert len(told) == 1
-    assert re.search(text, told[0])
+    logged = [message for message in caplog.messages if "will differ" in message]
+    assert len(logged) == 1
+    assert re.search(text, logged[0])
     (difference,) = newest_checkpoint(tmp_path / "checkpoints").manifest.differences
-    assert difference in told[0]
+    assert difference in logged[0]
     caplog.clear()
     # Resumed all the same, in new episodes that are not those of the beginning.
     with caplog.at_level(logging.WARNING, "sb3_clipvf"):
@@ -264,7 +264,7 @@ def test_with_resets_it_is_exact(name: str, tmp_path: Path) -> None:
     assert found == checkpoint_cases.uninterrupted(case, tmp_path / "uninterrupted")
 
 
-def test_what_differs_in_evaluations_too_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_differs_in_evaluations_too_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def make_env() -> VecEnv:
         return Halving(dummy("CartPole-v1"))
 
@@ -275,7 +275,7 @@ def test_what_differs_in_evaluations_too_is_told_once(tmp_path: Path, caplog: py
     differences = newest_checkpoint(tmp_path).manifest.differences
     assert [text.startswith("In evaluations: ") for text in differences] == [False, True]
     caplog.clear()
-    # `resume` tells it; the checkpoints that follow do not tell it again.
+    # `resume` logs it; the checkpoints that follow do not log it again.
     model = ClipPPO.resume(tmp_path, make_env(), device="cpu", verbose=0)
     callbacks = [TrainingCheckpoint(32, tmp_path), IsolatedEvalCallback(make_env(), eval_freq=16, n_eval_episodes=1)]
     model.learn(64, callback=callbacks, reset_num_timesteps=False)
@@ -284,14 +284,14 @@ def test_what_differs_in_evaluations_too_is_told_once(tmp_path: Path, caplog: py
     ]
 
 
-def test_vectorised_wrappers_that_tell_their_state_are_exact(tmp_path: Path) -> None:
-    case = Case(lambda _: TellingHalving(dummy("CartPole-v1")))
+def test_vectorised_wrappers_with_methods_for_their_state_are_exact(tmp_path: Path) -> None:
+    case = Case(lambda _: SavedHalving(dummy("CartPole-v1")))
     checkpoint_cases.killed(case, tmp_path / "killed")
     found = checkpoint_cases.resumed(case, tmp_path / "killed")
     assert found == checkpoint_cases.uninterrupted(case, tmp_path / "uninterrupted")
 
 
-def test_other_resets_than_before_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_resets_than_before_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     case = CASES["resets"]
     checkpoint_cases.killed(case, tmp_path)
     model = ClipPPO.resume(tmp_path / "checkpoints", case.make_env(tmp_path), device="cpu")

@@ -73,7 +73,7 @@ def test_a_loaded_checkpoint_trains_on_in_other_environments(checkpoints: Path) 
     assert model.num_timesteps == 320
 
 
-def test_the_manifest_says_what_is_in_the_file(checkpoints: Path) -> None:
+def test_the_manifest_describes_what_is_in_the_file(checkpoints: Path) -> None:
     manifest = read_manifest(checkpoints / "checkpoint_256.zip")
     assert (manifest.num_timesteps, manifest.total_timesteps, manifest.serial) == (256, 320, 2)
     assert manifest.differences == ()
@@ -206,7 +206,7 @@ def test_another_format_is_refused(copied: Path) -> None:
         read_checkpoint(copied / "checkpoint_320.zip")
 
 
-def test_changed_versions_are_told(copied: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_changed_versions_are_warned_of(copied: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def change(entries: dict[str, bytes]) -> None:
         manifest = json.loads(entries["training_manifest.json"])
         manifest["versions"].update(torch="1.0", absent_here="3.0")

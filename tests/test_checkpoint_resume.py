@@ -85,7 +85,7 @@ def test_schedules_keep_their_first_horizon(tmp_path: Path, steps: int, caplog: 
     assert caplog.messages == []
 
 
-def test_starting_anew_is_refused(tmp_path: Path) -> None:
+def test_starting_again_is_refused(tmp_path: Path) -> None:
     case = CASES["native"]
     checkpoint_cases.killed(case, tmp_path)
     model = ClipPPO.resume(tmp_path / "checkpoints", case.make_env(tmp_path), device="cpu")
@@ -141,7 +141,7 @@ def test_lists_and_progress_bars_do_not_change_the_tree(tmp_path: Path, caplog: 
 
 
 class Forgetful(BaseCallback):
-    """Keeps something and does not tell of it."""
+    """Keeps something, without methods for its state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class Forgetful(BaseCallback):
 
 
 class ForgetfulEvaluation(EvalCallback):
-    """The same, and more than its base class does."""
+    """Keeps more than its base class, without methods for its state."""
 
     def __init__(self, env: VecEnv) -> None:
         super().__init__(env, eval_freq=10**6)
@@ -175,12 +175,12 @@ def test_callbacks_that_may_keep_more_are_named(tmp_path: Path, caplog: pytest.L
     ]
     with caplog.at_level(logging.WARNING, "sb3_clipvf"):
         case.model(tmp_path).learn(128, callback=[TrainingCheckpoint(64, tmp_path / "checkpoints"), *callbacks])
-    told = [text for text in caplog.messages if "training_state()" in text]
-    assert [name for text in told for name in ("Forgetful ", "ForgetfulEvaluation ") if name in text] == [
+    logged = [text for text in caplog.messages if "training_state()" in text]
+    assert [name for text in logged for name in ("Forgetful ", "ForgetfulEvaluation ") if name in text] == [
         "Forgetful ",
         "ForgetfulEvaluation ",
     ]
-    assert len(told) == 2  # once, though there were several checkpoints
+    assert len(logged) == 2  # once, though there were several checkpoints
     manifest = read_manifest(tmp_path / "checkpoints" / "checkpoint_128.zip")
     assert len(manifest.differences) == 2
 
@@ -218,7 +218,7 @@ class Pictures(gym.Env[np.ndarray, int]):
         """Nothing."""
 
 
-def test_convolutions_are_told(tmp_path: Path) -> None:
+def test_convolutions_are_reported(tmp_path: Path) -> None:
     model = ClipPPO("CnnPolicy", Pictures(), n_steps=8, batch_size=8, n_epochs=1, device="cpu")
     model.learn(8, callback=TrainingCheckpoint(8, tmp_path))
     (difference,) = read_manifest(tmp_path / "checkpoint_8.zip").differences
@@ -228,7 +228,7 @@ def test_convolutions_are_told(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ TensorBoard
 
 
-def test_the_tensorboard_run_goes_on_and_shows_each_step_once(tmp_path: Path) -> None:
+def test_the_tensorboard_run_continues_and_shows_each_step_once(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     logs = tmp_path / "logs"
     case = Case(CASES["native"].make_env, {"tensorboard_log": str(logs)})

@@ -1,8 +1,8 @@
 """
 The file of a best model: one zip with the model, its ``VecNormalize`` statistics and its score, replaced atomically.
 
-No system replaces two files at once, so the copy of the statistics beside it, which SB3 and the RL Zoo read, is written
-afterwards and compared whenever the file is read.
+No system replaces two files at once. The copy of the statistics beside the zip, for ``VecNormalize.load``, is therefore
+written after it, and again by the next reader if a kill came in between.
 """
 
 import io

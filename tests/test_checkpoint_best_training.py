@@ -1,4 +1,4 @@
-"""Atomic writes and SaveBestTrainingReward: what is kept, and what a kill or a full disk leaves behind."""
+"""SaveBestTrainingReward: which model is kept, and what a kill or a full disk leaves."""
 
 import errno
 import json
@@ -6,16 +6,14 @@ import logging
 import math
 import os
 import pickle
-import resource
 import shutil
-import stat
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
+from failing import Killed, fail_at
 from gymnasium import spaces
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.save_util import load_from_zip_file
@@ -23,7 +21,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.checkpoint import SaveBestTrainingReward, load_best_training
-from sb3_clipvf.files.atomic import atomic_write
 
 RISING = tuple(float(k) for k in range(1, 100))
 
@@ -90,117 +87,8 @@ def steps_of(model_path: Path, statistics_path: Path | None) -> tuple[int, int |
     return data["num_timesteps"], round(statistics.obs_rms.count) - 1
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing in the package handles it."""
-
-
-def fail_at(call: int, function: Callable[..., Any], error: BaseException, after: bool) -> Callable[..., Any]:
-    """``function``, but its call number ``call`` (from 0) raises ``error``, before or after it did its work."""
-    count = -1
-
-    def wrapper(*args: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == call and not after:
-            raise error
-        result = function(*args)
-        if count == call:
-            raise error
-        return result
-
-    return wrapper
-
-
 def leftovers(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
-
-
-# --- atomic_write
-
-
-def test_atomic_write_replaces_the_content_only_at_the_end(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    with atomic_write(path) as file:
-        file.write(b"new content")
-        file.flush()
-        assert path.read_bytes() == b"old"
-    assert path.read_bytes() == b"new content"
-    assert os.listdir(tmp_path) == ["file"]
-
-
-def test_atomic_write_takes_what_is_written_to_the_files_name(tmp_path: Path) -> None:
-    with atomic_write(tmp_path / "file") as file:
-        Path(file.name).write_bytes(b"by name")
-    assert (tmp_path / "file").read_bytes() == b"by name"
-
-
-def test_atomic_write_gives_the_permissions_of_a_plain_open(tmp_path: Path) -> None:
-    (tmp_path / "plain").write_bytes(b"")
-    with atomic_write(str(tmp_path / "atomic")):
-        pass
-    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "atomic")]
-    assert modes[0] == modes[1]
-
-
-@pytest.mark.parametrize("error", [Killed(), RuntimeError("from the body")])
-def test_atomic_write_keeps_the_old_content_when_the_body_raises(tmp_path: Path, error: BaseException) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    with pytest.raises(type(error)), atomic_write(path) as file:
-        file.write(b"half")
-        raise error
-    assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["file"]
-
-
-@pytest.mark.parametrize("function", ["fsync", "replace"])
-def test_atomic_write_on_a_full_disk_names_the_file_and_the_way_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
-) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(os, function, fail_at(0, getattr(os, function), full, after=False))
-    with (
-        pytest.raises(OSError, match=r"file could not be written: No space left.*unchanged\. Free space") as info,
-        atomic_write(path) as file,
-    ):
-        file.write(b"new")
-    assert info.value.errno == errno.ENOSPC
-    assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["file"]
-
-
-def test_atomic_write_past_the_systems_own_limit_keeps_the_old_content(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    try:
-        with pytest.raises(OSError, match="file could not be written: File too large"), atomic_write(path) as file:
-            file.write(bytes(100_000))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["file"]
-
-
-def test_atomic_write_keeps_the_kind_of_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    monkeypatch.setattr(os, "replace", fail_at(0, os.replace, denied, after=False))
-    with pytest.raises(PermissionError, match="choose a folder that can be written to"), atomic_write(tmp_path / "f"):
-        pass
-    with pytest.raises(FileNotFoundError, match="none/f could not be written"), atomic_write(tmp_path / "none" / "f"):
-        pass
-
-
-def test_atomic_write_says_when_only_the_folder_was_not_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = OSError(errno.EIO, os.strerror(errno.EIO))
-    monkeypatch.setattr(os, "fsync", fail_at(1, os.fsync, broken, after=False))
-    with pytest.raises(OSError, match="complete but may not survive a power cut"), atomic_write(tmp_path / "f") as file:
-        file.write(b"new")
-    assert (tmp_path / "f").read_bytes() == b"new"
 
 
 # --- what is kept
@@ -271,7 +159,7 @@ def test_min_episodes_below_the_window(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("monitor, counted", [(True, 4), (False, 0)])
-def test_training_that_never_fills_the_window_says_so(
+def test_training_that_never_fills_the_window_is_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monitor: bool, counted: int
 ) -> None:
     model = make_model(monitor=monitor)
@@ -286,7 +174,7 @@ def test_training_that_never_fills_the_window_says_so(
     assert os.listdir(tmp_path) == []
 
 
-def test_non_finite_returns_are_not_saved_and_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_non_finite_returns_are_not_saved_and_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def make_env() -> gym.Env:  # the agent sees finite rewards, so that SB3 can train; Monitor inside does not
         return gym.wrappers.TransformReward(Monitor(Scripted((math.inf,) * 99)), lambda reward: 0.0)
 
@@ -364,7 +252,7 @@ def test_full_disk_stops_the_training_and_leaves_the_previous_best(
     # After the first sync the new model is in its place.
     assert model_steps == statistics_steps == manifest(tmp_path)["num_timesteps"] == (8 if call == 0 else 16)
     assert leftovers(tmp_path) == []
-    model.learn(8, callback=callback, reset_num_timesteps=False)  # space is back: the same callback goes on
+    model.learn(8, callback=callback, reset_num_timesteps=False)  # there is space again: the same callback continues
     assert manifest(tmp_path)["num_timesteps"] == 24
 
 
@@ -442,7 +330,7 @@ def test_min_episodes_above_the_window_is_refused_and_the_window_itself_is_not(t
     assert manifest(tmp_path)["n_episodes"] == 4
 
 
-def test_loading_from_an_empty_folder_says_what_path_must_be(tmp_path: Path) -> None:
+def test_loading_from_an_empty_folder_explains_path(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"best_training_model\.zip was not found\. `path` must be the folder"):
         load_best_training(tmp_path)
 

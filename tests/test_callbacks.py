@@ -1,4 +1,4 @@
-"""``IsolatedEvalCallback``: evaluations leave no trace in the training, and the best model keeps its statistics."""
+"""``IsolatedEvalCallback``: evaluations do not change the training, and the best model keeps its statistics."""
 
 import os
 import random
@@ -169,7 +169,7 @@ def test_the_policys_mode_stays(mode: bool) -> None:
 
 
 def without_monitor() -> VecNormalize:
-    """Careless: it would go on learning its statistics, and normalise rewards."""
+    """Return environments whose normaliser would update its statistics, and normalise rewards."""
     return VecNormalize(DummyVecEnv([Short]))
 
 
@@ -220,11 +220,11 @@ def test_environments_without_statistics_are_refused() -> None:
 
 
 @pytest.mark.parametrize("patience", [1, 99])
-def test_it_tells_and_keeps_what_sb3s_does(patience: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_reports_and_keeps_what_sb3s_does(patience: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def make() -> Any:
         return make_vec_env(Short, 2, seed=0)
 
-    told = {}
+    seen = {}
     for cls in (EvalCallback, IsolatedEvalCallback):
         folder = str(tmp_path / cls.__name__)
         callback = evaluation(
@@ -240,13 +240,13 @@ def test_it_tells_and_keeps_what_sb3s_does(patience: int, tmp_path: Path, capsys
         with np.load(f"{folder}/evaluations.npz") as history:
             arrays = {name: history[name].tolist() for name in history.files}
         best = ClipPPO.load(f"{folder}/best_model", device="cpu").num_timesteps
-        told[cls] = (capsys.readouterr().out, arrays, best, model.num_timesteps, callback.best_mean_reward)
+        seen[cls] = (capsys.readouterr().out, arrays, best, model.num_timesteps, callback.best_mean_reward)
         assert "successes" in arrays
-    assert told[EvalCallback] == told[IsolatedEvalCallback]
+    assert seen[EvalCallback] == seen[IsolatedEvalCallback]
 
 
 class Succeeding(Short):
-    """Reports successes alone, in the given episodes of all that are ever played."""
+    """Reports successes only, in the given episodes, counted from the first one played."""
 
     def __init__(self, successes: set[int]) -> None:
         self.successes, self.episode = successes, -1
@@ -271,7 +271,7 @@ def history_of(folder: Path) -> dict[str, Any]:
     [
         ({1}, [[0, 1], [0, 0], [0, 0]]),
         ({0, 3, 4, 5}, [[1, 0], [0, 1], [1, 1]]),
-        # The first evaluations tell nothing yet of successes.
+        # The first evaluations report no successes.
         ({5}, [[0, 0], [0, 0], [0, 1]]),
         (set(), None),
     ],
@@ -291,14 +291,14 @@ def test_episodes_that_report_no_success_are_failures(
     trained(lambda: make_vec_env(Short), callback, n_steps=64)
     history = history_of(tmp_path)
     assert history["results"].shape == (3, 2)
-    told = [float(rate) / 100 for rate in re.findall(r"Success rate: ([\d.]+)%", capsys.readouterr().out)]
+    rates = [float(rate) / 100 for rate in re.findall(r"Success rate: ([\d.]+)%", capsys.readouterr().out)]
     if expected is None:
         assert "successes" not in history
-        assert told == []
+        assert rates == []
     else:
         assert history["successes"].tolist() == expected
         first = next(index for index, row in enumerate(expected) if any(row))
-        assert told == [np.mean(row) for row in expected[first:]]
+        assert rates == [np.mean(row) for row in expected[first:]]
 
 
 def test_another_number_of_episodes_does_not_end_the_training(tmp_path: Path) -> None:
@@ -330,7 +330,7 @@ def best_of(folder: Path) -> tuple[ClipPPO, float, float]:
 
 
 def test_the_best_model_has_its_own_statistics(tmp_path: Path) -> None:
-    # All evaluations give the same return: the first one stays the best.
+    # All evaluations have the same return: the first one stays the best.
     callback = evaluation(without_monitor, best_model_save_path=str(tmp_path), warn=False)
     model = trained(without_monitor, callback)
     best, inner, beside = best_of(tmp_path)
@@ -360,6 +360,18 @@ def test_a_better_model_of_the_same_training_stays(training: str | None, stays: 
         saving._save_best(tmp_path)
         kept = ClipPPO.load(tmp_path / "best_model", device="cpu").num_timesteps
         assert kept == (1 if steps == 2 and stays else steps)
+
+
+def test_a_resumed_training_completes_the_copy_of_the_statistics(tmp_path: Path) -> None:
+    callback = evaluation(without_monitor, best_model_save_path=str(tmp_path), warn=False)
+    model = trained(without_monitor, callback, steps=32)
+    model._training_id, callback.last_mean_reward = "this", 5.0
+    callback._save_best(tmp_path)
+    (tmp_path / "best_vecnormalize.pkl").write_bytes(b"of an earlier model, since a kill came before the copy")
+    callback.last_mean_reward = 4.0
+    callback._save_best(tmp_path)
+    _, inner, beside = best_of(tmp_path)
+    assert inner == beside
 
 
 BROKEN: dict[str, bytes] = {
