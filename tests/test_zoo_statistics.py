@@ -146,6 +146,12 @@ def test_evaluations_in_python_take_the_models_own_statistics(load_best: bool, s
     venv.close()
 
 
+def test_an_evaluation_with_statistics_of_another_step_warns(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copy(run / "rl_model_128_steps.zip", run / "best_model.zip")  # as of SB3's EvalCallback
+    make_env(find_run("logs", "CartPole-v1", load_best=True), 1, seed=0).close()
+    assert "best_model.zip has no statistics of VecNormalize: those of another step" in caplog.text
+
+
 def test_statistics_continue_from_those_of_the_model(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = run / "checkpoints" / "checkpoint_128.zip"
     assert _train(Path.cwd(), SETTINGS, "-i", str(model), "-n", "64") == 0

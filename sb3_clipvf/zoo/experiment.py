@@ -65,7 +65,7 @@ def experiment_manager(base: type[ExperimentManager]) -> type[ExperimentManager]
 
 class ClipPPOExperimentManager(CheckedSearch):
     """
-    The RL Zoo's experiment manager; other algorithms than ``clipppo`` are treated as the Zoo does.
+    The RL Zoo's experiment manager, adapted to ``clipppo``; for other algorithms it behaves as the Zoo's.
 
     ``clipppo`` gets the packaged settings by default, and unknown keys are refused. Coefficients reach ClipPPO as
     written: the Zoo would make each string a linear schedule and refuse ``null``. ``FastDummyVecEnv`` replaces

@@ -4,6 +4,7 @@ meaning, or are refused with the reason.
 """
 
 import difflib
+import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from stable_baselines3.common import env_util
+from stable_baselines3.common.atari_wrappers import AtariWrapper
 from stable_baselines3.common.monitor import ResultsWriter
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -186,15 +188,8 @@ def _atari_options(name: str, settings: EnvSettings) -> tuple[dict[str, Any], bo
             f"`normalize` must not be set for Atari games with `--vec-env {name}`, got it: training would "
             "normalise stacked observations, and evaluation single ones. Train with `--vec-env gymnasium`."
         )
-    wrapper = {
-        "noop_max": 30,
-        "frame_skip": 4,
-        "screen_size": 84,
-        "terminal_on_life_loss": True,
-        "clip_reward": True,
-        "action_repeat_probability": 0.0,
-        **settings.wrappers[0][1],
-    }
+    defaults = {name: parameter.default for name, parameter in inspect.signature(AtariWrapper).parameters.items()}
+    wrapper = {**defaults, **settings.wrappers[0][1]}
     sticky = (spec.get("repeat_action_probability", 0.0), wrapper["action_repeat_probability"])
     if all(sticky):
         raise ValueError(
