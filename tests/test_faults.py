@@ -492,7 +492,9 @@ def test_fractions_in_a_space_of_whole_numbers(engine: str) -> None:
     def change(obs: Any, *others: Any) -> Any:
         return (obs + 0.5, *others)
 
-    with pytest.raises(ValueError, match="must return whole numbers as observations, as its space of uint8 says"):
+    with pytest.raises(
+        ValueError, match="must return whole numbers as observations, since its space has the dtype uint8"
+    ):
         model_of(Bent(DummyVecEnv([partial(Faulty, space=space)] * 2), change, at=3), engine).learn(32)
 
     def floats(obs: Any, *others: Any) -> Any:

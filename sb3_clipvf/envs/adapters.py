@@ -38,7 +38,7 @@ def as_vec_env(
         Resets then run during the next step of all rows, instead of in a step of their own.
     :return: The environment with SB3's interface. ``.env`` is ``env``.
     :raises TypeError: If ``env`` is something else.
-    :raises ValueError: If it runs in a mode that has no exact counterpart in SB3; the message says what to change.
+    :raises ValueError: If it runs in a mode that has no exact counterpart in SB3; the message gives the change to make.
     """
     adapter = _adapter_of(env)
     if spares:

@@ -77,8 +77,8 @@ class GymnasiumVecEnv(BatchedVecEnv):
         final_obs = step.infos.get("final_obs")
         if final_obs is None:
             raise RuntimeError(
-                f"{type(self.env).__name__} must put `final_obs` into the infos of steps that end an episode, as its "
-                "metadata says AutoresetMode.SAME_STEP, got none. The class or one of its wrappers is at fault."
+                f"{type(self.env).__name__} must put `final_obs` into the infos of steps that end an episode, since "
+                "its metadata has AutoresetMode.SAME_STEP, got none. The class or one of its wrappers is at fault."
             )
         final_infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         fill_infos(final_infos, step.infos.get("final_info", {}))
@@ -204,8 +204,8 @@ class CartPoleVecEnv(GymnasiumVecEnv):
     def __init__(self, env: VectorEnv[Any, Any, Any], **kwargs: Any) -> None:
         if isinstance(env, VectorWrapper):
             raise ValueError(
-                f"`env` must be a CartPoleVectorEnv without wrappers, got it inside {type(env).__name__}, as it cannot "
-                "reset single rows through them. Use gymnasium.make_vec(..., vectorization_mode='sync')."
+                f"`env` must be a CartPoleVectorEnv without wrappers, got it inside {type(env).__name__}, since it "
+                "cannot reset single rows through them. Use gymnasium.make_vec(..., vectorization_mode='sync')."
             )
         super().__init__(env, **kwargs)
 

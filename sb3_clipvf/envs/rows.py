@@ -80,7 +80,7 @@ def fill_infos(rows: list[dict[str, Any]], infos: Mapping[str, Any], left_out: f
 
 
 def _column(values: Any, n_envs: int) -> list[Any]:
-    if isinstance(values, np.ndarray) and values.shape == (n_envs,):  # most are; the other checks take longer
+    if isinstance(values, np.ndarray) and values.shape == (n_envs,):  # most are; the other checks are slower
         return values.tolist()  # type: ignore[no-any-return]
     if isinstance(values, Mapping):
         column: list[dict[str, Any]] = [{} for _ in range(n_envs)]

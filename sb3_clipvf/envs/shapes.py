@@ -121,8 +121,8 @@ def _check_batch(name: str, space: spaces.Space[Any], shape: tuple[int, ...], ob
     # NaN is reported by its name before the policy acts on it.
     if not is_whole and not np.array_equal(obs, np.trunc(obs), equal_nan=True):
         raise ValueError(
-            f"`env` must return whole numbers as {name}, as its space of {space.dtype} says, got fractions, which the "
-            f"rollout would cut off. {_WAY_OUT}"
+            f"`env` must return whole numbers as {name}, since its space has the dtype {space.dtype}, got fractions, "
+            f"which the rollout would truncate. {_WAY_OUT}"
         )
 
 

@@ -99,7 +99,8 @@ class BatchedVecEnv(VecEnv):
         seeds = None if None in self._seeds else [seed for seed in self._seeds if seed is not None]
         if any(options != self._options[0] for options in self._options):
             raise ValueError(
-                "`options` must be the same for all environments here, got different ones. Give set_options one dict."
+                "`options` must be the same for all environments here, got different ones. Pass one dict to "
+                "set_options."
             )
         obs, infos = self._begin(seeds, self._options[0] or None)
         self.reset_infos = self._info_rows(infos, self.num_envs)
@@ -125,7 +126,7 @@ class BatchedVecEnv(VecEnv):
         rewards = np.array(step.rewards, dtype=np.float32)
         if self.clip_rewards:
             np.sign(rewards, out=rewards)
-        if np.count_nonzero(dones):  # any() takes several times as long
+        if np.count_nonzero(dones):  # any() is several times slower
             self._end_episodes(step, np.flatnonzero(dones), infos)
         return step.obs, rewards, dones, infos
 

@@ -133,7 +133,7 @@ def decoded(item: Mapping[str, Any]) -> Any:
 
 def _has_tags(tree: Any) -> bool:
     if isinstance(tree, dict):
-        # Ours, or a key that a reader would take for a value of another form.
+        # Ours, or a key by which a reader would mistake it for another form.
         return bool({_TAG, ENCODED, ":serialized:"} & tree.keys()) or any(map(_has_tags, tree.values()))
     return isinstance(tree, list) and any(map(_has_tags, tree))
 

@@ -28,7 +28,7 @@ from sb3_clipvf.files.trust import TRUST_ADVICE, Trust, UnsafeFileError
 from sb3_clipvf.files.unpickle import named_errors, unpickle
 
 ROOM = 64 * 2**20
-"""Bytes that a policy may take besides four times those of the file's weights: buffers are no weights."""
+"""Bytes that a policy may take besides four times those of the file's weights: buffers are not weights."""
 
 
 class CheckedStream(io.BytesIO):
@@ -165,7 +165,7 @@ def _parsed(name: str, raw: bytes) -> dict[str, Any]:
 
 
 def _check_weights(name: str, entry: str, raw: bytes) -> None:
-    """Read weights as SB3 will, which takes tensors and plain containers of them only."""
+    """Read weights as SB3 will, which accepts only tensors and plain containers of them."""
     what = f"{entry!r} in {name}"
     check_inner_zip(what, raw)
     try:
@@ -186,7 +186,7 @@ def _check_weights(name: str, entry: str, raw: bytes) -> None:
 
 # ---------------------------------------------------------------------- size of the policy
 
-_LEAST = 1024  # a tensor takes this, however small it is; in a file some hundred bytes
+_LEAST = 1024  # memory of the smallest tensor, which takes some hundred bytes in a file
 _FACTORIES = frozenset({th.empty, th.zeros, th.ones, th.full, th.rand, th.randn, th.eye, th.arange})
 
 
