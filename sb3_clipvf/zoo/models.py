@@ -8,7 +8,7 @@ import re
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -123,22 +123,21 @@ def make_test_env(
     """Call ``create``, the RL Zoo's ``create_test_env``, with the model's own statistics and complete settings."""
     # In place, since `push_to_hub` writes the arguments to its files.
     complete_settings(hyperparams, env_kwargs)
-    arguments: dict[str, Any] = {"hyperparams": hyperparams, "env_kwargs": env_kwargs, **kwargs}
-    if stats_path is None or model is None or not hyperparams["normalize"]:
-        return create(*args, stats_path=stats_path, **arguments)
-    if not _has_own_statistics(model):
-        if _MID_TRAINING.fullmatch(model.name):
-            log.warning(
-                "%s has no statistics of VecNormalize: those of another step, in %s, are used. Models in "
-                "`checkpoints/` have their own.",
-                model,
-                stats_path,
-            )
-        return create(*args, stats_path=stats_path, **arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, STATISTICS_FILE).touch()  # the Zoo checks that the file exists
-        with patched(load_statistics=staticmethod(lambda _, venv: load_normalizer(model, venv))):
-            return create(*args, stats_path=folder, **arguments)
+    with ExitStack() as stack:
+        if stats_path is not None and model is not None and hyperparams["normalize"]:
+            if _has_own_statistics(model):
+                stats_path = stack.enter_context(tempfile.TemporaryDirectory())
+                Path(stats_path, STATISTICS_FILE).touch()  # the Zoo checks that the file exists
+                load = staticmethod(lambda _, venv: load_normalizer(model, venv))
+                stack.enter_context(patched(load_statistics=load))
+            elif _MID_TRAINING.fullmatch(model.name):
+                log.warning(
+                    "%s has no statistics of VecNormalize: those of another step, in %s, are used. Models in "
+                    "`checkpoints/` have their own.",
+                    model,
+                    stats_path,
+                )
+        return create(*args, stats_path=stats_path, hyperparams=hyperparams, env_kwargs=env_kwargs, **kwargs)
 
 
 def find_statistics(model: Path, env_name: str, *, normalizes: bool) -> Path | None:

@@ -324,15 +324,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_learning_curve(run, curve, evaluation, figure_path)
     files = {"learning_curve": str(figure_path)}
     sys.stdout.write(f"  learning curve  {figure_path}\n")
-    if args.no_video:
-        video = "skipped: --no-video"
-    else:
+    video = "skipped: --no-video"
+    if not args.no_video:
         video = record_video(run, video_path, evaluation.deterministic, args.seed, args.device)
-    if video.startswith("skipped"):
-        sys.stdout.write(f"  video           {video}\n")
-    else:
-        files["video"] = str(video_path)
-        sys.stdout.write(f"  video           {video_path} ({video})\n")
+    if not video.startswith("skipped"):
+        files["video"], video = str(video_path), f"{video_path} ({video})"
+    sys.stdout.write(f"  video           {video}\n")
     _write_numbers(numbers_path, run, curve, evaluation, files)
     sys.stdout.write(f"  numbers         {numbers_path}\n\nTry next:\n")
     for purpose, command in next_commands(run, args.folder):

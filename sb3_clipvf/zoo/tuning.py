@@ -29,15 +29,8 @@ NET_ARCHS: dict[str, dict[str, list[int]]] = {
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU}
 
-_DRAWN_AS_THEY_ARE = (
-    "ent_coef",
-    "vf_coef",
-    "n_epochs",
-    "max_grad_norm",
-    "clip_range_vf",
-    "vf_clip_units",
-    "advantage_scope",
-)
+_UNCHANGED = ("ent_coef", "vf_coef", "n_epochs", "max_grad_norm", "clip_range_vf", "vf_clip_units", "advantage_scope")
+"""Drawn parameters that are arguments of ClipPPO as they are."""
 
 
 class CheckedSearch(ExperimentManager):
@@ -137,7 +130,7 @@ def convert_clipppo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
         # ClipPPO takes either a schedule of the learning rate, which the search draws, or a KL-adaptive rate.
         "lr_kl_target": None,
         **_objective(sampled_params),
-        **{name: sampled_params[name] for name in _DRAWN_AS_THEY_ARE},
+        **{name: sampled_params[name] for name in _UNCHANGED},
         "policy_kwargs": {
             "net_arch": NET_ARCHS[sampled_params["net_arch"]],
             "activation_fn": ACTIVATIONS[sampled_params["activation_fn"]],
