@@ -6,7 +6,9 @@ import inspect
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import gymnasium as gym
@@ -208,6 +210,8 @@ def _check_dict(key: str, value: Any, where: str) -> None:
 
 
 def _check_evaluated(key: str, value: Any, where: str) -> None:
+    if key == "normalize" and isinstance(value, bool):
+        return
     if isinstance(value, str):
         rule = f"`{key}` must be a dict, or Python text that makes one"
         way_out = 'Write for example "dict(...)".'
@@ -221,11 +225,6 @@ def _check_evaluated(key: str, value: Any, where: str) -> None:
     called = {"monitor_kwargs": Monitor, "normalize": VecNormalize}.get(key)
     if called is not None:
         check_keywords(key, value or {}, called, _PASSED_BY_ZOO, f"It stands in {where}. Correct it, or leave it out.")
-
-
-def _check_normalize(key: str, value: Any, where: str) -> None:
-    if not isinstance(value, bool):
-        _check_evaluated(key, value, where)
 
 
 def _check_policy(key: str, value: Any, where: str) -> None:
@@ -242,8 +241,8 @@ def _check_classes(key: str, value: Any, where: str) -> None:
     for item in items(value):
         if isinstance(item, dict) and len(item) != 1:
             raise ValueError(
-                f"`{key}` must hold dicts of one class and its arguments, got {item!r} in {where}. Check the "
-                "indentation: arguments stand deeper than the class."
+                f"`{key}` must hold dicts of one class and its arguments, got {item!r} in {where}. Indent "
+                "the arguments below the class."
             )
     for named, kwargs in with_arguments(value):
         _check_named(key, named, where, ready)
@@ -255,12 +254,8 @@ def _check_classes(key: str, value: Any, where: str) -> None:
         _check_text_keys(key, kwargs, where)
 
 
-def _check_buffer_class(key: str, value: Any, where: str) -> None:
-    if not (value is None or isinstance(value, type)):
-        _check_named(key, value, where)
-
-
-def _check_named(key: str, value: Any, where: str, ready: type | tuple[()] = ()) -> None:
+def _check_named(key: str, value: Any, where: str, ready: type | tuple[type, ...] = ()) -> None:
+    """Refuse what is neither the full name of a class nor an instance of ``ready``."""
     parts = value.split(".") if isinstance(value, str) else []
     is_path = len(parts) > 1 and all(part.isidentifier() for part in parts)
     if not (is_path or isinstance(value, ready)):
@@ -281,9 +276,9 @@ _CHECKS: dict[str, Callable[[str, Any, str], None]] = {
     "monitor_kwargs": _check_evaluated,
     "n_envs": _check_whole,
     "n_timesteps": _check_steps,
-    "normalize": _check_normalize,
+    "normalize": _check_evaluated,
     "policy": _check_policy,
     "policy_kwargs": _check_evaluated,
-    "rollout_buffer_class": _check_buffer_class,
+    "rollout_buffer_class": partial(_check_named, ready=(type, NoneType)),
     "vec_env_wrapper": _check_classes,
 }
