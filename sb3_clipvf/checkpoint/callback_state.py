@@ -116,9 +116,8 @@ def _has_own_state(callback: BaseCallback) -> bool:
 
 
 def _may_keep_more(callback: BaseCallback) -> bool:
+    """Return whether classes that are not known here set attributes of their own, or may have done so."""
     own = [cls for cls in type(callback).__mro__ if issubclass(cls, BaseCallback) and full_name(cls) not in ATTRIBUTES]
-    if not own:
-        return False
     if type(callback).__mro__[len(own)] is BaseCallback:
         return bool(vars(callback).keys() - _BASE)
     return any("__init__" in vars(cls) for cls in own)

@@ -5,7 +5,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
@@ -128,18 +128,10 @@ def load_statistics(path: str | os.PathLike[str], venv: VecEnv) -> VecNormalize:
     return normalizer
 
 
-def reset_environments(model: ResumableModel, venv: VecEnv, generator: np.random.Generator) -> None:
-    """Begin a new episode in each environment, with a seed from the generator."""
-    venv.seed(draw_seed(generator))
-    _begin_episodes(model, venv)
-
-
-def draw_seed(generator: np.random.Generator) -> int:
-    """Draw the seed of a reset, to which each environment adds its own number."""
-    return int(generator.integers(2**30))
-
-
-def _begin_episodes(model: ResumableModel, venv: VecEnv) -> None:
+def reset_environments(model: ResumableModel, venv: VecEnv, generator: np.random.Generator | None) -> None:
+    """Begin a new episode in each environment, with a seed from the generator if there is one."""
+    if generator is not None:
+        venv.seed(draw_seed(generator))
     model._last_obs = venv.reset()  # type: ignore[assignment]
     model._last_episode_starts = np.ones(venv.num_envs, dtype=bool)
     normalizer = model.get_vec_normalize_env()
@@ -147,21 +139,23 @@ def _begin_episodes(model: ResumableModel, venv: VecEnv) -> None:
         model._last_original_obs = normalizer.get_original_obs()
 
 
+def draw_seed(generator: np.random.Generator) -> int:
+    """Draw the seed of a reset, to which each environment adds its own number."""
+    return int(generator.integers(2**30))
+
+
 def _restore_environments(model: ResumableModel, venv: VecEnv, tree: dict[str, Any]) -> dict[str, Any]:
     """Put the environments into their state. Return the model's attributes that the next rollout starts from."""
     venv.reset()
     restore_vec_env(venv, tree["environments"])
     set_global_states(tree["random"])
-    if tree["resets"] is not None:
-        reset_environments(model, venv, cast(np.random.Generator, generator_from(tree["resets"])))
-    elif not tree["environments"]["exact"]:
-        if model.seed is not None:
-            # Not the seed itself: each resumed training would begin with the episodes of the first one.
-            seeds = np.random.SeedSequence((model.seed, model.num_timesteps))
-            venv.seed(draw_seed(np.random.default_rng(seeds)))
-        _begin_episodes(model, venv)
-    else:
+    if tree["resets"] is None and tree["environments"]["exact"]:
         return dict(tree["model"])
+    generator = generator_from(tree["resets"])
+    if generator is None and model.seed is not None:
+        # Not the seed itself: each resumed training would begin with the episodes of the first one.
+        generator = np.random.default_rng(np.random.SeedSequence((model.seed, model.num_timesteps)))
+    reset_environments(model, venv, generator)
     return {name: getattr(model, name) for name in OBSERVATIONS}
 
 

@@ -1,7 +1,6 @@
 """The state of vectorised environments: layer by layer, from the outermost wrapper to the single environments."""
 
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from gymnasium.vector import SyncVectorEnv
@@ -27,9 +26,6 @@ _SAME = {"sb3_clipvf.envs.dummy.FastDummyVecEnv": "DummyVecEnv"}
 _RESET_TEXT = "begin new episodes at a resume, with other random numbers"
 _RESET_HINT = "In a script, TrainingCheckpoint(..., reset_envs=True) makes a resumed training exact."
 _METHODS_HINT = f"Define get_training_state() and set_training_state() in the class. {_RESET_HINT}"
-
-# Whether environments in other processes have the methods of ResumableEnv; asking costs a message to each of them.
-_RESUMABLE: WeakKeyDictionary[VecEnv, bool] = WeakKeyDictionary()
 
 
 def vec_env_state(venv: VecEnv) -> tuple[dict[str, Any], list[str]]:
@@ -151,13 +147,10 @@ def _layer_state(layer: Any) -> tuple[dict[str, Any], list[str]]:
 
 
 def _inaccessible(layer: Any) -> str:
+    hint = _METHODS_HINT
     if isinstance(layer, SubprocVecEnv):
-        return (
-            f"The state of environments in other processes is not accessible: they {_RESET_TEXT}. Wrap them in "
-            "ResumableEnv, as make_vec_env(..., wrapper_class=ResumableEnv) does, or pass reset_envs=True to "
-            "TrainingCheckpoint."
-        )
-    return f"Environments of {full_name(type(layer))} {_RESET_TEXT}. {_METHODS_HINT}"
+        hint = f"Wrap them in ResumableEnv, as make_vec_env(..., wrapper_class=ResumableEnv) does. {_RESET_HINT}"
+    return f"Environments of {full_name(type(layer))} {_RESET_TEXT}. {hint}"
 
 
 def _unknown(environments: list[dict[str, Any]]) -> list[str]:
@@ -166,12 +159,8 @@ def _unknown(environments: list[dict[str, Any]]) -> list[str]:
 
 
 def _is_resumable(layer: VecEnv) -> bool:
-    if not isinstance(layer, SubprocVecEnv):
-        return False
-    if layer not in _RESUMABLE:
-        # Reading a missing attribute would end the process of the environment.
-        _RESUMABLE[layer] = layer.has_attr("whole_state")
-    return _RESUMABLE[layer]
+    # Reading a missing attribute would end the process of the environment.
+    return isinstance(layer, SubprocVecEnv) and layer.has_attr("whole_state")
 
 
 def _moments(rms: Any) -> dict[str, Any]:
