@@ -17,23 +17,14 @@ from sb3_clipvf.envs.rows import fill_infos, own_row
 
 
 class Step(NamedTuple):
-    """
-    What all environments returned for one action each.
+    """One step of all environments. Arrays have the shape ``(n_envs,)``."""
 
-    :param obs: Observations ``(n_envs, ...)``, copied out of the environments' memory.
-    :param rewards: Rewards for the algorithm, before clipping, shape ``(n_envs,)``.
-    :param true_rewards: Rewards for the statistics, shape ``(n_envs,)``.
-    :param terminated: bool ``(n_envs,)``.
-    :param truncated: bool ``(n_envs,)``.
-    :param infos: Infos of the batch, in Gymnasium's form.
-    """
-
-    obs: Any
-    rewards: np.ndarray
-    true_rewards: np.ndarray
+    obs: Any  # (n_envs, ...), copied out of the environments' memory
+    rewards: np.ndarray  # for the algorithm, before clipping
+    true_rewards: np.ndarray  # for the statistics
     terminated: np.ndarray
     truncated: np.ndarray
-    infos: dict[str, Any]
+    infos: dict[str, Any]  # of the batch, in Gymnasium's form
 
 
 class BatchedVecEnv(VecEnv):
@@ -41,14 +32,8 @@ class BatchedVecEnv(VecEnv):
     SB3's ``VecEnv`` over one object that steps all environments.
 
     A subclass defines how to begin (:meth:`_begin`), to step (:meth:`_advance`) and to begin the next episodes
-    (:meth:`_renew`). Python loops over environments run only where an episode ended or there are infos.
-
-    :param env: The object.
-    :param n_envs: Number of environments in it.
-    :param observation_space: Space of one environment.
-    :param action_space: Space of one environment.
-    :param clip_rewards: Whether the algorithm gets the sign of each reward.
-    :param monitor_path: File for the episodes' statistics, or None.
+    (:meth:`_renew`). Python loops over environments run only where an episode ended or there are infos. The spaces are
+    those of one environment.
     """
 
     _UNWANTED_INFOS: frozenset[str] = frozenset()
