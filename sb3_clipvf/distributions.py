@@ -6,6 +6,7 @@ The rollout buffer stores the rows of the old distribution, since SB3's policies
 
 from typing import Any, cast
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.distributions import (
     BernoulliDistribution,
@@ -55,6 +56,26 @@ def dist_param_dim(dist: object) -> int | None:
     if type(dist) is BernoulliDistribution:
         return int(known.action_dims)
     return None
+
+
+def n_outputs(dist: Any) -> int:
+    """Return how many numbers an actor returns for a known distribution: logits, or a Gaussian's means."""
+    width = cast(int, dist_param_dim(dist))
+    return width // 2 if type(dist) in _GAUSSIANS else width
+
+
+def n_action_numbers(dist: Any) -> int:
+    """Return how many numbers one action of a known distribution has: the columns of the stored actions."""
+    if isinstance(dist, CategoricalDistribution):
+        return 1
+    return len(dist.action_dims) if isinstance(dist, MultiCategoricalDistribution) else n_outputs(dist)
+
+
+def category_counts(dist: Any) -> np.ndarray:
+    """Return the number of categories of each categorical distribution in a known one, int64; empty for other kinds."""
+    if isinstance(dist, CategoricalDistribution):
+        return np.array([dist.action_dim], np.int64)
+    return np.array(dist.action_dims if isinstance(dist, MultiCategoricalDistribution) else [], np.int64)
 
 
 def has_exact_kl(dist: object) -> bool:

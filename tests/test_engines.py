@@ -469,7 +469,7 @@ def count_reads(engine_name: str, actions: str, **changes: Any) -> dict[str, int
     engine.update(buffer, COEFFICIENTS)
     with pytest.MonkeyPatch.context() as patch, Reads(policy.optimizer) as reads:
         # As on a GPU
-        patch.setattr(AutogradEngine, "_may_read", lambda _: False)
+        patch.setattr(AutogradEngine, "_reads_are_cheap", lambda _: False)
         for name in ("cpu", "numpy", "tolist", "__array__"):
             # These are no operations on a CPU tensor, but reads on any other device
             patch.setattr(th.Tensor, name, counting(getattr(th.Tensor, name), reads.counts))
@@ -774,9 +774,9 @@ class TestFused:
         addresses = []
         for n in (5, 3, 8, 1):  # memory for more serves fewer, and grows
             pictures = th.randint(0, 256, (n, 36, 36, 2), dtype=th.uint8).permute(0, 3, 1, 2)
-            assert engine._scales(pictures)
-            assert th.equal(engine._scaled(pictures), pictures.float() / 255.0)
-            addresses.append(engine._scaled(pictures).data_ptr())
+            assert engine._features.scales(pictures)
+            assert th.equal(engine._features.scaled(pictures), pictures.float() / 255.0)
+            addresses.append(engine._features.scaled(pictures).data_ptr())
             ours, theirs = engine._features(pictures), policy.extract_features(pictures)
             # Convolutions are summed in an order that depends on memory.
             th.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
@@ -791,7 +791,7 @@ class TestFused:
         ours, theirs = engine._features(pictures), policy.extract_features(pictures)
         # Numbers of up to 255 are summed, in an order that depends on memory.
         th.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 if not kwargs else 3e-4)
-        assert engine._pictures is None
+        assert engine._features._scaled is None
 
     @pytest.mark.parametrize("way", ["hook", "global_hook", "layer", "forward", "second_extractor"])
     def test_pictures_that_someone_keeps_stay_as_they_were(self, way: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,14 +28,15 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.common.nonfinite import BadMinibatchError
 from sb3_clipvf.distributions import dist_param_dim, dist_params
-from sb3_clipvf.engines.autograd import AutogradEngine
-from sb3_clipvf.engines.binding import NotPlainError, why_not_native
+from sb3_clipvf.engines.autograd import AutogradEngine, AutogradUpdate
 from sb3_clipvf.engines.fused import FusedEngine
 from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateSettings
 from sb3_clipvf.engines.kernels import entry
 from sb3_clipvf.engines.kernels.elementwise import exp32, tanh32
 from sb3_clipvf.engines.kernels.mlp import weight_gradient
 from sb3_clipvf.engines.native import NativeEngine
+from sb3_clipvf.engines.recognition import UnsupportedError
+from sb3_clipvf.engines.support import why_not_native
 from sb3_clipvf.rollout import TensorRolloutBuffer, gae
 
 OBS = spaces.Box(-2.0, 2.0, (3,), np.float32)
@@ -476,7 +477,7 @@ class TestActing:
         engine = NativeEngine(policy, SETTINGS)
         engine.begin_rollout(make_buffer(policy))
         policy.action_net.weight.data = tensor
-        with pytest.raises(NotPlainError, match=reason):
+        with pytest.raises(UnsupportedError, match=reason):
             engine.act(th.ones(4, 3), with_dist_params=False)
 
 
@@ -611,13 +612,13 @@ class TestUpdate:
                 parameter += 0.05 * th.randn(parameter.shape)
         double = copy.deepcopy(policy).double()
         settings = dataclasses.replace(SETTINGS, n_epochs=1, batch_size=32, max_grad_norm=1e9)
-        engine = AutogradEngine(double, settings)
         batch = next(buffer.get(32))
         batch = batch._replace(**{name: getattr(batch, name).double() for name in batch._fields})
         double.obs_to_tensor = None  # type: ignore[assignment]
         double.extract_features = lambda obs, *_: obs  # type: ignore[method-assign]
-        loss = engine._loss(batch, COEFFICIENTS, None, measure_kl=True).loss
-        loss.backward()  # type: ignore[no-untyped-call]
+        reference = AutogradUpdate(double, settings, COEFFICIENTS, buffer)
+        reference.loss(batch, measure_kl=True)
+        reference.gradient_norm()
         NativeEngine(policy, settings).update(buffer, COEFFICIENTS)
         for ours, exact in zip(policy.parameters(), double.parameters(), strict=True):
             # Float32 sums over 32 rows

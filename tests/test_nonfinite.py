@@ -26,7 +26,7 @@ from test_engines import COEFFICIENTS, N_ENVS, N_STEPS, make_case, make_engine, 
 from sb3_clipvf import SB3_EQUIVALENT, ClipPPO, NonFiniteError
 from sb3_clipvf.checkpoint import TrainingCheckpoint, newest_checkpoint
 from sb3_clipvf.common.nonfinite import FLOAT32_MAX, MAX_UPDATES_WITH_SKIPS, BadMinibatchError, is_finite
-from sb3_clipvf.engines.autograd import AutogradEngine, _Start
+from sb3_clipvf.engines.autograd import AutogradEngine, _Snapshot
 from sb3_clipvf.engines.native import NativeEngine
 
 # "gpu": the autograd engine as it runs where reading a number makes the device wait.
@@ -100,7 +100,7 @@ def engine_for(name: str, policy: Any, buffer: Any, **changes: Any) -> Any:
     kind = {"gpu": "autograd", "two_threads": "native"}.get(name, name)
     engine = make_engine(kind, policy, settings_for("box", **{"batch_size": BATCH, **changes}), buffer)
     if name == "gpu":
-        engine._may_read = lambda: False  # type: ignore[attr-defined,union-attr]
+        engine._reads_are_cheap = lambda: False  # type: ignore[attr-defined,union-attr]
     if name == "two_threads":
         engine._threads.next = lambda: 2  # type: ignore[attr-defined,union-attr]
     return engine
@@ -242,7 +242,7 @@ class TestDevice:
     def test_numbers_are_read_on_the_cpu_alone(self, kind: str) -> None:
         for device, may_read in ((kind, False), ("cpu", True)):
             policy = cast(Any, SimpleNamespace(device=th.device(device)))
-            assert AutogradEngine(policy, settings_for("box"))._may_read() is may_read
+            assert AutogradEngine(policy, settings_for("box"))._reads_are_cheap() is may_read
 
     @pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])
     def test_its_random_state_is_put_back(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +252,7 @@ class TestDevice:
         monkeypatch.setattr(getattr(th, kind), "set_rng_state", lambda state, of: put_back.append((state, of)))
         policy, _ = make_case("box")
         monkeypatch.setattr(type(policy), "device", device)
-        _Start(policy).restore(policy)
+        _Snapshot(policy).restore(policy)
         assert put_back == [(("state", device), device)]
 
     @pytest.mark.parametrize("kind", [ValueError, RuntimeError])

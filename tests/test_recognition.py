@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sb3_clipvf import SB3_EQUIVALENT, ClipPPO, objectives
 from sb3_clipvf.distributions import dist_params
 from sb3_clipvf.engines import recognition
-from sb3_clipvf.engines.autograd import AutogradEngine
+from sb3_clipvf.engines.autograd import AutogradEngine, AutogradUpdate
 from sb3_clipvf.engines.fused import FusedEngine
 from sb3_clipvf.engines.interface import UpdateSettings
 from sb3_clipvf.engines.native import NativeEngine
@@ -232,7 +232,7 @@ CLASSES: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "sum_independent_dims": (sb3_distributions, "sum_independent_dims", tripled),
     "objectives.clipped_surrogate": (objectives, "clipped_surrogate", lambda loss: 0.0 * loss),
     "objectives.normalize_advantages": (objectives, "normalize_advantages", lambda advantages: advantages**3),
-    "AutogradEngine._value_loss": (AutogradEngine, "_value_loss", lambda loss: 0.0 * loss),
+    "AutogradUpdate._value_loss": (AutogradUpdate, "_value_loss", lambda loss: 0.0 * loss),
     "TensorRolloutBuffer._gather": (TensorRolloutBuffer, "_gather", more_advantage),
 }
 
@@ -612,7 +612,7 @@ def test_minibatches_of_another_length_are_refused() -> None:
 
     model = make(policy_kwargs=FAST["fused"][0])
     replaced("_gather", shorten, "rollout_buffer")(model)
-    with pytest.raises(ValueError, match=r"`rollout_buffer_class` must give `returns` of shape \(16,\) for 16 trans"):
+    with pytest.raises(ValueError, match=r"`rollout_buffer_class` must return `returns` of shape \(16,\) for 16 trans"):
         model.learn(N_STEPS * 2)
 
 
@@ -668,7 +668,7 @@ def test_sb3s_other_policies_are_known() -> None:
         ActorCriticCnnPolicy(space, spaces.Discrete(2), lambda _: 1e-3),
         MultiInputActorCriticPolicy(spaces.Dict({"a": space}), spaces.Discrete(2), lambda _: 1e-3),
     ):
-        recognition.check_known(policy)
+        recognition.check_code(policy)
 
 
 # ------------------------------------------------------------------ what SB3's PPO trains

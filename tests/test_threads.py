@@ -9,7 +9,14 @@ import pytest
 import torch as th
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from sb3_clipvf.engines.threads import LOOK_AGAIN, TRIALS, ThreadChoice, one_blas_thread, second_thread, usable_cores
+from sb3_clipvf.engines.threads import (
+    RETRY_INTERVAL,
+    TRIALS,
+    ThreadChoice,
+    one_blas_thread,
+    second_thread,
+    usable_cores,
+)
 
 _FORKS = """
 import os, threading
@@ -37,7 +44,7 @@ def _run(choice: ThreadChoice, n_updates: int, microseconds: dict[int, float], n
     ran = []
     for _ in range(n_updates):
         ran.append(choice.next())
-        choice.took(microseconds[ran[-1]] * n_minibatches, n_minibatches)
+        choice.record(microseconds[ran[-1]] * n_minibatches, n_minibatches)
     return ran
 
 
@@ -46,7 +53,7 @@ def test_both_are_tried_and_the_faster_one_stays(
     choice: ThreadChoice, microseconds: dict[int, float], faster: int
 ) -> None:
     assert sorted(_run(choice, 2 * TRIALS, microseconds)) == [1] * TRIALS + [2] * TRIALS
-    later = _run(choice, 3 * LOOK_AGAIN, microseconds)
+    later = _run(choice, 3 * RETRY_INTERVAL, microseconds)
     assert later.count(3 - faster) == 3  # one of so many looks again
     assert choice.next() == faster
 
@@ -55,7 +62,7 @@ def test_another_program_on_the_second_core_is_noticed(choice: ThreadChoice) -> 
     _run(choice, 20, {1: 3.0, 2: 2.0})
     beside_it = _run(choice, 10, {1: 3.0, 2: 30.0})
     assert beside_it == [2, 2] + [1] * 8  # two slow ones of the last three make its median
-    _run(choice, 3 * LOOK_AGAIN, {1: 3.0, 2: 2.0})  # it has ended
+    _run(choice, 3 * RETRY_INTERVAL, {1: 3.0, 2: 2.0})  # it has ended
     assert choice.next() == 2
 
 
@@ -63,7 +70,7 @@ def test_updates_that_end_early_are_not_taken_for_fast_ones(choice: ThreadChoice
     for _ in range(2 * TRIALS):
         n_threads = choice.next()
         n_minibatches = 100 if n_threads == 2 else 10
-        choice.took({1: 3.0, 2: 2.0}[n_threads] * n_minibatches, n_minibatches)
+        choice.record({1: 3.0, 2: 2.0}[n_threads] * n_minibatches, n_minibatches)
     assert choice.next() == 2
 
 

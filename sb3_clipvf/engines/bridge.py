@@ -1,4 +1,4 @@
-"""What the engines that call kernels share: translating what kernels are given and give back."""
+"""What native and fused share: PPO's settings, rollouts and random numbers in the form that kernels take."""
 
 import math
 from typing import Any, cast
@@ -6,88 +6,28 @@ from typing import Any, cast
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.distributions import (
-    BernoulliDistribution,
-    CategoricalDistribution,
-    DiagGaussianDistribution,
-    Distribution,
-    MultiCategoricalDistribution,
-    StateDependentNoiseDistribution,
-)
+from stable_baselines3.common import distributions as sb3
+from stable_baselines3.common.distributions import Distribution
 
 from sb3_clipvf import objectives
-from sb3_clipvf.common.nonfinite import BadMinibatchError
-from sb3_clipvf.distributions import dist_param_dim
-from sb3_clipvf.engines.binding import n_action_numbers
-from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateSettings, UpdateStatistics, named_terms
+from sb3_clipvf.distributions import category_counts, dist_param_dim, n_action_numbers
+from sb3_clipvf.engines.epochs import MinibatchStatistics
+from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateSettings
 from sb3_clipvf.engines.kernels import inputs
 from sb3_clipvf.engines.kernels.losses import CLIPPED_MAX, CLIPPED_PREDICTION, NOT_CLIPPED
-from sb3_clipvf.engines.kernels.totals import STAT, TOTAL
+from sb3_clipvf.engines.kernels.totals import STAT
 
-_KINDS: dict[type[Distribution], int] = {
-    CategoricalDistribution: inputs.CATEGORICAL,
-    MultiCategoricalDistribution: inputs.CATEGORICAL,
-    BernoulliDistribution: inputs.BERNOULLI,
-    DiagGaussianDistribution: inputs.GAUSSIAN,
-    StateDependentNoiseDistribution: inputs.STATE_DEPENDENT,
+KINDS: dict[type[Distribution], int] = {
+    sb3.CategoricalDistribution: inputs.CATEGORICAL,
+    sb3.MultiCategoricalDistribution: inputs.CATEGORICAL,
+    sb3.BernoulliDistribution: inputs.BERNOULLI,
+    sb3.DiagGaussianDistribution: inputs.GAUSSIAN,
+    sb3.StateDependentNoiseDistribution: inputs.STATE_DEPENDENT,
 }
+"""The kernels' number of each action distribution."""
 
 
-def kind_of(dist: Distribution) -> int:
-    """
-    Say which kind the kernels call a distribution.
-
-    :param dist: One that they know.
-    :return: A kind of :mod:`.kernels.inputs`.
-    """
-    return _KINDS[type(dist)]
-
-
-def widths_of(dist: Distribution) -> np.ndarray:
-    """
-    List how many actions the categorical distributions have that a distribution consists of.
-
-    :param dist: Any that the kernels know.
-    :return: int64; empty where it is of another kind.
-    """
-    if isinstance(dist, CategoricalDistribution):
-        return np.array([dist.action_dim], np.int64)
-    return np.array(dist.action_dims if isinstance(dist, MultiCategoricalDistribution) else [], np.int64)
-
-
-def check_stored(dist: Distribution, actions: np.ndarray, old_dist: np.ndarray) -> None:
-    """
-    Refuse what a rollout may hold that a distribution does not have: kernels would read beyond its rows.
-
-    :param dist: Any that the kernels know.
-    :param actions: Shape ``(n, action_dim)``, as the rollout holds them.
-    :param old_dist: Parameters of the old distribution, shape ``(n, k)``; ``(0, 0)`` without.
-    :raises ValueError: If one is no action of the distribution, or rows are wider or narrower than its own.
-    """
-    width = dist_param_dim(dist)
-    if old_dist.size and old_dist.shape[1] != width:
-        raise ValueError(
-            f"`rollout_buffer.dist_params` must have {width} numbers a step, as {type(dist).__name__} has, got "
-            f"{old_dist.shape[1]}. Correct the callback or the buffer class that stores them."
-        )
-    if actions.shape[1] != n_action_numbers(dist):
-        raise ValueError(
-            f"`rollout_buffer.actions` must have {n_action_numbers(dist)} numbers an action, as the policy gives them, "
-            f"got {actions.shape[1]}. Correct the callback or the buffer class that stores them."
-        )
-    widths = widths_of(dist)
-    if not len(widths):
-        return
-    are_known = (actions >= 0) & (actions < widths)
-    if not are_known.all():
-        wrong = actions[~are_known.all(axis=1)][0]
-        raise ValueError(
-            f"`rollout_buffer.actions` must count from 0 to below {widths.tolist()}, as the policy gives them, got "
-            f"{wrong.tolist()}. Correct the callback or the buffer class that stores them."
-        )
-
-
-def update_numbers(
+def hyperparameters_of(
     settings: UpdateSettings,
     coefficients: UpdateCoefficients,
     optimizer: th.optim.Optimizer,
@@ -95,14 +35,9 @@ def update_numbers(
     advantages: np.ndarray,
 ) -> np.ndarray:
     """
-    Collect what an update needs beside the rollout.
+    Return settings, coefficients and the optimizer's options as :class:`.kernels.inputs.Hyperparameters`, float64.
 
-    :param settings: What stays the same over all updates.
-    :param coefficients: Of this update.
-    :param optimizer: Adam or AdamW with one parameter group.
-    :param n_steps: Steps that it has made.
-    :param advantages: Of the rollout, where they are normalised over it.
-    :return: float64, for :func:`sb3_clipvf.engines.kernels.inputs.unpack_hyperparameters`.
+    ``n_steps`` is the number of steps that the optimizer has made, ``advantages`` are those of the rollout.
     """
     group = optimizer.param_groups[0]
     in_rollout = settings.normalize_advantage and settings.advantage_scope == "rollout"
@@ -141,79 +76,50 @@ def update_numbers(
     return np.array(hyperparameters, np.float64)
 
 
-def statistics_of(
-    totals: np.ndarray,
-    coefficients: UpdateCoefficients,
-    settings: UpdateSettings,
-    kl_after: float | None,
-    skipped: BadMinibatchError | None,
-) -> UpdateStatistics:
-    """
-    Turn the kernels' totals into what an engine gives back.
-
-    :param totals: Sums over minibatches, from the kernels.
-    :param coefficients: Of this update.
-    :param settings: What stays the same over all updates.
-    :param kl_after: Exact KL over the rollout after the update, nats; None if not asked for.
-    :param skipped: The first minibatch that was skipped, or None.
-    :return: Statistics.
-    """
-    looked_at, in_epoch = totals[TOTAL.n_minibatches], totals[TOTAL.n_in_epoch]
-    names = {
-        "policy_gradient_loss": TOTAL.policy_loss,
-        "value_loss": TOTAL.value_loss,
-        "entropy_loss": TOTAL.entropy_loss,
-    }
-    if coefficients.clip_range is not None:
-        names["clip_fraction"] = TOTAL.clip_fraction
-    if coefficients.clip_range_vf is not None:
-        names["vf_clip_fraction"] = TOTAL.vf_clip_fraction
-    means = {name: _scalar(totals[place] / looked_at) for name, place in names.items()}
-    if totals[TOTAL.n_steps]:
-        means["grad_norm"] = _scalar(totals[TOTAL.grad_norm] / totals[TOTAL.n_steps])
-    n_epochs = int(totals[TOTAL.n_epochs])
-    # All of the last epoch may have been skipped.
-    knows_kl = settings.measures_kl(n_epochs - 1, coefficients) and in_epoch > 0
-    stopped_at = float(totals[TOTAL.stopped_at_kl])
-    return UpdateStatistics(
-        means=means,
-        last_loss=_scalar(totals[TOTAL.last_loss]),
-        approx_kl=_scalar(totals[TOTAL.approx_kl] / in_epoch if in_epoch else math.nan),
-        kl=_scalar(totals[TOTAL.kl] / in_epoch) if knows_kl else None,
-        kl_after=None if kl_after is None else _scalar(kl_after),
-        ratio_max=_scalar(totals[TOTAL.ratio_max]),
-        n_epochs=n_epochs,
-        stopped_at_kl=stopped_at or None,
-        n_skipped=int(totals[TOTAL.n_skipped]),
-        skipped=skipped,
-    )
-
-
-def terms_of(told: np.ndarray, coefficients: UpdateCoefficients) -> dict[str, float]:
-    """
-    Name the terms of a minibatch's loss, and its gradient norm.
-
-    :param told: What the kernels told of the minibatch.
-    :param coefficients: Of this update.
-    :return: As :class:`BadMinibatchError` takes them.
-    """
-    return named_terms(
-        coefficients,
-        policy_loss=float(told[STAT.policy_loss]),
-        value_loss=float(told[STAT.value_loss]),
-        entropy_loss=float(told[STAT.entropy_loss]),
-        kl=float(told[STAT.kl]),
-        loss=float(told[STAT.loss]),
-        grad_norm=math.sqrt(told[STAT.actor_squares] + told[STAT.critic_squares]),
-    )
-
-
-def _scalar(number: float) -> th.Tensor:
-    return th.tensor(number, dtype=th.float64)
-
-
 def _or_infinite(number: float | None) -> float:
     return math.inf if number is None else float(number)
+
+
+def statistics_of(stats: np.ndarray, coefficients: UpdateCoefficients, measure_kl: bool) -> MinibatchStatistics:
+    """Return a minibatch's terms and statistics from those that a kernel wrote, :data:`.kernels.totals.STAT`."""
+    numbers = stats.tolist()
+    return MinibatchStatistics(
+        policy_loss=numbers[STAT.policy_loss],
+        value_loss=numbers[STAT.value_loss],
+        entropy_loss=numbers[STAT.entropy_loss],
+        kl=numbers[STAT.kl] if measure_kl else None,
+        loss=numbers[STAT.loss],
+        approx_kl=numbers[STAT.approx_kl],
+        ratio_max=numbers[STAT.ratio_max],
+        clip_fraction=None if coefficients.clip_range is None else numbers[STAT.clip_fraction],
+        vf_clip_fraction=None if coefficients.clip_range_vf is None else numbers[STAT.vf_clip_fraction],
+        grad_norm=None,
+    )
+
+
+def check_stored(dist: Distribution, actions: np.ndarray, old_dist: np.ndarray) -> None:
+    """
+    Check that stored actions and distributions fit the policy's: kernels would read beyond the rows of others.
+
+    ``actions`` are ``(n, action_dim)``, and ``old_dist`` the old distributions' parameters, ``(n, k)``, or ``(0, 0)``.
+    """
+    widths = {"dist_params": (old_dist, dist_param_dim(dist)), "actions": (actions, n_action_numbers(dist))}
+    for name, (rows, width) in widths.items():
+        if len(rows) and rows.shape[1] != width:
+            raise ValueError(
+                f"`rollout_buffer.{name}` must have {width} numbers a step, as {type(dist).__name__} has, got "
+                f"{rows.shape[1]}. Correct the callback or the buffer class that stores them."
+            )
+    counts = category_counts(dist)
+    if not len(counts):
+        return
+    are_known = (actions >= 0) & (actions < counts)
+    if not are_known.all():
+        wrong = actions[~are_known.all(axis=1)][0]
+        raise ValueError(
+            f"`rollout_buffer.actions` must count from 0 to below {counts.tolist()}, as the policy returns them, got "
+            f"{wrong.tolist()}. Correct the callback or the buffer class that stores them."
+        )
 
 
 class Noise:
@@ -221,26 +127,16 @@ class Noise:
     Random numbers for the actions of a step, drawn as torch's own distributions draw theirs.
 
     So a seed gives the same actions on every engine, as long as the policies agree to rounding.
-
-    :param kind: Of the distribution, as kernels call it.
-    :param action_dim: Numbers of an action.
-    :param widths: Actions of each categorical distribution, if it is of that kind.
     """
 
-    def __init__(self, kind: int, action_dim: int, widths: list[int]) -> None:
-        self._kind = kind
-        self._widths = widths or [action_dim]
+    def __init__(self, dist: Distribution) -> None:
+        self._kind = KINDS[type(dist)]
+        self._widths = category_counts(dist).tolist() or [n_action_numbers(dist)]
         self._n_rows = -1
 
     def next(self, n_rows: int) -> np.ndarray:
-        """
-        Draw the numbers of the next step.
-
-        :param n_rows: Number of environments that act.
-        :return: Shape ``(n_rows, k)``; good until the next call.
-        """
+        """Draw the numbers of the next step, shape ``(n_rows, k)``; the next call overwrites them."""
         if n_rows != self._n_rows:
-            # Kernels only read them, so that each step's numbers may overwrite the last one's.
             self._parts = [th.empty(n_rows, width) for width in self._widths]
             self._arrays = [part.numpy() for part in self._parts]
             self._n_rows = n_rows
@@ -254,16 +150,7 @@ class Noise:
         return self._arrays[0] if len(self._arrays) == 1 else np.concatenate(self._arrays, axis=1)
 
 
-def as_policy_gives(actions: np.ndarray, space: spaces.Space[Any]) -> np.ndarray:
-    """
-    Give actions the type and the shape that SB3's policies give them.
-
-    :param actions: float32, shape ``(n, action_dim)``.
-    :param space: Of the policy's actions.
-    :return: Shape ``(n, ...)``.
-    """
-    if isinstance(space, spaces.Discrete):
-        return actions.reshape(-1).astype(np.int64)
-    if isinstance(space, spaces.MultiDiscrete):
-        return actions.astype(np.int64)
-    return np.asarray(actions.reshape(-1, *cast(tuple[int, ...], space.shape)))
+def as_policy_returns(actions: np.ndarray, space: spaces.Space[Any]) -> np.ndarray:
+    """Return actions, float32 ``(n, action_dim)``, with the type and shape that SB3's policies return."""
+    dtype = np.int64 if isinstance(space, spaces.Discrete | spaces.MultiDiscrete) else np.float32
+    return actions.reshape(-1, *cast(tuple[int, ...], space.shape)).astype(dtype, copy=False)

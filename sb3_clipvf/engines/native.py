@@ -1,5 +1,6 @@
 """The native engine: compiled kernels for plain MLP policies on the CPU, in place on the policy's own memory."""
 
+import math
 import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -11,18 +12,17 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
 from sb3_clipvf.common.nonfinite import BadMinibatchError
-from sb3_clipvf.distributions import LazyDistribution
-from sb3_clipvf.engines.binding import Binding, bind, n_steps_made, why_not_native, write_steps
+from sb3_clipvf.distributions import LazyDistribution, category_counts, dist_param_dim, n_action_numbers
+from sb3_clipvf.engines.binding import Binding, bind, n_steps_made, write_steps
 from sb3_clipvf.engines.bridge import (
+    KINDS,
     Noise,
-    as_policy_gives,
+    as_policy_returns,
     check_stored,
-    kind_of,
+    hyperparameters_of,
     statistics_of,
-    terms_of,
-    update_numbers,
-    widths_of,
 )
+from sb3_clipvf.engines.epochs import MinibatchStatistics, Record
 from sb3_clipvf.engines.interface import Acted, UpdateCoefficients, UpdateSettings, UpdateStatistics
 from sb3_clipvf.engines.kernels import entry, inputs, memory
 from sb3_clipvf.engines.kernels.barrier import CANCELLED, N_COUNTERS
@@ -30,6 +30,7 @@ from sb3_clipvf.engines.kernels.mlp import workspace_size
 from sb3_clipvf.engines.kernels.totals import N_STAT_ROWS, SKIPPED_ROW, STAT, TOTAL
 from sb3_clipvf.engines.kernels.warmup import warm_up
 from sb3_clipvf.engines.recognition import why_unknown_buffer
+from sb3_clipvf.engines.support import why_not_native
 from sb3_clipvf.engines.threads import ThreadChoice, one_blas_thread, second_thread
 from sb3_clipvf.rollout import gae
 
@@ -37,7 +38,7 @@ EVALUATION_ROWS = 1024
 """Rows in a forward pass over a whole rollout."""
 
 UNSHARED_ROWS = 32
-"""Rows of a forward pass that BLAS does not share among threads, whatever the width of usual layers."""
+"""Rows of a forward pass that BLAS never splits among threads, with layers of usual widths."""
 
 _ACTIVATIONS = {
     nn.Tanh: inputs.TANH,
@@ -50,14 +51,10 @@ _ACTIVATIONS = {
 
 class NativeEngine:
     """
-    Updates a plain MLP policy, and acts for it, by compiled kernels.
+    Acts and updates with the autograd engine's numbers to float32 rounding.
 
-    Same permutations, same coefficients and the numbers of the autograd engine to float32 rounding; actions are drawn
-    from torch's generator as torch draws them, and with gSDE from the policy's own exploration matrices.
-
-    :param policy: Its parameters, their gradients and its optimizer's moments are changed in place.
-    :param settings: What stays the same over all updates.
-    :raises NotPlainError: If the policy is more than kernels know.
+    Actions are drawn from torch's generator as torch draws them, and with gSDE from the policy's exploration matrices.
+    The constructor raises :class:`.recognition.UnsupportedError` if this engine cannot run the policy.
     """
 
     name = "native"
@@ -69,92 +66,54 @@ class NativeEngine:
         self.settings = settings
         self._threads = ThreadChoice()
         self._noise: Noise | None = None
-        self._work: dict[int, np.ndarray] = {}
-        self._has_looked = False
+        self._workspaces: dict[int, np.ndarray] = {}
+        self._has_checked = False
         self._bind()
         self.compile_seconds += warm_up("native")
 
-    def _bind(self) -> None:
-        self._binding = bind(self.policy)
-        self._network = _network(self._binding)
-        self._packed = inputs.pack(self._network)
-        both = (self._network.actor, self._network.critic)
-        self._workspace_of_a_row = max(workspace_size(mlp.sizes) for mlp in both)
-        self._addresses = self._binding.table[:, memory.PARAM].tolist()
-        self._parameters = [row[0] for row in self._binding.tensors]
-        self._modules = tuple(self.policy.modules())
-        self._obs_dim = int(self._network.actor.sizes[0])
-        n_outputs = int(self._network.actor.sizes[-1])
-        self._action_dim = len(self._network.widths) or n_outputs
-        self._dist_dim = n_outputs if self._binding.plain.log_std is None else 2 * n_outputs
-
-    def _bind_again(self) -> None:
-        if not self._has_looked and not self._binding.holds(self.policy):
-            self._bind()
-        self._has_looked = False
-
-    # ------------------------------------------------------------------ rollout
-
     def fits(self, buffer: Any) -> bool:
-        """
-        Tell whether this engine still runs its policy, which someone may have changed.
-
-        :param buffer: The rollout buffer.
-        :return: False where another engine must be chosen.
-        """
-        # The rollout or the update that follows need not look again.
-        self._has_looked = self._binding.holds(self.policy)
-        if self._has_looked and why_unknown_buffer(buffer) is None:
+        """Return whether this engine can still run its policy, which a callback may have changed."""
+        # The rollout or update that follows need not check again.
+        self._has_checked = self._binding.holds(self.policy)
+        if self._has_checked and why_unknown_buffer(buffer) is None:
             return True
         return why_not_native(self.policy, buffer) is None
 
     def set_training_mode(self, mode: bool) -> None:
-        """
-        Say to the policy whether it is being trained, as its ``set_training_mode`` does in many times the time.
-
-        :param mode: Whether it is.
-        """
+        """Set the training mode of all modules, in a fraction of the time that the policy's own method takes."""
         for module in self._modules:
             module.__dict__["training"] = mode
 
-    def begin_rollout(self, buffer: Any) -> None:
-        """
-        Look at the policy anew.
+    # ------------------------------------------------------------------ rollout
 
-        :param buffer: Will be filled; its advantages will be computed by a kernel.
-        :raises NotPlainError: If the policy has become more than kernels know.
-        """
-        self._bind_again()
-        if buffer.gae_fn is gae:  # a class may have one of its own
+    def begin_rollout(self, buffer: Any) -> None:
+        """Bind the policy again if it has changed, and let a kernel compute the buffer's advantages."""
+        self._bind_if_changed()
+        if buffer.gae_fn is gae:  # a class may have its own
             buffer.gae_fn = _gae
-        kind, widths = self._network.kind, self._network.widths.tolist()
-        self._noise = Noise(kind, self._action_dim, widths)
+        self._noise = Noise(self._binding.plain.dist)
 
     def act(self, observations: np.ndarray | th.Tensor, *, with_dist_params: bool) -> Acted:
         """
-        Sample one action for each environment.
+        Sample one action for each environment; observations are ``(n_envs, *obs_shape)``.
 
-        :param observations: Shape ``(n_envs, *obs_shape)``.
-        :param with_dist_params: Whether the distribution's parameters are wanted.
-        :return: What the rollout stores.
-        :raises ValueError: If the observations are not as wide as the policy's.
-        :raises NotPlainError: If a parameter's tensor was replaced by one that kernels cannot read.
+        :raises UnsupportedError: If a parameter's tensor was replaced by one that kernels cannot read.
         """
         self._follow_parameters()
         rows = self._rows(observations)
-        n_envs = len(rows)
+        n_envs, dist = len(rows), self._binding.plain.dist
         actions = np.empty((n_envs, self._action_dim), np.float32)
         values, log_prob = np.empty((n_envs, 1), np.float32), np.empty(n_envs, np.float32)
         dist_params = np.empty((n_envs, self._dist_dim if with_dist_params else 0), np.float32)
-        noise, work = self._noise_for(n_envs), self._workspace(n_envs)
+        noise, workspace = self._noise_for(n_envs), self._workspace(n_envs)
         with _blas_for(n_envs):
             is_finite = entry.act(
-                self._packed, rows, noise, work, actions, values.reshape(n_envs), log_prob, dist_params
+                self._packed, rows, noise, workspace, actions, values.reshape(n_envs), log_prob, dist_params
             )
-        if with_dist_params:  # callbacks may look at it
-            self._binding.plain.dist.distribution = LazyDistribution(self._binding.plain.dist, dist_params)
+        if with_dist_params:  # callbacks may read it
+            dist.distribution = LazyDistribution(dist, dist_params)
         return Acted(
-            actions=as_policy_gives(actions, self.policy.action_space),
+            actions=as_policy_returns(actions, self.policy.action_space),
             values=values,
             log_prob=log_prob,
             dist_params=dist_params if with_dist_params else None,
@@ -162,14 +121,7 @@ class NativeEngine:
         )
 
     def predict_values(self, observations: th.Tensor) -> th.Tensor:
-        """
-        Predict the values of observations.
-
-        :param observations: Shape ``(n, *obs_shape)``.
-        :return: Shape ``(n, 1)``, return units.
-        :raises ValueError: If the observations are not as wide as the policy's.
-        :raises NotPlainError: If a parameter's tensor was replaced by one that kernels cannot read.
-        """
+        """Return the values of observations, shape ``(n, 1)``, return units. Raises what :meth:`act` does."""
         self._follow_parameters()
         rows = self._rows(observations)
         n = len(rows)
@@ -185,7 +137,7 @@ class NativeEngine:
         return rows
 
     def _check_width(self, rows: np.ndarray) -> None:
-        if rows.shape[1] != self._obs_dim:  # a kernel would read on beyond them
+        if rows.shape[1] != self._obs_dim:  # a kernel would read beyond narrower ones
             raise ValueError(
                 f"`observations` must have {self._obs_dim} numbers a row, as many as the policy takes, got "
                 f"{rows.shape[1]}. Correct the environment or its space."
@@ -200,8 +152,26 @@ class NativeEngine:
             raise RuntimeError("`begin_rollout` must be called before `act`, got no call. Call it with the buffer.")
         return self._noise.next(n_envs)
 
+    # ------------------------------------------------------------------ the policy's tensors
+
+    def _bind(self) -> None:
+        self._binding = bind(self.policy)
+        plain, self._inputs = self._binding.plain, _kernel_policy(self._binding)
+        self._packed = inputs.pack(self._inputs)
+        self._row_size = max(workspace_size(mlp.sizes) for mlp in (self._inputs.actor, self._inputs.critic))
+        self._addresses = self._binding.table[:, memory.PARAM].tolist()
+        self._parameters = [row[0] for row in self._binding.tensors]
+        self._modules = tuple(self.policy.modules())
+        self._obs_dim = plain.actor[0].in_features
+        self._action_dim, self._dist_dim = n_action_numbers(plain.dist), dist_param_dim(plain.dist) or 0
+
+    def _bind_if_changed(self) -> None:
+        if not self._has_checked and not self._binding.holds(self.policy):
+            self._bind()
+        self._has_checked = False
+
     def _follow_parameters(self) -> None:
-        # A callback may have put other tensors into the parameters' place; their values need no attention.
+        """Let kernels read the tensors that a callback has put into the parameters, as ``parameter.data = ...``."""
         addresses = list(map(th.Tensor.data_ptr, self._parameters))
         if addresses == self._addresses:
             return
@@ -209,80 +179,66 @@ class NativeEngine:
             parameter.shape != gradient.shape or parameter.dtype != th.float32 or not parameter.is_contiguous()
             for parameter, gradient, *_ in self._binding.tensors
         ):
-            self._bind()  # which says what is wrong, or finds networks of another width
+            self._bind()  # which raises the error, or finds networks of another width
             return
-        # Whether the policy may stay on this engine is asked before the next update.
+        # The next update checks whether this engine can still run the policy.
         self._binding.table[:, memory.PARAM] = self._addresses = addresses
-        self._packed = inputs.pack(self._network)
+        self._packed = inputs.pack(self._inputs)
+
+    def _workspace(self, n: int, rank: int = 0) -> np.ndarray:
+        size = n * self._row_size
+        if rank not in self._workspaces or self._workspaces[rank].size < size:
+            self._workspaces[rank] = np.empty(size, np.float32)
+        return self._workspaces[rank]
 
     # ------------------------------------------------------------------ update
 
     def update(self, buffer: Any, coefficients: UpdateCoefficients) -> UpdateStatistics:
         """
-        Run the epochs of one update.
+        Run the epochs of one update; the buffer is a ``TensorRolloutBuffer``.
 
-        :param buffer: A complete rollout in a ``TensorRolloutBuffer``.
-        :param coefficients: Of this update.
-        :return: Statistics.
-        :raises NotPlainError: If the policy has become more than kernels know.
-        :raises BadMinibatchError: If a minibatch is not finite, unless it may be skipped; or if each one was skipped.
+        :raises UnsupportedError: If this engine can no longer run the policy.
         """
-        self._bind_again()
-        settings = self.settings
+        self._bind_if_changed()
+        settings, optimizer = self.settings, self.policy.optimizer
         rollout = _rollout(buffer, settings.has_dist_params)
         check_stored(self._binding.plain.dist, rollout.actions, rollout.old_dist)
         self._check_width(rollout.observations)
-        n_made = n_steps_made(self._binding, self.policy)
-        numbers = update_numbers(settings, coefficients, self.policy.optimizer, n_made, buffer.advantages)
-        n_transitions = rollout.returns.shape[0]
-        state = np.random.get_state()
-        permutations = np.empty((settings.n_epochs, n_transitions), np.int64)
-        for permutation in permutations:
-            permutation[:] = np.random.permutation(n_transitions)
-        totals, told = self._run(rollout, numbers, permutations)
-        if totals[TOTAL.n_epochs] < settings.n_epochs:
-            # An update that was left early must not have drawn the permutations of the epochs that it left out.
-            np.random.set_state(state)
-            for _ in range(int(totals[TOTAL.n_epochs])):
-                np.random.permutation(n_transitions)
-        write_steps(self.policy, n_made + int(totals[TOTAL.n_steps]))
+        n_made = n_steps_made(optimizer, self._parameters)
+        hyper = hyperparameters_of(settings, coefficients, optimizer, n_made, buffer.advantages)
+        random_state = np.random.get_state()
+        permutations = _permutations(settings.n_epochs, len(rollout.returns))
+        totals, skipped_stats = self._run(rollout, hyper, permutations)
+        n_epochs = int(totals[TOTAL.n_epochs])
+        if n_epochs < settings.n_epochs:
+            # An update that stopped early must not have drawn the permutations of the epochs that it left out.
+            np.random.set_state(random_state)
+            _permutations(n_epochs, len(rollout.returns))
+        write_steps(optimizer, self._parameters, n_made + int(totals[TOTAL.n_steps]))
         skipped = None
         if totals[TOTAL.n_skipped]:
-            skipped = self._skipped(
-                buffer, permutations, int(totals[TOTAL.first_skipped]), terms_of(told, coefficients)
-            )
+            terms = statistics_of(skipped_stats, coefficients, measure_kl=True).terms(coefficients)
+            terms["grad_norm"] = math.sqrt(skipped_stats[STAT.actor_squares] + skipped_stats[STAT.critic_squares])
+            skipped = self._skipped(buffer, permutations, int(totals[TOTAL.first_skipped]), terms)
             if settings.on_nonfinite == "raise" or not totals[TOTAL.n_minibatches]:
                 raise skipped
-        kl_after = None
-        if settings.measure_kl_after:
-            self.compile_seconds += warm_up("kl_of_rollout")
-            rows = min(EVALUATION_ROWS, n_transitions)
-            with one_blas_thread():
-                kl_after, _ = entry.kl_of_rollout(self._packed, rollout, rows, self._workspace(rows))
-        return statistics_of(totals, coefficients, settings, kl_after, skipped)
-
-    def _skipped(
-        self, buffer: Any, permutations: np.ndarray, number: int, terms: dict[str, float]
-    ) -> BadMinibatchError:
-        batch_size = self.settings.batch_size
-        epoch, minibatch = divmod(number, -(-permutations.shape[1] // batch_size))
-        indices = permutations[epoch, minibatch * batch_size : (minibatch + 1) * batch_size]
-        return BadMinibatchError(terms, epoch, minibatch, buffer._get_samples(indices), indices)
+        record = _record(totals, coefficients, settings, skipped)
+        return record.statistics(self._kl_after(rollout) if settings.measure_kl_after else None)
 
     def _run(
-        self, rollout: inputs.Rollout, numbers: np.ndarray, permutations: np.ndarray
+        self, rollout: inputs.Rollout, hyper: np.ndarray, permutations: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """:return: Totals, and what was told of the first minibatch that was skipped."""
+        """Run the epochs in kernels; return the totals, and the statistics of the first skipped minibatch."""
         n_threads = self._threads.next()
         batch_size = min(self.settings.batch_size, permutations.shape[1])
-        counter, shared = np.zeros(N_COUNTERS, np.int64), np.zeros((N_STAT_ROWS, len(STAT)))
+        counters, stats = np.zeros(N_COUNTERS, np.int64), np.zeros((N_STAT_ROWS, len(STAT)))
         totals = np.zeros(len(TOTAL))
-        works = [self._workspace(batch_size, rank) for rank in range(n_threads)]
+        workspaces = [self._workspace(batch_size, rank) for rank in range(n_threads)]
 
         def run(rank: int) -> None:
             entry.run_update(
-                rank, n_threads, self._packed, rollout, numbers, permutations, batch_size, works[rank], shared,
-                counter, totals,
+                rank, n_threads, self._packed, rollout, hyper, permutations, batch_size, workspaces[rank], stats,
+                counters, totals,
             )  # fmt: skip
 
         with one_blas_thread():
@@ -292,44 +248,89 @@ class NativeEngine:
                 for rank in range(1, n_threads):
                     others.append(second_thread().submit(run, rank))
                 run(0)
-            except BaseException:  # as Ctrl-C before this thread's part has begun
-                counter[CANCELLED] = 1
+            except BaseException:  # such as Ctrl-C before this thread's part has begun
+                counters[CANCELLED] = 1
                 raise
             finally:
                 for other in others:
                     other.result()
             seconds = time.perf_counter() - started
-        self._threads.took(seconds, int(totals[TOTAL.n_minibatches] + totals[TOTAL.n_skipped]))
-        return totals, shared[SKIPPED_ROW]
+        self._threads.record(seconds, int(totals[TOTAL.n_minibatches] + totals[TOTAL.n_skipped]))
+        return totals, stats[SKIPPED_ROW]
 
-    def _workspace(self, n: int, rank: int = 0) -> np.ndarray:
-        size = n * self._workspace_of_a_row
-        if rank not in self._work or self._work[rank].size < size:
-            self._work[rank] = np.empty(size, np.float32)
-        return self._work[rank]
+    def _skipped(
+        self, buffer: Any, permutations: np.ndarray, number: int, terms: dict[str, float]
+    ) -> BadMinibatchError:
+        batch_size = self.settings.batch_size
+        epoch, minibatch = divmod(number, -(-permutations.shape[1] // batch_size))
+        indices = permutations[epoch, minibatch * batch_size : (minibatch + 1) * batch_size]
+        return BadMinibatchError(terms, epoch, minibatch, buffer._get_samples(indices), indices)
+
+    def _kl_after(self, rollout: inputs.Rollout) -> th.Tensor:
+        self.compile_seconds += warm_up("kl_of_rollout")
+        n_rows = min(EVALUATION_ROWS, len(rollout.returns))
+        with one_blas_thread():
+            kl, _ = entry.kl_of_rollout(self._packed, rollout, n_rows, self._workspace(n_rows))
+        return th.tensor(kl, dtype=th.float64)
+
+
+def _permutations(n_epochs: int, n: int) -> np.ndarray:
+    """Draw the permutations of the epochs, as the buffer does."""
+    permutations = np.empty((n_epochs, n), np.int64)
+    for permutation in permutations:
+        permutation[:] = np.random.permutation(n)
+    return permutations
+
+
+def _record(
+    totals: np.ndarray, coefficients: UpdateCoefficients, settings: UpdateSettings, skipped: BadMinibatchError | None
+) -> Record:
+    """Return the kernels' totals as the record of a single minibatch, which holds their means."""
+    sums, n_in_epoch, n_epochs = totals.tolist(), totals[TOTAL.n_in_epoch], int(totals[TOTAL.n_epochs])
+    n = sums[TOTAL.n_minibatches]
+    mean = MinibatchStatistics(
+        policy_loss=sums[TOTAL.policy_loss] / n,
+        value_loss=sums[TOTAL.value_loss] / n,
+        entropy_loss=sums[TOTAL.entropy_loss] / n,
+        kl=sums[TOTAL.kl] / max(n_in_epoch, 1) if settings.measures_kl(n_epochs - 1, coefficients) else None,
+        loss=sums[TOTAL.last_loss],
+        approx_kl=sums[TOTAL.approx_kl] / max(n_in_epoch, 1),
+        ratio_max=sums[TOTAL.ratio_max],
+        clip_fraction=None if coefficients.clip_range is None else sums[TOTAL.clip_fraction] / n,
+        vf_clip_fraction=None if coefficients.clip_range_vf is None else sums[TOTAL.vf_clip_fraction] / n,
+        grad_norm=sums[TOTAL.grad_norm] / sums[TOTAL.n_steps] if sums[TOTAL.n_steps] else None,
+    )
+    return Record(
+        [mean],
+        n_epochs=n_epochs,
+        epoch_start=0 if n_in_epoch else 1,  # all minibatches of the last epoch may have been skipped
+        n_skipped=int(totals[TOTAL.n_skipped]),
+        skipped=skipped,
+        stopped_at_kl=sums[TOTAL.stopped_at_kl] or None,
+    )
 
 
 def _blas_for(n: int) -> AbstractContextManager[None]:
-    # BLAS shares no product of so few rows, and telling it not to takes longer than the product.
+    # BLAS splits no product of so few rows, and limiting its threads takes longer than the product.
     return nullcontext() if n <= UNSHARED_ROWS else one_blas_thread()
 
 
 def _exploration_matrices(dist: StateDependentNoiseDistribution, n_envs: int, latent_dim: int) -> np.ndarray:
-    """The matrices that SB3's ``get_noise`` would take, below each other: one for each row, or one for all."""
+    """Return the matrices of SB3's ``get_noise`` below each other: one for each environment, or one for all."""
     own = n_envs > 1 and n_envs == len(dist.exploration_matrices)
     matrices = (dist.exploration_matrices if own else dist.exploration_mat).detach().numpy()
     rows = matrices.reshape((n_envs if own else 1) * latent_dim, dist.action_dim)
     return np.ascontiguousarray(rows, np.float32)
 
 
-def _network(binding: Binding) -> inputs.Policy:
+def _kernel_policy(binding: Binding) -> inputs.Policy:
     plain = binding.plain
     table, n_actor, activation = binding.table, len(plain.actor_parameters), _ACTIVATIONS[plain.activation]
     return inputs.Policy(
         actor=inputs.Mlp(_sizes(plain.actor), table[:n_actor], activation),
         critic=inputs.Mlp(_sizes(plain.critic), table[n_actor:], activation),
-        kind=kind_of(plain.dist),
-        widths=widths_of(plain.dist),
+        kind=KINDS[type(plain.dist)],
+        widths=category_counts(plain.dist),
         use_expln=int(getattr(plain.dist, "use_expln", False)),
     )
 
@@ -357,6 +358,14 @@ def _vector(array: np.ndarray, n: int) -> np.ndarray:
     return np.ascontiguousarray(array.reshape(n), np.float32)
 
 
+def _float_rows(array: np.ndarray, n: int) -> np.ndarray:
+    if array.ndim == 2 and len(array) == n and array.dtype == np.float32 and array.flags.c_contiguous:
+        return array  # the same as below, in less time
+    # What float32 cannot hold becomes infinite, for which there is an error that names it instead of NumPy's warning.
+    with nullcontext() if array.dtype == np.float32 else np.errstate(over="ignore"):
+        return np.ascontiguousarray(array.reshape(n, -1), np.float32)
+
+
 def _gae(
     rewards: np.ndarray,
     values: np.ndarray,
@@ -366,18 +375,10 @@ def _gae(
     gamma: float,
     gae_lambda: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """:func:`sb3_clipvf.rollout.gae`, compiled."""
+    """Compute :func:`sb3_clipvf.rollout.gae` by a kernel."""
     advantages, returns = np.empty_like(values), np.empty_like(values)
     ended = dones.astype(np.float32)
     entry.advantages_and_returns(
         rewards, values, episode_starts, last_values, ended, gamma, gae_lambda, advantages, returns
     )
     return advantages, returns
-
-
-def _float_rows(array: np.ndarray, n: int) -> np.ndarray:
-    if array.ndim == 2 and len(array) == n and array.dtype == np.float32 and array.flags.c_contiguous:
-        return array  # what the rest gives, in less time
-    # What float32 cannot hold becomes infinite, which is told by name rather than by NumPy's warning.
-    with nullcontext() if array.dtype == np.float32 else np.errstate(over="ignore"):
-        return np.ascontiguousarray(array.reshape(n, -1), np.float32)

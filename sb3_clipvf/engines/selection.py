@@ -5,8 +5,8 @@ from typing import Any
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_clipvf.engines.autograd import AutogradEngine
-from sb3_clipvf.engines.binding import why_not_fused, why_not_native
 from sb3_clipvf.engines.interface import Engine, UpdateSettings
+from sb3_clipvf.engines.support import why_not_fused, why_not_native
 
 ENGINE_NAMES = ("auto", "autograd", "fused", "native")
 

@@ -18,7 +18,7 @@ from sb3_clipvf.engines.kernels import acting, gae, minibatch, update
 from sb3_clipvf.engines.kernels.action_distributions import ActionDist
 from sb3_clipvf.engines.kernels.adam import adam_step, clip_factor, squared_norm
 from sb3_clipvf.engines.kernels.inputs import unpack, unpack_hyperparameters
-from sb3_clipvf.engines.kernels.totals import STAT, TOTAL
+from sb3_clipvf.engines.kernels.totals import STAT
 
 
 def _digest() -> int:
@@ -81,18 +81,16 @@ def _fused(digest: int) -> tuple[Callable[..., Any], ...]:
         kind: int, widths: np.ndarray, outputs: np.ndarray, log_std: np.ndarray, values: np.ndarray,
         actions: np.ndarray, old_log_prob: np.ndarray, advantages: np.ndarray, old_values: np.ndarray,
         returns: np.ndarray, old_dist: np.ndarray, hyper: np.ndarray, measure_kl: bool, output_gradient: np.ndarray,
-        log_std_gradient: np.ndarray, value_gradient: np.ndarray, stats: np.ndarray, totals: np.ndarray,
-    ) -> tuple[int, int]:  # fmt: skip
+        log_std_gradient: np.ndarray, value_gradient: np.ndarray, stats: np.ndarray,
+    ) -> int:  # fmt: skip
         dist, settings = ActionDist(kind, outputs, log_std, widths, output_gradient), unpack_hyperparameters(hyper)
         minibatch.policy_gradient(
             dist, actions, old_log_prob, advantages, old_dist, np.arange(values.shape[0]), settings, measure_kl,
             log_std_gradient, stats,
         )  # fmt: skip
         minibatch.value_gradient(values, old_values, returns, settings, value_gradient, stats)
-        outcome = minibatch.outcome_of(stats, settings, 0.0)
-        if outcome != minibatch.STEP:
-            minibatch.add_to_totals(stats, outcome, 0.0, totals)
-        return outcome, digest
+        stats[STAT.loss] = minibatch.total_loss(stats, settings)
+        return digest
 
     @cached()
     def draw(
@@ -104,20 +102,19 @@ def _fused(digest: int) -> tuple[Callable[..., Any], ...]:
         return digest
 
     @cached()
-    def optimizer_step(table: np.ndarray, hyper: np.ndarray, stats: np.ndarray, totals: np.ndarray) -> tuple[int, int]:
-        settings = unpack_hyperparameters(hyper)
-        stats[STAT.actor_squares] = squared_norm(table)  # of all parameters; fused keeps those of the critic 0
-        norm, factor = clip_factor(stats[STAT.actor_squares], settings.max_grad_norm)
-        outcome = minibatch.STEP if minibatch.is_finite(norm) else minibatch.SKIP
-        minibatch.add_to_totals(stats, outcome, norm, totals)
-        if outcome == minibatch.STEP:
-            adam_step(table, factor, int(settings.step) + int(totals[TOTAL.n_steps]), settings)
-        return outcome, digest
+    def gradient_norm(table: np.ndarray, max_grad_norm: float) -> tuple[float, float, int]:
+        norm, factor = clip_factor(squared_norm(table), max_grad_norm)
+        return norm, factor, digest
 
-    return loss_gradients, draw, optimizer_step
+    @cached()
+    def optimizer_step(table: np.ndarray, factor: float, step: int, hyper: np.ndarray) -> int:
+        adam_step(table, factor, step, unpack_hyperparameters(hyper))
+        return digest
+
+    return loss_gradients, draw, gradient_norm, optimizer_step
 
 
 *NATIVE, kl_of_rollout = _native(_digest())
 run_update, act, predict_values, advantages_and_returns = NATIVE
 FUSED = _fused(_digest())
-loss_gradients, draw, optimizer_step = FUSED
+loss_gradients, draw, gradient_norm, optimizer_step = FUSED

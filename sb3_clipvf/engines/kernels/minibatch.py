@@ -59,18 +59,24 @@ def value_gradient(
 
 
 @fast
+def total_loss(stats: np.ndarray, hyper: Hyperparameters) -> float:
+    """Return the weighted sum of the terms in ``stats``."""
+    loss = stats[STAT.policy_loss] + hyper.ent_coef * stats[STAT.entropy_loss]
+    loss += hyper.vf_coef * stats[STAT.value_loss]
+    # A KL that is only measured may be infinite.
+    return loss + hyper.kl_coef * stats[STAT.kl] if hyper.kl_coef != 0.0 else loss
+
+
+@fast
 def outcome_of(stats: np.ndarray, hyper: Hyperparameters, norm: float) -> int:
     """
     Return STEP, SKIP, or STOP where k3 exceeds 1.5 ``target_kl``, as in SB3, and set the loss in ``stats``.
 
-    ``norm`` is the joint gradient norm, 0 where it is not known yet.
+    ``norm`` is the joint gradient norm. Restates ``engines/epochs.py``; parity tests: ``tests/test_nonfinite.py`` and
+    ``tests/test_engines.py::TestContract::test_target_kl_stops_before_the_step``.
     """
-    loss = stats[STAT.policy_loss] + hyper.ent_coef * stats[STAT.entropy_loss]
-    loss += hyper.vf_coef * stats[STAT.value_loss]
-    if hyper.kl_coef != 0.0:  # a KL that is only measured may be infinite
-        loss += hyper.kl_coef * stats[STAT.kl]
-    stats[STAT.loss] = loss
-    if not is_finite(loss):
+    stats[STAT.loss] = total_loss(stats, hyper)
+    if not is_finite(stats[STAT.loss]):
         return SKIP
     if F(stats[STAT.approx_kl]) > 1.5 * hyper.target_kl:
         return STOP

@@ -67,14 +67,16 @@ def _call_kl_of_rollout() -> None:
 
 
 def _call_fused() -> None:
-    hyper, stats, totals = np.ones(N_HYPERPARAMETERS), np.zeros(len(STAT)), np.zeros(len(TOTAL))
+    hyper, stats = np.ones(N_HYPERPARAMETERS), np.zeros(len(STAT))
     widths, cell, vector = np.ones(1, np.int64), np.zeros((1, 1), np.float32), np.zeros(1, np.float32)
     entry.loss_gradients(
         CATEGORICAL, widths, cell, cell, vector, cell, vector, vector.copy(), vector, vector, cell, hyper, False,
-        cell.copy(), cell.copy(), vector.copy(), stats, totals,
+        cell.copy(), cell.copy(), vector.copy(), stats,
     )  # fmt: skip
     entry.draw(CATEGORICAL, widths, cell.copy(), cell, cell, cell.copy(), vector.copy(), cell.copy())
-    entry.optimizer_step(np.zeros((0, N_COLUMNS), np.int64), hyper, stats, totals)
+    table = np.zeros((0, N_COLUMNS), np.int64)
+    entry.gradient_norm(table, 1.0)
+    entry.optimizer_step(table, 1.0, 1, hyper)
 
 
 def _smallest_policy() -> tuple[np.ndarray, np.ndarray]:

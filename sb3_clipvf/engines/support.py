@@ -1,0 +1,288 @@
+"""
+What the native and the fused engine can run: the structure, the sizes and the optimizer of a policy.
+
+:mod:`.recognition` checks beside this that the policy runs the original code of SB3's and torch's classes.
+"""
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.distributions import DiagGaussianDistribution, StateDependentNoiseDistribution
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.preprocessing import get_action_dim, get_flattened_obs_dim, is_image_space
+from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
+from torch import nn
+
+from sb3_clipvf.distributions import n_action_numbers, n_outputs
+from sb3_clipvf.engines.recognition import (
+    ACTIVATIONS,
+    OPTIMIZERS,
+    UnsupportedError,
+    check_code,
+    has_hooks,
+    replaced_method,
+    why_unknown_buffer,
+)
+
+_GAUSSIANS = (DiagGaussianDistribution, StateDependentNoiseDistribution)
+# SB3's own: its policies do not pass another one.
+_GSDE_EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class PlainPolicy:
+    """
+    The parts of a policy that consists of two MLPs and, for a Gaussian, its log standard deviations.
+
+    ``actor`` leads from the observation to logits or means, ``critic`` to the value; ``activation`` is that of all
+    hidden layers. ``log_std`` has the shape ``(action_dim,)``, for gSDE ``(latent_dim, action_dim)`` or
+    ``(latent_dim, 1)``.
+    """
+
+    actor: list[nn.Linear]
+    critic: list[nn.Linear]
+    activation: type[nn.Module]
+    dist: Any
+    log_std: nn.Parameter | None
+
+    @property
+    def actor_parameters(self) -> list[nn.Parameter]:
+        """Weight and bias of each layer, then the log standard deviations."""
+        return [*_parameters(self.actor), *([] if self.log_std is None else [self.log_std])]
+
+    @property
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """Weight and bias of each layer."""
+        return _parameters(self.critic)
+
+
+def _parameters(layers: list[nn.Linear]) -> list[nn.Parameter]:
+    return [cast(nn.Parameter, parameter) for layer in layers for parameter in (layer.weight, layer.bias)]
+
+
+def why_not_native(policy: ActorCriticPolicy, buffer: Any) -> str | None:
+    """Return why the native engine cannot run a policy with this rollout buffer, as half a sentence, or None."""
+    reason = why_unknown_buffer(buffer)
+    if reason is not None:
+        return reason
+    try:
+        plain_policy(policy)
+    except UnsupportedError as unsupported:
+        return str(unsupported)
+    return None
+
+
+def why_not_fused(policy: ActorCriticPolicy) -> str | None:
+    """Return why the fused engine cannot run a policy, as half a sentence, or None. Its networks may be of any kind."""
+    try:
+        check_code(policy)
+        _check_device(policy)
+        _check_gaussian(policy)
+        _check_parameters(policy)
+        _check_optimizer(policy)
+    except UnsupportedError as unsupported:
+        return str(unsupported)
+    return None
+
+
+def plain_policy(policy: ActorCriticPolicy) -> PlainPolicy:
+    """
+    Return the parts of a policy that the native engine can run.
+
+    :raises UnsupportedError: If it cannot.
+    """
+    if type(policy) is not ActorCriticPolicy:
+        raise UnsupportedError(f"its class is {type(policy).__name__}, and only MlpPolicy itself is compiled")
+    check_code(policy)
+    if policy.squash_output:
+        raise UnsupportedError("it squashes its actions")
+    _check_observations(policy)
+    _check_device(policy)
+    _check_extractors(policy)
+    hidden_actor, actor_activation = _hidden_layers(policy.mlp_extractor.policy_net)
+    hidden_critic, critic_activation = _hidden_layers(policy.mlp_extractor.value_net)
+    heads = (policy.action_net, policy.value_net)
+    if any(type(head) is not nn.Linear or head.bias is None for head in heads):
+        raise UnsupportedError("its last layers are not torch.nn.Linear with a bias")
+    _check_modules(modules_of(policy))
+    activations = {activation for activation in (actor_activation, critic_activation) if activation is not None}
+    if len(activations) > 1:
+        raise UnsupportedError("actor and critic have different activations")
+    dist = policy.action_dist
+    plain = PlainPolicy(
+        actor=[*hidden_actor, policy.action_net],  # type: ignore[list-item]
+        critic=[*hidden_critic, policy.value_net],
+        activation=activations.pop() if activations else nn.Tanh,
+        dist=dist,
+        log_std=policy.log_std if isinstance(dist, _GAUSSIANS) else None,
+    )
+    _check_gaussian(policy)
+    _check_gsde(policy, latent_dim=plain.actor[-1].in_features)
+    _check_tensors(policy, plain)
+    _check_optimizer(policy)
+    return plain
+
+
+def modules_of(policy: ActorCriticPolicy) -> list[Any]:
+    """Return all modules that the forward pass of a plain policy calls, and of another policy those that it has."""
+    extractor = policy.mlp_extractor
+    # One object if it is shared.
+    features = dict.fromkeys((policy.features_extractor, policy.pi_features_extractor, policy.vf_features_extractor))
+    modules: list[Any] = [policy, extractor, *features, policy.action_net, policy.value_net]
+    modules += [getattr(module, "flatten", None) for module in features]
+    for network in (getattr(extractor, "policy_net", None), getattr(extractor, "value_net", None)):
+        modules += [network, *([] if network is None else network._modules.values())]
+    return [module for module in modules if module is not None]
+
+
+def parameter_has_hooks(parameter: Any) -> bool:
+    """Return whether a backward pass calls hooks of a parameter."""
+    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
+# ------------------------------------------------------------------ networks of the native engine
+
+
+def _check_observations(policy: ActorCriticPolicy) -> None:
+    space = policy.observation_space
+    if not isinstance(space, spaces.Box):
+        raise UnsupportedError(f"its observations are {type(space).__name__}")
+    if is_image_space(space) and policy.normalize_images:
+        raise UnsupportedError("its observations are images")
+
+
+def _check_extractors(policy: ActorCriticPolicy) -> None:
+    if type(policy.mlp_extractor) is not MlpExtractor:
+        raise UnsupportedError(f"its mlp_extractor is {type(policy.mlp_extractor).__name__}")
+    for extractor in {policy.features_extractor, policy.pi_features_extractor, policy.vf_features_extractor}:
+        if type(extractor) is not FlattenExtractor:
+            raise UnsupportedError(f"its features extractor is {type(extractor).__name__}")
+        flatten = extractor.flatten
+        if type(flatten) is not nn.Flatten or (flatten.start_dim, flatten.end_dim) != (1, -1):
+            raise UnsupportedError(f"its features extractor flattens by {flatten}")
+
+
+def _hidden_layers(network: nn.Module) -> tuple[list[nn.Linear], type[nn.Module] | None]:
+    """Return the linear layers of a network, which alternate with activations, and the type of these."""
+    if type(network) is not nn.Sequential:
+        raise UnsupportedError(f"its network is a {type(network).__name__}, not torch.nn.Sequential")
+    layers: list[nn.Linear] = []
+    activation: type[nn.Module] | None = None
+    modules = list(network._modules.values())  # children() omits a module that occurs again
+    for index, module in enumerate(modules):
+        if index % 2 == 0:
+            if type(module) is not nn.Linear or module.bias is None:
+                raise UnsupportedError(
+                    f"its network has a {type(module).__name__} where kernels expect torch.nn.Linear"
+                )
+            layers.append(module)
+        else:
+            constants = ACTIVATIONS.get(type(module))
+            if constants is None or any(getattr(module, name) != value for name, value in constants.items()):
+                raise UnsupportedError(f"its activation is {module}")
+            if activation not in (None, type(module)):
+                raise UnsupportedError("its layers have different activations")
+            activation = type(module)
+    if len(modules) % 2:
+        raise UnsupportedError("its last hidden layer has no activation")
+    return layers, activation
+
+
+def _check_modules(modules: Iterable[Any]) -> None:
+    for module in modules:
+        if has_hooks(module):
+            raise UnsupportedError("it has hooks")
+        name = replaced_method(module)
+        if name is not None:
+            raise UnsupportedError(f"the {name}() of a {type(module).__name__} was replaced")
+
+
+def _check_gsde(policy: ActorCriticPolicy, latent_dim: int) -> None:
+    dist = policy.action_dist
+    if not isinstance(dist, StateDependentNoiseDistribution):
+        return
+    if dist.learn_features:
+        raise UnsupportedError("its gSDE learns features")
+    if dist.epsilon != _GSDE_EPSILON:
+        raise UnsupportedError(f"its gSDE has the epsilon {dist.epsilon}")
+    _check_log_std(policy, (latent_dim, dist.action_dim if dist.full_std else 1))
+
+
+def _check_tensors(policy: ActorCriticPolicy, plain: PlainPolicy) -> None:
+    parameters = [*plain.actor_parameters, *plain.critic_parameters]
+    identities = {id(parameter) for parameter in parameters}
+    if {id(parameter) for parameter in policy.parameters()} != identities or len(identities) != len(parameters):
+        raise UnsupportedError("it has parameters beside those of its two networks")
+    _check_parameters(policy)
+    if any(map(parameter_has_hooks, parameters)):
+        raise UnsupportedError("it has hooks")
+    # Kernels rely on the sizes: they would read and write beyond smaller tensors.
+    n_observed = get_flattened_obs_dim(policy.observation_space)
+    for layers, n_out in ((plain.actor, n_outputs(plain.dist)), (plain.critic, 1)):
+        sizes = [n_observed, *(layer.out_features for layer in layers)]
+        shapes = [(after, before) for before, after in itertools.pairwise(sizes)]
+        fits = all(
+            layer.in_features == shape[1] and layer.weight.shape == shape and layer.bias.shape == shape[:1]
+            for layer, shape in zip(layers, shapes, strict=True)
+        )
+        if not fits or sizes[-1] != n_out:
+            raise UnsupportedError("the sizes of its layers do not fit each other, its observations or actions")
+    if n_action_numbers(plain.dist) != get_action_dim(policy.action_space):
+        raise UnsupportedError("its action distribution does not fit its actions")
+
+
+# ------------------------------------------------------------------ both engines
+
+
+def _check_device(policy: ActorCriticPolicy) -> None:
+    if policy.device.type != "cpu":
+        raise UnsupportedError(f"it is on the device {policy.device}")
+
+
+def _check_gaussian(policy: ActorCriticPolicy) -> None:
+    dist = policy.action_dist
+    if isinstance(dist, StateDependentNoiseDistribution) and dist.bijector is not None:
+        raise UnsupportedError("it squashes its actions")
+    if isinstance(dist, DiagGaussianDistribution):
+        _check_log_std(policy, (dist.action_dim,))
+
+
+def _check_log_std(policy: ActorCriticPolicy, shape: tuple[int, ...]) -> None:
+    if policy.log_std.shape != shape:
+        raise UnsupportedError(f"its log_std has the shape {tuple(policy.log_std.shape)} where SB3's has {shape}")
+
+
+def _check_parameters(policy: ActorCriticPolicy) -> None:
+    for parameter in policy.parameters():
+        if type(parameter) is not nn.Parameter:
+            raise UnsupportedError(f"one of its parameters is a {type(parameter).__name__}")
+        if parameter.dtype != th.float32 or not parameter.is_contiguous():
+            raise UnsupportedError("its parameters are not contiguous float32 tensors")
+        if not parameter.requires_grad:
+            raise UnsupportedError("some of its parameters are frozen")
+
+
+def _check_optimizer(policy: ActorCriticPolicy) -> None:
+    optimizer = policy.optimizer
+    if type(optimizer) not in OPTIMIZERS:
+        raise UnsupportedError(f"its optimizer is {type(optimizer).__name__}, not Adam or AdamW")
+    if len(optimizer.param_groups) != 1:
+        raise UnsupportedError("its optimizer has several parameter groups")
+    group = optimizer.param_groups[0]
+    if {id(parameter) for parameter in group["params"]} != {id(parameter) for parameter in policy.parameters()}:
+        raise UnsupportedError("its optimizer holds other parameters")
+    on = [option for option in ("amsgrad", "maximize", "differentiable", "capturable") if group.get(option)]
+    if on:
+        raise UnsupportedError(f"its optimizer runs with {on[0]}")
+    numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+    if any(isinstance(number, th.Tensor) for number in numbers):
+        raise UnsupportedError("its optimizer's numbers are tensors")
+    if any(getattr(optimizer, hook, None) for hook in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")):
+        raise UnsupportedError("its optimizer has hooks")
+    states = [optimizer.state.get(parameter, {}) for parameter in group["params"]]
+    if len({float(state["step"]) if state else 0.0 for state in states}) > 1:
+        raise UnsupportedError("its optimizer has made different numbers of steps for its parameters")
