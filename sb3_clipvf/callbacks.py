@@ -11,7 +11,7 @@ from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import sync_envs_normalization, unwrap_vec_normalize
 
-from sb3_clipvf.checkpoint.best_model import publish_statistics, read_score, write_best_model
+from sb3_clipvf.checkpoint.best_model import publish, read_score, read_statistics, write_best_model
 from sb3_clipvf.checkpoint.random_state import global_states, set_global_states, set_space_states, space_states
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.envs.episode_ends import check_end
@@ -196,9 +196,10 @@ class IsolatedEvalCallback(EvalCallback):
         if is_of_this_training and earlier["mean_reward"] > self.last_mean_reward:
             text = "%s stays, with a mean return of %s at step %s"
             log.info(text, path, earlier["mean_reward"], earlier.get("num_timesteps"))
+            statistics = read_statistics(path)
         else:
-            write_best_model(path, self.model, score)
-        publish_statistics(path, folder / BEST_STATISTICS)
+            statistics = write_best_model(path, self.model, score)
+        publish(folder / BEST_STATISTICS, statistics)
 
 
 def _table(rows: list[list[Any]]) -> np.ndarray:

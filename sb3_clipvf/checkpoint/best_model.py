@@ -21,22 +21,24 @@ SCORE_ENTRY = "evaluation.json"
 """Name of the score in the zip; the statistics have the name of their own file."""
 
 
-def write_best_model(path: Path, model: BaseAlgorithm, score: dict[str, Any]) -> None:
-    """Write a model with its statistics and its score (``mean_reward``, and what else JSON can hold)."""
+def write_best_model(path: Path, model: BaseAlgorithm, score: dict[str, Any]) -> bytes | None:
+    """Write a model with its statistics and its score, which has a ``mean_reward``. Return the pickled statistics."""
     # In memory first: torch turns an error of the disk in the middle of its zip into another, misleading one.
     content = io.BytesIO()
     model.save(content)
     normalizer = model.get_vec_normalize_env()
+    statistics = None if normalizer is None else statistics_bytes(normalizer)
     with zipfile.ZipFile(content, "a") as archive:
         archive.writestr(SCORE_ENTRY, json.dumps(score))
-        if normalizer is not None:
-            archive.writestr(STATISTICS_FILE, statistics_bytes(normalizer))
+        if statistics is not None:
+            archive.writestr(STATISTICS_FILE, statistics)
     with atomic_write(path) as file:
         file.write(content.getbuffer())
+    return statistics
 
 
 def read_score(path: Path) -> dict[str, Any] | None:
-    """Return the score in a model's file, None without one. Raise a ValueError if it cannot be read."""
+    """Return the score in a model's file, or None if it has none. Raise a ValueError if it cannot be read."""
     if not path.exists():
         return None
     try:
@@ -49,18 +51,15 @@ def read_score(path: Path) -> dict[str, Any] | None:
     return score
 
 
-def publish_statistics(path: Path, copy: Path) -> bool:
-    """Make ``copy`` equal to the statistics in a best model's file. Return False, and remove it, if there are none."""
-    statistics = dict(entries_of(*read_bytes(path, None))).get(STATISTICS_FILE)
-    if statistics is None:
-        copy.unlink(missing_ok=True)  # it belongs to another model
-        return False
-    write_if_changed(copy, statistics)
-    return True
+def read_statistics(path: Path) -> bytes | None:
+    """Return the pickled statistics in a model's file, or None if it has none."""
+    return dict(entries_of(*read_bytes(path, None))).get(STATISTICS_FILE)
 
 
-def write_if_changed(path: Path, content: bytes) -> None:
-    """Write a file atomically, unless it has this content."""
-    if not path.exists() or path.read_bytes() != content:
+def publish(path: Path, content: bytes | None) -> None:
+    """Write a copy of what a best model's file holds, unless it is complete; remove one of an earlier model."""
+    if content is None:
+        path.unlink(missing_ok=True)
+    elif not path.exists() or path.read_bytes() != content:
         with atomic_write(path) as file:
             file.write(content)

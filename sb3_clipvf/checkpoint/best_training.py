@@ -7,10 +7,11 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
 
-from sb3_clipvf.checkpoint.best_model import publish_statistics, read_score, write_best_model, write_if_changed
+from sb3_clipvf.checkpoint.best_model import publish, read_score, read_statistics, write_best_model
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.common.validation import check_folder, check_int
 from sb3_clipvf.files.atomic import remove_unfinished
@@ -168,9 +169,10 @@ class SaveBestTrainingReward(BaseCallback):
 
     def _save(self, mean_reward: float, n_episodes: int) -> None:
         score = {"mean_reward": mean_reward, "num_timesteps": self.model.num_timesteps, "n_episodes": n_episodes}
-        write_best_model(self.save_path / f"{self.name_prefix}.zip", self.model, score)
+        model = self.save_path / f"{self.name_prefix}.zip"
+        statistics = write_best_model(model, self.model, score)
         self.best_mean_reward = mean_reward
-        _find_best(self.save_path, self.name_prefix)  # writes the copies
+        _write_copies(model, score, statistics)
         if self.verbose >= 1:
             text = "New best mean training return %.2f over %d episodes at step %d, saved to %s"
             log.info(text, mean_reward, n_episodes, self.model.num_timesteps, self.save_path)
@@ -190,8 +192,7 @@ class _Best:
 
 def _find_best(folder: Path, name_prefix: str) -> _Best | None:
     """Find the best model of a folder, and complete the copies of what its file holds."""
-    model, manifest = (folder / f"{name_prefix}.{suffix}" for suffix in ("zip", "json"))
-    statistics = folder / STATISTICS_FILE
+    model = folder / f"{name_prefix}.zip"
     try:
         score = read_score(model)
     except ValueError as error:
@@ -200,17 +201,22 @@ def _find_best(folder: Path, name_prefix: str) -> _Best | None:
             "folder."
         ) from error
     if score is None:
-        return _read_manifest(manifest)
-    has_statistics = publish_statistics(model, statistics)
+        return _read_manifest(folder / f"{name_prefix}.json")
+    return _write_copies(model, score, read_statistics(model))
+
+
+def _write_copies(model: Path, score: dict[str, Any], statistics: bytes | None) -> _Best:
+    """Write the statistics and the manifest of a best model beside its file."""
     content = {
-        "best_mean_reward": score.pop("mean_reward"),
-        **score,
+        "best_mean_reward": score["mean_reward"],
+        **{name: value for name, value in score.items() if name != "mean_reward"},
         "model": model.name,
-        "vecnormalize": statistics.name if has_statistics else None,
+        "vecnormalize": None if statistics is None else STATISTICS_FILE,
         "format": _FORMAT,
     }
-    write_if_changed(manifest, json.dumps(content, indent=2).encode() + b"\n")
-    return _Best(content["best_mean_reward"], model, statistics if has_statistics else None)
+    publish(model.with_name(STATISTICS_FILE), statistics)
+    publish(model.with_suffix(".json"), json.dumps(content, indent=2).encode() + b"\n")
+    return _Best(score["mean_reward"], model, None if statistics is None else model.with_name(STATISTICS_FILE))
 
 
 def _read_manifest(path: Path) -> _Best | None:

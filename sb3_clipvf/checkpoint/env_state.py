@@ -47,7 +47,7 @@ def env_state(env: gym.Env[Any, Any]) -> dict[str, Any]:
 
 
 def restore_env(env: gym.Env[Any, Any], state: dict[str, Any]) -> None:
-    """Put an environment with the same wrappers, which has been reset once, into what :func:`env_state` returned."""
+    """Restore the state from :func:`env_state` in an environment with the same wrappers, which has been reset once."""
     core = _core(env)
     if _has_generator(core):
         core._np_random = generator_from(state["generator"])

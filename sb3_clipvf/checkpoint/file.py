@@ -37,8 +37,8 @@ class CheckpointManifest:
     :param total_timesteps: Environment steps at which the training ends.
     :param serial: Number of the checkpoint among all that its folder ever held; the newest has the highest.
     :param mean_return: Mean return of the training's last episodes, return units; None without a full window of them.
-    :param differences: What will differ after a resume, and how to avoid it; empty if the resumed training gives the
-        same weights to the last bit.
+    :param differences: Differences of a resumed training, and how to avoid them; empty if it ends with the same weights
+        to the last bit.
     :param versions: Versions of Python and of the packages that numbers come from.
     :param build: Number and classes of the environments.
     :param entries: SHA-256 of each other entry of the file, in hexadecimal.

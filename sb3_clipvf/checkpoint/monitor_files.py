@@ -44,7 +44,7 @@ def with_contents(tree: Any) -> Any:
 
 
 def restore_file(writer: ResultsWriter | None, state: dict[str, Any] | None) -> None:
-    """Give a file, opened with or without its old rows, the rows of a state; warn if they are missing."""
+    """Restore the rows of a file, which was opened with or without them; warn if they are lost."""
     if writer is None or state is None:
         return
     handler = writer.file_handler

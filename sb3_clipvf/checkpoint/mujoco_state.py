@@ -1,4 +1,4 @@
-"""The state of Gymnasium's MuJoCo environments: the simulation's state, and what Python code reads from it."""
+"""The state of Gymnasium's MuJoCo environments: the simulation's state, and the values that Python code reads."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ def mujoco_state(env: Any) -> dict[str, Any]:
 
 
 def set_mujoco_state(env: Any, state: dict[str, Any]) -> None:
-    """Set a reset environment without wrappers to what :func:`mujoco_state` returned."""
+    """Restore the state from :func:`mujoco_state` in an environment without wrappers, which has been reset once."""
     import mujoco
 
     kind = mujoco.mjtState.mjSTATE_INTEGRATION

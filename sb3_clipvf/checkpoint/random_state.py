@@ -25,7 +25,7 @@ def global_states() -> dict[str, Any]:
 
 
 def set_global_states(states: dict[str, Any]) -> None:
-    """Set the generators that a whole process shares to what :func:`global_states` returned."""
+    """Restore the states from :func:`global_states`."""
     version, numbers, gauss_next = states["python"]
     random.setstate((version, tuple(numbers.tolist()), gauss_next))
     np.random.set_state(states["numpy"])
@@ -41,7 +41,7 @@ def generator_state(generator: np.random.Generator | None) -> dict[str, Any] | N
 
 
 def generator_from(state: dict[str, Any] | None) -> np.random.Generator | None:
-    """Make a generator in a state that :func:`generator_state` returned."""
+    """Make a generator in a state from :func:`generator_state`, None for None."""
     if state is None:
         return None
     if state["bit_generator"] not in _BIT_GENERATORS:
@@ -59,7 +59,7 @@ def space_states(space: spaces.Space[Any]) -> list[dict[str, Any] | None]:
 
 
 def set_space_states(space: spaces.Space[Any], states: list[dict[str, Any] | None]) -> None:
-    """Set the generators of a space and of all spaces in it to what :func:`space_states` returned."""
+    """Restore the states from :func:`space_states`."""
     for part, state in zip(_parts(space), states, strict=True):
         part._np_random = generator_from(state)
 

@@ -26,13 +26,13 @@ from sb3_clipvf.common.messages import log
 Model = TypeVar("Model", bound=ResumableModel)
 
 _NORMALIZERS = ("VecNormalize", "FastVecNormalize")
-# State of the running episodes, of which there may be another number.
-_OF_THE_STEP = ("returns", "old_obs", "old_reward")
+# One row per environment, of which there may be another number.
+_PER_ENV = ("returns", "old_obs", "old_reward")
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """What a resumed model takes over when ``learn`` has built its callbacks and its logger."""
+    """State that a resumed model takes over when ``learn`` has built its callbacks and its logger."""
 
     tree: dict[str, Any]
     # States of the process's random generators at the start of the next rollout
@@ -120,7 +120,7 @@ def load_statistics(path: str | os.PathLike[str], venv: VecEnv) -> VecNormalize:
     checkpoint = read_checkpoint(path)
     layers = zip(checkpoint.manifest.build["layers"], checkpoint.tree["environments"]["layers"], strict=True)
     state = next(state for name, state in layers if name in _NORMALIZERS)
-    attributes = {name: value for name, value in state["attributes"].items() if name not in _OF_THE_STEP}
+    attributes = {name: value for name, value in state["attributes"].items() if name not in _PER_ENV}
     normalizer = VecNormalize(venv, norm_obs=attributes["norm_obs"], norm_obs_keys=attributes.get("norm_obs_keys"))
     untouched: dict[str, Any] = {**dict.fromkeys(state), "attributes": {}}
     inner = [untouched] * (len(describe_vec_env(normalizer)["layers"]) - 1)
@@ -172,7 +172,7 @@ def _continue_tensorboard(model: ResumableModel, folder: str | None) -> bool:
 
 
 class _ContinuedTensorBoard(TensorBoardOutputFormat):
-    """SB3's writer; it hides what the interrupted run wrote after its checkpoint, since that is written again."""
+    """SB3's writer; it hides the interrupted run's steps after the checkpoint, which the resumed run writes again."""
 
     def __init__(self, folder: str, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter

@@ -104,7 +104,7 @@ def read_attributes(target: Any, names: str) -> dict[str, Any]:
 
 
 def write_attributes(target: Any, values: dict[str, Any]) -> None:
-    """Set attributes of an object to what :func:`read_attributes` returned."""
+    """Set attributes of an object to the values from :func:`read_attributes`."""
     for name, value in values.items():
         owner, last = _owner(target, name)
         vars(owner)[last] = value

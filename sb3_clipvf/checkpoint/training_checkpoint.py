@@ -41,7 +41,7 @@ class TrainingCheckpoint(BaseCallback):
 
     One is written at the first end of an update at or after each multiple of ``every_timesteps``, and one at the end of
     the training. The first one logs what a resumed training will not repeat exactly. Put this callback first in a list:
-    what others do at the start of a rollout belongs to that rollout.
+    the actions of other callbacks at the start of a rollout belong to that rollout.
 
     :param every_timesteps: Environment steps, over all environments, between two checkpoints.
     :param path: Folder for the checkpoints of one training; it is created if it does not exist.

@@ -17,7 +17,7 @@ from sb3_clipvf.checkpoint.vec_env_state import vec_env_state
 from sb3_clipvf.files.codec import frozen
 
 OBSERVATIONS = ("_last_obs", "_last_episode_starts", "_last_original_obs")
-"""Where the next rollout starts; SB3's own file has it, too, but SB3's ``load`` drops it."""
+"""Attributes that the next rollout starts from. SB3's ``save`` keeps them, but its ``load`` drops them."""
 
 SPACES = ("action_space", "observation_space")
 """Spaces of a model, which have random generators of their own."""
@@ -47,8 +47,8 @@ def training_state(
     """
     Return the state of a training between two rollouts.
 
-    ``callback`` is what ``learn`` made from its argument, ``build`` what ``describe_vec_env`` returned for the
-    environments, and ``resets`` the state of the generator of seeds if they are reset right after this checkpoint.
+    ``callback`` is the one that ``learn`` made from its argument, and ``build`` the description of the environments.
+    ``resets`` is the state of the generator of seeds if the environments are reset right after this checkpoint.
     """
     environments, differences = vec_env_state(callback.training_env)
     callbacks, reasons = callback_states(callback)
@@ -78,7 +78,7 @@ def training_state(
 
 
 def set_logger_state(model: ResumableModel, state: dict[str, Any]) -> None:
-    """Put back what was recorded and not yet written."""
+    """Restore the values that were recorded and not yet written."""
     model.logger.name_to_value.update(state["values"])
     model.logger.name_to_count.update(state["counts"])
     model.logger.name_to_excluded.update(state["excluded"])
@@ -113,7 +113,7 @@ def _cloned(value: Any) -> Any:
 
 
 def _logger_state(model: ResumableModel) -> dict[str, Any]:
-    """Return what was recorded and not yet written: numbers and text, no images and videos."""
+    """Return the values that were recorded and not yet written: numbers and text, no images and videos."""
     logger = model.logger
     plain = (bool, int, float, str, np.generic)
     values = {name: value for name, value in logger.name_to_value.items() if isinstance(value, plain)}

@@ -40,7 +40,7 @@ def vec_env_state(venv: VecEnv) -> tuple[dict[str, Any], list[str]]:
 
 def restore_vec_env(venv: VecEnv, state: dict[str, Any]) -> None:
     """
-    Put environments with the same wrappers, which have been reset once, into what :func:`vec_env_state` returned.
+    Restore the state from :func:`vec_env_state` in environments with the same wrappers, which have been reset once.
 
     They must be reset afterwards if the state is not exact.
     """
@@ -67,7 +67,7 @@ def restore_vec_env(venv: VecEnv, state: dict[str, Any]) -> None:
 
 
 def describe_vec_env(venv: VecEnv) -> dict[str, Any]:
-    """Return the number of environments and the classes of all layers; of single environments only if accessible."""
+    """Return the number of environments and the classes of all layers, within other processes if they are resumable."""
     layers = _layers(venv)
     base = layers[-1]
     environments = None
