@@ -1,8 +1,4 @@
-"""
-ClipPPO in the RL Zoo: the console command ``sb3-clipvf``, and :func:`register` for scripts of one's own.
-
-``cli`` runs the sub-commands, ``defaults`` lists them, ``registration`` registers the algorithm with the Zoo.
-"""
+"""ClipPPO in the RL Zoo: the console command ``sb3-clipvf``, and :func:`register` for the user's own scripts."""
 
 from sb3_clipvf.zoo.cli import main
 from sb3_clipvf.zoo.defaults import ALGORITHM, COMMANDS, hyperparams_path

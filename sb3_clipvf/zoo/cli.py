@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     other error is. An error of a training that has begun is always raised, with its notes.
 
     :param argv: Sub-command and its options; None takes the process's own.
-    :return: Exit code: 0 for success, 2 for an error of input, else the sub-command's own.
+    :return: Exit code: 0 for success, 2 for an error of input, 141 if the reader of the output has gone, else the
+        sub-command's own.
     """
     name, *options = (sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
@@ -44,7 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except SystemExit as stop:
-        return _exit_code(stop)
+        if isinstance(stop.code, str):
+            sys.stderr.write(f"{stop.code}\n")
+            return 1
+        return stop.code or 0
     except Exception as error:
         if _is_closed_output(error):
             return 141  # as of a command that SIGPIPE ends
@@ -95,8 +99,12 @@ def _run(name: str, command: Command, options: Sequence[str]) -> int:
     module, _, function = command.target.partition(":")
     with ExitStack() as stack:
         if command.loads:
-            options = _take_trust_option(stack, options)
-        # As `python -m` does, but behind installed modules. Whether settings may import a module depends on its place.
+            trust = ArgumentParser(add_help=False, allow_abbrev=False)
+            add_trust_option(trust)
+            given, options = trust.parse_known_args(options)
+            if vars(given):
+                stack.enter_context(patched_environment({TRUST_VARIABLE: "1"}, replace=True))
+        # Modules of the working folder come after installed ones. Where a module lies decides whether it is trusted.
         stack.enter_context(replaced(sys, "path", [*sys.path, os.getcwd()]))
         if module.startswith("sb3_clipvf."):
             stack.enter_context(next_parser(f"{PROGRAM} {name}", add_trust_option if command.loads else None))
@@ -111,18 +119,8 @@ def _run(name: str, command: Command, options: Sequence[str]) -> int:
     return 0
 
 
-def _take_trust_option(stack: ExitStack, options: Sequence[str]) -> list[str]:
-    """Trust all files where ``--trust-pickle`` is given, and return the other options."""
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    add_trust_option(parser)
-    trust, others = parser.parse_known_args(options)
-    if vars(trust):
-        stack.enter_context(patched_environment({TRUST_VARIABLE: "1"}, replace=True))
-    return others
-
-
 def _enter_contexts(stack: ExitStack, name: str, command: Command) -> None:
-    """Enter what a script of the Zoo needs to know ClipPPO and its runs, and to do without a display."""
+    """Enter the contexts in which a script of the Zoo knows ClipPPO and its runs, and runs without a display."""
     if not has_display():
         # MuJoCo fails at import where EGL is chosen and missing: choose it only where environments are drawn.
         drivers = {"MPLBACKEND": "Agg"} | ({"MUJOCO_GL": "egl"} if command.renders else {})
@@ -147,13 +145,6 @@ def _enter_contexts(stack: ExitStack, name: str, command: Command) -> None:
     if name == "push_to_hub":
         stack.enter_context(own_model_card())
     stack.enter_context(own_subprocesses())
-
-
-def _exit_code(stop: SystemExit) -> int:
-    if stop.code is None or isinstance(stop.code, int):
-        return stop.code or 0
-    sys.stderr.write(f"{stop.code}\n")
-    return 1
 
 
 def _is_closed_output(error: Exception) -> bool:

@@ -1,4 +1,4 @@
-"""Tell errors of input, which the command reports in one line, from faults, which need their traceback."""
+"""Recognise errors of input, which the command reports in one line; other errors need their traceback."""
 
 import importlib.util
 import re
@@ -45,8 +45,8 @@ def input_error(error: Exception) -> str | None:
 
 
 def _is_of_python(module: str) -> bool:
-    folder = sysconfig.get_path("stdlib")
-    return module.startswith("<frozen ") or (Path(module).is_relative_to(folder) and "site-packages" not in module)
+    is_in_library = Path(module).is_relative_to(sysconfig.get_path("stdlib")) and "site-packages" not in module
+    return is_in_library or module.startswith("<frozen ")
 
 
 def _checks_input(module: Path) -> bool:

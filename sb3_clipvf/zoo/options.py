@@ -1,4 +1,4 @@
-"""Options of the sub-commands: those that this package adds, its defaults, and checks of all values."""
+"""Add the options and defaults of this package to the RL Zoo's parsers, and check the values that the user gives."""
 
 import re
 import sys
@@ -14,7 +14,7 @@ from sb3_clipvf.common.validation import check_device, check_folder, check_int
 from sb3_clipvf.zoo.defaults import ALGORITHM, COMMANDS
 from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
 from sb3_clipvf.zoo.models import choose_run_of_options
-from sb3_clipvf.zoo.parsing import add_trust_option, next_parser, option_name, whole_number
+from sb3_clipvf.zoo.parsing import add_trust_option, next_parser, option_name
 from sb3_clipvf.zoo.plot_checks import check_all_plots, check_plot_from_file, check_plot_train
 from sb3_clipvf.zoo.process import has_display
 from sb3_clipvf.zoo.resume import resumed_run
@@ -36,7 +36,7 @@ _CONSTANTS = {"true": "True", "false": "False", "none": "None", "null": "None"}
 
 @contextmanager
 def command_options(name: str) -> Iterator[None]:
-    """Make the parser that parses next that of a sub-command: with this package's options, defaults and checks."""
+    """Give the parser that parses next the options, defaults and checks of a sub-command."""
     manager = ClipPPOExperimentManager
 
     def finish(parse_args: Callable[..., Namespace], options: Namespace) -> Namespace:
@@ -74,7 +74,7 @@ def _prepare(parser: ArgumentParser, name: str) -> None:
     if name == "train":
         parser.add_argument(
             "--checkpoint-freq",
-            type=whole_number,
+            type=int,
             help="Environment steps between two checkpoints of the whole training of clipppo "
             f"(default: {CHECKPOINT_FREQ}; -1: none)",
         )
@@ -114,11 +114,7 @@ def _train_options(parse_args: Callable[..., Namespace], options: Namespace) -> 
 
 
 class StorePairs(utils.StoreDict):
-    """
-    Store pairs ``key:value`` whose values are Python or schedules, as ``clip_range:lin_0.2``.
-
-    Unlike the RL Zoo's action, it names a wrong pair, and adds up the pairs of a repeated option.
-    """
+    """The RL Zoo's pairs ``key:value``. Errors name the pair, schedules need no quotes, repeated options add up."""
 
     def __call__(
         self, parser: ArgumentParser, namespace: Namespace, values: Any, option_string: str | None = None
@@ -149,7 +145,7 @@ def _pair(option: str, text: str) -> tuple[str, Any]:
 
 
 def check_options(options: Namespace) -> None:
-    """Check values of options that the RL Zoo does not check, or with an error that does not name the option."""
+    """Check values that the RL Zoo does not check, or whose errors there do not name the option."""
     given = vars(options)
     for name in _COUNTS:
         if given.get(name) is not None:

@@ -1,4 +1,4 @@
-"""Change the parser of a sub-command before it parses: its errors become one line, and ``1e6`` is a whole number."""
+"""Change an argparse parser before it parses: its errors become one line, and ``1e6`` is a whole number."""
 
 import difflib
 import re
@@ -37,8 +37,8 @@ def next_parser(
             if prepare is not None:
                 prepare(parser)
             options = strict(parser, program).parse_args(*args, **kwargs)
-            if vars(options).pop("trust_pickle", False):  # the command itself has taken it, if it was not abbreviated
-                raise ValueError("`--trust-pickle` must be written in full, got an abbreviation. Write it so.")
+            if vars(options).pop("trust_pickle", False):  # written in full, it was taken before
+                raise ValueError("`--trust-pickle` must be written in full, got an abbreviation. Complete it.")
             return options if finish is None else finish(parser.parse_args, options)
 
         stack.enter_context(patched(parse_args=parse))
