@@ -82,7 +82,7 @@ def test_the_overview_names_each_sub_command(argv: list[str], capsys: pytest.Cap
     assert all(len(line) <= 120 for line in lines)
 
 
-def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_version_is_written(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith(f"sb3_clipvf {sb3_clipvf.__version__} (stable_baselines3 ")
 
@@ -107,7 +107,7 @@ def test_each_sub_command_of_the_zoo_shows_its_help(name: str, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("argv", ["all_plots", "plot_from_file"])
-def test_an_option_that_the_zoo_would_crash_without_is_named(argv: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_option_that_the_zoo_needs_is_named(argv: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([argv]) == 2
     assert "must be given, got none" in capsys.readouterr().err
 
@@ -132,7 +132,7 @@ def test_the_module_is_the_command() -> None:
     assert "is not one of its sub-commands" in done.stderr
 
 
-def test_a_reader_of_the_output_that_has_gone_ends_the_command_quietly() -> None:
+def test_the_command_ends_quietly_if_its_output_is_closed() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "sb3_clipvf", "--help"]
@@ -161,7 +161,7 @@ def test_a_wrong_value_is_one_line_and_leaves_no_run(in_empty_folder: Path, caps
     assert not RUN.exists()
 
 
-def test_the_traceback_can_be_asked_for(in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_environment_variable_shows_the_traceback(in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SB3_CLIPVF_TRACEBACK", "1")
     with pytest.raises(ValueError, match="`clip_rang` must be"):
         main("train -n 64 --device cpu -params clip_rang:0.1".split())
@@ -201,7 +201,7 @@ def test_an_unknown_environment_is_one_line(in_empty_folder: Path, capsys: pytes
         ("--storage study.log --study-name s --trial-id 0", "`--study-name` must be a study in study.log, got 's'"),
     ],
 )
-def test_what_a_user_gets_wrong_is_one_line(
+def test_wrong_input_is_one_line(
     options: str,
     message: str,
     in_empty_folder: Path,
@@ -221,7 +221,7 @@ def test_what_a_user_gets_wrong_is_one_line(
     assert lines[1:] == ["(SB3_CLIPVF_TRACEBACK=1 shows where.)"]
 
 
-def test_whole_numbers_and_modules_are_taken_as_users_give_them(
+def test_float_notation_and_modules_of_the_working_folder_are_accepted(
     in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
@@ -297,7 +297,7 @@ def test_training_writes_the_zoos_files(trained: Path) -> None:
     assert saved == {**entry, "clip_range_vf": None, "clip_range": "cos_0.3"}
 
 
-def test_what_was_trained_is_a_clipppo_with_the_parameters_given(trained: Path) -> None:
+def test_the_trained_model_is_a_clipppo_with_the_given_parameters(trained: Path) -> None:
     model = ClipPPO.load(trained / RUN / "CartPole-v1.zip", device="cpu")
     assert (model.clip_range, model.clip_range_vf, model.num_timesteps) == ("cos_0.3", None, 512)
 
@@ -394,13 +394,13 @@ def test_a_run_whose_environment_nothing_registers_is_one_line(
     assert message.endswith(f"args.yml names no module that registers it. {way_out}")
 
 
-def test_the_packages_of_a_run_are_those_that_are_installed(own_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_package_of_a_run_is_named(own_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("registering_module.py").unlink()
     assert main("enjoy --no-render --env Registered-v0".split()) == 2
     assert "args.yml` must name modules that can be imported, got 'registering_module'" in capsys.readouterr().err
 
 
-def test_training_goes_on_from_a_file(in_trained: Path) -> None:
+def test_training_continues_from_a_model(in_trained: Path) -> None:
     agent = RUN / "CartPole-v1.zip"
     assert main(f"train -i {agent} -n 256 --eval-freq -1 --device cpu --verbose 0 -params clip_range:0.1".split()) == 0
     model = ClipPPO.load(RUN.with_name("CartPole-v1_2") / "CartPole-v1.zip", device="cpu")
@@ -428,7 +428,7 @@ def test_benchmark_evaluates_our_runs_in_any_folder(
     assert any(line.replace(" ", "").startswith("|clipppo|CartPole-v1|") for line in table)
 
 
-def test_benchmark_of_nothing_says_so(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_benchmark_of_a_missing_folder_is_refused(in_empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["benchmark", "--no-hub"]) == 2
     assert "`--log-dir` must be a folder of trained agents, got 'logs', which does not exist" in capsys.readouterr().err
     Path("logs").mkdir()

@@ -1,4 +1,4 @@
-"""Entries of settings: null ones, and those that name classes, in all forms that the RL Zoo knows."""
+"""The forms of entries in the settings: null, names of classes, with or without arguments."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ from sb3_clipvf.zoo.entries import counted, drop_null, items, with_arguments
         ([{}, int], [{}, int], [(None, {}), (int, {})]),
     ],
 )
-def test_forms(value: Any, listed: list[Any], taken_apart: list[Any]) -> None:
+def test_each_form_of_an_entry(value: Any, listed: list[Any], taken_apart: list[Any]) -> None:
     assert items(value) == listed
     assert with_arguments(value) == taken_apart
 

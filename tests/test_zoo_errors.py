@@ -24,7 +24,7 @@ def test_errors_of_input_are_distinguished_from_faults() -> None:
     assert input_error(_raised(make_schedule, "linear", "clip_range")) == str(
         _raised(make_schedule, "linear", "clip_range")
     )
-    # Raised by Python's own library and by this test: no one knows whether it is about input.
+    # Raised by the standard library and by this test: neither checks input.
     assert input_error(_raised(int, "x")) is None
     assert input_error(_raised(Path("/nowhere/at/all").read_text)) is None
     assert input_error(RuntimeError("CUDA")) is None
@@ -77,6 +77,6 @@ def test_an_error_of_value_that_mentions_a_package_is_not_about_it(monkeypatch: 
     assert input_error(ValueError(text)) is None
 
 
-def test_a_package_that_is_there_is_not_called_missing() -> None:
+def test_an_installed_package_is_not_called_missing() -> None:
     # Raised here, so neither a missing package nor an error that the Zoo or Gymnasium raised.
     assert input_error(ValueError("CartPole-v9 not found in gym registry")) is None

@@ -41,7 +41,7 @@ def test_tables_come_every_few_seconds_and_files_get_every_row(
     assert len((tmp_path / "progress.csv").read_text().splitlines()) == 11
 
 
-def test_the_last_table_is_shown_at_the_end_also_of_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_table_is_shown_after_an_error_too(monkeypatch: pytest.MonkeyPatch) -> None:
     write = HumanOutputFormat.write
     monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: 100.0))
     shown = io.StringIO()

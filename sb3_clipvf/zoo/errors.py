@@ -34,7 +34,7 @@ def input_error(error: Exception) -> str | None:
         return missing
     modules = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, (ImportError, OSError)):
-        # Python's own library raises these for whoever called it.
+        # Python's own library raises these for its callers.
         modules = [name for name in modules if not _is_of_python(name)]
     if not (isinstance(error, _INPUT_ERRORS) and modules and _checks_input(Path(modules[-1]))):
         return None
