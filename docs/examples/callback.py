@@ -1,4 +1,4 @@
-"""Log a number of your own and stop the training by it, with a callback."""
+"""Write a callback that logs a value and stops the training."""
 
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env

@@ -1,4 +1,4 @@
-"""Train with a features extractor of your own: any PyTorch module, passed as in SB3."""
+"""Train with a custom features extractor: any PyTorch module, passed as in SB3."""
 
 import gymnasium as gym
 import torch as th
@@ -25,7 +25,7 @@ policy_kwargs = {"features_extractor_class": NormalisedLinear, "net_arch": [32]}
 model = ClipPPO("MlpPolicy", "CartPole-v1", n_steps=256, policy_kwargs=policy_kwargs, seed=0, device="cpu")
 model.learn(4_096)
 
-# The file holds the code of the class, which loading runs only for a file that is trusted.
+# The file contains the code of the class. Loading runs this code only if the file is trusted.
 model.save("own_extractor")
 loaded = ClipPPO.load("own_extractor", device="cpu", trust_pickle=True)
 mean, std = evaluate_policy(loaded, model.get_env(), n_eval_episodes=5)

@@ -1,4 +1,4 @@
-"""Replace the clipped objective by the KL penalty, with a fixed coefficient and with one that adapts to a target."""
+"""Replace the clipped objective by the KL penalty, with a fixed and with an adaptive coefficient."""
 
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy

@@ -1,4 +1,4 @@
-"""Resume a training from a checkpoint: it ends with the weights of the uninterrupted one, to the last bit."""
+"""Resume a training from a checkpoint, with bit for bit the same weights as without the interruption."""
 
 import torch as th
 from stable_baselines3.common.env_util import make_vec_env
@@ -10,7 +10,7 @@ env = make_vec_env("CartPole-v1", n_envs=4, seed=0)
 model = ClipPPO("MlpPolicy", env, n_steps=128, learning_rate="lin_3e-4", seed=0, device="cpu")
 model.learn(8_192, callback=TrainingCheckpoint(every_timesteps=2_048, path="checkpoints"))
 
-# As if the training had been killed halfway. The folder alone would name its newest checkpoint.
+# Resume from the middle, as after a kill. Given the folder, `resume` loads its newest checkpoint.
 env = make_vec_env("CartPole-v1", n_envs=4, seed=0)
 resumed = ClipPPO.resume("checkpoints/checkpoint_4096.zip", env, device="cpu")
 print(f"resumed at {resumed.num_timesteps:,}, {resumed.remaining_timesteps:,} steps to go")

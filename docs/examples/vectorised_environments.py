@@ -10,7 +10,7 @@ env = FastVecNormalize(as_vec_env(gym.make_vec("CartPole-v1", num_envs=64)), nor
 model = ClipPPO("MlpPolicy", env, n_steps=32, batch_size=256, gae_lambda=0.9, seed=0, device="cpu")
 model.learn(40_960)
 
-# The statistics belong to the model: save both, load both.
+# The model needs the statistics: save both and load both.
 model.save("cartpole")
 env.save("vecnormalize.pkl")
 
