@@ -1,5 +1,5 @@
 """
-The native engine alone: what it leaves to the autograd engine, its kernels, its rollouts, and its place in training.
+The native engine alone: what it leaves to the autograd engine, its rollouts, and its place in training.
 
 That its updates give the numbers of a straightforward program is in test_engines.py.
 """
@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from numba import njit
 from scipy import stats
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import TanhBijector
@@ -32,8 +31,6 @@ from sb3_clipvf.engines.autograd import AutogradEngine, AutogradUpdate
 from sb3_clipvf.engines.fused import FusedEngine
 from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateSettings
 from sb3_clipvf.engines.kernels import entry
-from sb3_clipvf.engines.kernels.elementwise import exp32, tanh32
-from sb3_clipvf.engines.kernels.mlp import weight_gradient
 from sb3_clipvf.engines.native import NativeEngine
 from sb3_clipvf.engines.recognition import UnsupportedError
 from sb3_clipvf.engines.support import why_not_native
@@ -262,63 +259,7 @@ def assert_matches(pattern: str, reason: str | None) -> None:
         raise ValueError(reason)
 
 
-# ------------------------------------------------------------------ kernels
-
-
-class TestElementwise:
-    @pytest.mark.parametrize(
-        ("fn", "exact", "low", "high", "ulps"),
-        [
-            # torch's own are within 1 unit in the last place. A quotient of rounded sums adds up to 2: tanh was 2.46 at
-            # most over every third float32, 1.9 near 0.
-            (exp32, np.exp, -87.0, 88.7, 1.5),
-            (tanh32, np.tanh, -10.0, 10.0, 3.0),
-            (tanh32, np.tanh, -1e-3, 1e-3, 2.0),
-        ],
-    )
-    def test_within_rounding(self, fn: Any, exact: Any, low: float, high: float, ulps: float) -> None:
-        x = np.random.default_rng(0).uniform(low, high, 100_000).astype(np.float32)
-        expected = exact(x.astype(np.float64))
-        error = np.abs(mapped(fn, x) - expected) / np.spacing(np.abs(expected).astype(np.float32))
-        assert error.max() <= ulps
-
-    def test_special_numbers(self) -> None:
-        x = np.array([np.nan, np.inf, -np.inf, 88.8, -104, 0, -0.0], np.float32)
-        np.testing.assert_array_equal(mapped(exp32, x), np.array([np.nan, np.inf, 0, np.inf, 0, 1, 1], np.float32))
-        np.testing.assert_array_equal(mapped(tanh32, x), np.array([np.nan, 1, -1, 1, -1, 0, -0.0], np.float32))
-
-
-class TestWeightGradient:
-    @pytest.mark.parametrize("n", [1, 3, 4, 257])
-    @pytest.mark.parametrize(
-        ("n_outputs", "n_inputs"), [(1, 64), (2, 64), (16, 64), (17, 64), (64, 1), (64, 8), (64, 9), (3, 3), (1, 1)]
-    )
-    def test_agrees_with_double_precision(self, n: int, n_outputs: int, n_inputs: int) -> None:
-        draw = np.random.default_rng(0).standard_normal
-        gradients, inputs = draw((n, n_outputs), np.float32), draw((n, n_inputs), np.float32)
-        weight = np.full((n_outputs, n_inputs), np.nan, np.float32)
-        weight_gradient(gradients, inputs, weight)
-        # Sums of 257 products of numbers around 1 that cancel out: some 16, to 1e-6 of the largest partial sum.
-        np.testing.assert_allclose(weight, gradients.T.astype(np.float64) @ inputs, rtol=1e-5, atol=1e-4)
-
-    @pytest.mark.parametrize(("n_outputs", "n_inputs"), [(2, 4), (32, 4)])
-    def test_long_sums_of_one_sign_lose_no_more_than_short_ones(self, n_outputs: int, n_inputs: int) -> None:
-        gradients = np.full((2**17, n_outputs), 1.1, np.float32)
-        weight = np.empty((n_outputs, n_inputs), np.float32)
-        weight_gradient(gradients, np.ones((2**17, n_inputs), np.float32), weight)
-        # One chain of additions would be off by more than 1e-4.
-        np.testing.assert_allclose(weight, 2**17 * float(np.float32(1.1)), rtol=1e-5)
-
-
-def mapped(fn: Any, x: np.ndarray) -> np.ndarray:
-    @njit
-    def each(x: np.ndarray, y: np.ndarray) -> None:
-        for i in range(x.shape[0]):
-            y[i] = fn(x[i])
-
-    y = np.empty_like(x)
-    each(x, y)
-    return y
+# ------------------------------------------------------------------ rollouts
 
 
 @pytest.mark.parametrize(("gamma", "gae_lambda"), [(0.99, 0.95), (1.0, 1.0), (0.9, 0.0)])
@@ -332,9 +273,6 @@ def test_advantages_have_the_same_bits(gamma: float, gae_lambda: float) -> None:
     assert buffer.gae_fn is not gae
     for ours, theirs in zip(buffer.gae_fn(*arrays, *last, gamma, gae_lambda), expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
-
-
-# ------------------------------------------------------------------ rollouts
 
 
 def test_advantages_of_a_class_of_its_own_are_left_to_it() -> None:

@@ -3,8 +3,8 @@ Action distributions: log-probabilities, entropies, exact KL, their gradients, a
 
 A categorical kind has one or more categorical distributions side by side. Sums over action dimensions give one number
 a state. They restate torch.distributions and, of :mod:`sb3_clipvf.objectives`, ``multi_categorical_kl``,
-``bernoulli_kl`` and ``gaussian_kl``. Parity tests: ``tests/test_engines.py::TestContract``, with a policy of each kind;
-for samples, ``tests/test_native.py::TestActing``.
+``bernoulli_kl`` and ``gaussian_kl``. Parity tests: ``tests/test_kernels.py::test_exact_kl``;
+``tests/test_engines.py::TestContract``, with a policy of each kind; for samples, ``tests/test_native.py::TestActing``.
 """
 
 import math

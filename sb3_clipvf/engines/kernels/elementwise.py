@@ -1,7 +1,7 @@
 """
 exp, tanh and activations in float32, written so that LLVM turns their loops into vector instructions.
 
-Parity tests: ``tests/test_native.py::TestElementwise`` with NumPy in double precision (exp, tanh); with torch's
+Parity tests: ``tests/test_kernels.py::TestElementwise`` with NumPy in double precision (exp, tanh); with torch's
 activations and their derivatives ``tests/test_engines.py::TestContract``, which has a policy for each.
 """
 
@@ -121,24 +121,32 @@ def activate(values: np.ndarray, bias: np.ndarray, kind: int, inputs: np.ndarray
 
     ``inputs``, of the same shape, is filled with the activation's inputs for SILU, whose derivative needs them.
     """
-    for i in range(values.shape[0]):
-        row, kept = values[i], inputs[i]
-        if kind == TANH:
+    if kind == TANH:
+        for i in range(values.shape[0]):
+            row = values[i]
             for j in range(row.shape[0]):
                 row[j] = tanh32(row[j] + bias[j])
-        elif kind == RELU:
+    elif kind == RELU:
+        for i in range(values.shape[0]):
+            row = values[i]
             for j in range(row.shape[0]):
                 x = row[j] + bias[j]
                 row[j] = F(0) if x < F(0) else x
-        elif kind == ELU:
+    elif kind == ELU:
+        for i in range(values.shape[0]):
+            row = values[i]
             for j in range(row.shape[0]):
                 x = row[j] + bias[j]
                 row[j] = x if x > F(0) else exp32(x) - F(1)
-        elif kind == LEAKY_RELU:
+    elif kind == LEAKY_RELU:
+        for i in range(values.shape[0]):
+            row = values[i]
             for j in range(row.shape[0]):
                 x = row[j] + bias[j]
                 row[j] = x if x > F(0) else LEAKY_SLOPE * x
-        elif kind == SILU:
+    elif kind == SILU:
+        for i in range(values.shape[0]):
+            row, kept = values[i], inputs[i]
             for j in range(row.shape[0]):
                 x = row[j] + bias[j]
                 kept[j] = x

@@ -1,9 +1,8 @@
 """
 The surrogate loss, the value loss and the normalisation of advantages, with their gradients.
 
-They restate ``clipped_surrogate``, ``kl_k3``, ``value_loss``, ``value_loss_clipped_max``,
-``value_loss_clipped_prediction`` and ``normalize_advantages`` of :mod:`sb3_clipvf.objectives`. Where torch splits a
-gradient between equal arguments of min and max, so do they. Parity test: ``tests/test_engines.py::TestContract``.
+They restate functions of :mod:`sb3_clipvf.objectives`; the parity test ``tests/test_kernels.py::TestLosses`` has the
+pairs. Where torch splits a gradient between equal arguments of min and max, so do they.
 """
 
 import math

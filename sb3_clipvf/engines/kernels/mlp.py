@@ -2,7 +2,7 @@
 Forward and backward pass of one MLP: hidden layers with an activation, and a linear layer at the end.
 
 A workspace, float32, holds outputs and gradients of the layers; :func:`workspace_size` is its size. Parity tests:
-``tests/test_engines.py::TestContract``; ``tests/test_native.py::TestWeightGradient`` for the product of our own.
+``tests/test_engines.py::TestContract``; ``tests/test_kernels.py::TestWeightGradient`` for the product of our own.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Where the statistics of a minibatch (``stats``) and of an update (``totals``) stand in the kernels' arrays."""
+"""Indices of statistics in the kernels' arrays: ``stats`` of a minibatch, ``totals`` of an update."""
 
 from typing import NamedTuple
 

@@ -45,7 +45,7 @@ def warm_up(group: str) -> float:
     return seconds
 
 
-# Each kernel is called once with the smallest arguments of the types of real ones: layers of one weight, no rollout.
+# Each kernel is called once, with the smallest arguments of real types: layers of one weight, an empty rollout.
 
 
 def _call_native() -> None:
