@@ -139,7 +139,7 @@ ROWS: tuple[SpeedRow, ...] = (
               settings=_CARTPOLE, warmup=2, env="vector"),
     SpeedRow("breakout-8-ale", "Breakout, Zoo settings, CnnPolicy, 8 environments of ALE's vector kind", 2,
              "BreakoutNoFrameskip-v4", 8, 3, settings=_ATARI, policy="CnnPolicy", env="ale", peer_env="atari"),
-    _cartpole("custom-extractor", "CartPole-v1, SB3 defaults, features extractor of one's own", 1.7, 1, 8,
+    _cartpole("custom-extractor", "CartPole-v1, SB3 defaults, custom features extractor", 1.7, 1, 8,
               custom_extractor=True),
 )
 # fmt: on
