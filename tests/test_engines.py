@@ -1,5 +1,5 @@
 """
-The contract of the engines: whatever their speed, they give the numbers of a straightforward update written here.
+The contract of the engines: they have the numbers of a straightforward update written here.
 
 A new engine joins by adding its name to `ENGINES`.
 """
@@ -18,7 +18,7 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.type_aliases import RolloutBufferSamples
 from torch import distributions as td
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,7 +32,7 @@ from sb3_clipvf.policies import SquashedActorCriticPolicy
 from sb3_clipvf.rollout import TensorRolloutBuffer
 
 ENGINES = ["autograd", "fused", "native"]
-# Policies that an engine leaves to the autograd engine: tests/test_native.py has the reasons.
+# Policies that an engine refuses: tests/test_native.py has the reasons.
 NOT_RUN = {("fused", "squashed"), ("native", "squashed")}
 
 OBS = spaces.Box(-2.0, 2.0, (3,), np.float32)
@@ -96,7 +96,7 @@ def make_policy(name: str, learning_rate: float = 3e-3) -> ActorCriticPolicy:
 
 
 def collect(policy: ActorCriticPolicy, buffer: Any, moved: float) -> Any:
-    """A rollout of the policy in a world of noise; then the policy moves a little, so that ratios are not 1."""
+    """Collect a rollout of random observations; then change the policy a little, so that ratios are not 1."""
     rng = np.random.default_rng(0)
     buffer.reset()
     for _ in range(N_STEPS):
@@ -134,7 +134,7 @@ def settings_for(name: str, **changes: Any) -> UpdateSettings:
 
 
 def old_distributions(policy: ActorCriticPolicy, row: th.Tensor) -> list[td.Distribution]:
-    """pi_old as torch's own distributions, one for each part whose KL torch gives."""
+    """Return pi_old as torch's own distributions, one for each part whose KL torch computes."""
     space = policy.action_space
     if isinstance(space, spaces.Discrete):
         return [td.Categorical(logits=row)]
@@ -161,7 +161,7 @@ def exact_kl(policy: ActorCriticPolicy, batch: Any) -> th.Tensor:
 def slow_update(
     policy: ActorCriticPolicy, buffer: Any, settings: UpdateSettings, coefficients: UpdateCoefficients
 ) -> dict[str, Any]:
-    """PPO's update with every choice spelt out as a condition on each transition; statistics as lists."""
+    """Run PPO's update with each choice written as a condition on transitions; return statistics as lists."""
     seen: dict[str, Any] = defaultdict(list)
     all_advantages = th.as_tensor(buffer.advantages)
     for epoch in range(settings.n_epochs):
@@ -235,9 +235,9 @@ def compare(
     n_updates: int = 1,
     **kwargs: Any,
 ) -> tuple[UpdateStatistics, dict[str, Any]]:
-    """The same updates by an engine and by the slow program: same permutations, same parameters, same statistics."""
+    """Compare updates by an engine and by the slow program, from the same permutations and parameters."""
     if (engine_name, name) in NOT_RUN:
-        pytest.skip(f"the {engine_name} engine leaves {name} policies to the autograd engine")
+        pytest.skip(f"the {engine_name} engine refuses {name} policies")
     policy, buffer = make_case(name, **kwargs)
     slow_policy, slow_buffer = make_case(name, **kwargs)
     engine = make_engine(engine_name, policy, settings, buffer)
@@ -354,7 +354,7 @@ class TestContract:
         compare(engine_name, actions, settings_for(actions, n_epochs=4), COEFFICIENTS, n_updates=6, learning_rate=1e-3)
 
     def test_the_ranges_above_cut_some_and_not_all(self, engine_name: str) -> None:
-        """Otherwise the cases above would prove nothing."""
+        """Otherwise the cases above would test no clipping."""
         numbers = compare(engine_name, "box", settings_for("box"), COEFFICIENTS)[0].read()
         assert 0.1 < numbers["clip_fraction"] < 0.9
         assert 0.1 < numbers["vf_clip_fraction"] < 0.9
@@ -432,7 +432,7 @@ class TestContract:
     def test_target_kl_reads_one_number_a_minibatch(self, engine_name: str) -> None:
         assert sum(count_reads(engine_name, "box", target_kl=1e6).values()) == 9
 
-    def test_torchs_validation_is_on_again_after_it(self, engine_name: str) -> None:
+    def test_torchs_validation_is_restored(self, engine_name: str) -> None:
         policy, buffer = make_case("box")
         make_engine(engine_name, policy, settings_for("box"), buffer).update(buffer, COEFFICIENTS)
         with pytest.raises(ValueError, match="to satisfy the constraint"):
@@ -440,7 +440,7 @@ class TestContract:
 
 
 class Reads(TorchDispatchMode):
-    """Counts what copies a number to the host: item(), float(), bool(), indexing by a mask."""
+    """Counts operations that copy a number to the host: item(), float(), bool(), indexing by a mask."""
 
     def __init__(self, optimizer: th.optim.Optimizer) -> None:
         super().__init__()
@@ -462,7 +462,7 @@ class Reads(TorchDispatchMode):
 
 def count_reads(engine_name: str, actions: str, **changes: Any) -> dict[str, int]:
     if engine_name != "autograd":
-        pytest.skip(f"the {engine_name} engine reads numbers of the host only, and leaves modes of torch to autograd")
+        pytest.skip(f"the {engine_name} engine runs on the host only, and not in modes of torch")
     policy, buffer = make_case(actions)
     settings = settings_for(actions, measure_kl_after=False, **changes)
     engine = make_engine(engine_name, policy, settings, buffer)
@@ -570,7 +570,7 @@ def test_select_gives_the_engine_and_the_reason(name: str) -> None:
         assert (engine.name, reason) == (name, "asked for")
 
 
-def test_auto_says_why_a_policy_is_not_run_faster() -> None:
+def test_auto_logs_why_a_policy_is_not_run_faster() -> None:
     policy, buffer = make_case("squashed")
     engine, reason = select_engine("auto", policy, SETTINGS, buffer)
     assert engine.name == "autograd"
@@ -611,7 +611,7 @@ class Doubled(FlattenExtractor):
 
 
 class Switching(Doubled):
-    """One whose second parameter is reached by some minibatches only."""
+    """An extractor whose second parameter only some minibatches use."""
 
     def __init__(self, observation_space: spaces.Space[Any]) -> None:
         super().__init__(observation_space)
@@ -620,29 +620,6 @@ class Switching(Doubled):
     def forward(self, observations: th.Tensor) -> th.Tensor:
         features = super().forward(observations)
         return features * self.other_scale if observations[0, 0] > 0 else features
-
-
-class Viewing(BaseFeaturesExtractor):
-    """One that takes pictures only as they lie in memory by default."""
-
-    def __init__(self, observation_space: spaces.Box) -> None:
-        super().__init__(observation_space, 3 * 34 * 34)
-        self.layer = th.nn.Conv2d(3, 3, 3)
-
-    def forward(self, observations: th.Tensor) -> th.Tensor:
-        return self.layer(observations).view(len(observations), -1)
-
-
-class Keeping(th.nn.Conv2d):
-    """A layer that keeps what it takes."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.kept: list[th.Tensor] = []
-
-    def forward(self, input: th.Tensor) -> th.Tensor:
-        self.kept.append(input)
-        return super().forward(input)
 
 
 def sliced(layer: th.nn.Linear, x: th.Tensor) -> th.Tensor:
@@ -657,7 +634,7 @@ LAYOUTS = {"sliced": sliced, "turned": turned}
 
 
 class ForeignBuffer(TensorRolloutBuffer):
-    """One whose minibatches are SB3's, without the old distribution."""
+    """A buffer whose minibatches are SB3's, without the old distribution."""
 
     def get(self, batch_size: int | None = None) -> Any:
         for batch in super().get(batch_size):
@@ -758,77 +735,6 @@ class TestFused:
         with pytest.raises(ValueError, match="must give minibatches with `old_dist_params`, got RolloutBufferSamples"):
             engine_class(policy, settings_for("box")).update(buffer, COEFFICIENTS)
 
-    def test_pictures_of_extractors_of_the_users_keep_their_layout(self) -> None:
-        space = spaces.Box(0, 255, (3, 36, 36), np.uint8)
-        policy = ActorCriticCnnPolicy(space, BOX, lambda _: 1e-3, features_extractor_class=Viewing)
-        engine = FusedEngine(policy, SETTINGS)
-        engine.begin_rollout(TensorRolloutBuffer(2, space, BOX, "cpu", n_envs=2))
-        pictures = th.zeros(2, 3, 36, 36, dtype=th.uint8)
-        assert engine.act(pictures, with_dist_params=False).actions.shape == (2, 2)
-
-    @pytest.mark.parametrize("share", [True, False], ids=["shared", "not_shared"])
-    def test_pictures_are_scaled_as_sb3_scales_them_in_memory_that_is_kept(self, share: bool) -> None:
-        space = spaces.Box(0, 255, (2, 36, 36), np.uint8)
-        policy = ActorCriticCnnPolicy(space, BOX, lambda _: 1e-3, share_features_extractor=share)
-        engine = FusedEngine(policy, SETTINGS)
-        addresses = []
-        for n in (5, 3, 8, 1):  # memory for more serves fewer, and grows
-            pictures = th.randint(0, 256, (n, 36, 36, 2), dtype=th.uint8).permute(0, 3, 1, 2)
-            assert engine._features.scales(pictures)
-            assert th.equal(engine._features.scaled(pictures), pictures.float() / 255.0)
-            addresses.append(engine._features.scaled(pictures).data_ptr())
-            ours, theirs = engine._features(pictures), policy.extract_features(pictures)
-            # Convolutions are summed in an order that depends on memory.
-            th.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-        assert addresses[0] == addresses[1] != addresses[2] == addresses[3]
-
-    @pytest.mark.parametrize("kwargs", [{}, {"normalize_images": False}], ids=["floats", "not_normalised"])
-    def test_other_pictures_go_through_sb3(self, kwargs: dict[str, Any]) -> None:
-        space = spaces.Box(0, 255, (2, 36, 36), np.uint8)
-        policy = ActorCriticCnnPolicy(space, BOX, lambda _: 1e-3, **kwargs)
-        engine = FusedEngine(policy, SETTINGS)
-        pictures = th.randint(0, 256, (3, 2, 36, 36), dtype=th.uint8 if kwargs else th.float32)
-        ours, theirs = engine._features(pictures), policy.extract_features(pictures)
-        # Numbers of up to 255 are summed, in an order that depends on memory.
-        th.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 if not kwargs else 3e-4)
-        assert engine._features._scaled is None
-
-    @pytest.mark.parametrize("way", ["hook", "global_hook", "layer", "forward", "second_extractor"])
-    def test_pictures_that_someone_keeps_stay_as_they_were(self, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        space = spaces.Box(0, 255, (1, 36, 36), np.uint8)
-        policy = ActorCriticCnnPolicy(space, BOX, lambda _: 1e-3, share_features_extractor=way != "second_extractor")
-        kept: list[th.Tensor] = []
-        of_all = th.nn.modules.module
-        extractor, first = policy.features_extractor, policy.features_extractor.cnn[0]
-        if way == "hook":
-            first.register_forward_hook(lambda _, inputs, __: kept.append(inputs[0]))
-        elif way == "global_hook":
-            hook = of_all.register_module_forward_hook(
-                lambda module, inputs, _: kept.append(inputs[0]) if module is first else None
-            )
-        elif way == "forward":
-            monkeypatch.setattr(first, "forward", lambda x: kept.append(x) or type(first).forward(first, x))
-        else:
-            other = policy.vf_features_extractor if way == "second_extractor" else extractor
-            other.cnn[0] = Keeping(1, 32, 8, 4)
-            kept = other.cnn[0].kept
-        engine = FusedEngine(policy, SETTINGS)
-        try:
-            for value in (51, 255):
-                engine._features(th.full((2, 1, 36, 36), value, dtype=th.uint8))
-        finally:
-            if way == "global_hook":
-                hook.remove()
-        assert [float(pictures.max()) for pictures in kept] == pytest.approx([0.2, 1.0])
-
-    def test_pictures_of_a_rollout_in_inference_mode_leave_the_update_its_memory(self) -> None:
-        policy = ActorCriticCnnPolicy(spaces.Box(0, 255, (1, 36, 36), np.uint8), BOX, lambda _: 1e-3)
-        engine = FusedEngine(policy, SETTINGS)
-        pictures = th.zeros(4, 1, 36, 36, dtype=th.uint8)
-        with th.inference_mode():
-            engine._features(pictures)
-        engine._features(pictures).sum().backward()
-
     @pytest.mark.parametrize("layout", ["sliced", "turned"])
     @pytest.mark.parametrize("name", ["discrete", "box", "multi_binary"])
     def test_last_layers_may_give_their_outputs_in_any_layout(self, layout: str, name: str) -> None:
@@ -850,7 +756,7 @@ class TestFused:
 
     @pytest.mark.parametrize("share", [True, False], ids=["shared", "not_shared"])
     def test_images(self, share: bool) -> None:
-        """A convolutional policy: its uint8 pictures go through torch."""
+        """A convolutional policy, with uint8 images."""
         space = spaces.Box(0, 255, (1, 36, 36), np.uint8)
         rng = np.random.default_rng(0)
         buffer = TensorRolloutBuffer(4, space, spaces.Discrete(2), "cpu", n_envs=4, dist_param_dim=2)
@@ -874,12 +780,12 @@ class TestFused:
             # Convolutions are summed in an order that depends on memory; Adam's first steps turn 1e-7 into up to 1e-5.
             th.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
-    def test_losses_of_its_own_are_left_to_torch(self) -> None:
+    def test_own_losses_run_on_autograd(self) -> None:
         _, buffer = make_case("box")
         policy = OwnEntropy(OBS, BOX, lambda _: 1e-3)
         assert type(select_engine("auto", policy, SETTINGS, buffer)[0]) is AutogradEngine
 
-    def test_so_are_other_optimizers_squashed_actions_and_frozen_parameters(self) -> None:
+    def test_other_optimizers_squashed_actions_and_frozen_parameters_run_on_autograd(self) -> None:
         _, buffer = make_case("box")
         kwargs: dict[str, Any] = {"features_extractor_class": Doubled}
         sgd = ActorCriticPolicy(OBS, BOX, lambda _: 1e-3, optimizer_class=th.optim.SGD, **kwargs)
@@ -893,7 +799,7 @@ class TestFused:
         for policy in (sgd, squashed, frozen):
             assert type(select_engine("auto", policy, SETTINGS, buffer)[0]) is AutogradEngine
 
-    def test_asked_for_autograd_is_torch_alone(self) -> None:
+    def test_explicit_autograd_is_the_reference(self) -> None:
         """SB3_EQUIVALENT asks for it: its weights are SB3's to the last bit."""
         policy, buffer = make_case("box")
         assert type(select_engine("autograd", policy, SETTINGS, buffer)[0]) is AutogradEngine

@@ -1,7 +1,7 @@
 """
-The native engine alone: what it leaves to the autograd engine, its rollouts, and its place in training.
+The native engine alone: the policies it refuses, its rollouts, and its selection in training.
 
-That its updates give the numbers of a straightforward program is in test_engines.py.
+test_engines.py compares its updates with a straightforward program.
 """
 
 import copy
@@ -90,7 +90,7 @@ def filled(policy: ActorCriticPolicy, **kwargs: Any) -> TensorRolloutBuffer:
     return buffer
 
 
-# ------------------------------------------------------------------ what is left to the autograd engine
+# ------------------------------------------------------------------ policies that it refuses
 
 
 class OtherPolicy(ActorCriticPolicy):
@@ -205,7 +205,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[Any], object], str]] = {
 }
 
 
-class TestLeftToAutograd:
+class TestRefusals:
     @pytest.mark.parametrize("case", REFUSED)
     def test_reason(self, case: str) -> None:
         kwargs, change, reason = REFUSED[case]
@@ -275,7 +275,7 @@ def test_advantages_have_the_same_bits(gamma: float, gae_lambda: float) -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_advantages_of_a_class_of_its_own_are_left_to_it() -> None:
+def test_a_buffers_own_gae_is_kept() -> None:
     buffer = make_buffer(make_policy())
     own = partial(gae)
     buffer.gae_fn = own
@@ -391,7 +391,7 @@ class TestActing:
         assert not np.array_equal(runs[0], runs[2])
         assert len(np.unique(runs[0])) == runs[0].size
 
-    def test_parameters_that_were_replaced_are_followed(self) -> None:
+    def test_replaced_parameters_take_effect(self) -> None:
         policy = make_policy()
         engine = NativeEngine(policy, SETTINGS)
         engine.begin_rollout(make_buffer(policy))
@@ -562,8 +562,8 @@ class TestUpdate:
             # Float32 sums over 32 rows
             th.testing.assert_close(ours.grad, exact.grad.float(), rtol=1e-4, atol=1e-6)
 
-    def test_moments_that_were_replaced_are_followed(self) -> None:
-        """As optimizer.load_state_dict does."""
+    def test_replaced_moments_take_effect(self) -> None:
+        """optimizer.load_state_dict replaces them."""
         policies = [make_policy() for _ in range(2)]
         buffer = filled(policies[0])
         engines = [AutogradEngine(policies[0], SETTINGS), NativeEngine(policies[1], SETTINGS)]
@@ -576,8 +576,8 @@ class TestUpdate:
             th.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
         assert policies[1].optimizer.state_dict()["state"][0]["step"] == 12
 
-    def test_an_optimizers_state_that_was_emptied_starts_anew(self) -> None:
-        """As set_parameters does with what get_parameters gave before the first update."""
+    def test_an_emptied_optimizer_state_starts_from_zero(self) -> None:
+        """set_parameters empties it with what get_parameters returned before the first update."""
         policies = [make_policy() for _ in range(2)]
         buffer = filled(policies[0])
         for policy, engine_class in zip(policies, (AutogradEngine, NativeEngine), strict=True):
@@ -619,7 +619,7 @@ class TestUpdate:
         assert draws[1:] == draws[:1] * 2
 
     def test_ctrl_c_before_its_own_part_frees_the_second_thread(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """It would wait at the barrier for ever, and so would the end of the process."""
+        """Otherwise it waits at the barrier for ever, and so does the end of the process."""
         policy = make_policy()
         buffer = filled(policy)
         engine = NativeEngine(policy, SETTINGS)
@@ -641,7 +641,7 @@ class TestUpdate:
         assert engine.update(buffer, COEFFICIENTS).n_epochs == 3
 
     def test_updates_in_several_threads_of_one_process(self) -> None:
-        """Each its own policy; they share numba's kernels and BLAS."""
+        """Each thread has its own policy; they share numba's kernels and BLAS."""
         policies = [make_policy() for _ in range(4)]
         buffer = filled(policies[0])
         engines = [NativeEngine(policy, SETTINGS) for policy in policies]
@@ -685,11 +685,13 @@ class Change(BaseCallback):
 
 
 class TestTraining:
-    def test_auto_takes_it_and_says_so(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_auto_selects_native_and_logs_it(self, capsys: pytest.CaptureFixture[str]) -> None:
         make_model(verbose=1).learn(64)
         assert "Training runs on the engine 'native': it is the fastest for this policy" in capsys.readouterr().out
 
-    def test_a_policy_that_stops_being_plain_goes_on_with_autograd(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_a_policy_that_native_can_no_longer_run_continues_on_autograd(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
         def freeze(model: ClipPPO) -> None:
             model.policy.action_net.bias.requires_grad_(False)
 
@@ -699,7 +701,7 @@ class TestTraining:
         assert "'autograd': native cannot run the policy: some of its parameters are frozen" in caplog.text
         assert model._n_updates == 4
 
-    def test_frozen_tensors_replaced_in_a_rollout_go_on_with_autograd(self) -> None:
+    def test_tensors_frozen_and_replaced_in_a_rollout_continue_on_autograd(self) -> None:
         def replace(model: ClipPPO) -> None:
             bias = model.policy.action_net.bias
             bias.requires_grad_(False)
@@ -712,7 +714,7 @@ class TestTraining:
         assert model._engine.name == "autograd"
         assert model.policy.action_net.bias.tolist() == [1e4, -1e4]
 
-    def test_fused_comes_back_when_nothing_keeps_it(self) -> None:
+    def test_auto_returns_to_fused_when_the_reason_is_gone(self) -> None:
         model = make_model(policy_kwargs={"features_extractor_class": OtherExtractor})
         handle = model.policy.optimizer.register_step_pre_hook(hook)
         model.learn(64)
@@ -721,7 +723,7 @@ class TestTraining:
         model.learn(64)
         assert type(model._engine) is FusedEngine
 
-    def test_and_comes_back_when_it_is_plain_again(self) -> None:
+    def test_auto_returns_to_native_when_the_reason_is_gone(self) -> None:
         def freeze(model: ClipPPO) -> None:
             model.policy.action_net.bias.requires_grad_(False)
 
@@ -735,7 +737,7 @@ class TestTraining:
         model.learn(64, reset_num_timesteps=False)
         assert model._engine.name == "native"
 
-    def test_another_engine_can_be_asked_for_later(self) -> None:
+    def test_the_engine_can_be_changed_between_calls_of_learn(self) -> None:
         model = make_model()
         for engine in ("native", "fused", "autograd", "native"):
             model.engine = engine
@@ -743,14 +745,14 @@ class TestTraining:
             assert model._engine is not None
             assert model._engine.name == engine
 
-    def test_an_explicit_engine_that_cannot_go_on_says_so(self) -> None:
+    def test_an_explicit_engine_that_can_no_longer_run_the_policy_raises(self) -> None:
         def freeze(model: ClipPPO) -> None:
             model.policy.action_net.bias.requires_grad_(False)
 
         with pytest.raises(ValueError, match="got 'native', which cannot: some of its parameters are frozen"):
             make_model("native").learn(128, callback=Change(freeze))
 
-    def test_a_callbacks_changes_count(self) -> None:
+    def test_parameters_changed_by_a_callback_take_effect_at_once(self) -> None:
         """Parameters set in the middle of a rollout decide the actions from there on."""
 
         def set_bias(model: ClipPPO) -> None:
@@ -764,10 +766,10 @@ class TestTraining:
         assert (model.rollout_buffer.actions[17:] == 0).all()
 
     @pytest.mark.parametrize("event", ["_on_rollout_start", "_on_rollout_end"])
-    def test_a_layer_replaced_between_rollout_and_update_counts(
+    def test_a_layer_replaced_between_rollout_and_update_is_trained(
         self, event: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Nobody looks at the policy less often than callbacks may change it."""
+        """The engine checks the policy before each rollout and each update."""
 
         class Replace(BaseCallback):
             def _on_step(self) -> bool:
@@ -793,7 +795,7 @@ class TestTraining:
         if event == "_on_rollout_start":
             assert (model.rollout_buffer.actions == 0).all()
 
-    def test_the_policy_knows_whether_it_is_trained(self) -> None:
+    def test_the_training_mode_is_on_in_updates_alone(self) -> None:
         class Spy(BaseCallback):
             def _on_rollout_end(self) -> None:
                 modes.append({module.training for module in self.model.policy.modules()})
@@ -808,7 +810,7 @@ class TestTraining:
         assert all(mode == {False} for mode in modes)
         assert {module.training for module in model.policy.modules()} == {True}
 
-    def test_so_do_modules_that_came_later(self) -> None:
+    def test_the_training_mode_reaches_modules_added_later(self) -> None:
         modes: list[bool] = []
 
         class Spy(BaseCallback):
@@ -825,7 +827,7 @@ class TestTraining:
 
     @pytest.mark.parametrize("engines", [("native", "autograd"), ("autograd", "native"), ("fused", "native")])
     def test_saved_on_one_engine_and_loaded_on_the_other(self, engines: tuple[str, str], tmp_path: Path) -> None:
-        """The next update of both from the same rollout is the same: moments and step count came along."""
+        """The next update of both from the same rollout is the same: moments and step count were saved."""
         model = make_model(engines[0], clip_range=0.2)
         model.learn(192)
         model.save(tmp_path / "model")

@@ -1,5 +1,5 @@
 """
-What fast engines run: only code that is known. Whatever else a user has put in its place is trained by the reference.
+Recognition of code: native and fused run only original code. The reference trains a policy with replaced code.
 
 Each case is trained by ``engine="auto"`` and by the reference: their weights agree, and differ from those of a training
 without the change.
@@ -37,7 +37,6 @@ from sb3_clipvf.distributions import dist_params
 from sb3_clipvf.engines import recognition
 from sb3_clipvf.engines.autograd import AutogradEngine, AutogradUpdate
 from sb3_clipvf.engines.fused import FusedEngine
-from sb3_clipvf.engines.interface import UpdateSettings
 from sb3_clipvf.engines.native import NativeEngine
 from sb3_clipvf.rollout import TensorRolloutBuffer
 
@@ -46,7 +45,7 @@ Change = Callable[[ClipPPO], object]
 
 
 class OwnExtractor(FlattenExtractor):
-    """Leaves a policy to the engine that runs the networks by torch and the rest by kernels."""
+    """An extractor with which the fused engine runs the policy."""
 
 
 FAST: dict[str, tuple[dict[str, Any], type[Any]]] = {
@@ -102,7 +101,7 @@ def assert_trains_what_the_user_has(change: Change, *, has_effect: bool = True, 
 
 
 class Scaled(nn.Module):
-    """Without parameters, so that no list of them shows it."""
+    """A module without parameters, which no list of parameters contains."""
 
     def forward(self, tensor: th.Tensor) -> th.Tensor:
         return 3.0 * tensor
@@ -200,7 +199,7 @@ def test_an_optimizers_step_that_was_replaced_counts(fast: str) -> None:
 
 @pytest.mark.parametrize("fast", FAST)
 def test_zero_grad_that_was_replaced_counts(fast: str) -> None:
-    """Gradients that are never forgotten add up, over minibatches and updates."""
+    """Gradients that are never set to None add up, over minibatches and updates."""
 
     def change(model: ClipPPO) -> None:
         model.policy.optimizer.zero_grad = lambda *_, **__: None  # type: ignore[method-assign]
@@ -279,7 +278,7 @@ def test_the_offset_of_normalised_advantages_counts(fast: str, scope: str, monke
 
 
 def test_a_method_that_was_added_to_a_subclass_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes the place of the inherited one, which is still there."""
+    """It hides the inherited one, which is still there."""
     monkeypatch.setattr(
         sb3_distributions.DiagGaussianDistribution, "get_actions", lambda self, **_: self.mode(), raising=False
     )
@@ -468,7 +467,7 @@ def test_a_compiled_policy_goes_to_the_reference(validation_as_before: None) -> 
 
 
 class Delegating(nn.Module):
-    """Passes on what it does not have."""
+    """Delegates attributes that it does not have."""
 
     def __init__(self, policy: ActorCriticPolicy) -> None:
         super().__init__()
@@ -617,7 +616,7 @@ def test_minibatches_of_another_length_are_refused() -> None:
 
 
 def test_lazy_layers_train() -> None:
-    """They have no memory before the first forward pass."""
+    """Their parameters have no memory before the first forward pass."""
 
     def change(model: ClipPPO) -> None:
         other_layer(0, nn.LazyLinear(8))(model)
@@ -625,11 +624,11 @@ def test_lazy_layers_train() -> None:
     assert_trains_what_the_user_has(change, has_effect=False)
 
 
-# ------------------------------------------------------------------ what changes nothing
+# ------------------------------------------------------------------ changes without effect
 
 
 class OwnBuild(ActorCriticPolicy):
-    """As SB3's documentation has it: a network of its own, and helpers."""
+    """A policy as in SB3's documentation: its own network, and helpers."""
 
     flag = False
 
@@ -658,7 +657,7 @@ def test_other_attributes_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
-def test_nobody_else_keeps_plain_policies_from_the_native_engine(env: str) -> None:
+def test_plain_policies_run_on_native(env: str) -> None:
     assert type(trained(None, "auto", env=env)[1]) is NativeEngine
 
 
@@ -671,7 +670,7 @@ def test_sb3s_other_policies_are_known() -> None:
         recognition.check_code(policy)
 
 
-# ------------------------------------------------------------------ what SB3's PPO trains
+# ------------------------------------------------------------------ policies that SB3's PPO trains
 
 
 class MaskedHead(nn.Module):
@@ -765,7 +764,7 @@ class OwnEverything(ActorCriticPolicy):
 
 
 class FromBasePolicy(BasePolicy):
-    """What SB3's PPO needs, and no more."""
+    """The attributes that SB3's PPO needs, and no others."""
 
     def __init__(self, observation_space: Any, action_space: Any, lr_schedule: Any, use_sde: bool = False, **_: Any):
         super().__init__(observation_space, action_space)
@@ -804,32 +803,6 @@ def test_masked_actions_have_an_exact_kl(kl_coef: float) -> None:
         assert 0 <= model.logger.name_to_value["train/kl"] < 0.1
 
 
-class Flat(nn.Module):
-    def forward(self, pictures: th.Tensor) -> th.Tensor:
-        return pictures.view(len(pictures), -1)  # fails in any other layout
-
-
-@pytest.mark.parametrize("part", ["cnn", "layer", "second extractor", "hook"])
-def test_pictures_keep_their_layout_for_parts_that_are_not_sb3s(part: str) -> None:
-    space = spaces.Box(0, 255, (3, 36, 36), np.uint8)
-    policy = ActorCriticCnnPolicy(space, spaces.Discrete(2), lambda _: 1e-3, share_features_extractor=False)
-    cnn = policy.features_extractor.cnn
-    if part == "cnn":
-        policy.features_extractor.cnn = nn.Sequential(Flat(), nn.Linear(3888, 64))  # type: ignore[assignment]
-    elif part == "layer":
-        cnn[-1] = nn.Sequential(Flat())  # type: ignore[index]
-    elif part == "second extractor":
-        policy.vf_features_extractor.cnn = nn.Sequential(Flat(), nn.Linear(3888, 64))  # type: ignore[assignment]
-    seen: list[bool] = []
-    if part == "hook":
-        cnn[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].is_contiguous()))  # type: ignore[index]
-    settings = UpdateSettings(16, 1, True, "minibatch", "max", 0.5, None, False, True, True)
-    engine = FusedEngine(policy, settings)
-    pictures = th.zeros(2, *space.shape, dtype=th.uint8)
-    engine._features(pictures)
-    assert seen == ([True] * len(seen))
-
-
 @pytest.mark.parametrize("fast", FAST)
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
 def test_callbacks_see_the_distribution_of_the_step(env: str, fast: str) -> None:
@@ -862,7 +835,7 @@ def test_callbacks_see_the_distribution_of_the_step(env: str, fast: str) -> None
 
 
 def test_wider_parts_in_the_middle_of_a_rollout_are_an_error() -> None:
-    """Kernels that draw for the distribution of the rollout's start would write beyond the actions."""
+    """Kernels prepared for the distribution at the rollout's start would write beyond the actions."""
 
     class Widen(BaseCallback):
         def _on_step(self) -> bool:
@@ -910,7 +883,7 @@ def test_a_class_that_was_changed_counts(part: str) -> None:
     assert difference(*weights) < 2e-3
 
 
-def test_steps_of_parameters_that_are_gone_do_not_count() -> None:
+def test_steps_of_removed_parameters_do_not_count() -> None:
     def reload(model: ClipPPO) -> None:
         model.learn(N_STEPS * 2)
         policy = model.policy

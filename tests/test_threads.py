@@ -32,7 +32,7 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 @pytest.fixture
 def choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadChoice]:
-    """On a machine of two cores, whatever this one has."""
+    """A choice on a machine with two cores, whatever this one has."""
     monkeypatch.setattr("sb3_clipvf.engines.threads.usable_cores", lambda: 2)
     threads = th.get_num_threads()
     th.set_num_threads(2)
@@ -49,7 +49,7 @@ def _run(choice: ThreadChoice, n_updates: int, microseconds: dict[int, float], n
 
 
 @pytest.mark.parametrize(("microseconds", "faster"), [({1: 3.0, 2: 2.0}, 2), ({1: 2.0, 2: 3.0}, 1)])
-def test_both_are_tried_and_the_faster_one_stays(
+def test_both_are_tried_and_the_faster_one_is_kept(
     choice: ThreadChoice, microseconds: dict[int, float], faster: int
 ) -> None:
     assert sorted(_run(choice, 2 * TRIALS, microseconds)) == [1] * TRIALS + [2] * TRIALS
@@ -66,7 +66,7 @@ def test_another_program_on_the_second_core_is_noticed(choice: ThreadChoice) -> 
     assert choice.next() == 2
 
 
-def test_updates_that_end_early_are_not_taken_for_fast_ones(choice: ThreadChoice) -> None:
+def test_updates_that_stop_early_do_not_count_as_fast(choice: ThreadChoice) -> None:
     for _ in range(2 * TRIALS):
         n_threads = choice.next()
         n_minibatches = 100 if n_threads == 2 else 10
@@ -115,5 +115,5 @@ def test_it_is_the_same_thread_each_time() -> None:
 
 
 def test_a_forked_process_has_its_own() -> None:
-    """Its parent's thread does not exist there: waiting for it would not end."""
+    """The parent's thread does not exist there, so waiting for it would never end."""
     assert subprocess.run([sys.executable, "-c", _FORKS], timeout=120, check=False).returncode == 0
