@@ -18,12 +18,12 @@ from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateSettings, Upd
 from sb3_clipvf.rollout import MiniBatch
 
 Scalar: TypeAlias = th.Tensor | float
-"""A number of a minibatch: a tensor without gradient on the policy's device, which nobody has read yet, or a float."""
+"""A number of a minibatch: a float, or a tensor without gradient that stays on the policy's device."""
 
 
 @dataclass(slots=True)
 class MinibatchStatistics:
-    """The terms of one minibatch's loss, without their weights, and what is measured beside them."""
+    """The terms of one minibatch's loss, without their weights, and what is logged about it."""
 
     policy_loss: Scalar
     value_loss: Scalar
@@ -94,7 +94,7 @@ def run_epochs(
 
 
 def _try_step(update: MinibatchUpdate, minibatch: MinibatchStatistics, target_kl: float | None, checks: bool) -> str:
-    """Make a step, unless loss or gradient are not finite, or ``target_kl`` ends the update before it, as in SB3."""
+    """Make a step, unless loss or gradient is not finite, or ``target_kl`` stops the update before it, as in SB3."""
     if checks and not _is_finite(minibatch.loss):
         return "skip"
     if target_kl is not None and float(minibatch.approx_kl) > 1.5 * target_kl:

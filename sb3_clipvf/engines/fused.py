@@ -128,7 +128,7 @@ class FusedEngine(AutogradEngine):
 
 
 class FusedUpdate:
-    """Loss, gradients and step of one update's minibatches. Parameters that no gradient reaches make no step."""
+    """Loss, gradients and step of one update's minibatches. Parameters without a gradient make no step."""
 
     def __init__(self, engine: FusedEngine, coefficients: UpdateCoefficients, buffer: Any) -> None:
         self._engine, self._coefficients = engine, coefficients
@@ -141,7 +141,7 @@ class FusedUpdate:
         )
         self._reached: list[th.nn.Parameter] = []
         self._table = np.zeros((0, memory.N_COLUMNS), np.int64)
-        self._is_torchs = False
+        self._by_torch = False
         self._zero_grad()
 
     def loss(self, batch: MiniBatch, measure_kl: bool) -> MinibatchStatistics:
@@ -183,11 +183,11 @@ class FusedUpdate:
                 for parameter, gradient in zip(reached, gradients, strict=True)
             ]
             self._table = np.array(rows, np.int64).reshape(-1, memory.N_COLUMNS)
-        if not self._is_torchs and list(map(id, reached)) != list(map(id, self._reached)):
-            # Parts of a network take turns, so that parameters make different numbers of steps. Kernels count one.
+        if not self._by_torch and list(map(id, reached)) != list(map(id, self._reached)):
+            # Minibatches reach different parameters, so these make different numbers of steps. Kernels know only one.
             self.write_steps()
-            self._is_torchs = True
-        if self._is_torchs:
+            self._by_torch = True
+        if self._by_torch:
             return float(th.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm))
         self._table[:, memory.GRAD] = [gradient.data_ptr() for gradient in gradients]
         norm, self._clip_factor, _ = entry.gradient_norm(self._table, self._max_grad_norm)
@@ -195,7 +195,7 @@ class FusedUpdate:
 
     def step(self) -> None:
         """Clip the gradients, and make a step of the optimizer."""
-        if self._is_torchs:
+        if self._by_torch:
             self._optimizer.step()
             return
         self._n_steps += 1
@@ -203,7 +203,7 @@ class FusedUpdate:
 
     def write_steps(self) -> None:
         """Write the number of the kernels' steps to the optimizer."""
-        if not self._is_torchs:
+        if not self._by_torch:
             write_steps(self._optimizer, self._reached, self._n_steps)
 
     def _backward(self) -> None:

@@ -126,7 +126,7 @@ def check_code(policy: Any) -> None:
     """
     Check that a policy acts and computes its losses by SB3's own code, and that torch runs as it does by default.
 
-    :raises UnsupportedError: If this is not so, or not certain.
+    :raises UnsupportedError: If it may not.
     """
     for reason in (replaced_code(), altered_torch(), _own_code(policy)):
         if reason is not None:

@@ -43,9 +43,8 @@ def select_engine(name: str, policy: ActorCriticPolicy, settings: UpdateSettings
         if reasons["native"] is None:
             from sb3_clipvf.engines.native import NativeEngine
 
-            return NativeEngine(
-                policy, settings
-            ), "asked for" if name == "native" else "it is the fastest for this policy"
+            why = "asked for" if name == "native" else "it is the fastest for this policy"
+            return NativeEngine(policy, settings), why
     if name in ("auto", "fused"):
         reasons["fused"] = why_not_fused(policy)
         if reasons["fused"] is None:

@@ -1,7 +1,7 @@
 """
-What the native and the fused engine can run: the structure, the sizes and the optimizer of a policy.
+Whether the native and the fused engine can run a policy: its structure, sizes, parameters and optimizer.
 
-:mod:`.recognition` checks beside this that the policy runs the original code of SB3's and torch's classes.
+:mod:`.recognition` checks that it runs the original code of SB3's and torch's classes.
 """
 
 import itertools

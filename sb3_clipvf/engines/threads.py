@@ -15,10 +15,10 @@ import torch as th
 from sb3_clipvf.common.messages import log
 
 TRIALS = 3
-"""Updates on each number of threads before the first choice. The choice compares medians over as many updates."""
+"""Updates on each number of threads before the first choice, and in the medians that choices compare."""
 
 RETRY_INTERVAL = 50
-"""Every so many updates, one uses the slower number of threads, since the machine's load may have changed."""
+"""Updates after which one uses the slower number of threads, since the machine's load may have changed."""
 
 
 class ThreadChoice:
