@@ -190,7 +190,7 @@ class TestScripted:
         venv = adapted(request, ScriptedBatch(masks=False))
         venv.reset()
         venv.step(np.zeros(3, np.int64))
-        with pytest.raises(ValueError, match="must reset only the rows of .*ScriptedBatch that changed others too"):
+        with pytest.raises(ValueError, match="must reset only the rows of .*ScriptedBatch that changes others too"):
             venv.step(np.zeros(3, np.int64))
 
     def test_a_native_class_may_return_another_dtype_than_its_space(self, request: pytest.FixtureRequest) -> None:
@@ -474,7 +474,7 @@ class TestRefusals:
         ("env", "hint"),
         [
             ("CartPole-v1", r"gymnasium.make_vec\('CartPole-v1'"),
-            (gym.make("CartPole-v1"), "Pass a single environment to the algorithm"),
+            (gym.make("CartPole-v1"), "Pass a single environment directly to the algorithm"),
             (DummyVecEnv([lambda: gym.make("CartPole-v1")]), "It is an SB3 VecEnv already"),
             (3, "Make one with"),
         ],

@@ -1,4 +1,4 @@
-"""``as_vec_env``: the choice of an adapter from a vectorised environment to SB3's ``VecEnv``."""
+"""``as_vec_env``, which chooses an adapter from a vectorised environment to SB3's ``VecEnv``."""
 
 import sys
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_clipvf.envs.envpool import EnvPoolVecEnv, SparedEnvPoolVecEnv
+from sb3_clipvf.envs.envpool import EnvPoolVecEnv, SpareEnvPoolVecEnv
 from sb3_clipvf.envs.gymnasium_vector import AtariVecEnv, CartPoleVecEnv, GymnasiumVecEnv, SeparateVecEnv
 from sb3_clipvf.envs.vector import BatchedVecEnv
 
@@ -44,10 +44,10 @@ def as_vec_env(
     if spares:
         if adapter is not EnvPoolVecEnv:
             raise ValueError(
-                f"`spares` must be False for {type(env).__name__}, got True: only an EnvPool steps some of its "
-                "environments alone. Omit it."
+                f"`spares` must be False for {type(env).__name__}, got True: only an EnvPool can step a part of "
+                "its environments. Omit it."
             )
-        adapter = SparedEnvPoolVecEnv
+        adapter = SpareEnvPoolVecEnv
     return adapter(env, clip_rewards=clip_rewards, monitor_path=monitor_path)
 
 
@@ -76,7 +76,7 @@ def _adapter_of(env: Any) -> Callable[..., BatchedVecEnv]:
 
 
 def _is_of(env: Any, module: str, name: str) -> bool:
-    """Return whether an object is of a class of an optional package. If it is, the package has been imported."""
+    """Return whether ``env`` is of a class of an optional package, which this does not import."""
     return module in sys.modules and isinstance(env, getattr(sys.modules[module], name))
 
 
@@ -84,7 +84,7 @@ def _hint(env: Any) -> str:
     if isinstance(env, VecEnv):
         return "It is an SB3 VecEnv already: use it as it is."
     if isinstance(env, gym.Env):
-        return "Pass a single environment to the algorithm as it is, or make many with gymnasium.make_vec."
+        return "Pass a single environment directly to the algorithm, or make many with gymnasium.make_vec."
     if isinstance(env, str):
         return f"Make it first, with gymnasium.make_vec({env!r}, num_envs=8) for example."
     return "Make one with gymnasium.make_vec or envpool.make_gymnasium."

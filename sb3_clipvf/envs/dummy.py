@@ -1,5 +1,5 @@
 """
-SB3's DummyVecEnv without its deep copies: the same results at a fraction of the overhead.
+SB3's DummyVecEnv without most of its deep copies: the same results at less overhead.
 
 SB3's class passes the buffers of observations and the list of infos to ``copy.deepcopy`` at every step. Here arrays and
 plain dicts are copied by their own methods, and only other objects by ``copy.deepcopy``.
@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env.util import dict_to_obs
 
 from sb3_clipvf.envs.shapes import check_one
 
-# np.void, which may be written to, is not among them.
+# Types that need no copy; np.void is mutable.
 _IMMUTABLE = frozenset(
     {type(None), bool, int, float, complex, str, bytes}
     | {kind for kind in np.sctypeDict.values() if kind not in (np.object_, np.void)}
@@ -51,7 +51,7 @@ class FastDummyVecEnv(DummyVecEnv):
         """
         actions, rewards, dones, infos = self.actions, self.buf_rews, self.buf_dones, self.buf_infos
         buffers: dict[Any, np.ndarray] = self.buf_obs
-        rows = buffers.get(None)  # None is the key where observations are neither dicts nor tuples
+        rows = buffers.get(None)  # the key is None if observations are neither dicts nor tuples
         shape = self.observation_space.shape
         obs: Any
         for index, env in enumerate(self.envs):
@@ -60,7 +60,7 @@ class FastDummyVecEnv(DummyVecEnv):
             done = dones[index] = terminated or truncated
             info["TimeLimit.truncated"] = truncated and not terminated
             if done:
-                if info["TimeLimit.truncated"] and obs is not None:  # its value is bootstrapped
+                if info["TimeLimit.truncated"] and obs is not None:  # its value will be bootstrapped
                     check_one(self.observation_space, obs, index)
                 info["terminal_observation"] = obs
                 obs, self.reset_infos[index] = env.reset()
@@ -70,7 +70,7 @@ class FastDummyVecEnv(DummyVecEnv):
             if type(obs) is not np.ndarray or obs.shape != shape:
                 check_one(self.observation_space, obs, index)
             rows[index] = obs
-        # After the last step: environments may share objects, and change them.
+        # Copy after the last step, since environments may share objects and change them.
         memo: dict[int, Any] = {}
         return self._obs_from_buf(), rewards.copy(), dones.copy(), [_copied(info, memo) for info in infos]
 
@@ -102,6 +102,6 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     if kind is np.ndarray and not value.dtype.hasobject:
         copied = memo.get(id(value))
         if copied is None:
-            copied = memo[id(value)] = value.copy("K")  # deepcopy keeps the order of memory, too
+            copied = memo[id(value)] = value.copy("K")  # as deepcopy, keep the memory order
         return copied
     return deepcopy(value, memo)

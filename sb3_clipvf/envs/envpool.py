@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import VectorEnv
 
-from sb3_clipvf.envs.rows import own_batch, put_rows, take_rows
+from sb3_clipvf.envs.rows import copy_batch, put_rows, take_rows
 from sb3_clipvf.envs.vector import BatchedVecEnv, Step, keep_final_obs
 
 
@@ -17,7 +17,7 @@ class EnvPoolVecEnv(BatchedVecEnv):
     reset as a transition. After a lost life of ``episodic_life``, the same game continues. Seeds are fixed when a pool
     is made: after ``seed``, the next reset makes the same pool again with these seeds.
 
-    An episode that ends by itself exactly on the step of the limit counts as truncated, as EnvPool reports it.
+    An episode that terminates on the very step of the time limit counts as truncated, as EnvPool reports it.
     """
 
     # Bookkeeping of the pool, not information of the environment.
@@ -48,21 +48,21 @@ class EnvPoolVecEnv(BatchedVecEnv):
     def _n_rows(self, config: dict[str, Any]) -> int:
         return int(config["num_envs"])
 
-    def _begin(self, seeds: list[int] | None, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+    def _reset_all(self, seeds: list[int] | None, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
         if options:
             raise ValueError(f"`options` must be empty for an EnvPool, got {options}. Pass them to envpool.make.")
         if seeds is not None:
             self.env = _seeded(self.env, seeds)
         obs, infos = self.env.reset()
-        return own_batch(self.observation_space, obs), infos
+        return copy_batch(self.observation_space, obs), infos
 
-    def _advance(self, actions: np.ndarray) -> Step:
+    def _step_all(self, actions: np.ndarray) -> Step:
         return self._step_from(self.env.step(actions))
 
     def _step_from(self, returned: tuple[Any, ...]) -> Step:
         obs, rewards, terminated, truncated, infos = returned
         return Step(
-            own_batch(self.observation_space, obs),
+            copy_batch(self.observation_space, obs),
             rewards,
             rewards if self._true_rewards_key is None else infos[self._true_rewards_key],
             terminated,
@@ -70,12 +70,12 @@ class EnvPoolVecEnv(BatchedVecEnv):
             infos,
         )
 
-    def _renew(self, step: Step, ended: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
+    def _begin_next(self, step: Step, ended: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
         over = np.ones(len(ended), dtype=bool)
         if self._has_lives:
             over = step.truncated[ended] | (np.asarray(step.infos["terminated"])[ended] != 0)
         keep_final_obs(infos, step.obs, ended)
-        # These rows reset, and ignore their actions.
+        # This step resets the rows and ignores their actions.
         first_obs, _, _, _, reset_infos = self.env.step(np.asarray(self._actions)[ended], ended.astype(np.int32))
         put_rows(step.obs, ended, first_obs)
         for index, row in zip(ended.tolist(), self._info_rows(reset_infos, len(ended)), strict=True):
@@ -86,7 +86,7 @@ class EnvPoolVecEnv(BatchedVecEnv):
         return np.asarray(self.env.render(np.arange(self.num_envs)))
 
 
-class SparedEnvPoolVecEnv(EnvPoolVecEnv):
+class SpareEnvPoolVecEnv(EnvPoolVecEnv):
     """
     SB3's ``VecEnv`` over an EnvPool with two environments per row: one plays, one waits, already reset.
 
@@ -120,21 +120,21 @@ class SparedEnvPoolVecEnv(EnvPoolVecEnv):
             )
         return int(config["num_envs"]) // 2
 
-    def _begin(self, seeds: list[int] | None, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+    def _reset_all(self, seeds: list[int] | None, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
         if seeds is not None:
             seeds = seeds + [seed + self.num_envs for seed in seeds]
-        obs, infos = super()._begin(seeds, options)
+        obs, infos = super()._reset_all(seeds, options)
         self._begin_turns()
         self._first_obs = take_rows(obs, self._waiting)
         self._first_infos = self._info_rows(take_rows(infos, self._waiting), self.num_envs)
         return take_rows(obs, self._playing), take_rows(infos, self._playing)
 
-    def _advance(self, actions: np.ndarray) -> Step:
+    def _step_all(self, actions: np.ndarray) -> Step:
         reset = self._not_reset
         n_reset = len(reset)
         if not n_reset:
             return self._step_from(self.env.step(actions, self._playing))
-        # Resets come first, since they take longer than steps. They ignore their actions.
+        # Resets come first, since they take longer than steps; they ignore their actions.
         returned = self.env.step(
             np.concatenate((np.asarray(actions)[reset], actions)),
             np.concatenate((self._waiting[reset], self._playing)),
@@ -146,7 +146,7 @@ class SparedEnvPoolVecEnv(EnvPoolVecEnv):
         self._not_reset = reset[:0]
         return self._step_from(take_rows(returned, slice(n_reset, None)))
 
-    def _renew(self, step: Step, ended: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
+    def _begin_next(self, step: Step, ended: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
         keep_final_obs(infos, step.obs, ended)
         for index in ended.tolist():
             self.reset_infos[index] = self._first_infos[index]

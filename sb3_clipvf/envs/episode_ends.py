@@ -1,4 +1,4 @@
-"""Episodes that a wrapper outside of SB3's ``Monitor`` ends: found, and reported as ``Monitor`` reports them."""
+"""Find and report episodes that a wrapper outside of SB3's ``Monitor`` ends, such as ``TimeLimit``."""
 
 import time
 from typing import Any
@@ -13,22 +13,22 @@ WAY_OUT = "Put Monitor outside of that wrapper, or use VecMonitor instead."
 
 def ended_unseen(venv: VecEnv, index: int, length: int = 1) -> bool | None:
     """
-    Return whether a wrapper outside of ``Monitor`` ended an episode, after a step that ended it without a report.
+    Return whether a wrapper outside of ``Monitor`` ended the episode that the last step ended without a report.
 
-    False: ``Monitor`` still counts the same episode, of at least ``length`` steps, as after the loss of a life. None:
-    there is no ``Monitor``, or its attributes cannot be read.
+    False: ``Monitor`` still counts this episode, of at least ``length`` steps, for example after the loss of a life.
+    None: there is no ``Monitor``, or its attributes cannot be read.
     """
     try:
         if not venv.env_is_wrapped(Monitor, [index])[0]:
             return None
         rewards = venv.get_attr("rewards", [index])[0]
-    except Exception:  # from any class of environments; this check must not end the training
+    except Exception:  # any environment may raise any error; this check must not end the training
         return None
     return isinstance(rewards, list) and len(rewards) < length
 
 
 def check_end(locals_: dict[str, Any], globals_: dict[str, Any], name: str = "env") -> None:
-    """Refuse unreported ends, as callback of SB3's ``evaluate_policy``, which would wait for the report forever."""
+    """Raise if an episode ends unreported. SB3's ``evaluate_policy``, which calls this, would wait forever."""
     if not locals_["done"] or not locals_["is_monitor_wrapped"] or "episode" in locals_["info"]:
         return
     length = int(locals_["current_lengths"][locals_["i"]])

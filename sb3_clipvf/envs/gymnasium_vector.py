@@ -1,4 +1,4 @@
-"""SB3's ``VecEnv`` over gymnasium's ``VectorEnv``, in its three autoreset modes; ale-py's is one of them."""
+"""SB3's ``VecEnv`` over gymnasium's ``VectorEnv`` in its three autoreset modes, including ale-py's class."""
 
 import warnings
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
 
-from sb3_clipvf.envs.rows import fill_infos, own_batch, own_row, put_rows, same, take_rows
+from sb3_clipvf.envs.rows import copy_batch, copy_row, fill_infos, put_rows, same, take_rows
 from sb3_clipvf.envs.vector import BatchedVecEnv, Step, are_statistics, keep_final_obs
 
-# A reset of one row resets their state of all rows (Gymnasium 1.4).
+# Wrappers that lose the state of all rows when one row is reset (Gymnasium 1.4).
 _FORGETFUL_WRAPPERS = (NormalizeObservation, NormalizeReward, RecordEpisodeStatistics)
 
 _MODE_HINT = "Make it with autoreset_mode=AutoresetMode.SAME_STEP"
@@ -27,7 +27,7 @@ class GymnasiumVecEnv(BatchedVecEnv):
 
     SAME_STEP resets rows within the step and returns the final observations in the infos. In the other two modes the
     adapter resets only the rows that ended, by ``reset(options={"reset_mask": mask})`` right after the step. In
-    NEXT_STEP mode no reset is then pending, which would spend the next step on a row without a transition.
+    NEXT_STEP mode this replaces the pending reset, for which the next step would return no transition.
     """
 
     _UNWANTED_INFOS = frozenset({"final_obs", "final_info"})
@@ -40,19 +40,19 @@ class GymnasiumVecEnv(BatchedVecEnv):
             _refuse_forgetful(env)
         super().__init__(env, env.num_envs, env.single_observation_space, env.single_action_space, **kwargs)
 
-    def _begin(self, seeds: list[int] | None, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+    def _reset_all(self, seeds: list[int] | None, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
         obs, infos = self.env.reset(seed=None if seeds is None else self._seed_argument(seeds), options=options)
-        return own_batch(self.observation_space, obs), infos
+        return copy_batch(self.observation_space, obs), infos
 
     def _seed_argument(self, seeds: list[int]) -> Any:
         # The interface of VectorEnv has one seed for all.
         return seeds[0]
 
-    def _advance(self, actions: np.ndarray) -> Step:
+    def _step_all(self, actions: np.ndarray) -> Step:
         obs, rewards, terminated, truncated, infos = self.env.step(actions)
         rewards = np.asarray(rewards)
         return Step(
-            own_batch(self.observation_space, obs),
+            copy_batch(self.observation_space, obs),
             rewards,
             rewards,
             np.array(terminated, dtype=bool),
@@ -60,7 +60,7 @@ class GymnasiumVecEnv(BatchedVecEnv):
             infos,
         )
 
-    def _renew(self, step: Step, ended: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
+    def _begin_next(self, step: Step, ended: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
         if self.autoreset_mode is AutoresetMode.SAME_STEP:
             self._sort_infos(step, ended, infos)
         else:
@@ -83,7 +83,7 @@ class GymnasiumVecEnv(BatchedVecEnv):
         final_infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         fill_infos(final_infos, step.infos.get("final_info", {}))
         for index in ended.tolist():
-            # These came with the first observation of the next episode.
+            # The infos at this row belong to the first observation of the next episode.
             reset_info = infos[index]
             infos[index] = {"TimeLimit.truncated": False, **final_infos[index]}
             infos[index]["terminal_observation"] = self._final_row(final_obs, index)
@@ -95,8 +95,8 @@ class GymnasiumVecEnv(BatchedVecEnv):
 
     def _final_row(self, final_obs: Any, index: int) -> Any:
         # Sync and Async: an array of objects, one observation each. Others may return a batch like `obs`.
-        row = final_obs[index] if isinstance(final_obs, np.ndarray) else own_row(final_obs, index)
-        return own_row(own_batch(self.observation_space, _batch_of_one(row)), 0)
+        row = final_obs[index] if isinstance(final_obs, np.ndarray) else copy_row(final_obs, index)
+        return copy_row(copy_batch(self.observation_space, _batch_of_one(row)), 0)
 
     def _reset_rows(self, step: Step, ended: np.ndarray) -> tuple[Any, dict[str, Any]]:
         """Reset the rows that ended; return their first observations, and the infos of the batch."""
@@ -106,13 +106,13 @@ class GymnasiumVecEnv(BatchedVecEnv):
         mask = np.zeros(self.num_envs, dtype=bool)
         mask[ended] = True
         obs, infos = self.env.reset(options={"reset_mask": mask.copy()})
-        # With the space's dtypes, which `step.obs` has.
+        # Compare in the space's dtypes, which `step.obs` has.
         if not self._masks_reset and not same(
-            take_rows(own_batch(self.observation_space, obs), ~mask), take_rows(step.obs, ~mask)
+            take_rows(copy_batch(self.observation_space, obs), ~mask), take_rows(step.obs, ~mask)
         ):
             raise ValueError(
                 "`env` must reset only the rows of `options['reset_mask']`, got a "
-                f"{type(self.env.unwrapped).__name__} that changed others too. {_MODE_HINT} if it knows that, or use "
+                f"{type(self.env.unwrapped).__name__} that changes others too. {_MODE_HINT} if supported, or use "
                 "gymnasium.make_vec(..., vectorization_mode='sync')."
             )
         return take_rows(obs, ended), infos
@@ -188,7 +188,7 @@ class SeparateVecEnv(GymnasiumVecEnv):
         if isinstance(self._core, AsyncVectorEnv):
             raise ValueError(
                 f"`wrapper_class` must be Monitor for an AsyncVectorEnv, got {wrapper_class.__name__}, which cannot be "
-                "looked for in other processes. Use a SyncVectorEnv."
+                "found in worker processes. Use a SyncVectorEnv."
             )
         return [is_wrapped(self._core.envs[index], wrapper_class) for index in chosen]
 
@@ -251,12 +251,12 @@ class AtariVecEnv(GymnasiumVecEnv):
         # Seeds must fit an int32, and negative ones mean none.
         return np.array([seed % 2**31 for seed in seeds], np.int64)
 
-    def _begin(self, seeds: list[int] | None, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
-        obs, infos = super()._begin(seeds, options)
+    def _reset_all(self, seeds: list[int] | None, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+        obs, infos = super()._reset_all(seeds, options)
         self._earlier_frames = _earlier_frames(infos)
         return obs, infos
 
-    def _renew(self, step: Step, ended: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
+    def _begin_next(self, step: Step, ended: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
         if self.autoreset_mode is AutoresetMode.SAME_STEP:
             earlier_frames = _earlier_frames(step.infos)
             over: np.ndarray = earlier_frames[ended] != self._earlier_frames[ended]
@@ -271,18 +271,18 @@ class AtariVecEnv(GymnasiumVecEnv):
                 "`episodic_life`), got NEXT_STEP, which does not report whether the game continues. Make the "
                 "environment with autoreset_mode='SameStep'."
             )
-        return super()._renew(step, ended, infos)
+        return super()._begin_next(step, ended, infos)
 
 
 def _earlier_frames(infos: dict[str, Any]) -> np.ndarray:
-    """Return the frames of earlier games, which change only when a game ends."""
+    """Return the number of frames of earlier games, which changes only when a game ends."""
     return np.array(infos["frame_number"], np.int64) - np.array(infos["episode_frame_number"], np.int64)
 
 
 def _autoreset_mode(env: VectorEnv[Any, Any, Any]) -> AutoresetMode:
     core = env.unwrapped
     mode = getattr(core, "autoreset_mode", None)
-    # AtariVectorEnv writes its mode into the one dict that all classes without metadata of their own share.
+    # AtariVectorEnv writes its mode into the dict that all classes without their own metadata share.
     if mode is None and core.metadata is not VectorEnv.metadata:
         mode = env.metadata.get("autoreset_mode")
     if not isinstance(mode, AutoresetMode):
@@ -297,8 +297,8 @@ def _refuse_forgetful(env: VectorEnv[Any, Any, Any]) -> None:
     while isinstance(env, VectorWrapper):
         if isinstance(env, _FORGETFUL_WRAPPERS):
             raise ValueError(
-                f"`env` must not be wrapped in {type(env).__name__} in this autoreset mode, got it: a reset of one row "
-                "resets the wrapper's state of all rows. Omit it: the adapter keeps episode statistics, and SB3's "
+                f"`env` must not be wrapped in {type(env).__name__} in this autoreset mode: a reset of one row resets "
+                "the wrapper's state of all rows. Omit it: the adapter keeps episode statistics, and SB3's "
                 "VecNormalize normalises."
             )
         env = env.env

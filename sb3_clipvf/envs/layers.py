@@ -22,7 +22,7 @@ def vec_env_layers(venv: VecEnv) -> list[VecEnv]:
 
 
 def simulator_of(venv: VecEnv) -> Any:
-    """Return what the innermost ``VecEnvWrapper`` wraps if this is no ``VecEnv``, else None."""
+    """Return the object inside the innermost ``VecEnvWrapper`` if it is not a ``VecEnv``, else None."""
     base = vec_env_layers(venv)[-1]
     return base.venv if isinstance(base, VecEnvWrapper) else None
 
@@ -31,10 +31,10 @@ def stepped_objects(venv: VecEnv) -> list[Any]:
     """Return all objects with episodes of their own: ``VecEnv``, simulators, Gymnasium's environments and wrappers."""
     layers = vec_env_layers(venv)
     found: list[Any] = [*layers, simulator_of(venv)]
-    with contextlib.suppress(Exception):  # a class may have a property of any kind here
+    with contextlib.suppress(Exception):  # `unwrapped` may be a property that raises
         found.append(layers[-1].unwrapped)
     known = set(map(id, found))
-    for holder in found:  # the list grows meanwhile
+    for holder in found:  # the loop also visits what it appends
         own = getattr(holder, "__dict__", {})
         several = own.get("envs")
         for item in (own.get("env"), *(several if isinstance(several, list | tuple) else ())):

@@ -36,7 +36,7 @@ class FastVecNormalize(VecNormalize):
 
     Results are those of ``VecNormalize`` up to the last digit. Operations, their order and their precision are the
     same: moments of one step in the observations' own precision, all else in float64. But NumPy adds 8 or more returns,
-    or observations of a single element, pairwise. NaN and infinity appear as there, without NumPy's warnings.
+    or observations of a single element, pairwise. NaN and infinity give the same results, without NumPy's warnings.
 
     Dones may be numbers as well as bools. If they are integers, SB3's class resets the sums of the wrong environments.
 
@@ -99,8 +99,8 @@ class FastVecNormalize(VecNormalize):
 
         A digest follows the pickle, where SB3 does not read: ``load`` refuses a file whose bytes have changed.
 
-        :param save_path: File. It names no class of this package.
-        :raises OSError: If it cannot be written; its old content is then unchanged.
+        :param save_path: File to write.
+        :raises OSError: If the file cannot be written. Its old content is then unchanged.
         """
         plain = VecNormalize.__new__(VecNormalize)
         plain.__dict__.update(self.__dict__)
@@ -111,7 +111,7 @@ class FastVecNormalize(VecNormalize):
             file.write(digest_of_pickle(pickled))
 
     def step_wait(self) -> VecEnvStepReturn:
-        """Wait for the environments, update the statistics if ``training``, and normalise, final observations too."""
+        """Wait for the step, update the statistics if ``training``, and normalise, including final observations."""
         self.old_obs, self.old_reward, dones, infos = self.venv.step_wait()  # type: ignore[assignment]
         obs = self._processed(self.old_obs, update=self.training)
         rewards = self._processed_reward(self.old_reward, update=self.training)
@@ -121,7 +121,7 @@ class FastVecNormalize(VecNormalize):
                 info = infos[index]
                 if "terminal_observation" in info:
                     info["terminal_observation"] = self.normalize_obs(info["terminal_observation"])
-            self.returns[ended] = 0  # not [dones]: integers would be rows
+            self.returns[ended] = 0  # not [dones]: integers would select rows
         return obs, rewards, dones, infos
 
     def reset(self) -> Observations:
@@ -177,7 +177,7 @@ class FastVecNormalize(VecNormalize):
         return normalized
 
     def _processed_reward(self, reward: np.ndarray, *, update: bool) -> np.ndarray:
-        rms: Any = self.ret_rms  # SB3 calls its moments arrays, and puts numbers there
+        rms: Any = self.ret_rms  # SB3 annotates the moments as arrays, and stores numbers
         if type(self.ret_rms) is RunningMeanStd and (update or self.norm_reward):
             try:
                 self.returns, mean, var, scaled = _scale_rewards(

@@ -10,21 +10,21 @@ from gymnasium import spaces
 _OURS = frozenset({"TimeLimit.truncated", "terminal_observation"})
 
 
-def own_batch(space: spaces.Space[Any], obs: Any) -> Any:
+def copy_batch(space: spaces.Space[Any], obs: Any) -> Any:
     """Return a C-contiguous copy with the space's dtypes: environments write the next batch into the same memory."""
     if isinstance(space, spaces.Dict):
-        return {key: own_batch(part, obs[key]) for key, part in space.spaces.items()}
+        return {key: copy_batch(part, obs[key]) for key, part in space.spaces.items()}
     if isinstance(space, spaces.Tuple):
-        return tuple(own_batch(part, obs[index]) for index, part in enumerate(space.spaces))
+        return tuple(copy_batch(part, obs[index]) for index, part in enumerate(space.spaces))
     return np.array(obs, dtype=space.dtype, order="C")
 
 
-def own_row(obs: Any, index: int) -> Any:
+def copy_row(obs: Any, index: int) -> Any:
     """Return a copy of one environment's observation."""
     if isinstance(obs, Mapping):
-        return {key: own_row(part, index) for key, part in obs.items()}
+        return {key: copy_row(part, index) for key, part in obs.items()}
     if isinstance(obs, tuple):
-        return tuple(own_row(part, index) for part in obs)
+        return tuple(copy_row(part, index) for part in obs)
     return obs[index].copy()
 
 

@@ -1,4 +1,4 @@
-"""Checks of what environments return: shapes and types that NumPy would broadcast or cast without an error."""
+"""Check what environments return: NumPy would broadcast or cast wrong shapes and types without an error."""
 
 from collections.abc import Iterator
 from itertools import dropwhile
@@ -16,7 +16,7 @@ _WAY_OUT = "Fix it, or its observation space; stable_baselines3.common.env_check
 
 class StepCheck:
     """
-    Refuse steps of ``n_envs`` environments that do not match the space of one environment's observations.
+    Check steps of ``n_envs`` environments against the space of one environment's observations.
 
     A matching step costs a few comparisons. As in SB3's PPO, float64 observations are cast, rewards may be whole
     numbers, and values may lie outside the space.
@@ -26,7 +26,7 @@ class StepCheck:
         self._space = space
         self._n_envs = n_envs
         self._column_shape = (n_envs,)
-        # Kinds of numbers whose values need no check.
+        # With the kinds of dtypes whose values need no check.
         self._parts = [
             (key, part, (n_envs, *(part.shape or ())), _NUMBERS if np.dtype(part.dtype).kind == "f" else _WHOLE)
             for key, part in parts(space)
@@ -106,7 +106,7 @@ def check_final(space: spaces.Space[Any], dones: Any, infos: Any) -> None:
     """Check the shapes of the final observations of truncated episodes, whose values are bootstrapped."""
     if np.count_nonzero(dones):
         for index in np.flatnonzero(dones).tolist():
-            # Others are not read, so wrappers may leave them as they are.
+            # The training reads no others, so wrappers may return them in any shape.
             if infos[index].get("TimeLimit.truncated") and infos[index].get("terminal_observation") is not None:
                 check_one(space, infos[index]["terminal_observation"], index, columns=True)
 
@@ -118,7 +118,7 @@ def _check_batch(name: str, space: spaces.Space[Any], shape: tuple[int, ...], ob
     if not _fits(space, obs.shape, shape[:1], columns=True):
         raise shape_error(name, shape, obs.shape)
     is_whole = obs.dtype.kind in _WHOLE or np.dtype(space.dtype).kind == "f"
-    # NaN is reported by its name before the policy acts on it.
+    # Another check reports NaN, before the policy acts.
     if not is_whole and not np.array_equal(obs, np.trunc(obs), equal_nan=True):
         raise ValueError(
             f"`env` must return whole numbers as {name}, since its space has the dtype {space.dtype}, got fractions, "
@@ -134,12 +134,12 @@ def shape_error(name: str, shape: tuple[int, ...], given: tuple[int, ...]) -> Va
 
 
 def parts(space: spaces.Space[Any]) -> list[tuple[Any, spaces.Space[Any]]]:
-    """Return the spaces that are stored in one array each, with their keys; None if observations have no keys."""
+    """Return each space that is stored in one array, with its key, or None if observations have no keys."""
     if isinstance(space, spaces.Dict):
         return list(space.spaces.items())
     return list(enumerate(space.spaces)) if isinstance(space, spaces.Tuple) else [(None, space)]
 
 
 def name_of(key: Any) -> str:
-    """Return the name of observations, or of one key of them, in messages."""
+    """Return how messages name observations, or the entry under a key."""
     return "observations" if key is None else f"observations[{key!r}]"

@@ -1,4 +1,4 @@
-"""The base class of the adapters to SB3's ``VecEnv``: steps, infos, statistics of episodes, seeds, attributes."""
+"""Base class of the adapters to SB3's ``VecEnv``: steps, infos, episode statistics, seeds and attributes."""
 
 import time
 import warnings
@@ -13,7 +13,7 @@ from gymnasium import spaces
 from stable_baselines3.common.monitor import Monitor, ResultsWriter
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
-from sb3_clipvf.envs.rows import fill_infos, own_row
+from sb3_clipvf.envs.rows import copy_row, fill_infos
 
 
 class Step(NamedTuple):
@@ -31,9 +31,8 @@ class BatchedVecEnv(VecEnv):
     """
     SB3's ``VecEnv`` over one object that steps all environments.
 
-    A subclass defines how to begin (:meth:`_begin`), to step (:meth:`_advance`) and to begin the next episodes
-    (:meth:`_renew`). Python loops over environments run only where an episode ended or there are infos. The spaces are
-    those of one environment.
+    A subclass defines :meth:`_reset_all`, :meth:`_step_all` and :meth:`_begin_next`. Python loops over environments run
+    only where an episode ended or there are infos. The spaces are those of one environment.
     """
 
     _UNWANTED_INFOS: frozenset[str] = frozenset()
@@ -62,15 +61,15 @@ class BatchedVecEnv(VecEnv):
             self._writer = ResultsWriter(fspath(monitor_path), header=header)
 
     @abstractmethod
-    def _begin(self, seeds: list[int] | None, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+    def _reset_all(self, seeds: list[int] | None, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
         """Reset all environments, with one seed each or None, and return copied observations and the batch's infos."""
 
     @abstractmethod
-    def _advance(self, actions: np.ndarray) -> Step:
+    def _step_all(self, actions: np.ndarray) -> Step:
         """Step all environments, with actions ``(n_envs, ...)``."""
 
     @abstractmethod
-    def _renew(self, step: Step, ended: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
+    def _begin_next(self, step: Step, ended: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
         """
         Begin the next episodes of the rows ``ended``, shape ``(k,)``.
 
@@ -87,7 +86,7 @@ class BatchedVecEnv(VecEnv):
                 "`options` must be the same for all environments here, got different ones. Pass one dict to "
                 "set_options."
             )
-        obs, infos = self._begin(seeds, self._options[0] or None)
+        obs, infos = self._reset_all(seeds, self._options[0] or None)
         self.reset_infos = self._info_rows(infos, self.num_envs)
         self._reset_seeds()
         self._reset_options()
@@ -98,12 +97,12 @@ class BatchedVecEnv(VecEnv):
     def step_async(self, actions: np.ndarray) -> None:
         """Store the actions of the next step, shape ``(n_envs, ...)``."""
         if not self._was_reset:
-            raise RuntimeError("`reset` must be called before `step`, got no call of it. Call reset() once.")
+            raise RuntimeError("`reset` must be called before `step`. Call reset() once.")
         self._actions = actions
 
     def step_wait(self) -> VecEnvStepReturn:
         """Step all environments. Where an episode ended, the observation is the first one of the next."""
-        step = self._advance(self._actions)
+        step = self._step_all(self._actions)
         dones = step.terminated | step.truncated
         infos: list[dict[str, Any]] = [{"TimeLimit.truncated": False} for _ in range(self.num_envs)]
         fill_infos(infos, step.infos, self._UNWANTED_INFOS)
@@ -116,14 +115,14 @@ class BatchedVecEnv(VecEnv):
         return step.obs, rewards, dones, infos
 
     def _end_episodes(self, step: Step, ended: np.ndarray, infos: list[dict[str, Any]]) -> None:
-        over = self._renew(step, ended, infos)
+        over = self._begin_next(step, ended, infos)
         for index, is_over in zip(ended.tolist(), over.tolist(), strict=True):
             info = infos[index]
             info["TimeLimit.truncated"] = bool(step.truncated[index] and not step.terminated[index])
             if not is_over:
                 continue
             episode = self.statistics.finish(index)
-            # A wrapper inside saw the rewards before others changed them, so its statistics are kept.
+            # Keep the statistics of an inner wrapper, which saw the rewards before others changed them.
             if self._adds_statistics and not are_statistics(info.get("episode")):
                 info["episode"] = episode
             if self._writer is not None and are_statistics(info.get("episode")):
@@ -143,7 +142,7 @@ class BatchedVecEnv(VecEnv):
         self.env.close()
 
     def get_images(self) -> Sequence[np.ndarray | None]:
-        """Return an image ``(height, width, 3)`` of each environment, or None if ``render_mode`` is another."""
+        """Return an image ``(height, width, 3)`` of each environment, or None unless ``render_mode`` is rgb_array."""
         if self.render_mode != "rgb_array":
             warnings.warn(f"The render mode must be rgb_array for images, got {self.render_mode}.", stacklevel=2)
             return [None] * self.num_envs
@@ -155,7 +154,7 @@ class BatchedVecEnv(VecEnv):
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """Return an attribute that all environments share, once for each of ``indices``."""
         if not hasattr(self.env, attr_name):
-            raise AttributeError(f"`{attr_name}` must be an attribute of {_name(self.env)}, got one that it lacks.")
+            raise AttributeError(f"`{attr_name}` must be an attribute of {_name(self.env)}, got a name that it lacks.")
         value = getattr(self.env, attr_name)
         if isinstance(value, np.ndarray):
             raise AttributeError(
@@ -186,9 +185,9 @@ class BatchedVecEnv(VecEnv):
 
 
 def keep_final_obs(infos: list[dict[str, Any]], obs: Any, ended: np.ndarray) -> None:
-    """Copy the observations of the rows that ended into their infos, before the first ones of the next episodes."""
+    """Copy the final observations of the rows that ended into their infos, before new ones replace them."""
     for index in ended.tolist():
-        infos[index]["terminal_observation"] = own_row(obs, index)
+        infos[index]["terminal_observation"] = copy_row(obs, index)
 
 
 class EpisodeStatistics:
@@ -222,7 +221,7 @@ class EpisodeStatistics:
 
 
 def are_statistics(value: Any) -> bool:
-    """Return whether ``episode`` in an info holds an episode's statistics; an environment may use the key too."""
+    """Return whether ``info["episode"]`` holds an episode's statistics: an environment may use the key otherwise."""
     return isinstance(value, dict) and {"r", "l", "t"} <= value.keys()
 
 
