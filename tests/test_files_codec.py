@@ -30,15 +30,14 @@ from sb3_clipvf import ClipPPO, UnsafeFileError
 from sb3_clipvf.checkpoint import TrainingCheckpoint
 from sb3_clipvf.files import codec
 from sb3_clipvf.files.model import read_model
-from sb3_clipvf.files.trust import TRUST_VARIABLE, trust_of
+from sb3_clipvf.files.trust import trust_of
 
 SMALL: dict[str, Any] = {"n_steps": 16, "batch_size": 8, "n_epochs": 1, "device": "cpu"}
 NET = {"net_arch": [4]}
 
 
 @pytest.fixture(autouse=True)
-def _as_new(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(TRUST_VARIABLE, raising=False)
+def _no_earlier_warnings() -> None:
     codec._warn_of_pickles.cache_clear()
 
 
@@ -378,7 +377,7 @@ def model_path(saved: bytes, tmp_path: Path) -> Path:
 def test_json_that_names_what_is_not_on_the_list_is_refused(tree: Any, key: str, model_path: Path) -> None:
     with_data(model_path, **{key: marked(tree)})
     for trust in (False, True):
-        with pytest.raises(UnsafeFileError, match=f"`{key}` in .*model.zip must be of classes that are known"):
+        with pytest.raises(UnsafeFileError, match=f"`{key}` in .*model.zip must hold only classes that are known"):
             ClipPPO.load(model_path, device="cpu", trust_pickle=trust)
 
 
@@ -392,7 +391,7 @@ def test_damaged_json_is_an_error(tree: Any, model_path: Path) -> None:
 
 def test_json_of_another_version_and_without_a_value(model_path: Path) -> None:
     with_data(model_path, gamma=marked(0.5, version=2))
-    with pytest.raises(ValueError, match=r"it is of the form 2, and this version of sb3_clipvf reads 1"):
+    with pytest.raises(ValueError, match=r"its format is 2, and this version of sb3_clipvf reads 1"):
         ClipPPO.load(model_path, device="cpu")
     with_data(model_path, gamma={codec.ENCODED: 1})
     with pytest.raises(ValueError, match=r"`gamma` in .* could not be read: KeyError"):

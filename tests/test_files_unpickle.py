@@ -171,7 +171,7 @@ class TestWhatIsRefused:
             (pickle.dumps(Path.exists), "pathlib"),
             (b"\x80\x02\x82\x01.", "the pickle instruction EXT1"),
             (b"\x80\x02K\x01Q.", "the pickle instruction BINPERSID"),
-            (b"\x80\x04]]\x93.", "a name that is no text"),
+            (b"\x80\x04]]\x93.", "a name that is not text"),
             (b"\x80\x04" + hostile.named("builtins", "bytes") + b"K\x01a.", "appending to an object"),
             (b"\x80\x04]K\x01K\x02s.", "setting items to an object of the type builtins.list"),
             (b"\x80\x04]}b.", "a change of an object of builtins.list"),
@@ -282,7 +282,7 @@ class TestTrust:
             pass
 
         for value in (lambda p: p, Local):
-            with pytest.raises(ValueError, match="a file brings its own code for it"):
+            with pytest.raises(ValueError, match="whose code the file contains"):
                 trust_of([value])
 
     def test_the_error_is_a_public_name(self) -> None:

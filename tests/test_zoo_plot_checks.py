@@ -13,8 +13,7 @@ RUNS = Path("logs") / "clipppo"
 
 
 @pytest.fixture(autouse=True)
-def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def _folder_of_runs(in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sb3_clipvf.zoo.cli.has_display", lambda: False)
     RUNS.mkdir(parents=True)
 

@@ -15,12 +15,6 @@ from sb3_clipvf import ClipPPO
 from sb3_clipvf.zoo import register
 
 
-@pytest.fixture
-def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def test_register_adds_clipppo_once() -> None:
     register()
     others = {name: algo for name, algo in ALGOS.items() if name != "clipppo"}

@@ -26,11 +26,12 @@ from sb3_clipvf.checkpoint import ResumableEnv, read_checkpoint, read_manifest
 from sb3_clipvf.common.validation import check_int
 from sb3_clipvf.envs import FastDummyVecEnv
 from sb3_clipvf.files.statistics import read_pickle
-from sb3_clipvf.files.trust import TRUST_VARIABLE
 from sb3_clipvf.zoo import main
 from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
 from sb3_clipvf.zoo.run_files import RunLoader
 from sb3_clipvf.zoo.vec_env import make_vec_env
+
+pytestmark = pytest.mark.usefixtures("in_empty_folder")
 
 RUN = Path("logs") / "clipppo" / "CartPole-v1_1"
 STEPS = 1280
@@ -109,13 +110,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     assert _train(folder) == 0
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in (TRUST_VARIABLE, SIGNAL, "SB3_CLIPVF_TRACEBACK"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import os
 import pickle
 import re
-import shutil
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
@@ -47,32 +46,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)
-        monkeypatch.delenv(TRUST_VARIABLE, raising=False)
         assert main([*TRAIN.split(), *PARAMETERS]) == 0
     return folder
 
 
 @pytest.fixture(autouse=True)
-def _clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def _clean(in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(sb3_clipvf.__file__).parents[1]))
-    for name in (TRUST_VARIABLE, "SB3_CLIPVF_TRACEBACK"):
-        monkeypatch.delenv(name, raising=False)
     for name in [name for name in sys.modules if name.partition(".")[0] == "logs"]:
         monkeypatch.delitem(sys.modules, name)
 
 
 @pytest.fixture
-def run(trained: Path, tmp_path: Path) -> Path:
+def run(in_trained: Path) -> Path:
     """A copy of the run, below the working folder."""
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    return tmp_path / RUN
-
-
-@pytest.fixture
-def mark(tmp_path: Path) -> Path:
-    """A file that a hostile file would make."""
-    return tmp_path / "mark"
+    return in_trained / RUN
 
 
 def command(name: str) -> list[str]:
@@ -105,7 +93,7 @@ def hostile_statistics(run: Path, mark: Path) -> str:
     (run / "CartPole-v1" / "vecnormalize.pkl").write_bytes(hostile.os_system(mark))
     best = run / "best_model.zip"
     hostile.pack(best, {**hostile.entries_of(best), "vecnormalize.pkl": hostile.os_system(mark)})
-    return "vecnormalize.pkl must be of classes"
+    return "vecnormalize.pkl must hold only classes"
 
 
 def hostile_config(run: Path, mark: Path) -> str:
@@ -205,7 +193,7 @@ class TestHostileRuns:
         hostile_statistics(run, mark)
         # The Zoo continues without this agent.
         assert main("benchmark --no-hub -n 4 --num-threads 1".split()) == 0
-        assert "vecnormalize.pkl must be of classes" in capfd.readouterr().err
+        assert "vecnormalize.pkl must hold only classes" in capfd.readouterr().err
         assert not mark.exists()
 
     def test_benchmark_reads_arguments_itself(self, run: Path, mark: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,7 +205,7 @@ class TestHostileRuns:
     def test_data_of_plots(self, mark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "plot.pkl").write_bytes(hostile.os_system(mark))
         assert main(["plot_from_file", "-i", "plot.pkl"]) == 2
-        assert "plot.pkl must be of classes that are known to be safe" in capsys.readouterr().err
+        assert "plot.pkl must hold only classes that are known to be safe" in capsys.readouterr().err
         assert not mark.exists()
 
     def test_the_functions_of_runs(self, run: Path, mark: Path) -> None:

@@ -1,1 +1,1 @@
-"""Reading and writing models and statistics: atomically, and without running code that a file brings."""
+"""Read and write models and statistics, atomically and without running code from a file."""

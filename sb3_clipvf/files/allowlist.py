@@ -1,7 +1,7 @@
 """
 The allowlist: classes and functions that a file may name, and how a file may set the state of objects.
 
-A function of the list is called through a stand-in that checks the arguments first. NumPy's compiled code trusts sizes,
+A listed function is called through a stand-in that checks the arguments first. NumPy's compiled code trusts sizes,
 flags and types, so those that NumPy itself never writes are refused.
 """
 
@@ -28,38 +28,38 @@ class NotAllowedError(Exception):
 
 
 @dataclass(frozen=True)
-class Maker:
-    """What a file gets instead of a function of the list; ``make`` does the same with checked arguments."""
+class CheckedFunction:
+    """Stand-in for a listed function: ``call`` checks the arguments, then does the same."""
 
-    make: Callable[..., Any]
+    call: Callable[..., Any]
 
 
 def full_name(value: Any) -> str:
-    """Return ``module.name`` of a class or function, and of the type of anything else."""
+    """Return ``module.name`` of a class or function, or of the type of another object."""
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}.{named.__qualname__}"
 
 
 def find(module: str, name: str) -> Any:
-    """Return the listed class that a file names, or a :class:`Maker` for a function or class that it may call."""
+    """Return the listed class that a file names, or a :class:`CheckedFunction` for what it may call."""
     full = f"{module}.{name}"
     if "." in name:
         raise NotAllowedError(full)
-    if full in _MADE:
-        return Maker(_MADE[full])
+    if full in _CALLED:
+        return CheckedFunction(_CALLED[full])
     if full in _RESTORED or full in _NAMED:
         return getattr(importlib.import_module(module), name)
     if module in _MODULES_OF_NAMED:
         cls = getattr(importlib.import_module(module), name)
-        # Not what the module imported itself.
+        # Skip what the module itself imports.
         if isinstance(cls, type) and cls.__module__ == module:
             return cls
     raise NotAllowedError(full)
 
 
-def make(full: str, *args: Any) -> Any:
-    """Call a function of the list by its full name, with checked arguments."""
-    return _MADE[full](*args)
+def call(full: str, *args: Any) -> Any:
+    """Call a listed function by its full name, with checked arguments."""
+    return _CALLED[full](*args)
 
 
 def create(cls: Any, args: tuple[Any, ...]) -> Any:
@@ -70,7 +70,7 @@ def create(cls: Any, args: tuple[Any, ...]) -> Any:
 
 
 def restore(instance: Any, state: Any) -> None:
-    """Set the state of an object that the file made, if its class is listed and the state has the usual form."""
+    """Set the state of an object from the file, if its class is listed and the state has the usual form."""
     name = full_name(type(instance))
     if name in _STATES:
         _STATES[name](instance, state)
@@ -88,7 +88,7 @@ def restore(instance: Any, state: Any) -> None:
 
 # ---------------------------------------------------------------------- names
 
-_BIT_GENERATORS = ("PCG64", "PCG64DXSM")  # Gymnasium's spaces have the first
+_BIT_GENERATORS = ("PCG64", "PCG64DXSM")  # Gymnasium's spaces use PCG64
 
 
 def _names(module: str, names: str) -> frozenset[str]:
@@ -110,7 +110,7 @@ _RESTORED = (
     | _names("stable_baselines3.common.vec_env.vec_normalize", "VecNormalize")
 )
 
-# Classes that a file may name, without objects of them.
+# Classes that a file may name, but of which it may hold no objects.
 _NAMED = (
     _names("builtins", "bool bytes dict float int list str tuple")
     | _names("numpy", "ndarray bool bool_ float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64")
@@ -174,7 +174,7 @@ _DTYPE = re.compile(r"[<>|=]?[biufc]\d{1,2}")
 
 
 def _dtype(text: Any, align: Any = False, copy: Any = True) -> np.dtype[Any]:
-    # Numbers only: arrays of objects hold anything, and other dtypes need parts of the state that can crash NumPy.
+    # Numbers only: object arrays hold anything, and other dtypes need parts of the state that can crash NumPy.
     if type(text) is not str or _DTYPE.fullmatch(text) is None:
         raise NotAllowedError(f"numpy.dtype({text!r})")
     _check(align in (False, 0) and copy in (True, 1), "numpy.dtype")
@@ -190,7 +190,7 @@ def _set_dtype(dtype: Any, state: Any) -> None:
 
 
 def _array(cls: Any, shape: Any, kind: Any) -> np.ndarray:
-    # Empty: the state brings shape and values, which must match.
+    # Empty: `_set_array` sets shape and values, and NumPy checks that they match.
     _check(cls is np.ndarray and shape == (0,) and kind in (b"b", "b"), "numpy's _reconstruct")
     return np.ndarray((0,), "b")
 
@@ -223,7 +223,7 @@ def _bit_generator(kind: Any) -> Any:
 
 
 def _generator(bit_generator: Any, *_: Any) -> np.random.Generator:
-    # Older versions of NumPy name the bit generator, and the function that makes it.
+    # Older versions of NumPy pass the name of the bit generator, and its constructor.
     is_made = type(bit_generator) in (np.random.PCG64, np.random.PCG64DXSM)
     return np.random.Generator(bit_generator if is_made else _bit_generator(bit_generator))
 
@@ -264,7 +264,7 @@ def _set_seed_sequence(seeds: Any, state: Any) -> None:
 
 
 def _storage(raw: Any) -> Any:
-    # torch's own function unpickles without limits.
+    # torch's own `_load_from_bytes` unpickles anything.
     storage = th.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     _check(isinstance(storage, th.TypedStorage | th.UntypedStorage), "torch.storage._load_from_bytes")
     return storage
@@ -273,7 +273,7 @@ def _storage(raw: Any) -> Any:
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, *_: Any) -> th.Tensor:
     _check(isinstance(storage, th.TypedStorage), "torch._utils._rebuild_tensor_v2")
     _check(_is_ints((offset,)) and _is_ints(tuple(size)) and _is_ints(tuple(stride)), "torch._utils._rebuild_tensor_v2")
-    # No hooks: these are functions.
+    # Without backward hooks, which are functions.
     rebuild: Any = th._utils._rebuild_tensor_v2
     return rebuild(storage, offset, tuple(size), tuple(stride), requires_grad is True, OrderedDict())  # type: ignore[no-any-return]
 
@@ -293,12 +293,12 @@ def _device(*args: Any) -> th.device:
     return th.device(*args)
 
 
-# ---------------------------------------------------------------------- tables of the above
+# ---------------------------------------------------------------------- tables of these functions
 
 _MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")
 
 # Functions and classes that a file may call.
-_MADE: Mapping[str, Callable[..., Any]] = {
+_CALLED: Mapping[str, Callable[..., Any]] = {
     "collections.OrderedDict": _ordered_dict,
     "collections.deque": _deque,
     "numpy.dtype": _dtype,
@@ -319,9 +319,9 @@ _MADE: Mapping[str, Callable[..., Any]] = {
     "torch.storage._load_from_bytes": _storage,
 }
 
-# How objects of these types get their state; others have `__setstate__` or attributes.
+# Functions that set the state of objects of these types; others have `__setstate__` or attributes.
 _STATES: Mapping[str, Callable[[Any, Any], None]] = {
-    # Each kind of number has a dtype class of its own.
+    # Each numeric type has its own dtype class.
     **{full_name(np.dtype(code)): _set_dtype for code in np.typecodes["All"] if _DTYPE.fullmatch(np.dtype(code).str)},
     "numpy.ndarray": _set_array,
     "numpy.random._generator.Generator": _set_generator,

@@ -1,4 +1,4 @@
-"""Reading files and zips within bounds of memory, with one error for every kind of damage."""
+"""Read files and zips that fit into memory, and raise ``ValueError`` for any damage."""
 
 import contextlib
 import io
@@ -17,13 +17,13 @@ from sb3_clipvf.common.memory import free_memory
 ModelPath = str | pathlib.Path | io.BufferedIOBase
 
 SMALL = 16 * 2**20
-"""Bytes that any file may have, and any zip may expand to."""
+"""Size in bytes that is always accepted, of a file and of what a zip expands to."""
 
 MAX_ENTRIES = 100_000  # of a zip
 MAX_EXPANSION = 100  # times a zip's own size, beyond SMALL; SB3 does not compress at all
 
-_MEMORY_SHARE = 3  # 1 / this of the free memory: for a file's bytes, the values read from them, and the model
-_BYTES_OF_VALUE = 100  # memory that a value of JSON takes at most, besides its text
+_MEMORY_SHARE = 3  # a file may take 1/3 of the free memory: the values read from it, and the model, take as much
+_BYTES_OF_VALUE = 100  # upper bound of the memory of a JSON value, besides its text
 _ENTRY_HEADER = b"PK\x01\x02"
 _LOCAL_HEADER = b"PK\x03\x04"
 _IS_ENCRYPTED = 0x1
@@ -47,7 +47,7 @@ def read_bytes(path: ModelPath, suffix: str | None) -> tuple[str, bytes]:
 
 
 def entries_of(name: str, content: bytes) -> Iterator[tuple[str, bytes]]:
-    """Yield name and bytes of each entry of a zip, after a check of all names, sizes and methods of compression."""
+    """Check names, sizes and compression of all entries of a zip, then yield the name and bytes of each."""
     if content[:4] != _LOCAL_HEADER and not _is_zip(content):
         what = f"{len(content)} bytes of something else" if content else "an empty file"
         raise ValueError(f"{name} wasn't a zip-file, but {what}. Pass the zip that `save` wrote.")
@@ -56,8 +56,8 @@ def entries_of(name: str, content: bytes) -> Iterator[tuple[str, bytes]]:
         for entry in entries:
             if "/" in entry.filename or "\\" in entry.filename:
                 raise ValueError(
-                    f"{name} must hold no folders, got {entry.filename!r} in it. It is cut short, or was packed by "
-                    "another program than `save`."
+                    f"{name} must hold no folders, got {entry.filename!r}. It is cut short, or was not written by "
+                    "`save`. Save it again, or fetch another copy."
                 )
         for entry in entries:
             with _damage_explained(name):
@@ -87,13 +87,13 @@ def _check_size(name: str, size: int) -> None:
     limit = max(SMALL, free_memory() // _MEMORY_SHARE)
     if size > limit:
         raise ValueError(
-            f"{name} must be small enough to be loaded, got {size / 2**20:,.0f} MiB where {limit / 2**20:,.0f} MiB are "
-            "a third of the free memory. Use a larger machine, if you know where it comes from."
+            f"{name} must be small enough to be loaded, got {size / 2**20:,.0f} MiB; a third of the free memory is "
+            f"{limit / 2**20:,.0f} MiB. If you trust the file, use a machine with more memory."
         )
 
 
 def read_json(archive: zipfile.ZipFile, entry: str) -> Any:
-    """Read a small entry of a zip whose sizes have not been checked."""
+    """Read a small JSON entry of a zip whose sizes have not been checked."""
     if archive.getinfo(entry).file_size > SMALL:
         raise ValueError(f"{entry} is larger than {SMALL:,} bytes")
     raw = archive.read(entry)
@@ -109,7 +109,7 @@ def _is_zip(content: bytes) -> bool:
 
 
 def _opened(name: str, content: bytes) -> zipfile.ZipFile:
-    # Before the list of entries is read, which takes many times the memory of its bytes.
+    # Count first: reading the list of entries takes many times the memory of its bytes.
     n_entries = content.count(_ENTRY_HEADER)
     if n_entries > MAX_ENTRIES:
         raise ValueError(f"{name} must have at most {MAX_ENTRIES} entries, got {n_entries}. Save it again.")
@@ -122,14 +122,16 @@ def _opened(name: str, content: bytes) -> zipfile.ZipFile:
 def _check_entries(name: str, size: int, entries: list[zipfile.ZipInfo]) -> None:
     twice = [entry for entry, count in Counter(entry.filename for entry in entries).items() if count > 1]
     if twice:
-        raise ValueError(f"{name} must hold each entry once, got {', '.join(map(repr, twice))} several times.")
+        raise ValueError(
+            f"{name} must hold each entry once, got {', '.join(map(repr, twice))} several times. Save it again."
+        )
     for entry in entries:
         what = f"{entry.filename!r} in {name}"
         if entry.flag_bits & _IS_ENCRYPTED:
             raise ValueError(f"{what} must not be encrypted. Pack it again without a password.")
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(f"{what} must be stored or deflated, got method {entry.compress_type}. Pack it again.")
-        # torch seeks in entries: on Python 3.12 that raises EOFError where the two differ.
+        # torch seeks in entries, which raises EOFError on Python 3.12 if the two sizes differ.
         if entry.compress_type == zipfile.ZIP_STORED and entry.compress_size != entry.file_size:
             raise ValueError(
                 f"{name} is damaged or cut short: {entry.filename!r} has {entry.file_size} bytes, stored in "
@@ -139,7 +141,7 @@ def _check_entries(name: str, size: int, entries: list[zipfile.ZipInfo]) -> None
     if total > max(SMALL, MAX_EXPANSION * size):
         raise ValueError(
             f"{name} must not expand more than {MAX_EXPANSION} times, got {size:,} bytes that expand to {total:,}. "
-            "If you know where it comes from, pack it again without compression."
+            "If you trust the file, pack it again without compression."
         )
     _check_size(name, total)
 

@@ -16,8 +16,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[io.BufferedWriter]:
 
     The bytes go to a temporary file in the same folder, whose ``name`` may also be written to. When the ``with`` block
     ends, it is synced and renamed, and the folder is synced. After an exception, a kill or a power cut, ``path`` holds
-    either all of its old content or all of the new one; only if syncing the folder fails, it is new despite the error.
-    A kill may leave the temporary file.
+    either all of its old content or all of the new content. If syncing the folder fails, this raises although ``path``
+    holds the new content. A kill may leave the temporary file.
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -30,13 +30,13 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[io.BufferedWriter]:
     except OSError as error:
         raise write_error(target, error) from error
     finally:
-        with contextlib.suppress(OSError):  # it is gone after the rename; a second error must not hide the first
+        with contextlib.suppress(OSError):  # it is gone after a rename; a second error must not hide the first
             temporary.unlink()
     _sync_folder(target.parent)
 
 
 def remove_unfinished(folder: Path, names: str) -> None:
-    """Remove the temporary files of killed writes from a folder, of files whose names match a regular expression."""
+    """Remove what killed writes left in ``folder`` of files whose names match the regular expression ``names``."""
     pattern = re.compile(rf"\.({names})\.\d+-[0-9a-f]{{8}}\.tmp")
     for path in list(folder.iterdir()):
         if pattern.fullmatch(path.name):
@@ -44,7 +44,7 @@ def remove_unfinished(folder: Path, names: str) -> None:
 
 
 def write_error(path: Path, error: OSError) -> OSError:
-    """Return the same kind of error (``errno`` decides on the subclass) with the file, the consequence and advice."""
+    """Return an error of the same ``errno``, hence class, that names the file, the consequence and a way out."""
     reason = error.strerror or str(error)
     text = f"{path} could not be written: {reason}. What it held before is unchanged. Free space there, or choose"
     return OSError(error.errno, f"{text} a folder that can be written to.")

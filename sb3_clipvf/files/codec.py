@@ -1,9 +1,9 @@
 """
-Values as JSON, without pickle and exact to the last bit: trees of plain values, and a model's attributes.
+Encode trees of plain values, and attributes of models, as JSON: exact to the last bit, without pickle.
 
 A tree is made of None, bool, int, float, str, bytes, NumPy arrays and scalars, tensors, and of lists, tuples, deques
-and dicts of trees. Checkpoints are trees: one JSON text, and one ``.npz`` archive of the arrays. Attributes of models
-may also hold classes and objects of the allowlist; their arrays stand in the JSON, as base64.
+and dicts of trees. Checkpoints are trees, stored as one JSON text and one ``.npz`` archive of the arrays. Attributes of
+models may also hold classes and objects of the allowlist; their arrays are base64 in the JSON.
 """
 
 import base64
@@ -27,15 +27,15 @@ Tree = Any  # of plain values
 
 FORMAT = 1
 ENCODED = ":clipvf:"
-"""Key of an encoded attribute; under it is the version of the form, ``FORMAT``."""
+"""Key that marks an encoded attribute. Its value is the version of the format, ``FORMAT``."""
 
 NOTE = (
     "observation_space: this file was saved by sb3_clipvf.ClipPPO. Load it with ClipPPO.load, or take over its weights "
     "with PPO.set_parameters"
 )
-"""Name of an attribute that SB3's reader cannot read. It warns with the name, the only text of a file that it shows."""
+"""Name of an attribute that SB3 cannot decode. SB3's warning shows this name, the only text of a file that it shows."""
 
-_TAG = "~"  # key by which JSON marks the kind of value that an object stands for
+_TAG = "~"  # key of JSON objects that stand for other values; it holds the kind of value
 _SCALARS = frozenset({type(None), bool, int, float, str, bytes})
 
 
@@ -45,7 +45,7 @@ def frozen(value: Any, where: str = "state") -> Tree:
     if kind in _SCALARS:
         return value
     if kind is list and set(map(type, value)) <= _SCALARS:
-        return list(value)  # rewards of a long episode: no need to look at each of them twice
+        return list(value)  # a fast path, for the rewards of long episodes
     if isinstance(value, np.ndarray):
         _check_dtype(value.dtype, where)
         return np.array(value, order="C")
@@ -66,7 +66,7 @@ def frozen(value: Any, where: str = "state") -> Tree:
         return next(plain(value) for plain in (bool, int, float, str) if isinstance(value, plain))
     raise TypeError(
         f"`{where}` must be made of numbers, text, bytes, arrays, tensors, and lists, tuples, deques and dicts of "
-        f"them, got an object of the type {kind.__module__}.{kind.__qualname__}. Turn it into these."
+        f"them, got an object of the type {kind.__module__}.{kind.__qualname__}. Convert it to these."
     )
 
 
@@ -91,13 +91,13 @@ def to_bytes(tree: Tree) -> tuple[bytes, bytes]:
 
 
 def from_bytes(text: bytes, archive: bytes) -> Tree:
-    """Return the tree that :func:`to_bytes` wrote; other bytes raise any exception, and none of them runs code."""
+    """Invert :func:`to_bytes`. Other bytes may raise any exception, but never run code."""
     with np.load(io.BytesIO(archive), allow_pickle=False) as arrays:
         return _from_json(json.loads(text), lambda item: _of_array(item[_TAG], arrays[item["v"]]))
 
 
 def encoded(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return :data:`NOTE` and the attributes as JSON; a warning names those that SB3 will pickle instead."""
+    """Return the attributes as JSON, with :data:`NOTE`. Warn about those that SB3 will pickle instead."""
     values: dict[str, Any] = {NOTE: {":serialized:": None}}
     others = []
     for name, value in attributes.items():
@@ -115,7 +115,7 @@ def encoded(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def _warn_of_pickles(names: str) -> None:
-    """Warn once for the same names: a training saves its model many times."""
+    """Warn once per set of names, since a training saves its model many times."""
     log.warning(
         "Saved as pickles, since JSON cannot express them: %s. Whoever loads the file must trust it "
         "(`trust_pickle`), or pass other values for them. Strings such as 'lin_0.2', and classes of SB3 and torch, "
@@ -125,15 +125,15 @@ def _warn_of_pickles(names: str) -> None:
 
 
 def decoded(item: Mapping[str, Any]) -> Any:
-    """Invert :func:`encoded` for one attribute; damage raises any exception."""
+    """Invert :func:`encoded` for one attribute. Damage may raise any exception."""
     if item[ENCODED] != FORMAT:
-        raise ValueError(f"it is of the form {item[ENCODED]!r}, and this version of sb3_clipvf reads {FORMAT}")
+        raise ValueError(f"its format is {item[ENCODED]!r}, and this version of sb3_clipvf reads {FORMAT}")
     return _from_json(item["value"], _object_from_json)
 
 
 def _has_tags(tree: Any) -> bool:
     if isinstance(tree, dict):
-        # Ours, or a key by which a reader would mistake it for another form.
+        # Our own tag, or a key by which a reader would take a plain dict for something else.
         return bool({_TAG, ENCODED, ":serialized:"} & tree.keys()) or any(map(_has_tags, tree.values()))
     return isinstance(tree, list) and any(map(_has_tags, tree))
 
@@ -142,7 +142,7 @@ def _has_tags(tree: Any) -> bool:
 
 
 def _to_json(value: Any, other: Callable[[Any], dict[str, Any]]) -> Any:
-    """Return a tree as JSON; ``other`` maps what is neither a scalar nor a container to an object with a tag."""
+    """Return a tree as JSON; ``other`` maps what is neither a scalar nor a container to a tagged object."""
     kind = type(value)
     if kind in (type(None), bool, int, str):
         return value
@@ -164,7 +164,7 @@ def _to_json(value: Any, other: Callable[[Any], dict[str, Any]]) -> Any:
 
 
 def _from_json(value: Any, other: Callable[[dict[str, Any]], Any]) -> Tree:
-    """Invert :func:`_to_json`; ``other`` maps objects of further tags to their values."""
+    """Invert :func:`_to_json`; ``other`` maps objects with other tags to their values."""
     if isinstance(value, list):
         return [_from_json(item, other) for item in value]
     if not isinstance(value, dict):
@@ -227,7 +227,7 @@ def _object_to_json(value: Any) -> dict[str, Any]:
         return {_TAG: "path", "v": str(value)}
     if kind is np.random.Generator:
         state = value.bit_generator.state
-        allowlist.make(f"{_GENERATOR}.__bit_generator_ctor", state["bit_generator"])  # refuses other kinds
+        allowlist.call(f"{_GENERATOR}.__bit_generator_ctor", state["bit_generator"])  # refuses other kinds
         return {_TAG: "generator", "v": state}
     is_tensor = kind is th.Tensor and value.device.type == "cpu" and not value.requires_grad
     if kind in (bytes, np.ndarray) or isinstance(value, np.generic) or is_tensor:
@@ -243,21 +243,21 @@ def _object_from_json(item: dict[str, Any]) -> Any:
     if kind == "class":
         return _class(content)
     if kind == "dtype":
-        return allowlist.make("numpy.dtype", content)
+        return allowlist.call("numpy.dtype", content)
     if kind == "path":
-        return allowlist.make("pathlib.PosixPath", content)
+        return allowlist.call("pathlib.PosixPath", content)
     if kind == "generator":
-        bit_generator = allowlist.make(f"{_GENERATOR}.__bit_generator_ctor", content["bit_generator"])
+        bit_generator = allowlist.call(f"{_GENERATOR}.__bit_generator_ctor", content["bit_generator"])
         allowlist.restore(bit_generator, content)
-        return allowlist.make(f"{_GENERATOR}.__generator_ctor", bit_generator)
+        return allowlist.call(f"{_GENERATOR}.__generator_ctor", bit_generator)
     if kind == "object":
         instance = allowlist.create(_class(item["class"]), ())
         allowlist.restore(instance, _from_json(content, _object_from_json))
         return instance
-    # A bytearray, so that the array can be written to.
+    # A bytearray makes the array writable.
     raw = bytearray(base64.b64decode(content, validate=True))
-    dtype, shape = allowlist.make("numpy.dtype", item["dtype"]), tuple(item["shape"])
-    return _of_array(kind, allowlist.make("numpy.core.numeric._frombuffer", raw, dtype, shape, "C"))
+    dtype, shape = allowlist.call("numpy.dtype", item["dtype"]), tuple(item["shape"])
+    return _of_array(kind, allowlist.call("numpy.core.numeric._frombuffer", raw, dtype, shape, "C"))
 
 
 def _class(name: str) -> Any:
@@ -269,5 +269,5 @@ def _class(name: str) -> Any:
 
 
 def _checked_dtype(dtype: np.dtype[Any]) -> str:
-    allowlist.make("numpy.dtype", dtype.str)
+    allowlist.call("numpy.dtype", dtype.str)
     return dtype.str

@@ -1,8 +1,8 @@
 """
-Files of models: written atomically, read without running code and within the free memory.
+Read and write files of models: writing is atomic, reading runs no code and stays within the free memory.
 
-A file is read once, and the bytes that were checked are the bytes that Stable-Baselines3 (SB3) reads. SB3 gets rebuilt
-objects instead of the pickles.
+A file is read once: Stable-Baselines3 (SB3) reads the bytes that were checked. It gets rebuilt objects instead of the
+pickles.
 """
 
 import base64
@@ -28,7 +28,7 @@ from sb3_clipvf.files.trust import TRUST_ADVICE, Trust, UnsafeFileError
 from sb3_clipvf.files.unpickle import named_errors, unpickle
 
 ROOM = 64 * 2**20
-"""Bytes that a policy may take besides four times those of the file's weights: buffers are not weights."""
+"""Bytes that a policy may take beyond four times the file's weights, since not all its tensors are saved."""
 
 
 class CheckedStream(io.BytesIO):
@@ -42,7 +42,7 @@ class ModelFile:
 
     :param name: Name of the file, for messages.
     :param content: Its bytes.
-    :param data: Attributes of the model as JSON has them; None if the zip holds none.
+    :param data: Attributes of the model, as parsed from JSON; None if the zip holds none.
     :param weights: Bytes of each entry of tensors, by its name without the suffix.
     """
 
@@ -56,17 +56,18 @@ class ModelFile:
         return CheckedStream(self.content)
 
     def unpickled(self, trust: Trust, replaced: Collection[str]) -> dict[str, Any]:
-        """Return the attributes that are more than plain JSON, except replaced ones, and None for :data:`NOTE`."""
+        """Return the attributes that are more than plain JSON, except ``replaced`` ones, and None for :data:`NOTE`."""
         fields: dict[str, Any] = {NOTE: None}
         for key, item in (self.data or {}).items():
             if not isinstance(item, dict) or key in replaced:
                 continue
             what, way_out = f"`{key}` in {self.name}", f"pass a value of your own: custom_objects={{{key!r}: ...}}."
+            damaged = f" To load the rest, {way_out}"
             if ":serialized:" in item:
-                with named_errors(what, f"{TRUST_ADVICE}. Or {way_out}", f" To go on, {way_out}"):
+                with named_errors(what, f"{TRUST_ADVICE}. Or {way_out}", damaged):
                     fields[key] = unpickle(base64.b64decode(item[":serialized:"], validate=True), trust)
             elif ENCODED in item:
-                with named_errors(what, f"`save` does not write this. To go on, {way_out}", f" To go on, {way_out}"):
+                with named_errors(what, f"`save` does not write this.{damaged}", damaged):
                     fields[key] = decoded(item)
         return fields
 
@@ -89,7 +90,7 @@ def write_model(
 
 
 def _target(path: pathlib.Path) -> pathlib.Path:
-    """Return the path that SB3 would write to. It adds a suffix, creates folders, and avoids a folder of that name."""
+    """Return the path that SB3 would write to: add a suffix, create folders, and avoid a folder of that name."""
     if not path.suffix:
         path = pathlib.Path(f"{path}.zip")
     if path.is_dir():
@@ -98,14 +99,14 @@ def _target(path: pathlib.Path) -> pathlib.Path:
     if not path.parent.exists():
         warnings.warn(f"Path '{path.parent}' does not exist. Will create it.", stacklevel=4)
         path.parent.mkdir(exist_ok=True, parents=True)
-    return path.resolve()  # a link stays one
+    return path.resolve()  # a symbolic link is kept, and its target replaced
 
 
 def read_model(path: ModelPath, *, needs_data: bool = True) -> ModelFile:
     """
     Read a model's zip and check everything but its pickles.
 
-    :param path: File, with or without ".zip", or an open binary file, whose position stays.
+    :param path: File, with or without ".zip", or an open binary file, whose position is kept.
     :param needs_data: Whether it must hold the model's attributes, not only weights.
     :raises UnsafeFileError: If its weights hold more than tensors.
     :raises ValueError: If it is no model, damaged, or too large for the memory.
@@ -128,17 +129,19 @@ def check_model(file: ModelFile, cls: type[Any], trust: Trust, replaced: Collect
     """Refuse a file that lacks parts of a model, brings an environment, or would hide methods of ``cls``."""
     data = file.data or {}
     if "policy.optimizer" not in file.weights:
-        raise ValueError(f"{file.name} must be what `save` wrote, but holds no `policy.optimizer.pth`.")
+        raise ValueError(
+            f"{file.name} must be what `save` wrote, but holds no `policy.optimizer.pth`. Pass the zip of a model."
+        )
     if data.get("env") is not None and "env" not in replaced and not trust.everything:
         raise UnsafeFileError(
-            f"`env` in {file.name} must not be there: making an environment can import any module. {TRUST_ADVICE}."
+            f"`env` in {file.name} must be absent: making an environment can import any module. {TRUST_ADVICE}."
         )
     missing = [key for key in ("policy_class", "observation_space", "action_space") if key not in data]
     if missing:
-        raise ValueError(f"{file.name} must be what `save` wrote, but `data` in it holds no {', '.join(missing)}.")
+        raise ValueError(f"`data` in {file.name} must be complete, but holds no {', '.join(missing)}. Save it again.")
     for key in data:
         if key.startswith("__") or callable(getattr(cls, key, None)):
-            raise ValueError(f"`{key}` in {file.name} must not be there: {cls.__name__} has a method of this name.")
+            raise ValueError(f"`{key}` in {file.name} must be absent: {cls.__name__} has a method of this name.")
 
 
 def network_bound(file: ModelFile, trust: Trust) -> AbstractContextManager[Any]:
@@ -165,7 +168,7 @@ def _parsed(name: str, raw: bytes) -> dict[str, Any]:
 
 
 def _check_weights(name: str, entry: str, raw: bytes) -> None:
-    """Read weights as SB3 will, which accepts only tensors and plain containers of them."""
+    """Check that weights can be read as SB3 reads them: only tensors and plain containers of these."""
     what = f"{entry!r} in {name}"
     check_inner_zip(what, raw)
     try:
@@ -174,7 +177,7 @@ def _check_weights(name: str, entry: str, raw: bytes) -> None:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused is None:
             raise ValueError(f"{what} could not be read: {reason_of(error)}. Save the model again.") from error
-        # Not torch's own message, which advises to load it without the check.
+        # torch's own message advises to load it without the check.
         raise UnsafeFileError(
             f"{what} must hold tensors only, got {refused[1]}. SB3 reads no other weights, trusted or not."
         ) from None
@@ -186,7 +189,7 @@ def _check_weights(name: str, entry: str, raw: bytes) -> None:
 
 # ---------------------------------------------------------------------- size of the policy
 
-_LEAST = 1024  # memory of the smallest tensor, which takes some hundred bytes in a file
+_MIN_BYTES = 1024  # memory of the smallest tensor, which takes some hundred bytes in a file
 _FACTORIES = frozenset({th.empty, th.zeros, th.ones, th.full, th.rand, th.randn, th.eye, th.arange})
 
 
@@ -195,16 +198,16 @@ class _NetworkBound(TorchFunctionMode):
 
     def __init__(self, file: ModelFile) -> None:
         super().__init__()
-        self._name, self._weights, self._taken = file.name, file.weights["policy"], 0
+        self._name, self._n_saved, self._n_bytes = file.name, file.weights["policy"], 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _FACTORIES and "out" not in kwargs:
-            self._taken += max(_LEAST, func(*args, **{**kwargs, "device": "meta"}).nbytes)
-            if self._taken > ROOM + 4 * self._weights:
+            self._n_bytes += max(_MIN_BYTES, func(*args, **{**kwargs, "device": "meta"}).nbytes)
+            if self._n_bytes > ROOM + 4 * self._n_saved:
                 raise ValueError(
                     f"The policy in {self._name} must be no larger than its weights, got a network of more than "
-                    f"{self._taken / 1e6:.0f} MB and weights of {self._weights / 1e6:.1f} MB. Load it only if you know "
-                    "where it comes from, with trust_pickle=True."
+                    f"{self._n_bytes / 1e6:.0f} MB and weights of {self._n_saved / 1e6:.1f} MB. If you trust "
+                    "the file, pass trust_pickle=True."
                 )
         return func(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Files of ``VecNormalize`` statistics: one pickle, read without running code."""
+"""Read files of ``VecNormalize`` statistics, each one pickle, without running code."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ from sb3_clipvf.files.trust import TrustPickle, trust_of
 from sb3_clipvf.files.unpickle import named_errors, unpickle
 
 STATISTICS_FILE = "vecnormalize.pkl"
-"""Name of the file of statistics in a folder of a run, as the RL Zoo names it."""
+"""Name of the file of statistics in a run's folder, the RL Zoo's name."""
 
 _NUMBERS = (int, float, np.number, np.ndarray)
 _DIGEST_MARK = b"# SHA-256 of the pickle: "
@@ -25,7 +25,7 @@ _DIGEST_MARK = b"# SHA-256 of the pickle: "
 
 def load_vec_normalize(load_path: Any, venv: VecEnv, trust_pickle: TrustPickle = None) -> VecNormalize:
     """
-    Load a file of ``VecNormalize.save``, without running code.
+    Load a file that ``VecNormalize.save`` wrote, without running code.
 
     :param load_path: File.
     :param venv: Environments to wrap.
@@ -64,23 +64,23 @@ def read_pickle(path: str | os.PathLike[str], trust_pickle: TrustPickle = None) 
     """
     trust = trust_of(trust_pickle)
     name, content = read_bytes(pathlib.Path(path), None)
-    if content[:1] != b"\x80":  # older protocols have no such start, and none of SB3's files is as old
-        what = f"{len(content)} bytes of something else" if content else "is empty"
+    if content[:1] != b"\x80":  # protocols 0 and 1 start otherwise, but no file of SB3 is as old
+        what = f"holds {len(content)} bytes of something else" if content else "is empty"
         raise ValueError(f"{name} must be a pickle, but {what}. Pass what `VecNormalize.save` wrote.")
     with named_errors(name):
         return unpickle(_without_digest(content), trust)
 
 
 def digest_of_pickle(pickled: bytes) -> bytes:
-    """Return bytes to append to a pickle, by which :func:`read_pickle` finds damage. Unpicklers stop before them."""
+    """Return bytes to append to a pickle, so that :func:`read_pickle` finds damage. Unpicklers stop before them."""
     return _DIGEST_MARK + hashlib.sha256(pickled).hexdigest().encode()
 
 
 def _without_digest(content: bytes) -> bytes:
     pickled, mark, digest = content.rpartition(_DIGEST_MARK)
     if mark and mark + digest != digest_of_pickle(pickled):
-        raise ValueError("its digest is that of other bytes")
-    # A damaged mark is not found, but then the file does not end with the pickle.
+        raise ValueError("its digest does not match its bytes")
+    # If the mark itself is damaged, it is not found, and the file does not end as a pickle does.
     if not (mark or content.endswith(pickle.STOP)):
         raise ValueError("it does not end where a pickle ends")
     return pickled if mark else content

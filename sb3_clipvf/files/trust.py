@@ -1,4 +1,4 @@
-"""How far the user trusts a file: `trust_pickle` and its environment variable."""
+"""How far the user trusts a file: ``trust_pickle`` and its environment variable."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 TRUST_VARIABLE = "SB3_CLIPVF_TRUST_PICKLE"
-"""Environment variable that trusts all files where it is "1"."""
+"""Environment variable that makes all files trusted if it is "1"."""
 
 TRUST_ADVICE = (
     f"If you trust where it comes from, pass trust_pickle=True or set {TRUST_VARIABLE}=1 (`--trust-pickle` on the "
@@ -18,7 +18,7 @@ TrustPickle = bool | Iterable[Callable[..., Any]] | None
 
 
 class UnsafeFileError(ValueError):
-    """Loading a file would run code that the file brings or names, and the user did not trust it."""
+    """Raised if loading would run code that a file contains or names, and the user did not trust the file."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Trust:
 
 
 def trust_of(trust_pickle: TrustPickle) -> Trust:
-    """Check ``trust_pickle`` and return what it means; for None, :data:`TRUST_VARIABLE` decides, "1" or "0"."""
+    """Check ``trust_pickle`` and return it as a :class:`Trust`. For None, :data:`TRUST_VARIABLE` decides."""
     if isinstance(trust_pickle, bool):
         return Trust(trust_pickle)
     if trust_pickle is None:
@@ -53,12 +53,12 @@ def trust_of(trust_pickle: TrustPickle) -> Trust:
         name = getattr(item, "__qualname__", None)
         if not callable(item) or name is None:
             raise TypeError(
-                f"`trust_pickle` must hold classes and functions, got {item!r} in it. Pass those that the error names."
+                f"`trust_pickle` must hold classes and functions, got {item!r}. Pass those that the error names."
             )
         if item.__module__ == "__main__" or "<" in name:
             raise ValueError(
-                f"`trust_pickle` must hold classes and functions of modules, got {item!r}: a file brings its own code "
-                "for it. Move it to a module and save again, replace what needs it by `custom_objects`, or pass True."
+                f"`trust_pickle` must hold classes and functions of modules, got {item!r}, whose code the file "
+                "contains. Move it to a module and save again, replace what needs it by `custom_objects`, or pass True."
             )
         extra[f"{item.__module__}.{name}"] = item
     return Trust(extra=extra)

@@ -1,9 +1,9 @@
 """
-Unpickling that runs no code: a pickle machine with few instructions, which builds what the allowlist names.
+Unpickle without running code, by a pickle machine with few instructions that builds only what is on the allowlist.
 
 Python's own unpickler imports and calls whatever a file names. Here a file may name listed classes, call listed
-functions with checked arguments, and set attributes of objects that it made itself. Everything else is refused,
-including every instruction of the pickle language that has no method below. No other unpickler reads the bytes.
+functions with checked arguments, and set attributes of its own objects. Everything else is refused, including each
+instruction of the pickle language that has no method below. No other unpickler reads the bytes.
 """
 
 import pickle
@@ -14,14 +14,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from sb3_clipvf.files import allowlist
-from sb3_clipvf.files.allowlist import Maker, NotAllowedError, full_name
+from sb3_clipvf.files.allowlist import CheckedFunction, NotAllowedError, full_name
 from sb3_clipvf.files.archive import reason_of
 from sb3_clipvf.files.trust import TRUST_ADVICE, Trust, UnsafeFileError
 
 
 def unpickle(raw: bytes, trust: Trust) -> Any:
     """
-    Rebuild an object, by Python's own unpickler only if the file is trusted with everything.
+    Rebuild an object; only for a fully trusted file, by Python's own unpickler.
 
     The protocol is 3 or later. Damage, and classes of other versions, raise exceptions of any type.
     """
@@ -30,18 +30,18 @@ def unpickle(raw: bytes, trust: Trust) -> Any:
 
 @contextmanager
 def named_errors(what: str, refused_advice: str = f"{TRUST_ADVICE}.", damaged_advice: str = "") -> Iterator[None]:
-    """Replace errors of :func:`unpickle` by ones that name the file and what to do."""
+    """Replace errors of :func:`unpickle` by errors that name ``what`` is wrong and what to do."""
     try:
         yield
     except NotAllowedError as refused:
         needed = str(refused)
         if needed.startswith("cloudpickle."):
-            needed = f"code of its own (by {needed}; lambdas, and classes of scripts, are saved so)"
+            needed = f"code in the file itself ({needed} saves lambdas and classes of scripts so)"
         raise UnsafeFileError(
-            f"{what} must be of classes that are known to be safe, got {needed}, which could run any code. "
+            f"{what} must hold only classes that are known to be safe, got {needed}, which could run any code. "
             f"{refused_advice}"
         ) from None
-    except Exception as error:  # damaged bytes, and classes of other versions, fail in any way
+    except Exception as error:  # damaged bytes, and classes of other versions, raise errors of any type
         raise ValueError(
             f"{what} could not be read: {reason_of(error)}. The file is damaged, or was saved with other versions of "
             f"its packages.{damaged_advice}"
@@ -70,7 +70,7 @@ class _Machine:
         self._memo: dict[int, Any] = {}
 
     def run(self, raw: bytes) -> Any:
-        # genops only parses, and reads no more than there is.
+        # genops only parses, and never reads beyond the end.
         for opcode, argument, _ in pickletools.genops(raw):
             name = opcode.name
             if name == "STOP":
@@ -153,17 +153,17 @@ class _Machine:
         _check_type(self._stack[-1], (set,), "adding items").update(map(_checked_key, items))
 
     def _op_global(self, argument: str) -> None:
-        # pickletools joins the two lines by a space.
+        # pickletools joins module and name by a space.
         self._push_named(*argument.split(" ", 1))
 
     def _op_stack_global(self, _: Any) -> None:
         name, module = self._stack.pop(), self._stack.pop()
         if type(name) is not str or type(module) is not str:
-            raise NotAllowedError("a name that is no text")
+            raise NotAllowedError("a name that is not text")
         self._push_named(module, name)
 
     def _push_named(self, module: str, name: str) -> None:
-        # The user's own objects are pushed as they are, without an import.
+        # What the user allows is pushed as it is, without an import.
         known = self._extra.get(f"{module}.{name}")
         self._stack.append(allowlist.find(module, name) if known is None else known)
 
@@ -173,7 +173,7 @@ class _Machine:
 
     def _op_newobj(self, _: Any) -> None:
         args, cls = self._stack.pop(), self._stack.pop()
-        if isinstance(cls, Maker):
+        if isinstance(cls, CheckedFunction):
             self._stack.append(self._called(cls, args))
         elif self._is_extra(cls):
             self._stack.append(cls.__new__(cls, *_checked_args(args)))
@@ -181,8 +181,8 @@ class _Machine:
             self._stack.append(allowlist.create(cls, _checked_args(args)))
 
     def _called(self, function: Any, args: Any) -> Any:
-        if isinstance(function, Maker):
-            return function.make(*_checked_args(args))
+        if isinstance(function, CheckedFunction):
+            return function.call(*_checked_args(args))
         if self._is_extra(function):
             return function(*_checked_args(args))
         raise NotAllowedError(f"a call of {full_name(function)}")

@@ -25,7 +25,7 @@ from stable_baselines3.common import save_util
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnvWrapper
 
-from sb3_clipvf.files.allowlist import Maker, NotAllowedError, create, find, restore
+from sb3_clipvf.files.allowlist import CheckedFunction, NotAllowedError, create, find, restore
 from sb3_clipvf.files.model import CheckedStream, read_model
 from sb3_clipvf.files.statistics import load_vec_normalize, read_pickle
 from sb3_clipvf.files.trust import TRUST_VARIABLE, UnsafeFileError, trust_of
@@ -147,15 +147,15 @@ class RunLoader(yaml.SafeLoader):
         module, _, attribute = name.rpartition(".")
         if what == "name":
             found = find(module or "builtins", attribute)
-            if not isinstance(found, Maker):
+            if not isinstance(found, CheckedFunction):
                 return found
         if what == "object/apply":
             args, state = self._arguments(node)
             if name == "collections.OrderedDict":
                 return OrderedDict(*args)
             found = find(module, attribute)
-            if isinstance(found, Maker):
-                made = found.make(*args)
+            if isinstance(found, CheckedFunction):
+                made = found.call(*args)
                 if state is not None:
                     restore(made, state)
                 return made
