@@ -576,11 +576,13 @@ def test_auto_logs_why_a_policy_is_not_run_faster() -> None:
     assert engine.name == "autograd"
     assert reason == (
         "native cannot run the policy: its class is SquashedActorCriticPolicy, and only MlpPolicy itself is compiled; "
-        "nor can fused: its _get_action_dist_from_latent() is its own"
+        "nor can fused: its class overrides _get_action_dist_from_latent()"
     )
 
 
-@pytest.mark.parametrize(("name", "reason"), [("native", "its class is Squashed"), ("fused", "its _get_action_dist")])
+@pytest.mark.parametrize(
+    ("name", "reason"), [("native", "its class is Squashed"), ("fused", "its class overrides _get_action_dist")]
+)
 def test_an_engine_that_cannot_run_the_policy_is_refused(name: str, reason: str) -> None:
     policy, buffer = make_case("squashed")
     refusal = f"`engine` must be one that can run the policy, got '{name}', which cannot: {reason}.*Use 'auto'"

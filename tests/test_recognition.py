@@ -391,7 +391,7 @@ def test_a_subclass_with_a_call_of_its_own_is_called() -> None:
     model = make(policy=Called)
     model.learn(N_STEPS * 2)
     assert Called.calls == N_STEPS
-    assert "its __call__() is its own" in model._engine_reason[2]
+    assert "its class overrides __call__()" in model._engine_reason[2]
 
 
 # ------------------------------------------------------------------ what torch does by a switch of the process
@@ -417,9 +417,9 @@ def default_dtype(dtype: th.dtype) -> Iterator[None]:
     ("switch", "reason"),
     [
         (lambda: default_dtype(th.float64), "torch's default dtype is torch.float64"),
-        (lambda: th.autocast("cpu", dtype=th.float16), "torch runs with autocast"),
-        (Mode, "torch runs in a mode of its own"),
-        (th.autograd.detect_anomaly, "torch looks for anomalies"),
+        (lambda: th.autocast("cpu", dtype=th.float16), "torch's autocast is on"),
+        (Mode, "torch has a dispatch mode"),
+        (th.autograd.detect_anomaly, "torch's anomaly detection is on"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
@@ -439,7 +439,7 @@ def test_switches_of_torch_are_honoured(switch: Any, reason: str, fast: str) -> 
 
 def test_a_default_device_other_than_the_policys() -> None:
     with th.device("meta"):
-        assert recognition.altered_torch() == "torch runs with a default device or in a mode of its own"
+        assert recognition.altered_torch() == "torch has a default device or a function mode"
     with th.device("cpu"):
         assert recognition.altered_torch() is None
 
@@ -501,7 +501,7 @@ def test_an_unknown_mixin_counts() -> None:
 
     model = make(policy=Mixed)
     model.learn(N_STEPS * 2)
-    assert "its __getattribute__() is its own" in model._engine_reason[2]
+    assert "its class overrides __getattribute__()" in model._engine_reason[2]
 
 
 @pytest.mark.parametrize("fast", FAST)

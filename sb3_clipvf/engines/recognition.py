@@ -100,7 +100,7 @@ _PACKAGES = tuple(
 # These functions run when objects are made, copied or shown; torch.compile() replaces two for the whole process.
 _NOT_COMPUTING = frozenset(("__init__", "__init_subclass__", "__setstate__", "__getstate__", "__repr__", "__dir__"))
 
-# What a subclass of SB3's policies may define without a change to its losses.
+# Names that a subclass of SB3's policies may define without changing its losses.
 _HARMLESS = frozenset(
     "__init__ __module__ __qualname__ __doc__ __annotations__ __parameters__ __orig_bases__ __abstractmethods__ "
     "__slots__ __dict__ __weakref__ __firstlineno__ __static_attributes__ __annotate_func__ __annotations_cache__ "
@@ -142,7 +142,7 @@ def check_code(policy: Any) -> None:
         raise UnsupportedError(f"its action distribution is {type(policy.action_dist).__name__}")
     is_gaussian = isinstance(policy.action_dist, DiagGaussianDistribution | StateDependentNoiseDistribution)
     if is_gaussian and policy._parameters.get("log_std") is not policy.log_std:
-        raise UnsupportedError("its log_std is no parameter")
+        raise UnsupportedError("its log_std is not a parameter")
 
 
 def why_unknown_buffer(buffer: Any) -> str | None:
@@ -185,13 +185,13 @@ def altered_torch() -> str | None:
     if th.get_default_dtype() is not th.float32:
         return f"torch's default dtype is {th.get_default_dtype()}"
     if th._C._len_torch_function_stack() and not _only_cpu_is_default():
-        return "torch runs with a default device or in a mode of its own"
+        return "torch has a default device or a function mode"
     if th._C._len_torch_dispatch_stack():
-        return "torch runs in a mode of its own"
+        return "torch has a dispatch mode"
     if th.is_autocast_enabled("cpu"):
-        return "torch runs with autocast"
+        return "torch's autocast is on"
     if th.is_anomaly_enabled():
-        return "torch looks for anomalies"
+        return "torch's anomaly detection is on"
     if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return "torch has hooks on all modules"
     if torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks:
@@ -234,12 +234,12 @@ def _own_code(policy: Any) -> str | None:
         return None
     bases = type(policy).__mro__
     if plain not in bases:
-        return f"its class {type(policy).__name__} is none of SB3's ActorCriticPolicy"
+        return f"its class {type(policy).__name__} is not derived from ActorCriticPolicy"
     inherited = _class_names(plain) | _POLICY_PARTS
     for base in bases[: bases.index(plain)]:
         names = [name for name in vars(base) if name not in _HARMLESS and (name in inherited or name.startswith("__"))]
         if names:
-            return f"its {names[0]}{'()' if callable(vars(base)[names[0]]) else ''} is its own"
+            return f"its class overrides {names[0]}{'()' if callable(vars(base)[names[0]]) else ''}"
     # A mixin between SB3's classes.
     others = [base for base in bases[bases.index(plain) :] if base not in plain.__mro__]
     return f"its class is derived from {others[0].__name__}" if others else None

@@ -216,7 +216,7 @@ def _check_tensors(policy: ActorCriticPolicy, plain: PlainPolicy) -> None:
     parameters = [*plain.actor_parameters, *plain.critic_parameters]
     identities = {id(parameter) for parameter in parameters}
     if {id(parameter) for parameter in policy.parameters()} != identities or len(identities) != len(parameters):
-        raise UnsupportedError("it has parameters beside those of its two networks")
+        raise UnsupportedError("it has parameters other than those of its two networks")
     _check_parameters(policy)
     if any(map(parameter_has_hooks, parameters)):
         raise UnsupportedError("it has hooks")
@@ -274,13 +274,13 @@ def _check_optimizer(policy: ActorCriticPolicy) -> None:
         raise UnsupportedError("its optimizer has several parameter groups")
     group = optimizer.param_groups[0]
     if {id(parameter) for parameter in group["params"]} != {id(parameter) for parameter in policy.parameters()}:
-        raise UnsupportedError("its optimizer holds other parameters")
+        raise UnsupportedError("its optimizer has other parameters")
     on = [option for option in ("amsgrad", "maximize", "differentiable", "capturable") if group.get(option)]
     if on:
-        raise UnsupportedError(f"its optimizer runs with {on[0]}")
+        raise UnsupportedError(f"its optimizer uses {on[0]}")
     numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
     if any(isinstance(number, th.Tensor) for number in numbers):
-        raise UnsupportedError("its optimizer's numbers are tensors")
+        raise UnsupportedError("its optimizer's options are tensors")
     if any(getattr(optimizer, hook, None) for hook in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")):
         raise UnsupportedError("its optimizer has hooks")
     states = [optimizer.state.get(parameter, {}) for parameter in group["params"]]
