@@ -89,8 +89,7 @@ class IsolatedEvalCallback(EvalCallback):
     def _isolated(self) -> Iterator[None]:
         """Freeze the statistics of ``eval_env``, and restore all that an evaluation changes in the training."""
         policy, normalizer = self.model.policy, unwrap_vec_normalize(self.eval_env)
-        spaces = (self.model.action_space, self.model.observation_space)
-        drawn, random_states, was_training = [space_states(space) for space in spaces], global_states(), policy.training
+        random_states, drawn, was_training = global_states(), space_states(self.model), policy.training
         distribution = getattr(policy, "action_dist", None)  # with gSDE, it holds the noise of the rollout
         noise = {} if distribution is None else dict(vars(distribution))
         if normalizer is not None:
@@ -102,8 +101,7 @@ class IsolatedEvalCallback(EvalCallback):
             if normalizer is not None:
                 normalizer.training, normalizer.norm_reward = modes
             set_global_states(random_states)
-            for space, states in zip(spaces, drawn, strict=True):
-                set_space_states(space, states)
+            set_space_states(self.model, drawn)
             policy.set_training_mode(was_training)
             if distribution is not None:
                 vars(distribution).clear()

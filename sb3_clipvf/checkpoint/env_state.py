@@ -15,7 +15,6 @@ from sb3_clipvf.checkpoint.state_attributes import ATTRIBUTES, STATELESS_MODULES
 from sb3_clipvf.files.allowlist import full_name
 from sb3_clipvf.files.codec import frozen
 
-_SPACES = ("action_space", "observation_space")
 _MONITOR = full_name(Monitor)
 # The Zoo replaces Gymnasium's wrapper by its own; to SB3 the two are the same.
 _SAME = {"PatchedTimeLimit": "TimeLimit"}
@@ -41,7 +40,7 @@ def env_state(env: gym.Env[Any, Any]) -> dict[str, Any]:
         "layers": layers,
         "generator": generator_state(core._np_random) if _has_generator(core) else None,
         "seed": core._np_random_seed,
-        "spaces": {name: space_states(getattr(core, name)) for name in _SPACES},
+        "spaces": space_states(core),
         "unknown": unknown,
     }
 
@@ -52,8 +51,7 @@ def restore_env(env: gym.Env[Any, Any], state: dict[str, Any]) -> None:
     if _has_generator(core):
         core._np_random = generator_from(state["generator"])
     core._np_random_seed = state["seed"]
-    for name in _SPACES:
-        set_space_states(getattr(core, name), state["spaces"][name])
+    set_space_states(core, state["spaces"])
     saved = [layer for layer in state["layers"] if layer["class"] not in _OURS]
     # From the inside out: a wrapper's own method may read the environment.
     for layer, own in reversed(list(zip(_without_ours(env), saved, strict=True))):

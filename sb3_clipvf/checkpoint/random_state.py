@@ -10,6 +10,8 @@ from gymnasium import spaces
 # NumPy's. A name in a file must not select anything else.
 _BIT_GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
 
+_SPACES = ("action_space", "observation_space")
+
 
 def global_states() -> dict[str, Any]:
     """Return the states of the generators that a whole process shares."""
@@ -53,15 +55,20 @@ def generator_from(state: dict[str, Any] | None) -> np.random.Generator | None:
     return np.random.Generator(bit_generator)
 
 
-def space_states(space: spaces.Space[Any]) -> list[dict[str, Any] | None]:
-    """Return the generator states of a space and of all spaces in it; None for those that nothing was drawn from."""
-    return [generator_state(part._np_random) for part in _parts(space)]
+def space_states(owner: Any) -> dict[str, list[dict[str, Any] | None]]:
+    """
+    Return the generator states of both spaces of a model or an environment, and of all spaces in them, by name.
+
+    The state is None for a space that nothing was drawn from.
+    """
+    return {name: [generator_state(part._np_random) for part in _parts(getattr(owner, name))] for name in _SPACES}
 
 
-def set_space_states(space: spaces.Space[Any], states: list[dict[str, Any] | None]) -> None:
+def set_space_states(owner: Any, states: dict[str, list[dict[str, Any] | None]]) -> None:
     """Restore the states from :func:`space_states`."""
-    for part, state in zip(_parts(space), states, strict=True):
-        part._np_random = generator_from(state)
+    for name in _SPACES:
+        for part, state in zip(_parts(getattr(owner, name)), states[name], strict=True):
+            part._np_random = generator_from(state)
 
 
 def _parts(space: spaces.Space[Any]) -> list[Any]:

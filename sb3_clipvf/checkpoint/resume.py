@@ -12,22 +12,17 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import HumanOutputFormat, KVWriter, Logger, TensorBoardOutputFormat
 from stable_baselines3.common.type_aliases import GymEnv
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_clipvf.checkpoint.callback_state import restore_callbacks, without_repeats
-from sb3_clipvf.checkpoint.errors import DamagedCheckpointError, NotACheckpointError
-from sb3_clipvf.checkpoint.file import newest_checkpoint, read_checkpoint, read_manifest, versions
+from sb3_clipvf.checkpoint.file import newest_checkpoint, read_checkpoint, versions
 from sb3_clipvf.checkpoint.protocol import ResumableModel
 from sb3_clipvf.checkpoint.random_state import generator_from, global_states, set_global_states, set_space_states
-from sb3_clipvf.checkpoint.training_state import OBSERVATIONS, SPACES, set_logger_state
+from sb3_clipvf.checkpoint.training_state import OBSERVATIONS, set_logger_state
 from sb3_clipvf.checkpoint.vec_env_state import check_same_build, describe_vec_env, restore_vec_env
 from sb3_clipvf.common.messages import log
 
 Model = TypeVar("Model", bound=ResumableModel)
-
-_NORMALIZERS = ("VecNormalize", "FastVecNormalize")
-# One row per environment, of which there may be another number.
-_PER_ENV = ("returns", "old_obs", "old_reward")
 
 
 @dataclass(frozen=True)
@@ -63,8 +58,7 @@ def resume(
     check_same_build(tree["build"], describe_vec_env(venv))
     for name, value in _restore_environments(model, venv, tree).items():
         setattr(model, name, value)
-    for name in SPACES:
-        set_space_states(getattr(model, name), tree["spaces"][name])
+    set_space_states(model, tree["spaces"])
     has_own_logger = _continue_tensorboard(model, tree["logger"]["folder"])
     holds_horizon = model._schedule_timesteps is None and manifest.total_timesteps > 0
     if holds_horizon:
@@ -105,27 +99,6 @@ def take_over(model: ResumableModel, callback: BaseCallback) -> None:
     set_logger_state(model, resumed.tree["logger"])
     # Last: building environments and callbacks may have drawn.
     set_global_states(resumed.random)
-
-
-def has_statistics(path: str | os.PathLike[str]) -> bool:
-    """Return whether a model's file is a checkpoint of a training in normalised environments."""
-    try:
-        return not set(_NORMALIZERS).isdisjoint(read_manifest(path).build["layers"])
-    except (DamagedCheckpointError, NotACheckpointError):
-        return False
-
-
-def load_statistics(path: str | os.PathLike[str], venv: VecEnv) -> VecNormalize:
-    """Wrap any number of environments in the ``VecNormalize`` of a checkpoint; see :func:`has_statistics`."""
-    checkpoint = read_checkpoint(path)
-    layers = zip(checkpoint.manifest.build["layers"], checkpoint.tree["environments"]["layers"], strict=True)
-    state = next(state for name, state in layers if name in _NORMALIZERS)
-    attributes = {name: value for name, value in state["attributes"].items() if name not in _PER_ENV}
-    normalizer = VecNormalize(venv, norm_obs=attributes["norm_obs"], norm_obs_keys=attributes.get("norm_obs_keys"))
-    untouched: dict[str, Any] = {**dict.fromkeys(state), "attributes": {}}
-    inner = [untouched] * (len(describe_vec_env(normalizer)["layers"]) - 1)
-    restore_vec_env(normalizer, {"layers": [{**state, "attributes": attributes}, *inner]})
-    return normalizer
 
 
 def reset_environments(model: ResumableModel, venv: VecEnv, generator: np.random.Generator | None) -> None:

@@ -19,9 +19,6 @@ from sb3_clipvf.files.codec import frozen
 OBSERVATIONS = ("_last_obs", "_last_episode_starts", "_last_original_obs")
 """Attributes that the next rollout starts from. SB3's ``save`` keeps them, but its ``load`` drops them."""
 
-SPACES = ("action_space", "observation_space")
-"""Spaces of a model, which have random generators of their own."""
-
 
 @dataclass(frozen=True)
 class TrainingState:
@@ -57,7 +54,7 @@ def training_state(
     tree = {
         "random": global_states(),
         "model": frozen({name: getattr(model, name) for name in OBSERVATIONS}, "model"),
-        "spaces": {name: space_states(getattr(model, name)) for name in SPACES},
+        "spaces": space_states(model),
         "logger": _logger_state(model),
         "environments": environments,
         "build": build,

@@ -20,10 +20,9 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from sb3_clipvf.callbacks import BEST_MODEL
 from sb3_clipvf.checkpoint import newest_checkpoint
 from sb3_clipvf.checkpoint.file import sorted_checkpoints
-from sb3_clipvf.checkpoint.resume import has_statistics, load_statistics
+from sb3_clipvf.checkpoint.model_statistics import has_statistics, load_statistics
 from sb3_clipvf.common.messages import log
-from sb3_clipvf.files.archive import entries_of, read_bytes
-from sb3_clipvf.files.statistics import STATISTICS_FILE, load_vec_normalize
+from sb3_clipvf.files.statistics import STATISTICS_FILE
 from sb3_clipvf.zoo.defaults import ALGORITHM
 from sb3_clipvf.zoo.entries import counted, drop_null
 from sb3_clipvf.zoo.patching import patched
@@ -125,7 +124,7 @@ def make_test_env(
     complete_settings(hyperparams, env_kwargs)
     with ExitStack() as stack:
         if stats_path is not None and model is not None and hyperparams["normalize"]:
-            if _has_own_statistics(model):
+            if has_statistics(model):
                 stats_path = stack.enter_context(tempfile.TemporaryDirectory())
                 Path(stats_path, STATISTICS_FILE).touch()  # the Zoo checks that the file exists
                 load = staticmethod(lambda _, venv: load_normalizer(model, venv))
@@ -149,7 +148,7 @@ def find_statistics(model: Path, env_name: str, *, normalizes: bool) -> Path | N
     """
     beside = model.parent / env_name / STATISTICS_FILE
     found = None
-    if _has_own_statistics(model):
+    if has_statistics(model):
         found = model
     elif beside.is_file():
         found = beside
@@ -176,21 +175,7 @@ def load_normalizer(path: Path, venv: VecEnv) -> VecNormalize:
     """Wrap environments in the ``VecNormalize`` of a file: ``vecnormalize.pkl``, a checkpoint or a best model."""
     if path.name == STATISTICS_FILE:
         return VecNormalize.load(str(path), venv)
-    if has_statistics(path):
-        return load_statistics(path, venv)
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder, STATISTICS_FILE)
-        copy.write_bytes(_entries(path)[STATISTICS_FILE])
-        return load_vec_normalize(str(copy), venv)
-
-
-def _has_own_statistics(path: Path) -> bool:
-    """Return whether a model's zip file holds statistics, as checkpoints and best models do."""
-    return has_statistics(path) or STATISTICS_FILE in _entries(path)
-
-
-def _entries(path: Path) -> dict[str, bytes]:
-    return dict(entries_of(*read_bytes(path, "zip")))
+    return load_statistics(path, venv)
 
 
 def _find_model(
