@@ -1,4 +1,4 @@
-"""Callbacks for users: an evaluation that does not change the training."""
+"""The callback for evaluations that do not change the training."""
 
 import sys
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import sync_envs_normalization, unwrap_vec_normalize
 
-from sb3_clipvf.checkpoint.best_model import publish, read_score, read_statistics, write_best_model
+from sb3_clipvf.checkpoint.best_model import read_score, read_statistics, write_best_model, write_copy
 from sb3_clipvf.checkpoint.random_state import global_states, set_global_states, set_space_states, space_states
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.envs.episode_ends import check_end
@@ -24,39 +24,40 @@ BEST_STATISTICS = "best_vecnormalize.pkl"
 
 class IsolatedEvalCallback(EvalCallback):
     """
-    SB3's ``EvalCallback``, whose evaluations do not change the training: it ends with the same weights without them.
+    SB3's ``EvalCallback``, whose evaluations do not change the weights of the training.
 
     Each evaluation starts from the random states of the training: Python's, NumPy's, torch's, and those of the model's
     spaces. They are restored at its end, with the policy's mode and its gSDE noise. The statistics of ``VecNormalize``
     are those of the training at that moment, and are not updated. Rewards are not normalised.
 
-    The best model is written atomically, with its statistics in the same file: ``best_model.zip`` in
-    ``best_model_save_path``. ``best_vecnormalize.pkl`` is a copy of them for ``VecNormalize.load``. A resumed training
-    replaces the model only by one that is at least as good.
+    The best model is ``best_model.zip`` in ``best_model_save_path``, with its statistics in the same zip. The zip is
+    replaced atomically; then ``best_vecnormalize.pkl``, a copy of the statistics for ``VecNormalize.load``, is written.
+    A process that reads both during a save may get files of two saves. A resumed training replaces the model only by
+    one that is at least as good.
 
     If an environment reports ``is_success`` in some episodes only, the others count as failures.
 
     Arguments are those of ``EvalCallback``.
 
-    :raises ValueError: At the start of a training, if both share an environment, or if only one of them has a
-        ``VecNormalize``; in an evaluation, if a wrapper outside of ``Monitor`` ends an episode.
+    :raises ValueError: At the start of a training, if ``eval_env`` shares an environment with the training, or if only
+        one of the two has a ``VecNormalize``; in an evaluation, if a wrapper outside of ``Monitor`` ends an episode.
     """
 
     def _init_callback(self) -> None:
         training, evaluation = self.training_env, self.eval_env
-        # The dict keeps the objects alive, since ids are unique among living objects only.
+        # The dict keeps the objects alive: a dead object's id may be used again.
         used = {id(item): item for item in stepped_objects(training)}
         shared = next((item for item in stepped_objects(evaluation) if id(item) in used), None)
         if shared is not None:
             raise ValueError(
                 "`eval_env` must be other environments than those of the training, got the same "
-                f"{type(shared).__name__}: evaluating would end their running episodes. Make others."
+                f"{type(shared).__name__}: an evaluation would end their running episodes. Make others."
             )
         is_normalized = unwrap_vec_normalize(evaluation) is not None
         if is_normalized != (self.model.get_vec_normalize_env() is not None):
-            what, way_out = ("no VecNormalize", "Wrap it: VecNormalize(eval_env, training=False, norm_reward=False).")
+            what, way_out = "no VecNormalize", "Wrap it: VecNormalize(eval_env, training=False, norm_reward=False)."
             if is_normalized:
-                what, way_out = ("a VecNormalize", "Pass it without, or wrap the training's environments, too.")
+                what, way_out = "a VecNormalize", "Pass it without, or also wrap the training's environments."
             raise ValueError(
                 f"`eval_env` must be normalised as the training's environments are, got {what} around it. {way_out}"
             )
@@ -87,10 +88,10 @@ class IsolatedEvalCallback(EvalCallback):
 
     @contextmanager
     def _isolated(self) -> Iterator[None]:
-        """Freeze the statistics of ``eval_env``, and restore all that an evaluation changes in the training."""
+        """Freeze the statistics of ``eval_env``, and restore everything in the training that an evaluation changes."""
         policy, normalizer = self.model.policy, unwrap_vec_normalize(self.eval_env)
         random_states, drawn, was_training = global_states(), space_states(self.model), policy.training
-        distribution = getattr(policy, "action_dist", None)  # with gSDE, it holds the noise of the rollout
+        distribution = getattr(policy, "action_dist", None)  # with gSDE, it holds the rollout's noise
         noise = {} if distribution is None else dict(vars(distribution))
         if normalizer is not None:
             modes = normalizer.training, normalizer.norm_reward
@@ -122,7 +123,7 @@ class IsolatedEvalCallback(EvalCallback):
             warn=self.warn,
             callback=self._log_success_callback,
         )
-        # An environment may report successes only: before the first one, none is expected.
+        # An environment may report `is_success` only for successes, so episodes before the first one have none.
         if reports_success or any(success is not None for success in self._is_success_buffer):
             self._is_success_buffer = [False if success is None else success for success in self._is_success_buffer]
         else:
@@ -189,15 +190,15 @@ class IsolatedEvalCallback(EvalCallback):
         except ValueError as error:
             log.warning("%s is replaced: %s", path, error)
             earlier = {}
-        # A killed training may have evaluated after its last checkpoint. The resumed training does not know that.
+        # A killed training may have evaluated after its last checkpoint, which the resumed training does not know.
         is_of_this_training = earlier.get("training") is not None and earlier["training"] == score["training"]
         if is_of_this_training and earlier["mean_reward"] > self.last_mean_reward:
-            text = "%s stays, with a mean return of %s at step %s"
+            text = "%s is kept: its mean return is %s, of step %s"
             log.info(text, path, earlier["mean_reward"], earlier.get("num_timesteps"))
             statistics = read_statistics(path)
         else:
             statistics = write_best_model(path, self.model, score)
-        publish(folder / BEST_STATISTICS, statistics)
+        write_copy(folder / BEST_STATISTICS, statistics)
 
 
 def _table(rows: list[list[Any]]) -> np.ndarray:

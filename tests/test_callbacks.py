@@ -405,7 +405,7 @@ def test_an_evaluation_that_cannot_be_read_counts_as_none(
     callback.last_mean_reward = 4.0
     with caplog.at_level("INFO", logger="sb3_clipvf"):
         callback._save_best(tmp_path)
-    assert f"{path} stays, with a mean return of 5.0 at step 0" in caplog.text
+    assert f"{path} is kept: its mean return is 5.0, of step 0" in caplog.text
 
 
 def test_a_best_model_of_sb3s_callback_is_replaced_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

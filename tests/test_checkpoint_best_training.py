@@ -183,7 +183,7 @@ def test_non_finite_returns_are_not_saved_and_warned_of_once(tmp_path: Path, cap
     with caplog.at_level(logging.WARNING, logger="sb3_clipvf"):
         model.learn(16, callback=SaveBestTrainingReward(tmp_path))
     assert [record.getMessage() for record in caplog.records] == [
-        "The mean training return is inf: SaveBestTrainingReward saves no model of it."
+        "The mean training return is inf: its model is not saved. Correct the rewards."
     ]
     assert os.listdir(tmp_path) == []
 
@@ -345,7 +345,7 @@ def test_loading_a_pair_with_a_missing_file_names_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["not json", "[1, 2]", '{"format": 2}', '{"model": "x.zip"}'])
 def test_foreign_manifest_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "best_training_model.json").write_text(text)
-    with pytest.raises(ValueError, match=r"must be a manifest of SaveBestTrainingReward \(format 1\), got another"):
+    with pytest.raises(ValueError, match=r"must be a manifest of SaveBestTrainingReward \(format 1\), got other"):
         load_best_training(tmp_path)
     with pytest.raises(ValueError, match="Move the file away"):
         make_model().learn(8, callback=SaveBestTrainingReward(tmp_path))

@@ -223,7 +223,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_the_training_continues(
     assert model.num_timesteps == 192
     assert names(tmp_path) == ["checkpoint_192.zip", "checkpoint_64.zip"]
     assert newest_checkpoint(tmp_path).manifest.num_timesteps == 192
-    assert "There is no checkpoint of step 128" in caplog.text
+    assert "The checkpoint of step 128 is missing" in caplog.text
     assert "No space left on device" in caplog.text
 
 

@@ -313,8 +313,8 @@ def normalized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: VecNormalize(dummy("CartPole-v1", 3)), "the environments of the checkpoint, 2, got 3"),
-        (lambda: gym.make("CartPole-v1"), "the environments of the checkpoint, 2, got 1"),
+        (lambda: VecNormalize(dummy("CartPole-v1", 3)), "the number of environments of the checkpoint, 2, got 3"),
+        (lambda: gym.make("CartPole-v1"), "the number of environments of the checkpoint, 2, got 1"),
         (lambda: dummy("CartPole-v1"), "VecNormalize > DummyVecEnv, got DummyVecEnv"),
         (lambda: FastVecNormalize(dummy("CartPole-v1")), "got FastVecNormalize > DummyVecEnv"),
         (lambda: VecNormalize(dummy("CartPole-v0")), "CartPoleEnv > CartPole-v1, got .* CartPole-v0 as number 0"),

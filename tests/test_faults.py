@@ -702,7 +702,7 @@ def test_another_number_of_environments_is_told(saved: Path, caplog: pytest.LogC
     ClipPPO.load(saved, env=make(), device="cpu").learn(32)
     ClipPPO.load(saved, device="cpu")
     assert caplog.text == ""
-    with pytest.raises(ValueError, match="`env` must have the environments of the checkpoint, 2, got 3"):
+    with pytest.raises(ValueError, match="`env` must have the number of environments of the checkpoint, 2, got 3"):
         ClipPPO.resume(saved, DummyVecEnv([Faulty] * 3))
 
 

@@ -2,7 +2,7 @@
 Checkpoints of a whole training, and the best model of a training.
 
 ``TrainingCheckpoint`` writes checkpoints, ``ClipPPO.resume`` continues from them. ``SaveBestTrainingReward`` keeps the
-best model by the training's own returns. All files are written by ``atomic_write``.
+model with the best mean return of the training episodes. All files are written by ``atomic_write``.
 """
 
 from sb3_clipvf.checkpoint.best_training import SaveBestTrainingReward, load_best_training

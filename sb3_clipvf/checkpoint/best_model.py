@@ -1,8 +1,8 @@
 """
 The file of a best model: one zip with the model, its ``VecNormalize`` statistics and its score, replaced atomically.
 
-No system replaces two files at once. The copy of the statistics beside the zip, for ``VecNormalize.load``, is therefore
-written after it, and again by the next reader if a kill came in between.
+Two files cannot be replaced in one atomic step. A copy of the statistics, for ``VecNormalize.load``, is written beside
+the zip, after it. A process that reads both during a save may get files of two saves. The zip alone is consistent.
 """
 
 import io
@@ -18,12 +18,12 @@ from sb3_clipvf.files.atomic import atomic_write
 from sb3_clipvf.files.statistics import STATISTICS_FILE, statistics_bytes
 
 SCORE_ENTRY = "evaluation.json"
-"""Name of the score in the zip; the statistics have the name of their own file."""
+"""Entry of the zip with the score. The entry with the statistics is ``STATISTICS_FILE``."""
 
 
 def write_best_model(path: Path, model: BaseAlgorithm, score: dict[str, Any]) -> bytes | None:
-    """Write a model with its statistics and its score, which has a ``mean_reward``. Return the pickled statistics."""
-    # In memory first: torch turns an error of the disk in the middle of its zip into another, misleading one.
+    """Write a model with its statistics and its score, which holds ``mean_reward``; return the pickled statistics."""
+    # In memory first: if a write of its zip fails, torch hides the disk's error behind a misleading one.
     content = io.BytesIO()
     model.save(content)
     normalizer = model.get_vec_normalize_env()
@@ -38,7 +38,7 @@ def write_best_model(path: Path, model: BaseAlgorithm, score: dict[str, Any]) ->
 
 
 def read_score(path: Path) -> dict[str, Any] | None:
-    """Return the score in a model's file, or None if it has none. Raise a ValueError if it cannot be read."""
+    """Return the score in a model's zip, or None without a zip or a score. Raise ValueError if it cannot be read."""
     if not path.exists():
         return None
     try:
@@ -46,18 +46,18 @@ def read_score(path: Path) -> dict[str, Any] | None:
             score = read_json(archive, SCORE_ENTRY) if SCORE_ENTRY in archive.namelist() else None
         if score is not None and not (isinstance(score, dict) and isinstance(score.get("mean_reward"), float)):
             raise ValueError("it holds no mean return")
-    except Exception as error:  # a damaged zip raises whatever its parts lead to
+    except Exception as error:  # zipfile and JSON raise many types for damaged bytes
         raise ValueError(f"the evaluation in it could not be read ({reason_of(error)})") from error
     return score
 
 
 def read_statistics(path: Path) -> bytes | None:
-    """Return the pickled statistics in a model's file, or None if it has none."""
+    """Return the pickled statistics in a model's zip, or None if it has none."""
     return dict(entries_of(*read_bytes(path, None))).get(STATISTICS_FILE)
 
 
-def publish(path: Path, content: bytes | None) -> None:
-    """Write a copy of what a best model's file holds, unless it is complete; remove one of an earlier model."""
+def write_copy(path: Path, content: bytes | None) -> None:
+    """Write a copy beside a best model's zip, unless it is complete; None removes the copy of an earlier model."""
     if content is None:
         path.unlink(missing_ok=True)
     elif not path.exists() or path.read_bytes() != content:

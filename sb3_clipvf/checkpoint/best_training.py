@@ -11,7 +11,7 @@ from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
 
-from sb3_clipvf.checkpoint.best_model import publish, read_score, read_statistics, write_best_model
+from sb3_clipvf.checkpoint.best_model import read_score, read_statistics, write_best_model, write_copy
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.common.validation import check_folder, check_int
 from sb3_clipvf.files.atomic import remove_unfinished
@@ -27,8 +27,8 @@ def load_best_training(
     """
     Find the model and the ``VecNormalize`` statistics that :class:`SaveBestTrainingReward` saved.
 
-    The model's file also holds its statistics. If a kill came before they were copied to their own file, they are
-    copied now, so that the two files belong together.
+    If a kill came between the writes of the zip and of its copies, the copies are completed. Call it when no training
+    saves into the folder: during a save, the two files may be of two saves.
 
     :param path: The callback's ``save_path``.
     :param name_prefix: The callback's ``name_prefix``.
@@ -56,22 +56,23 @@ class SaveBestTrainingReward(BaseCallback):
 
     Files in ``save_path``, which is a folder for this callback alone:
 
-    - ``<name_prefix>.zip``: the best model, with its statistics and its mean return, replaced atomically;
+    - ``<name_prefix>.zip``: the best model, with its statistics and its mean return;
     - ``vecnormalize.pkl``: a copy of the statistics;
     - ``<name_prefix>.json``: the best mean return, its environment step, and the names of the two files.
 
-    A kill, a full disk or a power cut leaves either the earlier best model or the new one. The copies are written
-    after it; :func:`load_best_training` completes them if a kill came in between.
+    The zip alone is always consistent: it is replaced atomically, and a kill, a full disk or a power cut leaves the
+    earlier best model or the new one. The copies are written after it. A process that reads the zip and a copy during a
+    save may get files of two saves. If a kill came between the writes, :func:`load_best_training` completes the copies.
 
     :param save_path: Folder to save into; it is created if it does not exist.
     :param name_prefix: First part of the file names, without a folder.
     :param min_episodes: Number of episodes in the window from which a mean counts, at most ``stats_window_size``. None
-        (default): a full window, since a mean of few episodes is often high by luck and would then stay unbeaten. A
-        warning is logged if a training ends without reaching it.
+        (default): a full window, since the mean of few episodes may be high by chance, and later ones rarely exceed it.
+        A warning is logged if a training ends without reaching it.
     :param check_freq: Number of calls after which means are also compared within a rollout, that is every
         ``check_freq * n_envs`` environment steps. None (default): only at the end of rollouts.
-    :param resume: Whether to start from the best mean return that ``save_path`` holds, as a resumed training needs.
-        False: the first full mean replaces it.
+    :param resume: Whether only a mean above that in ``save_path`` replaces the model, as a resumed training needs.
+        False: the first mean that counts replaces it.
     :param verbose: 1: log each save at INFO level to the logger ``sb3_clipvf``.
     :raises ValueError, TypeError: If an argument is outside these rules.
     :raises OSError: While training, if a file cannot be written.
@@ -116,7 +117,7 @@ class SaveBestTrainingReward(BaseCallback):
                 f"`min_episodes` must be at most the model's `stats_window_size` ({self._window()}), got "
                 f"{self.min_episodes}. The mean is taken over that window; pass a larger `stats_window_size` to it."
             )
-        if self._is_started:  # learn() is called again: the best so far is known
+        if self._is_started:  # an earlier learn() has read the best so far
             return
         check_folder("save_path", self.save_path, "Choose another one.")
         remove_unfinished(self.save_path, rf"{re.escape(self.name_prefix)}\.(zip|json)")
@@ -125,7 +126,7 @@ class SaveBestTrainingReward(BaseCallback):
         if best is None:
             return
         self.best_mean_reward = best.mean_reward
-        # A model at step 0 may be a new training in an old folder, which would then save nothing for a long time.
+        # At step 0, this may be a new training in an old folder, which would save nothing for a long time.
         text = (
             f"{self.save_path} holds a best mean training return of {self.best_mean_reward:.2f}; only a better one "
             "replaces it. For a new training choose another `save_path`, or pass resume=False."
@@ -141,7 +142,7 @@ class SaveBestTrainingReward(BaseCallback):
         self._save_if_best()
 
     def _on_training_end(self) -> None:
-        if not self._is_started:  # the RL Zoo ends callbacks also if `learn` fails before it begins
+        if not self._is_started:  # the RL Zoo calls this even if `learn` failed before it began
             return
         if self.best_mean_reward == -math.inf and self._most_episodes < self._n_required():
             self._warn_once(
@@ -163,7 +164,7 @@ class SaveBestTrainingReward(BaseCallback):
             return
         mean_reward = math.fsum(returns) / len(returns)
         if not math.isfinite(mean_reward):
-            self._warn_once(f"The mean training return is {mean_reward}: SaveBestTrainingReward saves no model of it.")
+            self._warn_once(f"The mean training return is {mean_reward}: its model is not saved. Correct the rewards.")
         elif mean_reward > self.best_mean_reward:
             self._save(mean_reward, len(returns))
 
@@ -191,7 +192,7 @@ class _Best:
 
 
 def _find_best(folder: Path, name_prefix: str) -> _Best | None:
-    """Find the best model of a folder, and complete the copies of what its file holds."""
+    """Return the best model of a folder, and complete the copies beside its zip; None if there is no model."""
     model = folder / f"{name_prefix}.zip"
     try:
         score = read_score(model)
@@ -206,7 +207,7 @@ def _find_best(folder: Path, name_prefix: str) -> _Best | None:
 
 
 def _write_copies(model: Path, score: dict[str, Any], statistics: bytes | None) -> _Best:
-    """Write the statistics and the manifest of a best model beside its file."""
+    """Write the statistics and the manifest of a best model beside its zip."""
     content = {
         "best_mean_reward": score["mean_reward"],
         **{name: value for name, value in score.items() if name != "mean_reward"},
@@ -214,13 +215,13 @@ def _write_copies(model: Path, score: dict[str, Any], statistics: bytes | None) 
         "vecnormalize": None if statistics is None else STATISTICS_FILE,
         "format": _FORMAT,
     }
-    publish(model.with_name(STATISTICS_FILE), statistics)
-    publish(model.with_suffix(".json"), json.dumps(content, indent=2).encode() + b"\n")
+    write_copy(model.with_name(STATISTICS_FILE), statistics)
+    write_copy(model.with_suffix(".json"), json.dumps(content, indent=2).encode() + b"\n")
     return _Best(score["mean_reward"], model, None if statistics is None else model.with_name(STATISTICS_FILE))
 
 
 def _read_manifest(path: Path) -> _Best | None:
-    """Read the manifest of version 0.1.0, whose models do not hold their statistics: it names a pair of files."""
+    """Read a manifest of version 0.1.0, which names two files: its models do not hold their statistics."""
     if not path.exists():
         return None
     try:
@@ -231,13 +232,13 @@ def _read_manifest(path: Path) -> _Best | None:
             raise ValueError(f"format {content['format']}, best_mean_reward {best.mean_reward}")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"`{path}` must be a manifest of SaveBestTrainingReward (format {_FORMAT}), got another content "
+            f"`{path}` must be a manifest of SaveBestTrainingReward (format {_FORMAT}), got other content "
             f"({error}). Move the file away, or choose another folder."
         ) from error
     for file in (best.model, best.statistics):
         if file is not None and not file.is_file():
             raise FileNotFoundError(
-                f"{file} was not found, but {path} names it as the best model. Bring the file back, or remove the "
+                f"{file} was not found, but {path} names it as the best model. Restore the file, or remove the "
                 "manifest to start again."
             )
     return best

@@ -1,4 +1,4 @@
-"""The state of a training's callbacks, which are matched by their class and their place in the tree."""
+"""The state of a training's callbacks, which a resume matches by their class and their place among the callbacks."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -27,7 +27,7 @@ _BASE = frozenset({"n_calls", "num_timesteps", "verbose", "locals", "globals", "
 
 def callback_states(root: BaseCallback) -> tuple[dict[str, Any], list[str]]:
     """
-    Return the states of all callbacks, by place, and a text for each class that may keep more than was read.
+    Return the states of all callbacks, by place, and a text for each class with state that may be missing.
 
     A class may define ``training_state()`` and ``load_training_state(state)``.
     """
@@ -39,11 +39,12 @@ def callback_states(root: BaseCallback) -> tuple[dict[str, Any], list[str]]:
 
 
 def restore_callbacks(root: BaseCallback, states: dict[str, Any]) -> None:
-    """Put initialised callbacks into their states; warn of those that only one of the two trainings has."""
+    """Restore the states of initialised callbacks; warn of callbacks that only the checkpoint or only ``root`` has."""
     places = dict(_places(root))
     missing, new = sorted(states.keys() - places.keys()), sorted(places.keys() - states.keys())
     if missing:
-        log.warning("Callbacks of the checkpoint are missing here; their state is dropped: %s.", ", ".join(missing))
+        text = "Callbacks of the checkpoint are missing: %s. Pass them to learn() to keep their state."
+        log.warning(text, ", ".join(missing))
     if new:
         log.warning("Callbacks that are not in the checkpoint start without a state: %s.", ", ".join(new))
     for place, callback in places.items():
@@ -52,7 +53,7 @@ def restore_callbacks(root: BaseCallback, states: dict[str, Any]) -> None:
 
 
 def without_repeats(differences: Iterable[str]) -> list[str]:
-    """Drop the differences of evaluations that the training's environments have, too."""
+    """Drop those differences of evaluation environments that the training's environments also have."""
     texts = list(differences)
     return [text for text in texts if not text.startswith(_IN_EVALUATIONS) or text[len(_IN_EVALUATIONS) :] not in texts]
 
@@ -72,7 +73,7 @@ def _places(root: BaseCallback, above: str = "") -> Iterator[tuple[str, BaseCall
 
 
 def _without_lists(callback: BaseCallback) -> Iterator[BaseCallback]:
-    # `learn` itself makes a list for a progress bar, and wraps None.
+    # With a progress bar, `learn` makes a list by itself; it also wraps None.
     is_none = isinstance(callback, ConvertCallback) and callback.callback is None
     if isinstance(callback, CallbackList):
         for part in callback.callbacks:
@@ -87,8 +88,8 @@ def _state(callback: BaseCallback) -> tuple[dict[str, Any], list[str]]:
     reasons = []
     if _has_own_state(callback):
         given = {"state": frozen(callback.training_state(), f"{name}.training_state()")}  # type: ignore[attr-defined]
-    elif _may_keep_more(callback):
-        reasons.append(f"{name} may keep more than is saved. Define training_state() and load_training_state() in it.")
+    elif _may_have_own_attributes(callback):
+        reasons.append(f"{name} may have unsaved state. Define training_state() and load_training_state() in it.")
     if isinstance(callback, EvalCallback):
         state, unknown = vec_env_state(callback.eval_env)
         evaluation = {"build": describe_vec_env(callback.eval_env), "state": state}
@@ -115,8 +116,8 @@ def _has_own_state(callback: BaseCallback) -> bool:
     return all(callable(getattr(callback, method, None)) for method in ("training_state", "load_training_state"))
 
 
-def _may_keep_more(callback: BaseCallback) -> bool:
-    """Return whether classes that are not known here set attributes of their own, or may have done so."""
+def _may_have_own_attributes(callback: BaseCallback) -> bool:
+    """Return whether a class that is not in ``ATTRIBUTES`` has set attributes of its own, or may have done so."""
     own = [cls for cls in type(callback).__mro__ if issubclass(cls, BaseCallback) and full_name(cls) not in ATTRIBUTES]
     if type(callback).__mro__[len(own)] is BaseCallback:
         return bool(vars(callback).keys() - _BASE)

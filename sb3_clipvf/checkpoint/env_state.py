@@ -26,7 +26,7 @@ def env_state(env: gym.Env[Any, Any]) -> dict[str, Any]:
     """
     Return the state of an environment and of all its wrappers.
 
-    ``unknown`` names the classes that have no ``get_training_state`` and ``set_training_state``, and are not in the
+    ``unknown`` names the classes that define no ``get_training_state`` and ``set_training_state``, and are not in the
     table of ``state_attributes``.
     """
     layers, unknown = [], []
@@ -58,7 +58,7 @@ def restore_env(env: gym.Env[Any, Any], state: dict[str, Any]) -> None:
         write_attributes(layer, own["attributes"])
         restore_file(vars(layer).get("results_writer"), own["file"])
         if state["unknown"] and own["class"] == _MONITOR:
-            layer.needs_reset = True  # it will be reset, which a Monitor may refuse within an episode
+            layer.needs_reset = True  # else a Monitor may refuse the reset that follows
         if own["mujoco"] is not None:
             set_mujoco_state(layer, own["mujoco"])
         if own["given"] is not None:
@@ -74,13 +74,13 @@ def describe_env(env: gym.Env[Any, Any]) -> list[str]:
 
 
 def has_own_state(layer: Any) -> bool:
-    """Return whether the class of a layer, not only what it wraps, has the two methods for its state."""
+    """Return whether the class of a layer itself, not only what it wraps, has the two methods for its state."""
     methods = ("get_training_state", "set_training_state")
     return all(callable(getattr(type(layer), method, None)) for method in methods)
 
 
 def own_state(layer: Any) -> tuple[dict[str, Any] | None, str | None]:
-    """Return ``{"state": ...}`` from the layer's own method, or None with the reason why it cannot be saved."""
+    """Return ``{"state": ...}`` from the layer's own method, and None or the reason why it cannot be saved."""
     name = full_name(type(layer))
     try:
         return {"state": frozen(layer.get_training_state(), f"{name}.get_training_state()")}, None

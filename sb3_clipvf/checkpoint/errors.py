@@ -1,4 +1,4 @@
-"""Errors of files and environments that a training cannot be resumed with."""
+"""Errors raised when a training cannot be resumed from a file or in its environments."""
 
 
 class DamagedCheckpointError(ValueError):

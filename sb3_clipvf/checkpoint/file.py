@@ -20,7 +20,7 @@ from sb3_clipvf.files.archive import check_inner_zip, check_json, entries_of, re
 from sb3_clipvf.files.model import write_model
 
 FORMAT = 1
-"""Version of the layout."""
+"""Version of the file's layout."""
 
 _NAME = re.compile(r"checkpoint_(\d+)\.zip")
 _STATE, _ARRAYS, _MANIFEST = "training_state.json", "training_arrays.npz", "training_manifest.json"
@@ -30,19 +30,19 @@ _PACKAGES = ("stable_baselines3", "gymnasium", "torch", "numpy", "numba", "scipy
 @dataclass(frozen=True)
 class CheckpointManifest:
     """
-    Description of a checkpoint, which its file holds.
+    Description of a checkpoint, stored in its file.
 
     :param training: Random name of the training, which its checkpoints share.
     :param num_timesteps: Environment steps of the training so far.
     :param total_timesteps: Environment steps at which the training ends.
     :param serial: Number of the checkpoint among all that its folder ever held; the newest has the highest.
     :param mean_return: Mean return of the training's last episodes, return units; None without a full window of them.
-    :param differences: Differences of a resumed training, and how to avoid them; empty if it ends with the same weights
-        to the last bit.
-    :param versions: Versions of Python and of the packages that numbers come from.
+    :param differences: What a resumed training will not repeat exactly, and how to avoid it; empty if it ends with the
+        same weights to the last bit.
+    :param versions: Versions of Python and of the packages that affect the numbers.
     :param build: Number and classes of the environments.
     :param entries: SHA-256 of each other entry of the file, in hexadecimal.
-    :param format: Version of the layout.
+    :param format: Version of the file's layout.
     """
 
     training: str
@@ -60,12 +60,12 @@ class CheckpointManifest:
 @dataclass(frozen=True)
 class Checkpoint:
     """
-    A whole checkpoint, read and checked.
+    A complete checkpoint, read and checked.
 
     :param path: Path of the file.
     :param content: Bytes of the file.
     :param manifest: Description in the file.
-    :param tree: State besides what SB3's ``load`` reads.
+    :param tree: State of the training besides the model.
     """
 
     path: Path
@@ -98,7 +98,7 @@ def file_bytes(state: TrainingState, serial: int) -> bytes:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the installed packages that numbers come from."""
+    """Return the versions of Python and of the installed packages that affect the numbers."""
     return installed_versions(_PACKAGES)
 
 
@@ -142,19 +142,19 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     )
     if wrong or _STATE not in found or _ARRAYS not in found:
         raise DamagedCheckpointError(
-            f"{path} is damaged: {', '.join(wrong or [_STATE, _ARRAYS])} must be as written, got something else. Use "
-            "an older checkpoint."
+            f"{path} is damaged: {', '.join(wrong or [_STATE, _ARRAYS])} must be as the manifest describes, got "
+            "something else. Use an older checkpoint."
         )
     try:
         tree = codec.from_bytes(entries[_STATE], entries[_ARRAYS])
-    except Exception as error:  # zipfile, zlib, NumPy and JSON each raise their own
+    except Exception as error:  # zipfile, zlib, NumPy and JSON raise many types
         raise DamagedCheckpointError(f"{path} is damaged: its state cannot be read: {error}") from error
     return Checkpoint(path, content, manifest, tree)
 
 
 def newest_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     """
-    Read the newest whole checkpoint of a folder. A warning names each newer one that is damaged.
+    Read the newest undamaged checkpoint of a folder. A warning names each newer one that is damaged.
 
     :param folder: Folder of a ``TrainingCheckpoint``.
     :return: The checkpoint.
@@ -169,8 +169,8 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
             log.warning("A checkpoint is skipped: %s", error)
     if paths:
         raise DamagedCheckpointError(
-            f"None of the {len(paths)} checkpoints in {folder} is whole. Start a new training in another folder, or "
-            "load a model that was saved elsewhere."
+            f"None of the {len(paths)} checkpoints in {folder} is undamaged. Start a new training in another folder, "
+            "or load a model that was saved elsewhere."
         )
     raise FileNotFoundError(
         f"{folder} holds no checkpoint_<timesteps>.zip. `path` must be a checkpoint or the folder of a "
@@ -179,7 +179,7 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
 
 
 def sorted_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints of a folder, oldest first; unreadable ones are last, sorted by their time steps."""
+    """Return the checkpoints of a folder, oldest first; unreadable ones come last, in the order of their steps."""
     found: list[tuple[float, int, Path]] = []
     for path in folder.glob("checkpoint_*.zip"):
         match = _NAME.fullmatch(path.name)
@@ -202,16 +202,16 @@ def _manifest(path: Path, stream: Any) -> CheckpointManifest:
             raise ValueError("it holds no model")
         if values is not None and values["format"] == FORMAT:
             return CheckpointManifest(**{**values, "differences": tuple(values["differences"])})
-    except Exception as error:  # a damaged zip raises whatever its parts lead to
+    except Exception as error:  # zipfile and JSON raise many types for damaged bytes
         raise DamagedCheckpointError(f"{path} is damaged: {error}. Use another checkpoint.") from error
     if values is None:
         raise NotACheckpointError(
-            f"{path} is a model without the state of its training, and cannot be resumed. Continue from its weights by "
-            "ClipPPO.load, or pass a file that a TrainingCheckpoint wrote."
+            f"{path} is a model without the state of its training, and cannot be resumed. Continue from its weights "
+            "with ClipPPO.load, or pass a file that a TrainingCheckpoint wrote."
         )
     raise NotACheckpointError(
         f"{path} has the format {values['format']}, and this version of sb3_clipvf reads {FORMAT}. Resume it with "
-        f"sb3_clipvf {values.get('versions', {}).get('sb3_clipvf', 'of that time')}."
+        f"sb3_clipvf {values.get('versions', {}).get('sb3_clipvf', 'as installed then')}."
     )
 
 

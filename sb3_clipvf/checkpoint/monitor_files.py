@@ -1,4 +1,4 @@
-"""The state of ``Monitor``'s files: at a resume, rows after the checkpoint are removed and lost rows are put back."""
+"""The state of ``Monitor``'s files: a resume removes rows after the checkpoint, and restores lost rows."""
 
 import os
 from typing import Any
@@ -8,7 +8,7 @@ from stable_baselines3.common.monitor import ResultsWriter
 from sb3_clipvf.common.messages import log
 
 LARGEST_FILE = 2**24
-"""Bytes (16 MiB) up to which a checkpoint holds a file's content. Of longer files it holds the length."""
+"""Bytes (16 MiB) up to which a checkpoint holds a file's content; of longer files, only the length."""
 
 _PATH, _LENGTH, _CONTENT = "monitor_path", "monitor_length", "monitor_content"
 
@@ -25,7 +25,7 @@ def with_contents(tree: Any) -> Any:
     """
     Replace the paths of files in a state by their content.
 
-    Files only grow, so this can wait until a checkpoint is written.
+    Files only grow, so this can be done as late as a checkpoint is written.
     """
     if isinstance(tree, dict):
         if _PATH not in tree:
@@ -36,7 +36,7 @@ def with_contents(tree: Any) -> Any:
                 with open(tree[_PATH], "rb") as file:
                     content = file.read(tree[_LENGTH])
             except OSError as error:
-                log.warning("The checkpoint is written without the rows of %s: %s", tree[_PATH], error)
+                log.warning("The checkpoint lacks the rows of %s: %s. Keep that file for a resume.", tree[_PATH], error)
         return {_LENGTH: tree[_LENGTH], _CONTENT: content}
     if type(tree) is list and tree and isinstance(tree[0], dict):
         return [with_contents(item) for item in tree]
@@ -44,7 +44,7 @@ def with_contents(tree: Any) -> Any:
 
 
 def restore_file(writer: ResultsWriter | None, state: dict[str, Any] | None) -> None:
-    """Restore the rows of a file, which was opened with or without them; warn if they are lost."""
+    """Restore the rows of a file, whether or not it was opened with them; warn if they are lost."""
     if writer is None or state is None:
         return
     handler = writer.file_handler

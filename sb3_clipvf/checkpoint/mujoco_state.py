@@ -6,8 +6,8 @@ import numpy as np
 
 from sb3_clipvf.checkpoint.errors import EnvironmentMismatchError
 
-# MuJoCo computes these before it integrates: after a step they belong to the state before it. Rewards and observations
-# read them, and computing them again would give those of the state after the step.
+# MuJoCo computes these before it integrates, so after a step they belong to the state before that step. Rewards and
+# observations read them. Computing them again would give the values of the state after the step.
 _DERIVED = (
     "xpos xquat xmat xipos ximat xanchor xaxis geom_xpos geom_xmat site_xpos site_xmat cam_xpos cam_xmat light_xpos "
     "light_xdir subtree_com subtree_linvel subtree_angmom cinert cvel cacc cfrc_int cfrc_ext cdof cdof_dot qacc "
@@ -20,12 +20,12 @@ _DRAWN = ("goal", "goal_pos", "cylinder_pos")
 
 
 def is_mujoco(env: Any) -> bool:
-    """Return whether an environment without wrappers is one of Gymnasium's on MuJoCo, not a class derived from them."""
+    """Return whether an environment without wrappers is of one of Gymnasium's own MuJoCo classes."""
     return type(env).__module__.startswith("gymnasium.envs.mujoco.")
 
 
 def mujoco_state(env: Any) -> dict[str, Any]:
-    """Return the state of an environment without wrappers, as arrays with memory of their own."""
+    """Return the state of an environment without wrappers, as copies."""
     import mujoco
 
     kind = mujoco.mjtState.mjSTATE_INTEGRATION

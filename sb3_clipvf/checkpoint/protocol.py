@@ -1,4 +1,4 @@
-"""What checkpoints read from a model and set on it."""
+"""The attributes and methods of a model that checkpoints use."""
 
 import os
 from collections import deque

@@ -7,7 +7,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 
-# NumPy's. A name in a file must not select anything else.
+# NumPy's own: a name in a file must not select another class.
 _BIT_GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
 
 _SPACES = ("action_space", "observation_space")
@@ -32,7 +32,7 @@ def set_global_states(states: dict[str, Any]) -> None:
     random.setstate((version, tuple(numbers.tolist()), gauss_next))
     np.random.set_state(states["numpy"])
     th.set_rng_state(states["torch"])
-    # With other devices than before, nothing is exact in any case.
+    # Without the same devices, a resume is not exact in any case.
     if "cuda" in states and th.cuda.is_available() and th.cuda.device_count() == len(states["cuda"]):
         th.cuda.set_rng_state_all(states["cuda"])
 
@@ -48,7 +48,8 @@ def generator_from(state: dict[str, Any] | None) -> np.random.Generator | None:
         return None
     if state["bit_generator"] not in _BIT_GENERATORS:
         raise ValueError(
-            f"`bit_generator` must be one of {', '.join(_BIT_GENERATORS)}, got {state['bit_generator']!r}. Use NumPy's."
+            f"`bit_generator` must be one of {', '.join(_BIT_GENERATORS)}, got {state['bit_generator']!r}. "
+            "Use one of these."
         )
     bit_generator = getattr(np.random, state["bit_generator"])()
     bit_generator.state = state

@@ -1,4 +1,4 @@
-"""A wrapper that gives checkpoints access to environments in other processes."""
+"""A wrapper by which checkpoints save and restore environments in other processes."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from sb3_clipvf.checkpoint.env_state import describe_env, env_state, restore_env
 
 class ResumableEnv(gym.Wrapper[Any, Any, Any, Any]):
     """
-    Give a checkpoint access to an environment that runs in another process.
+    Wrapper by which checkpoints save and restore an environment that runs in another process.
 
     It must be the outermost wrapper, outside of ``Monitor``: ``make_vec_env(..., wrapper_class=ResumableEnv,
-    vec_env_cls=SubprocVecEnv)`` puts it there. In the process of the training itself it is not needed.
+    vec_env_cls=SubprocVecEnv)`` puts it there. Environments in the training's own process do not need it.
 
     :param env: Environment with all its other wrappers.
     """
@@ -22,7 +22,7 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any]):
         return env_state(self.env)
 
     def set_whole_state(self, state: dict[str, Any]) -> None:
-        """Put the environment and all its wrappers into a state of :meth:`whole_state`."""
+        """Restore the state of the environment and of all its wrappers, from :meth:`whole_state`."""
         restore_env(self.env, state)
 
     def whole_description(self) -> list[str]:

@@ -27,14 +27,14 @@ Model = TypeVar("Model", bound=ResumableModel)
 
 @dataclass(frozen=True)
 class Resumed:
-    """State that a resumed model takes over when ``learn`` has built its callbacks and its logger."""
+    """State that :func:`take_over` restores when ``learn`` has built its callbacks and its logger."""
 
     tree: dict[str, Any]
     # States of the process's random generators at the start of the next rollout
     random: dict[str, Any]
-    # Observations that the next rollout starts from; `learn` replaces them if it starts again
+    # Observations that the next rollout starts from; `learn` replaces them if it resets the environments
     observations: Any
-    # Environment steps at which schedules end, if only this resume holds them there
+    # Environment steps at which the resume makes schedules end; None if the user chose `schedule_timesteps`
     held_horizon: int | None
     # Whether the logger writes to the folder of the interrupted training
     has_own_logger: bool
@@ -45,7 +45,7 @@ def resume(
 ) -> Model:
     """Load a model from a checkpoint, or from a folder of them, with its environments; see ``ClipPPO.resume``."""
     if env is None:
-        raise ValueError("`env` must be the environment to resume in, got None. Build it as it was built before.")
+        raise ValueError("`env` must be the environment to resume in, got None. Build it as for the training.")
     checkpoint = newest_checkpoint(path) if Path(path).is_dir() else read_checkpoint(path)
     manifest, tree = checkpoint.manifest, checkpoint.tree
     found = {"n_envs": env.num_envs if isinstance(env, VecEnv) else 1}
@@ -93,16 +93,16 @@ def take_over(model: ResumableModel, callback: BaseCallback) -> None:
     if resumed.has_own_logger:
         model._custom_logger = False
     if model._total_timesteps == model._schedule_timesteps == resumed.held_horizon:
-        # This call's own horizon is the same, and later calls must find theirs as without the interruption.
+        # This call ends at the same step. Later calls must have their own horizons, as without the interruption.
         model._schedule_timesteps = None
     restore_callbacks(callback, resumed.tree["callbacks"])
     set_logger_state(model, resumed.tree["logger"])
-    # Last: building environments and callbacks may have drawn.
+    # Last, since building environments and callbacks may have drawn random numbers.
     set_global_states(resumed.random)
 
 
 def reset_environments(model: ResumableModel, venv: VecEnv, generator: np.random.Generator | None) -> None:
-    """Begin a new episode in each environment, with a seed from the generator if there is one."""
+    """Begin a new episode in each environment, seeded from the generator unless it is None."""
     if generator is not None:
         venv.seed(draw_seed(generator))
     model._last_obs = venv.reset()  # type: ignore[assignment]
@@ -118,7 +118,7 @@ def draw_seed(generator: np.random.Generator) -> int:
 
 
 def _restore_environments(model: ResumableModel, venv: VecEnv, tree: dict[str, Any]) -> dict[str, Any]:
-    """Put the environments into their state. Return the model's attributes that the next rollout starts from."""
+    """Restore the environments. Return the model's attributes from which the next rollout starts."""
     venv.reset()
     restore_vec_env(venv, tree["environments"])
     set_global_states(tree["random"])
@@ -126,7 +126,7 @@ def _restore_environments(model: ResumableModel, venv: VecEnv, tree: dict[str, A
         return dict(tree["model"])
     generator = generator_from(tree["resets"])
     if generator is None and model.seed is not None:
-        # Not the seed itself: each resumed training would begin with the episodes of the first one.
+        # Not the seed itself: each resumed training would repeat the first episodes of the training.
         generator = np.random.default_rng(np.random.SeedSequence((model.seed, model.num_timesteps)))
     reset_environments(model, venv, generator)
     return {name: getattr(model, name) for name in OBSERVATIONS}
@@ -145,7 +145,7 @@ def _continue_tensorboard(model: ResumableModel, folder: str | None) -> bool:
 
 
 class _ContinuedTensorBoard(TensorBoardOutputFormat):
-    """SB3's writer; it hides the interrupted run's steps after the checkpoint, which the resumed run writes again."""
+    """SB3's writer, which hides the interrupted run's steps after the checkpoint: the resumed run repeats them."""
 
     def __init__(self, folder: str, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -162,4 +162,5 @@ def _warn_of_versions(saved: dict[str, str]) -> None:
         if saved.get(name) != now.get(name)
     ]
     if changed:
-        log.warning("Numbers may differ in their last digits, since versions have changed: %s.", ", ".join(changed))
+        text = "Numbers may differ in their last digits, since versions have changed: %s. The earlier ones avoid that."
+        log.warning(text, ", ".join(changed))

@@ -1,4 +1,4 @@
-"""Signals that end a training: a last checkpoint is saved, then the process ends with the signal's exit code."""
+"""Handlers of SIGTERM and SIGINT: they save a last checkpoint, then end the process with the signal's exit code."""
 
 import os
 import signal
@@ -16,17 +16,17 @@ class SignalWatch:
     """
     Call ``save`` at the first SIGTERM or SIGINT, then end the process with exit code 143 or 130 (128 + number).
 
-    A second signal ends the process as it would have without the watch.
+    A second signal has the effect that it has without these handlers.
     """
 
     def __init__(self, model: Any, save: Callable[[str], None]) -> None:
         self._model = model
         self._save = save
-        self._process = os.getpid()
+        self._pid = os.getpid()
         self._handlers_before: dict[int, Any] = {}
 
     def start(self) -> bool:
-        """Install the handlers, if this is the main thread and signals are not ignored. Return whether any is."""
+        """Install the handlers, if this is the main thread and signals are not ignored. Return whether any was."""
         if threading.current_thread() is not threading.main_thread():
             return False
         for number in SIGNALS:
@@ -35,9 +35,9 @@ class SignalWatch:
         return bool(self._handlers_before)
 
     def stop(self) -> None:
-        """Put the earlier handlers back, unless these have been replaced."""
+        """Restore the earlier handlers, unless others have replaced these."""
         for number, handler in list(self._handlers_before.items()):
-            # Another watch may have installed its handler over this one, and will put this one back.
+            # Another watch may have replaced this handler, and will restore it.
             if signal.getsignal(number) == self._handle:
                 signal.signal(number, handler)
                 del self._handlers_before[number]
@@ -45,7 +45,7 @@ class SignalWatch:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.stop()
         # Forked processes of environments inherit the handlers, and an error may have ended the training.
-        if os.getpid() != self._process or not is_learning(self._model, frame):
+        if os.getpid() != self._pid or not is_learning(self._model, frame):
             signal.raise_signal(number)
             return
         self._save(signal.Signals(number).name)

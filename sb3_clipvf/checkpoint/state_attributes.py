@@ -48,7 +48,7 @@ ATTRIBUTES = {
     f"{_ZOO}.DelayedRewardWrapper": "current_step accumulated_reward",
     f"{_ZOO}.HistoryWrapper": "obs_history action_history",
     f"{_ZOO}.HistoryWrapperObsDict": "obs_history action_history",
-    # Wrappers of vectorised environments. What is more than a plain attribute is in vec_env_state.
+    # Wrappers of vectorised environments. Their state beyond plain attributes is in vec_env_state.
     f"{_VEC}.vec_normalize.VecNormalize": _NORMALIZE,
     "sb3_clipvf.envs.normalize.FastVecNormalize": _NORMALIZE,
     f"{_VEC}.vec_monitor.VecMonitor": "episode_returns episode_lengths episode_count t_start",
@@ -66,9 +66,9 @@ ATTRIBUTES = {
     "rl_zoo3.callbacks.TrialEvalCallback": "eval_idx is_pruned",
 }
 """
-Names of attributes, separated by spaces, and dotted if they belong to an attribute.
+Names of attributes by class, separated by spaces. ``obs_rms.mean`` is the attribute ``mean`` of ``obs_rms``.
 
-A derived class is another class: what it adds is not known here.
+A class derived from one of these is not listed: it may have attributes of its own.
 """
 
 _STATELESS = {
@@ -85,16 +85,16 @@ _STATELESS = {
     "rl_zoo3.callbacks": "SaveVecNormalizeCallback",
     "sb3_clipvf.checkpoint.best_training": "SaveBestTrainingReward",  # its folder holds its state
     "sb3_clipvf.checkpoint.resumable": "ResumableEnv",
-    "sb3_clipvf.envs.episode_ends": "EpisodeEnds",  # between two steps it keeps nothing
+    "sb3_clipvf.envs.episode_ends": "EpisodeEnds",  # it keeps no state between steps
 }
 ATTRIBUTES |= {f"{module}.{name}": "" for module, names in _STATELESS.items() for name in names.split()}
 
 STATELESS_MODULES = tuple(f"{_WRAPPERS}.transform_{kind}" for kind in ("action", "observation", "reward"))
-"""Modules whose wrappers all keep nothing from one step to the next."""
+"""Modules whose wrappers keep no state between steps."""
 
 
 def read_attributes(target: Any, names: str) -> dict[str, Any]:
-    """Return the attributes of an object that it has, by name; the values still belong to it."""
+    """Return those of the named attributes that an object has, by name; the values are not copied."""
     values = {}
     for name in names.split():
         owner, last = _owner(target, name)

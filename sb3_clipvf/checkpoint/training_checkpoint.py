@@ -29,7 +29,7 @@ from sb3_clipvf.files.atomic import atomic_write, remove_unfinished
 BEST_NAME = "best_checkpoint.zip"
 
 COPY_SHARE = 0.01
-"""Share of a training's time that copies in memory, which signals save, may take."""
+"""Share of a training's time that copies in memory may take; a signal writes the latest copy."""
 
 
 class TrainingCheckpoint(BaseCallback):
@@ -39,9 +39,9 @@ class TrainingCheckpoint(BaseCallback):
     A checkpoint holds the whole state of the training between two rollouts in one file, replaced atomically:
     ``checkpoint_<timesteps>.zip`` in the folder. It is also an SB3 model, for ``ClipPPO.load`` and the Zoo.
 
-    One is written at the first end of an update at or after each multiple of ``every_timesteps``, and one at the end of
-    the training. The first one logs what a resumed training will not repeat exactly. Put this callback first in a list:
-    the actions of other callbacks at the start of a rollout belong to that rollout.
+    It is written after each update that reaches or passes a multiple of ``every_timesteps``, and at the end of the
+    training. With the first one, the log names what a resumed training will not repeat exactly. Put this callback first
+    in a list, so that the checkpoint precedes what others do at the start of a rollout.
 
     :param every_timesteps: Environment steps, over all environments, between two checkpoints.
     :param path: Folder for the checkpoints of one training; it is created if it does not exist.
@@ -50,14 +50,14 @@ class TrainingCheckpoint(BaseCallback):
         full window of ``stats_window_size`` of them, as ``best_checkpoint.zip``.
     :param reset_envs: Whether all environments begin new episodes after each checkpoint, with seeds from the
         checkpoint, in this training and in the resumed one. It makes a resume exact if the environments' state cannot
-        be saved and a reset with a seed decides everything that follows. Running episodes are cut off. One more
-        checkpoint is written at the start.
-    :param on_error: What to do if a checkpoint cannot be written: "warn" logs an error and trains on, "raise" ends the
-        training. Earlier checkpoints stay in any case.
+        be saved, but a seeded reset determines all that follows. Running episodes are cut off. One more checkpoint is
+        written at the start.
+    :param on_error: What to do if a checkpoint cannot be written. "warn": log an error and continue the training.
+        "raise": end it. Earlier checkpoints are kept in both cases.
     :param on_signal: Whether SIGTERM and SIGINT write a last checkpoint at once and end the process, with exit code 143
-        or 130. It holds the end of the last update or of one shortly before: its state is copied in memory, which takes
-        at most a hundredth of the time. With ``reset_envs`` and environments whose state cannot be saved, the last
-        checkpoint is that of the last multiple.
+        or 130. It is a copy in memory, made after the last update or one shortly before; copies take at most 1 % of the
+        time. With ``reset_envs`` and environments whose state cannot be saved, there are no copies: the last regular
+        checkpoint remains.
     :param verbose: 1: log each checkpoint at INFO level to the logger ``sb3_clipvf``.
     :raises ValueError, TypeError: If an argument is outside these rules, or if the folder holds checkpoints of another
         training when a new one starts.
@@ -65,7 +65,7 @@ class TrainingCheckpoint(BaseCallback):
     """
 
     differences_level = logging.WARNING
-    """Level of the messages about what a resumed training will not repeat exactly."""
+    """Logging level of the messages about what a resumed training will not repeat exactly."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class TrainingCheckpoint(BaseCallback):
         self.keep_last = check_int("keep_last", keep_last, 1, "The newest checkpoint must stay.")
         for name, value in (("keep_best", keep_best), ("reset_envs", reset_envs), ("on_signal", on_signal)):
             check_bool(name, value)
-        check_choice("on_error", on_error, ("warn", "raise"), "'warn' trains on.")
+        check_choice("on_error", on_error, ("warn", "raise"), "'warn' continues the training.")
         self.keep_best = keep_best
         self.reset_envs = reset_envs
         self.on_error = on_error
@@ -117,20 +117,20 @@ class TrainingCheckpoint(BaseCallback):
         }
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        """Take over the state of the callback that wrote a checkpoint, from :meth:`training_state`."""
+        """Restore the state of the callback that wrote a checkpoint, from :meth:`training_state`."""
         self._is_resumed = True
         ours = {"every_timesteps": self.every_timesteps, "reset_envs": self.reset_envs}
         changed = [name for name, value in ours.items() if state[name] != value]
         if changed and (self.reset_envs or state["reset_envs"]):
             log.warning(
                 "Environments are reset at other times than in the interrupted training: %s of TrainingCheckpoint "
-                "differ from the checkpoint's.",
+                "differ from the checkpoint's. Pass the same values for an exact resume.",
                 " and ".join(changed),
             )
         if self.reset_envs:
             self._generator = generator_from(state["generator"])
             if self._generator is not None and state["is_reset"]:
-                draw_seed(self._generator)  # `resume` has reset the environments with this seed
+                draw_seed(self._generator)  # `resume` has used this seed
 
     # ------------------------------------------------------------------ events
 
@@ -143,7 +143,7 @@ class TrainingCheckpoint(BaseCallback):
         if isinstance(self.parent, EventCallback):
             raise ValueError(
                 f"`callback` must not be a TrainingCheckpoint, got one in {type(self.parent).__name__}. Pass it to "
-                "learn(callback=[...]) itself, which calls it at the start of each rollout."
+                "learn(callback=[...]) itself: it must be called at the start of each rollout."
             )
         check_folder("path", self.path, "Choose another one.")
 
@@ -158,7 +158,7 @@ class TrainingCheckpoint(BaseCallback):
             model._training_id = uuid.uuid4().hex
         self._scan_folder()
         if self.reset_envs and self._generator is None:
-            # The multiple 0: there is an exact checkpoint whenever the process ends.
+            # A checkpoint at step 0, so that an exact one exists whenever the process ends.
             self._multiples = -1 if model.num_timesteps == 0 else self._multiples
             self._generator = np.random.default_rng(model.seed)
         if self.on_signal:
@@ -166,7 +166,7 @@ class TrainingCheckpoint(BaseCallback):
             self._watch = watch if watch.start() else None
 
     def _on_rollout_start(self) -> None:
-        # Nothing has been drawn for the next rollout.
+        # Nothing has been drawn for this rollout yet.
         multiples = self._model.num_timesteps // self.every_timesteps
         is_due = multiples > self._multiples
         self._multiples = multiples
@@ -182,7 +182,7 @@ class TrainingCheckpoint(BaseCallback):
         if self._watch is not None:
             self._watch.stop()
             self._watch = None
-        # The RL Zoo calls this again, also after an error or a signal, and if `learn` failed before it had a model.
+        # The RL Zoo also calls this after `learn`: after an error or a signal, and even if there is no model yet.
         if "model" in vars(self) and is_learning(self._model, inspect.currentframe()):
             self._save_and_reset()
         self._unwritten = None
@@ -199,7 +199,7 @@ class TrainingCheckpoint(BaseCallback):
         return training_state(self._model, self._root, self._build, generator)
 
     def _copy_if_time_allows(self) -> None:
-        # A resume may start at any update, so not every short one needs a copy.
+        # A resume may start at any update, so not every update needs a copy.
         started = time.perf_counter()
         if started >= self._next_copy:
             self._unwritten = self._state(is_reset=False)
@@ -219,11 +219,11 @@ class TrainingCheckpoint(BaseCallback):
 
     def save_last(self, reason: str, *, at_start: bool = True) -> None:
         """
-        Write the copy of the last update unless it is in a file, and log what ends the training.
+        Write the copy in memory unless a file holds it, and log what ends the training.
 
-        :param reason: What ends it.
+        :param reason: What ends the training.
         :param at_start: Whether to write a copy from before the first step.
-        :raises OSError: If it cannot be written, with ``on_error="raise"``.
+        :raises OSError: If the copy cannot be written, with ``on_error="raise"``.
         """
         if self._unwritten is not None and (at_start or self._unwritten.num_timesteps > 0):
             self._write(self._unwritten)
@@ -246,7 +246,7 @@ class TrainingCheckpoint(BaseCallback):
         except OSError as error:
             if self.on_error == "raise":
                 raise
-            log.error("There is no checkpoint of step %d: %s", state.num_timesteps, error)
+            log.error("The checkpoint of step %d is missing: %s", state.num_timesteps, error)
             return
         for old in self._kept[: -self.keep_last]:
             old.unlink(missing_ok=True)
@@ -262,7 +262,7 @@ class TrainingCheckpoint(BaseCallback):
                 log.log(self.differences_level, text, difference)
 
     def _scan_folder(self) -> None:
-        """Find earlier checkpoints, to continue their serial numbers, and remove what killed writes left."""
+        """Find earlier checkpoints, continue their serial numbers, and remove temporary files of killed writes."""
         remove_unfinished(self.path, r"(best_)?checkpoint_?\d*\.zip|nonfinite_\d+\.npz")
         best = self.path / BEST_NAME
         manifests = {}
@@ -274,7 +274,7 @@ class TrainingCheckpoint(BaseCallback):
         if others:
             raise ValueError(
                 f"`path` must be a folder without checkpoints of another training, got {self.path} with "
-                f"{', '.join(others)}. Continue that training by ClipPPO.resume, or choose another folder."
+                f"{', '.join(others)}. Continue that training with ClipPPO.resume, or choose another folder."
             )
         mean_return = manifests.pop(best).mean_return if best in manifests else None
         if mean_return is not None:

@@ -17,12 +17,12 @@ from sb3_clipvf.checkpoint.vec_env_state import vec_env_state
 from sb3_clipvf.files.codec import frozen
 
 OBSERVATIONS = ("_last_obs", "_last_episode_starts", "_last_original_obs")
-"""Attributes that the next rollout starts from. SB3's ``save`` keeps them, but its ``load`` drops them."""
+"""Attributes from which the next rollout starts. SB3's ``save`` writes them, but its ``load`` drops them."""
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """The state of a training between two rollouts. It shares nothing that can change with the training."""
+    """A copy of the state of a training between two rollouts."""
 
     # SB3's model file: attributes, state dicts, other tensors
     attributes: dict[str, Any]
@@ -44,8 +44,8 @@ def training_state(
     """
     Return the state of a training between two rollouts.
 
-    ``callback`` is the one that ``learn`` made from its argument, and ``build`` the description of the environments.
-    ``resets`` is the state of the generator of seeds if the environments are reset right after this checkpoint.
+    ``callback`` is the one that ``learn`` made from its argument, ``build`` the description of the environments. If the
+    environments are reset right after this checkpoint, ``resets`` is the state of the generator of their seeds.
     """
     environments, differences = vec_env_state(callback.training_env)
     callbacks, reasons = callback_states(callback)
@@ -75,7 +75,7 @@ def training_state(
 
 
 def set_logger_state(model: ResumableModel, state: dict[str, Any]) -> None:
-    """Restore the values that were recorded and not yet written."""
+    """Restore the recorded values that were not logged yet."""
     model.logger.name_to_value.update(state["values"])
     model.logger.name_to_count.update(state["counts"])
     model.logger.name_to_excluded.update(state["excluded"])
@@ -100,7 +100,7 @@ def _cloned(value: Any) -> Any:
     if isinstance(value, th.Tensor):
         return value.detach().to("cpu", copy=True)  # `load` moves it to its device
     if isinstance(value, dict):
-        cloned = copy.copy(value)  # a state dict has its version in an attribute
+        cloned = copy.copy(value)  # keeps the attribute in which a state dict has its version
         for key, item in value.items():
             cloned[key] = _cloned(item)
         return cloned
@@ -110,7 +110,7 @@ def _cloned(value: Any) -> Any:
 
 
 def _logger_state(model: ResumableModel) -> dict[str, Any]:
-    """Return the values that were recorded and not yet written: numbers and text, no images and videos."""
+    """Return the recorded values that were not logged yet: numbers and text, no images or videos."""
     logger = model.logger
     plain = (bool, int, float, str, np.generic)
     values = {name: value for name, value in logger.name_to_value.items() if isinstance(value, plain)}

@@ -20,7 +20,7 @@ from sb3_clipvf.envs.vector import BatchedVecEnv
 from sb3_clipvf.files.allowlist import full_name
 from sb3_clipvf.files.codec import frozen
 
-# It steps as DummyVecEnv does, to the last bit.
+# It gives the same steps as DummyVecEnv, to the last bit.
 _SAME = {"sb3_clipvf.envs.dummy.FastDummyVecEnv": "DummyVecEnv"}
 
 _RESET_TEXT = "begin new episodes at a resume, with other random numbers"
@@ -42,7 +42,7 @@ def restore_vec_env(venv: VecEnv, state: dict[str, Any]) -> None:
     """
     Restore the state from :func:`vec_env_state` in environments with the same wrappers, which have been reset once.
 
-    They must be reset afterwards if the state is not exact.
+    If the state is not exact, they must be reset afterwards.
     """
     for layer, own in reversed(list(zip(_layers(venv), state["layers"], strict=True))):
         if own["given"] is not None:
@@ -67,7 +67,7 @@ def restore_vec_env(venv: VecEnv, state: dict[str, Any]) -> None:
 
 
 def describe_vec_env(venv: VecEnv) -> dict[str, Any]:
-    """Return the number of environments and the classes of all layers, within other processes if they are resumable."""
+    """Return the number of environments and the classes of all layers; in other processes, if they are resumable."""
     layers = _layers(venv)
     base = layers[-1]
     environments = None
@@ -85,13 +85,13 @@ def describe_vec_env(venv: VecEnv) -> dict[str, Any]:
 
 def check_same_build(saved: dict[str, Any], found: dict[str, Any]) -> None:
     """Raise if the description of environments differs from that in a checkpoint; see :func:`describe_vec_env`."""
-    for name, what in (("n_envs", "environments"), ("layers", "classes of vectorised environments"), ("inner", "env")):
+    for name, what in {"n_envs": "number of environments", "layers": "layers", "inner": "inner environment"}.items():
         _check_same(what, saved[name], found[name])
     if None in (saved["environments"], found["environments"]):
         if saved["environments"] is not None:
             raise EnvironmentMismatchError(
                 "`env` must be wrapped in ResumableEnv, as in the checkpoint, got environments in other processes "
-                "without it. Make them with make_vec_env(..., wrapper_class=ResumableEnv)."
+                "without it. Build them with make_vec_env(..., wrapper_class=ResumableEnv)."
             )
         return
     for index, (before, now) in enumerate(zip(saved["environments"], found["environments"], strict=True)):
@@ -108,7 +108,7 @@ def _check_same(what: str, saved: Any, found: Any, where: str = "") -> None:
 
 
 def _layers(venv: VecEnv) -> list[Any]:
-    """Return the layers, and last a simulator that the innermost one wraps without saving its state."""
+    """Return the layers, then a simulator inside the innermost one, unless that layer saves its state."""
     layers, simulator = vec_env_layers(venv), simulator_of(venv)
     return layers if simulator is None or has_own_state(layers[-1]) else [*layers, simulator]
 
@@ -132,7 +132,7 @@ def _layer_state(layer: Any) -> tuple[dict[str, Any], list[str]]:
         return state, []
     if not isinstance(layer, VecEnv):
         return state, [_inaccessible(layer)]
-    # Seeds that the next reset will use: new environments have those of their first reset instead.
+    # Seeds of the next reset. New environments still have those of their first reset.
     state["attributes"] = frozen(read_attributes(layer, "_seeds"))
     if isinstance(layer, BatchedVecEnv):
         state["adapter"], reasons = _adapter_state(layer)
@@ -159,7 +159,7 @@ def _unknown(environments: list[dict[str, Any]]) -> list[str]:
 
 
 def _is_resumable(layer: VecEnv) -> bool:
-    # Reading a missing attribute would end the process of the environment.
+    # Not getattr: reading a missing attribute ends the environment's process.
     return isinstance(layer, SubprocVecEnv) and layer.has_attr("whole_state")
 
 
