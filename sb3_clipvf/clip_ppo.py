@@ -39,7 +39,7 @@ from sb3_clipvf.arguments import (
     warn_of_n_envs,
     warn_of_truncated_minibatches,
 )
-from sb3_clipvf.checkpoint.resume import Resumed, resume, take_over
+from sb3_clipvf.checkpoint.resume import Resumed, finish_resume, resume
 from sb3_clipvf.collection import RolloutCollector
 from sb3_clipvf.common import validation
 from sb3_clipvf.common.messages import log, show_messages
@@ -536,7 +536,7 @@ class ClipPPO(RolloutCollector):
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         initialised = super()._init_callback(callback, progress_bar)
         if self._resumed is not None:
-            take_over(self, initialised)
+            finish_resume(self, initialised)
         return initialised
 
     # ------------------------------------------------------------------ saving, loading, resuming

@@ -1,6 +1,9 @@
 """``train -i``: a model continues with its own statistics of ``VecNormalize``, or is refused."""
 
+import pickle
+import re
 import shutil
+import zipfile
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_clipvf import ClipPPO
+from sb3_clipvf.checkpoint.model_statistics import load_statistics
 from sb3_clipvf.zoo import main
 from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
 from sb3_clipvf.zoo.runs import find_run, make_env
@@ -148,6 +152,16 @@ def test_an_evaluation_with_statistics_of_another_step_warns(run: Path, caplog: 
     shutil.copy(run / "rl_model_128_steps.zip", run / "best_model.zip")  # as of SB3's EvalCallback
     make_env(find_run("logs", "CartPole-v1", load_best=True), 1, seed=0).close()
     assert "best_model.zip has no statistics of VecNormalize: those of another step" in caplog.text
+
+
+def test_an_error_in_the_statistics_of_a_best_model_names_its_zip(tmp_path: Path) -> None:
+    path = tmp_path / "best_model.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data", "{}")
+        archive.writestr("vecnormalize.pkl", pickle.dumps([1.0]))
+    expected = f"vecnormalize.pkl in {path} must hold a VecNormalize, got list"
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        load_statistics(path, make_vec_env("CartPole-v1"))
 
 
 def test_statistics_continue_from_those_of_the_model(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,5 @@
 """The ``VecNormalize`` statistics in the zip of a model, which is a checkpoint or a best model."""
 
-import tempfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +9,7 @@ from sb3_clipvf.checkpoint.best_model import read_statistics
 from sb3_clipvf.checkpoint.errors import DamagedCheckpointError, NotACheckpointError
 from sb3_clipvf.checkpoint.file import read_checkpoint, read_manifest
 from sb3_clipvf.checkpoint.vec_env_state import describe_vec_env, restore_vec_env
-from sb3_clipvf.files.statistics import STATISTICS_FILE, load_vec_normalize
+from sb3_clipvf.files.statistics import STATISTICS_FILE, vec_normalize_from
 
 _NORMALIZERS = ("VecNormalize", "FastVecNormalize")
 # One row per environment, of which there may be another number.
@@ -26,10 +25,7 @@ def load_statistics(path: Path, venv: VecEnv) -> VecNormalize:
     """Wrap any number of environments in the ``VecNormalize`` of a model; see :func:`has_statistics`."""
     if _is_normalized_checkpoint(path):
         return _of_checkpoint(path, venv)
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder, STATISTICS_FILE)
-        copy.write_bytes(cast(bytes, read_statistics(path)))
-        return load_vec_normalize(str(copy), venv)
+    return vec_normalize_from(f"{STATISTICS_FILE} in {path}", cast(bytes, read_statistics(path)), venv)
 
 
 def _is_normalized_checkpoint(path: Path) -> bool:

@@ -27,7 +27,7 @@ Model = TypeVar("Model", bound=ResumableModel)
 
 @dataclass(frozen=True)
 class Resumed:
-    """State that :func:`take_over` restores when ``learn`` has built its callbacks and its logger."""
+    """State that :func:`finish_resume` restores when ``learn`` has built its callbacks and its logger."""
 
     tree: dict[str, Any]
     # States of the process's random generators at the start of the next rollout
@@ -78,7 +78,7 @@ def resume(
     return model
 
 
-def take_over(model: ResumableModel, callback: BaseCallback) -> None:
+def finish_resume(model: ResumableModel, callback: BaseCallback) -> None:
     """Restore callbacks, the logger and random generators at the start of the first ``learn`` of a resumed model."""
     resumed: Resumed | None = model._resumed
     if resumed is None:

@@ -34,8 +34,12 @@ def load_vec_normalize(load_path: Any, venv: VecEnv, trust_pickle: TrustPickle =
     :raises UnsafeFileError: If it needs something that is neither on the list nor trusted.
     :raises ValueError: If it holds something else, or is damaged.
     """
-    vec_normalize = read_pickle(load_path, trust_pickle)
-    name = os.fspath(load_path)
+    return vec_normalize_from(*read_bytes(pathlib.Path(load_path), None), venv, trust_pickle)
+
+
+def vec_normalize_from(name: str, content: bytes, venv: VecEnv, trust_pickle: TrustPickle = None) -> VecNormalize:
+    """Wrap environments in a pickled ``VecNormalize``, without running code; errors call the pickle ``name``."""
+    vec_normalize = _unpickled(name, content, trust_pickle)
     if not isinstance(vec_normalize, VecNormalize):
         found = type(vec_normalize).__name__
         raise ValueError(f"{name} must hold a VecNormalize, got {found}. Pass what `VecNormalize.save` wrote.")
@@ -62,18 +66,21 @@ def read_pickle(path: str | os.PathLike[str], trust_pickle: TrustPickle = None) 
     :raises UnsafeFileError: If it needs something that is neither on the list nor trusted.
     :raises ValueError: If it is no pickle, damaged, or too large for the memory.
     """
-    trust = trust_of(trust_pickle)
-    name, content = read_bytes(pathlib.Path(path), None)
-    if content[:1] != b"\x80":  # protocols 0 and 1 start otherwise, but no file of SB3 is as old
-        what = f"holds {len(content)} bytes of something else" if content else "is empty"
-        raise ValueError(f"{name} must be a pickle, but {what}. Pass what `VecNormalize.save` wrote.")
-    with named_errors(name):
-        return unpickle(_without_digest(content), trust)
+    return _unpickled(*read_bytes(pathlib.Path(path), None), trust_pickle)
 
 
 def digest_of_pickle(pickled: bytes) -> bytes:
     """Return bytes to append to a pickle, so that :func:`read_pickle` finds damage. Unpicklers stop before them."""
     return _DIGEST_MARK + hashlib.sha256(pickled).hexdigest().encode()
+
+
+def _unpickled(name: str, content: bytes, trust_pickle: TrustPickle) -> Any:
+    trust = trust_of(trust_pickle)
+    if content[:1] != b"\x80":  # protocols 0 and 1 start otherwise, but no file of SB3 is as old
+        what = f"holds {len(content)} bytes of something else" if content else "is empty"
+        raise ValueError(f"{name} must be a pickle, but {what}. Pass what `VecNormalize.save` wrote.")
+    with named_errors(name):
+        return unpickle(_without_digest(content), trust)
 
 
 def _without_digest(content: bytes) -> bytes:
