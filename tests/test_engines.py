@@ -32,7 +32,7 @@ from sb3_clipvf.policies import SquashedActorCriticPolicy
 from sb3_clipvf.rollout import TensorRolloutBuffer
 
 ENGINES = ["autograd", "fused", "native"]
-# Policies that an engine refuses: tests/test_native.py has the reasons.
+# Policies that an engine refuses: tests/test_support.py has the reasons.
 NOT_RUN = {("fused", "squashed"), ("native", "squashed")}
 
 OBS = spaces.Box(-2.0, 2.0, (3,), np.float32)

@@ -1,5 +1,5 @@
 """
-The native engine alone: the policies it refuses, its rollouts, and its selection in training.
+The native engine alone: its rollouts, its updates, and its selection in training.
 
 test_engines.py compares its updates with a straightforward program.
 """
@@ -19,9 +19,8 @@ import torch as th
 from gymnasium import spaces
 from scipy import stats
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.distributions import TanhBijector
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from sb3_clipvf import ClipPPO
@@ -33,7 +32,6 @@ from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateSettings
 from sb3_clipvf.engines.kernels import entry
 from sb3_clipvf.engines.native import NativeEngine
 from sb3_clipvf.engines.recognition import UnsupportedError
-from sb3_clipvf.engines.support import why_not_native
 from sb3_clipvf.rollout import TensorRolloutBuffer, gae
 
 OBS = spaces.Box(-2.0, 2.0, (3,), np.float32)
@@ -90,173 +88,12 @@ def filled(policy: ActorCriticPolicy, **kwargs: Any) -> TensorRolloutBuffer:
     return buffer
 
 
-# ------------------------------------------------------------------ policies that it refuses
-
-
-class OtherPolicy(ActorCriticPolicy):
-    pass
-
-
-class OtherBuffer(TensorRolloutBuffer):
-    def get(self, batch_size: int | None = None) -> Any:
-        yield from super().get(batch_size)
-
-
 class OtherExtractor(FlattenExtractor):
     pass
 
 
 def hook(*_: Any) -> None:
     return None
-
-
-def replaced_head(policy: ActorCriticPolicy) -> None:
-    policy.value_net = th.nn.Sequential(policy.value_net)
-
-
-def added_parameter(policy: ActorCriticPolicy) -> None:
-    policy.extra = th.nn.Parameter(th.zeros(1))
-
-
-def unequal_steps(policy: ActorCriticPolicy) -> None:
-    policy.action_net.bias.grad = th.zeros_like(policy.action_net.bias)
-    policy.optimizer.step()
-
-
-def other_activation(policy: ActorCriticPolicy) -> None:
-    policy.mlp_extractor.value_net[1] = th.nn.ReLU()
-
-
-def own_log_std(shape: tuple[int, ...]) -> Callable[[ActorCriticPolicy], None]:
-    def change(policy: ActorCriticPolicy) -> None:
-        policy.log_std = th.nn.Parameter(th.zeros(shape))
-        policy.optimizer = th.optim.Adam(policy.parameters())
-
-    return change
-
-
-class Residual(th.nn.Sequential):
-    def forward(self, observations: th.Tensor) -> th.Tensor:
-        return super().forward(observations) + 1.0
-
-
-def own_network(policy: ActorCriticPolicy) -> None:
-    policy.mlp_extractor.policy_net = Residual(*policy.mlp_extractor.policy_net)
-
-
-GSDE = {"use_sde": True}
-REFUSED: dict[str, tuple[dict[str, Any], Callable[[Any], object], str]] = {
-    "gsde squashed": ({**GSDE, "squash_output": True}, hook, "it squashes its actions"),
-    "gsde squashed later": (
-        GSDE,
-        lambda p: setattr(p.action_dist, "bijector", TanhBijector()),
-        "it squashes its actions",
-    ),
-    "gsde features": (GSDE, lambda p: setattr(p.action_dist, "learn_features", True), "its gSDE learns features"),
-    "gsde epsilon": (GSDE, lambda p: setattr(p.action_dist, "epsilon", 1e-3), "its gSDE has the epsilon 0.001"),
-    "gsde form": (
-        GSDE,
-        lambda p: setattr(p.action_dist, "full_std", False),
-        r"its log_std has the shape \(8, 2\) where SB3's has \(8, 1\)",
-    ),
-    "gsde shape": (GSDE, own_log_std((2,)), r"its log_std has the shape \(2,\) where SB3's has \(8, 2\)"),
-    "shape": ({}, own_log_std((1,)), r"its log_std has the shape \(1,\) where SB3's has \(2,\)"),
-    "extractor": ({"features_extractor_class": OtherExtractor}, hook, "its features extractor is OtherExtractor"),
-    "activation": ({"activation_fn": th.nn.GELU}, hook, "its activation is GELU"),
-    "elu": (
-        {},
-        lambda p: p.mlp_extractor.policy_net.__setitem__(1, th.nn.ELU(alpha=0.5)),
-        r"its activation is ELU\(alpha=0.5\)",
-    ),
-    "elu later": (
-        {"activation_fn": th.nn.ELU},
-        lambda p: setattr(p.mlp_extractor.policy_net[1], "alpha", 0.5),
-        r"its activation is ELU",
-    ),
-    "network": ({}, own_network, r"its network is a Residual, not torch\.nn\.Sequential"),
-    "optimizer": ({"optimizer_class": th.optim.SGD}, hook, "its optimizer is SGD, not Adam or AdamW"),
-    "amsgrad": ({"optimizer_kwargs": {"amsgrad": True}}, hook, "its optimizer uses amsgrad"),
-    "maximize": ({"optimizer_kwargs": {"maximize": True}}, hook, "its optimizer uses maximize"),
-    "groups": (
-        {},
-        lambda p: setattr(p, "optimizer", th.optim.Adam([{"params": [q]} for q in p.parameters()])),
-        "several parameter groups",
-    ),
-    "fewer": (
-        {},
-        lambda p: setattr(p, "optimizer", th.optim.Adam(p.action_net.parameters())),
-        "its optimizer has other parameters",
-    ),
-    "steps": ({}, unequal_steps, "different numbers of steps"),
-    "head": ({}, replaced_head, r"its last layers are not torch\.nn\.Linear"),
-    "extra": ({}, added_parameter, "parameters other than those"),
-    "double": ({}, lambda p: p.double(), "not contiguous float32"),
-    "frozen": ({}, lambda p: p.log_std.requires_grad_(False), "some of its parameters are frozen"),
-    "method": ({}, lambda p: setattr(p, "forward", p.forward), r"its forward\(\) was replaced"),
-    "layer's method": (
-        {},
-        lambda p: setattr(p.action_net, "forward", p.action_net.forward),
-        r"the forward\(\) of a Linear was replaced",
-    ),
-    "parameter hook": ({}, lambda p: p.action_net.weight.register_hook(hook), "it has hooks"),
-    "hook": ({}, lambda p: p.action_net.register_forward_hook(hook), "it has hooks"),
-    "optimizer hook": ({}, lambda p: p.optimizer.register_step_pre_hook(hook), "its optimizer has hooks"),
-    "mixed": ({}, other_activation, "actor and critic have different activations"),
-}
-
-
-class TestRefusals:
-    @pytest.mark.parametrize("case", REFUSED)
-    def test_reason(self, case: str) -> None:
-        kwargs, change, reason = REFUSED[case]
-        policy = make_policy(**kwargs)
-        change(policy)
-        assert_matches(reason, why_not_native(policy, make_buffer(make_policy())))
-
-    @pytest.mark.parametrize("case", [case for case in REFUSED if REFUSED[case][1] is not hook and case != "steps"])
-    def test_a_policy_that_was_changed_later_no_longer_fits(self, case: str) -> None:
-        policy = make_policy(**REFUSED[case][0])
-        engine = NativeEngine(policy, SETTINGS)
-        assert engine.fits(make_buffer(policy))
-        REFUSED[case][1](policy)
-        assert not engine.fits(make_buffer(make_policy()))
-
-    def test_subclass(self) -> None:
-        policy = OtherPolicy(OBS, BOX, lambda _: 1e-3)
-        assert_matches(
-            "its class is OtherPolicy, and only MlpPolicy itself", why_not_native(policy, make_buffer(policy))
-        )
-
-    def test_observations(self) -> None:
-        image = ActorCriticCnnPolicy(spaces.Box(0, 255, (3, 36, 36), np.uint8), BOX, lambda _: 1e-3)
-        numbers = ActorCriticPolicy(spaces.Discrete(4), BOX, lambda _: 1e-3)
-        pixels = ActorCriticPolicy(spaces.Box(0, 255, (36, 36, 3), np.uint8), BOX, lambda _: 1e-3)
-        buffer = make_buffer(make_policy())
-        assert_matches("its class is ActorCriticCnnPolicy", why_not_native(image, buffer))
-        assert_matches("its observations are Discrete", why_not_native(numbers, buffer))
-        assert_matches("its observations are images", why_not_native(pixels, buffer))
-
-    def test_buffer(self) -> None:
-        other = OtherBuffer(8, OBS, BOX, "cpu", n_envs=4, dist_param_dim=4)
-        assert_matches("its rollout buffer is OtherBuffer", why_not_native(make_policy(), other))
-
-    def test_a_buffer_that_was_replaced_later(self) -> None:
-        policy = make_policy()
-        engine = NativeEngine(policy, SETTINGS)
-        for _ in range(2):
-            assert engine.fits(make_buffer(policy))
-            assert not engine.fits(OtherBuffer(8, OBS, BOX, "cpu", n_envs=4, dist_param_dim=4))
-
-    @pytest.mark.parametrize("actions", ACTIONS)
-    def test_plain_policies_are_run(self, actions: str) -> None:
-        policy = make_policy(actions)
-        assert why_not_native(policy, make_buffer(policy)) is None
-
-
-def assert_matches(pattern: str, reason: str | None) -> None:
-    assert reason is not None
-    with pytest.raises(ValueError, match=pattern):
-        raise ValueError(reason)
 
 
 # ------------------------------------------------------------------ rollouts
