@@ -16,7 +16,7 @@ from sb3_clipvf.checkpoint.training_state import TrainingState
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.common.versions import installed_versions
 from sb3_clipvf.files import codec
-from sb3_clipvf.files.archive import check_inner_zip, check_json, entries_of, read_bytes, read_json
+from sb3_clipvf.files.archive import check_inner_zip, check_json, entries_of, read_bytes, read_json, reason_of
 from sb3_clipvf.files.model import write_model
 
 FORMAT = 1
@@ -148,7 +148,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     try:
         tree = codec.from_bytes(entries[_STATE], entries[_ARRAYS])
     except Exception as error:  # zipfile, zlib, NumPy and JSON raise many types
-        raise DamagedCheckpointError(f"{path} is damaged: its state cannot be read: {error}") from error
+        text = f"{path} is damaged: its state cannot be read: {reason_of(error)}. Use an older checkpoint."
+        raise DamagedCheckpointError(text) from error
     return Checkpoint(path, content, manifest, tree)
 
 
