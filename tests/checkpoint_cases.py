@@ -65,7 +65,7 @@ class Walk(gym.Env[dict[str, np.ndarray], np.ndarray]):
 
 
 class SavedWalk(Walk):
-    """The same walk, with the two methods for its state."""
+    """The walk with the two methods that save and restore its state."""
 
     def get_training_state(self) -> dict[str, Any]:
         return {"place": self._place, "time": self._time}
@@ -75,11 +75,11 @@ class SavedWalk(Walk):
 
 
 class KilledError(BaseException):
-    """Ends a training as a kill does, unlike an ``Exception``: nothing more is saved."""
+    """Ends a training as a kill does: nothing more is saved, unlike after an ``Exception``."""
 
 
 class Kill(BaseCallback):
-    """Kills the training in the middle of a rollout, or does not."""
+    """Ends the training in the middle of a rollout, if it is to be killed."""
 
     def __init__(self, at: int | None) -> None:
         super().__init__()
@@ -147,11 +147,11 @@ class Case:
     """
     One training.
 
-    :param make_env: From a folder to its environments.
-    :param arguments: Of ClipPPO, besides those that all have.
+    :param make_env: Function from a folder to the environments.
+    :param arguments: Further arguments of ClipPPO.
     :param policy: Its policy.
-    :param make_callbacks: From a folder to further callbacks.
-    :param reset_envs: Of TrainingCheckpoint.
+    :param make_callbacks: Function from a folder to further callbacks.
+    :param reset_envs: Argument of TrainingCheckpoint.
     """
 
     make_env: Callable[[Path], Any]
@@ -193,7 +193,7 @@ CASES = {
 
 
 def digest(model: ClipPPO, folder: Path) -> dict[str, str]:
-    """What must be the same, by name."""
+    """Return what must be the same, by name."""
     optimizer = model.policy.optimizer.state_dict()["state"]
     normalizer = model.get_vec_normalize_env()
     parts: dict[str, Any] = {
@@ -229,7 +229,7 @@ def _bytes(value: Any) -> bytes:
 
 
 def uninterrupted(case: Case, folder: Path) -> dict[str, str]:
-    """The training as it is without checkpoints; only where they reset environments does it have them."""
+    """Train without a kill, and without checkpoints unless these reset environments."""
     model = case.model(folder)
     callbacks = case.callbacks(folder)
     model.learn(TOTAL, callback=callbacks if case.reset_envs else callbacks[1:])

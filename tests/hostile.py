@@ -62,7 +62,7 @@ def in_a_set(mark: Path) -> bytes:
 
 
 def dotted_name(mark: Path) -> bytes:
-    """An allowed module, and a way from there to another."""
+    """A dotted name that leads from an allowed module to another one."""
     return b"\x80\x04" + named("stable_baselines3.common.save_util", "os.system") + call(touch(mark))
 
 
@@ -96,7 +96,7 @@ def call_of_an_allowed_class(mark: Path) -> bytes:
 
 
 def patch_of_a_class(mark: Path) -> bytes:
-    """BUILD would set attributes of the class itself."""
+    """The instruction BUILD would set attributes of the class itself."""
     cls = named("stable_baselines3.common.vec_env.vec_normalize", "VecNormalize")
     return b"\x80\x04" + cls + b"N}" + text("step_wait") + b"Ns\x86b."
 
@@ -151,7 +151,7 @@ def pack(path: Path, entries: dict[str, bytes], **kwargs: Any) -> Path:
 
 
 def with_data(path: Path, **changes: Any) -> Path:
-    """Change attributes in the zip of a model; bytes stand for a pickle."""
+    """Change attributes in the zip of a model; bytes become a pickle."""
     entries = entries_of(path)
     data = json.loads(entries["data"])
     for key, value in changes.items():

@@ -1,8 +1,8 @@
 """
 Write the files of ``tests/data/<version>``, which later versions must read.
 
-``python tests/saved_files.py`` writes those of the version that is installed, once: files of a released version are
-never written again. ``tests/test_saved_files.py`` reads them.
+``python tests/saved_files.py`` writes those of the installed version, once: files of a released version are never
+written again. ``tests/test_saved_files.py`` reads them.
 """
 
 import sys
@@ -63,17 +63,17 @@ class Walk(gym.Env[np.ndarray, Any]):
 
 
 def walks(name: str) -> VecEnv:
-    """:return: The environments of a model."""
+    """Return the environments of a model."""
     return make_vec_env(Walk, n_envs=2, seed=0, env_kwargs={"space": MODELS[name]["space"]})
 
 
 def pendulums(seed: int) -> FastVecNormalize:
-    """:return: The environments of the training with checkpoints."""
+    """Return the environments of the training with checkpoints."""
     return FastVecNormalize(make_vec_env("Pendulum-v1", n_envs=2, seed=seed))
 
 
 def callbacks(folder: Path) -> list[BaseCallback]:
-    """:return: Those of the training with checkpoints."""
+    """Return the callbacks of the training with checkpoints."""
     evaluation = FastVecNormalize(make_vec_env("Pendulum-v1", n_envs=1, seed=2), training=False, norm_reward=False)
     return [
         TrainingCheckpoint(every_timesteps=KEPT, path=folder / "checkpoints"),
@@ -99,7 +99,7 @@ def train(folder: Path) -> ClipPPO:
 
 
 def weights(model: ClipPPO) -> np.ndarray:
-    """:return: All parameters of the policy in a row."""
+    """Return all parameters of the policy in one vector."""
     return np.concatenate([parameter.detach().numpy().reshape(-1) for parameter in model.policy.parameters()])
 
 

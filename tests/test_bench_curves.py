@@ -1,4 +1,4 @@
-"""``python -m tests.bench curves``: the curves, their intervals, and what the command runs, keeps, tables and draws."""
+"""``python -m tests.bench curves``: curves, intervals, and what the command runs, keeps, tabulates and draws."""
 
 import json
 import sys
@@ -33,7 +33,7 @@ from tests.bench.training_runs import train_arguments
 NATIVE, AUTOGRAD = CurveRow.of("CartPole-v1", 256, "native"), CurveRow.of("CartPole-v1", 256, "autograd")
 MADE_ON = {"cpu": "C", "cores": 2, "jobs": 1, "versions": {"python": "3"}}
 
-# A train command of a moment: it copies the run at sys.argv[1] to the folder after -f.
+# A quick stand-in for the train command: it copies the run at sys.argv[1] to the folder after -f.
 COPY = """
 import shutil, sys
 shutil.copytree(sys.argv[1], sys.argv[sys.argv.index("-f") + 1], dirs_exist_ok=True)

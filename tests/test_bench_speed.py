@@ -1,4 +1,4 @@
-"""``python -m tests.bench speed``: what it measures, keeps, skips and tables."""
+"""``python -m tests.bench speed``: what it measures, keeps, skips and tabulates."""
 
 import json
 import os
@@ -35,7 +35,7 @@ from tests.bench.speed_table import KEY, TRIALS, Spread, best_threads, entries_o
 FAST = SpeedRow("fast", "a fast one", 2, "CartPole-v1", 4, 8, {"n_steps": 16}, policy="CnnPolicy")
 SLOW = SpeedRow("slow", "a slow one", 2, "CartPole-v1", 4, 8, {"n_steps": 16}, policy="CnnPolicy", env="vector")
 
-# A measured process of a moment: it notes its task, and runs twice as fast for ClipPPO, faster on one thread.
+# A quick stand-in for the measured process: it records its task, and is faster for ClipPPO and on one thread.
 CHILD = """
 import json, os, sys
 task = json.loads(sys.argv[-1])
@@ -77,7 +77,7 @@ def runs_in(path: Path = Path("docs/results/speed.json")) -> list[dict[str, Any]
 
 
 def tasks() -> list[dict[str, Any]]:
-    """What the measured processes were asked for since the last call."""
+    """Return the tasks that measured processes got since the last call."""
     path = Path("tasks.jsonl")
     lines = path.read_text().splitlines() if path.exists() else []
     path.unlink(missing_ok=True)
@@ -91,7 +91,7 @@ def order() -> list[str]:
 # --- rows
 
 
-def test_rows_are_the_ones_to_reach() -> None:
+def test_rows_have_the_goals_to_reach() -> None:
     goals = {row.name: (row.env_id, row.n_envs, row.settings.get("batch_size", 64), row.goal) for row in ROWS}
     assert goals == {
         "update-64": ("CartPole-v1", 1, 64, 15),
@@ -178,7 +178,7 @@ def test_peers_get_the_same_arguments() -> None:
 
 
 class Clock:
-    """Time that passes only where the scripted model says so."""
+    """A clock that only the scripted model advances."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -188,7 +188,7 @@ class Clock:
 
 
 class ScriptedModel:
-    """A rollout takes 5 s, 3 of them in two steps of the environments, an update 4 s, what is around it 1 s."""
+    """A rollout takes 5 s, 3 of them in two environment steps; an update takes 4 s, and the rest 1 s."""
 
     def __init__(self, clock: Clock, compile_seconds: float, n_calls: int = 2) -> None:
         self.clock, self.compile_seconds, self.n_calls = clock, compile_seconds, n_calls
@@ -367,8 +367,8 @@ def test_areas_get_the_time_of_what_they_call() -> None:
         train: (1, 1, 1.0, 5.0, {}),
         policy: (1, 1, 2.0, 3.0, {}),
         step: (1, 1, 4.0, 4.0, {act: (*edge, 4.0)}),
-        act: (1, 1, 0.5, 4.5, {}),  # stands nowhere and is called by nobody
-        # Of 4 s, 3 in the update; its callee calls it again, which changes nothing.
+        act: (1, 1, 0.5, 4.5, {}),  # in no area, and no caller is known
+        # 3 of its 4 s belong to the update; the recursive call changes nothing.
         linear: (2, 2, 1.0, 4.0, {train: (*edge, 3.0), policy: (*edge, 1.0), inner: (*edge, 0.0)}),
         inner: (1, 1, 3.0, 3.0, {linear: (*edge, 3.0)}),
         orphan: (1, 1, 0.25, 0.25, {}),
@@ -583,7 +583,7 @@ def test_the_native_engine_chooses_its_threads_itself(
     monkeypatch.setattr(speed, "ROWS", (replace(FAST, policy="MlpPolicy", cold_start=cold_start), SLOW))
     assert main(["--rows", "fast", "--alternations", "1"]) == 0
     made = [(task["peer"], task["threads"], task["seed"], task["cache"]) for task in tasks()]
-    # What compiling takes is measured by the one trial that it makes.
+    # Its only trial measures the time that compiling takes.
     assert made == [
         *([("clipppo", None, 0, True)] if cold_start else []),
         *(("sb3", threads, 0, False) for threads in ("1", None, "1", None)),
@@ -631,7 +631,7 @@ def test_alternation_that_lacks_a_peer_is_measured_as_a_whole(in_folder: Path, m
         ("cores", 99, True),
         ("versions", {"torch": "0"}, True),
         ("versions", {"removed": "1"}, True),
-        ("versions", {}, False),  # what was installed since changes nothing
+        ("versions", {}, False),  # packages installed later change nothing
     ],
 )
 def test_results_of_another_machine_or_version_are_measured_again(
@@ -756,7 +756,7 @@ def test_quick_writes_beside_the_results(in_folder: Path) -> None:
     assert {run["row"]["iterations"] for run in runs_in(Path("logs/bench/quick.json"))} == {2}
     assert {task["bound_seconds"] for task in tasks()} == {0.05}
     assert "Made by `python -m tests.bench speed --quick --alternations 1`." in Path("logs/bench/quick.md").read_text()
-    # Results of moments never stand for real ones.
+    # Quick results never replace real ones.
     Path("docs/results").mkdir(parents=True)
     Path("docs/results/speed.json").write_bytes(Path("logs/bench/quick.json").read_bytes())
     assert main(["--rows", "fast", "--alternations", "1"]) == 0
@@ -832,7 +832,7 @@ def test_real_processes_of_both_peers(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     installed(monkeypatch, lambda name: name != "sbx")
-    for name in [*TRIALS][1:]:  # which take minutes where the cores are busy
+    for name in [*TRIALS][1:]:  # on busy cores these take minutes
         monkeypatch.delitem(TRIALS, name)
     assert main(["--quick", "--rows", "custom-extractor", "--alternations", "1"]) == 0
     runs = {(run["peer"], run["part"]): run for run in runs_in(Path("logs/bench/quick.json"))}

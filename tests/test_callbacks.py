@@ -69,7 +69,7 @@ DRAWS: dict[str, Callable[[], float]] = {
 
 
 class Drawing(Short):
-    """Draws from a generator that it shares with the training."""
+    """Draws from the random generator of the training."""
 
     def __init__(self, source: str) -> None:
         self.draw = DRAWS[source]
@@ -79,7 +79,7 @@ class Drawing(Short):
 
 
 class RestlessPolicy(ActorCriticPolicy):
-    """Takes new noise for each prediction."""
+    """Resets its noise before each prediction."""
 
     def _predict(self, observation: Any, deterministic: bool = False) -> th.Tensor:
         self.reset_noise(5)
@@ -137,8 +137,8 @@ def test_a_training_ends_with_the_same_weights(name: str, deterministic: bool) -
 
 
 @pytest.mark.parametrize("name", ["native", "autograd", "continuous"])
-def test_with_sb3s_callback_it_does_not(name: str) -> None:
-    """What the tests above would find."""
+def test_with_sb3s_callback_the_weights_differ(name: str) -> None:
+    """The tests above would notice a difference."""
     make, arguments = CASES[name]
     callback = evaluation(make, EvalCallback, deterministic=False)
     assert not same_weights(trained(make, callback, **arguments), trained(make, None, **arguments))
@@ -155,7 +155,7 @@ def test_environments_may_draw_from_shared_generators(source: str) -> None:
 
 
 @pytest.mark.parametrize("mode", [False, True])
-def test_the_policys_mode_stays(mode: bool) -> None:
+def test_the_policys_mode_is_kept(mode: bool) -> None:
     make = CASES["autograd"][0]
     callback = evaluation(make, eval_freq=1)
     model = trained(make, None)
@@ -343,7 +343,7 @@ def test_the_best_model_has_its_own_statistics(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("training", "stays"), [("this", True), ("another", False), (None, False)])
-def test_a_better_model_of_the_same_training_stays(training: str | None, stays: bool, tmp_path: Path) -> None:
+def test_a_better_model_of_the_same_training_is_kept(training: str | None, stays: bool, tmp_path: Path) -> None:
     def make() -> Any:
         return make_vec_env(Short)
 
@@ -408,7 +408,9 @@ def test_an_evaluation_that_cannot_be_read_counts_as_none(
     assert f"{path} is kept: its mean return is 5.0, of step 0" in caplog.text
 
 
-def test_a_best_model_of_sb3s_callback_is_replaced_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_best_model_of_sb3s_callback_is_replaced_without_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     make = CASES["native"][0]
     for cls in (EvalCallback, IsolatedEvalCallback):
         trained(make, evaluation(make, cls, best_model_save_path=str(tmp_path)), steps=64)
@@ -420,7 +422,7 @@ def test_a_best_model_of_sb3s_callback_is_replaced_in_silence(tmp_path: Path, ca
 def test_statistics_are_not_written_over_a_file_that_is_open(
     cls: type[VecNormalize], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Windows forbids it; elsewhere the file that is synced has then no name any more."""
+    """Windows forbids it; elsewhere the synced file would no longer have a name."""
     links: list[int] = []
     fsync = os.fsync
 

@@ -1,4 +1,4 @@
-"""The algorithm's behaviour: schedules, controllers, logs, callbacks, buffers, saving; parity has its own file."""
+"""ClipPPO: schedules, controllers, logs, callbacks, buffers and files; test_parity.py compares it with SB3's PPO."""
 
 import inspect
 import io
@@ -37,7 +37,7 @@ EXACT = 1e-12
 
 
 class Walk(gym.Env[np.ndarray, Any]):
-    """A walk on a line that ends after three steps: cut off, or terminated where `terminates`."""
+    """A walk on a line that ends after three steps: truncated, or terminated if ``terminates``."""
 
     def __init__(self, action_space: spaces.Space[Any] | None = None, terminates: bool = False) -> None:
         self.observation_space = spaces.Box(-10.0, 10.0, (2,), np.float32)
@@ -72,7 +72,7 @@ def make(env: Any = None, policy: Any = "MlpPolicy", **kwargs: Any) -> ClipPPO:
 
 
 def learn(model: ClipPPO, total_timesteps: float, **kwargs: Any) -> list[dict[str, Any]]:
-    """What each update logged."""
+    """Return what each update logged."""
     logs: list[dict[str, Any]] = []
     train = model.train
 
@@ -102,7 +102,7 @@ def same(ours: dict[str, th.Tensor], theirs: dict[str, th.Tensor]) -> bool:
 
 @pytest.fixture
 def given(monkeypatch: pytest.MonkeyPatch) -> list[UpdateCoefficients]:
-    """The coefficients that the engine is given, update by update."""
+    """Record the coefficients of each update."""
     seen: list[UpdateCoefficients] = []
 
     def watch(engine: type[Any]) -> None:
@@ -120,7 +120,7 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[UpdateCoefficients]:
 
 
 class At(BaseCallback):
-    """Does something to the model at the end of one rollout, that is, before its update."""
+    """Calls a function with the model at the end of one rollout, before its update."""
 
     def __init__(self, rollout: int, action: Callable[[Any], None]) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ class TestProgress:
         assert column(logs, "train/clip_range") == pytest.approx([0.12, 0.04, 0], abs=EXACT)
         assert column(logs, "train/learning_rate") == pytest.approx([6e-4, 2e-4, 0], abs=EXACT)
         assert min(seen) == 0
-        # Callbacks and schedules that they set themselves read it
+        # Read by callbacks, and by schedules that they set
         assert model._current_progress_remaining == 0
 
     def test_every_coefficient_may_be_a_schedule(self, given: list[UpdateCoefficients]) -> None:
@@ -241,13 +241,13 @@ class TestProgress:
             assert column(logs, key) == column(expected, key)
         assert same(weights(parts), weights(whole))
 
-    def test_without_it_schedules_end_with_each_call_as_in_sb3(self) -> None:
+    def test_without_schedule_timesteps_schedules_end_with_each_call_as_in_sb3(self) -> None:
         model = make(learning_rate="lin_0.001")
         logs = learn(model, 2 * N_STEPS) + learn(model, 2 * N_STEPS, reset_num_timesteps=False)
         # The second call counts to 4 rollouts in all: 1 - 3/4, 1 - 4/4
         assert column(logs, "train/learning_rate") == pytest.approx([5e-4, 0, 2.5e-4, 0], abs=EXACT)
 
-    def test_starting_anew_forgets_the_horizon(self) -> None:
+    def test_a_new_training_resets_the_horizon(self) -> None:
         model = make(learning_rate="lin_0.001")
         learn(model, N_STEPS, schedule_timesteps=4 * N_STEPS)
         assert column(learn(model, 2 * N_STEPS), "train/learning_rate") == pytest.approx([5e-4, 0], abs=EXACT)
@@ -261,7 +261,7 @@ class TestProgress:
         logs = learn(model, N_STEPS, reset_num_timesteps=False)
         assert column(logs, "train/learning_rate") == pytest.approx([5e-4], abs=EXACT)
 
-    def test_steps_beyond_the_horizon_see_its_end(self) -> None:
+    def test_schedules_keep_their_end_value_beyond_the_horizon(self) -> None:
         model = make(learning_rate=lambda p: 1e-3 * (1 + p))
         logs = learn(model, 3 * N_STEPS, schedule_timesteps=2 * N_STEPS)
         assert column(logs, "train/learning_rate") == pytest.approx([1.5e-3, 1e-3, 1e-3], abs=EXACT)
@@ -309,7 +309,7 @@ class TestChangesDuringTraining:
         assert getattr(given[0], name) != expected
         assert getattr(given[1], name) == expected
 
-    def test_without_a_clip_range_nothing_of_it_is_logged(self) -> None:
+    def test_without_a_clip_range_its_statistics_are_not_logged(self) -> None:
         logs = learn(make(clip_range=None, clip_range_vf=None), N_STEPS)
         absent = {"train/clip_range", "train/clip_fraction", "train/clip_range_vf", "train/vf_clip_fraction"}
         assert not absent & set(logs[0])
@@ -319,7 +319,7 @@ class TestChangesDuringTraining:
             make().learn(2 * N_STEPS, callback=At(1, lambda model: setattr(model, "clip_range", -1)))
 
     @pytest.mark.parametrize("name", ["vf_clip", "vf_clip_units", "advantage_scope"])
-    def test_a_word_that_does_not_exist_is_refused(self, name: str) -> None:
+    def test_an_unknown_choice_is_refused(self, name: str) -> None:
         with pytest.raises(ValueError, match=f"`{name}` must be one of .*, got 'typo'"):
             make().learn(2 * N_STEPS, callback=At(1, lambda model: setattr(model, name, "typo")))
 
@@ -333,7 +333,7 @@ class TestChangesDuringTraining:
 
         model.learn(2 * N_STEPS, callback=At(2, change))
         assert (model.adaptive_kl.target, model.adaptive_lr.target) == (0.3, 0.4)
-        # The first update was far below its target: beta was halved once, and goes on from there.
+        # The first update was far below its target: beta was halved once, and continues from there.
         assert betas == [0.5]
         assert model.adaptive_kl.beta == 0.25
 
@@ -360,7 +360,7 @@ class TestValueRange:
         logs = learn(model, N_STEPS)
         assert column(logs, "train/clip_range_vf") == [0.5 * float(np.std(model.rollout_buffer.returns))]
 
-    def test_or_in_return_units(self) -> None:
+    def test_counts_in_return_units_if_asked(self) -> None:
         logs = learn(make(clip_range_vf=0.5, vf_clip_units="absolute"), N_STEPS)
         assert column(logs, "train/clip_range_vf") == [0.5]
 
@@ -370,10 +370,10 @@ class TestValueRange:
                 return 1000.0 * float(reward)
 
         env = DummyVecEnv([lambda: Scaled(Walk())])
-        # Each made when its turn comes: a model seeds the process's random states.
+        # Each model is made just before its training, since it seeds the random states of the process.
         plain = learn(make(engine="autograd"), N_STEPS)[0]
         scaled = learn(make(env, engine="autograd"), N_STEPS)[0]
-        # Bootstrapped values do not scale along
+        # Bootstrapped values do not scale with the rewards
         assert 800 < scaled["train/clip_range_vf"] / plain["train/clip_range_vf"] < 1200
 
 
@@ -445,7 +445,7 @@ def rate_after(rate: float, kl: float, target: float) -> float:
 
 class TestControllers:
     @pytest.mark.parametrize("target", [1e-7, 0.5])
-    def test_beta_follows_the_kl_and_serves_the_next_update(self, target: float) -> None:
+    def test_beta_follows_the_kl_and_applies_to_the_next_update(self, target: float) -> None:
         model = make(kl_coef=1.0, adaptive_kl_target=target, clip_range=None)
         logs = learn(model, 5 * N_STEPS)
         betas, kls = column(logs, "train/kl_coef"), column(logs, "train/kl_after_update")
@@ -458,7 +458,7 @@ class TestControllers:
         assert betas[-1] == (16 if target < 0.1 else 1 / 16)
 
     @pytest.mark.parametrize("target", [1e-7, 0.5])
-    def test_learning_rate_follows_the_kl_and_serves_the_next_update(self, target: float) -> None:
+    def test_learning_rate_follows_the_kl_and_applies_to_the_next_update(self, target: float) -> None:
         model = make(learning_rate=1e-3, lr_kl_target=target)
         logs = learn(model, 4 * N_STEPS)
         rates, kls = column(logs, "train/learning_rate"), column(logs, "train/kl_after_update")
@@ -471,7 +471,7 @@ class TestControllers:
         # The optimizer has the rate of the last update
         assert model.policy.optimizer.param_groups[0]["lr"] == rates[-1]
 
-    def test_a_learning_rate_of_the_zoos_making_may_adapt(self) -> None:
+    def test_a_schedule_of_the_zoo_may_adapt(self) -> None:
         from stable_baselines3.common.utils import FloatSchedule
 
         assert make(learning_rate=FloatSchedule(1e-3), lr_kl_target=0.01).adaptive_lr == KLAdaptiveLR(1e-3, 0.01)
@@ -503,13 +503,13 @@ class TestFiles:
         model.save(tmp_path / "model")
         return tmp_path / "model.zip"
 
-    def test_controllers_go_on(self, path: Path) -> None:
+    def test_controllers_keep_their_state(self, path: Path) -> None:
         loaded = ClipPPO.load(path, env=walk(), device="cpu")
         logs = learn(loaded, N_STEPS)
         assert column(logs, "train/kl_coef") == [4.0]
         assert column(logs, "train/learning_rate") == pytest.approx([1e-3 / 1.5**2])
 
-    def test_their_bounds_go_on(self, tmp_path: Path) -> None:
+    def test_controllers_keep_their_bounds(self, tmp_path: Path) -> None:
         model = make(kl_coef=1.0, adaptive_kl_target=0.01, lr_kl_target=0.01)
         model.adaptive_kl = AdaptiveKL(beta=2.0, target=0.01, beta_max=8.0)
         model.adaptive_lr = KLAdaptiveLR(learning_rate=1e-4, target=0.01, lr_max=1e-3)
@@ -556,7 +556,7 @@ class TestFiles:
         for name in ("clip_range", "clip_range_vf", "vf_clip", "vf_clip_units", "engine", "n_steps", "batch_size"):
             assert getattr(loaded, name) == getattr(model, name)
 
-    def test_what_is_built_anew_is_not_in_the_file(self, path: Path) -> None:
+    def test_what_load_rebuilds_is_not_in_the_file(self, path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             names = json.loads(archive.read("data")).keys()
         assert not {"_engine", "_schedules", "_loads_sb3", "rollout_buffer", "policy"} & set(names)
@@ -581,7 +581,7 @@ class TestFiles:
 
 
 class Counting(Walk):
-    """Observations of whole numbers."""
+    """The walk with integer observations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -592,7 +592,7 @@ class Counting(Walk):
 
 
 class KeyedCounting(Counting):
-    """The same under two keys."""
+    """The same observations under two keys."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -605,7 +605,7 @@ class KeyedCounting(Counting):
 class TestSetEnv:
     @pytest.mark.parametrize("engine", ["native", "autograd"])
     @pytest.mark.parametrize("cls", [VecNormalize, FastVecNormalize])
-    def test_normalisation_of_whole_numbers_is_taken_as_load_takes_it(self, cls: type[Any], engine: str) -> None:
+    def test_normalised_whole_numbers_are_handled_as_in_load(self, cls: type[Any], engine: str) -> None:
         file = io.BytesIO()
         make(DummyVecEnv([Counting]), engine=engine).save(file)
         loaded = ClipPPO.load(file, env=cls(DummyVecEnv([Counting])), device="cpu")
@@ -636,7 +636,7 @@ class TestSetEnv:
             "b": np.int64,
         }
 
-    def test_the_buffer_stays_where_it_fits(self) -> None:
+    def test_the_buffer_is_kept_if_it_fits(self) -> None:
         model = make()
         buffer = model.rollout_buffer
         for env in (walk(), VecNormalize(walk())):
@@ -645,7 +645,7 @@ class TestSetEnv:
 
 
 class Spy(BaseCallback):
-    """Keeps what a callback sees."""
+    """Records what a callback sees."""
 
     def __init__(self, stop_after: int | None = None) -> None:
         super().__init__()
@@ -703,14 +703,14 @@ class TestCallbacks:
         assert np.array_equal(model.rollout_buffer.rewards != np.array(spy.copies), np.array(spy.ends))
         assert np.array(spy.ends).sum() == 2 * 2
 
-    def test_one_that_says_no_ends_training_before_the_update(self) -> None:
+    def test_returning_false_ends_training_before_the_update(self) -> None:
         model = make()
         before = weights(model)
         model.learn(2 * N_STEPS, callback=Spy(stop_after=3))
         assert model.num_timesteps == 3
         assert same(weights(model), before)
 
-    def test_functions_work_too(self) -> None:
+    def test_functions_are_callbacks_too(self) -> None:
         seen: list[int] = []
         make().learn(N_STEPS, callback=lambda local_names, _: seen.append(local_names["n_steps"]) is None)
         assert seen == list(range(N_STEPS))
@@ -772,7 +772,7 @@ class TestRollout:
 
 
 class OwnDistribution(ActorCriticPolicy):
-    """A custom policy that makes a distribution of its own at each call, and leaves `action_dist` alone."""
+    """A custom policy that makes its own distribution at each call, and does not set ``action_dist``."""
 
     def own(self, obs: Any) -> tuple[DiagGaussianDistribution, th.Tensor]:
         latent_pi, latent_vf = self.mlp_extractor(self.extract_features(obs))
@@ -802,7 +802,7 @@ class TestMemory(NoMemory):
         with pytest.raises(ValueError, match=r"`n_steps` must be small enough .* got n_steps=8 with n_envs=1"):
             make()
 
-    def test_a_model_to_predict_with_needs_none(self) -> None:
+    def test_a_model_that_only_predicts_needs_none(self) -> None:
         """`load` without an environment."""
         with pytest.MonkeyPatch.context() as patch:
             patch.undo()
@@ -849,14 +849,16 @@ class TestBuffers:
 
 
 class TestMessages:
-    def test_engine_and_memory_are_told(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_engine_and_memory_are_logged(self, caplog: pytest.LogCaptureFixture) -> None:
         with caplog.at_level(logging.INFO, logger="sb3_clipvf"):
             make().learn(2 * N_STEPS)
         engine = "Training runs on the engine 'native': it is the fastest for this policy"
         # 8 transitions of 8 bytes of observation, 8 of action, 6 float32 and 4 of the distribution: 448 bytes
         assert caplog.messages == ["The rollout of 8 x 1 steps takes 0.00 MiB", engine]
 
-    def test_memory_is_told_when_a_training_takes_it(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_memory_is_logged_when_a_training_allocates_it(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         make().save(tmp_path / "model.zip")
         with caplog.at_level(logging.INFO, logger="sb3_clipvf"):
             model = ClipPPO.load(tmp_path / "model.zip", env=make().env, device="cpu")
@@ -865,7 +867,7 @@ class TestMessages:
                 model.learn(N_STEPS, reset_num_timesteps=False)
         assert caplog.text.count("The rollout of 8 x 1 steps takes") == 1
 
-    def test_early_stopping_is_told_and_counted(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_early_stopping_is_logged_and_counted(self, caplog: pytest.LogCaptureFixture) -> None:
         model = make(target_kl=1e-9, learning_rate=0.01, n_epochs=5)
         with caplog.at_level(logging.INFO, logger="sb3_clipvf"):
             model.learn(N_STEPS)
@@ -910,7 +912,7 @@ class TestMessages:
         assert capsys.readouterr().out == ""
         talking.learn(N_STEPS)
         assert "Training runs on the engine" in capsys.readouterr().out
-        # Where loops and callbacks of their own alternate.
+        # For loops in which the models take turns.
         talking.engine = silent.engine = "autograd"
         silent.train()
         assert capsys.readouterr().out == ""

@@ -1,4 +1,4 @@
-"""Tests of the steps of a rollout that touch the policy, above all of where cut-off episodes are bootstrapped."""
+"""Collecting rollouts: bootstrapping of truncated episodes, actions, callbacks, buffers, incomplete rollouts."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ GAMMA = 0.5
 
 
 class Valued(ActorCriticPolicy):
-    """A policy whose value of an observation is 10 times its first number, and that counts its forward passes."""
+    """A policy that values an observation at 10 times its first number, and counts its forward passes."""
 
     n_calls = 0
 
@@ -79,33 +79,33 @@ def test_speed_counts_no_compilation(engine: str) -> None:
 
 
 def bootstrapped(policy: Any, *arguments: Any) -> np.ndarray:
-    # The settings are of updates, of which there are none here.
+    # Settings matter only for updates, and there are none here.
     return bootstrap_truncated(AutogradEngine(policy, None), *arguments)  # type: ignore[arg-type]
 
 
 class TestBootstrap:
     REWARDS = np.array([1.0, 2.0, 3.0, 4.0], np.float32)
 
-    def test_no_network_of_sb3s_is_asked_for_the_value_of_what_is_not_finite(self) -> None:
-        done, infos = np.array([True] + 3 * [False]), [info(np.inf, 0), {}, {}, {}]  # of which tanh makes a number
+    def test_sb3s_networks_do_not_evaluate_non_finite_observations(self) -> None:
+        done, infos = np.array([True] + 3 * [False]), [info(np.inf, 0), {}, {}, {}]  # tanh makes it finite
         rewards = bootstrapped(make(ActorCriticPolicy), self.REWARDS, done, infos, GAMMA)
         np.testing.assert_array_equal(rewards, [np.nan, 2, 3, 4])
 
-    def test_the_users_own_code_is_asked_for_it(self) -> None:
+    def test_the_users_own_code_evaluates_them(self) -> None:
         done = np.array([True, True, False, False])
         rewards = bootstrapped(make(), self.REWARDS, done, [info(3, np.nan), info(np.nan, 3), {}, {}], GAMMA)
         # 1 + 0.5 * 30, whatever the second number is
         np.testing.assert_array_equal(rewards, [16, np.nan, 3, 4])
 
-    def test_only_where_cut_off_and_in_one_forward_pass(self) -> None:
+    def test_only_truncated_episodes_in_one_forward_pass(self) -> None:
         policy = make()
         infos = [info(3, 0), {}, info(5, 0, truncated=False), info(-1, 0)]
         rewards = bootstrapped(policy, self.REWARDS, np.array([True, False, True, True]), infos, GAMMA)
-        # 1 + 0.5 * 30; goes on; terminated; 4 + 0.5 * -10
+        # 1 + 0.5 * 30; continues; terminated; 4 + 0.5 * -10
         assert rewards.tolist() == [16, 2, 3, -1]
         assert policy.n_calls == 1
 
-    def test_the_callers_rewards_stay(self) -> None:
+    def test_the_callers_rewards_do_not_change(self) -> None:
         before = self.REWARDS.copy()
         rewards = bootstrapped(make(), self.REWARDS, np.ones(4, bool), [info(3, 0)] * 4, GAMMA)
         np.testing.assert_array_equal(self.REWARDS, before)
@@ -127,7 +127,7 @@ class TestBootstrap:
         np.testing.assert_array_equal(rewards, self.REWARDS)
         assert policy.n_calls == 0
 
-    def test_a_stale_flag_of_an_episode_that_goes_on_is_not_read(self) -> None:
+    def test_the_flag_of_a_running_episode_is_ignored(self) -> None:
         rewards = bootstrapped(make(), self.REWARDS, np.zeros(4, bool), [info(3, 0)] * 4, GAMMA)
         np.testing.assert_array_equal(rewards, self.REWARDS)
 
@@ -166,11 +166,11 @@ class TestActions:
     @pytest.mark.parametrize(
         "space", [spaces.Discrete(3), spaces.MultiDiscrete([2, 3]), spaces.MultiBinary(3)], ids=str
     )
-    def test_of_other_spaces_stay(self, space: spaces.Space[Any]) -> None:
+    def test_of_other_spaces_do_not_change(self, space: spaces.Space[Any]) -> None:
         actions = np.array([1, 0, 1])
         assert to_env(make(act=space), space, actions) is actions
 
-    def test_nan_stays(self) -> None:
+    def test_nan_is_kept(self) -> None:
         actions = to_env(make(), BOX, np.array([[np.nan, np.inf], [-np.inf, 1.0]], np.float32))
         np.testing.assert_array_equal(actions, [[np.nan, 4], [-2, 1]])
 
@@ -194,7 +194,7 @@ class OwnExtractor(FlattenExtractor):
 
 
 class Tensors(TensorRolloutBuffer):
-    """A buffer with an ``add`` of its own, which takes what SB3 gives."""
+    """A buffer whose own ``add`` takes SB3's arguments."""
 
     def add(self, *args: Any, **kwargs: Any) -> None:
         assert all(isinstance(part, th.Tensor) for part in (*args[4:], *kwargs.values()))
@@ -202,7 +202,7 @@ class Tensors(TensorRolloutBuffer):
 
 
 class Watcher(BaseCallback):
-    """Sees the local variables of each step."""
+    """Reads the local variables of each step."""
 
     def _on_step(self) -> bool:
         tensors = [self.locals[name] for name in ("obs_tensor", "values", "log_probs")]
@@ -213,8 +213,8 @@ class Watcher(BaseCallback):
 
 
 @pytest.mark.parametrize("engine", ["native", "auto", "autograd"])
-def test_who_looks_on_changes_nothing(engine: str) -> None:
-    """Where nobody does, and the buffer is ours, the native engine's steps make no tensors."""
+def test_callbacks_that_watch_change_nothing(engine: str) -> None:
+    """Without such callbacks, and with our buffer, the native engine makes no tensors in a step."""
     arguments = {"engine": engine, "n_steps": 16, "batch_size": 16, "seed": 1, "device": "cpu"}
     if engine == "auto":
         arguments |= {"policy_kwargs": {"features_extractor_class": OwnExtractor}}
@@ -228,7 +228,7 @@ def test_who_looks_on_changes_nothing(engine: str) -> None:
         th.testing.assert_close(other, weights[0], rtol=0, atol=0)
 
 
-def test_the_native_engine_makes_no_tensors_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_native_engine_makes_no_tensors_without_such_callbacks(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     to_tensor, as_tensors = collection.to_tensor, Acted.as_tensors
     monkeypatch.setattr(collection, "to_tensor", lambda *args: (made.append("observations"), to_tensor(*args))[1])
@@ -240,7 +240,7 @@ def test_the_native_engine_makes_no_tensors_where_nobody_looks(monkeypatch: pyte
     assert made.count("acted") == 8
 
 
-def test_an_add_that_someone_has_put_in_place_takes_what_sb3_gives() -> None:
+def test_a_replaced_add_gets_sb3s_arguments() -> None:
     model = ClipPPO("MlpPolicy", make_vec_env("Pendulum-v1", n_envs=2), n_steps=8, batch_size=16, device="cpu")
     given, add = [], model.rollout_buffer.add
     model.rollout_buffer.add = lambda *args, **kwargs: (given.append(args), add(*args, **kwargs))[1]
@@ -249,7 +249,7 @@ def test_an_add_that_someone_has_put_in_place_takes_what_sb3_gives() -> None:
     assert all(isinstance(part, th.Tensor) for args in given for part in args[4:])
 
 
-def test_only_what_sb3_puts_in_the_place_of_none_is_noop() -> None:
+def test_only_sb3s_wrapper_around_none_is_a_no_op() -> None:
     nothing = ConvertCallback(None)
     assert is_noop(nothing) and is_noop(CallbackList([])) and is_noop(CallbackList([nothing]))
     assert not is_noop(ConvertCallback(lambda *_: True))
@@ -258,7 +258,7 @@ def test_only_what_sb3_puts_in_the_place_of_none_is_noop() -> None:
 
 
 class Reusing(DummyVecEnv):
-    """Gives its own arrays at each step, which the next one overwrites."""
+    """Returns its own arrays at each step, and overwrites them at the next."""
 
     def step_wait(self) -> Any:
         _, _, _, infos = super().step_wait()
@@ -280,7 +280,7 @@ class Ends(gym.Env[np.ndarray, np.ndarray]):
 
 
 def test_after_a_callbacks_stop_the_next_rollout_begins_where_it_was() -> None:
-    """Also where environments write the next step into the arrays that they gave."""
+    """Even if environments write the next step into the arrays that they returned."""
     model = ClipPPO("MlpPolicy", Reusing([Ends]), n_steps=4, batch_size=4, device="cpu")
     model.learn(4, callback=lambda local, _: local["self"].num_timesteps < 2)
     model.learn(4, reset_num_timesteps=False)
@@ -317,14 +317,14 @@ def twice(rows: Any) -> Any:
 
 
 class OwnDraw(RolloutBuffer):
-    """A ``get`` of its own, by way of SB3's."""
+    """Its own ``get``, which calls SB3's."""
 
     def get(self, batch_size: int | None = None) -> Any:
         yield from super().get(batch_size)
 
 
 class AnyDraw(OwnDraw):
-    """Draws from the steps that are there."""
+    """Draws from the steps collected so far."""
 
     def get(self, batch_size: int | None = None) -> Any:
         full, self.full = self.full, True
@@ -354,7 +354,7 @@ def vector(model: ClipPPO) -> th.Tensor:
 @pytest.mark.parametrize("kwargs", ENGINES.values(), ids=ENGINES)
 @pytest.mark.parametrize("n_steps", [4, 40])
 class TestAnotherNumberOfSteps:
-    """It counts from the next rollout on, whose buffer has its size: no row of zeros, none of an earlier rollout."""
+    """It applies from the next rollout on, whose buffer has no unused rows and none of an earlier rollout."""
 
     def test_assigned_before_learning(self, n_steps: int, kwargs: dict[str, Any]) -> None:
         model = cartpole(**kwargs)
@@ -390,7 +390,7 @@ class TestAnotherNumberOfSteps:
 
 
 class Assigns(BaseCallback):
-    """Assigns an attribute of the model once, and notes each rollout's size and whether it is complete."""
+    """Assigns an attribute of the model once, and records the size and completeness of each rollout."""
 
     def __init__(self, event: str, name: str, value: Any) -> None:
         super().__init__()
@@ -431,7 +431,7 @@ class TestIncompleteRollouts:
         with pytest.raises(ValueError, match=self.MATCH.format(0)):
             model.train()
 
-    def test_one_that_takes_the_place_of_a_complete_one(self, kwargs: dict[str, Any]) -> None:
+    def test_one_that_replaces_a_complete_one(self, kwargs: dict[str, Any]) -> None:
         model = cartpole(**kwargs)
         callback = Assigns("_on_rollout_end", "rollout_buffer", cartpole(**kwargs).rollout_buffer)
         with pytest.raises(ValueError, match=self.MATCH.format(0)):
@@ -439,7 +439,7 @@ class TestIncompleteRollouts:
 
 
 class TestBuffersOfTheUsers:
-    def test_several_rows_a_step_are_no_other_size(self) -> None:
+    def test_several_rows_a_step_do_not_change_the_size(self) -> None:
         model = cartpole(rollout_buffer_class=Doubling).learn(32)
         assert (model.rollout_buffer.pos, model.num_timesteps) == (32, 32)
 
@@ -455,13 +455,13 @@ class TestBuffersOfTheUsers:
         with pytest.raises(ValueError, match="`rollout_buffer` must take 16 steps at most, got one more"):
             model.learn(17)
 
-    def test_sb3s_bare_assertion_gets_words(self) -> None:
+    def test_sb3s_bare_assertion_gets_a_message(self) -> None:
         model = cartpole(rollout_buffer_class=OwnDraw).learn(16)
         model.rollout_buffer.reset()
         with pytest.raises(ValueError, match="must be full to be trained on, got 0 of 16 steps"):
             model.train()
 
-    def test_another_assertion_stays(self) -> None:
+    def test_other_assertions_are_kept(self) -> None:
         class Asserts(RolloutBuffer):
             def get(self, batch_size: int | None = None) -> Any:
                 assert batch_size == 0, "another one"
@@ -477,7 +477,7 @@ class TestBuffersOfTheUsers:
         assert kernels._engine.name == "fused"
         np.testing.assert_array_equal(kernels.rollout_buffer.actions, torch.rollout_buffer.actions)
 
-    def test_one_that_draws_from_what_there_is_may_do_so(self) -> None:
+    def test_one_may_draw_from_an_incomplete_rollout(self) -> None:
         model = cartpole(rollout_buffer_class=AnyDraw)
         model.n_steps = 4
         model.learn(4)
@@ -494,7 +494,7 @@ def test_another_number_of_environments_resizes_the_buffer() -> None:
 
 
 @pytest.mark.parametrize("n_steps", [0, -1, 2.5, "4", None, True])
-def test_steps_that_are_no_number_are_refused(n_steps: Any) -> None:
+def test_an_assigned_n_steps_is_checked(n_steps: Any) -> None:
     model = cartpole()
     model.n_steps = n_steps
     with pytest.raises((ValueError, TypeError), match="`n_steps` must be a whole number"):
@@ -510,7 +510,7 @@ class HostLoop(ClipPPO):
 
 
 class HostAdd(TensorRolloutBuffer):
-    """An ``add`` with SB3's arguments alone."""
+    """A buffer whose ``add`` takes only SB3's arguments."""
 
     def add(self, obs: Any, action: Any, reward: Any, episode_start: Any, value: Any, log_prob: Any) -> None:  # type: ignore[override]
         super().add(obs, action, reward, episode_start, value, log_prob)
@@ -521,7 +521,7 @@ def logged(model: ClipPPO) -> dict[str, Any]:
 
 
 def collect_by_hand(model: ClipPPO, with_dist_params: Any = lambda step: False) -> None:
-    """A loop of the user's, which passes the distribution's parameters at some steps, or at none."""
+    """Collect with a user's own loop, which passes the distribution's parameters at some steps, or at none."""
     buffer = model.rollout_buffer
     obs, start = model.env.reset(), np.ones(1, bool)
     for step in range(model.n_steps):
@@ -558,7 +558,9 @@ class TestRolloutsWithoutTheOldDistribution:
         th.testing.assert_close(vector(model), vector(host), rtol=tolerance, atol=tolerance)
 
     @pytest.mark.parametrize("arguments", NEEDS_KL)
-    def test_and_is_refused_where_an_argument_needs_it(self, arguments: dict[str, Any], kwargs: dict[str, Any]) -> None:
+    def test_sb3s_loop_is_refused_if_an_argument_needs_the_kl(
+        self, arguments: dict[str, Any], kwargs: dict[str, Any]
+    ) -> None:
         env = make_vec_env("CartPole-v1", seed=0)
         model = HostLoop("MlpPolicy", env, n_steps=16, batch_size=8, **kwargs, **arguments)
         before = vector(model)
@@ -632,7 +634,7 @@ class Unshown(ActorCriticPolicy):
         return result
 
 
-def test_a_penalty_that_begins_later_asks_policies_for_their_distribution(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_penalty_that_starts_later_reads_the_policys_distribution(caplog: pytest.LogCaptureFixture) -> None:
     model = ClipPPO(Unshown, make_vec_env("CartPole-v1", seed=0), n_steps=16, batch_size=8, seed=0)
     with caplog.at_level("INFO", logger="sb3_clipvf"):
         model.learn(48)
@@ -643,7 +645,7 @@ def test_a_penalty_that_begins_later_asks_policies_for_their_distribution(caplog
 
 
 class TestLostEpisodes:
-    """Where a wrapper outside of Monitor ends episodes, one warning says so."""
+    """One warning reports that a wrapper outside of Monitor ends episodes."""
 
     @staticmethod
     def warnings(make_env: Any, caplog: pytest.LogCaptureFixture, steps: int = 64) -> list[str]:
@@ -665,17 +667,17 @@ class TestLostEpisodes:
             lambda: OneLife(Monitor(gym.make("Pendulum-v1"))),
         ],
     )
-    def test_nothing_is_said_of_others(self, make_env: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def test_other_environments_give_no_warning(self, make_env: Any, caplog: pytest.LogCaptureFixture) -> None:
         assert not self.warnings(make_env, caplog)
 
-    def test_it_is_no_part_of_the_file(self, tmp_path: Path) -> None:
+    def test_the_flag_is_not_saved(self, tmp_path: Path) -> None:
         model = ClipPPO("MlpPolicy", "Pendulum-v1", n_steps=64, device="cpu")
         model.learn(64)
         assert "_may_lose_episodes" not in model._saved_attributes()
 
 
 class OneLife(gym.Wrapper[Any, Any, Any, Any]):
-    """Ends episodes as SB3's EpisodicLifeEnv does: the game goes on after the reset."""
+    """Ends episodes as SB3's EpisodicLifeEnv does: the game continues after the reset."""
 
     begun = False
 

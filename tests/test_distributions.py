@@ -1,4 +1,4 @@
-"""Tests of SB3's action distributions as parameter rows, and of the exact KL between such rows."""
+"""SB3's action distributions as rows of parameters, and the exact KL between such rows."""
 
 import math
 from collections.abc import Callable
@@ -108,7 +108,7 @@ class TestEveryDistribution:
         assert not th.allclose(there, back)
 
     def test_kl_is_the_expected_log_ratio_of_the_old_ones_actions(self, name: str) -> None:
-        """By SB3's own sampling and log-probs, which know nothing of our rows; for squashed ones with the Jacobian."""
+        """Computed with SB3's own samples and log-probs, which do not use our rows; squashed ones with the Jacobian."""
         make, _ = ALL[name]
         old, new = make(0), make(1)
         th.manual_seed(0)
@@ -176,7 +176,7 @@ def test_categorical_row_is_logits() -> None:
 
 class TestUnknownDistributions:
     class Beta(Distribution):  # type: ignore[misc]
-        """Only what the abstract class demands."""
+        """Implements only the abstract methods."""
 
         def proba_distribution_net(self, *args: Any, **kwargs: Any) -> Any: ...
         def proba_distribution(self, *args: Any, **kwargs: Any) -> Any: ...
@@ -226,7 +226,7 @@ class BetaDistribution(DiagGaussianDistribution):
 
 
 class HiddenDistribution(DiagGaussianDistribution):
-    """Keeps what it makes under a name of its own."""
+    """Stores torch's distribution under another name."""
 
     def proba_distribution(self, mean: th.Tensor, log_std: th.Tensor) -> Any:
         self.hidden = td.Normal(mean, log_std.exp() * th.ones_like(mean))
@@ -274,7 +274,7 @@ def model_with(dist: type[Any] | None, **kwargs: Any) -> ClipPPO:
 
 
 class TestDerivedDistributions:
-    """Their KL is not that of the class that they are derived from."""
+    """Their KL is not that of their base class."""
 
     @pytest.mark.parametrize("engine", ["auto", "autograd"])
     @pytest.mark.parametrize("dist", DERIVED)

@@ -1,4 +1,4 @@
-"""The documentation: its examples run, its commands and options exist, its tables name what there is."""
+"""The documentation: its examples run, its commands and options exist, its tables are complete."""
 
 import doctest
 import importlib.util
@@ -30,7 +30,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 # results/ is written by the benchmark, and the build is HTML.
 PAGES = sorted(page.relative_to(DOCS).as_posix() for page in [*DOCS.glob("*.md"), *DOCS.glob("api/*.md")])
 PAGES.append("../README.md")
-# Enough for two rollouts of the examples: what they show happens, but nothing is learned.
+# Enough for two rollouts of the examples, though not to learn anything.
 MAX_STEPS = 300
 
 
@@ -182,7 +182,7 @@ class LocalNames(BaseCallback):
         return True
 
 
-def test_the_names_that_callbacks_are_promised_are_there() -> None:
+def test_the_documented_names_for_callbacks_exist() -> None:
     section = text_of("callbacks.md").partition("## What a callback sees")[2].partition("\n## ")[0]
     promised = {
         name
@@ -207,7 +207,7 @@ def test_the_glossary_has_every_key_of_the_log_and_no_other(monkeypatch: pytest.
     monkeypatch.setattr(logger, "record", lambda key, *rest, **kwargs: (logged.add(key), record(key, *rest, **kwargs)))
     model.set_logger(logger)
     model.learn(64)
-    # Logged by SB3 only with an environment that tells of success, or by its EvalCallback.
+    # Logged by SB3 only with an environment that reports success, or by its EvalCallback.
     elsewhere = {"rollout/success_rate", "eval/mean_reward", "eval/mean_ep_length", "eval/success_rate"}
     assert logged == glossary - elsewhere
 

@@ -1,4 +1,4 @@
-"""FastDummyVecEnv returns the same as SB3's DummyVecEnv, in copies that nothing else writes to."""
+"""FastDummyVecEnv returns what SB3's DummyVecEnv returns, in copies that nothing else writes to."""
 
 import copy
 import pickle

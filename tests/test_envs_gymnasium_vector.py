@@ -491,7 +491,7 @@ class TestRefusals:
             as_vec_env(env)
 
     @pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.DISABLED], ids=lambda mode: mode.value)
-    def test_not_of_that_env_in_other_modes(self, request: pytest.FixtureRequest, mode: AutoresetMode) -> None:
+    def test_that_env_is_accepted_in_other_modes(self, request: pytest.FixtureRequest, mode: AutoresetMode) -> None:
         venv = adapted(request, scripted(mode, AsyncVectorEnv, shared_memory=False))
         assert_same_stream(venv, DummyVecEnv([lambda i=i: Monitor(Scripted(i)) for i in range(3)]), 20)
 

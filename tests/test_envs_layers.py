@@ -1,4 +1,4 @@
-"""VecEnvs around simulators, EnvPool and Gymnasium's vector environments: training equals SB3's."""
+"""VecEnvs around simulators, EnvPool and Gymnasium's vector environments train as in SB3."""
 
 import logging
 from collections.abc import Callable
@@ -109,7 +109,7 @@ class Adapter(VecEnvWrapper):
 
 
 class Passing(VecEnvWrapper):
-    """A usual wrapper."""
+    """A wrapper that passes everything on."""
 
     def reset(self) -> Any:
         return self.venv.reset()
@@ -380,7 +380,7 @@ def test_returned_states_are_resumed_to_the_last_bit(make: Callable[[], VecEnv],
         assert th.equal(ours, theirs)
 
 
-def test_a_wrapper_that_keeps_shapes_gets_no_others() -> None:
+def test_a_wrapper_that_keeps_shapes_is_checked() -> None:
     class Narrow(Simulator):
         def observe(self) -> np.ndarray:
             return super().observe()[:, :1]

@@ -1,4 +1,4 @@
-"""FastVecNormalize returns the same as SB3's VecNormalize, in memory and in files."""
+"""FastVecNormalize returns what SB3's VecNormalize returns, and reads and writes the same files."""
 
 import copy
 import pickle

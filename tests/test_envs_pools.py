@@ -1,4 +1,4 @@
-"""The adapters over EnvPool and ale-py: every transition is one of the pool's own, and resets are no transitions."""
+"""The adapters over EnvPool and ale-py return the pool's own transitions, and no resets as transitions."""
 
 from collections.abc import Callable
 from functools import partial

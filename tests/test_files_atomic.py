@@ -1,4 +1,4 @@
-"""atomic_write: old or new content at the path, whatever fails, and an error that names the file and the way out."""
+"""atomic_write leaves old or new content, whatever fails, and its error names the file and a way out."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Values as JSON: what is JSON and what stays a pickle in saved models, exact round trips, hostile and damaged JSON."""
+"""Values as JSON: which attributes of models are JSON or pickles, exact round trips, hostile and damaged JSON."""
 
 import io
 import json

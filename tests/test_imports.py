@@ -1,11 +1,11 @@
-"""What an import loads: time is spent where a package is used, not where its name is."""
+"""Imports of the package load heavy and optional packages only where they are used."""
 
 import subprocess
 import sys
 
 
 def loaded_by(statement: str) -> set[str]:
-    """Top-level names of the packages that a fresh interpreter holds after a statement."""
+    """Return the top-level packages that a fresh interpreter has loaded after a statement."""
     code = f"import sys; {statement}; print(*{{name.partition('.')[0] for name in sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     return set(done.stdout.split())

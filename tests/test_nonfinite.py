@@ -1,4 +1,4 @@
-"""Non-finite values: where they are found, the error, the file that is written, and what stays unchanged."""
+"""Non-finite values, across modules: where they are found, the error, the file written, and what is unchanged."""
 
 import copy
 import dataclasses
@@ -132,10 +132,8 @@ class TestUpdate:
         assert th.equal(bad.batch.observations, buffer._get_samples(order[:BATCH]).observations)
 
     @pytest.mark.parametrize("fault", WHAT)
-    def test_skipping_leaves_the_others_as_they_are(
-        self, name: str, fault: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """To the last bit: as if the minibatch had not been drawn."""
+    def test_skipping_does_not_change_the_others(self, name: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The same bits as if the minibatch had not been drawn."""
         results = []
         for is_whole in (True, False):
             policy, buffer = make_case("box")
@@ -220,8 +218,8 @@ class TestUpdate:
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_the_loss_that_is_told_is_the_one_that_was_looked_at(name: str) -> None:
-    """Each term is a number; their weighted sum is one in float64 alone."""
+def test_the_reported_loss_is_the_checked_one(name: str) -> None:
+    """Each term is finite; their weighted sum is finite in float64 only."""
     policy, buffer = make_case("box")
     buffer.returns[2, 1] = 1e18
     engine = engine_for(name, policy, buffer, batch_size=30)
@@ -245,7 +243,7 @@ class TestDevice:
             assert AutogradEngine(policy, settings_for("box"))._reads_are_cheap() is may_read
 
     @pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])
-    def test_its_random_state_is_put_back(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_its_random_state_is_restored(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         put_back = []
         device = th.device(kind, 0)
         monkeypatch.setattr(getattr(th, kind), "get_rng_state", lambda of: ("state", of))
@@ -256,7 +254,7 @@ class TestDevice:
         assert put_back == [(("state", device), device)]
 
     @pytest.mark.parametrize("kind", [ValueError, RuntimeError])
-    def test_a_policy_that_refuses_such_numbers_stays_whole(
+    def test_a_policy_that_refuses_such_numbers_is_not_changed(
         self, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         policy, buffer = make_case("box")
@@ -279,7 +277,7 @@ class TestDevice:
         skipping = engine_for("gpu", policy, buffer, on_nonfinite="skip")
         assert skipping.update(buffer, WEIGHTS).n_skipped == 2
 
-    def test_other_errors_of_a_policy_come_through(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_other_errors_of_a_policy_are_raised_unchanged(self, monkeypatch: pytest.MonkeyPatch) -> None:
         policy, buffer = make_case("box")
 
         def refuse(*_: Any) -> Any:
@@ -291,7 +289,7 @@ class TestDevice:
 
 
 def without(buffer: Any, indices: np.ndarray) -> Any:
-    """A rollout of two steps less, with all but some transitions, in SB3's order of those that stay."""
+    """Return a rollout of two steps less, without some transitions, in SB3's order of the others."""
     kept = np.delete(np.arange(N_STEPS * N_ENVS), indices)
     smaller = type(buffer)(
         N_STEPS - 2, buffer.observation_space, buffer.action_space, "cpu", n_envs=N_ENVS,
@@ -328,7 +326,7 @@ def test_draws_of_sb3s_buffer_are_found_again() -> None:
 
 
 class World(gym.Env[Any, Any]):
-    """Ones and a small reward, but for what is bad at one step; episodes are cut off after 6 steps."""
+    """Observations of ones and a small reward, with one bad value at one step; truncated after 6 steps."""
 
     action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
 
@@ -358,7 +356,7 @@ class World(gym.Env[Any, Any]):
 
 
 def make(what: str = "", n_envs: int = 3, wrap: Any = None, policy: Any = "MlpPolicy", **kwargs: Any) -> ClipPPO:
-    """A training whose environment 1 goes bad."""
+    """Return a model whose environment 1 returns a bad value."""
     keys = ("at", "value", "dtype")
     world = {key: kwargs.pop(key) for key in keys if key in kwargs}
     env: Any = DummyVecEnv([lambda bad=index == 1: World(what if bad else what[:3] * what.startswith("key"), **world)
@@ -369,7 +367,7 @@ def make(what: str = "", n_envs: int = 3, wrap: Any = None, policy: Any = "MlpPo
 
 
 class At(BaseCallback):
-    """Does something to the model at the end of each rollout, before its update, or at the start of one."""
+    """Calls a function with the model at the end of each rollout, before its update, or at the start of one."""
 
     def __init__(self, action: Any, first: int = 1, event: str = "end") -> None:
         super().__init__()
@@ -431,7 +429,7 @@ class TestStep:
         assert (error.what, error.env_index, error.step, error.num_timesteps) == ("reward", 1, 4, 15)
         assert "`reward` of environment 1 must be finite" in str(error)
 
-    def test_a_large_reward_is_none_of_them(self, engine: str) -> None:
+    def test_a_large_reward_is_finite(self, engine: str) -> None:
         make("reward", engine=engine, value=1e10).learn(24)
 
     @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -454,7 +452,7 @@ class TestStep:
         assert (error.what, error.env_index, error.step) == ("log_prob", 0, 0)
 
 
-def test_a_dict_observation_is_told_by_its_key() -> None:
+def test_a_dict_observation_is_named_by_its_key() -> None:
     model = make("key observation", policy="MultiInputPolicy")
     error = error_of(model)
     assert (error.what, error.key, error.env_index) == ("observation", "b", 1)
@@ -464,7 +462,7 @@ def test_a_dict_observation_is_told_by_its_key() -> None:
 
 
 class Filled(FlattenExtractor):
-    """Puts a number where a sensor is missing."""
+    """Replaces missing values of a sensor by a number."""
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
         return super().forward(th.nan_to_num(observations, nan=-1.0, posinf=2.0))
@@ -485,7 +483,7 @@ class FilledPolicy(ActorCriticPolicy):
 
 
 class Passing(FlattenExtractor):
-    """Code of the user's that does nothing about it."""
+    """User code that does not treat missing values."""
 
 
 FILLED: dict[str, tuple[Any, str, dict[str, Any]]] = {
@@ -499,7 +497,7 @@ FILLED: dict[str, tuple[Any, str, dict[str, Any]]] = {
 
 
 class TestMissingSensors:
-    """Observations that code of the user's knows how to treat: what the policy gives decides, as in SB3."""
+    """Non-finite observations that user code treats: only the policy's outputs count, as in SB3."""
 
     @pytest.mark.parametrize("engine", ["autograd", "auto"])
     @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -518,19 +516,19 @@ class TestMissingSensors:
             th.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("at", [5, 6, 8])
-    def test_one_that_the_policy_makes_no_number_of_is_named(self, at: int) -> None:
+    def test_one_that_makes_the_policys_output_non_finite_is_named(self, at: int) -> None:
         error = error_of(make("observation", at=at, policy_kwargs={"features_extractor_class": Passing}))
         what = "terminal_observation" if at == 6 else "observation"
         assert (error.what, error.env_index, error.num_timesteps) == (what, 1, 3 * at)
         assert f"`{what}` of environment 1 must be finite, got nan at element [1]" in str(error)
 
-    def test_one_whose_gradient_is_no_number_is_named_by_the_update(self) -> None:
+    def test_one_whose_gradient_is_not_finite_is_named_by_the_update(self) -> None:
         """tanh makes a number of infinity, and the gradient of the weights before it is none."""
         model = make("observation", value=np.inf, policy_kwargs={"features_extractor_class": Passing})
         error = error_of(model)
         assert (error.what, error.key, error.env_index, error.step) == ("grad_norm", "observations", 1, 5)
 
-    def test_another_cause_is_not_taken_for_it(self) -> None:
+    def test_another_cause_is_named_instead(self) -> None:
         policy_kwargs = {"features_extractor_class": Filled}
 
         def ruin(model: Any) -> None:
@@ -555,7 +553,7 @@ class TestMissingSensors:
         assert "The statistics of VecNormalize may contain it" in str(error)
 
 
-def test_other_errors_of_the_policy_stay_what_they_are() -> None:
+def test_other_errors_of_the_policy_are_raised_unchanged() -> None:
     model = make(engine="autograd")
 
     def refuse(*_: Any, **__: Any) -> Any:
@@ -567,7 +565,7 @@ def test_other_errors_of_the_policy_stay_what_they_are() -> None:
     assert not isinstance(caught.value, NonFiniteError)
 
 
-def test_vec_normalize_is_told_of() -> None:
+def test_the_error_names_vec_normalize() -> None:
     error = error_of(make("observation", wrap=VecNormalize))
     assert "The statistics of VecNormalize may contain it" in str(error)
     assert "VecNormalize" not in str(error_of(make("observation")))
@@ -585,7 +583,7 @@ def infinite_advantages(model: Any) -> None:
 
 
 class PlainBuffer(RolloutBuffer):
-    """Its minibatches are no named tuples."""
+    """Its minibatches are not named tuples."""
 
     def get(self, batch_size: int | None = None) -> Any:
         for batch in super().get(batch_size):
@@ -604,7 +602,7 @@ class TestTraining:
         assert "on_nonfinite='skip' skips such minibatches" in str(error)
         assert np.isfinite(model.predict(np.ones(3, np.float32))[0]).all()
 
-    def test_a_ratio_is_found_by_asking_the_policy(self) -> None:
+    def test_a_ratio_is_found_by_evaluating_the_policy(self) -> None:
         def spoil_ratio(model: Any) -> None:
             model.rollout_buffer.log_probs[2, 1] -= 200
 
@@ -653,12 +651,12 @@ class TestTraining:
         assert "No single transition is its cause" in str(error)
 
     def test_rewards_whose_sum_overflows(self) -> None:
-        """NumPy's warnings, which are errors in tests, take no part in it."""
+        """Without NumPy's warnings, which would be errors in tests."""
         for engine in ("native", "autograd"):
             error = error_of(make("reward", engine=engine, value=3e38, gae_lambda=1.0, gamma=1.0))
             assert error.what in ("policy_loss", "value_loss")
 
-    def test_skipping_goes_on_and_counts(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_skipping_continues_and_is_counted(self, caplog: pytest.LogCaptureFixture) -> None:
         model = make(on_nonfinite="skip")
         with caplog.at_level(logging.WARNING, "sb3_clipvf"):
             model.learn(72, callback=At(infinite_return, 2), log_interval=None)
@@ -678,14 +676,14 @@ class TestTraining:
         assert error.num_timesteps == 24 * (MAX_UPDATES_WITH_SKIPS + 1)
         assert f"training has ended since {MAX_UPDATES_WITH_SKIPS + 1} updates in a row" in str(error)
 
-    def test_an_update_without_skips_breaks_the_row(self) -> None:
+    def test_an_update_without_skips_resets_the_count(self) -> None:
         def now_and_then(model: Any) -> None:
             if model.num_timesteps % 72:
                 infinite_return(model)
 
         make(on_nonfinite="skip").learn(24 * (MAX_UPDATES_WITH_SKIPS + 5), callback=At(now_and_then))
 
-    def test_the_row_is_saved(self, tmp_path: Path) -> None:
+    def test_the_count_is_saved(self, tmp_path: Path) -> None:
         model = make(on_nonfinite="skip").learn(48, callback=At(infinite_return))
         model.save(tmp_path / "model")
         loaded = ClipPPO.load(tmp_path / "model", device="cpu")
@@ -696,14 +694,14 @@ class TestTraining:
         assert error.num_timesteps == 24
         assert "all minibatches of the update were skipped" in str(error)
 
-    def test_callbacks_may_change_the_word(self) -> None:
+    def test_callbacks_may_change_on_nonfinite(self) -> None:
         def skip(model: Any) -> None:
             model.on_nonfinite = "skip"
             infinite_return(model)
 
         make().learn(24, callback=At(skip))
 
-    def test_another_word_is_refused(self) -> None:
+    def test_an_unknown_choice_is_refused(self) -> None:
         with pytest.raises(
             ValueError, match="`on_nonfinite` must be one of 'raise', 'skip', got 'ignore'. 'skip' skips"
         ):
@@ -732,7 +730,7 @@ def arrays_of(error: NonFiniteError) -> dict[str, np.ndarray]:
 
 class TestFile:
     @pytest.mark.parametrize(("what", "at"), [("observation", 13), ("reward", 13), ("return", 0)])
-    def test_lies_beside_the_last_checkpoint_which_stays(self, tmp_path: Path, what: str, at: int) -> None:
+    def test_is_beside_the_last_checkpoint_which_is_kept(self, tmp_path: Path, what: str, at: int) -> None:
         model = make(what, at=at)
         callbacks: list[BaseCallback] = [TrainingCheckpoint(24, tmp_path, keep_best=False)]
         if what == "return":
@@ -740,7 +738,7 @@ class TestFile:
         error = error_of(model, 96, callback=callbacks)
         assert error.path is not None
         assert error.path.parent == tmp_path
-        # That of step 24 alone: none of what has gone bad
+        # Only that of step 24, which has no bad values
         assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_24.zip", error.path.name]
         newest_checkpoint(tmp_path)
         resumed = ClipPPO.resume(tmp_path, make().env, device="cpu")
@@ -799,12 +797,12 @@ class TestFile:
         names = {"observations", "actions", "old_values", "old_log_prob", "advantages", "returns", "indices"}
         assert names < set(arrays)
 
-    def test_nowhere_unless_a_folder_was_chosen(self) -> None:
+    def test_is_not_written_without_a_folder(self) -> None:
         error = error_of(make("reward"))
         assert error.path is None
         assert "Train with a TrainingCheckpoint, or with `tensorboard_log`, to have it written" in str(error)
 
-    def test_that_cannot_be_written_hides_nothing(self, tmp_path: Path) -> None:
+    def test_a_failed_write_does_not_hide_the_error(self, tmp_path: Path) -> None:
         def remove(model: Any) -> None:
             (tmp_path / "folder").rmdir()
 
@@ -815,7 +813,7 @@ class TestFile:
 
 
 def test_the_native_engine_acted_here() -> None:
-    """Otherwise its flag would not have been tried above."""
+    """Otherwise the tests above would not use its check."""
     model = make().learn(24)
     assert isinstance(model._engine, NativeEngine)
     assert model._engine.act(th.ones(2, 3), with_dist_params=False).is_finite is True

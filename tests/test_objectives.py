@@ -1,4 +1,4 @@
-"""Tests of the mathematics: golden numbers with their derivation, identities, float64 gradients, behaviour at kinks."""
+"""The mathematics: golden numbers with their derivation, identities, float64 gradients, behaviour at kinks."""
 
 import functools
 import math
@@ -46,7 +46,7 @@ class TestAdvantages:
         assert objectives.normalize_advantages(f64(5, 5, 5)).tolist() == [0, 0, 0]
 
     @pytest.mark.parametrize("advantages", [[], [7.5]])
-    def test_what_has_no_spread_stays(self, advantages: list[float]) -> None:
+    def test_a_single_advantage_does_not_change(self, advantages: list[float]) -> None:
         assert objectives.normalize_advantages(f64(*advantages)).tolist() == advantages
 
 

@@ -1,4 +1,4 @@
-"""What is built from the source tree: an editable install that type checkers see, a wheel, a source distribution."""
+"""Builds of the source tree: an editable install that type checkers see, a wheel, a source distribution."""
 
 import os
 import re

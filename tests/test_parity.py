@@ -54,7 +54,7 @@ class Picture(Wander):
 
 
 def wander(action_space: spaces.Space[Any], n_envs: int = 3) -> DummyVecEnv:
-    """Environments that are cut off at different steps: never two in the same one (see the batched test below)."""
+    """Return environments that are truncated at different steps, never two at once (see the batched test below)."""
     return DummyVecEnv(
         [
             lambda i=i: gym.wrappers.TimeLimit(Wander(action_space, 10**6, 0.5 * i), max_episode_steps=7 + 4 * i)
@@ -161,7 +161,7 @@ def test_defaults_learn_as_sb3s_in_one_call_or_in_many(calls: list[int]) -> None
 
 @pytest.mark.parametrize("engine", ["autograd", "native"])
 def test_functions_of_the_user_are_called_as_sb3_calls_them(engine: str, tmp_path: Path) -> None:
-    """One with a state, such as a warm-up that counts its calls, would end elsewhere after a call more."""
+    """A function with a state, such as a warm-up that counts its calls, would notice an extra call."""
     at_updates = ("ent_coef", "vf_coef", "kl_coef")
     calls: list[dict[str, list[float]]] = []
     for algorithm in (PPO, ClipPPO):
@@ -219,7 +219,7 @@ def test_logs_keep_sb3s_meaning(log_name: str) -> None:
     assert logs[1][log_name] == pytest.approx(logs[0][log_name], rel=1e-6)
 
 
-def test_sb3s_file_goes_on_training_as_sb3s_ppo_would(tmp_path: Any) -> None:
+def test_sb3s_file_continues_training_as_sb3s_ppo_would(tmp_path: Any) -> None:
     kwargs = {**SMALL, "batch_size": 20, "learning_rate": 1e-3, "clip_range": 0.1, "clip_range_vf": 0.5}
     PPO("MlpPolicy", wander(BOX), **kwargs).learn(three_updates(3)).save(tmp_path / "host")
     theirs = PPO.load(tmp_path / "host", env=wander(BOX), device="cpu")

@@ -1,4 +1,4 @@
-"""Tests of the squashed Gaussian and of the policies built on it."""
+"""The squashed Gaussian and the policies built on it."""
 
 import copy
 import functools

@@ -1,5 +1,5 @@
 """
-Bad input at ClipPPO's doors, and the legal values next to it.
+Refusals of illegal input to ClipPPO, across modules, and the legal values next to it.
 
 Each message must name the argument, the rule, the value and the way out: the patterns here span all four.
 """
@@ -41,7 +41,7 @@ NAN, INF = math.nan, math.inf
 
 
 class Still(gym.Env[Any, Any]):
-    """Nothing happens, in any spaces."""
+    """An environment of any spaces in which nothing happens."""
 
     def __init__(self, observation_space: spaces.Space[Any] = BOX, action_space: spaces.Space[Any] = BOX) -> None:
         self.observation_space, self.action_space = observation_space, action_space
@@ -59,7 +59,7 @@ def make(env: Any = None, policy: Any = "MlpPolicy", **kwargs: Any) -> ClipPPO:
 
 
 def refused(error: type[Exception], *parts: str) -> Any:
-    """Expect an error whose message has these parts in this order, and a second sentence: what to do."""
+    """Expect an error with these parts in this order, and a second sentence that states what to do."""
     return pytest.raises(error, match=r"(?s)^(?=.*\. \S)" + ".*?" + ".*".join(map(re.escape, parts)))
 
 
@@ -221,7 +221,7 @@ class TestCombinations:
             make(learning_rate=learning_rate, lr_kl_target=0.01)
 
     @pytest.mark.parametrize("kl_coef", [0, 0.0, "const_0"])
-    def test_adaptive_penalty_that_starts_at_nothing(self, kl_coef: Any) -> None:
+    def test_adaptive_penalty_that_starts_at_zero(self, kl_coef: Any) -> None:
         with refused(
             ValueError,
             f"`kl_coef` must be positive where `adaptive_kl_target` is set, got {kl_coef!r}",
@@ -278,7 +278,7 @@ class TestCombinations:
 
     def test_distribution_whose_kl_is_not_known(self) -> None:
         class Cauchy(DiagGaussianDistribution.__base__):  # type: ignore[misc, name-defined]
-            """Stands for a distribution of another package."""
+            """Stand-in for a distribution of another package."""
 
             proba_distribution_net = proba_distribution = log_prob = entropy = sample = mode = None
             actions_from_params = log_prob_from_params = None
@@ -315,7 +315,7 @@ class TestPolicies:
             make(policy=policy)
 
     @pytest.mark.parametrize("policy", [5, None, int, th.nn.Linear])
-    def test_what_is_no_policy(self, policy: Any) -> None:
+    def test_an_object_that_is_not_a_policy(self, policy: Any) -> None:
         with refused(
             TypeError, "`policy` must be a class derived from SB3's ActorCriticPolicy", f"got {policy!r}", "'MlpPolicy'"
         ):
@@ -358,13 +358,13 @@ class TestPolicies:
             ):
                 make(Still(action_space=space), policy)
 
-    def test_infinite_bounds_of_observations_are_fine(self) -> None:
+    def test_infinite_bounds_of_observations_are_accepted(self) -> None:
         make(Still(INFINITE_BOX))
 
 
 class TestEnvironments:
     @pytest.mark.parametrize("env", [5, BOX, [Still()]])
-    def test_what_is_no_environment(self, env: Any) -> None:
+    def test_an_object_that_is_not_an_environment(self, env: Any) -> None:
         with refused(TypeError, "`env` must be a gymnasium environment or an SB3 VecEnv, got", "gymnasium.make("):
             make(env)
 
@@ -374,7 +374,7 @@ class TestEnvironments:
         ):
             ClipPPO("MlpPolicy", None)
 
-    def test_unknown_ids_are_gymnasiums_business(self) -> None:
+    def test_unknown_ids_raise_gymnasiums_error(self) -> None:
         with pytest.raises(gym.error.NameNotFound, match="NoSuchEnvironment"):
             make("NoSuchEnvironment-v0")
 
@@ -463,7 +463,7 @@ class TestEnvironments:
             lambda: Still(action_space=spaces.Box(-1, 1, ())),
         ],
     )
-    def test_the_ways_out_train(self, wrap: Callable[[], gym.Env[Any, Any]]) -> None:
+    def test_the_suggested_changes_train(self, wrap: Callable[[], gym.Env[Any, Any]]) -> None:
         make(wrap()).learn(8)
 
     def test_own_parts_may_read_what_sb3s_cannot(self) -> None:
@@ -547,14 +547,14 @@ class Columns(BaseFeaturesExtractor):
 
 
 class OwnColumns(ActorCriticPolicy):
-    """Has it as its default."""
+    """Uses this extractor by default."""
 
     def __init__(self, *args: Any, features_extractor_class: type[Any] = Columns, **kwargs: Any) -> None:
         super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)
 
 
 class OwnReading(ActorCriticPolicy):
-    """Counts from the start of the space."""
+    """Subtracts the start of the space from observations."""
 
     def extract_features(self, obs: Any, features_extractor: Any = None) -> Any:
         return super().extract_features(obs - self.observation_space.start, features_extractor)
@@ -606,7 +606,7 @@ class TestLearn:
 
     @pytest.mark.parametrize("bad", [NAN, INF, -1e-9])
     @pytest.mark.parametrize("name", ["learning_rate", "clip_range", "clip_range_vf", "ent_coef", "vf_coef", "kl_coef"])
-    def test_schedules_that_go_wrong_later(self, name: str, bad: float) -> None:
+    def test_schedules_that_return_illegal_values_later(self, name: str, bad: float) -> None:
         model = make(**{name: lambda p: 0.1 if p > 0.5 else bad})
         model.learn(8, schedule_timesteps=1000)
         with refused(
@@ -650,7 +650,7 @@ class TestLoad:
         with refused(ValueError, "`device` must be 'auto' or a PyTorch device, got 'gpu'"):
             ClipPPO.load(file, device="gpu")
 
-    def test_contradictions_are_found_again(self, file: io.BytesIO) -> None:
+    def test_contradictions_are_refused_again(self, file: io.BytesIO) -> None:
         with refused(ValueError, "`kl_coef` must be positive where `adaptive_kl_target` is set, got 0.0"):
             self.load(file, adaptive_kl_target=0.01)
         with refused(ValueError, "`learning_rate` must be a number where `lr_kl_target` is set, got 'lin_0.001'"):
@@ -666,7 +666,7 @@ class TestLoad:
         with refused(ValueError, "`env` must be set before learning, got None. Pass it to `load`, or call `set_env`"):
             self.load(file).learn(8)
 
-    def test_what_is_no_file(self, tmp_path: Any) -> None:
+    def test_an_object_that_is_not_a_file(self, tmp_path: Any) -> None:
         with pytest.raises(FileNotFoundError, match="missing"):
             ClipPPO.load(tmp_path / "missing")
         with pytest.raises(ValueError, match="wasn't a zip-file"):
@@ -674,7 +674,7 @@ class TestLoad:
 
 
 class TestChecks:
-    """The checks themselves, at their borders."""
+    """The checks themselves, at the limits of legal values."""
 
     def test_int(self) -> None:
         assert [check_int("n", value, 1, "Do.") for value in (1, 1.0, np.int32(7), 2**63 - 1)] == [1, 1, 7, 2**63 - 1]

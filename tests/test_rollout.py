@@ -1,4 +1,4 @@
-"""Generalised advantage estimation and the rollout buffer, against programs of their own and against SB3."""
+"""Generalised advantage estimation and the rollout buffer, compared with independent programs and SB3."""
 
 import copy
 import pickle
@@ -112,7 +112,7 @@ class TestGAE:
         assert advantages.tolist() == (0 * ones).tolist()
         assert returns.tolist() == (2 * ones).tolist()
 
-    def test_inputs_stay_as_they_are(self) -> None:
+    def test_inputs_do_not_change(self) -> None:
         rollout = random_rollout()
         before = copy.deepcopy(rollout)
         gae(**rollout, gamma=0.9, gae_lambda=0.5)
@@ -424,7 +424,7 @@ class TestMemory:
         monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**6))
         assert free_memory() == free
 
-    def test_what_just_fits_is_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_rollout_that_just_fits_is_accepted(self, monkeypatch: pytest.MonkeyPatch) -> None:
         buffer = make(n_steps=1000)
         monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=buffer.nbytes))
         buffer.check_memory()

@@ -1,4 +1,4 @@
-"""Files of earlier versions, in tests/data, are read by this one, and their trainings resume."""
+"""This version reads the files of earlier ones, in tests/data, and resumes their trainings."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ def expected(folder: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", saved_files.MODELS)
-def test_models_predict_and_go_on(name: str, folder: Path, expected: dict[str, np.ndarray]) -> None:
+def test_models_predict_and_continue(name: str, folder: Path, expected: dict[str, np.ndarray]) -> None:
     env = saved_files.walks(name)
     model = ClipPPO.load(folder / f"{name}.zip", env=env, device="cpu")
     assert np.array_equal(saved_files.weights(model), expected[f"{name}_weights"])

@@ -1,4 +1,4 @@
-"""Tests of schedules as functions of progress, of the strings that stand for them, and of the KL controllers."""
+"""Schedules as functions of progress, their strings, and the KL controllers."""
 
 import functools
 import math

@@ -347,7 +347,7 @@ def test_a_refused_value_of_the_command_line_names_its_source(tmp_path: Path) ->
         {"policy": "stable_baselines3.common.policies.ActorCriticPolicy", "policy_kwargs": {"net_arch": [8]}},
     ],
 )
-def test_what_the_zoo_accepts_is_accepted(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_values_that_the_zoo_accepts_are_accepted(tmp_path: Path, settings: dict[str, Any]) -> None:
     assert isinstance(_model(_manager(tmp_path, {**ENTRY, **settings})), ClipPPO)
     assert _model(_manager(tmp_path, {**ENTRY, **settings}, algo="ppo")) is not None
 

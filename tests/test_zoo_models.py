@@ -92,7 +92,7 @@ def test_commands_build_the_environment_of_the_settings(command: str, run: Path,
     assert seen == [(5.0, 8)]
 
 
-def test_the_command_line_goes_before_the_settings(run: Path, seen: list[tuple[Any, Any]]) -> None:
+def test_the_command_line_takes_precedence_over_the_settings(run: Path, seen: list[tuple[Any, Any]]) -> None:
     for command in ("record_video -n 2", "enjoy --no-render -n 2 --device cpu"):
         assert _run(f"{command} --env-kwargs g:2.0") == 0
     assert seen == [(2.0, 8), (2.0, 8)]

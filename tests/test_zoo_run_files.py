@@ -254,7 +254,7 @@ class TestHarmlessRuns:
                 model.load_replay_buffer("buffer.pkl")
         assert not mark.exists()
 
-    def test_everything_is_put_back(self) -> None:
+    def test_everything_is_restored(self) -> None:
         before = (yaml.UnsafeLoader, vars(VecNormalize)["load"], base_class.load_from_zip_file)
         with checked_files(), checked_files():
             assert yaml.UnsafeLoader is RunLoader
@@ -358,7 +358,7 @@ class TestSettings:
         with pytest.raises(ValueError, match="could not be read"):
             self.read(text)
 
-    def test_no_settings_at_all(self) -> None:
+    def test_missing_settings(self) -> None:
         assert self.read("") is None
 
     def test_modules_are_found_without_importing_them(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

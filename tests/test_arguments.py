@@ -1,4 +1,4 @@
-"""The coefficients of an update: None, returns without spread, and schedules that end with a call of learn()."""
+"""ClipPPO's arguments as coefficients of an update: None, returns without spread, and warnings about schedules."""
 
 import logging
 from typing import Any
@@ -42,7 +42,7 @@ def test_none_is_refused_where_zero_switches_off(name: str) -> None:
 
 
 def test_returns_without_spread_leave_the_critic_unclipped() -> None:
-    """Their standard deviation is no unit: clipping at 0 would freeze the critic after the first minibatch."""
+    """A standard deviation of 0 is not a unit: clipping at 0 would freeze the critic after the first minibatch."""
     model = make()
     model.learn(N_STEPS)
     assert np.ptp(model.rollout_buffer.returns) == 0

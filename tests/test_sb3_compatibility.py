@@ -1,4 +1,4 @@
-"""What environments and files do that Stable-Baselines3 itself stumbles over, or that its tools rely on."""
+"""Compatibility with SB3: environments and files on which its own PPO fails, and what its tools rely on."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""``python -m tests.bench learning``, and what all benchmarks share: options, resuming, results files and tables."""
+"""``python -m tests.bench learning``, and what all benchmarks share: options, resuming, results files, tables."""
 
 import json
 import signal
@@ -23,7 +23,7 @@ PARAMS = ("n_envs:2", "n_steps:16", "batch_size:16", "n_epochs:1")
 TINY = Row("tiny", "CartPole-v1", 64, PARAMS, goal=8.0, comparison="9 (others)", n_episodes=2)
 HARD = Row("hard", "CartPole-v1", 64, PARAMS, goal=501.0, n_episodes=2)
 
-# A train command of a moment: it copies the run at sys.argv[1] to the folder after -f.
+# A quick stand-in for the train command: it copies the run at sys.argv[1] to the folder after -f.
 COPY = """
 import shutil, sys
 shutil.copytree(sys.argv[1], sys.argv[sys.argv.index("-f") + 1], dirs_exist_ok=True)
@@ -60,7 +60,7 @@ def runs_in(path: Path = Path("docs/results/learning.json")) -> list[dict[str, A
 # --- rows
 
 
-def test_rows_are_the_ones_to_reach() -> None:
+def test_rows_have_the_goals_to_reach() -> None:
     goals = {row.name: (row.n_timesteps, row.goal) for row in ROWS if not row.params}
     assert goals == {
         "CartPole-v1": (100_000, 500),
@@ -185,7 +185,7 @@ def test_interrupt_ends_the_training_and_keeps_what_is_done(
 
 
 def test_jobs_run_side_by_side(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Each training ends with code 7 once the other has begun; one after the other, the first would give up with 8.
+    # Each training ends with code 7 once the other has begun. In sequence, the first would give up with code 8.
     meeting = in_folder / "meeting"
     meeting.mkdir()
     program = (

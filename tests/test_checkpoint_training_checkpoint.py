@@ -191,7 +191,7 @@ def test_illegal_arguments_are_refused(arguments: dict[str, Any], error: type[Ex
         TrainingCheckpoint(**{"every_timesteps": 1, "path": "folder", **arguments})
 
 
-def test_it_belongs_into_learn_itself_and_to_clip_ppo(tmp_path: Path) -> None:
+def test_it_is_refused_inside_other_callbacks_and_algorithms(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="EveryNTimesteps"):
         CASE.model(tmp_path).learn(64, callback=EveryNTimesteps(10, TrainingCheckpoint(64, tmp_path)))
     with pytest.raises(TypeError, match="got PPO"):
@@ -311,7 +311,7 @@ def test_sigkill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None
     assert [name for name in names(folder) if name.endswith(".tmp")] == []
 
 
-def test_handlers_are_put_back(tmp_path: Path) -> None:
+def test_handlers_are_restored(tmp_path: Path) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     seen = []
 

@@ -1,4 +1,4 @@
-"""The packaged settings: legal keys, sources, and a model of each environment that can be made here."""
+"""The packaged settings: legal keys, sources, and a model for each environment that can be made here."""
 
 import inspect
 import re
@@ -27,7 +27,7 @@ ENV_IDS = [entry for entry in SETTINGS if entry not in ("default", "atari")] + [
 # What the RL Zoo's entries leave open, and so do ours.
 DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(ClipPPO.__init__).parameters.items()}
 
-# Environments of the RL Zoo's settings that no installable package makes.
+# Environments of the RL Zoo's settings that no installable package provides.
 UNAVAILABLE = {"MinitaurBulletEnv-v0", "MinitaurBulletDuckEnv-v0"}
 
 MUJOCO = (

@@ -1,4 +1,4 @@
-"""Runs of the Zoo's train command: found, evaluated as they were trained, their training read from monitor files."""
+"""Runs of the Zoo's train command: finding them, evaluating them as trained, reading curves from monitor files."""
 
 import json
 import shutil
@@ -222,7 +222,7 @@ class EndsAll(VecEnvWrapper):
 def test_an_evaluation_whose_episodes_are_not_reported_is_refused(logs: Path, tmp_path: Path) -> None:
     shutil.copytree(logs, tmp_path / "logs")
     run = find_run(tmp_path / "logs", "Pendulum-v1")
-    settings = {**read_hyperparams(run), "vec_env_wrapper": "test_runs.EndsAll"}
+    settings = {**read_hyperparams(run), "vec_env_wrapper": "test_zoo_runs.EndsAll"}
     (run.settings_folder / "config.yml").write_text(yaml.dump(settings))
     with pytest.raises(ValueError, match="must report the end of each episode, .* outside of Monitor ended after 5 st"):
         evaluate_run(run, 2, device="cpu")

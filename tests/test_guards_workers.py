@@ -1,0 +1,136 @@
+"""Dead processes of ``SubprocVecEnv``: the training ends with an error and does not wait."""
+
+import contextlib
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Iterator
+from functools import partial
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+from failing import BrokenError, Call, Faulty, Step, broken, check_resumes, make, model_of, notes
+from stable_baselines3.common.vec_env import SubprocVecEnv
+
+from sb3_clipvf.checkpoint import TrainingCheckpoint
+from sb3_clipvf.guards.workers import WorkerDiedError, unblock_dead_workers
+
+
+@contextlib.contextmanager
+def within(seconds: int) -> Iterator[None]:
+    """Fail the test if it takes longer than this."""
+
+    def late(*_: Any) -> None:
+        pytest.fail("it waits")  # not a TimeoutError: it is an OSError, as a broken pipe is
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def kill_itself(step: Step) -> Step:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return step
+
+
+def exit_itself(step: Step) -> Step:
+    os._exit(3)
+
+
+@pytest.mark.parametrize(
+    ("fault", "bad", "code", "text", "way_out"),
+    [
+        (kill_itself, 1, -9, "environment 1 was killed by SIGKILL", "memory runs out"),
+        (kill_itself, 0, -9, "environment 0 was killed by SIGKILL", "memory runs out"),
+        (exit_itself, 1, 3, "environment 1 ended with exit code 3", "DummyVecEnv"),
+        (broken, 1, 1, "environment 1 ended with exit code 1", "its traceback is above, in the error output"),
+    ],
+)
+def test_a_process_that_dies_ends_the_training(
+    fault: Any, bad: int, code: int, text: str, way_out: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # Forked processes keep the pipes of earlier ones open, so without the guard the death of number 1 is not seen.
+    fork: Any = partial(SubprocVecEnv, start_method="fork")
+    n_threads = threading.active_count()
+    venv = make(fault, 20, fork, bad)
+    with within(20), pytest.raises(WorkerDiedError, match=text) as caught:
+        model_of(venv).learn(96, callback=TrainingCheckpoint(32, tmp_path))
+    assert caught.value.exit_codes == {bad: code}
+    assert way_out in str(caught.value)
+    assert "num_timesteps=38 of 96" in notes(caught.value)
+    assert "checkpoint_32.zip" in notes(caught.value)
+    assert (fault is broken) == ("the user's own words" in capfd.readouterr().err)
+    assert not any(process.is_alive() for process in venv.processes)
+    assert threading.active_count() == n_threads
+    with within(5):
+        venv.close()
+        with pytest.raises(ValueError, match="`env` must be open, got a SubprocVecEnv whose processes have ended"):
+            model_of(venv).learn(32)
+        check_resumes(tmp_path, make(cls=fork))
+
+
+def stay(step: Step) -> Step:
+    """Ignores both the end of its pipe and SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    while True:
+        signal.pause()
+
+
+def test_a_process_that_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_clipvf.guards.workers.GRACE", 0.5)
+    venv = SubprocVecEnv([partial(Faulty, kill_itself, 20), partial(Faulty, stay, 20)], start_method="fork")
+    with within(10), pytest.raises(WorkerDiedError) as caught:
+        model_of(venv).learn(96)
+    assert caught.value.exit_codes == {0: -9}
+    assert [process.exitcode for process in venv.processes] == [-9, -9]
+
+
+def test_processes_that_were_not_forked_are_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    venv = SubprocVecEnv([partial(Faulty, kill_itself, 20), *[Faulty] * 2], start_method="fork")
+
+    def few(handles: Any, timeout: float | None = None) -> Any:
+        if len(handles) > 2:
+            raise ValueError("too many handles")  # Windows waits for 63 at most
+        return wait(handles, timeout)
+
+    wait = connection.wait
+    monkeypatch.setattr(connection, "wait", few)
+    # As on Windows. The end of the first process is seen without the guard: no other process holds its pipe.
+    monkeypatch.setattr("sb3_clipvf.guards.workers._FORKED", ())
+    monkeypatch.delattr(signal, "SIGKILL")
+    n_threads = threading.active_count()
+    with unblock_dead_workers(venv):
+        assert threading.active_count() == n_threads
+    with within(10), pytest.raises(WorkerDiedError) as caught:
+        model_of(venv).learn(96)
+    assert caught.value.exit_codes == {0: -9}
+    assert "memory runs out" in str(caught.value)
+    assert not any(process.is_alive() for process in venv.processes)
+
+
+def test_the_error_of_a_dead_process_can_be_pickled() -> None:
+    error = WorkerDiedError("its message", {1: -9})
+    error.add_note("its note")
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.exit_codes, notes(again)) == ("its message", {1: -9}, "its note")
+
+
+def test_an_error_elsewhere_leaves_the_processes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_clipvf.guards.workers.GRACE", 0.1)
+    venv = make(cls=partial(SubprocVecEnv, start_method="fork"))
+    for error in (BrokenError, EOFError):
+
+        def fail(error: type[Exception] = error) -> None:
+            raise error("elsewhere")
+
+        with pytest.raises(error, match="elsewhere"):
+            model_of(venv).learn(96, callback=Call(fail))
+    model_of(venv).learn(32)
+    venv.close()
