@@ -16,7 +16,7 @@ from sb3_clipvf.checkpoint.random_state import global_states, set_global_states,
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.envs.episode_ends import check_end
 from sb3_clipvf.envs.layers import stepped_objects
-from sb3_clipvf.files.atomic import atomic_write
+from sb3_clipvf.files.atomic import atomic_write, remove_unfinished
 
 BEST_MODEL = "best_model.zip"
 BEST_STATISTICS = "best_vecnormalize.pkl"
@@ -62,6 +62,10 @@ class IsolatedEvalCallback(EvalCallback):
                 f"`eval_env` must be normalised as the training's environments are, got {what} around it. {way_out}"
             )
         super()._init_callback()
+        log_folder = None if self.log_path is None else Path(self.log_path).parent
+        for folder in (self.best_model_save_path, log_folder):
+            if folder is not None:
+                remove_unfinished(Path(folder), r"evaluations\.npz|best_model\.zip|best_vecnormalize\.pkl")
 
     def _on_step(self) -> bool:
         if self.eval_freq <= 0 or self.n_calls % self.eval_freq != 0:

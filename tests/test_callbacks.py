@@ -342,6 +342,18 @@ def test_the_best_model_has_its_own_statistics(tmp_path: Path) -> None:
     assert not (tmp_path / "best_vecnormalize.pkl").exists()
 
 
+def test_what_killed_writes_left_is_removed_at_the_start(tmp_path: Path) -> None:
+    names = ("best_model.zip", "best_vecnormalize.pkl", "evaluations.npz", "notes.txt")
+    for name in names:
+        (tmp_path / f".{name}.99-0123abcd.tmp").write_bytes(b"half")
+    folder = str(tmp_path)
+    trained(
+        lambda: make_vec_env(Short),
+        evaluation(lambda: make_vec_env(Short), best_model_save_path=folder, log_path=folder),
+    )
+    assert [path.name for path in tmp_path.glob(".*")] == [".notes.txt.99-0123abcd.tmp"]
+
+
 @pytest.mark.parametrize(("training", "stays"), [("this", True), ("another", False), (None, False)])
 def test_a_better_model_of_the_same_training_is_kept(training: str | None, stays: bool, tmp_path: Path) -> None:
     def make() -> Any:

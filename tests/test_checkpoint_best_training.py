@@ -218,7 +218,8 @@ def test_kill_during_a_save_leaves_a_matching_pair(
 
     # The next training resumes from the best mean, and removes what the kill left.
     best = manifest(tmp_path)["best_mean_reward"]
-    (tmp_path / ".best_training_model.zip.99-0123abcd.tmp").write_bytes(b"half")
+    for name in ("best_training_model.zip", "vecnormalize.pkl"):
+        (tmp_path / f".{name}.99-0123abcd.tmp").write_bytes(b"half")
     callback = SaveBestTrainingReward(tmp_path)
     make_model(tuple(50 + r for r in RISING)).learn(8, callback=callback)
     assert callback.best_mean_reward == 52.5 > best

@@ -120,7 +120,7 @@ class SaveBestTrainingReward(BaseCallback):
         if self._is_started:  # an earlier learn() has read the best so far
             return
         check_folder("save_path", self.save_path, "Choose another one.")
-        remove_unfinished(self.save_path, rf"{re.escape(self.name_prefix)}\.(zip|json)")
+        remove_unfinished(self.save_path, rf"{re.escape(self.name_prefix)}\.(zip|json)|{re.escape(STATISTICS_FILE)}")
         best = _find_best(self.save_path, self.name_prefix) if self.resume else None
         self._is_started = True
         if best is None:
