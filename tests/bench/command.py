@@ -1,4 +1,4 @@
-"""The command line of a benchmark: the options that all have, and a run that can be stopped and resumed."""
+"""The command line of a benchmark: common options, and a run that can be stopped and resumed."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ RowT = TypeVar("RowT", bound=Row)
 
 class Benchmark(ABC, Generic[RowT]):
     """
-    A benchmark that keeps each result as it comes, so that the same command resumes with what is missing.
+    A benchmark that stores each result at once, so that the same command resumes with what is missing.
 
     :param rows: all rows
-    :param argv: options of the command; None takes those of the process
+    :param argv: options of the command; None: those of the process
     """
 
     name: ClassVar[str]
     description: ClassVar[str]
     log_folder: ClassVar[str]
     key: ClassVar[tuple[str, ...]] = ("name", "seed")
-    # Options that decide on the table, and so belong to the command that makes it again.
+    # Options that affect the table, so the command that reproduces it has them.
     deciding: ClassVar[tuple[str, ...]]
 
     def __init__(self, rows: Sequence[RowT], argv: Sequence[str] | None) -> None:
@@ -60,7 +60,7 @@ class Benchmark(ABC, Generic[RowT]):
         about = "these rows only, see --list (default: all)"
         parser.add_argument("--only", "--rows", nargs="+", choices=names, metavar="NAME", help=about)
         parser.add_argument("--list", action="store_true", help="list the rows and what is done, and run nothing")
-        parser.add_argument("--rerun", action="store_true", help="make results again that are there")
+        parser.add_argument("--rerun", action="store_true", help="make existing results again")
         out = Path(f"docs/results/{self.name}.json")
         parser.add_argument("--out", type=Path, default=out, help="results file (default: %(default)s)")
         parser.add_argument("--table", type=Path, help="Markdown file (default: the results file's name with .md)")
@@ -68,7 +68,7 @@ class Benchmark(ABC, Generic[RowT]):
         return parser
 
     def prepare(self, rows: Sequence[RowT]) -> Sequence[RowT]:
-        """Check and complete the options, and return the rows as they change them."""
+        """Check and complete the options, and return the rows that result from them."""
         return rows
 
     @abstractmethod
@@ -88,7 +88,7 @@ class Benchmark(ABC, Generic[RowT]):
         """Return the Markdown table of all rows, so that ``--only`` keeps earlier results in it."""
 
     def draw(self, path: Path) -> bool:
-        """Draw the figure of all rows, if the benchmark has one, and return whether it has."""
+        """Draw the figure of all rows, and return whether the benchmark has one."""
         return False
 
     def command(self) -> str:
@@ -109,7 +109,7 @@ class Benchmark(ABC, Generic[RowT]):
                 print(f"{row.name:<{width}}  {self.listed(row)}".rstrip(), flush=True)
             return 0
         try:
-            with sigterm_interrupts():  # or else the processes it started would outlive it
+            with sigterm_interrupts():  # otherwise the processes that it started would outlive it
                 self.run()
         except KeyboardInterrupt:
             print("\nInterrupted. The same command resumes with what is missing.", flush=True)

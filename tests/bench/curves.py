@@ -32,7 +32,7 @@ ROWS = tuple(CurveRow.of(env_id, n_timesteps, engine) for env_id, n_timesteps in
 
 
 class CurvesBenchmark(TrainingBenchmark[CurveRow]):
-    """Reads the training's own episodes, and draws and tables the engines' curves beside each other."""
+    """Reads the training's own episodes, and compares the engines' curves in a table and a figure."""
 
     name = "curves"
     description = "Train on the native engine and on the reference, and compare the training curves."

@@ -15,8 +15,8 @@ from tests.bench.training_runs import how_made
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Blue and vermilion of a palette that colour-blind people tell apart (Okabe and Ito 2008); the dashes of the second
-# one let the first be seen below it.
+# Blue and vermilion of a palette for colour-blind readers (Okabe and Ito 2008). Through the dashes of the second curve,
+# the first is visible.
 _STYLES = {"native": ("#0072B2", "-"), "autograd": ("#D55E00", "--")}
 _LABELS = {"native": "native", "autograd": "autograd, the reference"}
 _MEASURES = (("whole training", "mean_return"), ("last 100 episodes", "last_return"))

@@ -49,7 +49,7 @@ def curve_on_grid(curve: TrainingCurve, steps: np.ndarray, window: int = WINDOW)
 
     Means have 5 significant digits, and are None where no episode had ended.
     """
-    # Episodes come by the clock; of those that end at one step, the order by the clock stays.
+    # Episodes are in the order of the clock, which the stable sort keeps within one step.
     order = np.argsort(curve.steps, kind="stable")
     returns = curve.returns[order]
     ended = np.searchsorted(curve.steps[order], steps, side="right")

@@ -1,7 +1,7 @@
 """
 ``python -m tests.bench faults``: kill trainings, damage files, pass unusual arguments, and count the outcomes.
 
-A row consists of parts, each of which is counted in the JSON file when it is done.
+A row consists of parts. The JSON file counts each part when it is done.
 """
 
 from __future__ import annotations

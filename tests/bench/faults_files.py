@@ -23,7 +23,7 @@ MEMORY = 2**30
 """Bytes by which a process that reads may grow."""
 
 SECONDS = 20.0
-"""Time of the processor for reading one file in all ways."""
+"""Processor time for reading one file with all readers."""
 
 _HEADERS = (b"PK\x01\x02", b"PK\x03\x04", b"PK\x05\x06")
 _HEADER_LENGTH = 64
@@ -68,7 +68,7 @@ class FileCampaign:
         return tally
 
     def _file(self) -> Path:
-        """Return the whole file, one for all calls, since another one may have other bytes."""
+        """Return the whole file, the same one for all calls, since a new one may have other bytes."""
         folder = self.folder / self.training.name
         path = folder / f"{self.kind}.whole"
         if not path.exists():
@@ -109,14 +109,14 @@ def _place(content: bytes, generator: np.random.Generator) -> int:
     at = int(generator.integers(len(content)))
     if generator.integers(2):
         return at
-    # The nearest header behind a random place, or the first one.
+    # The nearest header after a random place, or the first one.
     found = [start for header in _HEADERS if (start := content.find(header, at)) >= 0]
     found = found or [start for header in _HEADERS if (start := content.find(header)) >= 0]
     return min(min(found) + int(generator.integers(_HEADER_LENGTH)), len(content) - 1) if found else at
 
 
 def write_files(report: Path, training: Training, folder: Path) -> None:
-    """Train for a moment and write one file of each kind; in a process of its own."""
+    """Train briefly and write one file of each kind, in a separate process."""
     from sb3_clipvf.checkpoint import TrainingCheckpoint
 
     env = training.make_env(None)
@@ -133,7 +133,7 @@ def write_files(report: Path, training: Training, folder: Path) -> None:
 
 
 def read_damaged(report: Path, training: Training, kind: str, path: Path, seed: int, first: int, last: int) -> None:
-    """Damage a file and read it, from damage ``first`` to the one before ``last``; in a process of its own."""
+    """Damage a file and read it, from damage ``first`` to the one before ``last``, in a separate process."""
     content = path.read_bytes()
     readers = _readers(kind, training.make_env(None))
     victim = path.with_name("checkpoint_1.zip" if kind == "checkpoint" else f"{kind}.damaged")

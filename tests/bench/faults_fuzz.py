@@ -33,7 +33,7 @@ NUMBERS = (
 
 _SMALL = {"n_steps": 8, "batch_size": 8, "n_epochs": 1, "seed": 0, "device": "cpu"}
 _ENTRY = {"policy": "MlpPolicy", "n_timesteps": 64, "n_steps": 8, "batch_size": 8, "n_envs": 1}
-# Not fuzzed: an id of an environment that does not exist is Gymnasium's to refuse.
+# Not fuzzed: Gymnasium refuses ids of unknown environments.
 _LEFT_OUT = {"self", "env", "_init_setup_model"}
 # A large number of environments is built, not refused.
 _NOT_LARGE = ("n_envs", "frame_stack")
@@ -70,12 +70,12 @@ class FuzzCampaign:
 
 
 def fuzz(report: Path, kind: str, seed: int, n_examples: int) -> None:
-    """Try at most ``n_examples`` examples, with a line in the report before and after each; in a process of its own."""
+    """Try at most ``n_examples`` examples, in a separate process, and report a line before and after each."""
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import seed as seeded
     from hypothesis.configuration import set_hypothesis_home_dir
 
-    # Not `.hypothesis` in the working folder, at which pytest stumbles.
+    # Not `.hypothesis` in the working folder, on which pytest fails.
     set_hypothesis_home_dir(report.parent / "hypothesis")
     limit_memory(MEMORY)
     build = _model_of_arguments() if kind == "arguments" else _model_of_settings()
@@ -199,5 +199,5 @@ def _model_of_settings() -> Callable[[dict[str, Any]], Any]:
 def _repr(value: Any) -> str:
     try:
         return repr(value)[:200]
-    except ValueError:  # Python writes no int of more than 4300 digits
+    except ValueError:  # Python converts no int of more than 4300 digits
         return "a long number"

@@ -27,13 +27,13 @@ KILLS_IN_A_LIFE = 2
 """A kill comes after a random processor time, at most that of an unbroken training divided by this."""
 
 AIMED_SHARE = 0.25
-"""Share of the kills that are aimed at a write, which takes milliseconds, so that others seldom hit one."""
+"""Share of the kills that are aimed at a write: writes take milliseconds, so other kills seldom hit one."""
 
 _AFTER_WRITE = 1.25
-"""Upper bound of the share of a file's bytes that are written before a kill; above 1, the file is renamed already."""
+"""Upper bound of the share of a file's bytes that are written before a kill; above 1, it has been renamed."""
 
 _MORE_SECONDS = 0.02
-"""At most so many wall-clock seconds follow before a kill, since waiting for the disk takes no processor time."""
+"""Upper bound of further wall-clock seconds before a kill, since waiting for the disk takes no processor time."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class KillCampaign:
 
 
 def _wait(process: ForkServerProcess, seconds: float) -> None:
-    """Wait until a process has used so much processor time, or has ended."""
+    """Wait until a process has used this processor time, or has ended."""
     import psutil
 
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -145,7 +145,7 @@ def train(
     report: Path, training: Training, folder: Path, with_checkpoints: bool, death: tuple[int, float] | None = None
 ) -> None:
     """
-    Train from the last checkpoint, or from the start if there is none; in a process of its own.
+    Train from the last checkpoint, or from the start if there is none, in a separate process.
 
     ``death`` is the number of writes, and the share of the bytes of the next one, after which the process is killed.
     """

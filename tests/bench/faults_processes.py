@@ -1,8 +1,8 @@
 """
 The processes of the fault campaign: forked from a server that has imported everything, watched, and ended.
 
-A process of its own interpreter spends seconds on imports. The server has done them, has run nothing, and has one
-thread, so that a fork of it is as good as a fresh process.
+A fresh interpreter spends seconds on imports. The server has made them, has run nothing else, and has one thread, so
+its forks are equivalent to fresh processes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Tally:
 
     :param survived: attempts that ended as they should
     :param lost: attempts that lost more than what came after the last checkpoint
-    :param wrong: attempts that gave something else without an error
+    :param wrong: attempts with a wrong result and no error
     :param unclear: attempts with an error that does not help, a crash or a hang
     :param counts: further counts by name
     :param failures: descriptions of the first attempts that did not survive
@@ -73,13 +73,13 @@ class Tally:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Tally:
-        """Return the tally with the values of :meth:`as_json`, which may stand among others."""
+        """Return the tally with the values of :meth:`as_json`; other entries are ignored."""
         own = {name: values[name] for name in cls.__dataclass_fields__}
         return cls(**{**own, "counts": Counter(own["counts"])})
 
 
 def start_server() -> None:
-    """Start the server that forks: with one thread for numerical libraries, which a fork does not copy."""
+    """Start the server that forks, with one thread for numerical libraries: forks do not copy threads."""
     from multiprocessing import forkserver
 
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(_PRELOADED))
@@ -88,7 +88,7 @@ def start_server() -> None:
 
 
 def start(target: Callable[..., None], report: Path, *args: Any) -> ForkServerProcess:
-    """Call ``target(report, *args)`` in a process with a group of its own; its error is appended to the report."""
+    """Call ``target(report, *args)`` in a process with its own group; an error is appended to the report."""
     process = multiprocessing.get_context("forkserver").Process(target=_run, args=(target, report, args))
     process.start()
     return process
@@ -112,7 +112,7 @@ def finish(process: ForkServerProcess) -> int | None:
 
 
 def append_line(report: Path, **values: Any) -> None:
-    """Append a line to a report; it is there even if the process is killed right after."""
+    """Append a line to a report, so that a later kill of the process cannot lose it."""
     descriptor = os.open(report, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(descriptor, json.dumps(values, default=str).encode() + b"\n")
@@ -135,7 +135,7 @@ def limit_memory(more: int) -> None:
 
 
 def limit_processor(seconds: float) -> None:
-    """End this process with SIGPROF after so many seconds of processor time, from now on; 0 lifts the limit."""
+    """End this process with SIGPROF after this many further seconds of processor time; 0 lifts the limit."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
 
 

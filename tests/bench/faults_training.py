@@ -22,7 +22,7 @@ class Training:
     """
     A training of some seconds, with a checkpoint after each update.
 
-    :param arguments: arguments of ClipPPO, besides those that all trainings have
+    :param arguments: further arguments of ClipPPO
     :param in_processes: whether each environment runs in a process of its own
     """
 
@@ -114,7 +114,7 @@ def _feed(sha: Any, value: Any) -> None:
 
 
 def _without_files(tree: Any) -> Any:
-    """Remove files of episodes, which hold times, and so differ in length."""
+    """Remove files of episodes, which hold times and thus differ in length."""
     if isinstance(tree, dict):
         return {key: _without_files(item) for key, item in tree.items() if key not in ("file", "t_start")}
     return [_without_files(item) for item in tree] if isinstance(tree, list) else tree

@@ -40,7 +40,7 @@ _FIXED_KL = ("clip_range:None", "kl_coef:1.0")
 # falls to 0 from 5e-4 gave 238 (mean of three seeds), minibatches of 128 and a rate from 1e-3 gave 242.
 _FIXED_KL_LANDER = ("clip_range:None", "kl_coef:3.0", "n_epochs:10", "batch_size:128", "learning_rate:'lin_1e-3'")
 _ADAPTIVE_KL = (*_FIXED_KL, "adaptive_kl_target:0.01")
-# The settings of the squashed policy on MountainCarContinuous-v0 stand here and nowhere else.
+# These settings of the squashed policy on MountainCarContinuous-v0 are not among the shipped ones.
 # log_std_init 2 makes first forces near the bounds, which swing the car up the hill often enough to learn from.
 _SQUASHED_MOUNTAIN_CAR: tuple[str, ...] = (
     "policy:'SquashedMlpPolicy'",
@@ -66,7 +66,7 @@ ROWS: tuple[Row, ...] = (
         290,
         comparison="300 (a2c), 288 (ppo)",
         n_episodes=100,
-        vec_env="envpool",  # 14 minutes in place of 60
+        vec_env="envpool",  # 14 minutes instead of 60
     ),
     _row("CartPole-v1", 100_000, 500, "-fixed-kl", params=_FIXED_KL),
     _row("CartPole-v1", 100_000, 500, "-adaptive-kl", params=_ADAPTIVE_KL),
@@ -83,10 +83,10 @@ _NOTES = (
 
 
 class LearningBenchmark(TrainingBenchmark[Row]):
-    """Evaluates final models, and tables their returns beside the goals."""
+    """Evaluates final models, and tabulates their returns beside the goals."""
 
     name = "learning"
-    description = "Train with the shipped settings and table the returns."
+    description = "Train with the shipped settings and tabulate the returns."
     default_seeds = (1, 2, 3)
     log_folder = "logs/bench"
 

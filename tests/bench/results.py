@@ -1,4 +1,4 @@
-"""What benchmarks share: results files, facts about the machine, Markdown tables and figures."""
+"""Shared by all benchmarks: results files, facts about the machine, Markdown tables and figures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Results:
     """
     The JSON file of a benchmark's results, one line a run.
 
-    :param path: the file; its folder is made
+    :param path: the file; its folder is created
     :param key: names of the entries that identify a run; a new run replaces the one with the same values
     :raises ValueError: if the file holds something else
     """
@@ -70,7 +70,7 @@ class Results:
         return None
 
     def add(self, run: dict[str, Any]) -> None:
-        """Add a run, in the place of an older one with the same key, and write the file."""
+        """Add a run, replacing an older one with the same key, and write the file."""
         # Read again: another benchmark may have added to the file since.
         others = [other for other in self._read() if self._key_of(other) != self._key_of(run)]
         self.runs = sorted([*others, run], key=self._key_of)
@@ -108,14 +108,14 @@ def markdown_table(header: Sequence[str], alignment: str, rows: Iterable[Sequenc
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all; its folder is made."""
+    """Write a file atomically, and create its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write(text.encode())
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, as a whole or not at all; its folder is made."""
+    """Write a figure as PNG atomically, and create its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         figure.savefig(file, format="png")

@@ -1,7 +1,7 @@
 """
 ``python -m tests.bench speed``: ClipPPO, SB3's PPO and, if it is installed, SBX's PPO on the same machine in turn.
 
-Each measurement is a process of its own (``speed_child``). The rows stand in ``speed_rows``.
+Each measurement runs in its own process (``speed_child``). ``speed_rows`` defines the rows.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class SpeedBenchmark(Benchmark[SpeedRow]):
 
     name = "speed"
     description = (
-        "Measure ClipPPO, SB3's PPO and SBX's PPO (if installed) in turn on this machine, and table their steps a "
+        "Measure ClipPPO, SB3's PPO and SBX's PPO (if installed) in turn on this machine, and tabulate their steps a "
         "second."
     )
     log_folder = "logs/bench/speed"
@@ -67,7 +67,7 @@ class SpeedBenchmark(Benchmark[SpeedRow]):
         """Add the options of measurements and profiles."""
         about = "measurements of each peer; fewer than 3 are no result (default: %(default)s)"
         parser.add_argument("--alternations", type=at_least(1), default=MIN_ALTERNATIONS, help=about)
-        about = "moments instead of minutes, into logs/bench/quick.json: whether all runs, not how fast"
+        about = "only check within seconds that everything runs; results go to logs/bench/quick.json"
         parser.add_argument("--quick", action="store_true", help=about)
         names = [row.name for row in ROWS]
         about = "print where the time of this row goes, and keep no result"
@@ -75,7 +75,7 @@ class SpeedBenchmark(Benchmark[SpeedRow]):
         parser.add_argument("--peer", choices=tuple(PEERS), default="clipppo", help="for --profile (default: clipppo)")
 
     def prepare(self, rows: Sequence[SpeedRow]) -> Sequence[SpeedRow]:
-        """Return short rows for ``--quick``, whose results go into a file of their own."""
+        """Return short rows for ``--quick``, whose results go into a separate file."""
         if not self.args.quick:
             return rows
         if self.args.out == self.parser.get_default("out"):
@@ -174,7 +174,7 @@ class SpeedBenchmark(Benchmark[SpeedRow]):
         task = self._task(replace(row, iterations=iterations), peer, 0 if part in TRIALS else int(part), threads)
         label = f"{row.name}, {PEERS.get(peer, peer)}, {part}"
         log_path = self.args.log_folder / row.name / f"{peer}, {part}.log".replace(", ", "-").replace(" ", "-")
-        # The share of the processor that others take: a measurement beside them is worth less.
+        # The load of other programs, which makes a measurement less reliable.
         load = psutil.cpu_percent(0.1 if self.args.quick else 0.5)
         is_cold = row.cold_start and peer == "clipppo" and part == next(iter(trials_of(row, peer)), None)
         with tempfile.TemporaryDirectory() as cache:  # an empty one, as after an installation
@@ -189,7 +189,7 @@ class SpeedBenchmark(Benchmark[SpeedRow]):
         print(f"{label}: {result['steps_per_second']:,.0f} steps/s", flush=True)
 
     def _task(self, row: SpeedRow, peer: str, seed: int, threads: int | None) -> dict[str, Any]:
-        """Return what ``speed_child`` takes."""
+        """Return the task for ``speed_child``."""
         return {
             "row": asdict(row),
             "peer": peer,
@@ -233,7 +233,8 @@ def run_child(
 
 def _reason(log: str) -> str:
     lines = log.strip().splitlines()
-    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]  # their texts may go on below
+    # A message may continue on the lines that follow.
+    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
     return f" ({(errors or lines)[-1]})" if lines else ""
 
 

@@ -74,7 +74,7 @@ class Stopwatch:
 
 def peak_megabytes() -> float:
     """Return the peak of this process's resident memory in MB (10^6 bytes)."""
-    # Linux counts in ``ru_maxrss`` the process that started this one, too.
+    # Linux's ``ru_maxrss`` includes the process that started this one.
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
 
@@ -102,7 +102,7 @@ def measure_peer(row: SpeedRow, peer: str, seed: int, *, profile: bool = False) 
         )
     result = _summary(row, watch.iterations, warmup, ended) | {"setup_seconds": setup_seconds}
     result["engine"] = model._current_engine().name if peer == "clipppo" else {"sb3": "torch", "sbx": "jax"}[peer]
-    # What the warm-up took longer than as many measured iterations is compilation and loading.
+    # The warm-up's time beyond that of as many measured iterations is compilation and loading.
     usual = warmup * result["wall_seconds"] / row.iterations
     result["startup_seconds"] = setup_seconds + max(0.0, result["warmup_seconds"] - usual)
     result["peak_megabytes"] = peak_megabytes()
@@ -138,7 +138,7 @@ def _summary(row: SpeedRow, iterations: Sequence[Iteration], warmup: int, ended:
 
 def measure_bound(row: SpeedRow, peer: str, seed: int, seconds: float) -> dict[str, Any]:
     """
-    Step a peer's environments alone, without adapters and statistics, under random actions drawn before.
+    Step a peer's environments alone, without adapters and statistics, under random actions drawn beforehand.
 
     Steps that only reset an environment do not count.
     """

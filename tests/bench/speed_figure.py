@@ -10,7 +10,7 @@ from tests.bench.results import Results, save_figure
 from tests.bench.speed_rows import PEERS, SpeedRow
 from tests.bench.speed_table import ratio
 
-# Blue of a palette that colour-blind people tell apart (Okabe and Ito 2008), and grey.
+# Blue of a palette for colour-blind readers (Okabe and Ito 2008), and grey.
 _COLORS = {"clipppo": "#0072B2", "sbx": "#A0A0A0"}
 _HEIGHT = 0.38
 

@@ -15,7 +15,7 @@ def make_model(row: SpeedRow, peer: str, seed: int) -> Any:
 
     arguments = dict(row.settings)
     for name in ("learning_rate", "clip_range"):
-        if isinstance(arguments.get(name), str):  # SB3 takes no such text
+        if isinstance(arguments.get(name), str):  # SB3 accepts no strings
             arguments[name] = make_schedule(arguments[name], name)
     if row.custom_extractor:
         arguments["policy_kwargs"] = {"features_extractor_class": _extractor_class()}
@@ -98,8 +98,8 @@ ENVIRONMENTS: dict[str, Callable[[SpeedRow, str, int], Any]] = {
     "ale": _adapted,
 }
 """
-Kinds of environments, and how a peer's VecEnv of them is made, with ``Monitor``'s episode statistics. Of kind "gym",
-ClipPPO has a FastDummyVecEnv, as its command ``train`` does, and the others SB3's DummyVecEnv.
+Functions that make a peer's VecEnv by kind of environment, with ``Monitor``'s episode statistics. For "gym", ClipPPO
+gets a FastDummyVecEnv, as from its command ``train``, and the others SB3's DummyVecEnv.
 """
 
 

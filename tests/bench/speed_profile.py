@@ -10,8 +10,8 @@ from typing import Any
 _TOP = 25
 _SWEEPS = 200  # the deepest chain of calls that is followed
 
-# Part of the file's path, function ("" for any), area; the first that fits. What fits none (PyTorch, NumPy, built-in
-# functions, the engines, shared helpers) counts to the areas that call it, by the time of each caller's calls.
+# Part of the file's path, function ("" for any), area; the first that fits. Any other function (PyTorch, NumPy,
+# built-in ones, the engines, shared helpers) counts to the areas that call it, by the time of each caller's calls.
 _AREAS: tuple[tuple[str, str, str], ...] = (
     ("stable_baselines3/common/monitor.py", "", "adapters and wrappers"),
     ("stable_baselines3/common/vec_env/", "", "adapters and wrappers"),
@@ -57,7 +57,7 @@ def sum_areas(stats: dict[Any, Any]) -> dict[str, float]:
     shares = {function: _fixed(function) for function in stats}
     open_functions = [function for function, share in shares.items() if share is None]
     weights = {function: _caller_weights(stats[function][4]) for function in open_functions}
-    for _ in range(_SWEEPS):  # areas move down the calls by one function a sweep; cycles of calls come to rest
+    for _ in range(_SWEEPS):  # each sweep passes areas on to callees; cycles of calls converge
         new = {function: _mixed(weights[function], shares) for function in open_functions}
         if all(new[function] == shares[function] for function in open_functions):
             break

@@ -37,7 +37,7 @@ class SpeedRow:
     :param n_envs: number of environments
     :param iterations: rollouts and updates that are measured
     :param settings: arguments of the algorithm that are not SB3's defaults
-    :param warmup: rollouts and updates before, in which compilers work
+    :param warmup: rollouts and updates before these, in which code is compiled
     :param policy: alias of the policy
     :param env: kind of ClipPPO's environments, a key of ``ENVIRONMENTS`` in ``speed_models``
     :param peer_env: the same for SB3 and SBX
@@ -78,7 +78,7 @@ class SpeedRow:
         return peer == "clipppo" and self.policy == "MlpPolicy" and not self.custom_extractor
 
     def warmup_of(self, peer: str) -> int:
-        """Return a peer's warm-up, in which the native engine must have tried one thread and two."""
+        """Return a peer's warm-up, in which the native engine must try one thread and two."""
         return max(self.warmup, TRIAL_UPDATES) if self.is_native(peer) else self.warmup
 
     def measured(self) -> tuple[str, ...]:
@@ -100,12 +100,12 @@ class SpeedRow:
         return None
 
     def quick(self) -> SpeedRow:
-        """Return the row with short rollouts and few of them: whether it runs, not how fast."""
+        """Return the row with few and short rollouts, only to check that it runs."""
         sizes = {"n_steps": min(self.n_steps, max(2, 64 // self.n_envs)), "batch_size": 64, "n_epochs": 2}
         return replace(self, settings=self.settings | sizes, warmup=1, iterations=2, cold_start=False)
 
 
-# Settings of the RL Zoo's ppo.yml, rl_zoo3 2.9.2; a row without is SB3's defaults.
+# Settings of the RL Zoo's ppo.yml, rl_zoo3 2.9.2; rows without settings have SB3's defaults.
 _CARTPOLE: dict[str, Any] = {"n_steps": 32, "batch_size": 256, "gae_lambda": 0.8, "gamma": 0.98, "n_epochs": 20}
 _CARTPOLE |= {"ent_coef": 0.0, "learning_rate": "lin_0.001", "clip_range": "lin_0.2"}
 _LUNAR: dict[str, Any] = {"n_steps": 1024, "batch_size": 64, "gae_lambda": 0.98, "gamma": 0.999, "n_epochs": 4}

@@ -17,13 +17,13 @@ STORED = (
     *("steps_per_second", "steps", "environment_seconds", "policy_seconds", "update_seconds", "other_seconds"),
     *("startup_seconds", "products_seconds", "peak_megabytes", "engine", "torch_threads"),
 )
-"""Measured values that the tables read, of a bound the first one alone; the results file keeps no others."""
+"""Measured values that the results file keeps and the tables read; of a bound, only the first."""
 
 MIN_ALTERNATIONS = 3
-"""Fewer are no result."""
+"""Alternations that a final verdict needs."""
 
 COLD_TRIAL = "trial, default threads"
-"""The one trial where the native engine chooses: how long compiling takes is measured by it."""
+"""The only trial of the native engine, which chooses itself; it measures the time of compiling."""
 
 TRIALS: dict[str, int | None] = {
     "trial, 1 thread": 1,
@@ -34,7 +34,7 @@ TRIALS: dict[str, int | None] = {
 """Trials that choose a peer's number of threads: part -> threads, None for the default."""
 
 _DETAILS = "<!-- details -->"
-"""Where docs/speed.md divides the text; the ratios begin that page."""
+"""Mark at which docs/speed.md splits the text; the ratios are at the start of that page."""
 
 _SPLIT = ("environment", "policy", "update", "other")
 

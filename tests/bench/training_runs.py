@@ -1,5 +1,5 @@
 """
-Benchmarks that train: their options, the processes of the train command, resuming and stopping.
+Benchmarks that train: options, processes of the train command, resuming and stopping.
 
 Each run is one process of the train command.
 """
@@ -24,7 +24,7 @@ from tests.bench.results import clone_environment, machine
 if TYPE_CHECKING:
     from sb3_clipvf.zoo.runs import Run
 
-# Replaced in tests, which need a train command of a second.
+# Tests replace this by a quick command.
 TRAIN_COMMAND: tuple[str, ...] = (sys.executable, "-m", "sb3_clipvf", "train")
 
 
@@ -145,14 +145,14 @@ class TrainingBenchmark(Benchmark[RowT]):
             with self._lock:
                 result = {**row.run(seed), **self._measure(row, folder)}
                 self.results.add({**result, "jobs": self.args.jobs, **machine()})
-        except ValueError as error:  # this run has no whole model; the others need not stop
+        except ValueError as error:  # this run has no complete model; the others can continue
             self.failed[label] = str(error)
             print(f"{label}: FAILED, {error}", flush=True)
             return
         print(f"{label}: {self.summary(row, result)}, {seconds:,.0f} s", flush=True)
 
     def _train(self, options: list[str], log_path: Path) -> int:
-        # One thread for numerical libraries: two runs of several threads each would fight for the cores.
+        # One thread for numerical libraries: two runs of several threads each would compete for the cores.
         environment = clone_environment() | {"OMP_NUM_THREADS": "1"}
         with log_path.open("wb") as log:
             process = subprocess.Popen(
@@ -160,7 +160,7 @@ class TrainingBenchmark(Benchmark[RowT]):
             )
             self._processes.add(process)
             try:
-                if self._stop.is_set():  # it was set between the check before and the process's start
+                if self._stop.is_set():  # set between the earlier check and the process's start
                     process.terminate()
                 return process.wait()
             finally:
