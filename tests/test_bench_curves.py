@@ -1,7 +1,5 @@
 """``python -m tests.bench curves``: curves, intervals, and what the command runs, keeps, tabulates and draws."""
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +8,11 @@ import numpy as np
 import pytest
 import yaml
 from scipy import stats
+from test_bench_learning import COPY, runs_in, train_with
 
 from sb3_clipvf import zoo
 from sb3_clipvf.zoo.runs import TrainingCurve, find_run, read_training_curve
-from tests.bench import curves, curves_statistics, training_runs
+from tests.bench import curves, curves_statistics
 from tests.bench.curves import ROWS, main
 from tests.bench.curves_report import render_table, write_figure
 from tests.bench.curves_statistics import (
@@ -33,12 +32,6 @@ from tests.bench.training_runs import train_arguments
 NATIVE, AUTOGRAD = CurveRow.of("CartPole-v1", 256, "native"), CurveRow.of("CartPole-v1", 256, "autograd")
 MADE_ON = {"cpu": "C", "cores": 2, "jobs": 1, "versions": {"python": "3"}}
 
-# A quick stand-in for the train command: it copies the run at sys.argv[1] to the folder after -f.
-COPY = """
-import shutil, sys
-shutil.copytree(sys.argv[1], sys.argv[sys.argv.index("-f") + 1], dirs_exist_ok=True)
-"""
-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -55,16 +48,6 @@ def in_folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(curves, "ROWS", (NATIVE, AUTOGRAD))
     train_with(monkeypatch, COPY, str(trained))
     return tmp_path
-
-
-def train_with(monkeypatch: pytest.MonkeyPatch, program: str, *arguments: str) -> None:
-    monkeypatch.setattr(training_runs, "TRAIN_COMMAND", (sys.executable, "-c", program, *arguments))
-
-
-def runs_in(path: Path) -> list[dict[str, Any]]:
-    runs = json.loads(path.read_text())["runs"]
-    assert isinstance(runs, list)
-    return runs
 
 
 def result(row: CurveRow, seed: int, curve: list[float | None], mean: float, last: float) -> dict[str, Any]:

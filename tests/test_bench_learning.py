@@ -43,12 +43,13 @@ def in_folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """An empty working folder, two rows, and the quick train command."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(learning, "ROWS", (TINY, HARD))
-    monkeypatch.setattr(training_runs, "TRAIN_COMMAND", (sys.executable, "-c", COPY, str(trained)))
+    train_with(monkeypatch, COPY, str(trained))
     return tmp_path
 
 
-def train_with(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
-    monkeypatch.setattr(training_runs, "TRAIN_COMMAND", (sys.executable, "-c", program))
+def train_with(monkeypatch: pytest.MonkeyPatch, program: str, *arguments: str) -> None:
+    """Run a program instead of the train command."""
+    monkeypatch.setattr(training_runs, "TRAIN_COMMAND", (sys.executable, "-c", program, *arguments))
 
 
 def runs_in(path: Path = Path("docs/results/learning.json")) -> list[dict[str, Any]]:
