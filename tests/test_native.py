@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_engines
 import torch as th
 from gymnasium import spaces
 from scipy import stats
@@ -22,20 +23,18 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
+from test_engines import BOX, OBS
 
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.common.nonfinite import BadMinibatchError
 from sb3_clipvf.distributions import dist_param_dim, dist_params
 from sb3_clipvf.engines.autograd import AutogradEngine, AutogradUpdate
 from sb3_clipvf.engines.fused import FusedEngine
-from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateSettings
 from sb3_clipvf.engines.kernels import entry
 from sb3_clipvf.engines.native import NativeEngine
 from sb3_clipvf.engines.recognition import UnsupportedError
 from sb3_clipvf.rollout import TensorRolloutBuffer, gae
 
-OBS = spaces.Box(-2.0, 2.0, (3,), np.float32)
-BOX = spaces.Box(-1.0, 1.0, (2,), np.float32)
 ACTIONS: dict[str, spaces.Space[Any]] = {
     "discrete": spaces.Discrete(3),
     "multi_discrete": spaces.MultiDiscrete([2, 3]),
@@ -44,19 +43,8 @@ ACTIONS: dict[str, spaces.Space[Any]] = {
     "gsde": BOX,
 }
 KWARGS: dict[str, dict[str, Any]] = {"gsde": {"use_sde": True}}
-SETTINGS = UpdateSettings(
-    batch_size=16,
-    n_epochs=3,
-    normalize_advantage=True,
-    advantage_scope="minibatch",
-    vf_clip="max",
-    max_grad_norm=0.5,
-    target_kl=None,
-    measure_kl_after=True,
-    has_dist_params=True,
-    discrete_actions=False,
-)
-COEFFICIENTS = UpdateCoefficients(clip_range=0.1, clip_range_vf=0.2, ent_coef=0.01, vf_coef=0.5, kl_coef=1.0)
+SETTINGS = dataclasses.replace(test_engines.SETTINGS, batch_size=16, n_epochs=3)
+COEFFICIENTS = dataclasses.replace(test_engines.COEFFICIENTS, kl_coef=1.0)
 
 
 def make_policy(actions: str = "box", **kwargs: Any) -> ActorCriticPolicy:
