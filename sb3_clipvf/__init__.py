@@ -22,7 +22,7 @@ __all__ = [
     "__version__",
 ]
 
-# Loaded where they are first used: the commands that only read results start without PyTorch.
+# Imported at first use, so that commands that only read results start without PyTorch.
 _HOMES = {
     "SB3_EQUIVALENT": "sb3_clipvf.clip_ppo",
     "ClipPPO": "sb3_clipvf.clip_ppo",

@@ -1,4 +1,4 @@
-"""Checks and warnings for ClipPPO's arguments, as values, and the arguments that make it SB3's PPO."""
+"""Checks of ClipPPO's arguments, warnings about them, and the arguments that make it SB3's PPO."""
 
 import difflib
 import inspect
@@ -43,8 +43,9 @@ SB3_EQUIVALENT: dict[str, Any] = {
 MAX_SEED = 2**32 - 1
 """Largest seed of NumPy's generator."""
 
-_OF_EACH_POLICY = ("observation_space", "action_space", "lr_schedule", "use_sde")
-_OF_EACH_BUFFER = ("buffer_size", "observation_space", "action_space", "device", "gamma", "gae_lambda", "n_envs")
+# What ClipPPO itself passes, so that `policy_kwargs` and `rollout_buffer_kwargs` must not.
+_PASSED_TO_POLICY = ("observation_space", "action_space", "lr_schedule", "use_sde")
+_PASSED_TO_BUFFER = ("buffer_size", "observation_space", "action_space", "device", "gamma", "gae_lambda", "n_envs")
 
 
 def check_what_sb3_reads(policy: Any, rollout_buffer_kwargs: Any, verbose: Any) -> None:
@@ -57,29 +58,26 @@ def check_what_sb3_reads(policy: Any, rollout_buffer_kwargs: Any, verbose: Any) 
 
 def check_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
     """
-    Check all arguments of a model, from its constructor or from a file.
+    Check all arguments, by the attributes of a model that nothing is built from yet.
 
-    :param values: The model's attributes by name, before anything is built from them.
-    :return: Those that are to be replaced: numbers as plain ints and floats.
-    :raises ValueError: If one is out of range, or two contradict each other.
-    :raises TypeError: If one is of the wrong type.
+    Return the attributes to replace: those that are numbers, as plain ints and floats.
     """
     _check_classes(values)
     checked = {**_checked_sizes(values), **_checked_numbers(values)}
     for name in ("normalize_advantage", "use_sde"):
         validation.check_bool(name, values[name])
     _check_normalization({**values, **checked})
-    check_words(values)
+    check_choices(values)
     check_engine_name(values["engine"])
     _check_controllers({**values, **checked})
     return checked
 
 
-def check_words(values: Mapping[str, Any]) -> None:
-    """Raise ValueError if an argument that takes one of several words has another one; callbacks may replace them."""
+def check_choices(values: Mapping[str, Any]) -> None:
+    """Check the arguments that take one of several words."""
     for name, words, way_out in (
         ("vf_clip", ("max", "prediction"), "SB3's form is 'prediction'."),
-        ("vf_clip_units", ("return_std", "absolute"), "SB3 counts in 'absolute' return units."),
+        ("vf_clip_units", ("return_std", "absolute"), "SB3 clips in 'absolute' return units."),
         ("advantage_scope", ("minibatch", "rollout"), "SB3 normalises each 'minibatch'."),
         ("on_nonfinite", ("raise", "skip"), "'skip' skips minibatches that are not finite."),
     ):
@@ -89,10 +87,12 @@ def check_words(values: Mapping[str, Any]) -> None:
 def _check_classes(values: Mapping[str, Any]) -> None:
     _check_policy_class(values["policy_class"])
     if values["rollout_buffer_class"] is not None:
-        validation.check_class("rollout_buffer_class", values["rollout_buffer_class"], BaseBuffer, "None takes ours.")
+        validation.check_class(
+            "rollout_buffer_class", values["rollout_buffer_class"], BaseBuffer, "None: TensorRolloutBuffer."
+        )
     for name, called, taken in (
-        ("policy_kwargs", values["policy_class"], _OF_EACH_POLICY),
-        ("rollout_buffer_kwargs", values["rollout_buffer_class"] or TensorRolloutBuffer, _OF_EACH_BUFFER),
+        ("policy_kwargs", values["policy_class"], _PASSED_TO_POLICY),
+        ("rollout_buffer_kwargs", values["rollout_buffer_class"] or TensorRolloutBuffer, _PASSED_TO_BUFFER),
     ):
         kwargs = values[name]
         _check_is_dict(name, kwargs)
@@ -103,7 +103,7 @@ def _check_classes(values: Mapping[str, Any]) -> None:
 
 
 def _check_policy_class(policy: Any) -> None:
-    # SB3 asks for no more of a policy, whatever its annotations say.
+    # SB3 needs only these methods, although it annotates an ActorCriticPolicy.
     needed = ("forward", "evaluate_actions", "predict_values")
     is_base = isinstance(policy, type) and issubclass(policy, BasePolicy)
     if not (is_base and all(callable(getattr(policy, name, None)) for name in needed)):
@@ -111,7 +111,7 @@ def _check_policy_class(policy: Any) -> None:
 
 
 def _check_is_dict(name: str, kwargs: Any) -> None:
-    validation.check_type(name, kwargs, dict, "a dict", "None stands for an empty one.")
+    validation.check_type(name, kwargs, dict, "a dict", "None means an empty one.")
 
 
 def _checked_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def _check_controllers(values: Mapping[str, Any]) -> None:
             f"`learning_rate` must be a number where `lr_kl_target` is set, got {learning_rate!r}. Either the rate "
             "follows a schedule or it adapts: drop one of the two."
         )
-    # A file brings the adapted rate, and the Zoo replaces the initial one by 0 where it only evaluates.
+    # A loaded model continues from its adapted rate. The Zoo sets the initial rate to 0 if it only evaluates.
     if values["adaptive_lr"] is None:
         low, high = KLAdaptiveLR.lr_min, KLAdaptiveLR.lr_max
         if not low <= make_schedule(learning_rate, "learning_rate")(1.0) <= high:
@@ -223,11 +223,11 @@ def warn_of_early_end(
     schedules: Mapping[str, Schedule], *, rollout: int, done: int, to_do: int, on_command_line: bool = False
 ) -> bool:
     """
-    Warn if schedules are in their second half during a whole call of ``learn``. :return: Whether it has warned.
+    Warn if schedules are in their second half during a whole call of ``learn``; return whether they are.
 
-    As in SB3, progress is counted after a rollout was collected, over the ``done`` steps before the call and its
-    ``to_do`` steps: a call of one rollout updates at progress 0. The user's own functions are skipped, since calling
-    them may change them.
+    As in SB3, progress counts the ``done`` steps before the call and its ``to_do`` steps, the collected rollout
+    included: a call of one rollout updates at progress 0. The user's own functions are skipped, since calling them may
+    change them.
     """
     first = clamp_progress(1.0 - (done + rollout) / (done + to_do)) if to_do else 1.0
     known = {name: schedule for name, schedule in schedules.items() if first < 0.5 and is_known(schedule)}
@@ -242,7 +242,7 @@ def warn_of_early_end(
             f"`{name}` is {schedule(first):.3g} in its first update and {schedule(0.0):.3g} in its last"
             for name, schedule in annealed.items()
         )
-        what = f"is at the end of its schedules: {values}"
+        what = f"runs in the second half of its schedules: {values}"
     constants = {name: f"{schedule(1.0):.3g}" for name, schedule in annealed.items()}
     if on_command_line:
         params = " ".join(f"{name}:{value}" for name, value in constants.items())
@@ -259,7 +259,7 @@ def warn_of_early_end(
 
 
 def warn_of_n_envs(values: Mapping[str, Any], n_envs_before: int) -> None:
-    """Warn of what changes where training resumes with another number of environments."""
+    """Warn that another number of environments than in the file changes the rollout and its minibatches."""
     n_envs, n_steps, batch_size = values["n_envs"], values["n_steps"], values["batch_size"]
     size, size_before = n_steps * n_envs, n_steps * n_envs_before
     log.warning(
@@ -283,17 +283,11 @@ def values_to_load(
     cls: type[Any],
 ) -> dict[str, Any]:
     """
-    Return the values that replace a file's when a model is loaded.
+    Return the attributes that replace the file's when a ``cls`` is loaded: ``given``, those of the user, and more.
 
     A KL controller continues from the file's state, unless the user changes its initial value. A file of another SB3
     algorithm lacks ClipPPO's own arguments: they take the values of :data:`SB3_EQUIVALENT`, and a warning names them.
-
-    :param file: Attributes of the model in the file: plain ones as they are, others as their description.
-    :param given: The user's values, by argument.
-    :param custom_objects: Values that replace the file's while it is read. SB3 ignores those that the file lacks.
-    :param cls: Class to load.
-    :return: Values by attribute.
-    :raises TypeError: If a value belongs to no argument of the class and no attribute of the file.
+    SB3 ignores ``custom_objects`` that the file lacks, so those arguments are read from there as well.
     """
     values = dict(given)
     if "stats_window_size" in values:
@@ -309,8 +303,8 @@ def values_to_load(
     chosen = {name: custom_objects.get(name, value) for name, value in absent.items()}
     listed = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
     warnings.warn(
-        "The file was saved by another algorithm of SB3. ClipPPO takes its values, and for what it does not hold: "
-        f"{listed}. Pass them to `load` to change them.",
+        f"The file was saved by another algorithm of SB3. Arguments that it lacks are set to {listed}. "
+        "Pass them to `load` to change them.",
         stacklevel=3,
     )
     return {"_loads_sb3": True, **chosen, **values}

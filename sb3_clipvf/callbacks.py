@@ -51,7 +51,7 @@ class IsolatedEvalCallback(EvalCallback):
         if shared is not None:
             raise ValueError(
                 "`eval_env` must be other environments than those of the training, got the same "
-                f"{type(shared).__name__}: an evaluation would end their running episodes. Make others."
+                f"{type(shared).__name__}: an evaluation would end their running episodes. Build separate ones."
             )
         is_normalized = unwrap_vec_normalize(evaluation) is not None
         if is_normalized != (self.model.get_vec_normalize_env() is not None):

@@ -32,8 +32,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_clipvf.arguments import (
     SB3_EQUIVALENT,
     check_arguments,
+    check_choices,
     check_what_sb3_reads,
-    check_words,
     values_to_load,
     warn_of_early_end,
     warn_of_n_envs,
@@ -57,7 +57,7 @@ from sb3_clipvf.policies import (
     SquashedActorCriticPolicy,
     SquashedMultiInputActorCriticPolicy,
 )
-from sb3_clipvf.rollout import TensorRolloutBuffer, check_complete, draws_from_complete, has_dist_params
+from sb3_clipvf.rollout import TensorRolloutBuffer, check_complete, has_dist_params, needs_complete_rollout
 from sb3_clipvf.schedules import (
     COEFFICIENTS,
     AdaptiveKL,
@@ -90,14 +90,14 @@ class ClipPPO(RolloutCollector):
     :param env: Environment, VecEnv or registered id.
     :param learning_rate: Schedule, at least 0.
     :param n_steps: Steps of each environment in a rollout. An assignment to the model's attribute takes effect with
-        the next rollout: SB3's buffers and ours are resized; replace one of another class together with it.
+        the next rollout. SB3's buffers and ours are resized; a buffer of another class must be replaced by then.
     :param batch_size: Transitions in a minibatch; more than 1 if advantages are normalised in minibatches.
     :param n_epochs: Passes over the rollout in an update.
     :param gamma: Discount factor, in [0, 1].
     :param gae_lambda: lambda of the advantage estimate, in [0, 1].
     :param clip_range: Schedule, positive: epsilon of the ratio clip. None: the ratio is not clipped.
     :param clip_range_vf: Schedule, positive: largest change of a value prediction without clipping, in
-        ``vf_clip_units``. None: plain squared error.
+        ``vf_clip_units``. None: not clipped.
     :param normalize_advantage: Whether to normalise advantages to mean 0 and standard deviation 1.
     :param ent_coef: Schedule, at least 0: weight of the entropy.
     :param vf_coef: Schedule, at least 0: weight of the value loss, a mean of squared errors without a factor 1/2.
@@ -145,9 +145,9 @@ class ClipPPO(RolloutCollector):
     }
     # Set on the class, it silences the warning for all models.
     _warned_of_early_end = False
-    # State of a checkpoint that `learn` still has to restore.
+    # State of a checkpoint, until `learn` restores it.
     _resumed: Resumed | None = None
-    # Number of environments in the file that was loaded, until `learn` compares it.
+    # Number of environments in the loaded file, until `learn` compares it.
     _n_envs_before: Any = None
 
     def __init__(
@@ -189,7 +189,7 @@ class ClipPPO(RolloutCollector):
         engine: str = "auto",
     ) -> None:
         check_what_sb3_reads(policy, rollout_buffer_kwargs, verbose)
-        # `load` makes a model without one.
+        # `load` passes no environment yet.
         if env is not None or _init_setup_model:
             env = validation.as_gymnasium(maybe_make_env(env, verbose))  # type: ignore[arg-type]
             validation.check_env(policy, env, use_sde)
@@ -277,7 +277,7 @@ class ClipPPO(RolloutCollector):
         self._engine = None
 
     def _setup_controllers(self) -> None:
-        """Start the KL controllers, or continue with the beta and the learning rate that they have reached."""
+        """Create the KL controllers, or keep the beta and the learning rate that they have reached."""
         kl_coef = cast(Schedule, self._schedule("kl_coef"))
         self.adaptive_kl = make_controller(AdaptiveKL, self.adaptive_kl, self.adaptive_kl_target, kl_coef)
         self.adaptive_lr = make_controller(KLAdaptiveLR, self.adaptive_lr, self.lr_kl_target, self.lr_schedule)
@@ -308,14 +308,14 @@ class ClipPPO(RolloutCollector):
         :raises NonFiniteError: If a minibatch is not finite, unless it may be skipped.
         """
         started = time.perf_counter()
-        if draws_from_complete(self.rollout_buffer):
+        if needs_complete_rollout(self.rollout_buffer):
             check_complete(self.rollout_buffer)
         if isinstance(self.rollout_buffer, TensorRolloutBuffer):
             self.rollout_buffer.forget_copies()
         show_messages(self.verbose)
         self._check_kl_is_stored()
         # Callbacks may have changed these arguments since the last update.
-        check_words(vars(self))
+        check_choices(vars(self))
         self._setup_controllers()
         engine = self._current_engine()
         engine.set_training_mode(True)
@@ -330,7 +330,7 @@ class ClipPPO(RolloutCollector):
                 statistics.stopped_at_kl,
             )
         if statistics.kl_after is not None:
-            self._adapt(float(statistics.kl_after))
+            self._adapt_controllers(float(statistics.kl_after))
         self._log_update(statistics, coefficients)
         self.logger.record("time/update_seconds", time.perf_counter() - started)
 
@@ -392,7 +392,7 @@ class ClipPPO(RolloutCollector):
     def _current_engine(self) -> Engine:
         """Return the engine for the policy and the arguments as they are now; callbacks may have replaced them."""
         settings = self._update_settings()
-        if self._engine is None or not self._engine_stays(self._engine):
+        if self._engine is None or not self._may_keep(self._engine):
             logged = self._engine_reason
             self._engine, reason = select_engine(self.engine, self.policy, settings, self.rollout_buffer)
             self._engine_reason = (self.engine, self._engine.name, reason)
@@ -401,7 +401,7 @@ class ClipPPO(RolloutCollector):
         self._engine.settings = settings
         return self._engine
 
-    def _engine_stays(self, engine: Engine) -> bool:
+    def _may_keep(self, engine: Engine) -> bool:
         if engine.policy is not self.policy or self.engine != self._engine_reason[0]:
             return False
         # A faster engine may run the policy now.
@@ -436,7 +436,7 @@ class ClipPPO(RolloutCollector):
         self.logger.record("train/learning_rate", self.adaptive_lr.learning_rate)
         update_learning_rate(optimizers, self.adaptive_lr.learning_rate)
 
-    def _adapt(self, kl_after: float) -> None:
+    def _adapt_controllers(self, kl_after: float) -> None:
         if self.adaptive_kl is not None:
             self.adaptive_kl = self.adaptive_kl.next(kl_after)
         if self.adaptive_lr is not None:
@@ -561,14 +561,14 @@ class ClipPPO(RolloutCollector):
         write_model(path, attributes, self.get_parameters(), self._saved_variables())
 
     def _saved_attributes(self, exclude: Iterable[str] = (), include: Iterable[str] = ()) -> dict[str, Any]:
-        """Return what a file holds of the model besides tensors, by name."""
+        """Return the attributes to save, by name, without those that are saved as tensors."""
         names, variables = self._get_torch_save_params()
         omitted = {*self._excluded_save_params(), *exclude}.difference(include)
         omitted.update(name.split(".")[0] for name in names + variables)
         return {name: value for name, value in vars(self).items() if name not in omitted}
 
     def _saved_variables(self) -> dict[str, Any]:
-        """Return tensors that a file holds besides state dicts, by name."""
+        """Return the tensors to save besides state dicts, by name."""
         return {name: recursive_getattr(self, name) for name in self._get_torch_save_params()[1]}
 
     def _excluded_save_params(self) -> list[str]:
@@ -651,7 +651,7 @@ class ClipPPO(RolloutCollector):
 
         :param load_path_or_dict: Zip file of a model, of which only tensors are read, or a dict from
             ``get_parameters``.
-        :param exact_match: Whether all of them must be there. False: set those that are there.
+        :param exact_match: Whether all parameters must be there. False: set those that are there.
         :param device: PyTorch device, or "auto".
         :raises UnsafeFileError: If the file holds more than tensors as weights.
         :raises ValueError: If the file is not a model, is damaged or does not fit into memory; or a name is unknown or,

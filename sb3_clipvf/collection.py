@@ -56,7 +56,7 @@ class RolloutCollector(OnPolicyAlgorithm):
     _engine: Engine | None = None
     # Set by the training's TrainingCheckpoint, if there is one.
     _checkpoint_folder: os.PathLike[str] | None = None
-    # Until Monitor reports an episode, or one has ended unseen.
+    # True until Monitor has reported an episode or missed one.
     _may_lose_episodes = True
     _warned_of_missing_kl = False
 
@@ -99,7 +99,7 @@ class RolloutCollector(OnPolicyAlgorithm):
             obs_tensor = to_tensor(self._last_obs, self.device) if makes_tensors else None
             acted = self._act(engine, obs_tensor, rollout_buffer, with_dist_params)
             actions, values, log_probs, dist_params = acted.as_tensors() if makes_tensors else acted[:4]
-            clipped_actions = to_env(self.policy, self.action_space, actions)
+            clipped_actions = env_actions(self.policy, self.action_space, actions)
             new_obs, rewards, dones, infos = check_step(env.step(clipped_actions))
             self.num_timesteps += env.num_envs
 
@@ -134,7 +134,7 @@ class RolloutCollector(OnPolicyAlgorithm):
         return True
 
     def _begin_rollout(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int) -> Engine:
-        """Empty the buffer and prepare callback, policy and engine. :return: The engine that acts."""
+        """Empty the buffer, prepare callback, policy and engine, and return the engine that acts."""
         show_messages(self.verbose)
         known = self._engine if self._engine is not None and self._engine.policy is self.policy else None
         (self.policy if known is None else known).set_training_mode(False)
@@ -147,7 +147,7 @@ class RolloutCollector(OnPolicyAlgorithm):
         if self.use_sde:
             self.policy.reset_noise(env.num_envs)
         engine = self._current_engine()  # after the callback, which may have changed the policy
-        if engine is not known:  # it may run modules that the other one did not
+        if engine is not known:  # it may run other modules of the policy
             engine.set_training_mode(False)
         engine.begin_rollout(rollout_buffer)
         return engine
@@ -198,7 +198,7 @@ class RolloutCollector(OnPolicyAlgorithm):
         return reads_by_own_code(self.policy) and has_finite_statistics(self.get_vec_normalize_env())
 
     def _compute_returns(self, engine: Engine, rollout_buffer: Any, dones: np.ndarray) -> th.Tensor:
-        """Compute returns and advantages. :return: Values of the observations that the next rollout starts from."""
+        """Compute returns and advantages, and return the values of the observations after the last step."""
         fault = None if self._may_act() else observation_fault(self._last_obs)
         if fault is None:
             values = engine.predict_values(to_tensor(self._last_obs, self.device))
@@ -211,7 +211,7 @@ class RolloutCollector(OnPolicyAlgorithm):
         return values
 
     def _act_error(self, fault: Fault, buffer: Any) -> NonFiniteError:
-        """Return the error of a policy that is to act, or to predict values, after the last step in the buffer."""
+        """Return the error for a fault where the policy acts or predicts values, after the last step in the buffer."""
         arrays: dict[str, Any] = {"new_observations": self._last_obs, "dones": self._last_episode_starts}
         if buffer.pos:
             for name in ("observations", "actions", "values", "log_probs", "rewards"):
@@ -329,7 +329,7 @@ class RolloutCollector(OnPolicyAlgorithm):
         """
         Raise ValueError if the rollout lacks the old distribution's parameters where an argument needs them.
 
-        A loop of the user's, or SB3's, adds steps without them.
+        SB3's loop, or the user's own, may add steps without them.
         """
         rollout_buffer = self.rollout_buffer
         if has_dist_params(rollout_buffer):
@@ -343,7 +343,7 @@ class RolloutCollector(OnPolicyAlgorithm):
             raise ValueError(
                 f"`dist_params` must be given at each step where `{name}` is set, got None and "
                 f"{getattr(self, name)!r}. Pass them to `rollout_buffer.add`, or collect by ClipPPO's own "
-                "`collect_rollouts`, which does."
+                "`collect_rollouts`, which passes them."
             )
         width = dist_param_dim(getattr(self.policy, "action_dist", None))
         self._check_kl_is_known(type(rollout_buffer), width, stores_dist=False)
@@ -362,7 +362,7 @@ class RolloutCollector(OnPolicyAlgorithm):
 def add_to_buffer(
     buffer: Any, row: tuple[Any, ...], arrays: Acted | None, values: Any, log_probs: Any, dist_params: Any
 ) -> None:
-    """Store a step from arrays, or from SB3's tensors where the buffer has an ``add`` of its own (arrays: None)."""
+    """Store a step as ``arrays``, or as SB3's tensors if these are None: the buffer has an ``add`` of its own."""
     if arrays is not None:
         buffer.add(*row, *arrays[1:4])
     else:
@@ -384,8 +384,8 @@ def to_tensor(observations: Any, device: th.device) -> Any:
     return obs_as_tensor(observations, device)
 
 
-def to_env(policy: ActorCriticPolicy, action_space: spaces.Space[Any], actions: np.ndarray) -> np.ndarray:
-    """Return the policy's actions as environments take them: unscaled if the policy squashes, else clipped to a Box."""
+def env_actions(policy: ActorCriticPolicy, action_space: spaces.Space[Any], actions: np.ndarray) -> np.ndarray:
+    """Return the policy's actions for environments with a Box: unscaled if the policy squashes, else clipped to it."""
     if not isinstance(action_space, spaces.Box):
         return actions
     if policy.squash_output:
@@ -405,15 +405,11 @@ def bootstrap_truncated(
     engine: Engine, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]], gamma: float
 ) -> np.ndarray:
     """
-    Add gamma * V(final observation) to the reward where an episode was truncated, by one forward pass for all.
+    Return rewards with ``gamma * V(final observation)`` added where an episode was truncated, shape ``(n_envs,)``.
 
-    :param engine: Engine that predicts the values.
-    :param rewards: Rewards of this step, shape ``(n_envs,)``; not changed in-place, since callbacks read them.
-    :param dones: Whether an episode was truncated or terminated, shape ``(n_envs,)``.
-    :param infos: One dict an environment, with SB3's ``TimeLimit.truncated`` and ``terminal_observation``.
-    :param gamma: Discount factor.
-    :return: A copy with the values added, or ``rewards`` itself if no episode was truncated. NaN where a final
-        observation is not finite, unless the policy reads it by code of its own and predicts a finite value.
+    The values come from one forward pass for all. ``rewards`` is not changed in-place, since callbacks read it. The
+    result is NaN where a final observation is not finite, unless the policy reads it by code of its own.
+
     Source: Pardo et al. 2018, arXiv 1712.00378.
     """
     if not np.count_nonzero(dones):  # any() takes several times as long

@@ -193,7 +193,7 @@ class TensorRolloutBuffer(BaseBuffer):
         if self.pos == self.buffer_size:
             raise ValueError(
                 f"`rollout_buffer` must take {self.buffer_size} steps at most, got one more. Call its `reset` before "
-                "the next rollout; `load` with another `n_steps` builds one for longer rollouts."
+                "the next rollout; `load` with another `n_steps` builds a buffer for longer rollouts."
             )
         if isinstance(self.observations, dict):
             for key, array in self.observations.items():
@@ -253,7 +253,7 @@ class TensorRolloutBuffer(BaseBuffer):
         yield from _minibatches(self, indices.flatten(), batch_size)
 
     def forget_copies(self) -> None:
-        """Read the arrays again at the next minibatch, since they may have changed in place."""
+        """Make the next minibatch read the arrays again, since they may have changed in-place."""
         self._flat, self._flat_arrays = None, []
 
     def _rows(self, indices: np.ndarray) -> th.Tensor:
@@ -323,7 +323,7 @@ class TensorRolloutBuffer(BaseBuffer):
 
 # Buffers that hold one row per step, and whose `get` needs a complete rollout.
 _KNOWN = (TensorRolloutBuffer, RolloutBuffer, DictRolloutBuffer)
-# A user may replace the class's method.
+# The original, since a user may replace the class's method.
 _get_samples = TensorRolloutBuffer._get_samples
 
 
@@ -344,16 +344,16 @@ def takes_dist_params(buffer: Any) -> bool:
 
 
 def check_complete(buffer: Any) -> None:
-    """Raise ``ValueError`` if a rollout is not complete: its other rows are zeros, or of the previous rollout."""
+    """Raise ``ValueError`` if a rollout is not complete: the missing rows hold zeros, or the previous rollout."""
     if not getattr(buffer, "full", True):
         raise ValueError(
             f"`rollout_buffer` must be full to be trained on, got {buffer.pos} of {buffer.buffer_size} steps. Collect "
-            "the others first; `load` with another `n_steps` builds one for shorter rollouts."
+            "the others first; `load` with another `n_steps` builds a buffer for shorter rollouts."
         )
 
 
-def draws_from_complete(buffer: Any) -> bool:
-    """Return whether a buffer's ``get`` is ours or SB3's, which need a complete rollout."""
+def needs_complete_rollout(buffer: Any) -> bool:
+    """Return whether a buffer's ``get`` needs a complete rollout, as ours and SB3's do."""
     return "get" not in vars(buffer) and getattr(type(buffer), "get", None) in [known.get for known in _KNOWN]
 
 
@@ -368,11 +368,11 @@ def stored_observation_space(space: spaces.Space[Any], normalizer: VecNormalize 
         return space
     if isinstance(space, spaces.Dict):
         keys = normalizer.norm_obs_keys or []
-        return spaces.Dict({key: _as_float(sub) if key in keys else sub for key, sub in space.spaces.items()})
-    return _as_float(space)
+        return spaces.Dict({key: _float_space(sub) if key in keys else sub for key, sub in space.spaces.items()})
+    return _float_space(space)
 
 
-def _as_float(space: spaces.Space[Any]) -> spaces.Space[Any]:
+def _float_space(space: spaces.Space[Any]) -> spaces.Space[Any]:
     if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.integer):
         return spaces.Box(-np.inf, np.inf, space.shape, np.float32)
     return space

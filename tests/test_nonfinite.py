@@ -723,7 +723,7 @@ class TestTraining:
 
 def arrays_of(error: NonFiniteError) -> dict[str, np.ndarray]:
     assert error.path is not None
-    assert f"It was written to {error.path}." in str(error)
+    assert f"Its arrays are in {error.path}." in str(error)
     with np.load(error.path, allow_pickle=False) as file:
         return dict(file)
 
@@ -800,7 +800,7 @@ class TestFile:
     def test_is_not_written_without_a_folder(self) -> None:
         error = error_of(make("reward"))
         assert error.path is None
-        assert "Train with a TrainingCheckpoint, or with `tensorboard_log`, to have it written" in str(error)
+        assert "Train with a TrainingCheckpoint, or with `tensorboard_log`, to get its arrays" in str(error)
 
     def test_a_failed_write_does_not_hide_the_error(self, tmp_path: Path) -> None:
         def remove(model: Any) -> None:
@@ -809,7 +809,7 @@ class TestFile:
         callbacks = [TrainingCheckpoint(1000, tmp_path / "folder"), At(remove, event="start")]
         error = error_of(make("reward"), callback=callbacks)
         assert (error.what, error.path) == ("reward", None)
-        assert "It could not be written to a file" in str(error)
+        assert "Its arrays could not be written to a file" in str(error)
 
 
 def test_the_native_engine_acted_here() -> None:

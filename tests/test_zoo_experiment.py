@@ -330,7 +330,7 @@ def test_a_module_that_fails_as_it_is_imported_is_refused(tmp_path: Path, monkey
 
 
 def test_a_refused_value_of_the_command_line_names_its_source(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"`n_envs` must be a whole number, got 2.5 .* It stands in `-params`"):
+    with pytest.raises(TypeError, match=r"`n_envs` must be a whole number, got 2.5 .* It is in `-params`"):
         _manager(tmp_path, {**ENTRY, "n_envs": 2}, hyperparams={"n_envs": 2.5}).setup_experiment()
 
 
@@ -392,7 +392,7 @@ def test_a_value_that_no_file_can_hold_is_refused_at_the_start(tmp_path: Path, v
     if can_be_saved:
         yaml.unsafe_load(Path(_saved(manager), "config.yml").read_text())
         return
-    with pytest.raises(ValueError, match=r"`policy_kwargs` must be what the files of the run can hold, .* in .*py: "):
+    with pytest.raises(ValueError, match=r"`policy_kwargs` must be a value that YAML files can hold, .* in .*py: "):
         manager.setup_experiment()
     assert not (tmp_path / "logs").exists()
 

@@ -35,7 +35,7 @@ def test_the_newest_run_with_a_model_is_taken_and_named(tmp_path: Path, capsys: 
     _make_run(tmp_path, "E-v0_x", "E-v0.zip")
     _make_run(tmp_path, "E-v0_12_extra", "E-v0.zip")
     assert choose_run(tmp_path, "E-v0", 0, _has_model) == 10
-    expected = f"{tmp_path / 'E-v0_11'} does not hold the model: taking that of {tmp_path / 'E-v0_10'}\n"
+    expected = f"{tmp_path / 'E-v0_11'} does not hold the model: taking {tmp_path / 'E-v0_10'}\n"
     assert capsys.readouterr().out == expected
 
 

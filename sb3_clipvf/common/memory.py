@@ -1,4 +1,4 @@
-"""Free memory."""
+"""How much memory is free."""
 
 from pathlib import Path
 

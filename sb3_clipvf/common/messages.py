@@ -8,7 +8,7 @@ log = logging.getLogger("sb3_clipvf")
 
 
 class _StdoutHandler(logging.StreamHandler[TextIO]):
-    """Writes to the current ``sys.stdout``, which notebooks and test runners replace."""
+    """Handler that writes to the current ``sys.stdout``, which notebooks and test runners replace."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)

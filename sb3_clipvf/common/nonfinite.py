@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
-"""Larger numbers are infinite for the policy."""
+"""Largest finite float32; larger numbers are infinite for the policy."""
 
 MAX_UPDATES_WITH_SKIPS = 10
 """Consecutive updates that may skip minibatches with ``on_nonfinite="skip"``; the next one ends the training."""
@@ -51,13 +51,14 @@ class NonFiniteError(ValueError):
 
 class BadMinibatchError(Exception):
     """
-    A minibatch has a non-finite loss or gradient, so its step is skipped.
+    A minibatch has a non-finite loss or gradient, so it makes no step.
 
     :param terms: Terms of the loss, the loss itself and the gradient norm.
     :param epoch: Epoch of the update, from 0.
     :param minibatch: Minibatch of the epoch, from 0.
     :param batch: Transitions.
-    :param indices: Their indices in the rollout as SB3 numbers them, environment by environment. None if unknown.
+    :param indices: Indices of the transitions in the rollout, in SB3's order: environment by environment. None if
+        unknown.
     """
 
     def __init__(

@@ -102,7 +102,7 @@ def check_class(name: str, value: Any, base: type, way_out: str) -> None:
 def check_keywords(
     name: str, kwargs: Mapping[Any, Any], called: Callable[..., Any], taken: Collection[str], way_out: str
 ) -> None:
-    """Check that the keys of a dict are arguments of ``called``, other than those in ``taken``."""
+    """Check that the keys of a dict are arguments of ``called`` that are not in ``taken``."""
     parameters = inspect.signature(called).parameters.values()
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return
@@ -168,7 +168,7 @@ def as_gymnasium(env: Any) -> Any:
 
 @contextlib.contextmanager
 def same_spaces() -> Iterator[None]:
-    """Extend SB3's error about spaces that differ from the model's by what to do."""
+    """Add what to do to SB3's error about spaces that differ from the model's."""
     try:
         yield
     except ValueError as error:
@@ -188,7 +188,7 @@ def check_env(policy: Any, env: Any, use_sde: bool) -> None:
 
 
 def check_observations(policy_class: type, policy_kwargs: dict[str, Any], observation_space: Any) -> None:
-    """Check what SB3's policies would find out only when they read observations."""
+    """Check observation spaces for what SB3's policies would refuse only when they read observations."""
     from stable_baselines3.common import torch_layers
     from stable_baselines3.common.policies import ActorCriticPolicy
 
@@ -196,10 +196,10 @@ def check_observations(policy_class: type, policy_kwargs: dict[str, Any], observ
     if not parts or any(0 in (space.shape or ()) for space in parts):
         raise ValueError(
             f"`env` must have observations of at least one number, got {observation_space}. Leave out a key that is "
-            "empty (gymnasium.wrappers.FilterObservation), or add a constant by a wrapper."
+            "empty (gymnasium.wrappers.FilterObservation), or add a constant in a wrapper."
         )
     if getattr(policy_class, "extract_features", None) is not ActorCriticPolicy.extract_features:
-        return  # the policy may read them in its own way
+        return  # the user's code reads them
     default = inspect.signature(policy_class).parameters.get("features_extractor_class")
     extractor = policy_kwargs.get("features_extractor_class", default and default.default)
     flattening = (torch_layers.FlattenExtractor, torch_layers.NatureCNN, torch_layers.CombinedExtractor)
@@ -208,7 +208,7 @@ def check_observations(policy_class: type, policy_kwargs: dict[str, Any], observ
         if isinstance(space, spaces.Box) and space.shape == () and extractor in flattening:
             raise ValueError(
                 f"`env` must have Box observations of at least one dimension for {extractor.__name__}, got {space}. "
-                "Reshape them by a wrapper (gymnasium.wrappers.ReshapeObservation(env, (1,)))."
+                "Reshape them in a wrapper (gymnasium.wrappers.ReshapeObservation(env, (1,)))."
             )
 
 
@@ -237,7 +237,7 @@ def _check_action_space(action_space: Any, use_sde: bool) -> None:
             f"{_full_type(action_space)}. Wrap the environment to convert it."
         )
     if 0 in (action_space.shape or ()):
-        raise ValueError(f"`env` must have actions of at least one number, got {action_space}. Change it by a wrapper.")
+        raise ValueError(f"`env` must have actions of at least one number, got {action_space}. Change it in a wrapper.")
     if isinstance(action_space, spaces.Box) and not action_space.is_bounded("both"):
         raise ValueError(
             f"`env` must have an action space with finite bounds, got {action_space}. "
@@ -251,7 +251,7 @@ def _check_action_space(action_space: Any, use_sde: bool) -> None:
     _check_discrete(action_space, "actions", "TransformAction")
     if use_sde and not isinstance(action_space, spaces.Box):
         raise ValueError(
-            f"`use_sde` must be False unless actions are continuous, got True and {action_space}. Drop it."
+            f"`use_sde` must be False unless actions are continuous, got True and {action_space}. Leave it out."
         )
 
 

@@ -1,4 +1,4 @@
-"""Versions of packages, which results and checkpoints hold."""
+"""Versions of packages, as saved in results and checkpoints."""
 
 import contextlib
 import platform

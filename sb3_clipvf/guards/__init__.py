@@ -1,1 +1,1 @@
-"""What watches over a training: non-finite numbers, failures, dead worker processes, ill-shaped observations."""
+"""Checks during a training: non-finite numbers, failures, dead worker processes, observations of wrong shapes."""

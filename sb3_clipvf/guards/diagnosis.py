@@ -1,5 +1,5 @@
 """
-Finding which number of a training is not finite and why, the error that reports it, and the file with the evidence.
+Diagnosis of non-finite numbers: which number and why, the error that reports it, and the file with its arrays.
 
 The finders return a :class:`Fault` or None; ``step_error`` and ``update_error`` turn one into a ``NonFiniteError``.
 """
@@ -25,36 +25,22 @@ from sb3_clipvf.files.atomic import atomic_write
 
 @dataclass(frozen=True)
 class FaultContext:
-    """
-    The training around a fault.
-
-    :param policy: Its policy.
-    :param num_timesteps: Environment steps so far.
-    :param folder: Where the evidence is written; None: nowhere.
-    :param normalizes: Whether the environments have a ``VecNormalize``, whose statistics a fault may have spoilt.
-    """
+    """The training around a fault."""
 
     policy: ActorCriticPolicy
-    num_timesteps: int
-    folder: Path | None
-    normalizes: bool
+    num_timesteps: int  # environment steps so far
+    folder: Path | None  # folder for the file with the arrays; None: no file is written
+    normalizes: bool  # whether the environments have a `VecNormalize`, whose statistics may contain the fault
 
 
 @dataclass(frozen=True)
 class Fault:
-    """
-    The first number of an array that is not finite.
-
-    :param what: As in :class:`NonFiniteError`.
-    :param key: As in :class:`NonFiniteError`.
-    :param row: Environment or transition; None where rows are neither.
-    :param text: Its value, its position in the row and the number of such values.
-    """
+    """The first non-finite number of an array; ``what`` and ``key`` are those of :class:`NonFiniteError`."""
 
     what: str
     key: str | None
-    row: int | None
-    text: str
+    row: int | None  # environment or transition; None if rows are neither
+    text: str  # its value, its position in the row, and how many numbers are not finite
 
 
 # ------------------------------------------------------------------ finding
@@ -80,7 +66,7 @@ def observation_fault(observations: Any) -> Fault | None:
 
 def reads_by_own_code(policy: Any) -> bool:
     """
-    Return whether the user's own code reads observations: it may handle missing ones.
+    Return whether the user's own code reads observations, so that it may handle non-finite ones.
 
     SB3's networks turn a NaN into NaN, but tanh turns an infinite observation into a finite number.
     """
@@ -94,7 +80,7 @@ def reads_by_own_code(policy: Any) -> bool:
 
 
 def has_finite_statistics(normalizer: VecNormalize | None) -> bool:
-    """Return whether the statistics of observations are finite, if there are any; others make every observation NaN."""
+    """Return whether the statistics of observations, if any, are finite; others make every observation NaN."""
     if normalizer is None or not normalizer.norm_obs:
         return True
     rms = normalizer.obs_rms
@@ -113,11 +99,11 @@ def _parameter_fault(policy: th.nn.Module) -> Fault | None:
 
 def act_fault(policy: ActorCriticPolicy, observations: Any, obs_tensor: Any, acted: Acted | None) -> Fault | None:
     """
-    Return what is not finite where the policy acts: its parameters, the observations, or what it computed.
+    Return the non-finite number where the policy acts: a parameter, an observation, or what it computed.
 
     ``acted`` is None where torch refused to draw an action; the policy is then evaluated again.
     """
-    # A policy may handle a missing observation, but not a missing weight.
+    # The user's code may handle a non-finite observation, but not a non-finite weight.
     fault = _parameter_fault(policy) or observation_fault(observations)
     if fault is not None:
         return fault
@@ -155,24 +141,24 @@ def reward_fault(rewards: np.ndarray, bootstrapped: np.ndarray, infos: list[dict
 # ------------------------------------------------------------------ errors
 
 _STEP_ARRAYS = ("observations", "actions", "values", "log_probs", "rewards", "dones", "new_observations")
-_OF_ENVIRONMENT = "Correct the environment, or catch this in a wrapper."
-_OF_POLICY = (
+_CORRECT_ENVIRONMENT = "Correct the environment, or catch this in a wrapper."
+_RESUME_EARLIER = (
     "Resume from the last checkpoint or saved model with a lower learning_rate, and look for huge observations."
 )
 _WAYS_OUT = {
-    "observation": _OF_ENVIRONMENT,
-    "reward": _OF_ENVIRONMENT,
-    "terminal_observation": _OF_ENVIRONMENT,
-    "terminal_value": _OF_POLICY,
-    "value": _OF_POLICY,
-    "log_prob": _OF_POLICY,
+    "observation": _CORRECT_ENVIRONMENT,
+    "reward": _CORRECT_ENVIRONMENT,
+    "terminal_observation": _CORRECT_ENVIRONMENT,
+    "terminal_value": _RESUME_EARLIER,
+    "value": _RESUME_EARLIER,
+    "log_prob": _RESUME_EARLIER,
     "parameter": "Resume from the last checkpoint or saved model. If a callback changes weights, correct it.",
 }
 _SKIP = "on_nonfinite='skip' skips such minibatches."
 
 
 def step_error(context: FaultContext, fault: Fault, step: int, known: dict[str, Any]) -> NonFiniteError:
-    """Return the error of a rollout's step, and write the arrays that are known of the step to a file."""
+    """Return the error for a fault in a step of the rollout, and write the step's known arrays to a file."""
     name = f"`{fault.what}`" if fault.key is None else f"`{fault.what}` {fault.key!r}"
     where = "" if fault.row is None else f" of environment {fault.row}"
     spoilt = ""
@@ -193,10 +179,10 @@ def step_error(context: FaultContext, fault: Fault, step: int, known: dict[str, 
 
 def update_error(context: FaultContext, bad: BadMinibatchError, buffer: Any, reason: str = "") -> NonFiniteError:
     """
-    Return the error of an update, and write its first non-finite minibatch to a file.
+    Return the error for an update, and write its first non-finite minibatch to a file.
 
     The policy is as it was before that minibatch or, with ``on_nonfinite="skip"``, as it is after the update.
-    ``reason`` says why no more minibatches are skipped.
+    ``reason`` states why no more minibatches are skipped.
     """
     indices, n_steps = bad.indices, buffer.buffer_size
     fault = _cause_in_update(context.policy, bad, buffer)
@@ -213,8 +199,8 @@ def update_error(context: FaultContext, bad: BadMinibatchError, buffer: Any, rea
         way_out = f"{_WAYS_OUT['parameter']} {reason.capitalize()}".rstrip()
     else:
         way_out = (
-            "It made no step, so the policy is intact. Lower `learning_rate` or `max_grad_norm`, and look for rewards "
-            f"and observations that are huge; {reason or _SKIP}"
+            "It made no step, so the policy is intact. Lower `learning_rate` or `max_grad_norm`, and look for huge "
+            f"rewards and observations; {reason or _SKIP}"
         )
     return NonFiniteError(
         f"{bad} in minibatch {bad.minibatch} of epoch {bad.epoch} of the update at num_timesteps="
@@ -233,7 +219,7 @@ def update_error(context: FaultContext, bad: BadMinibatchError, buffer: Any, rea
 def _cause_in_update(policy: ActorCriticPolicy, bad: BadMinibatchError, buffer: Any) -> Fault | None:
     """Return why a minibatch's loss or gradient is not finite; None where no single number is the cause."""
     arrays = _arrays_of(bad.batch)
-    observations = {"observations": arrays.pop("observations", None)}  # the policy may handle those that are missing
+    observations = {"observations": arrays.pop("observations", None)}  # the policy may handle non-finite ones
     for name, value in _flat(arrays).items():
         fault = find_fault(bad.what, name, value, has_rows=value.ndim > 0)
         if fault is not None:
@@ -254,7 +240,7 @@ def _cause_in_update(policy: ActorCriticPolicy, bad: BadMinibatchError, buffer: 
 
 
 def _arrays_of(batch: Any) -> dict[str, Any]:
-    # Buffers of others may give minibatches of any kind.
+    # A user's buffer may yield minibatches of any type.
     return dict(batch._asdict() if hasattr(batch, "_asdict") else getattr(batch, "__dict__", {}))
 
 
@@ -290,13 +276,13 @@ def _flat(arrays: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _write(context: FaultContext, arrays: dict[str, Any]) -> tuple[Path | None, str]:
-    """Write arrays to a file. :return: The file, if any, and a sentence about it."""
+    """Write arrays to a file; return the file, if any, and a sentence about it."""
     if context.folder is None:
-        return None, "Train with a TrainingCheckpoint, or with `tensorboard_log`, to have it written to a file."
+        return None, "Train with a TrainingCheckpoint, or with `tensorboard_log`, to get its arrays in a file."
     path = context.folder / f"nonfinite_{context.num_timesteps}.npz"
     try:
         with atomic_write(path) as file:
             np.savez(file, **_flat(arrays))  # type: ignore[arg-type]
     except Exception as error:  # a failed file must not mask the original error
-        return None, f"It could not be written to a file: {error}"
-    return path, f"It was written to {path}."
+        return None, f"Its arrays could not be written to a file: {error}"
+    return path, f"Its arrays are in {path}."

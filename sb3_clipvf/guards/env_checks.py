@@ -1,4 +1,4 @@
-"""Checks of the training environments: that they fit the model, and that observations keep the shape of their space."""
+"""Checks of the training environments: they must fit the model, and observations must have their space's shape."""
 
 import contextlib
 from collections.abc import Iterator
@@ -20,10 +20,10 @@ from sb3_clipvf.envs.shapes import check_final, check_one, misfits, name_of, par
 def check_environments(
     env: VecEnv, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], n_envs: int
 ) -> None:
-    """Raise ValueError if environments, which someone may have replaced or closed, do not fit a model."""
+    """Raise ValueError if environments are closed or do not fit a model; ``model.env`` may have been replaced."""
     base = vec_env_layers(env)[-1]
     if isinstance(base, SubprocVecEnv) and base.closed:
-        raise ValueError("`env` must be open, got a SubprocVecEnv whose processes have ended. Make it again.")
+        raise ValueError("`env` must be open, got a SubprocVecEnv whose processes have ended. Build it again.")
     same = _same_but_for_bounds(env.observation_space, observation_space)
     with same_spaces():
         check_for_correct_spaces(env, env.observation_space if same else observation_space, action_space)
@@ -35,7 +35,7 @@ def check_environments(
 
 
 def _same_but_for_bounds(first: spaces.Space[Any], second: spaces.Space[Any]) -> bool:
-    """Return whether a policy sees no difference: a curriculum may move the bounds of observations."""
+    """Return whether spaces are equal except for the bounds of boxes, which a curriculum may move."""
     if isinstance(first, spaces.Dict) and isinstance(second, spaces.Dict):
         pairs = [(first.spaces[key], second.spaces[key]) for key in first.spaces.keys() & second.spaces.keys()]
         return len(pairs) == len(first.spaces) == len(second.spaces) and all(starmap(_same_but_for_bounds, pairs))
@@ -65,7 +65,7 @@ def checked_rows(venv: VecEnv) -> Iterator[None]:
             break
     if isinstance(base, DummyVecEnv) and type(base)._save_obs is DummyVecEnv._save_obs:
         checks.append((base, "_save_obs", _save_obs))
-    # Methods, so that a copy of the environments writes into its own rows. Attributes that others set are kept.
+    # Bound methods, so that a deep copy writes into its own rows. Attributes that the user has set are kept.
     methods = [(layer, name, MethodType(check, layer)) for layer, name, check in checks if name not in vars(layer)]
     for layer, name, method in methods:
         vars(layer)[name] = method
@@ -90,7 +90,7 @@ def _save_obs(self: DummyVecEnv, env_idx: int, obs: Any) -> None:
 
 def _reset(self: VecEnv, *args: Any, **kwargs: Any) -> Any:
     obs = type(self).reset(self, *args, **kwargs)
-    if not args and not kwargs:  # some classes reset only ended environments by themselves
+    if not args and not kwargs:  # with arguments, some classes reset single environments
         _check_shapes(self, obs)
     return obs
 
@@ -109,7 +109,7 @@ def _step_wait(self: VecEnv) -> Any:
 
 
 def _check_shapes(venv: VecEnv, obs: Any) -> bool:
-    """Check shapes; types are checked outside the wrappers. Return False for what only a wrapper can convert."""
+    """Check the shapes of observations; return False if these are of a type that only a wrapper can convert."""
     n_envs, space = venv.num_envs, venv.observation_space
     if type(obs) is np.ndarray and obs.shape == (n_envs, *(space.shape or ())):
         return True

@@ -1,4 +1,4 @@
-"""What an error that ends a training leaves behind: a last checkpoint, and notes on where it was and how to resume."""
+"""Handling of errors that end a training: a last checkpoint, and notes on what is kept and how to resume."""
 
 import contextlib
 import traceback
@@ -14,24 +14,18 @@ from sb3_clipvf.envs.layers import vec_env_layers
 from sb3_clipvf.guards.env_checks import checked_rows
 from sb3_clipvf.guards.workers import unblock_dead_workers, worker_death
 
-# What `learn` calls once training has begun. An error outside of them is an error in its arguments.
+# Methods that `learn` calls during training. An error outside of them is an error in its arguments.
 _TRAINING = frozenset({"collect_rollouts", "dump_logs", "train", "on_training_end"})
 
 
 @contextlib.contextmanager
 def failures_explained(env: VecEnv, callback: Any, progress: Callable[[], tuple[int, int]]) -> Iterator[None]:
     """
-    Add notes to an error that ends a training: where it was, what is kept and how to resume.
+    Add notes to an error that ends the training in this context: where it was, what is kept and how to resume.
 
-    The error itself stays the same, with one exception: where a ``SubprocVecEnv`` worker has died, a
-    :class:`.WorkerDiedError` replaces the broken pipe. If a ``TrainingCheckpoint`` holds a copy of an update after the
-    last checkpoint, it is written, unless the error is a :class:`.NonFiniteError`.
-
-    :param env: Environments of the training.
-    :param callback: The user's argument of ``learn``.
-    :param progress: Function that returns the environment steps so far and those of the whole training.
-    :return: Context manager.
-    :raises WorkerDiedError: In place of an EOFError or OSError.
+    If a ``SubprocVecEnv`` worker has died, a :class:`.WorkerDiedError` replaces the EOFError or OSError of its pipe. If
+    a ``TrainingCheckpoint`` in ``callback`` holds a copy of a later update than its last checkpoint, it is written,
+    unless the error is a :class:`.NonFiniteError`. ``progress`` returns the environment steps so far and in total.
     """
     venv = vec_env_layers(env)[-1]
     try:

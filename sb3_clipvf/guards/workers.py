@@ -39,7 +39,7 @@ def unblock_dead_workers(venv: VecEnv) -> Iterator[None]:
     Unblock reads from a dead ``SubprocVecEnv`` worker, where ``venv`` is one.
 
     A forked worker inherits the pipe ends of the workers before it. The pipe of a dead worker then stays open, and
-    ``SubprocVecEnv`` would wait for its answer for ever. Workers that are started otherwise inherit nothing.
+    ``SubprocVecEnv`` would wait for its answer forever. Workers that are not forked inherit nothing.
     """
     if not isinstance(venv, SubprocVecEnv) or not isinstance(venv.processes[0], _FORKED):
         yield
@@ -62,7 +62,7 @@ def _end_pipes(venv: SubprocVecEnv, stopped: connection.Connection) -> None:
         for ended in connection.wait([stopped, *remotes]):
             if ended is stopped:
                 return
-            # What it sent before can still be read; a read that waits for more, in any thread, ends.
+            # Data that it sent can still be read. A read that waits for more ends, in any thread.
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(remotes.pop(ended).fileno())) as end:
                 end.shutdown(socket.SHUT_RDWR)
 
@@ -82,11 +82,11 @@ def worker_death(venv: VecEnv, error: Exception) -> WorkerDiedError | None:
     _end_processes(venv)
     ends = ", ".join(f"that of environment {index} {_end(code)}" for index, code in died.items())
     if _KILLED in died.values():
-        way_out = "The system does that where memory runs out (see `dmesg`): run fewer or smaller environments."
+        way_out = "The system kills processes when memory runs out (see `dmesg`): run fewer or smaller environments."
     else:
         way_out = (
-            "An error in the environment does that: its traceback is above, in the error output (stderr). A "
-            "DummyVecEnv raises it here."
+            "An error in the environment ends its process: its traceback is above, in the error output (stderr). A "
+            "DummyVecEnv raises the error itself."
         )
     return WorkerDiedError(
         f"`env` must keep its {venv.num_envs} processes running, but {ends}. The others were terminated. {way_out}",

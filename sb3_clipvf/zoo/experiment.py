@@ -88,7 +88,7 @@ class ClipPPOExperimentManager(CheckedSearch):
         if algo == ALGORITHM and self.vec_env_class is DummyVecEnv:
             self.vec_env_class = FastDummyVecEnv
         self._wrappers: Any = None
-        self._statistics: Path | None = None  # file with those of the model given to `--trained-agent`
+        self._statistics: Path | None = None  # file with the statistics of the model given to `--trained-agent`
         if self.vec_env is not None:
             args.vec_env = self.vec_env  # for args.yml of the run
         self._keeps_checkpoints = algo == ALGORITHM and self.checkpoint_freq > 0 and not self.optimize_hyperparameters
@@ -106,8 +106,8 @@ class ClipPPOExperimentManager(CheckedSearch):
         try:
             return super().setup_experiment()
         except Exception:
-            # `enjoy` would take the folder for a run. But a run that started at the same time may have the same number,
-            # and its settings there.
+            # `enjoy` would take the folder for a run. But a run that started at the same time may have taken the same
+            # number, and written its settings there.
             is_other_run = any(Path(self.save_path).rglob("config.yml"))
             if self.algo == ALGORITHM and not existed and not is_other_run:
                 shutil.rmtree(self.save_path, ignore_errors=True)
@@ -157,9 +157,9 @@ class ClipPPOExperimentManager(CheckedSearch):
 
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
         """
-        Create environments with all wrappers; those of the training follow ``vec_env``.
+        Create environments with all wrappers; ``vec_env`` decides on the class of those for training.
 
-        Evaluation keeps the Zoo's, so that its episodes are those of ``enjoy`` and ``report``.
+        Evaluations run in the Zoo's, so that their episodes are those of ``enjoy`` and ``report``.
         """
         manager = self
         if self._keeps_checkpoints and self.vec_env_class is SubprocVecEnv:
@@ -183,7 +183,7 @@ class ClipPPOExperimentManager(CheckedSearch):
         try:
             with warnings.catch_warnings(), timed_tables() if is_timed else nullcontext():
                 if self.vec_env is not None:
-                    # Intended, and without consequence.
+                    # SB3's warning: the difference is intended and changes nothing.
                     warnings.filterwarnings("ignore", message="Training and eval env are not of the same type")
                 super().learn(target)
         except (SystemExit, Exception) as error:
@@ -222,9 +222,8 @@ class ClipPPOExperimentManager(CheckedSearch):
         # environments in several threads.
         manager = copy(self)
         manager.vec_env_class = lambda env_fns: make_vec_env(  # type: ignore[assignment]
-            # The Zoo completes `monitor_kwargs` for some environments.
             name,
-            replace(settings, monitor_kwargs=manager.monitor_kwargs),
+            replace(settings, monitor_kwargs=manager.monitor_kwargs),  # the Zoo has completed them by now
             env_fns,
         )
         if stacks_frames(name, settings):
@@ -289,7 +288,7 @@ def _wrap_resumable(wrapper: Callable[..., gym.Env[Any, Any]] | None, env: gym.E
 
 
 def _original_error(error: BaseException, model: BaseAlgorithm) -> BaseException:
-    """Return the error of the training itself; the Zoo's clean-up after it may have raised another one."""
+    """Return the error of the training itself; the Zoo's clean-up after it may have raised a second one."""
     found: BaseException | None = error
     while found is not None:
         frames = (frame for frame, _ in traceback.walk_tb(found.__traceback__))

@@ -143,8 +143,8 @@ def find_statistics(model: Path, env_name: str, *, normalizes: bool) -> Path | N
     """
     Return the file with the statistics of a model given to ``--trained-agent``: the model's, or the Zoo's beside it.
 
-    Return None if the model has none. Raise an error if its statistics are unknown, or do not fit whether the settings
-    of the training normalise (``normalizes``).
+    Return None if there are none. Raise ValueError if the settings normalise (``normalizes``) and there are none, if
+    they do not normalise and there are some, or if those in the Zoo's file are of another step.
     """
     beside = model.parent / env_name / STATISTICS_FILE
     found = None
@@ -166,7 +166,7 @@ def find_statistics(model: Path, env_name: str, *, normalizes: bool) -> Path | N
     if found is not None and not normalizes:
         raise ValueError(
             f"`normalize` must be set for {model}, which was trained in normalised environments, got none in the "
-            "settings. Pass `-params normalize:True`: statistics and their settings are the model's."
+            "settings. Pass `-params normalize:True`; the model's own statistics and their settings are used."
         )
     return found
 

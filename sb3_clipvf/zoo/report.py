@@ -164,7 +164,7 @@ def _record_episode(env: VecEnv, model: BaseAlgorithm, path: Path, deterministic
             writer.send(frame)
             actions, state = model.predict(observations, state, episode_start, deterministic)
             observations, _, episode_start, infos = env.step(actions)
-            if "episode" in infos[0]:  # `done` may be the loss of a life in Atari
+            if "episode" in infos[0]:  # in Atari, `done` may be the loss of a life
                 shows = f"one episode, return {infos[0]['episode']['r']:.1f}, {infos[0]['episode']['l']} steps"
                 break
             frame = _even_frame(env)
@@ -207,7 +207,7 @@ def _environment_options(run: Run) -> str:
     options = []
     if arguments.get("gym_packages"):
         options += ["--gym-packages", *arguments["gym_packages"]]
-    # The command evaluates the text behind the first colon.
+    # The command evaluates the text after the first colon as Python.
     pairs = [
         f"{key}:{value!r}" for key, value in (arguments.get("env_kwargs") or {}).items() if str(key).isidentifier()
     ]

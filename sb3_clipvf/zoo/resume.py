@@ -55,10 +55,10 @@ class ResumedRun:
 
 def resumed_run(path: str, options: Sequence[str]) -> tuple[ResumedRun, list[str]]:
     """
-    Find the run of a run's folder, its folder of checkpoints, or one of these.
+    Find the run that a path names: its folder, its folder of checkpoints, or one of its checkpoints.
 
-    Return it with the options of the Zoo's ``train`` that build it again. ``options`` are the command line;
-    an option that contradicts the run is refused, and so are settings that could run code.
+    Return the run and the options of the Zoo's ``train`` that build it again. ``options`` are the command line.
+    Options that contradict the run are refused, and so are settings that could run code.
     """
     from sb3_clipvf.checkpoint import newest_checkpoint, read_checkpoint
     from sb3_clipvf.checkpoint.file import sorted_checkpoints
@@ -93,7 +93,7 @@ def resumed_run(path: str, options: Sequence[str]) -> tuple[ResumedRun, list[str
     check_no_code(settings_folder / "config.yml", hyperparams)
     steps, total = checkpoint.manifest.num_timesteps, checkpoint.manifest.total_timesteps
     saved = saved_timesteps(folder / f"{settings_folder.name}.zip")
-    # A callback may have ended the run early. But a user who names an earlier checkpoint wants to go back to it.
+    # A callback may have ended the run early. But a user who names an earlier checkpoint wants to repeat what followed.
     is_complete = saved >= steps and (place.is_dir() or steps >= total)
     if "n_timesteps" in given:
         total = given["n_timesteps"]

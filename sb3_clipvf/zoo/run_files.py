@@ -105,9 +105,9 @@ def saved_timesteps(path: Path) -> int:
 
 def lies_beside(source: str | os.PathLike[str], config: str) -> bool:
     """
-    Return whether the settings in ``--conf-file`` lie among the runs, so that they may have come with the run.
+    Return whether ``config``, the file or module of ``--conf-file``, lies among the runs: it may have come with one.
 
-    ``source`` is the run's ``args.yml``; ``config`` is a file or the name of a module.
+    ``source`` is the run's ``args.yml``.
     """
     folder = _folder_of_runs(Path(source).resolve())
     is_file = config.endswith((".py", ".yml", ".yaml"))
@@ -228,7 +228,7 @@ def _check_plain(source: str, key: str, value: Any) -> None:
 
 
 def _check_class(key: str, named: Any) -> None:
-    """Refuse what is not a wrapper or callback, since the Zoo calls it."""
+    """Refuse a name or class that is not a wrapper or callback, since the Zoo calls it."""
     if named in WRAPPER_FUNCTIONS and key != "callback":
         return
     found: Any = utils.get_class_by_name(named) if isinstance(named, str) else named
@@ -262,7 +262,7 @@ def _is_of_runs(place: Path, folder: Path) -> bool:
 
 
 def _folder_of_runs(source: Path) -> Path:
-    """Return the log folder of ``<logs>/<algo>/<run>/<env>/config.yml``, or as much as is known to belong to it."""
+    """Return the log folder of ``<logs>/<algo>/<run>/<env>/config.yml``, or the part of it known to hold runs only."""
     run = source.parent.parent
     for algo in (run, run.parent):
         if algo.name in {*ALGOS, ALGORITHM}:
@@ -276,7 +276,7 @@ def _module_files(name: str) -> list[Path]:
     places: list[Path] = []
     search: list[str] | None = None
     for part in name.split("."):
-        # The last part alone: for a dotted name, the finder would search the imported packages.
+        # Pass only the last part: for a dotted name, the finder would look into imported packages.
         spec = PathFinder.find_spec(part, search)
         if spec is None:
             break

@@ -15,12 +15,12 @@ _UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
 
 class RunId(int):
-    """Number of a run; its text includes what ``-uuid`` added to the folder, so that the RL Zoo finds the folder."""
+    """Number of a run; its text includes the suffix of ``-uuid``, so that the RL Zoo finds the run's folder."""
 
     unique: str
 
     def __new__(cls, number: int, unique: str = "") -> RunId:
-        """Create the number; ``unique`` is what ``-uuid`` added, or ""."""
+        """Create the number; ``unique`` is the suffix that ``-uuid`` added, or ""."""
         run_id = super().__new__(cls, number)
         run_id.unique = unique
         return run_id
@@ -33,7 +33,7 @@ class RunId(int):
 
     @classmethod
     def parse(cls, text: str) -> RunId:
-        """Read ``--exp-id``: a number, or a number with what ``-uuid`` added."""
+        """Read ``--exp-id``: a number, or a number with the suffix of ``-uuid``."""
         match = re.fullmatch(rf"(-?\d+)(?:_({_UUID}))?", text)
         if match is None:
             raise ArgumentTypeError(f"must be the number of a run, or <number>_<uuid>, got {text!r}")
@@ -42,7 +42,7 @@ class RunId(int):
 
 def choose_run(parent: Path, env_name: str, exp_id: int, has_model: Callable[[Path], bool]) -> int:
     """
-    Return the number of the run to take in the algorithm's folder, and print it if it is not the newest run.
+    Return the number of the run to take in the algorithm's folder; print a line if it is not the newest run.
 
     For an ``exp_id`` of 0, or one that several runs of ``-uuid`` share, this is the newest of these runs with the model
     asked for, or the newest if none has it. Otherwise it is ``exp_id``.
@@ -58,7 +58,7 @@ def choose_run(parent: Path, env_name: str, exp_id: int, has_model: Callable[[Pa
     newest = found[0][1]
     chosen, folder = next((pair for pair in found if has_model(pair[1])), found[0])
     if folder != newest:
-        sys.stdout.write(f"{newest} does not hold the model: taking that of {folder}\n")
+        sys.stdout.write(f"{newest} does not hold the model: taking {folder}\n")
     elif exp_id > 0 and len(found) > 1:
         sys.stdout.write(f"{len(found)} runs have the number {exp_id}: taking {folder}\n")
     return chosen

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from stable_baselines3.common.vec_env import VecEnv
 
 EVALUATION_SEED = 10_000
-"""Seed of evaluations: training seeds are small numbers, and evaluations must not see their starts."""
+"""Seed of evaluations, far from the usual small seeds of trainings, whose initial states they must not repeat."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def find_run(
 
 def read_hyperparams(run: Run) -> dict[str, Any]:
     """
-    Read the settings that a run was made with: those of the YAML file with the changes of ``-params``.
+    Read the settings that a run was trained with: those of the YAML file with the changes of ``-params``.
 
     :param run: Run from :func:`find_run`.
     :return: Settings in YAML's types; {} if the run does not hold them.
@@ -243,7 +243,7 @@ def evaluate_run(
     device: str = "auto",
 ) -> Evaluation:
     """
-    Evaluate a run's model on its environment, in the run's own settings.
+    Evaluate a run's model in its environment, with the run's own settings.
 
     Each environment runs a fixed share of the episodes, so that short episodes are not favoured. Global random states
     (Python, NumPy, torch) are set to ``seed``.

@@ -30,7 +30,7 @@ COMMAND_LINE_KEYS = ("device", "env", "seed", "tensorboard_log", "verbose")
 _BASES: dict[str, type] = {
     "callback": BaseCallback,
     "env_wrapper": gym.Env,
-    "policy": object,  # ClipPPO itself checks the bases of this one and the next
+    "policy": object,  # ClipPPO itself checks the base of this class and the next
     "rollout_buffer_class": object,
     "vec_env_wrapper": VecEnv,
 }
@@ -78,16 +78,16 @@ def _check_config_file(config: str, rule: str) -> None:
 
 
 def constructor_keys() -> frozenset[str]:
-    """Return the arguments of ClipPPO that the settings may hold."""
+    """Return the arguments of ClipPPO that settings may set."""
     names = inspect.signature(ClipPPO.__init__).parameters
     return frozenset(names) - {"self", "_init_setup_model", *COMMAND_LINE_KEYS}
 
 
 def check_hyperparams(hyperparams: dict[str, Any], overrides: Iterable[str], source: str) -> None:
     """
-    Refuse settings that neither the RL Zoo nor ClipPPO would use, or that the files of a run cannot hold.
+    Refuse settings that neither the RL Zoo nor ClipPPO reads, or that the YAML files of a run cannot hold.
 
-    ``overrides`` are the keys given on the command line; ``source`` names the origin of the other keys in messages.
+    ``overrides`` are the keys given on the command line; ``source`` is the origin of the others, for messages.
     ClipPPO's constructor checks its own arguments.
     """
     overridden = set(overrides)
@@ -113,7 +113,7 @@ def check_hyperparams(hyperparams: dict[str, Any], overrides: Iterable[str], sou
 
 
 def import_packages(names: Iterable[Any] | None, where: str) -> None:
-    """Import the modules that register environments; ``where`` names their option or file in messages."""
+    """Import the modules that register environments; ``where`` is their option or file, for messages."""
     for name in names or ():
         _imported(f"`{where}` must name modules that can be imported, got {name!r}", str(name))
 
@@ -125,16 +125,14 @@ def check_saved(key: str, value: Any, where: str) -> None:
         yaml.load(yaml.dump(value), Loader=yaml.loader.UnsafeLoader)
     except Exception as error:  # whatever the value's own class raises
         raise ValueError(
-            f"`{key}` must be what the files of the run can hold, got {value!r} in {where}: {reason_of(error)}. Define "
+            f"`{key}` must be a value that YAML files can hold, got {value!r} in {where}: {reason_of(error)}. Define "
             "functions and classes in a module that can be imported, and leave out lambdas."
         ) from error
 
 
 def _check_key(key: str, where: str) -> None:
     if key in COMMAND_LINE_KEYS:
-        raise ValueError(
-            f"`{key}` must be given by the option `{option_name(key)}`, got it in {where}. Remove it there."
-        )
+        raise ValueError(f"`{key}` must be set by the option `{option_name(key)}`, got it in {where}. Remove it there.")
     legal = constructor_keys() | ZOO_KEYS
     if key not in legal:
         near = difflib.get_close_matches(str(key), sorted(legal), n=1)
@@ -157,7 +155,7 @@ def _check_imports(key: str, value: Any, where: str) -> None:
                 f"{name!r}. Correct the name."
             )
         _check_class(key, named, found, where)
-        check_keywords(key, kwargs, found, _PASSED_BY_ZOO, f"It stands in {where}. Correct it, or leave it out.")
+        check_keywords(key, kwargs, found, _PASSED_BY_ZOO, f"It is in {where}. Correct it, or leave it out.")
 
 
 def _imported(rule: str, module: str, name: str | None = None) -> Any:
@@ -193,19 +191,19 @@ def _is_number(text: str) -> bool:
 
 
 def _check_whole(key: str, value: Any, where: str) -> None:
-    way_out = f"It stands in {where}. Write it without a point."
+    way_out = f"It is in {where}. Write it without a point."
     if not isinstance(value, numbers.Integral):  # the Zoo does not convert whole floats
         raise wrong_type(key, "a whole number", value, way_out)
     check_int(key, value, 1, way_out)
 
 
 def _check_steps(key: str, value: Any, where: str) -> None:
-    check_float(key, value, f"It stands in {where}. Write for example `{key}: !!float 1e6`.")
+    check_float(key, value, f"It is in {where}. Write for example `{key}: !!float 1e6`.")
 
 
 def _check_dict(key: str, value: Any, where: str) -> None:
     if value is not None and not isinstance(value, Mapping):
-        raise wrong_type(key, "a dict", value, f"It stands in {where}. Write its entries indented below it.")
+        raise wrong_type(key, "a dict", value, f"It is in {where}. Write its entries indented below it.")
     _check_text_keys(key, value or {}, where)
 
 
@@ -224,12 +222,12 @@ def _check_evaluated(key: str, value: Any, where: str) -> None:
     _check_dict(key, value, where)
     called = {"monitor_kwargs": Monitor, "normalize": VecNormalize}.get(key)
     if called is not None:
-        check_keywords(key, value or {}, called, _PASSED_BY_ZOO, f"It stands in {where}. Correct it, or leave it out.")
+        check_keywords(key, value or {}, called, _PASSED_BY_ZOO, f"It is in {where}. Correct it, or leave it out.")
 
 
 def _check_policy(key: str, value: Any, where: str) -> None:
     if not isinstance(value, str):
-        raise wrong_type(key, "text", value, f"It stands in {where}. Write MlpPolicy, or `package.module.Class`.")
+        raise wrong_type(key, "text", value, f"It is in {where}. Write MlpPolicy, or `package.module.Class`.")
     if "." in value:  # ClipPPO itself checks names of its own policies
         _check_named(key, value, where)
 
@@ -255,7 +253,7 @@ def _check_classes(key: str, value: Any, where: str) -> None:
 
 
 def _check_named(key: str, value: Any, where: str, ready: type | tuple[type, ...] = ()) -> None:
-    """Refuse what is neither the full name of a class nor an instance of ``ready``."""
+    """Refuse a value that is neither the full name of a class nor an instance of ``ready``."""
     parts = value.split(".") if isinstance(value, str) else []
     is_path = len(parts) > 1 and all(part.isidentifier() for part in parts)
     if not (is_path or isinstance(value, ready)):

@@ -34,7 +34,7 @@ _UNCHANGED = ("ent_coef", "vf_coef", "n_epochs", "max_grad_norm", "clip_range_vf
 
 
 class CheckedSearch(ExperimentManager):
-    """The RL Zoo's experiment manager, whose errors about studies and trials name the option."""
+    """The RL Zoo's experiment manager with errors about studies and trials that name the option."""
 
     def load_trial(
         self, storage: str, study_name: str, trial_id: int | None = None, convert: bool = True

@@ -1,6 +1,6 @@
 """
-``--vec-env gymnasium|envpool|ale``: training environments of the RL Zoo that step together. Settings keep their
-meaning, or are refused with the reason.
+``--vec-env gymnasium|envpool|ale``: training environments of the RL Zoo that step together. A setting keeps its
+meaning, or is refused with the reason.
 """
 
 import difflib
@@ -103,9 +103,9 @@ def known_keywords(env_kwargs: dict[str, Any] | None) -> Iterator[None]:
 
 def make_vec_env(name: str, settings: EnvSettings, env_fns: Sequence[Callable[[], gym.Env[Any, Any]]]) -> VecEnv:
     """
-    Make the training environments of ``--vec-env <name>``, not normalised yet; refuse settings without effect there.
+    Make the training environments of ``--vec-env <name>``, not normalised yet; refuse settings without effect.
 
-    ``env_fns`` are the Zoo's functions that make each environment with its wrappers.
+    ``env_fns`` are the Zoo's functions, each of which makes one environment with its wrappers.
     """
     if name == "gymnasium":
         return _make_gymnasium(settings, env_fns)
