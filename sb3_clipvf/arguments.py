@@ -40,9 +40,6 @@ SB3_EQUIVALENT: dict[str, Any] = {
 }
 """Arguments under which ClipPPO is SB3's PPO: the same seed gives the same weights."""
 
-MAX_SEED = 2**32 - 1
-"""Largest seed of NumPy's generator."""
-
 # What ClipPPO itself passes, so that `policy_kwargs` and `rollout_buffer_kwargs` must not.
 _PASSED_TO_POLICY = ("observation_space", "action_space", "lr_schedule", "use_sde")
 _PASSED_TO_BUFFER = ("buffer_size", "observation_space", "action_space", "device", "gamma", "gae_lambda", "n_envs")
@@ -57,11 +54,7 @@ def check_what_sb3_reads(policy: Any, rollout_buffer_kwargs: Any, verbose: Any) 
 
 
 def check_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
-    """
-    Check all arguments, by the attributes of a model that nothing is built from yet.
-
-    Return the attributes to replace: those that are numbers, as plain ints and floats.
-    """
+    """Check all arguments, which are attributes of a model; return the numbers among them as plain ints and floats."""
     _check_classes(values)
     checked = {**_checked_sizes(values), **_checked_numbers(values)}
     for name in ("normalize_advantage", "use_sde"):
@@ -128,7 +121,7 @@ def _checked_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
     validation.check_verbose(values["verbose"])
     if values["seed"] is not None:
         way_out = "None leaves the random states alone."
-        sizes["seed"] = validation.check_int("seed", values["seed"], 0, way_out, maximum=MAX_SEED)
+        sizes["seed"] = validation.check_int("seed", values["seed"], 0, way_out, maximum=validation.MAX_SEED)
     return sizes
 
 
@@ -223,7 +216,7 @@ def warn_of_early_end(
     schedules: Mapping[str, Schedule], *, rollout: int, done: int, to_do: int, on_command_line: bool = False
 ) -> bool:
     """
-    Warn if schedules are in their second half during a whole call of ``learn``; return whether they are.
+    Warn if schedules are in their second half during a whole call of ``learn``; return whether it has warned.
 
     As in SB3, progress counts the ``done`` steps before the call and its ``to_do`` steps, the collected rollout
     included: a call of one rollout updates at progress 0. The user's own functions are skipped, since calling them may
@@ -259,7 +252,7 @@ def warn_of_early_end(
 
 
 def warn_of_n_envs(values: Mapping[str, Any], n_envs_before: int) -> None:
-    """Warn that another number of environments than in the file changes the rollout and its minibatches."""
+    """Warn that the number of environments differs from the file's, which changes the rollout and its minibatches."""
     n_envs, n_steps, batch_size = values["n_envs"], values["n_steps"], values["batch_size"]
     size, size_before = n_steps * n_envs, n_steps * n_envs_before
     log.warning(
@@ -283,11 +276,11 @@ def values_to_load(
     cls: type[Any],
 ) -> dict[str, Any]:
     """
-    Return the attributes that replace the file's when a ``cls`` is loaded: ``given``, those of the user, and more.
+    Return the attributes that replace the file's when a model is loaded: ``given`` by the user, and what follows.
 
     A KL controller continues from the file's state, unless the user changes its initial value. A file of another SB3
-    algorithm lacks ClipPPO's own arguments: they take the values of :data:`SB3_EQUIVALENT`, and a warning names them.
-    SB3 ignores ``custom_objects`` that the file lacks, so those arguments are read from there as well.
+    algorithm lacks ClipPPO's own arguments: they take the values of ``custom_objects``, which SB3 would ignore, or of
+    :data:`SB3_EQUIVALENT`, and a warning names them.
     """
     values = dict(given)
     if "stats_window_size" in values:

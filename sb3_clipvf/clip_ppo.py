@@ -242,8 +242,8 @@ class ClipPPO(RolloutCollector):
         # Built from the arguments when needed and not saved.
         self._schedules: dict[str, tuple[Any, Schedule]] = {}
         self._engine: Engine | None = None
-        self._engine_reason = ("", "", "")
-        self._loads_sb3 = False
+        self._engine_choice = ("", "", "")  # `engine`, the name of the engine in use, and why it was chosen
+        self._loads_sb3 = False  # whether the attributes come from a file of SB3
 
         if _init_setup_model:
             self._setup_model()
@@ -393,16 +393,16 @@ class ClipPPO(RolloutCollector):
         """Return the engine for the policy and the arguments as they are now; callbacks may have replaced them."""
         settings = self._update_settings()
         if self._engine is None or not self._may_keep(self._engine):
-            logged = self._engine_reason
+            logged = self._engine_choice
             self._engine, reason = select_engine(self.engine, self.policy, settings, self.rollout_buffer)
-            self._engine_reason = (self.engine, self._engine.name, reason)
-            if self._engine_reason != logged:
+            self._engine_choice = (self.engine, self._engine.name, reason)
+            if self._engine_choice != logged:
                 log.info("Training runs on the engine %r: %s", self._engine.name, reason)
         self._engine.settings = settings
         return self._engine
 
     def _may_keep(self, engine: Engine) -> bool:
-        if engine.policy is not self.policy or self.engine != self._engine_reason[0]:
+        if engine.policy is not self.policy or self.engine != self._engine_choice[0]:
             return False
         # A faster engine may run the policy now.
         if self.engine == "auto" and is_surpassed(engine, self.rollout_buffer):
@@ -576,7 +576,7 @@ class ClipPPO(RolloutCollector):
             *super()._excluded_save_params(),
             "lr_schedule",
             "_schedules",
-            "_engine_reason",
+            "_engine_choice",
             "_loads_sb3",
             "_warned_of_early_end",
             "_n_envs_before",

@@ -362,7 +362,7 @@ class RolloutCollector(OnPolicyAlgorithm):
 def add_to_buffer(
     buffer: Any, row: tuple[Any, ...], arrays: Acted | None, values: Any, log_probs: Any, dist_params: Any
 ) -> None:
-    """Store a step as ``arrays``, or as SB3's tensors if these are None: the buffer has an ``add`` of its own."""
+    """Store a step from ``arrays``; these are None for a buffer with its own ``add``, which gets SB3's tensors."""
     if arrays is not None:
         buffer.add(*row, *arrays[1:4])
     else:
@@ -385,7 +385,7 @@ def to_tensor(observations: Any, device: th.device) -> Any:
 
 
 def env_actions(policy: ActorCriticPolicy, action_space: spaces.Space[Any], actions: np.ndarray) -> np.ndarray:
-    """Return the policy's actions for environments with a Box: unscaled if the policy squashes, else clipped to it."""
+    """Return actions for the environments: unscaled to the Box if the policy squashes, else clipped to it."""
     if not isinstance(action_space, spaces.Box):
         return actions
     if policy.squash_output:

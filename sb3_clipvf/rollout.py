@@ -203,12 +203,12 @@ class TensorRolloutBuffer(BaseBuffer):
         self.actions[self.pos] = _shaped(action, self.actions.shape[1:])
         self.rewards[self.pos] = reward
         self.episode_starts[self.pos] = episode_start
-        self.values[self.pos] = _on_host(value).reshape(-1)
-        self.log_probs[self.pos] = _on_host(log_prob).reshape(-1)
+        self.values[self.pos] = on_host(value).reshape(-1)
+        self.log_probs[self.pos] = on_host(log_prob).reshape(-1)
         if dist_params is None:
             self._lacks_dist_params = True
         elif self.dist_param_dim:
-            self.dist_params[self.pos] = _on_host(dist_params)
+            self.dist_params[self.pos] = on_host(dist_params)
         self.pos += 1
         self.full = self.pos == self.buffer_size
 
@@ -372,6 +372,16 @@ def stored_observation_space(space: spaces.Space[Any], normalizer: VecNormalize 
     return _float_space(space)
 
 
+def on_host(tensor: th.Tensor | np.ndarray) -> np.ndarray:
+    """Return a tensor as an array; an array is returned unchanged."""
+    if isinstance(tensor, np.ndarray):
+        return tensor
+    try:
+        return tensor.numpy()
+    except (RuntimeError, TypeError):  # requires a gradient, or is on another device
+        return tensor.detach().cpu().numpy()
+
+
 def _float_space(space: spaces.Space[Any]) -> spaces.Space[Any]:
     if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.integer):
         return spaces.Box(-np.inf, np.inf, space.shape, np.float32)
@@ -394,12 +404,3 @@ def _minibatches(buffer: TensorRolloutBuffer, indices: np.ndarray, size: int) ->
 def _shaped(array: Any, shape: tuple[int, ...]) -> np.ndarray:
     # np.reshape takes longer than the copy into the buffer.
     return array if isinstance(array, np.ndarray) and array.shape == shape else np.reshape(array, shape)
-
-
-def _on_host(tensor: th.Tensor | np.ndarray) -> np.ndarray:
-    if isinstance(tensor, np.ndarray):
-        return tensor
-    try:
-        return tensor.numpy()
-    except (RuntimeError, TypeError):  # requires a gradient, or is on another device
-        return tensor.detach().cpu().numpy()

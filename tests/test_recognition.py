@@ -391,7 +391,7 @@ def test_a_subclass_with_a_call_of_its_own_is_called() -> None:
     model = make(policy=Called)
     model.learn(N_STEPS * 2)
     assert Called.calls == N_STEPS
-    assert "its class overrides __call__()" in model._engine_reason[2]
+    assert "its class overrides __call__()" in model._engine_choice[2]
 
 
 # ------------------------------------------------------------------ what torch does by a switch of the process
@@ -430,7 +430,7 @@ def test_switches_of_torch_are_honoured(switch: Any, reason: str, fast: str) -> 
         with switch():
             models[-1].learn(N_STEPS * 2)
     assert type(models[0]._engine) is AutogradEngine
-    assert reason in models[0]._engine_reason[2]
+    assert reason in models[0]._engine_choice[2]
     ours, theirs = ([*model.policy.parameters()] for model in models)
     assert all(th.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     models[0].learn(N_STEPS * 2)
@@ -501,7 +501,7 @@ def test_an_unknown_mixin_counts() -> None:
 
     model = make(policy=Mixed)
     model.learn(N_STEPS * 2)
-    assert "its class overrides __getattribute__()" in model._engine_reason[2]
+    assert "its class overrides __getattribute__()" in model._engine_choice[2]
 
 
 @pytest.mark.parametrize("fast", FAST)

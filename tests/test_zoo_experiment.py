@@ -228,7 +228,7 @@ def test_keys_of_other_algorithms_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", sorted(COMMAND_LINE_KEYS))
 def test_keys_that_the_command_line_sets_are_refused(tmp_path: Path, key: str) -> None:
-    with pytest.raises(ValueError, match=f"`{key}` must be given by the option `--"):
+    with pytest.raises(ValueError, match=f"`{key}` must be set by the option `--"):
         _manager(tmp_path, {**ENTRY, key: 1}).setup_experiment()
 
 
@@ -404,7 +404,7 @@ def _saved(manager: ExperimentManager) -> str:
 
 def test_an_option_that_no_file_can_hold_is_refused_at_the_start(tmp_path: Path) -> None:
     manager = _manager(tmp_path, ENTRY, args=Namespace(eval_env_kwargs={"g": lambda: 1.0}))
-    with pytest.raises(ValueError, match="`eval_env_kwargs` must be what .* in the command line: "):
+    with pytest.raises(ValueError, match="`eval_env_kwargs` must be a value .* in the command line: "):
         manager.setup_experiment()
 
 

@@ -22,6 +22,9 @@ from sb3_clipvf.common.messages import log
 MAX_INT = 2**63 - 1
 """Largest integer of arrays, tensors and kernels."""
 
+MAX_SEED = 2**32 - 1
+"""Largest seed of NumPy's generator."""
+
 _SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 _SPACE_NAMES = ", ".join(space.__name__ for space in _SPACES)
 

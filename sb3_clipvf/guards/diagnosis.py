@@ -21,6 +21,7 @@ from sb3_clipvf.engines.autograd import unvalidated_distributions
 from sb3_clipvf.engines.interface import Acted
 from sb3_clipvf.engines.recognition import has_hooks, replaced_method
 from sb3_clipvf.files.atomic import atomic_write
+from sb3_clipvf.rollout import on_host
 
 
 @dataclass(frozen=True)
@@ -117,12 +118,8 @@ def act_fault(policy: ActorCriticPolicy, observations: Any, obs_tensor: Any, act
                 values, rows = policy.predict_values(obs_tensor), dist_params(policy.get_distribution(obs_tensor))
         except Exception:  # this second error must not mask the first one
             return None
-    fault = find_fault("value", None, _on_host(values).reshape(-1))
-    return fault or find_fault("log_prob", None, _on_host(rows))
-
-
-def _on_host(values: np.ndarray | th.Tensor) -> np.ndarray:
-    return values if isinstance(values, np.ndarray) else np.asarray(values.detach().cpu().numpy())
+    fault = find_fault("value", None, on_host(values).reshape(-1))
+    return fault or find_fault("log_prob", None, on_host(rows))
 
 
 def reward_fault(rewards: np.ndarray, bootstrapped: np.ndarray, infos: list[dict[str, Any]]) -> Fault:

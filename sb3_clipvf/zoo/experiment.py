@@ -157,9 +157,9 @@ class ClipPPOExperimentManager(CheckedSearch):
 
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
         """
-        Create environments with all wrappers; ``vec_env`` decides on the class of those for training.
+        Create environments with all wrappers; ``vec_env`` sets the class of those for training.
 
-        Evaluations run in the Zoo's, so that their episodes are those of ``enjoy`` and ``report``.
+        Evaluations keep the Zoo's class, so that their episodes are those of ``enjoy`` and ``report``.
         """
         manager = self
         if self._keeps_checkpoints and self.vec_env_class is SubprocVecEnv:

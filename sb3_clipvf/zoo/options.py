@@ -10,7 +10,7 @@ from typing import Any
 
 from rl_zoo3 import utils
 
-from sb3_clipvf.common.validation import check_device, check_folder, check_int
+from sb3_clipvf.common.validation import MAX_SEED, check_device, check_folder, check_int
 from sb3_clipvf.zoo.defaults import ALGORITHM, COMMANDS
 from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
 from sb3_clipvf.zoo.models import choose_run_of_options
@@ -27,7 +27,6 @@ CHECKPOINT_FREQ = 100_000
 
 _COUNTS = "episode_window eval_episodes max_total_trials n_envs n_eval_envs n_evaluations n_jobs n_trials".split()
 _FOLDERS = ("benchmark_dir", "log_folder", "optimization_log_path", "output_folder", "reward_log", "tensorboard_log")
-_LARGEST_SEED = 2**32 - 1
 
 _PAIR = re.compile(r"(\w+):(.+)", re.DOTALL)
 _SCHEDULE = re.compile(r"(?:lin|cos|exp|const)_[\d.eE+-]+")
@@ -156,8 +155,8 @@ def check_options(options: Namespace) -> None:
         check_int("--num-threads", given["num_threads"], 1, "Leave it out for PyTorch's own number.")
     if "seed" in given:
         # `train` draws a seed itself if it is negative.
-        lowest = -_LARGEST_SEED if "trained_agent" in given else 0
-        check_int("--seed", given["seed"], lowest, "Leave it out for the default.", _LARGEST_SEED)
+        lowest = -MAX_SEED if "trained_agent" in given else 0
+        check_int("--seed", given["seed"], lowest, "Leave it out for the default.", MAX_SEED)
     if given.get("log_interval") == 0:
         raise ValueError(
             "`--log-interval` must not be 0, got 0. Pass the number of updates between two logs, -1 for the default, "

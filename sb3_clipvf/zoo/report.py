@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sb3_clipvf.common.validation import check_device, check_int
+from sb3_clipvf.common.validation import MAX_SEED, check_device, check_int
+from sb3_clipvf.zoo.defaults import ALGORITHM
 from sb3_clipvf.zoo.parsing import option_name
 from sb3_clipvf.zoo.process import has_display, patched_environment
 from sb3_clipvf.zoo.run_folders import RunId
@@ -184,11 +185,11 @@ def _even_frame(env: VecEnv) -> np.ndarray:
 def next_commands(run: Run, log_folder: str) -> list[tuple[str, str]]:
     """Return pairs of purpose and command to try after a report; ``log_folder`` is that of ``train -f``."""
     folder = shlex.quote(log_folder)
-    algo = "" if run.algo == "clipppo" else f" --algo {run.algo}"
+    algo = "" if run.algo == ALGORITHM else f" --algo {run.algo}"
     other = "Acrobot-v1" if run.env_id != "Acrobot-v1" else "Pendulum-v1"
     train = f"sb3-clipvf train --env {run.env_id} -f {folder}{_environment_options(run)} -P"
     variant = ("the same with ClipPPO", train)
-    if run.algo == "clipppo":
+    if run.algo == ALGORITHM:
         parameters = "-params clip_range:None kl_coef:1.0 adaptive_kl_target:0.01"
         variant = ("the adaptive KL penalty instead of clipping", f"{train} {parameters}")
     number = run.folder.name.removeprefix(f"{run.settings_folder.name}_")
@@ -268,7 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--env", default="CartPole-v1", help="environment id (default: %(default)s)")
     parser.add_argument("-f", "--folder", default="logs", help="log folder of the training (default: %(default)s)")
-    parser.add_argument("--algo", default="clipppo", help="algorithm (default: %(default)s)")
+    parser.add_argument("--algo", default=ALGORITHM, help="algorithm (default: %(default)s)")
     parser.add_argument(
         "--exp-id", type=RunId.parse, default=0, help="number of the run (default: 0, the newest with a model)"
     )
@@ -306,8 +307,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     for name in ("episodes", "n_envs"):
         check_int(option_name(name), getattr(args, name), 1, "Pass a positive number.")
-    check_int("--seed", args.seed, 0, "Pass a number that is not negative.", 2**32 - 1)
-    if args.algo != "clipppo":  # ClipPPO checks its own
+    check_int("--seed", args.seed, 0, "Pass a number that is not negative.", MAX_SEED)
+    if args.algo != ALGORITHM:  # ClipPPO checks its own
         check_device(args.device)
     run = find_run(args.folder, args.env, args.algo, args.exp_id, args.load_best)
     sys.stdout.write(f"{run.env_id}, {run.algo}, {run.folder}: {args.episodes} episodes ...\n")

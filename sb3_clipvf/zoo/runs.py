@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sb3_clipvf.common.validation import check_int
+from sb3_clipvf.zoo.defaults import ALGORITHM
 from sb3_clipvf.zoo.run_folders import CHECKPOINTS, choose_run
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def register_all() -> None:
 def find_run(
     log_folder: str | os.PathLike[str],
     env_id: str,
-    algo: str = "clipppo",
+    algo: str = ALGORITHM,
     exp_id: int = 0,
     load_best: bool = False,
 ) -> Run:
@@ -138,7 +139,7 @@ def find_run(
 
     name = EnvironmentName(env_id)
     parent = Path(log_folder) / algo
-    algo_option = "" if algo == "clipppo" else f"--algo {algo} "
+    algo_option = "" if algo == ALGORITHM else f"--algo {algo} "
     train = f"`sb3-clipvf train {algo_option}--env {env_id} -f {shlex.quote(str(log_folder))}`."
     model = "best_model.zip" if load_best else f"{name}.zip"
     number = choose_run(parent, name, exp_id, lambda run: (run / model).is_file())
