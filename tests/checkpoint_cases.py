@@ -1,7 +1,7 @@
 """
 Trainings that are interrupted and resumed: how each is built, and what must be the same to the last bit.
 
-Run as a program it resumes them in a process of its own: ``python checkpoint_cases.py <folder> <case> ...``.
+Run as a program it resumes them in a separate process: ``python checkpoint_cases.py <folder> <case> ...``.
 """
 
 import hashlib
@@ -144,15 +144,7 @@ def evaluations(folder: Path) -> list[BaseCallback]:
 
 @dataclass
 class Case:
-    """
-    One training.
-
-    :param make_env: Function from a folder to the environments.
-    :param arguments: Further arguments of ClipPPO.
-    :param policy: Its policy.
-    :param make_callbacks: Function from a folder to further callbacks.
-    :param reset_envs: Argument of TrainingCheckpoint.
-    """
+    """One training; ``make_env`` and ``make_callbacks`` get the folder of its files."""
 
     make_env: Callable[[Path], Any]
     arguments: dict[str, Any] = field(default_factory=dict)

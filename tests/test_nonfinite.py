@@ -661,10 +661,11 @@ class TestTraining:
         with caplog.at_level(logging.WARNING, "sb3_clipvf"):
             model.learn(72, callback=At(infinite_return, 2), log_interval=None)
         assert model.logger.name_to_value["train/skipped_minibatches"] == 2  # one in each epoch
-        told = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
-        assert len(told) == 1  # in two updates
+        messages = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+        assert len(messages) == 1  # in two updates
         assert (
-            "2 minibatches were skipped in the update at num_timesteps=48, the first one since `value_loss`" in told[0]
+            "2 minibatches were skipped in the update at num_timesteps=48, the first one since `value_loss`"
+            in messages[0]
         )
         model.learn(24, log_interval=None)
         assert model.logger.name_to_value["train/skipped_minibatches"] == 0
