@@ -247,7 +247,7 @@ def test_damage_changes_the_file_and_is_the_same_for_the_same_seed() -> None:
         kinds.add(what.split()[0])
         n_unchanged += first == content
     assert kinds == {"bit", "byte", "bytes", "zeros", "cut", "insert", "remove"}
-    assert n_unchanged < 30  # a byte may be what it was, and zeros were zeros
+    assert n_unchanged < 30  # some damage writes the bytes that were there
 
 
 def test_half_of_the_damage_hits_headers() -> None:

@@ -133,7 +133,7 @@ def test_environment_without_normalisation_has_no_statistics(tmp_path: Path) -> 
     assert sorted(os.listdir(tmp_path)) == ["top.json", "top.zip"]
 
 
-def test_statistics_of_an_earlier_model_do_not_stay_beside_one_without(tmp_path: Path) -> None:
+def test_statistics_of_an_earlier_model_are_removed_beside_one_without(tmp_path: Path) -> None:
     make_model().learn(8, callback=SaveBestTrainingReward(tmp_path))
     assert (tmp_path / "vecnormalize.pkl").exists()
     make_model(tuple(100 + r for r in RISING), normalize=False).learn(8, callback=SaveBestTrainingReward(tmp_path))
@@ -365,7 +365,7 @@ def test_damaged_model_is_refused(tmp_path: Path) -> None:
 # --- folders of version 0.1.0, whose models do not hold their statistics
 
 
-def test_a_pair_of_an_earlier_version_stays_until_a_better_model_is_saved(tmp_path: Path) -> None:
+def test_a_pair_of_an_earlier_version_is_kept_until_a_better_model_is_saved(tmp_path: Path) -> None:
     folder = tmp_path / "best"
     shutil.copytree(Path(__file__).parent / "data" / "0.1.0" / "best_training", folder)
     pair = load_best_training(folder)

@@ -168,7 +168,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(copied: Path) -> None:
         content[start] ^= 1
 
 
-def test_the_newest_whole_checkpoint_is_taken_and_damaged_ones_are_named(
+def test_the_newest_complete_checkpoint_is_used_and_damaged_ones_are_named(
     copied: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (copied / "checkpoint_320.zip").write_bytes(b"PK")

@@ -185,7 +185,7 @@ def test_callbacks_that_may_keep_more_are_named(tmp_path: Path, caplog: pytest.L
     assert len(manifest.differences) == 2
 
 
-def test_a_training_without_callbacks_has_no_state_of_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_training_without_callbacks_saves_no_callback_state(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     case = CASES["native"]
     case.model(tmp_path).learn(64, callback=TrainingCheckpoint(64, tmp_path / "checkpoints"))
     model = ClipPPO.resume(tmp_path / "checkpoints", case.make_env(tmp_path), device="cpu")
@@ -242,7 +242,7 @@ def test_the_tensorboard_run_continues_and_shows_each_step_once(tmp_path: Path) 
     assert [event.step for event in events.Scalars("train/loss")] == [128, 192, 256, 320]
 
 
-def test_another_folder_for_tensorboard_is_taken(tmp_path: Path) -> None:
+def test_another_folder_for_tensorboard_is_used(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     case = Case(CASES["native"].make_env, {"tensorboard_log": str(tmp_path / "logs")})
     checkpoint_cases.killed(case, tmp_path)

@@ -101,13 +101,13 @@ def test_ending_a_callback_of_a_training_that_did_not_begin_masks_no_error(
     assert not (tmp_path / "new").exists()
 
 
-def test_only_the_newest_stay(tmp_path: Path) -> None:
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     CASE.model(tmp_path).learn(384, callback=TrainingCheckpoint(64, tmp_path, keep_last=2, keep_best=False))
     assert names(tmp_path) == ["checkpoint_320.zip", "checkpoint_384.zip"]
     assert [read_manifest(tmp_path / name).serial for name in names(tmp_path)] == [5, 6]
 
 
-def test_the_best_by_training_return_stays(tmp_path: Path) -> None:
+def test_the_best_by_training_return_is_kept(tmp_path: Path) -> None:
     scores = Scores([5.0, 7.0, 7.0, 9.0, 1.0])
     scores.means[3] = float("nan")  # no full window
     CASE.model(tmp_path).learn(320, callback=[scores, TrainingCheckpoint(64, tmp_path, keep_last=1)])
@@ -323,7 +323,7 @@ def test_handlers_are_restored(tmp_path: Path) -> None:
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
-def test_without_on_signal_nobody_touches_handlers(tmp_path: Path) -> None:
+def test_without_on_signal_handlers_do_not_change(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     seen: list[Any] = []
     callbacks = [
@@ -353,7 +353,7 @@ def test_after_a_training_that_failed_signals_do_what_they_did_before(tmp_path: 
     assert steps(tmp_path) == []
 
 
-def test_an_end_that_is_no_end_of_learn_writes_nothing(tmp_path: Path) -> None:
+def test_on_training_end_outside_of_learn_writes_nothing(tmp_path: Path) -> None:
     """The Zoo calls `on_training_end` once more, and also after an error."""
     callback = TrainingCheckpoint(64, tmp_path / "whole")
     CASE.model(tmp_path).learn(64, callback=callback)

@@ -143,7 +143,7 @@ class TestInterface:
         assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in extra)
         assert {name: ours[name].default for name in theirs} == {name: theirs[name].default for name in theirs}
 
-    def test_defaults_are_the_designs(self) -> None:
+    def test_defaults(self) -> None:
         defaults = {name: p.default for name, p in inspect.signature(ClipPPO).parameters.items()}
         expected = {
             "clip_range": 0.2,
@@ -824,7 +824,7 @@ class TestBuffers:
         learn(ours, 2 * N_STEPS)
         assert same(weights(model), weights(ours))
 
-    def test_subclass_of_ours_gets_its_arguments_and_serves_the_penalty(self) -> None:
+    def test_subclass_of_ours_gets_its_arguments_and_works_with_the_penalty(self) -> None:
         class Noted(TensorRolloutBuffer):
             def __init__(self, *args: Any, note: str, **kwargs: Any) -> None:
                 super().__init__(*args, **kwargs)
@@ -883,7 +883,7 @@ class TestMessages:
         captured = capsys.readouterr()
         assert (captured.out, captured.err) == ("", "")
 
-    def test_a_configured_logger_is_left_alone(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_configured_logger_is_not_changed(self, capsys: pytest.CaptureFixture[str]) -> None:
         log = logging.getLogger("sb3_clipvf")
         records: list[logging.LogRecord] = []
         handler = logging.Handler()
@@ -927,7 +927,7 @@ class TestMessages:
         loaded.learn(N_STEPS)
         assert "Training runs on the engine 'autograd'" in capsys.readouterr().out
 
-    def test_a_level_that_is_set_later_is_left_alone(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_level_that_is_set_later_is_not_changed(self, capsys: pytest.CaptureFixture[str]) -> None:
         model = make(verbose=1)
         log = logging.getLogger("sb3_clipvf")
         log.setLevel(logging.WARNING)
@@ -940,7 +940,7 @@ class TestMessages:
         assert log.level == logging.WARNING
 
     @pytest.mark.parametrize("level", [logging.DEBUG, logging.WARNING])
-    def test_a_level_that_was_set_before_is_left_alone(self, level: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_level_that_was_set_before_is_not_changed(self, level: int, capsys: pytest.CaptureFixture[str]) -> None:
         log = logging.getLogger("sb3_clipvf")
         log.setLevel(level)
         make(verbose=1).rollout_buffer.reset()

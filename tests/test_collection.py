@@ -235,7 +235,7 @@ def test_the_native_engine_makes_no_tensors_without_such_callbacks(monkeypatch: 
     monkeypatch.setattr(Acted, "as_tensors", lambda self: (made.append("acted"), as_tensors(self))[1])
     model = ClipPPO("MlpPolicy", make_vec_env("CartPole-v1", n_envs=2), n_steps=8, batch_size=16, device="cpu")
     model.learn(32)
-    assert made == ["observations"] * 2  # of which a rollout's last values are computed
+    assert made == ["observations"] * 2  # for the last values of each rollout
     model.learn(16, callback=Watcher())
     assert made.count("acted") == 8
 
@@ -604,7 +604,7 @@ class TestRolloutsWithoutTheOldDistribution:
         fresh.kl_coef = 1.0
         assert "train/kl" in logged(fresh.learn(16))
 
-    def test_an_add_with_sb3s_arguments_alone(self, kwargs: dict[str, Any]) -> None:
+    def test_an_add_with_only_sb3s_arguments(self, kwargs: dict[str, Any]) -> None:
         model = cartpole(rollout_buffer_class=HostAdd, **kwargs).learn(32)
         assert "train/kl" not in logged(model)
         plain = cartpole(**kwargs).learn(32)

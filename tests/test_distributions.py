@@ -71,7 +71,7 @@ def gsde_squashed(seed: int) -> Distribution:
     return gsde(seed, squash_output=True)
 
 
-# The distribution, its KL by torch summed over what is independent, and the width of its row.
+# The distribution, its KL by torch summed over independent parts, and the width of its row.
 SINGLE: dict[str, tuple[Callable[[int], Distribution], bool, int]] = {
     "categorical": (categorical, False, 4),
     "bernoulli": (bernoulli, True, 3),

@@ -523,7 +523,7 @@ def test_a_policy_with_its_own_distribution_gets_the_exact_kl() -> None:
     assert_same_training(policy, own)
 
 
-def test_sb3s_buffer_serves_the_autograd_engine() -> None:
+def test_sb3s_buffer_works_with_the_autograd_engine() -> None:
     coefficients = dataclasses.replace(COEFFICIENTS, kl_coef=0.0)
     settings = settings_for("box", has_dist_params=False, measure_kl_after=False)
     weights = []
@@ -684,7 +684,7 @@ class TestFused:
         assert_same_training(policies[1], policies[0])
         assert norms[1] == pytest.approx(norms[0], rel=1e-3)
 
-    def test_parameters_that_no_loss_reaches_stay(self) -> None:
+    def test_parameters_that_no_loss_reaches_do_not_change(self) -> None:
         policies = [make_case("box")[0] for _ in range(2)]
         buffer = make_case("box")[1]
         for policy, engine_class in zip(policies, (AutogradEngine, FusedEngine), strict=True):

@@ -390,7 +390,7 @@ class TestMemory:
 
 
 class TestResets:
-    def test_seeds_and_options_serve_one_reset(self) -> None:
+    def test_seeds_and_options_apply_to_one_reset(self) -> None:
         ours, theirs = pair(Scripted)
         for venv in (ours, theirs):
             venv.seed(7)

@@ -358,7 +358,7 @@ class TestSeeds:
         ],
         ids=["native", "sync"],
     )
-    def test_a_seed_serves_the_next_reset_only(self, request: pytest.FixtureRequest, make: Callable[[], Any]) -> None:
+    def test_a_seed_applies_to_the_next_reset(self, request: pytest.FixtureRequest, make: Callable[[], Any]) -> None:
         venv = adapted(request, make())
         assert venv.seed(5) == [5, 6, 7]
         first = venv.reset()

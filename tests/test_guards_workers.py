@@ -122,7 +122,7 @@ def test_the_error_of_a_dead_process_can_be_pickled() -> None:
     assert (str(again), again.exit_codes, notes(again)) == ("its message", {1: -9}, "its note")
 
 
-def test_an_error_elsewhere_leaves_the_processes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_elsewhere_does_not_end_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sb3_clipvf.guards.workers.GRACE", 0.1)
     venv = make(cls=partial(SubprocVecEnv, start_method="fork"))
     for error in (BrokenError, EOFError):

@@ -620,7 +620,7 @@ class TestTraining:
         if event == "_on_rollout_start":
             assert (model.rollout_buffer.actions == 0).all()
 
-    def test_the_training_mode_is_on_in_updates_alone(self) -> None:
+    def test_the_training_mode_is_on_only_in_updates(self) -> None:
         class Spy(BaseCallback):
             def _on_rollout_end(self) -> None:
                 modes.append({module.training for module in self.model.policy.modules()})

@@ -237,7 +237,7 @@ def test_the_reported_loss_is_the_checked_one(name: str) -> None:
 
 class TestDevice:
     @pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])
-    def test_numbers_are_read_on_the_cpu_alone(self, kind: str) -> None:
+    def test_numbers_are_read_only_on_the_cpu(self, kind: str) -> None:
         for device, may_read in ((kind, False), ("cpu", True)):
             policy = cast(Any, SimpleNamespace(device=th.device(device)))
             assert AutogradEngine(policy, settings_for("box"))._reads_are_cheap() is may_read

@@ -234,7 +234,7 @@ def test_sb3s_file_continues_training_as_sb3s_ppo_would(tmp_path: Any) -> None:
     assert_same(weights(ours), weights(theirs))
 
 
-def test_our_own_file_is_not_taken_for_sb3s(tmp_path: Any) -> None:
+def test_our_own_file_is_not_mistaken_for_sb3s(tmp_path: Any) -> None:
     model = ClipPPO("MlpPolicy", wander(BOX), **{**SMALL, "batch_size": 20}, vf_clip_units="absolute", kl_coef=0.5)
     model.save(tmp_path / "ours")
     loaded = ClipPPO.load(tmp_path / "ours", device="cpu")

@@ -656,7 +656,7 @@ class TestLoad:
         with refused(ValueError, "`learning_rate` must be a number where `lr_kl_target` is set, got 'lin_0.001'"):
             self.load(file, lr_kl_target=0.01, learning_rate="lin_0.001")
 
-    def test_ids_are_taken_by_the_constructor_only(self, file: io.BytesIO) -> None:
+    def test_only_the_constructor_accepts_ids(self, file: io.BytesIO) -> None:
         file.seek(0)
         for call in (make().set_env, lambda env: ClipPPO.load(file, env=env)):
             with refused(TypeError, "got 'CartPole-v1' of type str", "only the constructor takes the id as well."):

@@ -105,7 +105,7 @@ def test_a_callback_that_stops_leaves_the_model_where_the_environment_is() -> No
 
 
 @pytest.mark.parametrize("arguments", [{"lr_kl_target": 0.01}, {"kl_coef": 1.0, "adaptive_kl_target": 0.01}, {}])
-def test_the_zoos_replacements_at_load_are_taken(arguments: dict[str, Any], tmp_path: Any) -> None:
+def test_the_zoos_replacements_at_load_are_accepted(arguments: dict[str, Any], tmp_path: Any) -> None:
     make(DummyVecEnv([Counter]), **arguments).save(tmp_path / "model")
     zoo = {"learning_rate": 0.0, "lr_schedule": lambda _: 0.0, "clip_range": lambda _: 0.0}
     model = ClipPPO.load(tmp_path / "model", custom_objects=zoo)

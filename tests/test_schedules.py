@@ -48,7 +48,7 @@ class TestSchedules:
         assert [schedule(p) for p in (1.0, 0.75, 0.5, 0.25, 0.0)] == pytest.approx(expected, abs=EXACT)
 
     @pytest.mark.parametrize("number", [3, 3.5, np.float32(0.5), np.int64(2)])
-    def test_a_number_stays_as_a_plain_float(self, number: Any) -> None:
+    def test_a_number_becomes_a_constant_plain_float(self, number: Any) -> None:
         schedule = make_schedule(number, "vf_coef")
         assert schedule == ConstantSchedule(float(number))
         assert type(schedule(0.3)) is float
@@ -276,5 +276,5 @@ class TestMakeController:
     def test_it_starts_where_the_schedule_does(self, kind: Any) -> None:
         assert make_controller(kind, None, 0.01, LinearSchedule(3e-4)) == kind(3e-4, 0.01)
 
-    def test_a_kept_one_takes_the_new_target_alone(self, kind: Any) -> None:
+    def test_a_kept_one_changes_only_its_target(self, kind: Any) -> None:
         assert make_controller(kind, kind(0.1, 0.01), 0.02, LinearSchedule(3e-4)) == kind(0.1, 0.02)

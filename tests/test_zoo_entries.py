@@ -25,7 +25,7 @@ def test_each_form_of_an_entry(value: Any, listed: list[Any], taken_apart: list[
     assert with_arguments(value) == taken_apart
 
 
-def test_null_keys_of_the_zoo_are_dropped_and_arguments_of_clipppo_stay() -> None:
+def test_null_keys_of_the_zoo_are_dropped_and_arguments_of_clipppo_kept() -> None:
     settings: dict[str, Any] = {"frame_stack": None, "normalize": None, "n_envs": 2, "clip_range": None}
     drop_null(settings)
     assert settings == {"n_envs": 2, "clip_range": None}

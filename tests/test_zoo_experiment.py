@@ -457,7 +457,7 @@ def test_other_algorithms_are_read_as_the_zoo_reads_them(tmp_path: Path) -> None
     assert hyperparams["zzz"] == 1.0
 
 
-def test_a_users_experiment_manager_stays_the_base() -> None:
+def test_a_users_experiment_manager_remains_the_base() -> None:
     class Own(ExperimentManager):
         pass
 

@@ -17,7 +17,7 @@ def test_commands_of_a_card_know_clipppo() -> None:
     assert own_commands(CARD.format(algo="clipppo")) == expected
 
 
-def test_cards_of_other_algorithms_stay() -> None:
+def test_cards_of_other_algorithms_do_not_change() -> None:
     card = CARD.format(algo="ppo")
     assert own_commands(card) == card
 

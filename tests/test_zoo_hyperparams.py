@@ -105,7 +105,7 @@ def test_clipppo_is_built_from_each_entry(env_id: str, tmp_path: Path, monkeypat
         "clipppo",
         env_id,
         "logs",
-        # One environment and a short rollout: what is tested is the entry, not the machine's memory.
+        # One environment and a short rollout: this tests the entry, not the machine's memory.
         hyperparams={"n_envs": 1, "n_steps": 4, "batch_size": 4},
         eval_freq=-1,
         verbose=0,

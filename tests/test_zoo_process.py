@@ -27,7 +27,7 @@ def test_the_zoos_subprocesses_become_ours(command: list[str], sub_command: str)
     assert own_command(command) == [sys.executable, "-m", "sb3_clipvf", sub_command, "-n", "5"]
 
 
-def test_other_subprocesses_stay() -> None:
+def test_other_subprocesses_do_not_change() -> None:
     assert own_command(["ls", "enjoy.py"]) == ["ls", "enjoy.py"]
     assert own_command("python enjoy.py") == "python enjoy.py"
 
@@ -62,7 +62,7 @@ def test_display_is_looked_for_on_linux_only(monkeypatch: pytest.MonkeyPatch) ->
     assert has_display()
 
 
-def test_ffmpeg_is_offered_where_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_packaged_ffmpeg_is_used_where_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with ffmpeg_on_path():
         done = subprocess.run(["ffmpeg", "-version"], capture_output=True, text=True, check=True)
@@ -70,7 +70,7 @@ def test_ffmpeg_is_offered_where_there_is_none(monkeypatch: pytest.MonkeyPatch, 
     assert os.environ["PATH"] == str(tmp_path)
 
 
-def test_the_users_ffmpeg_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_users_ffmpeg_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "ffmpeg").touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     with ffmpeg_on_path():

@@ -139,7 +139,7 @@ def test_a_killed_run_resumes_to_the_end_of_the_uninterrupted_one(whole: Path, t
     killed = _in_a_process(tmp_path, TRAIN, "SIGKILL:1000")
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / RUN / "CartPole-v1.zip").exists()
-    # It was evaluated at step 960, of which the checkpoint does not know.
+    # It was evaluated at step 960, after its last checkpoint.
     assert read_manifest(newest(tmp_path / RUN)).num_timesteps == 768
     resumed = _in_a_process(tmp_path, f"train --resume {RUN} --verbose 1")
     assert resumed.returncode == 0, resumed.stderr
@@ -237,7 +237,7 @@ def test_the_environments_are_those_of_the_run(
     assert all(th.equal(one, other) for one, other in pairs)
 
 
-def test_files_of_episodes_stay_where_the_environments_cannot_be_made(
+def test_files_of_episodes_are_kept_if_the_environments_cannot_be_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ("--vec-env", "gymnasium", "--eval-freq", "-1")

@@ -261,7 +261,7 @@ class TestHarmlessRuns:
             assert VecNormalize.load is not before[1].__func__
         assert (yaml.UnsafeLoader, vars(VecNormalize)["load"], base_class.load_from_zip_file) == before
 
-    def test_trust_leaves_everything_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_trust_replaces_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(TRUST_VARIABLE, "1")
         with checked_files():
             assert yaml.UnsafeLoader is not RunLoader

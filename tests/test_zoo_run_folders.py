@@ -26,7 +26,7 @@ def _has_model(folder: Path) -> bool:
     return (folder / "E-v0.zip").is_file()
 
 
-def test_the_newest_run_with_a_model_is_taken_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_newest_run_with_a_model_is_used_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("E-v0_2", "E-v0_10"):
         _make_run(tmp_path, name, "E-v0.zip")
     assert choose_run(tmp_path, "E-v0", 0, _has_model) == 10
@@ -46,7 +46,7 @@ def test_a_run_that_is_named_is_not_replaced(exp_id: int, tmp_path: Path) -> Non
     assert str(choose_run(tmp_path, "E-v0", exp_id, _has_model)) == str(exp_id)
 
 
-def test_without_any_model_the_newest_run_is_taken(tmp_path: Path) -> None:
+def test_without_any_model_the_newest_run_is_used(tmp_path: Path) -> None:
     assert choose_run(tmp_path / "none", "E-v0", 0, _has_model) == 0
     _make_run(tmp_path, "E-v0_1")
     _make_run(tmp_path, "E-v0_2")
