@@ -49,6 +49,12 @@ def in_trained(trained: Path, in_empty_folder: Path) -> Path:
 
 
 @pytest.fixture
+def model_path(saved: Path, tmp_path: Path) -> Path:
+    """A copy of the model that the test file's fixture ``saved`` wrote."""
+    return Path(shutil.copy(saved, tmp_path / "model.zip"))
+
+
+@pytest.fixture
 def mark(tmp_path: Path) -> Path:
     """Path of a file that a hostile file would write."""
     return tmp_path / "mark"

@@ -359,16 +359,9 @@ DAMAGED = [
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("saved") / "model.zip"
     make().save(path)
-    return path.read_bytes()
-
-
-@pytest.fixture
-def model_path(saved: bytes, tmp_path: Path) -> Path:
-    path = tmp_path / "model.zip"
-    path.write_bytes(saved)
     return path
 
 

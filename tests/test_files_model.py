@@ -44,13 +44,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def model_path(saved: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "model.zip"
-    path.write_bytes(saved.read_bytes())
-    return path
-
-
 def load(path: Any, **kwargs: Any) -> ClipPPO:
     return ClipPPO.load(path, device="cpu", **kwargs)
 
