@@ -1,4 +1,4 @@
-"""The checkpoint file: an SB3 model with a checked state beside it, of which damage is found and named."""
+"""The checkpoint file: an SB3 model beside a checked state, whose damage is found and named."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""TrainingCheckpoint: when checkpoints are written, which stay, and what full disks, kills and signals leave."""
+"""TrainingCheckpoint: when checkpoints are written, which are kept, and what full disks, kills and signals leave."""
 
 import errno
 import logging

@@ -1,4 +1,4 @@
-"""Process state of the console command."""
+"""Process state of the console command: subprocesses, environment variables, display, ffmpeg."""
 
 import os
 import subprocess

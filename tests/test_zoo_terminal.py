@@ -1,4 +1,4 @@
-"""What a training shows on the terminal."""
+"""Tables and progress bars that a training shows on the terminal."""
 
 import io
 from pathlib import Path
