@@ -64,7 +64,6 @@ def refused(error: type[Exception], *parts: str) -> Any:
 
 
 WHOLE, NUMBER = "must be a whole number", "must be a number"
-SIZES = ("n_steps", "batch_size", "n_epochs")
 AT_LEAST_1 = "must be a whole number of at least 1"
 POSITIVE = "must be finite and above 0"
 UNIT = "must be in [0, 1]"
