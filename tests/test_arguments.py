@@ -77,7 +77,7 @@ def test_a_call_of_one_rollout_names_the_values_of_its_only_update(
     assert found == [ONE_ROLLOUT.format(values) + WAY_OUT.format(constants)]
 
 
-def test_a_call_that_goes_on_names_the_values_of_its_first_and_last_update(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_call_that_continues_names_the_values_of_its_first_and_last_update(caplog: pytest.LogCaptureFixture) -> None:
     calls = [{"total_timesteps": 3 * N_STEPS}, {"total_timesteps": 2 * N_STEPS, "reset_num_timesteps": False}]
     found = warnings_of(caplog, make(clip_range_vf="lin_2"), *calls)
     values = "`clip_range` is 0.04 in its first update and 0 in its last, `clip_range_vf` is 0.4"
@@ -94,13 +94,13 @@ def test_a_call_that_goes_on_names_the_values_of_its_first_and_last_update(caplo
         ({}, {"total_timesteps": 0}),
     ],
 )
-def test_no_warning_where_schedules_have_time(
+def test_no_warning_if_schedules_run_from_their_start(
     arguments: dict[str, Any], call: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     assert not warnings_of(caplog, make(**arguments), call)
 
 
-def test_no_warning_where_a_call_goes_on_for_long(caplog: pytest.LogCaptureFixture) -> None:
+def test_no_warning_for_a_long_call_that_continues(caplog: pytest.LogCaptureFixture) -> None:
     model = make()
     model.learn(N_STEPS, schedule_timesteps=1000)
     model._schedule_timesteps = None

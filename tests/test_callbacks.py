@@ -101,7 +101,7 @@ def trained(
 
 
 def evaluation(make: MakeEnv, cls: Any = IsolatedEvalCallback, **arguments: Any) -> Any:
-    # Every 13 calls: in the middle of rollouts, too.
+    # Every 13 calls: also in the middle of rollouts.
     return cls(make(), **{"n_eval_episodes": 2, "eval_freq": 13, "verbose": 0, **arguments})
 
 
@@ -125,7 +125,7 @@ CASES: dict[str, tuple[MakeEnv, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_a_training_ends_with_the_same_weights(name: str, deterministic: bool) -> None:
+def test_a_training_ends_with_the_same_weights_as_without_evaluations(name: str, deterministic: bool) -> None:
     make, arguments = CASES[name]
     callback = evaluation(make, deterministic=deterministic)
     evaluated, plain = trained(make, callback, **arguments), trained(make, None, **arguments)
@@ -220,7 +220,7 @@ def test_environments_without_statistics_are_refused() -> None:
 
 
 @pytest.mark.parametrize("patience", [1, 99])
-def test_it_reports_and_keeps_what_sb3s_does(patience: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_logs_and_files_are_as_with_sb3s(patience: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def make() -> Any:
         return make_vec_env(Short, 2, seed=0)
 
@@ -271,7 +271,7 @@ def history_of(folder: Path) -> dict[str, Any]:
     [
         ({1}, [[0, 1], [0, 0], [0, 0]]),
         ({0, 3, 4, 5}, [[1, 0], [0, 1], [1, 1]]),
-        # The first evaluations report no successes.
+        # The first evaluations report no success.
         ({5}, [[0, 0], [0, 0], [0, 1]]),
         (set(), None),
     ],
@@ -398,7 +398,7 @@ BROKEN: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("name", [*BROKEN, "no zip", "cut short"])
-def test_an_evaluation_that_cannot_be_read_counts_as_none(
+def test_a_best_model_that_cannot_be_read_is_replaced(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sb3_clipvf.files.archive.free_memory", lambda: 2**28)

@@ -178,7 +178,7 @@ class TestInterface:
         ],
         ids=str,
     )
-    def test_every_action_space_learns_with_everything_on(self, action_space: spaces.Space[Any]) -> None:
+    def test_every_action_space_learns_with_all_terms_and_controllers(self, action_space: spaces.Space[Any]) -> None:
         model = make(walk(2, action_space=action_space), kl_coef=1.0, adaptive_kl_target=0.01, lr_kl_target=0.01)
         before = weights(model)
         model.learn(2 * N_STEPS * 2)
@@ -229,7 +229,7 @@ class TestProgress:
         model.learn(4 * N_STEPS, callback=At(2, lambda m: None))
         assert model.policy.optimizer.param_groups[0]["lr"] == 0
 
-    def test_schedule_timesteps_joins_several_calls_into_one(self) -> None:
+    def test_schedule_timesteps_spans_several_calls(self) -> None:
         kwargs: dict[str, Any] = {"learning_rate": "lin_0.001", "clip_range": "cos_0.2", "ent_coef": "exp_0.01"}
         whole = make(**kwargs)
         expected = learn(whole, 6 * N_STEPS)
@@ -253,7 +253,7 @@ class TestProgress:
         assert column(learn(model, 2 * N_STEPS), "train/learning_rate") == pytest.approx([5e-4, 0], abs=EXACT)
 
     @pytest.mark.parametrize("arguments", [{"schedule_timesteps": 8 * N_STEPS}, {}])
-    def test_a_call_that_is_refused_keeps_the_horizon(self, arguments: dict[str, Any]) -> None:
+    def test_a_refused_call_keeps_the_horizon(self, arguments: dict[str, Any]) -> None:
         model = make(learning_rate="lin_0.001")
         learn(model, N_STEPS, schedule_timesteps=4 * N_STEPS)
         with pytest.raises(ValueError, match="`log_interval` must be"):
@@ -279,7 +279,7 @@ class TestProgress:
         assert model.learn(0).num_timesteps == 0
         assert same(weights(model), before)
 
-    def test_schedules_and_horizon_survive_a_file(self, tmp_path: Path) -> None:
+    def test_schedules_and_horizon_are_saved_and_loaded(self, tmp_path: Path) -> None:
         model = make(learning_rate="lin_0.001", clip_range=lambda p: 0.1 + p)
         learn(model, N_STEPS, schedule_timesteps=4 * N_STEPS)
         model.save(tmp_path / "model")
@@ -337,7 +337,7 @@ class TestChangesDuringTraining:
         assert betas == [0.5]
         assert model.adaptive_kl.beta == 0.25
 
-    def test_a_controller_that_is_switched_off(self, given: list[UpdateCoefficients]) -> None:
+    def test_a_controller_can_be_switched_off(self, given: list[UpdateCoefficients]) -> None:
         model = make(kl_coef=1.0, adaptive_kl_target=0.1)
         model.learn(2 * N_STEPS, callback=At(2, lambda model: setattr(model, "adaptive_kl_target", None)))
         assert model.adaptive_kl is None
@@ -355,7 +355,7 @@ class TestChangesDuringTraining:
 
 
 class TestValueRange:
-    def test_counts_in_standard_deviations_of_the_returns(self) -> None:
+    def test_in_standard_deviations_of_the_returns(self) -> None:
         model = make(clip_range_vf=0.5)
         logs = learn(model, N_STEPS)
         assert column(logs, "train/clip_range_vf") == [0.5 * float(np.std(model.rollout_buffer.returns))]
@@ -420,7 +420,7 @@ class TestLogs:
         assert all(ratio > 1 for ratio in column(logs, "train/ratio_max"))
         assert column(logs, "train/n_updates") == [2, 4, 6]
 
-    def test_they_reach_the_loggers_outputs_with_sb3s(self, tmp_path: Path) -> None:
+    def test_they_are_written_to_the_loggers_outputs_with_sb3s(self, tmp_path: Path) -> None:
         from stable_baselines3.common.logger import configure
 
         model = make(gym.wrappers.RecordEpisodeStatistics(Walk()))
@@ -454,7 +454,7 @@ class TestControllers:
         assert [*betas[1:], model.adaptive_kl.beta] == [
             beta_after(b, k, target) for b, k in zip(betas, kls, strict=True)
         ]
-        # Far too low a target drives it up, far too high a one down
+        # A target far too low raises it, one far too high lowers it
         assert betas[-1] == (16 if target < 0.1 else 1 / 16)
 
     @pytest.mark.parametrize("target", [1e-7, 0.5])
@@ -468,7 +468,7 @@ class TestControllers:
             rate_after(r, k, target) for r, k in zip(rates, kls, strict=True)
         ]
         assert rates[-1] == pytest.approx(1e-3 * 1.5 ** (-3 if target < 0.1 else 3), rel=EXACT)
-        # The optimizer has the rate of the last update
+        # The optimizer still has the rate of the last update
         assert model.policy.optimizer.param_groups[0]["lr"] == rates[-1]
 
     def test_a_schedule_of_the_zoo_may_adapt(self) -> None:
@@ -476,7 +476,7 @@ class TestControllers:
 
         assert make(learning_rate=FloatSchedule(1e-3), lr_kl_target=0.01).adaptive_lr == KLAdaptiveLR(1e-3, 0.01)
 
-    def test_the_penalty_holds_the_policy_back(self) -> None:
+    def test_the_penalty_lowers_the_kl(self) -> None:
         kls = []
         for kl_coef in (0.0, 100.0):
             model = make(n_epochs=10, learning_rate=3e-3, clip_range=None, kl_coef=kl_coef, lr_kl_target=0.01)
@@ -494,7 +494,7 @@ class TestControllers:
 class TestFiles:
     @pytest.fixture
     def path(self, tmp_path: Path) -> Path:
-        """A model whose controllers have left their start."""
+        """Return the file of a model whose controllers have left their initial values."""
         model = make(kl_coef=1.0, learning_rate=1e-3, adaptive_kl_target=1e-7, lr_kl_target=1e-7)
         model.learn(2 * N_STEPS)
         assert model.adaptive_kl == AdaptiveKL(beta=4.0, target=1e-7)
@@ -537,12 +537,12 @@ class TestFiles:
         if loaded.adaptive_kl:
             assert loaded.adaptive_kl.target == changes.get("adaptive_kl_target", 1e-7)
         logs = learn(loaded, 2 * N_STEPS)
-        # Without controllers the arguments count: the file's kl_coef 1, and the file's or the new learning rate
+        # Without controllers, the arguments apply: the file's kl_coef 1, and the file's or the new learning rate
         assert logs[0]["train/kl_coef"] == (beta or 1.0)
         fixed_rate = 1e-3 if changes.get("learning_rate") is None else 0.002 / 2
         assert logs[0]["train/learning_rate"] == pytest.approx(rate or fixed_rate)
 
-    def test_predictions_and_arguments_survive(self, tmp_path: Path) -> None:
+    def test_predictions_and_arguments_are_saved_and_loaded(self, tmp_path: Path) -> None:
         model = make(
             clip_range="cos_0.3", clip_range_vf=None, vf_clip="prediction", vf_clip_units="absolute", engine="autograd"
         )
@@ -684,7 +684,7 @@ class TestCallbacks:
         rollout = ["rollout_start", "step", "step", "rollout_end"]
         assert spy.events == ["training_start", *rollout, *rollout, "training_end"]
 
-    def test_they_see_sb3s_local_names(self) -> None:
+    def test_locals_have_sb3s_names(self) -> None:
         ours, theirs = Spy(), Spy()
         make().learn(N_STEPS, callback=ours)
         host = PPO("MlpPolicy", walk(), n_steps=N_STEPS, batch_size=4, device="cpu")
@@ -693,7 +693,7 @@ class TestCallbacks:
         assert theirs.names - ours.names <= {"idx", "done", "terminal_obs", "terminal_value"}
         assert {"rewards", "dones", "infos", "actions", "new_obs", "values", "log_probs", "obs_tensor"} <= ours.names
 
-    def test_rewards_they_hold_are_not_changed_by_bootstrapping(self) -> None:
+    def test_rewards_in_locals_are_not_changed_by_bootstrapping(self) -> None:
         spy = Spy()
         model = make(walk(2))
         model.learn(2 * N_STEPS, callback=spy)
@@ -790,7 +790,7 @@ class OwnDistribution(ActorCriticPolicy):
 
 
 class NoMemory:
-    """Makes any rollout too large."""
+    """No rollout fits into memory."""
 
     @pytest.fixture(autouse=True)
     def no_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -798,7 +798,7 @@ class NoMemory:
 
 
 class TestMemory(NoMemory):
-    def test_what_does_not_fit_is_refused_by_the_constructor(self) -> None:
+    def test_a_rollout_that_does_not_fit_is_refused_by_the_constructor(self) -> None:
         with pytest.raises(ValueError, match=r"`n_steps` must be small enough .* got n_steps=8 with n_envs=1"):
             make()
 
@@ -835,8 +835,8 @@ class TestBuffers:
         assert (model.rollout_buffer.note, model.rollout_buffer.dist_param_dim) == ("hello", 4)
         assert "train/kl" in logs[0]
 
-    def test_changed_rewards_count(self) -> None:
-        """As intrinsic rewards do, which a callback adds at the end of a rollout."""
+    def test_rewards_that_a_callback_changes_are_used(self) -> None:
+        """For example intrinsic rewards, which a callback adds at the end of a rollout."""
 
         def add(model: Any) -> None:
             model.rollout_buffer.rewards += 5.0
@@ -949,7 +949,7 @@ class TestMessages:
         make()
         assert (log.level, log.handlers) == (level, [])
 
-    def test_truncated_minibatches_are_warned_of(self) -> None:
+    def test_a_warning_of_truncated_minibatches(self) -> None:
         message = (
             r"mini-batch size of 3, .* n_steps \* n_envs = 8 transitions, after every 2 untruncated mini-batches there "
             r"will be a truncated mini-batch of size 2\. We recommend a `batch_size` that is a factor "
@@ -958,7 +958,7 @@ class TestMessages:
         with pytest.warns(UserWarning, match=message):
             make(batch_size=3)
 
-    def test_a_last_minibatch_of_one_is_warned_of(self) -> None:
+    def test_a_warning_of_a_last_minibatch_of_one(self) -> None:
         with pytest.warns(UserWarning, match=r"of size 1\. It is not normalised, having no spread\. We recommend"):
             model = make(batch_size=7)
         logs = learn(model, N_STEPS)

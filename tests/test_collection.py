@@ -59,7 +59,7 @@ def info(*observation: float, truncated: bool = True) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("engine", ["native", "autograd"])
-def test_speed_counts_no_compilation(engine: str) -> None:
+def test_steps_per_second_exclude_compilation(engine: str) -> None:
     model = ClipPPO("MlpPolicy", "CartPole-v1", n_steps=16, batch_size=16, device="cpu", engine=engine)
     model.learn(16)
     starts = []
@@ -72,7 +72,7 @@ def test_speed_counts_no_compilation(engine: str) -> None:
             starts.append(model.start_time)
             model._engine.compile_seconds += 2.5
 
-    model._engine.compile_seconds = 1e6  # of before this call
+    model._engine.compile_seconds = 1e6  # from before this call
     model.learn(48, callback=Compile())
     assert [start - starts[0] for start in starts] == [0, 2_500_000_000, 5_000_000_000]
     assert model._engine.compile_seconds == 0.0
@@ -121,7 +121,7 @@ class TestBootstrap:
         ],
         ids=["terminated", "no observation", "empty observation", "no flag"],
     )
-    def test_nothing_to_do_costs_no_forward_pass(self, infos: list[dict[str, Any]]) -> None:
+    def test_no_forward_pass_without_truncated_episodes(self, infos: list[dict[str, Any]]) -> None:
         policy = make()
         rewards = bootstrapped(policy, self.REWARDS, np.ones(4, bool), infos, GAMMA)
         np.testing.assert_array_equal(rewards, self.REWARDS)
@@ -150,7 +150,7 @@ class TestBootstrap:
 
 
 class TestActions:
-    def test_are_clipped_to_the_box(self) -> None:
+    def test_they_are_clipped_to_the_box(self) -> None:
         actions = np.array([[-3.0, 1.0], [1.0, 5.0]], np.float32)
         assert env_actions(make(), BOX, actions).tolist() == [[-2, 1], [1, 4]]
 
@@ -158,7 +158,7 @@ class TestActions:
         ("policy_class", "kwargs"),
         [(SquashedActorCriticPolicy, {}), (ActorCriticPolicy, {"use_sde": True, "squash_output": True})],
     )
-    def test_of_squashing_policies_are_scaled_to_the_box(self, policy_class: type[Any], kwargs: dict[str, Any]) -> None:
+    def test_those_of_squashing_policies_are_unscaled(self, policy_class: type[Any], kwargs: dict[str, Any]) -> None:
         actions = np.array([[-1.0, 0.0], [0.5, 1.0]], np.float32)
         # -1, 0, 0.5 and 1 of [-2, 2] and [0, 4]
         assert env_actions(make(policy_class, **kwargs), BOX, actions).tolist() == [[-2, 2], [1, 4]]
@@ -190,7 +190,7 @@ def test_copies_own_their_memory() -> None:
 
 
 class OwnExtractor(FlattenExtractor):
-    """Keeps a policy from the native engine."""
+    """An extractor that the native engine does not run."""
 
 
 class Tensors(TensorRolloutBuffer):
@@ -279,7 +279,7 @@ class Ends(gym.Env[np.ndarray, np.ndarray]):
         return np.full(2, self.n_steps, np.float32), 0.0, self.n_steps == 2, False, {}
 
 
-def test_after_a_callbacks_stop_the_next_rollout_begins_where_it_was() -> None:
+def test_after_a_callback_stopped_the_next_rollout_starts_from_the_last_step() -> None:
     """Even if environments write the next step into the arrays that they returned."""
     model = ClipPPO("MlpPolicy", Reusing([Ends]), n_steps=4, batch_size=4, device="cpu")
     model.learn(4, callback=lambda local, _: local["self"].num_timesteps < 2)
@@ -289,7 +289,7 @@ def test_after_a_callbacks_stop_the_next_rollout_begins_where_it_was() -> None:
 
 
 class Doubling(RolloutBuffer):
-    """Holds each step twice, so that it is full after ``n_steps`` steps."""
+    """Stores each step twice, in twice as many rows."""
 
     def __init__(self, buffer_size: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(2 * buffer_size, *args, **kwargs)
@@ -332,7 +332,7 @@ class AnyDraw(OwnDraw):
         self.full = full
 
 
-# Native, compiled losses, torch alone, and buffers of SB3.
+# The native, fused and autograd engines, and buffers of SB3.
 ENGINES: dict[str, dict[str, Any]] = {
     "native": {"engine": "native"},
     "fused": {"policy_kwargs": {"features_extractor_class": OwnExtractor}},
@@ -380,7 +380,7 @@ class TestAnotherNumberOfSteps:
         assert callback.seen == [(16, True), (n_steps, True)]
         assert model.num_timesteps == 16 + n_steps
 
-    def test_given_by_a_loop_of_the_users(self, n_steps: int, kwargs: dict[str, Any]) -> None:
+    def test_passed_by_the_users_own_loop(self, n_steps: int, kwargs: dict[str, Any]) -> None:
         model = cartpole(**kwargs)
         total, callback = model._setup_learn(100, None)
         for n in (16, n_steps, 16):
@@ -413,11 +413,11 @@ class Assigns(BaseCallback):
 class TestIncompleteRollouts:
     MATCH = r"`rollout_buffer` must be full to be trained on, got {} of 16 steps\. Collect the others first"
 
-    def test_none_was_collected(self, kwargs: dict[str, Any]) -> None:
+    def test_before_the_first_rollout(self, kwargs: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match=self.MATCH.format(0)):
             cartpole(**kwargs).train()
 
-    def test_one_that_a_callback_ended(self, kwargs: dict[str, Any]) -> None:
+    def test_after_a_callback_stopped(self, kwargs: dict[str, Any]) -> None:
         model = cartpole(**kwargs).learn(16)
         model.learn(16, callback=lambda *_: model.num_timesteps < 5)
         before = vector(model)
@@ -425,7 +425,7 @@ class TestIncompleteRollouts:
             model.train()
         assert th.equal(vector(model), before)
 
-    def test_one_that_was_reset(self, kwargs: dict[str, Any]) -> None:
+    def test_after_a_reset(self, kwargs: dict[str, Any]) -> None:
         model = cartpole(**kwargs).learn(16)
         model.rollout_buffer.reset()
         with pytest.raises(ValueError, match=self.MATCH.format(0)):
@@ -443,13 +443,13 @@ class TestBuffersOfTheUsers:
         model = cartpole(rollout_buffer_class=Doubling).learn(32)
         assert (model.rollout_buffer.pos, model.num_timesteps) == (32, 32)
 
-    def test_a_class_that_may_hold_more_is_not_resized(self) -> None:
+    def test_a_class_with_several_rows_a_step_is_not_resized(self) -> None:
         model = cartpole(rollout_buffer_class=Doubling)
         model.n_steps = 4
         with pytest.raises(ValueError, match="must be full to be trained on, got 8 of 32 steps"):
             model.learn(4)
 
-    def test_a_longer_rollout_than_a_class_of_ours_takes_is_refused(self) -> None:
+    def test_a_rollout_longer_than_a_buffer_is_refused(self) -> None:
         model = cartpole(rollout_buffer_class=Tensors)
         model.n_steps = 17
         with pytest.raises(ValueError, match="`rollout_buffer` must take 16 steps at most, got one more"):
@@ -469,8 +469,8 @@ class TestBuffersOfTheUsers:
         with pytest.raises(AssertionError, match="another one"):
             cartpole(rollout_buffer_class=Asserts).learn(16)
 
-    def test_more_rows_than_environments_leave_the_actions_as_they_are(self) -> None:
-        """Kernels draw for each environment, as torch does, not for each row."""
+    def test_more_rows_than_environments_do_not_change_the_actions(self) -> None:
+        """Kernels draw one action for each environment, as torch does, not for each row."""
         kernels, torch = (
             cartpole(n_envs=2, rollout_buffer_class=TwoRows, engine=engine).learn(32) for engine in ("auto", "autograd")
         )
@@ -571,7 +571,7 @@ class TestRolloutsWithoutTheOldDistribution:
             model.learn(16)
         assert th.equal(vector(model), before)
 
-    def test_a_loop_of_the_users(self, kwargs: dict[str, Any]) -> None:
+    def test_the_users_own_loop(self, kwargs: dict[str, Any]) -> None:
         model = cartpole(**kwargs)
         model._setup_learn(16, None)
         collect_by_hand(model)
@@ -580,7 +580,7 @@ class TestRolloutsWithoutTheOldDistribution:
         assert model._n_updates == 1
 
     @pytest.mark.parametrize("without", [range(16), [0], [15], [3, 4]])
-    def test_after_a_rollout_with_it_none_of_its_rows_are_used(self, without: Any, kwargs: dict[str, Any]) -> None:
+    def test_rows_of_an_earlier_rollout_are_not_used(self, without: Any, kwargs: dict[str, Any]) -> None:
         model = cartpole(**kwargs).learn(16)
         assert "train/kl" in logged(model)
         model.logger.name_to_value.clear()
@@ -589,7 +589,7 @@ class TestRolloutsWithoutTheOldDistribution:
         model.train()
         assert "train/kl" not in logged(model)
 
-    def test_a_later_rollout_of_our_own_has_it_again(self, kwargs: dict[str, Any]) -> None:
+    def test_a_later_rollout_by_collect_rollouts_has_it_again(self, kwargs: dict[str, Any]) -> None:
         model = cartpole(**kwargs)
         model._setup_learn(16, None)
         collect_by_hand(model)
@@ -653,7 +653,7 @@ class TestLostEpisodes:
         model.learn(steps)
         return [record.message for record in caplog.records if "outside of Monitor" in record.message]
 
-    def test_a_time_limit_outside_of_monitor_is_named_once(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_a_time_limit_outside_of_monitor_warns_once(self, caplog: pytest.LogCaptureFixture) -> None:
         (message,) = self.warnings(lambda: TimeLimit(Monitor(gym.make("Pendulum-v1")), 5), caplog)
         assert "`rollout/ep_rew_mean` lacks them" in message
         assert message.endswith("Put Monitor outside of that wrapper, or use VecMonitor instead.")

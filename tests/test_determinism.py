@@ -60,7 +60,7 @@ ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "fused": ("FusedEngine", {"policy_kwargs": {"features_extractor_class": Doubling}}),
     "autograd": ("AutogradEngine", {"engine": "autograd"}),
 }
-"""The class that runs the updates, and the arguments by which it does."""
+"""Class of each engine, and the arguments that select it."""
 
 
 def all_weights(n_native_threads: int) -> dict[str, str]:
@@ -78,7 +78,7 @@ def all_weights(n_native_threads: int) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def of_two_processes() -> list[dict[str, str]]:
-    """They have other hashes of text, in which sets and old programs order it, and another number of threads."""
+    """Return the digests of two processes with different hash seeds and numbers of threads."""
     processes = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", __file__, n_threads],
@@ -149,7 +149,7 @@ def acrobots(mode: str) -> Callable[[], Any]:
 )
 def test_vectorised_environments_give_the_same_weights(first: Callable[[], Any], second: Callable[[], Any]) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of EnvPool's spaces, and of forks
+        warnings.simplefilter("ignore")  # about EnvPool's spaces and about forks
         models = [train(as_vec_env(make())) for make in (first, second)]
     assert weights_of(models[0]) == weights_of(models[1])
 

@@ -89,7 +89,7 @@ ALL: dict[str, tuple[Callable[[int], Distribution], int]] = {
 
 @pytest.mark.parametrize("name", ALL)
 class TestEveryDistribution:
-    def test_row_has_the_announced_width(self, name: str) -> None:
+    def test_row_has_the_width_of_dist_param_dim(self, name: str) -> None:
         make, width = ALL[name]
         assert dist_param_dim(make(0)) == width
         assert dist_params(make(0)).shape == (N_STATES, width)
@@ -101,13 +101,13 @@ class TestEveryDistribution:
         # exp(log(std)) differs from std by rounding
         th.testing.assert_close(kl, th.zeros_like(kl), rtol=0, atol=1e-14)
 
-    def test_kl_is_of_the_old_one_relative_to_the_new(self, name: str) -> None:
+    def test_kl_is_from_old_to_new(self, name: str) -> None:
         make, _ = ALL[name]
         there, back = kl_from_params(make(1), dist_params(make(0))), kl_from_params(make(0), dist_params(make(1)))
         assert (there > 0).all()
         assert not th.allclose(there, back)
 
-    def test_kl_is_the_expected_log_ratio_of_the_old_ones_actions(self, name: str) -> None:
+    def test_kl_is_the_expected_log_ratio_of_actions_of_the_old_policy(self, name: str) -> None:
         """Computed with SB3's own samples and log-probs, which do not use our rows; squashed ones with the Jacobian."""
         make, _ = ALL[name]
         old, new = make(0), make(1)
@@ -137,7 +137,7 @@ def sample(dist: Distribution) -> th.Tensor:
 
 
 def with_row(dist: Distribution, row: th.Tensor) -> Distribution:
-    """The same kind of distribution over parameters that can be differentiated."""
+    """Return the same type of distribution with parameters that have a gradient."""
     if isinstance(dist, MultiCategoricalDistribution | CategoricalDistribution | BernoulliDistribution):
         return dist.proba_distribution(row)
     mean, log_std = row.chunk(2, dim=-1)
@@ -292,8 +292,8 @@ class TestDerivedDistributions:
             model_with(dist, **kwargs)
 
     @pytest.mark.parametrize("kl_coef", [0.0, 1.0])
-    def test_the_same_where_the_object_makes_another_distribution(self, kl_coef: float) -> None:
-        """The type of SB3's object is known, that of torch's distribution is not."""
+    def test_an_object_that_makes_another_distribution(self, kl_coef: float) -> None:
+        """The type of SB3's object is known; that of torch's distribution in it is not."""
 
         def laplace(mean: th.Tensor, log_std: th.Tensor) -> Any:
             dist.distribution = td.Laplace(mean, log_std.exp() * th.ones_like(mean))
@@ -309,7 +309,7 @@ class TestDerivedDistributions:
         model.learn(32)
         assert "train/kl" not in model.logger.name_to_value
 
-    def test_the_same_between_rollout_and_update(self) -> None:
+    def test_a_distribution_that_is_replaced_between_rollout_and_update(self) -> None:
         class Change(BaseCallback):
             def _on_step(self) -> bool:
                 return True
@@ -371,6 +371,6 @@ class TestPolicies:
         obs = th.rand(N_STATES, 3)
         expected = dist_params(policy.get_distribution(obs)).detach()
         policy.get_distribution(th.rand(N_STATES, 3))
-        # As a policy whose own forward pass bypasses `action_dist` would leave it
+        # As after a forward pass that bypasses `action_dist`
         stale = policy.action_dist.distribution
         assert th.equal(dist_params(refreshed_dist(policy, obs, stale)), expected)

@@ -53,7 +53,7 @@ def test_observations_that_numpy_would_broadcast(
 
 
 @pytest.mark.parametrize("cls", [DummyVecEnv, FastDummyVecEnv])
-def test_one_key_of_a_dict_of_another_shape(cls: type[DummyVecEnv]) -> None:
+def test_a_dict_observation_with_one_key_of_another_shape(cls: type[DummyVecEnv]) -> None:
     space = spaces.Dict({"a": spaces.Box(-1, 1, (2,)), "b": spaces.Box(-1, 1, (3,))})
     venv = cls([partial(Faulty, gives({"a": np.zeros(2), "b": np.zeros(1)}), space=space)])
     with pytest.raises(ValueError, match=r"observations\['b'\] of its space's shape \(3,\), got \(1,\)"):
@@ -252,7 +252,7 @@ def weights(cls: type[Any], venv: VecEnv, engine: str) -> list[np.ndarray]:
     ],
     ids=["float64", "outside", "strided", "columns", "int", "bool", "lists", "bytes", "float dones"],
 )
-def test_what_sb3_takes_gives_sb3s_numbers(change: Any, theirs: Any) -> None:
+def test_steps_that_sb3_accepts_give_sb3s_weights(change: Any, theirs: Any) -> None:
     expected = weights(PPO, Bent(make(), theirs or change, at=0), "")
     for engine in ENGINES:
         # Float32 sums in another order, over 8 minibatches. Deliberate errors gave at least 1e-4.
@@ -278,7 +278,7 @@ def in_columns(obs: Any, rewards: Any, dones: Any, infos: Any) -> Any:
     ids=["(1, 4) for (4,)", "(2, 2) for (1, 2, 2)", "() for (1,)", "column of discrete"],
 )
 @pytest.mark.parametrize("normalizes", [False, True])
-def test_axes_of_length_one_give_sb3s_numbers(
+def test_axes_of_length_one_give_sb3s_weights(
     change: Any, space: spaces.Space[Any], column: bool, engines: tuple[str, ...], normalizes: bool
 ) -> None:
     def built(cls: type[DummyVecEnv] = DummyVecEnv) -> VecEnv:

@@ -58,7 +58,7 @@ def test_an_error_in_a_callback_is_raised_with_a_note_on_how_to_resume(tmp_path:
     check_resumes(tmp_path, make())
 
 
-def test_what_was_learned_since_the_last_checkpoint_is_written(
+def test_updates_after_the_last_checkpoint_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(
@@ -140,7 +140,7 @@ def test_a_full_disk_leaves_the_earlier_files(tmp_path: Path, monkeypatch: pytes
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_folders_that_cannot_be_written_to_are_refused_at_the_door(tmp_path: Path) -> None:
+def test_folders_that_cannot_be_written_to_are_refused_before_training(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     venv = make()
     for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/here")):

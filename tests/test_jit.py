@@ -37,7 +37,7 @@ def test_without_a_writable_folder_it_warns_and_works(
 
 @pytest.mark.slow
 def test_a_change_of_any_kernel_is_noticed(tmp_path: Path) -> None:
-    """numba's cache checks one file, and a kernel is made of several."""
+    """numba's cache checks one file, but a kernel consists of several."""
     package = Path(jit.__file__).parents[1]
     copied = tmp_path / "sb3_clipvf"
     for source in package.rglob("*.py"):
@@ -109,7 +109,7 @@ def trained(cache: Path, *engines: str) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_compiled_and_kept_kernels_train_the_same_weights(tmp_path: Path) -> None:
-    """In a process that compiles kernels, in one that reads them, and in one that lacks some of them."""
+    """In a process that compiles all kernels, in one that reads them, and in one that compiles some of them."""
 
     def kept() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb?")}

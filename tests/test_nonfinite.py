@@ -29,7 +29,7 @@ from sb3_clipvf.common.nonfinite import FLOAT32_MAX, MAX_UPDATES_WITH_SKIPS, Bad
 from sb3_clipvf.engines.autograd import AutogradEngine, _Snapshot
 from sb3_clipvf.engines.native import NativeEngine
 
-# "gpu": the autograd engine as it runs where reading a number makes the device wait.
+# "gpu": the autograd engine as it runs on devices where reading a number is slow.
 ENGINES = ["autograd", "gpu", "fused", "native", "two_threads"]
 BATCH = 10
 
@@ -49,7 +49,7 @@ class TestIsFinite:
         assert is_finite(np.full(40, FLOAT32_MAX, np.float32))
         assert not is_finite(np.array([1e39, -1e39]))
 
-    def test_integers_are(self) -> None:
+    def test_integers_are_finite(self) -> None:
         assert is_finite(np.array([2**62]))
         assert is_finite(np.zeros(0, np.float32))
 
@@ -58,12 +58,12 @@ class TestIsFinite:
 
 
 def spoil(buffer: Any, fault: str) -> None:
-    """Transition of environment 1 at step 2."""
+    """Make the transition of environment 1 at step 2 non-finite."""
     if fault == "advantage":
         buffer.advantages[2, 1] = np.nan
     elif fault == "return":
         buffer.returns[2, 1] = -np.inf
-    elif fault == "ratio, bad action":  # infinite, and the loss is, too
+    elif fault == "ratio, bad action":  # infinite, and so is the loss
         buffer.log_probs[2, 1] -= 200
         buffer.advantages[2, 1] = -100
     elif fault == "ratio, good action":  # the clipped loss is finite, but not its gradient: 0 times infinity
@@ -71,7 +71,7 @@ def spoil(buffer: Any, fault: str) -> None:
         buffer.advantages[2, 1] = 100
     elif fault == "old KL":
         buffer.dist_params[2, 1] = np.nan
-    else:  # finite, but not the square of its gradient's norm
+    else:  # finite, but the square of its gradient's norm is not
         buffer.returns[2, 1] = 1.5e19
 
 
@@ -87,7 +87,7 @@ WEIGHTS = dataclasses.replace(COEFFICIENTS, vf_coef=10.0)
 
 
 def state_of(policy: Any) -> dict[str, Any]:
-    """Weights, and the optimizer's moments and steps."""
+    """Return the weights, and the optimizer's moments and steps."""
     moments = {f"{n} {key}": value for n, s in enumerate(policy.optimizer.state.values()) for key, value in s.items()}
     return copy.deepcopy({**policy.state_dict(), **moments})
 
@@ -107,7 +107,7 @@ def engine_for(name: str, policy: Any, buffer: Any, **changes: Any) -> Any:
 
 
 def drawn_in(minibatch: int, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-    """A permutation in which the spoilt transition is in a certain minibatch."""
+    """Draw permutations in which the spoilt transition is in this minibatch, and return one."""
     order = np.roll(np.arange(N_STEPS * N_ENVS), -(1 * N_STEPS + 2) + minibatch * BATCH + 3)
     monkeypatch.setattr(np.random, "permutation", lambda _: order)
     return order
@@ -156,7 +156,7 @@ class TestUpdate:
         assert results[0][1] == results[1][1]
         assert all(math.isfinite(number) for number in results[0][1].values())
 
-    def test_where_all_are_bad_nothing_is_skipped(self, name: str) -> None:
+    def test_an_update_of_bad_minibatches_alone_raises(self, name: str) -> None:
         policy, buffer = make_case("box")
         buffer.advantages[:] = np.inf
         before = copy.deepcopy(policy.state_dict())
@@ -169,7 +169,7 @@ class TestUpdate:
     ) -> None:
         policy, buffer = make_case("box")
         engine = engine_for(name, policy, buffer, n_epochs=2, batch_size=30, on_nonfinite="skip")
-        # One huge step, after which all is too large
+        # One huge step, after which all numbers are too large
         policy.optimizer.param_groups[0]["lr"] = 1e30
         numbers = engine.update(buffer, COEFFICIENTS).read()
         assert math.isnan(numbers["approx_kl"])
@@ -207,7 +207,7 @@ class TestUpdate:
         assert all(math.isfinite(number) for number in numbers.values())
 
     def test_a_large_ratio_is_clipped(self, name: str) -> None:
-        """e^80 is a number: its gradient is cut off where the advantage is positive."""
+        """A ratio of e^80 is finite, and its gradient is 0 where the advantage is positive."""
         policy, buffer = make_case("box")
         buffer.log_probs[2, 1] -= 80
         buffer.advantages[2, 1] = 100
@@ -232,7 +232,7 @@ def test_the_reported_loss_is_the_checked_one(name: str) -> None:
         assert 1e39 < caught.value.terms["loss"] < math.inf
 
 
-# ------------------------------------------------------------------ where reading a number makes the device wait
+# ------------------------------------------------------------------ devices where reading a number is slow
 
 
 class TestDevice:
@@ -306,7 +306,7 @@ def without(buffer: Any, indices: np.ndarray) -> Any:
     return smaller
 
 
-def test_draws_of_sb3s_buffer_are_found_again() -> None:
+def test_draws_of_sb3s_buffer_are_found() -> None:
     policy, ours = make_case("box")
     buffer = RolloutBuffer(N_STEPS, ours.observation_space, ours.action_space, "cpu", n_envs=N_ENVS)
     for step in range(N_STEPS):
@@ -403,7 +403,7 @@ class TestStep:
     @pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
     @pytest.mark.parametrize("value", [np.nan, np.inf])
     def test_an_observation(self, engine: str, value: float, on_nonfinite: str) -> None:
-        """Infinity, too, which tanh turns into a number."""
+        """Infinity as well, which tanh turns into a finite number."""
         model = make("observation", engine=engine, value=value, on_nonfinite=on_nonfinite)
         error = error_of(model)
         assert (error.what, error.env_index, error.key, error.step, error.num_timesteps) == (
@@ -478,7 +478,7 @@ class FilledPolicy(ActorCriticPolicy):
     def extract_features(self, obs: Any, features_extractor: Any = None) -> Any:
         return super().extract_features(th.nan_to_num(obs, nan=-1.0, posinf=2.0), features_extractor)
 
-    def predict_values(self, obs: Any) -> th.Tensor:  # which calls the method of its base class
+    def predict_values(self, obs: Any) -> th.Tensor:  # calls `extract_features` of the base class
         return super().predict_values(th.nan_to_num(obs, nan=-1.0, posinf=2.0))
 
 
@@ -523,7 +523,7 @@ class TestMissingSensors:
         assert f"`{what}` of environment 1 must be finite, got nan at element [1]" in str(error)
 
     def test_one_whose_gradient_is_not_finite_is_named_by_the_update(self) -> None:
-        """tanh makes a number of infinity, and the gradient of the weights before it is none."""
+        """tanh of infinity is finite, but the gradient of the weights before it is NaN."""
         model = make("observation", value=np.inf, policy_kwargs={"features_extractor_class": Passing})
         error = error_of(model)
         assert (error.what, error.key, error.env_index, error.step) == ("grad_norm", "observations", 1, 5)
@@ -543,7 +543,7 @@ class TestMissingSensors:
         assert error.key == "advantages"
 
     @pytest.mark.parametrize("wrap", [VecNormalize, lambda env: VecNormalize(env, norm_obs=False)])
-    def test_statistics_that_it_has_spoiled_end_the_training(self, wrap: Any) -> None:
+    def test_non_finite_statistics_end_the_training(self, wrap: Any) -> None:
         model = make("observation", wrap=wrap, policy_kwargs={"features_extractor_class": Filled})
         if wrap is not VecNormalize:  # there are none
             model.learn(48)
@@ -642,7 +642,7 @@ class TestTraining:
         assert (error.what, error.key, error.env_index, error.step) == ("value_loss", "returns", 1, 2)
         assert np.isinf(arrays_of(error)["returns"]).sum() == 1
 
-    def test_overflow_without_a_culprit(self) -> None:
+    def test_overflow_without_a_single_cause(self) -> None:
         def enlarge(model: Any) -> None:
             model.rollout_buffer.returns[:] = 1e25
 
@@ -671,7 +671,7 @@ class TestTraining:
         assert model.logger.name_to_value["train/skipped_minibatches"] == 0
         assert "train/skipped_minibatches" not in make().learn(24, log_interval=None).logger.name_to_value
 
-    def test_skipping_ends_after_some_updates_in_a_row(self) -> None:
+    def test_skipping_in_too_many_updates_in_a_row_raises(self) -> None:
         model = make(on_nonfinite="skip")
         error = error_of(model, 24 * 100, callback=At(infinite_return))
         assert error.num_timesteps == 24 * (MAX_UPDATES_WITH_SKIPS + 1)
@@ -690,7 +690,7 @@ class TestTraining:
         loaded = ClipPPO.load(tmp_path / "model", device="cpu")
         assert (loaded.on_nonfinite, loaded._updates_with_skips) == ("skip", 2)
 
-    def test_skipping_ends_where_nothing_is_left(self) -> None:
+    def test_skipping_all_minibatches_raises(self) -> None:
         error = error_of(make(on_nonfinite="skip"), callback=At(infinite_advantages))
         assert error.num_timesteps == 24
         assert "all minibatches of the update were skipped" in str(error)
@@ -813,7 +813,7 @@ class TestFile:
         assert "Its arrays could not be written to a file" in str(error)
 
 
-def test_the_native_engine_acted_here() -> None:
+def test_the_native_engine_flags_non_finite_observations() -> None:
     """Otherwise the tests above would not use its check."""
     model = make().learn(24)
     assert isinstance(model._engine, NativeEngine)

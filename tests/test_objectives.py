@@ -155,7 +155,7 @@ class TestKL:
         # d KL / d logit_i = q_i - p_i
         assert grad.tolist() == pytest.approx([-0.25, 0.25, 0], abs=EXACT)
 
-    def test_an_action_that_became_impossible_makes_it_infinite(self) -> None:
+    def test_an_action_that_became_impossible_makes_the_kl_infinite(self) -> None:
         assert objectives.categorical_kl(f64(0, 0), f64(0, -math.inf)).item() == math.inf
 
     def test_multi_categorical_golden(self) -> None:
@@ -190,7 +190,7 @@ class TestKL:
         )
         assert kl.tolist() == pytest.approx([first + second], abs=EXACT)
 
-    def test_equal_distributions_have_none(self) -> None:
+    def test_equal_distributions_have_a_kl_of_zero(self) -> None:
         x, log_std = randn(4, 6), randn(4, 6, seed=1)
         for kl in (
             objectives.categorical_kl(x, x),
@@ -229,7 +229,7 @@ class TestKL:
         assert th.autograd.gradcheck(lambda x: objectives.bernoulli_kl(old, x), new)
         assert th.autograd.gradcheck(lambda m, s: objectives.gaussian_kl(old, old_log_std, m, s), (new, log_std))
 
-    def test_gradient_is_zero_where_the_update_starts(self) -> None:
+    def test_gradient_is_zero_at_equal_distributions(self) -> None:
         """The penalty does not disturb the first step: KL has its minimum at pi_old."""
         x = randn(3, 4).requires_grad_()
         (grad,) = th.autograd.grad(objectives.categorical_kl(x.detach(), x).sum(), x)
@@ -336,7 +336,7 @@ class TestEntropy:
     def test_golden(self) -> None:
         assert objectives.entropy_loss(f64(1, 2, 6), f64(0, 0, 0)).item() == -3
 
-    def test_without_a_closed_form_the_log_prob_stands_in(self) -> None:
+    def test_without_a_closed_form_log_prob_replaces_it(self) -> None:
         # -log_prob is 1, 2, 6
         assert objectives.entropy_loss(None, f64(-1, -2, -6)).item() == -3
         assert gradient(lambda log_prob: objectives.entropy_loss(None, log_prob), -1, -2) == [0.5, 0.5]

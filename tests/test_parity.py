@@ -149,7 +149,7 @@ def test_three_updates_give_the_weights_of_sb3(case: str) -> None:
 
 @pytest.mark.parametrize("calls", [[36], [12, 12, 12]])
 def test_defaults_learn_as_sb3s_in_one_call_or_in_many(calls: list[int]) -> None:
-    """A schedule as the default would end with each call, and update at 0 where it collects one rollout."""
+    """A default schedule would end with each call: a call of one rollout would update with a rate of 0."""
     arguments: dict[str, Any] = {"n_steps": 12, "batch_size": 12, "n_epochs": 2, "seed": 0, "device": "cpu"}
     models: list[Any] = []
     for algorithm, engine in ((PPO, {}), (ClipPPO, {"engine": "autograd"})):

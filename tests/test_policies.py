@@ -577,7 +577,7 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 
 def test_copies_need_no_detached_graph() -> None:
-    """The distribution of the last pass hangs on a graph; copying must neither fail on it nor keep it."""
+    """The distribution of the last pass is part of a graph, which cannot be copied: copies omit it."""
     policy = make_policy()
     obs = th.randn(4, 3)
     policy.evaluate_actions(obs, th.zeros(4, 2))

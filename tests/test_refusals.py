@@ -144,7 +144,7 @@ def test_single_arguments(name: str, value: Any, error: type[Exception], rule: s
         ("rollout_buffer_kwargs", {"gamma": 0.5}, "TensorRolloutBuffer (dist_param_dim"),
     ],
 )
-def test_keys_that_a_part_does_not_take(name: str, kwargs: dict[str, Any], taker: str) -> None:
+def test_unknown_keys_of_policy_and_buffer(name: str, kwargs: dict[str, Any], taker: str) -> None:
     with refused(TypeError, f"`{name}` must hold arguments of {taker}", f"got {next(iter(kwargs))!r} in it"):
         make(**{name: kwargs})
 
@@ -410,7 +410,7 @@ class TestEnvironments:
     )
     def test_observation_spaces(self, space: spaces.Space[Any]) -> None:
         policy = "MultiInputPolicy" if isinstance(space, spaces.Dict) else "MlpPolicy"
-        # SB3's own tests look for a NotImplementedError
+        # SB3's own tests expect a NotImplementedError
         for error in (ValueError, NotImplementedError):
             with refused(
                 error,
@@ -465,7 +465,7 @@ class TestEnvironments:
     def test_the_suggested_changes_train(self, wrap: Callable[[], gym.Env[Any, Any]]) -> None:
         make(wrap()).learn(8)
 
-    def test_own_parts_may_read_what_sb3s_cannot(self) -> None:
+    def test_the_users_policies_may_read_what_sb3s_cannot(self) -> None:
         make(Still(spaces.Box(-1, 1, ())), policy_kwargs={"features_extractor_class": Columns}).learn(8)
         make(Still(spaces.Box(-1, 1, ())), OwnColumns).learn(8)
         make(Still(spaces.Discrete(3, start=5)), OwnReading).learn(8)
@@ -473,7 +473,7 @@ class TestEnvironments:
             make(Still(spaces.Box(-1, 1, ())), policy_kwargs={"features_extractor_class": NatureCNN})
 
     @pytest.mark.parametrize("name", ["cartpole", "sync", "wrapped", "atari", "envpool", "envpool of gym"])
-    def test_vectorised_environments_are_sent_to_the_adapter(self, name: str) -> None:
+    def test_the_error_for_vectorised_environments_names_the_adapter(self, name: str) -> None:
         env = vectorised(name)
         for use in (make, make().set_env, lambda env: ClipPPO.load(io.BytesIO(self.saved()), env=env)):
             with refused(
@@ -499,7 +499,7 @@ class TestEnvironments:
 
     def test_environments_of_openai_gym_are_converted_as_in_sb3(self, monkeypatch: pytest.MonkeyPatch) -> None:
         class Old:
-            """Has spaces of another library, whose names are those of Gymnasium's."""
+            """Has spaces of another library, with the names of Gymnasium's."""
 
             observation_space = action_space = type("Discrete", (), {"__repr__": lambda _: "Discrete(2)"})()
             converted = Still(action_space=spaces.Discrete(2))
@@ -536,7 +536,7 @@ class TestEnvironments:
 
 
 class Columns(BaseFeaturesExtractor):
-    """Takes observations without a dimension."""
+    """Accepts observations without a dimension."""
 
     def __init__(self, observation_space: spaces.Space[Any]) -> None:
         super().__init__(observation_space, 1)

@@ -164,7 +164,7 @@ def make_host(name: str, **kwargs: Any) -> RolloutBuffer:
 
 
 def fill(buffer: Any, name: str, seed: int = 0, **extra: Any) -> None:
-    """One rollout of random steps, the same for each buffer; as `collect_rollouts` hands them over."""
+    """One rollout of random steps, the same for each buffer; as `collect_rollouts` passes them."""
     observation_space, action_space = CASES[name]
     rng = np.random.default_rng(seed)
     n_steps, n_envs = buffer.buffer_size, buffer.n_envs
@@ -225,7 +225,7 @@ class TestMinibatches:
         for epoch in epochs:
             assert th.equal(epoch.sort().values, th.as_tensor(buffer.values).flatten().sort().values)
 
-    def test_in_order_follows_memory_and_leaves_the_random_state(self) -> None:
+    def test_in_order_follows_memory_and_keeps_the_random_state(self) -> None:
         buffer = make(dist_param_dim=2)
         fill(buffer, "box", dist_params=th.rand(N_ENVS, 2))
         np.random.seed(0)
@@ -270,7 +270,7 @@ class TestMinibatches:
         assert (buffer.pos, buffer.observations[0].sum()) == (1, 6)
 
     @pytest.mark.parametrize("size", [(3, 3), (20, 3), (7, 1)])
-    def test_a_size_that_is_assigned_counts_from_the_next_reset_on_as_in_sb3(self, size: tuple[int, int]) -> None:
+    def test_an_assigned_size_takes_effect_at_the_next_reset_as_in_sb3(self, size: tuple[int, int]) -> None:
         buffer = make()
         fill(buffer, "box")
         buffer.buffer_size, buffer.n_envs = size
@@ -321,8 +321,8 @@ class TestMinibatches:
             expected = th.as_tensor(changed).flatten(0, 1).to(drawn.dtype)
             assert th.equal(*(rows.reshape(len(drawn), -1).sort(0).values for rows in (drawn, expected)))
 
-    def test_samples_by_index_follow_assigned_arrays_and_those_in_place_where_copies_are_forgotten(self) -> None:
-        """Where the buffer's device is not the CPU, all tensors are copies, as integer actions are here."""
+    def test_samples_by_index_follow_assigned_arrays_and_after_forget_copies_changed_ones(self) -> None:
+        """Integer actions are copies here, as all tensors are if the buffer's device is not the CPU."""
         buffer = make("multi_binary")
         fill(buffer, "multi_binary")
         indices = np.arange(4)
@@ -390,7 +390,7 @@ class TestMemory:
         buffer.reset()
         assert buffer.observations.ctypes.data == address  # type: ignore[union-attr]
 
-    def test_what_does_not_fit_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_rollout_that_does_not_fit_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         buffer = make(n_steps=1000)
         monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=buffer.nbytes - 1))
         message = (
@@ -429,14 +429,14 @@ class TestMemory:
         monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=buffer.nbytes))
         buffer.check_memory()
         buffer.reset()
-        # What is held already needs no more
+        # Memory that is allocated already is not counted again
         monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=0))
         buffer.check_memory()
         buffer.reset()
 
 
 class TestOldDistribution:
-    def test_rows_travel_with_their_transitions(self) -> None:
+    def test_rows_belong_to_their_transitions(self) -> None:
         buffer = make("discrete", dist_param_dim=1)
         observation_space, action_space = CASES["discrete"]
         buffer.reset()
@@ -458,7 +458,7 @@ class TestOldDistribution:
             assert th.equal(batch.old_dist_params[:, 0], batch.old_values + 0.25)
             assert not batch.old_dist_params.requires_grad
 
-    def test_a_rollout_without_them_holds_none_not_those_of_the_rollout_before(self) -> None:
+    def test_a_rollout_without_them_does_not_keep_those_of_the_previous_one(self) -> None:
         buffer = make(dist_param_dim=4)
         held = []
         for dist_params in ({"dist_params": th.ones(N_ENVS, 4)}, {}, {"dist_params": th.ones(N_ENVS, 4)}):
@@ -466,7 +466,7 @@ class TestOldDistribution:
             held.append((buffer.has_dist_params, next(buffer.get()).old_dist_params is not None))
         assert held == [(True, True), (False, False), (True, True)]
 
-    def test_none_are_stored_where_none_are_wanted(self) -> None:
+    def test_none_are_stored_with_a_width_of_zero(self) -> None:
         buffer = make()
         fill(buffer, "box", dist_params=th.zeros(N_ENVS, 4))
         assert next(buffer.get()).old_dist_params is None
@@ -478,7 +478,7 @@ def test_minibatch_begins_with_sb3s_fields() -> None:
     assert MiniBatch._fields[:6] == RolloutBufferSamples._fields
 
 
-def test_a_filled_buffer_survives_pickle() -> None:
+def test_a_filled_buffer_can_be_pickled() -> None:
     """Callbacks save buffers; the copy draws the same minibatches."""
     buffer = make("dict")
     fill(buffer, "dict")

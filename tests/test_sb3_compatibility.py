@@ -18,7 +18,7 @@ N_STEPS = 12
 
 
 class Counter(gym.Env[np.ndarray, Any]):
-    """Counts to three; the observation is the count, of the dtype that is asked for."""
+    """Counts to three; the observation is the count, in the given dtype."""
 
     def __init__(self, dtype: Any = np.float32, action_space: spaces.Space[Any] | None = None) -> None:
         self.observation_space = spaces.Box(0, 9, (2,), dtype)
@@ -97,7 +97,7 @@ def test_actions_that_do_not_count_from_zero_are_refused() -> None:
         make(DummyVecEnv([lambda: Counter(action_space=spaces.Discrete(2, start=5))]))
 
 
-def test_a_callback_that_stops_leaves_the_model_where_the_environment_is() -> None:
+def test_after_a_callback_stopped_the_model_has_the_environments_observation() -> None:
     model = make(DummyVecEnv([Counter]))
     model.learn(N_STEPS, callback=lambda local, _: local["n_steps"] < 1)
     assert model._last_obs is not None
@@ -125,7 +125,7 @@ def test_passing_what_the_file_holds_keeps_the_controllers_state(tmp_path: Any) 
     assert betas == [2.0, 2.0, 3.0, 5.0]
 
 
-def test_a_file_of_another_algorithm_names_all_that_it_does_not_hold(tmp_path: Any) -> None:
+def test_a_warning_names_the_arguments_that_another_algorithms_file_lacks(tmp_path: Any) -> None:
     A2C("MlpPolicy", DummyVecEnv([Counter])).save(tmp_path / "a2c")
     with pytest.warns(UserWarning, match="clip_range=0.2, clip_range_vf=None"):
         model = ClipPPO.load(tmp_path / "a2c")

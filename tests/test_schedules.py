@@ -67,7 +67,7 @@ class TestSchedules:
             return np.float32(0.5)
 
         value = make_schedule(schedule, "ent_coef")(-0.1)
-        # Clamped, and not once before
+        # Clamped, and not called before
         assert seen == [0.0]
         # NumPy scalars would end up in the optimizer and in the saved file
         assert type(value) is float
@@ -78,7 +78,7 @@ class TestSchedules:
     @pytest.mark.parametrize(
         "schedule", [ConstantSchedule(0.5), LinearSchedule(0.5), CosineSchedule(0.5), ExponentialSchedule(0.5)]
     )
-    def test_schedules_are_values(self, schedule: Any) -> None:
+    def test_schedules_are_immutable_and_can_be_pickled(self, schedule: Any) -> None:
         copy = pickle.loads(pickle.dumps(schedule))
         assert copy == schedule
         assert copy(0.3) == schedule(0.3)
@@ -109,12 +109,12 @@ class TestSchedules:
         "value",
         ["lin_0.1", "exp_0.1", lambda p: 0.1, LinearSchedule(0.1), FloatSchedule(lambda p: 0.1)],
     )
-    def test_what_may_change_is_not_constant(self, value: Any) -> None:
+    def test_schedules_that_may_change_are_not_constant(self, value: Any) -> None:
         assert not is_constant(value)
 
 
 class TestScheduleOf:
-    def test_it_is_built_again_only_when_the_value_is_replaced(self) -> None:
+    def test_a_schedule_is_built_again_only_when_its_value_is_replaced(self) -> None:
         cache: dict[str, Any] = {}
         first = schedule_of("lin_0.2", "clip_range", cache)
         assert schedule_of("lin_0.2", "clip_range", cache) is first
@@ -182,7 +182,7 @@ class TestBadSchedules:
         assert make_schedule(function, "clip_range")(1.0) in (0.5, 1.0)
 
     @pytest.mark.parametrize("bad", [-1e-9, math.nan, math.inf, -math.inf])
-    def test_functions_that_leave_the_range(self, bad: float) -> None:
+    def test_functions_with_values_out_of_range(self, bad: float) -> None:
         message = r"`ent_coef` must be at least 0 and finite, got .* from <function .* at progress_remaining="
         with pytest.raises(ValueError, match=message + r"1\. Correct the function\."):
             make_schedule(lambda p: bad, "ent_coef")(1.0)
@@ -206,7 +206,7 @@ class TestAdaptiveKL:
             (2.25, 4.0),  # d > 1.5 d_targ is strict
             (2.251, 8.0),
             (math.inf, 8.0),
-            (math.nan, 8.0),  # the policy left every bound: that is too large
+            (math.nan, 8.0),  # the KL overflowed: too large
         ],
     )
     def test_rule(self, kl: float, beta: float) -> None:
@@ -225,7 +225,7 @@ class TestAdaptiveKL:
         state = AdaptiveKL(beta=1.0, target=0.01)
         assert (state.beta_min, state.beta_max) == (1e-6, 1e6)
 
-    def test_it_is_a_value(self) -> None:
+    def test_it_is_immutable_and_can_be_pickled(self) -> None:
         with pytest.raises(AttributeError, match="cannot assign"):
             self.STATE.beta = 1.0  # type: ignore[misc]
         assert pickle.loads(pickle.dumps(self.STATE)) == self.STATE
@@ -273,7 +273,7 @@ class TestMakeController:
     def test_without_a_target_there_is_none(self, kind: Any) -> None:
         assert make_controller(kind, kind(0.1, 0.01), None, LinearSchedule(3e-4)) is None
 
-    def test_it_starts_where_the_schedule_does(self, kind: Any) -> None:
+    def test_it_starts_at_the_schedules_initial_value(self, kind: Any) -> None:
         assert make_controller(kind, None, 0.01, LinearSchedule(3e-4)) == kind(3e-4, 0.01)
 
     def test_a_kept_one_changes_only_its_target(self, kind: Any) -> None:

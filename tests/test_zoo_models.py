@@ -131,7 +131,7 @@ def test_runs_with_null_keys_are_read(command: str, run: Path, monkeypatch: pyte
         ({"load_last_checkpoint": True}, "checkpoints/checkpoint_9.zip"),
     ],
 )
-def test_the_model_asked_for_decides(options: dict[str, object], file: str, tmp_path: Path) -> None:
+def test_options_select_the_model_file(options: dict[str, object], file: str, tmp_path: Path) -> None:
     others = ["0.monitor.csv", "checkpoints/nothing", *(["E-v0.zip"] if options else [])]
     for path in (f"E-v0_1/{file}", *(f"E-v0_2/{name}" for name in others)):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)

@@ -272,7 +272,7 @@ def test_monitors_have_the_arguments_that_the_zoo_adds(
     assert (tmp_path / "0.monitor.csv").read_text() == rows
 
 
-def test_environments_in_processes_can_be_asked_for_their_state(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_of_environments_in_processes_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ClipPPOExperimentManager, "checkpoint_freq", 10)
     managers = [
         ClipPPOExperimentManager(Namespace(), "clipppo", "CartPole-v1", "logs", vec_env_type=kind)
@@ -286,7 +286,7 @@ def test_environments_in_processes_can_be_asked_for_their_state(monkeypatch: pyt
     assert wrappers[1] is None
 
 
-def test_a_complete_run_is_left_as_it_is(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_complete_run_is_not_changed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert resume(run) == 0
     assert f"{run.resolve()} is complete, with 1280 steps" in capsys.readouterr().out
@@ -517,6 +517,6 @@ def test_the_error_for_a_missing_model_lists_the_checkpoints(
     assert f"`sb3-clipvf train --resume {cut}`" in error
 
 
-def test_a_run_that_has_ended_is_not_to_be_resumed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_error_for_a_run_that_has_ended_does_not_name_resume(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert enjoy("--load-checkpoint 300") == 2
     assert capsys.readouterr().err.splitlines()[0].endswith("or `--load-checkpoint 1280` takes one.")

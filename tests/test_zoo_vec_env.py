@@ -153,7 +153,7 @@ class TestSettings:
         train, _ = make("gymnasium", "Pendulum-v1", {**ENTRY, **kwargs})
         assert train.get_attr("g") == [5.0, 5.0]
 
-    def test_gymnasium_streams_as_the_zoos_own(self, make: Callable[..., Any]) -> None:
+    def test_gymnasium_gives_the_same_steps_as_the_zoo(self, make: Callable[..., Any]) -> None:
         train, _ = make("gymnasium", "Pendulum-v1", ENTRY)
         reference, _ = make(None, "Pendulum-v1", ENTRY)
         assert isinstance(reference, DummyVecEnv)
