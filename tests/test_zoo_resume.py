@@ -105,7 +105,7 @@ def _ended(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def check_resumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was not interrupted."""
     folder = tmp_path_factory.mktemp("whole")
     assert _train(folder) == 0

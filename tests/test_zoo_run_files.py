@@ -93,7 +93,7 @@ def hostile_statistics(run: Path, mark: Path) -> str:
     (run / "CartPole-v1" / "vecnormalize.pkl").write_bytes(hostile.os_system(mark))
     best = run / "best_model.zip"
     hostile.pack(best, {**hostile.entries_of(best), "vecnormalize.pkl": hostile.os_system(mark)})
-    return "vecnormalize.pkl must hold only classes"
+    return r"vecnormalize\.pkl( in \S+best_model\.zip)? must hold only classes"
 
 
 def hostile_config(run: Path, mark: Path) -> str:
