@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecFram
 
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.envs import FastDummyVecEnv
-from sb3_clipvf.envs.envpool import EnvPoolVecEnv, SpareEnvPoolVecEnv
+from sb3_clipvf.envs.envpool import EnvPoolVecEnv, SparedEnvPoolVecEnv
 from sb3_clipvf.envs.gymnasium_vector import AtariVecEnv, CartPoleVecEnv, SeparateVecEnv
 from sb3_clipvf.zoo import main, register
 from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
@@ -83,7 +83,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
 
 
 class TestTraining:
-    @pytest.mark.parametrize(("vec_env", "cls"), [("gymnasium", CartPoleVecEnv), ("envpool", SpareEnvPoolVecEnv)])
+    @pytest.mark.parametrize(("vec_env", "cls"), [("gymnasium", CartPoleVecEnv), ("envpool", SparedEnvPoolVecEnv)])
     def test_end_to_end(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vec_env: str, cls: type[Any]) -> None:
         if vec_env == "envpool":
             pytest.importorskip("envpool")
@@ -120,7 +120,7 @@ class TestSettings:
         entry = {**ENTRY, "normalize": True, "frame_stack": 2, "vec_env_wrapper": f"{__name__}.Halved"}
         train, evaluation = make("envpool", "Pendulum-v1", entry)
         wrappers = [train, train.venv, train.venv.venv, train.venv.venv.venv]
-        for wrapper, cls in zip(wrappers, (VecFrameStack, VecNormalize, Halved, SpareEnvPoolVecEnv), strict=True):
+        for wrapper, cls in zip(wrappers, (VecFrameStack, VecNormalize, Halved, SparedEnvPoolVecEnv), strict=True):
             assert isinstance(wrapper, cls)
         assert train.observation_space == evaluation.observation_space
         assert type(evaluation.unwrapped) is FastDummyVecEnv

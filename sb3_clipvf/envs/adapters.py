@@ -10,7 +10,7 @@ from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_clipvf.envs.envpool import EnvPoolVecEnv, SpareEnvPoolVecEnv
+from sb3_clipvf.envs.envpool import EnvPoolVecEnv, SparedEnvPoolVecEnv
 from sb3_clipvf.envs.gymnasium_vector import AtariVecEnv, CartPoleVecEnv, GymnasiumVecEnv, SeparateVecEnv
 from sb3_clipvf.envs.vector import BatchedVecEnv
 
@@ -47,7 +47,7 @@ def as_vec_env(
                 f"`spares` must be False for {type(env).__name__}, got True: only an EnvPool can step a part of "
                 "its environments. Omit it."
             )
-        adapter = SpareEnvPoolVecEnv
+        adapter = SparedEnvPoolVecEnv
     return adapter(env, clip_rewards=clip_rewards, monitor_path=monitor_path)
 
 

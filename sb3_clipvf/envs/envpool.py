@@ -86,7 +86,7 @@ class EnvPoolVecEnv(BatchedVecEnv):
         return np.asarray(self.env.render(np.arange(self.num_envs)))
 
 
-class SpareEnvPoolVecEnv(EnvPoolVecEnv):
+class SparedEnvPoolVecEnv(EnvPoolVecEnv):
     """
     SB3's ``VecEnv`` over an EnvPool with two environments per row: one plays, one waits, already reset.
 
