@@ -78,7 +78,7 @@ def test_the_version_is_written(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_an_unknown_sub_command_is_refused(name: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name]) == 2
-    assert capsys.readouterr().err == f"sb3-clipvf: `{name}` is not one of its sub-commands. {hint}\n"
+    assert capsys.readouterr().err == f"sb3-clipvf: `{name}` is not a sub-command. {hint}\n"
 
 
 @pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if "rl_zoo3" in command.target])
@@ -115,7 +115,7 @@ def test_our_own_sub_command_gets_its_options(monkeypatch: pytest.MonkeyPatch) -
 def test_the_module_is_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "sb3_clipvf", "nope"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "is not one of its sub-commands" in done.stderr
+    assert "is not a sub-command" in done.stderr
 
 
 def test_the_command_ends_quietly_if_its_output_is_closed() -> None:
@@ -162,7 +162,7 @@ def test_an_unknown_environment_is_one_line(in_empty_folder: Path, capsys: pytes
     ("options", "message"),
     [
         ("-params n_steps=64", "`-params` must be pairs of key and value with a colon, got 'n_steps=64'"),
-        ("-params policy:MlpPolicy", "`-params` must have Python as values, got 'policy:MlpPolicy'"),
+        ("-params policy:MlpPolicy", "`-params` must have Python values, got 'policy:MlpPolicy'"),
         ("--env-kwargs length=3", "`--env-kwargs` must be pairs of key and value"),
         ("--eval-env-kwargs length", "`--eval-env-kwargs` must be pairs of key and value"),
         ("--gym-packages not_there", "`--gym-packages` must name modules that can be imported, got 'not_there'"),
@@ -204,7 +204,7 @@ def test_wrong_input_is_one_line(
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("sb3-clipvf train: ")
     assert message in lines[0]
-    assert lines[1:] == ["(SB3_CLIPVF_TRACEBACK=1 shows where.)"]
+    assert lines[1:] == ["(Set SB3_CLIPVF_TRACEBACK=1 to see the traceback.)"]
 
 
 def test_float_notation_and_modules_of_the_working_folder_are_accepted(
@@ -436,8 +436,8 @@ def test_benchmark_without_a_network_names_its_option(
     Path("logs").mkdir()
     assert main(["benchmark"]) == 2
     assert capsys.readouterr().err.splitlines()[0] == (
-        "sb3-clipvf benchmark: `--no-hub` must be given where the Hugging Face hub cannot be read, got: Name or "
-        "service not known. It evaluates the agents of `--log-dir` alone."
+        "sb3-clipvf benchmark: `--no-hub` must be given if the Hugging Face hub cannot be read, got: Name or "
+        "service not known. Pass it to evaluate only the agents of `--log-dir`."
     )
     assert utils.get_hf_trained_models is listed
 

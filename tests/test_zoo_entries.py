@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from sb3_clipvf.envs.episode_ends import EpisodeEnds
-from sb3_clipvf.zoo.entries import counted, drop_null, items, with_arguments
+from sb3_clipvf.zoo.entries import add_episode_ends, drop_null, items, with_arguments
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,6 @@ def test_null_keys_of_the_zoo_are_dropped_and_arguments_of_clipppo_kept() -> Non
 def test_episodes_are_counted_outside_of_wrappers_once(before: dict[str, Any], after: dict[str, Any]) -> None:
     entry = before.get("env_wrapper")
     for _ in range(2):
-        counted(before)
+        add_episode_ends(before)
         assert before == after
     assert EpisodeEnds not in items(entry)

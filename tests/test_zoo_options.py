@@ -190,7 +190,7 @@ def test_pairs_of_a_repeated_option_add_up() -> None:
         ("clip_range", r"a colon, got 'clip_range'. Write `key:value`."),
         ("clip_range:", r"a colon, got 'clip_range:'. Write `key:value`."),
         (":3", r"a colon, got ':3'"),
-        ("policy:MlpPolicy", r"NameError.* Text needs quotes of its own, .*: \"policy:'MlpPolicy'\"."),
+        ("policy:MlpPolicy", r"NameError.* Quote text inside the shell's quotes: \"policy:'MlpPolicy'\"."),
         ("clip_range_vf:null", r"NameError.* Write `clip_range_vf:None`."),
         ("use_sde:true", r"NameError.* Write `use_sde:True`."),
         ("gamma:1/0", "ZeroDivisionError"),

@@ -32,7 +32,7 @@ def _make_run(name: str, n_evaluations: int = 0, n_episodes: int = 5, n_training
 def _refused(command: str, capsys: pytest.CaptureFixture[str]) -> str:
     assert main(command.split()) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert lines[1:] == ["(SB3_CLIPVF_TRACEBACK=1 shows where.)"]
+    assert lines[1:] == ["(Set SB3_CLIPVF_TRACEBACK=1 to see the traceback.)"]
     return lines[0]
 
 
@@ -86,7 +86,7 @@ def test_evaluations_that_can_be_drawn_are(runs: list[dict[str, int]], options: 
 def test_what_one_folder_lacks_is_named_beside_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     _make_run("E-v0_1", 3)
     assert main("all_plots -e E-v0 -a clipppo ppo --no-display".split()) == 0
-    assert "logs/ppo has no evaluations of E-v0 to draw: 0.0 in the table means that" in capsys.readouterr().out
+    assert "logs/ppo has no evaluations of E-v0 to plot: the table shows 0.0 for it" in capsys.readouterr().out
 
 
 def test_a_file_of_one_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,9 +105,9 @@ def test_a_file_of_one_run_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize(
     ("results", "options", "message"),
     [
-        ({}, "", "of which the options leave nothing. It has no environments."),
-        ({"E": {"A": 0}}, "--keep-envs F", "of which the options leave nothing. It has E."),
-        ({"E": {"A": 0}}, "--skip-keys A", "of which the options leave nothing."),
+        ({}, "", "of which the options select none. It has no environments."),
+        ({"E": {"A": 0}}, "--keep-envs F", "of which the options select none. It has E."),
+        ({"E": {"A": 0}}, "--skip-keys A", "of which the options select none."),
         ({"E": {"A": 0}, "F": {}}, "", "got post.pkl without those in F"),
     ],
 )
@@ -125,7 +125,7 @@ def test_a_file_that_lacks_something_is_refused(
     ("n_training", "options", "message"),
     [
         (0, "", "of a run, 0 for E-v0, got 100"),
-        (150, "-y success", "must be something that the training of E-v0 logged, got 'success'"),
+        (150, "-y success", "must be a quantity that the training of E-v0 logged, got 'success'"),
         (99, "", "`--episode-window` must be at most the number of episodes of a run, 99 for E-v0, got 100"),
         (150, "-max 500", "`--episode-window` must be at most the number of episodes of a run, 50 for E-v0, got 100"),
     ],

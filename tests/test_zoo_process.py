@@ -7,13 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sb3_clipvf.zoo.process import (
-    ffmpeg_on_path,
-    has_display,
-    own_command,
-    own_subprocesses,
-    patched_environment,
-)
+from sb3_clipvf.zoo.process import ffmpeg_on_path, has_display, patched_environment, redirected, redirected_calls
 
 
 @pytest.mark.parametrize(
@@ -24,17 +18,17 @@ from sb3_clipvf.zoo.process import (
     ],
 )
 def test_the_zoos_subprocesses_become_ours(command: list[str], sub_command: str) -> None:
-    assert own_command(command) == [sys.executable, "-m", "sb3_clipvf", sub_command, "-n", "5"]
+    assert redirected(command) == [sys.executable, "-m", "sb3_clipvf", sub_command, "-n", "5"]
 
 
 def test_other_subprocesses_do_not_change() -> None:
-    assert own_command(["ls", "enjoy.py"]) == ["ls", "enjoy.py"]
-    assert own_command("python enjoy.py") == "python enjoy.py"
+    assert redirected(["ls", "enjoy.py"]) == ["ls", "enjoy.py"]
+    assert redirected("python enjoy.py") == "python enjoy.py"
 
 
 def test_subprocess_call_is_replaced_for_a_while() -> None:
     call = subprocess.call
-    with pytest.raises(KeyError, match="inside"), own_subprocesses():
+    with pytest.raises(KeyError, match="inside"), redirected_calls():
         assert subprocess.call is not call
         assert subprocess.call([sys.executable, "-c", "raise SystemExit(3)"]) == 3
         raise KeyError("inside")

@@ -2,7 +2,7 @@
 The console command ``sb3-clipvf``: the RL Zoo's own sub-commands with ClipPPO registered as ``clipppo``.
 
 The Zoo does the work. This module runs its scripts with the options, defaults and patches of this package, and reports
-errors of input in one line.
+input errors in one line.
 """
 
 import difflib
@@ -22,7 +22,7 @@ from sb3_clipvf.zoo.defaults import COMMANDS, Command
 from sb3_clipvf.zoo.errors import input_error
 from sb3_clipvf.zoo.parsing import add_trust_option, next_parser
 from sb3_clipvf.zoo.patching import replaced
-from sb3_clipvf.zoo.process import ffmpeg_on_path, figures_to_files, has_display, own_subprocesses, patched_environment
+from sb3_clipvf.zoo.process import ffmpeg_on_path, figures_to_files, has_display, patched_environment, redirected_calls
 from sb3_clipvf.zoo.registration import register
 
 PROGRAM = "sb3-clipvf"
@@ -32,12 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     Run one sub-command in this process.
 
-    An error about the user's input becomes one line on stderr. With ``SB3_CLIPVF_TRACEBACK=1`` it is raised, as any
-    other error is. An error of a training that has begun is always raised, with its notes.
+    An error about the user's input becomes one line on stderr. With ``SB3_CLIPVF_TRACEBACK=1`` it is raised, as all
+    other errors are. An error of a training that has begun is always raised, with its notes.
 
-    :param argv: Sub-command and its options; None takes the process's own.
-    :return: Exit code: 0 for success, 2 for an error of input, 141 if the reader of the output has gone, else the
-        sub-command's own.
+    :param argv: Sub-command and its options; None: ``sys.argv[1:]``.
+    :return: Exit code: 0 for success, 2 for an input error, 141 if stdout is a closed pipe, else the sub-command's own.
     """
     name, *options = (sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
@@ -51,11 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code or 0
     except Exception as error:
         if _is_closed_output(error):
-            return 141  # as of a command that SIGPIPE ends
+            return 141  # the shell's exit code of a command that SIGPIPE ended
         message = input_error(error)
         if message is None or os.environ.get("SB3_CLIPVF_TRACEBACK") == "1":
             raise
-        sys.stderr.write(f"{PROGRAM} {name}: {message}\n(SB3_CLIPVF_TRACEBACK=1 shows where.)\n")
+        sys.stderr.write(f"{PROGRAM} {name}: {message}\n(Set SB3_CLIPVF_TRACEBACK=1 to see the traceback.)\n")
         return 2
 
 
@@ -71,7 +70,7 @@ def run_command(name: str, options: Sequence[str]) -> int:
     else:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"Did you mean `{near[0]}`?" if near else f"`{PROGRAM} --help` lists them."
-        sys.stderr.write(f"{PROGRAM}: `{name}` is not one of its sub-commands. {hint}\n")
+        sys.stderr.write(f"{PROGRAM}: `{name}` is not a sub-command. {hint}\n")
         return 2
     return 0
 
@@ -104,7 +103,7 @@ def _run(name: str, command: Command, options: Sequence[str]) -> int:
             given, options = trust.parse_known_args(options)
             if vars(given):
                 stack.enter_context(patched_environment({TRUST_VARIABLE: "1"}, replace=True))
-        # Modules of the working folder come after installed ones. Where a module lies decides whether it is trusted.
+        # The working folder comes last, so that it hides no installed module: a module is trusted by its path.
         stack.enter_context(replaced(sys, "path", [*sys.path, os.getcwd()]))
         if module.startswith("sb3_clipvf."):
             stack.enter_context(next_parser(f"{PROGRAM} {name}", add_trust_option if command.loads else None))
@@ -120,7 +119,7 @@ def _run(name: str, command: Command, options: Sequence[str]) -> int:
 
 
 def _enter_contexts(stack: ExitStack, name: str, command: Command) -> None:
-    """Enter the contexts in which a script of the Zoo knows ClipPPO and its runs, and runs without a display."""
+    """Enter the contexts in which a script of the Zoo supports ClipPPO and its runs, and needs no display."""
     if not has_display():
         # MuJoCo fails at import where EGL is chosen and missing: choose it only where environments are drawn.
         drivers = {"MPLBACKEND": "Agg"} | ({"MUJOCO_GL": "egl"} if command.renders else {})
@@ -144,18 +143,18 @@ def _enter_contexts(stack: ExitStack, name: str, command: Command) -> None:
         stack.enter_context(explained_listing())
     if name == "push_to_hub":
         stack.enter_context(own_model_card())
-    stack.enter_context(own_subprocesses())
+    stack.enter_context(redirected_calls())
 
 
 def _is_closed_output(error: Exception) -> bool:
-    """Return whether the reader of stdout has gone, as ``head`` does; the rest of the output is then dropped."""
+    """Return whether stdout is a closed pipe, as after ``head``; if so, discard the rest of the output."""
     if not isinstance(error, BrokenPipeError) or getattr(error, "__notes__", None):
         return False
     try:
-        sys.stdout.write("\n")  # it may be another pipe, as that of an environment's process
+        sys.stdout.write("\n")  # the broken pipe may be another one, such as an environment worker's
         sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes it at its end.
+        # Python flushes stdout at exit, which must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
     return False

@@ -8,7 +8,7 @@ from typing import Any
 ALGORITHM = "clipppo"
 """The algorithm's name in the RL Zoo."""
 
-# The Zoo's own folder, rl-trained-agents, is a download of another project's agents.
+# Defaults of commands on runs. The Zoo's folder, rl-trained-agents, is a download of another project's agents.
 _OF_RUNS = {"algo": ALGORITHM, "folder": "logs"}
 
 
@@ -78,15 +78,14 @@ COMMANDS: dict[str, Command] = {
 
 def hyperparams_path() -> Path:
     """
-    Find the settings that come with the package.
+    Return the path of the settings that come with the package, ``clipppo.yml``.
 
-    :return: Path of ``clipppo.yml``.
     :raises FileNotFoundError: If the installation lacks the file.
     """
     path = Path(str(files("sb3_clipvf"))) / "hyperparams" / f"{ALGORITHM}.yml"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{ALGORITHM}.yml must come with sb3_clipvf, but {path} does not exist. Install the package again, or name "
+            f"{ALGORITHM}.yml must come with sb3_clipvf, but {path} does not exist. Install the package again, or pass "
             "a file of your own with `--conf-file`."
         )
     return path

@@ -10,11 +10,11 @@ ZOO_KEYS = frozenset(
 """Keys of the settings that the RL Zoo itself reads for an on-policy algorithm."""
 
 WRAPPER_FUNCTIONS = ("rl_zoo3.utils.flatten_dict_observations",)
-"""Functions that ``env_wrapper`` may name although they are no classes."""
+"""Functions, not classes, that ``env_wrapper`` may name."""
 
 
 def items(value: Any) -> list[Any]:
-    """Return an entry as a list: the list itself, none for None, or the single item."""
+    """Return an entry as a list: itself if it is one, an empty one for None, else one of a single item."""
     if value is None:
         return []
     return value if isinstance(value, list) else [value]
@@ -26,13 +26,13 @@ def with_arguments(value: Any) -> list[tuple[Any, Any]]:
 
 
 def drop_null(settings: dict[str, Any]) -> None:
-    """Remove null keys of the RL Zoo in place. ClipPPO's arguments stay: None may be a value of theirs."""
+    """Remove the RL Zoo's keys whose value is null, in place. ClipPPO's arguments stay, since they may be None."""
     for key in ZOO_KEYS & settings.keys():
         if settings[key] is None:
             del settings[key]
 
 
-def counted(settings: dict[str, Any]) -> None:
+def add_episode_ends(settings: dict[str, Any]) -> None:
     """Add :class:`EpisodeEnds` around all wrappers in place, since the RL Zoo puts them around ``Monitor``."""
     wrappers = items(settings.get("env_wrapper"))
     if wrappers and wrappers[-1] is not EpisodeEnds:

@@ -1,4 +1,4 @@
-"""Recognise errors of input, which the command reports in one line; other errors need their traceback."""
+"""Recognise input errors, which the command reports in one line; other errors need their traceback."""
 
 import importlib.util
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gymnasium.error import Error as GymnasiumError
 
-# Package, what its absence looks like in an error, and what to install.
+# Package, pattern of the errors that its absence causes, and requirement to install.
 _OPTIONAL_PACKAGES = (
     ("Box2D", r"box2d", "'sb3_clipvf[box2d]'"),
     ("mujoco", r"mujoco", "'sb3_clipvf[mujoco]'"),
@@ -25,7 +25,7 @@ _INPUT_CHECKERS = ("sb3_clipvf", "rl_zoo3", "stable_baselines3", "gymnasium", "h
 
 
 def input_error(error: Exception) -> str | None:
-    """Return the message of an error of input, or None for a fault."""
+    """Return the message of an input error, or None for an error that needs its traceback."""
     # An error of a training that has begun has notes: where it was raised matters more than a short message.
     if getattr(error, "__notes__", ()):
         return None
@@ -34,11 +34,11 @@ def input_error(error: Exception) -> str | None:
         return missing
     modules = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, (ImportError, OSError)):
-        # Python's own library raises these for its callers.
+        # The standard library raises these about its caller's arguments.
         modules = [name for name in modules if not _is_of_python(name)]
     if not (isinstance(error, _INPUT_ERRORS) and modules and _checks_input(Path(modules[-1]))):
         return None
-    # An OSError without a file was raised with a text for the user; its number adds nothing.
+    # An OSError without a file has a message for the user, to which its number adds nothing.
     if isinstance(error, OSError) and error.filename is None and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__
@@ -56,9 +56,9 @@ def _checks_input(module: Path) -> bool:
 
 
 def _missing_package(error: Exception) -> str | None:
-    """Return which optional package an error needs, and how to install it."""
+    """Return a message that names the missing optional package and how to install it, or None."""
     text = str(error)
-    # The Zoo looks an unknown environment up in a dict: KeyError. Other ValueErrors only mention what they name.
+    # The Zoo raises KeyError or this ValueError for an unknown environment. Other ValueErrors are about something else.
     if isinstance(error, ValueError):
         unknown = re.match(r"\S+ not found in gym registry", text)
         missing = unknown[0] if unknown else ""

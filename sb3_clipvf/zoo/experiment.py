@@ -30,7 +30,7 @@ from sb3_clipvf.checkpoint.file import sorted_checkpoints
 from sb3_clipvf.clip_ppo import ClipPPO
 from sb3_clipvf.envs import FastDummyVecEnv
 from sb3_clipvf.zoo.defaults import ALGORITHM, hyperparams_path
-from sb3_clipvf.zoo.entries import counted, drop_null
+from sb3_clipvf.zoo.entries import add_episode_ends, drop_null
 from sb3_clipvf.zoo.models import find_statistics, load_normalizer
 from sb3_clipvf.zoo.resume import ResumedRun
 from sb3_clipvf.zoo.run_folders import CHECKPOINTS
@@ -255,7 +255,7 @@ class ClipPPOExperimentManager(CheckedSearch):
         if self.algo != ALGORITHM:
             return super()._preprocess_hyperparams(hyperparams)
         coefficients = {key: hyperparams.pop(key) for key in _PREPROCESSED_BY_ZOO if key in hyperparams}
-        counted(hyperparams)
+        add_episode_ends(hyperparams)
         hyperparams, env_wrapper, callbacks, vec_env_wrapper = super()._preprocess_hyperparams(hyperparams)
         hyperparams.update(coefficients)
         # The Zoo evaluates without the `env_kwargs` of the settings.

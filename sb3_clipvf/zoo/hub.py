@@ -1,4 +1,4 @@
-"""The Hugging Face hub: model cards whose commands know ClipPPO, and errors of the RL Zoo's list of agents."""
+"""The Hugging Face hub: commands in model cards, and errors of the RL Zoo's list of agents."""
 
 import importlib
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from sb3_clipvf.zoo.patching import patched
 
 @contextmanager
 def own_model_card() -> Iterator[None]:
-    """Make ``rl_zoo3.push_to_hub`` run, and write a model card whose commands know ClipPPO."""
+    """Fix an import of ``rl_zoo3.push_to_hub``, and write this package's commands to its model cards."""
     # Not `from huggingface_sb3 import`: that name is a function there.
     push_to_hub = importlib.import_module("huggingface_sb3.push_to_hub")
     save = repocard.metadata_save
@@ -30,7 +30,7 @@ def own_model_card() -> Iterator[None]:
 
 
 def own_commands(card: str) -> str:
-    """Replace the RL Zoo's commands in the model card of a ClipPPO, since they do not know the algorithm."""
+    """Replace the RL Zoo's commands in the model card of a ClipPPO, since they do not support the algorithm."""
     if f"--algo {ALGORITHM} " not in card:
         return card
     card = card.replace("python -m rl_zoo3.", "python -m sb3_clipvf ")
@@ -39,7 +39,7 @@ def own_commands(card: str) -> str:
 
 @contextmanager
 def explained_listing() -> Iterator[None]:
-    """Name ``--no-hub`` if ``rl_zoo3.benchmark`` cannot list the agents of the Hugging Face hub."""
+    """Raise an error that names ``--no-hub`` if the agents of the Hugging Face hub cannot be listed."""
     listed = utils.get_hf_trained_models
 
     def list_models(*args: Any, **kwargs: Any) -> dict[str, tuple[str, str]]:
@@ -48,8 +48,8 @@ def explained_listing() -> Iterator[None]:
         except Exception as error:  # each version of huggingface_hub has its own errors
             text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise ConnectionError(
-                f"`--no-hub` must be given where the Hugging Face hub cannot be read, got: {text}. It evaluates the "
-                "agents of `--log-dir` alone."
+                f"`--no-hub` must be given if the Hugging Face hub cannot be read, got: {text}. Pass it to evaluate "
+                "only the agents of `--log-dir`."
             ) from error
 
     with patched(hub_models=list_models):

@@ -24,7 +24,7 @@ from sb3_clipvf.checkpoint.model_statistics import has_statistics, load_statisti
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.files.statistics import STATISTICS_FILE
 from sb3_clipvf.zoo.defaults import ALGORITHM
-from sb3_clipvf.zoo.entries import counted, drop_null
+from sb3_clipvf.zoo.entries import add_episode_ends, drop_null
 from sb3_clipvf.zoo.patching import patched
 from sb3_clipvf.zoo.run_files import read_settings
 from sb3_clipvf.zoo.run_folders import CHECKPOINTS, choose_run
@@ -105,7 +105,7 @@ def complete_settings(hyperparams: dict[str, Any], env_kwargs: dict[str, Any]) -
     """Complete a run's settings in place, so that the RL Zoo builds the environments of the training from them."""
     drop_null(hyperparams)
     hyperparams.setdefault("normalize", False)
-    counted(hyperparams)
+    add_episode_ends(hyperparams)
     for name, value in hyperparams.pop("env_kwargs", {}).items():
         env_kwargs.setdefault(name, value)
 

@@ -35,7 +35,7 @@ _CONSTANTS = {"true": "True", "false": "False", "none": "None", "null": "None"}
 
 @contextmanager
 def command_options(name: str) -> Iterator[None]:
-    """Give the parser that parses next the options, defaults and checks of a sub-command."""
+    """Add the options, defaults and checks of a sub-command to the parser that parses next in the context."""
     manager = ClipPPOExperimentManager
 
     def finish(parse_args: Callable[..., Namespace], options: Namespace) -> Namespace:
@@ -94,7 +94,7 @@ def _train_options(parse_args: Callable[..., Namespace], options: Namespace) -> 
         if manager.resumed.is_complete:
             sys.stdout.write(
                 f"{manager.resumed.folder} is complete, with {manager.resumed.num_timesteps} steps: nothing is left to "
-                "train. `-n` with more steps continues it.\n"
+                "train. Pass a larger `-n` to continue it.\n"
             )
             raise SystemExit
         options = parse_args(arguments)
@@ -102,8 +102,8 @@ def _train_options(parse_args: Callable[..., Namespace], options: Namespace) -> 
     if freq is not None and freq > 0 and (options.algo != ALGORITHM or options.optimize_hyperparameters):
         what = "a search of hyperparameters" if options.optimize_hyperparameters else f"--algo {options.algo}"
         raise ValueError(
-            f"`--checkpoint-freq` must be left out with {what}, got {freq}: whole trainings of {ALGORITHM} are "
-            "checkpointed. `--save-freq` saves models of every algorithm."
+            f"`--checkpoint-freq` must be left out with {what}, got {freq}: only trainings of {ALGORITHM} are "
+            "checkpointed. Use `--save-freq` to save models of any algorithm."
         )
     manager.checkpoint_freq = CHECKPOINT_FREQ if freq is None else freq
     if options.vec_env in VEC_ENVS:
@@ -133,18 +133,18 @@ def _pair(option: str, text: str) -> tuple[str, Any]:
     if _SCHEDULE.fullmatch(value):
         return key, value
     try:
-        return key, eval(value, dict(vars(utils)))  # as the Zoo does, with what it has imported
+        return key, eval(value, dict(vars(utils)))  # as the Zoo does, with the names that it has imported
     except Exception as error:
-        way_out = f"Text needs quotes of its own, inside those of the shell: \"{key}:'{value}'\"."
+        way_out = f"Quote text inside the shell's quotes: \"{key}:'{value}'\"."
         if value.lower() in _CONSTANTS:
             way_out = f"Write `{key}:{_CONSTANTS[value.lower()]}`."
         raise ValueError(
-            f"`{option}` must have Python as values, got {text!r}: {type(error).__name__}: {error}. {way_out}"
+            f"`{option}` must have Python values, got {text!r}: {type(error).__name__}: {error}. {way_out}"
         ) from error
 
 
 def check_options(options: Namespace) -> None:
-    """Check values that the RL Zoo does not check, or whose errors there do not name the option."""
+    """Check values that the RL Zoo does not check, or checks without naming the option."""
     given = vars(options)
     for name in _COUNTS:
         if given.get(name) is not None:
@@ -152,29 +152,29 @@ def check_options(options: Namespace) -> None:
     if given.get("n_timesteps", -1) != -1:
         check_int("--n-timesteps", given["n_timesteps"], 1, "Pass a number of environment steps.")
     if given.get("num_threads", -1) != -1:
-        check_int("--num-threads", given["num_threads"], 1, "Leave it out for PyTorch's own number.")
+        check_int("--num-threads", given["num_threads"], 1, "Omit it to use PyTorch's own number.")
     if "seed" in given:
-        # `train` draws a seed itself if it is negative.
+        # `train` draws a random seed if this one is negative.
         lowest = -MAX_SEED if "trained_agent" in given else 0
-        check_int("--seed", given["seed"], lowest, "Leave it out for the default.", MAX_SEED)
+        check_int("--seed", given["seed"], lowest, "Omit it to use the default.", MAX_SEED)
     if given.get("log_interval") == 0:
         raise ValueError(
             "`--log-interval` must not be 0, got 0. Pass the number of updates between two logs, -1 for the default, "
             "or -2 for no log."
         )
     if given.get("log_folder") == "":
-        raise ValueError("`--log-folder` must be a folder, got ''. `.` is the working folder.")
+        raise ValueError("`--log-folder` must be a folder, got ''. Use `.` for the working folder.")
     if "device" in given and given.get("algo") != ALGORITHM:  # ClipPPO checks its own
         check_device(given["device"])
     _check_study(given)
     for name in _FOLDERS:
         if given.get(name):
-            check_folder(option_name(name), given[name], "Name another one.")
+            check_folder(option_name(name), given[name], "Pass another one.")
     import_packages(given.get("gym_packages"), "--gym-packages")
 
 
 def _check_study(given: dict[str, Any]) -> None:
-    """Raise for a study that is neither searched nor read: the Zoo would ignore it."""
+    """Raise for an incomplete reference to a trial, which the Zoo would ignore."""
     if "trial_id" not in given or given.get("optimize_hyperparameters"):
         return
     parts = {name: given.get(name) for name in ("storage", "study_name", "trial_id")}
@@ -182,8 +182,8 @@ def _check_study(given: dict[str, Any]) -> None:
     if missing and len(missing) < len(parts):
         named = next(option_name(name) for name, value in parts.items() if value is not None)
         raise ValueError(
-            f"`{missing[0]}` must be given with `{named}`, got none. `--storage`, `--study-name` and `--trial-id` "
-            "together train with the settings of a trial; `-optimize` searches."
+            f"`{missing[0]}` must be given with `{named}`, got none. Pass `--storage`, `--study-name` and "
+            "`--trial-id` together to train with the settings of a trial, or `-optimize` to search."
         )
 
 
@@ -199,7 +199,7 @@ def _check_benchmark(options: Namespace) -> None:
             f"`--log-dir` must be a folder of trained agents, got {options.log_dir!r}, which does not exist. Train one "
             "with `sb3-clipvf train --env CartPole-v1`, or name another folder."
         )
-    # The Zoo writes its table there even if it evaluated nothing.
+    # The Zoo writes its table to this folder even if it has evaluated nothing.
     Path(options.benchmark_dir).mkdir(parents=True, exist_ok=True)
 
 

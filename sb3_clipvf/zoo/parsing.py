@@ -1,4 +1,4 @@
-"""Change an argparse parser before it parses: its errors become one line, and ``1e6`` is a whole number."""
+"""Change an argparse parser before it parses: errors become one line, and integer options accept ``1e6``."""
 
 import difflib
 import re
@@ -37,7 +37,7 @@ def next_parser(
             if prepare is not None:
                 prepare(parser)
             options = strict(parser, program).parse_args(*args, **kwargs)
-            if vars(options).pop("trust_pickle", False):  # written in full, it was taken before
+            if vars(options).pop("trust_pickle", False):  # in full, it was consumed before
                 raise ValueError("`--trust-pickle` must be written in full, got an abbreviation. Complete it.")
             return options if finish is None else finish(parser.parse_args, options)
 
@@ -67,7 +67,7 @@ def _reworded(parser: ArgumentParser, message: str) -> str:
 
 
 def whole_number(text: str) -> int:
-    """Read a whole number, also in the form ``1e6``."""
+    """Convert text to a whole number, also from the form ``1e6``."""
     with suppress(ValueError):
         return int(text)
     with suppress(ValueError):
@@ -82,8 +82,8 @@ def add_trust_option(parser: ArgumentParser) -> None:
         "--trust-pickle",
         action="store_true",
         default=SUPPRESS,
-        help="Let the files of models, statistics and settings that are loaded run any code; without it such files "
-        "are refused",
+        help="Load models, statistics and settings even if their files can run any code; without this option such "
+        "files are refused",
     )
 
 

@@ -1,8 +1,8 @@
 """
 Every attribute of another package that ``sb3-clipvf`` replaces while it runs: where, for which version, and why.
 
-The replacements stand in the modules of their concepts, and are put in here. ``tests/test_zoo_patching.py`` has a test
-for each patch that fails when its package no longer needs it.
+Each replacement is defined in the module of its concept and installed by this one. ``tests/test_zoo_patching.py`` has a
+test for each patch that fails when its package no longer needs it.
 """
 
 import importlib
@@ -40,7 +40,7 @@ PATCHES = {
     "new_manager": Patch(
         "rl_zoo3.exp_manager.ExperimentManager.__new__",
         _ZOO,
-        "All strings become linear schedules. Scripts take no subclass, and may have imported the class already.",
+        "All strings become linear schedules. Scripts accept no subclass, and may have imported the class already.",
     ),
     "parse_args": Patch("argparse.ArgumentParser.parse_args", _ZOO, "Scripts build their parsers inside functions."),
     # Files that can run any code as they are read
@@ -48,16 +48,16 @@ PATCHES = {
     "load_statistics": Patch(
         "stable_baselines3.common.vec_env.VecNormalize.load",
         _SB3,
-        "Statistics are unpickled. The Zoo loads those of the run's end for every model.",
+        "Statistics are unpickled. For every model, the Zoo loads those from the end of the run.",
     ),
     "load_model": Patch("stable_baselines3.common.base_class.load_from_zip_file", _SB3, "Models are unpickled."),
     "load_replay_buffer": Patch(
         "stable_baselines3.common.off_policy_algorithm.load_from_pkl", _SB3, "Replay buffers are unpickled."
     ),
     "plot_pickle": Patch("rl_zoo3.plots.plot_from_file.pickle", _ZOO, "Data of plots are unpickled."),
-    "wrapper_class": Patch("rl_zoo3.utils.get_wrapper_class", _ZOO, "Calls whatever a run names as its wrapper."),
+    "wrapper_class": Patch("rl_zoo3.utils.get_wrapper_class", _ZOO, "Calls anything that a run names as its wrapper."),
     # Models of runs
-    "latest_run": Patch("rl_zoo3.utils.get_latest_run_id", _ZOO, "Takes runs without a model, and none of `-uuid`."),
+    "latest_run": Patch("rl_zoo3.utils.get_latest_run_id", _ZOO, "Takes runs without a model, and no `-uuid` run."),
     "model_path": Patch(
         "rl_zoo3.utils.get_model_path", _ZOO, "Finds no checkpoints of ClipPPO's runs.", ("rl_zoo3.enjoy",)
     ),
@@ -73,12 +73,12 @@ PATCHES = {
         "stable_baselines3.common.logger.HumanOutputFormat.write", _SB3, "Prints a table for each of many rollouts."
     ),
     # Processes, figures, Hugging Face hub
-    "call": Patch("subprocess.call", _ZOO, "Processes that the Zoo starts do not know ClipPPO."),
+    "call": Patch("subprocess.call", _ZOO, "Processes that the Zoo starts do not support ClipPPO."),
     "show": Patch("matplotlib.pyplot.show", "matplotlib 3.11.2", "Figures are lost without a display."),
     "hub_metadata": Patch(
-        "huggingface_sb3.push_to_hub.generate_metadata", "sb3-team-hf-integration 3.2", "The Zoo imports a former name."
+        "huggingface_sb3.push_to_hub.generate_metadata", "sb3-team-hf-integration 3.2", "The Zoo imports an old name."
     ),
-    "hub_card": Patch("huggingface_hub.repocard.metadata_save", _ZOO, "Model cards have commands without ClipPPO."),
+    "hub_card": Patch("huggingface_hub.repocard.metadata_save", _ZOO, "Commands of model cards lack ClipPPO."),
     "hub_models": Patch("rl_zoo3.utils.get_hf_trained_models", _ZOO, "Errors of the network do not name `--no-hub`."),
 }
 
@@ -93,7 +93,7 @@ def patched(**replacements: Any) -> Iterator[None]:
         yield
 
 
-def patch_for_good(key: str, replacement: Any) -> None:
+def patch_permanently(key: str, replacement: Any) -> None:
     """Replace an attribute of another package until the process ends."""
     for owner in PATCHES[key].owners:
         setattr(owner, PATCHES[key].name, replacement)

@@ -29,8 +29,8 @@ def check_plot_train(options: Namespace) -> None:
             most = max(most, len(episodes) if column in episodes else -1)
         if most < 0:
             raise ValueError(
-                f"`--y-axis` must be something that the training of {env} logged, got {options.y_axis!r}: its runs in "
-                f"{folder} have no `{column}` of episodes. `--y-axis reward` draws returns."
+                f"`--y-axis` must be a quantity that the training of {env} logged, got {options.y_axis!r}: its runs in "
+                f"{folder} have no `{column}` of episodes. Use `--y-axis reward` to plot returns."
             )
         if most < options.episode_window:
             raise ValueError(
@@ -49,11 +49,11 @@ def check_all_plots(options: Namespace) -> None:
             reason = next(iter(missing.values()))
             raise ValueError(f"`--env` must be an environment whose runs can be compared, got {env!r}: {reason}")
         for folder in (folder for folder, reason in missing.items() if reason):
-            sys.stdout.write(f"{folder} has no evaluations of {env} to draw: 0.0 in the table means that\n")
+            sys.stdout.write(f"{folder} has no evaluations of {env} to plot: the table shows 0.0 for it\n")
 
 
 def check_plot_from_file(options: Namespace) -> None:
-    """Check that a file of ``all_plots -o`` holds several runs of everything that is to be drawn."""
+    """Check that a file of ``all_plots -o`` holds several runs of all that the options select."""
     path = Path(options.input if options.input.endswith(".pkl") else f"{options.input}.pkl")
     results: dict[str, dict[str, Any]] = dict(read_pickle(path))
     results.pop("results_table", None)
@@ -61,14 +61,14 @@ def check_plot_from_file(options: Namespace) -> None:
     keys = _chosen(next(iter(results.values()), {}), options.keep_keys, options.skip_keys)
     if not envs or not keys:
         raise ValueError(
-            f"`--input` must hold something to draw, got {path}, of which the options leave nothing. It has "
-            f"{', '.join(results) or 'no environments'}."
+            f"`--input` must hold results to plot, got {path}, of which the options select none. It has "
+            f"{', '.join(results) or 'no environments'}. Change the `--keep` and `--skip` options."
         )
     for env, key in ((env, key) for env in envs for key in keys):
         if key not in results[env]:
             raise ValueError(
                 f"`--input` must hold evaluations of {key} in all environments, got {path} without those in {env}. "
-                "Leave one out by `--skip-keys` or `--skip-envs`."
+                "Omit one with `--skip-keys` or `--skip-envs`."
             )
         if np.ndim(results[env][key]["last_evals"]) == 0:
             raise ValueError(
@@ -82,7 +82,7 @@ def _chosen(names: dict[str, Any], keep: list[str], skip: list[str]) -> list[str
 
 
 def _names(options: Namespace) -> list[str]:
-    """Write the environments' names as in the folders of runs, with which the RL Zoo compares them."""
+    """Replace "/" in the names of environments, as in the folders of runs, and return them."""
     options.env = [env.replace("/", "-") for env in options.env]
     return list(options.env)
 
@@ -98,7 +98,7 @@ def _runs(folders: list[Path], env: str) -> list[Path]:
 
 
 def _missing_evaluations(folder: Path, env: str, options: Namespace) -> str:
-    """Return what the runs of a folder lack, and what to do about it; "" if they lack nothing."""
+    """Return why the runs of a folder cannot be plotted, and what to do about it; "" if they can."""
     files = [path for path in folder.glob("*/evaluations.npz") if env in path.parent.name]
     if not files:
         return f"they were trained without evaluations in {folder}. Train with `--eval-freq`."

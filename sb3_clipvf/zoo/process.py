@@ -20,7 +20,7 @@ def has_display() -> bool:
 
 @contextmanager
 def patched_environment(values: Mapping[str, str], *, replace: bool = False) -> Iterator[None]:
-    """Set environment variables in the context, and with ``replace`` also those that are set already."""
+    """Set environment variables in the context. Those that are set already change only with ``replace``."""
     changed = {name: value for name, value in values.items() if replace or name not in os.environ}
     before = {name: os.environ[name] for name in changed if name in os.environ}
     os.environ.update(changed)
@@ -54,7 +54,7 @@ def figures_to_files(name: str) -> Iterator[None]:
 
 @contextmanager
 def ffmpeg_on_path() -> Iterator[None]:
-    """Put the ``ffmpeg`` of moviepy on the path if the system has none: scripts start the program by its name."""
+    """Put the ``ffmpeg`` of moviepy on the path if the system has none; scripts start it by name."""
     if shutil.which("ffmpeg") is not None:
         yield
         return
@@ -68,15 +68,15 @@ def ffmpeg_on_path() -> Iterator[None]:
 
 
 @contextmanager
-def own_subprocesses() -> Iterator[None]:
-    """Make processes that the RL Zoo's scripts start know ClipPPO, by :func:`own_command`."""
+def redirected_calls() -> Iterator[None]:
+    """Start this package's commands where the RL Zoo's scripts start their own, which do not support ClipPPO."""
     call = subprocess.call
-    with patched(call=lambda command, *args, **kwargs: call(own_command(command), *args, **kwargs)):
+    with patched(call=lambda command, *args, **kwargs: call(redirected(command), *args, **kwargs)):
         yield
 
 
-def own_command(command: Any) -> Any:
-    """Return the command line of this package for one that the RL Zoo starts, and any other as it is."""
+def redirected(command: Any) -> Any:
+    """Return this package's equivalent of an RL Zoo command line, and any other command unchanged."""
     match command:
         case ["python", "enjoy.py", *rest]:
             return [sys.executable, "-m", "sb3_clipvf", "enjoy", *rest]

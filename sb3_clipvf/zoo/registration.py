@@ -1,14 +1,14 @@
 """Register ClipPPO with the RL Zoo."""
 
 from sb3_clipvf.zoo.defaults import ALGORITHM
-from sb3_clipvf.zoo.patching import patch_for_good
+from sb3_clipvf.zoo.patching import patch_permanently
 
 
 def register() -> None:
     """
-    Make the RL Zoo know ClipPPO as ``clipppo``: the algorithm, its hyperparameter search, how its settings are read.
+    Register ClipPPO as the RL Zoo's algorithm ``clipppo``, with its hyperparameter search and experiment manager.
 
-    From then on, ``rl_zoo3.exp_manager.ExperimentManager`` and classes derived from it make an
+    From then on, ``rl_zoo3.exp_manager.ExperimentManager`` and classes derived from it create an
     :func:`~sb3_clipvf.zoo.experiment.experiment_manager`, even if they were imported before. Calling it again changes
     nothing.
     """
@@ -22,4 +22,4 @@ def register() -> None:
     ALGOS[ALGORITHM] = ClipPPO
     HYPERPARAMS_SAMPLER[ALGORITHM] = sample_clipppo_params
     HYPERPARAMS_CONVERTER[ALGORITHM] = convert_clipppo_params
-    patch_for_good("new_manager", staticmethod(new_manager))
+    patch_permanently("new_manager", staticmethod(new_manager))

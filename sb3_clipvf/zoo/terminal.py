@@ -1,4 +1,4 @@
-"""Output of a training on the terminal: a table every few seconds, and a progress bar that ends at its total."""
+"""Output of a training on the terminal: a table every few seconds, and a progress bar that stops at its total."""
 
 import time
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from stable_baselines3.common.logger import HumanOutputFormat
 from sb3_clipvf.zoo.patching import patched
 
 TABLE_SECONDS = 5.0
-"""Least time between two tables."""
+"""Minimum time between two tables, seconds."""
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def timed_tables() -> Iterator[None]:
 
 
 class WholeProgressBar(ProgressBarCallback):
-    """SB3's progress bar, which stops at its total: the last rollout may go beyond it."""
+    """SB3's progress bar, stopped at its total, which the last rollout may exceed."""
 
     def _on_step(self) -> bool:
         left = (self.pbar.total or 0) - self.pbar.n
