@@ -4,6 +4,8 @@ The mathematics of PPO's update: pure functions of tensors.
 An *objective* is maximised, a *loss* is minimised. ``ratio`` is pi(a|s) / pi_old(a|s), where pi_old is the policy that
 collected the rollout. All functions are differentiable.
 
+ClipPPO's arguments choose among them in ``engines/autograd.py``. ``engines/kernels/losses.py`` restates them, compiled.
+
 Notation and equation numbers follow Schulman et al. 2017, arXiv 1707.06347, unless stated otherwise.
 """
 

@@ -1,4 +1,8 @@
-"""The checkpoint file: a model's zip with the training's state, and a manifest with a digest of each entry."""
+"""
+The checkpoint file: a model's zip with the training's state, and a manifest with a digest of each entry.
+
+``training_checkpoint`` writes these bytes by ``files.atomic.atomic_write``.
+"""
 
 import hashlib
 import io

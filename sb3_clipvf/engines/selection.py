@@ -24,14 +24,9 @@ def check_engine_name(engine: object) -> None:
 
 def select_engine(name: str, policy: ActorCriticPolicy, settings: UpdateSettings, buffer: Any) -> tuple[Engine, str]:
     """
-    Build the engine that runs a policy. ``"auto"`` takes the first of native, fused and autograd that can.
+    Return the engine that runs a policy, and why it was chosen. Raise ValueError if the named one cannot run it.
 
-    :param name: One of :data:`ENGINE_NAMES`.
-    :param policy: The policy to act for and to update.
-    :param settings: The settings of its updates.
-    :param buffer: The rollout buffer.
-    :return: The engine, and why it was chosen, for the log.
-    :raises ValueError: If the engine does not exist, or cannot run the policy.
+    ``"auto"`` takes the first of native, fused and autograd that can.
     """
     check_engine_name(name)
     if name == "autograd":
