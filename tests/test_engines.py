@@ -567,7 +567,7 @@ def test_select_gives_the_engine_and_the_reason(name: str) -> None:
     if name == "auto":
         assert (engine.name, reason) == ("native", "it is the fastest for this policy")
     else:
-        assert (engine.name, reason) == (name, "asked for")
+        assert (engine.name, reason) == (name, "as requested")
 
 
 def test_auto_logs_why_a_policy_is_not_run_faster() -> None:
@@ -594,7 +594,7 @@ def test_an_engine_that_cannot_run_the_policy_is_refused(name: str, reason: str)
 def test_unknown_engines_are_refused(name: Any) -> None:
     with pytest.raises(ValueError, match="`engine` must be one of auto, autograd, fused, native, got"):
         check_engine_name(name)
-    with pytest.raises(ValueError, match=r"Leave it out for 'auto'\."):
+    with pytest.raises(ValueError, match=r"'auto' is the default\."):
         select_engine(name, make_policy("box"), SETTINGS, None)
 
 
@@ -734,7 +734,7 @@ class TestFused:
     def test_minibatches_without_the_old_distribution_are_refused(self, engine_class: type[Any]) -> None:
         policy = make_policy("box")
         buffer = collect(policy, ForeignBuffer(N_STEPS, OBS, BOX, "cpu", n_envs=N_ENVS, dist_param_dim=4), 0.1)
-        with pytest.raises(ValueError, match="must give minibatches with `old_dist_params`, got RolloutBufferSamples"):
+        with pytest.raises(ValueError, match="must return minibatches with `old_dist_params`, got RolloutBuffer"):
             engine_class(policy, settings_for("box")).update(buffer, COEFFICIENTS)
 
     @pytest.mark.parametrize("layout", ["sliced", "turned"])

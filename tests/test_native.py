@@ -115,7 +115,7 @@ class TestActing:
         engine = NativeEngine(policy, SETTINGS)
         engine.begin_rollout(make_buffer(policy))
         for call in (lambda rows: engine.act(rows, with_dist_params=True), engine.predict_values):
-            with pytest.raises(ValueError, match=f"`observations` must have 3 numbers a row, .* got {width}"):
+            with pytest.raises(ValueError, match=f"`observations` must have 3 numbers per row, .* got {width}"):
                 call(th.ones(4, width))
 
     @pytest.mark.parametrize("engine_class", [NativeEngine, FusedEngine])
@@ -427,7 +427,7 @@ class TestUpdate:
         buffer.actions[3, 1, 0] = stored
         before = copy.deepcopy(policy.state_dict())
         settings = dataclasses.replace(SETTINGS, batch_size=32)
-        with pytest.raises(ValueError, match=r"`rollout_buffer.actions` must count from 0 to below .* got \["):
+        with pytest.raises(ValueError, match=r"`rollout_buffer.actions` must be from 0 to below .* got \["):
             engine_class(policy, settings).update(buffer, COEFFICIENTS)
         assert all(th.equal(tensor, before[name]) for name, tensor in policy.state_dict().items())
 

@@ -1,1 +1,1 @@
-"""How a policy acts and is updated. Engines differ in speed, never in meaning; ``autograd`` is the reference."""
+"""Engines act with a policy and update it. ``autograd`` is the reference; others differ in speed and rounding."""

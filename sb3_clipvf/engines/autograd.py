@@ -39,7 +39,7 @@ The update's own check of the loss finds non-finite parameters, before the step.
 
 
 class AutogradEngine:
-    """Acts by a policy's own forward pass, and updates it by PyTorch's automatic differentiation. Runs every policy."""
+    """Engine for every policy: acts by its own forward pass, and updates it by PyTorch's automatic differentiation."""
 
     name = "autograd"
     acts_on_arrays = False
@@ -50,7 +50,7 @@ class AutogradEngine:
         self.settings = settings
 
     def fits(self, buffer: Any) -> bool:
-        """Return True."""
+        """Return True, since this engine runs every policy."""
         return True
 
     def set_training_mode(self, mode: bool) -> None:
@@ -58,7 +58,7 @@ class AutogradEngine:
         self.policy.set_training_mode(mode)
 
     def begin_rollout(self, buffer: Any) -> None:
-        """Do nothing: the policy acts by itself."""
+        """Do nothing, since acting needs no preparation."""
 
     @th.no_grad()
     def act(self, observations: Any, *, with_dist_params: bool) -> Acted:
@@ -66,12 +66,12 @@ class AutogradEngine:
         policy = self.policy
         stale = current_dist(policy) if with_dist_params else None
         actions, values, log_prob = policy(observations)
-        row = None
+        params = None
         if with_dist_params:
             dist = refreshed_dist(policy, observations, stale, may_recompute=self.settings.needs_kl)
             if has_exact_kl(dist):
-                row = dist_params(dist).cpu().numpy()
-        return Acted(actions.cpu().numpy(), values.cpu().numpy(), log_prob.cpu().numpy(), row)
+                params = dist_params(dist).cpu().numpy()
+        return Acted(actions.cpu().numpy(), values.cpu().numpy(), log_prob.cpu().numpy(), params)
 
     @th.no_grad()
     def predict_values(self, observations: Any) -> th.Tensor:
@@ -99,7 +99,7 @@ class AutogradEngine:
             if record.is_finite():
                 return record
         except (ValueError, RuntimeError):
-            pass  # the policy may have rejected its own non-finite numbers; any other error will be raised again
+            pass  # the policy may have rejected its own non-finite numbers; other errors are raised again below
         before.restore(self.policy)
         return run(checks=True)
 
@@ -107,7 +107,7 @@ class AutogradEngine:
         return self.policy.device.type == "cpu"
 
     def _kl_after(self, buffer: Any) -> th.Tensor:
-        """Return the mean exact KL(pi_old || pi) over the whole rollout, under the parameters as they are now."""
+        """Return the mean exact KL(pi_old || pi) over the whole rollout, under the current parameters."""
         # Batch normalisation and dropout would let the measurement change the policy, or the KL.
         self.policy.set_training_mode(False)
         total = th.zeros((), dtype=th.float64, device=self.policy.device)
@@ -226,13 +226,13 @@ def old_dist_params(batch: Any) -> th.Tensor:
     """
     Return the parameters of the rollout's action distribution in a minibatch, shape ``(n, k)``.
 
-    :raises ValueError: If it has none, though its buffer's class stores them.
+    :raises ValueError: If the minibatch has none, though its buffer's class stores them.
     """
     params = getattr(batch, "old_dist_params", None)  # SB3's own minibatches have none
     if params is None:
         raise ValueError(
-            f"`rollout_buffer_class` must give minibatches with `old_dist_params`, got {type(batch).__name__} without. "
-            "Let its get() yield sb3_clipvf.rollout.MiniBatch, or set its `dist_param_dim` to 0."
+            f"`rollout_buffer_class` must return minibatches with `old_dist_params`, got {type(batch).__name__}. Yield "
+            "sb3_clipvf.rollout.MiniBatch in its get(), or set its `dist_param_dim` to 0."
         )
     return cast(th.Tensor, params)
 
@@ -244,11 +244,11 @@ class _Snapshot:
         self._policy_state = copy.deepcopy(policy.state_dict())
         self._optimizer_state = copy.deepcopy(policy.optimizer.state_dict())
         self._numpy, self._torch = np.random.get_state(), th.get_rng_state()
-        # Of the device itself, where torch lets it be read: th.cuda, th.mps, th.xpu.
+        # Random state of a device whose torch module can return it: th.cuda, th.mps, th.xpu
         self._device = policy.device
         module = getattr(th, self._device.type, None)
         self._module: Any = module if hasattr(module, "get_rng_state") else None
-        self._of_device = None if self._module is None else self._module.get_rng_state(self._device)
+        self._device_state = None if self._module is None else self._module.get_rng_state(self._device)
 
     def restore(self, policy: ActorCriticPolicy) -> None:
         policy.load_state_dict(self._policy_state)
@@ -256,4 +256,4 @@ class _Snapshot:
         np.random.set_state(self._numpy)
         th.set_rng_state(self._torch)
         if self._module is not None:
-            self._module.set_rng_state(self._of_device, self._device)
+            self._module.set_rng_state(self._device_state, self._device)

@@ -1,8 +1,8 @@
 """
-The tensors of a policy and of its optimizer, on which kernels work in place, and whether they are still the same.
+The tensors of a policy and of its optimizer, on which kernels work in place.
 
 Kernels read and write at addresses. A callback may replace any tensor, module or option between two updates, so a
-:class:`Binding` keeps a fingerprint of all that it depends on, which is compared in less time than it takes to bind.
+:class:`Binding` keeps a fingerprint of all that it depends on. Comparing it takes less time than binding again.
 """
 
 from collections.abc import Iterable
@@ -42,14 +42,14 @@ class Binding:
     tensors: tuple[tuple[th.Tensor, ...], ...]
     fingerprint: tuple[object, ...]
 
-    def holds(self, policy: ActorCriticPolicy) -> bool:
-        """Return whether the bound policy has changed in nothing but the values of its tensors."""
+    def is_current(self, policy: ActorCriticPolicy) -> bool:
+        """Return whether nothing but the values of the policy's tensors has changed since it was bound."""
         if _fingerprint(policy) != self.fingerprint:
             return False
         state = policy.optimizer.state
         for row, addresses in zip(self.tensors, self.table[:, 1:].tolist(), strict=True):
-            own = state.get(row[0]) or {}  # a callback may have emptied it
-            if row[0].grad is not row[1] or own.get("exp_avg") is not row[2] or own.get("exp_avg_sq") is not row[3]:
+            adam = state.get(row[0]) or {}  # a callback may have emptied it
+            if row[0].grad is not row[1] or adam.get("exp_avg") is not row[2] or adam.get("exp_avg_sq") is not row[3]:
                 return False
             if [tensor.data_ptr() for tensor in row] != addresses:
                 return False
@@ -85,18 +85,18 @@ def moments_of(optimizer: th.optim.Optimizer, parameter: th.Tensor) -> list[th.T
 
 
 def table_row(parameter: th.Tensor, *others: th.Tensor) -> list[int]:
-    """Return a row of the kernels' table: the size of a parameter, then its address and those of the others."""
+    """Return a row of the kernels' table: the size of a parameter, then the addresses of all tensors."""
     return [parameter.numel(), *(tensor.data_ptr() for tensor in (parameter, *others))]
 
 
 def n_steps_made(optimizer: th.optim.Optimizer, parameters: Iterable[th.Tensor]) -> int:
-    """Return the number of steps that the optimizer has made for some parameters."""
+    """Return the number of steps that the optimizer has made for these parameters."""
     states = [optimizer.state.get(parameter) for parameter in parameters]
     return max((int(state["step"]) for state in states if state), default=0)
 
 
 def write_steps(optimizer: th.optim.Optimizer, parameters: Iterable[th.Tensor], n_steps: int) -> None:
-    """Set the number of steps in the optimizer's state of some parameters."""
+    """Set the number of steps in the optimizer's state of these parameters."""
     for parameter in parameters:
         optimizer.state[parameter]["step"].fill_(n_steps)
 

@@ -1,4 +1,4 @@
-"""What native and fused share: PPO's settings, rollouts and random numbers in the form that kernels take."""
+"""Conversions between PPO and kernels: settings, statistics, actions and random numbers."""
 
 import math
 from typing import Any, cast
@@ -24,7 +24,7 @@ KINDS: dict[type[Distribution], int] = {
     sb3.DiagGaussianDistribution: inputs.GAUSSIAN,
     sb3.StateDependentNoiseDistribution: inputs.STATE_DEPENDENT,
 }
-"""The kernels' number of each action distribution."""
+"""Kernels' constant for each action distribution."""
 
 
 def hyperparameters_of(
@@ -37,7 +37,7 @@ def hyperparameters_of(
     """
     Return settings, coefficients and the optimizer's options as :class:`.kernels.inputs.Hyperparameters`, float64.
 
-    ``n_steps`` is the number of steps that the optimizer has made, ``advantages`` are those of the rollout.
+    ``n_steps`` is the number of steps that the optimizer has made, and ``advantages`` are the rollout's.
     """
     group = optimizer.param_groups[0]
     in_rollout = settings.normalize_advantage and settings.advantage_scope == "rollout"
@@ -69,7 +69,7 @@ def hyperparameters_of(
         beta2=float(group["betas"][1]),
         eps=float(group["eps"]),
         weight_decay=float(group["weight_decay"]),
-        # torch's Adam takes AdamW's form by this option, too.
+        # With this option, torch's Adam decouples weight decay as AdamW does.
         decoupled=float(group.get("decoupled_weight_decay", isinstance(optimizer, th.optim.AdamW))),
         skips=float(settings.on_nonfinite == "skip"),
     )
@@ -81,7 +81,7 @@ def _or_infinite(number: float | None) -> float:
 
 
 def statistics_of(stats: np.ndarray, coefficients: UpdateCoefficients, measure_kl: bool) -> MinibatchStatistics:
-    """Return a minibatch's terms and statistics from those that a kernel wrote, :data:`.kernels.totals.STAT`."""
+    """Return a minibatch's terms and statistics from a kernel's array, indexed by :data:`.kernels.totals.STAT`."""
     numbers = stats.tolist()
     return MinibatchStatistics(
         policy_loss=numbers[STAT.policy_loss],
@@ -99,7 +99,7 @@ def statistics_of(stats: np.ndarray, coefficients: UpdateCoefficients, measure_k
 
 def check_stored(dist: Distribution, actions: np.ndarray, old_dist: np.ndarray) -> None:
     """
-    Check that stored actions and distributions fit the policy's: kernels would read beyond the rows of others.
+    Check the widths of stored actions and distributions, and the range of actions: kernels would read out of bounds.
 
     ``actions`` are ``(n, action_dim)``, and ``old_dist`` the old distributions' parameters, ``(n, k)``, or ``(0, 0)``.
     """
@@ -107,17 +107,17 @@ def check_stored(dist: Distribution, actions: np.ndarray, old_dist: np.ndarray) 
     for name, (rows, width) in widths.items():
         if len(rows) and rows.shape[1] != width:
             raise ValueError(
-                f"`rollout_buffer.{name}` must have {width} numbers a step, as {type(dist).__name__} has, got "
+                f"`rollout_buffer.{name}` must have {width} numbers per step, as {type(dist).__name__} has, got "
                 f"{rows.shape[1]}. Correct the callback or the buffer class that stores them."
             )
     counts = category_counts(dist)
     if not len(counts):
         return
-    are_known = (actions >= 0) & (actions < counts)
-    if not are_known.all():
-        wrong = actions[~are_known.all(axis=1)][0]
+    in_range = (actions >= 0) & (actions < counts)
+    if not in_range.all():
+        wrong = actions[~in_range.all(axis=1)][0]
         raise ValueError(
-            f"`rollout_buffer.actions` must count from 0 to below {counts.tolist()}, as the policy returns them, got "
+            f"`rollout_buffer.actions` must be from 0 to below {counts.tolist()}, as the policy returns them, got "
             f"{wrong.tolist()}. Correct the callback or the buffer class that stores them."
         )
 
@@ -126,7 +126,7 @@ class Noise:
     """
     Random numbers for the actions of a step, drawn as torch's own distributions draw theirs.
 
-    So a seed gives the same actions on every engine, as long as the policies agree to rounding.
+    Therefore, a seed leads to the same actions on every engine, as long as the policies agree up to rounding.
     """
 
     def __init__(self, dist: Distribution) -> None:
@@ -150,7 +150,7 @@ class Noise:
         return self._arrays[0] if len(self._arrays) == 1 else np.concatenate(self._arrays, axis=1)
 
 
-def as_policy_returns(actions: np.ndarray, space: spaces.Space[Any]) -> np.ndarray:
+def to_action_space(actions: np.ndarray, space: spaces.Space[Any]) -> np.ndarray:
     """Return actions, float32 ``(n, action_dim)``, with the type and shape that SB3's policies return."""
     dtype = np.int64 if isinstance(space, spaces.Discrete | spaces.MultiDiscrete) else np.float32
     return actions.reshape(-1, *cast(tuple[int, ...], space.shape)).astype(dtype, copy=False)

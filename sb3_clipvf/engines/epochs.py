@@ -2,7 +2,7 @@
 The loop over epochs and minibatches: what is skipped, when an update stops early, and its statistics.
 
 The native engine restates this file in ``kernels/update.py`` and ``kernels/minibatch.py``. ``tests/test_engines.py``
-and ``tests/test_nonfinite.py`` hold all engines to the same numbers.
+and ``tests/test_nonfinite.py`` check that all engines compute the same numbers.
 """
 
 import math
@@ -44,7 +44,7 @@ class MinibatchStatistics:
 
 
 class MinibatchUpdate(Protocol):
-    """What an engine supplies for one update. The methods are called in this order for each minibatch."""
+    """One update of an engine. The methods are called in this order for each minibatch."""
 
     def loss(self, batch: MiniBatch, measure_kl: bool) -> MinibatchStatistics:
         """Compute the loss."""
@@ -53,7 +53,7 @@ class MinibatchUpdate(Protocol):
         """Compute the gradients of this loss, and return their joint norm before clipping."""
 
     def step(self) -> None:
-        """Clip the gradients, and make a step of the optimizer."""
+        """Make a step of the optimizer with clipped gradients."""
 
 
 def run_epochs(
@@ -65,7 +65,7 @@ def run_epochs(
     checks: bool = True,
 ) -> "Record":
     """
-    Run the epochs of one update. With ``checks``, loss and gradient are read before each step, and must be finite.
+    Run the epochs of one update. With ``checks``, loss and gradient are read and checked before each step.
 
     :raises BadMinibatchError: If a minibatch is not finite and may not be skipped, or if all were skipped.
     """

@@ -2,7 +2,7 @@
 The fused engine: PyTorch runs and differentiates the networks, kernels do the rest.
 
 One kernel computes the losses and their gradients with respect to the networks' outputs, others clip the gradients and
-make Adam's step. In torch these are about a hundred small operations, most of the time of a small minibatch.
+make Adam's step. In torch these are about a hundred small operations, which take most of the time of a small minibatch.
 """
 
 from typing import Any, TypeAlias, cast
@@ -18,10 +18,10 @@ from sb3_clipvf.engines.binding import moments_of, n_steps_made, table_row, writ
 from sb3_clipvf.engines.bridge import (
     KINDS,
     Noise,
-    as_policy_returns,
     check_stored,
     hyperparameters_of,
     statistics_of,
+    to_action_space,
 )
 from sb3_clipvf.engines.epochs import MinibatchStatistics, Record, run_epochs
 from sb3_clipvf.engines.images import FeatureExtraction
@@ -40,7 +40,7 @@ its parameter, or with gSDE those of each state.
 
 
 class FusedEngine(AutogradEngine):
-    """Acts and updates with the autograd engine's numbers to float32 rounding."""
+    """Engine for policies with any networks on the CPU. Equals the autograd engine up to float32 rounding."""
 
     name = "fused"
 
@@ -58,7 +58,7 @@ class FusedEngine(AutogradEngine):
         """Prepare the random numbers of the actions."""
         dist: Any = self.policy.action_dist
         has_own_forward = type(self.policy).forward is not ActorCriticPolicy.forward
-        # gSDE's noise is in torch's tensors.
+        # torch adds gSDE's noise, which its own tensors hold.
         draws = not has_own_forward and not isinstance(dist, StateDependentNoiseDistribution)
         self._drawn_for = dist if draws else None
         self._noise = Noise(dist)
@@ -82,7 +82,7 @@ class FusedEngine(AutogradEngine):
         if with_dist_params:  # callbacks may read it
             dist.distribution = LazyDistribution(dist, dist_params)
         return Acted(
-            actions=as_policy_returns(actions, self.policy.action_space),
+            actions=to_action_space(actions, self.policy.action_space),
             values=values.numpy(),
             log_prob=log_prob,
             dist_params=dist_params if with_dist_params else None,
@@ -123,7 +123,7 @@ class FusedEngine(AutogradEngine):
         update = FusedUpdate(self, coefficients, buffer)
         try:
             return run_epochs(update, self.settings, coefficients, buffer)
-        finally:  # after Ctrl-C, too, the optimizer's state is that of the steps made
+        finally:  # also after Ctrl-C, the optimizer's state must count the steps made
             update.write_steps()
 
 
@@ -151,7 +151,7 @@ class FusedUpdate:
         n = len(values)
         old_log_prob, advantages, old_values, returns = _vectors(batch, n)
         logits = outputs.detach().numpy().copy()  # normalised in place
-        output_gradient = outputs.new_empty(outputs.shape)  # in C's layout, whatever that of the outputs
+        output_gradient = outputs.new_empty(outputs.shape)  # contiguous, even if the outputs are not
         value_gradient = th.empty_like(values)
         log_stds = th.empty(0, 0) if log_std is None else log_std.detach().reshape(-1, outputs.shape[1])
         log_std_gradient = th.empty_like(log_stds)
@@ -184,7 +184,7 @@ class FusedUpdate:
             ]
             self._table = np.array(rows, np.int64).reshape(-1, memory.N_COLUMNS)
         if not self._by_torch and list(map(id, reached)) != list(map(id, self._reached)):
-            # Minibatches reach different parameters, so these make different numbers of steps. Kernels know only one.
+            # Minibatches reach different parameters, whose numbers of steps differ. Kernels have one number for all.
             self.write_steps()
             self._by_torch = True
         if self._by_torch:

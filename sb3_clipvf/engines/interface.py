@@ -1,4 +1,4 @@
-"""What an engine is given and what it returns, as plain data shared by all engines."""
+"""The interface of engines: settings, coefficients, statistics and methods."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -12,12 +12,12 @@ from sb3_clipvf.common.nonfinite import BadMinibatchError
 
 @dataclass(frozen=True)
 class UpdateSettings:
-    """Settings of an update beside its coefficients."""
+    """Settings that all updates of a training share, unlike the coefficients."""
 
     batch_size: int  #: Transitions in each minibatch.
     n_epochs: int  #: Passes over the rollout.
     normalize_advantage: bool  #: Whether advantages are normalised.
-    advantage_scope: str  #: "minibatch" or "rollout": what they are normalised over.
+    advantage_scope: str  #: "minibatch" or "rollout", over which they are normalised.
     vf_clip: str  #: "max" or "prediction": the form of the clipped value loss.
     max_grad_norm: float  #: Bound on the joint gradient norm.
     #: nats. The update ends before the step of the first minibatch whose estimate k3 exceeds 1.5 times this.
@@ -25,14 +25,14 @@ class UpdateSettings:
     measure_kl_after: bool  #: Whether to measure the exact KL over the whole rollout after the last step.
     has_dist_params: bool  #: Whether minibatches hold the old distribution's parameters.
     discrete_actions: bool  #: Whether actions are class indices, which policies take as integers of shape ``(n,)``.
-    #: Whether an argument needs the exact KL; else it is measured only if that costs no forward pass.
+    #: Whether an argument of ClipPPO needs the exact KL; else it is measured only if that costs no forward pass.
     needs_kl: bool = False
-    #: "raise" or "skip": whether the first minibatch with a non-finite loss or gradient norm ends the update, or is
-    #: skipped. It makes no step in either case.
+    #: How to handle a minibatch with a non-finite loss or gradient norm: "raise" ends the update, "skip" continues with
+    #: the next minibatch. This one makes no step in either case.
     on_nonfinite: str = "raise"
 
     def measures_kl(self, epoch: int, coefficients: "UpdateCoefficients") -> bool:
-        """Return whether an epoch's minibatches measure the exact KL: for the loss, or as it may be the last epoch."""
+        """Return whether an epoch measures the exact KL: for the loss, or since it may be the last epoch."""
         may_be_last = self.target_kl is not None or epoch == self.n_epochs - 1
         return self.has_dist_params and (coefficients.kl_coef != 0 or may_be_last)
 
@@ -51,7 +51,7 @@ class UpdateCoefficients:
 @dataclass(frozen=True)
 class UpdateStatistics:
     """
-    Statistics of an update. Tensors stay on the device where they were computed, until the caller reads them.
+    Statistics of an update. Tensors stay on the device until the caller reads them.
 
     Means are over all minibatches that were not skipped, and include the one at which ``target_kl`` stopped, as in SB3.
     """
@@ -60,12 +60,11 @@ class UpdateStatistics:
     last_loss: th.Tensor  #: Loss of the last minibatch.
     approx_kl: th.Tensor  #: Estimator k3, mean over the last epoch, nats.
     kl: th.Tensor | None  #: Exact KL(pi_old || pi), mean over the last epoch before each step, nats; None: unknown.
-    kl_after: (
-        th.Tensor | None
-    )  #: Exact KL(pi_old || pi) over the rollout after the last step, nats; None: not measured.
+    #: Exact KL(pi_old || pi) over the rollout after the last step, nats; None: not measured.
+    kl_after: th.Tensor | None
     ratio_max: th.Tensor  #: Largest ratio of the update.
     n_epochs: int  #: Epochs begun.
-    stopped_at_kl: float | None  #: The estimate k3, nats, at which ``target_kl`` ended the update; None: it did not.
+    stopped_at_kl: float | None  #: Estimate k3, nats, at which ``target_kl`` ended the update; None: it did not.
     n_skipped: int = 0  #: Number of skipped minibatches.
     skipped: BadMinibatchError | None = None  #: The first of them.
 
@@ -81,29 +80,29 @@ class UpdateStatistics:
 
 
 class Acted(NamedTuple):
-    """What a rollout stores of one step of all environments, as arrays on the host."""
+    """One step of all environments for the rollout buffer, as arrays on the host."""
 
     actions: np.ndarray  #: Actions as the policy returns them, shape ``(n_envs, ...)``.
     values: np.ndarray  #: Shape ``(n_envs, 1)``, return units.
     log_prob: np.ndarray  #: Shape ``(n_envs,)``, nats.
     #: Parameters of the action distribution, ``(n_envs, k)``; None: not requested, or of an unknown type.
     dist_params: np.ndarray | None
-    is_finite: bool | None = None  #: Whether observations, values and log-probabilities are; None: not checked.
+    is_finite: bool | None = None  #: Whether observations, values and ``log_prob`` are finite; None: not checked.
 
     def as_tensors(self) -> tuple[np.ndarray, th.Tensor, th.Tensor, th.Tensor | None]:
-        """Return actions as they are, and the others as tensors that share memory with the arrays."""
+        """Return actions unchanged, and the other arrays as tensors that share their memory."""
         dist_params = None if self.dist_params is None else th.from_numpy(self.dist_params)
         return self.actions, th.from_numpy(self.values), th.from_numpy(self.log_prob), dist_params
 
 
 class Engine(Protocol):
-    """How a policy acts in rollouts and is updated. Engines differ in speed, never in meaning."""
+    """Acts with a policy in rollouts, and updates it. Engines differ only in speed and rounding."""
 
     name: str
     acts_on_arrays: bool  #: Whether :meth:`act` takes NumPy arrays; else it takes tensors on the policy's device.
     policy: ActorCriticPolicy
     settings: UpdateSettings
-    compile_seconds: float  #: Seconds spent compiling or loading kernels since this was last set to 0.
+    compile_seconds: float  #: Seconds of compiling or loading kernels since this was last set to 0.
 
     def fits(self, buffer: Any) -> bool:
         """Return whether this engine can still run its policy, which a callback may have changed."""
@@ -122,7 +121,7 @@ class Engine(Protocol):
 
     def update(self, buffer: Any, coefficients: UpdateCoefficients) -> UpdateStatistics:
         """
-        Run the epochs of one update, from a complete rollout.
+        Run the epochs of one update on a complete rollout.
 
         :raises BadMinibatchError: If a minibatch is not finite and may not be skipped, or if all were skipped.
         """

@@ -17,10 +17,10 @@ from sb3_clipvf.engines.binding import Binding, bind, n_steps_made, write_steps
 from sb3_clipvf.engines.bridge import (
     KINDS,
     Noise,
-    as_policy_returns,
     check_stored,
     hyperparameters_of,
     statistics_of,
+    to_action_space,
 )
 from sb3_clipvf.engines.epochs import MinibatchStatistics, Record
 from sb3_clipvf.engines.interface import Acted, UpdateCoefficients, UpdateSettings, UpdateStatistics
@@ -51,7 +51,7 @@ _ACTIVATIONS = {
 
 class NativeEngine:
     """
-    Acts and updates with the autograd engine's numbers to float32 rounding.
+    Engine for plain MLP policies on the CPU. Equals the autograd engine up to float32 rounding.
 
     Actions are drawn from torch's generator as torch draws them, and with gSDE from the policy's exploration matrices.
     The constructor raises :class:`.recognition.UnsupportedError` if this engine cannot run the policy.
@@ -74,7 +74,7 @@ class NativeEngine:
     def fits(self, buffer: Any) -> bool:
         """Return whether this engine can still run its policy, which a callback may have changed."""
         # The rollout or update that follows need not check again.
-        self._has_checked = self._binding.holds(self.policy)
+        self._has_checked = self._binding.is_current(self.policy)
         if self._has_checked and why_unknown_buffer(buffer) is None:
             return True
         return why_not_native(self.policy, buffer) is None
@@ -87,7 +87,7 @@ class NativeEngine:
     # ------------------------------------------------------------------ rollout
 
     def begin_rollout(self, buffer: Any) -> None:
-        """Bind the policy again if it has changed, and let a kernel compute the buffer's advantages."""
+        """Bind the policy again if it has changed, and set a kernel to compute the buffer's advantages."""
         self._bind_if_changed()
         if buffer.gae_fn is gae:  # a class may have its own
             buffer.gae_fn = _gae
@@ -113,7 +113,7 @@ class NativeEngine:
         if with_dist_params:  # callbacks may read it
             dist.distribution = LazyDistribution(dist, dist_params)
         return Acted(
-            actions=as_policy_returns(actions, self.policy.action_space),
+            actions=to_action_space(actions, self.policy.action_space),
             values=values,
             log_prob=log_prob,
             dist_params=dist_params if with_dist_params else None,
@@ -139,7 +139,7 @@ class NativeEngine:
     def _check_width(self, rows: np.ndarray) -> None:
         if rows.shape[1] != self._obs_dim:  # a kernel would read beyond narrower ones
             raise ValueError(
-                f"`observations` must have {self._obs_dim} numbers a row, as many as the policy takes, got "
+                f"`observations` must have {self._obs_dim} numbers per row, as the policy needs, got "
                 f"{rows.shape[1]}. Correct the environment or its space."
             )
 
@@ -166,12 +166,12 @@ class NativeEngine:
         self._action_dim, self._dist_dim = n_action_numbers(plain.dist), dist_param_dim(plain.dist) or 0
 
     def _bind_if_changed(self) -> None:
-        if not self._has_checked and not self._binding.holds(self.policy):
+        if not self._has_checked and not self._binding.is_current(self.policy):
             self._bind()
         self._has_checked = False
 
     def _follow_parameters(self) -> None:
-        """Let kernels read the tensors that a callback has put into the parameters, as ``parameter.data = ...``."""
+        """Update addresses of parameters if a callback has replaced their tensors (``parameter.data = ...``)."""
         addresses = list(map(th.Tensor.data_ptr, self._parameters))
         if addresses == self._addresses:
             return
@@ -179,7 +179,7 @@ class NativeEngine:
             parameter.shape != gradient.shape or parameter.dtype != th.float32 or not parameter.is_contiguous()
             for parameter, gradient, *_ in self._binding.tensors
         ):
-            self._bind()  # which raises the error, or finds networks of another width
+            self._bind()  # raises UnsupportedError, or binds networks of another width
             return
         # The next update checks whether this engine can still run the policy.
         self._binding.table[:, memory.PARAM] = self._addresses = addresses
@@ -211,7 +211,7 @@ class NativeEngine:
         totals, skipped_stats = self._run(rollout, hyper, permutations)
         n_epochs = int(totals[TOTAL.n_epochs])
         if n_epochs < settings.n_epochs:
-            # An update that stopped early must not have drawn the permutations of the epochs that it left out.
+            # After an early stop, the generator must not have drawn permutations for the omitted epochs.
             np.random.set_state(random_state)
             _permutations(n_epochs, len(rollout.returns))
         write_steps(optimizer, self._parameters, n_made + int(totals[TOTAL.n_steps]))
@@ -248,7 +248,7 @@ class NativeEngine:
                 for rank in range(1, n_threads):
                     others.append(second_thread().submit(run, rank))
                 run(0)
-            except BaseException:  # such as Ctrl-C before this thread's part has begun
+            except BaseException:  # such as Ctrl-C before this thread has begun its part
                 counters[CANCELLED] = 1
                 raise
             finally:
@@ -311,15 +311,15 @@ def _record(
 
 
 def _blas_for(n: int) -> AbstractContextManager[None]:
-    # BLAS splits no product of so few rows, and limiting its threads takes longer than the product.
+    # BLAS does not split products of so few rows, and limiting its threads takes longer than the product.
     return nullcontext() if n <= UNSHARED_ROWS else one_blas_thread()
 
 
 def _exploration_matrices(dist: StateDependentNoiseDistribution, n_envs: int, latent_dim: int) -> np.ndarray:
-    """Return the matrices of SB3's ``get_noise`` below each other: one for each environment, or one for all."""
-    own = n_envs > 1 and n_envs == len(dist.exploration_matrices)
-    matrices = (dist.exploration_matrices if own else dist.exploration_mat).detach().numpy()
-    rows = matrices.reshape((n_envs if own else 1) * latent_dim, dist.action_dim)
+    """Return the matrices of SB3's ``get_noise``, stacked by rows: one for each environment, or one for all."""
+    one_each = n_envs > 1 and n_envs == len(dist.exploration_matrices)
+    matrices = (dist.exploration_matrices if one_each else dist.exploration_mat).detach().numpy()
+    rows = matrices.reshape((n_envs if one_each else 1) * latent_dim, dist.action_dim)
     return np.ascontiguousarray(rows, np.float32)
 
 
@@ -360,8 +360,8 @@ def _vector(array: np.ndarray, n: int) -> np.ndarray:
 
 def _float_rows(array: np.ndarray, n: int) -> np.ndarray:
     if array.ndim == 2 and len(array) == n and array.dtype == np.float32 and array.flags.c_contiguous:
-        return array  # the same as below, in less time
-    # What float32 cannot hold becomes infinite, for which there is an error that names it instead of NumPy's warning.
+        return array  # a shortcut: the code below returns it, too
+    # Numbers beyond float32 become infinite without NumPy's warning, and a later check raises an error about them.
     with nullcontext() if array.dtype == np.float32 else np.errstate(over="ignore"):
         return np.ascontiguousarray(array.reshape(n, -1), np.float32)
 

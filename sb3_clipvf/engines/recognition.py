@@ -1,10 +1,10 @@
 """
 Recognition of code: whether a policy runs the original code of SB3 and torch, which kernels restate.
 
-A kernel has the numbers of a class only while the class has its original functions. Users may change any of them: by
+A kernel computes what a class does only while the class has its original functions. Users may change any of them: by
 a subclass, by a method assigned to an object, by a function assigned to a class or a module, or by a switch of torch.
 So this module keeps these functions at import, and compares them by identity before each rollout and each update. The
-reference trains whatever is not recognised.
+autograd engine runs policies that are not recognised.
 """
 
 import functools
@@ -36,7 +36,7 @@ ACTIVATIONS: dict[type[nn.Module], dict[str, float]] = {
     nn.LeakyReLU: {"negative_slope": 0.01},
     nn.SiLU: {},
 }
-"""Activations that kernels compute, and the constants with which they do."""
+"""Activations that kernels compute, and the values of their constants in kernels."""
 
 DISTRIBUTIONS = (
     sb3_distributions.CategoricalDistribution,
@@ -70,7 +70,7 @@ _CLASSES = (
     AutogradUpdate,
     TensorRolloutBuffer,
 )
-# Modules with functions that these methods call by a global name.
+# Modules whose functions these methods call by a global name.
 _MODULES = (
     sb3_policies,
     sb3_distributions,
@@ -84,7 +84,7 @@ _MODULES = (
     epochs,
     rollout,
 )
-# Such functions of modules and classes that have too many others.
+# Functions that these methods call, of modules and classes with too many functions to compare all.
 _FUNCTIONS: dict[Any, str] = {
     th: "tanh relu exp log min max clamp maximum where cat stack ones_like split",
     th.Tensor: "backward float flatten __mul__ __add__ __sub__ __truediv__ __neg__",
@@ -97,7 +97,7 @@ _PACKAGES = tuple(
     str(Path(str(module.__file__)).parent)
     for module in (th, stable_baselines3, objectives, sys.modules["contextlib"], sys.modules["typing_extensions"])
 )
-# These functions run when objects are made, copied or shown; torch.compile() replaces two for the whole process.
+# Functions that create, copy or show objects. torch.compile() replaces two of them for the whole process.
 _NOT_COMPUTING = frozenset(("__init__", "__init_subclass__", "__setstate__", "__getstate__", "__repr__", "__dir__"))
 
 # Names that a subclass of SB3's policies may define without changing its losses.
@@ -119,14 +119,14 @@ _BUFFER_METHODS = ("get", "in_order", "_rows", "_gather", "_flat_tensors", "_to_
 
 
 class UnsupportedError(Exception):
-    """Why an engine cannot run a policy, as half a sentence for the log."""
+    """Reason why an engine cannot run a policy, as half a sentence for the log."""
 
 
 def check_code(policy: Any) -> None:
     """
     Check that a policy acts and computes its losses by SB3's own code, and that torch runs as it does by default.
 
-    :raises UnsupportedError: If it may not.
+    :raises UnsupportedError: If this is not certain.
     """
     for reason in (replaced_code(), altered_torch(), _own_code(policy)):
         if reason is not None:
@@ -156,12 +156,12 @@ def why_unknown_buffer(buffer: Any) -> str | None:
 
 
 def has_own_add(buffer: Any) -> bool:
-    """Return whether a rollout buffer stores steps by other code than ``TensorRolloutBuffer.add``."""
+    """Return whether a rollout buffer stores steps by code other than ``TensorRolloutBuffer.add``."""
     return getattr(buffer.add, "__func__", None) is not _buffer_methods["add"]
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return whether calling a module calls hooks; those of its submodules do not count."""
+    """Return whether a module itself has hooks; those of its submodules do not count."""
     own = module.__dict__
     return bool(
         own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
@@ -250,14 +250,14 @@ class _Original:
 
     def __init__(self, owner: Any) -> None:
         self._owner = owner
-        self._present: Mapping[str, Any] = vars(owner)  # follows changes
+        self._present: Mapping[str, Any] = vars(owner)  # a live view
         self.code: dict[str, Any] = {
             name: _unwrapped(value) for name, value in self._present.items() if _is_code(name, value)
         }
         self._replaced_before: list[str] = [name for name, value in self.code.items() if _comes_from_elsewhere(value)]
 
     def replaced(self) -> str | None:
-        """Return the name of a function that is other code now, or was before this package was imported, or None."""
+        """Return the name of a function that was replaced, also before this package was imported, or None."""
         if self._replaced_before:
             return self._replaced_before[0]
         for name, value in self.code.items():
@@ -279,7 +279,7 @@ def _is_code(name: str, value: object) -> bool:
 
 
 def _unwrapped(value: Any) -> Any:
-    """Return the function in the wrappers that torch itself adds: at the first optimizer, and in torch.compile()."""
+    """Return a function without the wrappers that torch adds at the first optimizer and in torch.compile()."""
     while True:
         if hasattr(value, "_torchdynamo_orig_callable"):
             value = value._torchdynamo_orig_callable
@@ -305,6 +305,6 @@ _original_functions = {
 }
 _buffer_methods = {name: getattr(TensorRolloutBuffer, name) for name in (*_BUFFER_METHODS, "add")}
 _namespaces = [vars(owner) for owner in _originals]
-# Contents that were found to be the original code, to compare in less time.
+# Contents that passed the full check; comparing with them first takes less time.
 _accepted: list[dict[str, Any]] = []
 _accepted_functions: list[Any] = []

@@ -1,4 +1,4 @@
-"""Which engine runs a policy: what ``engine="auto"`` chooses, and why an engine that was asked for is refused."""
+"""Selection of the engine that runs a policy, from its name or for ``engine="auto"``."""
 
 from typing import Any
 
@@ -15,42 +15,42 @@ def check_engine_name(engine: object) -> None:
     """
     Check that an engine exists.
 
-    :param engine: What the user passed as ``engine=``.
+    :param engine: Value of the argument ``engine``.
     :raises ValueError: If it is none of :data:`ENGINE_NAMES`.
     """
     if engine not in ENGINE_NAMES:
-        raise ValueError(f"`engine` must be one of {', '.join(ENGINE_NAMES)}, got {engine!r}. Leave it out for 'auto'.")
+        raise ValueError(f"`engine` must be one of {', '.join(ENGINE_NAMES)}, got {engine!r}. 'auto' is the default.")
 
 
 def select_engine(name: str, policy: ActorCriticPolicy, settings: UpdateSettings, buffer: Any) -> tuple[Engine, str]:
     """
     Return the engine that runs a policy, and why it was chosen. Raise ValueError if the named one cannot run it.
 
-    ``"auto"`` takes the first of native, fused and autograd that can.
+    ``"auto"`` selects the first of native, fused and autograd that can.
     """
     check_engine_name(name)
     if name == "autograd":
-        return AutogradEngine(policy, settings), "asked for"
+        return AutogradEngine(policy, settings), "as requested"
     reasons = {}
-    # Importing an engine with kernels takes half a second: numba.
+    # An engine with kernels imports numba, which takes half a second.
     if name in ("auto", "native"):
         reasons["native"] = why_not_native(policy, buffer)
         if reasons["native"] is None:
             from sb3_clipvf.engines.native import NativeEngine
 
-            why = "asked for" if name == "native" else "it is the fastest for this policy"
+            why = "as requested" if name == "native" else "it is the fastest for this policy"
             return NativeEngine(policy, settings), why
     if name in ("auto", "fused"):
         reasons["fused"] = why_not_fused(policy)
         if reasons["fused"] is None:
             from sb3_clipvf.engines.fused import FusedEngine
 
-            why = "asked for" if name == "fused" else f"native cannot run the policy: {reasons['native']}"
+            why = "as requested" if name == "fused" else f"native cannot run the policy: {reasons['native']}"
             return FusedEngine(policy, settings), why
     if name != "auto":
         raise ValueError(
             f"`engine` must be one that can run the policy, got {name!r}, which cannot: {reasons[name]}. Use 'auto', "
-            "which takes the fastest one that can."
+            "which selects the fastest one that can."
         )
     return AutogradEngine(policy, settings), (
         f"native cannot run the policy: {reasons['native']}; nor can fused: {reasons['fused']}"
@@ -58,7 +58,7 @@ def select_engine(name: str, policy: ActorCriticPolicy, settings: UpdateSettings
 
 
 def is_surpassed(engine: Engine, buffer: Any) -> bool:
-    """Return whether ``"auto"`` would choose a faster engine now: the reason against that one may be gone."""
+    """Return whether ``"auto"`` would now choose a faster engine, since the reasons against it may have gone."""
     if engine.name == "native":
         return False
     if why_not_native(engine.policy, buffer) is None:

@@ -29,7 +29,7 @@ from sb3_clipvf.engines.recognition import (
 )
 
 _GAUSSIANS = (DiagGaussianDistribution, StateDependentNoiseDistribution)
-# SB3's own: its policies do not pass another one.
+# SB3's default, which its policies never change.
 _GSDE_EPSILON = 1e-6
 
 
@@ -38,7 +38,7 @@ class PlainPolicy:
     """
     The parts of a policy that consists of two MLPs and, for a Gaussian, its log standard deviations.
 
-    ``actor`` leads from the observation to logits or means, ``critic`` to the value; ``activation`` is that of all
+    ``actor`` maps observations to logits or means, ``critic`` to values; ``activation`` is that of all
     hidden layers. ``log_std`` has the shape ``(action_dim,)``, for gSDE ``(latent_dim, action_dim)`` or
     ``(latent_dim, 1)``.
     """
@@ -93,7 +93,7 @@ def plain_policy(policy: ActorCriticPolicy) -> PlainPolicy:
     """
     Return the parts of a policy that the native engine can run.
 
-    :raises UnsupportedError: If it cannot.
+    :raises UnsupportedError: If the engine cannot run the policy.
     """
     if type(policy) is not ActorCriticPolicy:
         raise UnsupportedError(f"its class is {type(policy).__name__}, and only MlpPolicy itself is compiled")
@@ -128,9 +128,9 @@ def plain_policy(policy: ActorCriticPolicy) -> PlainPolicy:
 
 
 def modules_of(policy: ActorCriticPolicy) -> list[Any]:
-    """Return all modules that the forward pass of a plain policy calls, and of another policy those that it has."""
+    """Return the modules that a plain policy's forward pass calls; another policy may lack some of them."""
     extractor = policy.mlp_extractor
-    # One object if it is shared.
+    # A shared extractor is one object.
     features = dict.fromkeys((policy.features_extractor, policy.pi_features_extractor, policy.vf_features_extractor))
     modules: list[Any] = [policy, extractor, *features, policy.action_net, policy.value_net]
     modules += [getattr(module, "flatten", None) for module in features]

@@ -1,4 +1,4 @@
-"""The threads of an update: how many, the second one, and limiting those of BLAS."""
+"""Threads of an update: the choice of their number, the second thread, and the limit of BLAS's threads."""
 
 import os
 import statistics
@@ -15,14 +15,14 @@ import torch as th
 from sb3_clipvf.common.messages import log
 
 TRIALS = 3
-"""Updates on each number of threads before the first choice, and in the medians that choices compare."""
+"""Updates on each number of threads before the first choice, and the window of the medians that choices compare."""
 
 RETRY_INTERVAL = 50
-"""Updates after which one uses the slower number of threads, since the machine's load may have changed."""
+"""Interval, in updates, at which one runs on the slower number of threads: the machine's load may have changed."""
 
 
 class ThreadChoice:
-    """One thread or two, whichever was faster lately. Two are tried if torch and the process may use two cores."""
+    """Choice of the recently faster of one thread and two. Two are tried if torch and the process may use two cores."""
 
     def __init__(self) -> None:
         self._may_be_two = min(th.get_num_threads(), usable_cores()) > 1
@@ -62,14 +62,14 @@ class ThreadChoice:
 
 
 def usable_cores() -> int:
-    """Return the number of cores that this process may use; all of the machine's if the system keeps no such list."""
+    """Return the number of cores that this process may use, or the machine's number if the system has no such list."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def second_thread() -> ThreadPoolExecutor:
-    """Return the process's executor of one thread, for the critic's part of updates. Starting one takes longer."""
+    """Return the process's executor of one thread, for the critic's part of updates; reuse is faster than a new one."""
     return _second_thread(os.getpid())
 
 
@@ -80,7 +80,7 @@ def _second_thread(process: int) -> ThreadPoolExecutor:
 
 
 class ProcessWide:
-    """A context of the whole process: the first of several threads enters it, and the last one leaves it."""
+    """A process-wide context that the first of several threads enters, and the last one leaves."""
 
     def __init__(self, make: Callable[[], AbstractContextManager[object]]) -> None:
         self._make = make
@@ -113,7 +113,7 @@ def _controller() -> Any:
 
 one_blas_thread = ProcessWide(lambda: _controller().limit(limits=1, user_api="blas")).inside
 """
-Return a context in which matrix products run on the calling thread: those of minibatches are too small to be split.
+Return a context in which matrix products run on the calling thread; those of minibatches are too small to split.
 
 A single product that BLAS splits also leaves its threads spinning for some 30 ms, on the cores that the update and the
 environments need.
