@@ -12,12 +12,7 @@ ENGINE_NAMES = ("auto", "autograd", "fused", "native")
 
 
 def check_engine_name(engine: object) -> None:
-    """
-    Check that an engine exists.
-
-    :param engine: Value of the argument ``engine``.
-    :raises ValueError: If it is none of :data:`ENGINE_NAMES`.
-    """
+    """Check the argument ``engine``, and raise ``ValueError`` if it is none of ``ENGINE_NAMES``."""
     if engine not in ENGINE_NAMES:
         raise ValueError(f"`engine` must be one of {', '.join(ENGINE_NAMES)}, got {engine!r}. 'auto' is the default.")
 
