@@ -1,9 +1,9 @@
 """
 The entry points: the kernels that Python calls, compiled once and then loaded from numba's cache on disk.
 
-numba notices a change of the file of the function that it cached, not of those that it calls. So each entry point
-holds a digest of all their files, which numba makes part of the cache's key; it uses the digest in what it returns.
-Arguments are those of the functions called.
+numba's cache notices changes in the file of an entry point, but not in the files of the functions that it calls. So
+each entry point captures a digest of all these files, which numba adds to the cache's key. Return values depend on the
+digest, since numba ignores unused variables. The functions called document the arguments.
 """
 
 import hashlib

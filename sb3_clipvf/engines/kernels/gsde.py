@@ -3,7 +3,7 @@ gSDE: a Gaussian whose spread, and whose noise, are functions of the actor's las
 
 variance_ij = 1e-6 + sum_l latent_il^2 std_lj^2, noise_ij = sum_l latent_il matrix_lj with matrix_lj ~ N(0, std_lj^2).
 
-They restate SB3's ``StateDependentNoiseDistribution``, which passes no gradient to the latents through the variance.
+The kernels restate SB3's ``StateDependentNoiseDistribution``: no gradient passes to the latents through the variance.
 Parity tests: ``tests/test_engines.py::TestContract`` with the policies ``gsde*`` (updates), and
 ``tests/test_native.py::TestActingWithGSDE`` (noise).
 
@@ -19,7 +19,7 @@ from sb3_clipvf.engines.kernels.memory import GRAD, PARAM, SIZE, matrix
 from sb3_clipvf.engines.kernels.mlp import layer
 
 F = np.float32
-# SB3's: added to the variance, and to what `expln` takes the logarithm of.
+# SB3's: added to the variance, and to the arguments of logarithms in `expln`.
 _EPSILON = F(1e-6)
 
 

@@ -14,8 +14,8 @@ from sb3_clipvf.engines.kernels.elementwise import exp32
 
 F = np.float32
 
-# A ratio this close to the range counts as inside. Where torch acted and kernels update, log-probabilities of one
-# policy differ by rounding. Without this, no gradient would be left when an annealed range has reached 0.
+# A ratio this close to the range counts as inside, since log-probabilities of one policy from torch and from kernels
+# differ by rounding. Otherwise, all gradients would be 0 once an annealed range has reached 0.
 _ROUNDING = F(1e-5)
 
 # Forms of the value loss.
@@ -58,7 +58,7 @@ def surrogate_loss(
         log_ratio = log_prob[i] - old_log_prob[i]
         ratio = gradient[i]
         unclipped = advantages[i] * ratio
-        # Python's max and min pass NaN on in one order only: `unclipped` keeps that of the ratio.
+        # Python's max and min propagate NaN in one order of arguments only, so `unclipped` keeps a ratio's NaN.
         clipped = advantages[i] * min(max(ratio, low), high)
         objective += clipped if clipped < unclipped else unclipped
         inside = low - _ROUNDING <= ratio <= high + _ROUNDING

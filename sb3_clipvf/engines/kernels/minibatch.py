@@ -12,7 +12,7 @@ from sb3_clipvf.engines.kernels.totals import STAT, TOTAL
 F = np.float32
 _LARGEST = np.finfo(np.float32).max
 
-# Outcomes of a minibatch: a step of the optimizer; none, as loss or gradient is not finite; the end of the update.
+# Outcomes of a minibatch: a step of the optimizer; no step, since loss or gradient is not finite; the update's end.
 STEP, SKIP, STOP = range(3)
 
 
@@ -85,13 +85,13 @@ def outcome_of(stats: np.ndarray, hyper: Hyperparameters, norm: float) -> int:
 
 @fast
 def is_finite(number: float) -> bool:
-    """Return whether a number is finite in float32, in which torch has it."""
+    """Return whether a number is finite in float32, the dtype of torch's losses."""
     return abs(F(number)) <= _LARGEST
 
 
 @fast
 def add_to_totals(stats: np.ndarray, outcome: int, norm: float, totals: np.ndarray) -> None:
-    """Add a minibatch to the statistics of the update; only the number of skipped ones is kept."""
+    """Add a minibatch to the statistics of the update. A skipped one is only counted."""
     if outcome == SKIP:
         totals[TOTAL.n_skipped] += 1
         return

@@ -1,8 +1,8 @@
 """
 Forward and backward pass of one MLP: hidden layers with an activation, and a linear layer at the end.
 
-A workspace, float32, holds outputs and gradients of the layers; :func:`workspace_size` is its size. Parity tests:
-``tests/test_engines.py::TestContract``; ``tests/test_kernels.py::TestWeightGradient`` for the product of our own.
+A workspace, float32, holds outputs and gradients of the layers; :func:`workspace_size` is its size for a row. Parity
+tests: ``tests/test_engines.py::TestContract``; ``tests/test_kernels.py::TestWeightGradient`` for products without BLAS.
 """
 
 import numpy as np
@@ -13,14 +13,14 @@ from sb3_clipvf.engines.kernels.inputs import SILU, Mlp
 from sb3_clipvf.engines.kernels.memory import GRAD, PARAM, matrix, vector
 
 _NARROW_OUTPUTS, _NARROW_INPUTS, _MOST_WEIGHTS = 16, 8, 4096
-"""Widths and sizes of layers up to which a product of our own was measured to be faster than BLAS's."""
+"""Largest widths and sizes of layers at which products without BLAS were measured to be faster than BLAS's."""
 
 _BLOCK = 256
-"""Rows that are summed by themselves: the more numbers a float32 sum has, the less exactly it adds the next one."""
+"""Rows of a partial sum. Partial sums limit the rounding error, which grows with the length of a float32 sum."""
 
 
 def workspace_size(sizes: np.ndarray) -> int:
-    """Return the float32 numbers a row: outputs and SiLU's inputs of each layer, and two gradients of the widest."""
+    """Return the float32 numbers per row: outputs and SiLU's inputs of each layer, and two gradients of the widest."""
     return int(2 * sizes.sum() + 2 * sizes.max())
 
 
