@@ -44,6 +44,7 @@ from sb3_clipvf.collection import RolloutCollector
 from sb3_clipvf.common import validation
 from sb3_clipvf.common.messages import log, show_messages
 from sb3_clipvf.common.nonfinite import MAX_UPDATES_WITH_SKIPS, BadMinibatchError
+from sb3_clipvf.engines.device import select_device
 from sb3_clipvf.engines.interface import Engine, UpdateCoefficients, UpdateSettings, UpdateStatistics
 from sb3_clipvf.engines.selection import is_surpassed, select_engine
 from sb3_clipvf.files.codec import NOTE
@@ -114,7 +115,8 @@ class ClipPPO(RolloutCollector):
     :param policy_kwargs: Further arguments of the policy.
     :param verbose: 0: no messages; 1: messages; 2: details.
     :param seed: Seed of all random states, at least 0.
-    :param device: PyTorch device, or "auto".
+    :param device: PyTorch device. "auto" selects a GPU if there is one and the policy's networks are large enough
+        for it, else the CPU; with ``engine="autograd"`` it selects a GPU if there is one, as in SB3.
     :param kl_coef: Schedule, at least 0: weight beta of the exact KL(pi_old || pi), in 1/nats, or its initial value
         where beta adapts. 0: no penalty.
     :param adaptive_kl_target: d_targ, nats, positive: beta adapts once an update (``schedules.AdaptiveKL``). None: beta
@@ -213,10 +215,11 @@ class ClipPPO(RolloutCollector):
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,
             verbose=verbose,
-            device=device,
+            device="cpu" if device == "auto" and engine != "autograd" else device,  # until there is a policy
             seed=seed,
             _init_setup_model=False,
         )
+        self._device_is_auto = device == "auto"
         self.batch_size = batch_size
         self.n_epochs = n_epochs
         self.clip_range = clip_range
@@ -270,9 +273,13 @@ class ClipPPO(RolloutCollector):
             self.lr_schedule,
             use_sde=self.use_sde,
             **self.policy_kwargs,
-        ).to(self.device)  # type: ignore[assignment]
+        )  # type: ignore[assignment]
+        if self._device_is_auto:
+            self.device = select_device(self.engine, self.policy, self.batch_size)
+        self.policy = self.policy.to(self.device)
         self.rollout_buffer = self._make_rollout_buffer()
-        self._maybe_recommend_cpu()
+        if self.engine == "autograd" or not self._device_is_auto:
+            self._maybe_recommend_cpu()
         self._setup_controllers()
         self._engine = None
 
@@ -576,6 +583,7 @@ class ClipPPO(RolloutCollector):
             *super()._excluded_save_params(),
             "lr_schedule",
             "_schedules",
+            "_device_is_auto",
             "_engine_choice",
             "_loads_sb3",
             "_warned_of_early_end",
@@ -603,7 +611,7 @@ class ClipPPO(RolloutCollector):
 
         :param path: Zip file, with or without its suffix, or an open binary file.
         :param env: Environment to continue in; its number of copies may differ. None: the model can only predict.
-        :param device: PyTorch device, or "auto".
+        :param device: PyTorch device, or "auto", as for the constructor.
         :param custom_objects: Values that replace the file's, by attribute; the replaced ones are not read.
         :param print_system_info: Whether to print the versions of the packages then and now.
         :param force_reset: Whether to reset the environments before training.
@@ -630,10 +638,11 @@ class ClipPPO(RolloutCollector):
             model = super().load(
                 file.stream(),
                 env=env,
-                device=device,
+                device="cpu" if device == "auto" else device,
                 custom_objects={**file.unpickled(trust, replaced), **replaced},
                 print_system_info=print_system_info,
                 force_reset=force_reset,
+                _device_is_auto=device == "auto",
                 **kwargs,
             )
         vars(model).pop(NOTE, None)
@@ -652,7 +661,7 @@ class ClipPPO(RolloutCollector):
         :param load_path_or_dict: Zip file of a model, of which only tensors are read, or a dict from
             ``get_parameters``.
         :param exact_match: Whether all parameters must be there. False: set those that are there.
-        :param device: PyTorch device, or "auto".
+        :param device: PyTorch device to which a file is read. "auto": the model's.
         :raises UnsafeFileError: If the file holds more than tensors as weights.
         :raises ValueError: If the file is not a model, is damaged or does not fit into memory; or a name is unknown or,
             with ``exact_match``, missing.
@@ -660,6 +669,8 @@ class ClipPPO(RolloutCollector):
         parameters: Any = load_path_or_dict
         if not isinstance(parameters, dict):
             parameters = read_model(parameters, needs_data=False).stream()
+        # Adam's step counts stay on the device to which they are read.
+        device = self.device if device == "auto" else device
         super().set_parameters(parameters, exact_match=exact_match, device=device)
 
     @property
@@ -678,7 +689,7 @@ class ClipPPO(RolloutCollector):
 
         :param path: Checkpoint, or the folder of checkpoints, whose newest complete one is read.
         :param env: Environments, built as for the training. They are reset, then their state is restored.
-        :param device: PyTorch device, or "auto".
+        :param device: PyTorch device, or "auto", as for the constructor.
         :param kwargs: Further arguments of :meth:`load`, such as arguments of the constructor to change.
         :return: The model.
         :raises FileNotFoundError: If there is no checkpoint.
