@@ -195,7 +195,9 @@ def test_it_is_refused_inside_other_callbacks_and_algorithms(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="EveryNTimesteps"):
         CASE.model(tmp_path).learn(64, callback=EveryNTimesteps(10, TrainingCheckpoint(64, tmp_path)))
     with pytest.raises(TypeError, match="got PPO"):
-        PPO("MlpPolicy", make_vec_env("CartPole-v1"), n_steps=64).learn(64, callback=TrainingCheckpoint(64, tmp_path))
+        PPO("MlpPolicy", make_vec_env("CartPole-v1"), n_steps=64, device="cpu").learn(
+            64, callback=TrainingCheckpoint(64, tmp_path)
+        )
 
 
 # ------------------------------------------------------------------ full disks

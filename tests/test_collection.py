@@ -547,11 +547,13 @@ class TestRolloutsWithoutTheOldDistribution:
     )
 
     def test_sb3s_loop_trains_without_the_kl(self, kwargs: dict[str, Any]) -> None:
-        model = HostLoop("MlpPolicy", make_vec_env("CartPole-v1", seed=0), n_steps=16, batch_size=8, seed=0, **kwargs)
+        model = HostLoop(
+            "MlpPolicy", make_vec_env("CartPole-v1", seed=0), n_steps=16, batch_size=8, seed=0, device="cpu", **kwargs
+        )
         model.learn(64)
         assert "train/kl" not in logged(model)
         assert "train/approx_kl" in logged(model)
-        host = PPO("MlpPolicy", make_vec_env("CartPole-v1", seed=0), n_steps=16, batch_size=8, seed=0,
+        host = PPO("MlpPolicy", make_vec_env("CartPole-v1", seed=0), n_steps=16, batch_size=8, seed=0, device="cpu",
                    policy_kwargs=kwargs.get("policy_kwargs")).learn(64)  # fmt: skip
         # Kernels round differently than torch; torch alone gives the same bits.
         tolerance = 0.0 if kwargs == {"engine": "autograd"} else 1e-4
@@ -562,7 +564,7 @@ class TestRolloutsWithoutTheOldDistribution:
         self, arguments: dict[str, Any], kwargs: dict[str, Any]
     ) -> None:
         env = make_vec_env("CartPole-v1", seed=0)
-        model = HostLoop("MlpPolicy", env, n_steps=16, batch_size=8, **kwargs, **arguments)
+        model = HostLoop("MlpPolicy", env, n_steps=16, batch_size=8, device="cpu", **kwargs, **arguments)
         before = vector(model)
         name = "lr_kl_target" if "lr_kl_target" in arguments else "kl_coef"
         with pytest.raises(
@@ -614,7 +616,7 @@ class TestRolloutsWithoutTheOldDistribution:
 
     def test_a_missing_kl_is_logged_once(self, kwargs: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
         env = make_vec_env("CartPole-v1", seed=0)
-        with_host_loop = HostLoop("MlpPolicy", env, n_steps=16, batch_size=8, **kwargs)
+        with_host_loop = HostLoop("MlpPolicy", env, n_steps=16, batch_size=8, device="cpu", **kwargs)
         for model in (with_host_loop, cartpole(rollout_buffer_class=HostAdd, **kwargs)):
             caplog.clear()
             with caplog.at_level("INFO", logger="sb3_clipvf"):

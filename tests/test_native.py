@@ -304,7 +304,7 @@ class TestActingWithGSDE:
         for engine in ("autograd", "native"):
             env = make_vec_env("Pendulum-v1", n_envs=n_envs, seed=0)
             kwargs: dict[str, Any] = {"use_sde": True, "sde_sample_freq": 4, "kl_coef": 1.0, "seed": 0}
-            kwargs |= {"clip_range": "lin_0.2", "clip_range_vf": 1.0}
+            kwargs |= {"clip_range": "lin_0.2", "clip_range_vf": 1.0, "device": "cpu"}
             model = ClipPPO("MlpPolicy", env, n_steps=16, batch_size=16, n_epochs=2, engine=engine, **kwargs)
             model.learn(32 * n_envs)
             assert model._engine is not None

@@ -353,7 +353,7 @@ def test_ratio_is_one_before_the_first_update_also_for_saturated_actions(mean_bi
         actions, values, log_prob = policy(th.as_tensor(obs))
     if abs(mean_bias) >= 12:
         assert (actions.abs() == 1).any(), "the case does not saturate"
-    buffer = RolloutBuffer(1, OBS, act, n_envs=n_envs)
+    buffer = RolloutBuffer(1, OBS, act, "cpu", n_envs=n_envs)
     buffer.add(obs, actions.numpy(), np.zeros(n_envs), np.zeros(n_envs), values, log_prob)
     np.random.seed(0)
     batch = next(buffer.get())

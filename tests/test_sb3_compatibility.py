@@ -126,9 +126,9 @@ def test_passing_what_the_file_holds_keeps_the_controllers_state(tmp_path: Any) 
 
 
 def test_a_warning_names_the_arguments_that_another_algorithms_file_lacks(tmp_path: Any) -> None:
-    A2C("MlpPolicy", DummyVecEnv([Counter])).save(tmp_path / "a2c")
+    A2C("MlpPolicy", DummyVecEnv([Counter]), device="cpu").save(tmp_path / "a2c")
     with pytest.warns(UserWarning, match="clip_range=0.2, clip_range_vf=None"):
-        model = ClipPPO.load(tmp_path / "a2c")
+        model = ClipPPO.load(tmp_path / "a2c", device="cpu")
     assert (model.clip_range, model.clip_range_vf) == (0.2, None)
 
 
