@@ -26,7 +26,7 @@ from stable_baselines3.common.policies import (
 )
 from stable_baselines3.common.save_util import recursive_getattr
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TensorDict
-from stable_baselines3.common.utils import explained_variance, update_learning_rate
+from stable_baselines3.common.utils import explained_variance, get_device, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_clipvf.arguments import (
@@ -215,11 +215,11 @@ class ClipPPO(RolloutCollector):
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,
             verbose=verbose,
-            device="cpu" if device == "auto" and engine != "autograd" else device,  # until there is a policy
+            # SB3 prints it. `_setup_model` selects it when there is a policy.
+            device="cpu" if device == "auto" and engine != "autograd" else device,
             seed=seed,
             _init_setup_model=False,
         )
-        self._device_is_auto = device == "auto"
         self.batch_size = batch_size
         self.n_epochs = n_epochs
         self.clip_range = clip_range
@@ -247,6 +247,7 @@ class ClipPPO(RolloutCollector):
         self._engine: Engine | None = None
         self._engine_choice = ("", "", "")  # `engine`, the name of the engine in use, and why it was chosen
         self._loads_sb3 = False  # whether the attributes come from a file of SB3
+        self._device_is_auto = device == "auto"
 
         if _init_setup_model:
             self._setup_model()
@@ -266,6 +267,9 @@ class ClipPPO(RolloutCollector):
         for name in COEFFICIENTS:
             self._schedule(name)
         self._setup_lr_schedule()
+        if self._device_is_auto:
+            # SB3's choice until there is a policy: a seed then makes cuDNN deterministic, as in SB3.
+            self.device = get_device("auto")
         self.set_random_seed(self.seed)
         self.policy = self.policy_class(
             self.observation_space,
@@ -579,17 +583,9 @@ class ClipPPO(RolloutCollector):
         return {name: recursive_getattr(self, name) for name in self._get_torch_save_params()[1]}
 
     def _excluded_save_params(self) -> list[str]:
-        return [
-            *super()._excluded_save_params(),
-            "lr_schedule",
-            "_schedules",
-            "_device_is_auto",
-            "_engine_choice",
-            "_loads_sb3",
-            "_warned_of_early_end",
-            "_n_envs_before",
-            "_resumed",
-        ]
+        built = ("lr_schedule", "_schedules", "_engine_choice")
+        of_this_process = ("_device_is_auto", "_loads_sb3", "_warned_of_early_end", "_n_envs_before", "_resumed")
+        return [*super()._excluded_save_params(), *built, *of_this_process]
 
     @classmethod
     def load(

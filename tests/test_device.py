@@ -71,7 +71,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> th.device:
 
     for module in ("base_class", "buffers", "save_util"):  # replaced code elsewhere would rule out the native engine
         monkeypatch.setattr(f"stable_baselines3.common.{module}.get_device", get_device)
-    monkeypatch.setattr("sb3_clipvf.engines.device.get_device", get_device)
+    for ours in ("clip_ppo", "engines.device"):
+        monkeypatch.setattr(f"sb3_clipvf.{ours}.get_device", get_device)
     monkeypatch.setattr(th.cuda, "is_available", lambda: True)
     return GPU
 
@@ -268,6 +269,21 @@ def test_weights_are_drawn_on_the_cpu_whatever_the_device(gpu: th.device) -> Non
         drawn.append(th.rand(3))
     assert model.device == gpu
     assert th.equal(drawn[0], drawn[1])
+
+
+@pytest.mark.parametrize("source", ["constructor", "load"])
+def test_a_seed_makes_cudnn_deterministic_as_in_sb3(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    file = io.BytesIO()
+    make("CnnPolicy", device="cpu").save(file)
+    monkeypatch.setattr(th.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(th.backends.cudnn, "deterministic", False)
+    monkeypatch.setattr(th.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr("sb3_clipvf.clip_ppo.select_device", lambda *_: th.device("meta"))
+    if source == "constructor":
+        make("CnnPolicy")
+    else:
+        ClipPPO.load(file)
+    assert th.backends.cudnn.deterministic and not th.backends.cudnn.benchmark
 
 
 def test_set_parameters_reads_a_file_to_the_device_of_the_model(gpu: th.device) -> None:

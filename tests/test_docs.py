@@ -19,6 +19,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 
 from sb3_clipvf import ClipPPO
+from sb3_clipvf.engines.device import LARGEST_ON_CPU, choose_cpu
 from sb3_clipvf.schedules import make_schedule
 from sb3_clipvf.zoo import COMMANDS
 from sb3_clipvf.zoo.entries import ZOO_KEYS
@@ -218,6 +219,14 @@ def test_the_engines_page_quotes_the_log(policy: str, env: str, capsys: pytest.C
     ClipPPO(policy, env, n_steps=32, batch_size=32, n_epochs=1, device="cpu", verbose=1).learn(32)
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("Training runs on"))
     assert f"\n{line}\n" in text_of("engines.md")
+
+
+def test_the_engines_page_has_the_rule_of_the_device() -> None:
+    page = text_of("engines.md")
+    for largest in LARGEST_ON_CPU.values():
+        assert f"| at most {largest // 10**6} million | CPU |" in page
+    reason = choose_cpu("auto", "native MLP", 9_155, 256)[1]
+    assert f"\ndevice='auto' selects 'cpu': {reason}\n" in page
 
 
 def test_the_table_of_schedules_has_their_values() -> None:
