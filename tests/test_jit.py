@@ -76,23 +76,47 @@ def test_a_change_of_any_kernel_is_noticed(tmp_path: Path) -> None:
     assert run() == ["7.0", "0"]
 
 
+def linkages(function: Any) -> set[str]:
+    """Return how the code of `value_loss` is linked into a caller."""
+    assert function(np.ones(3, np.float32)) == 0
+    code = function.inspect_llvm(function.signatures[0])
+    return set(re.findall(r"^define (?:(linkonce_odr|internal) )?.*value_loss", code, re.MULTILINE))
+
+
 def test_called_functions_are_not_shared_with_other_kept_functions(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The linker would take the copy of the function that was there first, which may round differently."""
+    called = numba.njit(value_loss.py_func)  # type: ignore[attr-defined]
 
     def caller(x: np.ndarray) -> float:
-        return value_loss(x, x, x, NOT_CLIPPED, 0.1, 0.5, x)[0]
-
-    def linkages(function: Any) -> set[str]:
-        assert function(np.ones(3, np.float32)) == 0
-        code = function.inspect_llvm(function.signatures[0])
-        return set(re.findall(r"^define (?:(linkonce_odr|internal) )?.*value_loss", code, re.MULTILINE))
+        return called(x, x, x, NOT_CLIPPED, 0.1, 0.5, x)[0]
 
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
     # If this fails, numba makes no weak symbols any more, and `cached` needs no library of its own.
-    assert linkages(jit.fast(caller)) == {"linkonce_odr"}
+    assert linkages(numba.njit(caller)) == {"linkonce_odr"}
     assert linkages(jit.cached()(caller)) == {"internal"}
+
+
+def test_functions_that_kernels_call_are_callable_from_python_too() -> None:
+    called = jit.strict(lambda x: 2 * x)
+    caller = jit.cached()(lambda x: 1 + called(x))
+    assert (called(3), caller(3), called(3), called(1.5)) == (6, 7, 6, 3.0)
+
+
+def test_only_what_python_calls_is_translated_to_machine_code() -> None:
+    """numba translates each function by default, which takes most of the time of compilation."""
+
+    def is_translated(function: Any) -> bool:
+        (result,) = function.overloads.values()
+        return bool(result.library.get_pointer_to_function(result.fndesc.llvm_func_name))
+
+    for decorator, expected in ((jit.fast, False), (jit.fast_alone, False), (numba.njit, True)):
+        called = decorator(lambda x: 2 * x)
+        caller = jit.cached()(lambda x, called=called: 1 + called(x))
+        assert caller(3) == 7
+        assert is_translated(caller)
+        assert is_translated(called) == expected
 
 
 def trained(cache: Path, *engines: str) -> dict[str, str]:

@@ -184,9 +184,9 @@ class TestWarmUp:
     def test_a_long_one_is_announced(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
         announced = threading.Event()
         kernel = SimpleNamespace(signatures=[], stats=SimpleNamespace(cache_misses={"one": 1}))
-        monkeypatch.setitem(warmup._GROUPS, "slow", ((kernel,), lambda: announced.wait(60)))
+        monkeypatch.setitem(warmup.GROUPS, "slow", ((kernel,), lambda: announced.wait(60)))
         monkeypatch.setattr(warmup, "NOTE_SECONDS", 0.0)
-        monkeypatch.setattr(warmup.log, "warning", lambda message: announced.set())
+        monkeypatch.setattr(warmup.log, "warning", lambda *message: announced.set())
         with caplog.at_level(logging.INFO, "sb3_clipvf"):
             assert warmup.warm_up("slow") > 0
         assert announced.is_set()

@@ -1,12 +1,14 @@
 """Decorators that compile functions by numba. Importing this imports numba, which takes half a second."""
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, cast
 
 from llvmlite.binding import Linkage
-from numba import njit
+from numba import jit, njit
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
+from numba.core.registry import CPUDispatcher
 
 from sb3_clipvf.common.messages import log
 
@@ -15,13 +17,89 @@ Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 # Division by zero gives infinity or NaN as in torch. A check for it would keep loops from being vectorised.
 _COMMON: dict[str, Any] = {"error_model": "numpy", "nogil": True}
 
-fast = cast(Compile, njit(fastmath={"reassoc", "contract", "nsz"}, **_COMMON))
+
+class _LinkedLibrary(JITCodeLibrary):
+    """Code of a function for its callers. It is neither optimised nor translated to machine code by itself."""
+
+    def _optimize_final_module(self) -> None:
+        pass
+
+    def _finalize_final_module(self) -> None:
+        self._finalize_dynamic_globals()  # type: ignore[no-untyped-call]
+        self._verify_declare_only_symbols()  # type: ignore[no-untyped-call]
+        self._finalized = True
+
+
+class _OptimizedLibrary(_LinkedLibrary):
+    """The same, but optimised."""
+
+    _optimize_final_module = JITCodeLibrary._optimize_final_module
+
+
+class _LinkedCompiler(Compiler):
+    """numba's compiler, without what calls from Python need."""
+
+    library_class = _LinkedLibrary
+
+    def define_pipelines(self) -> Any:
+        state = self.state
+        state.flags.no_compile = state.flags.no_cpython_wrapper = state.flags.no_cfunc_wrapper = True
+        codegen, name = state.targetctx.codegen(), state.func_id.func_qualname
+        state.library = self.library_class(codegen, name)  # type: ignore[no-untyped-call]
+        return super().define_pipelines()  # type: ignore[no-untyped-call]
+
+
+class _OptimizingCompiler(_LinkedCompiler):
+    library_class = _OptimizedLibrary
+
+
+class _LinkedFunction(CPUDispatcher):
+    """
+    A function that compiled functions call. An entry point is linked with all of these and optimised as a whole.
+
+    numba optimises each function, translates it to machine code, and optimises it again in each of its callers. With
+    calls several levels deep, that takes three times as long as the entry points alone. Tests call these functions
+    from Python; numba then compiles them as it does by itself.
+
+    Made for numba 0.61 to 0.68.
+    """
+
+    def add_overload(self, result: Any) -> None:
+        # Callers find the code by this key. For numba it is the function that Python calls, which does not exist here.
+        key, context = object(), cast(Any, self.targetctx)
+        context.insert_user_function(key, result.fndesc, [result.library])
+        self.overloads[tuple(result.signature.args)] = result._replace(entry_point=key)
+
+    def _compile_for_args(self, *args: Any, **kwargs: Any) -> Any:
+        return self._for_python
+
+    @cached_property
+    def _for_python(self) -> Any:
+        return jit(**self.targetoptions)(self.py_func)
+
+
+def _linked(compiler: type[_LinkedCompiler] = _LinkedCompiler, **options: Any) -> Compile:
+    def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
+        return cast(
+            Callable[..., Any],
+            _LinkedFunction(function, {}, {"nopython": True, "boundscheck": None, **_COMMON, **options}, compiler),
+        )
+
+    return compile_function
+
+
+_FAST = {"reassoc", "contract", "nsz"}
+
+fast = _linked(fastmath=_FAST)
 """Compile with sums in any order and fused products; NaN and infinities keep their meaning."""
 
-exact = cast(Compile, njit(fastmath={"contract"}, **_COMMON))
+fast_alone = _linked(_OptimizingCompiler, fastmath=_FAST)
+"""Compile as :data:`fast`, but choose the order of sums before the function is linked into its callers."""
+
+exact = _linked(fastmath={"contract"})
 """Compile with fused products alone, for functions that lose accuracy if sums are taken in another order."""
 
-strict = cast(Compile, njit(**_COMMON))
+strict = _linked()
 """Compile each operation as written, as NumPy does it."""
 
 
@@ -29,10 +107,9 @@ class _Library(JITCodeLibrary):
     """
     Machine code that calls its own copies of the functions linked into it, so that its results do not vary.
 
-    numba links the functions that a function calls into its module, optimises them again there, and leaves them as weak
-    symbols. The linker keeps the first weak symbol of a name in a process. In a process that compiles kernels, that is
-    each called function as optimised alone. In one that reads them from disk, it is the copy in the caller read first.
-    These copies round differently. Internal symbols, which this class makes of them, are not replaced.
+    numba links the functions that a function calls into its module, optimises them there, and leaves them as weak
+    symbols. The linker keeps the first weak symbol of a name in a process, which is that of the entry point compiled or
+    read first. The copies round differently. Internal symbols, which this class makes of them, are not replaced.
 
     Made for numba 0.61 to 0.68, where ``CPUCodeLibrary._get_module_for_linking`` makes the symbols weak.
     """

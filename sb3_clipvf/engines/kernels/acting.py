@@ -11,6 +11,7 @@ from sb3_clipvf.engines.kernels.action_distributions import (
     normalize_logits,
     sample,
 )
+from sb3_clipvf.engines.kernels.elementwise import copy_rows
 from sb3_clipvf.engines.kernels.inputs import STATE_DEPENDENT, Policy
 from sb3_clipvf.engines.kernels.minibatch import is_finite
 from sb3_clipvf.engines.kernels.mlp import forward, layer
@@ -20,8 +21,10 @@ from sb3_clipvf.engines.kernels.mlp import forward, layer
 def predict_values(policy: Policy, observations: np.ndarray, workspace: np.ndarray, values: np.ndarray) -> None:
     """Fill ``values``, shape ``(n,)``, of observations, ``(n, obs_dim)``."""
     n = observations.shape[0]
-    layer(policy.critic, workspace, n, 0)[:] = observations
-    values[:] = forward(policy.critic, workspace, n).reshape(n)
+    copy_rows(observations, layer(policy.critic, workspace, n, 0))
+    outputs = forward(policy.critic, workspace, n)
+    for i in range(n):
+        values[i] = outputs[i, 0]
 
 
 @fast
@@ -37,7 +40,7 @@ def act(
     """
     predict_values(policy, observations, workspace, values)
     n = observations.shape[0]
-    layer(policy.actor, workspace, n, 0)[:] = observations
+    copy_rows(observations, layer(policy.actor, workspace, n, 0))
     dist = distributions_of(policy, workspace, n)
     if policy.kind == STATE_DEPENDENT:
         noise = gsde.noise_of(policy, workspace, n, noise)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sb3_clipvf.common.jit import fast
+from sb3_clipvf.common.jit import fast, fast_alone
 from sb3_clipvf.engines.kernels import gsde
 from sb3_clipvf.engines.kernels.elementwise import exp32
 from sb3_clipvf.engines.kernels.inputs import BERNOULLI, CATEGORICAL, GAUSSIAN, STATE_DEPENDENT, Policy
@@ -261,7 +261,7 @@ def _categorical_gradient(
     probs[i, chosen] += weight
 
 
-@fast
+@fast_alone
 def _gaussian_gradients(
     dist: ActionDist, actions: np.ndarray, log_prob_gradient: np.ndarray, ent_coef: float, beta: float,
     old: np.ndarray, rows: np.ndarray, log_std_gradient: np.ndarray,

@@ -68,7 +68,9 @@ def run_update(
             outcome = outcome_of(stats, hyper, norm)
             if has_actor:
                 if outcome == SKIP and totals[TOTAL.n_skipped] == 0:
-                    shared_stats[SKIPPED_ROW], totals[TOTAL.first_skipped] = stats, n_minibatches - 1
+                    totals[TOTAL.first_skipped] = n_minibatches - 1
+                    for k in range(stats.shape[0]):
+                        shared_stats[SKIPPED_ROW, k] = stats[k]
                 add_to_totals(stats, outcome, norm, totals)
             if outcome == STEP:
                 n_steps += 1

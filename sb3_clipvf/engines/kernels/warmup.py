@@ -1,5 +1,6 @@
 """Compiling or loading, before they are needed, the kernels that an engine calls."""
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,19 +26,26 @@ def warm_up(group: str) -> float:
     One group serves all policies of an engine: "native" and "fused" hold what these engines call, "kl_of_rollout" the
     native engine's measurement after an update. Groups are separate, since a kernel takes some megabytes of memory.
     """
-    kernels, call = _GROUPS[group]
+    kernels, call = GROUPS[group]
     if kernels[0].signatures:
         return 0.0
     note = threading.Timer(
         NOTE_SECONDS,
-        lambda: log.warning("Compiling kernels, which may take a minute; they are kept on disk for later runs"),
+        lambda: log.warning(
+            "Compiling the kernels (%s), which takes 10 to 30 seconds; they are kept on disk for later runs", group
+        ),
     )
     note.daemon = True
     started = time.perf_counter()
     note.start()
+    # Compiling creates many objects. Garbage collections visit all objects of the process, a tenth of the time or more.
+    collects = gc.isenabled()
+    gc.disable()
     try:
         call()
     finally:
+        if collects:
+            gc.enable()
         note.cancel()
     seconds = time.perf_counter() - started
     if any(kernel.stats.cache_misses for kernel in kernels):
@@ -95,7 +103,7 @@ def _empty_rollout() -> Rollout:
     return Rollout(none, none, nothing, nothing, nothing, nothing, none, 0, 1)
 
 
-_GROUPS: dict[str, tuple[Sequence[Any], Callable[[], None]]] = {
+GROUPS: dict[str, tuple[Sequence[Any], Callable[[], None]]] = {
     "native": (entry.NATIVE, _call_native),
     "kl_of_rollout": ((entry.kl_of_rollout,), _call_kl_of_rollout),
     "fused": (entry.FUSED, _call_fused),
