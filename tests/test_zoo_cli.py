@@ -2,12 +2,14 @@
 
 import gc
 import os
+import re
 import shutil
 import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -22,6 +24,7 @@ from stable_baselines3 import PPO
 
 import sb3_clipvf
 from sb3_clipvf import ClipPPO
+from sb3_clipvf.engines.kernels import warmup
 from sb3_clipvf.zoo import COMMANDS, hyperparams_path, main
 
 pytestmark = [
@@ -571,3 +574,36 @@ def test_hyperparameters_are_searched_and_a_trial_is_trained(kind: str, in_empty
     expected = HYPERPARAMS_CONVERTER["clipppo"](trials[1].params)
     del expected["policy_kwargs"]
     assert {key: getattr(model, key) for key in expected} == expected
+
+
+class TestCompile:
+    @pytest.mark.slow
+    def test_it_fills_the_folder(self, tmp_path: Path) -> None:
+        """In a process of its own, as its kernels are compiled once in a process."""
+
+        def run() -> str:
+            result = subprocess.run(
+                [sys.executable, "-m", "sb3_clipvf", "compile"],
+                env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)},
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=600,
+            )
+            return result.stdout
+
+        assert re.fullmatch(rf"The kernels were compiled in [\d.]+ s. They are in {tmp_path}.*\n", run())
+        kept = {path.name.partition("-")[0] for path in tmp_path.rglob("*.nbi")}
+        assert {name.rpartition(".")[2] for name in kept} >= {
+            "run_update",
+            "act",
+            "kl_of_rollout",
+            "draw",
+            "_scale_rows",
+        }
+        assert "The kernels were read in" in run()
+
+    def test_without_a_writable_folder_it_fails(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        kernel = SimpleNamespace(signatures=["one"], stats=SimpleNamespace(cache_path=None))
+        monkeypatch.setattr(warmup, "GROUPS", {"one": ((kernel,), lambda: None)})
+        assert main(["compile"]) == 1

@@ -380,7 +380,7 @@ class TestSettings:
 
 def test_the_option_belongs_to_the_commands_that_load(capsys: pytest.CaptureFixture[str]) -> None:
     loading = {name for name, entry in COMMANDS.items() if entry.loads}
-    assert loading == set(COMMANDS) - {"plot_train", "all_plots", "load_from_hub"}
+    assert loading == set(COMMANDS) - {"compile", "plot_train", "all_plots", "load_from_hub"}
     assert main(["enjoy", "--help"]) == 0
     assert "--trust-pickle" in capsys.readouterr().out
     assert main(["load_from_hub", "--env", "CartPole-v1", "-orga", "nobody", "--trust-pickle"]) == 2

@@ -33,6 +33,7 @@ COMMANDS: dict[str, Command] = {
     "report": Command(
         "evaluate a run, plot its learning curve, record a video", "sb3_clipvf.zoo.report:main", loads=True
     ),
+    "compile": Command("compile all kernels, so that no training has to", "sb3_clipvf.zoo.compilation:main"),
     "plot_train": Command(
         "plot training returns of runs", "rl_zoo3.plots:plot_train", {"algo": ALGORITHM, "exp_folder": "logs"}
     ),

@@ -1,0 +1,27 @@
+"""The sub-command ``compile``: compile all kernels before they are needed, as for an image or a cluster."""
+
+import importlib
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Run ``sb3-clipvf compile``.
+
+    :param argv: Options, of which there are none; None takes those of the process.
+    :return: Exit code: 0, or 1 if the kernels cannot be kept on disk.
+    """
+    ArgumentParser(description=__doc__.partition(": ")[2]).parse_args(argv)
+    from sb3_clipvf.engines.kernels.warmup import GROUPS, warm_up  # imports numba
+
+    importlib.import_module("sb3_clipvf.envs.normalize")  # compiles its own
+    seconds = sum(warm_up(group) for group in GROUPS)
+    stats = [kernel.stats for kernels, _ in GROUPS.values() for kernel in kernels]
+    folder = stats[0].cache_path
+    if folder is None:  # there was a warning with the reason
+        return 1
+    action = "compiled" if any(each.cache_misses for each in stats) else "read"
+    sys.stdout.write(f"The kernels were {action} in {seconds:.1f} s. They are in {folder}\n")
+    return 0
