@@ -73,7 +73,7 @@ from sb3_clipvf.schedules import (
 __all__ = ["SB3_EQUIVALENT", "ClipPPO"]
 
 SPREAD_EPS = 1e-6
-"""Returns whose standard deviation is below this share of the largest one differ by rounding alone."""
+"""If the standard deviation is below this share of the largest absolute return, returns differ only by rounding."""
 
 
 class ClipPPO(RolloutCollector):
@@ -145,7 +145,7 @@ class ClipPPO(RolloutCollector):
         "SquashedCnnPolicy": SquashedActorCriticCnnPolicy,
         "SquashedMultiInputPolicy": SquashedMultiInputActorCriticPolicy,
     }
-    # Set on the class, it silences the warning for all models.
+    # If True is assigned to it on the class, no model warns.
     _warned_of_early_end = False
     # State of a checkpoint, until `learn` restores it.
     _resumed: Resumed | None = None
@@ -256,7 +256,7 @@ class ClipPPO(RolloutCollector):
     def _setup_model(self) -> None:
         """Check the arguments, then build what they describe; SB3's ``load`` calls this, too."""
         if self._loads_sb3 and self.rollout_buffer_class in (RolloutBuffer, DictRolloutBuffer):
-            # SB3 saves the class that it chose itself; ours draws the same minibatches.
+            # A file of SB3 names SB3's own buffer even if the user chose none. Ours draws the same minibatches.
             self.rollout_buffer_class = None
         vars(self).update(check_arguments(vars(self)))
         validation.check_env(self.policy_class, self, self.use_sde)
@@ -367,7 +367,7 @@ class ClipPPO(RolloutCollector):
         return UpdateCoefficients(**values)
 
     def _schedule(self, name: str) -> Schedule | None:
-        """Return a coefficient's schedule, built again if a callback replaced the coefficient; None if it is None."""
+        """Return a coefficient's schedule, built again if a callback replaced the coefficient; None if that is None."""
         return schedule_of(getattr(self, name), name, self._schedules)
 
     def _run_update(self, engine: Engine, coefficients: UpdateCoefficients) -> UpdateStatistics:
@@ -616,7 +616,7 @@ class ClipPPO(RolloutCollector):
             environment variable ``SB3_CLIPVF_TRUST_PICKLE`` decides: "1" or "0", the default.
         :param kwargs: Arguments of the constructor to change.
         :return: The model.
-        :raises UnsafeFileError: If the file needs what it may not use.
+        :raises UnsafeFileError: If the file needs a class or function that ``trust_pickle`` does not allow.
         :raises ValueError: If the file is not a model, is damaged, does not fit into memory, or holds a value that the
             installed packages cannot read; or PyTorch does not know the device.
         :raises RuntimeError: If the weights do not fit the policy that the file describes.
@@ -628,7 +628,7 @@ class ClipPPO(RolloutCollector):
         replaced = dict(custom_objects or {})
         check_model(file, cls, trust, replaced)
         kwargs = values_to_load(file.data or {}, kwargs, replaced, cls)
-        # The learning rate's schedule is built again; SB3 compares the policy's arguments with the file's.
+        # `_setup_model` builds `lr_schedule`. `policy_kwargs` stay, since SB3 compares them with the file's.
         replaced = {"lr_schedule": None, **{key: kwargs[key] for key in kwargs if key != "policy_kwargs"}, **replaced}
         with validation.same_spaces(), network_bound(file, trust):
             model = super().load(
@@ -671,7 +671,7 @@ class ClipPPO(RolloutCollector):
 
     @property
     def remaining_timesteps(self) -> int:
-        """Environment steps until the training that was started last ends, at least 0."""
+        """Environment steps that are left of the latest training, at least 0."""
         return max(0, self._total_timesteps - self.num_timesteps)
 
     @classmethod
@@ -680,7 +680,8 @@ class ClipPPO(RolloutCollector):
         Resume an interrupted training from a checkpoint of ``TrainingCheckpoint``.
 
         ``model.learn(model.remaining_timesteps, reset_num_timesteps=False, callback=...)`` then ends with the same
-        weights, bit for bit on the CPU, as a training without interruption. The checkpoint names what prevents that.
+        weights, bit for bit on the CPU, as a training without interruption. If something prevents that, the checkpoint
+        lists it.
         Pass the callbacks of the training: their state is part of the checkpoint.
 
         :param path: Checkpoint, or the folder of checkpoints, whose newest complete one is read.

@@ -142,7 +142,7 @@ class RolloutCollector(OnPolicyAlgorithm):
         fit_to_rollout(rollout_buffer, check_int("n_steps", n_rollout_steps, 1, "SB3's default is 2048."), env.num_envs)
         rollout_buffer.reset()
         self._last_obs = copy_of(self._last_obs)
-        # Unlike in SB3, before anything is drawn for this rollout: a checkpoint written here holds no part of it.
+        # SB3 draws noise before this call. Here the call comes first: a checkpoint then holds nothing of this rollout.
         callback.on_rollout_start()
         if self.use_sde:
             self.policy.reset_noise(env.num_envs)
@@ -261,7 +261,7 @@ class RolloutCollector(OnPolicyAlgorithm):
             if unseen:
                 log.warning(
                     "A wrapper outside of Monitor, such as TimeLimit, ends episodes that Monitor does not report: "
-                    "`rollout/ep_rew_mean` lacks them, and SB3's evaluate_policy would not end. %s",
+                    "`rollout/ep_rew_mean` does not include them, and SB3's evaluate_policy would loop forever. %s",
                     WAY_OUT,
                 )
             if not self._may_lose_episodes:
@@ -273,7 +273,7 @@ class RolloutCollector(OnPolicyAlgorithm):
         """
         Replace the environments.
 
-        :param env: Environments with the model's spaces and number of copies; :meth:`load` takes another number.
+        :param env: Environments with the model's spaces and number of copies. To change the number, use :meth:`load`.
         :param force_reset: Whether to reset them before training.
         :raises ValueError: If the spaces differ from the model's.
         :raises AssertionError: If the number of copies differs.
@@ -362,7 +362,7 @@ class RolloutCollector(OnPolicyAlgorithm):
 def add_to_buffer(
     buffer: Any, row: tuple[Any, ...], arrays: Acted | None, values: Any, log_probs: Any, dist_params: Any
 ) -> None:
-    """Store a step from ``arrays``; these are None for a buffer with its own ``add``, which gets SB3's tensors."""
+    """Store a step from ``arrays``. If these are None, the buffer has its own ``add``, which takes SB3's tensors."""
     if arrays is not None:
         buffer.add(*row, *arrays[1:4])
     else:
@@ -408,7 +408,7 @@ def bootstrap_truncated(
     Return rewards with ``gamma * V(final observation)`` added where an episode was truncated, shape ``(n_envs,)``.
 
     The values come from one forward pass for all. ``rewards`` is not changed in-place, since callbacks read it. The
-    result is NaN where a final observation is not finite, unless the policy reads it by code of its own.
+    result is NaN for all truncated episodes if a final observation is not finite, unless user code reads observations.
 
     Source: Pardo et al. 2018, arXiv 1712.00378.
     """

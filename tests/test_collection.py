@@ -657,7 +657,7 @@ class TestLostEpisodes:
 
     def test_a_time_limit_outside_of_monitor_warns_once(self, caplog: pytest.LogCaptureFixture) -> None:
         (message,) = self.warnings(lambda: TimeLimit(Monitor(gym.make("Pendulum-v1")), 5), caplog)
-        assert "`rollout/ep_rew_mean` lacks them" in message
+        assert "`rollout/ep_rew_mean` does not include them" in message
         assert message.endswith("Put Monitor outside of that wrapper, or use VecMonitor instead.")
 
     @pytest.mark.parametrize(

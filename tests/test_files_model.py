@@ -325,7 +325,7 @@ class TestClassesOfTheUser:
 
     def test_lambdas_are_code_of_the_file(self, tmp_path: Path) -> None:
         ClipPPO("MlpPolicy", "CartPole-v1", clip_range=lambda p: 0.1 * p, **SMALL).save(tmp_path / "model")
-        with pytest.raises(UnsafeFileError, match=r"`clip_range` in .* got code in the file itself \(cloudpickle"):
+        with pytest.raises(UnsafeFileError, match=r"`clip_range` in .* got code in the file itself \(by cloudpickle"):
             load(tmp_path / "model")
         assert load(tmp_path / "model", trust_pickle=True).clip_range(0.5) == 0.05
         assert load(tmp_path / "model", clip_range=0.3).clip_range == 0.3

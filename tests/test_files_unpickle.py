@@ -282,7 +282,7 @@ class TestTrust:
             pass
 
         for value in (lambda p: p, Local):
-            with pytest.raises(ValueError, match="whose code the file contains"):
+            with pytest.raises(ValueError, match="the file holds its code, not its name"):
                 trust_of([value])
 
     def test_the_error_is_a_public_name(self) -> None:

@@ -34,7 +34,7 @@ class Resumed:
     random: dict[str, Any]
     # Observations that the next rollout starts from; `learn` replaces them if it resets the environments
     observations: Any
-    # Environment steps at which the resume makes schedules end; None if the user chose `schedule_timesteps`
+    # Environment step at which schedules end, of the interrupted training; None if the user chose it
     held_horizon: int | None
     # Whether the logger writes to the folder of the interrupted training
     has_own_logger: bool
@@ -93,7 +93,7 @@ def finish_resume(model: ResumableModel, callback: BaseCallback) -> None:
     if resumed.has_own_logger:
         model._custom_logger = False
     if model._total_timesteps == model._schedule_timesteps == resumed.held_horizon:
-        # This call ends at the same step. Later calls must have their own horizons, as without the interruption.
+        # This call ends at that step anyway. Later calls have their own horizons, as without the interruption.
         model._schedule_timesteps = None
     restore_callbacks(callback, resumed.tree["callbacks"])
     set_logger_state(model, resumed.tree["logger"])
@@ -162,5 +162,5 @@ def _warn_of_versions(saved: dict[str, str]) -> None:
         if saved.get(name) != now.get(name)
     ]
     if changed:
-        text = "Numbers may differ in their last digits, since versions have changed: %s. The earlier ones avoid that."
-        log.warning(text, ", ".join(changed))
+        text = "Numbers may differ in their last digits, since versions have changed: %s. "
+        log.warning(text + "Install the earlier versions to avoid it.", ", ".join(changed))

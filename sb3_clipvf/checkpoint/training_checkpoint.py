@@ -29,7 +29,7 @@ from sb3_clipvf.files.atomic import atomic_write, remove_unfinished
 BEST_NAME = "best_checkpoint.zip"
 
 COPY_SHARE = 0.01
-"""Share of a training's time that copies in memory may take; a signal writes the latest copy."""
+"""Largest share of a training's time for copies of its state in memory. A signal writes the latest copy."""
 
 
 class TrainingCheckpoint(BaseCallback):
@@ -49,15 +49,15 @@ class TrainingCheckpoint(BaseCallback):
     :param keep_best: Whether to keep the checkpoint with the best mean return of the training's own episodes, over a
         full window of ``stats_window_size`` of them, as ``best_checkpoint.zip``.
     :param reset_envs: Whether all environments begin new episodes after each checkpoint, with seeds from the
-        checkpoint, in this training and in the resumed one. It makes a resume exact if the environments' state cannot
-        be saved, but a seeded reset determines all that follows. Running episodes are cut off. One more checkpoint is
-        written at the start.
+        checkpoint, in this training and in the resumed one. Use it for environments whose state cannot be saved, but
+        which a seeded reset determines: their resume is then exact. Running episodes are cut off. One more checkpoint
+        is written at the start.
     :param on_error: What to do if a checkpoint cannot be written. "warn": log an error and continue the training.
         "raise": end it. Earlier checkpoints are kept in both cases.
     :param on_signal: Whether SIGTERM and SIGINT write a last checkpoint at once and end the process, with exit code 143
-        or 130. It is a copy in memory, made after the last update or one shortly before; copies take at most 1 % of the
-        time. With ``reset_envs`` and environments whose state cannot be saved, there are no copies: the last regular
-        checkpoint remains.
+        or 130. It is the latest copy in memory, of the last update or a slightly earlier one. Copies take at most 1 %
+        of the time. With ``reset_envs`` and environments whose state cannot be saved, there are no copies: the last
+        regular checkpoint remains.
     :param verbose: 1: log each checkpoint at INFO level to the logger ``sb3_clipvf``.
     :raises ValueError, TypeError: If an argument is outside these rules, or if the folder holds checkpoints of another
         training when a new one starts.
@@ -182,7 +182,7 @@ class TrainingCheckpoint(BaseCallback):
         if self._watch is not None:
             self._watch.stop()
             self._watch = None
-        # The RL Zoo also calls this after `learn`: after an error or a signal, and even if there is no model yet.
+        # The RL Zoo calls this a second time, even if `learn` failed or there is no model.
         if "model" in vars(self) and is_learning(self._model, inspect.currentframe()):
             self._save_and_reset()
         self._unwritten = None

@@ -108,7 +108,7 @@ class AutogradEngine:
 
     def _kl_after(self, buffer: Any) -> th.Tensor:
         """Return the mean exact KL(pi_old || pi) over the whole rollout, under the current parameters."""
-        # Batch normalisation and dropout would let the measurement change the policy, or the KL.
+        # In training mode, batch normalisation would change the policy, and dropout the KL.
         self.policy.set_training_mode(False)
         total = th.zeros((), dtype=th.float64, device=self.policy.device)
         n_transitions = 0

@@ -32,7 +32,7 @@ class UpdateSettings:
     on_nonfinite: str = "raise"
 
     def measures_kl(self, epoch: int, coefficients: "UpdateCoefficients") -> bool:
-        """Return whether an epoch measures the exact KL: for the loss, or since it may be the last epoch."""
+        """Return whether an epoch measures the exact KL: the loss needs it, or the epoch may be the last one."""
         may_be_last = self.target_kl is not None or epoch == self.n_epochs - 1
         return self.has_dist_params and (coefficients.kl_coef != 0 or may_be_last)
 
@@ -59,7 +59,7 @@ class UpdateStatistics:
     means: dict[str, th.Tensor]  #: Scalars by SB3's log key without "train/".
     last_loss: th.Tensor  #: Loss of the last minibatch.
     approx_kl: th.Tensor  #: Estimator k3, mean over the last epoch, nats.
-    kl: th.Tensor | None  #: Exact KL(pi_old || pi), mean over the last epoch before each step, nats; None: unknown.
+    kl: th.Tensor | None  #: Exact KL(pi_old || pi) before each step, mean of the last epoch, nats; None: unknown.
     #: Exact KL(pi_old || pi) over the rollout after the last step, nats; None: not measured.
     kl_after: th.Tensor | None
     ratio_max: th.Tensor  #: Largest ratio of the update.

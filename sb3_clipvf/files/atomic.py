@@ -14,10 +14,10 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[io.BufferedWriter]:
     """
     Open a file for writing that replaces ``path`` only when it is complete and on the disk.
 
-    The bytes go to a temporary file in the same folder, whose ``name`` may also be written to. When the ``with`` block
-    ends, it is synced and renamed, and the folder is synced. After an exception, a kill or a power cut, ``path`` holds
-    either all of its old content or all of the new content. If syncing the folder fails, this raises although ``path``
-    holds the new content. A kill may leave the temporary file.
+    The bytes go to a temporary file in the same folder, which callers may also open by its ``name``. When the ``with``
+    block ends, it is synced and renamed, and the folder is synced. After an exception, a kill or a power cut, ``path``
+    holds either all of its old content or all of the new content. If syncing the folder fails, this raises although
+    ``path`` holds the new content. A kill may leave the temporary file.
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -36,7 +36,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[io.BufferedWriter]:
 
 
 def remove_unfinished(folder: Path, names: str) -> None:
-    """Remove what killed writes left in ``folder`` of files whose names match the regular expression ``names``."""
+    """Remove temporary files that killed writes left in a folder, for files whose names match a regular expression."""
     pattern = re.compile(rf"\.({names})\.\d+-[0-9a-f]{{8}}\.tmp")
     for path in list(folder.iterdir()):
         if pattern.fullmatch(path.name):

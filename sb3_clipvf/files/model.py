@@ -28,7 +28,7 @@ from sb3_clipvf.files.trust import TRUST_ADVICE, Trust, UnsafeFileError
 from sb3_clipvf.files.unpickle import named_errors, unpickle
 
 ROOM = 64 * 2**20
-"""Bytes that a policy may take beyond four times the file's weights, since not all its tensors are saved."""
+"""A loaded policy may take four times the bytes of the saved weights plus these: not all its tensors are saved."""
 
 
 class CheckedStream(io.BytesIO):
@@ -56,7 +56,7 @@ class ModelFile:
         return CheckedStream(self.content)
 
     def unpickled(self, trust: Trust, replaced: Collection[str]) -> dict[str, Any]:
-        """Return the attributes that are more than plain JSON, except ``replaced`` ones, and None for :data:`NOTE`."""
+        """Return attributes that plain JSON cannot hold, without those in ``replaced``; :data:`NOTE` maps to None."""
         fields: dict[str, Any] = {NOTE: None}
         for key, item in (self.data or {}).items():
             if not isinstance(item, dict) or key in replaced:

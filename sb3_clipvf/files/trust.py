@@ -14,7 +14,7 @@ TRUST_ADVICE = (
 )
 
 TrustPickle = bool | Iterable[Callable[..., Any]] | None
-"""Values of ``trust_pickle``: True, False, classes and functions to allow besides the list, or None."""
+"""Values of ``trust_pickle``: True, False, classes and functions to allow besides ``allowlist``'s, or None."""
 
 
 class UnsafeFileError(ValueError):
@@ -27,7 +27,7 @@ class Trust:
     How far a file is trusted.
 
     :param everything: Whether it may run any code.
-    :param extra: Classes and functions that it may use besides the list, by their full names.
+    :param extra: Classes and functions that it may use besides those of ``allowlist``, by their full names.
     """
 
     everything: bool = False
@@ -57,8 +57,9 @@ def trust_of(trust_pickle: TrustPickle) -> Trust:
             )
         if item.__module__ == "__main__" or "<" in name:
             raise ValueError(
-                f"`trust_pickle` must hold classes and functions of modules, got {item!r}, whose code the file "
-                "contains. Move it to a module and save again, replace what needs it by `custom_objects`, or pass True."
+                f"`trust_pickle` must hold classes and functions that can be imported, got {item!r}: the file holds "
+                "its code, not its name. Move it to a module and save again, replace what needs it by "
+                "`custom_objects`, or pass True."
             )
         extra[f"{item.__module__}.{name}"] = item
     return Trust(extra=extra)

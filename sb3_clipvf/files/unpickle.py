@@ -23,25 +23,25 @@ def unpickle(raw: bytes, trust: Trust) -> Any:
     """
     Rebuild an object; only for a fully trusted file, by Python's own unpickler.
 
-    The protocol is 3 or later. Damage, and classes of other versions, raise exceptions of any type.
+    The protocol is 3 or later. A damaged pickle, or one of other package versions, can raise any exception.
     """
     return pickle.loads(raw) if trust.everything else _Machine(trust.extra).run(raw)
 
 
 @contextmanager
 def named_errors(what: str, refused_advice: str = f"{TRUST_ADVICE}.", damaged_advice: str = "") -> Iterator[None]:
-    """Replace errors of :func:`unpickle` by errors that name ``what`` is wrong and what to do."""
+    """Replace errors of :func:`unpickle` by errors that name the object (``what``) and what to do."""
     try:
         yield
     except NotAllowedError as refused:
         needed = str(refused)
         if needed.startswith("cloudpickle."):
-            needed = f"code in the file itself ({needed} saves lambdas and classes of scripts so)"
+            needed = f"code in the file itself (by {needed}: lambdas and classes of scripts are saved that way)"
         raise UnsafeFileError(
             f"{what} must hold only classes that are known to be safe, got {needed}, which could run any code. "
             f"{refused_advice}"
         ) from None
-    except Exception as error:  # damaged bytes, and classes of other versions, raise errors of any type
+    except Exception as error:  # damaged bytes, or classes of other versions, can raise any exception
         raise ValueError(
             f"{what} could not be read: {reason_of(error)}. The file is damaged, or was saved with other versions of "
             f"its packages.{damaged_advice}"

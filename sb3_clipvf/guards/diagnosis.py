@@ -81,7 +81,7 @@ def reads_by_own_code(policy: Any) -> bool:
 
 
 def has_finite_statistics(normalizer: VecNormalize | None) -> bool:
-    """Return whether the statistics of observations, if any, are finite; others make every observation NaN."""
+    """Return whether the statistics of observations, if any, are finite. Non-finite ones make every observation NaN."""
     if normalizer is None or not normalizer.norm_obs:
         return True
     rms = normalizer.obs_rms

@@ -65,7 +65,7 @@ def checked_rows(venv: VecEnv) -> Iterator[None]:
             break
     if isinstance(base, DummyVecEnv) and type(base)._save_obs is DummyVecEnv._save_obs:
         checks.append((base, "_save_obs", _save_obs))
-    # Bound methods, so that a deep copy writes into its own rows. Attributes that the user has set are kept.
+    # Bound to the layer, so that a deep copy has methods bound to the copy. Attributes set by the user are kept.
     methods = [(layer, name, MethodType(check, layer)) for layer, name, check in checks if name not in vars(layer)]
     for layer, name, method in methods:
         vars(layer)[name] = method
@@ -97,7 +97,7 @@ def _reset(self: VecEnv, *args: Any, **kwargs: Any) -> Any:
 
 def _step_wait(self: VecEnv) -> Any:
     step = type(self).step_wait(self)
-    # Only a wrapper can convert a step of another form than SB3's.
+    # If the step does not have SB3's form, a wrapper must convert it: it is not checked here.
     if (
         isinstance(step, tuple)
         and len(step) == 4

@@ -36,7 +36,7 @@ class WorkerDiedError(RuntimeError):
 @contextlib.contextmanager
 def unblock_dead_workers(venv: VecEnv) -> Iterator[None]:
     """
-    Unblock reads from a dead ``SubprocVecEnv`` worker, where ``venv`` is one.
+    Unblock reads from dead workers, if ``venv`` is a ``SubprocVecEnv``.
 
     A forked worker inherits the pipe ends of the workers before it. The pipe of a dead worker then stays open, and
     ``SubprocVecEnv`` would wait for its answer forever. Workers that are not forked inherit nothing.
@@ -62,7 +62,7 @@ def _end_pipes(venv: SubprocVecEnv, stopped: connection.Connection) -> None:
         for ended in connection.wait([stopped, *remotes]):
             if ended is stopped:
                 return
-            # Data that it sent can still be read. A read that waits for more ends, in any thread.
+            # Data that it sent can still be read. A read that is waiting for more then stops, in whichever thread.
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(remotes.pop(ended).fileno())) as end:
                 end.shutdown(socket.SHUT_RDWR)
 

@@ -103,7 +103,7 @@ def _run(name: str, command: Command, options: Sequence[str]) -> int:
             given, options = trust.parse_known_args(options)
             if vars(given):
                 stack.enter_context(patched_environment({TRUST_VARIABLE: "1"}, replace=True))
-        # The working folder comes last, so that it hides no installed module: a module is trusted by its path.
+        # The working folder comes last, so that it hides no installed module. Trust depends on where a module is found.
         stack.enter_context(replaced(sys, "path", [*sys.path, os.getcwd()]))
         if module.startswith("sb3_clipvf."):
             stack.enter_context(next_parser(f"{PROGRAM} {name}", add_trust_option if command.loads else None))

@@ -105,7 +105,7 @@ def saved_timesteps(path: Path) -> int:
 
 def lies_beside(source: str | os.PathLike[str], config: str) -> bool:
     """
-    Return whether ``config``, the file or module of ``--conf-file``, lies among the runs: it may have come with one.
+    Return whether ``config``, the file or module of ``--conf-file``, is among the runs and may have come with one.
 
     ``source`` is the run's ``args.yml``.
     """
@@ -262,11 +262,11 @@ def _is_of_runs(place: Path, folder: Path) -> bool:
 
 
 def _folder_of_runs(source: Path) -> Path:
-    """Return the log folder of ``<logs>/<algo>/<run>/<env>/config.yml``, or the part of it known to hold runs only."""
+    """Return ``<logs>`` of ``<logs>/<algo>/<run>/<env>/config.yml``; ``<logs>/<algo>`` if the user is in ``<logs>``."""
     run = source.parent.parent
     for algo in (run, run.parent):
         if algo.name in {*ALGOS, ALGORITHM}:
-            # The working folder holds the user's own modules.
+            # Modules of the working folder are the user's own.
             return algo if Path.cwd().is_relative_to(algo.parent) else algo.parent
     return run
 

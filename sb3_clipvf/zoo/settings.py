@@ -30,7 +30,7 @@ COMMAND_LINE_KEYS = ("device", "env", "seed", "tensorboard_log", "verbose")
 _BASES: dict[str, type] = {
     "callback": BaseCallback,
     "env_wrapper": gym.Env,
-    "policy": object,  # ClipPPO itself checks the base of this class and the next
+    "policy": object,  # ClipPPO itself checks these two
     "rollout_buffer_class": object,
     "vec_env_wrapper": VecEnv,
 }
