@@ -218,9 +218,9 @@ def warn_of_early_end(
     """
     Warn if schedules are in their second half during a whole call of ``learn``; return whether it has warned.
 
-    As in SB3, progress counts the ``done`` steps before the call and its ``to_do`` steps, the collected rollout
-    included: a call of one rollout updates at progress 0. The user's own functions are skipped, since calling them may
-    change them.
+    As in SB3, progress is measured over the ``done`` steps before the call and its ``to_do`` steps, and a rollout
+    counts before its update. A call of one rollout therefore updates at progress 0. The user's own functions are
+    skipped, since calling them may change them.
     """
     first = clamp_progress(1.0 - (done + rollout) / (done + to_do)) if to_do else 1.0
     known = {name: schedule for name, schedule in schedules.items() if first < 0.5 and is_known(schedule)}

@@ -133,8 +133,8 @@ class ClipPPO(RolloutCollector):
     :param engine: "auto" (the fastest that runs the policy), "native", "fused" or "autograd" (``docs/engines.md``).
     :raises ValueError: If an argument is out of range, or two arguments contradict each other.
     :raises TypeError: If an argument is of the wrong type.
-    Source: Schulman et al. 2017, arXiv 1707.06347. Departures: the clipped value loss (OpenAI baselines), advantage
-        normalisation and gradient clipping (the same), bounds on beta.
+    Source: Schulman et al. 2017, arXiv 1707.06347. Departures: the clipped value loss, advantage normalisation and
+        gradient clipping (all from OpenAI baselines), bounds on beta.
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -215,7 +215,7 @@ class ClipPPO(RolloutCollector):
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,
             verbose=verbose,
-            # SB3 prints it. `_setup_model` selects it when there is a policy.
+            # For "auto", `_setup_model` selects the device when there is a policy. SB3 prints this one.
             device="cpu" if device == "auto" and engine != "autograd" else device,
             seed=seed,
             _init_setup_model=False,

@@ -147,7 +147,7 @@ class RolloutCollector(OnPolicyAlgorithm):
         if self.use_sde:
             self.policy.reset_noise(env.num_envs)
         engine = self._current_engine()  # after the callback, which may have changed the policy
-        if engine is not known:  # it may run other modules of the policy
+        if engine is not known:  # the mode was set above without it
             engine.set_training_mode(False)
         engine.begin_rollout(rollout_buffer)
         return engine
@@ -408,7 +408,8 @@ def bootstrap_truncated(
     Return rewards with ``gamma * V(final observation)`` added where an episode was truncated, shape ``(n_envs,)``.
 
     The values come from one forward pass for all. ``rewards`` is not changed in-place, since callbacks read it. The
-    result is NaN for all truncated episodes if a final observation is not finite, unless user code reads observations.
+    result is NaN for all truncated episodes if a final observation is not finite, unless the policy has its own code
+    that reads observations.
 
     Source: Pardo et al. 2018, arXiv 1712.00378.
     """

@@ -328,7 +328,7 @@ _get_samples = TensorRolloutBuffer._get_samples
 
 
 def fit_to_rollout(buffer: Any, n_steps: int, n_envs: int) -> None:
-    """Set the size of a buffer before its next ``reset``; one of a user's class may hold several rows per step."""
+    """Set the size of a buffer before its next ``reset``, unless it is of a user's class, which may count otherwise."""
     if type(buffer) in _KNOWN:
         buffer.buffer_size, buffer.n_envs = n_steps, n_envs
 

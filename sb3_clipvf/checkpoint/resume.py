@@ -34,7 +34,7 @@ class Resumed:
     random: dict[str, Any]
     # Observations that the next rollout starts from; `learn` replaces them if it resets the environments
     observations: Any
-    # Environment step at which schedules end, of the interrupted training; None if the user chose it
+    # Last step of the interrupted training, if `resume` lets schedules end there; None if the user set their end
     held_horizon: int | None
     # Whether the logger writes to the folder of the interrupted training
     has_own_logger: bool
@@ -93,7 +93,7 @@ def finish_resume(model: ResumableModel, callback: BaseCallback) -> None:
     if resumed.has_own_logger:
         model._custom_logger = False
     if model._total_timesteps == model._schedule_timesteps == resumed.held_horizon:
-        # This call ends at that step anyway. Later calls have their own horizons, as without the interruption.
+        # Schedules of this call end there anyway. In later calls they end with each call, as without the interruption.
         model._schedule_timesteps = None
     restore_callbacks(callback, resumed.tree["callbacks"])
     set_logger_state(model, resumed.tree["logger"])

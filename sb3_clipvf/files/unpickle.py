@@ -3,7 +3,7 @@ Unpickle without running code, by a pickle machine with few instructions that bu
 
 Python's own unpickler imports and calls whatever a file names. Here a file may name listed classes, call listed
 functions with checked arguments, and set attributes of its own objects. Everything else is refused, including each
-instruction of the pickle language that has no method below. No other unpickler reads the bytes.
+instruction of the pickle language that has no method below. Python's unpickler reads only fully trusted files.
 """
 
 import pickle
@@ -21,9 +21,9 @@ from sb3_clipvf.files.trust import TRUST_ADVICE, Trust, UnsafeFileError
 
 def unpickle(raw: bytes, trust: Trust) -> Any:
     """
-    Rebuild an object; only for a fully trusted file, by Python's own unpickler.
+    Rebuild an object: by Python's own unpickler if the file is fully trusted, else by the machine below.
 
-    The protocol is 3 or later. A damaged pickle, or one of other package versions, can raise any exception.
+    The pickle must be of protocol 3 or later. If damaged, or of other package versions, it can raise any exception.
     """
     return pickle.loads(raw) if trust.everything else _Machine(trust.extra).run(raw)
 

@@ -50,7 +50,7 @@ def _add_notes(raised: Exception, cause: Exception, callback: Any, num_timesteps
         )
     for checkpoint in checkpoints:
         try:
-            # The copy in memory may hold weights that were not finite before it was made.
+            # After a NonFiniteError, the copy in memory may hold non-finite weights, too.
             if not isinstance(cause, NonFiniteError):
                 checkpoint.save_last(type(raised).__name__, at_start=False)  # at step 0 nothing is lost
         except Exception as second:  # a failed save must not mask the original error
