@@ -85,8 +85,8 @@ class SquashedGaussianDistribution(Distribution):
 
         It depends only on the actions, so that rollout and update compute the same number for a stored action. Where
         tanh rounds, above ``1 - eps`` of the dtype (|u| > 8.5 in float32), an action stands for all u beyond that
-        point. Its density is their probability, spread evenly over the interval that is rounded. The density at a
-        clamped u would lie far in the Gaussian's tail if the mean is large, and ratios of such densities overflow.
+        point. Its density is their probability, spread evenly over the interval that is rounded. If the
+        mean is large, a clamped u is far in the Gaussian's tail, and ratios of such densities would overflow.
 
         :param actions: Shape ``(n, d)``, in [-1, 1].
         :return: Shape ``(n,)``, nats.
