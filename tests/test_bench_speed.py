@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from torch import nn
 
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.engines import threads
@@ -28,7 +29,7 @@ from tests.bench.speed import main
 from tests.bench.speed_figure import write_figure
 from tests.bench.speed_models import make_env, make_model
 from tests.bench.speed_profile import area_of, render_profile, sum_areas
-from tests.bench.speed_rows import BOUNDS, PEERS, ROWS, TRIAL_UPDATES, SpeedRow
+from tests.bench.speed_rows import PEERS, ROWS, TRIAL_UPDATES, SpeedRow
 from tests.bench.speed_table import KEY, TRIALS, Spread, best_threads, entries_of, ratio, render_tables
 
 # Of a policy that the native engine does not run, so that ClipPPO's number of threads is tried.
@@ -104,9 +105,18 @@ def test_rows_have_the_goals_to_reach() -> None:
         "cartpole-64-vector": ("CartPole-v1", 64, 256, 12),
         "breakout-8-ale": ("BreakoutNoFrameskip-v4", 8, 256, 2),
         "custom-extractor": ("CartPole-v1", 1, 64, 1.7),
+        "wide-256": ("17 -> 6", 8, 256, 3),
+        "wide-256-1t": ("17 -> 6", 8, 256, 3),
+        "large-4096": ("48 -> 12", 4096, 24_576, 1.3),
+        "large-4096-1t": ("48 -> 12", 4096, 24_576, 1.3),
     }
     assert {row.name for row in ROWS if row.normalize} == {name for name in goals if name.startswith("halfcheetah")}
-    assert {row.name for row in ROWS if row.phase == "update"} == {"update-64", "update-256"}
+    updates = {"update-64", "update-256", "wide-256", "wide-256-1t", "large-4096", "large-4096-1t"}
+    assert {row.name for row in ROWS if row.phase == "update"} == updates
+    assert {row.name: row.threads for row in ROWS if row.threads} == {"wide-256-1t": 1, "large-4096-1t": 1}
+    for name in ("wide-256", "large-4096"):
+        row, one_thread = (next(row for row in ROWS if row.name == name + end) for end in ("", "-1t"))
+        assert replace(one_thread, name=row.name, title=row.title, threads=None) == row
 
 
 def test_row_measures_sbx_where_it_is_installed_and_the_environments_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +152,7 @@ def test_quick_row_is_the_same_but_short(row: SpeedRow) -> None:
     n_transitions = quick.n_steps * quick.n_envs
     assert 64 <= n_transitions <= 128
     assert (quick.warmup, quick.iterations, quick.settings["n_epochs"], quick.settings["batch_size"]) == (1, 2, 2, 64)
-    changed = {"settings": row.settings, "warmup": row.warmup, "iterations": row.iterations}
+    changed = {"settings": row.settings, "warmup": row.warmup, "iterations": row.iterations, "n_envs": row.n_envs}
     assert replace(quick, **changed, cold_start=row.cold_start) == row
 
 
@@ -172,6 +182,32 @@ def test_peers_get_the_same_arguments() -> None:
     assert (ours.clip_range_vf, ours.vf_clip_units) == (None, "absolute")
     shapes = [[tuple(tensor.shape) for tensor in model.policy.parameters()] for model in (ours, sb3)]
     assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("peer", ["clipppo", "sb3"])
+def test_networks_of_a_row_and_environments_that_cost_nothing(peer: str) -> None:
+    row = next(row for row in ROWS if row.name == "large-4096")
+    model = make_model(row.quick(), peer, 3)
+    layers = [
+        (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else type(layer)
+        for layer in model.policy.mlp_extractor.policy_net
+    ]
+    assert layers == [(48, 512), nn.ELU, (512, 256), nn.ELU, (256, 128), nn.ELU]
+    assert (model.n_envs, model.env.action_space.shape) == (64, (12,))
+    first = model.env.reset()
+    steps = [model.env.step(np.zeros((64, 12))) for _ in range(20)]
+    assert len({step[0].tobytes() for step in steps}) == 16 and steps[15][0] is not steps[14][0]
+    assert all(step[0].shape == first.shape == (64, 48) and step[1].std() > 0.5 for step in steps)
+    assert not any(step[2].any() for step in steps)
+
+
+def test_sbx_gets_activation_functions_of_jax(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[str, Any] = {}
+    monkeypatch.setitem(sys.modules, "sbx", SimpleNamespace(PPO=lambda *args, **kwargs: made.update(kwargs)))
+    monkeypatch.setitem(sys.modules, "jax", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "jax.nn", SimpleNamespace(elu="jax's elu"))
+    make_model(next(row for row in ROWS if row.name == "large-4096").quick(), "sbx", 3)
+    assert made["policy_kwargs"] == {"net_arch": [512, 256, 128], "activation_fn": "jax's elu"}
 
 
 # --- the measured process
@@ -267,7 +303,7 @@ def test_environments_stepped_by_another_way_are_an_error(scripted: Callable[...
 @pytest.mark.parametrize("peer, engines", [("clipppo", ENGINE_NAMES), ("sb3", ("torch",)), ("bound_clipppo", ())])
 def test_real_measurement(peer: str, engines: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     row = next(row for row in ROWS if row.name == "custom-extractor").quick()
-    task = {"row": asdict(row), "peer": peer, "seed": 1, "one_core": False, "profile": False, "bound_seconds": 0.02}
+    task = {"row": asdict(row), "peer": peer, "seed": 1, "cores": None, "profile": False, "bound_seconds": 0.02}
     assert speed_child.main([json.dumps(task)]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["engine"] in set(engines) - {"auto"} if engines else "engine" not in result
@@ -318,10 +354,11 @@ def test_products_are_those_of_each_layer(
 def test_every_row_runs(row: SpeedRow, peer: str) -> None:
     if (reason := row.missing()) is not None:
         pytest.skip(reason)
-    result = speed_child.measure_peer(row.quick(), peer, 1)
-    assert result["steps"] == 2 * row.quick().n_steps * row.n_envs
-    bound = next(name for name, of in BOUNDS.items() if of == peer)
-    assert speed_child.measure_bound(row, BOUNDS[bound], 1, 0.01)["steps"] > 0
+    quick = row.quick()
+    result = speed_child.measure_peer(quick, peer, 1)
+    assert result["steps"] == 2 * quick.n_steps * quick.n_envs
+    if "bound_clipppo" in row.measured():
+        assert speed_child.measure_bound(row, peer, 1, 0.01)["steps"] > 0
 
 
 def test_bound_of_a_vector_environment_leaves_out_steps_that_only_reset(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,6 +478,17 @@ def test_ratio_pairs_runs_of_the_same_alternation(tmp_path: Path) -> None:
     assert ratio(results, FAST, "sbx", 4) is None
     assert ratio(results, replace(FAST, iterations=9), "sb3", 4) is None
     assert ratio(results, replace(FAST, goal=9, title="other"), "sb3", 4) is not None
+
+
+def test_a_new_field_of_rows_leaves_results_valid(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class LaterRow(SpeedRow):
+        later: int = 3
+
+    results = results_of(tmp_path, result(FAST, "sb3", "1", 1.0))
+    row = LaterRow(**asdict(FAST))
+    assert results.find(entries_of(row, "sb3", "1")) is not None
+    assert results.find(entries_of(replace(row, later=4), "sb3", "1")) is None
 
 
 @pytest.mark.parametrize("other", [{"cpu": "D"}, {"cores": 4}, {"versions": {"python": "4"}}])
@@ -570,10 +618,19 @@ def test_processes_get_their_threads_and_sizes(in_folder: Path, monkeypatch: pyt
         ("bound_clipppo", None),
     ]
     assert [task["row"]["iterations"] for task in made] == [2] * 12 + [8] * 4
-    assert [task["one_core"] for task in made] == [False] * 8 + [True, False] * 2 + [False] * 2 + [True, False]
+    assert [task["cores"] for task in made] == [None] * 8 + [1, None] * 2 + [None] * 2 + [1, None]
     # Only ClipPPO's first trial starts without compiled code.
     assert [task["cache"] for task in made] == [True] + [False] * 15
     assert not any(task["profile"] for task in made)
+
+
+def test_row_that_fixes_the_threads_needs_no_trials(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, lambda name: True)
+    monkeypatch.setattr(speed, "ROWS", (replace(FAST, threads=1), replace(SLOW, policy="MlpPolicy", threads=1)))
+    assert main(["--alternations", "1"]) == 0
+    made = [(task["peer"], task["threads"], task["cores"], task["seed"]) for task in tasks()]
+    first = [("clipppo", "1", None, 1), ("sb3", "1", None, 1), ("sbx", "1", 1, 1), ("bound_clipppo", None, None, 1)]
+    assert made == [*first, *first, ("bound_sb3", None, None, 1)]
 
 
 @pytest.mark.parametrize("cold_start", [False, True])

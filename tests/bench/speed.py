@@ -195,7 +195,7 @@ class SpeedBenchmark(Benchmark[SpeedRow]):
             "peer": peer,
             "seed": seed,
             # JAX takes no number of threads: it starts one for each core that it may use.
-            "one_core": peer == "sbx" and threads == 1,
+            "cores": threads if peer == "sbx" else None,
             "profile": False,
             "bound_seconds": _QUICK_BOUND_SECONDS if self.args.quick else _BOUND_SECONDS,
         }

@@ -1,8 +1,8 @@
 """
 The measured process: ``python -m tests.bench.speed_child <task>`` measures one peer once.
 
-The task is a JSON object: ``row`` (a SpeedRow's fields), ``peer`` (a key of PEERS or BOUNDS), ``seed``, ``one_core``
-(whether to stay on one core) and ``profile``. The last line that it prints is the result, a JSON object as well.
+The task is a JSON object: ``row`` (a SpeedRow's fields), ``peer`` (a key of PEERS or BOUNDS), ``seed``, ``cores`` (the
+number of cores to stay on; null: all) and ``profile``. Its last line of output is the result, a JSON object as well.
 """
 
 from __future__ import annotations
@@ -197,8 +197,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure the task, and print the result."""
     (text,) = sys.argv[1:] if argv is None else argv
     task = json.loads(text)
-    if task["one_core"]:
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    if task["cores"] is not None:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: task["cores"]])
     row, peer = SpeedRow(**task["row"]), task["peer"]
     if peer in BOUNDS:
         result = measure_bound(row, BOUNDS[peer], task["seed"], task["bound_seconds"])

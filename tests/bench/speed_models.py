@@ -6,6 +6,9 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+from torch import nn
+
+from tests.bench.speed_free import FreeVecEnv
 from tests.bench.speed_rows import SpeedRow
 
 
@@ -17,6 +20,8 @@ def make_model(row: SpeedRow, peer: str, seed: int) -> Any:
     for name in ("learning_rate", "clip_range"):
         if isinstance(arguments.get(name), str):  # SB3 accepts no strings
             arguments[name] = make_schedule(arguments[name], name)
+    if "policy_kwargs" in arguments:
+        arguments["policy_kwargs"] = _policy_kwargs(arguments["policy_kwargs"], peer)
     if row.custom_extractor:
         arguments["policy_kwargs"] = {"features_extractor_class": _extractor_class()}
     if peer == "clipppo":
@@ -27,6 +32,14 @@ def make_model(row: SpeedRow, peer: str, seed: int) -> Any:
     else:
         algorithm = import_module({"sb3": "stable_baselines3", "sbx": "sbx"}[peer]).PPO
     return algorithm(row.policy, make_env(row, peer, seed), seed=seed, device="cpu", verbose=0, **arguments)
+
+
+def _policy_kwargs(kwargs: dict[str, Any], peer: str) -> dict[str, Any]:
+    if "activation_fn" not in kwargs:
+        return kwargs
+    name = kwargs["activation_fn"]
+    activation = getattr(import_module("jax.nn"), name.lower()) if peer == "sbx" else getattr(nn, name)
+    return kwargs | {"activation_fn": activation}
 
 
 def make_env(row: SpeedRow, peer: str, seed: int) -> Any:
@@ -90,12 +103,18 @@ def _adapted(row: SpeedRow, peer: str, seed: int) -> Any:
     return env
 
 
+def _free(row: SpeedRow, peer: str, seed: int) -> Any:
+    n_inputs, n_actions = row.env_id.split(" -> ")
+    return FreeVecEnv(row.n_envs, int(n_inputs), int(n_actions), seed)
+
+
 ENVIRONMENTS: dict[str, Callable[[SpeedRow, str, int], Any]] = {
     "gym": _gym,
     "atari": _atari,
     "vector": _adapted,
     "envpool": _adapted,
     "ale": _adapted,
+    "free": _free,
 }
 """
 Functions that make a peer's VecEnv by kind of environment, with ``Monitor``'s episode statistics. For "gym", ClipPPO

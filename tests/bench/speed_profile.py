@@ -22,6 +22,7 @@ _AREAS: tuple[tuple[str, str, str], ...] = (
     ("/envpool/", "", "environments"),
     ("/ale_py/", "", "environments"),
     ("/mujoco/", "", "environments"),
+    ("tests/bench/speed_free.py", "", "environments"),
     ("stable_baselines3/common/buffers.py", "", "rollout buffer"),
     ("sb3_clipvf/rollout.py", "", "rollout buffer"),
     ("stable_baselines3/common/logger.py", "", "logger"),

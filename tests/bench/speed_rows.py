@@ -33,10 +33,10 @@ class SpeedRow:
     :param name: name for ``--rows`` and the file
     :param title: name in the table
     :param goal: ratio of ClipPPO's steps a second to SB3's that is to be reached
-    :param env_id: id of the environments
+    :param env_id: id of the environments; of the kind "free", "<size of an observation> -> <size of an action>"
     :param n_envs: number of environments
     :param iterations: rollouts and updates that are measured
-    :param settings: arguments of the algorithm that are not SB3's defaults
+    :param settings: arguments of the algorithm that are not SB3's defaults; activation functions by torch's names
     :param warmup: rollouts and updates before these, in which code is compiled
     :param policy: alias of the policy
     :param env: kind of ClipPPO's environments, a key of ``ENVIRONMENTS`` in ``speed_models``
@@ -44,6 +44,7 @@ class SpeedRow:
     :param normalize: whether running statistics normalise observations and rewards
     :param custom_extractor: whether the policy has a features extractor of the user's
     :param phase: "all", or "update": only the update's seconds count
+    :param threads: number of threads that every peer runs on; None: the faster of one and the default, per peer
     :param cold_start: whether ClipPPO's first trial starts without compiled code, to measure how long compiling
         takes; rows with the same kernels take the same time
     """
@@ -62,6 +63,7 @@ class SpeedRow:
     normalize: bool = False
     custom_extractor: bool = False
     phase: str = "all"
+    threads: int | None = None
     cold_start: bool = False
 
     @property
@@ -79,7 +81,7 @@ class SpeedRow:
 
     def warmup_of(self, peer: str) -> int:
         """Return a peer's warm-up, in which the native engine must try one thread and two."""
-        return max(self.warmup, TRIAL_UPDATES) if self.is_native(peer) else self.warmup
+        return max(self.warmup, TRIAL_UPDATES) if self.is_native(peer) and self.threads != 1 else self.warmup
 
     def measured(self) -> tuple[str, ...]:
         """Return the keys of ``PEERS`` and ``BOUNDS`` to measure, in the order of the first alternation."""
@@ -101,8 +103,9 @@ class SpeedRow:
 
     def quick(self) -> SpeedRow:
         """Return the row with few and short rollouts, only to check that it runs."""
-        sizes = {"n_steps": min(self.n_steps, max(2, 64 // self.n_envs)), "batch_size": 64, "n_epochs": 2}
-        return replace(self, settings=self.settings | sizes, warmup=1, iterations=2, cold_start=False)
+        n_envs = min(64, self.n_envs)
+        sizes = {"n_steps": min(self.n_steps, max(2, 64 // n_envs)), "batch_size": 64, "n_epochs": 2}
+        return replace(self, n_envs=n_envs, settings=self.settings | sizes, warmup=1, iterations=2, cold_start=False)
 
 
 # Settings of the RL Zoo's ppo.yml, rl_zoo3 2.9.2; rows without settings have SB3's defaults.
@@ -112,6 +115,11 @@ _LUNAR: dict[str, Any] = {"n_steps": 1024, "batch_size": 64, "gae_lambda": 0.98,
 _LUNAR |= {"ent_coef": 0.01}
 _ATARI: dict[str, Any] = {"n_steps": 128, "batch_size": 256, "n_epochs": 4, "ent_coef": 0.01}
 _ATARI |= {"learning_rate": "lin_2.5e-4", "clip_range": "lin_0.1"}
+# Eight minibatches of 256 transitions in each of ten epochs, with the spaces of HalfCheetah-v5.
+_WIDE: dict[str, Any] = {"n_steps": 256, "batch_size": 256, "policy_kwargs": {"net_arch": [256, 256]}}
+# Massively parallel simulation: 98,304 transitions in four minibatches, for two epochs.
+_LARGE: dict[str, Any] = {"n_steps": 24, "batch_size": 24_576, "n_epochs": 2}
+_LARGE |= {"policy_kwargs": {"net_arch": [512, 256, 128], "activation_fn": "ELU"}}
 
 
 def _cartpole(name: str, title: str, goal: float, n_envs: int, iterations: int, **other: Any) -> SpeedRow:
@@ -120,6 +128,14 @@ def _cartpole(name: str, title: str, goal: float, n_envs: int, iterations: int, 
 
 def _halfcheetah(name: str, title: str, goal: float, n_envs: int, iterations: int, **other: Any) -> SpeedRow:
     return SpeedRow(name, title, goal, "HalfCheetah-v5", n_envs, iterations, normalize=True, **other)
+
+
+def _wide(name: str, title: str, **other: Any) -> SpeedRow:
+    return SpeedRow(name, title, 3, "17 -> 6", 8, 15, _WIDE, env="free", peer_env="free", phase="update", **other)
+
+
+def _large(name: str, title: str, **other: Any) -> SpeedRow:
+    return SpeedRow(name, title, 1.3, "48 -> 12", 4096, 2, _LARGE, env="free", peer_env="free", phase="update", **other)
 
 
 # Numbers of iterations: SB3 takes about 10 to 30 seconds for each row on a machine with two cores.
@@ -141,5 +157,9 @@ ROWS: tuple[SpeedRow, ...] = (
              "BreakoutNoFrameskip-v4", 8, 3, settings=_ATARI, policy="CnnPolicy", env="ale", peer_env="atari"),
     _cartpole("custom-extractor", "CartPole-v1, SB3 defaults, custom features extractor", 1.7, 1, 8,
               custom_extractor=True),
+    _wide("wide-256", "update alone, networks 256-256, batch 256"),
+    _wide("wide-256-1t", "the same on 1 thread", threads=1),
+    _large("large-4096", "update alone, 4096 environments, networks 512-256-128, batch 24,576"),
+    _large("large-4096-1t", "the same on 1 thread", threads=1),
 )
 # fmt: on

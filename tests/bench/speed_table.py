@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from tests.bench.results import Results, machines_text, markdown_table
@@ -56,7 +56,8 @@ class Spread:
 
 def entries_of(row: SpeedRow, peer: str, part: str) -> dict[str, Any]:
     """Return the entries that a run is found by: its key, and the row, since runs with other settings do not count."""
-    values = asdict(row)
+    # Without defaults, so that a new field of rows does not make earlier results invalid.
+    values = {field.name: value for field in fields(row) if (value := getattr(row, field.name)) != field.default}
     del values["title"], values["goal"]
     return {"name": row.name, "peer": peer, "part": part, "row": values}
 
@@ -201,20 +202,22 @@ def _start_text(results: Results, row: SpeedRow, peer: str, runs: Mapping[int, M
 
 
 def trials_of(row: SpeedRow, peer: str) -> dict[str, int | None]:
-    """Return a peer's trials: all, or at most :data:`COLD_TRIAL` if the native engine chooses the number of threads."""
-    if not row.is_native(peer):
+    """Return a peer's trials: all, or at most :data:`COLD_TRIAL` if the row or the native engine fixes the threads."""
+    if row.threads is None and not row.is_native(peer):
         return TRIALS
     return {COLD_TRIAL: None} if row.cold_start else {}
 
 
 def best_threads(results: Results, row: SpeedRow, peer: str) -> int | None:
     """
-    Return the number of threads of the fastest trial; None is the default, which the native engine always has.
+    Return the row's number of threads, or that of the fastest trial.
+
+    None is the default, which the native engine has, since it chooses itself.
 
     :raises LookupError: if no trial succeeded
     """
-    if row.is_native(peer):
-        return None
+    if row.threads is not None or row.is_native(peer):
+        return row.threads
     found = {part: run for part in TRIALS if (run := results.find(entries_of(row, peer, part)))}
     if not found:
         raise LookupError(f"no trial of {row.name}, {peer}")
