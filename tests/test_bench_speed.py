@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch as th
 from matplotlib.axes import Axes
 from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.monitor import Monitor
@@ -29,8 +32,18 @@ from tests.bench.speed import main
 from tests.bench.speed_figure import write_figure
 from tests.bench.speed_models import make_env, make_model
 from tests.bench.speed_profile import area_of, render_profile, sum_areas
-from tests.bench.speed_rows import PEERS, ROWS, TRIAL_UPDATES, SpeedRow
-from tests.bench.speed_table import KEY, TRIALS, Spread, best_threads, entries_of, ratio, render_tables
+from tests.bench.speed_rows import BOUNDS, PEERS, ROWS, TRIAL_UPDATES, SpeedRow
+from tests.bench.speed_table import (
+    CACHES,
+    COLD_TRIAL,
+    KEY,
+    TRIALS,
+    Spread,
+    best_threads,
+    entries_of,
+    ratio,
+    render_tables,
+)
 
 # Of a policy that the native engine does not run, so that ClipPPO's number of threads is tried.
 FAST = SpeedRow("fast", "a fast one", 2, "CartPole-v1", 4, 8, {"n_steps": 16}, policy="CnnPolicy")
@@ -42,7 +55,8 @@ import json, os, sys
 task = json.loads(sys.argv[-1])
 threads = os.environ.get("OMP_NUM_THREADS")
 with open("tasks.jsonl", "a") as file:
-    file.write(json.dumps(task | {"threads": threads, "cache": "NUMBA_CACHE_DIR" in os.environ}) + "\\n")
+    caches = [name for name in ("NUMBA_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR") if name in os.environ]
+    file.write(json.dumps(task | {"threads": threads, "caches": caches}) + "\\n")
 steps = 1000.0 * (2 if task["peer"] == "clipppo" else 1) * (2 if threads == "1" else 1) + task["seed"]
 split = {name + "_seconds": 0.25 for name in ("environment", "policy", "update", "other", "startup")}
 times = {"steps": 1000, "wall_seconds": 1.0, "steps_per_second": steps, "peak_megabytes": 100.0}
@@ -55,7 +69,8 @@ print(json.dumps(split | times | {"engine": "none", "torch_threads": 1}))
 def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder, two rows, the quick process, SBX not installed, and no cache set outside."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    for name in CACHES.values():
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(speed, "ROWS", (FAST, SLOW))
     monkeypatch.setattr(psutil, "cpu_percent", lambda interval: 5.0)
     installed(monkeypatch, lambda name: name != "sbx")
@@ -65,6 +80,7 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def installed(monkeypatch: pytest.MonkeyPatch, is_there: Callable[[str], bool]) -> None:
     monkeypatch.setattr(speed_rows, "find_spec", lambda name: object() if is_there(name) else None)
+    monkeypatch.setattr(shutil, "which", lambda name: name if is_there(name) else None)
 
 
 def child_is(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
@@ -116,17 +132,22 @@ def test_rows_have_the_goals_to_reach() -> None:
     assert {row.name: row.threads for row in ROWS if row.threads} == {"wide-256-1t": 1, "large-4096-1t": 1}
     for name in ("wide-256", "large-4096"):
         row, one_thread = (next(row for row in ROWS if row.name == name + end) for end in ("", "-1t"))
-        assert replace(one_thread, name=row.name, title=row.title, threads=None) == row
+        assert replace(one_thread, name=row.name, title=row.title, threads=None, peers=row.peers) == row
 
 
-def test_row_measures_sbx_where_it_is_installed_and_the_environments_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_measures_the_peers_that_can_run_and_the_environments_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, lambda name: True)
+    every = replace(FAST, peers=tuple(PEERS))
+    assert every.measured() == ("clipppo", "sb3", "sb3_compiled", "sbx", "bound_clipppo")
     assert FAST.measured() == ("clipppo", "sb3", "sbx", "bound_clipppo")
     assert SLOW.measured() == ("clipppo", "sb3", "sbx", "bound_clipppo", "bound_sb3")
     assert replace(FAST, phase="update").measured() == ("clipppo", "sb3", "sbx")
-    assert replace(FAST, custom_extractor=True).measured() == ("clipppo", "sb3", "bound_clipppo")
     installed(monkeypatch, lambda name: name != "sbx")
     assert FAST.measured() == ("clipppo", "sb3", "bound_clipppo")
+    installed(monkeypatch, lambda name: name != "g++")
+    assert every.measured() == ("clipppo", "sb3", "sbx", "bound_clipppo")
+    monkeypatch.setenv("CXX", "clang++")
+    assert every.measured() == ("clipppo", "sb3", "sb3_compiled", "sbx", "bound_clipppo")
 
 
 @pytest.mark.parametrize(
@@ -199,6 +220,21 @@ def test_networks_of_a_row_and_environments_that_cost_nothing(peer: str) -> None
     assert len({step[0].tobytes() for step in steps}) == 16 and steps[15][0] is not steps[14][0]
     assert all(step[0].shape == first.shape == (64, 48) and step[1].std() > 0.5 for step in steps)
     assert not any(step[2].any() for step in steps)
+
+
+def test_compiled_sb3_compiles_what_rollouts_and_updates_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[str] = []
+
+    def keep(graph: Any, inputs: Any) -> Any:  # the default backend takes ten seconds
+        graphs.append(graph.code)
+        return graph.forward
+
+    monkeypatch.setattr(th, "compile", partial(th.compile, backend=keep, fullgraph=True))
+    row = next(row for row in ROWS if row.name == "cartpole").quick()
+    result = speed_child.measure_peer(row, "sb3_compiled", 1)
+    assert result["engine"] == "torch.compile"
+    rollout, update = graphs  # once each
+    assert "multinomial" in rollout and "multinomial" not in update
 
 
 def test_sbx_gets_activation_functions_of_jax(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -523,18 +559,21 @@ def test_tables(tmp_path: Path) -> None:
         result(cold, "clipppo", "1", 1000.0),
         result(cold, "clipppo", next(iter(TRIALS)), 1000.0, startup_seconds=12.0),
         result(cold, "sb3", "1", 800.0),
+        result(cold, "sb3_compiled", "1", 900.0),
+        result(cold, "sb3_compiled", COLD_TRIAL, 900.0, startup_seconds=25.0),
     )
     text = render_tables(results, (FAST, cold, SLOW, replace(SLOW, name="gone")), 3, {"gone": "needs x"})
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert lines == [
-        "| configuration | ClipPPO / SB3 | update | ClipPPO / SBX "
-        "| ClipPPO steps/s | SB3 steps/s | SBX steps/s | bound steps/s | goal |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
-        "| a fast one (`fast`) | 4.00<br>(2.00 to 6.00) | 4.00<br>(2.00 to 6.00) | 1.00<br>(0.50 to 1.50) "
-        "| 8,000 | 2,000 | 8,000 | 50,000 / 9,000 | 2: yes |",
-        "| a fast one (`cold`) | 1.25 | 1.25 |  | 1,000 | 800 |  |  | 2: no so far (1 of 3 alternations) |",
-        "| a slow one (`slow`) |  |  |  |  |  |  |  | 2: not run |",
-        "| a slow one (`gone`) |  |  |  |  |  |  |  | 2: needs x |",
+        "| configuration | ClipPPO / SB3 | update | ClipPPO / SB3 compiled | ClipPPO / SBX "
+        "| ClipPPO steps/s | SB3 steps/s | SB3 compiled steps/s | SBX steps/s | bound steps/s | goal |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+        "| a fast one (`fast`) | 4.00<br>(2.00 to 6.00) | 4.00<br>(2.00 to 6.00) |  | 1.00<br>(0.50 to 1.50) "
+        "| 8,000 | 2,000 |  | 8,000 | 50,000 / 9,000 | 2: yes |",
+        "| a fast one (`cold`) | 1.25 | 1.25 | 1.11 |  | 1,000 | 800 | 900 |  |  "
+        "| 2: no so far (1 of 3 alternations) |",
+        "| a slow one (`slow`) |  |  |  |  |  |  |  |  |  | 2: not run |",
+        "| a slow one (`gone`) |  |  |  |  |  |  |  |  |  | 2: needs x |",
         "| configuration | peer | environment s | policy s | update s | other s | products of the update | memory MB "
         "| start s | engine | threads |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
@@ -543,6 +582,7 @@ def test_tables(tmp_path: Path) -> None:
         "| fast | SBX | 10.00 | 20.00 | 12.50 | 0.00 |  | 100 (+0) | 4.0 | e | 1 |",
         "| cold | ClipPPO | 10.00 | 20.00 | 100.00 | 0.00 |  | 100 (+0) | 4.0 (12.0) | e | 1 |",
         "| cold | SB3 | 10.00 | 20.00 | 125.00 | 0.00 |  | 100 | 4.0 | e | 1 |",
+        "| cold | SB3 compiled | 10.00 | 20.00 | 111.11 | 0.00 |  | 100 (+0) | 4.0 (25.0) | e | 1 |",
     ]
     assert "Other programs used at most 8 % of the processor" in text
     assert text.endswith("- C, 2 cores, one run at a time; python 3\n")
@@ -587,7 +627,7 @@ def test_results_and_table_of_all_rows(in_folder: Path, capsys: pytest.CaptureFi
     )
     assert line.endswith("| 2: no |")  # 1.999: rounded only in the table
     printed = capsys.readouterr().out
-    assert printed.startswith("6 alternations to measure, 0 are done already")
+    assert "\n6 alternations to measure, 0 are done already" in printed
     assert "fast, ClipPPO, 2: 4,002 steps/s" in printed
     assert table in printed
     assert not (in_folder / "logs/bench/quick.json").exists()
@@ -613,15 +653,40 @@ def test_processes_get_their_threads_and_sizes(in_folder: Path, monkeypatch: pyt
     assert main(["--rows", "fast", "--alternations", "1"]) == 0
     made = tasks()
     assert [(task["peer"], task["threads"]) for task in made] == [
-        *((peer, threads) for peer in PEERS for threads in ("1", None, "1", None)),
-        *((peer, "1") for peer in PEERS),
+        *((peer, threads) for peer in FAST.peers for threads in ("1", None, "1", None)),
+        *((peer, "1") for peer in FAST.peers),
         ("bound_clipppo", None),
     ]
     assert [task["row"]["iterations"] for task in made] == [2] * 12 + [8] * 4
     assert [task["cores"] for task in made] == [None] * 8 + [1, None] * 2 + [None] * 2 + [1, None]
     # Only ClipPPO's first trial starts without compiled code.
-    assert [task["cache"] for task in made] == [True] + [False] * 15
+    assert [task["caches"] for task in made] == [["NUMBA_CACHE_DIR"]] + [[]] * 15
     assert not any(task["profile"] for task in made)
+
+
+@pytest.mark.parametrize("cold_start", [False, True])
+def test_compiled_sb3_has_the_threads_of_sb3(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, cold_start: bool
+) -> None:
+    row = replace(FAST, policy="MlpPolicy", peers=("clipppo", "sb3", "sb3_compiled"), cold_start=cold_start)
+    monkeypatch.setattr(speed, "ROWS", (row,))
+    assert main(["--alternations", "1"]) == 0
+    made = [(task["threads"], task["seed"], task["caches"]) for task in tasks() if task["peer"] == "sb3_compiled"]
+    assert made == [*([(None, 0, ["TORCHINDUCTOR_CACHE_DIR"])] if cold_start else []), ("1", 1, [])]
+
+
+def test_peers_that_cannot_run_are_named(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(speed, "ROWS", (FAST, replace(SLOW, peers=tuple(PEERS))))
+    installed(monkeypatch, lambda name: name not in ("sbx", "g++"))
+    assert main(["--alternations", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "SBX: skipped, needs sbx: pip install 'sb3_clipvf[sbx]'" in printed
+    assert "SB3 compiled: skipped, needs a C++ compiler: g++, or the one that CXX names" in printed
+    assert {task["peer"] for task in tasks()} == {"clipppo", "sb3", *BOUNDS}
+    assert main(["--alternations", "1", "--rows", "fast"]) == 0
+    assert "compiled: skipped" not in capsys.readouterr().out
 
 
 def test_row_that_fixes_the_threads_needs_no_trials(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -639,14 +704,14 @@ def test_the_native_engine_chooses_its_threads_itself(
 ) -> None:
     monkeypatch.setattr(speed, "ROWS", (replace(FAST, policy="MlpPolicy", cold_start=cold_start), SLOW))
     assert main(["--rows", "fast", "--alternations", "1"]) == 0
-    made = [(task["peer"], task["threads"], task["seed"], task["cache"]) for task in tasks()]
+    made = [(task["peer"], task["threads"], task["seed"], task["caches"]) for task in tasks()]
     # Its only trial measures the time that compiling takes.
     assert made == [
-        *([("clipppo", None, 0, True)] if cold_start else []),
-        *(("sb3", threads, 0, False) for threads in ("1", None, "1", None)),
-        ("clipppo", None, 1, False),
-        ("sb3", "1", 1, False),
-        ("bound_clipppo", None, 1, False),
+        *([("clipppo", None, 0, ["NUMBA_CACHE_DIR"])] if cold_start else []),
+        *(("sb3", threads, 0, []) for threads in ("1", None, "1", None)),
+        ("clipppo", None, 1, []),
+        ("sb3", "1", 1, []),
+        ("bound_clipppo", None, 1, []),
     ]
 
 
@@ -867,7 +932,11 @@ def test_profile_names_where_the_time_goes(
         ("--alternations 0", "--alternations: must be a whole number of at least 1, got 0"),
         ("--rows fast huge", "--only/--rows: invalid choice: 'huge' (choose from"),
         ("--profile huge", "--profile: invalid choice: 'huge' (choose from"),
-        ("--profile fast --peer sbx", "`--peer` must be one that can run fast, got sbx. SBX must be installed"),
+        (
+            "--profile fast --peer sbx",
+            "`--peer` must be one of the peers of fast (clipppo, sb3, sbx), got sbx, which needs sbx: pip install",
+        ),
+        ("--profile fast --peer sb3_compiled", "one of the peers of fast (clipppo, sb3, sbx), got sb3_compiled\n"),
         ("--profile slow", "`--profile` must name a row whose packages are installed, got slow: it needs envpool"),
         ("--out learning.json", "`--out` must be a results file of this benchmark"),
     ],

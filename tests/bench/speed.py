@@ -1,5 +1,5 @@
 """
-``python -m tests.bench speed``: ClipPPO, SB3's PPO and, if it is installed, SBX's PPO on the same machine in turn.
+``python -m tests.bench speed``: ClipPPO, SB3's PPO (also compiled) and SBX's PPO on the same machine in turn.
 
 Each measurement runs in its own process (``speed_child``). ``speed_rows`` defines the rows.
 """
@@ -22,8 +22,9 @@ import psutil
 from tests.bench.command import Benchmark, at_least
 from tests.bench.results import clone_environment, machine
 from tests.bench.speed_figure import write_figure
-from tests.bench.speed_rows import PEERS, ROWS, SpeedRow
+from tests.bench.speed_rows import PEERS, ROWS, SpeedRow, absent_peers
 from tests.bench.speed_table import (
+    CACHES,
     KEY,
     MIN_ALTERNATIONS,
     STORED,
@@ -51,8 +52,8 @@ class SpeedBenchmark(Benchmark[SpeedRow]):
 
     name = "speed"
     description = (
-        "Measure ClipPPO, SB3's PPO and SBX's PPO (if installed) in turn on this machine, and tabulate their steps a "
-        "second."
+        "Measure ClipPPO, SB3's PPO (in some rows also with torch.compile) and SBX's PPO (if installed) in turn on "
+        "this machine, and tabulate their steps a second."
     )
     log_folder = "logs/bench/speed"
     key = KEY
@@ -93,6 +94,9 @@ class SpeedBenchmark(Benchmark[SpeedRow]):
         for name, reason in self._notes.items():
             print(f"{name}: skipped, {reason}", flush=True)
         rows = [row for row in self.selected if row.name not in self._notes]
+        for peer, reason in absent_peers().items():
+            if any(peer in row.peers for row in rows):
+                print(f"{PEERS[peer]}: skipped, {reason}", flush=True)
         todo = self._missing(rows, rerun=self.args.rerun)
         done = len(rows) * self.args.alternations - len(todo)
         print(
@@ -132,8 +136,8 @@ class SpeedBenchmark(Benchmark[SpeedRow]):
             self.parser.error(f"`--profile` must name a row whose packages are installed, got {row.name}: it {reason}")
         if peer not in row.measured():
             self.parser.error(
-                f"`--peer` must be one that can run {row.name}, got {peer}. SBX must be installed "
-                "(pip install 'sb3_clipvf[sbx]'), and runs no PyTorch extractors."
+                f"`--peer` must be one of the peers of {row.name} ({', '.join(row.peers)}), got {peer}"
+                + (f", which {absent_peers()[peer]}" if peer in row.peers else "")
             )
         from tests.bench.speed_profile import render_profile
 
@@ -176,10 +180,10 @@ class SpeedBenchmark(Benchmark[SpeedRow]):
         log_path = self.args.log_folder / row.name / f"{peer}, {part}.log".replace(", ", "-").replace(" ", "-")
         # The load of other programs, which makes a measurement less reliable.
         load = psutil.cpu_percent(0.1 if self.args.quick else 0.5)
-        is_cold = row.cold_start and peer == "clipppo" and part == next(iter(trials_of(row, peer)), None)
+        is_cold = row.cold_start and peer in CACHES and part == next(iter(trials_of(row, peer)), None)
         with tempfile.TemporaryDirectory() as cache:  # an empty one, as after an installation
             try:
-                result = run_child(task, threads, log_path, {"NUMBA_CACHE_DIR": cache} if is_cold else {})
+                result = run_child(task, threads, log_path, {CACHES[peer]: cache} if is_cold else {})
             except ChildError as error:
                 self.failed[row.name] = str(error)
                 print(f"{label}: FAILED, {error}", flush=True)

@@ -23,6 +23,8 @@ import numpy as np
 from tests.bench.speed_models import make_model, raw_vector
 from tests.bench.speed_rows import BOUNDS, SpeedRow
 
+_ENGINES = {"sb3": "torch", "sb3_compiled": "torch.compile", "sbx": "jax"}
+
 
 @dataclass
 class Iteration:
@@ -101,7 +103,7 @@ def measure_peer(row: SpeedRow, peer: str, seed: int, *, profile: bool = False) 
             f"{[iteration.n_env_steps for iteration in watch.iterations]}. The seconds cannot be divided."
         )
     result = _summary(row, watch.iterations, warmup, ended) | {"setup_seconds": setup_seconds}
-    result["engine"] = model._current_engine().name if peer == "clipppo" else {"sb3": "torch", "sbx": "jax"}[peer]
+    result["engine"] = _ENGINES.get(peer) or model._current_engine().name
     # The warm-up's time beyond that of as many measured iterations is compilation and loading.
     usual = warmup * result["wall_seconds"] / row.iterations
     result["startup_seconds"] = setup_seconds + max(0.0, result["warmup_seconds"] - usual)

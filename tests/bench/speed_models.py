@@ -6,6 +6,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+import torch as th
 from torch import nn
 
 from tests.bench.speed_free import FreeVecEnv
@@ -30,8 +31,13 @@ def make_model(row: SpeedRow, peer: str, seed: int) -> Any:
         algorithm: Any = ClipPPO
         arguments = SB3_EQUIVALENT | {"engine": "auto"} | arguments
     else:
-        algorithm = import_module({"sb3": "stable_baselines3", "sbx": "sbx"}[peer]).PPO
-    return algorithm(row.policy, make_env(row, peer, seed), seed=seed, device="cpu", verbose=0, **arguments)
+        algorithm = import_module("sbx" if peer == "sbx" else "stable_baselines3").PPO
+    model = algorithm(row.policy, make_env(row, peer, seed), seed=seed, device="cpu", verbose=0, **arguments)
+    if peer == "sb3_compiled":
+        # `th.compile(policy)` compiles `forward` alone, which updates do not call.
+        model.policy.forward = th.compile(model.policy.forward)
+        model.policy.evaluate_actions = th.compile(model.policy.evaluate_actions)
+    return model
 
 
 def _policy_kwargs(kwargs: dict[str, Any], peer: str) -> dict[str, Any]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any
 
-PEERS = {"clipppo": "ClipPPO", "sb3": "SB3", "sbx": "SBX"}
-"""What is compared. SBX, SB3's algorithms in JAX, takes part if it is installed."""
+PEERS = {"clipppo": "ClipPPO", "sb3": "SB3", "sb3_compiled": "SB3 compiled", "sbx": "SBX"}
+"""
+What is compared. SB3 compiled is SB3 with ``torch.compile``, if there is a C++ compiler. SBX is SB3's algorithms in
+JAX, if it is installed.
+"""
 
 BOUNDS = {"bound_clipppo": "clipppo", "bound_sb3": "sb3"}
 """Name of a measurement of environments alone under random actions -> the peer that has these environments."""
@@ -23,6 +28,19 @@ _REQUIREMENTS = {
     "atari": ("cv2", "atari"),
     "envpool": ("envpool", "envpool"),
 }
+
+
+_ALL = tuple(PEERS)
+
+
+def absent_peers() -> dict[str, str]:
+    """Return the peers that cannot run on this machine, with what they need."""
+    absent = {}
+    if find_spec("sbx") is None:
+        absent["sbx"] = "needs sbx: pip install 'sb3_clipvf[sbx]'"
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        absent["sb3_compiled"] = "needs a C++ compiler: g++, or the one that CXX names"
+    return absent
 
 
 @dataclass(frozen=True)
@@ -43,6 +61,7 @@ class SpeedRow:
     :param peer_env: the same for SB3 and SBX
     :param normalize: whether running statistics normalise observations and rewards
     :param custom_extractor: whether the policy has a features extractor of the user's
+    :param peers: keys of ``PEERS`` that are measured, in this order
     :param phase: "all", or "update": only the update's seconds count
     :param threads: number of threads that every peer runs on; None: the faster of one and the default, per peer
     :param cold_start: whether ClipPPO's first trial starts without compiled code, to measure how long compiling
@@ -62,6 +81,7 @@ class SpeedRow:
     peer_env: str = "gym"
     normalize: bool = False
     custom_extractor: bool = False
+    peers: tuple[str, ...] = ("clipppo", "sb3", "sbx")
     phase: str = "all"
     threads: int | None = None
     cold_start: bool = False
@@ -84,10 +104,9 @@ class SpeedRow:
         return max(self.warmup, TRIAL_UPDATES) if self.is_native(peer) and self.threads != 1 else self.warmup
 
     def measured(self) -> tuple[str, ...]:
-        """Return the keys of ``PEERS`` and ``BOUNDS`` to measure, in the order of the first alternation."""
-        peers = ["clipppo", "sb3"]
-        if not self.custom_extractor and find_spec("sbx") is not None:  # SBX has no such extractors
-            peers.append("sbx")
+        """Return the keys of ``PEERS`` and ``BOUNDS`` to measure here, in the order of the first alternation."""
+        absent = absent_peers()
+        peers = [peer for peer in self.peers if peer not in absent]
         bounds = [] if self.phase == "update" else ["bound_clipppo"]
         if bounds and self.env != self.peer_env:
             bounds.append("bound_sb3")
@@ -142,11 +161,12 @@ def _large(name: str, title: str, **other: Any) -> SpeedRow:
 # fmt: off
 ROWS: tuple[SpeedRow, ...] = (
     # name, title, goal, (id of the environments,) number of environments, iterations
-    _cartpole("update-64", "update alone, SB3 defaults (CartPole-v1)", 15, 1, 10, phase="update", cold_start=True),
+    _cartpole("update-64", "update alone, SB3 defaults (CartPole-v1)", 15, 1, 10, peers=_ALL, phase="update",
+              cold_start=True),
     _cartpole("update-256", "update alone, Zoo settings of CartPole-v1", 8, 8, 200,
               settings=_CARTPOLE, warmup=4, phase="update"),
-    _cartpole("cartpole", "CartPole-v1, Zoo settings", 8, 8, 200, settings=_CARTPOLE, warmup=4),
-    _halfcheetah("halfcheetah-1", "HalfCheetah-v5, 1 environment", 5, 1, 6, cold_start=True),
+    _cartpole("cartpole", "CartPole-v1, Zoo settings", 8, 8, 200, settings=_CARTPOLE, warmup=4, peers=_ALL),
+    _halfcheetah("halfcheetah-1", "HalfCheetah-v5, 1 environment", 5, 1, 6, peers=_ALL, cold_start=True),
     _halfcheetah("halfcheetah-8", "HalfCheetah-v5, 8 environments", 5, 8, 2),
     _halfcheetah("halfcheetah-8-envpool", "HalfCheetah-v5, 8 EnvPool environments", 10, 8, 2, env="envpool"),
     SpeedRow("lunarlander-envpool", "LunarLander-v3, Zoo settings, 16 EnvPool environments", 10, "LunarLander-v3", 16,
@@ -154,12 +174,14 @@ ROWS: tuple[SpeedRow, ...] = (
     _cartpole("cartpole-64-vector", "CartPole-v1, Zoo settings, 64 environments of Gymnasium's vector kind", 12, 64, 30,
               settings=_CARTPOLE, warmup=2, env="vector"),
     SpeedRow("breakout-8-ale", "Breakout, Zoo settings, CnnPolicy, 8 environments of ALE's vector kind", 2,
-             "BreakoutNoFrameskip-v4", 8, 3, settings=_ATARI, policy="CnnPolicy", env="ale", peer_env="atari"),
+             "BreakoutNoFrameskip-v4", 8, 3, settings=_ATARI, policy="CnnPolicy", env="ale", peer_env="atari",
+             peers=_ALL),
     _cartpole("custom-extractor", "CartPole-v1, SB3 defaults, custom features extractor", 1.7, 1, 8,
-              custom_extractor=True),
-    _wide("wide-256", "update alone, networks 256-256, batch 256"),
+              custom_extractor=True, peers=("clipppo", "sb3")),  # SBX has no such extractors
+    _wide("wide-256", "update alone, networks 256-256, batch 256", peers=_ALL),
     _wide("wide-256-1t", "the same on 1 thread", threads=1),
-    _large("large-4096", "update alone, 4096 environments, networks 512-256-128, batch 24,576"),
+    _large("large-4096", "update alone, 4096 environments, networks 512-256-128, batch 24,576",
+           peers=_ALL),
     _large("large-4096-1t", "the same on 1 thread", threads=1),
 )
 # fmt: on

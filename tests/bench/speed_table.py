@@ -23,7 +23,7 @@ MIN_ALTERNATIONS = 3
 """Alternations that a final verdict needs."""
 
 COLD_TRIAL = "trial, default threads"
-"""The only trial of the native engine, which chooses itself; it measures the time of compiling."""
+"""The only trial of peers whose threads are not chosen by trials; it measures the time of compiling."""
 
 TRIALS: dict[str, int | None] = {
     "trial, 1 thread": 1,
@@ -32,6 +32,9 @@ TRIALS: dict[str, int | None] = {
     "second trial, default threads": None,
 }
 """Trials that choose a peer's number of threads: part -> threads, None for the default."""
+
+CACHES = {"clipppo": "NUMBA_CACHE_DIR", "sb3_compiled": "TORCHINDUCTOR_CACHE_DIR"}
+"""Peers that keep compiled code -> the environment variable that names the folder."""
 
 _DETAILS = "<!-- details -->"
 """Mark at which docs/speed.md splits the text; the ratios are at the start of that page."""
@@ -58,7 +61,8 @@ def entries_of(row: SpeedRow, peer: str, part: str) -> dict[str, Any]:
     """Return the entries that a run is found by: its key, and the row, since runs with other settings do not count."""
     # Without defaults, so that a new field of rows does not make earlier results invalid.
     values = {field.name: value for field in fields(row) if (value := getattr(row, field.name)) != field.default}
-    del values["title"], values["goal"]
+    for name in ("title", "goal", "peers"):  # no part of what one peer does
+        values.pop(name, None)
     return {"name": row.name, "peer": peer, "part": part, "row": values}
 
 
@@ -101,7 +105,8 @@ def render_tables(results: Results, rows: Sequence[SpeedRow], alternations: int,
         "the ratio that a row is to reach, and whether the median does. All peers have the same arguments and "
         "networks, and none logs; ClipPPO runs SB3's objective (SB3_EQUIVALENT) on the engine it picks itself. Each "
         "peer runs with one thread or with its default number, whichever was faster in short trials before; the native "
-        "engine has the default number and chooses itself. *update* is the ratio of the update's seconds alone. "
+        "engine has the default number and chooses itself. *SB3 compiled* is SB3 with `torch.compile`, on SB3's number "
+        "of threads. *update* is the ratio of the update's seconds alone. "
         "*bound* is the environments alone under random actions: first ClipPPO's, then SB3's where they are others."
         "\n\n"
     )
@@ -119,7 +124,7 @@ def render_tables(results: Results, rows: Sequence[SpeedRow], alternations: int,
 
 
 def _ratio_table(results: Results, rows: Sequence[SpeedRow], alternations: int, notes: Mapping[str, str]) -> str:
-    header = ["configuration", "ClipPPO / SB3", "update", "ClipPPO / SBX"]
+    header = ["configuration", "ClipPPO / SB3", "update", "ClipPPO / SB3 compiled", "ClipPPO / SBX"]
     header += [*(f"{name} steps/s" for name in PEERS.values()), "bound steps/s", "goal"]
     lines = []
     for row in rows:
@@ -129,10 +134,11 @@ def _ratio_table(results: Results, rows: Sequence[SpeedRow], alternations: int, 
         bounds = " / ".join(text for text in speeds[len(PEERS) :] if text)
         lines.append(
             [f"{row.title} (`{row.name}`)", _ratio_text(to_sb3), _ratio_text(update)]
-            + [_ratio_text(ratio(results, row, "sbx", alternations)), *speeds[: len(PEERS)], bounds]
+            + [_ratio_text(ratio(results, row, peer, alternations)) for peer in ("sb3_compiled", "sbx")]
+            + [*speeds[: len(PEERS)], bounds]
             + [f"{row.goal:g}: {_verdict(row, to_sb3, notes.get(row.name))}"]
         )
-    return markdown_table(header, "l" + "r" * 7 + "l", lines)
+    return markdown_table(header, "l" + "r" * (len(header) - 2) + "l", lines)
 
 
 def _ratio_text(spread: Spread | None) -> str:
@@ -195,15 +201,19 @@ def _products_text(runs: Mapping[int, Mapping[str, Any]]) -> str:
 
 def _start_text(results: Results, row: SpeedRow, peer: str, runs: Mapping[int, Mapping[str, Any]]) -> str:
     text = f"{_median(runs, 'startup_seconds'):.1f}"
-    if peer != "clipppo" or not row.cold_start:
+    if peer not in CACHES or not row.cold_start:
         return text
     cold = [run["startup_seconds"] for part in TRIALS if (run := results.find(entries_of(row, peer, part)))]
     return f"{text} ({max(cold):.1f})" if cold else text
 
 
 def trials_of(row: SpeedRow, peer: str) -> dict[str, int | None]:
-    """Return a peer's trials: all, or at most :data:`COLD_TRIAL` if the row or the native engine fixes the threads."""
-    if row.threads is None and not row.is_native(peer):
+    """
+    Return a peer's trials: all if they choose the threads, else at most :data:`COLD_TRIAL`.
+
+    The native engine chooses itself. SB3 compiled has SB3's number, since every trial would have to compile.
+    """
+    if row.threads is None and not row.is_native(peer) and peer != "sb3_compiled":
         return TRIALS
     return {COLD_TRIAL: None} if row.cold_start else {}
 
@@ -218,6 +228,7 @@ def best_threads(results: Results, row: SpeedRow, peer: str) -> int | None:
     """
     if row.threads is not None or row.is_native(peer):
         return row.threads
+    peer = "sb3" if peer == "sb3_compiled" else peer
     found = {part: run for part in TRIALS if (run := results.find(entries_of(row, peer, part)))}
     if not found:
         raise LookupError(f"no trial of {row.name}, {peer}")
