@@ -288,8 +288,8 @@ class TensorRolloutBuffer(BaseBuffer):
         arrays = [*fields.values(), self.actions, *(obs.values() if isinstance(obs, dict) else [obs])]
         # A callback may have assigned other arrays.
         if self._flat is None or list(map(id, arrays)) != list(map(id, self._flat_arrays)):
-            flat: dict[str, Any] = {name: self._to_flat(array) for name, array in fields.items()}
-            flat["actions"] = self._to_flat(self.actions.astype(np.float32, copy=False))
+            fields["actions"] = self.actions
+            flat: dict[str, Any] = {name: self._to_flat(array, np.float32) for name, array in fields.items()}
             if isinstance(obs, dict):
                 flat["observations"] = {key: self._to_flat(array) for key, array in obs.items()}
             else:
@@ -297,8 +297,12 @@ class TensorRolloutBuffer(BaseBuffer):
             self._flat, self._flat_arrays = flat, arrays
         return self._flat
 
-    def _to_flat(self, array: np.ndarray) -> th.Tensor:
-        return th.as_tensor(array.reshape(self.buffer_size * self.n_envs, *array.shape[2:]), device=self.device)
+    def _to_flat(self, array: np.ndarray, dtype: Any = None) -> th.Tensor:
+        rows: Any = array.reshape(self.buffer_size * self.n_envs, *array.shape[2:])
+        with np.errstate(over="ignore"):  # the update reports numbers beyond float32
+            # torch reads no array with reversed bytes or strides, and warns of a read-only one.
+            rows = np.require(rows, dtype or rows.dtype.newbyteorder("="), ["C", "A", "W"])
+        return th.as_tensor(rows, device=self.device)
 
     def _obs_layout(self) -> dict[str, tuple[tuple[int, ...], Any]]:
         if isinstance(self.observation_space, spaces.Dict):

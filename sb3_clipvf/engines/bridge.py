@@ -1,6 +1,7 @@
 """Conversions between PPO and kernels: settings, statistics, actions and random numbers."""
 
 import math
+from contextlib import nullcontext
 from typing import Any, cast
 
 import numpy as np
@@ -95,6 +96,19 @@ def statistics_of(stats: np.ndarray, coefficients: UpdateCoefficients, measure_k
         vf_clip_fraction=None if coefficients.clip_range_vf is None else numbers[STAT.vf_clip_fraction],
         grad_norm=None,
     )
+
+
+def as_floats(array: np.ndarray) -> np.ndarray:
+    """
+    Return an array of the type that kernels are compiled for: float32, contiguous, aligned and writable.
+
+    A kernel called with an array of another type would be compiled again. Numbers beyond float32 become infinite, and
+    a later check raises an error about them.
+    """
+    if type(array) is np.ndarray and array.dtype == np.float32 and array.flags.carray:
+        return array  # a shortcut: the code below returns it, too
+    with nullcontext() if array.dtype == np.float32 else np.errstate(over="ignore"):
+        return np.require(array, np.float32, ["C", "A", "W", "E"])
 
 
 def check_stored(dist: Distribution, actions: np.ndarray, old_dist: np.ndarray) -> None:

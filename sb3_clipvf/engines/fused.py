@@ -18,6 +18,7 @@ from sb3_clipvf.engines.binding import moments_of, n_steps_made, table_row, writ
 from sb3_clipvf.engines.bridge import (
     KINDS,
     Noise,
+    as_floats,
     check_stored,
     hyperparameters_of,
     statistics_of,
@@ -71,12 +72,12 @@ class FusedEngine(AutogradEngine):
             return super().act(observations, with_dist_params=with_dist_params)
         outputs, values, log_std = self.forward(observations, values_first=True)
         n, k = outputs.shape
-        log_stds = np.empty((0, 0), np.float32) if log_std is None else log_std.detach().numpy().reshape(1, k)
+        log_stds = np.empty((0, 0), np.float32) if log_std is None else _as_floats(log_std).reshape(1, k)
         actions, log_prob = np.empty((n, n_action_numbers(dist)), np.float32), np.empty(n, np.float32)
         width = k if log_std is None else 2 * k
         dist_params = np.empty((n, width if with_dist_params else 0), np.float32)
         entry.draw(
-            KINDS[type(dist)], category_counts(dist), np.ascontiguousarray(outputs.numpy()), log_stds,
+            KINDS[type(dist)], category_counts(dist), _as_floats(outputs), log_stds,
             self._noise.next(n), actions, log_prob, dist_params,
         )  # fmt: skip
         if with_dist_params:  # callbacks may read it
@@ -150,17 +151,17 @@ class FusedUpdate:
         outputs, values, log_std = self._engine.forward(batch.observations, values_first=False)
         n = len(values)
         old_log_prob, advantages, old_values, returns = _vectors(batch, n)
-        logits = outputs.detach().numpy().copy()  # normalised in place
-        output_gradient = outputs.new_empty(outputs.shape)  # contiguous, even if the outputs are not
-        value_gradient = th.empty_like(values)
-        log_stds = th.empty(0, 0) if log_std is None else log_std.detach().reshape(-1, outputs.shape[1])
-        log_std_gradient = th.empty_like(log_stds)
-        actions = batch.actions.numpy().reshape(n, -1).astype(np.float32, copy=False)
-        old_dist = old_dist_params(batch).numpy() if measure_kl else np.zeros((0, 0), np.float32)
+        log_stds = th.empty(0, 0) if log_std is None else log_std.reshape(-1, outputs.shape[1])
+        # Float32 and contiguous, even if outputs and values are not
+        output_gradient, value_gradient = th.empty(outputs.shape), th.empty(values.shape)
+        log_std_gradient = th.empty(log_stds.shape)
+        logits = _as_floats(outputs).copy()  # normalised in place
+        actions = _as_floats(batch.actions).reshape(n, -1)
+        old_dist = _as_floats(old_dist_params(batch)) if measure_kl else np.zeros((0, 0), np.float32)
         check_stored(dist, actions, old_dist)
         stats = np.zeros(len(STAT))
         entry.loss_gradients(
-            KINDS[type(dist)], category_counts(dist), logits, log_stds.numpy(), values.detach().numpy().reshape(n),
+            KINDS[type(dist)], category_counts(dist), logits, _as_floats(log_stds), _as_floats(values).reshape(n),
             actions, old_log_prob, advantages.copy(), old_values, returns, old_dist, self._hyper, measure_kl,
             output_gradient.numpy(), log_std_gradient.numpy(), value_gradient.numpy().reshape(n), stats,
         )  # fmt: skip
@@ -219,16 +220,22 @@ class FusedUpdate:
             parameter.grad = None
 
 
+def _as_floats(tensor: th.Tensor) -> np.ndarray:
+    return as_floats(tensor.detach().numpy())
+
+
 def _vectors(batch: Any, n: int) -> list[np.ndarray]:
-    """Return the numbers of a minibatch's transitions, from buffers of any class, as contiguous float32 arrays."""
-    arrays = {name: getattr(batch, name).numpy() for name in ("old_log_prob", "advantages", "old_values", "returns")}
+    """Return the numbers of a minibatch's transitions, from buffers of any class."""
+    arrays = {
+        name: _as_floats(getattr(batch, name)) for name in ("old_log_prob", "advantages", "old_values", "returns")
+    }
     for name, array in arrays.items():
         if array.shape != (n,):  # kernels would read beyond them
             raise ValueError(
                 f"`rollout_buffer_class` must return `{name}` of shape ({n},) for {n} transitions, got {array.shape}. "
                 "Correct its get()."
             )
-    return [np.ascontiguousarray(array, np.float32) for array in arrays.values()]
+    return list(arrays.values())
 
 
 def _contiguous_gradient(parameter: th.nn.Parameter) -> th.Tensor:

@@ -17,6 +17,7 @@ from sb3_clipvf.engines.binding import Binding, bind, n_steps_made, write_steps
 from sb3_clipvf.engines.bridge import (
     KINDS,
     Noise,
+    as_floats,
     check_stored,
     hyperparameters_of,
     statistics_of,
@@ -46,6 +47,14 @@ _ACTIVATIONS = {
     nn.ELU: inputs.ELU,
     nn.LeakyReLU: inputs.LEAKY_RELU,
     nn.SiLU: inputs.SILU,
+}
+# Types of observations that kernels convert a minibatch at a time.
+_OBS_TYPES = {
+    np.dtype(np.float32): inputs.FLOAT32,
+    np.dtype(np.float64): inputs.FLOAT64,
+    np.dtype(np.uint8): inputs.UINT8,
+    np.dtype(np.int8): inputs.INT8,
+    np.dtype(np.bool_): inputs.UINT8,
 }
 
 
@@ -131,16 +140,17 @@ class NativeEngine:
         return th.from_numpy(values.reshape(-1, 1))
 
     def _rows(self, observations: np.ndarray | th.Tensor) -> np.ndarray:
-        array = observations if isinstance(observations, np.ndarray) else observations.numpy()
-        rows = _float_rows(array, len(array))
-        self._check_width(rows)
+        rows = as_floats(observations if isinstance(observations, np.ndarray) else observations.numpy())
+        if rows.ndim != 2:
+            rows = rows.reshape(len(rows), -1)
+        self._check_width(rows.shape[1])
         return rows
 
-    def _check_width(self, rows: np.ndarray) -> None:
-        if rows.shape[1] != self._obs_dim:  # a kernel would read beyond narrower ones
+    def _check_width(self, width: int) -> None:
+        if width != self._obs_dim:  # a kernel would read beyond narrower rows
             raise ValueError(
-                f"`observations` must have {self._obs_dim} numbers per row, as the policy needs, got "
-                f"{rows.shape[1]}. Correct the environment or its space."
+                f"`observations` must have {self._obs_dim} numbers per row, as the policy needs, got {width}. Correct "
+                "the environment or its space."
             )
 
     def _noise_for(self, n_envs: int) -> np.ndarray:
@@ -203,7 +213,7 @@ class NativeEngine:
         settings, optimizer = self.settings, self.policy.optimizer
         rollout = _rollout(buffer, settings.has_dist_params)
         check_stored(self._binding.plain.dist, rollout.actions, rollout.old_dist)
-        self._check_width(rollout.observations)
+        self._check_width(buffer.observations.size // len(rollout.returns))
         n_made = n_steps_made(optimizer, self._parameters)
         hyper = hyperparameters_of(settings, coefficients, optimizer, n_made, buffer.advantages)
         random_state = np.random.get_state()
@@ -230,7 +240,7 @@ class NativeEngine:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Run the epochs in kernels; return the totals, and the statistics of the first skipped minibatch."""
         n_threads = self._threads.next()
-        batch_size = min(self.settings.batch_size, permutations.shape[1])
+        batch_size = min(int(self.settings.batch_size), permutations.shape[1])
         counters, stats = np.zeros(N_COUNTERS, np.int64), np.zeros((N_STAT_ROWS, len(STAT)))
         totals = np.zeros(len(TOTAL))
         workspaces = [self._workspace(batch_size, rank) for rank in range(n_threads)]
@@ -320,7 +330,7 @@ def _exploration_matrices(dist: StateDependentNoiseDistribution, n_envs: int, la
     one_each = n_envs > 1 and n_envs == len(dist.exploration_matrices)
     matrices = (dist.exploration_matrices if one_each else dist.exploration_mat).detach().numpy()
     rows = matrices.reshape((n_envs if one_each else 1) * latent_dim, dist.action_dim)
-    return np.ascontiguousarray(rows, np.float32)
+    return as_floats(rows)
 
 
 def _kernel_policy(binding: Binding) -> inputs.Policy:
@@ -341,29 +351,21 @@ def _sizes(layers: list[nn.Linear]) -> np.ndarray:
 
 def _rollout(buffer: Any, has_dist_params: bool) -> inputs.Rollout:
     n = buffer.buffer_size * buffer.n_envs
+    observations, obs_type = buffer.observations, _OBS_TYPES.get(buffer.observations.dtype)
+    if obs_type is None:
+        observations, obs_type = as_floats(observations), inputs.FLOAT32
     return inputs.Rollout(
-        observations=_float_rows(buffer.observations, n),
-        actions=_float_rows(buffer.actions, n),
-        old_values=_vector(buffer.values, n),
-        old_log_prob=_vector(buffer.log_probs, n),
-        advantages=_vector(buffer.advantages, n),
-        returns=_vector(buffer.returns, n),
-        old_dist=_float_rows(buffer.dist_params, n) if has_dist_params else np.empty((0, 0), np.float32),
-        n_steps=buffer.buffer_size,
-        n_envs=buffer.n_envs,
+        observations=np.require(observations, requirements=["C", "A", "W", "E"]).reshape(n, -1).view(np.uint8),
+        obs_type=obs_type,
+        actions=as_floats(buffer.actions).reshape(n, -1),
+        old_values=as_floats(buffer.values).reshape(n),
+        old_log_prob=as_floats(buffer.log_probs).reshape(n),
+        advantages=as_floats(buffer.advantages).reshape(n),
+        returns=as_floats(buffer.returns).reshape(n),
+        old_dist=as_floats(buffer.dist_params).reshape(n, -1) if has_dist_params else np.empty((0, 0), np.float32),
+        n_steps=int(buffer.buffer_size),
+        n_envs=int(buffer.n_envs),
     )
-
-
-def _vector(array: np.ndarray, n: int) -> np.ndarray:
-    return np.ascontiguousarray(array.reshape(n), np.float32)
-
-
-def _float_rows(array: np.ndarray, n: int) -> np.ndarray:
-    if array.ndim == 2 and len(array) == n and array.dtype == np.float32 and array.flags.c_contiguous:
-        return array  # a shortcut: the code below returns it, too
-    # Numbers beyond float32 become infinite without NumPy's warning, and a later check raises an error about them.
-    with nullcontext() if array.dtype == np.float32 else np.errstate(over="ignore"):
-        return np.ascontiguousarray(array.reshape(n, -1), np.float32)
 
 
 def _gae(
@@ -375,10 +377,8 @@ def _gae(
     gamma: float,
     gae_lambda: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compute :func:`sb3_clipvf.rollout.gae` by a kernel."""
-    advantages, returns = np.empty_like(values), np.empty_like(values)
-    ended = dones.astype(np.float32)
-    entry.advantages_and_returns(
-        rewards, values, episode_starts, last_values, ended, gamma, gae_lambda, advantages, returns
-    )
+    """Compute :func:`sb3_clipvf.rollout.gae` by a kernel, in float32."""
+    arrays = [as_floats(array) for array in (rewards, values, episode_starts, last_values, dones)]
+    advantages, returns = np.empty(values.shape, np.float32), np.empty(values.shape, np.float32)
+    entry.advantages_and_returns(*arrays, float(gamma), float(gae_lambda), advantages, returns)
     return advantages, returns

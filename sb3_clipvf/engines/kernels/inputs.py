@@ -12,6 +12,8 @@ from sb3_clipvf.engines.kernels.memory import N_COLUMNS
 CATEGORICAL, BERNOULLI, GAUSSIAN, STATE_DEPENDENT = range(4)
 # Activations of hidden layers.
 TANH, RELU, ELU, LEAKY_RELU, SILU = range(5)
+# Types of stored observations.
+FLOAT32, FLOAT64, UINT8, INT8 = range(4)
 
 
 class Mlp(NamedTuple):
@@ -53,9 +55,15 @@ def unpack(packed: np.ndarray) -> Policy:
 
 
 class Rollout(NamedTuple):
-    """One rollout of ``n = n_steps * n_envs`` transitions, float32, in rows that run step by step."""
+    """
+    One rollout of ``n = n_steps * n_envs`` transitions, in rows that run step by step.
 
-    observations: np.ndarray  # (n, obs_dim)
+    All arrays are float32 but for the observations, which are the bytes of an array of any type above: a copy of
+    uint8 as float32 would take four times the memory of the rollout.
+    """
+
+    observations: np.ndarray  # (n, bytes in a row), uint8
+    obs_type: int
     actions: np.ndarray  # (n, action_dim)
     old_values: np.ndarray  # (n,), return units
     old_log_prob: np.ndarray  # (n,), nats

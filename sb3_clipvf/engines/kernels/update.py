@@ -17,7 +17,16 @@ from sb3_clipvf.engines.kernels.action_distributions import (
 )
 from sb3_clipvf.engines.kernels.adam import adam_step, clip_factor, squared_norm
 from sb3_clipvf.engines.kernels.barrier import wait_for_all
-from sb3_clipvf.engines.kernels.inputs import STATE_DEPENDENT, Hyperparameters, Mlp, Policy, Rollout
+from sb3_clipvf.engines.kernels.inputs import (
+    FLOAT32,
+    FLOAT64,
+    INT8,
+    STATE_DEPENDENT,
+    Hyperparameters,
+    Mlp,
+    Policy,
+    Rollout,
+)
 from sb3_clipvf.engines.kernels.memory import GRAD
 from sb3_clipvf.engines.kernels.minibatch import (
     SKIP,
@@ -98,7 +107,7 @@ def _actor_gradients(
     n, actor = rows.shape[0], policy.actor
     advantages, old_log_prob = np.empty(n, np.float32), np.empty(n, np.float32)
     actions = np.empty((n, rollout.actions.shape[1]), np.float32)
-    _gather(rollout.observations, rows, layer(actor, workspace, n, 0))
+    _gather_observations(rollout, rows, layer(actor, workspace, n, 0))
     _gather(rollout.actions, rows, actions)
     for i in range(n):
         advantages[i], old_log_prob[i] = rollout.advantages[rows[i]], rollout.old_log_prob[rows[i]]
@@ -121,7 +130,7 @@ def _critic_gradients(
     """Run the critic forward and backward over a minibatch, and sum the squares of its gradients."""
     n = rows.shape[0]
     old_values, returns = np.empty(n, np.float32), np.empty(n, np.float32)
-    _gather(rollout.observations, rows, layer(critic, workspace, n, 0))
+    _gather_observations(rollout, rows, layer(critic, workspace, n, 0))
     for i in range(n):
         old_values[i], returns[i] = rollout.old_values[rows[i]], rollout.returns[rows[i]]
     values = forward(critic, workspace, n)
@@ -130,6 +139,20 @@ def _critic_gradients(
     )
     backward(critic, workspace, n)
     stats[STAT.critic_squares] = squared_norm(critic.table)
+
+
+@fast
+def _gather_observations(rollout: Rollout, rows: np.ndarray, target: np.ndarray) -> None:
+    """Copy rows of observations to ``target``, float32, as ``astype`` converts them."""
+    stored = rollout.observations
+    if rollout.obs_type == FLOAT32:
+        _gather(stored.view(np.float32), rows, target)
+    elif rollout.obs_type == FLOAT64:
+        _gather(stored.view(np.float64), rows, target)
+    elif rollout.obs_type == INT8:
+        _gather(stored.view(np.int8), rows, target)
+    else:
+        _gather(stored, rows, target)
 
 
 @fast
@@ -148,7 +171,7 @@ def kl_of_rollout(policy: Policy, rollout: Rollout, chunk: int, workspace: np.nd
     for start in range(0, n, chunk):
         size = min(chunk, n - start)
         rows = np.arange(start, start + size)
-        _gather(rollout.observations, rows, layer(policy.actor, workspace, size, 0))
+        _gather_observations(rollout, rows, layer(policy.actor, workspace, size, 0))
         dist = distributions_of(policy, workspace, size)
         normalize_logits(dist)
         total += kl_from_old(dist, rollout.old_dist, rows)

@@ -11,7 +11,7 @@ import numpy as np
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.engines.kernels import entry
 from sb3_clipvf.engines.kernels.barrier import N_COUNTERS
-from sb3_clipvf.engines.kernels.inputs import CATEGORICAL, N_HYPERPARAMETERS, TANH, Mlp, Policy, Rollout, pack
+from sb3_clipvf.engines.kernels.inputs import CATEGORICAL, FLOAT32, N_HYPERPARAMETERS, TANH, Mlp, Policy, Rollout, pack
 from sb3_clipvf.engines.kernels.memory import N_COLUMNS
 from sb3_clipvf.engines.kernels.totals import N_STAT_ROWS, STAT, TOTAL
 
@@ -100,7 +100,7 @@ def _smallest_policy() -> tuple[np.ndarray, np.ndarray]:
 
 def _empty_rollout() -> Rollout:
     none, nothing = np.zeros((0, 1), np.float32), np.zeros(0, np.float32)
-    return Rollout(none, none, nothing, nothing, nothing, nothing, none, 0, 1)
+    return Rollout(none.view(np.uint8), FLOAT32, none, nothing, nothing, nothing, nothing, none, 0, 1)
 
 
 GROUPS: dict[str, tuple[Sequence[Any], Callable[[], None]]] = {
