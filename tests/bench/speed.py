@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,6 +34,7 @@ from tests.bench.speed_table import (
     TRIALS,
     best_threads,
     entries_of,
+    needs_trial,
     render_tables,
     trials_of,
 )
@@ -102,6 +106,8 @@ class SpeedBenchmark(Benchmark[SpeedRow]):
         print(
             f"{len(todo)} alternations to measure, {done} are done already (--rerun measures them again).", flush=True
         )
+        if todo:
+            print(self._expected(todo), flush=True)
         chosen: dict[tuple[str, str], int | None] = {}
         unable: set[tuple[str, str]] = set()
         for row, number in todo:
@@ -159,6 +165,22 @@ class SpeedBenchmark(Benchmark[SpeedRow]):
             if rerun or not all(self._is_done(row, peer, str(number)) for peer in row.measured())
         ]
 
+    def _expected(self, todo: Sequence[tuple[SpeedRow, int]]) -> str:
+        """Return how long these alternations with their trials will take, by the stored measurements."""
+        stored: dict[tuple[str, str, bool], list[float]] = {}
+        for run in self.results.runs:
+            if "process_seconds" in run:
+                stored.setdefault((run["name"], run["peer"], run["part"] in TRIALS), []).append(run["process_seconds"])
+        wanted = [(row.name, peer, False) for row, _ in todo for peer in row.measured()]
+        rows = {row.name: row for row, _ in todo}.values()
+        peers = [(row, peer) for row in rows for peer in row.measured() if peer in PEERS]
+        wanted += [(row.name, peer, True) for row, peer in peers for _ in self._missing_trials(row, peer)]
+        known = [statistics.mean(stored[key]) for key in wanted if key in stored]
+        minutes = f"{math.ceil(sum(known) / 60)} min"
+        if len(known) == len(wanted):
+            return f"They take about {minutes}."
+        return f"{len(known)} of their {len(wanted)} measurements take about {minutes}; the others were never made."
+
     def _is_done(self, row: SpeedRow, peer: str, part: str) -> bool:
         """Return whether there is a result that was made here with the packages that are installed now."""
         run = self.results.find(entries_of(row, peer, part))
@@ -168,10 +190,23 @@ class SpeedBenchmark(Benchmark[SpeedRow]):
         return all(versions.get(name) == number for name, number in run["versions"].items())
 
     def _choose_threads(self, row: SpeedRow, peer: str) -> int | None:
-        for part, threads in trials_of(row, peer).items():
-            if self.args.rerun or not self._is_done(row, peer, part):
-                self._measure(row, peer, part, threads)
+        for part in self._missing_trials(row, peer):
+            if needs_trial(self.results, row, peer, part):
+                self._measure(row, peer, part, TRIALS[part])
         return best_threads(self.results, row, peer)
+
+    def _missing_trials(self, row: SpeedRow, peer: str) -> list[str]:
+        """Return trials to measure: a repetition keeps the choice of threads, and measures cold starts again."""
+        parts = [part for part in trials_of(row, peer) if needs_trial(self.results, row, peer, part)]
+        return [
+            part
+            for part in parts
+            if not self._is_done(row, peer, part) or (self.args.rerun and self._is_cold(row, peer, part))
+        ]
+
+    def _is_cold(self, row: SpeedRow, peer: str, part: str) -> bool:
+        """Return whether this measurement starts without compiled code."""
+        return row.cold_start and peer in CACHES and part == next(iter(trials_of(row, peer)), None)
 
     def _measure(self, row: SpeedRow, peer: str, part: str, threads: int | None) -> None:
         iterations = max(1, row.iterations // 4) if part in TRIALS else row.iterations
@@ -180,16 +215,18 @@ class SpeedBenchmark(Benchmark[SpeedRow]):
         log_path = self.args.log_folder / row.name / f"{peer}, {part}.log".replace(", ", "-").replace(" ", "-")
         # The load of other programs, which makes a measurement less reliable.
         load = psutil.cpu_percent(0.1 if self.args.quick else 0.5)
-        is_cold = row.cold_start and peer in CACHES and part == next(iter(trials_of(row, peer)), None)
+        started = time.monotonic()
         with tempfile.TemporaryDirectory() as cache:  # an empty one, as after an installation
+            variables = {CACHES[peer]: cache} if self._is_cold(row, peer, part) else {}
             try:
-                result = run_child(task, threads, log_path, {CACHES[peer]: cache} if is_cold else {})
+                result = run_child(task, threads, log_path, variables)
             except ChildError as error:
                 self.failed[row.name] = str(error)
                 print(f"{label}: FAILED, {error}", flush=True)
                 return
         kept = {name: result[name] for name in (STORED if peer in PEERS else STORED[:1]) if name in result}
-        self.results.add(entries_of(row, peer, part) | kept | {"other_load": load} | self._machine)
+        about = {"process_seconds": time.monotonic() - started, "other_load": load}
+        self.results.add(entries_of(row, peer, part) | kept | about | self._machine)
         print(f"{label}: {result['steps_per_second']:,.0f} steps/s", flush=True)
 
     def _task(self, row: SpeedRow, peer: str, seed: int, threads: int | None) -> dict[str, Any]:

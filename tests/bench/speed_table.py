@@ -33,6 +33,9 @@ TRIALS: dict[str, int | None] = {
 }
 """Trials that choose a peer's number of threads: part -> threads, None for the default."""
 
+_FIRST_TRIALS = tuple(TRIALS)[:2]
+_CLEAR = 1.25  # a trial that is this many times faster needs no second ones
+
 CACHES = {"clipppo": "NUMBA_CACHE_DIR", "sb3_compiled": "TORCHINDUCTOR_CACHE_DIR"}
 """Peers that keep compiled code -> the environment variable that names the folder."""
 
@@ -218,9 +221,15 @@ def trials_of(row: SpeedRow, peer: str) -> dict[str, int | None]:
     return {COLD_TRIAL: None} if row.cold_start else {}
 
 
+def needs_trial(results: Results, row: SpeedRow, peer: str, part: str) -> bool:
+    """Return whether a trial decides something: a second one does not, after a clear difference of the first."""
+    first = [run["steps_per_second"] for name in _FIRST_TRIALS if (run := results.find(entries_of(row, peer, name)))]
+    return part in _FIRST_TRIALS or len(first) < len(_FIRST_TRIALS) or max(first) < _CLEAR * min(first)
+
+
 def best_threads(results: Results, row: SpeedRow, peer: str) -> int | None:
     """
-    Return the row's number of threads, or that of the fastest trial.
+    Return the row's number of threads, or that of the fastest trial that counts.
 
     None is the default, which the native engine has, since it chooses itself.
 
@@ -229,7 +238,8 @@ def best_threads(results: Results, row: SpeedRow, peer: str) -> int | None:
     if row.threads is not None or row.is_native(peer):
         return row.threads
     peer = "sb3" if peer == "sb3_compiled" else peer
-    found = {part: run for part in TRIALS if (run := results.find(entries_of(row, peer, part)))}
+    parts = [part for part in TRIALS if needs_trial(results, row, peer, part)]
+    found = {part: run for part in parts if (run := results.find(entries_of(row, peer, part)))}
     if not found:
         raise LookupError(f"no trial of {row.name}, {peer}")
     return TRIALS[max(found, key=lambda part: float(found[part]["steps_per_second"]))]
