@@ -1,6 +1,8 @@
 """
 Trainings that between them run every kernel: all action distributions under all forms of the objective.
 
+The forms take turns among the activations, and observations and rewards are normalised.
+
 Run as a program it prints a digest of each training: ``python kernel_cases.py native fused``, engine by engine.
 """
 
@@ -18,9 +20,10 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_clipvf import ClipPPO
+from sb3_clipvf.envs import FastVecNormalize
 
 N_ENVS, N_STEPS = 3, 32
-N_UPDATES = 2
+N_UPDATES = 3
 """Where the native engine may use two threads, the first update runs on one and the second on two."""
 
 
@@ -74,6 +77,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "value_max": {"clip_range": 0.05, "clip_range_vf": 0.01, "target_kl": 1e-3},
     "value_prediction": {"clip_range_vf": 0.01, "vf_clip": "prediction", "lr_kl_target": 1e-4},
 }
+_ACTIVATIONS = (th.nn.Tanh, th.nn.ReLU, th.nn.ELU, th.nn.LeakyReLU, th.nn.SiLU)
+ACTIVATIONS = dict(zip(OBJECTIVES, itertools.cycle(_ACTIVATIONS), strict=False))
 ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "native": ("NativeEngine", {}),
     "fused": ("FusedEngine", {"features_extractor_class": Doubling}),
@@ -81,12 +86,13 @@ ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def digest(engine: str, actions: str, form: str) -> str:
-    """Return a digest of the weights and the statistics at the end of one training."""
+    """Return a digest of the weights, the statistics and the normalisation at the end of one training."""
     action_space, kwargs = ACTIONS[actions]
     class_name, policy_kwargs = ENGINES[engine]
     arguments: dict[str, Any] = {"clip_range": None, "clip_range_vf": None, **kwargs, **OBJECTIVES[form]}
-    arguments["policy_kwargs"] = {"net_arch": [24], **arguments.get("policy_kwargs", {}), **policy_kwargs}
-    env = DummyVecEnv([lambda: Noise(action_space)] * N_ENVS)
+    policy_kwargs = arguments.get("policy_kwargs", {}) | policy_kwargs
+    arguments["policy_kwargs"] = {"net_arch": [24], "activation_fn": ACTIVATIONS[form], **policy_kwargs}
+    env = FastVecNormalize(DummyVecEnv([lambda: Noise(action_space)] * N_ENVS))
     model = ClipPPO(
         "MlpPolicy", env, 3e-3, n_steps=N_STEPS, batch_size=40, n_epochs=3, device="cpu", seed=1, **arguments
     )
@@ -97,7 +103,9 @@ def digest(engine: str, actions: str, form: str) -> str:
     if type(model._engine).__name__ != class_name:
         raise RuntimeError(f"{engine} ran on {model._engine}")
     statistics = {name: value for name, value in model.logger.name_to_value.items() if name.startswith("train/")}
-    content = [tensor.numpy().tobytes() for tensor in model.policy.state_dict().values()]
+    arrays = [tensor.numpy() for tensor in model.policy.state_dict().values()]
+    arrays += [env.obs_rms.mean, env.obs_rms.var, env.ret_rms.mean, env.ret_rms.var]
+    content = [array.tobytes() for array in arrays]
     return hashlib.sha256(b"".join(content) + repr(statistics).encode()).hexdigest()
 
 
