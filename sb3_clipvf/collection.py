@@ -4,7 +4,6 @@ The loop over the environments: acting, bootstrapping truncated episodes, and th
 ``RolloutCollector`` is the base of ``ClipPPO``: SB3's ``OnPolicyAlgorithm`` with a loop and a buffer of its own.
 """
 
-import copy
 import os
 import time
 from abc import abstractmethod
@@ -16,7 +15,6 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
@@ -25,9 +23,11 @@ from sb3_clipvf.common.messages import log, show_messages
 from sb3_clipvf.common.nonfinite import NonFiniteError, is_finite, observations_are_finite
 from sb3_clipvf.common.validation import check_int, same_spaces
 from sb3_clipvf.distributions import dist_param_dim
+from sb3_clipvf.engines.in_place import InPlace, env_actions, in_place
 from sb3_clipvf.engines.interface import Acted, Engine
 from sb3_clipvf.engines.recognition import has_own_add
 from sb3_clipvf.envs.episode_ends import WAY_OUT, ended_unseen
+from sb3_clipvf.envs.rows import copy_of
 from sb3_clipvf.envs.shapes import StepCheck
 from sb3_clipvf.guards.diagnosis import (
     Fault,
@@ -93,13 +93,18 @@ class RolloutCollector(OnPolicyAlgorithm):
         has_callback = not is_noop(callback)
         # Making tensors takes longer than the policy's forward pass.
         makes_tensors = has_callback or not (stores_arrays and engine.acts_on_arrays)
+        # Callbacks may change what they read before it is stored.
+        written = None if has_callback else in_place(engine, rollout_buffer, self.action_space)
 
         while n_steps < n_rollout_steps:
             self._renew_noise(env.num_envs, n_steps)
-            obs_tensor = to_tensor(self._last_obs, self.device) if makes_tensors else None
-            acted = self._act(engine, obs_tensor, rollout_buffer, with_dist_params)
-            actions, values, log_probs, dist_params = acted.as_tensors() if makes_tensors else acted[:4]
-            clipped_actions = env_actions(self.policy, self.action_space, actions)
+            if written is None:
+                obs_tensor = to_tensor(self._last_obs, self.device) if makes_tensors else None
+                acted = self._act(engine, obs_tensor, rollout_buffer, with_dist_params)
+                actions, values, log_probs, dist_params = acted.as_tensors() if makes_tensors else acted[:4]
+                clipped_actions = env_actions(self.policy, self.action_space, actions)
+            else:
+                clipped_actions = self._act_in_place(written, rollout_buffer)
             new_obs, rewards, dones, infos = check_step(env.step(clipped_actions))
             self.num_timesteps += env.num_envs
 
@@ -112,17 +117,17 @@ class RolloutCollector(OnPolicyAlgorithm):
 
             self._update_info_buffer(infos, dones)
             n_steps += 1
-            if with_dist_params and dist_params is None:
-                with_dist_params = False
-                self._omit_kl(rollout_buffer)
-            if isinstance(self.action_space, spaces.Discrete):
-                actions = actions.reshape(-1, 1)
             bootstrapped = bootstrap_truncated(engine, rewards, dones, infos, self.gamma)
             if not is_finite(bootstrapped):
-                arrays = {**locals(), "observations": self._last_obs, "new_observations": new_obs}
-                raise step_error(self._fault_context(), reward_fault(rewards, bootstrapped, infos), n_steps - 1, arrays)
-            row = (self._last_obs, actions, bootstrapped, self._last_episode_starts)
-            add_to_buffer(rollout_buffer, row, acted if stores_arrays else None, values, log_probs, dist_params)
+                raise self._reward_error(bootstrapped, n_steps - 1, {**locals(), **(written.row() if written else {})})
+            if written is None:
+                with_dist_params = dist_params is not None
+                if isinstance(self.action_space, spaces.Discrete):
+                    actions = actions.reshape(-1, 1)
+                row = (self._last_obs, actions, bootstrapped, self._last_episode_starts)
+                add_to_buffer(rollout_buffer, row, acted if stores_arrays else None, values, log_probs, dist_params)
+            else:
+                written.add(self._last_obs, bootstrapped, self._last_episode_starts)
             self._last_obs = copy_of(new_obs)
             self._last_episode_starts = dones.copy()
 
@@ -189,7 +194,19 @@ class RolloutCollector(OnPolicyAlgorithm):
         if not finite:
             fault = act_fault(self.policy, self._last_obs, obs_tensor, acted)
             raise self._act_error(cast(Fault, fault), rollout_buffer)
+        if with_dist_params and acted.dist_params is None:
+            self._omit_kl(rollout_buffer)
         return acted
+
+    def _act_in_place(self, written: InPlace, rollout_buffer: Any) -> np.ndarray:
+        """Let the policy act, as :meth:`_act` does, and return the actions for the environments."""
+        actions, finite = written.act(self._last_obs)
+        if not finite:
+            row = written.row()
+            acted = Acted(row["actions"], row["values"], row["log_probs"], None)
+            fault = act_fault(self.policy, self._last_obs, None, acted)
+            raise self._act_error(cast(Fault, fault), rollout_buffer)
+        return actions
 
     def _may_act(self) -> bool:
         """Return whether observations are finite, or the policy handles non-finite ones by code of its own."""
@@ -209,6 +226,12 @@ class RolloutCollector(OnPolicyAlgorithm):
         with np.errstate(over="ignore", invalid="ignore"):  # the update reports them
             rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
         return values
+
+    def _reward_error(self, bootstrapped: np.ndarray, step: int, arrays: dict[str, Any]) -> NonFiniteError:
+        """Return the error for non-finite rewards in a step, of which ``arrays`` holds the local variables."""
+        fault = reward_fault(arrays["rewards"], bootstrapped, arrays["infos"])
+        arrays |= {"observations": self._last_obs, "new_observations": arrays["new_obs"]}
+        return step_error(self._fault_context(), fault, step, arrays)
 
     def _act_error(self, fault: Fault, buffer: Any) -> NonFiniteError:
         """Return the error for a fault where the policy acts or predicts values, after the last step in the buffer."""
@@ -382,23 +405,6 @@ def to_tensor(observations: Any, device: th.device) -> Any:
     if device.type == "cpu" and type(observations) is np.ndarray:
         return th.from_numpy(observations)  # a third of the time of SB3's way
     return obs_as_tensor(observations, device)
-
-
-def env_actions(policy: ActorCriticPolicy, action_space: spaces.Space[Any], actions: np.ndarray) -> np.ndarray:
-    """Return actions for the environments: unscaled to the Box if the policy squashes, else clipped to it."""
-    if not isinstance(action_space, spaces.Box):
-        return actions
-    if policy.squash_output:
-        return np.asarray(policy.unscale_action(actions))
-    # In a third of the time of clip(), with the same results.
-    bounded: np.ndarray = np.minimum(np.maximum(actions, action_space.low), action_space.high)
-    return bounded
-
-
-def copy_of(observations: Any) -> Any:
-    """Return a copy of observations, since some VecEnvs write the next step into the same arrays."""
-    # In the same memory layout: sums in another order round differently.
-    return observations.copy("K") if isinstance(observations, np.ndarray) else copy.deepcopy(observations)
 
 
 def bootstrap_truncated(

@@ -24,6 +24,7 @@ from sb3_clipvf.engines.bridge import (
     to_action_space,
 )
 from sb3_clipvf.engines.epochs import MinibatchStatistics, Record
+from sb3_clipvf.engines.in_place import Target
 from sb3_clipvf.engines.interface import Acted, UpdateCoefficients, UpdateSettings, UpdateStatistics
 from sb3_clipvf.engines.kernels import entry, inputs, memory
 from sb3_clipvf.engines.kernels.barrier import CANCELLED, N_COUNTERS
@@ -75,6 +76,7 @@ class NativeEngine:
         self.settings = settings
         self._threads = ThreadChoice()
         self._noise: Noise | None = None
+        self._scratch: Target | None = None
         self._workspaces: dict[int, np.ndarray] = {}
         self._has_checked = False
         self._bind()
@@ -109,25 +111,34 @@ class NativeEngine:
         :raises UnsupportedError: If a parameter's tensor was replaced by one that kernels cannot read.
         """
         self._follow_parameters()
-        rows = self._rows(observations)
-        n_envs, dist = len(rows), self._binding.plain.dist
-        actions = np.empty((n_envs, self._action_dim), np.float32)
-        values, log_prob = np.empty((n_envs, 1), np.float32), np.empty(n_envs, np.float32)
-        dist_params = np.empty((n_envs, self._dist_dim if with_dist_params else 0), np.float32)
-        noise, workspace = self._noise_for(n_envs), self._workspace(n_envs)
-        with _blas_for(n_envs):
-            is_finite = entry.act(
-                self._packed, rows, noise, workspace, actions, values.reshape(n_envs), log_prob, dist_params
-            )
-        if with_dist_params:  # callbacks may read it
-            dist.distribution = LazyDistribution(dist, dist_params)
+        scratch = self._scratch_for(len(observations))
+        actions, is_finite = self._fill(scratch, 0, observations)
+        dist_params = None
+        if with_dist_params:
+            dist, dist_params = self._binding.plain.dist, scratch.dist_params[0].copy()
+            dist.distribution = LazyDistribution(dist, dist_params)  # callbacks may read it
         return Acted(
             actions=to_action_space(actions, self.policy.action_space),
-            values=values,
-            log_prob=log_prob,
-            dist_params=dist_params if with_dist_params else None,
+            values=scratch.values.reshape(-1, 1).copy(),
+            log_prob=scratch.log_prob[0].copy(),
+            dist_params=dist_params,
             is_finite=is_finite,
         )
+
+    def act_into(self, target: Target, step: int, observations: np.ndarray) -> tuple[np.ndarray, bool]:
+        """Act as :meth:`act` does, and fill a step of the target, as :class:`.in_place.EngineInPlace` states."""
+        self._follow_parameters()
+        target.check(step, len(observations), self._dist_dim)
+        return self._fill(target, step, observations)
+
+    def _fill(self, target: Target, step: int, observations: np.ndarray | th.Tensor) -> tuple[np.ndarray, bool]:
+        rows = self._rows(observations)
+        n_envs = len(rows)
+        actions = np.empty((n_envs, self._action_dim), np.float32)
+        noise, workspace = self._noise_for(n_envs), self._workspace(n_envs)
+        with _blas_for(n_envs):
+            is_finite = entry.act_into(self._packed, target.packed, step, rows, noise, workspace, actions)
+        return actions, is_finite
 
     def predict_values(self, observations: th.Tensor) -> th.Tensor:
         """Return the values of observations, shape ``(n, 1)``, return units. Raises what :meth:`act` does."""
@@ -194,6 +205,12 @@ class NativeEngine:
         # The next update checks whether this engine can still run the policy.
         self._binding.table[:, memory.PARAM] = self._addresses = addresses
         self._packed = inputs.pack(self._inputs)
+
+    def _scratch_for(self, n: int) -> Target:
+        if self._scratch is None or self._scratch.shape != (1, n, self._dist_dim):
+            values, log_prob = np.empty((2, 1, n), np.float32)
+            self._scratch = Target(values, log_prob, np.empty((1, n, self._dist_dim), np.float32))
+        return self._scratch
 
     def _workspace(self, n: int, rank: int = 0) -> np.ndarray:
         size = n * self._row_size

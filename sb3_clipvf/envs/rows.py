@@ -1,5 +1,6 @@
 """Rows of batches: observations ``(n_envs, ...)``, in dicts and tuples where spaces nest, and infos of a batch."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,12 @@ def copy_batch(space: spaces.Space[Any], obs: Any) -> Any:
     if isinstance(space, spaces.Tuple):
         return tuple(copy_batch(part, obs[index]) for index, part in enumerate(space.spaces))
     return np.array(obs, dtype=space.dtype, order="C")
+
+
+def copy_of(observations: Any) -> Any:
+    """Return a copy of observations, since some VecEnvs write the next step into the same arrays."""
+    # In the same memory layout: sums in another order round differently.
+    return observations.copy("K") if isinstance(observations, np.ndarray) else copy.deepcopy(observations)
 
 
 def copy_row(obs: Any, index: int) -> Any:

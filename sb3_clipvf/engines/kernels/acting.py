@@ -13,8 +13,14 @@ from sb3_clipvf.engines.kernels.action_distributions import (
 )
 from sb3_clipvf.engines.kernels.elementwise import copy_rows
 from sb3_clipvf.engines.kernels.inputs import STATE_DEPENDENT, Policy
+from sb3_clipvf.engines.kernels.memory import matrix, vector
 from sb3_clipvf.engines.kernels.minibatch import is_finite
 from sb3_clipvf.engines.kernels.mlp import forward, layer
+
+# Entries of a target: addresses of float32 arrays `(n_steps, n_envs, ...)` that take a rollout's steps, the number of
+# parameters of a distribution, and addresses of the actions' bounds, `(action_dim,)`. Where that of the actions is 0,
+# neither are they stored nor clipped.
+VALUES, LOG_PROB, DIST_PARAMS, DIST_WIDTH, ACTIONS, LOW, HIGH = range(7)
 
 
 @fast
@@ -52,6 +58,36 @@ def act(
             n_bad += 0 if is_finite(row[j]) else 1
         n_bad += 0 if is_finite(values[i]) and is_finite(log_prob[i]) else 1
     return n_bad == 0
+
+
+@fast
+def act_into(
+    policy: Policy, target: np.ndarray, step: int, observations: np.ndarray, noise: np.ndarray,
+    workspace: np.ndarray, actions: np.ndarray,
+) -> bool:  # fmt: skip
+    """
+    Act as :func:`act` does, and write values and the rest to a row of the arrays whose addresses ``target`` holds.
+
+    ``actions``, ``(n, action_dim)``, are those for the environments: clipped, if ``target`` holds bounds.
+    """
+    n, k = actions.shape
+    cells, width = 4 * n * step, target[DIST_WIDTH]
+    values, log_prob = vector(target[VALUES] + cells, n), vector(target[LOG_PROB] + cells, n)
+    dist_params = matrix(target[DIST_PARAMS] + cells * width, n, width)
+    finite = act(policy, observations, noise, workspace, actions, values, log_prob, dist_params)
+    if target[ACTIONS] != 0:
+        stored = matrix(target[ACTIONS] + cells * k, n, k)
+        low, high = vector(target[LOW], k), vector(target[HIGH], k)
+        for i in range(n):
+            for j in range(k):
+                action = actions[i, j]
+                stored[i, j] = action
+                if action < low[j]:
+                    action = low[j]
+                if action > high[j]:
+                    action = high[j]
+                actions[i, j] = action
+    return finite
 
 
 @fast

@@ -44,11 +44,11 @@ def _native(digest: int) -> tuple[Callable[..., Any], ...]:
         return digest
 
     @cached()
-    def act(
-        packed: np.ndarray, observations: np.ndarray, noise: np.ndarray, workspace: np.ndarray, actions: np.ndarray,
-        values: np.ndarray, log_prob: np.ndarray, dist_params: np.ndarray,
+    def act_into(
+        packed: np.ndarray, target: np.ndarray, step: int, observations: np.ndarray, noise: np.ndarray,
+        workspace: np.ndarray, actions: np.ndarray,
     ) -> bool:  # fmt: skip
-        finite = acting.act(unpack(packed), observations, noise, workspace, actions, values, log_prob, dist_params)
+        finite = acting.act_into(unpack(packed), target, step, observations, noise, workspace, actions)
         return finite and digest > 0
 
     @cached()
@@ -70,7 +70,7 @@ def _native(digest: int) -> tuple[Callable[..., Any], ...]:
     def kl_of_rollout(packed: np.ndarray, rollout: Any, chunk: int, workspace: np.ndarray) -> tuple[float, int]:
         return update.kl_of_rollout(unpack(packed), rollout, chunk, workspace), digest
 
-    return run_update, act, predict_values, advantages_and_returns, kl_of_rollout
+    return run_update, act_into, predict_values, advantages_and_returns, kl_of_rollout
 
 
 def _fused(digest: int) -> tuple[Callable[..., Any], ...]:
@@ -115,6 +115,6 @@ def _fused(digest: int) -> tuple[Callable[..., Any], ...]:
 
 
 *NATIVE, kl_of_rollout = _native(_digest())
-run_update, act, predict_values, advantages_and_returns = NATIVE
+run_update, act_into, predict_values, advantages_and_returns = NATIVE
 FUSED = _fused(_digest())
 loss_gradients, draw, gradient_norm, optimizer_step = FUSED

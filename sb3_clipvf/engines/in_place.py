@@ -1,0 +1,131 @@
+"""Acting straight into the arrays of a rollout buffer, without arrays of its own for every step."""
+
+from typing import Any, Protocol, cast
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+from sb3_clipvf.engines.bridge import to_action_space
+from sb3_clipvf.engines.interface import Engine
+from sb3_clipvf.engines.kernels import acting
+from sb3_clipvf.engines.recognition import has_own_add
+from sb3_clipvf.rollout import TensorRolloutBuffer
+
+
+class Target:
+    """Arrays ``(n_steps, n_envs, ...)`` that a kernel fills step by step, and what it needs to find them."""
+
+    def __init__(
+        self,
+        values: np.ndarray,
+        log_prob: np.ndarray,
+        dist_params: np.ndarray,
+        actions: np.ndarray | None = None,
+        bounds: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> None:
+        """Arrays are float32 and C-contiguous; actions are stored, and clipped to the bounds, if both are given."""
+        self.values, self.log_prob, self.dist_params = values, log_prob, dist_params
+        self.shape = dist_params.shape  # (n_steps, n_envs, k)
+        self._kept = (actions, bounds)  # kernels know their addresses
+        self.packed = np.zeros(1 + acting.HIGH, np.int64)
+        for index, array in ((acting.VALUES, values), (acting.LOG_PROB, log_prob), (acting.DIST_PARAMS, dist_params)):
+            self.packed[index] = array.ctypes.data
+        self.packed[acting.DIST_WIDTH] = self.shape[2]
+        if actions is not None and bounds is not None:
+            for index, array in ((acting.ACTIONS, actions), (acting.LOW, bounds[0]), (acting.HIGH, bounds[1])):
+                self.packed[index] = array.ctypes.data
+
+    def check(self, step: int, n_envs: int, dist_param_dim: int) -> None:
+        """Raise ValueError if a step does not fit: a kernel would write beyond the arrays."""
+        n_steps, n_rows, width = self.shape
+        if step >= n_steps or n_envs != n_rows or width not in (0, dist_param_dim):
+            raise ValueError(
+                f"`step`, `n_envs` and `dist_param_dim` must fit arrays of shape {self.shape}, got {step}, {n_envs} "
+                f"and {dist_param_dim}. Do not change policy, buffer or number of environments while they step."
+            )
+
+
+class EngineInPlace(Engine, Protocol):
+    """An engine whose kernels write to a :class:`Target`."""
+
+    def act_into(self, target: Target, step: int, observations: np.ndarray) -> tuple[np.ndarray, bool]:
+        """
+        Sample an action for each environment, and fill a step of the target.
+
+        Return the actions, float32 ``(n_envs, action_dim)``, which are clipped if the target has bounds, and whether
+        observations, values and log-probabilities are finite.
+        """
+
+
+class InPlace:
+    """
+    A rollout whose steps the engine writes into the buffer itself.
+
+    Values, log-probabilities and actions that callbacks read do not exist: it is for training without callbacks.
+    """
+
+    def __init__(self, engine: EngineInPlace, buffer: TensorRolloutBuffer, space: spaces.Space[Any]) -> None:
+        self._engine, self._buffer, self._space = engine, buffer, space
+        self._observations = cast(np.ndarray, buffer.observations)  # policies on dicts run on other engines
+        bounds = None
+        if isinstance(space, spaces.Box):
+            bounds = (np.ascontiguousarray(space.low).reshape(-1), np.ascontiguousarray(space.high).reshape(-1))
+        self._clips = bounds is not None
+        self._has_vectors = self._clips and len(space.shape or ()) == 1
+        self._target = Target(buffer.values, buffer.log_probs, buffer.dist_params, buffer.actions, bounds)
+
+    def act(self, observations: Any) -> tuple[np.ndarray, bool]:
+        """Return the actions as environments take them, and whether observations, values and the rest are finite."""
+        actions, is_finite = self._engine.act_into(self._target, self._buffer.pos, observations)
+        if not self._clips:
+            actions = to_action_space(actions, self._space)
+            row = self._buffer.actions[self._buffer.pos]
+            row[:] = actions.reshape(row.shape)
+        elif not self._has_vectors:
+            actions = to_action_space(actions, self._space)
+        return actions, is_finite
+
+    def add(self, observations: Any, rewards: np.ndarray, episode_starts: Any) -> None:
+        """Complete the step; the arguments are those of ``TensorRolloutBuffer.add``."""
+        buffer, step = self._buffer, self._buffer.pos
+        row = self._observations[step]
+        row[:] = observations if observations.shape == row.shape else observations.reshape(row.shape)
+        buffer.rewards[step] = rewards
+        buffer.episode_starts[step] = episode_starts
+        buffer.pos = step + 1
+        buffer.full = buffer.pos == buffer.buffer_size
+
+    def row(self) -> dict[str, np.ndarray]:
+        """Return what the engine wrote for the present step."""
+        buffer, step = self._buffer, self._buffer.pos
+        return {name: getattr(buffer, name)[step] for name in ("actions", "values", "log_probs")}
+
+
+def in_place(engine: Engine, buffer: Any, space: spaces.Space[Any]) -> InPlace | None:
+    """Return a rollout that the engine writes itself, or None where engine, buffer or actions need the usual way."""
+    if not hasattr(engine, "act_into") or type(buffer) is not TensorRolloutBuffer or has_own_add(buffer):
+        return None
+    arrays = [buffer.values, buffer.log_probs, buffer.dist_params]
+    if isinstance(space, spaces.Box):
+        if engine.policy.squash_output or space.dtype != np.float32:
+            return None
+        arrays.append(buffer.actions)
+    cells = (buffer.buffer_size, buffer.n_envs)
+    for array in arrays:
+        if type(array) is not np.ndarray or array.dtype != np.float32 or array.shape[:2] != cells:
+            return None
+        if not array.flags.c_contiguous:
+            return None
+    return InPlace(engine, buffer, space)  # type: ignore[arg-type]
+
+
+def env_actions(policy: ActorCriticPolicy, action_space: spaces.Space[Any], actions: np.ndarray) -> np.ndarray:
+    """Return actions for the environments: unscaled to the Box if the policy squashes, else clipped to it."""
+    if not isinstance(action_space, spaces.Box):
+        return actions
+    if policy.squash_output:
+        return np.asarray(policy.unscale_action(actions))
+    # In a third of the time of clip(), with the same results.
+    bounded: np.ndarray = np.minimum(np.maximum(actions, action_space.low), action_space.high)
+    return bounded
