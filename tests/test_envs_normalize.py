@@ -24,7 +24,7 @@ from stable_baselines3.common.vec_env import (
 )
 
 from sb3_clipvf import ClipPPO
-from sb3_clipvf.envs import FastVecNormalize
+from sb3_clipvf.envs import FastVecNormalize, normalize
 
 # Operations and their order are NumPy's, so numbers agree to the last bit, except for sums of 8 or more in a column:
 # NumPy adds them pairwise. Returns, in float64, then differ by about 1e-16, and float32 results by their last digit at
@@ -232,6 +232,36 @@ class TestEqualStreams:
         ours, theirs = pair(box(3))
         obs = np.asfortranarray(np.arange(12, dtype=np.float32).reshape(4, 3))
         same(ours.normalize_obs(obs), theirs.normalize_obs(obs))
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda array: array.astype(array.dtype.newbyteorder()),
+            lambda array: np.repeat(array, 2, axis=-1)[..., ::2],
+            lambda array: array[::-1],
+            lambda array: np.frombuffer(b"." + array.tobytes(), array.dtype, offset=1).reshape(array.shape),
+            lambda array: array.astype(np.longdouble),
+            lambda array: array > 0,
+        ],
+        ids=["byte order", "strided", "reversed", "misaligned", "long", "bool"],
+    )
+    def test_of_arrays_of_any_type(self, change: Callable[[Any], Any]) -> None:
+        """Kernels are not compiled for them: they are cast, or left to SB3's code."""
+
+        class Changed(Scripted):
+            def reset(self) -> Any:
+                return change(super().reset())
+
+            def step_wait(self) -> Any:
+                obs, rewards, dones, infos = super().step_wait()
+                return change(obs), change(rewards), dones, infos
+
+        kernels = (normalize._scale_rows, normalize._scale_rewards)
+        before = [list(kernel.signatures) for kernel in kernels]
+        theirs, ours = VecNormalize(Changed(box(3))), FastVecNormalize(Changed(box(3)))
+        run_both(ours, theirs)
+        assert [list(kernel.signatures) for kernel in kernels] == before
+        assert list(map(len, before)) == [2, 2]
 
     def test_of_values_that_only_sb3s_code_handles(self) -> None:
         run_both(*pair(box(3, dtype=np.float16)))
