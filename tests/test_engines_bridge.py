@@ -13,10 +13,11 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from test_engines import BOX, COEFFICIENTS, SETTINGS, collect
 
 from sb3_clipvf.distributions import dist_param_dim
-from sb3_clipvf.engines.bridge import as_floats
+from sb3_clipvf.engines.bridge import KINDS, as_floats
 from sb3_clipvf.engines.fused import FusedEngine
 from sb3_clipvf.engines.kernels import entry, warmup
-from sb3_clipvf.engines.native import NativeEngine
+from sb3_clipvf.engines.native import _ACTIVATIONS, NativeEngine
+from sb3_clipvf.engines.recognition import ACTIVATIONS, DISTRIBUTIONS
 from sb3_clipvf.rollout import TensorRolloutBuffer
 
 N_STEPS, N_ENVS, WIDTH = 6, 5, 3
@@ -104,6 +105,11 @@ def test_as_floats(variant: str) -> None:
     assert (type(floats), floats.dtype, floats.flags.carray) == (np.ndarray, np.float32, True)
     np.testing.assert_array_equal(floats, array.astype(np.float32))
     assert as_floats(floats) is floats
+
+
+def test_kernels_have_a_constant_for_each_class_that_is_recognised() -> None:
+    assert set(KINDS) == set(DISTRIBUTIONS)
+    assert set(_ACTIVATIONS) == set(ACTIVATIONS)
 
 
 @pytest.mark.filterwarnings("error")
