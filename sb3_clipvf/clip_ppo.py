@@ -65,6 +65,7 @@ from sb3_clipvf.schedules import (
     KLAdaptiveLR,
     Schedule,
     clamp_progress,
+    is_zero,
     make_controller,
     make_schedule,
     schedule_of,
@@ -305,8 +306,9 @@ class ClipPPO(RolloutCollector):
         return self.policy_aliases[policy_name]
 
     def _argument_that_needs_kl(self) -> str | None:
-        names = ("kl_coef", "adaptive_kl_target", "lr_kl_target")
-        return next((name for name in names if getattr(self, name) not in (None, 0)), None)
+        if not is_zero(self._schedule("kl_coef")):
+            return "kl_coef"
+        return next((name for name in ("adaptive_kl_target", "lr_kl_target") if getattr(self, name) is not None), None)
 
     # ------------------------------------------------------------------ update
 

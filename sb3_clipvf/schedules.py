@@ -189,8 +189,17 @@ def is_constant(value: Any) -> bool:
 
 def is_known(schedule: Schedule) -> bool:
     """Return whether a schedule from :func:`make_schedule` is ours or SB3's, so that a call has no side effects."""
-    inner = schedule.function if type(schedule) is ClampedSchedule else schedule
-    return type(_unwrapped(inner)) in _KNOWN
+    return type(_inner(schedule)) in _KNOWN
+
+
+def is_zero(schedule: Schedule | None) -> bool:
+    """Return whether a schedule from :func:`make_schedule` is known to be 0 at any progress."""
+    inner = _inner(schedule)
+    return type(inner) in (*_BY_PREFIX.values(), HostConstantSchedule) and inner(1.0) == 0  # multiples of the start
+
+
+def _inner(schedule: Schedule | None) -> Any:
+    return _unwrapped(schedule.function if type(schedule) is ClampedSchedule else schedule)
 
 
 def _unwrapped(schedule: Any) -> Any:

@@ -284,6 +284,12 @@ class TestDerivedDistributions:
         assert "train/approx_kl" in model.logger.name_to_value
         assert "train/kl" not in model.logger.name_to_value
 
+    @pytest.mark.parametrize("kl_coef", [0.0, "const_0", "lin_0"])
+    def test_train_with_a_penalty_that_stays_zero(self, kl_coef: float | str) -> None:
+        model = model_with(DERIVED[0], kl_coef=kl_coef)
+        model.learn(32)
+        assert model.logger.name_to_value["train/kl_coef"] == 0
+
     @pytest.mark.parametrize("kwargs", [{"kl_coef": 1.0}, {"lr_kl_target": 0.01}])
     @pytest.mark.parametrize("dist", DERIVED)
     def test_refuse_the_penalty_by_name(self, dist: type[Any], kwargs: dict[str, float]) -> None:

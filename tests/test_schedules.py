@@ -21,6 +21,7 @@ from sb3_clipvf.schedules import (
     LinearSchedule,
     clamp_progress,
     is_constant,
+    is_zero,
     make_controller,
     make_schedule,
     schedule_of,
@@ -111,6 +112,19 @@ class TestSchedules:
     )
     def test_schedules_that_may_change_are_not_constant(self, value: Any) -> None:
         assert not is_constant(value)
+
+
+ZEROS = [0, "const_0", "lin_0", "cos_0", "exp_0", LinearSchedule(0.0), HostConstantSchedule(0.0), FloatSchedule(0.0)]
+
+
+@pytest.mark.parametrize("value", ZEROS)
+def test_schedules_that_stay_zero(value: Any) -> None:
+    assert is_zero(make_schedule(value, "kl_coef"))
+
+
+@pytest.mark.parametrize("value", [1e-9, "lin_0.1", HostLinearSchedule(0.0, 1.0, 1.0), lambda p: 0.0])
+def test_schedules_that_may_leave_zero(value: Any) -> None:
+    assert not is_zero(make_schedule(value, "kl_coef"))
 
 
 class TestScheduleOf:
