@@ -75,6 +75,7 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(psutil, "cpu_percent", lambda interval: 5.0)
     installed(monkeypatch, lambda name: name != "sbx")
     child_is(monkeypatch, CHILD)
+    monkeypatch.setattr(speed, "COMPILE_COMMAND", (sys.executable, "-c", "open('compiled', 'w')"))
     return tmp_path
 
 
@@ -142,6 +143,7 @@ def test_row_measures_the_peers_that_can_run_and_the_environments_of_both(monkey
     assert FAST.measured() == ("clipppo", "sb3", "sbx", "bound_clipppo")
     assert SLOW.measured() == ("clipppo", "sb3", "sbx", "bound_clipppo", "bound_sb3")
     assert replace(FAST, phase="update").measured() == ("clipppo", "sb3", "sbx")
+    assert replace(FAST, env="free", peer_env="free").measured() == ("clipppo", "sb3", "sbx")
     installed(monkeypatch, lambda name: name != "sbx")
     assert FAST.measured() == ("clipppo", "sb3", "bound_clipppo")
     installed(monkeypatch, lambda name: name != "g++")
@@ -379,6 +381,8 @@ def test_products_are_those_of_each_layer(
     weights = [parameter.detach().clone() for parameter in model.policy.parameters()]
     # The fastest number of threads, and 2 minibatches in 3 epochs.
     assert speed_products.products_seconds(model) == pytest.approx(6.0 / len(os.sched_getaffinity(0)))
+    needed.clear()
+    assert speed_products.products_seconds(model, threads=1) == 6.0
     assert len(needed) == n_layers
     assert {shape for shape, has_gradient in needed if not has_gradient} == without_gradient_of_inputs
     assert all(p.equal(before) for p, before in zip(model.policy.parameters(), weights, strict=True))
@@ -727,8 +731,9 @@ def test_finished_alternations_are_skipped_until_asked_or_changed(
 ) -> None:
     assert main(["--rows", "fast"]) == 0
     tasks()
+    Path("compiled").unlink()  # kernels, before anything is measured
     assert main(["--rows", "fast"]) == 0
-    assert order() == []
+    assert order() == [] and not Path("compiled").exists()
     assert "0 alternations to measure, 3 are done already" in capsys.readouterr().out
     assert main(["--rows", "fast", "--alternations", "4"]) == 0
     assert order() == ["fast bound_clipppo 4", "fast sb3 4", "fast clipppo 4"]
@@ -948,7 +953,7 @@ def test_profile_names_where_the_time_goes(
     ]
     (task,) = tasks()
     assert (task["profile"], task["peer"], task["threads"]) == (True, "sb3", "1")
-    assert not Path("docs").exists()
+    assert not Path("docs").exists() and not Path("compiled").exists()
     child_is(monkeypatch, "raise SystemExit('it broke')")
     assert main(["--profile", "fast"]) == 1
     assert "fast: FAILED, the process ended with code 1 (it broke)" in capsys.readouterr().out

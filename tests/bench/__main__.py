@@ -8,6 +8,7 @@ BENCHMARKS = {
     "learning": "returns that ClipPPO reaches with the settings shipped",
     "curves": "training curves of the native engine and of the reference",
     "speed": "steps a second of ClipPPO, SB3 and SBX on this machine",
+    "growth": "how cost and memory grow with environments, networks, batches and rollouts",
     "faults": "kills, damaged files and unusual arguments, and what survives them",
 }
 """Name, which is that of the module with ``main(argv) -> int``, and a line for the overview."""

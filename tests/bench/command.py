@@ -40,6 +40,7 @@ class Benchmark(ABC, Generic[RowT]):
     deciding: ClassVar[tuple[str, ...]]
 
     def __init__(self, rows: Sequence[RowT], argv: Sequence[str] | None) -> None:
+        self.rows = rows
         self.parser = self._common_parser([row.name for row in rows])
         self.add_options(self.parser)
         self.args = self.parser.parse_args(argv)

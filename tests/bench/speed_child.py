@@ -111,7 +111,7 @@ def measure_peer(row: SpeedRow, peer: str, seed: int, *, profile: bool = False) 
     if peer == "clipppo":
         from tests.bench.speed_products import products_seconds
 
-        result["products_seconds"] = products_seconds(model) * row.iterations
+        result["products_seconds"] = products_seconds(model, row.threads) * row.iterations
     if profile:
         from tests.bench.speed_profile import summarise
 

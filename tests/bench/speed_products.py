@@ -16,19 +16,20 @@ SECONDS = 0.5
 """How long the products of a minibatch are repeated on each number of threads."""
 
 
-def products_seconds(model: Any) -> float:
+def products_seconds(model: Any, threads: int | None = None) -> float:
     """
     Return the seconds of the products of one update: forward, for the weights' gradients, and for the inputs'.
 
-    torch computes them one after the other, with its BLAS and its convolutions, into allocated memory, on the fastest
-    number of threads. The model has SB3's interface, and has collected a rollout.
+    torch computes them one after the other, with its BLAS and its convolutions, into allocated memory, on a number of
+    threads (None: the fastest). The model has SB3's interface, and has collected a rollout.
     """
     products = layer_products(model)
-    threads = th.get_num_threads()
+    before = th.get_num_threads()
     try:
-        fastest = min(_seconds(products, count) for count in {1, usable_cores()})
+        counts = {1, usable_cores()} if threads is None else {threads}
+        fastest = min(_seconds(products, count) for count in counts)
     finally:
-        th.set_num_threads(threads)
+        th.set_num_threads(before)
     n_minibatches = math.ceil(model.n_steps * model.n_envs / model.batch_size) * model.n_epochs
     return float(fastest * n_minibatches)
 

@@ -107,7 +107,7 @@ class SpeedRow:
         """Return the keys of ``PEERS`` and ``BOUNDS`` to measure here, in the order of the first alternation."""
         absent = absent_peers()
         peers = [peer for peer in self.peers if peer not in absent]
-        bounds = [] if self.phase == "update" else ["bound_clipppo"]
+        bounds = [] if self.phase == "update" or self.env == "free" else ["bound_clipppo"]
         if bounds and self.env != self.peer_env:
             bounds.append("bound_sb3")
         return (*peers, *bounds)
