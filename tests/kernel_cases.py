@@ -14,12 +14,14 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_clipvf import ClipPPO
+from sb3_clipvf.engines.threads import ThreadChoice
 from sb3_clipvf.envs import FastVecNormalize
 
 N_ENVS, N_STEPS = 3, 32
@@ -83,6 +85,20 @@ ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "native": ("NativeEngine", {}),
     "fused": ("FusedEngine", {"features_extractor_class": Doubling}),
 }
+
+
+def divide(patch: pytest.MonkeyPatch, n_threads: int) -> None:
+    """Make the native engine run minibatches in small groups and blocks, on this number of threads."""
+    for name, number in {"LEAST_ROWS": 3, "LEAST_WORK": 0, "BLOCK_ROWS": 2, "PIECE_SIZE": 10}.items():
+        patch.setattr(f"sb3_clipvf.engines.division.{name}", number)
+    patch.setattr("sb3_clipvf.engines.native.EVALUATION_ROWS", 7)
+    run_on(patch, n_threads)
+
+
+def run_on(patch: pytest.MonkeyPatch, n_threads: int) -> None:
+    """Make the native engine run on this number of threads."""
+    patch.setattr(ThreadChoice, "next", lambda _: n_threads)
+    patch.setattr(ThreadChoice, "record", lambda *_: None)
 
 
 def digest(engine: str, actions: str, form: str) -> str:

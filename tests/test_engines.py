@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from kernel_cases import divide
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy
@@ -32,6 +33,7 @@ from sb3_clipvf.policies import SquashedActorCriticPolicy
 from sb3_clipvf.rollout import TensorRolloutBuffer
 
 ENGINES = ["autograd", "fused", "native"]
+DIVIDED = "native, divided"
 # Policies that an engine refuses: tests/test_support.py has the reasons.
 NOT_RUN = {("fused", "squashed"), ("native", "squashed")}
 
@@ -301,7 +303,16 @@ VALUE_LOSSES = {
 }
 
 
-@pytest.mark.parametrize("engine_name", ENGINES)
+@pytest.fixture
+def engine_name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name of an engine; DIVIDED is native with several groups of rows, and blocks, on three threads."""
+    if request.param == DIVIDED:
+        divide(monkeypatch, n_threads=3)
+        return "native"
+    return str(request.param)
+
+
+@pytest.mark.parametrize("engine_name", [*ENGINES, DIVIDED], indirect=True)
 class TestContract:
     @pytest.mark.parametrize("value", VALUE_LOSSES)
     @pytest.mark.parametrize("objective", OBJECTIVES)

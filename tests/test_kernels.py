@@ -18,11 +18,12 @@ import torch as th
 from numba import njit
 
 from sb3_clipvf import objectives
-from sb3_clipvf.engines.kernels import entry, losses, warmup
+from sb3_clipvf.engines.kernels import entry, losses, minibatch, warmup
 from sb3_clipvf.engines.kernels.action_distributions import ActionDist, kl_from_old, normalize_logits
 from sb3_clipvf.engines.kernels.elementwise import exp32, tanh32
-from sb3_clipvf.engines.kernels.inputs import BERNOULLI, CATEGORICAL, GAUSSIAN
+from sb3_clipvf.engines.kernels.inputs import BERNOULLI, CATEGORICAL, GAUSSIAN, N_HYPERPARAMETERS, Hyperparameters
 from sb3_clipvf.engines.kernels.mlp import weight_gradient
+from sb3_clipvf.engines.kernels.totals import STAT
 
 N = 50
 
@@ -48,7 +49,7 @@ class TestLosses:
         log_prob, old_log_prob, advantages = draw(N, scale=0.2), draw(N, seed=1, scale=0.2), draw(N, seed=2)
         log_prob[:5] = old_log_prob[:5]
         gradient = np.empty(N, np.float32)
-        loss, clipped, k3, largest = losses.surrogate_loss(log_prob, old_log_prob, advantages, clip_range, gradient)
+        loss, clipped, k3, largest = losses.surrogate_loss(log_prob, old_log_prob, advantages, clip_range, N, gradient)
         new = leaf(log_prob)
         log_ratio, ratio = new - leaf(old_log_prob), th.exp(new - leaf(old_log_prob))
         if np.isinf(clip_range):
@@ -74,7 +75,7 @@ class TestLosses:
     def test_value_loss(self, form: int, reference: Any) -> None:
         values, old_values, returns = draw(N), draw(N, seed=1), draw(N, seed=2)
         gradient = np.empty(N, np.float32)
-        loss, clipped = losses.value_loss(values, old_values, returns, form, 0.5, 0.7, gradient)
+        loss, clipped = losses.value_loss(values, old_values, returns, form, 0.5, 0.7, N, gradient)
         new = leaf(values)
         expected = reference(new, leaf(old_values), leaf(returns), 0.5)
         (0.7 * expected).backward()
@@ -82,6 +83,33 @@ class TestLosses:
         assert_close(gradient, new.grad)
         assert clipped == pytest.approx(objectives.vf_clip_fraction(new, leaf(old_values), 0.5).item())
         assert 0 < clipped < 1
+
+    def test_parts_of_a_minibatch_add_up(self) -> None:
+        whole, parts = np.zeros(len(STAT)), np.zeros((2, len(STAT)))
+        gradients = np.empty((2, N), np.float32)
+        values, old_values, returns, hyper = (
+            draw(N),
+            draw(N, seed=1),
+            draw(N, seed=2),
+            Hyperparameters(*[0.5] * N_HYPERPARAMETERS),
+        )
+        minibatch.value_gradient(values, old_values, returns, hyper, N, gradients[0], whole)
+        for part, rows in zip(parts, (slice(0, 20), slice(20, N)), strict=True):
+            minibatch.value_gradient(values[rows], old_values[rows], returns[rows], hyper, N, gradients[1, rows], part)
+        np.testing.assert_array_equal(gradients[0], gradients[1])
+        assert whole[STAT.value_loss] > 0
+        added = np.full(len(STAT), np.nan)
+        minibatch.add_up(parts, added)
+        assert_close(added, whole)
+
+    @pytest.mark.parametrize(
+        ("parts", "largest"), [((1, 3), 3), ((3, 1), 3), ((np.nan, 1), np.nan), ((1, np.nan), np.nan)]
+    )
+    def test_the_largest_ratio_of_parts_is_that_of_the_minibatch(self, parts: Any, largest: float) -> None:
+        stats, added = np.zeros((2, len(STAT))), np.empty(len(STAT))
+        stats[:, STAT.ratio_max] = parts
+        minibatch.add_up(stats, added)
+        np.testing.assert_equal(added[STAT.ratio_max], largest)
 
     @pytest.mark.parametrize("n", [1, 2, N])
     def test_normalised_advantages(self, n: int) -> None:
@@ -144,15 +172,17 @@ class TestWeightGradient:
         draw = np.random.default_rng(0).standard_normal
         gradients, inputs = draw((n, n_outputs), np.float32), draw((n, n_inputs), np.float32)
         weight = np.full((n_outputs, n_inputs), np.nan, np.float32)
-        weight_gradient(gradients, inputs, weight)
-        # Sums of 257 products of numbers around 1 that cancel out: some 16, to 1e-6 of the largest partial sum.
-        np.testing.assert_allclose(weight, gradients.T.astype(np.float64) @ inputs, rtol=1e-5, atol=1e-4)
+        exact = gradients.T.astype(np.float64) @ inputs
+        for n_times, adds in ((1, False), (2, True)):
+            weight_gradient(gradients, inputs, weight, adds)
+            # Sums of 257 products of numbers around 1 that cancel out: some 16, to 1e-6 of the largest partial sum.
+            np.testing.assert_allclose(weight, n_times * exact, rtol=1e-5, atol=1e-4)
 
     @pytest.mark.parametrize(("n_outputs", "n_inputs"), [(2, 4), (32, 4)])
     def test_long_sums_of_one_sign_lose_no_more_than_short_ones(self, n_outputs: int, n_inputs: int) -> None:
         gradients = np.full((2**17, n_outputs), 1.1, np.float32)
         weight = np.empty((n_outputs, n_inputs), np.float32)
-        weight_gradient(gradients, np.ones((2**17, n_inputs), np.float32), weight)
+        weight_gradient(gradients, np.ones((2**17, n_inputs), np.float32), weight, False)
         # One chain of additions would be off by more than 1e-4.
         np.testing.assert_allclose(weight, 2**17 * float(np.float32(1.1)), rtol=1e-5)
 

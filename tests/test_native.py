@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import kernel_cases
 import numpy as np
 import pytest
 import test_engines
@@ -320,23 +321,24 @@ class TestActingWithGSDE:
 
 
 class TestUpdate:
-    @pytest.mark.parametrize("actions", ACTIONS)
-    def test_two_threads_give_the_same_bits(self, actions: str) -> None:
-        results = []
-        for n_threads in (1, 2):
-            policy = make_policy(actions, net_arch={"pi": [16, 8], "vf": [8]})
-            buffer = filled(policy)
-            engine = NativeEngine(policy, SETTINGS)
-            engine._threads.next = lambda n_threads=n_threads: n_threads  # type: ignore[method-assign]
-            np.random.seed(0)
-            for _ in range(5):
-                statistics = engine.update(buffer, COEFFICIENTS).read()
-            results.append((statistics, policy.state_dict()))
-        assert results[0][0] == results[1][0]
-        for name, tensor in results[0][1].items():
-            assert th.equal(tensor, results[1][1][name]), name
+    @pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
+    @pytest.mark.parametrize("form", kernel_cases.OBJECTIVES)
+    @pytest.mark.parametrize("actions", kernel_cases.ACTIONS)
+    def test_every_number_of_threads_gives_the_same_bits(
+        self, actions: str, form: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One group of rows on two threads, which share no sum; several groups, which must be added in order."""
+        whole, divided = set(), set()
+        for n_threads in (1, 2, 3):
+            kernel_cases.run_on(monkeypatch, n_threads)
+            whole.add(kernel_cases.digest("native", actions, form))
+        for n_threads in (1, 2, 3, 8):
+            kernel_cases.divide(monkeypatch, n_threads)
+            divided.add(kernel_cases.digest("native", actions, form))
+        assert len(whole) == len(divided) == 1
+        assert whole != divided, "the sums of groups and blocks are not rounded as one sum"
 
-    @pytest.mark.parametrize("n_threads", [1, 2])
+    @pytest.mark.parametrize("n_threads", [1, 2, 3])
     def test_an_update_left_early_draws_no_further_permutation(self, n_threads: int) -> None:
         states = []
         for engine_class in (AutogradEngine, NativeEngine):
@@ -443,12 +445,15 @@ class TestUpdate:
             draws.append(np.random.random())
         assert draws[1:] == draws[:1] * 2
 
-    def test_ctrl_c_before_its_own_part_frees_the_second_thread(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Otherwise it waits at the barrier for ever, and so does the end of the process."""
+    @pytest.mark.parametrize("n_threads", [2, 3])
+    def test_ctrl_c_before_its_own_part_frees_the_other_threads(
+        self, n_threads: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Otherwise they wait at the barrier for ever, and so does the end of the process."""
         policy = make_policy()
         buffer = filled(policy)
         engine = NativeEngine(policy, SETTINGS)
-        engine._threads.next = lambda: 2  # type: ignore[method-assign]
+        engine._threads.next = lambda: n_threads  # type: ignore[method-assign]
         run_update = entry.run_update
 
         def interrupted(rank: int, *arguments: Any) -> Any:
@@ -462,11 +467,13 @@ class TestUpdate:
             engine.update(buffer, COEFFICIENTS)
         assert all(th.equal(tensor, before[name]) for name, tensor in policy.state_dict().items())
         monkeypatch.undo()
-        engine._threads.next = lambda: 2  # type: ignore[method-assign]
+        engine._threads.next = lambda: n_threads  # type: ignore[method-assign]
         assert engine.update(buffer, COEFFICIENTS).n_epochs == 3
 
-    def test_updates_in_several_threads_of_one_process(self) -> None:
-        """Each thread has its own policy; they share numba's kernels and BLAS."""
+    @pytest.mark.parametrize("n_threads", [1, 2, 3])
+    def test_updates_in_several_threads_of_one_process(self, n_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each has its own policy; they share numba's kernels, BLAS and the threads of updates."""
+        kernel_cases.divide(monkeypatch, n_threads)
         policies = [make_policy() for _ in range(4)]
         buffer = filled(policies[0])
         engines = [NativeEngine(policy, SETTINGS) for policy in policies]

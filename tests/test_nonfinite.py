@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from kernel_cases import divide
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
@@ -29,8 +30,9 @@ from sb3_clipvf.common.nonfinite import FLOAT32_MAX, MAX_UPDATES_WITH_SKIPS, Bad
 from sb3_clipvf.engines.autograd import AutogradEngine, _Snapshot
 from sb3_clipvf.engines.native import NativeEngine
 
-# "gpu": the autograd engine as it runs on devices where reading a number is slow.
-ENGINES = ["autograd", "gpu", "fused", "native", "two_threads"]
+# "gpu": the autograd engine as it runs on devices where reading a number is slow. "divided": native with several groups
+# of rows, and blocks, on three threads.
+ENGINES = ["autograd", "gpu", "fused", "native", "two_threads", "divided"]
 BATCH = 10
 
 
@@ -96,8 +98,16 @@ def equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
     return first.keys() == second.keys() and all(th.equal(first[name], second[name]) for name in first)
 
 
+@pytest.fixture
+def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """One of ENGINES."""
+    if request.param == "divided":
+        divide(monkeypatch, n_threads=3)
+    return str(request.param)
+
+
 def engine_for(name: str, policy: Any, buffer: Any, **changes: Any) -> Any:
-    kind = {"gpu": "autograd", "two_threads": "native"}.get(name, name)
+    kind = {"gpu": "autograd", "two_threads": "native", "divided": "native"}.get(name, name)
     engine = make_engine(kind, policy, settings_for("box", **{"batch_size": BATCH, **changes}), buffer)
     if name == "gpu":
         engine._reads_are_cheap = lambda: False  # type: ignore[attr-defined,union-attr]
@@ -113,7 +123,7 @@ def drawn_in(minibatch: int, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     return order
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", ENGINES, indirect=True)
 class TestUpdate:
     @pytest.mark.parametrize("fault", WHAT)
     def test_a_bad_minibatch_makes_no_step(self, name: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +227,7 @@ class TestUpdate:
         assert math.isfinite(numbers["loss"])
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", ENGINES, indirect=True)
 def test_the_reported_loss_is_the_checked_one(name: str) -> None:
     """Each term is finite; their weighted sum is finite in float64 only."""
     policy, buffer = make_case("box")

@@ -1,9 +1,14 @@
-"""Threads of an update: how many, the second one, also after a fork."""
+"""Threads of an update: how many, the other ones, also after a fork."""
 
+import logging
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch as th
@@ -14,18 +19,22 @@ from sb3_clipvf.engines.threads import (
     TRIALS,
     ThreadChoice,
     one_blas_thread,
-    second_thread,
+    run_on_threads,
     usable_cores,
 )
 
 _FORKS = """
 import os, threading
-from sb3_clipvf.engines.threads import second_thread
-second_thread().submit(threading.get_ident).result()
+from sb3_clipvf.engines.threads import run_on_threads
+def idents():
+    found = {}
+    run_on_threads(lambda rank: found.setdefault(rank, threading.get_ident()), 2)
+    return found
+idents()
 child = os.fork()
 if child == 0:
-    found = second_thread().submit(threading.get_ident).result(timeout=20)
-    os._exit(0 if found != threading.get_ident() else 1)
+    found = idents()
+    os._exit(0 if found[0] == threading.get_ident() != found[1] else 1)
 raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
@@ -33,11 +42,19 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 @pytest.fixture
 def choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadChoice]:
     """A choice on a machine with two cores, whatever this one has."""
-    monkeypatch.setattr("sb3_clipvf.engines.threads.usable_cores", lambda: 2)
-    threads = th.get_num_threads()
-    th.set_num_threads(2)
-    yield ThreadChoice()
-    th.set_num_threads(threads)
+    yield from _choice_of(2, monkeypatch)
+
+
+@pytest.fixture
+def choice_of_twelve(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadChoice]:
+    """A choice on a machine with twelve cores."""
+    yield from _choice_of(12, monkeypatch)
+
+
+def _choice_of(n_cores: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadChoice]:
+    monkeypatch.setattr("sb3_clipvf.engines.threads.usable_cores", lambda: n_cores)
+    monkeypatch.setattr(th, "get_num_threads", lambda: n_cores)
+    yield ThreadChoice(n_tasks=32)
 
 
 def _run(choice: ThreadChoice, n_updates: int, microseconds: dict[int, float], n_minibatches: int = 10) -> list[int]:
@@ -74,16 +91,52 @@ def test_updates_that_stop_early_do_not_count_as_fast(choice: ThreadChoice) -> N
     assert choice.next() == 2
 
 
-@pytest.mark.usefixtures("choice")
-def test_one_thread_where_torch_may_use_no_more() -> None:
-    th.set_num_threads(1)
-    assert _run(ThreadChoice(), 60, {1: 3.0, 2: 2.0}) == [1] * 60
+# Microseconds of a minibatch on each number of threads
+SCALES = {1: 80.0, 2: 42.0, 4: 23.0, 8: 14.0, 12: 12.0}
+FOUR_CORES = {1: 80.0, 2: 42.0, 4: 23.0, 8: 30.0, 12: 40.0}
 
 
-@pytest.mark.usefixtures("choice")
+def test_more_threads_than_help_are_left_step_by_step(choice_of_twelve: ThreadChoice) -> None:
+    ran = _run(choice_of_twelve, 12, FOUR_CORES)
+    assert sorted(ran) == [2] * TRIALS + [4] * TRIALS + [8] * TRIALS + [12] * TRIALS
+    assert 2 not in ran[:9]
+    assert choice_of_twelve.next() == 4
+
+
+def test_numbers_far_from_the_fastest_are_not_tried(choice_of_twelve: ThreadChoice) -> None:
+    assert set(_run(choice_of_twelve, 3 * RETRY_INTERVAL, SCALES)) == {8, 12}
+
+
+def test_both_neighbours_are_tried_again(choice_of_twelve: ThreadChoice) -> None:
+    _run(choice_of_twelve, 12, FOUR_CORES)
+    later = _run(choice_of_twelve, 4 * RETRY_INTERVAL, FOUR_CORES)
+    assert {number: later.count(number) for number in set(later)} == {2: 2, 4: 4 * RETRY_INTERVAL - 4, 8: 2}
+
+
+def test_the_choice_is_logged_once(choice_of_twelve: ThreadChoice, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "sb3_clipvf"):
+        _run(choice_of_twelve, 100, {number: 1e-6 * seconds for number, seconds in FOUR_CORES.items()})
+    assert caplog.messages == [
+        "Updates run on 4 thread(s): a minibatch takes 42 us on 2, 23 us on 4, 30 us on 8; one of 50 updates tries "
+        "another number"
+    ]
+
+
+@pytest.mark.usefixtures("choice_of_twelve")
+def test_one_thread_where_torch_may_use_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(th, "get_num_threads", lambda: 1)
+    assert _run(ThreadChoice(n_tasks=32), 60, SCALES) == [1] * 60
+
+
+@pytest.mark.usefixtures("choice_of_twelve")
 def test_one_thread_on_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sb3_clipvf.engines.threads.usable_cores", lambda: 1)
-    assert _run(ThreadChoice(), 60, {1: 3.0, 2: 2.0}) == [1] * 60
+    assert _run(ThreadChoice(n_tasks=32), 60, SCALES) == [1] * 60
+
+
+@pytest.mark.usefixtures("choice_of_twelve")
+def test_no_more_threads_than_tasks() -> None:
+    assert set(_run(ThreadChoice(n_tasks=2), 60, SCALES)) == {1, 2}
 
 
 def test_cores_are_counted_where_the_system_keeps_no_list(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,8 +163,62 @@ def test_the_last_of_several_updates_gives_blas_its_threads_back() -> None:
         assert 2 in _blas_threads()
 
 
-def test_it_is_the_same_thread_each_time() -> None:
-    assert second_thread() is second_thread()
+def test_each_rank_has_a_thread_and_the_caller_the_first() -> None:
+    meeting, found = threading.Barrier(3, timeout=60), {}
+
+    def run(rank: int) -> None:
+        meeting.wait()
+        found[rank] = threading.get_ident()
+
+    run_on_threads(run, 3)
+    assert sorted(found) == [0, 1, 2]
+    assert found[0] == threading.get_ident()
+    assert len(set(found.values())) == 3
+
+
+def test_threads_are_used_again() -> None:
+    before = [thread.ident for thread in threading.enumerate()]
+    for _ in range(9):
+        run_on_threads(lambda _: None, 3)
+    assert len({thread.ident for thread in threading.enumerate()} - set(before)) <= 2
+
+
+def test_several_callers_at_once_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their ranks would, if they stood in turn in the queue: each caller's need all threads of the pool."""
+    submit = ThreadPoolExecutor.submit
+
+    def slow_submit(*arguments: Any) -> Any:
+        time.sleep(1e-3)  # so that another caller submits in between, if it may
+        return submit(*arguments)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", slow_submit)
+
+    def call() -> None:
+        for _ in range(5):
+            meeting = threading.Barrier(4, timeout=60)
+            run_on_threads(lambda _, meeting=meeting: meeting.wait(), 4)
+        done.append(threading.get_ident())
+
+    done: list[int] = []
+    callers = [threading.Thread(target=call) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert len(done) == 4
+
+
+def test_an_interrupted_caller_cancels_the_others_and_waits_for_them() -> None:
+    cancelled, ended = threading.Event(), []
+
+    def run(rank: int) -> None:
+        if rank == 0:
+            raise KeyboardInterrupt
+        ended.append(cancelled.wait(60))
+
+    with pytest.raises(KeyboardInterrupt):
+        run_on_threads(run, 3, cancelled.set)
+    assert ended == [True, True]
 
 
 def test_a_forked_process_has_its_own() -> None:

@@ -23,17 +23,18 @@ from sb3_clipvf.engines.bridge import (
     statistics_of,
     to_action_space,
 )
+from sb3_clipvf.engines.division import DividedPolicy
 from sb3_clipvf.engines.epochs import MinibatchStatistics, Record
 from sb3_clipvf.engines.in_place import Target
 from sb3_clipvf.engines.interface import Acted, UpdateCoefficients, UpdateSettings, UpdateStatistics
 from sb3_clipvf.engines.kernels import entry, inputs, memory
-from sb3_clipvf.engines.kernels.barrier import CANCELLED, N_COUNTERS
+from sb3_clipvf.engines.kernels.barrier import CANCELLED
 from sb3_clipvf.engines.kernels.mlp import workspace_size
-from sb3_clipvf.engines.kernels.totals import N_STAT_ROWS, SKIPPED_ROW, STAT, TOTAL
+from sb3_clipvf.engines.kernels.totals import STAT, TOTAL
 from sb3_clipvf.engines.kernels.warmup import warm_up
 from sb3_clipvf.engines.recognition import why_unknown_buffer
 from sb3_clipvf.engines.support import why_not_native
-from sb3_clipvf.engines.threads import ThreadChoice, one_blas_thread, second_thread
+from sb3_clipvf.engines.threads import ThreadChoice, one_blas_thread, run_on_threads
 from sb3_clipvf.rollout import gae
 
 EVALUATION_ROWS = 1024
@@ -74,12 +75,13 @@ class NativeEngine:
     def __init__(self, policy: ActorCriticPolicy, settings: UpdateSettings) -> None:
         self.policy = policy
         self.settings = settings
-        self._threads = ThreadChoice()
         self._noise: Noise | None = None
         self._scratch: Target | None = None
+        self._divided: DividedPolicy | None = None
         self._workspaces: dict[int, np.ndarray] = {}
         self._has_checked = False
         self._bind()
+        self._threads = ThreadChoice(n_tasks=2 * len(self._divided_for(int(settings.batch_size)).policies))
         self.compile_seconds += warm_up("native")
 
     def fits(self, buffer: Any) -> bool:
@@ -178,7 +180,7 @@ class NativeEngine:
     def _bind(self) -> None:
         self._binding = bind(self.policy)
         plain, self._inputs = self._binding.plain, _kernel_policy(self._binding)
-        self._packed = inputs.pack(self._inputs)
+        self._packed, self._divided = inputs.pack(self._inputs), None
         self._row_size = max(workspace_size(mlp.sizes) for mlp in (self._inputs.actor, self._inputs.critic))
         self._addresses = self._binding.table[:, memory.PARAM].tolist()
         self._parameters = [row[0] for row in self._binding.tensors]
@@ -204,7 +206,12 @@ class NativeEngine:
             return
         # The next update checks whether this engine can still run the policy.
         self._binding.table[:, memory.PARAM] = self._addresses = addresses
-        self._packed = inputs.pack(self._inputs)
+        self._packed, self._divided = inputs.pack(self._inputs), None
+
+    def _divided_for(self, batch_size: int) -> DividedPolicy:
+        if self._divided is None or self._divided.division.batch_size != batch_size:
+            self._divided = DividedPolicy(self._inputs, batch_size)
+        return self._divided
 
     def _scratch_for(self, n: int) -> Target:
         if self._scratch is None or self._scratch.shape != (1, n, self._dist_dim):
@@ -245,7 +252,7 @@ class NativeEngine:
         skipped = None
         if totals[TOTAL.n_skipped]:
             terms = statistics_of(skipped_stats, coefficients, measure_kl=True).terms(coefficients)
-            terms["grad_norm"] = math.sqrt(skipped_stats[STAT.actor_squares] + skipped_stats[STAT.critic_squares])
+            terms["grad_norm"] = math.sqrt(skipped_stats[STAT.squares])
             skipped = self._skipped(buffer, permutations, int(totals[TOTAL.first_skipped]), terms)
             if settings.on_nonfinite == "raise" or not totals[TOTAL.n_minibatches]:
                 raise skipped
@@ -257,33 +264,25 @@ class NativeEngine:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Run the epochs in kernels; return the totals, and the statistics of the first skipped minibatch."""
         n_threads = self._threads.next()
-        batch_size = min(int(self.settings.batch_size), permutations.shape[1])
-        counters, stats = np.zeros(N_COUNTERS, np.int64), np.zeros((N_STAT_ROWS, len(STAT)))
-        totals = np.zeros(len(TOTAL))
-        workspaces = [self._workspace(batch_size, rank) for rank in range(n_threads)]
+        divided = self._divided_for(min(int(self.settings.batch_size), permutations.shape[1]))
+        division, shared = divided.division, divided.shared()
+        workspaces = [self._workspace(division.block_rows, rank) for rank in range(n_threads)]
 
         def run(rank: int) -> None:
             entry.run_update(
-                rank, n_threads, self._packed, rollout, hyper, permutations, batch_size, workspaces[rank], stats,
-                counters, totals,
-            )  # fmt: skip
+                rank, n_threads, divided.policies, rollout, hyper, permutations, division, shared, workspaces[rank]
+            )
+
+        def cancel() -> None:
+            shared.counters[CANCELLED] = 1
 
         with one_blas_thread():
             started = time.perf_counter()
-            others = []
-            try:
-                for rank in range(1, n_threads):
-                    others.append(second_thread().submit(run, rank))
-                run(0)
-            except BaseException:  # such as Ctrl-C before this thread has begun its part
-                counters[CANCELLED] = 1
-                raise
-            finally:
-                for other in others:
-                    other.result()
+            run_on_threads(run, n_threads, cancel)
             seconds = time.perf_counter() - started
+        totals = shared.totals
         self._threads.record(seconds, int(totals[TOTAL.n_minibatches] + totals[TOTAL.n_skipped]))
-        return totals, stats[SKIPPED_ROW]
+        return totals, shared.skipped
 
     def _skipped(
         self, buffer: Any, permutations: np.ndarray, number: int, terms: dict[str, float]
@@ -295,10 +294,17 @@ class NativeEngine:
 
     def _kl_after(self, rollout: inputs.Rollout) -> th.Tensor:
         self.compile_seconds += warm_up("kl_of_rollout")
-        n_rows = min(EVALUATION_ROWS, len(rollout.returns))
+        n = len(rollout.returns)
+        n_rows, n_threads = min(EVALUATION_ROWS, n), self._threads.next()
+        sums = np.empty(-(-n // n_rows))
+        workspaces = [self._workspace(n_rows, rank) for rank in range(n_threads)]
+
+        def run(rank: int) -> None:
+            entry.kl_of_rollout(rank, n_threads, self._packed, rollout, n_rows, workspaces[rank], sums)
+
         with one_blas_thread():
-            kl, _ = entry.kl_of_rollout(self._packed, rollout, n_rows, self._workspace(n_rows))
-        return th.tensor(kl, dtype=th.float64)
+            run_on_threads(run, n_threads)
+        return th.tensor(sums.sum() / n, dtype=th.float64)
 
 
 def _permutations(n_epochs: int, n: int) -> np.ndarray:

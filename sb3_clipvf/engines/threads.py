@@ -1,10 +1,10 @@
-"""Threads of an update: the choice of their number, the second thread, and the limit of BLAS's threads."""
+"""Threads of an update: the choice of their number, the threads, and the limit of BLAS's own."""
 
 import os
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
 from threading import Lock
@@ -22,43 +22,85 @@ RETRY_INTERVAL = 50
 
 
 class ThreadChoice:
-    """Choice of the recently faster of one thread and two. Two are tried if torch and the process may use two cores."""
+    """
+    Choice of the recently fastest number of threads: powers of two, and the most that are useful.
 
-    def __init__(self) -> None:
-        self._may_be_two = min(th.get_num_threads(), usable_cores()) > 1
-        self._seconds = {n_threads: deque[float](maxlen=TRIALS) for n_threads in (1, 2)}
+    There are at most ``n_tasks`` threads, and as many as torch and the process may use. The first choice compares the
+    most with the next smaller number. Later ones compare the present number with its neighbours, so that no update
+    runs on far fewer threads than the others.
+    """
+
+    def __init__(self, n_tasks: int) -> None:
+        most = max(1, min(th.get_num_threads(), usable_cores(), n_tasks))
+        self._numbers = [2**k for k in range(most.bit_length()) if 2**k < most] + [most]
+        self._seconds = {number: deque[float](maxlen=TRIALS) for number in self._numbers}
+        self._fastest = most
         self._n_updates = 0
-        self._faster: int | None = None
+        self._is_logged = False
 
     def next(self) -> int:
         """Return the number of threads for the next update."""
-        if not self._may_be_two:
-            return 1
-        if self._faster is None:
-            return 1 + self._n_updates % 2
-        retries = self._n_updates % RETRY_INTERVAL == 0
-        return 3 - self._faster if retries else self._faster
+        neighbours = self._neighbours()
+        if not self._are_tried(neighbours):
+            return min(neighbours, key=lambda number: len(self._seconds[number]))
+        n_retries, rest = divmod(self._n_updates, RETRY_INTERVAL)
+        others = [number for number in neighbours if number != self._fastest]
+        return self._fastest if rest or not others else others[n_retries % len(others)]
 
     def record(self, seconds: float, n_minibatches: int) -> None:
         """Record the wall-clock time of an update on :meth:`next` threads, which ``target_kl`` may have stopped."""
-        if not self._may_be_two:
+        if len(self._numbers) == 1:
             return
         self._seconds[self.next()].append(seconds / max(1, n_minibatches))
         self._n_updates += 1
-        if self._n_updates < 2 * TRIALS:
+        if not self._are_tried(self._neighbours()):
             return
-        one, two = (statistics.median(self._seconds[n_threads]) for n_threads in (1, 2))
-        is_first = self._faster is None
-        self._faster = 1 if one <= two else 2
-        if is_first:
+        medians = {number: statistics.median(self._seconds[number]) for number in self._neighbours()}
+        self._fastest = min(medians, key=medians.__getitem__)
+        if not self._is_logged and self._are_tried(self._neighbours()):
+            self._is_logged = True
             log.info(
-                "Updates run on %d thread(s): a minibatch takes %.0f us on one, %.0f us on two; one of %d updates "
-                "tries the other number",
-                self._faster,
-                1e6 * one,
-                1e6 * two,
+                "Updates run on %d thread(s): a minibatch takes %s; one of %d updates tries another number",
+                self._fastest,
+                ", ".join(f"{1e6 * median:.0f} us on {number}" for number, median in medians.items()),
                 RETRY_INTERVAL,
             )
+
+    def _are_tried(self, numbers: list[int]) -> bool:
+        return all(len(self._seconds[number]) == TRIALS for number in numbers)
+
+    def _neighbours(self) -> list[int]:
+        index = self._numbers.index(self._fastest)
+        return self._numbers[max(0, index - 1) : index + 2]
+
+
+def run_on_threads(run: Callable[[int], object], n_threads: int, cancel: Callable[[], object] = lambda: None) -> None:
+    """
+    Call ``run`` with each of the ranks 0, 1, ..., on as many threads at once; this thread has rank 0.
+
+    If it cannot do its part, ``cancel`` must make the others return. Ctrl-C before it begins is an example.
+    """
+    others: list[Future[object]] = []
+    try:
+        if n_threads > 1:
+            executor, lock = _other_threads(os.getpid(), n_threads - 1)
+            # Ranks of two updates must not alternate in the queue: each update would wait for threads of the other.
+            with lock:
+                for rank in range(1, n_threads):
+                    others.append(executor.submit(run, rank))
+        run(0)
+    except BaseException:
+        cancel()
+        raise
+    finally:
+        for other in others:
+            other.result()
+
+
+@cache
+def _other_threads(process: int, n_threads: int) -> tuple[ThreadPoolExecutor, Lock]:
+    # Reuse is faster than new threads. A forked process has no copy of its parent's threads, and so needs its own.
+    return ThreadPoolExecutor(n_threads, thread_name_prefix=f"sb3_clipvf-{process}"), Lock()
 
 
 def usable_cores() -> int:
@@ -66,17 +108,6 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def second_thread() -> ThreadPoolExecutor:
-    """Return the process's executor of one thread, for the critic's part of updates; reuse is faster than a new one."""
-    return _second_thread(os.getpid())
-
-
-@cache
-def _second_thread(process: int) -> ThreadPoolExecutor:
-    # A forked process has no copy of its parent's threads, and so needs its own.
-    return ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"sb3_clipvf-{process}")
 
 
 class ProcessWide:

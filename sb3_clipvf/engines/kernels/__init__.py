@@ -8,10 +8,10 @@ Kernels work in place on the memory of the policy and the optimizer. They restat
 that its module names. From the innermost modules to the outermost:
 
 - ``memory``, ``inputs``, ``totals``: tensors by address, arguments from Python, indices of statistics;
-- ``elementwise``, ``mlp``: exp, tanh and activations; forward and backward pass of a network;
+- ``elementwise``, ``products``, ``mlp``: activations; products that are added; forward and backward pass of a network;
 - ``gsde``, ``action_distributions``: state-dependent exploration; log-probability, entropy, exact KL, samples;
 - ``losses``, ``adam``: surrogate and value loss; the optimizer's step and the bound on the gradient norm;
-- ``minibatch``, ``barrier``, ``update``: one minibatch; two threads side by side; all epochs of an update;
+- ``minibatch``, ``barrier``, ``update``: one minibatch; threads side by side; all epochs of an update;
 - ``acting``, ``gae``: actions and values of a rollout's step; advantages and returns;
 - ``entry``, ``warmup``: kernels that Python calls; compiling or loading them before they are needed.
 

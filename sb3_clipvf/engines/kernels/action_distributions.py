@@ -166,19 +166,20 @@ def kl_from_old(dist: ActionDist, old: np.ndarray, rows: np.ndarray) -> float:
 @fast
 def gradients(
     dist: ActionDist, actions: np.ndarray, log_prob_gradient: np.ndarray, ent_coef: float, kl_coef: float,
-    old: np.ndarray, rows: np.ndarray, log_std_gradient: np.ndarray,
+    old: np.ndarray, rows: np.ndarray, n: int, log_std_gradient: np.ndarray,
 ) -> None:  # fmt: skip
     """
     Overwrite ``probs`` by the gradient of the loss (surrogate, entropy bonus, KL penalty) with respect to the outputs.
 
-    ``log_prob_gradient``, shape ``(n,)``, is the surrogate loss's; ``log_std_gradient`` is a Gaussian's, overwritten.
-    ``old`` and ``rows`` are those of :func:`kl_from_old`, not read where ``kl_coef`` is 0.
+    Entropy and KL are means over the ``n`` rows of a minibatch, of which these are some or all. ``log_prob_gradient``,
+    a number a row, is the surrogate loss's. A Gaussian's gradient is added to ``log_std_gradient``. ``old`` and
+    ``rows`` are those of :func:`kl_from_old`, not read where ``kl_coef`` is 0.
     """
     outputs, probs = dist.outputs, dist.probs
-    n, k = outputs.shape
+    n_rows, k = outputs.shape
     ent, beta = F(ent_coef / n), F(kl_coef / n)
     if dist.kind == CATEGORICAL:
-        for i in range(n):
+        for i in range(n_rows):
             start = 0
             for head in range(dist.widths.shape[0]):
                 end = start + dist.widths[head]
@@ -190,7 +191,7 @@ def gradients(
                     # The log-probability still stands in `outputs`.
                     probs[i, j] += beta * (exp32(outputs[i, j]) - exp32(old[rows[i], j]))
     elif dist.kind == BERNOULLI:
-        for i in range(n):
+        for i in range(n_rows):
             for j in range(k):
                 p, z = probs[i, j], outputs[i, j]
                 gradient = log_prob_gradient[i] * (actions[i, j] - p) + ent * z * p * (F(1) - p)
@@ -198,7 +199,7 @@ def gradients(
                     gradient += beta * (p - _sigmoid(old[rows[i], j]))
                 probs[i, j] = gradient
     else:
-        _gaussian_gradients(dist, actions, log_prob_gradient, ent_coef, beta, old, rows, log_std_gradient)
+        _gaussian_gradients(dist, actions, log_prob_gradient, ent, beta, old, rows, log_std_gradient)
 
 
 @fast
@@ -263,14 +264,17 @@ def _categorical_gradient(
 
 @fast_alone
 def _gaussian_gradients(
-    dist: ActionDist, actions: np.ndarray, log_prob_gradient: np.ndarray, ent_coef: float, beta: float,
+    dist: ActionDist, actions: np.ndarray, log_prob_gradient: np.ndarray, ent: float, beta: float,
     old: np.ndarray, rows: np.ndarray, log_std_gradient: np.ndarray,
 ) -> None:  # fmt: skip
-    """Overwrite both gradients; that of the mean entropy is shared among the rows of ``log_std``."""
+    """Overwrite the gradient of the means, and add that of ``log_std``; ``ent`` is the entropy's weight in a row."""
     outputs, log_std = dist.outputs, dist.log_std
     n, k = outputs.shape
     own = log_std.shape[0] > 1
-    log_std_gradient[:] = F(-ent_coef / log_std.shape[0])
+    entropy_gradient = -ent if own else -ent * F(n)
+    for i in range(log_std_gradient.shape[0]):
+        for j in range(k):
+            log_std_gradient[i, j] += entropy_gradient
     for i in range(n):
         row, row_gradient = log_std[i if own else 0], log_std_gradient[i if own else 0]
         for j in range(k):

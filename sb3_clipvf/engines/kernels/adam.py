@@ -31,6 +31,27 @@ def squared_norm(table: np.ndarray) -> float:
 
 
 @fast
+def add_groups(pieces: np.ndarray, first: int, last: int, partials: np.ndarray, squares: np.ndarray) -> None:
+    """
+    Add gradients of groups of rows, in the order of groups, for some pieces, and fill the sums of their squares.
+
+    ``pieces`` is a parameter table cut into rows of limited size, whose gradients are those of the first group;
+    ``partials``, shape ``(n_groups - 1, n_parameters)``, has those of the others, in the order of the table.
+    """
+    start = 0
+    for k in range(first):
+        start += pieces[k, SIZE]
+    for k in range(first, last):
+        gradient = vector(pieces[k, GRAD], pieces[k, SIZE])
+        for group in range(partials.shape[0]):
+            partial = partials[group, start : start + gradient.shape[0]]
+            for i in range(gradient.shape[0]):
+                gradient[i] += partial[i]
+        squares[k] = squared_norm(pieces[k : k + 1])
+        start += gradient.shape[0]
+
+
+@fast
 def clip_factor(squares: float, max_grad_norm: float) -> tuple[float, float]:
     """Return the joint norm, root of ``squares``, and the factor of all gradients that bounds it; NaN stays NaN."""
     norm = math.sqrt(squares)

@@ -1,4 +1,4 @@
-"""A barrier inside compiled code, at which two threads wait for each other."""
+"""A barrier inside compiled code, at which threads wait for each other."""
 
 import sys
 from typing import Any

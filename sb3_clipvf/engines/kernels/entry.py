@@ -34,13 +34,12 @@ def _native(digest: int) -> tuple[Callable[..., Any], ...]:
 
     @cached()
     def run_update(
-        rank: int, n_threads: int, packed: np.ndarray, rollout: Any, hyper: np.ndarray, permutations: np.ndarray,
-        batch_size: int, workspace: np.ndarray, shared_stats: np.ndarray, counters: np.ndarray, totals: np.ndarray,
+        rank: int, n_threads: int, policies: np.ndarray, rollout: Any, hyper: np.ndarray, permutations: np.ndarray,
+        division: Any, shared: Any, workspace: np.ndarray,
     ) -> int:  # fmt: skip
         update.run_update(
-            rank, n_threads, unpack(packed), rollout, unpack_hyperparameters(hyper), permutations, batch_size,
-            workspace, shared_stats, counters, totals,
-        )  # fmt: skip
+            rank, n_threads, policies, rollout, unpack_hyperparameters(hyper), permutations, division, shared, workspace
+        )
         return digest
 
     @cached()
@@ -67,8 +66,11 @@ def _native(digest: int) -> tuple[Callable[..., Any], ...]:
         return digest
 
     @cached()
-    def kl_of_rollout(packed: np.ndarray, rollout: Any, chunk: int, workspace: np.ndarray) -> tuple[float, int]:
-        return update.kl_of_rollout(unpack(packed), rollout, chunk, workspace), digest
+    def kl_of_rollout(
+        rank: int, n_threads: int, packed: np.ndarray, rollout: Any, chunk: int, workspace: np.ndarray, sums: np.ndarray
+    ) -> int:
+        update.kl_of_rollout(rank, n_threads, unpack(packed), rollout, chunk, workspace, sums)
+        return digest
 
     return run_update, act_into, predict_values, advantages_and_returns, kl_of_rollout
 
@@ -84,11 +86,17 @@ def _fused(digest: int) -> tuple[Callable[..., Any], ...]:
         log_std_gradient: np.ndarray, value_gradient: np.ndarray, stats: np.ndarray,
     ) -> int:  # fmt: skip
         dist, settings = ActionDist(kind, outputs, log_std, widths, output_gradient), unpack_hyperparameters(hyper)
+        n = values.shape[0]
+        shift, scale = minibatch.advantage_scale(advantages, settings)
+        for i in range(n):
+            advantages[i] = (advantages[i] - shift) / scale
+        stats[:] = 0.0
+        log_std_gradient[:] = np.float32(0)
         minibatch.policy_gradient(
-            dist, actions, old_log_prob, advantages, old_dist, np.arange(values.shape[0]), settings, measure_kl,
+            dist, actions, old_log_prob, advantages, old_dist, np.arange(n), settings, measure_kl, n,
             log_std_gradient, stats,
         )  # fmt: skip
-        minibatch.value_gradient(values, old_values, returns, settings, value_gradient, stats)
+        minibatch.value_gradient(values, old_values, returns, settings, n, value_gradient, stats)
         stats[STAT.loss] = minibatch.total_loss(stats, settings)
         return digest
 

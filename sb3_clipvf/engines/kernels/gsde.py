@@ -43,10 +43,10 @@ def log_stds(policy: Policy, workspace: np.ndarray, n: int) -> np.ndarray:
 
 @fast
 def log_std_gradients(
-    policy: Policy, workspace: np.ndarray, n: int, log_std_rows: np.ndarray, row_gradients: np.ndarray
+    policy: Policy, workspace: np.ndarray, n: int, log_std_rows: np.ndarray, row_gradients: np.ndarray, adds: bool
 ) -> None:
     """
-    Overwrite the gradient of gSDE's parameter, after the actor's forward pass.
+    Overwrite the gradient of gSDE's parameter, or add to it, after the actor's forward pass.
 
     ``log_std_rows`` come from :func:`log_stds`. ``row_gradients`` are the loss's gradients with respect to them, and
     are overwritten by those with respect to the variances. Both have the shape ``(n, k)``.
@@ -58,7 +58,8 @@ def log_std_gradients(
     squares = latents * latents
     by_weight = np.dot(squares.T, row_gradients)
     log_std, target = _weights_log_std(policy, PARAM), _weights_log_std(policy, GRAD)
-    target[:] = F(0)
+    if not adds:
+        target[:] = F(0)
     for m in range(by_weight.shape[0]):
         for j in range(by_weight.shape[1]):
             column = j if log_std.shape[1] > 1 else 0

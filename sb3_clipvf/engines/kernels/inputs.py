@@ -74,6 +74,31 @@ class Rollout(NamedTuple):
     n_envs: int
 
 
+class Division(NamedTuple):
+    """How a minibatch is divided: into groups of rows, which threads may have, and these into blocks."""
+
+    batch_size: int
+    group_rows: int
+    block_rows: int
+    n_actor_pieces: int  # of `Shared.pieces`; the critic has the others
+
+
+class Shared(NamedTuple):
+    """
+    Arrays that the threads of an update share.
+
+    Where one index is the minibatch's number modulo 2, one thread may be a minibatch ahead of the other.
+    """
+
+    pieces: np.ndarray  # table of all parameters, cut into rows of limited size
+    partials: np.ndarray  # gradients of the groups but the first, float32, (n_groups - 1, n_parameters)
+    squares: np.ndarray  # sums of the squared gradients of pieces, float64, (2, n_pieces)
+    stats: np.ndarray  # statistics of tasks, float64, (2, n_tasks, len(STAT))
+    skipped: np.ndarray  # statistics of the first skipped minibatch, float64, (len(STAT),)
+    counters: np.ndarray  # of the barrier, int64
+    totals: np.ndarray  # statistics of the update, float64, (len(TOTAL),)
+
+
 class Hyperparameters(NamedTuple):
     """Settings, coefficients and the optimizer's options of one update, all float64."""
 

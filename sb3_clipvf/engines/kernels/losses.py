@@ -40,21 +40,22 @@ def shift_and_scale(advantages: np.ndarray, eps: float) -> tuple[float, float]:
 
 @fast
 def surrogate_loss(
-    log_prob: np.ndarray, old_log_prob: np.ndarray, advantages: np.ndarray, clip_range: float, gradient: np.ndarray
-) -> tuple[float, float, float, float]:
+    log_prob: np.ndarray, old_log_prob: np.ndarray, advantages: np.ndarray, clip_range: float, n: int,
+    gradient: np.ndarray,
+) -> tuple[float, float, float, float]:  # fmt: skip
     """
-    Return a minibatch's surrogate loss, share of clipped ratios, estimate k3 of the KL (nats), and largest ratio.
+    Return surrogate loss, share of clipped ratios, estimate k3 of the KL (nats), and largest ratio.
 
-    All arrays have the shape ``(n,)``; log-probabilities are in nats, and an infinite ``clip_range`` does not clip.
-    ``gradient`` is filled with the loss's gradient with respect to ``log_prob``.
+    The first three are the part that these rows have in the means over the ``n`` rows of their minibatch. All arrays
+    have one number a row; log-probabilities are in nats, and an infinite ``clip_range`` does not clip. ``gradient`` is
+    filled with the loss's gradient with respect to ``log_prob``.
     """
-    n = log_prob.shape[0]
     weight = F(1.0 / n)
     low, high, eps = F(1.0 - clip_range), F(1.0 + clip_range), F(clip_range)
     objective, n_clipped, k3, largest = 0.0, 0, 0.0, F(0)
-    for i in range(n):  # a loop of its own, which LLVM can turn into vector instructions
+    for i in range(log_prob.shape[0]):  # a loop of its own, which LLVM can turn into vector instructions
         gradient[i] = exp32(log_prob[i] - old_log_prob[i])
-    for i in range(n):
+    for i in range(log_prob.shape[0]):
         log_ratio = log_prob[i] - old_log_prob[i]
         ratio = gradient[i]
         unclipped = advantages[i] * ratio
@@ -73,18 +74,18 @@ def surrogate_loss(
 @fast
 def value_loss(
     values: np.ndarray, old_values: np.ndarray, returns: np.ndarray, form: int, clip_range_vf: float, vf_coef: float,
-    gradient: np.ndarray,
+    n: int, gradient: np.ndarray,
 ) -> tuple[float, float]:  # fmt: skip
     """
-    Return the value loss of a minibatch, and the share of predictions that moved further than ``clip_range_vf``.
+    Return the value loss, and the share of predictions that moved further than ``clip_range_vf``.
 
-    All arrays have the shape ``(n,)``, in return units. ``gradient`` is filled with ``vf_coef`` times the loss's
-    gradient with respect to ``values``; the loss returned is without ``vf_coef``.
+    Both are the part that these rows have in the means over the ``n`` rows of their minibatch. All arrays have one
+    number a row, in return units. ``gradient`` is filled with ``vf_coef`` times the loss's gradient with respect to
+    ``values``; the loss returned is without ``vf_coef``.
     """
-    n = values.shape[0]
     weight, bound = F(2.0 * vf_coef / n), F(clip_range_vf)
     total, n_clipped = 0.0, 0
-    for i in range(n):
+    for i in range(values.shape[0]):
         error = values[i] - returns[i]
         change = values[i] - old_values[i]
         clipped_error = old_values[i] + min(max(change, -bound), bound) - returns[i]

@@ -17,45 +17,76 @@ STEP, SKIP, STOP = range(3)
 
 
 @fast
+def advantage_scale(advantages: np.ndarray, hyper: Hyperparameters) -> tuple[float, float]:
+    """Return shift and scale by which the advantages of a minibatch, ``(n,)``, are normalised."""
+    if hyper.normalize != 0.0:
+        return shift_and_scale(advantages, hyper.advantage_eps)
+    return F(hyper.shift), F(hyper.scale)
+
+
+@fast
 def policy_gradient(
     dist: ActionDist, actions: np.ndarray, old_log_prob: np.ndarray, advantages: np.ndarray, old_dist: np.ndarray,
-    rows: np.ndarray, hyper: Hyperparameters, measure_kl: bool, log_std_gradient: np.ndarray, stats: np.ndarray,
+    rows: np.ndarray, hyper: Hyperparameters, measure_kl: bool, n: int, log_std_gradient: np.ndarray,
+    stats: np.ndarray,
 ) -> None:  # fmt: skip
     """
-    Overwrite ``dist.probs`` by the gradient of the actor's loss with respect to the outputs, and fill ``stats``.
+    Overwrite ``dist.probs`` by the gradient of the actor's loss with respect to the outputs, and add to ``stats``.
 
-    ``advantages``, shape ``(n,)``, are normalised in place. ``old_dist`` and ``rows`` are as in
-    :func:`.action_distributions.kl_from_old`; ``log_std_gradient`` is filled for a Gaussian.
+    The loss is a mean over the ``n`` rows of a minibatch, of which these are some or all. ``advantages`` are
+    normalised. ``old_dist`` and ``rows`` are as in :func:`.action_distributions.kl_from_old`. For a Gaussian the
+    gradient of the log standard deviations is added to ``log_std_gradient``.
     """
-    n = dist.outputs.shape[0]
-    log_prob, entropy, weights = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.float32)
-    shift, scale = F(hyper.shift), F(hyper.scale)
-    if hyper.normalize != 0.0:
-        shift, scale = shift_and_scale(advantages, hyper.advantage_eps)
-    for i in range(n):
-        advantages[i] = (advantages[i] - shift) / scale
+    n_rows = rows.shape[0]
+    log_prob, entropy = np.empty(n_rows, np.float32), np.empty(n_rows, np.float32)
+    weights = np.empty(n_rows, np.float32)
     action_distributions.evaluate(dist, actions, log_prob, entropy)
-    loss, clipped, k3, largest = surrogate_loss(log_prob, old_log_prob, advantages, hyper.clip_range, weights)
+    loss, clipped, k3, largest = surrogate_loss(log_prob, old_log_prob, advantages, hyper.clip_range, n, weights)
     kl = action_distributions.kl_from_old(dist, old_dist, rows) / n if measure_kl else 0.0
     action_distributions.gradients(
-        dist, actions, weights, hyper.ent_coef, hyper.kl_coef, old_dist, rows, log_std_gradient
+        dist, actions, weights, hyper.ent_coef, hyper.kl_coef, old_dist, rows, n, log_std_gradient
     )
     entropy_loss = 0.0
-    for i in range(n):
+    for i in range(n_rows):
         entropy_loss -= entropy[i] / n
-    stats[STAT.policy_loss], stats[STAT.entropy_loss], stats[STAT.kl] = loss, entropy_loss, kl
-    stats[STAT.approx_kl], stats[STAT.ratio_max], stats[STAT.clip_fraction] = k3, largest, clipped
+    stats[STAT.policy_loss] += loss
+    stats[STAT.entropy_loss] += entropy_loss
+    stats[STAT.kl] += kl
+    stats[STAT.approx_kl] += k3
+    stats[STAT.ratio_max] = larger(stats[STAT.ratio_max], largest)
+    stats[STAT.clip_fraction] += clipped
 
 
 @fast
 def value_gradient(
-    values: np.ndarray, old_values: np.ndarray, returns: np.ndarray, hyper: Hyperparameters, gradient: np.ndarray,
-    stats: np.ndarray,
+    values: np.ndarray, old_values: np.ndarray, returns: np.ndarray, hyper: Hyperparameters, n: int,
+    gradient: np.ndarray, stats: np.ndarray,
 ) -> None:  # fmt: skip
-    """Fill ``gradient`` of the critic's loss with respect to the values, and ``stats``; arrays are ``(n,)``."""
+    """
+    Fill ``gradient`` of the critic's loss with respect to the values, and add to ``stats``; arrays have a number a row.
+
+    The loss is a mean over the ``n`` rows of a minibatch, of which these are some or all.
+    """
     form = int(hyper.value_form)
-    loss, clipped = value_loss(values, old_values, returns, form, hyper.clip_range_vf, hyper.vf_coef, gradient)
-    stats[STAT.value_loss], stats[STAT.vf_clip_fraction] = loss, clipped if form != NOT_CLIPPED else 0.0
+    loss, clipped = value_loss(values, old_values, returns, form, hyper.clip_range_vf, hyper.vf_coef, n, gradient)
+    stats[STAT.value_loss] += loss
+    stats[STAT.vf_clip_fraction] += clipped if form != NOT_CLIPPED else 0.0
+
+
+@fast
+def add_up(parts: np.ndarray, stats: np.ndarray) -> None:
+    """Fill the statistics of a minibatch with those of its parts, one row each, in their order."""
+    stats[:] = 0.0
+    for part in range(parts.shape[0]):
+        for k in range(stats.shape[0]):
+            number = parts[part, k]
+            stats[k] = larger(stats[k], number) if k == STAT.ratio_max else stats[k] + number
+
+
+@fast
+def larger(first: float, second: float) -> float:
+    """Return the larger number, or NaN if one is NaN."""
+    return second if second > first or second != second else first
 
 
 @fast

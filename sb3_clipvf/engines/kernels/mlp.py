@@ -11,6 +11,7 @@ from sb3_clipvf.common.jit import fast
 from sb3_clipvf.engines.kernels.elementwise import activate, add_bias, times_derivative
 from sb3_clipvf.engines.kernels.inputs import SILU, Mlp
 from sb3_clipvf.engines.kernels.memory import GRAD, PARAM, matrix, vector
+from sb3_clipvf.engines.kernels.products import multiply_transposed
 
 _NARROW_OUTPUTS, _NARROW_INPUTS, _MOST_WEIGHTS = 16, 8, 4096
 """Largest widths and sizes of layers at which products without BLAS were measured to be faster than BLAS's."""
@@ -61,14 +62,18 @@ def forward(mlp: Mlp, workspace: np.ndarray, n: int) -> np.ndarray:
 
 
 @fast
-def backward(mlp: Mlp, workspace: np.ndarray, n: int) -> None:
-    """Overwrite the gradients of all weights and biases, from :func:`output_gradient`, after :func:`forward`."""
+def backward(mlp: Mlp, workspace: np.ndarray, n: int, adds: bool) -> None:
+    """
+    Overwrite the gradients of all weights and biases, or add to them.
+
+    They follow from :func:`output_gradient`, after :func:`forward`.
+    """
     sizes = mlp.sizes
     for k in range(len(sizes) - 2, -1, -1):
         gradients = _gradient(mlp, workspace, n, k + 1)
         inputs = layer(mlp, workspace, n, k)
-        weight_gradient(gradients, inputs, matrix(mlp.table[2 * k, GRAD], sizes[k + 1], sizes[k]))
-        _add_rows(gradients, vector(mlp.table[2 * k + 1, GRAD], sizes[k + 1]))
+        weight_gradient(gradients, inputs, matrix(mlp.table[2 * k, GRAD], sizes[k + 1], sizes[k]), adds)
+        _add_rows(gradients, vector(mlp.table[2 * k + 1, GRAD], sizes[k + 1]), adds)
         if k > 0:
             below = _gradient(mlp, workspace, n, k)
             np.dot(gradients, matrix(mlp.table[2 * k, PARAM], sizes[k + 1], sizes[k]), below)
@@ -89,9 +94,9 @@ def _gradient(mlp: Mlp, workspace: np.ndarray, n: int, index: int) -> np.ndarray
 
 
 @fast
-def weight_gradient(gradients: np.ndarray, inputs: np.ndarray, weight: np.ndarray) -> None:
+def weight_gradient(gradients: np.ndarray, inputs: np.ndarray, weight: np.ndarray, adds: bool) -> None:
     """
-    Compute the gradient of a layer's weight, ``gradients.T @ inputs``, shape ``(n_outputs, n_inputs)``.
+    Compute the gradient of a layer's weight, ``gradients.T @ inputs``, shape ``(n_outputs, n_inputs)``, or add it.
 
     BLAS rearranges both factors before it multiplies them, which takes longer than the product where one is narrow.
     """
@@ -99,23 +104,24 @@ def weight_gradient(gradients: np.ndarray, inputs: np.ndarray, weight: np.ndarra
     # BLAS has a faster way for one output, a product with a vector.
     is_small = n_outputs > 1 and weight.size <= _MOST_WEIGHTS
     if is_small and n_outputs <= _NARROW_OUTPUTS:
-        _multiply_narrow(gradients, inputs, weight)
+        _multiply_narrow(gradients, inputs, weight, adds)
     elif is_small and n_inputs <= _NARROW_INPUTS:
         turned = np.empty((n_inputs, n_outputs), np.float32)
-        _multiply_narrow(inputs, gradients, turned)
+        _multiply_narrow(inputs, gradients, turned, False)
         for i in range(n_outputs):
             for j in range(n_inputs):
-                weight[i, j] = turned[j, i]
+                weight[i, j] = turned[j, i] + (weight[i, j] if adds else np.float32(0))
     else:
-        np.dot(gradients.T, inputs, weight)
+        multiply_transposed(gradients, inputs, weight, adds)
 
 
 @fast
-def _multiply_narrow(narrow: np.ndarray, wide: np.ndarray, product: np.ndarray) -> None:
-    """Compute ``narrow.T @ wide`` as a sum over blocks of rows."""
+def _multiply_narrow(narrow: np.ndarray, wide: np.ndarray, product: np.ndarray, adds: bool) -> None:
+    """Compute ``narrow.T @ wide`` as a sum over blocks of rows, or add it."""
     n = narrow.shape[0]
     part = np.empty_like(product)
-    product[:] = np.float32(0)
+    if not adds:
+        product[:] = np.float32(0)
     for start in range(0, n, _BLOCK):
         end = min(n, start + _BLOCK)
         part[:] = np.float32(0)
@@ -144,10 +150,11 @@ def _add_products(narrow: np.ndarray, wide: np.ndarray, product: np.ndarray) -> 
 
 
 @fast
-def _add_rows(rows: np.ndarray, total: np.ndarray) -> None:
-    """Sum rows, shape ``(n, width)``, as a sum over blocks of rows."""
+def _add_rows(rows: np.ndarray, total: np.ndarray, adds: bool) -> None:
+    """Sum rows, shape ``(n, width)``, as a sum over blocks of rows, or add them."""
     part = np.empty_like(total)
-    total[:] = np.float32(0)
+    if not adds:
+        total[:] = np.float32(0)
     for start in range(0, rows.shape[0], _BLOCK):
         part[:] = np.float32(0)
         for i in range(start, min(rows.shape[0], start + _BLOCK)):

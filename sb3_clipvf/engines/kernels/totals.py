@@ -4,8 +4,6 @@ from typing import NamedTuple
 
 
 class _Stats(NamedTuple):
-    actor_squares: int  # sum of the squares of the actor's gradients
-    critic_squares: int
     policy_loss: int
     entropy_loss: int
     value_loss: int
@@ -15,6 +13,7 @@ class _Stats(NamedTuple):
     clip_fraction: int
     vf_clip_fraction: int
     loss: int
+    squares: int  # sum of the squares of all gradients
 
 
 class _Totals(NamedTuple):
@@ -39,8 +38,3 @@ class _Totals(NamedTuple):
 
 STAT = _Stats(*range(len(_Stats._fields)))
 TOTAL = _Totals(*range(len(_Totals._fields)))
-
-# Threads share rows of `stats`: two that minibatches use in turn, since one thread may be a minibatch ahead of the
-# other, and one that keeps the first skipped minibatch.
-SKIPPED_ROW = 2
-N_STAT_ROWS = 3

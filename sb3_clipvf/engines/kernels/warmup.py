@@ -11,9 +11,20 @@ import numpy as np
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.engines.kernels import entry
 from sb3_clipvf.engines.kernels.barrier import N_COUNTERS
-from sb3_clipvf.engines.kernels.inputs import CATEGORICAL, FLOAT32, N_HYPERPARAMETERS, TANH, Mlp, Policy, Rollout, pack
+from sb3_clipvf.engines.kernels.inputs import (
+    CATEGORICAL,
+    FLOAT32,
+    N_HYPERPARAMETERS,
+    TANH,
+    Division,
+    Mlp,
+    Policy,
+    Rollout,
+    Shared,
+    pack,
+)
 from sb3_clipvf.engines.kernels.memory import N_COLUMNS
-from sb3_clipvf.engines.kernels.totals import N_STAT_ROWS, STAT, TOTAL
+from sb3_clipvf.engines.kernels.totals import STAT, TOTAL
 
 NOTE_SECONDS = 3.0
 """Waiting time after which a warning says that kernels are being compiled."""
@@ -64,15 +75,24 @@ def _call_native() -> None:
     target = np.array([vector.ctypes.data, vector.ctypes.data, 0, 0, 0, 0, 0])
     entry.act_into(packed, target, 0, cell, cell, workspace, cell.copy())
     entry.advantages_and_returns(none, none, none, vector, vector, 1.0, 1.0, none, none)
-    hyper, totals = np.zeros(N_HYPERPARAMETERS), np.zeros(len(TOTAL))
-    shared_stats, counters = np.zeros((N_STAT_ROWS, len(STAT))), np.zeros(N_COUNTERS, np.int64)
-    permutations = np.zeros((0, 0), np.int64)
-    entry.run_update(0, 1, packed, _empty_rollout(), hyper, permutations, 1, workspace, shared_stats, counters, totals)
+    hyper, permutations = np.zeros(N_HYPERPARAMETERS), np.zeros((0, 0), np.int64)
+    shared = Shared(
+        pieces=np.zeros((0, N_COLUMNS), np.int64),
+        partials=none,
+        squares=np.zeros((2, 0)),
+        stats=np.zeros((2, 2, len(STAT))),
+        skipped=np.zeros(len(STAT)),
+        counters=np.zeros(N_COUNTERS, np.int64),
+        totals=np.zeros(len(TOTAL)),
+    )
+    entry.run_update(
+        0, 1, packed.reshape(1, -1), _empty_rollout(), hyper, permutations, Division(1, 1, 1, 0), shared, workspace
+    )
 
 
 def _call_kl_of_rollout() -> None:
     packed, _tensors = _smallest_policy()
-    entry.kl_of_rollout(packed, _empty_rollout(), 1, np.zeros(8, np.float32))
+    entry.kl_of_rollout(0, 1, packed, _empty_rollout(), 1, np.zeros(8, np.float32), np.zeros(0))
 
 
 def _call_fused() -> None:
