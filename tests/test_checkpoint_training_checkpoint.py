@@ -15,7 +15,13 @@ import numpy as np
 import pytest
 from checkpoint_cases import CASES, Kill, KilledError
 from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback, EveryNTimesteps, StopTrainingOnMaxEpisodes
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    CallbackList,
+    EvalCallback,
+    EveryNTimesteps,
+    StopTrainingOnMaxEpisodes,
+)
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_clipvf import ClipPPO
@@ -192,8 +198,13 @@ def test_illegal_arguments_are_refused(arguments: dict[str, Any], error: type[Ex
 
 
 def test_it_is_refused_inside_other_callbacks_and_algorithms(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="EveryNTimesteps"):
-        CASE.model(tmp_path).learn(64, callback=EveryNTimesteps(10, TrainingCheckpoint(64, tmp_path)))
+    for wrapped in (lambda callback: callback, lambda callback: CallbackList([callback])):
+        with pytest.raises(ValueError, match=r"got one in EveryNTimesteps. Pass it to learn"):
+            CASE.model(tmp_path).learn(64, callback=EveryNTimesteps(10, wrapped(TrainingCheckpoint(64, tmp_path))))
+        with pytest.raises(ValueError, match=r"got one in EvalCallback. Pass it to learn"):
+            inner = wrapped(TrainingCheckpoint(64, tmp_path))
+            callback = EvalCallback(make_vec_env("CartPole-v1"), callback_on_new_best=inner)
+            CASE.model(tmp_path).learn(64, callback=callback)
     with pytest.raises(TypeError, match="got PPO"):
         PPO("MlpPolicy", make_vec_env("CartPole-v1"), n_steps=64, device="cpu").learn(
             64, callback=TrainingCheckpoint(64, tmp_path)

@@ -134,16 +134,25 @@ class TrainingCheckpoint(BaseCallback):
 
     # ------------------------------------------------------------------ events
 
+    @property  # type: ignore[override]
+    def parent(self) -> BaseCallback | None:
+        """The callback that calls this one; lists of callbacks pass theirs on."""
+        return self._parent
+
+    @parent.setter
+    def parent(self, parent: BaseCallback | None) -> None:
+        if isinstance(parent, EventCallback):
+            raise ValueError(
+                f"`callback` must not be a TrainingCheckpoint, got one in {type(parent).__name__}. Pass it to "
+                "learn(callback=[...]) itself: it must be called at the start of each rollout."
+            )
+        self._parent = parent
+
     def _init_callback(self) -> None:
         if not isinstance(self.model, ResumableModel):
             raise TypeError(
                 f"`model` must be a ClipPPO, got {type(self.model).__name__}, which cannot be resumed. Use SB3's "
                 "CheckpointCallback for it."
-            )
-        if isinstance(self.parent, EventCallback):
-            raise ValueError(
-                f"`callback` must not be a TrainingCheckpoint, got one in {type(self.parent).__name__}. Pass it to "
-                "learn(callback=[...]) itself: it must be called at the start of each rollout."
             )
         check_folder("path", self.path, "Choose another one.")
 
