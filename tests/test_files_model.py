@@ -553,10 +553,15 @@ class TestBounds:
         monkeypatch.setattr("sb3_clipvf.files.archive.free_memory", lambda: 3 * (SMALL_BYTES + 1000))
         with model_path.open("ab") as file:
             file.truncate(SMALL_BYTES + 2000)
-        with pytest.raises(ValueError, match="must be small enough to be loaded, got 16 MiB; a third of the free mem"):
+        with pytest.raises(
+            ValueError, match="must be small enough to be loaded, got 16 MiB. The limit is 16 MiB: a third"
+        ):
             load(model_path)
         with pytest.raises(ValueError, match="must be small enough to be loaded"):
             FastVecNormalize.load(model_path, make_vec_env("CartPole-v1"))
+        monkeypatch.setattr("sb3_clipvf.files.archive.free_memory", lambda: 2**20)
+        with pytest.raises(ValueError, match="16 MiB: a third of the free memory, or 16 MiB if that is more"):
+            load(model_path)
 
     @pytest.mark.parametrize("net_arch", [[100_000, 100_000], [1] * 5_000], ids=["wide", "deep"])
     def test_networks_larger_than_the_weights(

@@ -87,8 +87,9 @@ def _check_size(name: str, size: int) -> None:
     limit = max(SMALL, free_memory() // _MEMORY_SHARE)
     if size > limit:
         raise ValueError(
-            f"{name} must be small enough to be loaded, got {size / 2**20:,.0f} MiB; a third of the free memory is "
-            f"{limit / 2**20:,.0f} MiB. If you trust the file, use a machine with more memory."
+            f"{name} must be small enough to be loaded, got {size / 2**20:,.0f} MiB. The limit is "
+            f"{limit / 2**20:,.0f} MiB: a third of the free memory, or {SMALL / 2**20:,.0f} MiB if that is more. If "
+            "you trust the file, use a machine with more memory."
         )
 
 
