@@ -124,8 +124,9 @@ def check_saved(key: str, value: Any, where: str) -> None:
         # Not `yaml.UnsafeLoader`, which may be replaced. These are the user's own settings.
         yaml.load(yaml.dump(value), Loader=yaml.loader.UnsafeLoader)
     except Exception as error:  # whatever the value's own class raises
+        reason = getattr(error, "problem", None) or reason_of(error)  # the first line of YAML's errors is their context
         raise ValueError(
-            f"`{key}` must be a value that YAML files can hold, got {value!r} in {where}: {reason_of(error)}. Define "
+            f"`{key}` must be a value that YAML files can hold, got {value!r} in {where}: {reason}. Define "
             "functions and classes in a module that can be imported, and leave out lambdas."
         ) from error
 
