@@ -20,7 +20,7 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_clipvf import ClipPPO
-from sb3_clipvf.checkpoint import SaveBestTrainingReward, load_best_training
+from sb3_clipvf.checkpoint import SaveBestTrainingReward, best_training, load_best_training
 
 RISING = tuple(float(k) for k in range(1, 100))
 
@@ -378,3 +378,21 @@ def test_a_pair_of_an_earlier_version_is_kept_until_a_better_model_is_saved(tmp_
     make_model().learn(8, callback=SaveBestTrainingReward(folder))
     assert load_best_training(folder) == (folder / "best_training_model.zip", folder / "vecnormalize.pkl")
     assert steps_of(*load_best_training(folder)) == (8, 8)
+
+
+def test_a_save_during_a_load_is_not_replaced_by_older_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A running training writes its zip and copies after the load has read the older zip."""
+    older, newer = tmp_path / "older", tmp_path / "newer"
+    for folder, steps in ((older, 8), (newer, 16)):
+        make_model().learn(steps, callback=SaveBestTrainingReward(folder))
+    read = best_training.read_statistics
+
+    def read_then_saved(path: Path) -> bytes | None:
+        statistics = read(path)
+        shutil.copytree(newer, older, dirs_exist_ok=True)
+        return statistics
+
+    monkeypatch.setattr(best_training, "read_statistics", read_then_saved)
+    assert steps_of(*load_best_training(older)) == (16, 16)
+    for name in ("best_training_model.zip", "best_training_model.json", "vecnormalize.pkl"):
+        assert (older / name).read_bytes() == (newer / name).read_bytes()

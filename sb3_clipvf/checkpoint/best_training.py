@@ -27,8 +27,8 @@ def load_best_training(
     """
     Find the model and the ``VecNormalize`` statistics that :class:`SaveBestTrainingReward` saved.
 
-    If a kill came between the writes of the zip and of its copies, the copies are completed. Call it when no training
-    saves into the folder: during a save, the two files may be of two saves.
+    If a kill came between the writes of the zip and of its copies, the copies are completed. If a training saves into
+    the folder at the same time, the two files may be of two saves until that save ends.
 
     :param path: The callback's ``save_path``.
     :param name_prefix: The callback's ``name_prefix``.
@@ -194,16 +194,25 @@ class _Best:
 def _find_best(folder: Path, name_prefix: str) -> _Best | None:
     """Return the best model of a folder, and complete the copies beside its zip; None if there is no model."""
     model = folder / f"{name_prefix}.zip"
+    score = _read_score(model)
+    if score is None:
+        return _read_manifest(folder / f"{name_prefix}.json")
+    while True:
+        best = _write_copies(model, score, read_statistics(model))
+        # A running training may have replaced the zip, and its copies, before these older copies were written.
+        before, score = score, _read_score(model)
+        if score is None or score == before:
+            return best
+
+
+def _read_score(model: Path) -> dict[str, Any] | None:
     try:
-        score = read_score(model)
+        return read_score(model)
     except ValueError as error:
         raise ValueError(
             f"{model} must be a model that SaveBestTrainingReward saved, but {error}. Move it away, or choose another "
             "folder."
         ) from error
-    if score is None:
-        return _read_manifest(folder / f"{name_prefix}.json")
-    return _write_copies(model, score, read_statistics(model))
 
 
 def _write_copies(model: Path, score: dict[str, Any], statistics: bytes | None) -> _Best:
