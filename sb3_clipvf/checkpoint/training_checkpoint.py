@@ -134,7 +134,7 @@ class TrainingCheckpoint(BaseCallback):
 
     # ------------------------------------------------------------------ events
 
-    @property  # type: ignore[override]
+    @property
     def parent(self) -> BaseCallback | None:
         """The callback that calls this one; lists of callbacks pass theirs on."""
         return self._parent
