@@ -20,7 +20,7 @@ from numba import njit
 from sb3_clipvf import objectives
 from sb3_clipvf.engines.kernels import entry, losses, minibatch, warmup
 from sb3_clipvf.engines.kernels.action_distributions import ActionDist, kl_from_old, normalize_logits
-from sb3_clipvf.engines.kernels.elementwise import exp32, tanh32
+from sb3_clipvf.engines.kernels.elementwise import elu32, exp32, tanh32
 from sb3_clipvf.engines.kernels.inputs import BERNOULLI, CATEGORICAL, GAUSSIAN, N_HYPERPARAMETERS, Hyperparameters
 from sb3_clipvf.engines.kernels.mlp import weight_gradient
 from sb3_clipvf.engines.kernels.totals import STAT
@@ -30,6 +30,10 @@ N = 50
 
 def draw(*shape: int, seed: int = 0, scale: float = 1.0) -> np.ndarray:
     return (scale * np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
+
+
+def elu(x: np.ndarray) -> np.ndarray:
+    return np.where(x > 0, x, np.expm1(x))
 
 
 def leaf(array: np.ndarray) -> th.Tensor:
@@ -149,6 +153,8 @@ class TestElementwise:
             (exp32, np.exp, -87.0, 88.7, 1.5),
             (tanh32, np.tanh, -10.0, 10.0, 3.0),
             (tanh32, np.tanh, -1e-3, 1e-3, 2.0),
+            (elu32, elu, -20.0, 10.0, 2.0),
+            (elu32, elu, -1e-3, 1e-3, 2.0),
         ],
     )
     def test_within_rounding(self, fn: Any, exact: Any, low: float, high: float, ulps: float) -> None:
@@ -161,6 +167,7 @@ class TestElementwise:
         x = np.array([np.nan, np.inf, -np.inf, 88.8, -104, 0, -0.0], np.float32)
         np.testing.assert_array_equal(mapped(exp32, x), np.array([np.nan, np.inf, 0, np.inf, 0, 1, 1], np.float32))
         np.testing.assert_array_equal(mapped(tanh32, x), np.array([np.nan, 1, -1, 1, -1, 0, -0.0], np.float32))
+        np.testing.assert_array_equal(mapped(elu32, x), np.array([np.nan, np.inf, -1, 88.8, -1, 0, 0], np.float32))
 
 
 class TestWeightGradient:

@@ -67,10 +67,10 @@ def adam_step(table: np.ndarray, factor: float, step: int, hyper: Hyperparameter
     Sources: Kingma and Ba 2015, arXiv 1412.6980 (Adam); Loshchilov and Hutter 2019, arXiv 1711.05101 (AdamW).
     """
     decoupled = hyper.decoupled != 0.0
-    step_size = F(hyper.learning_rate / (1.0 - hyper.beta1**step))
-    root = F(math.sqrt(1.0 - hyper.beta2**step))
+    root = math.sqrt(1.0 - hyper.beta2**step)
+    # The factor 1 / root of the second moments' roots is in the other numbers, which saves a division per parameter.
+    step_size, eps = F(hyper.learning_rate * root / (1.0 - hyper.beta1**step)), F(hyper.eps * root)
     scale, keep1, keep2, add2 = F(factor), F(1.0 - hyper.beta1), F(hyper.beta2), F(1.0 - hyper.beta2)
-    eps = F(hyper.eps)
     shrink = F(1.0 - hyper.learning_rate * hyper.weight_decay) if decoupled else F(1)
     decay = F(0) if decoupled else F(hyper.weight_decay)
     for k in range(table.shape[0]):
@@ -86,4 +86,4 @@ def adam_step(table: np.ndarray, factor: float, step: int, hyper: Hyperparameter
             v_i = v[i] * keep2 + add2 * with_decay * with_decay
             m[i] = m_i
             v[i] = v_i
-            p[i] = p_i - step_size * (m_i / (np.sqrt(v_i) / root + eps))
+            p[i] = p_i - step_size * (m_i / (np.sqrt(v_i) + eps))

@@ -21,6 +21,7 @@ _EXP_MAX, _EXP_MIN = F(88.72283), F(-87.33654)
 _LOG2_E, _LN2_HIGH, _LN2_LOW = F(1.44269504088896341), F(0.693359375), F(-2.12194440e-4)
 
 _TANH_MAX = F(19)
+_ELU_MIN = F(-19)  # below it, ELU is -1 in float32
 _ROUNDS = F(1.5 * 2**23)
 _BITS_OF_ONE = np.int32(127 << 23)
 
@@ -46,18 +47,35 @@ def tanh32(x: float) -> float:
     """
     Return tanh(x) of a float32 to about two and a half units in the last place.
 
-    ``e / (e + 2)`` with ``e = exp(2 |x|) - 1``, which is summed without the 1: one formula is accurate for all x.
+    ``e / (e + 2)`` with ``e = exp(2 |x|) - 1``: one formula is accurate for all x.
+    """
+    doubled = abs(x) + abs(x)
+    # Above it tanh is 1 in float32. NaN stays NaN to the end.
+    e = _exp_minus_1(_TANH_MAX if doubled > _TANH_MAX else doubled)
+    return math.copysign(e / (e + F(2)), x)
+
+
+@exact
+def elu32(x: float) -> float:
+    """Return ELU(x), which is exp(x) - 1 below 0, of a float32 to about two units in the last place."""
+    # NaN is not above the bound, and comes back at the end.
+    bounded = x if x > _ELU_MIN else _ELU_MIN
+    y = _exp_minus_1(bounded if bounded < F(0) else F(0))
+    return y if x <= F(0) else x
+
+
+@exact
+def _exp_minus_1(x: float) -> float:
+    """
+    Return exp(x) - 1 for |x| < 87, summed without the 1, so that it is accurate near 0.
 
     Source of the coefficients: NumPy's ``Chebyshev.fit`` of degree 4 to ``(exp(r) - 1 - r) / r^2`` at 400 Chebyshev
     nodes, |r| <= 1.0005 ln(2) / 2.
     """
-    doubled = abs(x) + abs(x)
-    # Above it tanh is 1 in float32. NaN stays NaN to the end.
-    doubled = _TANH_MAX if doubled > _TANH_MAX else doubled
     # A sum this large keeps no fraction, and its last bits are the whole number.
-    shifted = doubled * _LOG2_E + _ROUNDS
+    shifted = x * _LOG2_E + _ROUNDS
     n = shifted - _ROUNDS
-    r = _minus_n_ln2(doubled, n)
+    r = _minus_n_ln2(x, n)
     p = F(1.3933688e-3)
     p = p * r + F(8.3632050e-3)
     p = p * r + F(4.1666463e-2)
@@ -65,8 +83,7 @@ def tanh32(x: float) -> float:
     p = p * r + F(0.5)
     p = p * (r * r) + r
     power: float = _float_of_bits((_bits_of_float(shifted) << np.int32(23)) + _BITS_OF_ONE)  # 2^n
-    e = power * p + (power - F(1))
-    return math.copysign(e / (e + F(2)), x)
+    return power * p + (power - F(1))
 
 
 @exact
@@ -144,8 +161,7 @@ def activate(values: np.ndarray, bias: np.ndarray, kind: int, inputs: np.ndarray
         for i in range(values.shape[0]):
             row = values[i]
             for j in range(row.shape[0]):
-                x = row[j] + bias[j]
-                row[j] = x if x > F(0) else exp32(x) - F(1)
+                row[j] = elu32(row[j] + bias[j])
     elif kind == LEAKY_RELU:
         for i in range(values.shape[0]):
             row = values[i]
