@@ -31,6 +31,7 @@ from sb3_clipvf.common.nonfinite import BadMinibatchError
 from sb3_clipvf.distributions import dist_param_dim, dist_params
 from sb3_clipvf.engines.autograd import AutogradEngine, AutogradUpdate
 from sb3_clipvf.engines.fused import FusedEngine
+from sb3_clipvf.engines.in_place import in_place
 from sb3_clipvf.engines.kernels import entry
 from sb3_clipvf.engines.native import NativeEngine
 from sb3_clipvf.engines.recognition import UnsupportedError
@@ -230,6 +231,24 @@ class TestActing:
         acted = engine.act(obs, with_dist_params=False).as_tensors()
         th.testing.assert_close(acted[1], expected, rtol=1e-5, atol=1e-6)
         assert acted[3] is None
+
+    def test_parameters_replaced_by_an_environment_take_effect_in_the_next_rollout(self) -> None:
+        """Until then, the memory of the replaced tensors is read, which must not be freed."""
+        policy = make_policy()
+        engine, buffer = NativeEngine(policy, SETTINGS), make_buffer(policy)
+        engine.begin_rollout(buffer)
+        written, obs = in_place(engine, buffer, policy.action_space), np.ones((4, 3), np.float32)
+        assert written is not None
+        old, values = policy.predict_values(th.as_tensor(obs)), []
+        for parameter in policy.parameters():
+            parameter.data = parameter.data + 0.5
+        for _ in range(2):
+            written.act(obs)
+            values.append(buffer.values[0].copy())
+            engine.begin_rollout(buffer)
+        new = policy.predict_values(th.as_tensor(obs))
+        for got, wanted in zip(values, (old, new), strict=True):
+            np.testing.assert_allclose(got, wanted.detach().numpy().ravel(), rtol=1e-5, atol=1e-6)
 
     @pytest.mark.parametrize(
         ("tensor", "reason"),

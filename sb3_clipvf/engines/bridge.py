@@ -144,23 +144,19 @@ class Noise:
     """
 
     def __init__(self, dist: Distribution) -> None:
-        self._kind = KINDS[type(dist)]
+        self._method = {inputs.GAUSSIAN: "normal_", inputs.BERNOULLI: "uniform_"}.get(KINDS[type(dist)], "exponential_")
         self._widths = category_counts(dist).tolist() or [n_action_numbers(dist)]
         self._n_rows = -1
 
     def next(self, n_rows: int) -> np.ndarray:
         """Draw the numbers of the next step, shape ``(n_rows, k)``; the next call overwrites them."""
         if n_rows != self._n_rows:
-            self._parts = [th.empty(n_rows, width) for width in self._widths]
-            self._arrays = [part.numpy() for part in self._parts]
+            parts = [th.empty(n_rows, width) for width in self._widths]
+            self._draws = [getattr(part, self._method) for part in parts]
+            self._arrays = [part.numpy() for part in parts]
             self._n_rows = n_rows
-        for part in self._parts:
-            if self._kind == inputs.GAUSSIAN:
-                part.normal_()
-            elif self._kind == inputs.BERNOULLI:
-                part.uniform_()
-            else:
-                part.exponential_()
+        for draw in self._draws:
+            draw()
         return self._arrays[0] if len(self._arrays) == 1 else np.concatenate(self._arrays, axis=1)
 
 

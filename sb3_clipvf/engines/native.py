@@ -102,6 +102,7 @@ class NativeEngine:
     def begin_rollout(self, buffer: Any) -> None:
         """Bind the policy again if it has changed, and set a kernel to compute the buffer's advantages."""
         self._bind_if_changed()
+        self._follow_parameters()
         if buffer.gae_fn is gae:  # a class may have its own
             buffer.gae_fn = _gae
         self._noise = Noise(self._binding.plain.dist)
@@ -128,8 +129,11 @@ class NativeEngine:
         )
 
     def act_into(self, target: Target, step: int, observations: np.ndarray) -> tuple[np.ndarray, bool]:
-        """Act as :meth:`act` does, and fill a step of the target, as :class:`.in_place.EngineInPlace` states."""
-        self._follow_parameters()
+        """
+        Act as :meth:`act` does, and fill a step of the target, as :class:`.in_place.EngineInPlace` states.
+
+        Tensors of parameters that an environment replaces during the rollout take effect in the next one.
+        """
         target.check(step, len(observations), self._dist_dim)
         return self._fill(target, step, observations)
 
@@ -167,8 +171,8 @@ class NativeEngine:
             )
 
     def _noise_for(self, n_envs: int) -> np.ndarray:
-        dist = self._binding.plain.dist
-        if isinstance(dist, StateDependentNoiseDistribution):
+        if self._inputs.kind == inputs.STATE_DEPENDENT:
+            dist = self._binding.plain.dist
             # A callback may call `reset_noise` at any step, which makes new tensors.
             return _exploration_matrices(dist, n_envs, self._binding.plain.actor[-1].in_features)
         if self._noise is None:
@@ -184,6 +188,7 @@ class NativeEngine:
         self._row_size = max(workspace_size(mlp.sizes) for mlp in (self._inputs.actor, self._inputs.critic))
         self._addresses = self._binding.table[:, memory.PARAM].tolist()
         self._parameters = [row[0] for row in self._binding.tensors]
+        self._memory = [parameter.data for parameter in self._parameters]  # keeps it alive if tensors are replaced
         self._modules = tuple(self.policy.modules())
         self._obs_dim = plain.actor[0].in_features
         self._action_dim, self._dist_dim = n_action_numbers(plain.dist), dist_param_dim(plain.dist) or 0
@@ -206,6 +211,7 @@ class NativeEngine:
             return
         # The next update checks whether this engine can still run the policy.
         self._binding.table[:, memory.PARAM] = self._addresses = addresses
+        self._memory = [parameter.data for parameter in self._parameters]
         self._packed, self._divided = inputs.pack(self._inputs), None
 
     def _divided_for(self, batch_size: int) -> DividedPolicy:

@@ -80,9 +80,12 @@ class FastDummyVecEnv(DummyVecEnv):
 
     def _obs_from_buf(self) -> VecEnvObs:
         buffers: dict[Any, np.ndarray] = self.buf_obs
+        rows = buffers.get(None)
+        if rows is not None and not rows.dtype.hasobject:
+            return rows.copy("K")
         memo: dict[int, Any] = {}
-        if None in buffers:
-            return cast(np.ndarray, _copied(buffers[None], memo))
+        if rows is not None:
+            return cast(np.ndarray, _copied(rows, memo))
         copies = OrderedDict((key, _copied(array, memo)) for key, array in buffers.items())
         return dict_to_obs(self.observation_space, copies)
 

@@ -43,9 +43,10 @@ class StepCheck:
         """Check a step of a ``VecEnv``, and return it with rewards as an array and dones as an array of bools."""
         obs, rewards, dones, infos = step
         self.observations(obs)
-        rewards, dones = self._column("rewards", rewards), self._column("dones", dones)
-        if dones.dtype != bool:
-            dones = dones.astype(bool)  # as an index, numbers would select rows
+        if type(rewards) is not np.ndarray or rewards.shape != self._column_shape or rewards.dtype.kind != "f":
+            rewards = self._column("rewards", rewards)
+        if type(dones) is not np.ndarray or dones.shape != self._column_shape or dones.dtype.kind != "b":
+            dones = self._column("dones", dones).astype(bool)  # as an index, numbers would select rows
         check_final(self._space, dones, infos)
         return obs, rewards, dones, infos
 
