@@ -7,11 +7,13 @@ if TYPE_CHECKING:
     from sb3_clipvf.envs.adapters import as_vec_env
     from sb3_clipvf.envs.dummy import FastDummyVecEnv
     from sb3_clipvf.envs.normalize import FastVecNormalize
+    from sb3_clipvf.envs.subproc import FastSubprocVecEnv
 
-__all__ = ["FastDummyVecEnv", "FastVecNormalize", "as_vec_env"]
+__all__ = ["FastDummyVecEnv", "FastSubprocVecEnv", "FastVecNormalize", "as_vec_env"]
 
 _HOMES = {
     "FastDummyVecEnv": "sb3_clipvf.envs.dummy",
+    "FastSubprocVecEnv": "sb3_clipvf.envs.subproc",
     "FastVecNormalize": "sb3_clipvf.envs.normalize",
     "as_vec_env": "sb3_clipvf.envs.adapters",
 }

@@ -42,6 +42,8 @@ class FastDummyVecEnv(DummyVecEnv):
     :raises ValueError: If two of them return the same environment.
     """
 
+    _first = 0  # number of the first environment in messages
+
     def step_wait(self) -> VecEnvStepReturn:
         """
         Step each environment with its action, and reset those whose episode ended.
@@ -49,6 +51,12 @@ class FastDummyVecEnv(DummyVecEnv):
         :return: Observations, rewards (float32), dones and infos. In the infos, ``TimeLimit.truncated`` is whether the
             episode was truncated and not terminated, and ``terminal_observation`` is its last observation.
         """
+        self._step_envs()
+        # Copy after the last step, since environments may share objects and change them.
+        return self._obs_from_buf(), self.buf_rews.copy(), self.buf_dones.copy(), self._infos_from_buf()
+
+    def _step_envs(self) -> None:
+        """Step all environments into the buffers."""
         actions, rewards, dones, infos = self.actions, self.buf_rews, self.buf_dones, self.buf_infos
         buffers: dict[Any, np.ndarray] = self.buf_obs
         rows = buffers.get(None)  # the key is None if observations are neither dicts nor tuples
@@ -61,21 +69,18 @@ class FastDummyVecEnv(DummyVecEnv):
             info["TimeLimit.truncated"] = truncated and not terminated
             if done:
                 if info["TimeLimit.truncated"] and obs is not None:  # its value will be bootstrapped
-                    check_one(self.observation_space, obs, index)
+                    check_one(self.observation_space, obs, self._first + index)
                 info["terminal_observation"] = obs
                 obs, self.reset_infos[index] = env.reset()
             if rows is None:
                 self._save_obs(index, obs)
                 continue
             if type(obs) is not np.ndarray or obs.shape != shape:
-                check_one(self.observation_space, obs, index)
+                check_one(self.observation_space, obs, self._first + index)
             rows[index] = obs
-        # Copy after the last step, since environments may share objects and change them.
-        memo: dict[int, Any] = {}
-        return self._obs_from_buf(), rewards.copy(), dones.copy(), [_copied(info, memo) for info in infos]
 
     def _save_obs(self, env_idx: int, obs: VecEnvObs) -> None:
-        check_one(self.observation_space, obs, env_idx)
+        check_one(self.observation_space, obs, self._first + env_idx)
         super()._save_obs(env_idx, obs)
 
     def _obs_from_buf(self) -> VecEnvObs:
@@ -88,6 +93,10 @@ class FastDummyVecEnv(DummyVecEnv):
             return cast(np.ndarray, _copied(rows, memo))
         copies = OrderedDict((key, _copied(array, memo)) for key, array in buffers.items())
         return dict_to_obs(self.observation_space, copies)
+
+    def _infos_from_buf(self) -> list[dict[str, Any]]:
+        memo: dict[int, Any] = {}
+        return [_copied(info, memo) for info in self.buf_infos]
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
