@@ -31,7 +31,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv,
 
 from sb3_clipvf import ClipPPO, SaveBestTrainingReward
 from sb3_clipvf.checkpoint import ResumableEnv, TrainingCheckpoint
-from sb3_clipvf.envs import FastVecNormalize, as_vec_env
+from sb3_clipvf.envs import FastSubprocVecEnv, FastVecNormalize, as_vec_env
 
 TOTAL = 320
 EVERY = 128
@@ -118,6 +118,21 @@ def processes(folder: Path) -> VecEnv:
     return dummy("CartPole-v1", vec_env_cls=SubprocVecEnv, vec_env_kwargs=kwargs, wrapper_class=ResumableEnv)
 
 
+def few_processes(folder: Path) -> VecEnv:
+    kwargs = {"n_workers": 2, "start_method": "fork"}
+    venv = make_vec_env(
+        "Pendulum-v1",
+        3,
+        seed=3,
+        vec_env_cls=FastSubprocVecEnv,
+        vec_env_kwargs=kwargs,
+        wrapper_class=ResumableEnv,
+        env_kwargs={"max_episode_steps": 20},
+        monitor_dir=str(folder / "monitor"),
+    )
+    return FastVecNormalize(venv)
+
+
 def rows(folder: Path) -> VecEnv:
     return as_vec_env(gym.make_vec("CartPole-v1", num_envs=4), monitor_path=folder / "rows")
 
@@ -168,6 +183,7 @@ CASES = {
     "single": Case(lambda _: gym.make("MountainCarContinuous-v0", max_episode_steps=50)),
     "gsde": Case(normalized_pendulum, {"use_sde": True, "sde_sample_freq": 7}),
     "processes": Case(processes),
+    "few processes": Case(few_processes),
     "cheetah": Case(lambda _: FastVecNormalize(dummy("HalfCheetah-v5", env_kwargs={"max_episode_steps": 40}))),
     "stacked": Case(stacked),
     "controllers": Case(

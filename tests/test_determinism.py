@@ -23,7 +23,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from sb3_clipvf import ClipPPO
-from sb3_clipvf.envs import FastDummyVecEnv, FastVecNormalize, as_vec_env
+from sb3_clipvf.envs import FastDummyVecEnv, FastSubprocVecEnv, FastVecNormalize, as_vec_env
 
 HAS_ENVPOOL = importlib.util.find_spec("envpool") is not None
 STEPS = 384
@@ -110,8 +110,8 @@ def test_a_process_that_has_trained_before_trains_the_same_weights(engine: str) 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
 def test_environments_in_other_processes_give_the_same_weights(env_id: str, engine: str) -> None:
     found = set()
-    for vec_env_cls in (DummyVecEnv, FastDummyVecEnv, SubprocVecEnv):
-        kwargs = {"start_method": "fork"} if vec_env_cls is SubprocVecEnv else None
+    for vec_env_cls in (DummyVecEnv, FastDummyVecEnv, SubprocVecEnv, FastSubprocVecEnv):
+        kwargs = {"start_method": "fork"} if issubclass(vec_env_cls, SubprocVecEnv) else None
         env = make_vec_env(env_id, 2, vec_env_cls=vec_env_cls, vec_env_kwargs=kwargs)
         assert type(env) is vec_env_cls
         found.add(weights_of(train(env, **ENGINES[engine][1])))

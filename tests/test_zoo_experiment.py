@@ -15,7 +15,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 from sb3_clipvf import ClipPPO, TensorRolloutBuffer
-from sb3_clipvf.envs import FastDummyVecEnv, FastVecNormalize
+from sb3_clipvf.envs import FastDummyVecEnv, FastSubprocVecEnv, FastVecNormalize
 from sb3_clipvf.zoo import hyperparams_path, register
 from sb3_clipvf.zoo.entries import ZOO_KEYS
 from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager, experiment_manager
@@ -108,7 +108,8 @@ def test_the_warning_of_a_single_rollout_names_the_command_line(
 
 def test_other_algorithms_and_choices_keep_their_environments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(_model(_manager(tmp_path, ENTRY, algo="ppo")).env) is DummyVecEnv
-    assert _manager(tmp_path, ENTRY, vec_env_type="subproc").vec_env_class is SubprocVecEnv
+    assert _manager(tmp_path, ENTRY, algo="ppo", vec_env_type="subproc").vec_env_class is SubprocVecEnv
+    assert _manager(tmp_path, ENTRY, vec_env_type="subproc").vec_env_class is FastSubprocVecEnv
 
     class Own(DummyVecEnv):
         pass

@@ -20,8 +20,11 @@ from sb3_clipvf.envs.vector import BatchedVecEnv
 from sb3_clipvf.files.allowlist import full_name
 from sb3_clipvf.files.codec import frozen
 
-# It gives the same steps as DummyVecEnv, to the last bit.
-_SAME = {"sb3_clipvf.envs.dummy.FastDummyVecEnv": "DummyVecEnv"}
+# They give the same steps as SB3's classes, to the last bit.
+_SAME = {
+    "sb3_clipvf.envs.dummy.FastDummyVecEnv": "DummyVecEnv",
+    "sb3_clipvf.envs.subproc.FastSubprocVecEnv": "SubprocVecEnv",
+}
 
 _RESET_TEXT = "begin new episodes at a resume, with other random numbers"
 _RESET_HINT = "In a script, TrainingCheckpoint(..., reset_envs=True) makes a resumed training exact."

@@ -12,6 +12,8 @@ from multiprocessing import connection, context
 
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
+from sb3_clipvf.envs.subproc import FastSubprocVecEnv
+
 GRACE = 2.0
 """Seconds before worker processes that do not end by themselves are terminated."""
 
@@ -22,7 +24,7 @@ _FORKED: tuple[type, ...] = (context.ForkProcess,) if hasattr(context, "ForkProc
 
 class WorkerDiedError(RuntimeError):
     """
-    A worker process of ``SubprocVecEnv`` has died; the others were terminated.
+    A worker process of ``SubprocVecEnv`` or ``FastSubprocVecEnv`` has died; the others were terminated.
 
     :param message: Which process, its exit code, and what to do.
     :param exit_codes: Exit codes by environment; minus the signal's number where a signal ended the process.
@@ -41,7 +43,7 @@ def unblock_dead_workers(venv: VecEnv) -> Iterator[None]:
     A forked worker inherits the pipe ends of the workers before it. The pipe of a dead worker then stays open, and
     ``SubprocVecEnv`` would wait for its answer forever. Workers that are not forked inherit nothing.
     """
-    if not isinstance(venv, SubprocVecEnv) or not isinstance(venv.processes[0], _FORKED):
+    if not isinstance(venv, SubprocVecEnv) or not isinstance(next(iter(venv.processes), None), _FORKED):
         yield
         return
     stopped, stop = multiprocessing.Pipe(duplex=False)
@@ -75,12 +77,15 @@ def worker_death(venv: VecEnv, error: Exception) -> WorkerDiedError | None:
     deadline = time.monotonic() + GRACE
     while all(process.is_alive() for process in venv.processes) and time.monotonic() < deadline:
         time.sleep(0.01)
-    exit_codes = {index: process.exitcode for index, process in enumerate(venv.processes)}
-    died = {index: code for index, code in exit_codes.items() if code is not None}
-    if not died:
+    single = [range(row, row + 1) for row in range(venv.num_envs)]
+    rows = venv.worker_rows if isinstance(venv, FastSubprocVecEnv) else single
+    ended = [(part, process.exitcode) for part, process in zip(rows, venv.processes, strict=True)]
+    ended = [(part, code) for part, code in ended if code is not None]
+    if not ended:
         return None
     _end_processes(venv)
-    ends = ", ".join(f"that of environment {index} {_end(code)}" for index, code in died.items())
+    died = {row: code for part, code in ended for row in part}
+    ends = ", ".join(f"that of {_named(part)} {_end(code)}" for part, code in ended)
     if _KILLED in died.values():
         way_out = "The system kills processes when memory runs out (see `dmesg`): run fewer or smaller environments."
     else:
@@ -89,9 +94,14 @@ def worker_death(venv: VecEnv, error: Exception) -> WorkerDiedError | None:
             "DummyVecEnv raises the error itself."
         )
     return WorkerDiedError(
-        f"`env` must keep its {venv.num_envs} processes running, but {ends}. The others were terminated. {way_out}",
+        f"`env` must keep its {len(venv.processes)} processes running, but {ends}. The others were terminated. "
+        f"{way_out}",
         died,
     )
+
+
+def _named(rows: range) -> str:
+    return f"environment {rows[0]}" if len(rows) == 1 else f"environments {rows[0]} to {rows[-1]}"
 
 
 def _end(code: int) -> str:

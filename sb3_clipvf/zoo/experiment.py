@@ -28,7 +28,7 @@ from sb3_clipvf.callbacks import IsolatedEvalCallback
 from sb3_clipvf.checkpoint import ResumableEnv, TrainingCheckpoint
 from sb3_clipvf.checkpoint.file import sorted_checkpoints
 from sb3_clipvf.clip_ppo import ClipPPO
-from sb3_clipvf.envs import FastDummyVecEnv
+from sb3_clipvf.envs import FastDummyVecEnv, FastSubprocVecEnv
 from sb3_clipvf.zoo.defaults import ALGORITHM, hyperparams_path
 from sb3_clipvf.zoo.entries import add_episode_ends, drop_null
 from sb3_clipvf.zoo.models import find_statistics, load_normalizer
@@ -46,6 +46,7 @@ from sb3_clipvf.zoo.vec_env import (
     wrapper_list,
 )
 
+_FASTER = {DummyVecEnv: FastDummyVecEnv, SubprocVecEnv: FastSubprocVecEnv}
 _PREPROCESSED_BY_ZOO = ("learning_rate", "clip_range", "clip_range_vf")
 
 
@@ -68,8 +69,8 @@ class ClipPPOExperimentManager(CheckedSearch):
     The RL Zoo's experiment manager, adapted to ``clipppo``; for other algorithms it behaves as the Zoo's.
 
     ``clipppo`` gets the packaged settings by default, and unknown keys are refused. Coefficients reach ClipPPO as
-    written: the Zoo would make each string a linear schedule and refuse ``null``. ``FastDummyVecEnv`` replaces
-    ``DummyVecEnv``, ``FastVecNormalize`` normalises, and ``IsolatedEvalCallback`` evaluates.
+    written: the Zoo would make each string a linear schedule and refuse ``null``. ``FastDummyVecEnv`` and
+    ``FastSubprocVecEnv`` replace SB3's, ``FastVecNormalize`` normalises, and ``IsolatedEvalCallback`` evaluates.
     """
 
     vec_env: ClassVar[str | None] = None
@@ -85,8 +86,8 @@ class ClipPPOExperimentManager(CheckedSearch):
         if algo == ALGORITHM and not config:
             config = str(hyperparams_path())
         super().__init__(args, algo, *rest, config=config, **kwargs)  # type: ignore[misc]
-        if algo == ALGORITHM and self.vec_env_class is DummyVecEnv:
-            self.vec_env_class = FastDummyVecEnv
+        if algo == ALGORITHM:
+            self.vec_env_class = _FASTER.get(self.vec_env_class, self.vec_env_class)
         self._wrappers: Any = None
         self._statistics: Path | None = None  # file with the statistics of the model given to `--trained-agent`
         if self.vec_env is not None:
@@ -162,7 +163,7 @@ class ClipPPOExperimentManager(CheckedSearch):
         Evaluations keep the Zoo's class, so that their episodes are those of ``enjoy`` and ``report``.
         """
         manager = self
-        if self._keeps_checkpoints and self.vec_env_class is SubprocVecEnv:
+        if self._keeps_checkpoints and self.vec_env_class is FastSubprocVecEnv:
             manager = copy(self)
             manager.env_wrapper = partial(_wrap_resumable, self.env_wrapper)
         known = known_keywords(self.eval_env_kwargs if eval_env else self.env_kwargs)
