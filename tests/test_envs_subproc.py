@@ -5,6 +5,9 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -395,6 +398,23 @@ class TestDeadWorkers:
         ours.close()
         assert [process.exitcode for process in ours.processes] == ([3, 0] if bad == 1 else [0, 3])
 
+    @pytest.mark.parametrize("delay", [0.0, 1e-4, 1e-3, 1e-2, None])
+    def test_are_seen_whenever_they_are_killed(self, delay: float | None) -> None:
+        ours, _ = pair(Scripted)
+        ours.reset()
+        victim = ours.processes[1]
+        if delay is None:  # while it sleeps
+            time.sleep(0.1)
+            victim.kill()
+            victim.join()
+        else:
+            threading.Timer(delay, victim.kill).start()
+        with pytest.raises((EOFError, OSError)):
+            while True:
+                ours.step(np.zeros(5, int))
+        ours.close()
+        assert [process.exitcode for process in ours.processes] == [0, -9]
+
     @pytest.mark.parametrize(
         ("act", "bad", "codes", "text"),
         [
@@ -437,6 +457,29 @@ def hang() -> None:
     time.sleep(600)
 
 
+KILLED = """
+import numpy as np
+from stable_baselines3.common.env_util import make_vec_env
+from sb3_clipvf.envs import FastSubprocVecEnv
+
+if __name__ == "__main__":
+    kwargs = {{"n_workers": 4, "start_method": "{}"}}
+    venv = make_vec_env("CartPole-v1", 4, vec_env_cls=FastSubprocVecEnv, vec_env_kwargs=kwargs)
+    venv.reset()
+    print(*[process.pid for process in venv.processes], flush=True)
+    while True:
+        venv.step(np.zeros(4, int))
+"""
+
+
+def is_running(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 class TestEnds:
     def test_close_twice(self, tmp_path: Any) -> None:
         ours, _ = pair(partial(Closing, path=tmp_path / "closed"))
@@ -470,6 +513,44 @@ class TestEnds:
             process.join(10)
         assert [process.exitcode for process in processes] == [0, 0]
         assert {"1", "2", "3", "4"} <= set((tmp_path / "closed").read_text().split())
+
+    def test_an_interrupted_step_leaves_usable_environments(self) -> None:
+        ours, theirs = pair(lambda _: gym.make("CartPole-v1"))
+        ours.reset()
+
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGALRM, interrupt)
+        try:
+            for turn in range(40):
+                with pytest.raises(KeyboardInterrupt):
+                    signal.setitimer(signal.ITIMER_REAL, 2e-3 + turn * 1e-5)
+                    while True:
+                        ours.step(np.zeros(5, int))
+                for venv in (ours, theirs):
+                    venv.seed(turn)
+                same(ours.reset(), theirs.reset())
+                for _ in range(3):
+                    same(ours.step(np.zeros(5, int))[:3], theirs.step(np.zeros(5, int))[:3])
+        finally:
+            signal.signal(signal.SIGALRM, before)
+
+    @pytest.mark.parametrize("start_method", ["fork", "forkserver"])
+    def test_a_killed_training_leaves_no_process_and_no_memory(self, start_method: str, tmp_path: Any) -> None:
+        script = tmp_path / "killed.py"
+        script.write_text(KILLED.format(start_method))
+        before = set(os.listdir("/dev/shm"))
+        with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as training:
+            assert training.stdout is not None
+            workers = [int(pid) for pid in training.stdout.readline().split()]
+            assert len(workers) == 3
+            made = set(os.listdir("/dev/shm")) - before
+            training.kill()
+        deadline = time.monotonic() + 20
+        while left := [pid for pid in workers if is_running(pid)] + sorted(made & set(os.listdir("/dev/shm"))):
+            assert time.monotonic() < deadline, left
+            time.sleep(0.01)
 
     def test_workers_outlive_an_interrupt(self) -> None:
         ours, _ = pair(Scripted)

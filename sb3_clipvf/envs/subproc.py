@@ -1,19 +1,17 @@
 """
 Environments in several processes: the training's own process steps the first ones, and each worker steps others.
 
-Observations, rewards and dones lie in shared memory. Actions and infos are sent.
+Observations, rewards and dones lie in shared memory. Actions and infos are sent (see ``channel`` and ``info_rows``).
 """
 
 import contextlib
-import copyreg
-import io
 import multiprocessing
 import pickle
 import signal
 import time
 import traceback
 import warnings
-from collections import ChainMap, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import chain, pairwise, starmap
 from multiprocessing.connection import Connection
@@ -28,13 +26,15 @@ from stable_baselines3.common.vec_env.util import dict_to_obs
 
 from sb3_clipvf.common.validation import check_int
 from sb3_clipvf.engines.threads import usable_cores
+from sb3_clipvf.envs.channel import Channel, channel_ends
 from sb3_clipvf.envs.dummy import FastDummyVecEnv
+from sb3_clipvf.envs.info_rows import InfoRows, Infos
 
 GRACE = 2.0
 """Seconds that ``close`` waits for a step that an error has interrupted, before it kills the worker."""
 
-SPIN = 5e-4
-"""Seconds that a process looks for a message before it sleeps: to wake it takes up to 100 us on a virtual machine."""
+SPIN = 1e-3
+"""Seconds for which a process looks for a message before it sleeps."""
 
 _CLOSE = bytes(ForkingPickler.dumps(("close", None)))  # as SB3's class sends it
 
@@ -72,9 +72,12 @@ class FastSubprocVecEnv(SubprocVecEnv):
         self._all_rows = list(starmap(range, pairwise(limits)))
         self.worker_rows = self._all_rows[1:]
         self.waiting = self.closed = False
+        self._in_turn = True  # until all workers have replied
         self.processes, self.remotes = [], []
-        self._pending: list[Connection] = []  # of the workers whose reply has not been read
-        self._spin = SPIN if n_workers <= usable_cores() else 0.0
+        self._channels: list[Channel] = []
+        self._called: list[Channel] = []  # of the workers whose reply has not been read
+        self._info_rows = [InfoRows() for _ in self.worker_rows]
+        spin = SPIN if n_workers <= usable_cores() else 0.0
 
         if start_method is None:
             start_method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -84,16 +87,17 @@ class FastSubprocVecEnv(SubprocVecEnv):
         self._arrays = self._own.use(memory, self._all_rows[0])
         try:
             for rows in self.worker_rows:
-                remote, work_remote = context.Pipe()
+                channel, work_channel = channel_ends(context, spin)
                 wrapped = CloudpickleWrapper([env_fns[row] for row in rows])
-                arguments = (work_remote, remote, wrapped, memory, rows, self._spin)
+                arguments = (work_channel, channel.remote, wrapped, memory, rows)
                 process = context.Process(target=_work, args=arguments, daemon=True)
                 process.start()
                 # Before the next worker is forked: a copy there would keep the pipe open when this worker dies.
-                work_remote.close()
+                work_channel.remote.close()
                 self.processes.append(process)
-                self.remotes.append(remote)
-                self._pending.append(remote)
+                self.remotes.append(channel.remote)
+                self._channels.append(channel)
+            self._called = list(self._channels)
             self._receive()
             VecEnv.__init__(self, n_envs, self._own.observation_space, self._own.action_space)
         except BaseException:
@@ -105,7 +109,8 @@ class FastSubprocVecEnv(SubprocVecEnv):
         if len(actions) != self.num_envs:
             raise ValueError(f"`actions` must be one per environment, {self.num_envs}, got {len(actions)}.")
         self._own.actions, *others = [actions[rows.start : rows.stop] for rows in self._all_rows]
-        self._send([pickle.dumps(("step_rows", (part,))) for part in others])
+        parts = zip(others, self._info_rows, strict=True)
+        self._send([pickle.dumps(("step_rows", (_encoded(part), rows.version))) for part, rows in parts])
         self.waiting = True
 
     def step_wait(self) -> VecEnvStepReturn:
@@ -117,10 +122,9 @@ class FastSubprocVecEnv(SubprocVecEnv):
         self.waiting = False
         self._own._step_envs()
         infos = self._own._infos_from_buf()
-        replies = self._receive()
         self.reset_infos[: len(infos)] = self._own.reset_infos
-        for others, resets in replies:
-            infos += others
+        for rows, (sent, resets) in zip(self._info_rows, self._receive(), strict=True):
+            infos += rows.unpack(sent)
             for row, info in resets.items():
                 self.reset_infos[row] = info
         return self._obs(), self._arrays["rewards"].copy(), self._arrays["dones"].copy(), infos
@@ -135,6 +139,8 @@ class FastSubprocVecEnv(SubprocVecEnv):
         return self._obs()
 
     def _obs(self) -> VecEnvObs:
+        if self._own.keys == [None]:
+            return self._arrays["obs", None].copy()
         copies = OrderedDict((key, self._arrays["obs", key].copy()) for key in self._own.keys)
         return dict_to_obs(self.observation_space, copies)
 
@@ -144,13 +150,14 @@ class FastSubprocVecEnv(SubprocVecEnv):
             return
         self.closed, self.waiting = True, False
         deadline = time.monotonic() + GRACE
-        for remote, process in zip(self.remotes, self.processes, strict=True):
-            with contextlib.suppress(OSError):  # it has died
+        for remote in self.remotes:
+            with contextlib.suppress(OSError):  # the worker has died
                 remote.send_bytes(_CLOSE)
-                if remote in self._pending and not remote.poll(max(0.0, deadline - time.monotonic())):
-                    process.kill()
             remote.close()
         for process in self.processes:
+            if self._in_turn:
+                process.join(max(0.0, deadline - time.monotonic()))
+                process.kill()
             process.join()
         self._own.close()
 
@@ -203,26 +210,25 @@ class FastSubprocVecEnv(SubprocVecEnv):
 
     def _send(self, messages: Sequence[bytes | None]) -> None:
         """Send each worker its message, unless it is None."""
-        if self._pending:  # an error has interrupted the last call
-            with contextlib.suppress(Exception):
-                self._receive()
-        for remote, message in zip(self.remotes, messages, strict=True):
+        if self._in_turn:  # an exception has interrupted the last call
+            for channel in self._channels:
+                channel.reset()
+        self._in_turn = True
+        self._called = []
+        for channel, message in zip(self._channels, messages, strict=True):
             if message is not None:
-                remote.send_bytes(message)
-                self._pending.append(remote)
+                channel.send(message)
+                self._called.append(channel)
 
     def _receive(self) -> list[Any]:
         """Return the results of the workers that have been called; raise the first error once all have replied."""
-        results, failures = [], []
-        while self._pending:
-            reply = _received(self._pending[0], self._spin)
-            del self._pending[0]
-            failure, result = pickle.loads(reply)
-            results.append(result)
-            failures += [] if failure is None else [failure]
-        for error, trace in failures:
-            raise error from _WorkerError(trace)
-        return results
+        replies = [pickle.loads(channel.receive()) for channel in self._called]
+        self._in_turn = False
+        for failure, _ in replies:
+            if failure is not None:
+                error, trace = failure
+                raise error from _WorkerError(trace)
+        return [result for _, result in replies]
 
 
 class _WorkerError(Exception):
@@ -252,6 +258,10 @@ def _shared_memory(context: Any, share: FastDummyVecEnv, n_envs: int) -> _Memory
 class _Share(FastDummyVecEnv):
     """The environments of one process."""
 
+    def __init__(self, env_fns: list[Callable[[], gym.Env[Any, Any]]]) -> None:
+        super().__init__(env_fns)
+        self._info_rows = InfoRows()
+
     def use(self, memory: _Memory, rows: range) -> dict[Any, np.ndarray]:
         """Step into these rows of the shared memory, and return its arrays."""
         arrays = {
@@ -275,12 +285,13 @@ class _Share(FastDummyVecEnv):
         self.reset()
         return self.reset_infos
 
-    def step_rows(self, actions: np.ndarray) -> tuple[list[dict[str, Any]], dict[int, Any]]:
+    def step_rows(self, actions: Any, version: int) -> tuple[bytes | Infos, dict[int, Any]]:
         """Step all environments, and return their infos, and those of resets by row."""
-        self.actions = actions
+        self.actions = _decoded(actions)
         self._step_envs()
-        ended = np.flatnonzero(self.buf_dones).tolist()
-        return self.buf_infos, {self._first + index: self.reset_infos[index] for index in ended}
+        dones = enumerate(self.buf_dones.tolist())
+        resets = {self._first + index: self.reset_infos[index] for index, done in dones if done}
+        return self._info_rows.pack(self.buf_infos, version), resets
 
     def call_rows(self, name: str, rows: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Call a method for the environments of these rows."""
@@ -288,34 +299,23 @@ class _Share(FastDummyVecEnv):
         return [None] * len(rows) if results is None else results
 
 
-# NumPy's own way takes about 1 us a number, and MuJoCo's infos hold several at every step.
-_NUMPY_FLOATS = dict.fromkeys((np.float64, np.float32), lambda value: (type(value), (float(value),)))
+def _encoded(actions: Any) -> Any:
+    """Return what is faster to pickle than a NumPy array."""
+    if type(actions) is not np.ndarray or actions.dtype.isbuiltin != 1 or actions.dtype.hasobject:
+        return actions
+    return actions.dtype.str, actions.shape, actions.tobytes()
 
 
-class _Pickler(pickle.Pickler):
-    dispatch_table: Any = ChainMap(_NUMPY_FLOATS, copyreg.dispatch_table)
-
-
-def _dumps(value: Any) -> bytes:
-    _Pickler(buffer := io.BytesIO()).dump(value)
-    return buffer.getvalue()
-
-
-def _received(remote: Connection, spin: float) -> bytes:
-    """Return the next message, for which the process spins at first."""
-    deadline = time.perf_counter() + spin
-    while not remote.poll(0) and time.perf_counter() < deadline:
-        pass
-    return remote.recv_bytes()
+def _decoded(encoded: Any) -> Any:
+    """Return the actions that :func:`_encoded` was given, as an array that can be changed."""
+    if type(encoded) is not tuple:
+        return encoded
+    dtype, shape, data = encoded
+    return np.frombuffer(bytearray(data), dtype).reshape(shape)
 
 
 def _work(
-    remote: Connection,
-    parent_remote: Connection,
-    env_fns: CloudpickleWrapper,
-    memory: _Memory,
-    rows: range,
-    spin: float,
+    channel: Channel, parent_remote: Connection, env_fns: CloudpickleWrapper, memory: _Memory, rows: range
 ) -> None:
     """Run a worker until the parent closes it or ends."""
     parent_remote.close()
@@ -334,9 +334,9 @@ def _work(
         return getattr(share, name)(*args)
 
     with contextlib.suppress(EOFError, OSError):  # the parent has ended
-        remote.send_bytes(_reply(start))
-        while (message := _received(remote, spin)) != _CLOSE:
-            remote.send_bytes(_reply(answer))
+        channel.send(_reply(start))
+        while (message := channel.receive()) != _CLOSE:
+            channel.send(_reply(answer))
     if share is not None:
         share.close()
 
@@ -344,12 +344,12 @@ def _work(
 def _reply(call: Callable[[], Any]) -> bytes:
     """Return a pickled pair: an error with its traceback or None, and the result of the call."""
     try:
-        return _dumps((None, call()))
+        return pickle.dumps((None, call()))
     except Exception as error:
         trace = traceback.format_exc()
         try:
-            reply = _dumps(((error, trace), None))
+            reply = pickle.dumps(((error, trace), None))
             pickle.loads(reply)
         except Exception:  # the error's class cannot be pickled
-            reply = _dumps(((RuntimeError(f"{type(error).__name__}: {error}"), trace), None))
+            reply = pickle.dumps(((RuntimeError(f"{type(error).__name__}: {error}"), trace), None))
         return reply
