@@ -19,7 +19,7 @@ BUILD_FILES := setup.cfg pyproject.toml constraints.txt
 
 export PYGAME_HIDE_SUPPORT_PROMPT := 1
 
-.PHONY: help train test check lint types docs bench bench-growth bench-learning bench-curves bench-faults host-suite clean distclean
+.PHONY: help train test check lint types docs bench bench-starts bench-growth bench-learning bench-curves bench-faults host-suite clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -49,6 +49,9 @@ bench: $(STAMP)-speed  ## measure the speed beside SB3 and SBX (over an hour; re
 
 bench-growth: $(STAMP)-speed  ## measure how cost and memory grow with each size (ten minutes; resumes if stopped)
 	$(BIN)/python -m tests.bench growth
+
+bench-starts: $(STAMP)-speed  ## measure the time to the first update beside SB3 and SBX (minutes; resumes if stopped)
+	$(BIN)/python -m tests.bench starts
 
 bench-learning: $(STAMP)-learning  ## train with the shipped settings and table the returns (hours; resumes if stopped)
 	$(BIN)/python -m tests.bench learning

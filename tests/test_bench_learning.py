@@ -240,7 +240,10 @@ def test_overview_and_unknown_benchmarks(capsys: pytest.CaptureFixture[str]) -> 
         assert run_benchmark(argv) == 0
         assert "learning" in capsys.readouterr().out
     assert run_benchmark(["lerning"]) == 2
-    assert "`benchmark` must be one of learning, curves, speed, faults, got 'lerning'" in capsys.readouterr().err
+    assert (
+        "`benchmark` must be one of learning, curves, speed, growth, starts, faults, got 'lerning'"
+        in capsys.readouterr().err
+    )
     with pytest.raises(SystemExit, match="0"):
         run_benchmark(["learning", "--help"])
     assert "usage: python -m tests.bench learning" in capsys.readouterr().out
