@@ -104,6 +104,15 @@ def test_functions_that_kernels_call_are_callable_from_python_too() -> None:
     assert (called(3), caller(3), called(3), called(1.5)) == (6, 7, 6, 3.0)
 
 
+def test_numbers_in_the_code_compile_no_second_version() -> None:
+    """numba takes the number 3 as a type of its own by default."""
+    for decorator, versions in ((jit.fast, 1), (numba.njit, 2)):
+        called = decorator(lambda x: 2 * x)
+        caller = jit.cached()(lambda x, called=called: called(x) + called(3))
+        assert caller(4) == 14
+        assert len(called.overloads) == versions
+
+
 def test_only_what_python_calls_is_translated_to_machine_code() -> None:
     """numba translates each function by default, which takes most of the time of compilation."""
 

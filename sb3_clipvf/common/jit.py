@@ -9,6 +9,7 @@ from numba import jit, njit
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 from numba.core.registry import CPUDispatcher
+from numba.core.types import unliteral
 
 from sb3_clipvf.common.messages import log
 
@@ -69,6 +70,11 @@ class _LinkedFunction(CPUDispatcher):
         key, context = object(), cast(Any, self.targetctx)
         context.insert_user_function(key, result.fndesc, [result.library])
         self.overloads[tuple(result.signature.args)] = result._replace(entry_point=key)
+
+    def get_call_template(self, args: Any, kws: Any) -> Any:
+        # numba would compile `f(x, 0)` apart from `f(x, i)`, with a type for the number 0.
+        general = [unliteral(arg) for arg in args]  # type: ignore[no-untyped-call]
+        return super().get_call_template(general, kws)
 
     def _compile_for_args(self, *args: Any, **kwargs: Any) -> Any:
         return self._for_python

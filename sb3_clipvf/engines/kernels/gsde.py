@@ -34,7 +34,8 @@ def log_stds(policy: Policy, workspace: np.ndarray, n: int) -> np.ndarray:
         for j in range(k):
             std = _std(log_std[m, j if log_std.shape[1] > 1 else 0], policy.use_expln)
             weights[m, j] = std * std
-    rows = np.dot(latents * latents, weights)
+    rows = np.empty((n, k), np.float32)
+    np.dot(_squares(latents), weights, rows)
     for i in range(n):
         for j in range(k):
             rows[i, j] = F(0.5) * np.log(rows[i, j] + _EPSILON)
@@ -55,8 +56,8 @@ def log_std_gradients(
         for j in range(row_gradients.shape[1]):
             row_gradients[i, j] *= F(0.5) * exp32(F(-2) * log_std_rows[i, j])
     latents = _latents(policy, workspace, n)
-    squares = latents * latents
-    by_weight = np.dot(squares.T, row_gradients)
+    by_weight = np.empty((latents.shape[1], row_gradients.shape[1]), np.float32)
+    np.dot(_squares(latents).T, row_gradients, by_weight)
     log_std, target = _weights_log_std(policy, PARAM), _weights_log_std(policy, GRAD)
     if not adds:
         target[:] = F(0)
@@ -76,8 +77,10 @@ def noise_of(policy: Policy, workspace: np.ndarray, n: int, matrices: np.ndarray
     """
     latents = _latents(policy, workspace, n)
     width = latents.shape[1]
-    noise = np.zeros((n, matrices.shape[1]), np.float32)
+    noise = np.empty((n, matrices.shape[1]), np.float32)
     for i in range(n):
+        for j in range(noise.shape[1]):
+            noise[i, j] = F(0)
         first = i * width if matrices.shape[0] > width else 0
         for m in range(width):
             row = matrices[first + m]
@@ -90,6 +93,15 @@ def noise_of(policy: Policy, workspace: np.ndarray, n: int, matrices: np.ndarray
 def _latents(policy: Policy, workspace: np.ndarray, n: int) -> np.ndarray:
     """Return the last hidden layer, or the observations where there is none, shape ``(n, latent_dim)``, no copy."""
     return layer(policy.actor, workspace, n, len(policy.actor.sizes) - 2)
+
+
+@fast
+def _squares(latents: np.ndarray) -> np.ndarray:
+    squares = np.empty((latents.shape[0], latents.shape[1]), np.float32)
+    for i in range(latents.shape[0]):
+        for m in range(latents.shape[1]):
+            squares[i, m] = latents[i, m] * latents[i, m]
+    return squares
 
 
 @fast

@@ -34,6 +34,9 @@ class Policy(NamedTuple):
     use_expln: int  # 1 if gSDE's standard deviations are SB3's `expln`
 
 
+_N_HEAD = 8  # numbers before the arrays of a packed policy: three settings, then the arrays' lengths
+
+
 def pack(policy: Policy) -> np.ndarray:
     """Return a policy as one int64 array, which Python passes to a kernel in less time than a tuple of arrays."""
     actor, critic = policy.actor, policy.critic
@@ -45,13 +48,15 @@ def pack(policy: Policy) -> np.ndarray:
 @fast
 def unpack(packed: np.ndarray) -> Policy:
     """Return what :func:`pack` wrote, as views."""
-    n_head = 8
-    ends = np.cumsum(packed[3:n_head]) + n_head
-    actor_table = packed[ends[0] : ends[1]].reshape(-1, N_COLUMNS)
-    critic_table = packed[ends[2] : ends[3]].reshape(-1, N_COLUMNS)
-    actor = Mlp(packed[n_head : ends[0]], actor_table, packed[1])
-    critic = Mlp(packed[ends[1] : ends[2]], critic_table, packed[1])
-    return Policy(actor, critic, packed[0], packed[ends[3] : ends[4]], packed[2])
+    actor_table = _N_HEAD + packed[3]
+    critic_sizes = actor_table + packed[4]
+    critic_table = critic_sizes + packed[5]
+    widths = critic_table + packed[6]
+    table = packed[actor_table:critic_sizes].reshape(-1, N_COLUMNS)
+    actor = Mlp(packed[_N_HEAD:actor_table], table, packed[1])
+    table = packed[critic_table:widths].reshape(-1, N_COLUMNS)
+    critic = Mlp(packed[critic_sizes:critic_table], table, packed[1])
+    return Policy(actor, critic, packed[0], packed[widths : widths + packed[7]], packed[2])
 
 
 class Rollout(NamedTuple):

@@ -83,14 +83,25 @@ def backward(mlp: Mlp, workspace: np.ndarray, n: int, adds: bool) -> None:
 
 @fast
 def _pre_activation(mlp: Mlp, workspace: np.ndarray, n: int, index: int) -> np.ndarray:
-    return layer(mlp, workspace[n * mlp.sizes.sum() :], n, index)
+    return layer(mlp, workspace[n * _sum_and_largest(mlp.sizes)[0] :], n, index)
 
 
 @fast
 def _gradient(mlp: Mlp, workspace: np.ndarray, n: int, index: int) -> np.ndarray:
     # Two buffers in turn: each layer reads one and writes the other.
-    start = 2 * n * mlp.sizes.sum() + (index % 2) * n * mlp.sizes.max()
+    total, largest = _sum_and_largest(mlp.sizes)
+    start = 2 * n * total + (index % 2) * n * largest
     return workspace[start : start + n * mlp.sizes[index]].reshape(n, mlp.sizes[index])
+
+
+@fast
+def _sum_and_largest(sizes: np.ndarray) -> tuple[int, int]:
+    """Return the sum and the maximum of sizes. NumPy's functions take half a second to compile."""
+    total, largest = 0, 0
+    for size in sizes:
+        total += size
+        largest = size if size > largest else largest
+    return total, largest
 
 
 @fast
