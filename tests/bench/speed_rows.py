@@ -179,9 +179,9 @@ ROWS: tuple[SpeedRow, ...] = (
     _cartpole("custom-extractor", "CartPole-v1, SB3 defaults, custom features extractor", 1.7, 1, 8,
               custom_extractor=True, peers=("clipppo", "sb3")),  # SBX has no such extractors
     _wide("wide-256", "update alone, networks 256-256, batch 256", peers=_ALL),
-    _wide("wide-256-1t", "the same on 1 thread", threads=1),
+    _wide("wide-256-1t", "update alone, networks 256-256, batch 256, 1 thread", threads=1),
     _large("large-4096", "update alone, 4096 environments, networks 512-256-128, batch 24,576",
            peers=_ALL),
-    _large("large-4096-1t", "the same on 1 thread", threads=1),
+    _large("large-4096-1t", "update alone, 4096 environments, networks 512-256-128, batch 24,576, 1 thread", threads=1),
 )
 # fmt: on

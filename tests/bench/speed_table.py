@@ -118,9 +118,10 @@ def render_tables(results: Results, rows: Sequence[SpeedRow], alternations: int,
         "Seconds in this table are medians for 100,000 steps: the environment with its VecEnv wrappers, the "
         "policy with the rest of the rollout, the update, and what is around them. *products of the update* is the "
         "share of its seconds that its matrix products and convolutions take alone, by torch's BLAS and oneDNN one "
-        "after the other, on one thread or all, whichever is faster. Memory is the peak of the process, "
-        "its difference to SB3's in brackets. *start* is the seconds from the process's start to full speed (imports, "
-        "building, compilation), in brackets, measured once, the same without compiled code from an earlier run.\n"
+        "after the other, on one thread or all, whichever is faster, or on the row's number. Memory is the peak of the "
+        "process, its difference to SB3's in brackets. *start* is the seconds from the process's start to full speed "
+        "(imports, building, compilation), in brackets, measured once, the same without compiled code from an earlier "
+        "run.\n"
     )
     text += f"\nOther programs used at most {busy:.0f} % of the processor just before a measurement.\n"
     return f"{text}\n{machines_text(runs, lambda run: 'one run at a time')}"
