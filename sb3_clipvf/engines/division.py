@@ -11,7 +11,10 @@ MOST_GROUPS = 16
 """Groups of rows of a minibatch; each network and group is a task for a thread."""
 
 LEAST_ROWS = 128
-"""Rows of a group. Adding the gradients of another group takes about 4 / rows of the time of computing them."""
+"""
+Rows of a group. For a minibatch of 256, two such groups can use four threads. On one thread and on two, they take 3 %
+longer than one group at widths of 256-256, and 9 to 20 % longer at 1024-1024.
+"""
 
 LEAST_WORK = 8_000_000
 """Rows x parameters of a group, some 0.5 ms, beside which the time in which threads wait for each other is short."""
