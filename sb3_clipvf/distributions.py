@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.distributions import (
     BernoulliDistribution,
     CategoricalDistribution,
@@ -69,6 +70,12 @@ def n_action_numbers(dist: Any) -> int:
     if isinstance(dist, CategoricalDistribution):
         return 1
     return len(dist.action_dims) if isinstance(dist, MultiCategoricalDistribution) else n_outputs(dist)
+
+
+def to_action_space(actions: np.ndarray, space: spaces.Space[Any]) -> np.ndarray:
+    """Return actions, float32 ``(n, action_dim)``, with the type and shape that SB3's policies return."""
+    dtype = np.int64 if isinstance(space, spaces.Discrete | spaces.MultiDiscrete) else np.float32
+    return actions.reshape(-1, *cast(tuple[int, ...], space.shape)).astype(dtype, copy=False)
 
 
 def category_counts(dist: Any) -> np.ndarray:

@@ -2,11 +2,9 @@
 
 import math
 from contextlib import nullcontext
-from typing import Any, cast
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common import distributions as sb3
 from stable_baselines3.common.distributions import Distribution
 
@@ -158,9 +156,3 @@ class Noise:
         for draw in self._draws:
             draw()
         return self._arrays[0] if len(self._arrays) == 1 else np.concatenate(self._arrays, axis=1)
-
-
-def to_action_space(actions: np.ndarray, space: spaces.Space[Any]) -> np.ndarray:
-    """Return actions, float32 ``(n, action_dim)``, with the type and shape that SB3's policies return."""
-    dtype = np.int64 if isinstance(space, spaces.Discrete | spaces.MultiDiscrete) else np.float32
-    return actions.reshape(-1, *cast(tuple[int, ...], space.shape)).astype(dtype, copy=False)

@@ -12,7 +12,7 @@ import torch as th
 from stable_baselines3.common.distributions import DiagGaussianDistribution, StateDependentNoiseDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_clipvf.distributions import LazyDistribution, category_counts, n_action_numbers, n_outputs
+from sb3_clipvf.distributions import LazyDistribution, category_counts, n_action_numbers, n_outputs, to_action_space
 from sb3_clipvf.engines.autograd import AutogradEngine, old_dist_params
 from sb3_clipvf.engines.binding import moments_of, n_steps_made, table_row, write_steps
 from sb3_clipvf.engines.bridge import (
@@ -22,7 +22,6 @@ from sb3_clipvf.engines.bridge import (
     check_stored,
     hyperparameters_of,
     statistics_of,
-    to_action_space,
 )
 from sb3_clipvf.engines.epochs import MinibatchStatistics, Record, run_epochs
 from sb3_clipvf.engines.images import FeatureExtraction

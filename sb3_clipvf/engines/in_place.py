@@ -6,9 +6,8 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_clipvf.engines.bridge import to_action_space
+from sb3_clipvf.distributions import to_action_space
 from sb3_clipvf.engines.interface import Engine
-from sb3_clipvf.engines.kernels import acting
 from sb3_clipvf.engines.recognition import has_own_add
 from sb3_clipvf.rollout import TensorRolloutBuffer
 
@@ -25,6 +24,8 @@ class Target:
         bounds: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
         """Arrays are float32 and C-contiguous; actions are stored, and clipped to the bounds, if both are given."""
+        from sb3_clipvf.engines.kernels import acting  # imports numba, which takes half a second
+
         self.values, self.log_prob, self.dist_params = values, log_prob, dist_params
         self.shape = dist_params.shape  # (n_steps, n_envs, k)
         self._kept = (actions, bounds)  # kernels know their addresses

@@ -12,7 +12,13 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
 from sb3_clipvf.common.nonfinite import BadMinibatchError
-from sb3_clipvf.distributions import LazyDistribution, category_counts, dist_param_dim, n_action_numbers
+from sb3_clipvf.distributions import (
+    LazyDistribution,
+    category_counts,
+    dist_param_dim,
+    n_action_numbers,
+    to_action_space,
+)
 from sb3_clipvf.engines.binding import Binding, bind, n_steps_made, write_steps
 from sb3_clipvf.engines.bridge import (
     KINDS,
@@ -21,7 +27,6 @@ from sb3_clipvf.engines.bridge import (
     check_stored,
     hyperparameters_of,
     statistics_of,
-    to_action_space,
 )
 from sb3_clipvf.engines.division import DividedPolicy
 from sb3_clipvf.engines.epochs import MinibatchStatistics, Record
