@@ -90,7 +90,7 @@ def test_called_functions_are_not_shared_with_other_kept_functions(
     called = numba.njit(value_loss.py_func)  # type: ignore[attr-defined]
 
     def caller(x: np.ndarray) -> float:
-        return called(x, x, x, NOT_CLIPPED, 0.1, 0.5, x)[0]
+        return called(x, x, x, NOT_CLIPPED, 0.1, 0.5, x.shape[0], x)[0]
 
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
     # If this fails, numba makes no weak symbols any more, and `cached` needs no library of its own.

@@ -596,7 +596,7 @@ class TestCompile:
         kept = {path.name.partition("-")[0] for path in tmp_path.rglob("*.nbi")}
         assert {name.rpartition(".")[2] for name in kept} >= {
             "run_update",
-            "act",
+            "act_into",
             "kl_of_rollout",
             "draw",
             "_scale_rows",
