@@ -71,8 +71,17 @@ def take_offer(here: Channel) -> None:
     here._outgoing.offer.acquire(False)
 
 
+def read_a_length(here: Channel) -> None:
+    """Do what a receiver does until an exception interrupts it between the length of a message and its text."""
+    here.send(b"\xff" * (CAPACITY + 1))
+    here.remote._recv(4)  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("spin", [0.0, 5e-3])
-@pytest.mark.parametrize("interrupted", [lambda here: None, forget_offer, take_offer, lambda here: here.send(b"lost")])
+@pytest.mark.parametrize(
+    "interrupted",
+    [lambda here: None, forget_offer, take_offer, lambda here: here.send(b"lost"), read_a_length],
+)
 @pytest.mark.parametrize("pause", [0.0, 5e-3])
 def test_a_reset_ends_an_interrupted_turn(spin: float, interrupted: Any, pause: float) -> None:
     here, there = channel_ends(CONTEXT, spin)
@@ -89,6 +98,27 @@ def test_a_reset_ends_an_interrupted_turn(spin: float, interrupted: Any, pause: 
     here.send(b"end")
     process.join(10)
     assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("spin", [0.0, 5.0])
+def test_a_reset_after_half_a_message_is_refused(spin: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = channel_ends(CONTEXT, spin)
+    process = CONTEXT.Process(target=echo, args=(there,), daemon=True)
+    process.start()
+    here.receive()
+    send = here.remote._send  # type: ignore[attr-defined]
+
+    def interrupted(part: bytes) -> None:
+        send(part)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(here.remote, "_send", interrupted)
+        here.send(b"x" * (CAPACITY + 1))
+    with pytest.raises(OSError, match="has interrupted a long message to a worker"):
+        here.reset()
+    process.kill()
+    process.join()
 
 
 @pytest.mark.parametrize("takes_offer", [False, True])

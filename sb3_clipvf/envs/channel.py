@@ -5,6 +5,7 @@ A process that has sent a message looks at a semaphore for the reply, for a whil
 it takes up to 100 us on a virtual machine; a message in shared memory takes 1 us.
 """
 
+import os
 import struct
 import time
 from functools import cached_property
@@ -16,6 +17,7 @@ CAPACITY = 1 << 16
 
 _LENGTH = struct.Struct("q")
 _IN_PIPE = -1  # instead of a length
+_ONE_WRITE = 1 << 14  # bytes that Connection writes together with their length
 _RESET = b"reset "  # other messages begin otherwise
 
 
@@ -31,17 +33,18 @@ class Channel:
         self.remote = remote
         self._incoming, self._outgoing, self._spin = incoming, outgoing, spin
         self._n_resets = 0
+        self._is_cut = False
 
     def send(self, message: bytes) -> None:
         """Send a message, and look for the reply from now on."""
         self._incoming.renew_offer()
         outgoing, length = self._outgoing, len(message)
         if not outgoing.offer.acquire(False):
-            self.remote.send_bytes(message)
+            self._send_in_pipe(message)
         elif length > CAPACITY:
             _LENGTH.pack_into(outgoing.view, 0, _IN_PIPE)
             outgoing.written.release()
-            self.remote.send_bytes(message)
+            self._send_in_pipe(message)
         else:
             _LENGTH.pack_into(outgoing.view, 0, length)
             outgoing.view[_LENGTH.size : _LENGTH.size + length] = message
@@ -60,14 +63,30 @@ class Channel:
         return message
 
     def reset(self) -> None:
-        """Drop messages after an exception has interrupted a turn; the other end answers them first."""
+        """
+        Drop messages after an exception has interrupted a turn; the other end answers them first.
+
+        :raises OSError: If the other process has ended, or waits for the rest of a long message.
+        """
+        if self._is_cut:
+            raise OSError("An exception has interrupted a long message to a worker. Close the environments.")
         self._n_resets += 1
         message = _RESET + str(self._n_resets).encode()
         self.remote.send_bytes(message)
-        while self.remote.recv_bytes() != message:
-            pass
+        received = b""
+        # As bytes, since the exception may have interrupted the reading of a message.
+        while not received.endswith(message):
+            part = os.read(self.remote.fileno(), CAPACITY)
+            if not part:
+                raise EOFError
+            received = received[-len(message) :] + part
         while self._incoming.written.acquire(False):
             pass
+
+    def _send_in_pipe(self, message: bytes) -> None:
+        self._is_cut = len(message) > _ONE_WRITE
+        self.remote.send_bytes(message)
+        self._is_cut = False
 
     def _next(self) -> bytes:
         incoming = self._incoming
