@@ -112,6 +112,10 @@ def _end(code: int) -> str:
 
 
 def _end_processes(venv: SubprocVecEnv) -> None:
+    if isinstance(venv, FastSubprocVecEnv):
+        with contextlib.suppress(Exception):  # of environments of this process; it must not mask the dead worker
+            venv.close()
+        return
     for remote in venv.remotes:
         with contextlib.suppress(OSError):
             remote.send(("close", None))
