@@ -178,6 +178,7 @@ class TestActions:
             (spaces.Discrete(3), np.arange(5)),
             (spaces.Discrete(3), np.arange(5, dtype=np.int32)),
             (spaces.Discrete(3), [0, 1, 2, 0, 1]),
+            (spaces.Discrete(3), (0, 1, 2, 0, 1)),
             (spaces.Box(-1, 1, (2,)), np.arange(10, dtype=np.float32).reshape(5, 2)),
             (spaces.Box(-1, 1, (2,)), np.arange(10.0).reshape(5, 2)),
             (spaces.MultiBinary(2), np.ones((5, 2), np.int8)),
@@ -432,6 +433,17 @@ class TestDeadWorkers:
         with pytest.raises(ValueError, match="`env` must be open"):
             ClipPPO("MlpPolicy", ours, n_steps=8, batch_size=8, device="cpu").learn(40)
 
+    def test_environments_of_the_training_are_closed(self, tmp_path: Any) -> None:
+        def make(number: int) -> gym.Env[Any, Any]:
+            env = Failing(number, act=kill_itself)
+            env.close = (tmp_path / str(number)).touch  # type: ignore[method-assign]
+            return env
+
+        ours, _ = pair(make)
+        with pytest.raises(WorkerDiedError):
+            ClipPPO("MlpPolicy", ours, n_steps=8, batch_size=8, device="cpu").learn(40)
+        assert (tmp_path / "0").exists()
+
     def test_errors_in_a_training_are_the_environments_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("sb3_clipvf.guards.workers.GRACE", 0.1)
         ours, _ = pair(Failing)
@@ -513,6 +525,22 @@ class TestEnds:
             process.join(10)
         assert [process.exitcode for process in processes] == [0, 0]
         assert {"1", "2", "3", "4"} <= set((tmp_path / "closed").read_text().split())
+
+    def test_memory_is_not_allocated_again_while_a_worker_may_write_to_it(self) -> None:
+        def places(venv: FastSubprocVecEnv) -> set[int]:
+            return {array.ctypes.data for array in venv._arrays.values()}
+
+        ours, _ = pair(partial(Failing, at=1, act=hang))
+        ours.reset()
+        ours.step_async(np.zeros(5, int))
+        hanging, before = ours.processes[1].pid, places(ours)
+        del ours
+        gc.collect()
+        try:
+            others, _ = pair(Scripted)
+            assert not before & places(others)
+        finally:
+            os.kill(hanging, signal.SIGKILL)
 
     def test_an_interrupted_step_leaves_usable_environments(self) -> None:
         ours, theirs = pair(lambda _: gym.make("CartPole-v1"))

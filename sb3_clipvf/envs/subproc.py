@@ -92,6 +92,9 @@ class FastSubprocVecEnv(SubprocVecEnv):
                 arguments = (work_channel, channel.remote, wrapped, memory, rows)
                 process = context.Process(target=_work, args=arguments, daemon=True)
                 process.start()
+                # `multiprocessing` keeps this object while the process runs. If the environments are dropped during a
+                # step, the worker may still write to the memory, which must not be allocated again.
+                process.memory = memory, work_channel
                 # Before the next worker is forked: a copy there would keep the pipe open when this worker dies.
                 work_channel.remote.close()
                 self.processes.append(process)
@@ -285,7 +288,7 @@ class _Share(FastDummyVecEnv):
         self.reset()
         return self.reset_infos
 
-    def step_rows(self, actions: Any, version: int) -> tuple[bytes | Infos, dict[int, Any]]:
+    def step_rows(self, actions: tuple[Any, ...], version: int) -> tuple[bytes | Infos, dict[int, Any]]:
         """Step all environments, and return their infos, and those of resets by row."""
         self.actions = _decoded(actions)
         self._step_envs()
@@ -299,17 +302,17 @@ class _Share(FastDummyVecEnv):
         return [None] * len(rows) if results is None else results
 
 
-def _encoded(actions: Any) -> Any:
-    """Return what is faster to pickle than a NumPy array."""
+def _encoded(actions: Any) -> tuple[Any, ...]:
+    """Return dtype, shape and bytes, which pickle faster than an array; or a tuple of the actions, if they are none."""
     if type(actions) is not np.ndarray or actions.dtype.isbuiltin != 1 or actions.dtype.hasobject:
-        return actions
+        return (actions,)
     return actions.dtype.str, actions.shape, actions.tobytes()
 
 
-def _decoded(encoded: Any) -> Any:
-    """Return the actions that :func:`_encoded` was given, as an array that can be changed."""
-    if type(encoded) is not tuple:
-        return encoded
+def _decoded(encoded: tuple[Any, ...]) -> Any:
+    """Return the actions that :func:`_encoded` received; an array is writable."""
+    if len(encoded) == 1:
+        return encoded[0]
     dtype, shape, data = encoded
     return np.frombuffer(bytearray(data), dtype).reshape(shape)
 
