@@ -420,7 +420,12 @@ class TestDeadWorkers:
         ("act", "bad", "codes", "text"),
         [
             (kill_itself, 2, {1: -9, 2: -9}, "that of environments 1 to 2 was killed by SIGKILL"),
-            (exit_with_3, 4, {3: 3, 4: 3}, "that of environments 3 to 4 ended with exit code 3"),
+            (
+                exit_with_3,
+                4,
+                {3: 3, 4: 3},
+                "that of environments 3 to 4 ended with exit code 3. The others were terminated. An environment ended",
+            ),
         ],
     )
     def test_end_a_training(self, act: Any, bad: int, codes: dict[int, int], text: str) -> None:

@@ -12,7 +12,7 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any]):
     Wrapper by which checkpoints save and restore an environment that runs in another process.
 
     It must be the outermost wrapper, outside of ``Monitor``: ``make_vec_env(..., wrapper_class=ResumableEnv,
-    vec_env_cls=SubprocVecEnv)`` puts it there. Environments in the training's own process do not need it.
+    vec_env_cls=SubprocVecEnv)`` puts it there. Environments in a ``DummyVecEnv`` do not need it.
 
     :param env: Environment with all its other wrappers.
     """

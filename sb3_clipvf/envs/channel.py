@@ -1,8 +1,8 @@
 """
-Messages between two processes that take turns: in shared memory while the other one looks for them, else in a pipe.
+Messages between two processes that take turns: in shared memory while the receiver polls for them, else in a pipe.
 
-A process that has sent a message looks at a semaphore for the reply, for a while, and then sleeps in the pipe. To wake
-it takes up to 100 us on a virtual machine; a message in shared memory takes 1 us.
+A process that has sent a message polls a semaphore for the reply for a while. Then it sleeps until the pipe has a
+message. Waking it takes up to 100 us on a virtual machine, and a message in shared memory takes 1 us.
 """
 
 import os
@@ -18,15 +18,16 @@ CAPACITY = 1 << 16
 _LENGTH = struct.Struct("q")
 _IN_PIPE = -1  # instead of a length
 _ONE_WRITE = 1 << 14  # bytes that Connection writes together with their length
-_RESET = b"reset "  # other messages begin otherwise
+_RESET = b"reset "  # pickled messages begin otherwise
 
 
 class Channel:
     """
     One end of a pipe, with shared memory for short messages.
 
-    An offer is a semaphore at 1 while a process looks at shared memory. Whoever takes it decides: the sender writes
-    there, or the receiver sleeps in the pipe. Each message is in one place, and a peer that dies ends the pipe.
+    An offer is a semaphore that is 1 while the receiver polls shared memory. If the sender takes it, the message goes
+    there. If the receiver takes it, the receiver sleeps, and the message goes to the pipe. A process that dies ends the
+    pipe.
     """
 
     def __init__(self, remote: Connection, incoming: "_Way", outgoing: "_Way", spin: float) -> None:
@@ -36,7 +37,7 @@ class Channel:
         self._is_cut = False
 
     def send(self, message: bytes) -> None:
-        """Send a message, and look for the reply from now on."""
+        """Send a message, and offer to receive the reply in shared memory."""
         self._incoming.renew_offer()
         outgoing, length = self._outgoing, len(message)
         if not outgoing.offer.acquire(False):
@@ -106,21 +107,21 @@ class Channel:
 
 
 class _Way:
-    """What one direction has in shared memory."""
+    """Semaphores and memory of one direction."""
 
     def __init__(self, context: Any, offers: int) -> None:
         self.offer, self.written = context.Semaphore(offers), context.Semaphore(0)
         self._memory = context.RawArray("b", _LENGTH.size + CAPACITY)
 
     def renew_offer(self) -> None:
-        """Look at shared memory from now on."""
+        """Offer to receive the next message in shared memory."""
         while self.offer.acquire(False):  # an exception has interrupted the last turn
             pass
         self.offer.release()
 
     @cached_property
     def view(self) -> memoryview:
-        """The length and the text of a message."""
+        """Memory of the length and the bytes of a message."""
         return memoryview(self._memory).cast("B")
 
 
@@ -129,7 +130,7 @@ def channel_ends(context: Any, spin: float) -> tuple[Channel, Channel]:
     Return both ends of a channel; the first one receives first.
 
     :param context: Context of ``multiprocessing`` for semaphores and memory.
-    :param spin: Seconds for which a receiver looks at shared memory.
+    :param spin: Seconds for which a receiver polls before it sleeps.
     """
     first, second = context.Pipe()
     ways = _Way(context, 1), _Way(context, 0)

@@ -1,4 +1,4 @@
-"""Infos of numbers alone, sent between processes as bytes: their keys and types are sent once."""
+"""Infos that hold only numbers: processes send them as bytes, and their keys and types once."""
 
 import struct
 from itertools import chain
@@ -43,13 +43,13 @@ class InfoRows:
         return sent
 
     def _record(self, infos: Infos) -> None:
-        if _are_of_numbers(infos):
+        if _hold_only_numbers(infos):
             self._layout = _Layout(infos)
             self.version += 1
 
 
 class _Layout:
-    """Keys and types of infos of numbers."""
+    """Keys and types of infos that hold only numbers."""
 
     def __init__(self, infos: Infos) -> None:
         self._keys_of_each = list(map(tuple, infos))
@@ -85,8 +85,8 @@ class _Layout:
         return [dict(zip(keys, rest)) for keys in self._keys_of_each]  # noqa: B905 (the keys end it)
 
 
-def _are_of_numbers(infos: Infos) -> bool:
-    """Return whether infos are plain dicts of numbers, with texts as keys."""
+def _hold_only_numbers(infos: Infos) -> bool:
+    """Return whether infos are plain dicts of numbers, with strings as keys."""
     return all(
         type(info) is dict and all(type(key) is str and type(value) in _FORMATS for key, value in info.items())
         for info in infos

@@ -1,5 +1,5 @@
 """
-Environments in several processes: the training's own process steps the first ones, and each worker steps others.
+Environments in several processes: the process of the training steps the first ones, and workers step the others.
 
 Observations, rewards and dones lie in shared memory. Actions and infos are sent (see ``channel`` and ``info_rows``).
 """
@@ -34,7 +34,7 @@ GRACE = 2.0
 """Seconds that ``close`` waits for a step that an error has interrupted, before it kills the worker."""
 
 SPIN = 1e-3
-"""Seconds for which a process looks for a message before it sleeps."""
+"""Seconds for which a process polls for a message before it sleeps."""
 
 _CLOSE = bytes(ForkingPickler.dumps(("close", None)))  # as SB3's class sends it
 
@@ -72,7 +72,7 @@ class FastSubprocVecEnv(SubprocVecEnv):
         self._all_rows = list(starmap(range, pairwise(limits)))
         self.worker_rows = self._all_rows[1:]
         self.waiting = self.closed = False
-        self._in_turn = True  # until all workers have replied
+        self._awaits_replies = True  # until the last worker has replied
         self.processes, self.remotes = [], []
         self._channels: list[Channel] = []
         self._called: list[Channel] = []  # of the workers whose reply has not been read
@@ -158,7 +158,7 @@ class FastSubprocVecEnv(SubprocVecEnv):
                 remote.send_bytes(_CLOSE)
             remote.close()
         for process in self.processes:
-            if self._in_turn:
+            if self._awaits_replies:
                 process.join(max(0.0, deadline - time.monotonic()))
                 process.kill()
             process.join()
@@ -213,10 +213,10 @@ class FastSubprocVecEnv(SubprocVecEnv):
 
     def _send(self, messages: Sequence[bytes | None]) -> None:
         """Send each worker its message, unless it is None."""
-        if self._in_turn:  # an exception has interrupted the last call
+        if self._awaits_replies:  # an exception has interrupted the last call
             for channel in self._channels:
                 channel.reset()
-        self._in_turn = True
+        self._awaits_replies = True
         self._called = []
         for channel, message in zip(self._channels, messages, strict=True):
             if message is not None:
@@ -226,7 +226,7 @@ class FastSubprocVecEnv(SubprocVecEnv):
     def _receive(self) -> list[Any]:
         """Return the results of the workers that have been called; raise the first error once all have replied."""
         replies = [pickle.loads(channel.receive()) for channel in self._called]
-        self._in_turn = False
+        self._awaits_replies = False
         for failure, _ in replies:
             if failure is not None:
                 error, trace = failure
@@ -238,7 +238,7 @@ class _WorkerError(Exception):
     """The traceback of an error in a worker, as text."""
 
 
-# What each array is for -> its memory, shape and dtype.
+# Name of an array -> memory, shape, dtype.
 _Memory = dict[Any, tuple[Any, tuple[int, ...], np.dtype[Any]]]
 
 
@@ -266,7 +266,7 @@ class _Share(FastDummyVecEnv):
         self._info_rows = InfoRows()
 
     def use(self, memory: _Memory, rows: range) -> dict[Any, np.ndarray]:
-        """Step into these rows of the shared memory, and return its arrays."""
+        """Put the buffers into these rows of the shared memory, and return its arrays."""
         arrays = {
             name: np.frombuffer(block, dtype, int(np.prod(shape))).reshape(shape)
             for name, (block, shape, dtype) in memory.items()

@@ -88,6 +88,8 @@ def worker_death(venv: VecEnv, error: Exception) -> WorkerDiedError | None:
     ends = ", ".join(f"that of {_named(part)} {_end(code)}" for part, code in ended)
     if _KILLED in died.values():
         way_out = "The system kills processes when memory runs out (see `dmesg`): run fewer or smaller environments."
+    elif isinstance(venv, FastSubprocVecEnv):
+        way_out = "An environment ended or crashed its process: see the error output (stderr) above."
     else:
         way_out = (
             "An error in the environment ends its process: its traceback is above, in the error output (stderr). A "
@@ -113,7 +115,7 @@ def _end(code: int) -> str:
 
 def _end_processes(venv: SubprocVecEnv) -> None:
     if isinstance(venv, FastSubprocVecEnv):
-        with contextlib.suppress(Exception):  # of environments of this process; it must not mask the dead worker
+        with contextlib.suppress(Exception):  # in `close` of an environment; it must not mask the dead worker
             venv.close()
         return
     for remote in venv.remotes:

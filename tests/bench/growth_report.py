@@ -29,11 +29,11 @@ _STYLES: dict[str, dict[str, Any]] = {
     "bound": {"color": "#707070", "linestyle": ":"},
 }
 _NOTES = (
-    "Steps a second of training, or of the update alone on the axes *width* and *batch size*, each peer on one thread. "
-    "*Bound* is what ClipPPO's environments under random actions and the update's matrix products, by torch's BLAS, "
-    "allow if nothing else took time; a share above 100 % means that the kernels multiply small matrices faster than "
-    "torch does. Microseconds are for a transition: environments with their wrappers + policy with the rest of the "
-    "rollout + update. Memory is the peak of the process."
+    "Steps a second of training, or of the update alone on the axes *width* and *batch size*. Each peer has one "
+    "thread; EnvPool has one more for each core. *Bound* is the speed if only ClipPPO's environments, under random "
+    "actions, and the update's matrix products, by torch's BLAS, took time. A share above 100 % means that the "
+    "kernels multiply small matrices faster than torch. Microseconds are for a transition: environments with their "
+    "wrappers + policy with the rest of the rollout + update. Memory is the peak of the process."
 )
 
 

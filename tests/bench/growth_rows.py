@@ -68,11 +68,11 @@ def _rollout(name: str, title: str, n_transitions: int) -> SpeedRow:
 
 AXES = (
     Axis(
-        *("cartpole-envs", "Environments, CartPole-v1 in Gymnasium's vector kind", "environments (CartPole-v1)"),
+        *("cartpole-envs", "Environments, CartPole-v1 in Gymnasium's vector kind", "environments\n(CartPole-v1)"),
         *((1, 8, 64, 512), _environments("CartPole-v1", env="vector")),
     ),
     Axis(
-        *("halfcheetah-envs", "Environments, HalfCheetah-v5 in EnvPool", "environments (HalfCheetah-v5)"),
+        *("halfcheetah-envs", "Environments, HalfCheetah-v5 in EnvPool", "environments\n(HalfCheetah-v5)"),
         *((1, 8, 64, 512), _environments("HalfCheetah-v5", env="envpool", normalize=True)),
     ),
     Axis("width", "Width of two layers", "width of two layers", (64, 128, 256, 512, 1024), _width),

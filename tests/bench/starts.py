@@ -40,10 +40,10 @@ print("updated", flush=True)
 
 _PACKAGES = ("numba", "scipy", "mujoco", "sbx_rl", "jax")
 _NOTES = (
-    "Seconds from the start of a process to the end of its first update: imports, building, compilation, one rollout "
-    "and one update, all arguments being defaults. Median (smallest to largest) of the alternations, in each of which "
-    "all columns run one after the other in processes of their own. *No kernels on disk* is the first start after an "
-    "installation; JAX always compiles."
+    "Seconds from the start of a process to the end of its first update. They include imports, building, compilation, "
+    "one rollout and one update, with default arguments. Median (smallest to largest) of the alternations. In an "
+    "alternation, all columns run one after the other, each in its own process. *No kernels on disk* is the first "
+    "start after an installation. JAX compiles at every start, which is its default."
 )
 
 
@@ -110,8 +110,9 @@ class StartsBenchmark(Benchmark[StartRow]):
         table = markdown_table(header, "l" + "r" * len(shown), rows)
         runs = [run for of_cell in found.values() for run in of_cell]
         load = max((run["other_load"] for run in runs), default=0.0)
+        others = f"Just before a measurement, other programs used up to {load:.0f} % of the processor."
         machines = machines_text(runs, lambda run: "default number of threads")
-        return f"{table}\n\n{_NOTES} Before a process started, other programs had up to {load:.0f} %.\n\n{machines}"
+        return f"{table}\n\n{_NOTES} {others}\n\n{machines}"
 
     def _numbers(self) -> range:
         return range(1, self.args.alternations + 1)
