@@ -118,6 +118,16 @@ def test_environments_in_other_processes_give_the_same_weights(env_id: str, engi
     assert len(found) == 1
 
 
+def test_truncated_and_normalised_episodes_do_not_depend_on_processes() -> None:
+    found = set()
+    for vec_env_cls in (DummyVecEnv, FastDummyVecEnv, FastSubprocVecEnv):
+        processes = {"n_workers": 2, "start_method": "fork"} if vec_env_cls is FastSubprocVecEnv else None
+        limit = {"max_episode_steps": 50}
+        env = make_vec_env("Pendulum-v1", 2, env_kwargs=limit, vec_env_cls=vec_env_cls, vec_env_kwargs=processes)
+        found.add(weights_of(train(FastVecNormalize(env))))
+    assert len(found) == 1
+
+
 def envpool_of_one_thread() -> Any:
     import envpool
 

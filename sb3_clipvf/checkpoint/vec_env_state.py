@@ -20,7 +20,7 @@ from sb3_clipvf.envs.vector import BatchedVecEnv
 from sb3_clipvf.files.allowlist import full_name
 from sb3_clipvf.files.codec import frozen
 
-# They give the same steps as SB3's classes, to the last bit.
+# They step as SB3's classes do; FastSubprocVecEnv also rounds rewards to float32, as DummyVecEnv does.
 _SAME = {
     "sb3_clipvf.envs.dummy.FastDummyVecEnv": "DummyVecEnv",
     "sb3_clipvf.envs.subproc.FastSubprocVecEnv": "SubprocVecEnv",
@@ -162,7 +162,7 @@ def _unknown(environments: list[dict[str, Any]]) -> list[str]:
 
 
 def _is_resumable(layer: VecEnv) -> bool:
-    # Not getattr: reading a missing attribute ends the environment's process.
+    # Not getattr: in SB3's class, reading a missing attribute ends the environment's process.
     return isinstance(layer, SubprocVecEnv) and layer.has_attr("whole_state")
 
 

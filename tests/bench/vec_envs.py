@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -49,7 +48,7 @@ def steps_per_second(env_id: str, n_envs: int) -> dict[str, list[float]]:
     return found
 
 
-def main(argv: Sequence[str] = ()) -> int:
+def main() -> int:
     """Print a line for each environment."""
     for env_id, n_envs in ROWS:
         found = steps_per_second(env_id, n_envs)
