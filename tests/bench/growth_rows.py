@@ -68,12 +68,18 @@ def _rollout(name: str, title: str, n_transitions: int) -> SpeedRow:
 
 AXES = (
     Axis(
-        *("cartpole-envs", "Environments, CartPole-v1 in Gymnasium's vector kind", "environments\n(CartPole-v1)"),
-        *((1, 8, 64, 512), _environments("CartPole-v1", env="vector")),
+        "cartpole-envs",
+        "Environments, CartPole-v1 in Gymnasium's vector kind",
+        "environments\n(CartPole-v1)",
+        (1, 8, 64, 512),
+        _environments("CartPole-v1", env="vector"),
     ),
     Axis(
-        *("halfcheetah-envs", "Environments, HalfCheetah-v5 in EnvPool", "environments\n(HalfCheetah-v5)"),
-        *((1, 8, 64, 512), _environments("HalfCheetah-v5", env="envpool", normalize=True)),
+        "halfcheetah-envs",
+        "Environments, HalfCheetah-v5 in EnvPool",
+        "environments\n(HalfCheetah-v5)",
+        (1, 8, 64, 512),
+        _environments("HalfCheetah-v5", env="envpool", normalize=True),
     ),
     Axis("width", "Width of two layers", "width of two layers", (64, 128, 256, 512, 1024), _width),
     Axis("batch", "Batch size", "batch size", (64, 256, 1024, 4096, 16_384), _batch),
