@@ -221,6 +221,21 @@ def test_an_interrupted_caller_cancels_the_others_and_waits_for_them() -> None:
     assert ended == [True, True]
 
 
+@pytest.mark.parametrize("failing", [1, 2])
+def test_an_exception_in_another_thread_cancels_the_caller_and_is_raised(failing: int) -> None:
+    """The caller would wait at the barrier for ever, for a kernel that found no memory."""
+    cancelled, ended = threading.Event(), []
+
+    def run(rank: int) -> None:
+        if rank == failing:
+            raise MemoryError
+        ended.append(cancelled.wait(10))
+
+    with pytest.raises(MemoryError):
+        run_on_threads(run, 3, cancelled.set)
+    assert ended == [True, True]
+
+
 def test_a_forked_process_has_its_own() -> None:
     """The parent's thread does not exist there, so waiting for it would never end."""
     assert subprocess.run([sys.executable, "-c", _FORKS], timeout=120, check=False).returncode == 0

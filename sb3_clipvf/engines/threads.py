@@ -4,7 +4,7 @@ import os
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
 from threading import Lock
@@ -78,23 +78,33 @@ def run_on_threads(run: Callable[[int], object], n_threads: int, cancel: Callabl
     """
     Call ``run`` with each of the ranks 0, 1, ..., on as many threads at once; this thread has rank 0.
 
-    If it cannot do its part, ``cancel`` must make the others return. Ctrl-C before it begins is an example.
+    If one of the calls raises an exception, ``cancel`` is called, and must make the others return. The exception is
+    raised when all have returned.
     """
-    others: list[Future[object]] = []
+
+    def part(rank: int) -> None:
+        try:
+            run(rank)
+        except BaseException:
+            cancel()
+            raise
+
+    others: list[Future[None]] = []
     try:
         if n_threads > 1:
             executor, lock = _other_threads(os.getpid(), n_threads - 1)
             # Ranks of two updates must not alternate in the queue: each update would wait for threads of the other.
             with lock:
                 for rank in range(1, n_threads):
-                    others.append(executor.submit(run, rank))
+                    others.append(executor.submit(part, rank))
         run(0)
-    except BaseException:
+    except BaseException:  # such as Ctrl-C, even before this thread has begun its part
         cancel()
         raise
     finally:
-        for other in others:
-            other.result()
+        wait(others)
+    for other in others:
+        other.result()
 
 
 @cache
