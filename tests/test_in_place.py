@@ -141,6 +141,12 @@ class TestWhereTheyAreUsed:
         venv = environments("box", 1, normalizes=False)
         assert written_by(make(venv, SquashedActorCriticPolicy)) is None
 
+    def test_not_for_policies_of_other_actions(self) -> None:
+        model = make(environments("box", 1, normalizes=False))
+        model.policy = make(environments("matrix", 1, normalizes=False)).policy
+        assert isinstance(model._current_engine(), NativeEngine)
+        assert written_by(model) is None
+
     @pytest.mark.parametrize("engine", ["autograd", "fused"])
     def test_not_for_other_engines(self, engine: str) -> None:
         assert written_by(make(environments("box", 1, normalizes=False), engine=engine)) is None
@@ -158,7 +164,13 @@ class TestWhereTheyAreUsed:
 
     @pytest.mark.parametrize("name", ["values", "log_probs", "dist_params", "actions"])
     @pytest.mark.parametrize(
-        "change", [lambda array: array.astype(np.float64), np.asfortranarray, lambda array: array[:-1]]
+        "change",
+        [
+            lambda array: array.astype(np.float64),
+            np.asfortranarray,
+            lambda array: array[:-1],
+            lambda array: np.broadcast_to(array, array.shape),  # read-only
+        ],
     )
     def test_not_for_arrays_that_kernels_cannot_write(self, name: str, change: Any) -> None:
         model = make(environments("box", 2, normalizes=False))

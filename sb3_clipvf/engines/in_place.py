@@ -111,12 +111,13 @@ def in_place(engine: Engine, buffer: Any, space: spaces.Space[Any]) -> InPlace |
     if isinstance(space, spaces.Box):
         if engine.policy.squash_output or space.dtype != np.float32:
             return None
+        if engine.policy.action_space.shape != space.shape:  # kernels would write beyond the actions
+            return None
         arrays.append(buffer.actions)
     cells = (buffer.buffer_size, buffer.n_envs)
     for array in arrays:
-        if type(array) is not np.ndarray or array.dtype != np.float32 or array.shape[:2] != cells:
-            return None
-        if not array.flags.c_contiguous:
+        is_float = type(array) is np.ndarray and array.dtype == np.float32
+        if not is_float or array.shape[:2] != cells or not array.flags.carray:
             return None
     return InPlace(engine, buffer, space)  # type: ignore[arg-type]
 
