@@ -111,6 +111,22 @@ def test_a_buffers_own_gae_is_kept() -> None:
 
 
 class TestActing:
+    def test_a_deep_copy_fills_its_own_arrays(self) -> None:
+        """Kernels find arrays by addresses, which a copy would share with the original."""
+        engine = NativeEngine(make_policy(), SETTINGS)
+        engine.begin_rollout(make_buffer(engine.policy))
+        obs = np.ones((4, 3), np.float32)
+        engine.act(obs, with_dist_params=True)
+        twin = copy.deepcopy(engine)
+        with th.no_grad():
+            for parameter in twin.policy.parameters():
+                parameter += 1.0
+        twin.begin_rollout(make_buffer(twin.policy))
+        acted = twin.act(obs, with_dist_params=True)
+        with th.no_grad():
+            expected = twin.policy.predict_values(th.as_tensor(obs)).numpy()
+        np.testing.assert_allclose(acted.values, expected, rtol=1e-5, atol=1e-6)
+
     @pytest.mark.parametrize("width", [1, 2, 4])
     def test_rows_of_another_width_are_refused(self, width: int) -> None:
         policy = make_policy()

@@ -189,7 +189,8 @@ class NativeEngine:
     def _bind(self) -> None:
         self._binding = bind(self.policy)
         plain, self._inputs = self._binding.plain, _kernel_policy(self._binding)
-        self._packed, self._divided = inputs.pack(self._inputs), None
+        # These hold addresses of arrays, so a deep copy of this engine, whose policy is another one, needs its own.
+        self._packed, self._divided, self._scratch = inputs.pack(self._inputs), None, None
         self._row_size = max(workspace_size(mlp.sizes) for mlp in (self._inputs.actor, self._inputs.critic))
         self._addresses = self._binding.table[:, memory.PARAM].tolist()
         self._parameters = [row[0] for row in self._binding.tensors]
