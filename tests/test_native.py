@@ -505,6 +505,27 @@ class TestUpdate:
         engine._threads.next = lambda: n_threads  # type: ignore[method-assign]
         assert engine.update(buffer, COEFFICIENTS).n_epochs == 3
 
+    @pytest.mark.parametrize("n_threads", [1, 2])
+    def test_ctrl_c_leaves_the_optimizer_with_the_steps_made(
+        self, n_threads: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Python raises it when the kernel returns, after all steps of the update."""
+        policy = make_policy()
+        buffer = filled(policy)
+        engine = NativeEngine(policy, SETTINGS)
+        kernel_cases.run_on(monkeypatch, n_threads)
+        run_update = entry.run_update
+
+        def interrupted(rank: int, *arguments: Any) -> None:
+            run_update(rank, *arguments)
+            if rank == 0:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(entry, "run_update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.update(buffer, COEFFICIENTS)
+        assert {float(state["step"]) for state in policy.optimizer.state.values()} == {6.0}
+
     @pytest.mark.parametrize("n_threads", [1, 2, 3])
     def test_updates_in_several_threads_of_one_process(self, n_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
         """Each has its own policy; they share numba's kernels, BLAS and the threads of updates."""

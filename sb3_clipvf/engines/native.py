@@ -254,17 +254,22 @@ class NativeEngine:
         hyper = hyperparameters_of(settings, coefficients, optimizer, n_made, buffer.advantages)
         random_state = np.random.get_state()
         permutations = _permutations(settings.n_epochs, len(rollout.returns))
-        totals, skipped_stats = self._run(rollout, hyper, permutations)
+        divided = self._divided_for(min(int(settings.batch_size), permutations.shape[1]))
+        shared = divided.shared()
+        totals = shared.totals
+        try:
+            self._run(divided, shared, rollout, hyper, permutations)
+        finally:  # also after Ctrl-C, the optimizer's state must count the steps made
+            write_steps(optimizer, self._parameters, n_made + int(totals[TOTAL.n_steps]))
         n_epochs = int(totals[TOTAL.n_epochs])
         if n_epochs < settings.n_epochs:
             # After an early stop, the generator must not have drawn permutations for the omitted epochs.
             np.random.set_state(random_state)
             _permutations(n_epochs, len(rollout.returns))
-        write_steps(optimizer, self._parameters, n_made + int(totals[TOTAL.n_steps]))
         skipped = None
         if totals[TOTAL.n_skipped]:
-            terms = statistics_of(skipped_stats, coefficients, measure_kl=True).terms(coefficients)
-            terms["grad_norm"] = math.sqrt(skipped_stats[STAT.squares])
+            terms = statistics_of(shared.skipped, coefficients, measure_kl=True).terms(coefficients)
+            terms["grad_norm"] = math.sqrt(shared.skipped[STAT.squares])
             skipped = self._skipped(buffer, permutations, int(totals[TOTAL.first_skipped]), terms)
             if settings.on_nonfinite == "raise" or not totals[TOTAL.n_minibatches]:
                 raise skipped
@@ -272,12 +277,16 @@ class NativeEngine:
         return record.statistics(self._kl_after(rollout) if settings.measure_kl_after else None)
 
     def _run(
-        self, rollout: inputs.Rollout, hyper: np.ndarray, permutations: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Run the epochs in kernels; return the totals, and the statistics of the first skipped minibatch."""
+        self,
+        divided: DividedPolicy,
+        shared: inputs.Shared,
+        rollout: inputs.Rollout,
+        hyper: np.ndarray,
+        permutations: np.ndarray,
+    ) -> None:
+        """Run the epochs in kernels, which fill the totals, and the statistics of the first skipped minibatch."""
         n_threads = self._threads.next()
-        divided = self._divided_for(min(int(self.settings.batch_size), permutations.shape[1]))
-        division, shared = divided.division, divided.shared()
+        division, totals = divided.division, shared.totals
         workspaces = [self._workspace(division.block_rows, rank) for rank in range(n_threads)]
 
         def run(rank: int) -> None:
@@ -292,9 +301,7 @@ class NativeEngine:
             started = time.perf_counter()
             run_on_threads(run, n_threads, cancel)
             seconds = time.perf_counter() - started
-        totals = shared.totals
         self._threads.record(seconds, int(totals[TOTAL.n_minibatches] + totals[TOTAL.n_skipped]))
-        return totals, shared.skipped
 
     def _skipped(
         self, buffer: Any, permutations: np.ndarray, number: int, terms: dict[str, float]
