@@ -94,17 +94,17 @@ class RolloutCollector(OnPolicyAlgorithm):
         # Making tensors takes longer than the policy's forward pass.
         makes_tensors = has_callback or not (stores_arrays and engine.acts_on_arrays)
         # Callbacks may change what they read before it is stored.
-        written = None if has_callback else in_place(engine, rollout_buffer, self.action_space)
+        writer = None if has_callback else in_place(engine, rollout_buffer, self.action_space)
 
         while n_steps < n_rollout_steps:
             self._renew_noise(env.num_envs, n_steps)
-            if written is None:
+            if writer is None:
                 obs_tensor = to_tensor(self._last_obs, self.device) if makes_tensors else None
                 acted = self._act(engine, obs_tensor, rollout_buffer, with_dist_params)
                 actions, values, log_probs, dist_params = acted.as_tensors() if makes_tensors else acted[:4]
                 clipped_actions = env_actions(self.policy, self.action_space, actions)
             else:
-                clipped_actions = self._act_in_place(written, rollout_buffer)
+                clipped_actions = self._act_in_place(writer, rollout_buffer)
             new_obs, rewards, dones, infos = check_step(env.step(clipped_actions))
             self.num_timesteps += env.num_envs
 
@@ -119,15 +119,15 @@ class RolloutCollector(OnPolicyAlgorithm):
             n_steps += 1
             bootstrapped = bootstrap_truncated(engine, rewards, dones, infos, self.gamma)
             if not is_finite(bootstrapped):
-                raise self._reward_error(bootstrapped, n_steps - 1, {**locals(), **(written.row() if written else {})})
-            if written is None:
+                raise self._reward_error(bootstrapped, n_steps - 1, {**locals(), **(writer.row() if writer else {})})
+            if writer is None:
                 with_dist_params = dist_params is not None
                 if isinstance(self.action_space, spaces.Discrete):
                     actions = actions.reshape(-1, 1)
                 row = (self._last_obs, actions, bootstrapped, self._last_episode_starts)
                 add_to_buffer(rollout_buffer, row, acted if stores_arrays else None, values, log_probs, dist_params)
             else:
-                written.add(self._last_obs, bootstrapped, self._last_episode_starts)
+                writer.add(self._last_obs, bootstrapped, self._last_episode_starts)
             self._last_obs = copy_of(new_obs)
             self._last_episode_starts = dones.copy()
 
@@ -198,11 +198,11 @@ class RolloutCollector(OnPolicyAlgorithm):
             self._omit_kl(rollout_buffer)
         return acted
 
-    def _act_in_place(self, written: InPlace, rollout_buffer: Any) -> np.ndarray:
+    def _act_in_place(self, writer: InPlace, rollout_buffer: Any) -> np.ndarray:
         """Let the policy act, as :meth:`_act` does, and return the actions for the environments."""
-        actions, finite = written.act(self._last_obs)
+        actions, finite = writer.act(self._last_obs)
         if not finite:
-            row = written.row()
+            row = writer.row()
             acted = Acted(row["actions"], row["values"], row["log_probs"], None)
             fault = act_fault(self.policy, self._last_obs, None, acted)
             raise self._act_error(cast(Fault, fault), rollout_buffer)
@@ -228,7 +228,7 @@ class RolloutCollector(OnPolicyAlgorithm):
         return values
 
     def _reward_error(self, bootstrapped: np.ndarray, step: int, arrays: dict[str, Any]) -> NonFiniteError:
-        """Return the error for non-finite rewards in a step, of which ``arrays`` holds the local variables."""
+        """Return the error for non-finite rewards of a step; ``arrays`` holds the loop's local variables."""
         fault = reward_fault(arrays["rewards"], bootstrapped, arrays["infos"])
         arrays |= {"observations": self._last_obs, "new_observations": arrays["new_obs"]}
         return step_error(self._fault_context(), fault, step, arrays)
