@@ -300,7 +300,7 @@ class TensorRolloutBuffer(BaseBuffer):
     def _to_flat(self, array: np.ndarray, dtype: Any = None) -> th.Tensor:
         rows: Any = array.reshape(self.buffer_size * self.n_envs, *array.shape[2:])
         with np.errstate(over="ignore"):  # the update reports numbers beyond float32
-            # torch reads no array with reversed bytes or strides, and warns of a read-only one.
+            # torch cannot read arrays with swapped bytes or negative strides, and warns of read-only ones.
             rows = np.require(rows, dtype or rows.dtype.newbyteorder("="), ["C", "A", "W"])
         return th.as_tensor(rows, device=self.device)
 

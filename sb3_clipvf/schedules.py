@@ -195,7 +195,8 @@ def is_known(schedule: Schedule) -> bool:
 def is_zero(schedule: Schedule | None) -> bool:
     """Return whether a schedule from :func:`make_schedule` is known to be 0 at any progress."""
     inner = _inner(schedule)
-    return type(inner) in (*_BY_PREFIX.values(), HostConstantSchedule) and inner(1.0) == 0  # multiples of the start
+    # The values of these types are multiples of the first one.
+    return type(inner) in (*_BY_PREFIX.values(), HostConstantSchedule) and inner(1.0) == 0
 
 
 def _inner(schedule: Schedule | None) -> Any:

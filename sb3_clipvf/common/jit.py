@@ -72,7 +72,7 @@ class _LinkedFunction(CPUDispatcher):
         self.overloads[tuple(result.signature.args)] = result._replace(entry_point=key)
 
     def get_call_template(self, args: Any, kws: Any) -> Any:
-        # numba would compile `f(x, 0)` apart from `f(x, i)`, with a type for the number 0.
+        # numba would compile `f(x, 0)` separately from `f(x, i)`, since literals have types of their own.
         general = [unliteral(arg) for arg in args]  # type: ignore[no-untyped-call]
         return super().get_call_template(general, kws)
 

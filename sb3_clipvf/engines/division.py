@@ -1,4 +1,4 @@
-"""How an update of the native engine is divided: minibatches into rows, parameters into pieces."""
+"""How an update of the native engine is divided: minibatches into groups of rows, parameters into pieces."""
 
 import numpy as np
 
@@ -8,22 +8,22 @@ from sb3_clipvf.engines.kernels.memory import GRAD, SIZE
 from sb3_clipvf.engines.kernels.totals import STAT, TOTAL
 
 MOST_GROUPS = 16
-"""Groups of rows of a minibatch; each network and group is a task for a thread."""
+"""Largest number of groups in a minibatch. A thread's task is the gradient of one network over one group."""
 
 LEAST_ROWS = 128
 """
-Rows of a group. For a minibatch of 256, two such groups can use four threads. On one thread and on two, they take 3 %
-longer than one group at widths of 256-256, and 9 to 20 % longer at 1024-1024.
+Smallest number of rows in a group. A minibatch of 256 then has two groups, which four threads can share. On one thread
+and on two, two groups take 3 % longer than one for networks of 256-256, and 9 to 20 % longer for 1024-1024.
 """
 
 LEAST_WORK = 8_000_000
-"""Rows x parameters of a group, some 0.5 ms, beside which the time in which threads wait for each other is short."""
+"""Smallest rows x parameters of a group: about 0.5 ms, much longer than threads take to wait for each other."""
 
 BLOCK_ROWS = 256
-"""Rows of a block. Matrix products take longer on fewer rows, and elementwise functions on more."""
+"""Rows of a block. Per row, matrix products take longer in smaller blocks, and elementwise functions in larger ones."""
 
 PIECE_SIZE = 8192
-"""Elements of a piece of the parameters."""
+"""Largest number of elements in a piece. A thread adds the gradients of whole pieces, and steps them."""
 
 _BYTES = 4  # of a float32
 
@@ -41,8 +41,8 @@ class DividedPolicy:
     """
     A policy's parameter tables, divided for minibatches of ``batch_size`` rows, and memory for the groups' gradients.
 
-    ``policies`` has the policy, packed, for each group, with the addresses of the group's gradients. Those of the
-    first group are the policy's own.
+    ``policies`` holds the packed policy once for each group, with the addresses of that group's gradients. The first
+    group has the policy's own.
     """
 
     def __init__(self, policy: inputs.Policy, batch_size: int) -> None:

@@ -1,4 +1,4 @@
-"""Acting straight into the arrays of a rollout buffer, without arrays of its own for every step."""
+"""Rollouts that kernels write into the buffer's arrays, without new arrays at each step."""
 
 from typing import Any, Protocol, cast
 
@@ -13,7 +13,7 @@ from sb3_clipvf.rollout import TensorRolloutBuffer
 
 
 class Target:
-    """Arrays ``(n_steps, n_envs, ...)`` that a kernel fills step by step, and what it needs to find them."""
+    """Arrays ``(n_steps, n_envs, ...)`` that a kernel fills step by step, and their addresses."""
 
     def __init__(
         self,
@@ -23,12 +23,12 @@ class Target:
         actions: np.ndarray | None = None,
         bounds: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
-        """Arrays are float32 and C-contiguous; actions are stored, and clipped to the bounds, if both are given."""
+        """All arrays are float32 and C-contiguous. If actions and bounds are given, actions are stored and clipped."""
         from sb3_clipvf.engines.kernels import acting  # imports numba, which takes half a second
 
         self.values, self.log_prob, self.dist_params = values, log_prob, dist_params
         self.shape = dist_params.shape  # (n_steps, n_envs, k)
-        self._kept = (actions, bounds)  # kernels know their addresses
+        self._kept = (actions, bounds)  # keeps them alive, since kernels know only their addresses
         self.packed = np.zeros(1 + acting.HIGH, np.int64)
         for index, array in ((acting.VALUES, values), (acting.LOG_PROB, log_prob), (acting.DIST_PARAMS, dist_params)):
             self.packed[index] = array.ctypes.data
@@ -43,7 +43,7 @@ class Target:
         if step >= n_steps or n_envs != n_rows or width not in (0, dist_param_dim):
             raise ValueError(
                 f"`step`, `n_envs` and `dist_param_dim` must fit arrays of shape {self.shape}, got {step}, {n_envs} "
-                f"and {dist_param_dim}. Do not change policy, buffer or number of environments while they step."
+                f"and {dist_param_dim}. Do not change the policy, the buffer or the environments during a rollout."
             )
 
 
@@ -54,8 +54,8 @@ class EngineInPlace(Engine, Protocol):
         """
         Sample an action for each environment, and fill a step of the target.
 
-        Return the actions, float32 ``(n_envs, action_dim)``, which are clipped if the target has bounds, and whether
-        observations, values and log-probabilities are finite.
+        Return the actions, float32 ``(n_envs, action_dim)``, and whether observations, values and log-probabilities are
+        finite. The actions are clipped if the target has bounds.
         """
 
 
@@ -63,12 +63,12 @@ class InPlace:
     """
     A rollout whose steps the engine writes into the buffer itself.
 
-    Values, log-probabilities and actions that callbacks read do not exist: it is for training without callbacks.
+    It serves training without callbacks: the values, log-probabilities and actions that these read do not exist.
     """
 
     def __init__(self, engine: EngineInPlace, buffer: TensorRolloutBuffer, space: spaces.Space[Any]) -> None:
         self._engine, self._buffer, self._space = engine, buffer, space
-        self._observations = cast(np.ndarray, buffer.observations)  # policies on dicts run on other engines
+        self._observations = cast(np.ndarray, buffer.observations)  # dict observations run on other engines
         bounds = None
         if isinstance(space, spaces.Box):
             bounds = (np.ascontiguousarray(space.low).reshape(-1), np.ascontiguousarray(space.high).reshape(-1))
@@ -77,7 +77,7 @@ class InPlace:
         self._target = Target(buffer.values, buffer.log_probs, buffer.dist_params, buffer.actions, bounds)
 
     def act(self, observations: Any) -> tuple[np.ndarray, bool]:
-        """Return the actions as environments take them, and whether observations, values and the rest are finite."""
+        """Return actions for the environments, and whether observations, values and log-probabilities are finite."""
         actions, is_finite = self._engine.act_into(self._target, self._buffer.pos, observations)
         if not self._clips:
             actions = to_action_space(actions, self._space)
@@ -104,7 +104,7 @@ class InPlace:
 
 
 def in_place(engine: Engine, buffer: Any, space: spaces.Space[Any]) -> InPlace | None:
-    """Return a rollout that the engine writes itself, or None where engine, buffer or actions need the usual way."""
+    """Return a rollout that the engine writes itself, or None if engine, buffer or actions do not allow it."""
     if not hasattr(engine, "act_into") or type(buffer) is not TensorRolloutBuffer or has_own_add(buffer):
         return None
     arrays = [buffer.values, buffer.log_probs, buffer.dist_params]

@@ -43,7 +43,7 @@ from sb3_clipvf.engines.threads import ThreadChoice, one_blas_thread, run_on_thr
 from sb3_clipvf.rollout import gae
 
 EVALUATION_ROWS = 1024
-"""Rows in a forward pass over a whole rollout."""
+"""Rows in each forward pass in which the KL over a rollout is measured."""
 
 UNSHARED_ROWS = 32
 """Rows of a forward pass that BLAS never splits among threads, with layers of usual widths."""
@@ -137,7 +137,7 @@ class NativeEngine:
         """
         Act as :meth:`act` does, and fill a step of the target, as :class:`.in_place.EngineInPlace` states.
 
-        Tensors of parameters that an environment replaces during the rollout take effect in the next one.
+        If an environment replaces a parameter's tensor during a rollout, it takes effect in the next one at the latest.
         """
         target.check(step, len(observations), self._dist_dim)
         return self._fill(target, step, observations)

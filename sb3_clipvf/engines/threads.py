@@ -1,4 +1,4 @@
-"""Threads of an update: the choice of their number, the threads, and the limit of BLAS's own."""
+"""Threads of an update: the choice of their number, a pool of them, and the limit on BLAS's threads."""
 
 import os
 import statistics
@@ -18,16 +18,16 @@ TRIALS = 3
 """Updates on each number of threads before the first choice, and the window of the medians that choices compare."""
 
 RETRY_INTERVAL = 50
-"""Interval, in updates, at which one runs on the slower number of threads: the machine's load may have changed."""
+"""Interval, in updates, at which one runs on a neighbouring number of threads: the machine's load may change."""
 
 
 class ThreadChoice:
     """
-    Choice of the recently fastest number of threads: powers of two, and the most that are useful.
+    Choice of the number of threads that was the fastest in recent updates.
 
-    There are at most ``n_tasks`` threads, and as many as torch and the process may use. The first choice compares the
-    most with the next smaller number. Later ones compare the present number with its neighbours, so that no update
-    runs on far fewer threads than the others.
+    It is a power of two, or the largest possible number: the smallest of ``n_tasks``, torch's threads and the cores
+    that the process may use. The first choice compares the largest number with the next smaller one. Later choices
+    compare the present number with its neighbours, so that no update runs on far fewer threads than the others.
     """
 
     def __init__(self, n_tasks: int) -> None:
@@ -154,8 +154,8 @@ def _controller() -> Any:
 
 one_blas_thread = ProcessWide(lambda: _controller().limit(limits=1, user_api="blas")).inside
 """
-Return a context in which matrix products run on the calling thread; those of minibatches are too small to split.
+Return a context in which each matrix product of BLAS runs on the thread that calls it.
 
-A single product that BLAS splits also leaves its threads spinning for some 30 ms, on the cores that the update and the
-environments need.
+Updates are divided among threads without BLAS. After each product that BLAS splits, its threads spin for about 30 ms,
+on cores that updates and environments need.
 """

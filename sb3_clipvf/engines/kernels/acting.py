@@ -18,8 +18,8 @@ from sb3_clipvf.engines.kernels.minibatch import is_finite
 from sb3_clipvf.engines.kernels.mlp import forward, layer
 
 # Entries of a target: addresses of float32 arrays `(n_steps, n_envs, ...)` that take a rollout's steps, the number of
-# parameters of a distribution, and addresses of the actions' bounds, `(action_dim,)`. Where that of the actions is 0,
-# neither are they stored nor clipped.
+# parameters of a distribution, and addresses of the actions' bounds, `(action_dim,)`. If the address of the actions is
+# 0, they are neither stored nor clipped.
 VALUES, LOG_PROB, DIST_PARAMS, DIST_WIDTH, ACTIONS, LOW, HIGH = range(7)
 
 
@@ -66,9 +66,9 @@ def act_into(
     workspace: np.ndarray, actions: np.ndarray,
 ) -> bool:  # fmt: skip
     """
-    Act as :func:`act` does, and write values and the rest to a row of the arrays whose addresses ``target`` holds.
+    Act as :func:`act` does, and write the results to row ``step`` of the arrays whose addresses ``target`` holds.
 
-    ``actions``, ``(n, action_dim)``, are those for the environments: clipped, if ``target`` holds bounds.
+    ``actions``, ``(n, action_dim)``, is filled with the actions for the environments, clipped if there are bounds.
     """
     n, k = actions.shape
     cells, width = 4 * n * step, target[DIST_WIDTH]

@@ -172,7 +172,7 @@ def gradients(
     Overwrite ``probs`` by the gradient of the loss (surrogate, entropy bonus, KL penalty) with respect to the outputs.
 
     Entropy and KL are means over the ``n`` rows of a minibatch, of which these are some or all. ``log_prob_gradient``,
-    a number a row, is the surrogate loss's. A Gaussian's gradient is added to ``log_std_gradient``. ``old`` and
+    one number per row, is the surrogate loss's. A Gaussian's gradient is added to ``log_std_gradient``. ``old`` and
     ``rows`` are those of :func:`kl_from_old`, not read where ``kl_coef`` is 0.
     """
     outputs, probs = dist.outputs, dist.probs
@@ -267,7 +267,7 @@ def _gaussian_gradients(
     dist: ActionDist, actions: np.ndarray, log_prob_gradient: np.ndarray, ent: float, beta: float,
     old: np.ndarray, rows: np.ndarray, log_std_gradient: np.ndarray,
 ) -> None:  # fmt: skip
-    """Overwrite the gradient of the means, and add that of ``log_std``; ``ent`` is the entropy's weight in a row."""
+    """Overwrite the gradient of the means, and add that of ``log_std``; ``ent`` is the entropy's weight per row."""
     outputs, log_std = dist.outputs, dist.log_std
     n, k = outputs.shape
     own = log_std.shape[0] > 1

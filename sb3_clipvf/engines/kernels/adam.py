@@ -33,7 +33,7 @@ def squared_norm(table: np.ndarray) -> float:
 @fast
 def add_groups(pieces: np.ndarray, first: int, last: int, partials: np.ndarray, squares: np.ndarray) -> None:
     """
-    Add gradients of groups of rows, in the order of groups, for some pieces, and fill the sums of their squares.
+    Add the gradients of all groups, in order, for pieces ``first`` to ``last - 1``; fill the sums of their squares.
 
     ``pieces`` is a parameter table cut into rows of limited size, whose gradients are those of the first group;
     ``partials``, shape ``(n_groups - 1, n_parameters)``, has those of the others, in the order of the table.
@@ -68,7 +68,7 @@ def adam_step(table: np.ndarray, factor: float, step: int, hyper: Hyperparameter
     """
     decoupled = hyper.decoupled != 0.0
     root = math.sqrt(1.0 - hyper.beta2**step)
-    # The factor 1 / root of the second moments' roots is in the other numbers, which saves a division per parameter.
+    # `step_size` and `eps` contain the second moment's bias correction, which saves a division per parameter.
     step_size, eps = F(hyper.learning_rate * root / (1.0 - hyper.beta1**step)), F(hyper.eps * root)
     scale, keep1, keep2, add2 = F(factor), F(1.0 - hyper.beta1), F(hyper.beta2), F(1.0 - hyper.beta2)
     shrink = F(1.0 - hyper.learning_rate * hyper.weight_decay) if decoupled else F(1)

@@ -124,7 +124,7 @@ def _bits_of_float(number: float) -> int:
 
 @fast
 def copy_rows(source: np.ndarray, target: np.ndarray) -> None:
-    """Copy an array of shape ``(n, k)``. Slice assignment takes 2 s more to compile: its error formats both shapes."""
+    """Copy an array of shape ``(n, k)``. Slice assignment takes 2 s more to compile, for its error message."""
     for i in range(source.shape[0]):
         for j in range(source.shape[1]):
             target[i, j] = source[i, j]

@@ -63,8 +63,8 @@ class Rollout(NamedTuple):
     """
     One rollout of ``n = n_steps * n_envs`` transitions, in rows that run step by step.
 
-    All arrays are float32 but for the observations, which are the bytes of an array of any type above: a copy of
-    uint8 as float32 would take four times the memory of the rollout.
+    All arrays are float32, except for the observations. These are the bytes of an array of one of the types above: a
+    copy of uint8 as float32 would take four times their memory.
     """
 
     observations: np.ndarray  # (n, bytes in a row), uint8
@@ -80,7 +80,7 @@ class Rollout(NamedTuple):
 
 
 class Division(NamedTuple):
-    """How a minibatch is divided: into groups of rows, which threads may have, and these into blocks."""
+    """How a minibatch is divided: into groups of rows, which threads share, and each group into blocks."""
 
     batch_size: int
     group_rows: int
@@ -92,7 +92,7 @@ class Shared(NamedTuple):
     """
     Arrays that the threads of an update share.
 
-    Where one index is the minibatch's number modulo 2, one thread may be a minibatch ahead of the other.
+    ``squares`` and ``stats`` have two rows, which minibatches use in turn: a thread may be one minibatch ahead.
     """
 
     pieces: np.ndarray  # table of all parameters, cut into rows of limited size

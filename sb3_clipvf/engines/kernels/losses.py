@@ -46,9 +46,9 @@ def surrogate_loss(
     """
     Return surrogate loss, share of clipped ratios, estimate k3 of the KL (nats), and largest ratio.
 
-    The first three are the part that these rows have in the means over the ``n`` rows of their minibatch. All arrays
-    have one number a row; log-probabilities are in nats, and an infinite ``clip_range`` does not clip. ``gradient`` is
-    filled with the loss's gradient with respect to ``log_prob``.
+    The first three are sums over these rows, divided by ``n``, the number of rows in the whole minibatch. All arrays
+    have one number per row. Log-probabilities are in nats, and an infinite ``clip_range`` does not clip. ``gradient``
+    is filled with the loss's gradient with respect to ``log_prob``.
     """
     weight = F(1.0 / n)
     low, high, eps = F(1.0 - clip_range), F(1.0 + clip_range), F(clip_range)
@@ -79,8 +79,8 @@ def value_loss(
     """
     Return the value loss, and the share of predictions that moved further than ``clip_range_vf``.
 
-    Both are the part that these rows have in the means over the ``n`` rows of their minibatch. All arrays have one
-    number a row, in return units. ``gradient`` is filled with ``vf_coef`` times the loss's gradient with respect to
+    Both are sums over these rows, divided by ``n``, the number of rows in the whole minibatch. All arrays have one
+    number per row, in return units. ``gradient`` is filled with ``vf_coef`` times the loss's gradient with respect to
     ``values``; the loss returned is without ``vf_coef``.
     """
     weight, bound = F(2.0 * vf_coef / n), F(clip_range_vf)

@@ -63,9 +63,9 @@ def value_gradient(
     gradient: np.ndarray, stats: np.ndarray,
 ) -> None:  # fmt: skip
     """
-    Fill ``gradient`` of the critic's loss with respect to the values, and add to ``stats``; arrays have a number a row.
+    Fill ``gradient`` of the critic's loss with respect to the values, and add to ``stats``.
 
-    The loss is a mean over the ``n`` rows of a minibatch, of which these are some or all.
+    The loss is a mean over the ``n`` rows of a minibatch, of which these are some or all. Arrays have a number per row.
     """
     form = int(hyper.value_form)
     loss, clipped = value_loss(values, old_values, returns, form, hyper.clip_range_vf, hyper.vf_coef, n, gradient)
@@ -75,7 +75,7 @@ def value_gradient(
 
 @fast
 def add_up(parts: np.ndarray, stats: np.ndarray) -> None:
-    """Fill the statistics of a minibatch with those of its parts, one row each, in their order."""
+    """Fill the statistics of a minibatch with the sums, or the largest ratio, of its parts, one row each, in order."""
     stats[:] = 0.0
     for part in range(parts.shape[0]):
         for k in range(stats.shape[0]):

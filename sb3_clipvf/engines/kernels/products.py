@@ -23,7 +23,7 @@ _ZERO_AND_ONE = np.array([0.0, 1.0], np.float32)
 
 @strict
 def multiply_transposed(a: np.ndarray, b: np.ndarray, product: np.ndarray, adds: bool) -> None:
-    """Compute ``a.T @ b``, or add it to ``product``; all are float32 and stand in memory row by row without gaps."""
+    """Compute ``a.T @ b``, or add it to ``product``; all arrays are float32 and C-contiguous."""
     n, n_rows = a.shape
     n_columns = b.shape[1]
     # Row by row, a matrix is its transpose column by column: product.T = b.T @ a.

@@ -2,8 +2,8 @@
 One update: all epochs of minibatches, on one thread or divided among several, with the same numbers.
 
 A minibatch is divided into groups of rows. A task is the gradient of one network over one group, and a thread has
-several tasks. Gradients and statistics of the groups are added in a fixed order. Inside a group, blocks of rows follow
-each other, since a smaller workspace stays in the processor's caches.
+one or more tasks. Gradients and statistics of the groups are added in a fixed order. Inside a group, blocks of rows run
+one after the other, since a smaller workspace stays in the processor's caches.
 
 Actor and critic share no parameters. On two threads, each has a network: only the joint gradient norm and ``target_kl``
 make them wait for each other. More threads also wait before gradients of groups are added, and after a step.
@@ -61,10 +61,9 @@ def run_update(
     """
     Run this thread's part of an update, in place on the policy.
 
-    ``policies`` has a row for each group, packed by :func:`.inputs.pack`; its gradients are where those of the group
-    are stored. ``permutations``, shape ``(n_epochs, n)``, are in SB3's numbering; a last minibatch may be shorter than
-    the others. Each thread has its own ``workspace``, for a block of rows and the larger network. Rank 0 fills
-    ``totals``.
+    ``policies`` has a row for each group: the policy, packed by :func:`.inputs.pack`, with the addresses of the group's
+    gradients. ``permutations``, shape ``(n_epochs, n)``, are in SB3's numbering. The last minibatch of an epoch may be
+    shorter. ``workspace`` is this thread's own, for a block of rows and the larger network. Rank 0 fills ``totals``.
     """
     n, batch_size = rollout.returns.shape[0], division.batch_size
     totals, counters = shared.totals, shared.counters
@@ -119,7 +118,7 @@ def run_update(
 
 @fast
 def _own_pieces(rank: int, n_threads: int, n_actor: int, n: int) -> tuple[int, int]:
-    """Return the first of the pieces that this thread adds up and steps, and the end of them."""
+    """Return the range of pieces, without its end, whose gradients this thread adds and whose parameters it steps."""
     if n_threads == 2:  # a network each
         return (0, n_actor) if rank == 0 else (n_actor, n)
     return rank * n // n_threads, (rank + 1) * n // n_threads

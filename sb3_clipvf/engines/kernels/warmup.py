@@ -49,7 +49,7 @@ def warm_up(group: str) -> float:
     note.daemon = True
     started = time.perf_counter()
     note.start()
-    # Compiling creates many objects. Garbage collections visit all objects of the process, a tenth of the time or more.
+    # Compiling creates many objects. Garbage collections would visit all of them, for a tenth of the time or more.
     collects = gc.isenabled()
     gc.disable()
     try:
