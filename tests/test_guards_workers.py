@@ -16,7 +16,7 @@ from failing import BrokenError, Call, Faulty, Step, broken, check_resumes, make
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
 from sb3_clipvf.checkpoint import TrainingCheckpoint
-from sb3_clipvf.guards.workers import WorkerDiedError, unblock_dead_workers
+from sb3_clipvf.guards.workers import WorkerDiedError, unblock_dead_workers, worker_death
 
 
 @contextlib.contextmanager
@@ -113,6 +113,14 @@ def test_processes_that_were_not_forked_are_not_watched(monkeypatch: pytest.Monk
     assert caught.value.exit_codes == {0: -9}
     assert "memory runs out" in str(caught.value)
     assert not any(process.is_alive() for process in venv.processes)
+
+
+def test_a_users_class_may_have_fewer_processes_than_environments() -> None:
+    venv = SubprocVecEnv([Faulty] * 2, start_method="fork")
+    venv.num_envs = 4  # two in each process
+    os.kill(venv.processes[1].pid, signal.SIGKILL)
+    error = worker_death(venv, EOFError())
+    assert error is not None and error.exit_codes == {1: -9}
 
 
 def test_the_error_of_a_dead_process_can_be_pickled() -> None:

@@ -77,7 +77,7 @@ def worker_death(venv: VecEnv, error: Exception) -> WorkerDiedError | None:
     deadline = time.monotonic() + GRACE
     while all(process.is_alive() for process in venv.processes) and time.monotonic() < deadline:
         time.sleep(0.01)
-    single = [range(row, row + 1) for row in range(venv.num_envs)]
+    single = [range(row, row + 1) for row in range(len(venv.processes))]  # a class of the user's may have fewer
     rows = venv.worker_rows if isinstance(venv, FastSubprocVecEnv) else single
     ended = [(part, process.exitcode) for part, process in zip(rows, venv.processes, strict=True)]
     ended = [(part, code) for part, code in ended if code is not None]
