@@ -42,7 +42,7 @@ def act(
     Draw an action for each of ``n`` observations, as :func:`draw` does, and fill ``values``, shape ``(n,)``.
 
     For gSDE ``noise`` holds the matrices of :func:`.gsde.noise_of`. Return whether observations, values and
-    log-probabilities are finite; activations may hide an observation's NaN.
+    log-probabilities are finite; an activation such as tanh may hide an infinite observation.
     """
     predict_values(policy, observations, workspace, values)
     n = observations.shape[0]
