@@ -23,7 +23,7 @@ from sb3_clipvf.common.messages import log, show_messages
 from sb3_clipvf.common.nonfinite import NonFiniteError, is_finite, observations_are_finite
 from sb3_clipvf.common.validation import check_int, same_spaces
 from sb3_clipvf.distributions import dist_param_dim
-from sb3_clipvf.engines.in_place import InPlace, env_actions, in_place
+from sb3_clipvf.engines.in_place import InPlace, env_actions, in_place, may_read_actions
 from sb3_clipvf.engines.interface import Acted, Engine
 from sb3_clipvf.engines.recognition import has_own_add
 from sb3_clipvf.envs.episode_ends import WAY_OUT, ended_unseen
@@ -90,11 +90,11 @@ class RolloutCollector(OnPolicyAlgorithm):
         check_step.observations(self._last_obs)
         engine = self._begin_rollout(env, callback, rollout_buffer, n_rollout_steps)
         stores_arrays = not has_own_add(rollout_buffer)
-        has_callback = not is_noop(callback)
+        has_callback, shows_actions = not is_noop(callback), may_read_actions(callback)
         # Making tensors takes longer than the policy's forward pass.
-        makes_tensors = has_callback or not (stores_arrays and engine.acts_on_arrays)
+        makes_tensors = shows_actions or not (stores_arrays and engine.acts_on_arrays)
         # Callbacks may change what they read before it is stored.
-        writer = None if has_callback else in_place(engine, rollout_buffer, self.action_space)
+        writer = None if shows_actions else in_place(engine, rollout_buffer, self.action_space)
 
         while n_steps < n_rollout_steps:
             self._renew_noise(env.num_envs, n_steps)

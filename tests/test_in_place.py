@@ -1,5 +1,9 @@
 """Rollouts that the native engine writes into the buffer itself: equality with the usual ones, and where they run."""
 
+import inspect
+import re
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -7,12 +11,24 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    CallbackList,
+    CheckpointCallback,
+    ConvertCallback,
+    EvalCallback,
+    EveryNTimesteps,
+    StopTrainingOnMaxEpisodes,
+    StopTrainingOnRewardThreshold,
+)
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_clipvf import ClipPPO, collection
-from sb3_clipvf.engines.in_place import InPlace, Target, in_place
+from sb3_clipvf.callbacks import IsolatedEvalCallback
+from sb3_clipvf.checkpoint.best_training import SaveBestTrainingReward
+from sb3_clipvf.checkpoint.training_checkpoint import TrainingCheckpoint
+from sb3_clipvf.engines.in_place import _CALLBACKS, InPlace, Target, in_place
 from sb3_clipvf.engines.native import NativeEngine
 from sb3_clipvf.envs.dummy import FastDummyVecEnv
 from sb3_clipvf.envs.normalize import FastVecNormalize
@@ -61,7 +77,7 @@ def make(venv: VecEnv, policy: Any = "MlpPolicy", **kwargs: Any) -> ClipPPO:
     return ClipPPO(policy, venv, policy_kwargs={"net_arch": [8]}, **arguments)
 
 
-def trained(monkeypatch: pytest.MonkeyPatch, model: ClipPPO, *, usual: bool) -> dict[str, Any]:
+def trained(monkeypatch: pytest.MonkeyPatch, model: ClipPPO, *, usual: bool, callback: Any = None) -> dict[str, Any]:
     """Return what training leaves, with the usual rollouts or those that the engine writes."""
     used = []
 
@@ -71,7 +87,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, model: ClipPPO, *, usual: bool) -> 
 
     monkeypatch.setattr(collection, "in_place", spy)
     n = model.n_steps * model.n_envs
-    model.learn(3 * n)
+    model.learn(3 * n, callback=callback)
     assert len(used) == 3 and all((written is None) == usual for written in used)
     buffer = model.rollout_buffer
     names = ("observations", "actions", "rewards", "episode_starts", "values", "log_probs", "dist_params", "returns")
@@ -109,6 +125,24 @@ def test_they_are_the_usual_ones_with_gsde(monkeypatch: pytest.MonkeyPatch, sde_
         np.testing.assert_array_equal(runs[1][name], wanted, err_msg=name)
 
 
+KNOWN_LOCALS = {"callback", "dones", "infos", "tb_log_name", "total_timesteps"}
+
+
+def known_callbacks(venv: VecEnv, folder: Path) -> dict[str, Any]:
+    """Callbacks that read no actions, one of each kind of nesting."""
+    return {
+        "function": ConvertCallback(None),
+        "evaluations": EvalCallback(venv, callback_on_new_best=StopTrainingOnRewardThreshold(1e9), eval_freq=10),
+        "isolated evaluations": IsolatedEvalCallback(venv, eval_freq=10, verbose=0),
+        "list": [
+            CallbackList([EveryNTimesteps(8, CheckpointCallback(8, str(folder / "zips")))]),
+            StopTrainingOnMaxEpisodes(1000),
+            SaveBestTrainingReward(folder / "best"),
+            TrainingCheckpoint(every_timesteps=20, path=folder / "checkpoints"),
+        ],
+    }
+
+
 class Nothing(BaseCallback):
     def _on_step(self) -> bool:
         return True
@@ -124,14 +158,46 @@ def written_by(model: ClipPPO) -> InPlace | None:
 
 
 class TestWhereTheyAreUsed:
-    def test_not_with_callbacks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("kind", ["subclass", "method", "function", "child", "grandchild"])
+    def test_not_with_callbacks_that_may_read_actions(self, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+        venv = environments("box", 1, normalizes=False)
+        changed = StopTrainingOnMaxEpisodes(1000)
+        vars(changed)["_on_step"] = lambda: True
+        callbacks: dict[str, Any] = {
+            "subclass": Nothing(),
+            "method": changed,
+            "function": lambda locals_, globals_: True,
+            "child": EvalCallback(venv, callback_on_new_best=Nothing()),
+            "grandchild": [EveryNTimesteps(8, CallbackList([Nothing()]))],
+        }
         calls = []
         monkeypatch.setattr(collection, "in_place", lambda *args: (calls.append(args), in_place(*args))[1])
-        model = make(environments("box", 1, normalizes=False))
-        model.learn(16, callback=Nothing())
+        model = make(venv)
+        model.learn(16, callback=callbacks[kind])
         assert calls == []
         model.learn(16)
         assert len(calls) == 1
+
+    @pytest.mark.parametrize("kind", ["function", "evaluations", "isolated evaluations", "list"])
+    def test_with_callbacks_that_read_no_actions(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+    ) -> None:
+        runs = []
+        for usual in (True, False):
+            callback = known_callbacks(environments("box", 1, normalizes=True), tmp_path / str(usual))[kind]
+            model = make(environments("box", 1, normalizes=True))
+            runs.append(trained(monkeypatch, model, usual=usual, callback=callback))
+        for name, wanted in runs[0].items():
+            np.testing.assert_array_equal(runs[1][name], wanted, err_msg=name)
+
+    @pytest.mark.parametrize("module", _CALLBACKS)
+    def test_known_callbacks_read_no_actions(self, module: str) -> None:
+        """If a class reads other local variables in a later version, it must leave the table."""
+        for name in _CALLBACKS[module].split():
+            cls = getattr(import_module(module), name)
+            source = "".join(inspect.getsource(base) for base in cls.__mro__ if base.__module__ != "builtins")
+            read = set(re.findall(r"self\.locals(?:\[|\.get\()[\"'](\w+)", source))
+            assert read <= KNOWN_LOCALS, name
 
     @pytest.mark.parametrize("actions", ["float64", "whole"])
     def test_not_for_boxes_of_other_numbers(self, actions: str) -> None:

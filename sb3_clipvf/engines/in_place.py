@@ -4,12 +4,25 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_clipvf.distributions import to_action_space
 from sb3_clipvf.engines.interface import Engine
 from sb3_clipvf.engines.recognition import has_own_add
 from sb3_clipvf.rollout import TensorRolloutBuffer
+
+_CALLBACKS = {
+    "stable_baselines3.common.callbacks": (
+        "CheckpointCallback EvalCallback EveryNTimesteps LogEveryNTimesteps ProgressBarCallback "
+        "StopTrainingOnMaxEpisodes StopTrainingOnNoModelImprovement StopTrainingOnRewardThreshold"
+    ),
+    "rl_zoo3.callbacks": "RawStatisticsCallback SaveVecNormalizeCallback TrialEvalCallback",
+    "sb3_clipvf.callbacks": "IsolatedEvalCallback",
+    "sb3_clipvf.checkpoint.best_training": "SaveBestTrainingReward",
+    "sb3_clipvf.checkpoint.training_checkpoint": "TrainingCheckpoint",
+}
+"""Callbacks that read no actions, values or log-probabilities of a step, by module."""
 
 
 class Target:
@@ -63,7 +76,7 @@ class InPlace:
     """
     A rollout whose steps the engine writes into the buffer itself.
 
-    It serves training without callbacks: the values, log-probabilities and actions that these read do not exist.
+    The local variables of actions, values and log-probabilities, which callbacks may read, do not exist.
     """
 
     def __init__(self, engine: EngineInPlace, buffer: TensorRolloutBuffer, space: spaces.Space[Any]) -> None:
@@ -120,6 +133,20 @@ def in_place(engine: Engine, buffer: Any, space: spaces.Space[Any]) -> InPlace |
         if not is_float or array.shape[:2] != cells or not array.flags.carray:
             return None
     return InPlace(engine, buffer, space)  # type: ignore[arg-type]
+
+
+def may_read_actions(callback: BaseCallback) -> bool:
+    """Return whether a callback may read actions, values or log-probabilities of a step, as any but known ones may."""
+    if type(callback) is CallbackList:
+        return any(map(may_read_actions, callback.callbacks))
+    if type(callback) is ConvertCallback:
+        return callback.callback is not None
+    cls = type(callback)
+    is_known = cls.__qualname__ in _CALLBACKS.get(cls.__module__, "").split()
+    if not is_known or any(name in vars(callback) for name in ("on_step", "_on_step", "update_locals")):
+        return True
+    children = (vars(callback).get(name) for name in ("callback", "callback_on_new_best"))
+    return any(may_read_actions(child) for child in children if child is not None)
 
 
 def env_actions(policy: ActorCriticPolicy, action_space: spaces.Space[Any], actions: np.ndarray) -> np.ndarray:
