@@ -29,12 +29,14 @@ from test_engines import BOX, OBS
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.common.nonfinite import BadMinibatchError
 from sb3_clipvf.distributions import dist_param_dim, dist_params
+from sb3_clipvf.engines import native
 from sb3_clipvf.engines.autograd import AutogradEngine, AutogradUpdate
 from sb3_clipvf.engines.fused import FusedEngine
 from sb3_clipvf.engines.in_place import in_place
 from sb3_clipvf.engines.kernels import entry
 from sb3_clipvf.engines.native import NativeEngine
 from sb3_clipvf.engines.recognition import UnsupportedError
+from sb3_clipvf.engines.threads import one_blas_thread
 from sb3_clipvf.rollout import TensorRolloutBuffer, gae
 
 ACTIONS: dict[str, spaces.Space[Any]] = {
@@ -111,6 +113,24 @@ def test_a_buffers_own_gae_is_kept() -> None:
 
 
 class TestActing:
+    @pytest.mark.parametrize(("net_arch", "n_envs", "limits"), [([256, 256], 8, True), ([64, 64], 8, False)])
+    def test_no_product_is_split_among_threads(
+        self, net_arch: list[int], n_envs: int, limits: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """BLAS's threads would spin for some 30 ms on the cores that the update needs."""
+        limited = []
+
+        def limit() -> Any:
+            limited.append(True)
+            return one_blas_thread()
+
+        monkeypatch.setattr(native, "one_blas_thread", limit)
+        engine = NativeEngine(make_policy(net_arch=net_arch), SETTINGS)
+        engine.begin_rollout(make_buffer(engine.policy, n_envs=n_envs))
+        engine.act(np.zeros((n_envs, 3), np.float32), with_dist_params=False)
+        engine.predict_values(th.zeros(n_envs, 3))
+        assert limited == [True] * (2 * limits)
+
     def test_a_deep_copy_fills_its_own_arrays(self) -> None:
         """Kernels find arrays by addresses, which a copy would share with the original."""
         engine = NativeEngine(make_policy(), SETTINGS)

@@ -45,8 +45,8 @@ from sb3_clipvf.rollout import gae
 EVALUATION_ROWS = 1024
 """Rows in each forward pass in which the KL over a rollout is measured."""
 
-UNSHARED_ROWS = 32
-"""Rows of a forward pass that BLAS never splits among threads, with layers of usual widths."""
+UNSHARED_WORK = 2**18
+"""Multiplications of a product that OpenBLAS, by its default, never splits among threads."""
 
 _ACTIVATIONS = {
     nn.Tanh: inputs.TANH,
@@ -147,7 +147,7 @@ class NativeEngine:
         n_envs = len(rows)
         actions = np.empty((n_envs, self._action_dim), np.float32)
         noise, workspace = self._noise_for(n_envs), self._workspace(n_envs)
-        with _blas_for(n_envs):
+        with _blas_for(n_envs * self._largest_layer):
             is_finite = entry.act_into(self._packed, target.packed, step, rows, noise, workspace, actions)
         return actions, is_finite
 
@@ -157,7 +157,7 @@ class NativeEngine:
         rows = self._rows(observations)
         n = len(rows)
         values = np.empty(n, np.float32)
-        with _blas_for(n):
+        with _blas_for(n * self._largest_layer):
             entry.predict_values(self._packed, rows, self._workspace(n), values)
         return th.from_numpy(values.reshape(-1, 1))
 
@@ -192,6 +192,7 @@ class NativeEngine:
         # These hold addresses of arrays, so a deep copy of this engine, whose policy is another one, needs its own.
         self._packed, self._divided, self._scratch = inputs.pack(self._inputs), None, None
         self._row_size = max(workspace_size(mlp.sizes) for mlp in (self._inputs.actor, self._inputs.critic))
+        self._largest_layer = max(layer.weight.numel() for layer in (*plain.actor, *plain.critic))
         self._addresses = self._binding.table[:, memory.PARAM].tolist()
         self._parameters = [row[0] for row in self._binding.tensors]
         self._memory = [parameter.data for parameter in self._parameters]  # keeps it alive if tensors are replaced
@@ -362,9 +363,9 @@ def _record(
     )
 
 
-def _blas_for(n: int) -> AbstractContextManager[None]:
-    # BLAS does not split products of so few rows, and limiting its threads takes longer than the product.
-    return nullcontext() if n <= UNSHARED_ROWS else one_blas_thread()
+def _blas_for(n_multiplications: int) -> AbstractContextManager[None]:
+    # For small products, limiting BLAS's threads takes longer than the product.
+    return nullcontext() if n_multiplications <= UNSHARED_WORK else one_blas_thread()
 
 
 def _exploration_matrices(dist: StateDependentNoiseDistribution, n_envs: int, latent_dim: int) -> np.ndarray:
