@@ -32,6 +32,18 @@ IMAGE = spaces.Box(0, 255, (8, 8, 3), np.uint8)
 MIXED = spaces.Dict({"b": BOX, "a": spaces.Box(-1, 1, (2, 2), np.float64), "kind": spaces.Discrete(4), "image": IMAGE})
 PICTURES = spaces.Dict({"box": BOX, "image": IMAGE})
 PAIR = spaces.Tuple((spaces.MultiBinary(3), BOX))
+SPACES = [
+    BOX,
+    spaces.Box(-1, 1, (2, 2), np.float64),
+    spaces.Box(-1, 1, (0,)),
+    IMAGE,
+    spaces.Discrete(5),
+    spaces.MultiDiscrete([2, 3]),
+    spaces.MultiBinary(4),
+    MIXED,
+    spaces.Dict({"only": BOX}),
+    PAIR,
+]
 
 Infos = Callable[[Any], dict[Any, Any]]
 
@@ -223,22 +235,7 @@ class TestEqualStreams:
             venv.seed(0)
         run_both(ours, theirs)
 
-    @pytest.mark.parametrize(
-        "space",
-        [
-            BOX,
-            spaces.Box(-1, 1, (2, 2), np.float64),
-            spaces.Box(-1, 1, (0,)),
-            IMAGE,
-            spaces.Discrete(5),
-            spaces.MultiDiscrete([2, 3]),
-            spaces.MultiBinary(4),
-            MIXED,
-            spaces.Dict({"only": BOX}),
-            PAIR,
-        ],
-        ids=str,
-    )
+    @pytest.mark.parametrize("space", SPACES, ids=str)
     def test_of_every_space(self, space: spaces.Space[Any]) -> None:
         run_both(*pair(lambda number: Scripted(number, space)))
 

@@ -20,7 +20,7 @@ from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
-from test_envs_dummy import BOX, IMAGE, MIXED, PAIR, Infos, Reusing, Scripted, plain, same, still_clock
+from test_envs_dummy import BOX, MIXED, PAIR, SPACES, Infos, Reusing, Scripted, plain, same, still_clock
 
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.envs import FastSubprocVecEnv, FastVecNormalize
@@ -100,20 +100,8 @@ class TestEqualStreams:
             venv.seed(0)
         run_both(ours, theirs)
 
-    @pytest.mark.parametrize(
-        "space",
-        [
-            BOX,
-            spaces.Box(-1, 1, (2, 2), np.float64),
-            IMAGE,
-            spaces.Discrete(5),
-            spaces.MultiDiscrete([2, 3]),
-            spaces.MultiBinary(4),
-            MIXED,
-            PAIR,
-        ],
-        ids=str,
-    )
+    # Copies of empty arrays have other strides.
+    @pytest.mark.parametrize("space", [space for space in SPACES if space.shape != (0,)], ids=str)
     def test_of_every_space(self, space: spaces.Space[Any]) -> None:
         run_both(*pair(lambda number: Scripted(number, space)))
 

@@ -267,10 +267,7 @@ class _Share(FastDummyVecEnv):
 
     def use(self, memory: _Memory, rows: range) -> dict[Any, np.ndarray]:
         """Put the buffers into these rows of the shared memory, and return its arrays."""
-        arrays = {
-            name: np.frombuffer(block, dtype, int(np.prod(shape))).reshape(shape)
-            for name, (block, shape, dtype) in memory.items()
-        }
+        arrays = {name: np.ndarray(shape, dtype, buffer=block) for name, (block, shape, dtype) in memory.items()}
         own = {name: array[rows.start : rows.stop] for name, array in arrays.items()}
         obs = OrderedDict((name[1], array) for name, array in own.items() if name[0] == "obs")
         kinds = [[(key, array.shape, array.dtype) for key, array in found.items()] for found in (obs, self.buf_obs)]
