@@ -19,7 +19,7 @@ BUILD_FILES := setup.cfg pyproject.toml constraints.txt
 
 export PYGAME_HIDE_SUPPORT_PROMPT := 1
 
-.PHONY: help train test check lint types docs bench bench-starts bench-growth bench-learning bench-curves bench-faults host-suite clean distclean
+.PHONY: help train test check lint types docs bench bench-starts bench-growth bench-learning bench-curves bench-experiments bench-faults host-suite clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -58,6 +58,9 @@ bench-learning: $(STAMP)-learning  ## train with the shipped settings and table 
 
 bench-curves: $(STAMP)-curves  ## compare training curves of the engines (hours; resumes if stopped)
 	$(BIN)/python -m tests.bench curves
+
+bench-experiments: $(STAMP)-test  ## compare settings in many environments, on many seeds (hours; resumes if stopped)
+	$(BIN)/python -m tests.bench experiments defaults --jobs 2
 
 bench-faults: $(STAMP)-test  ## kill trainings, damage files, pass random arguments (resumes if stopped)
 	$(BIN)/python -m tests.bench faults

@@ -241,7 +241,7 @@ def test_overview_and_unknown_benchmarks(capsys: pytest.CaptureFixture[str]) -> 
         assert "learning" in capsys.readouterr().out
     assert run_benchmark(["lerning"]) == 2
     assert (
-        "`benchmark` must be one of learning, curves, speed, growth, starts, faults, got 'lerning'"
+        "`benchmark` must be one of learning, curves, experiments, speed, growth, starts, faults, got 'lerning'"
         in capsys.readouterr().err
     )
     with pytest.raises(SystemExit, match="0"):

@@ -158,7 +158,7 @@ def test_commands_and_their_options_exist(command: list[str]) -> None:
 def test_benchmarks_and_their_options_exist(command: list[str]) -> None:
     name, *arguments = command
     assert name in BENCHMARKS
-    source = "".join(file.read_text(encoding="utf-8") for file in Path(bench.__file__).parent.glob("*.py"))
+    source = "".join(file.read_text(encoding="utf-8") for file in Path(bench.__file__).parent.rglob("*.py"))
     for option in (token for token in arguments if token.startswith("--")):
         assert f'"{option}"' in source, f"{name} has no option {option}"
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 BENCHMARKS = {
     "learning": "returns that ClipPPO reaches with the settings shipped",
     "curves": "training curves of the native engine and of the reference",
+    "experiments": "settings against each other in many environments, on many seeds",
     "speed": "steps a second of ClipPPO, SB3 and SBX on this machine",
     "growth": "how cost and memory grow with environments, networks, batches and rollouts",
     "starts": "seconds to the end of the first update, with and without compiled kernels",
@@ -17,7 +18,7 @@ BENCHMARKS = {
 
 def overview() -> str:
     """Return the text of ``--help``."""
-    lines = "".join(f"  {name:<10}{summary}\n" for name, summary in BENCHMARKS.items())
+    lines = "".join(f"  {name:<12}{summary}\n" for name, summary in BENCHMARKS.items())
     usage = "usage: python -m tests.bench <benchmark> [options]"
     return f"{usage}\n\n{lines}\nOptions of a benchmark: `python -m tests.bench <benchmark> --help`.\n"
 

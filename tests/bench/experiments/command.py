@@ -1,0 +1,158 @@
+"""The command of experiments: its options, the runs that are missing, and the progress."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tests.bench.command import at_least, sigterm_interrupts
+from tests.bench.experiments.executors import Executor, Finished, LocalExecutor
+from tests.bench.experiments.runs import LOG_FILE, RunSpec, check_folder
+from tests.bench.experiments.suite import Suite, read_suite, suite_names
+from tests.bench.experiments.tables import SuiteTable
+
+LOG_FOLDER = Path("logs/bench/experiments")
+RESULTS = Path("docs/results/experiments")
+_ABOUT = (
+    "Train all settings of a suite in all its environments, with many seeds. Stop it with Ctrl-C; the same command "
+    "resumes with what is missing, and with the checkpoints of interrupted runs."
+)
+
+
+class Campaign:
+    """
+    The runs of a suite that are missing, and the table that they are added to.
+
+    :param suite: the suite
+    :param table: results of the suite
+    :param log_folder: folder of the runs' own files
+    :param jobs: number of runs side by side, for the table and the time left
+    :raises ValueError: if the table or a run's folder holds something else, before anything runs
+    """
+
+    def __init__(self, suite: Suite, table: SuiteTable, log_folder: Path, jobs: int) -> None:
+        self._suite, self._table, self._jobs = suite, table, jobs
+        self.runs = suite.runs(log_folder)
+        table.check(self.runs)
+        self.todo = [(setting, spec) for setting, spec in self.runs if not table.is_done(setting, spec)]
+        for _, spec in self.todo:
+            check_folder(spec)
+        self.failed: dict[str, str] = {}  # label -> reason
+
+    def run(self, executor: Executor) -> None:
+        """Make the missing runs, and print a line for each."""
+        n_done = len(self.runs) - len(self.todo)
+        print(f"{len(self.todo)} runs to make, {n_done} are done already; {self._time_left()}", flush=True)
+        setting_of = {spec.folder: setting for setting, spec in self.todo}
+        started, n_steps, n_ended = time.perf_counter(), 0, 0
+        with contextlib.closing(executor.run([spec for _, spec in self.todo])) as ended:
+            for finished in ended:
+                spec, n_ended = finished.spec, n_ended + 1
+                self.todo = [(setting, other) for setting, other in self.todo if other.folder != spec.folder]
+                if finished.record is None:
+                    self.failed[spec.label] = finished.error
+                else:
+                    self._table.add(setting_of[spec.folder], spec, finished.record, self._jobs)
+                    n_steps += spec.n_timesteps
+                speed = n_steps / max(time.perf_counter() - started, 1e-9)
+                place = f"[{n_done + n_ended:>{len(str(len(self.runs)))}}/{len(self.runs)}]"
+                print(f"{place} {_summary(finished)} | {speed:,.0f} steps/s, {self._time_left()}", flush=True)
+
+    def listed(self) -> str:
+        """Return a line for each environment and setting: the steps, and how many seeds are done."""
+        lines = []
+        for environment in self._suite.environments:
+            for setting in self._suite.settings:
+                specs = [s for name, s in self.runs if name == setting and s.env_id == environment.env_id]
+                n_done = sum(self._table.is_done(setting, spec) for spec in specs)
+                steps = f"{environment.n_timesteps:>9,} steps"
+                lines.append(f"{environment.env_id:<26} {setting:<22} {steps}  {n_done} of {len(specs)} seeds done\n")
+        return "".join(lines) + f"{len(self.todo)} of {len(self.runs)} runs to make; {self._time_left()}"
+
+    def _time_left(self) -> str:
+        seconds = seconds_left([spec for _, spec in self.todo], self._table.rows, self._jobs)
+        if seconds is None:
+            return "time left is not known yet"
+        hours, minutes = divmod(round(seconds / 60), 60)
+        return f"about {hours} h {minutes:02} min left"
+
+
+def seconds_left(todo: Sequence[RunSpec], rows: Sequence[Mapping[str, str]], jobs: int) -> float | None:
+    """
+    Return an estimate of the time for the runs to make, or None without a finished run.
+
+    A run is as fast as the finished ones of its environment, or as all if there are none.
+    """
+    totals: dict[str, tuple[float, float]] = {}
+    for row in rows:
+        if row["run_seconds"]:
+            for name in (row["env"], ""):
+                seconds, steps = totals.get(name, (0.0, 0.0))
+                totals[name] = (seconds + float(row["run_seconds"]), steps + float(row["steps"]))
+    if not totals:
+        return 0.0 if not todo else None
+    left = 0.0
+    for spec in todo:
+        seconds, steps = totals.get(spec.env_id, totals[""])
+        left += spec.n_timesteps * seconds / steps
+    return left / jobs
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a suite, and return the exit code: 0, 1 after failures, 130 after an interruption."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        suite = read_suite(args.suite).only(args.envs, args.settings)
+        suite = suite.quick() if args.quick else suite
+        suite.check_settings()
+        table = SuiteTable(args.out or (args.log_folder / "results" if args.quick else RESULTS), suite.name)
+        campaign = Campaign(suite, table, args.log_folder.absolute(), args.jobs)
+    except (ImportError, TypeError, ValueError) as error:
+        parser.error(str(error))
+    if args.list:
+        print(campaign.listed(), flush=True)
+        return 0
+    try:
+        with sigterm_interrupts():  # otherwise the processes that it started would outlive it
+            campaign.run(LocalExecutor(args.jobs))
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command resumes with what is missing.", flush=True)
+        return 130
+    print(f"Results: {table.path}", flush=True)
+    if campaign.failed:
+        reasons = "".join(f"\n  {label}: {reason}" for label, reason in campaign.failed.items())
+        print(
+            f"Failed:{reasons}\nThe tracebacks are in {LOG_FILE} of each run. The same command tries again.", flush=True
+        )
+    return 1 if campaign.failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench experiments", description=_ABOUT)
+    about = f"{', '.join(suite_names())}, or a .yml file of your own"
+    parser.add_argument("suite", help=about)
+    parser.add_argument(
+        "--quick", action="store_true", help="a minute of the suite, to try it; results in --log-folder"
+    )
+    parser.add_argument("--envs", nargs="+", metavar="ENV", help="these environments only (default: all)")
+    parser.add_argument("--settings", nargs="+", metavar="NAME", help="these settings only (default: all)")
+    parser.add_argument("--list", action="store_true", help="list what is done and what is to make, and run nothing")
+    about = "runs side by side, at most the number of cores (default: %(default)s)"
+    parser.add_argument("--jobs", type=at_least(1), default=1, help=about)
+    parser.add_argument("--out", type=Path, help=f"folder of results (default: {RESULTS})")
+    parser.add_argument("--log-folder", type=Path, default=LOG_FOLDER, help="(default: %(default)s)")
+    return parser
+
+
+def _summary(finished: Finished) -> str:
+    label, seconds = finished.spec.label, f"{finished.seconds:,.0f} s"
+    if finished.record is None:
+        return f"{label}: FAILED, {finished.error}; {seconds}"
+    scores = finished.record.scores
+    named = {"last 100 episodes": "last_return", "training": "mean_return", "evaluation": "evaluation_mean"}
+    known = [f"{name} {scores[key]:.1f}" for name, key in named.items() if scores.get(key) is not None]
+    return f"{label}: {', '.join(known) or 'no episode ended'}; {seconds}"

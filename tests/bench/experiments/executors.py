@@ -1,0 +1,120 @@
+"""Who makes runs: processes of this machine, a given number at a time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Protocol
+
+from tests.bench.experiments.runs import LOG_FILE, RECORD_FILE, Record, RunSpec, prepare_folder
+from tests.bench.results import clone_environment
+
+# Makes the run of the folder that follows it. Tests replace this by a quick command.
+RUN_COMMAND: tuple[str, ...] = (sys.executable, "-m", "tests.bench.experiments.runs")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that ended: its record, or else the reason of its failure; and the seconds that it took."""
+
+    spec: RunSpec
+    record: Record | None
+    error: str
+    seconds: float
+
+
+class Executor(Protocol):
+    """
+    Makes runs.
+
+    ``train_and_measure(spec)`` in :mod:`tests.bench.experiments.runs` depends on nothing but its argument, which can be
+    pickled. An executor calls it in a process of its own for each run, here or on another machine.
+    """
+
+    def run(self, specs: Sequence[RunSpec]) -> Generator[Finished, None, None]:
+        """Make the runs, begin them in this order, and yield each when it ends. A failed run does not end others."""
+
+
+class LocalExecutor:
+    """Makes runs on this machine, ``jobs`` of them side by side."""
+
+    def __init__(self, jobs: int) -> None:
+        self._jobs = jobs
+        self._stop = threading.Event()
+        self._processes: set[subprocess.Popen[bytes]] = set()
+
+    def run(self, specs: Sequence[RunSpec]) -> Generator[Finished, None, None]:
+        """Make the runs. Closing the iterator, and an interruption, end those that have begun; they can be resumed."""
+        with ThreadPoolExecutor(self._jobs) as pool:
+            futures = [pool.submit(self._run_one, spec) for spec in specs]
+            try:
+                for future in as_completed(futures):
+                    finished = future.result()
+                    if finished is not None:
+                        yield finished
+            except BaseException:
+                self._stop.set()
+                for process in list(self._processes):
+                    process.terminate()
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _run_one(self, spec: RunSpec) -> Finished | None:
+        if self._stop.is_set():
+            return None
+        started = time.perf_counter()
+        record, error = None, ""
+        try:
+            record = self._record(spec)
+        except (OSError, ValueError) as reason:
+            if self._stop.is_set():
+                return None
+            error = str(reason)
+        return Finished(spec, record, error, time.perf_counter() - started)
+
+    def _record(self, spec: RunSpec) -> Record:
+        prepare_folder(spec)
+        path, log_path = spec.folder / RECORD_FILE, spec.folder / LOG_FILE
+        if not path.exists():
+            # Earlier tracebacks stay.
+            with log_path.open("ab") as log:
+                written = log.tell()
+                code = self._process(spec, log)
+            if code != 0:
+                raise ValueError(f"{_last_line(log_path, written)} (code {code}), see {log_path}")
+        return Record.read(path)
+
+    def _process(self, spec: RunSpec, log: IO[bytes]) -> int:
+        # One thread for numerical libraries: two runs of several threads each would compete for the cores. Errors of
+        # the settings keep their traceback, too.
+        environment = clone_environment() | {"OMP_NUM_THREADS": "1", "SB3_CLIPVF_TRACEBACK": "1"}
+        # In a session of its own, so that Ctrl-C reaches this process alone, which then ends the run by SIGTERM: that
+        # writes a last checkpoint.
+        process = subprocess.Popen(
+            [*RUN_COMMAND, os.fspath(spec.folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
+        )
+        self._processes.add(process)
+        try:
+            if self._stop.is_set():  # set between the earlier check and the process's start
+                process.terminate()
+            return process.wait()
+        finally:
+            self._processes.discard(process)
+
+
+def _last_line(log_path: Path, start: int) -> str:
+    """Return the last line of a log behind a byte, which is that of a traceback if there is one."""
+    text = log_path.read_bytes()[start:].decode(errors="replace").strip()
+    return text.splitlines()[-1].strip() if text else "the process ended without a message"

@@ -1,0 +1,159 @@
+"""Results of a suite: one CSV of all runs, and a compressed CSV of each run's episodes."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sb3_clipvf.files.atomic import atomic_write
+from tests.bench.experiments.runs import MORE_PACKAGES, Record, RunSpec, differing, this_machine
+from tests.bench.results import write_text
+
+_SCORES = (
+    "last_return",
+    "mean_return",
+    "evaluation_mean",
+    "evaluation_std",
+    "n_episodes",
+    "num_timesteps",
+    "seconds",
+    "run_seconds",
+)
+_IDENTITY = ("env", "setting", "seed")
+# The same columns on every machine; a package that is not installed has an empty cell.
+_VERSIONS = (
+    "python",
+    "sb3_clipvf",
+    "stable_baselines3",
+    "rl_zoo3",
+    "gymnasium",
+    "torch",
+    "numpy",
+    *MORE_PACKAGES,
+)
+_COLUMNS = (
+    "suite",
+    *_IDENTITY,
+    "steps",
+    *_SCORES,
+    "digest",
+    "jobs",
+    "cpu",
+    "cores",
+    *(f"{n}_version" for n in _VERSIONS),
+)
+
+
+class SuiteTable:
+    """
+    The runs of a suite in ``<folder>/<suite>.csv``, with their episodes in ``<folder>/<suite>/<env>/<setting>/``.
+
+    :param folder: folder of all suites' results
+    :param suite: name of the suite
+    :raises ValueError: if the file holds something else
+    """
+
+    def __init__(self, folder: Path, suite: str) -> None:
+        self.path, self._suite = folder / f"{suite}.csv", suite
+        self.rows = self._read()
+
+    def episodes_path(self, setting: str, spec: RunSpec) -> Path:
+        """Return the file of a run's episodes."""
+        return self.path.with_suffix("") / spec.env_id / setting / f"{spec.seed}.csv.gz"
+
+    def check(self, runs: Iterable[tuple[str, RunSpec]]) -> None:
+        """
+        Check that the rows were made with today's versions, and with the settings of the runs that they stand for.
+
+        :raises ValueError: with the first difference
+        """
+        way_out = "Move it away, or name another folder with `--out`."
+        for row in self.rows:
+            difference = differing(_versions(row), _versions(_where_made(this_machine())))
+            if difference:
+                raise ValueError(f"{self.path} must hold runs of one set of versions, but has {difference}. {way_out}")
+        for setting, spec in runs:
+            found = self.find(setting, spec)
+            if found is not None and found["digest"] != spec.digest():
+                raise ValueError(
+                    f"{self.path} must hold runs of the suite's settings, but {spec.label} was made with others "
+                    f"({found['digest']}, now {spec.digest()}). {way_out}"
+                )
+
+    def find(self, setting: str, spec: RunSpec) -> dict[str, str] | None:
+        """Return the row of a run, or None."""
+        key = (spec.env_id, setting, str(spec.seed))
+        return next((row for row in self.rows if _key(row) == key), None)
+
+    def is_done(self, setting: str, spec: RunSpec) -> bool:
+        """Return whether the run has its row and its file of episodes."""
+        return self.find(setting, spec) is not None and self.episodes_path(setting, spec).exists()
+
+    def add(self, setting: str, spec: RunSpec, record: Record, jobs: int) -> None:
+        """Write the run's episodes, then its row, replacing an earlier one."""
+        path = self.episodes_path(setting, spec)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        columns = record.episodes
+        with atomic_write(path) as file:
+            # The same episodes make the same bytes.
+            with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as packed:
+                packed.write(_csv_text(list(columns), zip(*columns.values(), strict=True)).encode())
+        row = {
+            "suite": self._suite,
+            "env": spec.env_id,
+            "setting": setting,
+            "seed": str(spec.seed),
+            "steps": str(spec.n_timesteps),
+            **{name: _text(record.scores.get(name)) for name in _SCORES},
+            "digest": spec.digest(),
+            "jobs": str(jobs),
+            **_where_made(record.machine),
+        }
+        # Read again: another command may have added to the file since.
+        others = [other for other in self._read() if _key(other) != _key(row)]
+        self.rows = sorted([*others, row], key=lambda one: (one["env"], one["setting"], int(one["seed"])))
+        write_text(self.path, _csv_text(_COLUMNS, ([one[name] for name in _COLUMNS] for one in self.rows)))
+
+    def _read(self) -> list[dict[str, str]]:
+        if not self.path.exists():
+            return []
+        reader = csv.DictReader(self.path.read_text(encoding="utf-8", errors="replace").splitlines(), strict=True)
+        rows = list(reader)
+        if tuple(reader.fieldnames or ()) != _COLUMNS or any(None in (*row, *row.values()) for row in rows):
+            raise ValueError(
+                f"`--out` must be a folder of results of suites, but {self.path} has other columns. Move it away, or "
+                "name another folder."
+            )
+        return rows
+
+
+def _where_made(found: Mapping[str, Any]) -> dict[str, str]:
+    """Return processor, cores and versions as columns."""
+    versions = {f"{name}_version": found["versions"].get(name, "") for name in _VERSIONS}
+    return {"cpu": found["cpu"], "cores": str(found["cores"]), **versions}
+
+
+def _versions(row: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in row.items() if name.endswith("_version")}
+
+
+def _key(row: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(row[name] for name in _IDENTITY)
+
+
+def _csv_text(header: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)  # None is an empty cell
+    return text.getvalue()
+
+
+def _text(value: float | None) -> str:
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, int) else f"{value:.6g}"

@@ -1,0 +1,385 @@
+"""``python -m tests.bench experiments``: suites, their order and rules, campaigns, tables and the command."""
+
+import csv
+import gzip
+import json
+import pickle
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from test_bench_experiments_runs import MAKE, TINY, record_of, run_with, spec_of
+
+from tests.bench.experiments import main, runs
+from tests.bench.experiments.command import Campaign, seconds_left
+from tests.bench.experiments.executors import Finished
+from tests.bench.experiments.runs import Record, RunSpec, check_folder, prepare_folder, this_machine
+from tests.bench.experiments.suite import Suite, read_suite, suite_names
+from tests.bench.experiments.tables import SuiteTable
+
+CONTENT: dict[str, Any] = {
+    "kind": "report",
+    "first_seed": 1000,
+    "evaluation_episodes": 2,
+    "settings": {"constant": {"clip_range": 0.2}, "annealed": {"clip_range": "lin_0.2"}},
+    "environments": {
+        "CartPole-v1": {"steps": 64, "seeds": 2, "settings": TINY},
+        "Pendulum-v1": {"steps": 96, "seeds": 1, "vec_env": "gymnasium"},
+    },
+}
+
+
+def suite_file(folder: Path, changes: Callable[[dict[str, Any]], None] | None = None) -> str:
+    content = json.loads(json.dumps(CONTENT))
+    if changes is not None:
+        changes(content)
+    path = folder / "small.yml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return str(path)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Suite:
+    return read_suite(suite_file(tmp_path))
+
+
+class FakeExecutor:
+    """Calls a function in place of the run, in this process."""
+
+    def __init__(self, run: Callable[[RunSpec], Record]) -> None:
+        self.made: list[str] = []
+        self._run = run
+
+    def run(self, specs: Sequence[RunSpec]) -> Generator[Finished, None, None]:
+        for spec in specs:
+            self.made.append(spec.label)
+            try:
+                yield Finished(spec, self._run(spec), "", 1.0)
+            except ValueError as error:
+                yield Finished(spec, None, str(error), 1.0)
+
+
+def campaign(suite: Suite, folder: Path) -> Campaign:
+    return Campaign(suite, SuiteTable(folder / "results", suite.name), folder / "logs", 1)
+
+
+# --- suites
+
+
+def test_suite_of_the_defaults_compares_four_settings_in_thirteen_environments(tmp_path: Path) -> None:
+    suite = read_suite("defaults")
+    specs = [spec for _, spec in suite.runs(tmp_path)]
+    assert len(specs) == 4 * (6 * 10 + 7 * 5)
+    # Each setting in each environment once, before any a second time.
+    assert {spec.seed for spec in specs[: 4 * 13]} == {1000}
+    assert len({(spec.env_id, spec.folder.parent.name) for spec in specs[: 4 * 13]}) == 4 * 13
+    assert {spec.seed for spec in specs} == set(range(1000, 1010))
+    assert {spec.n_timesteps for spec in specs if spec.env_id.endswith("-v5")} == {500_000}
+    suite.check_settings()
+
+
+def test_constant_setting_of_the_defaults_is_sb3s(tmp_path: Path) -> None:
+    (spec,) = [
+        s for n, s in read_suite("defaults").runs(tmp_path) if (s.env_id, s.seed, n) == ("Hopper-v5", 1000, "constant")
+    ]
+    assert spec.hyperparams == {
+        "policy": "MlpPolicy",
+        "n_timesteps": 500_000,
+        "normalize": True,
+        "clip_range": 0.2,
+        "clip_range_vf": None,
+    }
+
+
+def test_runs_go_seed_by_seed_over_environments_and_settings(small: Suite, tmp_path: Path) -> None:
+    found = small.runs(tmp_path)
+    assert [(spec.env_id, setting, spec.seed) for setting, spec in found] == [
+        ("CartPole-v1", "constant", 1000),
+        ("CartPole-v1", "annealed", 1000),
+        ("Pendulum-v1", "constant", 1000),
+        ("Pendulum-v1", "annealed", 1000),
+        ("CartPole-v1", "constant", 1001),
+        ("CartPole-v1", "annealed", 1001),
+    ]
+    setting, spec = found[1]
+    assert spec.folder == tmp_path / "small" / "CartPole-v1" / "annealed" / "seed_1000"
+    assert spec.hyperparams == {"policy": "MlpPolicy", "n_timesteps": 64, **TINY, "clip_range": "lin_0.2"}
+    assert (spec.n_timesteps, spec.vec_env, spec.n_eval_episodes) == (64, "dummy", 2)
+    assert found[2][1].vec_env == "gymnasium"
+    assert pickle.loads(pickle.dumps(spec)) == spec  # for executors on other machines
+
+
+def test_some_environments_and_settings_and_a_quick_suite(small: Suite, tmp_path: Path) -> None:
+    some = small.only(["Pendulum-v1"], ["annealed"])
+    assert [(spec.env_id, setting) for setting, spec in some.runs(tmp_path)] == [("Pendulum-v1", "annealed")]
+    quick = read_suite("defaults").quick()
+    specs = [spec for _, spec in quick.runs(tmp_path)]
+    assert quick.name == "defaults-quick"
+    assert {(spec.env_id, spec.seed, spec.n_timesteps, spec.n_eval_episodes) for spec in specs} == {
+        ("CartPole-v1", 1000, 4096, 2),
+        ("MountainCarContinuous-v0", 1000, 4096, 2),
+    }
+
+
+def drop(key: str) -> Callable[[dict[str, Any]], None]:
+    return lambda content: content.pop(key)
+
+
+def put(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda content: content.__setitem__(key, value)
+
+
+def in_cartpole(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda content: content["environments"]["CartPole-v1"].__setitem__(key, value)
+
+
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        (put("kind", "final"), "`kind` must be tune or report, got 'final'"),
+        (put("first_seed", 999), "seeds of a suite of kind report must be from 1000, got 999"),
+        (put("kind", "tune"), "seeds of a suite of kind tune must be 0 to 999, got 1000"),
+        (drop("settings"), "`suite` must have the entry `settings`, got none"),
+        (put("settings", {}), "`settings` must have at least one entry"),
+        (put("settings", {"a/b": {}}), "a name must consist of letters.*got 'a/b'"),
+        (put("settings", {"a": 3}), "`settings.a` must be a dict of settings, got 3"),
+        (put("setings", {}), "`suite` must name what there is, got 'setings'. Did you mean settings?"),
+        (put("environments", []), "`environments` of `suite` must be of type dict"),
+        (put("evaluation_episodes", 0), "`evaluation_episodes` must be at least 1, got 0"),
+        (in_cartpole("steps", "1e5"), "`steps` of `environments.CartPole-v1` must be of type int, got '1e5'"),
+        (in_cartpole("steps", True), "`steps` of `environments.CartPole-v1` must be of type int, got True"),
+        (in_cartpole("seeds", 0), "`environments.CartPole-v1.seeds` must be at least 1"),
+        (in_cartpole("vec_env", "pool"), "`environments.CartPole-v1.vec_env` must name what there is, got 'pool'"),
+        (put("environments", {"CartPole-v1": None}), "`environments.CartPole-v1` must be a dict of steps"),
+    ],
+)
+def test_bad_suites_are_refused(tmp_path: Path, changes: Callable[[dict[str, Any]], None], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        read_suite(suite_file(tmp_path, changes))
+
+
+def test_seeds_for_tuning_end_below_those_for_reporting(tmp_path: Path) -> None:
+    def tune(content: dict[str, Any]) -> None:
+        content["kind"], content["first_seed"] = "tune", 998
+
+    assert len(read_suite(suite_file(tmp_path, tune)).runs(tmp_path)) == 6  # seeds 998 and 999
+    with pytest.raises(ValueError, match="must be 0 to 999, got 1000"):
+        read_suite(suite_file(tmp_path, lambda content: (tune(content), in_cartpole("seeds", 3)(content))[0]))
+
+
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        (
+            lambda c: c["environments"].update({"CartPole-v7": {"steps": 5, "seeds": 1}}),
+            "got 'CartPole-v7'. Did you mean",
+        ),
+        (lambda c: c["settings"].update(bad={"clip_rnge": 0.1}), "`clip_rnge` must be an argument of ClipPPO"),
+    ],
+)
+def test_unknown_environments_and_keys_are_refused_before_the_first_run(
+    tmp_path: Path, changes: Callable[[dict[str, Any]], None], match: str
+) -> None:
+    with pytest.raises(ValueError, match=match):
+        read_suite(suite_file(tmp_path, changes)).check_settings()
+
+
+# --- campaign
+
+
+def test_runs_are_made_in_order_and_written(small: Suite, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    executor = FakeExecutor(lambda spec: record_of(float(spec.seed)))
+    campaign(small, tmp_path).run(executor)
+    assert executor.made == [spec.label for _, spec in small.runs(tmp_path)]
+    with (tmp_path / "results" / "small.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["env"], row["setting"], row["seed"]) for row in rows][:2] == [
+        ("CartPole-v1", "annealed", "1000"),
+        ("CartPole-v1", "annealed", "1001"),
+    ]
+    row = rows[1]
+    assert (row["suite"], row["steps"], row["last_return"], row["evaluation_mean"]) == ("small", "64", "1001", "2002")
+    assert (row["mean_return"], row["num_timesteps"], row["jobs"]) == ("", "64", "1")
+    assert row["numpy_version"] == np.__version__ and row["cpu"]
+    packed = (tmp_path / "results" / "small" / "CartPole-v1" / "annealed" / "1001.csv.gz").read_bytes()
+    assert gzip.decompress(packed).decode() == "step,return,episodes,seconds\n10,1.5,1,0.5\n20,2.0,1,\n"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "6 runs to make, 0 are done already; time left is not known yet"
+    assert lines[1].startswith(
+        "[1/6] CartPole-v1, constant, seed 1000: last 100 episodes 1000.0, evaluation 2000.0; 1 s | "
+    )
+    assert lines[-1].startswith("[6/6]") and lines[-1].endswith(" steps/s, about 0 h 00 min left")
+
+
+def test_finished_runs_are_skipped(small: Suite, tmp_path: Path) -> None:
+    first = FakeExecutor(lambda spec: record_of())
+    campaign(small.only(["CartPole-v1"], None), tmp_path).run(first)
+    before = (tmp_path / "results" / "small.csv").read_text()
+    second = FakeExecutor(lambda spec: record_of())
+    campaign(small, tmp_path).run(second)
+    assert second.made == ["Pendulum-v1, constant, seed 1000", "Pendulum-v1, annealed, seed 1000"]
+    assert (tmp_path / "results" / "small.csv").read_text().startswith(before)
+    # A row without its episodes is made again.
+    (tmp_path / "results" / "small" / "CartPole-v1" / "constant" / "1001.csv.gz").unlink()
+    assert [spec.label for _, spec in campaign(small, tmp_path).todo] == ["CartPole-v1, constant, seed 1001"]
+
+
+def test_failed_run_does_not_stop_the_others(small: Suite, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(spec: RunSpec) -> Record:
+        if spec.env_id == "Pendulum-v1":
+            raise ValueError("it fell over")
+        return record_of()
+
+    made = campaign(small, tmp_path)
+    made.run(FakeExecutor(run))
+    assert made.failed == {f"Pendulum-v1, {name}, seed 1000": "it fell over" for name in ("constant", "annealed")}
+    assert "[3/6] Pendulum-v1, constant, seed 1000: FAILED, it fell over; 1 s | " in capsys.readouterr().out
+    assert len(campaign(small, tmp_path).todo) == 2
+
+
+def test_time_left_counts_each_environment_by_its_own_runs(tmp_path: Path) -> None:
+    rows = [
+        {"env": "CartPole-v1", "steps": "100", "run_seconds": "10"},
+        {"env": "Pendulum-v1", "steps": "300", "run_seconds": "10"},
+        {"env": "Pendulum-v1", "steps": "300", "run_seconds": ""},
+    ]
+    cart = spec_of(tmp_path, n_timesteps=200)
+    unknown = replace(cart, env_id="Acrobot-v1")
+    # 0.1 s a step in CartPole, 20 / 400 s in unknown environments.
+    assert seconds_left([cart], rows, 1) == pytest.approx(20.0)
+    assert seconds_left([cart, unknown], rows, 2) == pytest.approx((20.0 + 10.0) / 2)
+    assert seconds_left([cart], [], 1) is None
+    assert seconds_left([], [], 1) == 0.0
+
+
+# --- nothing is mixed or overwritten
+
+
+def test_runs_of_mixed_versions_are_refused(small: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare_folder(spec_of(tmp_path / "run"))
+    campaign(small.only(["Pendulum-v1"], None), tmp_path).run(FakeExecutor(lambda spec: record_of()))
+    before = (tmp_path / "results" / "small.csv").read_text()
+    now = {**this_machine(), "versions": {**this_machine()["versions"], "numpy": "9.9"}}
+    monkeypatch.setattr(runs, "this_machine", lambda: now)
+    with pytest.raises(ValueError, match=r"versions of its start, but has numpy '.*' \(now '9.9'\)"):
+        check_folder(spec_of(tmp_path / "run"))
+    monkeypatch.setattr("tests.bench.experiments.tables.this_machine", lambda: now)
+    with pytest.raises(ValueError, match=r"one set of versions, but has numpy_version '.*' \(now '9.9'\). Move it"):
+        campaign(small, tmp_path)
+    assert (tmp_path / "results" / "small.csv").read_text() == before
+
+
+def test_rows_of_other_settings_are_refused(small: Suite, tmp_path: Path) -> None:
+    campaign(small.only(["Pendulum-v1"], None), tmp_path).run(FakeExecutor(lambda spec: record_of()))
+    changed = read_suite(suite_file(tmp_path, put("evaluation_episodes", 3)))
+    with pytest.raises(ValueError, match="the suite's settings, but Pendulum-v1, constant, seed 1000 was made with"):
+        campaign(changed, tmp_path)
+
+
+@pytest.mark.parametrize("change", [lambda text: "a,b\n1,2\n", lambda text: text[:-40], lambda text: ""])
+def test_foreign_and_cut_tables_are_refused(small: Suite, tmp_path: Path, change: Callable[[str], str]) -> None:
+    campaign(small.only(["Pendulum-v1"], None), tmp_path).run(FakeExecutor(lambda spec: record_of()))
+    path = tmp_path / "results" / "small.csv"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ValueError, match="`--out` must be a folder of results of suites, but .*small.csv has other"):
+        SuiteTable(tmp_path / "results", "small")
+
+
+# --- the command
+
+
+@pytest.fixture
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A working folder, the quick stand-in for a run, and the name of the suite's file."""
+    monkeypatch.chdir(tmp_path)
+    record_of().write(tmp_path / "made.json")
+    run_with(monkeypatch, MAKE, str(tmp_path / "made.json"))
+    suite_file(tmp_path)
+    return "small.yml"
+
+
+def test_command_makes_lists_and_skips_runs(in_folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([in_folder, "--envs", "CartPole-v1", "--jobs", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("4 runs to make, 0 are done already;")
+    assert printed.endswith("Results: docs/results/experiments/small.csv\n")
+    assert Path("logs/bench/experiments/small/CartPole-v1/annealed/seed_1001/train.log").read_text() == "made\n"
+    settings = yaml.safe_load(
+        Path("logs/bench/experiments/small/CartPole-v1/annealed/seed_1001/settings.yml").read_text()
+    )
+    assert settings["CartPole-v1"]["clip_range"] == "lin_0.2"
+    assert main([in_folder, "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[:3]] == [
+        "CartPole-v1 constant 64 steps 2 of 2 seeds done".split(),
+        "CartPole-v1 annealed 64 steps 2 of 2 seeds done".split(),
+        "Pendulum-v1 constant 96 steps 0 of 1 seeds done".split(),
+    ]
+    assert lines[-1].startswith("2 of 6 runs to make; about 0 h 00 min left")
+
+
+def test_command_reports_failures(
+    in_folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_with(monkeypatch, "raise ValueError('broken')")
+    assert main([in_folder, "--envs", "Pendulum-v1", "--settings", "annealed"]) == 1
+    printed = capsys.readouterr().out
+    assert "Failed:\n  Pendulum-v1, annealed, seed 1000: ValueError: broken (code 1), see " in printed
+    assert not Path("docs").exists()
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_interrupt_ends_the_runs_and_keeps_what_is_done(
+    in_folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert main([in_folder, "--envs", "CartPole-v1"]) == 0
+    # The run interrupts the campaign and would then last for an hour.
+    run_with(monkeypatch, f"import os, signal, time\nos.kill(os.getppid(), signal.{name})\ntime.sleep(3600)")
+    assert main([in_folder]) == 130
+    assert "Interrupted. The same command resumes with what is missing." in capsys.readouterr().out
+    assert len(Path("docs/results/experiments/small.csv").read_text().splitlines()) == 1 + 4
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ("defalts", "`suite` must be one of defaults, or a .yml file, got 'defalts'"),
+        (
+            "small.yml --envs CartPole-v2",
+            "`--envs` must name what there is, got 'CartPole-v2'. Did you mean CartPole-v1?",
+        ),
+        ("small.yml --settings anealed", "got 'anealed'. Did you mean annealed?"),
+        ("broken.yml", "`suite` must be a YAML file, got broken.yml"),
+        ("small.yml --log-folder foreign", "must be empty or the folder of a run"),
+        ("small.yml --jobs 0", "--jobs: must be a whole number of at least 1, got 0"),
+    ],
+)
+def test_bad_options_are_refused(in_folder: str, capsys: pytest.CaptureFixture[str], options: str, match: str) -> None:
+    assert suite_names() == ["defaults"]
+    Path("broken.yml").write_text("a: [")
+    foreign = Path("foreign/small/CartPole-v1/constant/seed_1001")
+    foreign.mkdir(parents=True)
+    (foreign / "mine.txt").touch()
+    with pytest.raises(SystemExit, match="2"):
+        main(options.split())
+    assert match in capsys.readouterr().err
+    assert not Path("docs").exists()
+
+
+@pytest.mark.slow
+def test_real_quick_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = suite_file(tmp_path)
+    assert main([name, "--quick", "--jobs", "2"]) == 0
+    with Path("logs/bench/experiments/results/small-quick.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["env"], row["setting"]) for row in rows] == [
+        (env, setting) for env in ("CartPole-v1", "Pendulum-v1") for setting in ("annealed", "constant")
+    ]
+    assert all(row["evaluation_mean"] for row in rows)
+    assert rows[0]["last_return"] and rows[0]["seconds"]
+    assert len({row["digest"] for row in rows}) == 4

@@ -1,0 +1,294 @@
+"""One run of an experiment: its folder, its process, its training, and what is kept of it."""
+
+import fcntl
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sb3_clipvf import zoo
+from sb3_clipvf.zoo.runs import TrainingCurve, find_run
+from tests.bench.experiments import executors
+from tests.bench.experiments.episodes import MAX_ROWS, binned_episodes
+from tests.bench.experiments.executors import LocalExecutor
+from tests.bench.experiments.runs import (
+    Record,
+    RunSpec,
+    check_folder,
+    prepare_folder,
+    this_machine,
+    train_and_measure,
+    train_options,
+)
+
+TINY = {"n_envs": 2, "n_steps": 16, "batch_size": 16, "n_epochs": 1}
+
+# A quick stand-in for the process of a run: it counts its starts, and writes the record at sys.argv[1].
+MAKE = """
+import pathlib, shutil, sys
+folder = pathlib.Path(sys.argv[2])
+with (folder / "starts").open("a") as file:
+    file.write("x")
+print("made")
+shutil.copy(sys.argv[1], folder / "record.json")
+"""
+
+
+def record_of(mean: float = 5.0) -> Record:
+    scores: dict[str, float | None] = {"last_return": mean, "mean_return": None, "evaluation_mean": 2 * mean}
+    scores |= {"num_timesteps": 64, "n_episodes": 2, "seconds": 2.0, "run_seconds": 3.5}
+    episodes: dict[str, list[float | None]] = {"step": [10, 20], "return": [1.5, 2.0], "episodes": [1, 1]}
+    return Record(scores, [], {**episodes, "seconds": [0.5, None]}, this_machine())
+
+
+def spec_of(folder: Path, **changes: Any) -> RunSpec:
+    hyperparams = {"policy": "MlpPolicy", "n_timesteps": 64, **TINY}
+    spec = RunSpec(label="tiny", folder=folder, env_id="CartPole-v1", seed=1000, n_timesteps=64)
+    return replace(spec, **{"hyperparams": hyperparams, "n_eval_episodes": 2, **changes})
+
+
+# --- episodes of a run
+
+
+def test_few_episodes_have_a_row_each() -> None:
+    curve = TrainingCurve(np.array([30.0, 10.0]), np.array([3.0, 1.25]), np.array([0.26, 0.1]))
+    assert binned_episodes(curve, 64) == {
+        "step": [10, 30],
+        "return": [1.25, 3.0],
+        "episodes": [1, 1],
+        "seconds": [0.1, 0.3],
+    }
+    empty = np.array([])
+    columns = binned_episodes(TrainingCurve(empty, empty, empty), 64)
+    assert list(columns.values()) == [[], [], [], []]
+
+
+def test_many_episodes_are_averaged_over_equal_parts_of_the_training() -> None:
+    # Two episodes end in each part of 10 steps but the last ten, in which none ends.
+    steps = np.arange(5.0, 10 * (MAX_ROWS - 10) + 1, 5.0)
+    returns = np.arange(len(steps), dtype=np.float64)
+    columns = binned_episodes(TrainingCurve(steps, returns, steps / 100), 10 * MAX_ROWS)
+    assert columns["step"] == [10 * part for part in range(1, MAX_ROWS - 9)]
+    assert columns["return"][:3] == [0.5, 2.5, 4.5]
+    assert set(columns["episodes"]) == {2}
+    assert columns["seconds"][:2] == [0.1, 0.2]
+
+
+# --- folder of a run
+
+
+def test_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path / "run")
+    check_folder(spec)
+    spec.folder.mkdir()
+    (spec.folder / ".run.json.12-0123abcd.tmp").touch()  # a kill left it
+    check_folder(spec)
+    prepare_folder(spec)
+    check_folder(replace(spec, label="other"))
+    before = (spec.folder / "run.json").read_text()
+    for changes, match in (
+        ({"seed": 1001}, r"seed 1000 \(now 1001\)"),
+        ({"hyperparams": {**(spec.hyperparams or {}), "n_epochs": 2}}, r"n_epochs 1 \(now 2\)"),
+        ({"vec_env": "envpool"}, r"vec_env 'dummy' \(now 'envpool'\)"),
+    ):
+        with pytest.raises(ValueError, match=f"must hold a run of tiny, but it was made with {match}. Move"):
+            prepare_folder(replace(spec, **changes))
+    assert (spec.folder / "run.json").read_text() == before
+
+
+@pytest.mark.parametrize("text", [None, "", "{}", '{"spec": 3, "versions": {}}'])
+def test_half_written_folder_is_refused(tmp_path: Path, text: str | None) -> None:
+    spec = spec_of(tmp_path)
+    (tmp_path / "train.log").touch()
+    if text is not None:
+        (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ValueError, match="must be empty or the folder of a run, but has no readable run.json"):
+        check_folder(spec)
+
+
+# --- processes of runs
+
+
+@pytest.fixture
+def made_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The record that the quick stand-in writes."""
+    path = tmp_path / "made.json"
+    record_of().write(path)
+    run_with(monkeypatch, MAKE, str(path))
+    return path
+
+
+def run_with(monkeypatch: pytest.MonkeyPatch, program: str, *arguments: str) -> None:
+    """Run a program instead of the command of a run."""
+    monkeypatch.setattr(executors, "RUN_COMMAND", (sys.executable, "-c", program, *arguments))
+
+
+def test_executor_makes_each_run_once(made_record: Path, tmp_path: Path) -> None:
+    specs = [spec_of(tmp_path / name) for name in ("a", "b")]
+    for _ in range(2):
+        found = {one.spec.folder.name: one.record for one in LocalExecutor(1).run(specs)}
+        assert found == {"a": record_of(), "b": record_of()}
+    assert (tmp_path / "a" / "starts").read_text() == "x"
+    assert (tmp_path / "a" / "train.log").read_text() == "made\n"
+
+
+def test_failures_keep_their_tracebacks(made_record: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing = "import sys\nif sys.argv[2].endswith('bad'): raise ValueError('broken settings')\n" + MAKE
+    run_with(monkeypatch, failing, str(made_record))
+    specs = [spec_of(tmp_path / name) for name in ("bad", "good")]
+    for n_attempts in (1, 2):
+        bad, good = sorted(LocalExecutor(1).run(specs), key=lambda one: one.spec.folder.name)
+        log = tmp_path / "bad" / "train.log"
+        assert bad.error == f"ValueError: broken settings (code 1), see {log}"
+        assert (bad.record, good.record) == (None, record_of())
+        assert log.read_text().count("Traceback (most recent call last)") == n_attempts
+    run_with(monkeypatch, "import os; os._exit(9)")
+    (killed,) = LocalExecutor(1).run(specs[:1])
+    assert killed.error.startswith("the process ended without a message (code 9)")
+
+
+def test_damaged_record_is_reported(made_record: Path, tmp_path: Path) -> None:
+    spec = spec_of(tmp_path / "a")
+    made_record.write_text("{")
+    (finished,) = LocalExecutor(1).run([spec])
+    assert f"{spec.folder / 'record.json'} must be the record of a run, but is damaged" in finished.error
+
+
+def test_jobs_run_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each ends with code 7 once the other has begun. In sequence, the first would give up with code 8.
+    program = (
+        "import pathlib, sys, time\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "for _ in range(6000):\n"
+        "    if len(list(folder.parent.glob('*/train.log'))) == 2: sys.exit(7)\n"
+        "    time.sleep(0.01)\n"
+        "sys.exit(8)\n"
+    )
+    run_with(monkeypatch, program)
+    finished = LocalExecutor(2).run([spec_of(tmp_path / name) for name in ("a", "b")])
+    assert ["(code 7)" in one.error for one in finished] == [True, True]
+
+
+def test_closing_the_executor_ends_what_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_with(monkeypatch, "import sys, time\nif not sys.argv[1].endswith('first'): time.sleep(3600)\nsys.exit(7)")
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Recorded(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            started.append(self)
+
+    monkeypatch.setattr(executors.subprocess, "Popen", Recorded)
+    ended = LocalExecutor(2).run([spec_of(tmp_path / name) for name in ("first", "second", "third", "fourth")])
+    assert next(ended).spec.folder.name == "first"
+    ended.close()
+    assert {process.returncode for process in started} <= {7, -signal.SIGTERM}
+    assert not (tmp_path / "fourth").exists()
+
+
+# --- one run
+
+
+def test_train_command_of_a_run(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, hyperparams=None)
+    assert " ".join(train_options(spec)) == (
+        f"--algo clipppo --env CartPole-v1 --seed 1000 -n 64 -f {tmp_path} --eval-freq -1 --num-threads 1 --device cpu "
+        "--verbose 0"
+    )
+    assert train_options(replace(spec, params=("clip_range:None",)))[-2:] == ["-params", "clip_range:None"]
+    assert train_options(replace(spec, vec_env="envpool"))[-2:] == ["--vec-env", "envpool"]
+    assert train_options(spec_of(tmp_path))[-2:] == ["--conf-file", str(tmp_path / "settings.yml")]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunSpec, Record]:
+    spec = spec_of(tmp_path_factory.mktemp("trained") / "run")
+    prepare_folder(spec)
+    return spec, train_and_measure(spec)
+
+
+def test_record_of_a_training(trained: tuple[RunSpec, Record], tmp_path: Path) -> None:
+    spec, record = trained
+    folder = find_run(spec.folder, spec.env_id).folder
+    lines = [line for path in folder.glob("*.monitor.csv") for line in path.read_text().splitlines()[2:]]
+    returns = [float(line.split(",")[0]) for line in lines]
+    assert 1 <= len(returns) == record.scores["n_episodes"]
+    assert record.scores["last_return"] == pytest.approx(np.mean(returns), rel=1e-4)  # five digits are kept
+    assert sorted(record.episodes["return"]) == sorted(returns)  # type: ignore[type-var]
+    assert record.scores["num_timesteps"] == 64
+    assert (record.scores["evaluation_mean"] or 0) >= 8  # no episode of CartPole is shorter
+    assert record.scores["seconds"] == pytest.approx(record.episodes["seconds"][-1], abs=0.06)
+    assert (record.scores["run_seconds"] or 0) >= (record.scores["seconds"] or 0)
+    record.write(tmp_path / "r.json")
+    assert Record.read(tmp_path / "r.json") == record
+
+
+@pytest.fixture
+def copied(trained: tuple[RunSpec, Record], tmp_path: Path) -> RunSpec:
+    """The trained run in a folder of its own, where a resumed training would look for it."""
+    spec = replace(trained[0], folder=tmp_path / "run")
+    shutil.copytree(trained[0].folder, spec.folder)
+    return spec
+
+
+@pytest.fixture
+def train_commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The train commands of the test."""
+    commands: list[list[str]] = []
+    train = zoo.main
+
+    def record(argv: list[str]) -> int:
+        commands.append(argv)
+        return train(argv)
+
+    monkeypatch.setattr(zoo, "main", record)
+    return commands
+
+
+def test_complete_training_is_only_measured(
+    trained: tuple[RunSpec, Record], copied: RunSpec, train_commands: list[list[str]]
+) -> None:
+    record = trained[1]
+    assert train_and_measure(copied) == replace(record, scores={**record.scores, "run_seconds": None})
+    assert train_commands == []
+
+
+def test_killed_training_resumes_from_its_checkpoint(copied: RunSpec, train_commands: list[list[str]]) -> None:
+    run = find_run(copied.folder, copied.env_id)
+    run.model_path.unlink()  # as if the kill had come after the last checkpoint
+    record = train_and_measure(copied)
+    assert train_commands == [["train", "--resume", str(run.folder)]]
+    assert record.scores["num_timesteps"] == 64
+    # The clock of a resumed training is not one of training.
+    assert record.scores["seconds"] is record.scores["run_seconds"] is None
+    assert set(record.episodes["seconds"]) == {None}
+
+
+def test_training_killed_before_its_first_checkpoint_begins_again(
+    copied: RunSpec, train_commands: list[list[str]]
+) -> None:
+    run = find_run(copied.folder, copied.env_id)
+    run.model_path.unlink()
+    for path in (run.folder / "checkpoints").iterdir():
+        path.unlink()
+    assert train_and_measure(copied).scores["num_timesteps"] == 64
+    assert [command[:3] for command in train_commands] == [["train", "--algo", "clipppo"]]
+    assert len(list((copied.folder / "clipppo").glob("CartPole-v1_*"))) == 2
+
+
+def test_training_that_ended_early_is_no_result(copied: RunSpec, train_commands: list[list[str]]) -> None:
+    with pytest.raises(ValueError, match="the training was interrupted at step 64"):
+        train_and_measure(replace(copied, n_timesteps=65))
+
+
+def test_two_processes_do_not_make_the_same_run(copied: RunSpec) -> None:
+    with (copied.folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="must be trained by one process, but another one trains it"):
+            train_and_measure(copied)
