@@ -8,45 +8,39 @@ import numpy as np
 import pytest
 import yaml
 from scipy import stats
-from test_bench_learning import COPY, runs_in, train_with
+from test_bench_learning import MAKE, log_of, make_with, runs_in, written
 
 from sb3_clipvf import zoo
-from sb3_clipvf.zoo.runs import TrainingCurve, find_run, read_training_curve
+from sb3_clipvf.zoo.runs import TrainingCurve
 from tests.bench import curves, curves_statistics
 from tests.bench.curves import ROWS, main
 from tests.bench.curves_report import render_table, write_figure
 from tests.bench.curves_statistics import (
-    N_POINTS,
     Comparison,
     CurveRow,
     Estimate,
     comparisons,
-    curve_on_grid,
     difference_estimate,
-    grid,
     mean_estimate,
 )
+from tests.bench.experiments.episodes import N_POINTS, curve_on_grid, grid
+from tests.bench.experiments.runs import Record
 from tests.bench.results import Results
-from tests.bench.training_runs import train_arguments
 
 NATIVE, AUTOGRAD = CurveRow.of("CartPole-v1", 256, "native"), CurveRow.of("CartPole-v1", 256, "autograd")
 MADE_ON = {"cpu": "C", "cores": 2, "jobs": 1, "versions": {"python": "3"}}
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    quick = ("n_envs:2", "n_steps:16", "batch_size:16", "n_epochs:1")
-    assert zoo.main(["train", *train_arguments(AUTOGRAD, 1, folder), *quick]) == 0
-    return folder
+CURVE = [None, *[float(point) for point in range(1, N_POINTS)]]
+RECORD = Record({"mean_return": 20.5, "last_return": 38.25}, CURVE, {}, {})
 
 
 @pytest.fixture
-def in_folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder, two rows, and the quick train command."""
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, two rows, and the quick stand-in for a run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(curves, "ROWS", (NATIVE, AUTOGRAD))
-    train_with(monkeypatch, COPY, str(trained))
+    make_with(monkeypatch, MAKE, str(written(RECORD, tmp_path)))
     return tmp_path
 
 
@@ -223,32 +217,23 @@ def test_results_on_another_grid_do_not_count(tmp_path: Path, monkeypatch: pytes
 # --- the command
 
 
-def test_results_table_and_figure_of_all_rows_and_seeds(
-    in_folder: Path, trained: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_results_table_and_figure_of_all_rows_and_seeds(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--seeds", "1", "2", "--jobs", "2"]) == 0
     out = Path("docs/results/curves.json")
     runs = runs_in(out)
     names = [("CartPole-v1-autograd", 1), ("CartPole-v1-autograd", 2), ("CartPole-v1-native", 1)]
     assert [(run["name"], run["seed"]) for run in runs] == [*names, ("CartPole-v1-native", 2)]
     run = runs[2]
-    curve = read_training_curve(find_run(trained, "CartPole-v1").folder, 256)
-    assert len(curve.returns) > 5
-    assert run["curve"] == curve_on_grid(curve, grid(256))
-    assert run["last_return"] == pytest.approx(curve.returns.mean(), rel=1e-4)  # fewer than 100; five digits are kept
-    assert run["mean_return"] == pytest.approx(np.mean([value for value in run["curve"] if value]), rel=1e-4)
+    assert (run["curve"], run["mean_return"], run["last_return"]) == (CURVE, 20.5, 38.25)
     assert run["jobs"] == 2
     assert run["cpu"] and run["versions"]["torch"]
     table = out.with_suffix(".md").read_text().replace("\u00a0", " ")
     assert "Made by `python -m tests.bench curves --seeds 1 2`." in table
-    assert f"| whole training | {run['mean_return']:.1f} ± 0.0 | {run['mean_return']:.1f} ± 0.0 | 0.0 ± 0.0 |" in table
+    assert "| whole training | 20.5 ± 0.0 | 20.5 ± 0.0 | 0.0 ± 0.0 |" in table
     assert out.with_suffix(".png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert printed.startswith("4 runs to make, 0 are done already")
-    assert (
-        f"native, seed 1: mean return {run['mean_return']:.1f} over the training, {run['last_return']:.1f} of"
-        in printed
-    )
+    assert "native, seed 1: mean return 20.5 over the training, 38.2 of the last episodes" in printed
     assert printed.endswith(
         "Results: docs/results/curves.json\nTable:   docs/results/curves.md\nFigure:  docs/results/curves.png\n"
     )
@@ -261,13 +246,13 @@ def test_finished_runs_are_skipped_until_asked_or_changed(
     options = [*files, "--only", "CartPole-v1-native", "--seeds", "1"]
     assert main(options) == 0
     assert sorted(path.name for path in Path("o").iterdir()) == ["r.json", "t.md", "t.png"]
-    assert Path("l/CartPole-v1-native/seed_1/train.log").exists()
-    train_with(monkeypatch, "raise SystemExit('must not run')")
+    assert log_of("CartPole-v1-native", 1, "l").exists()
+    make_with(monkeypatch, "raise SystemExit('must not run')")
     capsys.readouterr()
     assert main(options) == 0
     assert "0 runs to make, 1 are done already" in capsys.readouterr().out
     assert main([*options, "2"]) == 1
-    assert "CartPole-v1-native, seed 2: FAILED, the train command ended with code 1" in capsys.readouterr().out
+    assert "CartPole-v1-native, seed 2: FAILED, must not run (code 1)" in capsys.readouterr().out
     assert main([*options, "--rerun"]) == 1
     assert main([*options, "--list"]) == 0
     assert capsys.readouterr().out.endswith("CartPole-v1-native        256 steps  done: 1  engine:'native'\n")
@@ -277,25 +262,11 @@ def test_finished_runs_are_skipped_until_asked_or_changed(
     assert [run["seed"] for run in runs_in(Path("o/r.json"))] == [1]
 
 
-def test_training_that_ended_early_is_no_result(
+def test_training_without_an_ended_episode_has_no_curve(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(curves, "ROWS", (CurveRow.of("CartPole-v1", 257, "native"), AUTOGRAD))
-    assert main(["--seeds", "1"]) == 1
-    assert "CartPole-v1-native, seed 1: FAILED, the training was interrupted at step 256" in capsys.readouterr().out
-    assert [run["name"] for run in runs_in(Path("docs/results/curves.json"))] == ["CartPole-v1-autograd"]
-    assert "so far 0 and 1 of 1 seeds" in Path("docs/results/curves.md").read_text()
-
-
-def test_training_without_an_ended_episode_has_no_curve(
-    in_folder: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    cut = COPY + (
-        "import pathlib\n"
-        "for path in pathlib.Path(sys.argv[sys.argv.index('-f') + 1]).rglob('*.monitor.csv'):\n"
-        "    path.write_text(''.join(path.read_text().splitlines(keepends=True)[:2]))\n"
-    )
-    train_with(monkeypatch, cut, str(trained))
+    nothing = Record({"mean_return": None, "last_return": None}, [None] * N_POINTS, {}, {})
+    make_with(monkeypatch, MAKE, str(written(nothing, in_folder)))
     assert main(["--seeds", "1"]) == 0
     assert "CartPole-v1-native, seed 1: no episode ended" in capsys.readouterr().out
     run = runs_in(Path("docs/results/curves.json"))[0]

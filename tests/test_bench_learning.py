@@ -13,43 +13,49 @@ import yaml
 
 from sb3_clipvf import zoo
 from sb3_clipvf.zoo.settings import check_hyperparams
-from tests.bench import learning, training_runs
+from tests.bench import learning
 from tests.bench.__main__ import main as run_benchmark
+from tests.bench.experiments import executors
+from tests.bench.experiments.runs import Record, RunSpec
 from tests.bench.learning import ROWS, LearningBenchmark, Row, main, render_table
 from tests.bench.results import Results, machine
-from tests.bench.training_runs import train_arguments
 
 PARAMS = ("n_envs:2", "n_steps:16", "batch_size:16", "n_epochs:1")
 TINY = Row("tiny", "CartPole-v1", 64, PARAMS, goal=8.0, comparison="9 (others)", n_episodes=2)
 HARD = Row("hard", "CartPole-v1", 64, PARAMS, goal=501.0, n_episodes=2)
 
-# A quick stand-in for the train command: it copies the run at sys.argv[1] to the folder after -f.
-COPY = """
-import shutil, sys
-shutil.copytree(sys.argv[1], sys.argv[sys.argv.index("-f") + 1], dirs_exist_ok=True)
-print("trained", *sys.argv[2:])
+# A quick stand-in for the process of a run: it writes the record at sys.argv[1] to the folder at the end.
+MAKE = """
+import pathlib, shutil, sys
+print("made", sys.argv[2])
+shutil.copy(sys.argv[1], pathlib.Path(sys.argv[2], "record.json"))
 """
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    assert zoo.main(["train", *train_arguments(TINY, 1, folder)]) == 0
-    return folder
-
-
 @pytest.fixture
-def in_folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder, two rows, and the quick train command."""
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, two rows, and the quick stand-in for a run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(learning, "ROWS", (TINY, HARD))
-    train_with(monkeypatch, COPY, str(trained))
+    record = Record({"evaluation_mean": 9.375, "evaluation_std": 0.25}, [], {}, {})
+    make_with(monkeypatch, MAKE, str(written(record, tmp_path)))
     return tmp_path
 
 
-def train_with(monkeypatch: pytest.MonkeyPatch, program: str, *arguments: str) -> None:
-    """Run a program instead of the train command."""
-    monkeypatch.setattr(training_runs, "TRAIN_COMMAND", (sys.executable, "-c", program, *arguments))
+def written(record: Record, folder: Path) -> Path:
+    path = folder / "made.json"
+    record.write(path)
+    return path
+
+
+def make_with(monkeypatch: pytest.MonkeyPatch, program: str, *arguments: str) -> None:
+    """Run a program instead of the command of a run."""
+    monkeypatch.setattr(executors, "RUN_COMMAND", (sys.executable, "-c", program, *arguments))
+
+
+def log_of(name: str, seed: int, log_folder: str = "logs/bench") -> Path:
+    (path,) = Path(log_folder, name).glob(f"seed_{seed}-*/train.log")
+    return path
 
 
 def runs_in(path: Path = Path("docs/results/learning.json")) -> list[dict[str, Any]]:
@@ -84,19 +90,20 @@ def test_row_names_an_environment_with_shipped_settings_and_legal_parameters(row
     check_hyperparams(settings[row.env_id] | params, params, "the settings")
 
 
-def test_train_command_of_a_run() -> None:
-    row = Row("r", "E-v0", 1000, ("clip_range:None", "kl_coef:1.0"), goal=0.0)
-    assert " ".join(train_arguments(row, 3, Path("logs/x"))) == (
-        "--algo clipppo --env E-v0 --seed 3 -n 1000 -f logs/x --eval-freq -1 --num-threads 1 --device cpu --verbose 0 "
-        "--checkpoint-freq -1 -params clip_range:None kl_coef:1.0"
-    )
-    assert not {"-params", "--vec-env"} & {*train_arguments(Row("r", "E-v0", 1000, goal=0.0), 3, Path("logs/x"))}
-
-
-def test_environments_of_another_kind_are_trained_in_and_named() -> None:
-    row = Row("r", "E-v0", 1000, goal=0.0, vec_env="envpool")
-    assert train_arguments(row, 3, Path("logs/x"))[-2:] == ["--vec-env", "envpool"]
+def test_run_of_a_row(in_folder: Path) -> None:
+    row = Row("r", "E-v0", 1000, ("clip_range:None",), goal=0.0, vec_env="envpool", n_episodes=7)
     assert row.run(3)["vec_env"] == "envpool"
+    spec = LearningBenchmark((row,), [])._spec(row, 3)
+    assert spec == RunSpec(
+        label="r, seed 3",
+        folder=in_folder / "logs/bench/r" / f"seed_3-{spec.digest()}",
+        env_id="E-v0",
+        seed=3,
+        n_timesteps=1000,
+        vec_env="envpool",
+        params=("clip_range:None",),
+        n_eval_episodes=7,
+    )
 
 
 # --- the command
@@ -111,13 +118,14 @@ def test_results_and_table_of_all_rows_and_seeds(in_folder: Path, capsys: pytest
     lines = Path("docs/results/learning.json").read_text().splitlines()
     assert len(lines) == 4 + 2  # a line a run
     assert run["cpu"] and run["versions"]["torch"] and run["versions"]["sb3_clipvf"]
-    assert (in_folder / "logs/bench/tiny/seed_1/train.log").read_text().startswith("trained --algo clipppo")
+    assert log_of("tiny", 1).read_text().startswith("made ")
     table = Path("docs/results/learning.md").read_text()
     assert "Made by `python -m tests.bench learning --seeds 1 2`." in table
-    assert f"{run['mean_return']:.2f} ± {run['std_return']:.2f}" in table
+    assert (run["mean_return"], run["std_return"]) == (9.375, 0.25)
+    assert "9.38 ± 0.25" in table
     printed = capsys.readouterr().out
     assert printed.startswith("4 runs to make, 0 are done already")
-    assert f"tiny, seed 1: {run['mean_return']:.2f} +/- {run['std_return']:.2f} (goal 8)" in printed
+    assert "tiny, seed 1: 9.38 +/- 0.25 (goal 8)" in printed
 
 
 def test_finished_runs_are_skipped_until_asked_or_changed(
@@ -125,49 +133,31 @@ def test_finished_runs_are_skipped_until_asked_or_changed(
 ) -> None:
     options = ["--seeds", "1", "--only", "tiny"]
     assert main(options) == 0
-    command = training_runs.TRAIN_COMMAND
-    train_with(monkeypatch, "raise SystemExit('must not run')")
+    command = executors.RUN_COMMAND
+    make_with(monkeypatch, "raise SystemExit('must not run')")
     assert main(options) == 0
     assert "0 runs to make, 1 are done already" in capsys.readouterr().out
     assert main([*options, "--rerun"]) == 1
     assert main(["--only", "tiny", "--seeds", "1", "2"]) == 1  # seed 2 is new
     capsys.readouterr()
     monkeypatch.setattr(learning, "ROWS", (Row("tiny", "CartPole-v1", 64, PARAMS, goal=8.0, n_episodes=3), HARD))
-    monkeypatch.setattr(training_runs, "TRAIN_COMMAND", command)
+    monkeypatch.setattr(executors, "RUN_COMMAND", command)
     assert main(options) == 0
     assert "1 runs to make" in capsys.readouterr().out
     assert [run["n_episodes"] for run in runs_in()] == [3]
 
 
 def test_failed_run_is_reported_not_kept_and_does_not_stop_the_others(
-    in_folder: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    program = "import sys\nif 'tiny' in ' '.join(sys.argv[2:]): raise SystemExit('broken settings')\n" + COPY
-    monkeypatch.setattr(training_runs, "TRAIN_COMMAND", (sys.executable, "-c", program, str(trained)))
+    program = "import sys\nif 'tiny' in sys.argv[2]: raise SystemExit('broken settings')\n" + MAKE
+    make_with(monkeypatch, program, str(in_folder / "made.json"))
     assert main(["--seeds", "1"]) == 1
     printed = capsys.readouterr().out
-    assert "tiny, seed 1: FAILED, the train command ended with code 1, see logs/bench/tiny/seed_1/train.log" in printed
-    assert "Failed:\n  tiny, seed 1: the train command ended with code 1" in printed
-    assert (in_folder / "logs/bench/tiny/seed_1/train.log").read_text() == "broken settings\n"
+    assert f"tiny, seed 1: FAILED, broken settings (code 1), see {log_of('tiny', 1).absolute()}" in printed
+    assert "Failed:\n  tiny, seed 1: broken settings (code 1)" in printed
+    assert log_of("tiny", 1).read_text() == "broken settings\n"
     assert [run["name"] for run in runs_in()] == ["hard"]
-
-
-def test_training_that_ended_early_is_no_result(
-    in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    # The Zoo saves its model when it is interrupted, and ends with code 0: the copied run has 64 steps.
-    monkeypatch.setattr(learning, "ROWS", (Row("long", "CartPole-v1", 65, PARAMS, goal=8.0, n_episodes=1),))
-    assert main(["--seeds", "1"]) == 1
-    assert "long, seed 1: FAILED, the training was interrupted at step 64" in capsys.readouterr().out
-    assert not Path("docs/results/learning.json").exists()
-
-
-def test_run_without_a_model_is_no_result(
-    in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    train_with(monkeypatch, "")
-    assert main(["--seeds", "1", "--only", "tiny"]) == 1
-    assert "tiny, seed 1: FAILED, `folder` must hold a run of CartPole-v1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
@@ -177,7 +167,7 @@ def test_interrupt_ends_the_training_and_keeps_what_is_done(
     assert main(["--seeds", "1", "--only", "tiny"]) == 0
     before = signal.getsignal(signal.SIGTERM)
     # The training interrupts the benchmark and would then last for an hour.
-    train_with(monkeypatch, f"import os, signal, time\nos.kill(os.getppid(), signal.{name})\ntime.sleep(3600)")
+    make_with(monkeypatch, f"import os, signal, time\nos.kill(os.getppid(), signal.{name})\ntime.sleep(3600)")
     assert main(["--seeds", "1", "2"]) == 130
     assert "Interrupted. The same command resumes with what is missing." in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is before
@@ -185,39 +175,13 @@ def test_interrupt_ends_the_training_and_keeps_what_is_done(
     assert "| hard" in Path("docs/results/learning.md").read_text()
 
 
-def test_jobs_run_side_by_side(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Each training ends with code 7 once the other has begun. In sequence, the first would give up with code 8.
-    meeting = in_folder / "meeting"
-    meeting.mkdir()
-    program = (
-        "import os, pathlib, sys, time\n"
-        f"folder = pathlib.Path({str(meeting)!r})\n"
-        "(folder / str(os.getpid())).touch()\n"
-        "for _ in range(6000):\n"
-        "    if len(list(folder.iterdir())) == 2: sys.exit(7)\n"
-        "    time.sleep(0.01)\n"
-        "sys.exit(8)\n"
-    )
-    train_with(monkeypatch, program)
-    codes: list[int] = []
-    train = LearningBenchmark._train
-
-    def record(self: LearningBenchmark, options: list[str], log_path: Path) -> int:
-        codes.append(train(self, options, log_path))
-        return codes[-1]
-
-    monkeypatch.setattr(LearningBenchmark, "_train", record)
-    assert main(["--seeds", "1", "--jobs", "2"]) == 1
-    assert codes == [7, 7]
-
-
 @pytest.mark.slow
 def test_real_train_command(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_runs, "TRAIN_COMMAND", (sys.executable, "-m", "sb3_clipvf", "train"))
+    monkeypatch.setattr(executors, "RUN_COMMAND", (sys.executable, "-m", "tests.bench.experiments.runs"))
     assert main(["--seeds", "5", "--only", "tiny", "--out", "o/r.json", "--table", "o/t.md", "--log-folder", "l"]) == 0
     (run,) = runs_in(Path("o/r.json"))
     assert (run["seed"], run["n_episodes"]) == (5, 2)
-    assert Path("l/tiny/seed_5/train.log").exists()
+    assert log_of("tiny", 5, "l").exists()
     assert Path("o/t.md").exists()
 
 
@@ -225,7 +189,7 @@ def test_list_shows_what_is_done_and_runs_nothing(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--seeds", "2", "--only", "tiny"]) == 0
-    train_with(monkeypatch, "raise SystemExit('must not run')")
+    make_with(monkeypatch, "raise SystemExit('must not run')")
     capsys.readouterr()
     assert main(["--list"]) == 0
     params = " ".join(PARAMS)

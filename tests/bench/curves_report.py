@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tests.bench.curves_statistics import ENGINES, WINDOW, Comparison, difference_estimate, grid, mean_estimate
+from tests.bench.curves_statistics import ENGINES, Comparison, difference_estimate, mean_estimate
+from tests.bench.experiments.episodes import WINDOW, grid
 from tests.bench.results import machines_text, markdown_table, save_figure
 from tests.bench.training_runs import how_made
 

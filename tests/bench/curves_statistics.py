@@ -1,4 +1,4 @@
-"""The curves benchmark's numbers: a training's curve on a grid of steps, intervals of means, overlap of two bands."""
+"""The curves benchmark's numbers: intervals of means, and the overlap of two bands."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from sb3_clipvf.zoo.runs import TrainingCurve
+from tests.bench.experiments.episodes import N_POINTS, WINDOW
 from tests.bench.results import Results
 from tests.bench.training_runs import TrainingRow
 
 # The first one is compared with the second, which is the reference.
 ENGINES = ("native", "autograd")
-N_POINTS = 40
-WINDOW = 20
-LAST_EPISODES = 100
 CONFIDENCE = 0.95
 
 
@@ -36,29 +33,6 @@ class CurveRow(TrainingRow):
     def run(self, seed: int) -> dict[str, Any]:
         """Return the entries that a seed's result is found by."""
         return {**super().run(seed), "n_points": N_POINTS, "window": WINDOW}
-
-
-def grid(n_timesteps: int) -> np.ndarray:
-    """Return ``(N_POINTS,)`` environment steps that divide a training evenly; the last one is its end."""
-    return n_timesteps * np.arange(1, N_POINTS + 1) / N_POINTS
-
-
-def curve_on_grid(curve: TrainingCurve, steps: np.ndarray, window: int = WINDOW) -> list[float | None]:
-    """
-    Return the mean return of the last ``window`` episodes that had ended by each of the environment steps ``(n,)``.
-
-    Means have 5 significant digits, and are None where no episode had ended.
-    """
-    # Episodes are in the order of the clock, which the stable sort keeps within one step.
-    order = np.argsort(curve.steps, kind="stable")
-    returns = curve.returns[order]
-    ended = np.searchsorted(curve.steps[order], steps, side="right")
-    return [rounded_mean(returns[max(0, n - window) : n]) for n in ended]
-
-
-def rounded_mean(values: Sequence[float] | np.ndarray) -> float | None:
-    """Return the mean to 5 significant digits, or None without values."""
-    return float(f"{np.mean(values):.5g}") if len(values) > 0 else None
 
 
 @dataclass(frozen=True)
@@ -128,7 +102,7 @@ class Comparison:
     runs: Mapping[str, Sequence[Mapping[str, Any]]]
 
     def bands(self, engine: str) -> list[Estimate | None]:
-        """Return the mean over the seeds at each step of :func:`grid`, or None where no episode had ended."""
+        """Return the mean over the seeds at each step of a curve, or None where no episode had ended."""
         curves = [run["curve"] for run in self.runs[engine]]
         return [mean_estimate([curve[point] for curve in curves]) for point in range(N_POINTS)]
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from tests.bench.experiments.runs import Record
 from tests.bench.results import Results, machines_text, markdown_table
 from tests.bench.training_runs import TrainingBenchmark, TrainingRow, how_made
-
-if TYPE_CHECKING:
-    from sb3_clipvf.zoo.runs import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,13 +88,9 @@ class LearningBenchmark(TrainingBenchmark[Row]):
     default_seeds = (1, 2, 3)
     log_folder = "logs/bench"
 
-    def measure(self, row: Row, run: Run) -> dict[str, Any]:
-        """Evaluate a run's final model."""
-        from sb3_clipvf.zoo.runs import evaluate_run
-
-        evaluation = evaluate_run(run, row.n_episodes, device="cpu")
-        numbers = {"mean_return": evaluation.mean, "std_return": evaluation.std}
-        return {"num_timesteps": evaluation.num_timesteps, **numbers}
+    def measure(self, record: Record) -> dict[str, Any]:
+        """Keep the evaluation of the final model."""
+        return {"mean_return": record.scores["evaluation_mean"], "std_return": record.scores["evaluation_std"]}
 
     def summary(self, row: Row, result: Mapping[str, Any]) -> str:
         """Return the evaluation beside the goal."""

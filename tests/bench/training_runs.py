@@ -1,31 +1,19 @@
-"""
-Benchmarks that train: options, processes of the train command, resuming and stopping.
-
-Each run is one process of the train command.
-"""
+"""Benchmarks that train: rows of trainings, their missing runs, and what is kept of each."""
 
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
-import threading
-import time
+import contextlib
+import shutil
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar
 
 from tests.bench.command import Benchmark, at_least
-from tests.bench.results import clone_environment, machine
-
-if TYPE_CHECKING:
-    from sb3_clipvf.zoo.runs import Run
-
-# Tests replace this by a quick command.
-TRAIN_COMMAND: tuple[str, ...] = (sys.executable, "-m", "sb3_clipvf", "train")
+from tests.bench.experiments.executors import Finished, LocalExecutor
+from tests.bench.experiments.runs import Record, RunSpec
+from tests.bench.results import machine
 
 
 @dataclass(frozen=True)
@@ -38,6 +26,7 @@ class TrainingRow:
     :param n_timesteps: environment steps of training
     :param params: changes to the shipped settings, as ``-params`` takes them
     :param vec_env: kind of the training environments, as ``--vec-env`` takes it; evaluation has Gymnasium's
+    :param n_episodes: episodes of the evaluation of the final model; 0: none
     """
 
     name: str
@@ -45,6 +34,7 @@ class TrainingRow:
     n_timesteps: int
     params: tuple[str, ...] = ()
     vec_env: str = "dummy"
+    n_episodes: int = 0
 
     def run(self, seed: int) -> dict[str, Any]:
         """
@@ -57,16 +47,6 @@ class TrainingRow:
         return {"name": self.name, "seed": seed, **settings}
 
 
-def train_arguments(row: TrainingRow, seed: int, log_folder: Path) -> list[str]:
-    """Return the options of one run's train command; one thread and the CPU, since others may run beside it."""
-    options = ["--algo", "clipppo", "--env", row.env_id, "--seed", str(seed), "-n", str(row.n_timesteps)]
-    options += ["-f", str(log_folder), "--eval-freq", "-1", "--num-threads", "1", "--device", "cpu", "--verbose", "0"]
-    options += ["--checkpoint-freq", "-1"]  # runs are timed, too
-    if row.vec_env != "dummy":
-        options += ["--vec-env", row.vec_env]
-    return [*options, "-params", *row.params] if row.params else options
-
-
 def how_made(run: Mapping[str, Any]) -> str:
     """Return how a run was made on its machine."""
     return f"{run['jobs']} runs side by side, one thread each"
@@ -76,7 +56,7 @@ RowT = TypeVar("RowT", bound=TrainingRow)
 
 
 class TrainingBenchmark(Benchmark[RowT]):
-    """Makes the runs that are missing; a subclass defines what is measured in a run, and the table."""
+    """Makes the runs that are missing; a subclass defines what is kept of a run, and the table."""
 
     default_seeds: ClassVar[tuple[int, ...]]
     deciding = ("seeds",)
@@ -84,9 +64,6 @@ class TrainingBenchmark(Benchmark[RowT]):
     def __init__(self, rows: Sequence[RowT], argv: Sequence[str] | None) -> None:
         super().__init__(rows, argv)
         self.seeds: list[int] = list(dict.fromkeys(self.args.seeds))
-        self._stop = threading.Event()
-        self._lock = threading.Lock()  # one evaluation at a time: it sets the process's random states
-        self._processes: set[subprocess.Popen[bytes]] = set()
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         """Add the options of trainings."""
@@ -96,8 +73,8 @@ class TrainingBenchmark(Benchmark[RowT]):
         parser.add_argument("--seeds", type=at_least(0), nargs="+", default=seeds, help=about)
 
     @abstractmethod
-    def measure(self, row: RowT, run: Run) -> dict[str, Any]:
-        """Return what is kept of a run, and as ``num_timesteps`` the environment steps that it was trained for."""
+    def measure(self, record: Record) -> dict[str, Any]:
+        """Return what is kept of a run."""
 
     @abstractmethod
     def summary(self, row: RowT, result: Mapping[str, Any]) -> str:
@@ -115,70 +92,35 @@ class TrainingBenchmark(Benchmark[RowT]):
         todo = [(row, seed) for row, seed in pairs if self.args.rerun or self.results.find(row.run(seed)) is None]
         n_done = len(pairs) - len(todo)
         print(f"{len(todo)} runs to make, {n_done} are done already (--rerun makes them again).", flush=True)
-        with ThreadPoolExecutor(self.args.jobs) as pool:
-            futures = [pool.submit(self._run_one, row, seed) for row, seed in todo]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-            except BaseException:
-                self._stop.set()
-                for process in list(self._processes):
-                    process.terminate()
-                pool.shutdown(cancel_futures=True)
-                raise
+        rows = {self._spec(row, seed): (row, seed) for row, seed in todo}
+        if self.args.rerun:
+            for spec in rows:
+                shutil.rmtree(spec.folder, ignore_errors=True)
+        with contextlib.closing(LocalExecutor(self.args.jobs).run(list(rows))) as ended:
+            for finished in ended:
+                self._add(*rows[finished.spec], finished)
 
-    def _run_one(self, row: RowT, seed: int) -> None:
-        if self._stop.is_set():
+    def _spec(self, row: RowT, seed: int) -> RunSpec:
+        label, folder = f"{row.name}, seed {seed}", self.args.log_folder.absolute() / row.name
+        spec = RunSpec(
+            label=label,
+            folder=folder,
+            env_id=row.env_id,
+            seed=seed,
+            n_timesteps=row.n_timesteps,
+            vec_env=row.vec_env,
+            params=row.params,
+            n_eval_episodes=row.n_episodes,
+        )
+        # Runs of an earlier version of the row stay beside those of this one.
+        return replace(spec, folder=folder / f"seed_{seed}-{spec.digest()}")
+
+    def _add(self, row: RowT, seed: int, finished: Finished) -> None:
+        label = finished.spec.label
+        if finished.record is None:  # the others continue
+            self.failed[label] = finished.error
+            print(f"{label}: FAILED, {finished.error}", flush=True)
             return
-        label, folder = f"{row.name}, seed {seed}", self.args.log_folder / row.name / f"seed_{seed}"
-        log_path = folder / "train.log"
-        folder.mkdir(parents=True, exist_ok=True)
-        print(f"{label}: training {row.n_timesteps:,} steps, log in {log_path}", flush=True)
-        started = time.perf_counter()
-        code = self._train(train_arguments(row, seed, folder), log_path)
-        seconds = time.perf_counter() - started
-        if self._stop.is_set():
-            return
-        try:
-            if code != 0:
-                raise ValueError(f"the train command ended with code {code}, see {log_path}")
-            with self._lock:
-                result = {**row.run(seed), **self._measure(row, folder)}
-                self.results.add({**result, "jobs": self.args.jobs, **machine()})
-        except ValueError as error:  # this run has no complete model; the others can continue
-            self.failed[label] = str(error)
-            print(f"{label}: FAILED, {error}", flush=True)
-            return
-        print(f"{label}: {self.summary(row, result)}, {seconds:,.0f} s", flush=True)
-
-    def _train(self, options: list[str], log_path: Path) -> int:
-        # One thread for numerical libraries: two runs of several threads each would compete for the cores.
-        environment = clone_environment() | {"OMP_NUM_THREADS": "1"}
-        with log_path.open("wb") as log:
-            process = subprocess.Popen(
-                [*TRAIN_COMMAND, *options], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
-            )
-            self._processes.add(process)
-            try:
-                if self._stop.is_set():  # set between the earlier check and the process's start
-                    process.terminate()
-                return process.wait()
-            finally:
-                self._processes.discard(process)
-
-    def _measure(self, row: RowT, folder: Path) -> dict[str, Any]:
-        import torch as th
-
-        from sb3_clipvf.zoo.runs import find_run
-
-        threads = th.get_num_threads()
-        th.set_num_threads(1)  # other runs are training beside it
-        try:
-            numbers = self.measure(row, find_run(folder, row.env_id, "clipppo"))
-        finally:
-            th.set_num_threads(threads)
-        num_timesteps = numbers.pop("num_timesteps")
-        if num_timesteps < row.n_timesteps:
-            # The Zoo saves the model and ends with code 0 when it is interrupted.
-            raise ValueError(f"the training was interrupted at step {num_timesteps:,}")
-        return numbers
+        result = {**row.run(seed), **self.measure(finished.record)}
+        self.results.add({**result, "jobs": self.args.jobs, **machine()})
+        print(f"{label}: {self.summary(row, result)}, {finished.seconds:,.0f} s", flush=True)
