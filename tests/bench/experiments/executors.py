@@ -95,7 +95,7 @@ class LocalExecutor:
         # One thread for numerical libraries: two runs of several threads each would compete for the cores. Errors of
         # the settings keep their traceback, too.
         environment = clone_environment() | {"OMP_NUM_THREADS": "1", "SB3_CLIPVF_TRACEBACK": "1"}
-        # In a session of its own, so that Ctrl-C reaches this process alone, which then ends the run by SIGTERM: that
+        # In a group of its own, so that Ctrl-C reaches this process alone, which then ends the run by SIGTERM: that
         # writes a last checkpoint.
         process = subprocess.Popen(
             [*RUN_COMMAND, os.fspath(spec.folder)],
@@ -103,7 +103,7 @@ class LocalExecutor:
             stdout=log,
             stderr=log,
             env=environment,
-            start_new_session=True,
+            process_group=0,
         )
         self._processes.add(process)
         try:
