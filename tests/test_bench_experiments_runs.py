@@ -131,9 +131,10 @@ def run_with(monkeypatch: pytest.MonkeyPatch, program: str, *arguments: str) -> 
 
 def test_executor_makes_each_run_once(made_record: Path, tmp_path: Path) -> None:
     specs = [spec_of(tmp_path / name) for name in ("a", "b")]
-    for _ in range(2):
-        found = {one.spec.folder.name: one.record for one in LocalExecutor(1).run(specs)}
-        assert found == {"a": record_of(), "b": record_of()}
+    for is_first in (True, False):
+        found = {one.spec.folder.name: one for one in LocalExecutor(1).run(specs)}
+        assert {name: one.record for name, one in found.items()} == {"a": record_of(), "b": record_of()}
+        assert all((one.seconds > 0) is is_first for one in found.values())
     assert (tmp_path / "a" / "starts").read_text() == "x"
     assert (tmp_path / "a" / "train.log").read_text() == "made\n"
 

@@ -56,7 +56,7 @@ class Campaign:
                     self.failed[spec.label] = finished.error
                 else:
                     self._table.add(setting_of[spec.folder], spec, finished.record, self._jobs)
-                    n_steps += spec.n_timesteps
+                    n_steps += spec.n_timesteps if finished.seconds > 0 else 0
                 speed = n_steps / max(time.perf_counter() - started, 1e-9)
                 place = f"[{n_done + n_ended:>{len(str(len(self.runs)))}}/{len(self.runs)}]"
                 print(f"{place} {_summary(finished)} | {speed:,.0f} steps/s, {self._time_left()}", flush=True)

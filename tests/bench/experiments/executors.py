@@ -22,7 +22,7 @@ RUN_COMMAND: tuple[str, ...] = (sys.executable, "-m", "tests.bench.experiments.r
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that ended: its record, or else the reason of its failure; and the seconds that it took."""
+    """A run that ended: its record or the reason of its failure, and its seconds, which are 0 if it was made before."""
 
     spec: RunSpec
     record: Record | None
@@ -69,6 +69,7 @@ class LocalExecutor:
     def _run_one(self, spec: RunSpec) -> Finished | None:
         if self._stop.is_set():
             return None
+        was_made = (spec.folder / RECORD_FILE).exists()
         started = time.perf_counter()
         record, error = None, ""
         try:
@@ -77,7 +78,7 @@ class LocalExecutor:
             if self._stop.is_set():
                 return None
             error = str(reason)
-        return Finished(spec, record, error, time.perf_counter() - started)
+        return Finished(spec, record, error, 0.0 if was_made else time.perf_counter() - started)
 
     def _record(self, spec: RunSpec) -> Record:
         prepare_folder(spec)
