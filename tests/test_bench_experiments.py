@@ -28,7 +28,7 @@ CONTENT: dict[str, Any] = {
     "settings": {"constant": {"clip_range": 0.2}, "annealed": {"clip_range": "lin_0.2"}},
     "environments": {
         "CartPole-v1": {"steps": 64, "seeds": 2, "settings": TINY},
-        "Pendulum-v1": {"steps": 96, "seeds": 1, "vec_env": "gymnasium"},
+        "Pendulum-v1": {"steps": 96, "seeds": 1, "vec_env": "gymnasium", "settings": {"clip_range": 0.3}},
     },
 }
 
@@ -110,6 +110,7 @@ def test_runs_go_seed_by_seed_over_environments_and_settings(small: Suite, tmp_p
     assert spec.hyperparams == {"policy": "MlpPolicy", "n_timesteps": 64, **TINY, "clip_range": "lin_0.2"}
     assert (spec.n_timesteps, spec.vec_env, spec.n_eval_episodes) == (64, "dummy", 2)
     assert found[2][1].vec_env == "gymnasium"
+    assert (found[2][1].hyperparams or {})["clip_range"] == 0.2  # the suite's settings change the environment's
     assert pickle.loads(pickle.dumps(spec)) == spec  # for executors on other machines
 
 
