@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch as th
 from matplotlib.axes import Axes
+from stable_baselines3 import PPO
 from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
@@ -32,7 +33,7 @@ from tests.bench.speed import main
 from tests.bench.speed_figure import write_figure
 from tests.bench.speed_models import make_env, make_model
 from tests.bench.speed_profile import area_of, render_profile, sum_areas
-from tests.bench.speed_rows import BOUNDS, PEERS, ROWS, TRIAL_UPDATES, SpeedRow
+from tests.bench.speed_rows import BOUNDS, ROWS, SpeedRow
 from tests.bench.speed_table import (
     CACHES,
     COLD_TRIAL,
@@ -61,7 +62,7 @@ steps = 1000.0 * (2 if task["peer"] == "clipppo" else 1) * (1.2 if threads == "1
 split = {name + "_seconds": 0.25 for name in ("environment", "policy", "update", "other", "startup")}
 times = {"steps": 1000, "wall_seconds": 1.0, "steps_per_second": steps, "peak_megabytes": 100.0}
 print("not the result")
-print(json.dumps(split | times | {"engine": "none", "torch_threads": 1}))
+print(json.dumps(split | times | {"engine": "none", "device": "cuda", "torch_threads": 1}))
 """
 
 
@@ -138,7 +139,7 @@ def test_rows_have_the_goals_to_reach() -> None:
 
 def test_row_measures_the_peers_that_can_run_and_the_environments_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, lambda name: True)
-    every = replace(FAST, peers=tuple(PEERS))
+    every = replace(FAST, peers=("clipppo", "sb3", "sb3_compiled", "sbx"))
     assert every.measured() == ("clipppo", "sb3", "sb3_compiled", "sbx", "bound_clipppo")
     assert FAST.measured() == ("clipppo", "sb3", "sbx", "bound_clipppo")
     assert SLOW.measured() == ("clipppo", "sb3", "sbx", "bound_clipppo", "bound_sb3")
@@ -326,6 +327,7 @@ def test_seconds_are_divided_without_compilation(scripted: Callable[..., dict[st
         "setup_seconds": 7.0,
         "startup_seconds": 27.0,
         "engine": "torch",
+        "device": "cpu",
     }
 
 
@@ -555,7 +557,8 @@ def test_threads_are_those_of_the_fastest_trial(tmp_path: Path) -> None:
 
 
 def test_tables(tmp_path: Path) -> None:
-    cold = replace(FAST, name="cold", cold_start=True)
+    peers = ("clipppo", "sb3", "sb3_compiled", "sbx")
+    cold = replace(FAST, name="cold", cold_start=True, peers=peers)
     results = results_of(
         tmp_path,
         *(result(FAST, "clipppo", str(n), 4000.0 * n, peak_megabytes=150.0, products_seconds=0.05) for n in (1, 2, 3)),
@@ -689,7 +692,7 @@ def test_compiled_sb3_has_the_threads_of_sb3(
 def test_peers_that_cannot_run_are_named(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(speed, "ROWS", (FAST, replace(SLOW, peers=tuple(PEERS))))
+    monkeypatch.setattr(speed, "ROWS", (FAST, replace(SLOW, peers=("clipppo", "sb3", "sb3_compiled", "sbx"))))
     installed(monkeypatch, lambda name: name not in ("sbx", "g++"))
     assert main(["--alternations", "1"]) == 0
     printed = capsys.readouterr().out
@@ -918,6 +921,63 @@ def test_quick_writes_beside_the_results(in_folder: Path) -> None:
     assert len(order()) == 8 + 3
 
 
+@pytest.mark.parametrize(
+    "device, devices",
+    [
+        ("auto", {"clipppo": "auto", "clipppo_on_cpu": "cpu", "clipppo_on_gpu": "cuda", "sb3": "auto"}),
+        ("cuda", {"clipppo": "cuda", "sb3": "cuda"}),
+    ],
+)
+def test_devices(in_folder: Path, monkeypatch: pytest.MonkeyPatch, device: str, devices: dict[str, str]) -> None:
+    update = replace(FAST, phase="update", policy="MlpPolicy")
+    monkeypatch.setattr(speed, "ROWS", (update,))
+    monkeypatch.setattr(speed, "_gpu_name", lambda: "a GPU")
+    assert main(["--device", device, "--alternations", "1", "--iterations", "3"]) == 0
+    made = tasks()  # no trials: threads matter little beside a GPU, and the native engine tries them itself
+    assert [task["peer"] for task in made] == list(devices)
+    for task in made:
+        row = SpeedRow(**task["row"])
+        assert (row.device, row.iterations, task["threads"]) == (device, 3, None)
+        assert row.device_of(task["peer"]) == devices[task["peer"]]
+        assert row.is_native(task["peer"]) == (devices[task["peer"]] != "cuda" and task["peer"] != "sb3")
+    assert {run["gpu"] for run in runs_in(Path(f"docs/results/speed-{device}.json"))} == {"a GPU"}
+    table = Path(f"docs/results/speed-{device}.md").read_text()
+    command = f"python -m tests.bench speed --alternations 1 --iterations 3 --device {device}"
+    assert f"Made by `{command}`." in table
+    assert "| none on cuda |" in table
+    assert ("| ClipPPO / ClipPPO on the GPU |" in table) == (device == "auto")
+    assert "2 cores, a GPU, one run at a time" in table.replace(f"{os.cpu_count()} cores", "2 cores")
+    monkeypatch.setattr(speed, "_gpu_name", lambda: "another GPU")
+    assert main(["--device", device, "--alternations", "1", "--iterations", "3"]) == 0
+    assert len(tasks()) == len(devices)  # results of another GPU do not count
+
+
+def test_trials_choose_threads_of_a_peer_on_the_cpu_beside_a_gpu(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "_gpu_name", lambda: "a GPU")
+    assert main(["--device", "auto", "--alternations", "1", "--rows", "fast"]) == 0
+    assert {task["peer"] for task in tasks() if task["seed"] == 0} == {"clipppo_on_cpu"}
+
+
+def test_models_are_on_the_device_of_their_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = replace(FAST, policy="MlpPolicy", device="auto", settings={"n_steps": 16, "batch_size": 16})
+    devices = []
+    for algorithm in (ClipPPO, PPO):
+        init = algorithm.__init__
+
+        def record(*args: Any, init: Any = init, device: str, **kwargs: Any) -> None:
+            devices.append(device)
+            init(*args, device="cpu", **kwargs)
+
+        monkeypatch.setattr(algorithm, "__init__", record)
+    for peer in ("clipppo", "clipppo_on_cpu", "clipppo_on_gpu", "sb3"):
+        model = make_model(row, peer, 0)
+        assert isinstance(model, PPO if peer == "sb3" else ClipPPO)
+        assert isinstance(model.env, FastDummyVecEnv) == (peer != "sb3")
+    assert devices == ["auto", "cpu", "cuda", "auto"]
+
+
 def test_list_shows_what_is_done_and_runs_nothing(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--rows", "fast", "--alternations", "2"]) == 0
     tasks()
@@ -971,6 +1031,8 @@ def test_profile_names_where_the_time_goes(
         ),
         ("--profile fast --peer sb3_compiled", "one of the peers of fast (clipppo, sb3, sbx), got sb3_compiled\n"),
         ("--profile slow", "`--profile` must name a row whose packages are installed, got slow: it needs envpool"),
+        ("--device auto", "`--device` must be cpu on a machine without a GPU, got auto. Leave it out."),
+        ("--device tpu", "--device: invalid choice: 'tpu' (choose from"),
         ("--out learning.json", "`--out` must be a results file of this benchmark"),
     ],
 )
@@ -980,6 +1042,7 @@ def test_bad_options_are_refused(
     Path("learning.json").write_text('{"format": 1, "runs": [{"name": "CartPole-v1", "seed": 1}]}')
     monkeypatch.setattr(speed, "ROWS", (FAST, replace(SLOW, env="envpool")))
     installed(monkeypatch, lambda name: name not in ("envpool", "sbx"))
+    monkeypatch.setattr(speed, "_gpu_name", lambda: None)
     with pytest.raises(SystemExit, match="2"):
         main(options.split())
     assert match in capsys.readouterr().err
@@ -1003,9 +1066,13 @@ def test_real_processes_of_both_peers(
     assert "(`custom-extractor`)" in capsys.readouterr().out
 
 
-def test_the_native_engine_tries_its_threads_before_it_is_measured() -> None:
+def test_the_native_engine_tries_its_threads_before_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {row.name: row for row in ROWS}
-    assert rows["cartpole"].warmup_of("clipppo") == TRIAL_UPDATES > 2 * threads.TRIALS
+    for cores, n_numbers in ((1, 1), (2, 2), (3, 3), (16, 5)):
+        monkeypatch.setattr(threads, "usable_cores", partial(int, cores))
+        monkeypatch.setattr(th, "get_num_threads", partial(int, cores))
+        assert len(threads.ThreadChoice(16)._numbers) == n_numbers
+        assert rows["cartpole"].warmup_of("clipppo") == 1 + n_numbers * threads.TRIALS
     assert rows["cartpole"].warmup_of("sb3") == rows["cartpole"].warmup
     for name in ("custom-extractor", "breakout-8-ale"):
         assert rows[name].warmup_of("clipppo") == rows[name].warmup

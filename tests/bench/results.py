@@ -97,7 +97,8 @@ def machines_text(runs: Iterable[Mapping[str, Any]], how: Callable[[Mapping[str,
     lines = set()
     for run in runs:
         versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
-        lines.add(f"- {run['cpu']}, {run['cores']} cores, {how(run)}; {versions}\n")
+        gpu = f", {run['gpu']}" if "gpu" in run else ""
+        lines.add(f"- {run['cpu']}, {run['cores']} cores{gpu}, {how(run)}; {versions}\n")
     return f"Machines and versions:\n\n{''.join(sorted(lines))}"
 
 

@@ -25,7 +25,7 @@ import psutil
 from tests.bench.command import Benchmark, at_least
 from tests.bench.results import clone_environment, machine
 from tests.bench.speed_figure import write_figure
-from tests.bench.speed_rows import PEERS, ROWS, SpeedRow, absent_peers
+from tests.bench.speed_rows import DEVICES, PEERS, ROWS, SpeedRow, absent_peers
 from tests.bench.speed_table import (
     CACHES,
     KEY,
@@ -63,17 +63,26 @@ class SpeedBenchmark(Benchmark[SpeedRow]):
     log_folder = "logs/bench/speed"
     n_alternations: ClassVar[int] = MIN_ALTERNATIONS
     key = KEY
-    deciding = ("quick", "alternations")
+    deciding = ("quick", "alternations", "iterations", "device")
 
     def __init__(self, rows: Sequence[SpeedRow], argv: Sequence[str] | None) -> None:
         super().__init__(rows, argv)
         self._machine = machine(_PACKAGES)
+        if self.args.device != "cpu":
+            self._machine["gpu"] = _gpu_name()
         self._notes = {row.name: reason for row in self.selected if (reason := row.missing()) is not None}
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         """Add the options of measurements and profiles."""
         about = "measurements of each peer (default: %(default)s)"
         parser.add_argument("--alternations", type=at_least(1), default=self.n_alternations, help=about)
+        about = "rollouts and updates that are measured (default: the row's)"
+        parser.add_argument("--iterations", type=at_least(1), help=about)
+        about = (
+            "argument device of ClipPPO and SB3 (default: %(default)s); auto: also ClipPPO on the CPU and on the GPU; "
+            "results go to docs/results/speed-DEVICE.json"
+        )
+        parser.add_argument("--device", choices=DEVICES, default="cpu", help=about)
         about = "only check within seconds that everything runs; results go to logs/bench/quick.json"
         parser.add_argument("--quick", action="store_true", help=about)
         names = [row.name for row in self.rows]
@@ -82,12 +91,17 @@ class SpeedBenchmark(Benchmark[SpeedRow]):
         parser.add_argument("--peer", choices=tuple(PEERS), default="clipppo", help="for --profile (default: clipppo)")
 
     def prepare(self, rows: Sequence[SpeedRow]) -> Sequence[SpeedRow]:
-        """Return short rows for ``--quick``, whose results go into a separate file."""
-        if not self.args.quick:
-            return rows
-        if self.args.out == self.parser.get_default("out"):
-            self.args.out = Path("logs/bench/quick.json")
-        return [row.quick() for row in rows]
+        """Return the rows for the options. Those of ``--quick`` and of other devices go into separate files."""
+        device = self.args.device
+        if device != "cpu" and _gpu_name() is None:
+            self.parser.error(f"`--device` must be cpu on a machine without a GPU, got {device}. Leave it out.")
+        if self.args.out == self.parser.get_default("out") and (self.args.quick or device != "cpu"):
+            name = "quick" if self.args.quick else f"speed-{device}"
+            self.args.out = Path("logs/bench" if self.args.quick else "docs/results") / f"{name}.json"
+        rows = [row.on(device) for row in rows]
+        if self.args.iterations is not None:
+            rows = [replace(row, iterations=self.args.iterations) for row in rows]
+        return [row.quick() for row in rows] if self.args.quick else rows
 
     def listed(self, row: SpeedRow) -> str:
         """Return the goal, and the alternations that are done or what the row needs."""
@@ -195,7 +209,7 @@ class SpeedBenchmark(Benchmark[SpeedRow]):
     def _is_done(self, row: SpeedRow, peer: str, part: str) -> bool:
         """Return whether there is a result that was made here with the packages that are installed now."""
         run = self.results.find(entries_of(row, peer, part))
-        if run is None or any(run[name] != self._machine[name] for name in ("cpu", "cores")):
+        if run is None or any(run.get(name) != self._machine.get(name) for name in ("cpu", "cores", "gpu")):
             return False
         versions = self._machine["versions"]
         return all(versions.get(name) == number for name, number in run["versions"].items())
@@ -251,6 +265,13 @@ class SpeedBenchmark(Benchmark[SpeedRow]):
             "profile": False,
             "bound_seconds": _QUICK_BOUND_SECONDS if self.args.quick else _BOUND_SECONDS,
         }
+
+
+def _gpu_name() -> str | None:
+    """Return the name of the GPU that "cuda" means, or None without one."""
+    import torch as th  # takes a second, which `--list` can do without
+
+    return th.cuda.get_device_name() if th.cuda.is_available() else None
 
 
 def run_child(

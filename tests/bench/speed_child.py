@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from tests.bench.speed_models import make_model, raw_vector
-from tests.bench.speed_rows import BOUNDS, SpeedRow
+from tests.bench.speed_rows import BOUNDS, SpeedRow, is_clipppo
 
 _ENGINES = {"sb3": "torch", "sb3_compiled": "torch.compile", "sbx": "jax"}
 
@@ -107,8 +107,9 @@ def measure_peer(row: SpeedRow, peer: str, seed: int, *, profile: bool = False) 
     # The warm-up's time beyond that of as many measured iterations is compilation and loading.
     usual = warmup * result["wall_seconds"] / row.iterations
     result["startup_seconds"] = setup_seconds + max(0.0, result["warmup_seconds"] - usual)
+    result["device"] = str(getattr(model, "device", "cpu"))  # SBX has none
     result["peak_megabytes"] = peak_megabytes()
-    if peer == "clipppo":
+    if is_clipppo(peer) and model.device.type == "cpu":
         from tests.bench.speed_products import products_seconds
 
         result["products_seconds"] = products_seconds(model, row.threads) * row.iterations

@@ -10,7 +10,7 @@ import torch as th
 from torch import nn
 
 from tests.bench.speed_free import FreeVecEnv
-from tests.bench.speed_rows import SpeedRow
+from tests.bench.speed_rows import SpeedRow, is_clipppo
 
 
 def make_model(row: SpeedRow, peer: str, seed: int) -> Any:
@@ -25,14 +25,15 @@ def make_model(row: SpeedRow, peer: str, seed: int) -> Any:
         arguments["policy_kwargs"] = _policy_kwargs(arguments["policy_kwargs"], peer)
     if row.custom_extractor:
         arguments["policy_kwargs"] = {"features_extractor_class": _extractor_class()}
-    if peer == "clipppo":
+    if is_clipppo(peer):
         from sb3_clipvf import SB3_EQUIVALENT, ClipPPO
 
         algorithm: Any = ClipPPO
         arguments = SB3_EQUIVALENT | {"engine": "auto"} | arguments
     else:
         algorithm = import_module("sbx" if peer == "sbx" else "stable_baselines3").PPO
-    model = algorithm(row.policy, make_env(row, peer, seed), seed=seed, device="cpu", verbose=0, **arguments)
+    env, device = make_env(row, peer, seed), row.device_of(peer)
+    model = algorithm(row.policy, env, seed=seed, device=device, verbose=0, **arguments)
     if peer == "sb3_compiled":
         # `th.compile(policy)` compiles `forward` alone, which updates do not call.
         model.policy.forward = th.compile(model.policy.forward)
@@ -53,7 +54,7 @@ def make_env(row: SpeedRow, peer: str, seed: int) -> Any:
     env = ENVIRONMENTS[row.kind(peer)](row, peer, seed)
     if not row.normalize:
         return env
-    if peer == "clipppo":
+    if is_clipppo(peer):
         from sb3_clipvf.envs import FastVecNormalize
 
         return FastVecNormalize(env)
@@ -68,7 +69,7 @@ def _gym(row: SpeedRow, peer: str, seed: int) -> Any:
 
     from sb3_clipvf.envs import FastDummyVecEnv
 
-    vec_env_cls = FastDummyVecEnv if peer == "clipppo" else DummyVecEnv
+    vec_env_cls = FastDummyVecEnv if is_clipppo(peer) else DummyVecEnv
     return make_vec_env(row.env_id, row.n_envs, seed=seed, vec_env_cls=vec_env_cls)
 
 

@@ -8,17 +8,24 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any
 
-PEERS = {"clipppo": "ClipPPO", "sb3": "SB3", "sb3_compiled": "SB3 compiled", "sbx": "SBX"}
+PEERS = {
+    "clipppo": "ClipPPO",
+    "sb3": "SB3",
+    "sb3_compiled": "SB3 compiled",
+    "sbx": "SBX",
+    "clipppo_on_cpu": "ClipPPO on the CPU",
+    "clipppo_on_gpu": "ClipPPO on the GPU",
+}
 """
 What is compared. SB3 compiled is SB3 with ``torch.compile``, if there is a C++ compiler. SBX is SB3's algorithms in
 JAX, if it is installed.
 """
 
+DEVICES = ("cpu", "auto", "cuda")
+"""Devices for ``--device``."""
+
 BOUNDS = {"bound_clipppo": "clipppo", "bound_sb3": "sb3"}
 """Name of a measurement of environments alone under random actions -> the peer that has these environments."""
-
-TRIAL_UPDATES = 7
-"""Updates after which the native engine has chosen its number of threads."""
 
 # What a row's environments need: start of the id, or kind of the environments -> module, extra.
 _REQUIREMENTS = {
@@ -30,7 +37,9 @@ _REQUIREMENTS = {
 }
 
 
-_ALL = tuple(PEERS)
+_ALL = ("clipppo", "sb3", "sb3_compiled", "sbx")
+_DEVICE_OF_PEER = {"clipppo_on_cpu": "cpu", "clipppo_on_gpu": "cuda"}
+_PEERS_ON = {"auto": ("clipppo", *_DEVICE_OF_PEER, "sb3"), "cuda": ("clipppo", "sb3")}
 
 
 def absent_peers() -> dict[str, str]:
@@ -41,6 +50,19 @@ def absent_peers() -> dict[str, str]:
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         absent["sb3_compiled"] = "needs a C++ compiler: g++, or the one that CXX names"
     return absent
+
+
+def _trial_updates() -> int:
+    """Return the number of updates after which the native engine has chosen its number of threads."""
+    from sb3_clipvf.engines.threads import TRIALS, usable_cores  # imports torch
+
+    n_numbers = 1 + (usable_cores() - 1).bit_length()  # powers of two, and all cores
+    return 1 + TRIALS * n_numbers  # the first update compiles
+
+
+def is_clipppo(peer: str) -> bool:
+    """Return whether a peer is ClipPPO, on any device."""
+    return peer == "clipppo" or peer in _DEVICE_OF_PEER
 
 
 @dataclass(frozen=True)
@@ -66,6 +88,7 @@ class SpeedRow:
     :param threads: number of threads that every peer runs on; None: the faster of one and the default, per peer
     :param cold_start: whether ClipPPO's first trial starts without compiled code, to measure how long compiling
         takes; rows with the same kernels take the same time
+    :param device: the argument ``device`` of ClipPPO and SB3
     """
 
     name: str
@@ -85,6 +108,7 @@ class SpeedRow:
     phase: str = "all"
     threads: int | None = None
     cold_start: bool = False
+    device: str = "cpu"
 
     @property
     def n_steps(self) -> int:
@@ -93,15 +117,24 @@ class SpeedRow:
 
     def kind(self, peer: str) -> str:
         """Return the kind of a peer's environments."""
-        return self.env if peer == "clipppo" else self.peer_env
+        return self.env if is_clipppo(peer) else self.peer_env
+
+    def device_of(self, peer: str) -> str:
+        """Return a peer's argument ``device``."""
+        return _DEVICE_OF_PEER.get(peer, self.device)
 
     def is_native(self, peer: str) -> bool:
-        """Return whether the native engine, which chooses its number of threads itself, runs a peer's policy."""
-        return peer == "clipppo" and self.policy == "MlpPolicy" and not self.custom_extractor
+        """Return whether the native engine, which chooses its number of threads itself, may run a peer's policy."""
+        is_plain = self.policy == "MlpPolicy" and not self.custom_extractor
+        return is_clipppo(peer) and is_plain and self.device_of(peer) != "cuda"
+
+    def has_default_threads(self, peer: str) -> bool:
+        """Return whether no trial chooses a peer's number of threads."""
+        return self.is_native(peer) or self.device_of(peer) != "cpu"
 
     def warmup_of(self, peer: str) -> int:
-        """Return a peer's warm-up, in which the native engine must try one thread and two."""
-        return max(self.warmup, TRIAL_UPDATES) if self.is_native(peer) and self.threads != 1 else self.warmup
+        """Return a peer's warm-up, in which the native engine must choose its number of threads."""
+        return max(self.warmup, _trial_updates()) if self.is_native(peer) and self.threads != 1 else self.warmup
 
     def measured(self) -> tuple[str, ...]:
         """Return the keys of ``PEERS`` and ``BOUNDS`` to measure here, in the order of the first alternation."""
@@ -119,6 +152,10 @@ class SpeedRow:
             if needed and find_spec(module) is None:
                 return f"needs {module}: pip install 'sb3_clipvf[{extra}]'"
         return None
+
+    def on(self, device: str) -> SpeedRow:
+        """Return the row for a value of ``--device``; "auto" adds ClipPPO on the CPU and on the GPU."""
+        return self if device == "cpu" else replace(self, device=device, peers=_PEERS_ON[device], cold_start=False)
 
     def quick(self) -> SpeedRow:
         """Return the row with few and short rollouts, only to check that it runs."""

@@ -15,7 +15,7 @@ KEY = ("name", "peer", "part")
 
 STORED = (
     *("steps_per_second", "steps", "environment_seconds", "policy_seconds", "update_seconds", "other_seconds"),
-    *("startup_seconds", "products_seconds", "peak_megabytes", "engine", "torch_threads"),
+    *("startup_seconds", "products_seconds", "peak_megabytes", "engine", "device", "torch_threads"),
 )
 """Measured values that the results file keeps and the tables read; of a bound, only the first."""
 
@@ -127,18 +127,20 @@ def render_tables(results: Results, rows: Sequence[SpeedRow], alternations: int,
 
 
 def _ratio_table(results: Results, rows: Sequence[SpeedRow], alternations: int, notes: Mapping[str, str]) -> str:
-    header = ["configuration", "ClipPPO / SB3", "update", "ClipPPO / SB3 compiled", "ClipPPO / SBX"]
-    header += [*(f"{name} steps/s" for name in PEERS.values()), "bound steps/s", "goal"]
+    shown = [peer for peer in PEERS if any(peer in row.peers for row in rows)]
+    others = [peer for peer in shown if peer not in ("clipppo", "sb3")]
+    header = ["configuration", "ClipPPO / SB3", "update", *(f"ClipPPO / {PEERS[peer]}" for peer in others)]
+    header += [*(f"{PEERS[peer]} steps/s" for peer in shown), "bound steps/s", "goal"]
     lines = []
     for row in rows:
         to_sb3 = ratio(results, row, "sb3", alternations)
         update = ratio(results, row, "sb3", alternations, "update")
-        speeds = [_speed(results, row, peer, alternations) for peer in (*PEERS, *BOUNDS)]
-        bounds = " / ".join(text for text in speeds[len(PEERS) :] if text)
+        speeds = [_speed(results, row, peer, alternations) for peer in shown]
+        bounds = " / ".join(text for peer in BOUNDS if (text := _speed(results, row, peer, alternations)))
         lines.append(
             [f"{row.title} (`{row.name}`)", _ratio_text(to_sb3), _ratio_text(update)]
-            + [_ratio_text(ratio(results, row, peer, alternations)) for peer in ("sb3_compiled", "sbx")]
-            + [*speeds[: len(PEERS)], bounds]
+            + [_ratio_text(ratio(results, row, peer, alternations)) for peer in others]
+            + [*speeds, bounds]
             + [f"{row.goal:g}: {_verdict(row, to_sb3, notes.get(row.name))}"]
         )
     return markdown_table(header, "l" + "r" * (len(header) - 2) + "l", lines)
@@ -181,9 +183,13 @@ def _split_table(results: Results, rows: Sequence[SpeedRow], alternations: int) 
             lines.append(
                 [row.name, title, *(f"{seconds:.2f}" for seconds in split), _products_text(runs)]
                 + [f"{memory:.0f}{difference}", _start_text(results, row, peer, runs)]
-                + [last["engine"], str(last["torch_threads"])]
+                + [_engine_text(row, last), str(last["torch_threads"])]
             )
     return markdown_table(header, "ll" + "r" * 7 + "lr", lines)
+
+
+def _engine_text(row: SpeedRow, run: Mapping[str, Any]) -> str:
+    return str(run["engine"]) if row.device == "cpu" else f"{run['engine']} on {run['device']}"
 
 
 def _median(runs: Mapping[int, Mapping[str, Any]], name: str) -> float:
@@ -216,7 +222,7 @@ def trials_of(row: SpeedRow, peer: str) -> dict[str, int | None]:
 
     The native engine chooses itself. SB3 compiled has SB3's number, since every trial would have to compile.
     """
-    if row.threads is None and not row.is_native(peer) and peer != "sb3_compiled":
+    if row.threads is None and not row.has_default_threads(peer) and peer != "sb3_compiled":
         return TRIALS
     return {COLD_TRIAL: None} if row.cold_start else {}
 
@@ -231,11 +237,11 @@ def best_threads(results: Results, row: SpeedRow, peer: str) -> int | None:
     """
     Return the row's number of threads, or that of the fastest trial that counts.
 
-    None is the default, which the native engine has, since it chooses itself.
+    None is the default: of the native engine, which chooses itself, and beside a GPU.
 
     :raises LookupError: if no trial succeeded
     """
-    if row.threads is not None or row.is_native(peer):
+    if row.threads is not None or row.has_default_threads(peer):
         return row.threads
     peer = "sb3" if peer == "sb3_compiled" else peer
     parts = [part for part in TRIALS if needs_trial(results, row, peer, part)]
