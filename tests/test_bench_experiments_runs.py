@@ -1,6 +1,8 @@
 """One run of an experiment: its folder, its process, its training, and what is kept of it."""
 
 import fcntl
+import json
+import os
 import shutil
 import signal
 import subprocess
@@ -207,6 +209,29 @@ def test_train_command_of_a_run(tmp_path: Path) -> None:
     assert train_options(spec_of(tmp_path))[-2:] == ["--conf-file", str(tmp_path / "settings.yml")]
 
 
+def test_finished_runs_are_recognised_by_later_versions_of_the_runner(tmp_path: Path) -> None:
+    # Results in docs/results have digests of this kind: a new field of RunSpec must not change them.
+    spec = spec_of(tmp_path, hyperparams={"gamma": 0.9}, n_eval_episodes=20)
+    assert spec.digest() == replace(spec, label="other", folder=tmp_path / "other", seed=1).digest() == "f7e0aa489af2"
+    assert replace(spec, algo="ppo").digest() != spec.digest()
+    prepare_folder(spec)
+    content = json.loads((tmp_path / "run.json").read_text())
+    del content["spec"]["algo"]  # as if it had been written before there was such a field
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    check_folder(spec)
+    with pytest.raises(ValueError, match=r"algo 'clipppo' \(now 'ppo'\)"):
+        check_folder(replace(spec, algo="ppo"))
+
+
+def test_training_of_another_algorithm(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path / "run", algo="ppo")
+    prepare_folder(spec)
+    record = train_and_measure(spec)
+    assert record.scores["num_timesteps"] == 64 and (record.scores["n_episodes"] or 0) >= 1
+    assert [path.name for path in (tmp_path / "run/ppo").glob("*_*")] == ["CartPole-v1_1"]
+    assert train_and_measure(spec).scores["run_seconds"] is None  # it is not trained again
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunSpec, Record]:
     spec = spec_of(tmp_path_factory.mktemp("trained") / "run")
@@ -256,7 +281,8 @@ def test_complete_training_is_only_measured(
     trained: tuple[RunSpec, Record], copied: RunSpec, train_commands: list[list[str]]
 ) -> None:
     record = trained[1]
-    assert train_and_measure(copied) == replace(record, scores={**record.scores, "run_seconds": None})
+    costs = dict.fromkeys(("cpu_seconds", "run_seconds"))
+    assert train_and_measure(copied) == replace(record, scores={**record.scores, **costs})
     assert train_commands == []
 
 
@@ -267,7 +293,7 @@ def test_killed_training_resumes_from_its_checkpoint(copied: RunSpec, train_comm
     assert train_commands == [["train", "--resume", str(run.folder)]]
     assert record.scores["num_timesteps"] == 64
     # The clock of a resumed training is not one of training.
-    assert record.scores["seconds"] is record.scores["run_seconds"] is None
+    assert record.scores["seconds"] is record.scores["cpu_seconds"] is record.scores["run_seconds"] is None
     assert set(record.episodes["seconds"]) == {None}
 
 
@@ -278,7 +304,11 @@ def test_training_killed_before_its_first_checkpoint_begins_again(
     run.model_path.unlink()
     for path in (run.folder / "checkpoints").iterdir():
         path.unlink()
-    assert train_and_measure(copied).scores["num_timesteps"] == 64
+    started = sum(os.times()[:4])
+    record = train_and_measure(copied)
+    assert record.scores["num_timesteps"] == 64
+    # Not that of the process, which is seconds longer. The evaluation of two episodes is the difference.
+    assert record.scores["cpu_seconds"] == pytest.approx(sum(os.times()[:4]) - started, abs=0.5)
     assert [command[:3] for command in train_commands] == [["train", "--algo", "clipppo"]]
     assert len(list((copied.folder / "clipppo").glob("CartPole-v1_*"))) == 2
 

@@ -11,10 +11,11 @@ import fcntl
 import functools
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ class RunSpec:
     """
     Everything that decides on a run. It can be pickled, and written as JSON.
 
+    A field that is added later needs the default under which earlier runs were made, and no default may change:
+    otherwise, finished runs are not recognised.
+
     :param label: name for messages
     :param folder: folder of the run's own files
     :param env_id: id of the environment
@@ -41,6 +45,7 @@ class RunSpec:
     :param vec_env: training environments, as ``--vec-env`` takes them; evaluation has Gymnasium's
     :param hyperparams: settings of the environment; None: the shipped ones
     :param params: changes to the settings, as ``-params`` takes them
+    :param algo: name of the algorithm in the Zoo
     :param n_eval_episodes: episodes of the final evaluation; 0: none
     """
 
@@ -52,6 +57,7 @@ class RunSpec:
     vec_env: str = "dummy"
     hyperparams: Mapping[str, Any] | None = None
     params: tuple[str, ...] = ()
+    algo: str = "clipppo"
     n_eval_episodes: int = 20
 
     def deciding(self) -> dict[str, Any]:
@@ -61,8 +67,9 @@ class RunSpec:
         return {**entries, "params": [*self.params]}
 
     def digest(self) -> str:
-        """Return a short name of what decides on the result, the seed apart."""
-        entries = {name: value for name, value in self.deciding().items() if name != "seed"}
+        """Return a short name of the deciding values that are not defaults, the seed apart."""
+        names = {field.name for field in fields(self) if getattr(self, field.name) != field.default} - {"seed"}
+        entries = {name: value for name, value in self.deciding().items() if name in names}
         return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -107,18 +114,20 @@ def train_and_measure(spec: RunSpec) -> Record:
 
     :raises ValueError: if another process makes the same run, or the training ended early
     """
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), _cpu_seconds()
     with _locked(spec.folder):
         is_complete = any(_model_steps(folder, spec) >= spec.n_timesteps for folder in _zoo_runs(spec))
         is_whole = not is_complete and _train(spec)
+        cpu_seconds = _cpu_seconds() - cpu_started
         record = _measure(spec)
-    seconds = round(time.perf_counter() - started, 1) if is_whole else None
-    return replace(record, scores={**record.scores, "run_seconds": seconds})
+    costs = {"cpu_seconds": cpu_seconds, "run_seconds": time.perf_counter() - started}
+    known = {name: round(seconds, 1) if is_whole else None for name, seconds in costs.items()}
+    return replace(record, scores={**record.scores, **known})
 
 
 def train_options(spec: RunSpec) -> list[str]:
     """Return the options of ``sb3-clipvf train``; one thread and the CPU, since other runs may train beside it."""
-    options = ["--algo", "clipppo", "--env", spec.env_id, "--seed", str(spec.seed), "-n", str(spec.n_timesteps)]
+    options = ["--algo", spec.algo, "--env", spec.env_id, "--seed", str(spec.seed), "-n", str(spec.n_timesteps)]
     options += ["-f", str(spec.folder), "--eval-freq", "-1", "--num-threads", "1", "--device", "cpu", "--verbose", "0"]
     if spec.vec_env != "dummy":
         options += ["--vec-env", spec.vec_env]
@@ -153,7 +162,7 @@ def check_folder(spec: RunSpec) -> None:
         return
     try:
         content = json.loads((folder / SPEC_FILE).read_text(encoding="utf-8"))
-        made, versions = dict(content["spec"]), dict(content["versions"])
+        made, versions = _spec_of(folder, content).deciding(), dict(content["versions"])
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder} must be empty or the folder of a run, but has no readable {SPEC_FILE} "
@@ -180,6 +189,11 @@ def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     return ""
 
 
+def _cpu_seconds() -> float:
+    """Return the processor time of this process and of its workers that have ended."""
+    return sum(os.times()[:4])
+
+
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a run's folder, which ends with the process."""
@@ -195,7 +209,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _zoo_runs(spec: RunSpec) -> list[Path]:
     """Return the folders of the Zoo's runs, newest first. A run that was killed before its first checkpoint has one."""
-    found = (spec.folder / "clipppo").glob("*_*")
+    found = (spec.folder / spec.algo).glob("*_*")
     return sorted(found, key=lambda path: int(path.name.rpartition("_")[2]), reverse=True)
 
 
@@ -224,7 +238,7 @@ def _train(spec: RunSpec) -> bool:
 def _measure(spec: RunSpec) -> Record:
     from sb3_clipvf.zoo.runs import evaluate_run, find_run, read_training_curve
 
-    run = find_run(spec.folder, spec.env_id)
+    run = find_run(spec.folder, spec.env_id, spec.algo)
     num_timesteps = _model_steps(run.folder, spec)
     if num_timesteps < spec.n_timesteps:
         # The Zoo saves the model and ends with code 0 when it is interrupted.
@@ -250,12 +264,13 @@ def _measure(spec: RunSpec) -> Record:
     return Record(scores, on_grid, episodes, this_machine())
 
 
-def _read_spec(folder: Path) -> RunSpec:
-    content = json.loads((folder / SPEC_FILE).read_text(encoding="utf-8"))
-    entries = content["spec"]
-    return RunSpec(label=content["label"], folder=folder, **{**entries, "params": tuple(entries["params"])})
+def _spec_of(folder: Path, content: Mapping[str, Any]) -> RunSpec:
+    """Return the run of a file of specifications, which may lack fields that were added later."""
+    entries = {**content["spec"], "params": tuple(content["spec"].get("params", ()))}
+    return RunSpec(label=content["label"], folder=folder, **entries)
 
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
-    train_and_measure(_read_spec(place)).write(place / RECORD_FILE)
+    specified = json.loads((place / SPEC_FILE).read_text(encoding="utf-8"))
+    train_and_measure(_spec_of(place, specified)).write(place / RECORD_FILE)

@@ -21,6 +21,7 @@ _SCORES = (
     "n_episodes",
     "num_timesteps",
     "seconds",
+    "cpu_seconds",
     "run_seconds",
 )
 _IDENTITY = ("env", "setting", "seed")
