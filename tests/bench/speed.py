@@ -144,7 +144,7 @@ class SpeedBenchmark(Benchmark[SpeedRow]):
 
     def render(self) -> str:
         """Return the table of ratios and that of parts."""
-        return render_tables(self.results, self.rows, self.args.alternations, self.row_notes())
+        return render_tables(self.results, self._shown(), self.args.alternations, self.row_notes())
 
     def row_notes(self) -> dict[str, str]:
         """Return why rows have no results, by name."""
@@ -152,8 +152,17 @@ class SpeedBenchmark(Benchmark[SpeedRow]):
 
     def draw(self, path: Path) -> bool:
         """Draw the ratios."""
-        write_figure(self.results, self.rows, self.args.alternations, path)
+        if self.args.device != "cpu":  # its rows differ too much for one axis
+            return False
+        write_figure(self.results, self._shown(), self.args.alternations, path)
         return True
+
+    def _shown(self) -> Sequence[SpeedRow]:
+        """Return all rows, or on other devices those that have results, which are few."""
+        if self.args.device == "cpu":
+            return self.rows
+        measured = {run["name"] for run in self.results.runs} | self.failed.keys()
+        return [row for row in self.rows if row.name in measured]
 
     def main(self) -> int:
         """Run the benchmark, or the profile that was asked for, and return the exit code."""
