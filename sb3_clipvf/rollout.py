@@ -242,6 +242,17 @@ class TensorRolloutBuffer(BaseBuffer):
         indices = np.random.permutation(self.buffer_size * self.n_envs)
         yield from _minibatches(self, indices, len(indices) if batch_size is None else batch_size)
 
+    def draw_rows(self) -> th.Tensor:
+        """
+        Return the rows of one epoch in the order in which :meth:`get` would take them, from the same random state.
+
+        :return: Row numbers of the rollout with steps and environments in one axis, step by step; int64, on the
+            buffer's device.
+        :raises ValueError: If the rollout is not complete.
+        """
+        check_complete(self)
+        return self._rows(np.random.permutation(self.buffer_size * self.n_envs))
+
     def in_order(self, batch_size: int) -> Generator[MiniBatch, None, None]:
         """
         Yield minibatches in the order of collection. No random state changes.

@@ -29,10 +29,12 @@ from sb3_clipvf.engines.autograd import AutogradEngine
 from sb3_clipvf.engines.fused import FusedEngine
 from sb3_clipvf.engines.interface import Engine, UpdateCoefficients, UpdateSettings, UpdateStatistics
 from sb3_clipvf.engines.selection import ENGINE_NAMES, check_engine_name, select_engine
+from sb3_clipvf.engines.static_step import StaticEngine
 from sb3_clipvf.policies import SquashedActorCriticPolicy
 from sb3_clipvf.rollout import TensorRolloutBuffer
 
-ENGINES = ["autograd", "fused", "native"]
+# "static" is the update of :mod:`.static_step`, whose operations run one by one on the CPU.
+ENGINES = ["autograd", "fused", "native", "static"]
 DIVIDED = "native, divided"
 # Policies that an engine refuses: tests/test_support.py has the reasons.
 NOT_RUN = {("fused", "squashed"), ("native", "squashed")}
@@ -124,6 +126,8 @@ def make_case(name: str, moved: float = 0.1, **kwargs: Any) -> tuple[ActorCritic
 
 
 def make_engine(name: str, policy: ActorCriticPolicy, settings: UpdateSettings, buffer: Any) -> Engine:
+    if name == "static":
+        return StaticEngine(policy, settings)
     return select_engine(name, policy, settings, buffer)[0]
 
 
@@ -437,11 +441,12 @@ class TestContract:
     @pytest.mark.parametrize("actions", ["discrete", "multi_binary", "box", "gsde", "squashed"])
     def test_the_loop_reads_nothing_from_the_device(self, engine_name: str, actions: str, advantage_scope: str) -> None:
         n_reads = count_reads(engine_name, actions, advantage_scope=advantage_scope)
-        # Once, after the last step: whether all was finite
-        assert sum(n_reads.values()) == 1
+        # After the last step: whether all was finite; static reads the log of all minibatches, and the number of steps.
+        assert sum(n_reads.values()) == {"autograd": 1, "static": 2}[engine_name]
 
-    def test_target_kl_reads_one_number_a_minibatch(self, engine_name: str) -> None:
-        assert sum(count_reads(engine_name, "box", target_kl=1e6).values()) == 9
+    def test_target_kl_reads_one_number_a_minibatch_or_the_log_of_an_epoch(self, engine_name: str) -> None:
+        n_reads = sum(count_reads(engine_name, "box", target_kl=1e6).values())
+        assert n_reads == {"autograd": 9, "static": 3}[engine_name]
 
     def test_torchs_validation_is_restored(self, engine_name: str) -> None:
         policy, buffer = make_case("box")
@@ -472,7 +477,7 @@ class Reads(TorchDispatchMode):
 
 
 def count_reads(engine_name: str, actions: str, **changes: Any) -> dict[str, int]:
-    if engine_name != "autograd":
+    if engine_name not in ("autograd", "static"):
         pytest.skip(f"the {engine_name} engine runs on the host only, and not in modes of torch")
     policy, buffer = make_case(actions)
     settings = settings_for(actions, measure_kl_after=False, **changes)
@@ -566,7 +571,7 @@ def test_kl_after_weighs_every_transition_the_same(small_evaluation_batch: None)
 
 
 def test_the_contract_covers_all_engines() -> None:
-    assert {"auto", *ENGINES} == set(ENGINE_NAMES)
+    assert {"auto", *ENGINES} == {*ENGINE_NAMES, "static"}
 
 
 @pytest.mark.parametrize("name", ["auto", "autograd", "fused", "native"])
@@ -601,7 +606,7 @@ def test_an_engine_that_cannot_run_the_policy_is_refused(name: str, reason: str)
         select_engine(name, policy, SETTINGS, buffer)
 
 
-@pytest.mark.parametrize("name", ["jax", "cuda_graph", "", "AUTO", None, 1])
+@pytest.mark.parametrize("name", ["jax", "cuda_graph", "static", "", "AUTO", None, 1])
 def test_unknown_engines_are_refused(name: Any) -> None:
     with pytest.raises(ValueError, match="`engine` must be one of auto, autograd, fused, native, got"):
         check_engine_name(name)

@@ -130,7 +130,8 @@ class AutogradUpdate:
         self.policy = policy
         self.settings = settings
         self.coefficients = coefficients
-        self._rollout_mean_std = self._mean_std_of(buffer)
+        self.rollout_mean_std = mean_std_of(buffer.advantages, settings, policy.device)
+        self._has_penalty = bool(coefficients.kl_coef)
 
     def loss(self, batch: MiniBatch, measure_kl: bool) -> MinibatchStatistics:
         """Compute the loss of a minibatch, with its graph."""
@@ -147,7 +148,7 @@ class AutogradUpdate:
         entropy_loss = objectives.entropy_loss(entropy, log_prob)
         loss = policy_loss + coefficients.ent_coef * entropy_loss + coefficients.vf_coef * value_loss
         kl = None
-        if coefficients.kl_coef:
+        if self._has_penalty:
             kl = cast(th.Tensor, self._exact_kl(batch, stale, may_recompute=True))
             loss = loss + coefficients.kl_coef * kl
         self._loss = loss
@@ -176,12 +177,16 @@ class AutogradUpdate:
     def gradient_norm(self) -> th.Tensor:
         """Compute the gradients of the last loss, and clip them. Return their joint norm before that."""
         self.policy.optimizer.zero_grad()
-        self._loss.backward()  # type: ignore[no-untyped-call]
+        self.backward()
         return th.nn.utils.clip_grad_norm_(self.policy.parameters(), self.settings.max_grad_norm).detach()
 
     def step(self) -> None:
         """Make a step of the optimizer."""
         self.policy.optimizer.step()
+
+    def backward(self) -> None:
+        """Add the gradients of the last loss to those of its leaves."""
+        self._loss.backward()  # type: ignore[no-untyped-call]
 
     def _surrogate(self, ratio: th.Tensor, advantages: th.Tensor) -> th.Tensor:
         clip_range = self.coefficients.clip_range
@@ -198,21 +203,12 @@ class AutogradUpdate:
         return objectives.value_loss_clipped_prediction(values, batch.old_values, batch.returns, clip_range_vf)
 
     def _advantages(self, batch: MiniBatch) -> th.Tensor:
-        if self._rollout_mean_std is not None:
-            mean, std = self._rollout_mean_std
+        if self.rollout_mean_std is not None:
+            mean, std = self.rollout_mean_std
             return (batch.advantages - mean) / std
         if self.settings.normalize_advantage:
             return objectives.normalize_advantages(batch.advantages)
         return batch.advantages
-
-    def _mean_std_of(self, buffer: Any) -> tuple[th.Tensor, th.Tensor] | None:
-        """Return mean and standard deviation of a rollout's advantages, if they are normalised over the rollout."""
-        if not (self.settings.normalize_advantage and self.settings.advantage_scope == "rollout"):
-            return None
-        advantages = th.as_tensor(buffer.advantages, device=self.policy.device).flatten()
-        if len(advantages) <= 1:
-            return None
-        return advantages.mean(), advantages.std() + objectives.ADVANTAGE_EPS
 
     def _exact_kl(self, batch: MiniBatch, stale: object, *, may_recompute: bool) -> th.Tensor | None:
         """Return the mean KL(pi_old || pi) of a minibatch just evaluated; None if it is unknown and not needed."""
@@ -220,6 +216,16 @@ class AutogradUpdate:
         if not may_recompute and not has_exact_kl(dist):
             return None
         return kl_from_params(dist, old_dist_params(batch)).mean()
+
+
+def mean_std_of(advantages: Any, settings: UpdateSettings, device: th.device) -> tuple[th.Tensor, th.Tensor] | None:
+    """Return mean and standard deviation of a rollout's advantages, if they are normalised over the rollout."""
+    if not (settings.normalize_advantage and settings.advantage_scope == "rollout"):
+        return None
+    advantages = th.as_tensor(advantages, device=device).flatten()
+    if len(advantages) <= 1:
+        return None
+    return advantages.mean(), advantages.std() + objectives.ADVANTAGE_EPS
 
 
 def old_dist_params(batch: Any) -> th.Tensor:

@@ -6,7 +6,7 @@ and ``tests/test_nonfinite.py`` check that all engines compute the same numbers.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, cast
 
@@ -63,9 +63,12 @@ def run_epochs(
     buffer: Any,
     *,
     checks: bool = True,
+    draw: Callable[[int], Iterable[Any]] | None = None,
 ) -> "Record":
     """
     Run the epochs of one update. With ``checks``, loss and gradient are read and checked before each step.
+
+    ``draw`` yields the minibatches of an epoch, given their size; by default, the buffer draws them.
 
     :raises BadMinibatchError: If a minibatch is not finite and may not be skipped, or if all were skipped.
     """
@@ -73,7 +76,7 @@ def run_epochs(
     for epoch in range(settings.n_epochs):
         measure_kl = settings.measures_kl(epoch, coefficients)
         record.n_epochs, record.epoch_start = epoch + 1, len(record.minibatches)
-        for number, batch in enumerate(buffer.get(settings.batch_size)):
+        for number, batch in enumerate((draw or buffer.get)(settings.batch_size)):
             minibatch = update.loss(batch, measure_kl)
             outcome = _try_step(update, minibatch, settings.target_kl, checks)
             if outcome == "skip":

@@ -24,7 +24,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
-from sb3_clipvf import distributions, objectives, rollout
+from sb3_clipvf import distributions, objectives, policies, rollout
 from sb3_clipvf.engines import epochs
 from sb3_clipvf.engines.autograd import AutogradEngine, AutogradUpdate
 from sb3_clipvf.rollout import TensorRolloutBuffer
@@ -46,6 +46,24 @@ DISTRIBUTIONS = (
     StateDependentNoiseDistribution,
 )
 """Action distributions that kernels compute."""
+
+STATIC_MODULES = frozenset(
+    (
+        *ACTIVATIONS,
+        *(nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity, nn.Flatten, nn.Linear, nn.LayerNorm),
+        *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d),
+        *(nn.GELU, nn.Sigmoid, nn.Softplus, nn.Softsign, nn.Mish, nn.Hardtanh, nn.ReLU6, nn.CELU, nn.SELU),
+        *(sb3_layers.MlpExtractor, sb3_layers.FlattenExtractor, sb3_layers.CombinedExtractor, sb3_layers.NatureCNN),
+    )
+)
+"""Modules that run the same operations at each call, without random numbers or state of their own."""
+
+SQUASHED_POLICIES = (
+    policies.SquashedActorCriticPolicy,
+    policies.SquashedActorCriticCnnPolicy,
+    policies.SquashedMultiInputActorCriticPolicy,
+)
+"""This package's own policies, whose distribution no kernel computes."""
 
 OPTIMIZERS = (th.optim.Adam, th.optim.AdamW)
 """Optimizers whose steps kernels compute."""
@@ -69,6 +87,8 @@ _CLASSES = (
     AutogradEngine,
     AutogradUpdate,
     TensorRolloutBuffer,
+    *SQUASHED_POLICIES,
+    policies.SquashedGaussianDistribution,
 )
 # Modules whose functions these methods call by a global name.
 _MODULES = (
@@ -115,20 +135,23 @@ _POLICY_PARTS = frozenset(
     "vf_features_extractor share_features_extractor normalize_images optimizer observation_space action_space".split()
 )
 # Methods of the rollout buffer that make minibatches.
-_BUFFER_METHODS = ("get", "in_order", "_rows", "_gather", "_flat_tensors", "_to_flat", "_get_samples")
+_BUFFER_METHODS = ("get", "draw_rows", "in_order", "_rows", "_gather", "_flat_tensors", "_to_flat", "_get_samples")
 
 
 class UnsupportedError(Exception):
     """Reason why an engine cannot run a policy, as half a sentence for the log."""
 
 
-def check_code(policy: Any) -> None:
+def check_code(policy: Any, *, may_squash: bool = False) -> None:
     """
     Check that a policy acts and computes its losses by SB3's own code, and that torch runs as it does by default.
 
+    With ``may_squash``, it may also be one of this package's squashed policies.
+
     :raises UnsupportedError: If this is not certain.
     """
-    for reason in (replaced_code(), altered_torch(), _own_code(policy)):
+    is_squashed = may_squash and type(policy) in SQUASHED_POLICIES
+    for reason in (replaced_code(), altered_torch(), None if is_squashed else _own_code(policy)):
         if reason is not None:
             raise UnsupportedError(reason)
     for owner, known in ((policy, ActorCriticPolicy), (policy.action_dist, None), (policy.optimizer, None)):
@@ -138,7 +161,8 @@ def check_code(policy: Any) -> None:
             raise UnsupportedError(f"its {of}{name}() was replaced")
     if has_hooks(policy):
         raise UnsupportedError("it has hooks")
-    if type(policy.action_dist) not in DISTRIBUTIONS:
+    known_dists = (policies.SquashedGaussianDistribution,) if is_squashed else DISTRIBUTIONS
+    if type(policy.action_dist) not in known_dists:
         raise UnsupportedError(f"its action distribution is {type(policy.action_dist).__name__}")
     is_gaussian = isinstance(policy.action_dist, DiagGaussianDistribution | StateDependentNoiseDistribution)
     if is_gaussian and policy._parameters.get("log_std") is not policy.log_std:

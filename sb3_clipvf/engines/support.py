@@ -1,5 +1,5 @@
 """
-Whether the native and the fused engine can run a policy: its structure, sizes, parameters and optimizer.
+Whether an engine other than autograd can run a policy: its structure, sizes, parameters and optimizer.
 
 :mod:`.recognition` checks that it runs the original code of SB3's and torch's classes.
 """
@@ -21,6 +21,7 @@ from sb3_clipvf.distributions import n_action_numbers, n_outputs
 from sb3_clipvf.engines.recognition import (
     ACTIVATIONS,
     OPTIMIZERS,
+    STATIC_MODULES,
     UnsupportedError,
     check_code,
     has_hooks,
@@ -87,6 +88,38 @@ def why_not_fused(policy: ActorCriticPolicy) -> str | None:
     except UnsupportedError as unsupported:
         return str(unsupported)
     return None
+
+
+def why_not_static(policy: ActorCriticPolicy, buffer: Any) -> str | None:
+    """Return why the operations of a minibatch may differ between two calls, as half a sentence, or None."""
+    reason = why_unknown_buffer(buffer)
+    if reason is not None:
+        return reason
+    try:
+        check_code(policy, may_squash=True)
+        if th.is_autocast_enabled(policy.device.type):
+            raise UnsupportedError("torch's autocast is on")
+        modules = [module for module in policy.modules() if module is not policy]
+        for module in modules:
+            if type(module) not in STATIC_MODULES:
+                raise UnsupportedError(
+                    f"it has a {type(module).__name__}, which may not run the same operations each time"
+                )
+        _check_modules(modules)
+        _check_parameters(policy)
+        if any(map(parameter_has_hooks, policy.parameters())):
+            raise UnsupportedError("it has hooks")
+        _check_optimizer(policy)
+    except UnsupportedError as unsupported:
+        return str(unsupported)
+    return None
+
+
+def why_not_cuda_graph(policy: ActorCriticPolicy, buffer: Any) -> str | None:
+    """Return why the CUDA graph engine cannot run a policy with this rollout buffer, as half a sentence, or None."""
+    if policy.device.type != "cuda":
+        return f"it is on the device {policy.device}"
+    return why_not_static(policy, buffer)
 
 
 def plain_policy(policy: ActorCriticPolicy) -> PlainPolicy:

@@ -1,0 +1,385 @@
+"""
+Updates whose minibatches are functions of tensors that stay where they are, and read nothing from the device.
+
+Coefficients are numbers on the device. A minibatch that must make no step is masked there, and the statistics of all
+minibatches are read together. So a CUDA graph can record the operations and repeat them (:mod:`.cuda_graph`). On the
+CPU they run one by one, which tests compare with the other engines.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
+
+import torch as th
+from stable_baselines3.common.policies import ActorCriticPolicy
+from torch import nn
+
+from sb3_clipvf.common.nonfinite import FLOAT32_MAX
+from sb3_clipvf.engines.autograd import AutogradEngine, AutogradUpdate, mean_std_of
+from sb3_clipvf.engines.binding import moments_of, n_steps_made, write_steps
+from sb3_clipvf.engines.epochs import MinibatchStatistics, Record, run_epochs
+from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateSettings
+from sb3_clipvf.engines.support import why_not_static
+from sb3_clipvf.rollout import MiniBatch
+
+CHUNK = 32
+"""Largest number of minibatches that run together, as one CUDA graph."""
+
+_LOGGED = tuple(MinibatchStatistics.__dataclass_fields__)
+_COEFFICIENTS = UpdateCoefficients.__dataclass_fields__.keys()
+# Columns of the rollout besides actions and the old distribution's parameters.
+_COLUMNS = ("values", "log_probs", "advantages", "returns")
+
+
+class StaticEngine(AutogradEngine):
+    """Engine whose minibatches run by :class:`StaticStep`. Equals the autograd engine up to float32 rounding."""
+
+    name = "static"
+
+    def __init__(self, policy: ActorCriticPolicy, settings: UpdateSettings) -> None:
+        super().__init__(policy, settings)
+        self._step: StaticStep | None = None
+
+    def fits(self, buffer: Any) -> bool:
+        """Return whether this engine can still run its policy, which a callback may have changed."""
+        return why_not_static(self.policy, buffer) is None
+
+    def _run_epochs(self, buffer: Any, coefficients: UpdateCoefficients) -> Record:
+        step = self._bind(buffer, coefficients)
+        played = PlayedEpochs(self, step, buffer, coefficients)
+        try:
+            return run_epochs(played, self.settings, coefficients, buffer, draw=played.draw)
+        finally:  # also after Ctrl-C, the optimizer's state must count the steps made
+            step.write_back()
+
+    def _bind(self, buffer: Any, coefficients: UpdateCoefficients) -> "StaticStep":
+        """Return the step with the numbers of this update; a new one if more than numbers has changed."""
+        buffer.forget_copies()  # arrays may have changed in-place
+        rollout = buffer._flat_tensors()
+        # Arrays of the host are copied to a new place in each update; tensors on the device stay there.
+        moves = self.policy.device.type != "cpu" and not isinstance(buffer.values, th.Tensor)
+        structure = structure_of(self.policy, self.settings, coefficients, rollout, moves)
+        if self._step is None or self._step.structure != structure:
+            self._step = StaticStep(self.policy, structure, coefficients, rollout)
+        self._step.load(coefficients, rollout)
+        return self._step
+
+    def play(self, step: "StaticStep", rows: th.Tensor, measure_kl: bool, log: th.Tensor) -> None:
+        """Run the minibatches of one epoch, whose order of the rollout's rows is given, and fill the epoch's log."""
+        start, number = 0, 0
+        for sizes in chunks(len(rows), self.settings.batch_size):
+            n_rows = sum(sizes)
+            step.rows[:n_rows].copy_(rows[start : start + n_rows])
+            self._run_chunk(step, sizes, measure_kl)
+            log[number : number + len(sizes)].copy_(step.log[: len(sizes)])
+            start, number = start + n_rows, number + len(sizes)
+
+    def _run_chunk(self, step: "StaticStep", sizes: tuple[int, ...], measure_kl: bool) -> None:
+        step.run(sizes, measure_kl)
+
+
+def chunks(n_rows: int, batch_size: int) -> list[tuple[int, ...]]:
+    """Return the sizes of the minibatches of an epoch, by chunks that run together."""
+    full, rest = divmod(n_rows, batch_size)
+    sizes = [batch_size] * full + ([rest] if rest else [])
+    return [tuple(sizes[start : start + CHUNK]) for start in range(0, len(sizes), CHUNK)]
+
+
+class PlayedEpochs:
+    """
+    The minibatches of an update, as :func:`.epochs.run_epochs` takes them after they have run.
+
+    All epochs run before the first read of their statistics. Only ``target_kl`` is read after each epoch, since it
+    decides whether there is a next one.
+    """
+
+    def __init__(self, engine: StaticEngine, step: "StaticStep", buffer: Any, coefficients: UpdateCoefficients) -> None:
+        self._engine, self._step, self._buffer, self._coefficients = engine, step, buffer, coefficients
+        self._rows: list[th.Tensor] = []
+        self._logs: list[list[list[float]]] = []
+        self._epoch = 0
+        self._numbers: dict[str, float] = {}
+
+    def draw(self, batch_size: int) -> Iterator[MiniBatch | None]:
+        """Yield the minibatches of the next epoch; None for finite ones, which are not needed again."""
+        if self._epoch == len(self._logs):
+            settings = self._engine.settings
+            self._run(1 if settings.target_kl is not None else settings.n_epochs)
+        log, rows = self._logs[self._epoch], self._rows[self._epoch]
+        self._epoch += 1
+        for number, values in enumerate(log):
+            self._numbers = dict(zip(_LOGGED, values, strict=True))
+            is_finite = all(abs(self._numbers[name]) <= FLOAT32_MAX for name in ("loss", "grad_norm"))
+            start = number * batch_size
+            yield None if is_finite else self._step.minibatch(rows[start : start + batch_size])
+
+    def loss(self, batch: MiniBatch | None, measure_kl: bool) -> MinibatchStatistics:
+        """Return the statistics of the minibatch."""
+        coefficients = self._coefficients
+        absent: dict[str, Any] = {"grad_norm": None}
+        if not measure_kl:
+            absent["kl"] = None
+        if coefficients.clip_range is None:
+            absent["clip_fraction"] = None
+        if coefficients.clip_range_vf is None:
+            absent["vf_clip_fraction"] = None
+        return MinibatchStatistics(**{**self._numbers, **absent})
+
+    def gradient_norm(self) -> float:
+        """Return the gradient's norm before clipping."""
+        return self._numbers["grad_norm"]
+
+    def step(self) -> None:
+        """Do nothing, since the step was made."""
+
+    def _run(self, n_epochs: int) -> None:
+        """Draw and run the next epochs, then read their statistics."""
+        settings, first = self._engine.settings, len(self._logs)
+        # Copies to the device wait for the operations before them.
+        drawn = [self._buffer.draw_rows() for _ in range(n_epochs)]
+        n_minibatches = sum(map(len, chunks(len(drawn[0]), settings.batch_size)))
+        logs = th.zeros(n_epochs, n_minibatches, len(_LOGGED), device=drawn[0].device)
+        for number, (rows, log) in enumerate(zip(drawn, logs, strict=True)):
+            measure_kl = settings.measures_kl(first + number, self._coefficients)
+            self._engine.play(self._step, rows, measure_kl, log)
+        self._rows += drawn
+        self._logs += logs.tolist()
+
+
+class Structure(NamedTuple):
+    """What the operations of a step depend on, besides the numbers in its tensors."""
+
+    settings: UpdateSettings
+    has_terms: tuple[bool, bool, bool]  # whether there are a ratio clip, a value clip and a KL penalty
+    moves: bool  # whether observations are copied to the step's own tensors
+    tensors: tuple[tuple[object, ...], ...]  # names, sizes and types of the rollout's; addresses of those that stay
+    policy: tuple[object, ...]
+    optimizer: tuple[object, ...]
+    torch: tuple[object, ...]
+
+
+def structure_of(
+    policy: ActorCriticPolicy,
+    settings: UpdateSettings,
+    coefficients: UpdateCoefficients,
+    rollout: dict[str, Any],
+    moves: bool,
+) -> Structure:
+    """Return the structure of the step for a policy, arguments and the tensors of a rollout."""
+    dist: Any = policy.action_dist
+    cudnn: Any = th.backends.cudnn
+    optimizer = policy.optimizer
+    parameters = list(policy.parameters())
+    learned = [tensor for parameter in parameters for tensor in (parameter, *moments_of(optimizer, parameter))]
+    options = [value for group in optimizer.param_groups for key, value in group.items() if key not in ("params", "lr")]
+    gsde = [getattr(dist, name, None) for name in ("full_std", "use_expln", "learn_features", "epsilon", "bijector")]
+    return Structure(
+        settings=settings,
+        has_terms=(
+            coefficients.clip_range is not None,
+            coefficients.clip_range_vf is not None,
+            bool(coefficients.kl_coef),
+        ),
+        moves=moves,
+        tensors=(
+            *((rollout[name].shape,) for name in ("values", "actions", "dist_params")),
+            *(
+                (key, tensor.shape, tensor.dtype, None if moves else tensor.data_ptr())
+                for key, tensor in _parts(rollout["observations"]).items()
+            ),
+            tuple(tensor.data_ptr() for tensor in learned),
+        ),
+        # The text of a policy has the classes and the constants of its layers.
+        policy=(id(policy), repr(policy), id(dist), *gsde, policy.normalize_images, policy.squash_output),
+        optimizer=(type(optimizer), *options),
+        torch=(
+            th.get_float32_matmul_precision(),
+            th.are_deterministic_algorithms_enabled(),
+            (cudnn.enabled, cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32),
+        ),
+    )
+
+
+class StaticStep:
+    """
+    Loss, gradients, clipping and Adam's step of minibatches, and the tensors that these read and write.
+
+    ``rows`` holds the rows of a chunk's minibatches, ``log`` their statistics, and ``active`` whether minibatches may
+    still make steps.
+    """
+
+    def __init__(
+        self,
+        policy: ActorCriticPolicy,
+        structure: Structure,
+        coefficients: UpdateCoefficients,
+        rollout: dict[str, Any],
+    ) -> None:
+        device, settings = policy.device, structure.settings
+        self.policy, self.structure, self._settings = policy, structure, settings
+        self._parameters = list(policy.parameters())
+        self._optimizer = _optimizer_step(policy.optimizer)
+        self._moments = [moments_of(policy.optimizer, parameter) for parameter in self._parameters]
+        # Where they move, the first ones are a copy of the host's arrays that belongs to this object.
+        self._observations = _parts(rollout["observations"])
+        self._columns = _columns(rollout)
+        self._n_actions = rollout["actions"].shape[1]
+        self.rows = th.zeros(min(len(self._columns), CHUNK * settings.batch_size), dtype=th.int64, device=device)
+        self.log = th.zeros(CHUNK, len(_LOGGED), device=device)
+        self.active = th.ones((), dtype=th.bool, device=device)
+        self._n_steps = th.zeros((), device=device)
+        self._reached: list[th.Tensor] = []  # parameters with a gradient
+        # The coefficients, the learning rate, mean and standard deviation of the rollout's advantages
+        self._numbers = th.zeros(len(_COEFFICIENTS) + 3, device=device)
+        *numbers, self._learning_rate, mean, std = self._numbers
+        update = AutogradUpdate(policy, settings, coefficients, SimpleNamespace(advantages=rollout["advantages"]))
+        given = dict(zip(_COEFFICIENTS, numbers, strict=True))
+        absent = {name: None for name in _COEFFICIENTS if getattr(coefficients, name) is None}
+        update.coefficients = UpdateCoefficients(**{**given, **absent})
+        if update.rollout_mean_std is not None:
+            update.rollout_mean_std = (mean, std)
+        self._update = update
+
+    def load(self, coefficients: UpdateCoefficients, rollout: dict[str, Any]) -> None:
+        """Copy the numbers of an update to the step's tensors. It must have the step's structure."""
+        if self.structure.moves:
+            for key, tensor in _parts(rollout["observations"]).items():
+                if tensor is not self._observations[key]:
+                    self._observations[key].copy_(tensor)
+        _columns(rollout, out=self._columns)
+        optimizer = self.policy.optimizer
+        numbers = [getattr(coefficients, name) or 0.0 for name in _COEFFICIENTS]
+        numbers.append(optimizer.param_groups[0]["lr"])
+        self._numbers[: len(numbers)].copy_(th.tensor(numbers, dtype=th.float32))
+        mean_std = mean_std_of(rollout["advantages"], self._settings, self.policy.device)
+        if mean_std is not None:
+            self._numbers[len(numbers) :].copy_(th.stack(mean_std))
+        self._n_steps.fill_(n_steps_made(optimizer, self._parameters))
+        self.active.fill_(True)
+
+    def run(self, sizes: tuple[int, ...], measure_kl: bool) -> None:
+        """Run minibatches of these sizes, whose rows are in ``rows``, and fill the first rows of ``log``."""
+        start = 0
+        for number, size in enumerate(sizes):
+            self._run_minibatch(self.rows[start : start + size], measure_kl, self.log[number])
+            start += size
+
+    def minibatch(self, rows: th.Tensor) -> MiniBatch:
+        """Return the transitions in these rows of the rollout."""
+        observations = {key: tensor.index_select(0, rows) for key, tensor in self._observations.items()}
+        columns, n = self._columns.index_select(0, rows), len(_COLUMNS)
+        values, log_probs, advantages, returns = columns[:, :n].unbind(dim=1)
+        return MiniBatch(
+            observations=observations.get("") if observations.keys() == {""} else observations,
+            actions=columns[:, n : n + self._n_actions],
+            old_values=values,
+            old_log_prob=log_probs,
+            advantages=advantages,
+            returns=returns,
+            old_dist_params=columns[:, n + self._n_actions :] if self._settings.has_dist_params else None,
+        )
+
+    def write_back(self) -> None:
+        """Write the number of steps to the optimizer."""
+        write_steps(self.policy.optimizer, self._reached, int(self._n_steps))
+
+    def _run_minibatch(self, rows: th.Tensor, measure_kl: bool, log: th.Tensor) -> None:
+        # New leaves for each pass: nodes of a parameter that is part of another graph remember that graph's stream,
+        # which no CUDA graph may wait for.
+        leaves = [parameter.detach().requires_grad_() for parameter in self._parameters]
+        with replaced_parameters(self.policy, leaves):
+            minibatch = self._update.loss(self.minibatch(rows), measure_kl)
+        self._update.backward()
+        norm = th.nn.utils.clip_grad_norm_(leaves, self._settings.max_grad_norm).detach()
+        minibatch.grad_norm = norm
+        with th.no_grad():
+            steps = self._may_step(minibatch.loss, minibatch.approx_kl, norm)
+            self._make_step(leaves, steps)
+            values = [getattr(minibatch, name) for name in _LOGGED]
+            th.stack([norm if value is None else value for value in values], out=log)
+
+    def _may_step(self, loss: Any, approx_kl: Any, norm: th.Tensor) -> th.Tensor:
+        """Return whether this minibatch makes a step, as :func:`.epochs.run_epochs` decides, and update ``active``."""
+        settings = self._settings
+        loss_is_finite = loss.abs() <= FLOAT32_MAX
+        steps: th.Tensor = self.active & loss_is_finite & (norm <= FLOAT32_MAX)
+        if settings.target_kl is not None:
+            exceeds = approx_kl.double() > 1.5 * settings.target_kl
+            steps = steps & ~exceeds
+            if settings.on_nonfinite == "skip":
+                self.active.logical_and_(~(exceeds & loss_is_finite))
+        if settings.on_nonfinite != "skip":
+            self.active.copy_(steps)
+        return steps
+
+    def _make_step(self, leaves: list[th.Tensor], steps: th.Tensor) -> None:
+        """Make a step of Adam, where ``steps`` is true."""
+        every = zip(self._parameters, leaves, self._moments, strict=True)
+        rows = [row for row in every if row[1].grad is not None]
+        self._reached = [parameter for parameter, _, _ in rows]
+        for parameter, leaf, _ in rows:
+            parameter.grad = leaf.grad
+        makes_step = steps.float()
+        self._n_steps += makes_step
+        self._optimizer(
+            [parameter.detach() for parameter in self._reached],
+            [cast(th.Tensor, leaf.grad) for _, leaf, _ in rows],
+            [moments[0] for _, _, moments in rows],
+            [moments[1] for _, _, moments in rows],
+            [],
+            [self._n_steps] * len(rows),
+            lr=self._learning_rate,
+            found_inf=1 - makes_step,
+        )
+
+
+@contextmanager
+def replaced_parameters(policy: ActorCriticPolicy, leaves: list[th.Tensor]) -> Iterator[None]:
+    """
+    Let a policy's modules compute with other tensors in the place of its parameters.
+
+    ``torch.func.functional_call`` leaves the tensors in modules that a policy has under several names.
+    """
+    by_parameter = dict(zip(map(id, policy.parameters()), leaves, strict=True))
+    places = [
+        (module._parameters, name, parameter)
+        for module in policy.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+    try:
+        for parameters, name, parameter in places:
+            parameters[name] = cast(nn.Parameter, by_parameter[id(parameter)])
+        yield
+    finally:
+        for parameters, name, parameter in places:
+            parameters[name] = parameter
+
+
+def _optimizer_step(optimizer: th.optim.Optimizer) -> Any:
+    """Return Adam's fused step with an optimizer's options. A step with a positive ``found_inf`` changes nothing."""
+    group = optimizer.param_groups[0]
+    is_decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, th.optim.AdamW))
+    return partial(
+        th._fused_adamw_ if is_decoupled else th._fused_adam_,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        amsgrad=False,
+        maximize=False,
+        grad_scale=None,
+    )
+
+
+def _parts(observations: Any) -> dict[str, th.Tensor]:
+    """Return the tensors of observations by key; a single one has the key ""."""
+    return observations if isinstance(observations, dict) else {"": observations}
+
+
+def _columns(rollout: dict[str, Any], out: th.Tensor | None = None) -> th.Tensor:
+    """Return all numbers of a rollout but observations in one tensor, shape ``(n_transitions, k)``."""
+    columns = [rollout[name].unsqueeze(1) for name in _COLUMNS]
+    return th.cat([*columns, rollout["actions"].float(), rollout["dist_params"]], dim=1, out=out)

@@ -1,0 +1,318 @@
+"""Updates over tensors that stay where they are. tests/test_engines.py and test_nonfinite.py have their numbers."""
+
+import copy
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import (
+    ActorCriticCnnPolicy,
+    ActorCriticPolicy,
+    MultiInputActorCriticPolicy,
+)
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from test_engines import (
+    BOX,
+    COEFFICIENTS,
+    N_TRANSITIONS,
+    OBS,
+    SETTINGS,
+    assert_same_training,
+    make_case,
+    settings_for,
+)
+
+from sb3_clipvf.engines import static_step
+from sb3_clipvf.engines.autograd import AutogradEngine
+from sb3_clipvf.engines.static_step import StaticEngine, chunks
+from sb3_clipvf.engines.support import why_not_cuda_graph, why_not_static
+from sb3_clipvf.policies import SquashedActorCriticCnnPolicy, SquashedMultiInputActorCriticPolicy
+from sb3_clipvf.rollout import TensorRolloutBuffer
+
+
+def test_chunks_have_at_most_32_minibatches() -> None:
+    assert chunks(30, 8) == [(8, 8, 8, 6)]
+    assert chunks(30, 100) == [(30,)]
+    assert chunks(2 * 32 + 1, 2) == [(2,) * 32, (1,)]
+    assert chunks(64 * 2, 2) == [(2,) * 32, (2,) * 32]
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_an_epoch_of_several_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four minibatches in chunks of one, or of three and one that is smaller."""
+    policies = []
+    for engine_class in (AutogradEngine, StaticEngine):
+        monkeypatch.setattr(static_step, "CHUNK", chunk)
+        policy, buffer = make_case("box")
+        np.random.seed(0)
+        policies.append((policy, engine_class(policy, settings_for("box")).update(buffer, COEFFICIENTS).read()))
+    assert_same_training(policies[1][0], policies[0][0])
+    assert policies[1][1] == pytest.approx(policies[0][1], rel=1e-3, abs=2e-5)
+
+
+IMAGE = spaces.Box(0, 255, (1, 36, 36), np.uint8)
+DICT = spaces.Dict({"image": IMAGE, "vector": OBS, "kind": spaces.Discrete(3)})
+POLICIES: dict[str, tuple[spaces.Space[Any], spaces.Space[Any], type[ActorCriticPolicy], dict[str, Any]]] = {
+    "cnn": (IMAGE, spaces.Discrete(2), ActorCriticCnnPolicy, {}),
+    "cnn, separate": (IMAGE, spaces.Discrete(2), ActorCriticCnnPolicy, {"share_features_extractor": False}),
+    "dict": (DICT, BOX, MultiInputActorCriticPolicy, {}),
+    "squashed gsde": (OBS, BOX, ActorCriticPolicy, {"use_sde": True, "squash_output": True}),
+    "squashed cnn": (IMAGE, BOX, SquashedActorCriticCnnPolicy, {}),
+    "squashed dict": (DICT, BOX, SquashedMultiInputActorCriticPolicy, {}),
+    "discrete observations": (spaces.Discrete(5), spaces.Discrete(2), ActorCriticPolicy, {}),
+    "gelu": (OBS, BOX, ActorCriticPolicy, {"activation_fn": th.nn.GELU}),
+}
+
+
+def collected(
+    observations: spaces.Space[Any],
+    actions: spaces.Space[Any],
+    policy_class: type[ActorCriticPolicy],
+    kwargs: dict[str, Any],
+    device: str = "cpu",
+) -> tuple[ActorCriticPolicy, TensorRolloutBuffer]:
+    """Return a policy and a rollout of four steps of four environments with random observations."""
+    th.manual_seed(0)
+    policy = policy_class(observations, actions, lambda _: 3e-4, **kwargs).to(device)
+    width = StaticEngine(policy, SETTINGS).act(sample(observations, device), with_dist_params=True).dist_params
+    assert width is not None
+    buffer = TensorRolloutBuffer(4, observations, actions, device, n_envs=4, dist_param_dim=width.shape[1])
+    buffer.reset()
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        obs = sample(observations, device)
+        if kwargs.get("use_sde"):
+            policy.reset_noise(4)
+        acted = AutogradEngine(policy, SETTINGS).act(obs, with_dist_params=True)
+        row: Any = (
+            {key: part.cpu().numpy() for key, part in obs.items()} if isinstance(obs, dict) else obs.cpu().numpy()
+        )
+        buffer.add(
+            row,
+            acted.actions.reshape(4, -1),
+            rng.normal(size=4),
+            np.zeros(4),
+            acted.values,
+            acted.log_prob,
+            acted.dist_params,
+        )
+    buffer.compute_returns_and_advantage(th.from_numpy(acted.values), np.zeros(4, bool))
+    return policy, buffer
+
+
+def sample(space: spaces.Space[Any], device: str) -> Any:
+    if isinstance(space, spaces.Dict):
+        return {key: sample(part, device) for key, part in space.spaces.items()}
+    space.seed(1)
+    return th.as_tensor(np.stack([space.sample() for _ in range(4)]), device=device)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_policies(name: str) -> None:
+    results = []
+    for engine_class in (AutogradEngine, StaticEngine):
+        policy, buffer = collected(*POLICIES[name])
+        assert why_not_static(policy, buffer) is None
+        settings = dataclasses.replace(
+            SETTINGS, batch_size=6, discrete_actions=isinstance(policy.action_space, spaces.Discrete)
+        )
+        np.random.seed(0)
+        th.manual_seed(0)
+        engine = engine_class(policy, settings)
+        numbers = [engine.update(buffer, COEFFICIENTS).read() for _ in range(2)]
+        results.append((numbers, policy))
+    for ours, theirs in zip(results[1][0], results[0][0], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=2e-5)
+    for ours, theirs in zip(results[1][1].parameters(), results[0][1].parameters(), strict=True):
+        # Convolutions are summed in an order that depends on memory; Adam's first steps turn 1e-7 into up to 1e-5.
+        th.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+# ------------------------------------------------------------------ when a step is built again
+
+
+def replace_moments(policy: Any) -> None:
+    policy.optimizer.load_state_dict(copy.deepcopy(policy.optimizer.state_dict()))
+
+
+def replace_layer(policy: Any) -> None:
+    policy.action_net = th.nn.Linear(8, 2)
+    policy.optimizer = th.optim.Adam(policy.parameters(), lr=3e-3)
+
+
+def set_beta(policy: Any) -> None:
+    policy.optimizer.param_groups[0]["betas"] = (0.5, 0.9)
+
+
+def replace_data(policy: Any) -> None:
+    policy.value_net.weight.data = policy.value_net.weight.data.clone()
+
+
+@pytest.mark.parametrize("change", [replace_moments, replace_layer, set_beta, replace_data])
+def test_a_changed_policy_or_optimizer_gets_a_new_step(change: Callable[[Any], None]) -> None:
+    policies, steps = [], []
+    for engine_class in (AutogradEngine, StaticEngine):
+        policy, buffer = make_case("box")
+        engine = engine_class(policy, settings_for("box"))
+        for change_now in (lambda _: None, change):
+            th.manual_seed(0)
+            change_now(policy)
+            np.random.seed(0)
+            engine.update(buffer, COEFFICIENTS)
+            steps.append(getattr(engine, "_step", None))
+        policies.append(policy)
+    assert steps[2] is not steps[3]
+    assert_same_training(policies[1], policies[0])
+
+
+def test_numbers_need_no_new_step() -> None:
+    policies, steps = [], []
+    for engine_class in (AutogradEngine, StaticEngine):
+        policy, buffer = make_case("box")
+        engine = engine_class(policy, settings_for("box", advantage_scope="rollout"))
+        for factor in (1.0, 0.5):
+            names = ("clip_range", "clip_range_vf", "ent_coef", "vf_coef", "kl_coef")
+            changes = {name: factor * getattr(COEFFICIENTS, name) for name in names}
+            policy.optimizer.param_groups[0]["lr"] *= factor
+            buffer.advantages[:] *= factor
+            buffer.observations[:] += factor
+            np.random.seed(0)
+            engine.update(buffer, dataclasses.replace(COEFFICIENTS, **changes))
+            steps.append(getattr(engine, "_step", None))
+        policies.append(policy)
+    assert steps[2] is steps[3]
+    assert_same_training(policies[1], policies[0])
+
+
+@pytest.mark.parametrize("changes", [{"clip_range": None}, {"clip_range_vf": None}, {"kl_coef": 0.0}], ids=str)
+def test_a_term_that_ends_gets_a_new_step(changes: dict[str, Any]) -> None:
+    policies = []
+    for engine_class in (AutogradEngine, StaticEngine):
+        policy, buffer = make_case("box")
+        engine = engine_class(policy, settings_for("box"))
+        for coefficients in (COEFFICIENTS, dataclasses.replace(COEFFICIENTS, **changes), COEFFICIENTS):
+            np.random.seed(0)
+            engine.update(buffer, coefficients)
+        policies.append(policy)
+    assert_same_training(policies[1], policies[0])
+
+
+def test_ctrl_c_leaves_the_optimizer_with_the_steps_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, buffer = make_case("box")
+    engine = StaticEngine(policy, settings_for("box"))
+    run, n_chunks = engine._run_chunk, 0
+
+    def interrupted(*args: Any) -> None:
+        nonlocal n_chunks
+        n_chunks += 1
+        if n_chunks == 2:
+            raise KeyboardInterrupt
+        run(*args)
+
+    monkeypatch.setattr(engine, "_run_chunk", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.update(buffer, COEFFICIENTS)
+    assert {float(state["step"]) for state in policy.optimizer.state.values()} == {4.0}  # of the first epoch
+
+
+def test_the_permutations_are_those_of_get() -> None:
+    _, buffer = make_case("box")
+    np.random.seed(3)
+    drawn = buffer.draw_rows()
+    after = np.random.rand()
+    np.random.seed(3)
+    batch = next(buffer.get())
+    assert np.random.rand() == after
+    assert th.equal(batch.returns, th.from_numpy(buffer.returns).flatten()[drawn])
+    assert len(drawn) == N_TRANSITIONS
+
+
+def test_the_gradients_stand_in_the_parameters() -> None:
+    gradients = []
+    for engine_class in (AutogradEngine, StaticEngine):
+        policy, buffer = make_case("box")
+        np.random.seed(0)
+        engine_class(policy, settings_for("box")).update(buffer, COEFFICIENTS)
+        gradients.append([parameter.grad for parameter in policy.parameters()])
+    for ours, theirs in zip(*gradients, strict=True):
+        th.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+# ------------------------------------------------------------------ which policies
+
+
+class Custom(FlattenExtractor):
+    """An extractor with code of its own."""
+
+
+def make(**kwargs: Any) -> ActorCriticPolicy:
+    return ActorCriticPolicy(OBS, BOX, lambda _: 1e-3, **kwargs)
+
+
+def with_dropout() -> ActorCriticPolicy:
+    policy = make()
+    policy.mlp_extractor.policy_net.append(th.nn.Dropout())
+    return policy
+
+
+def with_hook() -> ActorCriticPolicy:
+    policy = make()
+    policy.mlp_extractor.policy_net[0].register_forward_hook(lambda *_: None)
+    return policy
+
+
+def with_method() -> ActorCriticPolicy:
+    policy = make()
+    policy.action_net.forward = policy.action_net.forward
+    return policy
+
+
+def frozen() -> ActorCriticPolicy:
+    policy = make()
+    policy.value_net.requires_grad_(False)
+    return policy
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [
+        (lambda: make(features_extractor_class=Custom), "it has a Custom, which may not run the same operations"),
+        (with_dropout, "it has a Dropout, which may not run the same operations"),
+        (with_hook, "it has hooks"),
+        (with_method, r"the forward\(\) of a Linear was replaced"),
+        (frozen, "some of its parameters are frozen"),
+        (lambda: make(optimizer_class=th.optim.SGD), "its optimizer is SGD, not Adam or AdamW"),
+        (lambda: make().double(), "its parameters are not contiguous float32 tensors"),
+    ],
+)
+def test_policies_that_may_change_are_not_run(policy: Callable[[], ActorCriticPolicy], reason: str) -> None:
+    _, buffer = make_case("box")
+    found = why_not_static(policy(), buffer)
+    assert found is not None
+    assert re.match(reason, found)
+
+
+def test_autocast_is_not_run() -> None:
+    policy, buffer = make_case("box")
+    with th.autocast("cpu"):
+        assert why_not_static(policy, buffer) == "torch's autocast is on"
+    assert why_not_static(policy, buffer) is None
+
+
+def test_a_cuda_graph_needs_a_gpu() -> None:
+    policy, buffer = make_case("box")
+    assert why_not_cuda_graph(policy, buffer) == "it is on the device cpu"
+
+
+def test_other_buffers_are_not_run() -> None:
+    class Other(TensorRolloutBuffer):
+        def get(self, batch_size: int | None = None) -> Any:
+            return super().get(batch_size)
+
+    policy, _ = make_case("box")
+    assert why_not_static(policy, Other(4, OBS, BOX, "cpu")) == "its rollout buffer is Other"
