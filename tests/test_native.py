@@ -8,7 +8,8 @@ import copy
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from sb3_clipvf.engines.in_place import in_place
 from sb3_clipvf.engines.kernels import entry
 from sb3_clipvf.engines.native import NativeEngine
 from sb3_clipvf.engines.recognition import UnsupportedError
-from sb3_clipvf.engines.threads import one_blas_thread
+from sb3_clipvf.engines.threads import ProcessWide
 from sb3_clipvf.rollout import TensorRolloutBuffer, gae
 
 ACTIONS: dict[str, spaces.Space[Any]] = {
@@ -120,11 +121,12 @@ class TestActing:
         """BLAS's threads would spin for some 30 ms on the cores that the update needs."""
         limited = []
 
-        def limit() -> Any:
+        @contextmanager
+        def limit() -> Iterator[None]:
             limited.append(True)
-            return one_blas_thread()
+            yield
 
-        monkeypatch.setattr(native, "one_blas_thread", limit)
+        monkeypatch.setattr(native, "one_blas_thread", ProcessWide(limit))
         engine = NativeEngine(make_policy(net_arch=net_arch), SETTINGS)
         engine.begin_rollout(make_buffer(engine.policy, n_envs=n_envs))
         engine.act(np.zeros((n_envs, 3), np.float32), with_dist_params=False)

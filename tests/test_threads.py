@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch as th
-from threadpoolctl import threadpool_info, threadpool_limits
+from threadpoolctl import OpenBLASController, threadpool_info, threadpool_limits
 
 from sb3_clipvf.engines.threads import (
     RETRY_INTERVAL,
     TRIALS,
     ThreadChoice,
+    _blas_of_kernels,
     one_blas_thread,
     run_on_threads,
     usable_cores,
@@ -148,19 +149,49 @@ def test_cores_are_counted_where_the_system_keeps_no_list(monkeypatch: pytest.Mo
     assert usable_cores() == 1
 
 
-def _blas_threads() -> set[int]:
-    return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+def _blas_threads() -> list[int]:
+    """Return the numbers of threads of the libraries that kernels may call."""
+    return [get() for get, _ in _blas_of_kernels()]
 
 
-def test_the_last_of_several_updates_gives_blas_its_threads_back() -> None:
+def test_blas_has_its_threads_again_after_an_exception() -> None:
     with threadpool_limits(2, "blas"):
-        first, second = one_blas_thread(), one_blas_thread()
-        first.__enter__()
-        second.__enter__()
-        first.__exit__(None, None, None)
-        assert _blas_threads() == {1}
-        second.__exit__(None, None, None)
-        assert 2 in _blas_threads()
+        with pytest.raises(KeyboardInterrupt), one_blas_thread:
+            assert _blas_threads() == [1]
+            raise KeyboardInterrupt
+        assert _blas_threads() == [2]
+
+
+def test_the_last_of_several_threads_gives_blas_its_threads_back() -> None:
+    """The one that set the limit is still alive, and may have left it before."""
+    is_inside, may_leave, has_left, may_end = (threading.Event() for _ in range(4))
+
+    def first() -> None:
+        with one_blas_thread:
+            is_inside.set()
+            may_leave.wait(60)
+        has_left.set()
+        may_end.wait(60)
+
+    with threadpool_limits(2, "blas"):
+        OpenBLASController.clear_controlling_thread()
+        other = threading.Thread(target=first)
+        other.start()
+        is_inside.wait(60)
+        with one_blas_thread:
+            may_leave.set()
+            has_left.wait(60)
+            assert _blas_threads() == [1]
+        assert _blas_threads() == [2]
+        may_end.set()
+        other.join()
+
+
+def test_numpys_own_blas_keeps_its_threads() -> None:
+    """Environments may use it."""
+    with threadpool_limits(2, "blas"), one_blas_thread:
+        numbers = {library["num_threads"] for library in threadpool_info() if "numpy" in library["filepath"]}
+        assert numbers <= {2}
 
 
 def test_each_rank_has_a_thread_and_the_caller_the_first() -> None:

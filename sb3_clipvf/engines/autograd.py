@@ -30,9 +30,9 @@ def _validation_off() -> Iterator[None]:
         th.distributions.Distribution.set_default_validate_args(before)
 
 
-unvalidated_distributions = ProcessWide(_validation_off).inside
+unvalidated_distributions = ProcessWide(_validation_off)
 """
-Return a context without torch's checks of distributions, each of which reads a number from the device.
+A context without torch's checks of distributions, each of which reads a number from the device.
 
 The update's own check of the loss finds non-finite parameters, before the step.
 """
@@ -78,7 +78,7 @@ class AutogradEngine:
         """Return the values of observations, shape ``(n, 1)``, return units."""
         return self.policy.predict_values(observations)
 
-    @unvalidated_distributions()
+    @unvalidated_distributions
     def update(self, buffer: Any, coefficients: UpdateCoefficients) -> UpdateStatistics:
         """Run the epochs of one update."""
         record = self._run_epochs(buffer, coefficients)

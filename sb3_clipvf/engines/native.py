@@ -298,7 +298,7 @@ class NativeEngine:
         def cancel() -> None:
             shared.counters[CANCELLED] = 1
 
-        with one_blas_thread():
+        with one_blas_thread:
             started = time.perf_counter()
             run_on_threads(run, n_threads, cancel)
             seconds = time.perf_counter() - started
@@ -322,7 +322,7 @@ class NativeEngine:
         def run(rank: int) -> None:
             entry.kl_of_rollout(rank, n_threads, self._packed, rollout, n_rows, workspaces[rank], sums)
 
-        with one_blas_thread():
+        with one_blas_thread:
             run_on_threads(run, n_threads)
         return th.tensor(sums.sum() / n, dtype=th.float64)
 
@@ -364,8 +364,8 @@ def _record(
 
 
 def _blas_for(n_multiplications: int) -> AbstractContextManager[None]:
-    # For small products, limiting BLAS's threads takes longer than the product.
-    return nullcontext() if n_multiplications <= UNSHARED_WORK else one_blas_thread()
+    # For a small product, the limit takes about as long as the product.
+    return nullcontext() if n_multiplications <= UNSHARED_WORK else one_blas_thread
 
 
 def _exploration_matrices(dist: StateDependentNoiseDistribution, n_envs: int, latent_dim: int) -> np.ndarray:

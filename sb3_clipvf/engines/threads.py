@@ -3,12 +3,14 @@
 import os
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ContextDecorator, nullcontext
 from functools import cache
+from importlib import import_module
+from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, cast
 
 import torch as th
 
@@ -120,42 +122,65 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-class ProcessWide:
+class ProcessWide(ContextDecorator):
     """A process-wide context that the first of several threads enters, and the last one leaves."""
 
     def __init__(self, make: Callable[[], AbstractContextManager[object]]) -> None:
         self._make = make
         self._lock = Lock()
         self._n_inside = 0
-        self._context = ExitStack()
+        self._context: AbstractContextManager[object] = nullcontext()
 
-    @contextmanager
-    def inside(self) -> Iterator[None]:
-        """Return a context manager within which the process is in the context."""
+    def __enter__(self) -> None:
         with self._lock:
             if self._n_inside == 0:
-                self._context.enter_context(self._make())
+                self._context = self._make()
+                self._context.__enter__()
             self._n_inside += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._n_inside -= 1
-                if self._n_inside == 0:
-                    self._context.close()
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._n_inside -= 1
+            if self._n_inside == 0:
+                self._context.__exit__(None, None, None)
+
+
+class _BlasLimit:
+    def __enter__(self) -> None:
+        self._numbers = [get() for get, _ in _blas_of_kernels()]
+        for _, set_number in _blas_of_kernels():
+            set_number(1)
+
+    def __exit__(self, *_: object) -> None:
+        for (_get, set_number), number in zip(_blas_of_kernels(), self._numbers, strict=True):
+            set_number(number)
+
+
+one_blas_thread = ProcessWide(_BlasLimit)
+"""
+A context in which each matrix product of a kernel runs on the thread that calls it.
+
+Updates are divided among threads without BLAS. After each product that BLAS splits, its threads spin for about 30 ms,
+on cores that updates and environments need. BLAS that only environments call keeps its threads.
+"""
 
 
 @cache
-def _controller() -> Any:
+def _blas_of_kernels() -> list[tuple[Callable[[], int], Callable[[int], object]]]:
+    """Return what reads and sets the number of threads of the BLAS that kernels call: SciPy's own, or any."""
+    import_module("scipy.linalg.cython_blas")  # numba loads it for its first product
     from threadpoolctl import ThreadpoolController  # SB3 does not import it
 
-    return ThreadpoolController()
+    libraries = ThreadpoolController().select(user_api="blas").lib_controllers
+    of_scipy = [library for library in libraries if {"scipy", "scipy.libs"} & set(Path(library.filepath).parts)]
+    return [(library.get_num_threads, _setter(library)) for library in of_scipy or libraries]
 
 
-one_blas_thread = ProcessWide(lambda: _controller().limit(limits=1, user_api="blas")).inside
-"""
-Return a context in which each matrix product of BLAS runs on the thread that calls it.
-
-Updates are divided among threads without BLAS. After each product that BLAS splits, its threads spin for about 30 ms,
-on cores that updates and environments need.
-"""
+def _setter(library: Any) -> Callable[[int], object]:
+    if library.internal_api == "openblas" and library.threading_layer == "pthreads":
+        # From threadpoolctl 3.8 on, its own method does nothing if another thread has called it before.
+        for name in library.check_symbols:
+            function = getattr(library.dynlib, name.replace("_get_", "_set_"), None)
+            if function is not None:
+                return cast(Callable[[int], object], function)
+    return cast(Callable[[int], object], library.set_num_threads)

@@ -114,7 +114,7 @@ def act_fault(policy: ActorCriticPolicy, observations: Any, obs_tensor: Any, act
         values, rows = acted.values, acted.log_prob
     else:
         try:
-            with th.no_grad(), unvalidated_distributions():
+            with th.no_grad(), unvalidated_distributions:
                 values, rows = policy.predict_values(obs_tensor), dist_params(policy.get_distribution(obs_tensor))
         except Exception:  # this second error must not mask the first one
             return None
@@ -246,7 +246,7 @@ def _evaluated(policy: Any, batch: Any) -> dict[str, np.ndarray]:
     policy.set_training_mode(False)
     discrete = isinstance(policy.action_space, spaces.Discrete)
     try:
-        with th.no_grad(), unvalidated_distributions():
+        with th.no_grad(), unvalidated_distributions:
             actions = batch.actions.long().flatten() if discrete else batch.actions
             values, log_prob, _ = policy.evaluate_actions(batch.observations, actions)
             ratio = th.exp(log_prob - batch.old_log_prob)
