@@ -21,6 +21,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "mathm
 exclude_patterns = ["_build", "results"]
 
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist", "colon_fence"]
+# GitHub draws these blocks, too, and does not change their backslashes.
+myst_fence_as_directive = ["math"]
 myst_heading_anchors = 3
 # The drawing belongs to the browser, see _ext/mathml_renderer.py.
 html_math_renderer = "mathml"

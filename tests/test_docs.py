@@ -229,6 +229,18 @@ def test_the_engines_page_has_the_rule_of_the_device() -> None:
     assert f"\ndevice='auto' selects 'cpu': {reason}\n" in page
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_formulas_are_written_as_github_draws_them(page: str) -> None:
+    text = re.sub(r"^```.*?^```$", "", text_of(page), flags=re.MULTILINE | re.DOTALL)
+    assert "$$" not in text, "displayed formulas are blocks of the language `math`"
+    displayed, inline = blocks(page, "math"), re.findall(r"\$([^$]+)\$", re.sub(r"`[^`]*`", "", text))
+    assert not [formula for formula in displayed + inline if r"\operatorname" in formula], "GitHub refuses this command"
+    assert not [formula for formula in inline if re.search(r"\\[^a-zA-Z]", formula)], "Markdown removes the backslash"
+    for formula in displayed:
+        outside = re.sub(r"\\begin\{(\w+)\}.*?\\end\{\1\}", "", formula, flags=re.DOTALL)
+        assert "&" not in outside and r"\\" not in outside, "lines need an environment, such as `aligned`"
+
+
 def test_the_table_of_schedules_has_their_values() -> None:
     rows = re.findall(r"^\| `(\w+_0\.2)` \|[^|]*\| ([^\n]*) \|$", text_of("algorithm.md"), flags=re.MULTILINE)
     assert len(rows) == 4
