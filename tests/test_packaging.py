@@ -68,6 +68,7 @@ def test_the_settings_are_a_file_of_the_wheel(source: Path, tmp_path: Path) -> N
         assert wheel.read(SETTINGS) == (ROOT / "hyperparams" / "clipppo.yml").read_bytes()
         (metadata,) = (wheel.read(name).decode() for name in names if name.endswith("/METADATA"))
     assert "sb3_clipvf/py.typed" in names
+    assert {f"sb3_clipvf/zoo/comparison/page.{kind}" for kind in ("css", "html", "js")} <= {*names}
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sb3_clipvf").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
     # A package index has no files beside the description.

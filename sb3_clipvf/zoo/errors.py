@@ -14,6 +14,7 @@ _OPTIONAL_PACKAGES = (
     ("mujoco", r"mujoco", "'sb3_clipvf[mujoco]'"),
     ("envpool", r"envpool", "'sb3_clipvf[envpool]'"),
     ("ale_py", r"ALE/|NoFrameskip-v|Deterministic-v|ale_py", "'sb3_clipvf[atari]'"),
+    ("plotly", r"plotly", "plotly"),
     ("wandb", r"wandb", "'sb3_clipvf[tracking]'"),
     ("minigrid", r"MiniGrid-|BabyAI-|minigrid", "'sb3_clipvf[minigrid]'"),
     ("pybullet_envs_gymnasium", r"BulletEnv-v|pybullet_envs", "'sb3_clipvf[pybullet]'"),

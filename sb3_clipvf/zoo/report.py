@@ -1,4 +1,8 @@
-"""``sb3-clipvf report``: evaluate a run, draw its learning curve, record a video, and print where the files are."""
+"""
+``sb3-clipvf report``: evaluate a run, draw its learning curve, record a video; or compare many runs in one page.
+
+``sb3-clipvf report RUNS...`` reads the files of runs and writes the page, see :mod:`sb3_clipvf.zoo.comparison`.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sb3_clipvf.common.validation import MAX_SEED, check_device, check_int
+from sb3_clipvf.zoo.comparison.commands import environment_options
+from sb3_clipvf.zoo.comparison.curves import ROLLING_WINDOW, rolling_mean
+from sb3_clipvf.zoo.comparison.groups import group_records
+from sb3_clipvf.zoo.comparison.outputs import SUFFIXES, check_outputs, write_outputs
+from sb3_clipvf.zoo.comparison.records import find_records
 from sb3_clipvf.zoo.defaults import ALGORITHM
 from sb3_clipvf.zoo.parsing import option_name
 from sb3_clipvf.zoo.process import has_display, patched_environment
@@ -37,19 +46,8 @@ if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
     from stable_baselines3.common.vec_env import VecEnv
 
-ROLLING_WINDOW = 100
-"""Episodes in a mean of the learning curve, as in ``rollout/ep_rew_mean`` of the training's log."""
-
 MAX_VIDEO_STEPS = 3000
 """Steps of a video, since an episode may have no end: 50 to 100 s at the usual 30 to 60 frames per second."""
-
-
-def rolling_mean(values: np.ndarray, window: int = ROLLING_WINDOW) -> np.ndarray:
-    """Return the mean of each value and the values before it, at most ``window`` in all, ``(n,)``."""
-    sums = np.concatenate(([0.0], np.cumsum(values)))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
-    return np.asarray((sums[ends] - sums[starts]) / (ends - starts))
 
 
 def write_learning_curve(run: Run, curve: TrainingCurve, evaluation: Evaluation, path: Path) -> None:
@@ -182,12 +180,33 @@ def _even_frame(env: VecEnv) -> np.ndarray:
     return np.ascontiguousarray(np.pad(frame, ((0, rows % 2), (0, columns % 2), (0, 0)), mode="edge"))
 
 
+def compare_runs(folders: Sequence[str], outputs: Sequence[Path]) -> None:
+    """
+    Write a report that compares runs, from their files alone; print where it is and what was left out.
+
+    :param folders: Runs, or folders of runs at any depth.
+    :param outputs: Files to write, each in the format of its suffix.
+    :raises ValueError: If a folder holds no run, or a suffix is unknown.
+    """
+    records, problems = find_records(folders)
+    groups = group_records(records)
+    words = ["sb3-clipvf", "report", *folders, *(word for path in outputs for word in ("-o", str(path)))]
+    write_outputs(groups, problems, shlex.join(words), outputs)
+    for problem in problems:
+        sys.stdout.write(f"  {problem}\n")
+    env_ids = {record.env_id for record in records}
+    sys.stdout.write(f"{len(records)} runs in {len(groups)} groups, {len(env_ids)} environments\n")
+    for path in outputs:
+        sys.stdout.write(f"  {path}\n")
+
+
 def next_commands(run: Run, log_folder: str) -> list[tuple[str, str]]:
     """Return pairs of purpose and command to try after a report; ``log_folder`` is that of ``train -f``."""
     folder = shlex.quote(log_folder)
     algo = "" if run.algo == ALGORITHM else f" --algo {run.algo}"
     other = "Acrobot-v1" if run.env_id != "Acrobot-v1" else "Pendulum-v1"
-    train = f"sb3-clipvf train --env {run.env_id} -f {folder}{_environment_options(run)} -P"
+    options = "".join(f" {shlex.quote(option)}" for option in environment_options(read_arguments(run), run.folder))
+    train = f"sb3-clipvf train --env {run.env_id} -f {folder}{options} -P"
     variant = ("the same with ClipPPO", train)
     if run.algo == ALGORITHM:
         parameters = "-params clip_range:None kl_coef:1.0 adaptive_kl_target:0.01"
@@ -200,25 +219,14 @@ def next_commands(run: Run, log_folder: str) -> list[tuple[str, str]]:
     ]
 
 
-def _environment_options(run: Run) -> str:
-    """Return the options with which the training of the run found its environment and its settings."""
-    from sb3_clipvf.zoo.run_files import lies_beside  # imports torch
-
-    arguments = read_arguments(run)
-    options = []
-    if arguments.get("gym_packages"):
-        options += ["--gym-packages", *arguments["gym_packages"]]
-    # The command evaluates the text after the first colon as Python.
-    pairs = [
-        f"{key}:{value!r}" for key, value in (arguments.get("env_kwargs") or {}).items() if str(key).isidentifier()
-    ]
-    if pairs:
-        options += ["--env-kwargs", *pairs]
-    config = str(arguments.get("conf_file") or "")
-    # A copied command must not run code that may have come with the run.
-    if config and not lies_beside(run.settings_folder / "args.yml", config):
-        options += ["--conf-file", config]
-    return "".join(f" {shlex.quote(str(option))}" for option in options)
+def _write_page(run: Run, outputs: Sequence[Path]) -> str:
+    """Write the page of one run, and return where it is, or ``skipped: <reason>``."""
+    if importlib.util.find_spec("plotly") is None and any(path.suffix == ".html" for path in outputs):
+        return "skipped: the package plotly is not installed (`pip install plotly`)"
+    records, problems = find_records([run.folder])
+    words = ["sb3-clipvf", "report", str(run.folder), *(word for path in outputs for word in ("-o", str(path)))]
+    write_outputs(group_records(records), problems, shlex.join(words), outputs)
+    return ", ".join(map(str, outputs))
 
 
 def _write_numbers(path: Path, run: Run, curve: TrainingCurve, evaluation: Evaluation, files: dict[str, str]) -> None:
@@ -265,7 +273,19 @@ def _print_numbers(curve: TrainingCurve, evaluation: Evaluation, total: int) -> 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sb3-clipvf report",
-        description="Evaluate a trained agent; write learning_curve.png, report.json and a video into its run folder.",
+        description="Evaluate a trained agent; write learning_curve.png, report.json, a video and report.html into its "
+        "run folder. With RUNS, compare runs by their files instead, without evaluating them.",
+    )
+    parser.add_argument(
+        "runs", nargs="*", metavar="RUNS", help="runs, or folders of runs at any depth, to compare in one page"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        action="append",
+        type=Path,
+        help=f"file to write; repeat the option for several formats: {', '.join(SUFFIXES)} (default: report.html, "
+        "in the run folder unless RUNS are given)",
     )
     parser.add_argument("--env", default="CartPole-v1", help="environment id (default: %(default)s)")
     parser.add_argument("-f", "--folder", default="logs", help="log folder of the training (default: %(default)s)")
@@ -304,7 +324,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     :return: Exit code 0.
     :raises ValueError: If the run does not exist or holds no model, or a number is out of range.
     """
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    check_outputs(args.output or [])
+    if args.runs:
+        for name, value in vars(args).items():
+            if name not in ("runs", "output") and value != parser.get_default(name):
+                raise ValueError(
+                    f"`{option_name(name)}` must be left out with RUNS, got {value}: runs are compared by their files. "
+                    "Evaluate each run first, with `sb3-clipvf report --env`."
+                )
+        compare_runs(args.runs, args.output or [Path("report.html")])
+        return 0
     for name in ("episodes", "n_envs"):
         check_int(option_name(name), getattr(args, name), 1, "Pass a positive number.")
     check_int("--seed", args.seed, 0, "Pass a number that is not negative.", MAX_SEED)
@@ -332,7 +363,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         files["video"], video = str(video_path), f"{video_path} ({video})"
     sys.stdout.write(f"  video           {video}\n")
     _write_numbers(numbers_path, run, curve, evaluation, files)
-    sys.stdout.write(f"  numbers         {numbers_path}\n\nTry next:\n")
+    sys.stdout.write(f"  numbers         {numbers_path}\n")
+    sys.stdout.write(
+        f"  page            {_write_page(run, args.output or [run.folder / 'report.html'])}\n\nTry next:\n"
+    )
     for purpose, command in next_commands(run, args.folder):
         sys.stdout.write(f"  # {purpose}\n  {command}\n")
     return 0

@@ -296,19 +296,20 @@ def read_training_curve(
     ``k * n_envs`` of the training. Monitor counts frames below Atari's frame skip: if its count is a multiple of the
     training's, steps are divided by that (whole) number.
 
-    :param folder: Folder of the run, with ``<i>.monitor.csv``.
+    :param folder: Folder of the run, with ``<i>.monitor.csv``, or ``monitor.csv`` of SB3's ``VecMonitor``.
     :param num_timesteps: Environment steps of the whole training; None if unknown.
     :param started: Start of the training (s since 1970); None: the time at which its environments were made.
     :return: The episodes; empty if no episode ended or there are no monitor files.
+    :raises ValueError: If a monitor file has no header.
     """
-    files = [_read_monitor(path) for path in sorted(Path(folder).glob("*.monitor.csv"))]
-    first_start = min((start for start, _ in files), default=0.0)
+    files = [read_monitor(path) for path in sorted(Path(folder).glob("*monitor.csv"))]
+    first_start = min((file.start for file in files), default=0.0)
     rows: list[tuple[float, int, float]] = []
-    for start, episodes in files:
+    for file in files:
         own_steps = 0
-        for episode_return, length, end in episodes:
+        for episode_return, length, end in file.episodes:
             own_steps += length
-            rows.append((start - first_start + end, own_steps * len(files), episode_return))
+            rows.append((file.start - first_start + end, own_steps * len(files), episode_return))
     rows.sort()
     seconds, steps, returns = (np.array([row[i] for row in rows], dtype=np.float64) for i in range(3))
     if num_timesteps and len(steps) > 0:
@@ -316,6 +317,39 @@ def read_training_curve(
     if started is not None:
         seconds += first_start - started
     return TrainingCurve(steps, returns, seconds)
+
+
+@dataclass(frozen=True)
+class MonitorFile:
+    """Start (s since 1970), environment, and the return, length and end (s since the start) of each episode."""
+
+    start: float
+    env_id: str
+    episodes: list[tuple[float, int, float]]
+
+
+def read_monitor(path: Path) -> MonitorFile:
+    """
+    Read a file of SB3's ``Monitor``; a cut last line is left out.
+
+    :raises ValueError: If the file has no header.
+    """
+    episodes = []
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        try:
+            header = json.loads(file.readline().lstrip("#"))
+            start, env_id = float(header["t_start"]), str(header.get("env_id") or "")
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path} must begin with the header of SB3's Monitor, but does not ({type(error).__name__}: {error}). "
+                "Remove it if its training has ended."
+            ) from error
+        for row in csv.DictReader(file):
+            try:
+                episodes.append((float(row["r"]), int(row["l"]), float(row["t"])))
+            except (TypeError, ValueError):  # a kill may have cut the last line
+                break
+    return MonitorFile(start, env_id, episodes)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -331,16 +365,3 @@ def _start_of_training(model: BaseAlgorithm) -> float | None:
     if model._num_timesteps_at_start != 0 or not model.start_time:
         return None
     return model.start_time / 1e9
-
-
-def _read_monitor(path: Path) -> tuple[float, list[tuple[float, int, float]]]:
-    """Return the start (s) of a monitor file, and the return, length and end (s since the start) of its episodes."""
-    episodes = []
-    with path.open(newline="", encoding="utf-8") as file:
-        start = float(json.loads(file.readline().lstrip("#"))["t_start"])
-        for row in csv.DictReader(file):
-            try:
-                episodes.append((float(row["r"]), int(row["l"]), float(row["t"])))
-            except (TypeError, ValueError):  # a kill may have cut the last line
-                break
-    return start, episodes

@@ -1,0 +1,75 @@
+"""Commands that repeat the training of a run."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sb3_clipvf.zoo.comparison.groups import Group
+from sb3_clipvf.zoo.comparison.records import OF_OPTIONS, Record
+from sb3_clipvf.zoo.defaults import ALGORITHM
+
+# Options that change a training, with the Zoo's or this package's defaults, which need not be repeated.
+_OPTIONS = {
+    "vec_env": ("--vec-env", "dummy"),
+    "eval_freq": ("--eval-freq", 25000),
+    "eval_episodes": ("--eval-episodes", 5),
+    "n_eval_envs": ("--n-eval-envs", 1),
+    "num_threads": ("--num-threads", -1),
+    "device": ("--device", "auto"),
+}
+
+
+def train_commands(group: Group) -> str:
+    """Return the commands that train the runs of a group again, one command or a loop over its seeds; "" if unknown."""
+    records = [record for record in group.records if record.arguments]
+    if not records:
+        return ""
+    seeds = [str(record.seed) for record in records if record.seed is not None]
+    if len(seeds) < 2:
+        return train_command(records[0], *seeds)
+    return f"for seed in {' '.join(seeds)}; do\n  {train_command(records[0], '$seed')}\ndone"
+
+
+def train_command(record: Record, seed: str = "") -> str:
+    """Return the command of a run's training, with another seed."""
+    arguments = record.arguments
+    words = ["sb3-clipvf", "train"]
+    words += [] if record.algo == ALGORITHM else ["--algo", record.algo]
+    words += ["--env", record.env_id]
+    if (arguments.get("n_timesteps") or -1) > 0:
+        words += ["-n", str(arguments["n_timesteps"])]
+    rest = environment_options(arguments, record.folder)
+    for name, (option, default) in _OPTIONS.items():
+        if arguments.get(name) not in (None, default):
+            rest += [option, str(arguments[name])]
+    settings = dict(arguments.get("hyperparams") or {})
+    if arguments.get("conf_file") and "--conf-file" not in rest:
+        settings = {key: value for key, value in record.settings.items() if key not in OF_OPTIONS}
+    pairs = _pairs(settings)
+    rest += ["-params", *pairs] if pairs else []
+    # The seed may be a variable of the shell, and `-params` takes all that follows it.
+    return " ".join([*map(shlex.quote, words), *(["--seed", seed] if seed else []), *map(shlex.quote, rest)])
+
+
+def environment_options(arguments: Mapping[str, Any], folder: Path) -> list[str]:
+    """Return the options with which a training found its environment and its settings."""
+    from sb3_clipvf.zoo.run_files import lies_beside  # imports torch
+
+    options = []
+    if arguments.get("gym_packages"):
+        options += ["--gym-packages", *map(str, arguments["gym_packages"])]
+    pairs = _pairs(arguments.get("env_kwargs") or {})
+    options += ["--env-kwargs", *pairs] if pairs else []
+    config = str(arguments.get("conf_file") or "")
+    # A copied command must not run code that may have come with the run.
+    if config and not lies_beside(folder / "env" / "args.yml", config):
+        options += ["--conf-file", config]
+    return options
+
+
+def _pairs(values: Mapping[str, Any]) -> list[str]:
+    """Return values as ``key:value``, of which the Zoo evaluates the text after the first colon as Python."""
+    return [f"{key}:{value!r}" for key, value in values.items() if str(key).isidentifier()]

@@ -1,0 +1,261 @@
+"""Find runs in folders, and read what their files hold: the RL Zoo's runs, and folders with logs of SB3."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sb3_clipvf.zoo.comparison.series import EVENT_FILES, Evaluations, Series, read_evaluations, read_logs
+from sb3_clipvf.zoo.run_folders import CHECKPOINTS
+from sb3_clipvf.zoo.runs import Run, read_arguments, read_hyperparams, read_monitor, read_training_curve
+
+OF_OPTIONS = ("n_timesteps", "env_kwargs", "vec_env", "trained_agent")
+"""Options of the Zoo's ``train`` that count as settings of a run."""
+
+_OF_RUNS = ("*monitor.csv", "evaluations.npz", "progress.json", "progress.csv", EVENT_FILES, "*/args.yml")
+_EPISODES_OF_LOG = "rollout/ep_rew_mean"
+_VERSIONS = ("Stable-Baselines3", "PyTorch", "Gymnasium", "Numpy", "Python")
+
+
+@dataclass(frozen=True)
+class Record:
+    """
+    What the files of one run hold.
+
+    :param folder: Folder of the run.
+    :param env_id: Id of the environment; "" if no file names it.
+    :param algo: Name of the algorithm; "" if no file names it.
+    :param seed: Seed of the training; None if unknown.
+    :param settings: Settings of the training, {} if unknown.
+    :param arguments: Options of the Zoo's ``train``, {} if unknown.
+    :param episodes: Returns of the training episodes.
+    :param is_mean: Whether ``episodes`` are means of 100 episodes, from the log, since there are no Monitor files.
+    :param evaluations: Evaluations during the training.
+    :param log: Series of SB3's logger, by key.
+    :param report: Numbers that ``sb3-clipvf report`` wrote about the trained agent, {} without them.
+    :param steps: Environment steps of the training so far.
+    :param is_finished: Whether a model of the end was saved; None if the run is not the Zoo's.
+    :param versions: Versions of the packages that trained, by name.
+    :param video: A video of the trained agent.
+    """
+
+    folder: Path
+    env_id: str
+    algo: str
+    seed: int | None
+    settings: Mapping[str, Any]
+    arguments: Mapping[str, Any]
+    episodes: Series
+    is_mean: bool
+    evaluations: Evaluations | None
+    log: Mapping[str, Series]
+    report: Mapping[str, Any]
+    steps: float
+    is_finished: bool | None
+    versions: Mapping[str, str]
+    video: Path | None
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds of the training up to the end of its last episode; None if unknown."""
+        known = self.episodes.seconds[np.isfinite(self.episodes.seconds)]
+        return float(known[-1]) if len(known) > 0 and known[-1] > 0 else None
+
+
+def find_records(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Record], list[str]]:
+    """
+    Read all runs in folders, each a run or a folder of runs at any depth.
+
+    :return: The runs in the order of their paths, and messages about those that could not be read or lack data.
+    :raises ValueError: If a folder holds no run, or no run has anything to show.
+    """
+    paths: list[Path] = []
+    for folder in folders:
+        if not Path(folder).is_dir():
+            what = "a file" if Path(folder).exists() else "nothing"
+            raise ValueError(f"`RUNS` must be folders of runs, got {folder}, which is {what}. Check the path.")
+        found = _run_folders(Path(folder))
+        if not found:
+            raise ValueError(
+                f"`RUNS` must be runs or folders of runs, but {folder} holds no files of a run: no Monitor files, "
+                "evaluations, logs of SB3 or settings of the RL Zoo. Name another folder, or train with "
+                f"`sb3-clipvf train --env CartPole-v1 -f {folder}`."
+            )
+        paths += [path for path in found if path not in paths]
+    records, problems = [], []
+    for path in paths:
+        try:
+            record, found_problems = read_record(path)
+        except (ValueError, OSError) as error:
+            problems.append(f"{path} was left out: {error}")
+            continue
+        problems += found_problems
+        if len(record.episodes.steps) == 0 and record.evaluations is None and not record.log:
+            problems.append(f"{path} was left out: {_emptiness(record)}")
+        else:
+            records.append(record)
+    if not records:
+        raise ValueError("`RUNS` must hold a run with data to show, but none has:\n  " + "\n  ".join(problems))
+    return records, problems
+
+
+def read_record(folder: Path) -> tuple[Record, list[str]]:
+    """
+    Read the files of one run.
+
+    :return: The run, and a message about each file that is damaged and was left out.
+    :raises ValueError: If its settings cannot be read.
+    """
+    problems: list[str] = []
+    run = _zoo_run(folder)
+    arguments, settings = ({}, {}) if run is None else (read_arguments(run), read_hyperparams(run))
+    model = _Model() if run is None else _read_model(run, problems)
+    monitors = sorted(folder.glob("*monitor.csv"))
+    env_id, episodes, log, evaluations = "", Series.of([]), {}, None
+    with _noting(problems):
+        env_id = read_monitor(monitors[0]).env_id if monitors else ""
+        curve = read_training_curve(folder, model.num_timesteps, model.started)
+        episodes = Series(curve.steps, curve.seconds, curve.returns)
+    with _noting(problems):
+        log = {key: one.timed(episodes) for key, one in read_logs(folder).items()}
+    is_mean = len(episodes.steps) == 0 and _EPISODES_OF_LOG in log
+    if is_mean:
+        episodes = log[_EPISODES_OF_LOG]
+    for path in sorted(folder.rglob("evaluations.npz"))[:1]:
+        with _noting(problems):
+            found = read_evaluations(path)
+            evaluations = replace(found, means=found.means.timed(episodes))
+    ends = [one.steps[-1] for one in (episodes, *log.values()) if len(one.steps) > 0]
+    ends += [] if evaluations is None else [evaluations.means.steps[-1]]
+    is_finished = None if run is None else run.model_path.is_file()
+    if is_finished is False:
+        problems.append(_unfinished(folder))
+    record = Record(
+        folder=folder,
+        env_id=str(arguments.get("env") or env_id or _env_of_path(folder)),
+        algo=str(arguments.get("algo") or ""),
+        seed=arguments.get("seed"),
+        settings=_all_settings(settings, arguments),
+        arguments=arguments,
+        episodes=episodes,
+        is_mean=is_mean,
+        evaluations=evaluations,
+        log=log,
+        report=_read_report(folder, problems),
+        steps=float(model.num_timesteps or max(ends, default=0)),
+        is_finished=is_finished,
+        versions=model.versions,
+        video=next(iter(sorted(folder.glob("videos/*.mp4"))), None),
+    )
+    return record, problems
+
+
+def _run_folders(folder: Path) -> list[Path]:
+    """Return the folders of runs at or below a folder, sorted; folders inside a run belong to it."""
+    if any(next(folder.glob(pattern), None) is not None for pattern in _OF_RUNS):
+        return [folder]
+    inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
+    return [found for path in inner for found in _run_folders(path)]
+
+
+def _zoo_run(folder: Path) -> Run | None:
+    """Return the Zoo's run in a folder; None if the folder is not one."""
+    for path in sorted(folder.glob("*/args.yml")):
+        name = path.parent.name
+        run = Run("", name, folder, folder / f"{name}.zip")
+        arguments = read_arguments(run)
+        return Run(str(arguments.get("algo", "")), str(arguments.get("env", name)), folder, run.model_path)
+    return None
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What a saved model knows of its training."""
+
+    num_timesteps: int | None = None
+    started: float | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def _read_model(run: Run, problems: list[str]) -> _Model:
+    from sb3_clipvf.files.archive import entries_of, read_bytes  # imports torch
+
+    if not run.model_path.is_file():
+        return _Model()
+    with _noting(problems):
+        entries = dict(entries_of(*read_bytes(run.model_path, "zip")))
+        data = json.loads(entries["data"])
+        versions = re.findall(r"^- ([\w-]+): (\S+)$", entries.get("system_info.txt", b"").decode(), re.MULTILINE)
+        starts_at_zero = data.get("_num_timesteps_at_start") == 0 and data.get("start_time")
+        return _Model(
+            int(data["num_timesteps"]),
+            data["start_time"] / 1e9 if starts_at_zero else None,
+            {name: version for name, version in versions if name in _VERSIONS},
+        )
+    return _Model()
+
+
+def _read_report(folder: Path, problems: list[str]) -> dict[str, Any]:
+    path = folder / "report.json"
+    if not path.is_file():
+        return {}
+    with _noting(problems):
+        try:
+            numbers = dict(json.loads(path.read_text(encoding="utf-8")))
+            return {key: numbers[key] for key in ("mean_return", "std_return", "n_episodes", "deterministic")}
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path} must be what `sb3-clipvf report --env` wrote, but is damaged ({type(error).__name__}: "
+                f"{error}). Remove it."
+            ) from error
+    return {}
+
+
+@contextmanager
+def _noting(problems: list[str]) -> Iterator[None]:
+    """Add the error of a damaged file to the messages, and go on without the file."""
+    try:
+        yield
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        problems.append(str(error))
+
+
+def _all_settings(settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings with those options that change a training, too."""
+    found = {key: value for key, value in settings.items() if value is not None}
+    if (arguments.get("n_timesteps") or -1) > 0:
+        found["n_timesteps"] = arguments["n_timesteps"]
+    for key in OF_OPTIONS[1:]:
+        if arguments.get(key):
+            found[key] = arguments[key]
+    return dict(sorted(found.items()))
+
+
+def _unfinished(folder: Path) -> str:
+    """Return the message for a run of the Zoo without a final model."""
+    text = f"{folder} holds no final model: its training runs still, or was stopped. It is shown as far as it came."
+    if any(folder.glob(f"{CHECKPOINTS}/checkpoint_*.zip")):
+        text += f" `sb3-clipvf train --resume {shlex.quote(str(folder))}` resumes it."
+    return text
+
+
+def _emptiness(record: Record) -> str:
+    """Return why a run has nothing to show, and the way out."""
+    if record.arguments:
+        return "no training episode ended, and it has no evaluations. Train longer, or with `--eval-freq`."
+    return "its files hold no episode, evaluation or number of a log. Remove it, or let it train longer."
+
+
+def _env_of_path(folder: Path) -> str:
+    """Return the innermost folder that is named like an environment, as in ``tensorboard/<env>/PPO_1``; or ""."""
+    names = (re.sub(r"_\d+$", "", part) for part in reversed(folder.parts))
+    return next((name for name in names if re.fullmatch(r"\S*-v\d+", name)), "")

@@ -1,0 +1,162 @@
+"""Numbers of runs and of groups as tables: CSV of all runs, Markdown and LaTeX of the groups."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sb3_clipvf.zoo.comparison.curves import smoothed_returns
+from sb3_clipvf.zoo.comparison.groups import Group, value_text
+from sb3_clipvf.zoo.comparison.records import Record
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number of each run: its key in the CSV, its heading, and what it is."""
+
+    key: str
+    title: str
+    meaning: str
+
+
+COLUMNS = (
+    Column("last_return", "Last 100 episodes", "mean return of the last 100 training episodes"),
+    Column("mean_return", "Whole training", "that mean, averaged over the steps of the training"),
+    Column("last_evaluation", "Last evaluation", "mean return of the last evaluation during the training"),
+    Column("best_evaluation", "Best evaluation", "largest mean return of an evaluation during the training"),
+    Column("trained_agent", "Trained agent", "mean return of the episodes of sb3-clipvf report --env"),
+    Column("steps", "Steps", "environment steps of the training"),
+    Column("seconds", "Seconds", "seconds from the start of the training to the end of its last episode"),
+    Column("steps_per_second", "Steps/s", "steps up to the end of the last episode, divided by these seconds"),
+)
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A number over the runs of a group: the values of those that have it."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean of the runs."""
+        return float(np.mean(self.values))
+
+    @property
+    def std(self) -> float | None:
+        """Standard deviation of the runs as a sample (divided by n - 1); None for one run."""
+        return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else None
+
+
+def numbers_of(record: Record) -> dict[str, float | None]:
+    """Return the numbers of a run by the keys of ``COLUMNS``; None where unknown."""
+    curve = smoothed_returns(record)
+    means = None if record.evaluations is None else record.evaluations.means.values
+    seconds = record.seconds
+    return {
+        "last_return": float(curve.values[-1]) if len(curve.values) > 0 else None,
+        "mean_return": _mean_over_steps(curve.steps, curve.values, record.steps),
+        "last_evaluation": None if means is None else float(means[-1]),
+        "best_evaluation": None if means is None else float(np.nanmax(means)),
+        "trained_agent": record.report.get("mean_return"),
+        "steps": record.steps,
+        "seconds": seconds,
+        "steps_per_second": float(record.episodes.steps[-1] / seconds) if seconds else None,
+    }
+
+
+def statistics_of(group: Group) -> dict[str, Statistic]:
+    """Return the numbers of a group by the keys of ``COLUMNS``, without those that no run has."""
+    known: dict[str, list[float]] = {}
+    for record in group.records:
+        for key, value in numbers_of(record).items():
+            if value is not None:
+                known.setdefault(key, []).append(value)
+    return {key: Statistic(tuple(values)) for key, values in known.items()}
+
+
+def shown_columns(groups: Sequence[Group]) -> list[Column]:
+    """Return the columns that a run has a number for."""
+    keys = {key for group in groups for key in statistics_of(group)}
+    return [column for column in COLUMNS if column.key in keys]
+
+
+def number_text(value: float, spread: float | None = None) -> str:
+    """Return a number with the digits that its size, or its spread, deserves."""
+    if spread:
+        digits = next((digits for digits, size in enumerate((10, 1, 0.1)) if spread >= size), 3)
+    else:
+        digits = 0 if abs(value) >= 1000 or float(value).is_integer() else 1 if abs(value) >= 10 else 3
+    return f"{value:,.{digits}f}".replace("-", "−")
+
+
+def statistic_text(statistic: Statistic, separator: str = " ± ") -> str:
+    """Return mean and standard deviation of a group, such as ``493.2 ± 10.1``."""
+    if statistic.std is None:
+        return number_text(statistic.mean)
+    return f"{number_text(statistic.mean, statistic.std)}{separator}{number_text(statistic.std, statistic.std)}"
+
+
+def csv_table(groups: Sequence[Group]) -> str:
+    """Return all runs as CSV: one row each, with the numbers in full precision and the settings."""
+    keys = sorted({key for group in groups for key in group.settings})
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = [column.key for column in COLUMNS]
+    writer.writerow(["env", "setting", "algo", "seed", *names, "folder", *(f"setting.{key}" for key in keys)])
+    for group in groups:
+        for record in group.records:
+            numbers = numbers_of(record)
+            cells = [record.env_id, group.name, record.algo, record.seed, *(numbers[name] for name in names)]
+            settings = ("" if record.settings.get(key) is None else value_text(record.settings[key]) for key in keys)
+            writer.writerow([*cells, record.folder, *settings])  # None is an empty cell
+    return text.getvalue()
+
+
+def markdown_table(groups: Sequence[Group]) -> str:
+    """Return the groups as a Markdown table: mean and standard deviation over seeds."""
+    header, rows = _cells(groups)
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    lines = [header, ["---", "---", *["---:"] * (len(header) - 2)], *escaped]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{_legend(groups)}\n"
+
+
+def latex_table(groups: Sequence[Group]) -> str:
+    """Return the groups as a LaTeX table for the package ``booktabs``."""
+    header, rows = _cells(groups, separator=r" $\pm$ ")
+    lines = [r"\begin{tabular}{ll" + "r" * (len(header) - 2) + "}", r"\toprule", _latex_row(header), r"\midrule"]
+    lines += [*map(_latex_row, rows), r"\bottomrule", r"\end{tabular}", f"% {_legend(groups)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(groups: Sequence[Group], separator: str = " ± ") -> tuple[list[str], list[list[str]]]:
+    columns = shown_columns(groups)
+    rows = []
+    for group in groups:
+        known = statistics_of(group)
+        numbers = [statistic_text(known[one.key], separator) if one.key in known else "" for one in columns]
+        rows.append([group.env_id, group.name, str(len(group.records)), *numbers])
+    return ["Environment", "Setting", "Runs", *(column.title for column in columns)], rows
+
+
+def _legend(groups: Sequence[Group]) -> str:
+    meanings = "; ".join(f"{column.title}: {column.meaning}" for column in shown_columns(groups))
+    return f"Mean ± standard deviation over runs. {meanings}."
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    replacements = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "−": "$-$", "…": r"\ldots{}"}
+    escaped = ["".join(replacements.get(letter, letter) for letter in cell) for cell in cells]
+    return " & ".join(escaped) + r" \\"
+
+
+def _mean_over_steps(steps: np.ndarray, values: np.ndarray, end: float) -> float | None:
+    """Return the mean of a curve over the steps from its first value to the run's end, to which its last holds."""
+    if len(steps) == 0:
+        return None
+    widths = np.diff(np.append(steps, max(end, steps[-1])))
+    return float(values[-1]) if widths.sum() == 0 else float(np.sum(widths * values) / widths.sum())

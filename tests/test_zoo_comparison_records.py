@@ -1,0 +1,220 @@
+"""Runs as their files show them: where runs are found, and what damaged or unusual files lead to."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from stable_baselines3 import PPO
+from stable_baselines3.common.logger import configure
+
+from sb3_clipvf.zoo.comparison.records import find_records, read_record
+from sb3_clipvf.zoo.comparison.series import read_evaluations, read_logs
+from tests.written_runs import write_evaluations, write_monitor, write_run
+
+
+def test_runs_are_found_at_any_depth_and_once(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / f"logs/{algo}/CartPole-v1_1", algo=algo) for algo in ("a2c", "clipppo")]
+    (folders[0] / "videos").mkdir()
+    records, problems = find_records([tmp_path / "logs" / "a2c", tmp_path / "logs"])
+    assert [record.folder for record in records] == folders
+    assert [record.algo for record in records] == ["a2c", "clipppo"]
+    assert problems == []
+
+
+def test_a_run_has_what_its_files_hold(tmp_path: Path) -> None:
+    folder = write_run(
+        tmp_path / "CartPole-v1_1",
+        seed=7,
+        returns=(1.0, 2.0, 6.0),
+        settings={"clip_range": 0.1, "clip_range_vf": None},
+        arguments={"n_timesteps": 300, "vec_env": "envpool"},
+    )
+    write_evaluations(folder / "evaluations.npz", [100, 200], [[1.0, 3.0], [4.0, 8.0]])
+    (folder / "report.json").write_text(
+        json.dumps({"mean_return": 9.0, "std_return": 1.0, "n_episodes": 2, "deterministic": True, "env": "other"})
+    )
+    (folder / "videos").mkdir()
+    (folder / "videos" / "CartPole-v1.mp4").touch()
+    record, problems = read_record(folder)
+    assert problems == []
+    assert (record.env_id, record.algo, record.seed, record.steps, record.seconds) == (
+        "CartPole-v1",
+        "clipppo",
+        7,
+        300,
+        3,
+    )
+    assert record.settings == {"clip_range": 0.1, "n_timesteps": 300, "policy": "MlpPolicy", "vec_env": "envpool"}
+    np.testing.assert_array_equal(record.episodes.steps, [100, 200, 300])
+    np.testing.assert_array_equal(record.episodes.values, [1, 2, 6])
+    assert record.evaluations is not None
+    np.testing.assert_array_equal(record.evaluations.means.values, [2, 6])
+    # The file has no times: they are those of the episodes at the same steps.
+    np.testing.assert_array_equal(record.evaluations.means.seconds, [1, 2])
+    assert (record.evaluations.std, record.evaluations.n_episodes) == (2.0, 2)
+    assert record.report["mean_return"] == 9.0
+    assert record.video == folder / "videos" / "CartPole-v1.mp4"
+    assert record.is_finished
+    assert record.versions == {"Python": "3.11.7", "Stable-Baselines3": "2.9.2"}
+
+
+def test_files_of_sb3_alone_are_a_run(tmp_path: Path) -> None:
+    write_monitor(tmp_path / "monitor.csv", [(5.0, 10, 1.0), (7.0, 10, 2.0)], env_id="Pendulum-v1")
+    (tmp_path / "eval").mkdir()
+    write_evaluations(tmp_path / "eval" / "evaluations.npz", [20], [[3.0]])
+    (record,), problems = find_records([tmp_path])
+    assert (record.env_id, record.algo, record.seed, record.steps, record.is_finished) == (
+        "Pendulum-v1",
+        "",
+        None,
+        20,
+        None,
+    )
+    assert record.settings == {} and problems == []
+    assert record.evaluations is not None
+
+
+@pytest.mark.parametrize("kind", ["csv", "json", "tensorboard"])
+def test_the_log_of_a_training_is_read_in_all_formats(kind: str, tmp_path: Path) -> None:
+    folder = tmp_path / "CartPole-v1" / "PPO_1"
+    model = PPO("MlpPolicy", "CartPole-v1", n_steps=32, batch_size=32, n_epochs=1, device="cpu", seed=1)
+    model.set_logger(configure(str(folder), [kind]))
+    written = []
+    dump = model.logger.dump
+
+    def dumped(step: int = 0) -> None:
+        written.append({**model.logger.name_to_value, "step": step})
+        dump(step)
+
+    model.logger.dump = dumped  # type: ignore[method-assign]
+    model.learn(96)
+    model.logger.close()
+    (record,), _ = find_records([tmp_path])
+    assert record.env_id == "CartPole-v1"
+    loss = record.log["train/value_loss"]
+    # The first row comes before the first update.
+    assert loss.steps.tolist() == [row["step"] for row in written[1:]] == [64, 96]
+    np.testing.assert_allclose(loss.values, [row["train/value_loss"] for row in written[1:]], rtol=1e-6)
+    # There are no Monitor files: the log's means stand for the episodes.
+    assert record.is_mean
+    np.testing.assert_allclose(record.episodes.values, [row["rollout/ep_rew_mean"] for row in written], rtol=1e-6)
+    assert not {"time/total_timesteps", "time/iterations"} & record.log.keys()
+
+
+def test_the_cut_end_of_a_log_is_left_out(tmp_path: Path) -> None:
+    rows = [{"time/total_timesteps": step, "train/loss": step / 10} for step in (10, 20)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "progress.json").write_text(text[:-8])
+    assert read_logs(tmp_path)["train/loss"].steps.tolist() == [10]
+    (tmp_path / "progress.json").write_text("{")
+    with pytest.raises(ValueError, match=r"progress\.json must hold a row of SB3's JSON log in each line.* Remove it"):
+        read_logs(tmp_path)
+
+
+def test_an_event_file_is_read_up_to_its_cut_end(tmp_path: Path) -> None:
+    logger = configure(str(tmp_path), ["tensorboard"])
+    for step in (10, 20):
+        logger.record("train/loss", step / 10)
+        logger.dump(step)
+    logger.close()
+    (path,) = tmp_path.glob("events*")
+    content = path.read_bytes()
+    path.write_bytes(content[:-5])
+    assert read_logs(tmp_path)["train/loss"].steps.tolist() == [10]
+    # The length of the first record stays; its content is none of a protocol buffer.
+    path.write_bytes(content[:12] + b"\xff" * (len(content) - 12))
+    with pytest.raises(ValueError, match=r"must hold events of TensorBoard, but is damaged .* Remove it"):
+        read_logs(tmp_path)
+
+
+def test_later_rows_of_a_resumed_training_replace_those_of_their_steps(tmp_path: Path) -> None:
+    rows = [(10, 1.0), (20, 2.0), (20, 5.0), (30, 6.0)]
+    lines = (json.dumps({"time/total_timesteps": step, "train/loss": value}) + "\n" for step, value in rows)
+    (tmp_path / "progress.json").write_text("".join(lines))
+    assert read_logs(tmp_path)["train/loss"].values.tolist() == [1, 5, 6]
+
+
+# --- bad input
+
+
+def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`RUNS` must be folders of runs, got .*none, which is nothing\. Check"):
+        find_records([tmp_path / "none"])
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"got .*file, which is a file"):
+        find_records([tmp_path / "file"])
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path / "good")
+    (tmp_path / "empty" / "inner").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"but \S*empty holds no files of a run.*`sb3-clipvf train .* -f \S*empty`"):
+        find_records([tmp_path / "good", tmp_path / "empty"])
+
+
+def test_a_run_without_data_is_left_out_with_the_reason(tmp_path: Path) -> None:
+    good = write_run(tmp_path / "CartPole-v1_1")
+    write_run(tmp_path / "CartPole-v1_2", returns=())
+    records, (problem,) = find_records([tmp_path])
+    assert [record.folder for record in records] == [good]
+    assert "CartPole-v1_2 was left out: no training episode ended, and it has no evaluations. Train longer" in problem
+    with pytest.raises(
+        ValueError, match=r"must hold a run with data to show, but none has:\n .*CartPole-v1_2 was left"
+    ):
+        find_records([tmp_path / "CartPole-v1_2"])
+
+
+def test_an_unfinished_run_is_shown_with_the_way_to_resume_it(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "my runs" / "CartPole-v1_1")
+    (folder / "CartPole-v1.zip").unlink()
+    (record,), (problem,) = find_records([tmp_path])
+    assert record.is_finished is False and record.steps == 400
+    assert "holds no final model" in problem and "resume" not in problem
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "checkpoint_64.zip").touch()
+    _, (problem,) = find_records([tmp_path])
+    assert f"`sb3-clipvf train --resume '{folder}'` resumes it." in problem
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("0.monitor.csv", b"", r"0\.monitor\.csv must begin with the header of SB3's Monitor"),
+        ("evaluations.npz", b"PK\x03\x04", r"evaluations\.npz must hold evaluations .* but is damaged"),
+        (
+            "report.json",
+            b'{"mean_return": 1',
+            r"report\.json must be what `sb3-clipvf report --env` wrote, but is damaged",
+        ),
+        ("CartPole-v1.zip", b"PK", r"CartPole-v1\.zip"),
+        ("progress.json", b"[", r"progress\.json must hold a row"),
+    ],
+)
+def test_a_damaged_file_is_named_and_the_rest_of_the_run_shown(
+    name: str, content: bytes, match: str, tmp_path: Path
+) -> None:
+    folder = write_run(tmp_path / "CartPole-v1_1")
+    if name == "0.monitor.csv":
+        write_evaluations(folder / "evaluations.npz", [100], [[1.0]])
+    (folder / name).write_bytes(content)
+    (record,), problems = find_records([tmp_path])
+    assert record.folder == folder
+    (problem,) = (problem for problem in problems if name in problem)
+    assert re.search(match, problem)
+
+
+@pytest.mark.parametrize("arrays", [{}, {"timesteps": [1, 2], "results": [[1.0]]}, {"timesteps": [], "results": []}])
+def test_evaluations_of_other_shapes_are_refused(arrays: dict[str, list[float]], tmp_path: Path) -> None:
+    np.savez(tmp_path / "evaluations.npz", **arrays)
+    with pytest.raises(ValueError, match=r"must hold evaluations of SB3's EvalCallback, but is damaged"):
+        read_evaluations(tmp_path / "evaluations.npz")
+
+
+def test_settings_that_could_run_code_leave_the_run_out(tmp_path: Path, mark: Path) -> None:
+    write_run(tmp_path / "CartPole-v1_1")
+    bad = write_run(tmp_path / "CartPole-v1_2")
+    (bad / "CartPole-v1" / "config.yml").write_text(f"a: !!python/object/apply:os.system ['touch {mark}']")
+    records, (problem,) = find_records([tmp_path])
+    assert len(records) == 1 and "CartPole-v1_2 was left out" in problem and not mark.exists()

@@ -1,0 +1,225 @@
+"""Groups of runs, their curves on common grids, and the tables of their numbers."""
+
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sb3_clipvf.zoo.comparison.commands import train_commands
+from sb3_clipvf.zoo.comparison.curves import mean_and_std, panels, rolling_mean
+from sb3_clipvf.zoo.comparison.groups import Group, group_records
+from sb3_clipvf.zoo.comparison.records import find_records
+from sb3_clipvf.zoo.comparison.summary import (
+    csv_table,
+    latex_table,
+    markdown_table,
+    number_text,
+    numbers_of,
+    statistics_of,
+)
+from tests.written_runs import write_evaluations, write_monitor, write_run
+
+
+def groups_of(folder: Path) -> list[Group]:
+    return group_records(find_records([folder])[0])
+
+
+def names_of(folder: Path) -> list[tuple[str, str, int]]:
+    return [(group.env_id, group.name, len(group.records)) for group in groups_of(folder)]
+
+
+# --- groups
+
+
+def test_runs_that_differ_in_their_seeds_are_a_group(tmp_path: Path) -> None:
+    for number, seed in ((1, 12), (2, 3)):
+        write_run(tmp_path / f"clipppo/CartPole-v1_{number}", seed=seed)
+    (group,) = groups_of(tmp_path)
+    assert (group.env_id, group.name) == ("CartPole-v1", "clipppo")
+    assert [record.seed for record in group.records] == [3, 12]
+
+
+def test_names_are_the_settings_that_differ(tmp_path: Path) -> None:
+    for number, settings in enumerate(
+        ({"clip_range": 0.1}, {"clip_range": 0.2, "gamma": 1.0}, {"clip_range": 0.2, "gamma": 1}), 1
+    ):
+        write_run(tmp_path / f"clipppo/CartPole-v1_{number}", settings={"n_steps": 8, **settings})
+    # Equal numbers are one setting, written as a float or not.
+    assert names_of(tmp_path) == [("CartPole-v1", "clip_range 0.1", 1), ("CartPole-v1", "clip_range 0.2, gamma 1", 2)]
+
+
+def test_names_are_the_algorithms_that_differ(tmp_path: Path) -> None:
+    for algo in ("a2c", "clipppo"):
+        write_run(tmp_path / f"logs/{algo}/CartPole-v1_1", algo=algo, settings={"gamma": 0.9 if algo == "a2c" else 0.8})
+        write_run(tmp_path / f"logs/{algo}/Pendulum-v1_1", algo=algo, env_id="Pendulum-v1")
+    assert [name for _, name, _ in names_of(tmp_path)] == ["a2c", "clipppo"] * 2
+
+
+def test_names_are_the_folders_that_differ(tmp_path: Path) -> None:
+    # As an experiment's suite lays out its runs.
+    for env_id in ("CartPole-v1", "Pendulum-v1"):
+        for setting, clip_range in (("constant", 0.2), ("annealed", "lin_0.2")):
+            for seed in (1000, 1001):
+                inner = f"{env_id}/{setting}/seed_{seed}/clipppo/{env_id}_1"
+                write_run(tmp_path / inner, env_id=env_id, seed=seed, settings={"clip_range": clip_range})
+    assert names_of(tmp_path) == [
+        (env_id, name, 2) for env_id in ("CartPole-v1", "Pendulum-v1") for name in ("annealed", "constant")
+    ]
+
+
+def test_numbers_at_the_end_of_folders_are_those_of_runs(tmp_path: Path) -> None:
+    for name in ("mine/seed1", "mine/seed_2", "other/PPO_1", "other/PPO_2", "other/3"):
+        write_monitor(tmp_path / name / "monitor.csv", [(1.0, 1, 1.0)], env_id="E-v0")
+    assert names_of(tmp_path) == [("E-v0", "mine", 2), ("E-v0", "other", 1), ("E-v0", "other/PPO", 2)]
+
+
+def test_a_long_name_is_cut_and_stays_unique(tmp_path: Path) -> None:
+    for number in (1, 2):
+        kwargs = f"dict(net_arch=[{', '.join(['64'] * 30)}, {number}])"
+        write_run(tmp_path / f"clipppo/CartPole-v1_{number}", settings={"policy_kwargs": kwargs})
+    names = [name for _, name, _ in names_of(tmp_path)]
+    assert len(set(names)) == 2 and all(len(name) <= 60 for name in names)
+
+
+# --- curves
+
+
+def test_rolling_mean_starts_with_fewer_values() -> None:
+    np.testing.assert_allclose(rolling_mean(np.array([2.0, 4.0, 9.0, 5.0]), window=3), [2, 3, 5, 6])
+    assert rolling_mean(np.array([])).shape == (0,)
+
+
+def test_runs_share_a_grid_and_end_where_they_ended(tmp_path: Path) -> None:
+    write_run(tmp_path / "clipppo/CartPole-v1_1", seed=1, returns=(10.0, 20.0, 30.0, 40.0))
+    write_run(tmp_path / "clipppo/CartPole-v1_2", seed=2, returns=(0.0, 10.0))
+    (group,) = groups_of(tmp_path)
+    smooth, raw = panels([group])
+    assert (smooth.key, raw.key) == ("return", "return/raw")
+    grid, (first, second) = smooth.grids["steps"], smooth.lines["steps"]["clipppo"]
+    assert grid[0] == 2 and grid[-1] == 400
+    # Before the first episode ended there is no value; between two, it moves from one to the next.
+    assert np.isnan(first[grid < 98]).all() and np.isfinite(first[grid >= 100]).all()
+    np.testing.assert_allclose(first[[49, 74, 99, 199]], [10, 12.5, 15, 25])
+    np.testing.assert_allclose(second[[49, 99]], [0, 5])
+    assert np.isnan(second[grid > 202]).all()
+    np.testing.assert_allclose(raw.lines["steps"]["clipppo"][0][[49, 99, 199]], [10, 20, 40])
+    # One second for an episode.
+    np.testing.assert_allclose(smooth.grids["seconds"][[0, -1]], [0.02, 4])
+    np.testing.assert_allclose(smooth.lines["seconds"]["clipppo"][0], first)
+
+
+def test_mean_and_std_are_those_of_the_runs_that_are_there() -> None:
+    nan = np.nan
+    mean, std, n = mean_and_std(np.array([[1.0, 2.0, 3.0, nan], [3.0, 4.0, nan, nan], [5.0, nan, nan, nan]]))
+    np.testing.assert_allclose(mean, [3, 3, nan, nan])
+    np.testing.assert_allclose(std, [2, np.sqrt(2), nan, nan])
+    assert n.tolist() == [3, 2, 1, 0]
+    np.testing.assert_allclose(mean_and_std(np.array([[1.0, nan]]))[1], [0, nan])
+
+
+# --- tables
+
+
+@pytest.fixture
+def two_settings(tmp_path: Path) -> list[Group]:
+    """Two seeds of one setting with evaluations, one of another; returns so that means are easy."""
+    for seed, last in ((1, 30.0), (2, 50.0)):
+        folder = write_run(
+            tmp_path / f"clipppo/CartPole-v1_{seed}", seed=seed, returns=(10.0, last), settings={"gamma": 0.9}
+        )
+        write_evaluations(folder / "evaluations.npz", [100, 200], [[8.0, 8.0], [last, last + 2]])
+    write_run(tmp_path / "clipppo/CartPole-v1_3", returns=(7.0,), settings={"gamma": 1.0})
+    return groups_of(tmp_path)
+
+
+def test_the_numbers_of_a_run(two_settings: list[Group]) -> None:
+    run = two_settings[0].records[0]
+    assert numbers_of(run) == {
+        "last_return": 20.0,  # (10 + 30) / 2
+        "mean_return": 10.0,  # 10 from step 100 to 200
+        "last_evaluation": 31.0,
+        "best_evaluation": 31.0,
+        "trained_agent": None,
+        "steps": 200.0,
+        "seconds": 2.0,
+        "steps_per_second": 100.0,
+    }
+
+
+def test_statistics_are_over_runs(two_settings: list[Group]) -> None:
+    last = statistics_of(two_settings[0])["last_return"]
+    assert last.values == (20, 30)
+    assert (last.mean, last.std) == (25, pytest.approx(np.sqrt(50)))
+    assert statistics_of(two_settings[1])["last_return"].std is None
+    assert "last_evaluation" not in statistics_of(two_settings[1])
+
+
+def test_the_csv_has_a_row_for_each_run(two_settings: list[Group]) -> None:
+    rows = list(csv.DictReader(io.StringIO(csv_table(two_settings))))
+    assert [(row["setting"], row["seed"], row["last_return"]) for row in rows] == [
+        ("gamma 0.9", "1", "20.0"),
+        ("gamma 0.9", "2", "30.0"),
+        ("gamma 1", "1", "7.0"),
+    ]
+    assert [row["last_evaluation"] for row in rows] == ["31.0", "51.0", ""]
+    assert [row["setting.gamma"] for row in rows] == ["0.9", "0.9", "1"]
+
+
+def test_markdown_and_latex_have_the_means(two_settings: list[Group]) -> None:
+    lines = markdown_table(two_settings).splitlines()
+    assert lines[0].startswith(
+        "| Environment | Setting | Runs | Last 100 episodes | Whole training | Last evaluation |"
+    )
+    assert lines[2].startswith("| CartPole-v1 | gamma 0.9 | 2 | 25.0 ± 7.1 | 10 ± 0 |")
+    assert lines[3].startswith("| CartPole-v1 | gamma 1 | 1 | 7 | 7 |  |")
+    rows = latex_table(two_settings).splitlines()
+    assert rows[0] == r"\begin{tabular}{llrrrrrrrr}"
+    assert rows[4].startswith(r"CartPole-v1 & gamma 0.9 & 2 & 25.0 $\pm$ 7.1 & 10 $\pm$ 0 & ")
+    assert rows[-2] == r"\end{tabular}"
+
+
+@pytest.mark.parametrize(
+    ("value", "spread", "text"),
+    [
+        (1234.5, None, "1,234"),
+        (-500.0, None, "−500"),
+        (20.25, None, "20.2"),
+        (0.1234, None, "0.123"),
+        (1234.5, 20.0, "1,234"),
+        (20.25, 2.0, "20.2"),
+        (20.25, 0.2, "20.25"),
+        (20.0, 0.0, "20"),
+    ],
+)
+def test_numbers_have_the_digits_of_their_spread(value: float, spread: float | None, text: str) -> None:
+    assert number_text(value, spread) == text
+
+
+# --- commands
+
+
+def test_commands_repeat_the_trainings(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        arguments = {
+            "n_timesteps": 400,
+            "vec_env": "envpool",
+            "device": "auto",
+            "hyperparams": {"clip_range": "lin_0.1"},
+        }
+        write_run(tmp_path / f"clipppo/CartPole-v1_{seed}", seed=seed, arguments=arguments)
+    write_run(tmp_path / "a2c/CartPole-v1_1", algo="a2c")
+    other, ours = (train_commands(group) for group in groups_of(tmp_path))
+    assert other == "sb3-clipvf train --algo a2c --env CartPole-v1 --seed 1"
+    train = "sb3-clipvf train --env CartPole-v1 -n 400 --seed $seed --vec-env envpool"
+    assert ours == f"for seed in 1 2; do\n  {train} -params 'clip_range:'\"'\"'lin_0.1'\"'\"''\ndone"
+
+
+def test_commands_have_the_settings_of_a_file_beside_the_run(tmp_path: Path) -> None:
+    config = tmp_path / "clipppo" / "settings.yml"
+    write_run(tmp_path / "clipppo/CartPole-v1_1", settings={"gamma": 0.9}, arguments={"conf_file": str(config)})
+    (group,) = groups_of(tmp_path)
+    assert train_commands(group) == (
+        "sb3-clipvf train --env CartPole-v1 --seed 1 -params gamma:0.9 'policy:'\"'\"'MlpPolicy'\"'\"''"
+    )
