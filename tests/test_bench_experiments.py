@@ -14,11 +14,12 @@ import pytest
 import yaml
 from test_bench_experiments_runs import MAKE, TINY, record_of, run_with, spec_of
 
+from sb3_clipvf.zoo.defaults import hyperparams_path
 from tests.bench.experiments import main, runs
 from tests.bench.experiments.command import Campaign, seconds_left
 from tests.bench.experiments.executors import Finished
 from tests.bench.experiments.runs import Record, RunSpec, check_folder, prepare_folder, this_machine
-from tests.bench.experiments.suite import Suite, read_suite, suite_names
+from tests.bench.experiments.suite import FOLDER, Suite, read_suite, suite_names, zoo_settings
 from tests.bench.experiments.tables import SuiteTable
 
 CONTENT: dict[str, Any] = {
@@ -114,6 +115,83 @@ def test_runs_go_seed_by_seed_over_environments_and_settings(small: Suite, tmp_p
     assert pickle.loads(pickle.dumps(spec)) == spec  # for executors on other machines
 
 
+@pytest.mark.parametrize("name", suite_names())
+def test_suites_of_the_repository_are_whole(name: str, tmp_path: Path) -> None:
+    suite = read_suite(name)
+    suite.check_settings()
+    n_runs = len(suite.runs(tmp_path))
+    n_steps = sum(spec.n_timesteps for _, spec in suite.runs(tmp_path))
+    assert f"# {n_runs} runs, {n_steps / 1e6:.0f} million steps" in (FOLDER / f"{name}.yml").read_text()
+    assert 1 <= len(suite.quick().runs(tmp_path)) <= 8
+
+
+def test_best_setting_of_each_family_of_table_1_is_made_first(tmp_path: Path) -> None:
+    suite = read_suite("table1")
+    found = suite.runs(tmp_path)
+    assert {setting for setting, _ in found[: 4 * 7 * 3]} == {"clip-0.2", "adaptive-0.01", "fixed-3", "none"}
+    assert {spec.seed for _, spec in found[: 4 * 7]} == {1000}
+    assert suite.settings["clip-0.2"].expected == "score 0.82"
+    assert len({json.dumps(spec.hyperparams) for _, spec in found if spec.env_id == "Hopper-v5"}) == 11
+
+
+def test_algorithms_have_their_own_settings_of_the_zoo(tmp_path: Path) -> None:
+    suite = read_suite("family").only(["HalfCheetah-v5"], ["A2C", "TRPO"])
+    a2c, trpo = (spec for _, spec in suite.runs(tmp_path) if spec.seed == 1000)
+    # The Zoo's entries for HalfCheetah-v4, of a million steps.
+    assert (a2c.algo, a2c.hyperparams) == ("a2c", {"policy": "MlpPolicy", "normalize": True, "n_timesteps": 500_000})
+    assert (trpo.algo, trpo.hyperparams) == (
+        "trpo",
+        {
+            "policy": "MlpPolicy",
+            "normalize": True,
+            "n_timesteps": 500_000,
+            "n_envs": 2,
+            "n_steps": 1024,
+            "batch_size": 128,
+            "gamma": 0.99,
+            "gae_lambda": 0.95,
+            "sub_sampling_factor": 1,
+            "cg_max_steps": 25,
+            "cg_damping": 0.1,
+            "n_critic_updates": 20,
+            "learning_rate": 0.001,
+            "target_kl": 0.04,
+        },
+    )
+    own = zoo_settings("Acrobot-v1", "clipppo")
+    assert own == yaml.safe_load(hyperparams_path().read_text())["Acrobot-v1"]
+    with pytest.raises(ValueError, match=r"needs an entry for Reacher-v5, but .*a2c.yml has none. Write the settings"):
+        zoo_settings("Reacher-v5", "a2c")
+    with pytest.raises(ValueError, match="needs an entry for default"):
+        zoo_settings("default", "a2c")
+
+
+def test_environment_of_another_suite_and_its_own_settings(tmp_path: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["environments"] = {
+            "Acrobot-v1": {"as_in": "defaults", "steps": 5, "seeds": 1},
+            "CartPole-v1": {"steps": 64, "seeds": 1, "only": ["annealed"]},
+        }
+        content["first"] = ["annealed"]
+        content["settings"]["annealed"]["expected"] = "all"
+
+    suite = read_suite(suite_file(tmp_path, change))
+    found = suite.runs(tmp_path)
+    assert [(spec.env_id, setting) for setting, spec in found] == [
+        ("Acrobot-v1", "annealed"),
+        ("CartPole-v1", "annealed"),
+        ("Acrobot-v1", "constant"),
+    ]
+    spec = found[0][1]
+    assert (spec.vec_env, spec.n_timesteps, len(read_suite("defaults").environments)) == ("envpool", 5, 13)
+    assert spec.hyperparams is not None and (spec.hyperparams["n_envs"], spec.hyperparams["n_timesteps"]) == (16, 5)
+    assert "expected" not in spec.hyperparams
+    assert campaign(suite, tmp_path).listed().splitlines()[2].endswith("0 of 1 seeds done (expected: all)")
+    assert [spec.env_id for _, spec in suite.only(None, ["constant"]).runs(tmp_path)] == ["Acrobot-v1"]
+    with pytest.raises(ValueError, match="`--settings` must be made in one of `--envs`, got constant"):
+        suite.only(["CartPole-v1"], ["constant"])
+
+
 def test_some_environments_and_settings_and_a_quick_suite(small: Suite, tmp_path: Path) -> None:
     some = small.only(["Pendulum-v1"], ["annealed"])
     assert [(spec.env_id, setting) for setting, spec in some.runs(tmp_path)] == [("Pendulum-v1", "annealed")]
@@ -153,6 +231,11 @@ def in_cartpole(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (put("evaluation_episodes", 0), "`evaluation_episodes` must be at least 1, got 0"),
         (in_cartpole("steps", "1e5"), "`steps` of `environments.CartPole-v1` must be of type int, got '1e5'"),
         (in_cartpole("steps", True), "`steps` of `environments.CartPole-v1` must be of type int, got True"),
+        (in_cartpole("settings", "zo"), "`environments.CartPole-v1.settings` must be a dict of settings, got 'zo'"),
+        (in_cartpole("only", ["anealed"]), "`environments.CartPole-v1.only` must name .*got 'anealed'. Did you mean"),
+        (in_cartpole("as_in", "defalts"), "`environments.CartPole-v1.as_in` must name .*'defalts'. Did you mean defau"),
+        (put("first", ["anealed"]), "`first` must name what there is, got 'anealed'. Did you mean annealed?"),
+        (put("settings", {"a": {"algo": 1}}), "`algo` of `settings.a` must be of type str, got 1"),
         (in_cartpole("seeds", 0), "`environments.CartPole-v1.seeds` must be at least 1"),
         (in_cartpole("vec_env", "pool"), "`environments.CartPole-v1.vec_env` must name what there is, got 'pool'"),
         (put("environments", {"CartPole-v1": None}), "`environments.CartPole-v1` must be a dict of steps"),
@@ -180,6 +263,14 @@ def test_seeds_for_tuning_end_below_those_for_reporting(tmp_path: Path) -> None:
             "got 'CartPole-v7'. Did you mean",
         ),
         (lambda c: c["settings"].update(bad={"clip_rnge": 0.1}), "`clip_rnge` must be an argument of ClipPPO"),
+        (
+            lambda c: c["settings"].update(bad={"algo": "pppo"}),
+            "`settings.bad.algo` must name what there is, got 'pppo'",
+        ),
+        (
+            lambda c: c["settings"].update(bad={"algo": "a2c"}),
+            "`batch_size` must be an argument of A2C or a key of the RL Zoo",
+        ),
     ],
 )
 def test_unknown_environments_and_keys_are_refused_before_the_first_run(
@@ -316,8 +407,8 @@ def test_command_makes_lists_and_skips_runs(in_folder: str, capsys: pytest.Captu
     assert main([in_folder, "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines[:3]] == [
-        "CartPole-v1 constant 64 steps 2 of 2 seeds done".split(),
-        "CartPole-v1 annealed 64 steps 2 of 2 seeds done".split(),
+        "CartPole-v1 constant 64 steps 2 of 2 seeds done, last 100 episodes 5.0, evaluation 10.0".split(),
+        "CartPole-v1 annealed 64 steps 2 of 2 seeds done, last 100 episodes 5.0, evaluation 10.0".split(),
         "Pendulum-v1 constant 96 steps 0 of 1 seeds done".split(),
     ]
     assert lines[-1].startswith("2 of 6 runs to make; about 0 h 00 min left")
@@ -348,7 +439,7 @@ def test_interrupt_ends_the_runs_and_keeps_what_is_done(
 @pytest.mark.parametrize(
     "options, match",
     [
-        ("defalts", "`suite` must be one of defaults, or a .yml file, got 'defalts'"),
+        ("defalts", "value-clip, or a .yml file, got 'defalts'"),
         (
             "small.yml --envs CartPole-v2",
             "`--envs` must name what there is, got 'CartPole-v2'. Did you mean CartPole-v1?",
@@ -360,7 +451,6 @@ def test_interrupt_ends_the_runs_and_keeps_what_is_done(
     ],
 )
 def test_bad_options_are_refused(in_folder: str, capsys: pytest.CaptureFixture[str], options: str, match: str) -> None:
-    assert suite_names() == ["defaults"]
     Path("broken.yml").write_text("a: [")
     foreign = Path("foreign/small/CartPole-v1/constant/seed_1001")
     foreign.mkdir(parents=True)

@@ -16,6 +16,7 @@ from tests.bench.experiments.tables import SuiteTable
 
 LOG_FOLDER = Path("logs/bench/experiments")
 RESULTS = Path("docs/results/experiments")
+_SCORES = {"last 100 episodes": "last_return", "training": "mean_return", "evaluation": "evaluation_mean"}
 _ABOUT = (
     "Train all settings of a suite in all its environments, with many seeds. Stop it with Ctrl-C; the same command "
     "resumes with what is missing, and with the checkpoints of interrupted runs."
@@ -62,14 +63,18 @@ class Campaign:
                 print(f"{place} {_summary(finished)} | {speed:,.0f} steps/s, {self._time_left()}", flush=True)
 
     def listed(self) -> str:
-        """Return a line for each environment and setting: the steps, and how many seeds are done."""
+        """Return a line for each environment and setting: the steps, how many seeds are done, and their scores."""
         lines = []
         for environment in self._suite.environments:
-            for setting in self._suite.settings:
+            for setting in self._suite.settings_of(environment):
                 specs = [s for name, s in self.runs if name == setting and s.env_id == environment.env_id]
+                rows = [row for s in specs if (row := self._table.find(setting, s)) is not None]
                 n_done = sum(self._table.is_done(setting, spec) for spec in specs)
-                steps = f"{environment.n_timesteps:>9,} steps"
-                lines.append(f"{environment.env_id:<26} {setting:<22} {steps}  {n_done} of {len(specs)} seeds done\n")
+                steps = f"{environment.n_timesteps:>10,} steps"
+                scores = "".join(f", {text}" for text in _mean_scores(rows))
+                expected = self._suite.settings[setting].expected
+                end = f"{n_done} of {len(specs)} seeds done{scores}{f' (expected: {expected})' if expected else ''}"
+                lines.append(f"{environment.env_id:<26} {setting:<22} {steps}  {end}\n")
         return "".join(lines) + f"{len(self.todo)} of {len(self.runs)} runs to make; {self._time_left()}"
 
     def _time_left(self) -> str:
@@ -148,11 +153,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _mean_scores(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return the means of the scores over runs, in words."""
+    known = ((name, [float(row[key]) for row in rows if row[key]]) for name, key in _SCORES.items())
+    return [f"{name} {sum(values) / len(values):.1f}" for name, values in known if values]
+
+
 def _summary(finished: Finished) -> str:
     label, seconds = finished.spec.label, f"{finished.seconds:,.0f} s"
     if finished.record is None:
         return f"{label}: FAILED, {finished.error}; {seconds}"
     scores = finished.record.scores
-    named = {"last 100 episodes": "last_return", "training": "mean_return", "evaluation": "evaluation_mean"}
-    known = [f"{name} {scores[key]:.1f}" for name, key in named.items() if scores.get(key) is not None]
+    known = [f"{name} {scores[key]:.1f}" for name, key in _SCORES.items() if scores.get(key) is not None]
     return f"{label}: {', '.join(known) or 'no episode ended'}; {seconds}"

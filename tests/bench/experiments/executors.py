@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
-from tests.bench.experiments.runs import LOG_FILE, RECORD_FILE, Record, RunSpec, prepare_folder
+from tests.bench.experiments.runs import LOG_FILE, RECORD_FILE, Record, RunSpec, prepare_folder, process_variables
 from tests.bench.results import clone_environment
 
 # Makes the run of the folder that follows it. Tests replace this by a quick command.
@@ -93,9 +93,7 @@ class LocalExecutor:
         return Record.read(path)
 
     def _process(self, spec: RunSpec, log: IO[bytes]) -> int:
-        # One thread for numerical libraries: two runs of several threads each would compete for the cores. Errors of
-        # the settings keep their traceback, too.
-        environment = clone_environment() | {"OMP_NUM_THREADS": "1", "SB3_CLIPVF_TRACEBACK": "1"}
+        environment = clone_environment() | process_variables(spec)
         # In a group of its own, so that Ctrl-C reaches this process alone, which then ends the run by SIGTERM: that
         # writes a last checkpoint.
         process = subprocess.Popen(

@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from sb3_clipvf.files.trust import TRUST_VARIABLE
 from tests.bench.experiments.episodes import LAST_EPISODES, binned_episodes, curve_on_grid, grid, rounded_mean
 from tests.bench.results import machine, write_text
 
@@ -136,6 +137,17 @@ def train_options(spec: RunSpec) -> list[str]:
     return [*options, "-params", *spec.params] if spec.params else options
 
 
+def process_variables(spec: RunSpec) -> dict[str, str]:
+    """Return the environment variables of the process of a run."""
+    # One thread for numerical libraries: two runs of several threads each would compete for the cores. Errors of the
+    # settings keep their traceback, too.
+    variables = {"OMP_NUM_THREADS": "1", "SB3_CLIPVF_TRACEBACK": "1"}
+    if "." in str((spec.hyperparams or {}).get("policy", "")):
+        # The run's own files name a policy class that no list of safe classes has.
+        variables[TRUST_VARIABLE] = "1"
+    return variables
+
+
 def prepare_folder(spec: RunSpec) -> None:
     """Check that the run's folder is new or holds the same run, see :func:`check_folder`, and write its files."""
     check_folder(spec)
@@ -246,7 +258,7 @@ def _measure(spec: RunSpec) -> Record:
     scores: dict[str, float | None] = {"num_timesteps": num_timesteps}
     started = None
     if spec.n_eval_episodes > 0:
-        evaluation = evaluate_run(run, spec.n_eval_episodes, deterministic=True, device="cpu")
+        evaluation = evaluate_run(run, spec.n_eval_episodes, device="cpu")
         scores |= {"evaluation_mean": evaluation.mean, "evaluation_std": evaluation.std}
         started = evaluation.started
     curve = read_training_curve(run.folder, num_timesteps, started)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,23 +14,43 @@ import yaml
 
 from tests.bench.experiments.runs import RunSpec
 
+ALGORITHM = "clipppo"
 FOLDER = Path(__file__).with_name("suites")
 SEEDS: dict[str, tuple[int, int | None]] = {"tune": (0, 999), "report": (1000, None)}
 """First and last seed of each kind of suite. No reported number comes from a seed that chose a setting."""
 
-QUICK_ENVIRONMENTS, QUICK_STEPS, QUICK_EPISODES = 2, 4096, 2
-"""What ``--quick`` makes of a suite: its first environments with all settings, and one seed."""
+QUICK_ENVIRONMENTS, QUICK_SETTINGS, QUICK_STEPS, QUICK_EPISODES = 2, 4, 4096, 2
+"""What ``--quick`` makes of a suite: its first environments, the first settings of each, and one seed."""
+
+
+ZOO = "zoo"
+"""The settings of an environment that are those of the RL Zoo, for the algorithm of each setting."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Changes to an environment's settings, and the result that a published source reports for them, if any."""
+
+    changes: Mapping[str, Any]
+    algo: str
+    expected: str
 
 
 @dataclass(frozen=True)
 class Environment:
-    """An environment of a suite; ``settings`` are those that all settings of the suite change."""
+    """
+    An environment of a suite.
+
+    :param settings: what all settings of the suite change; ``ZOO``: the Zoo's
+    :param only: settings of the suite that are made in this environment; empty: all
+    """
 
     env_id: str
     n_timesteps: int
     seeds: tuple[int, ...]
     vec_env: str
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any] | str
+    only: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -38,28 +59,37 @@ class Suite:
     Settings x environments x seeds.
 
     :param name: name for files
-    :param settings: changes to an environment's settings, by name
+    :param settings: settings by name
     :param environments: environments in the order of their runs, the cheapest first
     :param n_eval_episodes: episodes of each final evaluation
+    :param first: settings whose runs, with all seeds, precede those of the others
     """
 
     name: str
-    settings: Mapping[str, Mapping[str, Any]]
+    settings: Mapping[str, Setting]
     environments: tuple[Environment, ...]
     n_eval_episodes: int
+    first: tuple[str, ...]
 
     def runs(self, folder: Path) -> list[tuple[str, RunSpec]]:
         """
         Return the runs, each with the name of its setting, in their order: seed by seed over all environments and
-        settings, so that a campaign stopped early has compared all settings in all environments.
+        settings, so that a campaign stopped early has compared all settings in all environments. Those of ``first``
+        go before.
         """
         return [
             (setting, self._run(environment, setting, environment.seeds[index], folder))
+            for is_first in (True, False)
             for index in range(max(len(environment.seeds) for environment in self.environments))
             for environment in self.environments
             if index < len(environment.seeds)
-            for setting in self.settings
+            for setting in self.settings_of(environment)
+            if (setting in self.first) == is_first
         ]
+
+    def settings_of(self, environment: Environment) -> list[str]:
+        """Return the names of the settings that are made in an environment."""
+        return [setting for setting in self.settings if not environment.only or setting in environment.only]
 
     def only(self, env_ids: Sequence[str] | None, settings: Sequence[str] | None) -> Suite:
         """
@@ -70,17 +100,35 @@ class Suite:
         known = {environment.env_id: environment for environment in self.environments}
         _check_known("--envs", env_ids or (), known)
         _check_known("--settings", settings or (), self.settings)
-        environments = tuple(one for one in self.environments if env_ids is None or one.env_id in env_ids)
         kept = {name: value for name, value in self.settings.items() if settings is None or name in settings}
-        return replace(self, environments=environments, settings=kept)
+        some = replace(self, settings=kept)
+        environments = tuple(
+            one for one in self.environments if (env_ids is None or one.env_id in env_ids) and some.settings_of(one)
+        )
+        if not environments:
+            raise ValueError(f"`--settings` must be made in one of `--envs`, got {', '.join(kept)}. See `--list`.")
+        return replace(some, environments=environments)
 
     def quick(self) -> Suite:
         """Return a suite of the same kind that takes a minute, to try the machinery."""
         environments = tuple(
-            replace(one, n_timesteps=min(one.n_timesteps, QUICK_STEPS), seeds=one.seeds[:1])
+            replace(
+                one,
+                n_timesteps=min(one.n_timesteps, QUICK_STEPS),
+                seeds=one.seeds[:1],
+                only=tuple(self.settings_of(one)[:QUICK_SETTINGS]),
+            )
             for one in self.environments[:QUICK_ENVIRONMENTS]
         )
-        return replace(self, name=f"{self.name}-quick", environments=environments, n_eval_episodes=QUICK_EPISODES)
+        made = {setting for environment in environments for setting in environment.only}
+        settings = {name: setting for name, setting in self.settings.items() if name in made}
+        return replace(
+            self,
+            name=f"{self.name}-quick",
+            settings=settings,
+            environments=environments,
+            n_eval_episodes=QUICK_EPISODES,
+        )
 
     def check_settings(self) -> None:
         """
@@ -89,17 +137,24 @@ class Suite:
         :raises ValueError, TypeError, ImportError: if one does not
         """
         import gymnasium as gym
+        from rl_zoo3 import ALGOS
 
         from sb3_clipvf.zoo.runs import register_all
         from sb3_clipvf.zoo.settings import check_hyperparams
 
         register_all()
+        for setting in self.settings:
+            _check_known(f"settings.{setting}.algo", [self.settings[setting].algo], ALGOS)
         for environment in self.environments:
             env_id = environment.env_id
             _check_known(f"environments of {self.name}", [env_id], gym.registry)
-            for setting in self.settings:
+            for setting in self.settings_of(environment):
                 source = f"the suite {self.name} ({env_id}, {setting})"
-                check_hyperparams(self._hyperparams(environment, setting), (), source)
+                hyperparams, algo = self._hyperparams(environment, setting), self.settings[setting].algo
+                if algo == ALGORITHM:
+                    check_hyperparams(hyperparams, (), source)
+                else:
+                    _check_keys(hyperparams, ALGOS[algo], source)
 
     def _run(self, environment: Environment, setting: str, seed: int, folder: Path) -> RunSpec:
         return RunSpec(
@@ -110,12 +165,16 @@ class Suite:
             n_timesteps=environment.n_timesteps,
             vec_env=environment.vec_env,
             hyperparams=self._hyperparams(environment, setting),
+            algo=self.settings[setting].algo,
             n_eval_episodes=self.n_eval_episodes,
         )
 
     def _hyperparams(self, environment: Environment, setting: str) -> dict[str, Any]:
-        own = {"policy": "MlpPolicy", "n_timesteps": environment.n_timesteps}
-        return {**own, **environment.settings, **self.settings[setting]}
+        found = environment.settings
+        if isinstance(found, str):
+            found = zoo_settings(environment.env_id, self.settings[setting].algo)
+        steps = {"n_timesteps": environment.n_timesteps}
+        return {"policy": "MlpPolicy", **found, **steps, **self.settings[setting].changes}
 
 
 def suite_names() -> list[str]:
@@ -142,24 +201,58 @@ def read_suite(name: str) -> Suite:
         raise ValueError(f"{path}: {error}") from error
 
 
+def _check_keys(hyperparams: Mapping[str, Any], algorithm: type, source: str) -> None:
+    """Check that an algorithm or the RL Zoo has all keys of its settings. The algorithm checks the values."""
+    from sb3_clipvf.zoo.entries import ZOO_KEYS
+
+    known = {*inspect.signature(algorithm).parameters, *ZOO_KEYS}
+    for key in hyperparams:
+        if key not in known:
+            raise ValueError(
+                f"`{key}` must be an argument of {algorithm.__name__} or a key of the RL Zoo, got it in {source}. "
+                "Correct or remove it."
+            )
+
+
+def zoo_settings(env_id: str, algo: str) -> dict[str, Any]:
+    """
+    Return an algorithm's settings of an environment: the RL Zoo's, those of clipppo.yml for ``clipppo``.
+
+    :raises ValueError: if there are none for the environment or an older version of it
+    """
+    import rl_zoo3
+
+    from sb3_clipvf.zoo.defaults import hyperparams_path
+
+    folder = Path(str(rl_zoo3.__file__)).parent / "hyperparams"
+    path = hyperparams_path() if algo == ALGORITHM else folder / f"{algo}.yml"
+    entries: dict[str, dict[str, Any]] = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    versioned = re.fullmatch(r"(.+-v)(\d+)", env_id)
+    older = [f"{versioned[1]}{number}" for number in range(int(versioned[2]), -1, -1)] if versioned else []
+    for name in older:
+        if name in entries:
+            return entries[name]
+    raise ValueError(f"`settings: {ZOO}` needs an entry for {env_id}, but {path} has none. Write the settings out.")
+
+
 def _suite(name: str, content: Any) -> Suite:
     keys: dict[str, type] = {
         "kind": str,
         "first_seed": int,
         "evaluation_episodes": int,
         "settings": dict,
+        "first": list,
         "environments": dict,
     }
-    entries = _entries("suite", content, keys)
+    entries = _entries("suite", content, keys, {"first": []})
     kind = entries["kind"]
     if kind not in SEEDS:
         raise ValueError(f"`kind` must be tune or report, got {kind!r}. Only seeds of `report` are reported.")
     for key in ("settings", "environments"):
         if not entries[key]:
             raise ValueError(f"`{key}` must have at least one entry, got none. Add one.")
-    settings = {
-        _name(setting): _settings(f"settings.{setting}", changes) for setting, changes in entries["settings"].items()
-    }
+    settings = {_name(key): _setting(f"settings.{key}", value) for key, value in entries["settings"].items()}
+    _check_known("first", entries["first"], settings)
     environments = tuple(_environments(entries))
     first, last = SEEDS[kind]
     for seed in (entries["first_seed"], *(environment.seeds[-1] for environment in environments)):
@@ -168,7 +261,17 @@ def _suite(name: str, content: Any) -> Suite:
             raise ValueError(
                 f"seeds of a suite of kind {kind} must be {rule}, got {seed}. Only seeds from 1000 are reported."
             )
-    return Suite(name, settings, environments, _at_least_one("evaluation_episodes", entries["evaluation_episodes"]))
+    n_eval_episodes = _at_least_one("evaluation_episodes", entries["evaluation_episodes"])
+    return Suite(name, settings, environments, n_eval_episodes, tuple(entries["first"]))
+
+
+def _setting(where: str, content: Any) -> Setting:
+    changes = dict(_settings(where, content))
+    algo, expected = changes.pop("algo", ALGORITHM), changes.pop("expected", "")
+    for key, value in (("algo", algo), ("expected", expected)):
+        if not isinstance(value, str):
+            raise ValueError(f"`{key}` of `{where}` must be of type str, got {value!r}. Correct it.")
+    return Setting(changes, algo, expected)
 
 
 def _environments(entries: Mapping[str, Any]) -> Iterator[Environment]:
@@ -176,17 +279,31 @@ def _environments(entries: Mapping[str, Any]) -> Iterator[Environment]:
 
     for env_id, content in entries["environments"].items():
         where = f"environments.{env_id}"
-        keys: dict[str, type] = {"steps": int, "seeds": int, "vec_env": str, "settings": dict}
-        found = _entries(where, content, keys, {"vec_env": "dummy", "settings": {}})
+        keys: dict[str, type] = {"steps": int, "seeds": int, "vec_env": str, "settings": object, "only": list}
+        found = _entries(where, _whole(env_id, content), keys, {"vec_env": "dummy", "settings": {}, "only": []})
         _check_known(f"{where}.vec_env", [found["vec_env"]], ("dummy", "subproc", *VEC_ENVS))
+        _check_known(f"{where}.only", found["only"], entries["settings"])
         n_seeds, first = _at_least_one(f"{where}.seeds", found["seeds"]), entries["first_seed"]
+        settings = found["settings"]
         yield Environment(
             _name(env_id),
             _at_least_one(f"{where}.steps", found["steps"]),
             tuple(range(first, first + n_seeds)),
             found["vec_env"],
-            _settings(f"{where}.settings", found["settings"]),
+            settings if settings == ZOO else _settings(f"{where}.settings", settings),
+            tuple(found["only"]),
         )
+
+
+def _whole(env_id: str, content: Any) -> Any:
+    """Return the entries of an environment, with those of another suite, which ``as_in`` names, for missing ones."""
+    if not isinstance(content, dict) or "as_in" not in content:
+        return content
+    name = content["as_in"]
+    _check_known(f"environments.{env_id}.as_in", [name], suite_names())
+    others = yaml.safe_load((FOLDER / f"{name}.yml").read_text(encoding="utf-8"))["environments"]
+    _check_known(f"environments of {name}", [env_id], others)
+    return {**others[env_id], **{key: value for key, value in content.items() if key != "as_in"}}
 
 
 def _entries(
@@ -202,7 +319,7 @@ def _entries(
     for key, kind in types.items():
         if key not in found:
             raise ValueError(f"`{where}` must have the entry `{key}`, got none. Add it.")
-        if not isinstance(found[key], kind) or isinstance(found[key], bool):
+        if not isinstance(found[key], kind) or (isinstance(found[key], bool) and kind is not object):
             raise ValueError(f"`{key}` of `{where}` must be of type {kind.__name__}, got {found[key]!r}. Correct it.")
     return found
 
