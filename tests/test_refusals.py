@@ -112,7 +112,7 @@ BAD: list[tuple[str, Any, type[Exception], str]] = [
     *[("vf_clip", value, ValueError, "must be one of 'max', 'prediction'") for value in ("MAX", None, True)],
     ("vf_clip_units", "advantage_rms", ValueError, "must be one of 'return_std', 'absolute'"),
     ("advantage_scope", "batch", ValueError, "must be one of 'minibatch', 'rollout'"),
-    *[("engine", value, ValueError, "must be one of auto, autograd") for value in ("jax", "cuda_graph", None, "")],
+    *[("engine", value, ValueError, "must be one of auto, autograd") for value in ("jax", "static", None, "")],
     *[("normalize_advantage", value, TypeError, "must be True or False") for value in (1, None, "yes")],
     ("use_sde", 0, TypeError, "must be True or False"),
     *[("policy_kwargs", value, TypeError, "must be a dict") for value in ([1], "net_arch")],

@@ -12,7 +12,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from sb3_clipvf import objectives
 from sb3_clipvf.distributions import current_dist, dist_params, has_exact_kl, kl_from_params, refreshed_dist
 from sb3_clipvf.engines.epochs import MinibatchStatistics, Record, run_epochs
-from sb3_clipvf.engines.interface import Acted, UpdateCoefficients, UpdateSettings, UpdateStatistics
+from sb3_clipvf.engines.interface import Acted, ActedTensors, UpdateCoefficients, UpdateSettings, UpdateStatistics
 from sb3_clipvf.engines.threads import ProcessWide
 from sb3_clipvf.rollout import MiniBatch
 
@@ -60,9 +60,13 @@ class AutogradEngine:
     def begin_rollout(self, buffer: Any) -> None:
         """Do nothing, since acting needs no preparation."""
 
-    @th.no_grad()
     def act(self, observations: Any, *, with_dist_params: bool) -> Acted:
         """Sample one action for each environment; observations are tensors on the policy's device."""
+        return self.act_tensors(observations, with_dist_params=with_dist_params).on_host()
+
+    @th.no_grad()
+    def act_tensors(self, observations: Any, *, with_dist_params: bool) -> ActedTensors:
+        """Act as :meth:`act` does, without a copy to the host."""
         policy = self.policy
         stale = current_dist(policy) if with_dist_params else None
         actions, values, log_prob = policy(observations)
@@ -70,8 +74,8 @@ class AutogradEngine:
         if with_dist_params:
             dist = refreshed_dist(policy, observations, stale, may_recompute=self.settings.needs_kl)
             if has_exact_kl(dist):
-                params = dist_params(dist).cpu().numpy()
-        return Acted(actions.cpu().numpy(), values.cpu().numpy(), log_prob.cpu().numpy(), params)
+                params = dist_params(dist)
+        return ActedTensors(actions, values, log_prob, params)
 
     @th.no_grad()
     def predict_values(self, observations: Any) -> th.Tensor:

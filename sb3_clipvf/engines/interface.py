@@ -95,6 +95,19 @@ class Acted(NamedTuple):
         return self.actions, th.from_numpy(self.values), th.from_numpy(self.log_prob), dist_params
 
 
+class ActedTensors(NamedTuple):
+    """One step of all environments, as tensors on the policy's device, in the shapes of :class:`Acted`."""
+
+    actions: th.Tensor
+    values: th.Tensor
+    log_prob: th.Tensor
+    dist_params: th.Tensor | None
+
+    def on_host(self) -> Acted:
+        """Return the step as arrays."""
+        return Acted(*(None if tensor is None else tensor.cpu().numpy() for tensor in self))  # type: ignore[arg-type]
+
+
 class Engine(Protocol):
     """Acts with a policy in rollouts, and updates it. Engines differ only in speed and rounding."""
 
@@ -115,6 +128,13 @@ class Engine(Protocol):
 
     def act(self, observations: Any, *, with_dist_params: bool) -> Acted:
         """Sample one action for each environment; observations are ``(n_envs, *obs_shape)``, or a dict of these."""
+
+    def act_tensors(self, observations: Any, *, with_dist_params: bool) -> ActedTensors:
+        """
+        Act as :meth:`act` does, without a copy to the host. Observations are tensors on the policy's device.
+
+        The next call may overwrite the result.
+        """
 
     def predict_values(self, observations: Any) -> th.Tensor:
         """Return values, shape ``(n, 1)``, return units; observations are tensors ``(n, *obs_shape)``, or a dict."""

@@ -31,7 +31,7 @@ from sb3_clipvf.engines.bridge import (
 from sb3_clipvf.engines.division import DividedPolicy
 from sb3_clipvf.engines.epochs import MinibatchStatistics, Record
 from sb3_clipvf.engines.in_place import Target
-from sb3_clipvf.engines.interface import Acted, UpdateCoefficients, UpdateSettings, UpdateStatistics
+from sb3_clipvf.engines.interface import Acted, ActedTensors, UpdateCoefficients, UpdateSettings, UpdateStatistics
 from sb3_clipvf.engines.kernels import entry, inputs, memory
 from sb3_clipvf.engines.kernels.barrier import CANCELLED
 from sb3_clipvf.engines.kernels.mlp import workspace_size
@@ -132,6 +132,11 @@ class NativeEngine:
             dist_params=dist_params,
             is_finite=is_finite,
         )
+
+    def act_tensors(self, observations: th.Tensor, *, with_dist_params: bool) -> ActedTensors:
+        """Act as :meth:`act` does; the tensors share the memory of its arrays."""
+        acted = self.act(observations, with_dist_params=with_dist_params)
+        return ActedTensors(th.from_numpy(acted.actions), *acted.as_tensors()[1:])
 
     def act_into(self, target: Target, step: int, observations: np.ndarray) -> tuple[np.ndarray, bool]:
         """

@@ -5,10 +5,11 @@ from typing import Any
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_clipvf.engines.autograd import AutogradEngine
+from sb3_clipvf.engines.cuda_graph import CudaGraphEngine
 from sb3_clipvf.engines.interface import Engine, UpdateSettings
-from sb3_clipvf.engines.support import why_not_fused, why_not_native
+from sb3_clipvf.engines.support import why_not_cuda_graph, why_not_fused, why_not_native
 
-ENGINE_NAMES = ("auto", "autograd", "fused", "native")
+ENGINE_NAMES = ("auto", "autograd", "fused", "native", "cuda_graph")
 
 
 def check_engine_name(engine: object) -> None:
@@ -21,12 +22,20 @@ def select_engine(name: str, policy: ActorCriticPolicy, settings: UpdateSettings
     """
     Return the engine that runs a policy, and why it was chosen. Raise ValueError if the named one cannot run it.
 
-    ``"auto"`` selects the first of native, fused and autograd that can.
+    ``"auto"`` selects the first of native, fused and autograd that can; on an NVIDIA GPU, of cuda_graph and autograd.
     """
     check_engine_name(name)
     if name == "autograd":
         return AutogradEngine(policy, settings), "as requested"
     reasons = {}
+    on_cuda = policy.device.type == "cuda"
+    if name == "cuda_graph" or (name == "auto" and on_cuda):
+        reasons["cuda_graph"] = why_not_cuda_graph(policy, buffer)
+        if reasons["cuda_graph"] is None:
+            why = "as requested" if name == "cuda_graph" else "it is the fastest for this policy on a GPU"
+            return CudaGraphEngine(policy, settings), why
+        if name == "auto":
+            return AutogradEngine(policy, settings), f"cuda_graph cannot run the policy: {reasons['cuda_graph']}"
     # An engine with kernels imports numba, which takes half a second.
     if name in ("auto", "native"):
         reasons["native"] = why_not_native(policy, buffer)
@@ -54,8 +63,10 @@ def select_engine(name: str, policy: ActorCriticPolicy, settings: UpdateSettings
 
 def is_surpassed(engine: Engine, buffer: Any) -> bool:
     """Return whether ``"auto"`` would now choose a faster engine, since the reasons against it may have gone."""
-    if engine.name == "native":
+    if engine.name in ("native", "cuda_graph"):
         return False
+    if engine.policy.device.type == "cuda":
+        return why_not_cuda_graph(engine.policy, buffer) is None
     if why_not_native(engine.policy, buffer) is None:
         return True
     return engine.name == "autograd" and why_not_fused(engine.policy) is None

@@ -28,6 +28,7 @@ CHUNK = 32
 """Largest number of minibatches that run together, as one CUDA graph."""
 
 _LOGGED = tuple(MinibatchStatistics.__dataclass_fields__)
+_GSDE_OPTIONS = ("full_std", "use_expln", "learn_features", "epsilon", "bijector")
 _COEFFICIENTS = UpdateCoefficients.__dataclass_fields__.keys()
 # Columns of the rollout besides actions and the old distribution's parameters.
 _COLUMNS = ("values", "log_probs", "advantages", "returns")
@@ -157,7 +158,6 @@ class Structure(NamedTuple):
     tensors: tuple[tuple[object, ...], ...]  # names, sizes and types of the rollout's; addresses of those that stay
     policy: tuple[object, ...]
     optimizer: tuple[object, ...]
-    torch: tuple[object, ...]
 
 
 def structure_of(
@@ -168,13 +168,9 @@ def structure_of(
     moves: bool,
 ) -> Structure:
     """Return the structure of the step for a policy, arguments and the tensors of a rollout."""
-    dist: Any = policy.action_dist
-    cudnn: Any = th.backends.cudnn
     optimizer = policy.optimizer
-    parameters = list(policy.parameters())
-    learned = [tensor for parameter in parameters for tensor in (parameter, *moments_of(optimizer, parameter))]
+    moments = [tensor for parameter in policy.parameters() for tensor in moments_of(optimizer, parameter)]
     options = [value for group in optimizer.param_groups for key, value in group.items() if key not in ("params", "lr")]
-    gsde = [getattr(dist, name, None) for name in ("full_std", "use_expln", "learn_features", "epsilon", "bijector")]
     return Structure(
         settings=settings,
         has_terms=(
@@ -187,18 +183,26 @@ def structure_of(
             *((rollout[name].shape,) for name in ("values", "actions", "dist_params")),
             *(
                 (key, tensor.shape, tensor.dtype, None if moves else tensor.data_ptr())
-                for key, tensor in _parts(rollout["observations"]).items()
+                for key, tensor in observation_parts(rollout["observations"]).items()
             ),
-            tuple(tensor.data_ptr() for tensor in learned),
+            tuple(tensor.data_ptr() for tensor in moments),
         ),
-        # The text of a policy has the classes and the constants of its layers.
-        policy=(id(policy), repr(policy), id(dist), *gsde, policy.normalize_images, policy.squash_output),
+        policy=policy_structure(policy),
         optimizer=(type(optimizer), *options),
-        torch=(
-            th.get_float32_matmul_precision(),
-            th.are_deterministic_algorithms_enabled(),
-            (cudnn.enabled, cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32),
-        ),
+    )
+
+
+def policy_structure(policy: ActorCriticPolicy) -> tuple[object, ...]:
+    """Return what the operations of a policy's forward pass depend on, besides the numbers in its parameters."""
+    dist: Any = policy.action_dist
+    cudnn: Any = th.backends.cudnn
+    return (
+        # The text of a policy has the classes and the constants of its layers.
+        (id(policy), repr(policy), policy.normalize_images, policy.squash_output),
+        (id(dist), *(getattr(dist, name, None) for name in _GSDE_OPTIONS)),
+        tuple(parameter.data_ptr() for parameter in policy.parameters()),
+        (th.get_float32_matmul_precision(), th.are_deterministic_algorithms_enabled()),
+        (cudnn.enabled, cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32),
     )
 
 
@@ -222,8 +226,10 @@ class StaticStep:
         self._parameters = list(policy.parameters())
         self._optimizer = _optimizer_step(policy.optimizer)
         self._moments = [moments_of(policy.optimizer, parameter) for parameter in self._parameters]
+        for state in policy.optimizer.state.values():
+            state["step"] = state["step"].cpu()  # a loaded file may have put it on the device
         # Where they move, the first ones are a copy of the host's arrays that belongs to this object.
-        self._observations = _parts(rollout["observations"])
+        self._observations = observation_parts(rollout["observations"])
         self._columns = _columns(rollout)
         self._n_actions = rollout["actions"].shape[1]
         self.rows = th.zeros(min(len(self._columns), CHUNK * settings.batch_size), dtype=th.int64, device=device)
@@ -245,7 +251,7 @@ class StaticStep:
     def load(self, coefficients: UpdateCoefficients, rollout: dict[str, Any]) -> None:
         """Copy the numbers of an update to the step's tensors. It must have the step's structure."""
         if self.structure.moves:
-            for key, tensor in _parts(rollout["observations"]).items():
+            for key, tensor in observation_parts(rollout["observations"]).items():
                 if tensor is not self._observations[key]:
                     self._observations[key].copy_(tensor)
         _columns(rollout, out=self._columns)
@@ -374,7 +380,7 @@ def _optimizer_step(optimizer: th.optim.Optimizer) -> Any:
     )
 
 
-def _parts(observations: Any) -> dict[str, th.Tensor]:
+def observation_parts(observations: Any) -> dict[str, th.Tensor]:
     """Return the tensors of observations by key; a single one has the key ""."""
     return observations if isinstance(observations, dict) else {"": observations}
 

@@ -1,0 +1,270 @@
+"""
+The CUDA graph engine: a GPU repeats recorded operations, which one call starts.
+
+One graph runs a chunk of minibatches (:mod:`.static_step`), others the policy's step in a rollout and its values. A
+graph is recorded when it is first needed, and again after more than numbers in its tensors has changed.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol, TypeVar, cast
+
+import torch as th
+from stable_baselines3.common.distributions import (
+    CategoricalDistribution,
+    MultiCategoricalDistribution,
+    StateDependentNoiseDistribution,
+)
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+from sb3_clipvf.common.messages import log
+from sb3_clipvf.distributions import current_dist, dist_params, n_action_numbers, to_action_space
+from sb3_clipvf.engines.autograd import unvalidated_distributions
+from sb3_clipvf.engines.interface import Acted, ActedTensors, UpdateSettings
+from sb3_clipvf.engines.static_step import StaticEngine, StaticStep, observation_parts, policy_structure
+from sb3_clipvf.engines.support import why_not_cuda_graph
+
+T = TypeVar("T")
+
+_WARM_UPS = 3
+"""Runs before a recording, in which libraries allocate memory and choose algorithms."""
+
+
+class CudaGraphEngine(StaticEngine):
+    """
+    Engine for policies on an NVIDIA GPU whose operations are the same at each call.
+
+    Equals the autograd engine up to float32 rounding, but for the random numbers of actions.
+    """
+
+    name = "cuda_graph"
+
+    def __init__(self, policy: ActorCriticPolicy, settings: UpdateSettings) -> None:
+        super().__init__(policy, settings)
+        self._recorder: Recorder | None = Recorder(policy.device)
+        self._chunks: dict[tuple[object, ...], Graph] = {}
+        self._recorded_step: StaticStep | None = None
+        self._functions: dict[str, RecordedFunction] = {}
+        self._policy_structure: tuple[object, ...] = ()
+
+    def fits(self, buffer: Any) -> bool:
+        """Return whether this engine can still run its policy, which a callback may have changed."""
+        return why_not_cuda_graph(self.policy, buffer) is None
+
+    def begin_rollout(self, buffer: Any) -> None:
+        """Forget the recorded steps of the policy if more than numbers has changed."""
+        structure = policy_structure(self.policy)
+        if structure != self._policy_structure:
+            self._functions.clear()
+            self._policy_structure = structure
+
+    @th.no_grad()
+    def act(self, observations: Any, *, with_dist_params: bool) -> Acted:
+        """Sample one action for each environment, and copy all numbers to the host at once."""
+        recorded = self._recorded("forward", partial(sampled, self.policy), observations)
+        if recorded is None:
+            return super().act(observations, with_dist_params=with_dist_params)
+        numbers = recorded(observations)[-1].cpu().numpy()
+        width = n_action_numbers(self.policy.action_dist)
+        return Acted(
+            actions=to_action_space(numbers[:, :width], self.policy.action_space),
+            values=numbers[:, width : width + 1],
+            log_prob=numbers[:, width + 1],
+            dist_params=numbers[:, width + 2 :] if with_dist_params else None,
+        )
+
+    @th.no_grad()
+    def act_tensors(self, observations: Any, *, with_dist_params: bool) -> ActedTensors:
+        """Act as :meth:`act` does, without a copy to the host. The next call overwrites the result."""
+        recorded = self._recorded("forward", partial(sampled, self.policy), observations)
+        if recorded is None:
+            return super().act_tensors(observations, with_dist_params=with_dist_params)
+        actions, values, log_prob, params, _ = recorded(observations)
+        return ActedTensors(actions, values, log_prob, params if with_dist_params else None)
+
+    @th.no_grad()
+    def predict_values(self, observations: Any) -> th.Tensor:
+        """Return the values of observations, shape ``(n, 1)``, return units."""
+        acting, recorded = self._functions.get("forward"), None
+        # Only for all environments: the numbers of truncated episodes differ from step to step.
+        if acting is not None and acting.takes(observations):
+            recorded = self._recorded("predict_values", lambda rows: (self.policy.predict_values(rows),), observations)
+        return super().predict_values(observations) if recorded is None else recorded(observations)[0].clone()
+
+    def _recorded(self, name: str, function: Any, observations: Any) -> "RecordedFunction | None":
+        """Return the recorded method of SB3's policies for observations of these shapes, or None."""
+        recorded = self._functions.get(name)
+        if recorded is not None and recorded.takes(observations):
+            return recorded
+        has_own_code = getattr(type(self.policy), name) is not getattr(ActorCriticPolicy, name)
+        # gSDE's noise comes from tensors that are new in each rollout.
+        if has_own_code or isinstance(self.policy.action_dist, StateDependentNoiseDistribution):
+            return None
+        with unvalidated_distributions():
+            recorded = self._try(lambda recorder: RecordedFunction(recorder, self.policy, function, observations))
+        if recorded is not None:
+            self._functions[name] = recorded
+        return recorded
+
+    def _run_chunk(self, step: StaticStep, sizes: tuple[int, ...], measure_kl: bool) -> None:
+        if step is not self._recorded_step:
+            self._chunks.clear()
+            self._recorded_step = step
+        graph = self._chunks.get((sizes, measure_kl))
+        if graph is None:
+            graph = self._try(lambda recorder: _record_chunk(recorder, step, sizes, measure_kl))
+            if graph is None:
+                step.run(sizes, measure_kl)
+                return
+            self._chunks[sizes, measure_kl] = graph
+        graph.replay()
+
+    def _try(self, record: "Callable[[Recorder], T]") -> "T | None":
+        """Return what is recorded; None after a failure, which ends all recording by this engine."""
+        if self._recorder is None:
+            return None
+        try:
+            return record(self._recorder)
+        except RuntimeError as error:
+            self._recorder = None
+            self._functions.clear()
+            self._chunks.clear()
+            log.warning(
+                "A CUDA graph could not be recorded (%s). The same operations now run one by one, which takes longer.",
+                str(error).splitlines()[0],
+            )
+            return None
+
+
+class Graph(Protocol):
+    """Recorded operations."""
+
+    def replay(self) -> None:
+        """Run the operations on the current stream."""
+
+
+class Recorder:
+    """Records operations on a CUDA device, on one stream and in one pool of memory."""
+
+    def __init__(self, device: th.device) -> None:
+        self._device = device
+        self._place: tuple[Any, Any] | None = None  # stream and pool
+
+    def record(self, run: Callable[[], None], warm_up: Callable[[], None]) -> Graph:
+        """
+        Return the operations of ``run``, which is called once, after some calls of ``warm_up``.
+
+        Random states stay as they are.
+
+        :raises RuntimeError: If an operation cannot be recorded.
+        """
+        device = self._device
+        if self._place is None:
+            self._place = (th.cuda.Stream(device), th.cuda.graph_pool_handle())  # type: ignore[no-untyped-call]
+        stream, pool = self._place
+        random_state, current = th.cuda.get_rng_state(device), th.cuda.current_stream(device)
+        try:
+            stream.wait_stream(current)
+            with th.cuda.stream(stream):
+                for _ in range(_WARM_UPS):
+                    warm_up()
+            current.wait_stream(stream)
+            th.cuda.set_rng_state(random_state, device)
+            graph = th.cuda.CUDAGraph()
+            # Threads of environments may use the device meanwhile.
+            with th.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                run()
+        except RuntimeError:
+            th.cuda.set_stream(current)
+            _renew_generator(device)
+            th.cuda.set_rng_state(random_state, device)
+            raise
+        return graph
+
+
+def _renew_generator(device: th.device) -> None:
+    """Replace the state of a device's random numbers, which a failed recording leaves unusable."""
+    index = th.cuda.current_device() if device.index is None else device.index
+    th.cuda.default_generators[index].graphsafe_set_state(th.Generator(device))
+
+
+def _record_chunk(recorder: Recorder, step: StaticStep, sizes: tuple[int, ...], measure_kl: bool) -> Graph:
+    """Record the minibatches of a chunk. No warm-up makes a step."""
+    active = step.active.clone()
+
+    def warm_up() -> None:
+        step.active.fill_(False)
+        for size in sorted(set(sizes)):
+            step.run((size,), measure_kl)
+
+    try:
+        return recorder.record(lambda: step.run(sizes, measure_kl), warm_up)
+    finally:
+        step.active.copy_(active)
+
+
+class RecordedFunction:
+    """A function of observations that returns tensors, which the next call overwrites."""
+
+    def __init__(
+        self, recorder: Recorder, policy: Any, function: Callable[[Any], tuple[th.Tensor, ...]], observations: Any
+    ) -> None:
+        self._dist = policy.action_dist
+        self._inputs = {key: tensor.clone() for key, tensor in observation_parts(observations).items()}
+        inputs = self._inputs if isinstance(observations, dict) else self._inputs[""]
+        before = current_dist(policy)
+
+        def run() -> None:
+            self._outputs = function(inputs)
+            now = current_dist(policy)
+            self._distribution = None if now is before else now
+
+        self._graph = recorder.record(run, run)
+
+    def takes(self, observations: Any) -> bool:
+        """Return whether the function was recorded for observations of these shapes and types."""
+        parts = observation_parts(observations)
+        return parts.keys() == self._inputs.keys() and all(
+            (tensor.shape, tensor.dtype) == (self._inputs[key].shape, self._inputs[key].dtype)
+            for key, tensor in parts.items()
+        )
+
+    def __call__(self, observations: Any) -> tuple[th.Tensor, ...]:
+        """Return the function's values for these observations."""
+        for key, tensor in observation_parts(observations).items():
+            self._inputs[key].copy_(tensor)
+        self._graph.replay()
+        if self._distribution is not None:  # callbacks may read it
+            self._dist.distribution = self._distribution
+        return self._outputs
+
+
+def sampled(policy: Any, observations: Any) -> tuple[th.Tensor, ...]:
+    """
+    Run SB3's ``ActorCriticPolicy.forward``, whose sampling from categorical distributions reads from the device.
+
+    Return actions, values, log-probabilities, the distributions' parameters, and all of these in one float tensor.
+    """
+    features = policy.extract_features(observations)
+    if policy.share_features_extractor:
+        latent_pi, latent_vf = policy.mlp_extractor(features)
+    else:
+        latent_pi = policy.mlp_extractor.forward_actor(features[0])
+        latent_vf = policy.mlp_extractor.forward_critic(features[1])
+    values = policy.value_net(latent_vf)
+    dist = policy._get_action_dist_from_latent(latent_pi)
+    if isinstance(dist, CategoricalDistribution):
+        actions = _first_event(dist.distribution.probs)
+    elif isinstance(dist, MultiCategoricalDistribution):
+        actions = th.stack([_first_event(part.probs) for part in cast(Any, dist.distribution)], dim=1)
+    else:
+        actions = dist.sample()
+    log_prob, params = dist.log_prob(actions), dist_params(dist)
+    n = len(values)
+    numbers = th.cat([actions.reshape(n, -1).float(), values, log_prob.reshape(n, 1), params], dim=1)
+    return actions.reshape(-1, *policy.action_space.shape), values, log_prob, params, numbers
+
+
+def _first_event(probs: th.Tensor) -> th.Tensor:
+    """Draw categories as ``torch.multinomial`` does: the first event of Poisson processes with these rates."""
+    return (probs / th.empty_like(probs).exponential_()).argmax(dim=-1)
