@@ -30,7 +30,7 @@ from test_engines import BOX, OBS
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.common.nonfinite import BadMinibatchError
 from sb3_clipvf.distributions import dist_param_dim, dist_params
-from sb3_clipvf.engines import native
+from sb3_clipvf.engines import native, threads
 from sb3_clipvf.engines.autograd import AutogradEngine, AutogradUpdate
 from sb3_clipvf.engines.fused import FusedEngine
 from sb3_clipvf.engines.in_place import in_place
@@ -300,6 +300,75 @@ class TestActing:
         policy.action_net.weight.data = tensor
         with pytest.raises(UnsupportedError, match=reason):
             engine.act(th.ones(4, 3), with_dist_params=False)
+
+
+class TestActingInGroups:
+    """Many environments are divided into groups, which threads share; here 50, in groups of 16 or 17."""
+
+    @pytest.fixture(autouse=True)
+    def _small_groups(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(native, "rows_to_share", lambda _: 16)
+
+    @pytest.mark.parametrize("in_buffer", [False, True])
+    @pytest.mark.parametrize(
+        ("actions", "kwargs", "n_matrices"),
+        [
+            ("box", {}, 0),
+            ("discrete", {}, 0),
+            ("multi_discrete", {}, 0),
+            ("gsde", {}, 50),
+            ("gsde", {}, 1),
+            ("gsde", {"net_arch": [64]}, 1),  # as many rows as environments or more
+        ],
+    )
+    def test_same_bits_on_any_number_of_threads(
+        self, actions: str, kwargs: dict[str, Any], n_matrices: int, in_buffer: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        used: list[int] = []
+
+        def run_on_threads(run: Callable[[int], object], n_threads: int) -> None:
+            used.append(n_threads)
+            threads.run_on_threads(run, n_threads)
+
+        monkeypatch.setattr(native, "run_on_threads", run_on_threads)
+        policy, obs = make_policy(actions, **kwargs), th.randn(50, 3)
+        engine, buffer = NativeEngine(policy, SETTINGS), make_buffer(policy, n_envs=50)
+        reference = AutogradEngine(policy, SETTINGS)
+        seen = []
+        for n_threads in (0, 1, 2, 3, 8):
+            engine._threads.next = lambda n=n_threads: n
+            th.manual_seed(1)
+            if n_matrices:
+                policy.reset_noise(n_matrices)
+            if n_threads == 0:
+                expected = reference.act(obs, with_dist_params=True)[:4]
+                continue
+            engine.begin_rollout(buffer)
+            if in_buffer:
+                buffer.reset()
+                buffer.pos = 3
+                in_place(engine, buffer, policy.action_space).act(obs.numpy())
+                arrays = (buffer.actions, buffer.values, buffer.log_probs, buffer.dist_params)
+                assert not any(array[[2, 4]].any() for array in arrays)
+                acted = [array[3].reshape(wanted.shape) for array, wanted in zip(arrays, expected, strict=True)]
+            else:
+                acted = list(engine.act(obs, with_dist_params=True)[:4])
+            seen.append([*acted, engine.predict_values(obs).numpy()])
+        assert set(used) == {1, 2, 3}
+        for arrays in seen:
+            for ours, theirs in zip(arrays, [*expected, expected[1]], strict=True):
+                np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-5)  # sums in another order
+            for ours, first in zip(arrays, seen[0], strict=True):
+                np.testing.assert_array_equal(ours, first)
+
+    @pytest.mark.parametrize("row", [0, 20, 49])
+    def test_non_finite_numbers_are_found_in_any_group(self, row: int) -> None:
+        engine = NativeEngine(make_policy(), SETTINGS)
+        engine.begin_rollout(make_buffer(engine.policy, n_envs=50))
+        obs = np.zeros((50, 3), np.float32)
+        assert engine.act(obs, with_dist_params=False).is_finite is True
+        obs[row, 1] = np.nan
+        assert engine.act(obs, with_dist_params=False).is_finite is False
 
 
 GSDE_POLICIES: dict[str, dict[str, Any]] = {

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -24,6 +25,15 @@ KINDS: dict[type[Distribution], int] = {
     sb3.StateDependentNoiseDistribution: inputs.STATE_DEPENDENT,
 }
 """Kernels' constant for each action distribution."""
+
+# Types of observations that kernels convert a minibatch at a time.
+_OBS_TYPES = {
+    np.dtype(np.float32): inputs.FLOAT32,
+    np.dtype(np.float64): inputs.FLOAT64,
+    np.dtype(np.uint8): inputs.UINT8,
+    np.dtype(np.int8): inputs.INT8,
+    np.dtype(np.bool_): inputs.UINT8,
+}
 
 
 def hyperparameters_of(
@@ -109,6 +119,26 @@ def as_floats(array: np.ndarray) -> np.ndarray:
         return np.require(array, np.float32, ["C", "A", "W", "E"])
 
 
+def rollout_of(buffer: Any, has_dist_params: bool) -> inputs.Rollout:
+    """Return the arrays of a complete rollout as kernels read them; arrays of other types are cast."""
+    n = buffer.buffer_size * buffer.n_envs
+    observations, obs_type = buffer.observations, _OBS_TYPES.get(buffer.observations.dtype)
+    if obs_type is None:
+        observations, obs_type = as_floats(observations), inputs.FLOAT32
+    return inputs.Rollout(
+        observations=np.require(observations, requirements=["C", "A", "W", "E"]).reshape(n, -1).view(np.uint8),
+        obs_type=obs_type,
+        actions=as_floats(buffer.actions).reshape(n, -1),
+        old_values=as_floats(buffer.values).reshape(n),
+        old_log_prob=as_floats(buffer.log_probs).reshape(n),
+        advantages=as_floats(buffer.advantages).reshape(n),
+        returns=as_floats(buffer.returns).reshape(n),
+        old_dist=as_floats(buffer.dist_params).reshape(n, -1) if has_dist_params else np.empty((0, 0), np.float32),
+        n_steps=int(buffer.buffer_size),
+        n_envs=int(buffer.n_envs),
+    )
+
+
 def check_stored(dist: Distribution, actions: np.ndarray, old_dist: np.ndarray) -> None:
     """
     Check the widths of stored actions and distributions, and the range of actions: kernels would read out of bounds.
@@ -156,3 +186,11 @@ class Noise:
         for draw in self._draws:
             draw()
         return self._arrays[0] if len(self._arrays) == 1 else np.concatenate(self._arrays, axis=1)
+
+
+def exploration_matrices(dist: sb3.StateDependentNoiseDistribution, n_envs: int, latent_dim: int) -> np.ndarray:
+    """Return the matrices of SB3's ``get_noise``, stacked by rows: one for each environment, or one for all."""
+    one_each = n_envs > 1 and n_envs == len(dist.exploration_matrices)
+    matrices = (dist.exploration_matrices if one_each else dist.exploration_mat).detach().numpy()
+    rows = matrices.reshape((n_envs if one_each else 1) * latent_dim, dist.action_dim)
+    return as_floats(rows)

@@ -37,6 +37,11 @@ def count_groups(batch_size: int, n_parameters: int) -> int:
     return min(MOST_GROUPS, max(1, batch_size // max(LEAST_ROWS, LEAST_WORK // n_parameters)))
 
 
+def rows_to_share(n_parameters: int) -> int:
+    """Return the number of rows for which a forward pass of both networks is worth a thread of its own."""
+    return max(BLOCK_ROWS, LEAST_WORK // n_parameters)
+
+
 class DividedPolicy:
     """
     A policy's parameter tables, divided for minibatches of ``batch_size`` rows, and memory for the groups' gradients.

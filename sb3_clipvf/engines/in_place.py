@@ -42,13 +42,19 @@ class Target:
         self.values, self.log_prob, self.dist_params = values, log_prob, dist_params
         self.shape = dist_params.shape  # (n_steps, n_envs, k)
         self._kept = (actions, bounds)  # keeps them alive, since kernels know only their addresses
-        self.packed = np.zeros(1 + acting.HIGH, np.int64)
-        for index, array in ((acting.VALUES, values), (acting.LOG_PROB, log_prob), (acting.DIST_PARAMS, dist_params)):
-            self.packed[index] = array.ctypes.data
-        self.packed[acting.DIST_WIDTH] = self.shape[2]
+        self.packed, self._row_bytes = np.zeros((2, 1 + acting.HIGH), np.int64)
+        arrays = {acting.VALUES: values, acting.LOG_PROB: log_prob, acting.DIST_PARAMS: dist_params}
         if actions is not None and bounds is not None:
-            for index, array in ((acting.ACTIONS, actions), (acting.LOW, bounds[0]), (acting.HIGH, bounds[1])):
-                self.packed[index] = array.ctypes.data
+            arrays[acting.ACTIONS] = actions
+            self.packed[[acting.LOW, acting.HIGH]] = [bound.ctypes.data for bound in bounds]
+        for index, array in arrays.items():
+            self.packed[index], self._row_bytes[index] = array.ctypes.data, array.strides[1]
+        self.packed[acting.DIST_WIDTH] = self.shape[2]
+
+    def of_rows(self, step: int, first: int) -> np.ndarray:
+        """Return the addresses of a step's rows from ``first`` on, as those of a target of one step."""
+        addresses: np.ndarray = self.packed + (step * self.shape[1] + first) * self._row_bytes
+        return addresses
 
     def check(self, step: int, n_envs: int, dist_param_dim: int) -> None:
         """Raise ValueError if a step does not fit: a kernel would write beyond the arrays."""

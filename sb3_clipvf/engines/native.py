@@ -2,12 +2,12 @@
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
@@ -25,10 +25,12 @@ from sb3_clipvf.engines.bridge import (
     Noise,
     as_floats,
     check_stored,
+    exploration_matrices,
     hyperparameters_of,
+    rollout_of,
     statistics_of,
 )
-from sb3_clipvf.engines.division import DividedPolicy
+from sb3_clipvf.engines.division import DividedPolicy, rows_to_share
 from sb3_clipvf.engines.epochs import MinibatchStatistics, Record
 from sb3_clipvf.engines.in_place import Target
 from sb3_clipvf.engines.interface import Acted, ActedTensors, UpdateCoefficients, UpdateSettings, UpdateStatistics
@@ -54,14 +56,6 @@ _ACTIVATIONS = {
     nn.ELU: inputs.ELU,
     nn.LeakyReLU: inputs.LEAKY_RELU,
     nn.SiLU: inputs.SILU,
-}
-# Types of observations that kernels convert a minibatch at a time.
-_OBS_TYPES = {
-    np.dtype(np.float32): inputs.FLOAT32,
-    np.dtype(np.float64): inputs.FLOAT64,
-    np.dtype(np.uint8): inputs.UINT8,
-    np.dtype(np.int8): inputs.INT8,
-    np.dtype(np.bool_): inputs.UINT8,
 }
 
 
@@ -151,10 +145,20 @@ class NativeEngine:
         rows = self._rows(observations)
         n_envs = len(rows)
         actions = np.empty((n_envs, self._action_dim), np.float32)
-        noise, workspace = self._noise_for(n_envs), self._workspace(n_envs)
-        with _blas_for(n_envs * self._largest_layer):
-            is_finite = entry.act_into(self._packed, target.packed, step, rows, noise, workspace, actions)
-        return actions, is_finite
+        noise = self._noise_for(n_envs)
+        if n_envs < 2 * self._group_rows:
+            with _blas_for(n_envs * self._largest_layer):
+                workspace = self._workspace(n_envs)
+                return actions, entry.act_into(self._packed, target.packed, step, rows, noise, workspace, actions)
+        finite = []
+
+        def run(group: slice, workspace: np.ndarray) -> None:
+            own_target, own_noise = target.of_rows(step, group.start), self._noise_of(group, noise, n_envs)
+            own_actions = actions[group]
+            finite.append(entry.act_into(self._packed, own_target, 0, rows[group], own_noise, workspace, own_actions))
+
+        self._run_groups(run, n_envs)
+        return actions, all(finite)
 
     def predict_values(self, observations: th.Tensor) -> th.Tensor:
         """Return the values of observations, shape ``(n, 1)``, return units. Raises what :meth:`act` does."""
@@ -162,9 +166,23 @@ class NativeEngine:
         rows = self._rows(observations)
         n = len(rows)
         values = np.empty(n, np.float32)
-        with _blas_for(n * self._largest_layer):
-            entry.predict_values(self._packed, rows, self._workspace(n), values)
+        self._run_groups(
+            lambda group, workspace: entry.predict_values(self._packed, rows[group], workspace, values[group]), n
+        )
         return th.from_numpy(values.reshape(-1, 1))
+
+    def _run_groups(self, run: Callable[[slice, np.ndarray], object], n: int) -> None:
+        """Call ``run`` with groups of ``n`` rows, the same ones on any number of threads, and with a workspace."""
+        n_groups = max(1, n // self._group_rows)
+        n_threads = min(n_groups, self._threads.next())
+        workspaces = [self._workspace(-(-n // n_groups), rank) for rank in range(n_threads)]
+
+        def run_part(rank: int) -> None:
+            for group in range(rank * n_groups // n_threads, (rank + 1) * n_groups // n_threads):
+                run(slice(group * n // n_groups, (group + 1) * n // n_groups), workspaces[rank])
+
+        with _blas_for(-(-n // n_groups) * self._largest_layer):
+            run_on_threads(run_part, n_threads)
 
     def _rows(self, observations: np.ndarray | th.Tensor) -> np.ndarray:
         rows = as_floats(observations if isinstance(observations, np.ndarray) else observations.numpy())
@@ -182,12 +200,17 @@ class NativeEngine:
 
     def _noise_for(self, n_envs: int) -> np.ndarray:
         if self._inputs.kind == inputs.STATE_DEPENDENT:
-            dist = self._binding.plain.dist
             # A callback may call `reset_noise` at any step, which makes new tensors.
-            return _exploration_matrices(dist, n_envs, self._binding.plain.actor[-1].in_features)
+            return exploration_matrices(self._binding.plain.dist, n_envs, self._latent_dim)
         if self._noise is None:
             raise RuntimeError("`begin_rollout` must be called before `act`, got no call. Call it with the buffer.")
         return self._noise.next(n_envs)
+
+    def _noise_of(self, group: slice, noise: np.ndarray, n_envs: int) -> np.ndarray:
+        if self._inputs.kind == inputs.STATE_DEPENDENT and len(noise) == self._latent_dim:
+            return noise  # all environments share a matrix
+        n_rows = len(noise) // n_envs
+        return noise[group.start * n_rows : group.stop * n_rows]
 
     # ------------------------------------------------------------------ the policy's tensors
 
@@ -196,13 +219,15 @@ class NativeEngine:
         plain, self._inputs = self._binding.plain, _kernel_policy(self._binding)
         # These hold addresses of arrays, so a deep copy of this engine, whose policy is another one, needs its own.
         self._packed, self._divided, self._scratch = inputs.pack(self._inputs), None, None
-        self._row_size = max(workspace_size(mlp.sizes) for mlp in (self._inputs.actor, self._inputs.critic))
+        mlps = (self._inputs.actor, self._inputs.critic)
+        self._row_size = max(workspace_size(mlp.sizes) for mlp in mlps)
+        self._group_rows = rows_to_share(max(int(mlp.table[:, memory.SIZE].sum()) for mlp in mlps))
         self._largest_layer = max(layer.weight.numel() for layer in (*plain.actor, *plain.critic))
         self._addresses = self._binding.table[:, memory.PARAM].tolist()
         self._parameters = [row[0] for row in self._binding.tensors]
         self._memory = [parameter.data for parameter in self._parameters]  # keeps it alive if tensors are replaced
         self._modules = tuple(self.policy.modules())
-        self._obs_dim = plain.actor[0].in_features
+        self._obs_dim, self._latent_dim = plain.actor[0].in_features, plain.actor[-1].in_features
         self._action_dim, self._dist_dim = n_action_numbers(plain.dist), dist_param_dim(plain.dist) or 0
 
     def _bind_if_changed(self) -> None:
@@ -253,7 +278,7 @@ class NativeEngine:
         """
         self._bind_if_changed()
         settings, optimizer = self.settings, self.policy.optimizer
-        rollout = _rollout(buffer, settings.has_dist_params)
+        rollout = rollout_of(buffer, settings.has_dist_params)
         check_stored(self._binding.plain.dist, rollout.actions, rollout.old_dist)
         self._check_width(buffer.observations.size // len(rollout.returns))
         n_made = n_steps_made(optimizer, self._parameters)
@@ -373,14 +398,6 @@ def _blas_for(n_multiplications: int) -> AbstractContextManager[None]:
     return nullcontext() if n_multiplications <= UNSHARED_WORK else one_blas_thread
 
 
-def _exploration_matrices(dist: StateDependentNoiseDistribution, n_envs: int, latent_dim: int) -> np.ndarray:
-    """Return the matrices of SB3's ``get_noise``, stacked by rows: one for each environment, or one for all."""
-    one_each = n_envs > 1 and n_envs == len(dist.exploration_matrices)
-    matrices = (dist.exploration_matrices if one_each else dist.exploration_mat).detach().numpy()
-    rows = matrices.reshape((n_envs if one_each else 1) * latent_dim, dist.action_dim)
-    return as_floats(rows)
-
-
 def _kernel_policy(binding: Binding) -> inputs.Policy:
     plain = binding.plain
     table, n_actor, activation = binding.table, len(plain.actor_parameters), _ACTIVATIONS[plain.activation]
@@ -395,25 +412,6 @@ def _kernel_policy(binding: Binding) -> inputs.Policy:
 
 def _sizes(layers: list[nn.Linear]) -> np.ndarray:
     return np.array([layers[0].in_features, *(layer.out_features for layer in layers)], np.int64)
-
-
-def _rollout(buffer: Any, has_dist_params: bool) -> inputs.Rollout:
-    n = buffer.buffer_size * buffer.n_envs
-    observations, obs_type = buffer.observations, _OBS_TYPES.get(buffer.observations.dtype)
-    if obs_type is None:
-        observations, obs_type = as_floats(observations), inputs.FLOAT32
-    return inputs.Rollout(
-        observations=np.require(observations, requirements=["C", "A", "W", "E"]).reshape(n, -1).view(np.uint8),
-        obs_type=obs_type,
-        actions=as_floats(buffer.actions).reshape(n, -1),
-        old_values=as_floats(buffer.values).reshape(n),
-        old_log_prob=as_floats(buffer.log_probs).reshape(n),
-        advantages=as_floats(buffer.advantages).reshape(n),
-        returns=as_floats(buffer.returns).reshape(n),
-        old_dist=as_floats(buffer.dist_params).reshape(n, -1) if has_dist_params else np.empty((0, 0), np.float32),
-        n_steps=int(buffer.buffer_size),
-        n_envs=int(buffer.n_envs),
-    )
 
 
 def _gae(
