@@ -17,6 +17,7 @@ from huggingface_sb3 import EnvironmentName
 from matplotlib import pyplot as plt
 from rl_zoo3 import exp_manager, utils
 from stable_baselines3.common import save_util
+from stable_baselines3.common import utils as base_utils
 from stable_baselines3.common.logger import HumanOutputFormat
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecNormalize
@@ -111,6 +112,7 @@ NEEDED: dict[str, Callable[[], bool]] = {
     "test_env": _arguments_of_the_settings_are_ignored,
     "make_vec_env": _monitors_overwrite_their_files,
     "write_table": _each_row_is_a_table,
+    "configure_logger": lambda: not base_utils.configure_logger(0).output_formats,
     "call": lambda: (
         'call(["python", "enjoy.py"' in _script("benchmark")
         and 'call(["python", "-m", "rl_zoo3.record_video"' in _script("record_training")

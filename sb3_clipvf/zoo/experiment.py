@@ -36,6 +36,7 @@ from sb3_clipvf.zoo.resume import ResumedRun
 from sb3_clipvf.zoo.run_folders import CHECKPOINTS
 from sb3_clipvf.zoo.settings import check_hyperparams, check_saved, readable_config
 from sb3_clipvf.zoo.terminal import WholeProgressBar, timed_tables
+from sb3_clipvf.zoo.training_log import logged_to
 from sb3_clipvf.zoo.tuning import CheckedSearch
 from sb3_clipvf.zoo.vec_env import (
     EnvSettings,
@@ -182,7 +183,8 @@ class ClipPPOExperimentManager(CheckedSearch):
         # Keep an interval that the user chose.
         is_timed = self.algo == ALGORITHM and self.log_interval == -1
         try:
-            with warnings.catch_warnings(), timed_tables() if is_timed else nullcontext():
+            tables = timed_tables() if is_timed else nullcontext()
+            with warnings.catch_warnings(), logged_to(Path(self.save_path)), tables:
                 if self.vec_env is not None:
                     # SB3's warning: the difference is intended and changes nothing.
                     warnings.filterwarnings("ignore", message="Training and eval env are not of the same type")

@@ -72,6 +72,9 @@ PATCHES = {
     "write_table": Patch(
         "stable_baselines3.common.logger.HumanOutputFormat.write", _SB3, "Prints a table for each of many rollouts."
     ),
+    "configure_logger": Patch(
+        "stable_baselines3.common.utils.configure_logger", _SB3, "Without TensorBoard, no log of a training is kept."
+    ),
     # Processes, figures, Hugging Face hub
     "call": Patch("subprocess.call", _ZOO, "Processes that the Zoo starts do not support ClipPPO."),
     "show": Patch("matplotlib.pyplot.show", "matplotlib 3.11.2", "Figures are lost without a display."),
