@@ -26,7 +26,7 @@ from stable_baselines3.common.policies import (
 )
 from stable_baselines3.common.save_util import recursive_getattr
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TensorDict
-from stable_baselines3.common.utils import explained_variance, get_device, update_learning_rate
+from stable_baselines3.common.utils import get_device, update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_clipvf.arguments import (
@@ -40,13 +40,14 @@ from sb3_clipvf.arguments import (
     warn_of_truncated_minibatches,
 )
 from sb3_clipvf.checkpoint.resume import Resumed, finish_resume, resume
-from sb3_clipvf.collection import RolloutCollector
 from sb3_clipvf.common import validation
 from sb3_clipvf.common.messages import log, show_messages
 from sb3_clipvf.common.nonfinite import MAX_UPDATES_WITH_SKIPS, BadMinibatchError
 from sb3_clipvf.engines.device import select_device
+from sb3_clipvf.engines.device_rollout import explained_variance_of
 from sb3_clipvf.engines.interface import Engine, UpdateCoefficients, UpdateSettings, UpdateStatistics
 from sb3_clipvf.engines.selection import is_surpassed, select_engine
+from sb3_clipvf.envs.tensor import as_sb3_env, tensor_device
 from sb3_clipvf.files.codec import NOTE
 from sb3_clipvf.files.model import check_model, network_bound, read_model, write_model
 from sb3_clipvf.files.trust import TrustPickle, trust_of
@@ -58,7 +59,7 @@ from sb3_clipvf.policies import (
     SquashedActorCriticPolicy,
     SquashedMultiInputActorCriticPolicy,
 )
-from sb3_clipvf.rollout import TensorRolloutBuffer, check_complete, has_dist_params, needs_complete_rollout
+from sb3_clipvf.rollout import TensorRolloutBuffer, check_complete, has_dist_params, needs_complete_rollout, on_host
 from sb3_clipvf.schedules import (
     COEFFICIENTS,
     AdaptiveKL,
@@ -70,6 +71,7 @@ from sb3_clipvf.schedules import (
     make_schedule,
     schedule_of,
 )
+from sb3_clipvf.tensor_collection import TensorRolloutCollector
 
 __all__ = ["SB3_EQUIVALENT", "ClipPPO"]
 
@@ -77,7 +79,7 @@ SPREAD_EPS = 1e-6
 """If the standard deviation is below this share of the largest absolute return, returns differ only by rounding."""
 
 
-class ClipPPO(RolloutCollector):
+class ClipPPO(TensorRolloutCollector):
     """
     Proximal Policy Optimization with ratio clipping, a KL penalty, both or neither, and a clipped value loss.
 
@@ -195,7 +197,7 @@ class ClipPPO(RolloutCollector):
         check_what_sb3_reads(policy, rollout_buffer_kwargs, verbose)
         # `load` passes no environment yet.
         if env is not None or _init_setup_model:
-            env = validation.as_gymnasium(maybe_make_env(env, verbose))  # type: ignore[arg-type]
+            env = as_sb3_env(maybe_make_env(env, verbose))  # type: ignore[arg-type]
             validation.check_env(policy, env, use_sde)
         if _init_setup_model:  # `load` has checked it
             validation.check_device(device)
@@ -281,7 +283,8 @@ class ClipPPO(RolloutCollector):
             **self.policy_kwargs,
         )  # type: ignore[assignment]
         if self._device_is_auto:
-            self.device = select_device(self.engine, self.policy, self.batch_size)
+            device = tensor_device(self.env)
+            self.device = device or select_device(self.engine, self.policy, self.batch_size)
         self.policy = self.policy.to(self.device)
         self.rollout_buffer = self._make_rollout_buffer()
         if self.engine == "autograd" or not (self._device_is_auto or self.engine == "cuda_graph"):
@@ -300,7 +303,7 @@ class ClipPPO(RolloutCollector):
 
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
-        return RolloutCollector._wrap_env(validation.as_gymnasium(env), verbose, monitor_wrapper)
+        return TensorRolloutCollector._wrap_env(as_sb3_env(env), verbose, monitor_wrapper)
 
     def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
         validation.check_choice("policy", policy_name, tuple(self.policy_aliases), "Or pass a policy class.")
@@ -361,7 +364,7 @@ class ClipPPO(RolloutCollector):
             schedule = self._schedule(name)
             values[name] = None if schedule is None else schedule(progress)
         if values["clip_range_vf"] is not None and self.vf_clip_units == "return_std":
-            returns = self.rollout_buffer.returns
+            returns = on_host(self.rollout_buffer.returns)
             spread = float(np.std(returns))
             has_spread = spread > SPREAD_EPS * float(np.max(np.abs(returns)))
             values["clip_range_vf"] = values["clip_range_vf"] * spread if has_spread else None
@@ -463,8 +466,7 @@ class ClipPPO(RolloutCollector):
         if self.on_nonfinite == "skip":
             record("train/skipped_minibatches", statistics.n_skipped)
         record("train/kl_coef", coefficients.kl_coef)
-        values, returns = self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten()
-        record("train/explained_variance", explained_variance(values, returns))
+        record("train/explained_variance", explained_variance_of(self.rollout_buffer))
         if hasattr(self.policy, "log_std"):
             record("train/std", th.exp(self.policy.log_std).mean().item())
         record("train/n_updates", self._n_updates, exclude="tensorboard")

@@ -309,9 +309,9 @@ class RolloutCollector(OnPolicyAlgorithm):
         if buffer is not None and buffer.observation_space != space:
             self.rollout_buffer = self._make_rollout_buffer()
 
-    def _make_rollout_buffer(self) -> Any:
+    def _make_rollout_buffer(self, default: type[Any] = TensorRolloutBuffer) -> Any:
         """Build the buffer; raise ValueError if it does not fit into memory or cannot store what the KL needs."""
-        buffer_class = self.rollout_buffer_class or TensorRolloutBuffer
+        buffer_class = self.rollout_buffer_class or default
         width = dist_param_dim(getattr(self.policy, "action_dist", None))
         kwargs = dict(self.rollout_buffer_kwargs)
         if issubclass(buffer_class, TensorRolloutBuffer):

@@ -91,6 +91,9 @@ class TensorRolloutBuffer(BaseBuffer):
     :param dist_param_dim: Number of parameters of pi_old per state (``distributions.dist_param_dim``); 0 stores none.
     """
 
+    #: Marks classes of this package; a derived class does not count as one of them.
+    is_plain = True
+
     def __init__(
         self,
         buffer_size: int,
@@ -188,13 +191,7 @@ class TensorRolloutBuffer(BaseBuffer):
             hold none.
         :raises ValueError: If the rollout is complete.
         """
-        if self._allocated is None:  # SB3's buffer needs no reset before its first rollout
-            self.reset()
-        if self.pos == self.buffer_size:
-            raise ValueError(
-                f"`rollout_buffer` must take {self.buffer_size} steps at most, got one more. Call its `reset` before "
-                "the next rollout; `load` with another `n_steps` builds a buffer for longer rollouts."
-            )
+        self._check_has_room()
         if isinstance(self.observations, dict):
             for key, array in self.observations.items():
                 array[self.pos] = _shaped(obs[key], array.shape[1:])
@@ -267,6 +264,19 @@ class TensorRolloutBuffer(BaseBuffer):
         """Make the next minibatch read the arrays again, since they may have changed in-place."""
         self._flat, self._flat_arrays = None, []
 
+    def draw_rows(self) -> th.Tensor:
+        """Draw a permutation of the row numbers of :meth:`_flat_tensors`, as :meth:`get` draws it, int64."""
+        return self._rows(np.random.permutation(self.buffer_size * self.n_envs))
+
+    def _check_has_room(self) -> None:
+        if self._allocated is None:  # SB3's buffer needs no reset before its first rollout
+            self.reset()
+        if self.pos == self.buffer_size:
+            raise ValueError(
+                f"`rollout_buffer` must take {self.buffer_size} steps at most, got one more. Call its `reset` before "
+                "the next rollout; `load` with another `n_steps` builds a buffer for longer rollouts."
+            )
+
     def _rows(self, indices: np.ndarray) -> th.Tensor:
         # SB3 numbers transitions environment by environment; the arrays hold them step by step.
         rows = (indices % self.buffer_size) * self.n_envs + indices // self.buffer_size
@@ -336,15 +346,15 @@ class TensorRolloutBuffer(BaseBuffer):
         self._allocated = cells
 
 
-# Buffers that hold one row per step, and whose `get` needs a complete rollout.
-_KNOWN = (TensorRolloutBuffer, RolloutBuffer, DictRolloutBuffer)
+# SB3's buffers that hold one row per step, and whose `get` needs a complete rollout. Ours have `is_plain`.
+_KNOWN = (RolloutBuffer, DictRolloutBuffer)
 # The original, since a user may replace the class's method.
 _get_samples = TensorRolloutBuffer._get_samples
 
 
 def fit_to_rollout(buffer: Any, n_steps: int, n_envs: int) -> None:
     """Set the size of a buffer before its next ``reset``, unless it is of a user's class, which may count otherwise."""
-    if type(buffer) in _KNOWN:
+    if _is_known(type(buffer)):
         buffer.buffer_size, buffer.n_envs = n_steps, n_envs
 
 
@@ -369,7 +379,12 @@ def check_complete(buffer: Any) -> None:
 
 def needs_complete_rollout(buffer: Any) -> bool:
     """Return whether a buffer's ``get`` needs a complete rollout, as ours and SB3's do."""
-    return "get" not in vars(buffer) and getattr(type(buffer), "get", None) in [known.get for known in _KNOWN]
+    owner = next((cls for cls in type(buffer).__mro__ if "get" in vars(cls)), None)
+    return "get" not in vars(buffer) and _is_known(owner)
+
+
+def _is_known(cls: Any) -> bool:
+    return cls in _KNOWN or "is_plain" in vars(cls)
 
 
 def has_dist_params(buffer: Any) -> bool:

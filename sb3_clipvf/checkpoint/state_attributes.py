@@ -51,6 +51,7 @@ ATTRIBUTES = {
     # Wrappers of vectorised environments. Their state beyond plain attributes is in vec_env_state.
     f"{_VEC}.vec_normalize.VecNormalize": _NORMALIZE,
     "sb3_clipvf.envs.normalize.FastVecNormalize": _NORMALIZE,
+    "sb3_clipvf.envs.tensor_normalize.TensorVecNormalize": _NORMALIZE,
     f"{_VEC}.vec_monitor.VecMonitor": "episode_returns episode_lengths episode_count t_start",
     f"{_VEC}.vec_video_recorder.VecVideoRecorder": "step_id",
     # Callbacks, which also have the attributes of their base classes

@@ -35,6 +35,7 @@ def vec_env_state(venv: VecEnv) -> tuple[dict[str, Any], list[str]]:
     """Return the state of environments and all their wrappers, and a text for each class whose state is not known."""
     layers, differences = [], []
     for layer in _layers(venv):
+        _move_to_host(layer)
         state, reasons = _layer_state(layer)
         layers.append(state)
         differences += [reason for reason in reasons if reason not in differences]
@@ -53,6 +54,7 @@ def restore_vec_env(venv: VecEnv, state: dict[str, Any]) -> None:
             continue
         if not isinstance(layer, VecEnv):
             continue
+        _move_to_host(layer)
         write_attributes(layer, own["attributes"])
         if own["obs_rms"] is not None and isinstance(layer, VecNormalize):
             layer.obs_rms = _moments_from(own["obs_rms"])
@@ -82,7 +84,7 @@ def describe_vec_env(venv: VecEnv) -> dict[str, Any]:
         "n_envs": venv.num_envs,
         "layers": [_SAME.get(full_name(type(layer)), type(layer).__qualname__) for layer in layers],
         "environments": environments,
-        "inner": type(base.env.unwrapped).__qualname__ if isinstance(base, BatchedVecEnv) else None,
+        "inner": type(_core(base)).__qualname__ if isinstance(base, BatchedVecEnv) else None,
     }
 
 
@@ -108,6 +110,12 @@ def _check_same(what: str, saved: Any, found: Any, where: str = "") -> None:
             f"`env` must have the {what} of the checkpoint, {texts[0]}, got {texts[1]}{where}. Build them as they were "
             "built for the training."
         )
+
+
+def _move_to_host(layer: Any) -> None:
+    """Move the state of a layer that keeps it on a device, as TensorVecNormalize does, to its attributes."""
+    if hasattr(type(layer), "to_host"):
+        layer.to_host()
 
 
 def _layers(venv: VecEnv) -> list[Any]:
@@ -202,7 +210,11 @@ def _adapter_state(layer: BatchedVecEnv) -> tuple[dict[str, Any], list[str]]:
         environments = [env_state(part) for part in env.envs]
         state["sync"] = {"environments": environments, "autoreset": env._autoreset_envs.copy()}
         return state, _unknown(environments)
-    return state, [f"Environments of {full_name(type(env.unwrapped))} {_RESET_TEXT}. {_RESET_HINT}"]
+    return state, [f"Environments of {full_name(type(_core(layer)))} {_RESET_TEXT}. {_RESET_HINT}"]
+
+
+def _core(layer: BatchedVecEnv) -> Any:
+    return getattr(layer.env, "unwrapped", layer.env)  # tensor environments have no layers
 
 
 def _restore_adapter(layer: BatchedVecEnv, state: dict[str, Any]) -> None:

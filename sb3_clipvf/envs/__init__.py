@@ -8,13 +8,26 @@ if TYPE_CHECKING:
     from sb3_clipvf.envs.dummy import FastDummyVecEnv
     from sb3_clipvf.envs.normalize import FastVecNormalize
     from sb3_clipvf.envs.subproc import FastSubprocVecEnv
+    from sb3_clipvf.envs.tensor import TensorStep, TensorVecEnv
+    from sb3_clipvf.envs.tensor_normalize import TensorVecNormalize
 
-__all__ = ["FastDummyVecEnv", "FastSubprocVecEnv", "FastVecNormalize", "as_vec_env"]
+__all__ = [
+    "FastDummyVecEnv",
+    "FastSubprocVecEnv",
+    "FastVecNormalize",
+    "TensorStep",
+    "TensorVecEnv",
+    "TensorVecNormalize",
+    "as_vec_env",
+]
 
 _HOMES = {
     "FastDummyVecEnv": "sb3_clipvf.envs.dummy",
     "FastSubprocVecEnv": "sb3_clipvf.envs.subproc",
     "FastVecNormalize": "sb3_clipvf.envs.normalize",
+    "TensorStep": "sb3_clipvf.envs.tensor",
+    "TensorVecEnv": "sb3_clipvf.envs.tensor",
+    "TensorVecNormalize": "sb3_clipvf.envs.tensor_normalize",
     "as_vec_env": "sb3_clipvf.envs.adapters",
 }
 

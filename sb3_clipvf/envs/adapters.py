@@ -12,6 +12,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_clipvf.envs.envpool import EnvPoolVecEnv, SparedEnvPoolVecEnv
 from sb3_clipvf.envs.gymnasium_vector import AtariVecEnv, CartPoleVecEnv, GymnasiumVecEnv, SeparateVecEnv
+from sb3_clipvf.envs.tensor import TensorEnvAdapter, TensorVecEnv
 from sb3_clipvf.envs.vector import BatchedVecEnv
 
 
@@ -29,8 +30,8 @@ def as_vec_env(
     infos. Steps that only reset an environment are no transitions, and are never returned. Do not step the environment
     yourself while the adapter is in use.
 
-    :param env: A gymnasium ``VectorEnv`` of any autoreset mode, an EnvPool of ``env_type="gymnasium"``, or an
-        ``AtariVectorEnv`` of ale-py.
+    :param env: A gymnasium ``VectorEnv`` of any autoreset mode, an EnvPool of ``env_type="gymnasium"``, an
+        ``AtariVectorEnv`` of ale-py, or a :class:`TensorVecEnv`.
     :param clip_rewards: Whether the algorithm gets the sign of each reward. Returns in ``info["episode"]`` stay true.
     :param monitor_path: File for the return, length and time of each episode, in the format of SB3's ``Monitor``;
         ``.monitor.csv`` is appended where the name lacks it. None: no file.
@@ -52,6 +53,8 @@ def as_vec_env(
 
 
 def _adapter_of(env: Any) -> Callable[..., BatchedVecEnv]:
+    if isinstance(env, TensorVecEnv):
+        return TensorEnvAdapter
     # EnvPools of the gymnasium type are VectorEnvs as well, with single spaces where VectorEnvs have batched ones.
     if _is_of(env, "envpool.python.envpool", "EnvPoolMixin"):
         return EnvPoolVecEnv

@@ -1,0 +1,94 @@
+"""What a rollout of tensors says about episodes: their returns and lengths, and the values of their ends."""
+
+from typing import Any
+
+import numpy as np
+import torch as th
+
+MAX_KEPT = 2**26
+"""Bytes of final observations that are kept before it is read which of them belong to truncated episodes."""
+
+
+def finished_episodes(
+    rewards: th.Tensor, dones: th.Tensor, returns: np.ndarray, lengths: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """
+    Return returns and lengths of the episodes that ended, step by step, then those of the unfinished ones.
+
+    :param rewards: Rewards of a rollout, shape ``(n_steps, n_envs)``.
+    :param dones: Whether a step ended an episode, shape ``(n_steps, n_envs)``, bool.
+    :param returns: Sums of the rewards of episodes that began before, shape ``(n_envs,)``, float64.
+    :param lengths: Their steps so far, shape ``(n_envs,)``, int64.
+    :return: Returns and lengths of ended episodes, shape ``(n_ended,)`` each, then of unfinished ones, ``(n_envs,)``.
+    """
+    n_steps, device = len(rewards), rewards.device
+    before = th.as_tensor(np.stack([returns, lengths.astype(np.float64)]), device=device)
+    numbers = th.arange(1, n_steps + 1, device=device)[:, None]
+    ends = th.where(dones, numbers, 0)
+    # Number of the last step before each one that ended an episode; 0 where the episode began before the rollout.
+    last_end = th.cat([th.zeros_like(ends[:1]), ends]).cummax(0).values
+    none = th.zeros_like(before[:1])
+    sums = before[0] + rewards.double().cumsum(0)
+    sums_at = th.cat([none, sums])
+    steps_at = th.cat([none, numbers + before[1]])
+    episodes = th.stack([sums - sums_at.gather(0, last_end[:-1]), steps_at[1:] - steps_at.gather(0, last_end[:-1])])
+    left = last_end[-1:]
+    unfinished = th.stack([sums_at[-1:] - sums_at.gather(0, left), steps_at[-1:] - steps_at.gather(0, left)])[:, 0]
+    ended = episodes[:, dones]
+    numbers_read = th.cat([ended, unfinished], dim=1).cpu().numpy()
+    split = numbers_read.shape[1] - len(returns)
+    whole = numbers_read[1].astype(np.int64)
+    return numbers_read[0, :split], whole[:split], numbers_read[0, split:], whole[split:]
+
+
+class FinalValues:
+    """
+    Values of the final observations of truncated episodes.
+
+    Which rows are truncated is read from the device once for many steps, so the observations of these steps are kept.
+    """
+
+    def __init__(self, engine: Any, gamma: float) -> None:
+        self._engine, self._gamma = engine, gamma
+        self._kept: list[tuple[int, dict[str, th.Tensor]]] = []
+        self._n_bytes = 0
+        self._found: list[tuple[int, th.Tensor, th.Tensor]] = []
+
+    def keep(self, t: int, observations: Any, timed_out: th.Tensor) -> None:
+        """Keep the final observations of step ``t``; ``timed_out`` ``(n_steps, n_envs)`` marks truncated episodes."""
+        rows = {key: tensor.clone() for key, tensor in tensor_rows(observations).items()}
+        self._kept.append((t, rows))
+        self._n_bytes += sum(tensor.nbytes for tensor in rows.values())
+        if self._n_bytes > MAX_KEPT:
+            self._find(timed_out)
+
+    def add_to(self, rewards: th.Tensor, timed_out: th.Tensor) -> None:
+        """Add ``gamma * V(final observation)`` to the rewards ``(n_steps, n_envs)``, in-place."""
+        self._find(timed_out)
+        for t, rows, values in self._found:
+            rewards[t].index_add_(0, rows, values, alpha=self._gamma)
+        self._found = []
+
+    def predict(self, observations: Any, rows: th.Tensor) -> th.Tensor:
+        """Return the values of these rows ``(k,)``: NaN, if the observation is not finite."""
+        parts = {key: tensor[rows] for key, tensor in tensor_rows(observations).items()}
+        values: th.Tensor = self._engine.predict_values(parts if "" not in parts else parts[""]).flatten()
+        for part in parts.values():
+            if part.is_floating_point():  # a network may turn them into finite numbers
+                values = th.where(part.flatten(1).isfinite().all(1), values, th.nan)
+        return values
+
+    def _find(self, timed_out: th.Tensor) -> None:
+        kept, self._kept, self._n_bytes = self._kept, [], 0
+        if not kept:
+            return
+        are_any = timed_out[[t for t, _ in kept]].any(1).tolist()  # the one read from the device
+        for (t, parts), has_any in zip(kept, are_any, strict=True):
+            if has_any:
+                rows = timed_out[t].nonzero().flatten()
+                self._found.append((t, rows, self.predict(parts if "" not in parts else parts[""], rows)))
+
+
+def tensor_rows(observations: Any) -> dict[str, th.Tensor]:
+    """Return observations as a dict of tensors; a tensor gets the key ""."""
+    return dict(observations) if isinstance(observations, dict) else {"": observations}

@@ -1,0 +1,101 @@
+"""Tensor environments for the tests: a scripted walk, and the pendulum of the examples."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
+
+from sb3_clipvf.envs.tensor import TensorObs, TensorStep
+
+BOX = spaces.Box(-0.3, 0.3, (2,), np.float32)
+VECTOR = spaces.Box(-np.inf, np.inf, (3,), np.float32)
+IMAGE = spaces.Box(0, 255, (1, 36, 36), np.uint8)
+DICT = spaces.Dict({"image": IMAGE, "vector": VECTOR})
+
+
+class TensorWalk:
+    """
+    Rows walk on a line. Row ``i`` ends its episodes after ``2 + i % 3`` steps, truncated if ``i`` is even.
+
+    With ``reuses_memory``, each step writes into the same tensors. With ``finals=False``, final observations are not
+    known.
+    """
+
+    def __init__(
+        self,
+        num_envs: int = 6,
+        observation_space: spaces.Space[Any] = VECTOR,
+        action_space: spaces.Space[Any] = BOX,
+        device: str = "cpu",
+        finals: bool = True,
+        reuses_memory: bool = False,
+    ) -> None:
+        self.num_envs, self.device = num_envs, th.device(device)
+        self.observation_space, self.action_space = observation_space, action_space
+        self.finals, self.reuses_memory = finals, reuses_memory
+        self.x, self.n_steps = th.zeros(num_envs), th.zeros(num_envs, dtype=th.int64)
+        self.rows = th.arange(num_envs)
+        self.received: list[th.Tensor] = []
+        self.closed = False
+        self._memory: Any = None
+
+    def reset_tensors(self, seed: int | None = None) -> TensorObs:
+        self.x = th.full((self.num_envs,), 0.5 if seed is None else 0.01 * seed)
+        self.n_steps = th.zeros_like(self.n_steps)
+        return self._returned(self._observe())
+
+    def step_tensors(self, actions: th.Tensor) -> TensorStep:
+        self.received.append(actions.clone())
+        self.x = self.x + actions.reshape(self.num_envs, -1).float().mean(1)
+        self.n_steps = self.n_steps + 1
+        final = self._observe()
+        rewards = -self.x.abs()
+        ended = self.n_steps == 2 + self.rows % 3
+        truncated = ended & (self.rows % 2 == 0)
+        self.x = th.where(ended, 0.5, self.x)
+        self.n_steps = th.where(ended, 0, self.n_steps)
+        observations = self._returned(self._observe())
+        infos = {"position": self.x.clone(), "height": 3.0}
+        return TensorStep(observations, rewards, ended & ~truncated, truncated, final if self.finals else None, infos)
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _observe(self) -> TensorObs:
+        vector = th.stack([self.x, self.n_steps.float(), self.rows.float() / self.num_envs], dim=1)
+        if self.observation_space == VECTOR:
+            return vector
+        image = (40 * self.x.abs() + self.n_steps)[:, None, None, None].clamp(0, 255).to(th.uint8)
+        image = image.expand(-1, 1, 36, 36).contiguous()
+        return image if self.observation_space == IMAGE else {"image": image, "vector": vector}
+
+    def _returned(self, observations: TensorObs) -> TensorObs:
+        if not self.reuses_memory:
+            return observations
+        assert isinstance(observations, th.Tensor)
+        self._memory = observations if self._memory is None else self._memory.copy_(observations)
+        return self._memory  # type: ignore[no-any-return]
+
+
+class Plain(VecEnvWrapper):
+    """A wrapper that changes nothing. Around a tensor environment, it makes steps go through arrays."""
+
+    def reset(self) -> Any:
+        return self.venv.reset()
+
+    def step_wait(self) -> Any:
+        return self.venv.step_wait()
+
+
+def tensor_pendulum() -> Any:
+    """Return the module of the example with the tensor pendulum."""
+    path = Path(__file__).resolve().parents[1] / "docs" / "examples" / "tensor_environment.py"
+    spec = importlib.util.spec_from_file_location("tensor_environment", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,223 @@
+"""The rollout buffer on a device: the numbers of the one on the host, and its memory. ``cuda`` tests need a GPU."""
+
+import logging
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import DummyVecEnv
+from tensor_cases import DICT, IMAGE, VECTOR, TensorWalk
+
+from sb3_clipvf import ClipPPO, TensorRolloutBuffer
+from sb3_clipvf.common.nonfinite import NonFiniteError
+from sb3_clipvf.engines import device_rollout
+from sb3_clipvf.engines.device_rollout import DeviceRolloutBuffer, explained_variance_of
+from sb3_clipvf.envs import FastDummyVecEnv
+from sb3_clipvf.rollout import needs_complete_rollout
+
+BOX = spaces.Box(-1.0, 1.0, (2,), np.float32)
+needs_gpu = pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")
+
+
+def filled(kind: Any, space: spaces.Space[Any], action_space: spaces.Space[Any] = BOX, **more: Any) -> Any:
+    """A rollout of 5 steps of 3 environments, of random numbers."""
+    generator = np.random.default_rng(0)
+    buffer = kind(5, space, action_space, n_envs=3, gamma=0.9, gae_lambda=0.8, dist_param_dim=4, **more)
+    buffer.reset()
+    for _ in range(5):
+        obs: Any = {key: generator.integers(0, 99, (3, *part.shape)).astype(part.dtype) for key, part in
+                    (space.spaces.items() if isinstance(space, spaces.Dict) else [("", space)])}  # fmt: skip
+        actions = generator.integers(0, 2, (3, 2 if action_space is BOX else 1))
+        numbers = generator.normal(size=(3, 3)).astype(np.float32)
+        dist = generator.normal(size=(3, 4)).astype(np.float32)
+        starts = generator.random(3) < 0.4
+        buffer.add(
+            obs if "" not in obs else obs[""], actions, numbers[0], starts, numbers[1][:, None], numbers[2], dist
+        )
+    buffer.compute_returns_and_advantage(th.tensor([[0.3], [0.1], [-0.2]]), np.array([True, False, False]))
+    return buffer
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, needs_gpu])])
+@pytest.mark.parametrize("action_space", [BOX, spaces.Discrete(2)], ids=["box", "discrete"])
+@pytest.mark.parametrize("space", [VECTOR, IMAGE, DICT], ids=["vector", "image", "dict"])
+def test_minibatches_are_those_of_the_buffer_on_the_host(space: Any, action_space: Any, device: str) -> None:
+    host, ours = (
+        filled(kind, space, action_space, device=device) for kind in (TensorRolloutBuffer, DeviceRolloutBuffer)
+    )
+    assert ours.values.device.type == device and ours.nbytes == host.nbytes
+    addresses = ours.values.data_ptr(), ours.actions.data_ptr()
+    for how in ("get", "in_order"):
+        np.random.seed(1)
+        expected = list(getattr(host, how)(4))
+        np.random.seed(1)
+        batches = list(getattr(ours, how)(4))
+        assert [len(batch.returns) for batch in batches] == [4, 4, 4, 3]
+        for batch, wanted in zip(batches, expected, strict=True):
+            for name, tensor, other in zip(batch._fields, batch, wanted, strict=True):
+                for key in tensor if isinstance(tensor, dict) else [...]:
+                    assert tensor[key].dtype == other[key].dtype and tensor[key].device.type == device, name
+                    np.testing.assert_allclose(tensor[key].cpu(), other[key].cpu(), atol=1e-6, err_msg=name)
+    assert explained_variance_of(ours) == pytest.approx(explained_variance_of(host), abs=1e-5)
+    ours.reset()
+    assert (ours.values.data_ptr(), ours.actions.data_ptr()) == addresses
+
+
+def test_a_rollout_must_be_complete_and_no_longer() -> None:
+    buffer = filled(DeviceRolloutBuffer, VECTOR)
+    with pytest.raises(ValueError, match="must take 5 steps at most"):
+        buffer.begin_step(np.zeros((3, 3)))
+    buffer.reset()
+    with pytest.raises(ValueError, match="must be full"):
+        next(buffer.get(2))
+    assert needs_complete_rollout(buffer)
+
+
+def test_permutations_may_come_from_torchs_generator() -> None:
+    buffer = filled(DeviceRolloutBuffer, VECTOR, draws_on_device=True)
+    state = np.random.get_state()[1].tolist()
+    th.manual_seed(4)
+    rows = buffer.draw_rows()
+    assert sorted(rows.tolist()) == list(range(15)) and np.random.get_state()[1].tolist() == state
+    th.manual_seed(4)
+    returns = th.cat([batch.returns for batch in buffer.get(4)])
+    assert th.equal(returns, buffer.returns.flatten()[rows])
+
+
+class Walk(gym.Env[Any, Any]):
+    """Ends after three steps; truncated, unless the action was positive."""
+
+    observation_space = VECTOR
+    action_space = BOX
+
+    def __init__(self, spoilt_at: int = -1) -> None:
+        self.n, self.spoilt_at = 0, spoilt_at
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.steps, self.x = 0, 0.5
+        return self._observe(), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.steps, self.n = self.steps + 1, self.n + 1
+        self.x += 0.1 * float(np.mean(action))
+        ends, terminates = self.steps == 3, bool(action[0] > 0)
+        return self._observe(), -abs(self.x), ends and terminates, ends and not terminates, {}
+
+    def _observe(self) -> np.ndarray:
+        return np.array([np.nan if self.n == self.spoilt_at else self.x, self.steps, 0.0], np.float32)
+
+
+class Stop(BaseCallback):
+    """Keeps the types of the local variables, and stops at a step."""
+
+    def _on_step(self) -> bool:
+        self.types = {name: type(self.locals[name]) for name in ("actions", "clipped_actions", "rewards", "values")}
+        return self.n_calls < 12
+
+
+@pytest.mark.parametrize("vec_env", [DummyVecEnv, FastDummyVecEnv])
+def test_training_from_environments_on_the_host_is_the_same(vec_env: Any) -> None:
+    models = []
+    for kind in (None, DeviceRolloutBuffer):
+        env = vec_env([Walk] * 4)
+        model = ClipPPO("MlpPolicy", env, n_steps=8, batch_size=16, n_epochs=2, seed=3, device="cpu",
+                        engine="autograd", rollout_buffer_class=kind, kl_coef=0.1, clip_range_vf=0.5)  # fmt: skip
+        models.append(model.learn(96))
+    host, device = (model.rollout_buffer for model in models)
+    for name in ("observations", "actions", "rewards", "episode_starts", "values", "log_probs", "dist_params"):
+        np.testing.assert_allclose(getattr(host, name), getattr(device, name), atol=2e-6, err_msg=name)
+    weights = [th.nn.utils.parameters_to_vector(model.policy.parameters()).detach() for model in models]
+    np.testing.assert_allclose(*weights, atol=2e-6)
+    for name in ("_last_obs", "_last_episode_starts"):
+        np.testing.assert_allclose(*(getattr(model, name) for model in models), atol=2e-6)
+
+
+def test_callbacks_see_what_sb3_shows_and_may_stop() -> None:
+    callback = Stop()
+    model = ClipPPO("MlpPolicy", DummyVecEnv([Walk] * 2), n_steps=8, batch_size=16, device="cpu",
+                    engine="autograd", rollout_buffer_class=DeviceRolloutBuffer)  # fmt: skip
+    model.learn(1000, callback)
+    assert model.num_timesteps == 24
+    array = np.ndarray
+    assert callback.types == {"actions": array, "clipped_actions": array, "rewards": array, "values": th.Tensor}
+
+
+def test_numbers_that_are_not_finite_are_reported_at_their_step() -> None:
+    model = ClipPPO("MlpPolicy", DummyVecEnv([Walk, lambda: Walk(spoilt_at=5)]), n_steps=8, batch_size=16,
+                    device="cpu", engine="autograd", rollout_buffer_class=DeviceRolloutBuffer)  # fmt: skip
+    with pytest.raises(NonFiniteError, match="`observation` of environment 1") as caught:
+        model.learn(16)
+    assert (caught.value.step, caught.value.env_index) == (5, 1)
+
+
+class OnGpu(ClipPPO):
+    """Believes that it is on a GPU when it builds its buffer."""
+
+    def _make_rollout_buffer(self, default: type[Any] = TensorRolloutBuffer) -> Any:
+        own, self.device = self.device, th.device("cuda")
+        try:
+            return super()._make_rollout_buffer(default)
+        finally:
+            self.device = own
+
+
+@pytest.mark.parametrize(("free", "kind"), [(2**31, DeviceRolloutBuffer), (2**30, TensorRolloutBuffer)])
+def test_the_rollout_is_on_the_gpu_if_it_fits(
+    free: int, kind: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("sb3_clipvf.tensor_collection.free_device_memory", lambda device: free)
+    monkeypatch.setattr(device_rollout, "free_device_memory", lambda device: free)
+    caplog.set_level(logging.INFO, "sb3_clipvf")
+    model = OnGpu("MlpPolicy", DummyVecEnv([Walk]), n_steps=8, batch_size=8, device="cpu")
+    assert type(model.rollout_buffer) is kind
+    where = "is kept on the device" if kind is DeviceRolloutBuffer else "stays on the host"
+    assert f"The rollout {where}: it takes 0.00 MiB, where cuda has {free / 2**20:.2f} MiB free" in caplog.text
+    if kind is DeviceRolloutBuffer:
+        assert model.rollout_buffer.draws_on_device is False
+        monkeypatch.setattr(device_rollout, "free_device_memory", lambda device: 5)
+        model.rollout_buffer.device = th.device("cuda")
+        with pytest.raises(ValueError, match="fit into the memory of cuda, got n_steps=8 with n_envs=1"):
+            model.rollout_buffer.check_memory()
+
+
+@pytest.mark.cuda
+@needs_gpu
+@pytest.mark.parametrize("engine", ["autograd", "auto"])
+def test_a_tensor_environment_trains_on_a_gpu(engine: str) -> None:
+    settings: dict[str, Any] = {"n_steps": 8, "batch_size": 16, "n_epochs": 2, "seed": 3}
+    env = GpuWalk(device="cuda")
+    model = ClipPPO("MlpPolicy", env, engine=engine, **settings)
+    assert model.device.type == "cuda" and type(model.rollout_buffer) is DeviceRolloutBuffer
+    before = th.nn.utils.parameters_to_vector(model.policy.parameters()).detach().clone()
+    model.learn(48 * 3)
+    after = th.nn.utils.parameters_to_vector(model.policy.parameters()).detach()
+    assert after.isfinite().all() and not th.equal(before, after)
+    assert {episode["l"] for episode in model.ep_info_buffer} == {2, 3, 4}
+    assert all(tensor.is_cuda for tensor in env.received)
+
+
+@pytest.mark.cuda
+@needs_gpu
+def test_environments_on_the_host_train_on_a_gpu() -> None:
+    model = ClipPPO("MlpPolicy", DummyVecEnv([Walk] * 4), n_steps=8, batch_size=16, n_epochs=2, device="cuda")
+    assert type(model.rollout_buffer) is DeviceRolloutBuffer
+    model.learn(96)
+    assert model.rollout_buffer.rewards.isfinite().all() and model.num_timesteps == 96
+
+
+class GpuWalk(TensorWalk):
+    """The walk on a GPU."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__(device=device)
+        self.x, self.n_steps, self.rows = (tensor.to(device) for tensor in (self.x, self.n_steps, self.rows))
+
+    def reset_tensors(self, seed: int | None = None) -> Any:
+        super().reset_tensors(seed)
+        self.x = self.x.to(self.device)
+        return self._observe()

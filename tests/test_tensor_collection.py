@@ -1,0 +1,279 @@
+"""Training in tensor environments: the weights of a training through arrays, ends of episodes, callbacks and files."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
+from tensor_cases import BOX, DICT, IMAGE, VECTOR, Plain, TensorWalk
+
+from sb3_clipvf import ClipPPO
+from sb3_clipvf.common.nonfinite import NonFiniteError
+from sb3_clipvf.engines.device_rollout import DeviceRolloutBuffer
+from sb3_clipvf.envs import as_vec_env
+from sb3_clipvf.envs.tensor import TensorEnvAdapter, TensorStep
+from sb3_clipvf.tensor_collection import steps_tensors
+
+SETTINGS: dict[str, Any] = {"n_steps": 8, "batch_size": 16, "n_epochs": 2, "seed": 3, "device": "cpu"}
+# Float32 sums in another order, over a few updates.
+CLOSE = 2e-6
+
+
+def trained(env: Any, policy: str = "MlpPolicy", callback: Any = None, n_rollouts: int = 3, **settings: Any) -> ClipPPO:
+    model = ClipPPO(policy, env, **SETTINGS | settings)
+    model.learn(48 * n_rollouts, callback)
+    return model
+
+
+def weights(model: ClipPPO) -> np.ndarray:
+    return th.nn.utils.parameters_to_vector(model.policy.parameters()).detach().numpy()
+
+
+def episodes(model: ClipPPO) -> list[tuple[float, int]]:
+    return [(episode["r"], episode["l"]) for episode in model.ep_info_buffer or ()]
+
+
+class Reader(BaseCallback):
+    """Keeps the types of the local variables, and stops at a step if there is one to stop at."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        super().__init__()
+        self.stop_at = stop_at
+        self.types: set[tuple[str, type]] = set()
+        self.steps: list[dict[str, Any]] = []
+
+    def _on_step(self) -> bool:
+        names = ("obs_tensor", "actions", "clipped_actions", "values", "log_probs", "new_obs", "rewards", "dones")
+        self.types |= {(name, type(self.locals[name])) for name in names}
+        self.steps.append({name: self.locals[name].clone() for name in names} | {"infos": self.locals["infos"]})
+        return self.n_calls != self.stop_at
+
+
+SPACES = [
+    BOX,
+    spaces.Box(-0.3, 0.3, (1, 2), np.float32),
+    spaces.Discrete(3),
+    spaces.MultiDiscrete([2, 3]),
+    spaces.MultiBinary(2),
+]
+
+
+@pytest.mark.parametrize("reads", [False, True], ids=["", "callback"])
+@pytest.mark.parametrize("engine", ["native", "fused", "autograd"])
+@pytest.mark.parametrize("action_space", SPACES, ids=lambda space: f"{type(space).__name__}{space.shape}")
+def test_tensors_and_arrays_give_the_same_bits(action_space: Any, engine: str, reads: bool) -> None:
+    models = [
+        trained(env, engine=engine, callback=Reader() if reads and number else None, clip_range_vf=0.5, kl_coef=0.1)
+        for number, env in enumerate(
+            [Plain(as_vec_env(TensorWalk(action_space=action_space))), TensorWalk(action_space=action_space)]
+        )
+    ]
+    np.testing.assert_array_equal(*map(weights, models))
+    assert len(episodes(models[0])) > 40 and episodes(models[0]) == episodes(models[1])
+    for name in ("_last_obs", "_last_episode_starts"):
+        np.testing.assert_array_equal(*(getattr(model, name) for model in models))
+    received = [model.env.unwrapped.env.received for model in models]
+    assert all(map(th.equal, *received))
+    assert received[1][0].dtype == (th.int64 if "Discrete" in type(action_space).__name__ else th.float32)
+
+
+@pytest.mark.parametrize(
+    ("policy", "observation_space", "settings"),
+    [
+        ("CnnPolicy", IMAGE, {}),
+        ("MultiInputPolicy", DICT, {}),
+        ("SquashedMlpPolicy", VECTOR, {}),
+        ("MlpPolicy", VECTOR, {"use_sde": True, "sde_sample_freq": 3}),
+        ("MlpPolicy", VECTOR, {"gamma": 0.5, "gae_lambda": 0.7, "advantage_scope": "rollout"}),
+    ],
+)
+def test_all_kinds_of_policies_train(policy: str, observation_space: Any, settings: dict[str, Any]) -> None:
+    envs = [TensorWalk(observation_space=observation_space) for _ in range(3)]
+    through_arrays = trained(Plain(as_vec_env(envs[0])), policy, **settings)
+    on_host = trained(envs[1], policy, **settings)
+    np.testing.assert_array_equal(weights(through_arrays), weights(on_host))
+    on_device = trained(envs[2], policy, engine="autograd", rollout_buffer_class=DeviceRolloutBuffer, **settings)
+    np.testing.assert_allclose(weights(on_device), weights(on_host), atol=1e-4 if policy == "CnnPolicy" else CLOSE)
+    assert episodes(on_device) == [(pytest.approx(r, abs=1e-5), length) for r, length in episodes(on_host)]
+    assert np.abs(weights(on_host) - weights(ClipPPO(policy, envs[0], **SETTINGS | settings))).max() > 1e-4
+
+
+@pytest.mark.parametrize("action_space", SPACES, ids=lambda space: f"{type(space).__name__}{space.shape}")
+def test_a_rollout_on_the_device_is_that_on_the_host(action_space: Any) -> None:
+    models = [
+        trained(TensorWalk(action_space=action_space), engine="autograd", n_rollouts=1, rollout_buffer_class=kind)
+        for kind in (None, DeviceRolloutBuffer)
+    ]
+    host, device = (model.rollout_buffer for model in models)
+    for name in ("observations", "actions", "rewards", "episode_starts", "values", "log_probs", "dist_params"):
+        assert isinstance(getattr(device, name), th.Tensor)
+        np.testing.assert_allclose(getattr(host, name), getattr(device, name), atol=1e-6, err_msg=name)
+    for name in ("advantages", "returns"):
+        np.testing.assert_allclose(getattr(host, name), getattr(device, name), atol=1e-5, err_msg=name)
+    np.testing.assert_allclose(*map(weights, models), atol=CLOSE)
+
+
+@pytest.mark.parametrize("buffer", [None, DeviceRolloutBuffer])
+def test_memory_that_environments_write_again_is_copied(buffer: Any) -> None:
+    models = [
+        trained(TensorWalk(reuses_memory=reuses), engine="autograd", rollout_buffer_class=buffer)
+        for reuses in (False, True)
+    ]
+    np.testing.assert_array_equal(*map(weights, models))
+
+
+@pytest.mark.parametrize("limit", [0, 300, 10**9], ids=["read at each step", "read twice", "read once"])
+def test_truncated_rows_take_the_value_of_the_final_observation(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_clipvf.envs.tensor_episodes.MAX_KEPT", limit)
+    reader = Reader()
+    model = trained(TensorWalk(), callback=reader, n_rollouts=1, engine="autograd", gamma=0.9, n_epochs=1,
+                    rollout_buffer_class=DeviceRolloutBuffer, learning_rate=0.0)  # fmt: skip
+    added = model.rollout_buffer.rewards - th.stack([step["rewards"] for step in reader.steps])
+    for t, step in enumerate(reader.steps):
+        for row in range(6):
+            expected = 0.0
+            if step["dones"][row] and row % 2 == 0:
+                final = th.as_tensor(step["infos"][row]["terminal_observation"])[None]
+                expected = 0.9 * model.policy.predict_values(final).item()
+            assert float(added[t, row]) == pytest.approx(expected, abs=1e-6)
+    assert th.count_nonzero(added) == sum(int(step["dones"][::2].sum()) for step in reader.steps) > 6
+
+
+@pytest.mark.parametrize("buffer", [None, DeviceRolloutBuffer])
+@pytest.mark.parametrize("engine", ["native", "autograd"])
+def test_unknown_final_observations_are_replaced_by_those_before(engine: str, buffer: Any) -> None:
+    if engine == "native" and buffer is not None:
+        pytest.skip("native runs on the host")
+    model = trained(TensorWalk(finals=False), n_rollouts=1, engine=engine, gamma=0.9, rollout_buffer_class=buffer)
+    rewards, values = (np.asarray(getattr(model.rollout_buffer, name)) for name in ("rewards", "values"))
+    positions = np.asarray(model.rollout_buffer.observations)[..., 0]
+    actions = np.clip(np.asarray(model.rollout_buffer.actions), -0.3, 0.3)
+    plain = -np.abs(positions + actions.mean(-1))
+    # Row 0 is truncated after every second step, row 3 terminates there.
+    np.testing.assert_allclose((rewards - plain)[1::2, 0], 0.9 * values[1::2, 0], atol=1e-6)
+    np.testing.assert_allclose((rewards - plain)[:, 3], 0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("buffer", [None, DeviceRolloutBuffer])
+def test_callbacks_see_tensors(buffer: Any) -> None:
+    reader = Reader()
+    model = trained(TensorWalk(), callback=reader, n_rollouts=1, rollout_buffer_class=buffer)
+    assert {kind for _, kind in reader.types} == {th.Tensor} and len(reader.types) == 8
+    stored = np.asarray(model.rollout_buffer.observations)
+    np.testing.assert_array_equal(stored, th.stack([step["obs_tensor"] for step in reader.steps]))
+    assert reader.steps[1]["infos"][0]["TimeLimit.truncated"]
+
+
+def test_a_callback_may_stop_the_training_and_another_continues_it() -> None:
+    env = TensorWalk()
+    reader = Reader(stop_at=5)
+    model = trained(env, callback=reader)
+    assert model.num_timesteps == 30 and len(reader.steps) == 5
+    np.testing.assert_array_equal(model._last_obs, reader.steps[-1]["new_obs"])
+    # Row 4 had made the third of its three steps.
+    assert model.env.unwrapped.statistics.lengths.tolist() == [1, 2, 1, 1, 2, 1]
+    n_episodes = len(episodes(model))
+    model.learn(48, reset_num_timesteps=False)
+    assert model.num_timesteps == 78 and len(episodes(model)) > n_episodes
+    assert all(length in (2, 3, 4) for _, length in episodes(model))
+
+
+def test_sb3s_callbacks_work(tmp_path: Path) -> None:
+    callbacks = [
+        CheckpointCallback(16, str(tmp_path)),
+        EvalCallback(as_vec_env(TensorWalk()), eval_freq=8, verbose=0),
+    ]
+    model = trained(TensorWalk(), callback=callbacks)
+    np.testing.assert_array_equal(weights(model), weights(trained(TensorWalk())))
+    assert len(list(tmp_path.glob("*.zip"))) == 1
+
+
+def test_a_saved_model_continues_in_tensor_environments(tmp_path: Path) -> None:
+    model = trained(TensorWalk())
+    model.save(tmp_path / "model")
+    loaded = ClipPPO.load(tmp_path / "model", env=TensorWalk())
+    assert isinstance(loaded.env, TensorEnvAdapter) and loaded.device.type == "cpu"
+    np.testing.assert_array_equal(weights(model), weights(loaded))
+    action, _ = loaded.predict(np.zeros(3, np.float32), deterministic=True)
+    assert action.shape == (2,)
+    loaded.learn(48)
+    assert not np.array_equal(weights(model), weights(loaded))
+    loaded.set_env(TensorWalk())
+    loaded.learn(48)
+
+
+def test_the_policy_must_be_on_the_device_of_the_environments(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`device` must be that of the tensor environments, meta, got cpu"):
+        ClipPPO("MlpPolicy", TensorWalk(device="meta"), device="cpu")
+    model = ClipPPO("MlpPolicy", TensorWalk(), **SETTINGS)
+    model.env = as_vec_env(TensorWalk(device="meta"))
+    with pytest.raises(ValueError, match="`device` must be that of the tensor environments, meta, got cpu"):
+        model.learn(48)
+
+
+def test_which_environments_step_tensors() -> None:
+    model = ClipPPO("MlpPolicy", TensorWalk(), **SETTINGS)
+    env, buffer = model.env, model.rollout_buffer
+    assert env is not None and steps_tensors(env, buffer)
+    assert not steps_tensors(Plain(env), buffer)
+    buffer.add = lambda *args: None
+    assert not steps_tensors(env, buffer)
+
+
+class Spoilt(TensorWalk):
+    """Returns a number that is not finite in row 1 of the third step."""
+
+    def __init__(self, what: str, value: float) -> None:
+        super().__init__()
+        self.what, self.value = what, value
+
+    def step_tensors(self, actions: th.Tensor) -> TensorStep:
+        step = super().step_tensors(actions)
+        # Row 2 is truncated in step 4.
+        if len(self.received) == (4 if self.what == "final_observations" else 3):
+            getattr(step, self.what)[2] = self.value
+        return step
+
+
+@pytest.mark.parametrize("buffer", [None, DeviceRolloutBuffer])
+@pytest.mark.parametrize(
+    ("what", "value", "named", "at"),
+    [
+        ("observations", np.nan, "observation", 3),
+        ("observations", np.inf, "observation", 3),
+        ("rewards", np.inf, "reward", 2),
+        ("final_observations", np.inf, "terminal_value", 3),
+    ],
+)
+def test_numbers_that_are_not_finite_are_reported(what: str, value: float, named: str, at: int, buffer: Any) -> None:
+    engine = "auto" if buffer is None else "autograd"
+    with pytest.raises(NonFiniteError) as caught:
+        trained(Spoilt(what, value), rollout_buffer_class=buffer, engine=engine)
+    assert (caught.value.what, caught.value.step, caught.value.env_index) == (named, at, 2)
+
+
+def test_the_loop_reads_nothing_from_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the first step and the end of a rollout, no tensor is turned into a number or an array."""
+    model = ClipPPO("MlpPolicy", TensorWalk(), engine="autograd", rollout_buffer_class=DeviceRolloutBuffer, **SETTINGS)
+    model.learn(48)
+    reads: list[str] = []
+    inside = [False]
+    for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "nonzero"):
+        original = getattr(th.Tensor, name)
+
+        def counted(self: Any, *args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
+            reads.extend([_name] if inside[0] else [])
+            return _original(self, *args, **kwargs)
+
+        monkeypatch.setattr(th.Tensor, name, counted)
+
+    class Marker(BaseCallback):
+        def _on_step(self) -> bool:
+            inside[0] = self.n_calls % 8 != 0  # off after the last step
+            return True
+
+    model.learn(48, Marker())
+    assert reads == []
