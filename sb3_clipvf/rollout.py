@@ -264,10 +264,6 @@ class TensorRolloutBuffer(BaseBuffer):
         """Make the next minibatch read the arrays again, since they may have changed in-place."""
         self._flat, self._flat_arrays = None, []
 
-    def draw_rows(self) -> th.Tensor:
-        """Draw a permutation of the row numbers of :meth:`_flat_tensors`, as :meth:`get` draws it, int64."""
-        return self._rows(np.random.permutation(self.buffer_size * self.n_envs))
-
     def _check_has_room(self) -> None:
         if self._allocated is None:  # SB3's buffer needs no reset before its first rollout
             self.reset()

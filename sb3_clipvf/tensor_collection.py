@@ -6,6 +6,7 @@ with kernels act as they do elsewhere. On another device, nothing is read from i
 """
 
 import time
+from contextlib import nullcontext
 from typing import Any, cast
 
 import numpy as np
@@ -18,7 +19,7 @@ from sb3_clipvf.collection import RolloutCollector, add_to_buffer, bootstrap_tru
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.common.nonfinite import is_finite
 from sb3_clipvf.engines.autograd import unvalidated_distributions
-from sb3_clipvf.engines.device_rollout import DEVICE_RESERVE, DeviceRolloutBuffer, free_device_memory
+from sb3_clipvf.engines.device_rollout import DEVICE_RESERVE, DeviceActions, DeviceRolloutBuffer, free_device_memory
 from sb3_clipvf.engines.in_place import InPlace, env_actions, in_place, may_read_actions
 from sb3_clipvf.engines.interface import Acted, Engine
 from sb3_clipvf.engines.recognition import has_own_add
@@ -312,13 +313,23 @@ class _DeviceRollout(_TensorRollout):
         self._final_values = FinalValues(engine, collector.gamma)
         self._timed_out = th.zeros_like(self.dones)
         self._actions = DeviceActions(collector.policy, collector.action_space)
+        # Without validation, a GPU ends the process if it samples from non-finite probabilities.
+        is_gaussian = hasattr(collector.policy, "log_std")
+        self._validation: Any = unvalidated_distributions if is_gaussian else nullcontext()
         self._acted: Any = None
 
     def act(self, observations: Any) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
         """Act by the engine, without a copy to the host."""
         rows = self.buffer.begin_step(observations)
-        with unvalidated_distributions():
-            acted = self.engine.act_tensors(rows, with_dist_params=self.with_dist_params)
+        try:
+            with self._validation:
+                acted = self.engine.act_tensors(rows, with_dist_params=self.with_dist_params)
+        except (ValueError, RuntimeError) as error:
+            # torch refuses to sample from a distribution whose parameters are not finite.
+            fault = act_fault(self.collector.policy, host_copy(rows), rows, None)
+            if fault is None:
+                raise
+            raise self.collector._act_error(fault, self.buffer) from error
         if self.with_dist_params and acted.dist_params is None:
             self.with_dist_params = False
             self.collector._omit_kl(self.buffer)
@@ -415,24 +426,6 @@ class _UploadingRollout(_DeviceRollout):
 
     def _host_memory(self, shape: tuple[int, ...], dtype: th.dtype) -> th.Tensor:
         return th.zeros(shape, dtype=dtype, pin_memory=self.buffer.device.type == "cuda")
-
-
-class DeviceActions:
-    """Turns actions of a policy into actions for the environments, on the device, as ``env_actions`` does."""
-
-    def __init__(self, policy: Any, space: spaces.Space[Any]) -> None:
-        self._is_box, self._squashes = isinstance(space, spaces.Box), policy.squash_output
-        if isinstance(space, spaces.Box):
-            self._low, self._high = (th.as_tensor(bound, device=policy.device) for bound in (space.low, space.high))
-
-    def for_env(self, actions: th.Tensor) -> th.Tensor:
-        """Return actions unscaled to the Box if the policy squashes, else clipped to it, in memory of their own."""
-        if not self._is_box:
-            return actions.clone()
-        if self._squashes:
-            half = 0.5 * actions
-            actions = self._low * (0.5 - half) + self._high * (0.5 + half)
-        return th.clamp(actions, self._low, self._high)
 
 
 def _on(observations: Any, device: th.device) -> Any:

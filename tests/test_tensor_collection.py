@@ -255,6 +255,17 @@ def test_numbers_that_are_not_finite_are_reported(what: str, value: float, named
     assert (caught.value.what, caught.value.step, caught.value.env_index) == (named, at, 2)
 
 
+@pytest.mark.parametrize("buffer", [None, DeviceRolloutBuffer])
+@pytest.mark.parametrize("action_space", [BOX, spaces.Discrete(2)], ids=["box", "discrete"])
+def test_weights_that_are_not_finite_are_reported(action_space: Any, buffer: Any) -> None:
+    model = ClipPPO("MlpPolicy", TensorWalk(action_space=action_space), engine="autograd",
+                    rollout_buffer_class=buffer, **SETTINGS)  # fmt: skip
+    with th.no_grad():
+        model.policy.action_net.bias[0] = np.nan
+    with pytest.raises(NonFiniteError, match="`parameter` 'action_net.bias'"):
+        model.learn(48)
+
+
 def test_the_loop_reads_nothing_from_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the first step and the end of a rollout, no tensor is turned into a number or an array."""
     model = ClipPPO("MlpPolicy", TensorWalk(), engine="autograd", rollout_buffer_class=DeviceRolloutBuffer, **SETTINGS)

@@ -103,10 +103,11 @@ class DeviceRolloutBuffer(TensorRolloutBuffer):
         th.add(advantages, values, out=tensors.returns)
 
     def draw_rows(self) -> th.Tensor:
-        """Draw a permutation of the row numbers of :meth:`_flat_tensors`, int64."""
-        if self.draws_on_device:
-            return th.randperm(self.buffer_size * self.n_envs, device=self.device)
-        return super().draw_rows()
+        """Return the rows of one epoch, as ``TensorRolloutBuffer.draw_rows`` does, from the generator in use."""
+        if not self.draws_on_device:
+            return super().draw_rows()
+        check_complete(self)
+        return th.randperm(self.buffer_size * self.n_envs, device=self.device)
 
     def get(self, batch_size: int | None = None) -> Generator[MiniBatch, None, None]:
         """
@@ -116,7 +117,6 @@ class DeviceRolloutBuffer(TensorRolloutBuffer):
         :return: Minibatches on the buffer's device.
         :raises ValueError: If the rollout is not complete.
         """
-        check_complete(self)
         rows = self.draw_rows()
         size = len(rows) if batch_size is None else batch_size
         for start in range(0, len(rows), size):
@@ -141,6 +141,24 @@ class DeviceRolloutBuffer(TensorRolloutBuffer):
     def _zeros(self, shape: tuple[int, ...], dtype: Any) -> th.Tensor:
         kind = th.from_numpy(np.empty(0, dtype)).dtype
         return th.zeros((self.buffer_size, self.n_envs, *shape), dtype=kind, device=self.device)
+
+
+class DeviceActions:
+    """Turns actions of a policy into actions for the environments, on the device, as ``env_actions`` does."""
+
+    def __init__(self, policy: Any, space: spaces.Space[Any]) -> None:
+        self._is_box, self._squashes = isinstance(space, spaces.Box), policy.squash_output
+        if isinstance(space, spaces.Box):
+            self._low, self._high = (th.as_tensor(bound, device=policy.device) for bound in (space.low, space.high))
+
+    def for_env(self, actions: th.Tensor) -> th.Tensor:
+        """Return actions unscaled to the Box if the policy squashes, else clipped to it, in memory of their own."""
+        if not self._is_box:
+            return actions.clone()
+        if self._squashes:
+            half = 0.5 * actions
+            actions = self._low * (0.5 - half) + self._high * (0.5 + half)
+        return th.clamp(actions, self._low, self._high)
 
 
 def free_device_memory(device: th.device) -> int:

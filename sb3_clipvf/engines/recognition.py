@@ -27,6 +27,7 @@ from torch.optim import optimizer as torch_optimizer
 from sb3_clipvf import distributions, objectives, policies, rollout
 from sb3_clipvf.engines import epochs
 from sb3_clipvf.engines.autograd import AutogradEngine, AutogradUpdate
+from sb3_clipvf.engines.device_rollout import DeviceRolloutBuffer
 from sb3_clipvf.rollout import TensorRolloutBuffer
 
 ACTIVATIONS: dict[type[nn.Module], dict[str, float]] = {
@@ -169,10 +170,16 @@ def check_code(policy: Any, *, may_squash: bool = False) -> None:
         raise UnsupportedError("its log_std is not a parameter")
 
 
-def why_unknown_buffer(buffer: Any) -> str | None:
-    """Return why kernels cannot read a rollout buffer's arrays instead of its minibatches, or None if they can."""
-    if not isinstance(buffer, TensorRolloutBuffer) or any(
-        getattr(type(buffer), name) is not _buffer_methods[name] for name in _BUFFER_METHODS
+def why_unknown_buffer(buffer: Any, *, may_be_on_device: bool = False) -> str | None:
+    """
+    Return why an engine cannot read a rollout buffer's fields instead of its minibatches, or None if it can.
+
+    These fields are arrays. With ``may_be_on_device``, they may also be the tensors of ``DeviceRolloutBuffer``.
+    """
+    is_on_device = may_be_on_device and type(buffer) is DeviceRolloutBuffer
+    if not is_on_device and (
+        not isinstance(buffer, TensorRolloutBuffer)
+        or any(getattr(type(buffer), name) is not _buffer_methods[name] for name in _BUFFER_METHODS)
     ):
         return f"its rollout buffer is {type(buffer).__name__}"
     name = next((name for name in _BUFFER_METHODS if name in buffer.__dict__), None)

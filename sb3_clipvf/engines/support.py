@@ -92,7 +92,7 @@ def why_not_fused(policy: ActorCriticPolicy) -> str | None:
 
 def why_not_static(policy: ActorCriticPolicy, buffer: Any) -> str | None:
     """Return why the operations of a minibatch may differ between two calls, as half a sentence, or None."""
-    reason = why_unknown_buffer(buffer)
+    reason = why_unknown_buffer(buffer, may_be_on_device=True)
     if reason is not None:
         return reason
     try:
