@@ -283,8 +283,7 @@ class ClipPPO(TensorRolloutCollector):
             **self.policy_kwargs,
         )  # type: ignore[assignment]
         if self._device_is_auto:
-            device = tensor_device(self.env)
-            self.device = device or select_device(self.engine, self.policy, self.batch_size)
+            self.device = tensor_device(self.env) or select_device(self.engine, self.policy, self.batch_size)
         self.policy = self.policy.to(self.device)
         self.rollout_buffer = self._make_rollout_buffer()
         if self.engine == "autograd" or not (self._device_is_auto or self.engine == "cuda_graph"):

@@ -100,7 +100,7 @@ class CudaGraphEngine(StaticEngine):
         # gSDE's noise comes from tensors that are new in each rollout.
         if has_own_code or isinstance(self.policy.action_dist, StateDependentNoiseDistribution):
             return None
-        with unvalidated_distributions():
+        with unvalidated_distributions:
             recorded = self._try(lambda recorder: RecordedFunction(recorder, self.policy, function, observations))
         if recorded is not None:
             self._functions[name] = recorded
