@@ -9,6 +9,7 @@ BENCHMARKS = {
     "curves": "training curves of the native engine and of the reference",
     "experiments": "settings against each other in many environments, on many seeds",
     "speed": "steps a second of ClipPPO, SB3 and SBX on this machine",
+    "minibatch": "time of a minibatch and of a policy's step, by engine and device",
     "growth": "how cost and memory grow with environments, networks, batches and rollouts",
     "starts": "seconds to the end of the first update, with and without compiled kernels",
     "pitfalls": "common faults of hand-written PPOs, and what they cost",
