@@ -53,7 +53,7 @@ bench-growth: $(STAMP)-speed  ## measure how cost and memory grow with each size
 bench-starts: $(STAMP)-speed  ## measure the time to the first update beside SB3 and SBX (minutes; resumes if stopped)
 	$(BIN)/python -m tests.bench starts
 
-bench-learning: $(STAMP)-learning  ## train with the shipped settings and table the returns (hours; resumes if stopped)
+bench-learning: $(STAMP)-learning  ## train with the shipped settings, and SB3's PPO, and table the returns (hours; resumes if stopped)
 	$(BIN)/python -m tests.bench learning
 
 bench-curves: $(STAMP)-curves  ## compare training curves of the engines (hours; resumes if stopped)
@@ -94,7 +94,7 @@ $(STAMP)-test: $(STAMP)-venv $(BUILD_FILES)
 
 $(STAMP)-learning: $(STAMP)-venv $(BUILD_FILES)
 	@echo "Installing into $(VENV), with what the learning benchmark needs (a few minutes the first time) ..."
-	$(PIP) -e '.[box2d]'
+	$(PIP) -e '.[box2d,mujoco,envpool]'
 	@touch $@
 
 $(STAMP)-curves: $(STAMP)-venv $(BUILD_FILES)

@@ -17,7 +17,8 @@ from tests.bench import learning
 from tests.bench.__main__ import main as run_benchmark
 from tests.bench.experiments import executors
 from tests.bench.experiments.runs import Record, RunSpec
-from tests.bench.learning import ROWS, LearningBenchmark, Row, main, render_table
+from tests.bench.experiments.suite import zoo_settings
+from tests.bench.learning import ROWS, LearningBenchmark, Row, main, render_table, with_peers
 from tests.bench.results import Results, machine
 
 PARAMS = ("n_envs:2", "n_steps:16", "batch_size:16", "n_epochs:1")
@@ -37,7 +38,7 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder, two rows, and the quick stand-in for a run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(learning, "ROWS", (TINY, HARD))
-    record = Record({"evaluation_mean": 9.375, "evaluation_std": 0.25}, [], {}, {})
+    record = Record({"evaluation_mean": 9.375, "evaluation_std": 0.25, "cpu_seconds": 90.0}, [], {}, {})
     make_with(monkeypatch, MAKE, str(written(record, tmp_path)))
     return tmp_path
 
@@ -68,7 +69,7 @@ def runs_in(path: Path = Path("docs/results/learning.json")) -> list[dict[str, A
 
 
 def test_rows_have_the_goals_to_reach() -> None:
-    goals = {row.name: (row.n_timesteps, row.goal) for row in ROWS if not row.params}
+    goals = {row.name: (row.n_timesteps, row.goal) for row in ROWS if not row.params and row.goal is not None}
     assert goals == {
         "CartPole-v1": (100_000, 500),
         "MountainCarContinuous-v0": (50_000, 92),
@@ -78,6 +79,32 @@ def test_rows_have_the_goals_to_reach() -> None:
         "BipedalWalker-v3": (5_000_000, 290),
     }
     assert len({row.name for row in ROWS}) == len(ROWS)
+
+
+def test_mujoco_has_rows() -> None:
+    rows = [row for row in ROWS if row.goal is None]
+    assert [row.env_id for row in rows] == ["Swimmer-v5", "Hopper-v5", "HalfCheetah-v5", "Walker2d-v5", "Ant-v5"]
+    assert {row.n_timesteps for row in rows} == {1_000_000}
+
+
+def test_each_environment_has_one_peer_after_its_first_row() -> None:
+    rows = with_peers(ROWS)
+    peers = [row for row in rows if row.algo == "ppo"]
+    assert [row for row in rows if row.algo == "clipppo"] == list(ROWS)
+    assert [row.env_id for row in peers] == list(dict.fromkeys(row.env_id for row in ROWS))
+    for row in ROWS:
+        # All rows of an environment share its peer, which is trained and evaluated like each of them.
+        (peer,) = (other for other in peers if other.env_id == row.env_id)
+        assert peer == row.peer()
+    assert [row.name for row in rows[:2]] == ["CartPole-v1", "CartPole-v1-sb3-ppo"]
+
+
+@pytest.mark.parametrize("row", [row for row in with_peers(ROWS) if row.algo == "ppo"], ids=lambda row: row.name)
+def test_peers_have_the_settings_of_the_zoo(row: Row, in_folder: Path) -> None:
+    spec = LearningBenchmark((row,), [])._spec(row, 1000)
+    assert (spec.algo, spec.params) == ("ppo", ())
+    assert spec.hyperparams == zoo_settings(row.env_id, "ppo")
+    assert spec.hyperparams["policy"] == "MlpPolicy"
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
@@ -110,35 +137,37 @@ def test_run_of_a_row(in_folder: Path) -> None:
 
 
 def test_results_and_table_of_all_rows_and_seeds(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--seeds", "1", "2", "--jobs", "2"]) == 0
+    assert main(["--seeds", "1000", "1001", "--jobs", "2"]) == 0
     runs = runs_in()
-    assert [(run["name"], run["seed"]) for run in runs] == [("hard", 1), ("hard", 2), ("tiny", 1), ("tiny", 2)]
-    run = runs[2]
+    names = ("CartPole-v1-sb3-ppo", "hard", "tiny")
+    assert [(run["name"], run["seed"]) for run in runs] == [(name, seed) for name in names for seed in (1000, 1001)]
+    assert [run.get("algo") for run in runs] == ["ppo", "ppo", None, None, None, None]
+    run = runs[4]
     assert (run["n_timesteps"], run["params"], run["jobs"]) == (64, list(PARAMS), 2)
     lines = Path("docs/results/learning.json").read_text().splitlines()
-    assert len(lines) == 4 + 2  # a line a run
+    assert len(lines) == 6 + 2  # a line a run
     assert run["cpu"] and run["versions"]["torch"] and run["versions"]["sb3_clipvf"]
-    assert log_of("tiny", 1).read_text().startswith("made ")
+    assert log_of("tiny", 1000).read_text().startswith("made ")
     table = Path("docs/results/learning.md").read_text()
-    assert "Made by `python -m tests.bench learning --seeds 1 2`." in table
-    assert (run["mean_return"], run["std_return"]) == (9.375, 0.25)
-    assert "9.38 ± 0.25" in table
+    assert "Made by `python -m tests.bench learning --seeds 1000 1001`." in table
+    assert (run["mean_return"], run["std_return"], run["cpu_seconds"]) == (9.375, 0.25, 90.0)
+    assert "| 9.4\u00a0±\u00a00.0 | 9.4\u00a0±\u00a00.0 | 0.0\u00a0±\u00a00.0 | 8 | yes (2 of 2) | 1.5 / 1.5 |" in table
     printed = capsys.readouterr().out
-    assert printed.startswith("4 runs to make, 0 are done already")
-    assert "tiny, seed 1: 9.38 +/- 0.25 (goal 8)" in printed
+    assert printed.startswith("6 runs to make, 0 are done already")
+    assert "tiny, seed 1000: 9.38 +/- 0.25 (goal 8)" in printed
 
 
 def test_finished_runs_are_skipped_until_asked_or_changed(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--seeds", "1", "--only", "tiny"]
+    options = ["--seeds", "1000", "--only", "tiny"]
     assert main(options) == 0
     command = executors.RUN_COMMAND
     make_with(monkeypatch, "raise SystemExit('must not run')")
     assert main(options) == 0
     assert "0 runs to make, 1 are done already" in capsys.readouterr().out
     assert main([*options, "--rerun"]) == 1
-    assert main(["--only", "tiny", "--seeds", "1", "2"]) == 1  # seed 2 is new
+    assert main(["--only", "tiny", "--seeds", "1000", "1001"]) == 1  # seed 1001 is new
     capsys.readouterr()
     monkeypatch.setattr(learning, "ROWS", (Row("tiny", "CartPole-v1", 64, PARAMS, goal=8.0, n_episodes=3), HARD))
     monkeypatch.setattr(executors, "RUN_COMMAND", command)
@@ -152,50 +181,54 @@ def test_failed_run_is_reported_not_kept_and_does_not_stop_the_others(
 ) -> None:
     program = "import sys\nif 'tiny' in sys.argv[2]: raise SystemExit('broken settings')\n" + MAKE
     make_with(monkeypatch, program, str(in_folder / "made.json"))
-    assert main(["--seeds", "1"]) == 1
+    assert main(["--seeds", "1000"]) == 1
     printed = capsys.readouterr().out
-    assert f"tiny, seed 1: FAILED, broken settings (code 1), see {log_of('tiny', 1).absolute()}" in printed
-    assert "Failed:\n  tiny, seed 1: broken settings (code 1)" in printed
-    assert log_of("tiny", 1).read_text() == "broken settings\n"
-    assert [run["name"] for run in runs_in()] == ["hard"]
+    assert f"tiny, seed 1000: FAILED, broken settings (code 1), see {log_of('tiny', 1000).absolute()}" in printed
+    assert "Failed:\n  tiny, seed 1000: broken settings (code 1)" in printed
+    assert log_of("tiny", 1000).read_text() == "broken settings\n"
+    assert [run["name"] for run in runs_in()] == ["CartPole-v1-sb3-ppo", "hard"]
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_interrupt_ends_the_training_and_keeps_what_is_done(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    assert main(["--seeds", "1", "--only", "tiny"]) == 0
+    assert main(["--seeds", "1000", "--only", "tiny"]) == 0
     before = signal.getsignal(signal.SIGTERM)
     # The training interrupts the benchmark and would then last for an hour.
     make_with(monkeypatch, f"import os, signal, time\nos.kill(os.getppid(), signal.{name})\ntime.sleep(3600)")
-    assert main(["--seeds", "1", "2"]) == 130
+    assert main(["--seeds", "1000", "1001"]) == 130
     assert "Interrupted. The same command resumes with what is missing." in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is before
-    assert [(run["name"], run["seed"]) for run in runs_in()] == [("tiny", 1)]
+    assert [(run["name"], run["seed"]) for run in runs_in()] == [("tiny", 1000)]
     assert "| hard" in Path("docs/results/learning.md").read_text()
 
 
 @pytest.mark.slow
 def test_real_train_command(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executors, "RUN_COMMAND", (sys.executable, "-m", "tests.bench.experiments.runs"))
-    assert main(["--seeds", "5", "--only", "tiny", "--out", "o/r.json", "--table", "o/t.md", "--log-folder", "l"]) == 0
-    (run,) = runs_in(Path("o/r.json"))
-    assert (run["seed"], run["n_episodes"]) == (5, 2)
-    assert log_of("tiny", 5, "l").exists()
+    only = ["--only", "tiny", "CartPole-v1-sb3-ppo"]
+    assert main(["--seeds", "1005", *only, "--out", "o/r.json", "--table", "o/t.md", "--log-folder", "l"]) == 0
+    peer, run = runs_in(Path("o/r.json"))
+    assert (run["seed"], run["n_episodes"]) == (1005, 2)
+    assert peer["algo"] == "ppo"
+    assert peer["cpu_seconds"] > 0 and run["cpu_seconds"] > 0
+    assert log_of("tiny", 1005, "l").exists()
     assert Path("o/t.md").exists()
 
 
 def test_list_shows_what_is_done_and_runs_nothing(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--seeds", "2", "--only", "tiny"]) == 0
+    assert main(["--seeds", "1001", "--only", "tiny"]) == 0
     make_with(monkeypatch, "raise SystemExit('must not run')")
     capsys.readouterr()
     assert main(["--list"]) == 0
     params = " ".join(PARAMS)
     assert capsys.readouterr().out.splitlines() == [
-        f"tiny  goal    8         64 steps  done: 2  {params}",
-        f"hard  goal  501         64 steps  done: none  {params}",
+        f"tiny                 goal    8         64 steps  done: 1001  {params}",
+        "CartPole-v1-sb3-ppo                    64 steps  done: none",
+        f"hard                 goal  501         64 steps  done: none  {params}",
     ]
 
 
@@ -205,8 +238,8 @@ def test_overview_and_unknown_benchmarks(capsys: pytest.CaptureFixture[str]) -> 
         assert "learning" in capsys.readouterr().out
     assert run_benchmark(["lerning"]) == 2
     assert (
-        "`benchmark` must be one of learning, curves, experiments, speed, growth, starts, faults, got 'lerning'"
-        in capsys.readouterr().err
+        "`benchmark` must be one of learning, curves, experiments, speed, growth, starts, pitfalls, faults, got "
+        "'lerning'" in capsys.readouterr().err
     )
     with pytest.raises(SystemExit, match="0"):
         run_benchmark(["learning", "--help"])
@@ -218,7 +251,8 @@ def test_overview_and_unknown_benchmarks(capsys: pytest.CaptureFixture[str]) -> 
     [
         ("--jobs 0", "--jobs: must be a whole number of at least 1, got 0"),
         ("--jobs two", "--jobs: must be a whole number of at least 1, got two"),
-        ("--seeds -1", "--seeds: must be a whole number of at least 0, got -1"),
+        ("--seeds 999", "--seeds: must be a whole number of at least 1000, got 999"),
+        ("--seeds -1", "--seeds: must be a whole number of at least 1000, got -1"),
         ("--only tiny huge", "--only/--rows: invalid choice: 'huge' (choose from"),
         ("--out a.md", "`--table` must be another file than `--out`, got a.md for both."),
         ("--out foreign.json", "`--out` must be a results file of this benchmark (format 1) or a new one, but foreign"),
@@ -234,9 +268,9 @@ def test_bad_options_are_refused(in_folder: Path, capsys: pytest.CaptureFixture[
 # --- results and table
 
 
-def result(row: Row, seed: int, mean: float, speed: float | None = 100.0) -> dict[str, Any]:
+def result(row: Row, seed: int, mean: float) -> dict[str, Any]:
     where = {"cpu": "C", "cores": 2, "jobs": 1, "versions": {"python": "3"}}
-    numbers = {"mean_return": mean, "std_return": 0.5, "steps_per_second": speed}
+    numbers = {"mean_return": mean, "std_return": 0.5}
     return {**row.run(seed), **numbers, **where}
 
 
@@ -291,23 +325,36 @@ def test_two_benchmarks_may_write_the_same_file(tmp_path: Path) -> None:
 def test_table_means_over_seeds_and_names_what_is_missing(tmp_path: Path) -> None:
     results = Results(tmp_path / "r.json")
     plain = Row("plain", "E-v0", 5000, goal=8.0, comparison="7 (a2c)")
-    empty = Row("empty", "E-v0", 5000, goal=8.0)
-    for row, seed, mean, speed in (
-        (plain, 1, 7.0, 90.0),
-        (plain, 2, 9.0, 110.0),
-        (TINY, 1, 7.96, None),
+    variant = Row("variant", "E-v0", 5000, PARAMS, vec_env="envpool")
+    empty = Row("empty", "F-v0", 5000, goal=8.0)
+    for row, seed, mean, minutes in (
+        (plain, 1000, 7.0, 1.0),
+        (plain, 1001, 9.0, 2.0),
+        (plain.peer(), 1000, 6.0, 30.0),
+        (plain.peer(), 1001, 6.0, None),
+        (variant, 1000, 7.96, None),
     ):
-        results.add(result(row, seed, mean, speed))
-    lines = render_table(results, (plain, TINY, empty), (1, 2)).splitlines()
+        results.add({**result(row, seed, mean), "cpu_seconds": None if minutes is None else 60 * minutes})
+    lines = render_table(results, (plain, variant, empty), (1000, 1001)).replace("\u00a0", " ").splitlines()
+    # The quantile of Student's t with one degree of freedom is 12.706, and the standard error 1.
     assert lines[:5] == [
-        "| environment and settings | steps | seed 1 | seed 2 | mean | goal | reached | others (RL Zoo) |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | --- | --- |",
-        "| plain | 5,000 | 7.00 ± 0.50 | 9.00 ± 0.50 | 8.00 | 8 | yes (1 of 2) | 7 (a2c) |",
-        f"| tiny<br>`{' '.join(PARAMS)}` | 64 "
-        "| 7.96 ± 0.50 |  | 7.96 | 8 | no so far (0 of 1, 1 to run) | 9 (others) |",
-        "| empty | 5,000 |  |  |  | 8 | not run |  |",
+        "| environment and settings | steps | ClipPPO | SB3 PPO | difference | goal | reached | CPU minutes "
+        "| others (RL Zoo) |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | --- |",
+        "| plain | 5,000 | 8.0 ± 12.7 | 6.0 ± 0.0 | 2.0 ± 12.7 | 8 | yes (1 of 2) | 1.5 / 30.0 | 7 (a2c) |",
+        f"| variant<br>`{' '.join(PARAMS)} --vec-env envpool` | 5,000 "
+        "| 8.0 (1 of 2 seeds) | not run |  |  |  | ? / ? |  |",
+        "| empty | 5,000 | not run | not run |  | 8 |  |  |  |",
     ]
+    assert lines[6].startswith("Seeds: 1000, 1001. ")
     assert lines[-1] == "- C, 2 cores, 1 runs side by side, one thread each; python 3"
+
+
+def test_a_mean_below_the_goal_does_not_reach_it(tmp_path: Path) -> None:
+    results = Results(tmp_path / "r.json")
+    for seed, mean in ((1000, 7.0), (1001, 8.5)):
+        results.add({**result(TINY, seed, mean), "cpu_seconds": 6.0})
+    assert "| 8 | no (1 of 2) | 0.1 / ? | 9 (others) |" in render_table(results, (TINY,), (1000, 1001))
 
 
 def test_machine_names_the_versions_that_decide() -> None:

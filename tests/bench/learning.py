@@ -1,14 +1,17 @@
-"""``python -m tests.bench learning``: train with the shipped settings, evaluate, and write a table of the returns."""
+"""``python -m tests.bench learning``: train with the shipped settings, and SB3's PPO beside, for a table of returns."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from sb3_clipvf.zoo import ALGORITHM
+from tests.bench.curves_statistics import difference_estimate, mean_estimate
 from tests.bench.experiments.runs import Record
+from tests.bench.experiments.suite import SEEDS
 from tests.bench.results import Results, machines_text, markdown_table
 from tests.bench.training_runs import TrainingBenchmark, TrainingRow, how_made
 
@@ -16,20 +19,24 @@ from tests.bench.training_runs import TrainingBenchmark, TrainingRow, how_made
 @dataclass(frozen=True, kw_only=True)
 class Row(TrainingRow):
     """
-    One line of the table.
+    One line of the table, or the training of SB3's PPO beside it.
 
-    :param goal: mean return to reach, in reward units
+    :param goal: mean return to reach, in reward units; None: no goal
     :param comparison: what others reach, with its source
     :param n_episodes: episodes of the evaluation; more where the returns of one policy differ much
     """
 
-    goal: float
+    goal: float | None = None
     comparison: str = ""
     n_episodes: int = 20
 
     def run(self, seed: int) -> dict[str, Any]:
         """Return the entries that a seed's result is found by."""
         return {**super().run(seed), "n_episodes": self.n_episodes}
+
+    def peer(self) -> Row:
+        """Return the training of SB3's PPO in the same environments, for as many steps, with the Zoo's settings."""
+        return replace(self, name=f"{self.env_id}-sb3-ppo", algo="ppo", params=(), goal=None, comparison="")
 
 
 _FIXED_KL = ("clip_range:None", "kl_coef:1.0")
@@ -47,11 +54,21 @@ _SQUASHED_MOUNTAIN_CAR: tuple[str, ...] = (
 )
 
 
-def _row(env_id: str, n_timesteps: int, goal: float, kind: str = "", **other: Any) -> Row:
+def _row(env_id: str, n_timesteps: int, goal: float | None, kind: str = "", **other: Any) -> Row:
     return Row(name=env_id + kind, env_id=env_id, n_timesteps=n_timesteps, goal=goal, **other)
 
 
+def with_peers(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Return the rows, each environment's first one followed by its peer."""
+    named = {made.name: made for row in rows for made in (row, row.peer())}
+    return tuple(named.values())
+
+
 # Comparisons: best on-policy entry of the RL Zoo's benchmark.md, one run each.
+#
+# Estimate for a seed on one core, from docs/results/speed.json: 45 minutes for ClipPPO, of which BipedalWalker takes 14
+# and MuJoCo 20; 2 h 10 min for SB3's PPO, of which BipedalWalker takes 42 minutes and MuJoCo 76. Five seeds of both
+# take 15 hours on one core, 7 to 9 hours with `--jobs 2`.
 ROWS: tuple[Row, ...] = (
     _row("CartPole-v1", 100_000, 500, comparison="500"),
     _row("MountainCarContinuous-v0", 50_000, 92, comparison="92.5 (trpo), 88.3 (ppo at 20k)"),
@@ -71,67 +88,101 @@ ROWS: tuple[Row, ...] = (
     _row("LunarLander-v3", 1_000_000, 240, "-fixed-kl", params=_FIXED_KL_LANDER, n_episodes=100),
     _row("LunarLander-v3", 1_000_000, 240, "-adaptive-kl", params=_ADAPTIVE_KL, n_episodes=100),
     _row("MountainCarContinuous-v0", 50_000, 92, "-squashed", params=_SQUASHED_MOUNTAIN_CAR),
+    _row("Swimmer-v5", 1_000_000, None, comparison="366 (trpo), 282 (ppo)"),
+    _row("Hopper-v5", 1_000_000, None, comparison="3618 (trpo), 2410 (ppo)"),
+    _row("HalfCheetah-v5", 1_000_000, None, comparison="5819 (ppo)"),
+    _row("Walker2d-v5", 1_000_000, None, comparison="4933 (trpo), 3479 (ppo)"),
+    _row("Ant-v5", 1_000_000, None, comparison="4982 (trpo), 1327 (ppo)"),
 )
 
 _NOTES = (
-    "A cell is the mean return ± one standard deviation over the evaluation's episodes (20, or 100 where returns "
-    "differ much) of the final model, most probable actions, environment's own rewards. *mean* is over "
-    "the seeds; *reached* compares it with the goal, and counts the seeds that reach it alone."
+    "A return is the mean over the seeds of the final models' evaluations, ± half of its 95 % confidence interval "
+    "(Student's t; Welch's for the difference). An evaluation is the mean of 20 episodes, or 100 where returns differ "
+    "much, with the most probable actions and the environment's own rewards. SB3's PPO has the RL Zoo's settings, and "
+    "the same steps, environments and seeds as ClipPPO. *reached* compares ClipPPO's mean with the goal, and counts "
+    "the seeds that reach it alone. *CPU minutes*: mean processor time of a training, ClipPPO's and SB3's. *others*: "
+    "one run each, on version 3 of MuJoCo's environments."
 )
 
 
 class LearningBenchmark(TrainingBenchmark[Row]):
-    """Evaluates final models, and tabulates their returns beside the goals."""
+    """Evaluates final models, and tabulates their returns beside SB3's and the goals."""
 
     name = "learning"
-    description = "Train with the shipped settings and tabulate the returns."
-    default_seeds = (1, 2, 3)
+    description = "Train with the shipped settings, and SB3's PPO with the RL Zoo's, and tabulate the returns."
+    # Lower seeds chose settings. They are not reported.
+    first_seed = SEEDS["report"][0]
+    default_seeds = tuple(range(first_seed, first_seed + 5))
     log_folder = "logs/bench"
 
     def measure(self, record: Record) -> dict[str, Any]:
-        """Keep the evaluation of the final model."""
-        return {"mean_return": record.scores["evaluation_mean"], "std_return": record.scores["evaluation_std"]}
+        """Keep the evaluation of the final model, and the processor time."""
+        scores = record.scores
+        evaluation = {"mean_return": scores["evaluation_mean"], "std_return": scores["evaluation_std"]}
+        return {**evaluation, "cpu_seconds": scores.get("cpu_seconds")}
 
     def summary(self, row: Row, result: Mapping[str, Any]) -> str:
         """Return the evaluation beside the goal."""
-        return f"{result['mean_return']:.2f} +/- {result['std_return']:.2f} (goal {row.goal:g})"
+        goal = "" if row.goal is None else f" (goal {row.goal:g})"
+        return f"{result['mean_return']:.2f} +/- {result['std_return']:.2f}{goal}"
 
     def listed(self, row: Row) -> str:
         """Return the goal before the rest."""
-        return f"goal {row.goal:>4g}  {super().listed(row)}"
+        goal = "" if row.goal is None else f"goal {row.goal:>4g}"
+        return f"{goal:<9}  {super().listed(row)}"
 
     def render(self) -> str:
         """Return the table of returns."""
-        return render_table(self.results, self.rows, self.seeds)
+        return render_table(self.results, [row for row in self.rows if row.algo == ALGORITHM], self.seeds)
 
 
 def render_table(results: Results, rows: Sequence[Row], seeds: Sequence[int]) -> str:
-    """Render the results of the rows and seeds as a Markdown table with notes."""
-    header = ["environment and settings", "steps", *(f"seed {seed}" for seed in seeds), "mean", "goal", "reached"]
-    header += ["others (RL Zoo)"]
-    found = [(row, [results.find(row.run(seed)) for seed in seeds]) for row in rows]
-    alignment = "l" + "r" * (len(header) - 3) + "ll"
-    table = markdown_table(header, alignment, [_cells(row, runs) for row, runs in found])
-    machines = machines_text([run for _, runs in found for run in runs if run is not None], how_made)
-    return f"{table}\n\n{_NOTES}\n\n{machines}"
+    """Render the results of the rows and seeds, beside those of their peers, as a Markdown table with notes."""
+    header = ["environment and settings", "steps", "ClipPPO", "SB3 PPO", "difference", "goal", "reached"]
+    header += ["CPU minutes", "others (RL Zoo)"]
+    found = {row: _runs(results, row, seeds) for made in rows for row in (made, made.peer())}
+    lines = [_cells(row, found[row], found[row.peer()], len(seeds)) for row in rows]
+    table = markdown_table(header, "lrrrrrlrl", lines)
+    machines = machines_text([run for runs in found.values() for run in runs], how_made)
+    return f"{table}\n\nSeeds: {', '.join(map(str, seeds))}. {_NOTES}\n\n{machines}"
 
 
-def _cells(row: Row, runs: Sequence[Mapping[str, Any] | None]) -> list[str]:
-    means = [run["mean_return"] for run in runs if run is not None]
-    mean = float(np.mean(means)) if means else None
+def _runs(results: Results, row: Row, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    return [run for seed in seeds if (run := results.find(row.run(seed))) is not None]
+
+
+def _cells(row: Row, ours: list[dict[str, Any]], peers: list[dict[str, Any]], n_seeds: int) -> list[str]:
     options = [*row.params, *(["--vec-env", row.vec_env] if row.vec_env != "dummy" else [])]
     settings = f"{row.name}<br>`{' '.join(options)}`" if options else row.name
-    cells = [f"{run['mean_return']:.2f} ± {run['std_return']:.2f}" if run else "" for run in runs]
-    cells = [settings, f"{row.n_timesteps:,}", *cells, "" if mean is None else f"{mean:.2f}", f"{row.goal:g}"]
-    if mean is None:
-        return [*cells, "not run", row.comparison]
-    verdict = "yes" if mean >= row.goal else "no"
-    alone = f"{sum(value >= row.goal for value in means)} of {len(means)}"
-    n_missing = len(runs) - len(means)
-    reached = f"{verdict} so far ({alone}, {n_missing} to run)" if n_missing else f"{verdict} ({alone})"
-    return [*cells, reached, row.comparison]
+    our_returns, peer_returns = ([run["mean_return"] for run in runs] for runs in (ours, peers))
+    difference = difference_estimate(our_returns, peer_returns)
+    goal = "" if row.goal is None else f"{row.goal:g}"
+    cells = [settings, f"{row.n_timesteps:,}", _mean(our_returns, n_seeds), _mean(peer_returns, n_seeds)]
+    cells += ["" if difference is None else str(difference), goal, _reached(row.goal, our_returns)]
+    minutes = f"{_minutes(ours)} / {_minutes(peers)}" if ours or peers else ""
+    return [*cells, minutes, row.comparison]
+
+
+def _mean(returns: Sequence[float], n_seeds: int) -> str:
+    estimate = mean_estimate(returns)
+    if estimate is None:
+        return "not run"
+    return str(estimate) if len(returns) == n_seeds else f"{estimate} ({len(returns)} of {n_seeds} seeds)"
+
+
+def _reached(goal: float | None, returns: Sequence[float]) -> str:
+    if goal is None or not returns:
+        return ""
+    alone = sum(value >= goal for value in returns)
+    return f"{'yes' if np.mean(returns) >= goal else 'no'} ({alone} of {len(returns)})"
+
+
+def _minutes(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Return the mean processor time; that of resumed runs is not known."""
+    estimate = mean_estimate([run.get("cpu_seconds") for run in runs])
+    return "?" if estimate is None else f"{estimate.mean / 60:.1f}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark with these options, and return its exit code."""
-    return LearningBenchmark(ROWS, argv).main()
+    return LearningBenchmark(with_peers(ROWS), argv).main()

@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
+from sb3_clipvf.zoo import ALGORITHM
 from tests.bench.command import Benchmark, at_least
 from tests.bench.experiments.executors import Finished, LocalExecutor
 from tests.bench.experiments.runs import Record, RunSpec
+from tests.bench.experiments.suite import zoo_settings
 from tests.bench.results import machine
 
 
@@ -27,6 +29,7 @@ class TrainingRow:
     :param params: changes to the shipped settings, as ``-params`` takes them
     :param vec_env: kind of the training environments, as ``--vec-env`` takes it; evaluation has Gymnasium's
     :param n_episodes: episodes of the evaluation of the final model; 0: none
+    :param algo: name of the algorithm in the Zoo; those other than ``clipppo`` have the Zoo's settings
     """
 
     name: str
@@ -35,15 +38,18 @@ class TrainingRow:
     params: tuple[str, ...] = ()
     vec_env: str = "dummy"
     n_episodes: int = 0
+    algo: str = ALGORITHM
 
     def run(self, seed: int) -> dict[str, Any]:
         """
         Return the entries that a seed's result is found by: its key, and what decides on the training apart from the
         shipped settings. A result with other values is stale.
         """
-        settings = {"env_id": self.env_id, "n_timesteps": self.n_timesteps, "params": [*self.params]}
+        settings: dict[str, Any] = {"env_id": self.env_id, "n_timesteps": self.n_timesteps, "params": [*self.params]}
         if self.vec_env != "dummy":
             settings["vec_env"] = self.vec_env
+        if self.algo != ALGORITHM:
+            settings["algo"] = self.algo
         return {"name": self.name, "seed": seed, **settings}
 
 
@@ -59,6 +65,7 @@ class TrainingBenchmark(Benchmark[RowT]):
     """Makes the runs that are missing; a subclass defines what is kept of a run, and the table."""
 
     default_seeds: ClassVar[tuple[int, ...]]
+    first_seed: ClassVar[int] = 0
     deciding = ("seeds",)
 
     def __init__(self, rows: Sequence[RowT], argv: Sequence[str] | None) -> None:
@@ -70,7 +77,7 @@ class TrainingBenchmark(Benchmark[RowT]):
         about = "runs side by side, at most the number of cores (default: %(default)s)"
         parser.add_argument("--jobs", type=at_least(1), default=1, help=about)
         seeds, about = list(self.default_seeds), f"(default: {' '.join(map(str, self.default_seeds))})"
-        parser.add_argument("--seeds", type=at_least(0), nargs="+", default=seeds, help=about)
+        parser.add_argument("--seeds", type=at_least(self.first_seed), nargs="+", default=seeds, help=about)
 
     @abstractmethod
     def measure(self, record: Record) -> dict[str, Any]:
@@ -92,13 +99,14 @@ class TrainingBenchmark(Benchmark[RowT]):
         todo = [(row, seed) for row, seed in pairs if self.args.rerun or self.results.find(row.run(seed)) is None]
         n_done = len(pairs) - len(todo)
         print(f"{len(todo)} runs to make, {n_done} are done already (--rerun makes them again).", flush=True)
-        rows = {self._spec(row, seed): (row, seed) for row, seed in todo}
+        specs = [self._spec(row, seed) for row, seed in todo]
+        of_folder = {spec.folder: made for spec, made in zip(specs, todo, strict=True)}
         if self.args.rerun:
-            for spec in rows:
-                shutil.rmtree(spec.folder, ignore_errors=True)
-        with contextlib.closing(LocalExecutor(self.args.jobs).run(list(rows))) as ended:
+            for folder in of_folder:
+                shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.closing(LocalExecutor(self.args.jobs).run(specs)) as ended:
             for finished in ended:
-                self._add(*rows[finished.spec], finished)
+                self._add(*of_folder[finished.spec.folder], finished)
 
     def _spec(self, row: RowT, seed: int) -> RunSpec:
         label, folder = f"{row.name}, seed {seed}", self.args.log_folder.absolute() / row.name
@@ -109,7 +117,9 @@ class TrainingBenchmark(Benchmark[RowT]):
             seed=seed,
             n_timesteps=row.n_timesteps,
             vec_env=row.vec_env,
+            hyperparams=None if row.algo == ALGORITHM else zoo_settings(row.env_id, row.algo),
             params=row.params,
+            algo=row.algo,
             n_eval_episodes=row.n_episodes,
         )
         # Runs of an earlier version of the row stay beside those of this one.
