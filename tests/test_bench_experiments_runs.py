@@ -14,16 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sb3_clipvf import zoo
+from sb3_clipvf import ClipPPO, zoo
 from sb3_clipvf.zoo.runs import TrainingCurve, find_run
 from tests.bench.experiments import executors
 from tests.bench.experiments.episodes import MAX_ROWS, binned_episodes
 from tests.bench.experiments.executors import LocalExecutor
+from tests.bench.experiments.networks import SharedLayerPolicy
 from tests.bench.experiments.runs import (
     Record,
     RunSpec,
     check_folder,
     prepare_folder,
+    process_variables,
     this_machine,
     train_and_measure,
     train_options,
@@ -168,7 +170,7 @@ def test_jobs_run_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     program = (
         "import pathlib, sys, time\n"
         "folder = pathlib.Path(sys.argv[1])\n"
-        "for _ in range(6000):\n"
+        "for _ in range(2000):\n"
         "    if len(list(folder.parent.glob('*/train.log'))) == 2: sys.exit(7)\n"
         "    time.sleep(0.01)\n"
         "sys.exit(8)\n"
@@ -179,7 +181,7 @@ def test_jobs_run_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_closing_the_executor_ends_what_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_with(monkeypatch, "import sys, time\nif not sys.argv[1].endswith('first'): time.sleep(3600)\nsys.exit(7)")
+    run_with(monkeypatch, "import sys, time\nif sys.argv[1].endswith('first'): sys.exit(7)\ntime.sleep(60)")
     started: list[subprocess.Popen[bytes]] = []
 
     class Recorded(subprocess.Popen):  # type: ignore[type-arg]
@@ -230,6 +232,20 @@ def test_training_of_another_algorithm(tmp_path: Path) -> None:
     assert record.scores["num_timesteps"] == 64 and (record.scores["n_episodes"] or 0) >= 1
     assert [path.name for path in (tmp_path / "run/ppo").glob("*_*")] == ["CartPole-v1_1"]
     assert train_and_measure(spec).scores["run_seconds"] is None  # it is not trained again
+
+
+def test_policy_class_of_a_suite_is_trained_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = f"{SharedLayerPolicy.__module__}.{SharedLayerPolicy.__name__}"
+    hyperparams = {"policy": policy, "n_timesteps": 64, **TINY, "policy_kwargs": "dict(width=5)"}
+    spec = spec_of(tmp_path / "run", hyperparams=hyperparams)
+    assert process_variables(spec_of(tmp_path)) == {"OMP_NUM_THREADS": "1", "SB3_CLIPVF_TRACEBACK": "1"}
+    for name, value in process_variables(spec).items():
+        monkeypatch.setenv(name, value)
+    prepare_folder(spec)
+    assert (train_and_measure(spec).scores["evaluation_mean"] or 0) >= 8
+    model = ClipPPO.load(find_run(spec.folder, spec.env_id).model_path)
+    # 4 observations, 5 units, 2 actions, 1 value: one layer for both.
+    assert sum(parameter.numel() for parameter in model.policy.parameters()) == 5 * (4 + 1) + (2 + 1) * (5 + 1)
 
 
 @pytest.fixture(scope="module")
