@@ -122,6 +122,8 @@ def test_rows_have_the_goals_to_reach() -> None:
         "lunarlander-envpool": ("LunarLander-v3", 16, 64, 10),
         "cartpole-64-vector": ("CartPole-v1", 64, 256, 12),
         "breakout-8-ale": ("BreakoutNoFrameskip-v4", 8, 256, 2),
+        "breakout-64-ale": ("BreakoutNoFrameskip-v4", 64, 256, 2),
+        "tensor-pendulum": ("Pendulum-v1", 4096, 32_768, 3),
         "custom-extractor": ("CartPole-v1", 1, 64, 1.7),
         "wide-256": ("17 -> 6", 8, 256, 3),
         "wide-256-1t": ("17 -> 6", 8, 256, 3),
@@ -193,6 +195,18 @@ def test_each_peer_has_the_environments_of_its_own_library(normalize: bool) -> N
         assert type(env.unwrapped) is vec_env
         assert (env.num_envs, env.env_is_wrapped(Monitor)) == (4, [True] * 4)
         env.close()
+
+
+def test_tensor_environments_are_stepped_as_tensors_by_clipppo_alone() -> None:
+    row = next(row for row in ROWS if row.name == "tensor-pendulum").quick()
+    assert row.measured() == ("clipppo", "sb3")
+    for peer, method in (("clipppo", "step_tensors"), ("sb3", "step")):
+        model = make_model(row, peer, 3)
+        assert model.env.num_envs == 64 and model.env.unwrapped.device.type == "cpu"
+        watch = speed_child.Stopwatch(model, 0, lambda: None)
+        assert method in vars(model.env)
+        model.learn(64 * row.n_steps)
+        assert [iteration.n_env_steps for iteration in watch.iterations] == [row.n_steps]
 
 
 def test_peers_get_the_same_arguments() -> None:

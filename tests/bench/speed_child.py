@@ -43,11 +43,12 @@ class Stopwatch:
     def __init__(self, model: Any, warmup: int, on_measured: Callable[[], None]) -> None:
         self.iterations: list[Iteration] = []
         self._warmup, self._on_measured = warmup, on_measured
-        self._collect, self._train, self._step = model.collect_rollouts, model.train, model.env.step
+        step = "step_tensors" if _steps_tensors(model) else "step"
+        self._collect, self._train, self._step = model.collect_rollouts, model.train, getattr(model.env, step)
         for owner, name, method in (
             (model, "collect_rollouts", self._timed_collect),
             (model, "train", self._timed_train),
-            (model.env, "step", self._timed_step),
+            (model.env, step, self._timed_step),
         ):
             setattr(owner, name, method)
 
@@ -72,6 +73,14 @@ class Stopwatch:
         iteration.environment += time.perf_counter() - started
         iteration.n_env_steps += 1
         return result
+
+
+def _steps_tensors(model: Any) -> bool:
+    if not type(model).__module__.startswith("sb3_clipvf."):
+        return False
+    from sb3_clipvf.tensor_collection import steps_tensors
+
+    return steps_tensors(model.env, model.rollout_buffer)
 
 
 def peak_megabytes() -> float:

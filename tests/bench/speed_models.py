@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 import torch as th
@@ -115,6 +117,26 @@ def _free(row: SpeedRow, peer: str, seed: int) -> Any:
     return FreeVecEnv(row.n_envs, int(n_inputs), int(n_actions), seed)
 
 
+def _tensor(row: SpeedRow, peer: str, seed: int) -> Any:
+    """Build tensor environments on the policy's device. SB3 steps them through arrays."""
+    from sb3_clipvf.envs import as_vec_env
+
+    device = row.device_of(peer)
+    on_gpu = device == "cuda" or (device == "auto" and th.cuda.is_available())
+    env = as_vec_env(_example("tensor_environment").TensorPendulum(row.n_envs, "cuda" if on_gpu else "cpu"))
+    env.seed(seed)
+    return env
+
+
+def _example(name: str) -> Any:
+    """Return a module of the documentation's examples."""
+    path = Path(__file__).resolve().parents[2] / "docs" / "examples" / f"{name}.py"
+    spec: Any = spec_from_file_location(name, path)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 ENVIRONMENTS: dict[str, Callable[[SpeedRow, str, int], Any]] = {
     "gym": _gym,
     "atari": _atari,
@@ -122,6 +144,7 @@ ENVIRONMENTS: dict[str, Callable[[SpeedRow, str, int], Any]] = {
     "envpool": _adapted,
     "ale": _adapted,
     "free": _free,
+    "tensor": _tensor,
 }
 """
 Functions that make a peer's VecEnv by kind of environment, with ``Monitor``'s episode statistics. For "gym", ClipPPO

@@ -140,7 +140,7 @@ class SpeedRow:
         """Return the keys of ``PEERS`` and ``BOUNDS`` to measure here, in the order of the first alternation."""
         absent = absent_peers()
         peers = [peer for peer in self.peers if peer not in absent]
-        bounds = [] if self.phase == "update" or self.env == "free" else ["bound_clipppo"]
+        bounds = [] if self.phase == "update" or self.env in ("free", "tensor") else ["bound_clipppo"]
         if bounds and self.env != self.peer_env:
             bounds.append("bound_sb3")
         return (*peers, *bounds)
@@ -173,6 +173,8 @@ _ATARI: dict[str, Any] = {"n_steps": 128, "batch_size": 256, "n_epochs": 4, "ent
 _ATARI |= {"learning_rate": "lin_2.5e-4", "clip_range": "lin_0.1"}
 # Eight minibatches of 256 transitions in each of ten epochs, with the spaces of HalfCheetah-v5.
 _WIDE: dict[str, Any] = {"n_steps": 256, "batch_size": 256, "policy_kwargs": {"net_arch": [256, 256]}}
+# The same with cheap environments: 131,072 transitions in four minibatches, for four epochs.
+_TENSORS: dict[str, Any] = {"n_steps": 32, "batch_size": 32_768, "n_epochs": 4}
 # Massively parallel simulation: 98,304 transitions in four minibatches, for two epochs.
 _LARGE: dict[str, Any] = {"n_steps": 24, "batch_size": 24_576, "n_epochs": 2}
 _LARGE |= {"policy_kwargs": {"net_arch": [512, 256, 128], "activation_fn": "ELU"}}
@@ -213,12 +215,17 @@ ROWS: tuple[SpeedRow, ...] = (
     SpeedRow("breakout-8-ale", "Breakout, Zoo settings, CnnPolicy, 8 environments of ALE's vector kind", 2,
              "BreakoutNoFrameskip-v4", 8, 3, settings=_ATARI, policy="CnnPolicy", env="ale", peer_env="atari",
              peers=_ALL),
+    SpeedRow("breakout-64-ale", "Breakout, Zoo settings, CnnPolicy, 64 environments of ALE's vector kind", 2,
+             "BreakoutNoFrameskip-v4", 64, 1, settings=_ATARI, policy="CnnPolicy", env="ale", peer_env="atari",
+             peers=("clipppo", "sb3")),
     _cartpole("custom-extractor", "CartPole-v1, SB3 defaults, custom features extractor", 1.7, 1, 8,
               custom_extractor=True, peers=("clipppo", "sb3")),  # SBX has no such extractors
     _wide("wide-256", "update alone, networks 256-256, batch 256", peers=_ALL),
     _wide("wide-256-1t", "update alone, networks 256-256, batch 256, 1 thread", threads=1),
     _large("large-4096", "update alone, 4096 environments, networks 512-256-128, batch 24,576",
            peers=_ALL),
+    SpeedRow("tensor-pendulum", "4096 pendulums as tensors, networks 64-64, batch 32,768", 3, "Pendulum-v1", 4096, 4,
+             _TENSORS, env="tensor", peer_env="tensor", peers=("clipppo", "sb3")),
     _large("large-4096-1t", "update alone, 4096 environments, networks 512-256-128, batch 24,576, 1 thread", threads=1),
 )
 # fmt: on
