@@ -379,13 +379,24 @@ class TestDeadWorkers:
     def test_are_seen(self, bad: int) -> None:
         ours, _ = pair(partial(Failing, bad=bad, act=exit_with_3))
         ours.reset()
-        with pytest.raises(EOFError):
+        text = rf"but that of environments {'1 to 2' if bad == 1 else '3 to 4'} ended with exit code 3\. See"
+        with pytest.raises(EOFError, match=text):
             for _ in range(3):
                 ours.step(np.zeros(5, int))
-        with pytest.raises(OSError, match="Broken pipe"):
+        with pytest.raises(EOFError, match=text):
             ours.reset()
         ours.close()
         assert [process.exitcode for process in ours.processes] == ([3, 0] if bad == 1 else [0, 3])
+
+    @pytest.mark.parametrize("start_method", ["fork", "forkserver"])
+    def test_are_named_if_they_die_while_they_start(self, start_method: str) -> None:
+        def make(number: int) -> gym.Env[Any, Any]:
+            if number == 3:
+                os._exit(4)
+            return Scripted(number)
+
+        with pytest.raises(EOFError, match=r"but that of environments 3 to 4 ended with exit code 4\. See the error"):
+            FastSubprocVecEnv(env_fns(make, 5), 3, start_method)
 
     @pytest.mark.parametrize("delay", [0.0, 1e-4, 1e-3, 1e-2, None])
     def test_are_seen_whenever_they_are_killed(self, delay: float | None) -> None:
@@ -398,7 +409,7 @@ class TestDeadWorkers:
             victim.join()
         else:
             threading.Timer(delay, victim.kill).start()
-        with pytest.raises((EOFError, OSError)):
+        with pytest.raises(EOFError, match="that of environments 3 to 4 was killed by SIGKILL"):
             while True:
                 ours.step(np.zeros(5, int))
         ours.close()
@@ -437,9 +448,12 @@ class TestDeadWorkers:
             ClipPPO("MlpPolicy", ours, n_steps=8, batch_size=8, device="cpu").learn(40)
         assert (tmp_path / "0").exists()
 
-    def test_errors_in_a_training_are_the_environments_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("sb3_clipvf.guards.workers.GRACE", 0.1)
-        ours, _ = pair(Failing)
+    @pytest.mark.parametrize("bad", [0, 4])
+    def test_errors_in_a_training_are_the_environments_own_at_once(
+        self, bad: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("sb3_clipvf.guards.workers.GRACE", 3600)
+        ours, _ = pair(partial(Failing, bad=bad))
         with pytest.raises(OSError, match="the user's own words") as caught:
             ClipPPO("MlpPolicy", ours, n_steps=8, batch_size=8, device="cpu").learn(40)
         assert any("num_timesteps=10 of 40" in note for note in caught.value.__notes__)
@@ -493,6 +507,37 @@ class TestEnds:
         ours.close()
         assert sorted((tmp_path / "closed").read_text().split()) == list("01234")
         assert [process.exitcode for process in ours.processes] == [0, 0]
+
+    @pytest.mark.parametrize(
+        ("name", "arguments"),
+        [
+            ("get_attr", ("number",)),
+            ("set_attr", ("number", 1)),
+            ("env_method", ("get_wrapper_attr", "number")),
+            ("env_is_wrapped", (gym.Wrapper,)),
+            ("has_attr", ("number",)),
+        ],
+    )
+    def test_calls_during_a_step_are_refused(self, name: str, arguments: tuple[Any, ...]) -> None:
+        """The reply to the step would be lost, and `step_wait` would wait for it."""
+        ours, theirs = pair(Scripted)
+        same(ours.reset(), theirs.reset())
+        ours.step_async(np.zeros(5, int))
+        with pytest.raises(RuntimeError, match=f"`{name}` must not be called during a step, .* Call `step_wait` first"):
+            getattr(ours, name)(*arguments)
+        same(ours.step_wait(), theirs.step(np.zeros(5, int)))
+        getattr(ours, name)(*arguments)
+
+    def test_a_reset_drops_a_step(self) -> None:
+        ours, theirs = pair(lambda _: gym.make("CartPole-v1"))
+        ours.reset()
+        ours.step_async(np.zeros(5, int))
+        ours.seed(3)
+        theirs.seed(3)
+        same(ours.reset(), theirs.reset())
+        with pytest.raises(RuntimeError, match="`step_wait` must be called after `step_async`"):
+            ours.step_wait()
+        same(ours.step(np.zeros(5, int))[0], theirs.step(np.zeros(5, int))[0])
 
     def test_close_during_a_step(self) -> None:
         ours, _ = pair(Scripted)

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import chain, pairwise, starmap
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -31,7 +32,7 @@ from sb3_clipvf.envs.dummy import FastDummyVecEnv
 from sb3_clipvf.envs.info_rows import InfoRows, Infos
 
 GRACE = 2.0
-"""Seconds that ``close`` waits for a step that an error has interrupted, before it kills the worker."""
+"""Seconds that a worker process has to end by itself, or to finish an interrupted step, before it is killed."""
 
 SPIN = 1e-3
 """Seconds for which a process polls for a message before it sleeps."""
@@ -48,8 +49,9 @@ class FastSubprocVecEnv(SubprocVecEnv):
     what is global there, such as NumPy's global random numbers.
 
     An error in an environment is raised here as ``DummyVecEnv`` raises it. Its cause holds the worker's traceback. If a
-    worker dies, ``EOFError`` or ``OSError`` is raised, and within ``ClipPPO.learn``
-    :class:`~sb3_clipvf.guards.workers.WorkerDiedError`.
+    worker dies, ``EOFError`` names its environments and its exit code. Within ``ClipPPO.learn``, it is a
+    :class:`~sb3_clipvf.guards.workers.WorkerDiedError`. Between :meth:`step_async` and :meth:`step_wait`, environments
+    cannot be asked for anything. Only :meth:`reset` and :meth:`close` are possible, which drop the step.
 
     :param env_fns: Functions that make one environment each, all with the same spaces.
     :param n_workers: Number of processes, including this one; at most one per environment is used. None is the number
@@ -122,6 +124,8 @@ class FastSubprocVecEnv(SubprocVecEnv):
 
         :return: Observations, rewards (float32), dones and infos, as ``DummyVecEnv`` returns them.
         """
+        if not self.waiting:
+            raise RuntimeError("`step_wait` must be called after `step_async`, got no such call. Call it, or `step`.")
         self.waiting = False
         self._own._step_envs()
         infos = self._own._infos_from_buf()
@@ -134,6 +138,7 @@ class FastSubprocVecEnv(SubprocVecEnv):
 
     def reset(self) -> VecEnvObs:
         """Begin an episode in every environment, with the seeds and options of ``seed`` and ``set_options``."""
+        self.waiting = False
         parts = [slice(rows.start, rows.stop) for rows in self._all_rows]
         infos = self._call("begin", [(self._seeds[part], self._options[part]) for part in parts])
         self.reset_infos = list(chain(*infos))
@@ -173,6 +178,7 @@ class FastSubprocVecEnv(SubprocVecEnv):
 
     def has_attr(self, attr_name: str) -> bool:
         """Return whether all environments have an attribute."""
+        self._check_idle("has_attr")
         return all(self._call("has_attr", [(attr_name,)] * len(self._all_rows)))
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
@@ -197,6 +203,7 @@ class FastSubprocVecEnv(SubprocVecEnv):
 
     def _call_envs(self, name: str, indices: VecEnvIndices, *args: Any, **kwargs: Any) -> list[Any]:
         """Call a method of ``DummyVecEnv`` for the environments at ``indices``, in the processes that have them."""
+        self._check_idle(name)
         wanted = [range(self.num_envs)[index] for index in self._get_indices(indices)]
         results: list[Any] = [None] * len(wanted)
         parts = [[place for place, row in enumerate(wanted) if row in rows] for rows in self._all_rows]
@@ -204,6 +211,12 @@ class FastSubprocVecEnv(SubprocVecEnv):
         for place, result in zip(chain(*parts), chain(*self._call("call_rows", calls)), strict=True):
             results[place] = result
         return results
+
+    def _check_idle(self, name: str) -> None:
+        if self.waiting:
+            raise RuntimeError(
+                f"`{name}` must not be called during a step, got a call after `step_async`. Call `step_wait` first."
+            )
 
     def _call(self, name: str, calls: list[Any]) -> list[Any]:
         """Call a method in each process that has arguments, and return the results of these processes."""
@@ -213,25 +226,71 @@ class FastSubprocVecEnv(SubprocVecEnv):
 
     def _send(self, messages: Sequence[bytes | None]) -> None:
         """Send each worker its message, unless it is None."""
-        if self._awaits_replies:  # an exception has interrupted the last call
-            for channel in self._channels:
-                channel.reset()
-        self._awaits_replies = True
-        self._called = []
-        for channel, message in zip(self._channels, messages, strict=True):
-            if message is not None:
-                channel.send(message)
-                self._called.append(channel)
+        try:
+            if self._awaits_replies:  # an exception has interrupted the last call
+                for channel in self._channels:
+                    channel.reset()
+            self._awaits_replies = True
+            self._called = []
+            for channel, message in zip(self._channels, messages, strict=True):
+                if message is not None:
+                    channel.send(message)
+                    self._called.append(channel)
+        except (EOFError, OSError) as broken:
+            self._raise_if_dead(broken)
+            raise
 
     def _receive(self) -> list[Any]:
         """Return the results of the workers that have been called; raise the first error once all have replied."""
-        replies = [pickle.loads(channel.receive()) for channel in self._called]
+        try:
+            messages = [channel.receive() for channel in self._called]
+        except (EOFError, OSError) as broken:
+            self._raise_if_dead(broken)
+            raise
+        replies = list(map(pickle.loads, messages))
         self._awaits_replies = False
         for failure, _ in replies:
             if failure is not None:
                 error, trace = failure
                 raise error from _WorkerError(trace)
         return [result for _, result in replies]
+
+    def _raise_if_dead(self, cause: Exception) -> None:
+        """Raise EOFError if a worker has died."""
+        ended = ended_workers(self.processes, self.worker_rows, GRACE)
+        if ended:
+            raise EOFError(
+                f"`env_fns` must make environments that keep their process running, but {described(ended)}. See the "
+                "error output (stderr) above."
+            ) from cause
+
+
+def ended_workers(
+    processes: Sequence[BaseProcess], worker_rows: Sequence[range], grace: float
+) -> list[tuple[range, int]]:
+    """Return environments and exit code of each process that has ended, or ends within ``grace`` seconds."""
+    # A process ends some moments after its pipes are closed.
+    deadline = time.monotonic() + grace
+    while all(process.is_alive() for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    ends = [(rows, process.exitcode) for rows, process in zip(worker_rows, processes, strict=True)]
+    return [(rows, code) for rows, code in ends if code is not None]
+
+
+def described(ended: list[tuple[range, int]]) -> str:
+    """Return how the processes of these environments ended, as a part of a sentence."""
+    return ", ".join(f"that of {_named(rows)} {_end(code)}" for rows, code in ended)
+
+
+def _named(rows: range) -> str:
+    return f"environment {rows[0]}" if len(rows) == 1 else f"environments {rows[0]} to {rows[-1]}"
+
+
+def _end(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    known = {int(number): number.name for number in signal.Signals}
+    return f"was killed by {known.get(-code, f'signal {-code}')}"
 
 
 class _WorkerError(Exception):

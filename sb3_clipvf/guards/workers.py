@@ -3,19 +3,16 @@
 import contextlib
 import multiprocessing
 import os
-import signal
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from multiprocessing import connection, context
 
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
-from sb3_clipvf.envs.subproc import FastSubprocVecEnv
-
-GRACE = 2.0
-"""Seconds before worker processes that do not end by themselves are terminated."""
+from sb3_clipvf.envs.subproc import GRACE, FastSubprocVecEnv, described, ended_workers
 
 # Windows has neither SIGKILL nor forked processes.
 _KILLED = -9
@@ -73,19 +70,13 @@ def worker_death(venv: VecEnv, error: Exception) -> WorkerDiedError | None:
     """Return the error to raise in place of ``error`` if a worker of ``venv`` has died, and terminate the others."""
     if not isinstance(venv, SubprocVecEnv) or not isinstance(error, EOFError | OSError):
         return None
-    # A process ends some moments after its pipes are closed.
-    deadline = time.monotonic() + GRACE
-    while all(process.is_alive() for process in venv.processes) and time.monotonic() < deadline:
-        time.sleep(0.01)
     single = [range(row, row + 1) for row in range(len(venv.processes))]  # a class of the user's may have fewer
     rows = venv.worker_rows if isinstance(venv, FastSubprocVecEnv) else single
-    ended = [(part, process.exitcode) for part, process in zip(rows, venv.processes, strict=True)]
-    ended = [(part, code) for part, code in ended if code is not None]
+    ended = ended_workers(venv.processes, rows, GRACE if _may_be_of_pipe(error) else 0.0)
     if not ended:
         return None
     _end_processes(venv)
     died = {row: code for part, code in ended for row in part}
-    ends = ", ".join(f"that of {_named(part)} {_end(code)}" for part, code in ended)
     if _KILLED in died.values():
         way_out = "The system kills processes when memory runs out (see `dmesg`): run fewer or smaller environments."
     elif isinstance(venv, FastSubprocVecEnv):
@@ -96,21 +87,16 @@ def worker_death(venv: VecEnv, error: Exception) -> WorkerDiedError | None:
             "DummyVecEnv raises the error itself."
         )
     return WorkerDiedError(
-        f"`env` must keep its {len(venv.processes)} processes running, but {ends}. The others were terminated. "
-        f"{way_out}",
+        f"`env` must keep its {len(venv.processes)} processes running, but {described(ended)}. The others were "
+        f"terminated. {way_out}",
         died,
     )
 
 
-def _named(rows: range) -> str:
-    return f"environment {rows[0]}" if len(rows) == 1 else f"environments {rows[0]} to {rows[-1]}"
-
-
-def _end(code: int) -> str:
-    if code >= 0:
-        return f"ended with exit code {code}"
-    known = {int(number): number.name for number in signal.Signals}
-    return f"was killed by {known.get(-code, f'signal {-code}')}"
+def _may_be_of_pipe(error: Exception) -> bool:
+    """Return whether the error may come from a worker's pipe, not from an environment or a callback."""
+    modules = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return not modules or modules[-1] == connection.__name__
 
 
 def _end_processes(venv: SubprocVecEnv) -> None:
