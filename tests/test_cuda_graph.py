@@ -61,6 +61,8 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if request.param == "cpu":
         monkeypatch.setattr(cuda_graph, "Recorder", StandIn)
         monkeypatch.setattr(cuda_graph, "why_not_cuda_graph", static_step.why_not_static)
+    # The numbers of convolutions in TF32 differ by more than the tolerances.
+    monkeypatch.setattr(th.backends.cudnn, "allow_tf32", False)
     return str(request.param)
 
 
@@ -133,6 +135,12 @@ def run_both(
 # The entropy of squashed policies is estimated from random numbers, which autograd draws in another order on a GPU.
 @pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("squashed") or "gsde" in name])
 def test_updates_equal_autograds(name: str, device: str) -> None:
+    if device == "cuda" and name == "gsde_std_per_latent":
+        policy, buffer = make(name, device)
+        assert cuda_graph.why_not_cuda_graph(policy, buffer) == (
+            "its gSDE has full_std=False, with which SB3 copies from the host at each step"
+        )
+        return
     run_both(name, device)
 
 

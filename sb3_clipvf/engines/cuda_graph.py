@@ -144,11 +144,11 @@ class Graph(Protocol):
 
 
 class Recorder:
-    """Records operations on a CUDA device, on one stream and in one pool of memory."""
+    """Records operations on a CUDA device, on a stream of its own."""
 
     def __init__(self, device: th.device) -> None:
         self._device = device
-        self._place: tuple[Any, Any] | None = None  # stream and pool
+        self._stream: Any = None
 
     def record(self, run: Callable[[], None], warm_up: Callable[[], None]) -> Graph:
         """
@@ -159,9 +159,9 @@ class Recorder:
         :raises RuntimeError: If an operation cannot be recorded.
         """
         device = self._device
-        if self._place is None:
-            self._place = (th.cuda.Stream(device), th.cuda.graph_pool_handle())  # type: ignore[no-untyped-call]
-        stream, pool = self._place
+        if self._stream is None:
+            self._stream = th.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream = self._stream
         random_state, current = th.cuda.get_rng_state(device), th.cuda.current_stream(device)
         try:
             stream.wait_stream(current)
@@ -172,7 +172,7 @@ class Recorder:
             th.cuda.set_rng_state(random_state, device)
             graph = th.cuda.CUDAGraph()
             # Threads of environments may use the device meanwhile.
-            with th.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            with th.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 run()
         except RuntimeError:
             th.cuda.set_stream(current)

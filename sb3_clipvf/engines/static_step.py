@@ -9,6 +9,7 @@ CPU they run one by one, which tests compare with the other engines.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import compress
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
@@ -236,7 +237,8 @@ class StaticStep:
         self.log = th.zeros(CHUNK, len(_LOGGED), device=device)
         self.active = th.ones((), dtype=th.bool, device=device)
         self._n_steps = th.zeros((), device=device)
-        self._reached: list[th.Tensor] = []  # parameters with a gradient
+        self._gradients = [th.zeros_like(parameter) for parameter in self._parameters]
+        self._reached: list[bool] = []  # whether the loss of a minibatch depends on a parameter
         # The coefficients, the learning rate, mean and standard deviation of the rollout's advantages
         self._numbers = th.zeros(len(_COEFFICIENTS) + 3, device=device)
         *numbers, self._learning_rate, mean, std = self._numbers
@@ -269,8 +271,11 @@ class StaticStep:
         """Run minibatches of these sizes, whose rows are in ``rows``, and fill the first rows of ``log``."""
         start = 0
         for number, size in enumerate(sizes):
-            self._run_minibatch(self.rows[start : start + size], measure_kl, self.log[number])
+            leaves = self._run_minibatch(self.rows[start : start + size], measure_kl, self.log[number])
             start += size
+        for gradient, leaf in zip(self._gradients, leaves, strict=True):
+            if leaf.grad is not None:
+                gradient.copy_(leaf.grad)
 
     def minibatch(self, rows: th.Tensor) -> MiniBatch:
         """Return the transitions in these rows of the rollout."""
@@ -288,10 +293,14 @@ class StaticStep:
         )
 
     def write_back(self) -> None:
-        """Write the number of steps to the optimizer."""
-        write_steps(self.policy.optimizer, self._reached, int(self._n_steps))
+        """Write the number of steps to the optimizer, and the last gradients to the parameters."""
+        reached = list(compress(self._parameters, self._reached))
+        write_steps(self.policy.optimizer, reached, int(self._n_steps))
+        for parameter, gradient in zip(reached, compress(self._gradients, self._reached), strict=True):
+            parameter.grad = gradient
 
-    def _run_minibatch(self, rows: th.Tensor, measure_kl: bool, log: th.Tensor) -> None:
+    def _run_minibatch(self, rows: th.Tensor, measure_kl: bool, log: th.Tensor) -> list[th.Tensor]:
+        """Run one minibatch, and return tensors that have the gradients of the parameters."""
         # New leaves for each pass: nodes of a parameter that is part of another graph remember that graph's stream,
         # which no CUDA graph may wait for.
         leaves = [parameter.detach().requires_grad_() for parameter in self._parameters]
@@ -305,6 +314,7 @@ class StaticStep:
             self._make_step(leaves, steps)
             values = [getattr(minibatch, name) for name in _LOGGED]
             th.stack([norm if value is None else value for value in values], out=log)
+        return leaves
 
     def _may_step(self, loss: Any, approx_kl: Any, norm: th.Tensor) -> th.Tensor:
         """Return whether this minibatch makes a step, as :func:`.epochs.run_epochs` decides, and update ``active``."""
@@ -322,20 +332,17 @@ class StaticStep:
 
     def _make_step(self, leaves: list[th.Tensor], steps: th.Tensor) -> None:
         """Make a step of Adam, where ``steps`` is true."""
-        every = zip(self._parameters, leaves, self._moments, strict=True)
-        rows = [row for row in every if row[1].grad is not None]
-        self._reached = [parameter for parameter, _, _ in rows]
-        for parameter, leaf, _ in rows:
-            parameter.grad = leaf.grad
+        self._reached = [leaf.grad is not None for leaf in leaves]
+        moments = list(compress(self._moments, self._reached))
         makes_step = steps.float()
         self._n_steps += makes_step
         self._optimizer(
-            [parameter.detach() for parameter in self._reached],
-            [cast(th.Tensor, leaf.grad) for _, leaf, _ in rows],
-            [moments[0] for _, _, moments in rows],
-            [moments[1] for _, _, moments in rows],
+            [parameter.detach() for parameter in compress(self._parameters, self._reached)],
+            [leaf.grad for leaf in compress(leaves, self._reached)],
+            [exp_avg for exp_avg, _ in moments],
+            [exp_avg_sq for _, exp_avg_sq in moments],
             [],
-            [self._n_steps] * len(rows),
+            [self._n_steps] * len(moments),
             lr=self._learning_rate,
             found_inf=1 - makes_step,
         )

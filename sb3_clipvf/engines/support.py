@@ -119,6 +119,9 @@ def why_not_cuda_graph(policy: ActorCriticPolicy, buffer: Any) -> str | None:
     """Return why the CUDA graph engine cannot run a policy with this rollout buffer, as half a sentence, or None."""
     if policy.device.type != "cuda":
         return f"it is on the device {policy.device}"
+    dist = policy.action_dist
+    if isinstance(dist, StateDependentNoiseDistribution) and not dist.full_std:
+        return "its gSDE has full_std=False, with which SB3 copies from the host at each step"
     return why_not_static(policy, buffer)
 
 
