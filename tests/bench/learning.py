@@ -66,9 +66,9 @@ def with_peers(rows: Sequence[Row]) -> tuple[Row, ...]:
 
 # Comparisons: best on-policy entry of the RL Zoo's benchmark.md, one run each.
 #
-# Estimate for a seed on one core, from docs/results/speed.json: 45 minutes for ClipPPO, of which BipedalWalker takes 14
-# and MuJoCo 20; 2 h 10 min for SB3's PPO, of which BipedalWalker takes 42 minutes and MuJoCo 76. Five seeds of both
-# take 15 hours on one core, 7 to 9 hours with `--jobs 2`.
+# Estimate for a seed on one core, from the first 16,000 to 65,000 steps of each row: 35 minutes for ClipPPO, of which
+# MuJoCo takes 18; 110 minutes for SB3's PPO, of which MuJoCo takes 75 and BipedalWalker 25. Five seeds of both take 12
+# hours on one core, 6 to 7 hours with `--jobs 2`.
 ROWS: tuple[Row, ...] = (
     _row("CartPole-v1", 100_000, 500, comparison="500"),
     _row("MountainCarContinuous-v0", 50_000, 92, comparison="92.5 (trpo), 88.3 (ppo at 20k)"),
