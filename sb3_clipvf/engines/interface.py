@@ -69,13 +69,15 @@ class UpdateStatistics:
     skipped: BadMinibatchError | None = None  #: The first of them.
 
     def read(self) -> dict[str, float]:
-        """Return the numbers by log key without "train/", in the one device read of an update."""
+        """Return the numbers by log key without "train/", in one read of the device (or two, with ``kl_after``)."""
         scalars = {**self.means, "approx_kl": self.approx_kl, "ratio_max": self.ratio_max, "loss": self.last_loss}
         if self.kl is not None:
             scalars["kl"] = self.kl
         if self.kl_after is not None:
             scalars["kl_after_update"] = self.kl_after
-        numbers = th.stack([scalar.double() for scalar in scalars.values()]).tolist()
+        # The KL after the update may be on the device although the engine has read the others.
+        device = self.last_loss.device
+        numbers = th.stack([scalar.double().to(device) for scalar in scalars.values()]).tolist()
         return dict(zip(scalars, numbers, strict=True))
 
 
