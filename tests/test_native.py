@@ -446,6 +446,14 @@ class TestActingWithGSDE:
 # ------------------------------------------------------------------ updates
 
 
+def test_permutations_are_those_of_the_buffer_in_half_of_the_memory() -> None:
+    np.random.seed(3)
+    drawn = native._permutations(4, 1000)
+    np.random.seed(3)
+    np.testing.assert_array_equal(drawn, [np.random.permutation(1000) for _ in range(4)])
+    assert drawn.nbytes == 4 * 4 * 1000
+
+
 class TestUpdate:
     @pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
     @pytest.mark.parametrize("form", kernel_cases.OBJECTIVES)

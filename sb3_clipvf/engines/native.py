@@ -339,7 +339,7 @@ class NativeEngine:
     ) -> BadMinibatchError:
         batch_size = self.settings.batch_size
         epoch, minibatch = divmod(number, -(-permutations.shape[1] // batch_size))
-        indices = permutations[epoch, minibatch * batch_size : (minibatch + 1) * batch_size]
+        indices = permutations[epoch, minibatch * batch_size : (minibatch + 1) * batch_size].astype(np.int64)
         return BadMinibatchError(terms, epoch, minibatch, buffer._get_samples(indices), indices)
 
     def _kl_after(self, rollout: inputs.Rollout) -> th.Tensor:
@@ -358,8 +358,8 @@ class NativeEngine:
 
 
 def _permutations(n_epochs: int, n: int) -> np.ndarray:
-    """Draw the permutations of the epochs, as the buffer does."""
-    permutations = np.empty((n_epochs, n), np.int64)
+    """Draw the permutations of the epochs, as the buffer does, in half of the memory."""
+    permutations = np.empty((n_epochs, n), np.int32 if n <= 2**31 else np.int64)
     for permutation in permutations:
         permutation[:] = np.random.permutation(n)
     return permutations

@@ -30,7 +30,7 @@ class Channel:
     pipe.
     """
 
-    def __init__(self, remote: Connection, incoming: "_Way", outgoing: "_Way", spin: float) -> None:
+    def __init__(self, remote: Connection, incoming: "_Direction", outgoing: "_Direction", spin: float) -> None:
         self.remote = remote
         self._incoming, self._outgoing, self._spin = incoming, outgoing, spin
         self._n_resets = 0
@@ -106,7 +106,7 @@ class Channel:
         return self.remote.recv_bytes() if length == _IN_PIPE else bytes(incoming.view[_LENGTH.size :][:length])
 
 
-class _Way:
+class _Direction:
     """Semaphores and memory of one direction."""
 
     def __init__(self, context: Any, offers: int) -> None:
@@ -133,5 +133,5 @@ def channel_ends(context: Any, spin: float) -> tuple[Channel, Channel]:
     :param spin: Seconds for which a receiver polls before it sleeps.
     """
     first, second = context.Pipe()
-    ways = _Way(context, 1), _Way(context, 0)
-    return Channel(first, *ways, spin), Channel(second, *ways[::-1], spin)
+    directions = _Direction(context, 1), _Direction(context, 0)
+    return Channel(first, *directions, spin), Channel(second, *directions[::-1], spin)

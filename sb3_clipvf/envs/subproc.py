@@ -84,7 +84,7 @@ class FastSubprocVecEnv(SubprocVecEnv):
         if start_method is None:
             start_method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         context: Any = multiprocessing.get_context(start_method)
-        self._own = _Share([env_fns[row] for row in self._all_rows[0]])
+        self._own = _LocalEnvs([env_fns[row] for row in self._all_rows[0]])
         memory = _shared_memory(context, self._own, n_envs)
         self._arrays = self._own.use(memory, self._all_rows[0])
         try:
@@ -301,23 +301,23 @@ class _WorkerError(Exception):
 _Memory = dict[Any, tuple[Any, tuple[int, ...], np.dtype[Any]]]
 
 
-def _shared_memory(context: Any, share: FastDummyVecEnv, n_envs: int) -> _Memory:
+def _shared_memory(context: Any, envs: FastDummyVecEnv, n_envs: int) -> _Memory:
     """Return memory for observations by key, rewards and dones of all environments."""
-    layout: dict[Any, Any] = {("obs", key): (rows.shape[1:], rows.dtype) for key, rows in share.buf_obs.items()}
+    layout: dict[Any, Any] = {("obs", key): (rows.shape[1:], rows.dtype) for key, rows in envs.buf_obs.items()}
     layout |= {"rewards": ((), np.dtype(np.float32)), "dones": ((), np.dtype(bool))}
     memory = {}
     for name, (shape, dtype) in layout.items():
         if dtype.hasobject:
             raise ValueError(
                 "`env_fns` must make environments whose observations are arrays of numbers, got the space "
-                f"{share.observation_space}. Use stable_baselines3's SubprocVecEnv."
+                f"{envs.observation_space}. Use stable_baselines3's SubprocVecEnv."
             )
         n_bytes = n_envs * int(np.prod(shape)) * dtype.itemsize
         memory[name] = (context.RawArray("b", max(1, n_bytes)), (n_envs, *shape), dtype)
     return memory
 
 
-class _Share(FastDummyVecEnv):
+class _LocalEnvs(FastDummyVecEnv):
     """The environments of one process."""
 
     def __init__(self, env_fns: list[Callable[[], gym.Env[Any, Any]]]) -> None:
@@ -381,23 +381,23 @@ def _work(
     # Ctrl-C reaches all processes of a terminal, and the parent may go on. SIG_IGN would be inherited by programs that
     # environments start.
     signal.signal(signal.SIGINT, lambda *_: None)
-    share: _Share | None = None
+    envs: _LocalEnvs | None = None
 
     def start() -> None:
-        nonlocal share
-        share = _Share(env_fns.var)
-        share.use(memory, rows)
+        nonlocal envs
+        envs = _LocalEnvs(env_fns.var)
+        envs.use(memory, rows)
 
     def answer() -> Any:
         name, args = pickle.loads(message)
-        return getattr(share, name)(*args)
+        return getattr(envs, name)(*args)
 
     with contextlib.suppress(EOFError, OSError):  # the parent has ended
         channel.send(_reply(start))
         while (message := channel.receive()) != _CLOSE:
             channel.send(_reply(answer))
-    if share is not None:
-        share.close()
+    if envs is not None:
+        envs.close()
 
 
 def _reply(call: Callable[[], Any]) -> bytes:

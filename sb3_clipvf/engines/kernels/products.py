@@ -17,7 +17,7 @@ _gemm = types.ExternalFunction(
         _POINTER, _POINTER, types.intp,  # beta, C, its leading dimension
     ),
 )  # fmt: skip
-_FLOAT32, _AS_IT_IS, _TRANSPOSED = ord("s"), ord("n"), ord("t")
+_FLOAT32, _NO_TRANSPOSE, _TRANSPOSE = ord("s"), ord("n"), ord("t")
 _ZERO_AND_ONE = np.array([0.0, 1.0], np.float32)
 
 
@@ -28,7 +28,7 @@ def multiply_transposed(a: np.ndarray, b: np.ndarray, product: np.ndarray, adds:
     n_columns = b.shape[1]
     # Row by row, a matrix is its transpose column by column: product.T = b.T @ a.
     _gemm(
-        _FLOAT32, _AS_IT_IS, _TRANSPOSED, n_columns, n_rows, n,
+        _FLOAT32, _NO_TRANSPOSE, _TRANSPOSE, n_columns, n_rows, n,
         _ZERO_AND_ONE[1:].ctypes, b.ctypes, n_columns,
         a.ctypes, n_rows, _ZERO_AND_ONE[int(adds) :].ctypes, product.ctypes, n_columns,
     )  # fmt: skip

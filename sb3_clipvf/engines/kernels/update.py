@@ -68,7 +68,7 @@ def run_update(
     n, batch_size = rollout.returns.shape[0], division.batch_size
     totals, counters = shared.totals, shared.counters
     first, last = _own_pieces(rank, n_threads, division.n_actor_pieces, shared.pieces.shape[0])
-    waits_often = n_threads > 2
+    shares_networks = n_threads > 2
     rows, stats = np.empty(batch_size, np.int64), np.empty(_N_STATS)
     n_minibatches, n_steps, n_waits = 0, 0, 0
     for epoch in range(permutations.shape[0]):
@@ -86,7 +86,7 @@ def run_update(
             _run_tasks(
                 rank, n_threads, policies, rollout, hyper, rows[:size], measure_kl, division, workspace, task_stats
             )
-            if waits_often:
+            if shares_networks:
                 n_waits += 1
                 if not wait_for_all(counters, n_threads, n_waits):
                     return
@@ -110,7 +110,7 @@ def run_update(
                 adam_step(shared.pieces[first:last], factor, int(hyper.step) + n_steps, hyper)
             elif outcome == STOP or hyper.skips == 0.0:
                 return
-            if waits_often:
+            if shares_networks:
                 n_waits += 1
                 if not wait_for_all(counters, n_threads, n_waits):
                     return

@@ -75,7 +75,7 @@ def _call_native() -> None:
     target = np.array([vector.ctypes.data, vector.ctypes.data, 0, 0, 0, 0, 0])
     entry.act_into(packed, target, 0, cell, cell, workspace, cell.copy())
     entry.advantages_and_returns(none, none, none, vector, vector, 1.0, 1.0, none, none)
-    hyper, permutations = np.zeros(N_HYPERPARAMETERS), np.zeros((0, 0), np.int64)
+    hyper, permutations = np.zeros(N_HYPERPARAMETERS), np.zeros((0, 0), np.int32)
     shared = Shared(
         pieces=np.zeros((0, N_COLUMNS), np.int64),
         partials=none,
