@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 import torch as th
 from stable_baselines3.common.distributions import (
+    BernoulliDistribution,
     CategoricalDistribution,
     MultiCategoricalDistribution,
     StateDependentNoiseDistribution,
@@ -257,6 +258,8 @@ def sampled(policy: Any, observations: Any) -> tuple[th.Tensor, ...]:
         actions = _first_event(dist.distribution.probs)
     elif isinstance(dist, MultiCategoricalDistribution):
         actions = th.stack([_first_event(part.probs) for part in cast(Any, dist.distribution)], dim=1)
+    elif isinstance(dist, BernoulliDistribution):  # torch's sampling ends the process if a probability is NaN
+        actions = (th.rand_like(dist.distribution.probs) < dist.distribution.probs).float()
     else:
         actions = dist.sample()
     log_prob, params = dist.log_prob(actions), dist_params(dist)
