@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
 import os
 import platform
@@ -106,6 +108,15 @@ def markdown_table(header: Sequence[str], alignment: str, rows: Iterable[Sequenc
     """Return a Markdown table; ``alignment`` has an ``l`` or ``r`` for each column."""
     lines = [header, [{"l": "---", "r": "---:"}[side] for side in alignment], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def csv_text(header: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
+    """Return the text of a CSV file; None is an empty cell."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.bench.command import at_least, sigterm_interrupts
 from tests.bench.experiments.executors import Executor, Finished, LocalExecutor
+from tests.bench.experiments.report import write_report
 from tests.bench.experiments.runs import LOG_FILE, RunSpec, check_folder
+from tests.bench.experiments.scores import SuiteScores
 from tests.bench.experiments.suite import Suite, read_suite, suite_names
 from tests.bench.experiments.tables import SuiteTable
 
@@ -115,9 +118,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         suite = suite.quick() if args.quick else suite
         suite.check_settings()
         table = SuiteTable(args.out or (args.log_folder / "results" if args.quick else RESULTS), suite.name)
-        campaign = Campaign(suite, table, args.log_folder.absolute(), args.jobs)
+        if args.report:
+            scores = SuiteScores(suite, table)
+        else:
+            campaign = Campaign(suite, table, args.log_folder.absolute(), args.jobs)
     except (ImportError, TypeError, ValueError) as error:
         parser.error(str(error))
+    if args.report:
+        files = write_report(scores, f"{parser.prog} {shlex.join(argv or ())}")
+        print("Report: " + "\n        ".join(map(str, files)), flush=True)
+        return 0
     if args.list:
         print(campaign.listed(), flush=True)
         return 0
@@ -145,6 +155,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--envs", nargs="+", metavar="ENV", help="these environments only (default: all)")
     parser.add_argument("--settings", nargs="+", metavar="NAME", help="these settings only (default: all)")
+    about = "write the tables and figures of the finished runs, and run nothing"
+    parser.add_argument("--report", action="store_true", help=about)
     parser.add_argument("--list", action="store_true", help="list what is done and what is to make, and run nothing")
     about = "runs side by side, at most the number of cores (default: %(default)s)"
     parser.add_argument("--jobs", type=at_least(1), default=1, help=about)

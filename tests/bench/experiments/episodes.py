@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,9 +14,11 @@ N_POINTS = 40
 WINDOW = 20
 LAST_EPISODES = 100
 MAX_ROWS = 200
+EPISODES = ("step", "return", "episodes", "seconds")
+"""Columns of a run's file of episodes."""
 
 
-def grid(n_timesteps: int) -> np.ndarray:
+def grid(n_timesteps: float) -> np.ndarray:
     """Return ``(N_POINTS,)`` environment steps that divide a training evenly; the last one is its end."""
     return n_timesteps * np.arange(1, N_POINTS + 1) / N_POINTS
 
@@ -41,7 +43,7 @@ def rounded_mean(values: Sequence[float] | np.ndarray) -> float | None:
 
 def binned_episodes(curve: TrainingCurve, n_timesteps: int) -> dict[str, list[float | None]]:
     """
-    Return the columns ``step``, ``return``, ``episodes`` and ``seconds``, at most ``MAX_ROWS`` rows.
+    Return the columns ``EPISODES``, at most ``MAX_ROWS`` rows.
 
     Up to that number of episodes, each has a row. Otherwise, the training's steps are divided into so many equal parts,
     and a row is a part in which episodes ended: the step and the second of the last end, the mean return, and the
@@ -62,3 +64,11 @@ def binned_episodes(curve: TrainingCurve, n_timesteps: int) -> dict[str, list[fl
         "episodes": counts.tolist(),
         "seconds": [round(float(second), 1) for second in seconds[ends]],
     }
+
+
+def unbinned_curve(columns: Mapping[str, np.ndarray]) -> TrainingCurve:
+    """Return the curve of a file of episodes, in which all episodes of a row ended together with the row's mean."""
+    from sb3_clipvf.zoo.runs import TrainingCurve
+
+    counts = columns["episodes"].astype(np.int64)
+    return TrainingCurve(*(np.repeat(columns[name], counts) for name in ("step", "return", "seconds")))

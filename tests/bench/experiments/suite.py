@@ -60,16 +60,21 @@ class Suite:
 
     :param name: name for files
     :param settings: settings by name
+    :param baseline: setting that the report compares the others with, the first one of the file
     :param environments: environments in the order of their runs, the cheapest first
     :param n_eval_episodes: episodes of each final evaluation
     :param first: settings whose runs, with all seeds, precede those of the others
+    :param equivalence_margin: margin within which settings count as equivalent to the baseline, in normalised scores;
+        0: the suite does not ask for equivalence
     """
 
     name: str
     settings: Mapping[str, Setting]
+    baseline: str
     environments: tuple[Environment, ...]
     n_eval_episodes: int
     first: tuple[str, ...]
+    equivalence_margin: float
 
     def runs(self, folder: Path) -> list[tuple[str, RunSpec]]:
         """
@@ -240,11 +245,17 @@ def _suite(name: str, content: Any) -> Suite:
         "kind": str,
         "first_seed": int,
         "evaluation_episodes": int,
+        "equivalence_margin": float,
         "settings": dict,
         "first": list,
         "environments": dict,
     }
-    entries = _entries("suite", content, keys, {"first": []})
+    entries = _entries("suite", content, keys, {"first": [], "equivalence_margin": 0.0})
+    margin = entries["equivalence_margin"]
+    if not 0 <= margin < 1:
+        raise ValueError(
+            f"`equivalence_margin` must be from 0 to below 1, got {margin}. It is a share of what the baseline learns."
+        )
     kind = entries["kind"]
     if kind not in SEEDS:
         raise ValueError(f"`kind` must be tune or report, got {kind!r}. Only seeds of `report` are reported.")
@@ -262,7 +273,8 @@ def _suite(name: str, content: Any) -> Suite:
                 f"seeds of a suite of kind {kind} must be {rule}, got {seed}. Only seeds from 1000 are reported."
             )
     n_eval_episodes = _at_least_one("evaluation_episodes", entries["evaluation_episodes"])
-    return Suite(name, settings, environments, n_eval_episodes, tuple(entries["first"]))
+    made_first = tuple(entries["first"])
+    return Suite(name, settings, next(iter(settings)), environments, n_eval_episodes, made_first, margin)
 
 
 def _setting(where: str, content: Any) -> Setting:

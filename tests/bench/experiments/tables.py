@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import gzip
-import io
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sb3_clipvf.files.atomic import atomic_write
+from tests.bench.experiments.episodes import EPISODES
 from tests.bench.experiments.runs import MORE_PACKAGES, Record, RunSpec, differing, this_machine
-from tests.bench.results import write_text
+from tests.bench.results import csv_text, write_text
 
 _SCORES = (
     "last_return",
@@ -49,6 +52,9 @@ _COLUMNS = (
 )
 
 
+_WAY_OUT = "Move it away, or name another folder with `--out`."
+
+
 class SuiteTable:
     """
     The runs of a suite in ``<folder>/<suite>.csv``, with their episodes in ``<folder>/<suite>/<env>/<setting>/``.
@@ -72,17 +78,34 @@ class SuiteTable:
 
         :raises ValueError: with the first difference
         """
-        way_out = "Move it away, or name another folder with `--out`."
         for row in self.rows:
             difference = differing(_versions(row), _versions(_where_made(this_machine())))
             if difference:
-                raise ValueError(f"{self.path} must hold runs of one set of versions, but has {difference}. {way_out}")
+                raise ValueError(f"{self.path} must hold runs of one set of versions, but has {difference}. {_WAY_OUT}")
+        self._check_settings(runs)
+
+    def check_alike(self, runs: Iterable[tuple[str, RunSpec]]) -> None:
+        """
+        Check that the rows were made with one set of versions, whatever today's are, and as in :meth:`check`.
+
+        :raises ValueError: with the first difference
+        """
+        for name in _versions(self.rows[0]) if self.rows else ():
+            found = sorted({row[name] for row in self.rows})
+            if len(found) > 1:
+                raise ValueError(
+                    f"{self.path} must hold runs of one set of versions, but {name} is "
+                    f"{' and '.join(map(repr, found))}. Remove the rows of all but one, and make these runs again."
+                )
+        self._check_settings(runs)
+
+    def _check_settings(self, runs: Iterable[tuple[str, RunSpec]]) -> None:
         for setting, spec in runs:
             found = self.find(setting, spec)
             if found is not None and found["digest"] != spec.digest():
                 raise ValueError(
                     f"{self.path} must hold runs of the suite's settings, but {spec.label} was made with others "
-                    f"({found['digest']}, now {spec.digest()}). {way_out}"
+                    f"({found['digest']}, now {spec.digest()}). {_WAY_OUT}"
                 )
 
     def find(self, setting: str, spec: RunSpec) -> dict[str, str] | None:
@@ -94,6 +117,25 @@ class SuiteTable:
         """Return whether the run has its row and its file of episodes."""
         return self.find(setting, spec) is not None and self.episodes_path(setting, spec).exists()
 
+    def episodes(self, setting: str, spec: RunSpec) -> dict[str, np.ndarray]:
+        """
+        Return the columns of a run's file of episodes; an empty cell is NaN.
+
+        :raises ValueError: if the file is damaged
+        """
+        path = self.episodes_path(setting, spec)
+        try:
+            with gzip.open(path, "rt", encoding="utf-8") as file:
+                header, *lines = csv.reader(file)
+            cells = np.array([[float(cell or "nan") for cell in line] for line in lines]).reshape(-1, len(EPISODES))
+            if header != list(EPISODES):
+                raise ValueError(f"columns {header}")
+        except (EOFError, OSError, ValueError, zlib.error) as error:
+            raise ValueError(
+                f"{path} must hold the episodes of a run, but is damaged ({error}). Remove it, and make the run again."
+            ) from error
+        return dict(zip(EPISODES, cells.T, strict=True))
+
     def add(self, setting: str, spec: RunSpec, record: Record, jobs: int) -> None:
         """Write the run's episodes, then its row, replacing an earlier one."""
         path = self.episodes_path(setting, spec)
@@ -102,7 +144,7 @@ class SuiteTable:
         with atomic_write(path) as file:
             # The same episodes make the same bytes.
             with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as packed:
-                packed.write(_csv_text(list(columns), zip(*columns.values(), strict=True)).encode())
+                packed.write(csv_text(list(columns), zip(*columns.values(), strict=True)).encode())
         row = {
             "suite": self._suite,
             "env": spec.env_id,
@@ -117,7 +159,7 @@ class SuiteTable:
         # Read again: another command may have added to the file since.
         others = [other for other in self._read() if _key(other) != _key(row)]
         self.rows = sorted([*others, row], key=lambda one: (one["env"], one["setting"], int(one["seed"])))
-        write_text(self.path, _csv_text(_COLUMNS, ([one[name] for name in _COLUMNS] for one in self.rows)))
+        write_text(self.path, csv_text(_COLUMNS, ([one[name] for name in _COLUMNS] for one in self.rows)))
 
     def _read(self) -> list[dict[str, str]]:
         if not self.path.exists():
@@ -132,6 +174,12 @@ class SuiteTable:
         return rows
 
 
+def made_on(row: Mapping[str, str]) -> dict[str, Any]:
+    """Return processor, cores, versions and runs side by side of a row, as of :func:`tests.bench.results.machine`."""
+    versions = {name.removesuffix("_version"): value for name, value in _versions(row).items() if value}
+    return {"cpu": row["cpu"], "cores": row["cores"], "jobs": row["jobs"], "versions": versions}
+
+
 def _where_made(found: Mapping[str, Any]) -> dict[str, str]:
     """Return processor, cores and versions as columns."""
     versions = {f"{name}_version": found["versions"].get(name, "") for name in _VERSIONS}
@@ -144,14 +192,6 @@ def _versions(row: Mapping[str, str]) -> dict[str, str]:
 
 def _key(row: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(row[name] for name in _IDENTITY)
-
-
-def _csv_text(header: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)  # None is an empty cell
-    return text.getvalue()
 
 
 def _text(value: float | None) -> str:

@@ -1,0 +1,219 @@
+"""The figures of a report: differences to the baseline, learning curves, and performance profiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tests.bench.experiments.episodes import WINDOW, curve_on_grid, grid
+from tests.bench.experiments.estimates import difference, interval, iqm, performance_profile
+from tests.bench.experiments.scores import MEASURES, Scores, SuiteScores
+from tests.bench.results import save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from sb3_clipvf.zoo.runs import TrainingCurve
+
+CAPTIONS = {
+    "": "Difference to the baseline in normalised scores: interquartile mean and 95 % interval, from three seeds on",
+    "-curves": f"Return of the last {WINDOW} training episodes: interquartile mean over the seeds and 95 % interval",
+    "-time": "The same curves against the processor time of the training, which is wall-clock time on an idle machine",
+    "-profiles": "Share of the runs whose normalised score is above each value, and 95 % interval",
+}
+"""Captions of the figures by the ends of their files' names."""
+
+# The palette for colour-blind readers of Okabe and Ito 2008, the baseline black.
+_COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F3C8D", "#F0E442")
+_STYLES = ("-", "--", "-.", ":")
+_THRESHOLDS = np.linspace(0, 1.5, 61)
+
+
+@dataclass(frozen=True)
+class Band:
+    """
+    A line with its interval.
+
+    :param x: ``(n,)``
+    :param values: ``(n,)``
+    :param ends: both ends of the interval, ``(2, n)``; None with too few seeds
+    """
+
+    x: np.ndarray
+    values: np.ndarray
+    ends: np.ndarray | None
+
+
+def write_figures(scores: SuiteScores) -> dict[str, Path]:
+    """Draw all figures for which there are data beside the table, and return their paths by the ends of their names."""
+    drawn = {
+        "": _differences(scores),
+        "-curves": _curves(scores, "environment steps"),
+        "-time": _curves(scores, "processor time (s)"),
+        "-profiles": _profiles(scores),
+    }
+    paths = {}
+    for end, figure in drawn.items():
+        path = scores.path.with_name(f"{scores.path.stem}{end}.png")
+        path.unlink(missing_ok=True)  # of an earlier report
+        if figure is not None:
+            save_figure(figure, path)
+            paths[end] = path
+    return paths
+
+
+def curve_band(curves: Sequence[TrainingCurve], end: float) -> Band | None:
+    """
+    Return the IQM of curves at even distances up to ``end``, from where all of them have an episode.
+
+    Their ``steps`` are the horizontal axis, whatever it is.
+    """
+    x = grid(end)
+    found = np.array([curve_on_grid(curve, x) for curve in curves], dtype=np.float64).reshape(-1, len(x))
+    known = np.isfinite(found).all(axis=0)
+    if len(found) == 0 or not known.any():
+        return None
+    found = found[:, None, known]  # of one environment
+    return Band(x[known], iqm(found[None])[0], interval(iqm, found))
+
+
+def _new_figure(n_panels: int, n_columns: int, height: float) -> tuple[Figure, list[Axes]]:
+    # The figure object draws without pyplot, whose backend belongs to the caller's process.
+    from matplotlib.figure import Figure
+
+    n_rows = -(-n_panels // n_columns)
+    figure = Figure(figsize=(8.0, 0.6 + height * n_rows), dpi=150, layout="constrained")
+    panels = [figure.add_subplot(n_rows, n_columns, index + 1) for index in range(n_panels)]
+    for axes in panels:
+        axes.tick_params(labelsize="small", width=0.6)
+        axes.spines[:].set_linewidth(0.6)
+        axes.grid(alpha=0.3, linewidth=0.5)
+    return figure, panels
+
+
+def _legend(figure: Figure, settings: Sequence[str], scores: SuiteScores, *, lines: bool) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = []
+    for setting in settings:
+        color, style = _style(scores, setting)
+        kind = {"ls": style} if lines else {"ls": "-", "marker": "o", "ms": 4}
+        handles.append(Line2D([], [], color=color, label=setting, **kind))
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize="small")
+
+
+def _style(scores: SuiteScores, setting: str) -> tuple[str, str]:
+    index = list(scores.suite.settings).index(setting)
+    return _COLORS[index % len(_COLORS)], _STYLES[index % len(_STYLES)]
+
+
+def _differences(scores: SuiteScores) -> Figure | None:
+    rows = [*scores.groups(), *scores.normalised]
+    if not rows or not scores.others:
+        return None
+    figure, panels = _new_figure(len(MEASURES), len(MEASURES), 0.4 + len(rows) * (0.14 + 0.1 * len(scores.others)))
+    margin = scores.suite.equivalence_margin
+    for axes, (measure, name) in zip(panels, MEASURES.items(), strict=True):
+        axes.set_title(name, fontsize="small")
+        axes.sharex(panels[0])
+        axes.axvline(0, color=_COLORS[0], linewidth=1)
+        if margin:
+            axes.axvspan(-margin, margin, color="gray", alpha=0.15, linewidth=0)
+        _draw_differences(axes, rows, measure, scores)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_yticks(range(len(rows)), [row.title() for row in rows] if axes is panels[0] else [])
+        for label, row in zip(axes.get_yticklabels(), rows, strict=True):
+            label.set_fontweight("bold" if len(row.env_ids) > 1 else "normal")
+    figure.supxlabel(f"difference to {scores.suite.baseline} (0: the same, −1: as random actions)", fontsize="small")
+    _legend(figure, scores.others, scores, lines=False)
+    return figure
+
+
+def _draw_differences(axes: Axes, rows: Sequence[Scores], measure: str, scores: SuiteScores) -> None:
+    height = 0.8 / len(scores.others)
+    for index, row in enumerate(rows):
+        if index % 2 == 0:
+            axes.axhspan(index - 0.5, index + 0.5, color="gray", alpha=0.08, linewidth=0)
+        for place, setting in enumerate(scores.others):
+            found = scores.compared(row, measure, setting, difference(iqm)) if setting in row.settings() else None
+            if found is None:
+                continue
+            color, _ = _style(scores, setting)
+            y = index + (place - (len(scores.others) - 1) / 2) * height
+            # Without an interval, the marker is empty.
+            face = color if found.interval is not None else "none"
+            axes.plot([found.value], [y], marker="o", ms=4, color=color, markerfacecolor=face)
+            if found.interval is not None:
+                axes.plot(found.interval, [y, y], color=color, linewidth=1.4)
+
+
+def _curves(scores: SuiteScores, axis: str) -> Figure | None:
+    """Draw the curves against the axis of this label, one panel an environment."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    bands = {one.name: _bands(scores, one.name, axis) for one in scores.environments}
+    names = [name for name, by_setting in bands.items() if by_setting]
+    if not names:
+        return None
+    n_columns = min(3, len(names))
+    figure, panels = _new_figure(len(names), n_columns, {1: 3.2, 2: 2.4}.get(n_columns, 1.75))
+    for axes, name in zip(panels, names, strict=True):
+        axes.set_title(name, fontsize="small")
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        for setting, band in bands[name].items():
+            _draw_band(axes, band, *_style(scores, setting))
+        axes.set_xlim(left=0)
+    figure.supxlabel(axis, fontsize="small")
+    figure.supylabel(f"return of the last {WINDOW} episodes", fontsize="small")
+    _legend(figure, scores.settings, scores, lines=True)
+    return figure
+
+
+def _bands(scores: SuiteScores, env_id: str, axis: str) -> dict[str, Band]:
+    """Return the bands of an environment by setting."""
+    found = {}
+    for setting in scores.settings:
+        curves, ends = [], []
+        for run in scores.runs_of(env_id, setting):
+            scale = 1.0 if axis == "environment steps" else run.seconds_per_step()
+            if scale is not None:
+                curves.append(replace(run.curve, steps=scale * run.curve.steps))
+                ends.append(scale * run.spec.n_timesteps)
+        # The line ends with the shortest training.
+        band = curve_band(curves, min(ends, default=0.0))
+        if band is not None:
+            found[setting] = band
+    return found
+
+
+def _draw_band(axes: Axes, band: Band, color: str, style: str) -> None:
+    if band.ends is not None:
+        axes.fill_between(band.x, *band.ends, color=color, alpha=0.15, linewidth=0)
+    axes.plot(band.x, band.values, color=color, linestyle=style, linewidth=1.2)
+
+
+def _profiles(scores: SuiteScores) -> Figure | None:
+    groups = scores.groups()
+    if not groups:
+        return None
+    figure, panels = _new_figure(len(groups) * len(MEASURES), len(MEASURES), 1.9)
+    pairs = [(group, measure) for group in groups for measure in MEASURES]
+    for axes, (group, measure) in zip(panels, pairs, strict=True):
+        axes.set_title(f"{group.title()}, {MEASURES[measure]}", fontsize="small")
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_xlim(_THRESHOLDS[0], _THRESHOLDS[-1])
+        for setting in scores.settings:
+            values, profile = group.by_setting[measure][setting], performance_profile(_THRESHOLDS)
+            band = Band(_THRESHOLDS, profile(values[None])[0], interval(profile, values))
+            _draw_band(axes, band, *_style(scores, setting))
+    figure.supxlabel("normalised score", fontsize="small")
+    figure.supylabel("share of runs above it", fontsize="small")
+    _legend(figure, scores.settings, scores, lines=True)
+    return figure

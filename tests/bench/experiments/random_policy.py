@@ -1,0 +1,79 @@
+"""Returns of random actions, the zero of normalised scores, kept in a CSV beside the results of suites."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sb3_clipvf.common.versions import installed_versions
+from tests.bench.results import csv_text, write_text
+
+N_EPISODES = 100
+FILE = "random_policy.csv"
+_COLUMNS = ("env", "episodes", "mean_return", "return_std", "gymnasium_version")
+
+
+@dataclass(frozen=True)
+class RandomReturns:
+    """Mean and standard deviation of the returns of episodes with random actions."""
+
+    mean: float
+    std: float
+
+
+def random_returns(folder: Path, env_ids: Iterable[str]) -> dict[str, RandomReturns]:
+    """
+    Return those of the environments, after measuring and writing those that the file does not have.
+
+    :raises ValueError: if the file holds something else
+    """
+    path = folder / FILE
+    rows = _read(path)
+    for env_id in env_ids:
+        if env_id not in rows:
+            print(f"{N_EPISODES} episodes of random actions in {env_id}", flush=True)
+            found = _measured(env_id)
+            version = installed_versions(["gymnasium"])["gymnasium"]
+            rows[env_id] = dict(
+                zip(_COLUMNS, (env_id, str(N_EPISODES), f"{found.mean:.6g}", f"{found.std:.6g}", version), strict=True)
+            )
+            write_text(path, csv_text(_COLUMNS, (rows[name].values() for name in sorted(rows))))
+    return {
+        env_id: RandomReturns(float(rows[env_id]["mean_return"]), float(rows[env_id]["return_std"]))
+        for env_id in env_ids
+    }
+
+
+def _read(path: Path) -> dict[str, dict[str, str]]:
+    if not path.exists():
+        return {}
+    rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+    try:
+        for row in rows:
+            float(row["mean_return"]), float(row["return_std"])
+        return {row["env"]: row for row in rows}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} must hold returns of random actions, but is damaged ({error!r}). Remove it."
+        ) from error
+
+
+def _measured(env_id: str) -> RandomReturns:
+    import gymnasium as gym
+
+    env = gym.make(env_id)
+    env.action_space.seed(0)
+    returns = np.zeros(N_EPISODES)
+    for episode in range(N_EPISODES):
+        env.reset(seed=episode)
+        ended = False
+        while not ended:
+            _, reward, terminated, truncated, _ = env.step(env.action_space.sample())
+            returns[episode] += float(reward)
+            ended = terminated or truncated
+    env.close()
+    return RandomReturns(float(returns.mean()), float(returns.std()))

@@ -1,0 +1,194 @@
+"""Scores of a suite's finished runs: as the table has them, normalised, and gathered in groups of environments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tests.bench.experiments.episodes import unbinned_curve
+from tests.bench.experiments.estimates import MIN_SEEDS, Estimate, Statistic, estimate
+from tests.bench.experiments.random_policy import RandomReturns, random_returns
+from tests.bench.experiments.runs import RunSpec
+from tests.bench.experiments.suite import Environment, Suite
+from tests.bench.experiments.tables import SuiteTable, made_on
+
+if TYPE_CHECKING:
+    from sb3_clipvf.zoo.runs import TrainingCurve
+
+MEASURES = {"mean_return": "whole training", "last_return": "last 100 episodes"}
+"""Columns of the table that are scores, and their names."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """
+    Scores of an environment, or of a group.
+
+    :param name: name of the environment or the group
+    :param env_ids: environments, in the order of the scores
+    :param by_setting: scores ``(n_seeds, n_environments)`` by measure and setting
+    """
+
+    name: str
+    env_ids: tuple[str, ...]
+    by_setting: Mapping[str, Mapping[str, np.ndarray]]
+
+    def title(self) -> str:
+        """Return the name, with the number of a group's environments."""
+        return f"{self.name} ({len(self.env_ids)})" if len(self.env_ids) > 1 else self.name
+
+    def settings(self) -> list[str]:
+        """Return the names of the settings that are made here."""
+        return list(next(iter(self.by_setting.values())))
+
+    def n_seeds(self, setting: str) -> int:
+        """Return the number of seeds of a setting."""
+        return min(len(by_setting[setting]) for by_setting in self.by_setting.values())
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A finished run, its row of the table, and its training curve."""
+
+    spec: RunSpec
+    row: Mapping[str, str]
+    curve: TrainingCurve
+
+    def seconds_per_step(self) -> float | None:
+        """Return the processor time for each environment step, or None if the run was resumed."""
+        seconds = self.row["cpu_seconds"]
+        return float(seconds) / float(self.row["num_timesteps"]) if seconds else None
+
+
+class SuiteScores:
+    """
+    The finished runs of a suite, and their scores.
+
+    :param suite: the suite
+    :param table: its table
+    :raises ValueError: if the runs do not belong together, a file is damaged, or no run is finished
+    """
+
+    def __init__(self, suite: Suite, table: SuiteTable) -> None:
+        self.suite, self.path = suite, table.path
+        runs = suite.runs(Path())
+        table.check_alike(runs)
+        self.n_runs = len(runs)
+        self._runs: dict[str, list[FinishedRun]] = {}
+        for setting, spec in runs:
+            row = table.find(setting, spec)
+            if row is not None and table.is_done(setting, spec):
+                run = FinishedRun(spec, row, unbinned_curve(table.episodes(setting, spec)))
+                self._runs.setdefault(setting, []).append(run)
+        if not self._runs:
+            raise ValueError(
+                f"{table.path} must have finished runs of the suite, but has none in the environments and settings of "
+                "this report. Make them first."
+            )
+        self.settings = [name for name in suite.settings if name in self._runs]
+        self.others = [name for name in self.settings if name != suite.baseline]
+        self.without_score: list[str] = []
+        self.environments = [scores for one in suite.environments if (scores := self._raw(one)) is not None]
+        baselines = [one.name for one in self.environments if suite.baseline in one.settings()]
+        self.random = random_returns(table.path.parent, baselines)
+        self.normalised = [scores for one in self.environments if (scores := self._normalised(one)) is not None]
+
+    def runs_of(self, env_id: str, setting: str) -> list[FinishedRun]:
+        """Return the finished runs of a setting in an environment, by seed."""
+        return [run for run in self._runs[setting] if run.spec.env_id == env_id]
+
+    def others_in(self, row: Scores) -> list[str]:
+        """Return the settings made in an environment or a group, without the baseline."""
+        return [name for name in row.settings() if name != self.suite.baseline]
+
+    def compared(self, row: Scores, measure: str, setting: str, statistic: Statistic) -> Estimate | None:
+        """Return a statistic of a setting and the baseline, or None if one of them has no seed."""
+        by_setting = row.by_setting[measure]
+        return estimate(statistic, by_setting[setting], by_setting[self.suite.baseline])
+
+    def n_seeds(self, row: Scores, setting: str) -> str:
+        """Return the number of seeds of a comparison: the smaller of the setting's and the baseline's."""
+        return str(min(row.n_seeds(setting), row.n_seeds(self.suite.baseline)))
+
+    def machines(self) -> list[dict[str, Any]]:
+        """Return how and where each finished run was made, see :func:`tests.bench.results.machines_text`."""
+        return [made_on(run.row) for runs in self._runs.values() for run in runs]
+
+    def groups(self) -> list[Scores]:
+        """
+        Return the scores of all environments and of each family, over those with enough seeds of all settings.
+
+        A group has at least two environments, and of each setting the seeds that all of them have.
+        """
+        enough = [
+            one
+            for one in self.normalised
+            if one.settings() == self.settings and min(map(one.n_seeds, self.settings)) >= MIN_SEEDS
+        ]
+        names = list(dict.fromkeys(family(one.name) for one in enough))
+        members = {name: [one for one in enough if family(one.name) == name] for name in names}
+        members = {"all": enough, **members} if len(members) > 1 else members
+        return [_gathered(name, group) for name, group in members.items() if len(group) > 1]
+
+    def _raw(self, environment: Environment) -> Scores | None:
+        """Return the scores of an environment in which a run is finished."""
+        env_id = environment.env_id
+        settings = [name for name in self.suite.settings_of(environment) if name in self.settings]
+        if not any(self.runs_of(env_id, setting) for setting in settings):
+            return None
+        found: dict[str, dict[str, np.ndarray]] = {measure: {} for measure in MEASURES}
+        for setting in settings:
+            values = []
+            for run in self.runs_of(env_id, setting):
+                scores = [float(run.row[measure] or "nan") for measure in MEASURES]
+                if np.isfinite(scores).all():
+                    values.append(scores)
+                else:
+                    self.without_score.append(run.spec.label)
+            columns = np.array(values).reshape(-1, len(MEASURES)).T
+            for measure, column in zip(MEASURES, columns, strict=True):
+                found[measure][setting] = column[:, None]
+        return Scores(env_id, (env_id,), found)
+
+    def _normalised(self, scores: Scores) -> Scores | None:
+        """Return the scores with 0 for random actions and 1 for the baseline's mean, or None if it did not learn."""
+        if self.suite.baseline not in scores.settings():
+            return None
+        normalised = {}
+        for measure, by_setting in scores.by_setting.items():
+            scaled = _scale(self.random[scores.name], by_setting[self.suite.baseline])
+            if scaled is None:
+                return None
+            normalised[measure] = {setting: scaled(values) for setting, values in by_setting.items()}
+        return Scores(scores.name, scores.env_ids, normalised)
+
+
+def family(env_id: str) -> str:
+    """Return the package that an environment comes from, such as ``mujoco`` for Gymnasium's MuJoCo environments."""
+    import gymnasium as gym
+
+    entry = gym.spec(env_id).entry_point
+    module = entry.partition(":")[0] if isinstance(entry, str) else entry.__module__
+    return module.removeprefix("gymnasium.envs.").partition(".")[0]
+
+
+def _scale(random: RandomReturns, baseline: np.ndarray) -> Callable[[np.ndarray], np.ndarray] | None:
+    if len(baseline) == 0 or baseline.mean() < random.mean + random.std:
+        return None
+    unit = baseline.mean() - random.mean
+    return lambda values: (values - random.mean) / unit
+
+
+def _gathered(name: str, environments: Sequence[Scores]) -> Scores:
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for measure in MEASURES:
+        found[measure] = {}
+        for setting in environments[0].by_setting[measure]:
+            columns = [one.by_setting[measure][setting][:, 0] for one in environments]
+            n_seeds = min(len(column) for column in columns)
+            found[measure][setting] = np.stack([column[:n_seeds] for column in columns], axis=1)
+    return Scores(name, tuple(one.name for one in environments), found)

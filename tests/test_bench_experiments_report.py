@@ -1,0 +1,607 @@
+"""``python -m tests.bench experiments SUITE --report``: estimates, scores, tables and figures of finished runs."""
+
+import gzip
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from rliable import library, metrics
+from scipy import stats
+
+from sb3_clipvf.zoo.runs import TrainingCurve
+from tests.bench.experiments import estimates, main, random_policy
+from tests.bench.experiments.episodes import binned_episodes, grid, unbinned_curve
+from tests.bench.experiments.estimates import (
+    Estimate,
+    difference,
+    estimate,
+    expanded_tail,
+    interval,
+    iqm,
+    mean,
+    performance_profile,
+    probability_of_improvement,
+)
+from tests.bench.experiments.figures import curve_band, write_figures
+from tests.bench.experiments.random_policy import random_returns
+from tests.bench.experiments.report import equivalence, render
+from tests.bench.experiments.runs import Record, this_machine
+from tests.bench.experiments.scores import SuiteScores, family
+from tests.bench.experiments.suite import Suite, read_suite
+from tests.bench.experiments.tables import SuiteTable
+
+ENVIRONMENTS = {"CartPole-v1": (20.0, 5.0), "Pendulum-v1": (-1200.0, 100.0), "Hopper-v5": (0.0, 10.0)}
+"""Environments of the suite below with mean and standard deviation of their random returns."""
+
+
+def suite_of(folder: Path, n_seeds: int = 4, **changes: Any) -> Suite:
+    content = {
+        "kind": "report",
+        "first_seed": 1000,
+        "evaluation_episodes": 2,
+        "settings": {"constant": {"clip_range": 0.2}, "annealed": {"clip_range": "lin_0.2"}},
+        "environments": {env_id: {"steps": 4000, "seeds": n_seeds} for env_id in ENVIRONMENTS},
+        **changes,
+    }
+    path = folder / "small.yml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return read_suite(str(path))
+
+
+def record_of(score: float, cpu_seconds: float | None = 8.0) -> Record:
+    """A run whose episodes of 100 steps all have this return."""
+    steps = np.arange(100.0, 4001.0, 100.0)
+    curve = TrainingCurve(steps, np.full(len(steps), score), steps / 1000)
+    scores: dict[str, float | None] = {"last_return": score, "mean_return": score, "num_timesteps": 4000}
+    return Record({**scores, "cpu_seconds": cpu_seconds}, [], binned_episodes(curve, 4000), this_machine())
+
+
+def shift(env_id: str, setting: str, seed: int) -> float:
+    """Normalised scores of `constant` are 0.7 to 1.3 with mean 1, those of `annealed` are lower by 0.5."""
+    return {0: 0.9, 1: 1.1, 2: 0.7, 3: 1.3}[seed - 1000] - (0.5 if setting == "annealed" else 0.0)
+
+
+def filled(folder: Path, suite: Suite, score: Callable[[str, str, int], float | None] = shift) -> SuiteTable:
+    """A table of runs with these normalised scores, where they are not None; one unit is 1000."""
+    table = SuiteTable(folder, suite.name)
+    for setting, spec in suite.runs(Path()):
+        value = score(spec.env_id, setting, spec.seed)
+        if value is not None:
+            table.add(setting, spec, record_of(ENVIRONMENTS[spec.env_id][0] + 1000 * value), 2)
+    rows = [f"{env_id},100,{mean},{std},1.4.0\n" for env_id, (mean, std) in ENVIRONMENTS.items()]
+    (folder / random_policy.FILE).write_text("env,episodes,mean_return,return_std,gymnasium_version\n" + "".join(rows))
+    return table
+
+
+def lines_of(text: str) -> list[str]:
+    return text.replace("\u00a0", " ").replace("\u2212", "-").splitlines()
+
+
+# --- estimates
+
+
+def test_interquartile_mean_leaves_out_a_quarter_on_both_sides() -> None:
+    assert iqm(np.array([[[0.0], [1.0], [2.0], [3.0], [100.0]]])) == [2.0]  # one of five, since 5 / 4 is rounded down
+    assert iqm(np.array([[[0.0], [2.0], [100.0]]])) == [34.0]  # none of three
+    # Environments together: 0, 0, 1, 2, 3, 4, 50, 60 without two on both sides.
+    assert iqm(np.array([[[0.0, 1.0], [0.0, 2.0], [50.0, 3.0], [60.0, 4.0]]])) == [2.5]
+    scores = np.random.default_rng(3).normal(size=(7, 5))
+    assert iqm(scores[None])[0] == pytest.approx(metrics.aggregate_iqm(scores), rel=1e-12)
+    # Curves of 5 points.
+    assert iqm(scores[None, :, None])[0] == pytest.approx(stats.trim_mean(scores, 0.25, axis=0), rel=1e-12)
+
+
+def test_interval_of_a_known_distribution() -> None:
+    # Five draws from four zeros and a one have no 1 with probability 33 %, four with 0.64 %, and five with 0.03 %. So
+    # the tails of 0.096 %, see below, end at 0 and 4 / 5; the upper one of 2.5 % would end at 3 / 5.
+    found = estimate(mean, np.array([[0.0]] * 4 + [[1.0]]))
+    assert found == Estimate(0.2, (0.0, 0.8), 5)
+    # IQM of four draws from 0, 0, 0, 1 is 0 with up to one 1 among them, 0.5 with two, 1 with three or four: 5 %.
+    assert estimate(iqm, np.array([[0.0], [0.0], [0.0], [1.0]])) == Estimate(0.0, (0.0, 1.0), 4)
+    # A difference without spread.
+    constant = np.full((5, 2), 3.0)
+    assert estimate(difference(iqm), constant, constant - 1) == Estimate(1.0, (1.0, 1.0), 5)
+
+
+def test_tails_are_expanded_for_few_seeds() -> None:
+    # 0.975 quantiles of Student's t in tables: 2.776445 for 4, 2.003241 for 56 = 2 * 7 * 4 degrees of freedom.
+    assert expanded_tail((5, 1)) == pytest.approx(stats.norm.cdf(-2.776445 * (5 / 4) ** 0.5), rel=1e-5)
+    assert expanded_tail((5, 1)) == pytest.approx(0.000955, abs=1e-6)
+    assert expanded_tail((5, 7), (5, 7)) == pytest.approx(stats.norm.cdf(-2.003241 * (5 / 4) ** 0.5), rel=1e-5)
+    assert expanded_tail((5, 7), (9, 7)) < expanded_tail((9, 7), (9, 7))
+    assert expanded_tail((10_000, 1)) == pytest.approx(0.025, abs=1e-4)
+
+
+def test_interval_is_that_of_other_programs() -> None:
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(1, 1, (12, 3)), rng.normal(0, 2, (8, 3))
+    found = interval(difference(iqm), first, second)
+    assert found is not None
+    level = 1 - 2 * expanded_tail(first.shape, second.shape)
+
+    def of_two(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        return np.array([metrics.aggregate_iqm(one) - metrics.aggregate_iqm(other)])
+
+    np.random.seed(0)  # rliable draws from the global generator
+    point, intervals = library.get_interval_estimates(
+        {"": [first, second]}, of_two, reps=4000, confidence_interval_size=level
+    )
+    assert difference(iqm)(first[None], second[None]) == pytest.approx(point[""], rel=1e-12)
+    # Quantiles at 2 % of 4000 draws have a standard error of 1 % of the width of a normal distribution's interval.
+    width = found[1] - found[0]
+    assert found == pytest.approx(intervals[""][:, 0], abs=0.05 * width)
+
+    def trimmed(one: np.ndarray, other: np.ndarray, axis: int) -> np.ndarray:
+        return np.asarray(stats.trim_mean(one, 0.25, axis=axis) - stats.trim_mean(other, 0.25, axis=axis))
+
+    alone = interval(difference(iqm), first[:, :1], second[:, :1])
+    expected = stats.bootstrap(
+        (first[:, 0], second[:, 0]),
+        trimmed,
+        method="percentile",
+        vectorized=True,
+        n_resamples=20_000,
+        confidence_level=1 - 2 * expanded_tail((12, 1), (8, 1)),
+        rng=1,
+    ).confidence_interval
+    assert alone == pytest.approx(expected, abs=0.05 * (expected.high - expected.low))
+
+
+def test_interval_is_repeatable_and_leaves_global_generators_alone() -> None:
+    scores = np.random.default_rng(1).normal(size=(6, 2))
+    before = np.random.get_state()[1].copy()  # type: ignore[index]
+    first, second = interval(iqm, scores), interval(iqm, scores)
+    assert first is not None and second is not None and first.tolist() == second.tolist()
+    assert (np.random.get_state()[1] == before).all()  # type: ignore[index]
+
+
+@pytest.mark.parametrize("shape", [(10, 1), (5, 7)])
+def test_interval_has_the_true_difference_as_often_as_it_states(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(1)
+    found = [interval(difference(iqm), *rng.normal(1, 0.2, (2, *shape))) for _ in range(300)]
+    # 97 and 96 % of 600; the share of 300 has a standard deviation of 1.1 %. Tails of 2.5 % have 92 % of (5, 7).
+    assert 0.935 < np.mean([ends is not None and ends[0] <= 0 <= ends[1] for ends in found]) < 0.995
+
+
+def test_strata_are_drawn_separately() -> None:
+    # The environments differ, the seeds do not: drawn together, the mean would vary.
+    scores = np.tile([0.0, 10.0], (5, 1))
+    ends = interval(mean, scores)
+    assert ends is not None and ends.tolist() == [5.0, 5.0]
+
+
+def test_probability_of_improvement_counts_pairs_of_runs() -> None:
+    first, second = np.array([[1.0], [2.0], [5.0]]), np.array([[2.0], [3.0]])
+    # 1 < 2, 1 < 3, 2 = 2, 2 < 3, 5 > 2, 5 > 3: two and a half of six.
+    assert probability_of_improvement(first[None], second[None])[0] == pytest.approx(2.5 / 6)
+    rng = np.random.default_rng(2)
+    first, second = rng.integers(0, 9, (2, 8, 3)).astype(float)
+    expected = metrics.probability_of_improvement(first, second)
+    assert probability_of_improvement(first[None], second[None])[0] == pytest.approx(expected)
+
+
+def test_performance_profile_is_rliables() -> None:
+    scores = np.random.default_rng(2).normal(1, 0.3, (8, 3))
+    thresholds = np.array([0.5, 1.0, 1.5])
+    expected, _ = library.create_performance_profile({"": scores}, thresholds, reps=2)
+    assert performance_profile(thresholds)(scores[None])[0] == pytest.approx(expected[""])
+
+
+def test_fewer_than_three_seeds_have_no_interval() -> None:
+    scores = np.array([[1.0], [2.0]])
+    assert estimate(iqm, scores) == Estimate(1.5, None, 2)
+    assert Estimate(1.5, None, 2).text(".1f") == "1.5\u00a0[not\u00a0enough\u00a0data]"
+    assert Estimate(-0.5, (-1.25, -0.001), 3).text("+z.2f") == "\u22120.50\u00a0[\u22121.25,\u00a0+0.00]"
+    assert estimate(difference(iqm), np.zeros((9, 1)), scores) == Estimate(-1.5, None, 2)
+    assert estimate(iqm, np.zeros((0, 1))) is None
+    assert interval(iqm, scores) is None
+    assert estimates.MIN_SEEDS == 3
+
+
+# --- random actions
+
+
+def test_random_returns_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random_policy, "N_EPISODES", 5)
+    found = random_returns(tmp_path, ["CartPole-v1"])["CartPole-v1"]
+    assert 10 < found.mean < 60 and found.std > 0
+    text = (tmp_path / "random_policy.csv").read_text()
+    (tmp_path / "random_policy.csv").unlink()
+    random_returns(tmp_path, ["CartPole-v1"])
+    assert (tmp_path / "random_policy.csv").read_text() == text  # the same seeds
+    monkeypatch.setattr(random_policy, "_measured", None)
+    assert random_returns(tmp_path, ["CartPole-v1"])["CartPole-v1"].mean == pytest.approx(found.mean, rel=1e-5)
+    (tmp_path / "random_policy.csv").write_text("env,mean_return\nCartPole-v1,many\n")
+    with pytest.raises(ValueError, match="random_policy.csv must hold returns of random actions, but is damaged"):
+        random_returns(tmp_path, ["CartPole-v1"])
+
+
+# --- scores
+
+
+def test_scores_are_normalised_by_random_actions_and_the_baseline(tmp_path: Path) -> None:
+    suite = suite_of(tmp_path)
+    scores = SuiteScores(suite, filled(tmp_path, suite))
+    cart, *_ = scores.environments
+    assert cart.by_setting["last_return"]["constant"][:, 0].tolist() == [920.0, 1120.0, 720.0, 1320.0]
+    for one in scores.normalised:
+        for by_setting in one.by_setting.values():
+            assert by_setting["constant"][:, 0] == pytest.approx([0.9, 1.1, 0.7, 1.3])
+            assert by_setting["annealed"][:, 0] == pytest.approx([0.4, 0.6, 0.2, 0.8])
+
+
+def test_groups_are_all_environments_and_each_family(tmp_path: Path) -> None:
+    suite = suite_of(tmp_path)
+    groups = SuiteScores(suite, filled(tmp_path, suite)).groups()
+    assert [(group.name, group.env_ids) for group in groups] == [
+        ("all", ("CartPole-v1", "Pendulum-v1", "Hopper-v5")),
+        ("classic_control", ("CartPole-v1", "Pendulum-v1")),  # a family of one environment is not a group
+    ]
+    assert groups[0].by_setting["mean_return"]["annealed"].shape == (4, 3)
+    assert [family(name) for name in ("LunarLander-v3", "Hopper-v5")] == ["box2d", "mujoco"]
+
+
+def test_group_has_the_environments_and_seeds_that_all_settings_have(tmp_path: Path) -> None:
+    suite = suite_of(tmp_path)
+
+    def partial(env_id: str, setting: str, seed: int) -> float | None:
+        missing = (env_id == "CartPole-v1" and seed == 1003) or (env_id == "Hopper-v5" and seed > 1001)
+        return None if missing and setting == "annealed" else shift(env_id, setting, seed)
+
+    scores = SuiteScores(suite, filled(tmp_path, suite, partial))
+    (group,) = scores.groups()
+    assert (group.name, group.env_ids) == ("classic_control", ("CartPole-v1", "Pendulum-v1"))
+    assert group.by_setting["last_return"]["annealed"] == pytest.approx(np.array([[0.4, 0.4], [0.6, 0.6], [0.2, 0.2]]))
+    assert (group.n_seeds("constant"), group.n_seeds("annealed")) == (4, 3)
+    text = lines_of(render(scores))
+    assert text[0] == "So far 21 of 24 runs are finished."
+    assert any(line.startswith("| classic_control (2) | `annealed` | 3 | **-0.60 [") for line in text)
+
+
+def test_runs_without_a_finite_return_are_left_out_and_named(tmp_path: Path) -> None:
+    suite = suite_of(tmp_path)
+
+    def broken(env_id: str, setting: str, seed: int) -> float | None:
+        return float("nan") if (env_id, seed) == ("Hopper-v5", 1001) else shift(env_id, setting, seed)
+
+    table = filled(tmp_path, suite, broken)
+    setting, spec = suite.runs(Path())[0]
+    record = record_of(0.0)
+    table.add(setting, spec, Record({**record.scores, "last_return": None}, [], record.episodes, this_machine()), 2)
+    scores = SuiteScores(suite, table)
+    assert [len(one.by_setting["mean_return"]["constant"]) for one in scores.environments] == [3, 4, 3]
+    assert [len(one.by_setting["last_return"]["annealed"]) for one in scores.environments] == [4, 4, 3]
+    assert (
+        "Runs left out, since no episode ended or a return is not finite: CartPole-v1, constant, seed 1000; Hopper-v5, "
+        "constant, seed 1001; Hopper-v5, annealed, seed 1001."
+    ) in render(scores)
+    assert set(write_figures(scores)) == {"", "-curves", "-time", "-profiles"}
+
+
+def test_environment_in_which_the_baseline_did_not_learn_has_no_normalised_scores(tmp_path: Path) -> None:
+    suite = suite_of(tmp_path)
+    # Hopper's random returns have a standard deviation of 10.
+    scores = SuiteScores(
+        suite, filled(tmp_path, suite, lambda env, name, seed: 0.0099 if env == "Hopper-v5" else shift(env, name, seed))
+    )
+    assert [one.name for one in scores.normalised] == ["CartPole-v1", "Pendulum-v1"]
+    text = render(scores)
+    assert (
+        "Environments without normalised scores, since `constant` has no run there or has not learned: Hopper-v5."
+        in text
+    )
+    assert "| Hopper-v5 | `annealed` | 4 | 9.9\u00a0[9.9,\u00a09.9] |" in text  # its returns
+
+
+# --- tables
+
+
+def test_report_of_a_complete_suite(tmp_path: Path) -> None:
+    suite = suite_of(tmp_path)
+    text = render(SuiteScores(suite, filled(tmp_path, suite)))
+    lines = lines_of(text)
+    # rliable's interval with the same tails is -0.83 to -0.17 (20,000 resamples): the IQM has few values here.
+    assert lines[0] == (
+        "- `annealed` in 3 environments: whole training worse (-0.50 [-0.83, -0.20], 4 seeds); last 100 episodes worse "
+        "(-0.50 [-0.83, -0.20], 4 seeds)."
+    )
+    start = lines.index(
+        "| environments | setting | seeds | whole training: difference | whole training: probability "
+        "| last 100 episodes: difference | last 100 episodes: probability |"
+    )
+    # Of 16 pairs of runs in an environment, annealed is better in one: 0.8 and 0.7.
+    assert lines[start + 2].startswith("| all (3) | `annealed` | 4 | **-0.50 [-0.83, -0.20]** | **0.06 [0.00, ")
+    assert [line.split(" | ")[0] for line in lines[start + 2 : start + 7]] == [
+        "| all (3)",
+        "| classic_control (2)",
+        "| CartPole-v1",
+        "| Pendulum-v1",
+        "| Hopper-v5",
+    ]
+    # Three or four draws of four are the lowest score in 5 % of the resamples.
+    assert lines[lines.index("| environment | setting | seeds | whole training | last 100 episodes |") + 2 :][:3] == [
+        "| CartPole-v1 | `constant` | 4 | 1,020 [720, 1,320] | 1,020 [720, 1,320] |",
+        "| CartPole-v1 | `annealed` | 4 | 520 [220, 820] | 520 [220, 820] |",
+        "| CartPole-v1 | random actions |  | 20 | 20 |",
+    ]
+    assert "So far" not in text
+    assert "2 runs side by side, one thread each; python 3" in lines[-1]
+
+
+def test_difference_that_may_be_zero_is_not_bold(tmp_path: Path) -> None:
+    suite = suite_of(tmp_path)
+    text = render(SuiteScores(suite, filled(tmp_path, suite, lambda env, name, seed: shift(env, "constant", seed))))
+    assert "not clearly different (+0.00" in text.replace("\u00a0", " ")
+    assert "| **" not in text
+
+
+@pytest.mark.parametrize("n_seeds", [1, 2])
+def test_report_of_few_seeds_has_no_interval(tmp_path: Path, n_seeds: int) -> None:
+    suite = suite_of(tmp_path, n_seeds=n_seeds)
+    scores = SuiteScores(suite, filled(tmp_path, suite))
+    assert scores.groups() == []
+    lines = lines_of(render(scores))
+    difference_of = {1: "-0.56", 2: "-0.50"}[n_seeds]  # 0.5 / 0.9 and 0.5 / 1.0
+    start = f"| CartPole-v1 | `annealed` | {n_seeds} | {difference_of} [not enough data] | 0.00 [not enough data] | "
+    assert any(line.startswith(start) for line in lines)
+    mean_return = {1: "420.0", 2: "520"}[n_seeds]  # without decimals where a return has 1000
+    cell = f"{mean_return} [not enough data]"
+    assert f"| CartPole-v1 | `annealed` | {n_seeds} | {cell} | {cell} |" in lines
+    assert "[" not in "".join(lines[:-1]).replace("[95 % interval]", "").replace("[not enough data]", "")
+    assert set(write_figures(scores)) == {"", "-curves", "-time"}
+
+
+def test_setting_without_runs_is_named_and_left_out(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {name: {} for name in ("constant", "other", "annealed")}
+    suite = suite_of(tmp_path, settings=settings)
+    table = filled(tmp_path, suite, lambda env, name, seed: None if name == "other" else shift(env, name, seed))
+    scores = SuiteScores(suite, table)
+    text = render(scores)
+    assert "Settings without a finished run: `other`." in text
+    assert "| CartPole-v1 | `annealed` | 4 | " in text
+    assert len(scores.groups()) == 2
+
+
+def test_setting_without_runs_in_one_environment(tmp_path: Path) -> None:
+    suite = suite_of(tmp_path)
+
+    def missing(env_id: str, setting: str, seed: int) -> float | None:
+        return None if (env_id, setting) == ("Hopper-v5", "annealed") else shift(env_id, setting, seed)
+
+    scores = SuiteScores(suite, filled(tmp_path, suite, missing))
+    assert "| Hopper-v5 | `annealed` | 0 | no seed | no seed | no seed | no seed |" in render(scores)
+    assert set(write_figures(scores)) == {"", "-curves", "-time", "-profiles"}
+
+
+# --- equivalence
+
+
+@pytest.mark.parametrize(
+    "intervals, expected",
+    [
+        ([(-0.04, 0.03), (-0.01, 0.049)], "yes"),
+        ([(-0.04, 0.03), (-0.01, 0.051)], "not shown"),
+        ([(-0.06, 0.03)], "not shown"),
+        ([(0.051, 0.07)], "no"),
+        ([(-0.08, -0.06), (-0.01, 0.0)], "no"),
+        ([(-0.04, 0.03), None], "not enough data"),
+    ],
+)
+def test_equivalence_needs_all_intervals_within_the_margin(
+    intervals: list[tuple[float, float] | None], expected: str
+) -> None:
+    assert equivalence([Estimate(0.0, one, 3) for one in intervals], 0.05) == expected
+    assert equivalence([None], 0.05) == "not enough data"
+
+
+def test_equivalence_agrees_with_two_one_sided_tests() -> None:
+    # The margin at which Student's tests reject at 2.5 % is the end of its interval, which bootstrap's is close to.
+    first, second = np.random.default_rng(5).normal(1, 0.05, (2, 50, 1))
+    found = estimate(difference(mean), first, second)
+
+    def p_value(margin: float) -> float:
+        lower = stats.ttest_ind(first[:, 0] + margin, second[:, 0], alternative="greater").pvalue
+        upper = stats.ttest_ind(first[:, 0] - margin, second[:, 0], alternative="less").pvalue
+        return float(max(lower, upper))
+
+    margins = np.linspace(0.0, 0.06, 601)
+    rejected = margins[[p_value(margin) < 0.025 for margin in margins]]
+    ours = margins[[equivalence([found], margin) == "yes" for margin in margins]]
+    assert ours[0] == pytest.approx(rejected[0], abs=0.002)
+
+
+def test_report_states_equivalence_where_the_suite_asks_for_it(tmp_path: Path) -> None:
+    suite = suite_of(tmp_path, equivalence_margin=0.05)
+    table = filled(tmp_path, suite, lambda env, name, seed: shift(env, "constant", seed) / 100 + 0.99)
+    lines = lines_of(render(SuiteScores(suite, table)))
+    assert "**Equivalence to `constant`**: both intervals within ±0.05, in normalised scores" in lines
+    (row,) = [line for line in lines if line.startswith("| Hopper-v5 | `annealed` | 4 | whole training | ")]
+    assert row.endswith("| yes |")
+    assert not any("classic_control" in line and "yes" in line for line in lines)
+    unequal = filled(tmp_path / "other", suite)
+    assert "| no |" in render(SuiteScores(suite, unequal))
+
+
+def test_suite_of_the_engines_asks_for_equivalence_on_fifty_seeds(tmp_path: Path) -> None:
+    suite = read_suite("engines")
+    suite.check_settings()
+    assert (suite.baseline, list(suite.settings), suite.equivalence_margin) == (
+        "autograd",
+        ["autograd", "native"],
+        0.05,
+    )
+    specs = [spec for _, spec in suite.runs(tmp_path)]
+    assert {(spec.env_id, spec.seed) for spec in specs} == {
+        (env_id, seed) for env_id in ("CartPole-v1", "Pendulum-v1") for seed in range(1000, 1050)
+    }
+
+
+@pytest.mark.parametrize("margin, match", [(1.0, "must be from 0 to below 1, got 1.0"), (1, "must be of type float")])
+def test_bad_margins_are_refused(tmp_path: Path, margin: float, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        suite_of(tmp_path, equivalence_margin=margin)
+
+
+# --- figures
+
+
+def test_curves_of_a_file_of_episodes() -> None:
+    columns = {"step": [10.0, 20.0], "return": [1.0, 3.0], "episodes": [1.0, 2.0], "seconds": [0.5, np.nan]}
+    curve = unbinned_curve({name: np.array(values) for name, values in columns.items()})
+    assert curve.steps.tolist() == [10.0, 20.0, 20.0]
+    assert curve.returns.tolist() == [1.0, 3.0, 3.0]
+
+
+def test_band_of_curves_starts_where_all_have_an_episode() -> None:
+    def curve(first: float, value: float) -> TrainingCurve:
+        steps = np.arange(first, 401.0, 10.0)
+        return TrainingCurve(steps, np.full(len(steps), value), steps)
+
+    band = curve_band([curve(10, 1.0), curve(10, 2.0), curve(30, 6.0)], 400)
+    assert band is not None and band.ends is not None
+    assert band.x.tolist() == grid(400)[2:].tolist()
+    assert set(band.values) == {3.0}  # of three seeds, none is cut
+    assert band.ends[:, 5].tolist() == [1.0, 6.0]  # three equal draws have probability 1 / 27 > 2.5 %
+    two = curve_band([curve(10, 1.0), curve(10, 2.0)], 400)
+    assert two is not None and two.ends is None
+    assert curve_band([], 400) is None
+    assert curve_band([curve(500, 1.0)], 400) is None
+
+
+def n_pixels(path: Path, color: tuple[int, int, int]) -> int:
+    from matplotlib.image import imread
+
+    pixels = np.asarray(imread(path))[:, :, :3] * 255
+    return int((np.abs(pixels - np.array(color)) < 2).all(axis=2).sum())
+
+
+def test_figures_show_both_settings(tmp_path: Path) -> None:
+    suite = suite_of(tmp_path)
+    figures = write_figures(SuiteScores(suite, filled(tmp_path, suite)))
+    assert sorted(path.name for path in figures.values()) == [
+        "small-curves.png",
+        "small-profiles.png",
+        "small-time.png",
+        "small.png",
+    ]
+    for path in figures.values():
+        assert n_pixels(path, (0, 0x72, 0xB2)) > 100
+
+
+def test_resumed_runs_are_in_the_curves_against_steps_alone(tmp_path: Path) -> None:
+    suite = suite_of(tmp_path)
+    table = filled(tmp_path, suite)
+    for setting, spec in suite.runs(Path()):
+        table.add(setting, spec, record_of(-5000.0, cpu_seconds=None), 2)
+    figures = write_figures(SuiteScores(suite, table))
+    assert set(figures) == {"-curves"}  # and the baseline has not learned
+    # Those of the first report would not belong to this one.
+    (tmp_path / "small-time.png").write_text("earlier")
+    write_figures(SuiteScores(suite, table))
+    assert not (tmp_path / "small-time.png").exists()
+
+
+# --- what is refused, and the command
+
+
+def test_runs_of_mixed_versions_are_refused(tmp_path: Path) -> None:
+    suite = suite_of(tmp_path)
+    table = filled(tmp_path, suite)
+    for row in table.rows:
+        row["numpy_version"] = "1.0"
+    SuiteScores(suite, table)  # made elsewhere
+    table.rows[3]["numpy_version"] = "2.0"
+    with pytest.raises(ValueError, match="one set of versions, but numpy_version is '1.0' and '2.0'. Remove the rows"):
+        SuiteScores(suite, table)
+
+
+def test_rows_of_other_settings_are_refused(tmp_path: Path) -> None:
+    table = filled(tmp_path, suite_of(tmp_path))
+    changed = suite_of(tmp_path, evaluation_episodes=3)
+    with pytest.raises(ValueError, match="the suite's settings, but CartPole-v1, constant, seed 1000 was made with"):
+        SuiteScores(changed, table)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda data: data[:-9], lambda data: b"text", lambda data: gzip.compress(b"a,b\n1,2\n")]
+)
+def test_damaged_file_of_episodes_is_named(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
+    suite = suite_of(tmp_path)
+    table = filled(tmp_path, suite)
+    path = table.episodes_path(*suite.runs(Path())[0])
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match="1000.csv.gz must hold the episodes of a run, but is damaged"):
+        SuiteScores(suite, table)
+
+
+def test_command_writes_the_report_and_runs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    filled(tmp_path, suite_of(tmp_path))
+    assert main(["small.yml", "--report", "--out", "."]) == 0
+    files = "small.md small.png small-curves.png small-time.png small-profiles.png".split()
+    assert capsys.readouterr().out.split() == ["Report:", *files]
+    text = Path("small.md").read_text()
+    assert text.startswith("Made by `python -m tests.bench experiments small.yml --report --out .`.\n\n![Difference to")
+    for name in files[1:]:
+        assert f"]({name})" in text
+    assert not Path("logs").exists()
+    assert main(["small.yml", "--report", "--out", ".", "--envs", "Hopper-v5"]) == 0
+    assert "CartPole" not in Path("small.md").read_text()
+
+
+@pytest.mark.parametrize("options", ["--settings constant", "--envs Hopper-v5"])
+def test_report_without_runs_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    suite = suite_of(tmp_path)
+    filled(tmp_path, suite, lambda env, name, seed: 1.0 if (env, name) == ("CartPole-v1", "annealed") else None)
+    with pytest.raises(SystemExit, match="2"):
+        main(["small.yml", "--report", "--out", ".", *options.split()])
+    assert "small.csv must have finished runs of the suite, but has none" in capsys.readouterr().err
+    assert not Path("small.md").exists()
+
+
+@pytest.mark.parametrize("options", ["", "--settings annealed"])
+def test_report_without_the_baseline_has_returns_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    suite = suite_of(tmp_path)
+    filled(tmp_path, suite, lambda env, name, seed: shift(env, name, seed) if name == "annealed" else None)
+    assert main(["small.yml", "--report", "--out", ".", *options.split()]) == 0
+    text = Path("small.md").read_text()
+    assert "since `constant` has no run there or has not learned: CartPole-v1, Pendulum-v1, Hopper-v5." in text
+    assert "| CartPole-v1 | `annealed` | 4 | " in text
+    assert "probability" not in text
+    assert {path.name for path in Path().glob("*.png")} == {"small-curves.png", "small-time.png"}
+
+
+def test_settings_of_single_environments_are_compared_there_alone(tmp_path: Path) -> None:
+    environments = {env_id: {"steps": 4000, "seeds": 4} for env_id in ENVIRONMENTS}
+    only = {"CartPole-v1": ["annealed"], "Hopper-v5": ["constant"], "Pendulum-v1": ["constant", "annealed"]}
+    suite = suite_of(tmp_path, environments={name: {**one, "only": only[name]} for name, one in environments.items()})
+    scores = SuiteScores(suite, filled(tmp_path, suite))
+    lines = lines_of(render(scores))
+    assert (
+        "Environments without normalised scores, since `constant` has no run there or has not learned: CartPole-v1."
+        in lines
+    )
+    assert [
+        line.split(" | ")[:2]
+        for line in lines
+        if "random actions" not in line and line.startswith("| ") and "-v" in line
+    ] == [
+        ["| Pendulum-v1", "`annealed`"],
+        ["| CartPole-v1", "`annealed`"],
+        ["| Pendulum-v1", "`constant`"],
+        ["| Pendulum-v1", "`annealed`"],
+        ["| Hopper-v5", "`constant`"],
+    ]
+    assert scores.groups() == []
+    assert set(write_figures(scores)) == {"", "-curves", "-time"}
