@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sb3_clipvf.envs.adapters import as_vec_env
     from sb3_clipvf.envs.dummy import FastDummyVecEnv
+    from sb3_clipvf.envs.isaac_lab import IsaacLabTensorEnv
+    from sb3_clipvf.envs.jax import JaxTensorEnv
     from sb3_clipvf.envs.normalize import FastVecNormalize
     from sb3_clipvf.envs.subproc import FastSubprocVecEnv
     from sb3_clipvf.envs.tensor import TensorStep, TensorVecEnv
@@ -15,6 +17,8 @@ __all__ = [
     "FastDummyVecEnv",
     "FastSubprocVecEnv",
     "FastVecNormalize",
+    "IsaacLabTensorEnv",
+    "JaxTensorEnv",
     "TensorStep",
     "TensorVecEnv",
     "TensorVecNormalize",
@@ -25,6 +29,8 @@ _HOMES = {
     "FastDummyVecEnv": "sb3_clipvf.envs.dummy",
     "FastSubprocVecEnv": "sb3_clipvf.envs.subproc",
     "FastVecNormalize": "sb3_clipvf.envs.normalize",
+    "IsaacLabTensorEnv": "sb3_clipvf.envs.isaac_lab",
+    "JaxTensorEnv": "sb3_clipvf.envs.jax",
     "TensorStep": "sb3_clipvf.envs.tensor",
     "TensorVecEnv": "sb3_clipvf.envs.tensor",
     "TensorVecNormalize": "sb3_clipvf.envs.tensor_normalize",

@@ -224,7 +224,7 @@ ROWS: tuple[SpeedRow, ...] = (
     _wide("wide-256-1t", "update alone, networks 256-256, batch 256, 1 thread", threads=1),
     _large("large-4096", "update alone, 4096 environments, networks 512-256-128, batch 24,576",
            peers=_ALL),
-    SpeedRow("tensor-pendulum", "4096 pendulums as tensors, networks 64-64, batch 32,768", 3, "Pendulum-v1", 4096, 4,
+    SpeedRow("tensor-pendulum", "4096 pendulums as tensors, networks 64-64, batch 32,768", 3, "Pendulum-v1", 4096, 8,
              _TENSORS, env="tensor", peer_env="tensor", peers=("clipppo", "sb3")),
     _large("large-4096-1t", "update alone, 4096 environments, networks 512-256-128, batch 24,576, 1 thread", threads=1),
 )
