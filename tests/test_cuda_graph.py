@@ -63,8 +63,9 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if request.param == "cpu":
         monkeypatch.setattr(cuda_graph, "Recorder", StandIn)
         monkeypatch.setattr(cuda_graph, "why_not_cuda_graph", static_step.why_not_static)
-    # The numbers of convolutions in TF32 differ by more than the tolerances.
+    # Other convolutions differ from run to run by more than the tolerances.
     monkeypatch.setattr(th.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(th.backends.cudnn, "deterministic", True)
     return str(request.param)
 
 
@@ -99,9 +100,10 @@ def settings_of(policy: Any, **changes: Any) -> Any:
 
 
 def assert_equal_policies(ours: Any, theirs: Any) -> None:
+    has_convolutions = any("cnn" in name for name, _ in ours.named_parameters())
+    # As in tests/test_engines.py; convolutions are summed in an order that depends on the algorithm.
+    tolerance = {"rtol": 1e-3, "atol": 1e-4} if has_convolutions else {"rtol": 1e-4, "atol": 1e-5}
     for (name, parameter), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        # As in tests/test_engines.py; convolutions are summed in an order that depends on the algorithm.
-        tolerance = {"rtol": 1e-3, "atol": 1e-4} if "cnn" in name else {"rtol": 1e-4, "atol": 1e-5}
         th.testing.assert_close(parameter, other, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
         state, other_state = ours.optimizer.state[parameter], theirs.optimizer.state[other]
         assert float(state["step"]) == float(other_state.get("step", 0.0))
@@ -190,6 +192,7 @@ def test_a_bad_minibatch_makes_no_step(on_nonfinite: str, device: str) -> None:
         np.random.seed(0)
         engine.update(buffer, COEFFICIENTS)
         buffer.advantages[2, 1] = np.nan
+        buffer.forget_copies()
         if on_nonfinite == "raise":
             with pytest.raises(BadMinibatchError) as caught:
                 engine.update(buffer, COEFFICIENTS)
@@ -388,6 +391,7 @@ class TestOnAGPU:
         assert engine.name == "autograd"
         assert reason.startswith("cuda_graph cannot run the policy: it has a Dropout")
 
+    @pytest.mark.filterwarnings("ignore:You are trying to run")
     @pytest.mark.parametrize("policy", ["MlpPolicy", "SquashedMlpPolicy"])
     def test_training_saving_and_loading(self, policy: str, device: str, tmp_path: Path) -> None:
         env = environments()

@@ -101,8 +101,7 @@ class CudaGraphEngine(StaticEngine):
         # gSDE's noise comes from tensors that are new in each rollout.
         if has_own_code or isinstance(self.policy.action_dist, StateDependentNoiseDistribution):
             return None
-        with unvalidated_distributions:
-            recorded = self._try(lambda recorder: RecordedFunction(recorder, self.policy, function, observations))
+        recorded = self._try(lambda recorder: RecordedFunction(recorder, self.policy, function, observations))
         if recorded is not None:
             self._functions[name] = recorded
         return recorded
@@ -132,7 +131,7 @@ class CudaGraphEngine(StaticEngine):
             self._chunks.clear()
             log.warning(
                 "A CUDA graph could not be recorded (%s). The same operations now run one by one, which takes longer.",
-                str(error).splitlines()[0],
+                str(error.__context__ or error).splitlines()[0],  # the end of the recording raises another error
             )
             return None
 
@@ -151,6 +150,7 @@ class Recorder:
         self._device = device
         self._stream: Any = None
 
+    @unvalidated_distributions
     def record(self, run: Callable[[], None], warm_up: Callable[[], None]) -> Graph:
         """
         Return the operations of ``run``, which is called once, after some calls of ``warm_up``.

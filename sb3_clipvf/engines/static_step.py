@@ -56,6 +56,9 @@ class StaticEngine(AutogradEngine):
         finally:  # also after Ctrl-C, the optimizer's state must count the steps made
             step.write_back()
 
+    def _kl_after(self, buffer: Any) -> th.Tensor:
+        return super()._kl_after(buffer).cpu()  # where the other statistics are
+
     def _bind(self, buffer: Any, coefficients: UpdateCoefficients) -> "StaticStep":
         """Return the step with the numbers of this update; a new one if more than numbers has changed."""
         buffer.forget_copies()  # arrays may have changed in-place

@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=WORKS, default=list(WORKS), help="works to measure")
     parser.add_argument("--engines", nargs="+", help="what to measure; default: all on the device")
     args = parser.parse_args(argv)
-    warnings.filterwarnings("ignore", message="You are trying to run PPO on the GPU")
+    warnings.filterwarnings("ignore", message="You are trying to run")
     device = th.cuda.get_device_name() if args.device.startswith("cuda") else f"CPU, {th.get_num_threads()} threads"
     sys.stdout.write(f"{device}, torch {th.__version__}\n\n")
     sys.stdout.write("| work | engine | minibatch, us | step of the policy, us |\n|---|---|---:|---:|\n")
