@@ -36,7 +36,7 @@ from sb3_clipvf.rollout import TensorRolloutBuffer
 # "static" runs the operations of cuda_graph's updates one by one. tests/test_cuda_graph.py has the graphs.
 ENGINES = ["autograd", "fused", "native", "static"]
 DIVIDED = "native, divided"
-# Policies that an engine refuses: tests/test_support.py has the reasons.
+# Policies that an engine refuses: tests/test_engines_support.py has the reasons.
 NOT_RUN = {("fused", "squashed"), ("native", "squashed")}
 
 OBS = spaces.Box(-2.0, 2.0, (3,), np.float32)
