@@ -30,3 +30,11 @@ def test_the_table_has_a_line_for_each_engine(
 
 def test_a_gpu_adds_graphs_and_the_same_operations_without_them() -> None:
     assert minibatch.engines_on("cuda:0") == ["sb3", "autograd", "static", "cuda_graph"]
+
+
+def test_a_profile_lists_operations(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(minibatch, "SECONDS", 0.0)
+    small = {"mlp-256": dataclasses.replace(minibatch.WORKS["mlp-256"], n_envs=2, n_steps=4, batch_size=4)}
+    monkeypatch.setattr(minibatch, "WORKS", small)
+    assert minibatch.main(["--engines", "autograd", "--profile"]) == 0
+    assert "aten::addmm" in capsys.readouterr().out

@@ -122,12 +122,23 @@ def act_fn(model: Any, engine: str) -> Callable[[], object]:
     return act
 
 
+def kernels_of(function: Callable[[], object], device: str) -> str:
+    """Return a table of the operations that take longest in a call."""
+    with th.profiler.profile() as profile:
+        function()
+        if device.startswith("cuda"):
+            th.cuda.synchronize()
+    by = "self_device_time_total" if device.startswith("cuda") else "self_cpu_time_total"
+    return str(profile.key_averages().table(sort_by=by, row_limit=30, max_name_column_width=90))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and print a table in Markdown."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench minibatch", description=__doc__)
     parser.add_argument("--device", default="cpu", help="PyTorch device")
     parser.add_argument("--only", nargs="+", choices=WORKS, default=list(WORKS), help="works to measure")
     parser.add_argument("--engines", nargs="+", help="what to measure; default: all on the device")
+    parser.add_argument("--profile", action="store_true", help="also list the operations of an update")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", message="You are trying to run")
     device = th.cuda.get_device_name() if args.device.startswith("cuda") else f"CPU, {th.get_num_threads()} threads"
@@ -142,6 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             act = seconds_of(act_fn(model, engine), args.device)
             used = engine if engine in ("sb3", "static") else model._engine.name
             sys.stdout.write(f"| {name} | {used} | {1e6 * update:.0f} | {1e6 * act:.0f} |\n")
+            if args.profile:
+                sys.stdout.write(kernels_of(model.train, args.device))
             sys.stdout.flush()
             del model
     return 0
