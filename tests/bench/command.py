@@ -12,6 +12,9 @@ from typing import ClassVar, Generic, Protocol, TypeVar
 
 from tests.bench.results import Results, write_text
 
+MIN_ALTERNATIONS = 3
+"""Alternations that a final verdict needs."""
+
 
 class Row(Protocol):
     """One line of a benchmark's table."""
@@ -126,6 +129,38 @@ class Benchmark(ABC, Generic[RowT]):
             reasons = "".join(f"\n  {label}: {reason}" for label, reason in self.failed.items())
             print(f"Failed:{reasons}\nThe same command tries again.", flush=True)
         return 1 if self.failed else 0
+
+
+class AlternatingBenchmark(Benchmark[RowT]):
+    """A benchmark whose rows have alternations, in which all peers are measured one after the other."""
+
+    n_alternations: ClassVar[int] = MIN_ALTERNATIONS
+
+    def add_options(self, parser: argparse.ArgumentParser) -> None:
+        """Add the number of alternations."""
+        about = "measurements of each peer (default: %(default)s)"
+        parser.add_argument("--alternations", type=at_least(1), default=self.n_alternations, help=about)
+
+    @abstractmethod
+    def is_done(self, row: RowT, number: int) -> bool:
+        """Return whether an alternation has all peers: only what is measured together can be compared."""
+
+    def numbers(self) -> range:
+        """Return the numbers of the alternations."""
+        return range(1, self.args.alternations + 1)
+
+    def done(self, row: RowT) -> str:
+        """Return the alternations of a row that are done, as text."""
+        return "done: " + (" ".join(str(number) for number in self.numbers() if self.is_done(row, number)) or "none")
+
+    def to_measure(self, rows: Sequence[RowT]) -> list[tuple[RowT, int]]:
+        """Return rows and numbers of the alternations to measure, each row once before any row comes twice."""
+        return [
+            (row, number)
+            for number in self.numbers()
+            for row in rows
+            if self.args.rerun or not self.is_done(row, number)
+        ]
 
 
 @contextlib.contextmanager

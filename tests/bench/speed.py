@@ -18,18 +18,17 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import psutil
 
-from tests.bench.command import Benchmark, at_least
+from tests.bench.command import AlternatingBenchmark, at_least
 from tests.bench.results import clone_environment, machine
 from tests.bench.speed_figure import write_figure
 from tests.bench.speed_rows import DEVICES, PEERS, ROWS, SpeedRow, absent_peers
 from tests.bench.speed_table import (
     CACHES,
     KEY,
-    MIN_ALTERNATIONS,
     STORED,
     TRIALS,
     best_threads,
@@ -52,7 +51,7 @@ class ChildError(RuntimeError):
     """A measured process failed; the message has the reason and the path of its output."""
 
 
-class SpeedBenchmark(Benchmark[SpeedRow]):
+class SpeedBenchmark(AlternatingBenchmark[SpeedRow]):
     """Measures the alternations that are missing, one process after the other."""
 
     name = "speed"
@@ -61,7 +60,6 @@ class SpeedBenchmark(Benchmark[SpeedRow]):
         "this machine, and tabulate their steps a second."
     )
     log_folder = "logs/bench/speed"
-    n_alternations: ClassVar[int] = MIN_ALTERNATIONS
     key = KEY
     deciding = ("quick", "alternations", "iterations", "device")
 
@@ -74,8 +72,7 @@ class SpeedBenchmark(Benchmark[SpeedRow]):
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         """Add the options of measurements and profiles."""
-        about = "measurements of each peer (default: %(default)s)"
-        parser.add_argument("--alternations", type=at_least(1), default=self.n_alternations, help=about)
+        super().add_options(parser)
         about = "rollouts and updates that are measured (default: the row's)"
         parser.add_argument("--iterations", type=at_least(1), help=about)
         about = (
@@ -105,9 +102,7 @@ class SpeedBenchmark(Benchmark[SpeedRow]):
 
     def listed(self, row: SpeedRow) -> str:
         """Return the goal, and the alternations that are done or what the row needs."""
-        missing = {number for _, number in self._missing([row])}
-        done = " ".join(str(number) for number in range(1, self.args.alternations + 1) if number not in missing)
-        return f"goal {row.goal:>3g}  {row.missing() or 'done: ' + (done or 'none')}  {row.title}"
+        return f"goal {row.goal:>3g}  {row.missing() or self.done(row)}  {row.title}"
 
     def run(self) -> None:
         """Measure the missing alternations, after trials that choose each peer's number of threads."""
@@ -117,7 +112,7 @@ class SpeedBenchmark(Benchmark[SpeedRow]):
         for peer, reason in absent_peers().items():
             if any(peer in row.peers for row in rows):
                 print(f"{PEERS[peer]}: skipped, {reason}", flush=True)
-        todo = self._missing(rows, rerun=self.args.rerun)
+        todo = self.to_measure(rows)
         done = len(rows) * self.args.alternations - len(todo)
         print(
             f"{len(todo)} alternations to measure, {done} are done already (--rerun measures them again).", flush=True
@@ -190,14 +185,9 @@ class SpeedBenchmark(Benchmark[SpeedRow]):
         print(render_profile(f"{row.title}, {PEERS[peer]}, one thread", result), flush=True)
         return 0
 
-    def _missing(self, rows: Sequence[SpeedRow], rerun: bool = False) -> list[tuple[SpeedRow, int]]:
-        """Return rows and numbers of alternations that lack a peer: only what is measured together can be compared."""
-        return [
-            (row, number)  # each row once before any row comes twice
-            for number in range(1, self.args.alternations + 1)
-            for row in rows
-            if rerun or not all(self._is_done(row, peer, str(number)) for peer in row.measured())
-        ]
+    def is_done(self, row: SpeedRow, number: int) -> bool:
+        """Return whether an alternation has all peers."""
+        return all(self._is_measured(row, peer, str(number)) for peer in row.measured())
 
     def _expected(self, todo: Sequence[tuple[SpeedRow, int]]) -> str:
         """Return how long these alternations with their trials will take, by the stored measurements."""
@@ -215,7 +205,7 @@ class SpeedBenchmark(Benchmark[SpeedRow]):
             return f"They take about {minutes}."
         return f"{len(known)} of their {len(wanted)} measurements take about {minutes}; the others were never made."
 
-    def _is_done(self, row: SpeedRow, peer: str, part: str) -> bool:
+    def _is_measured(self, row: SpeedRow, peer: str, part: str) -> bool:
         """Return whether there is a result that was made here with the packages that are installed now."""
         run = self.results.find(entries_of(row, peer, part))
         if run is None or any(run.get(name) != self._machine.get(name) for name in ("cpu", "cores", "gpu")):
@@ -235,7 +225,7 @@ class SpeedBenchmark(Benchmark[SpeedRow]):
         return [
             part
             for part in parts
-            if not self._is_done(row, peer, part) or (self.args.rerun and self._is_cold(row, peer, part))
+            if not self._is_measured(row, peer, part) or (self.args.rerun and self._is_cold(row, peer, part))
         ]
 
     def _is_cold(self, row: SpeedRow, peer: str, part: str) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from tests.bench.command import MIN_ALTERNATIONS
 from tests.bench.results import Results, machines_text, markdown_table
 from tests.bench.speed_rows import BOUNDS, PEERS, SpeedRow
 
@@ -18,9 +19,6 @@ STORED = (
     *("startup_seconds", "products_seconds", "peak_megabytes", "engine", "device", "torch_threads"),
 )
 """Measured values that the results file keeps and the tables read; of a bound, only the first."""
-
-MIN_ALTERNATIONS = 3
-"""Alternations that a final verdict needs."""
 
 COLD_TRIAL = "trial, default threads"
 """The only trial of peers whose threads are not chosen by trials; it measures the time of compiling."""

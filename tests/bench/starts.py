@@ -6,7 +6,6 @@ ClipPPO starts twice, without kernels on disk and then with those that the first
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import tempfile
@@ -18,9 +17,9 @@ from typing import Any
 
 import psutil
 
-from tests.bench.command import Benchmark, at_least
+from tests.bench.command import AlternatingBenchmark
 from tests.bench.results import clone_environment, machine, machines_text, markdown_table
-from tests.bench.speed_table import MIN_ALTERNATIONS, Spread
+from tests.bench.speed_table import Spread
 
 PEERS = {
     "cold": ("ClipPPO, no kernels on disk", "sb3_clipvf", "ClipPPO"),
@@ -63,7 +62,7 @@ class StartRow:
 ROWS = (StartRow("CartPole-v1"), StartRow("HalfCheetah-v5"))
 
 
-class StartsBenchmark(Benchmark[StartRow]):
+class StartsBenchmark(AlternatingBenchmark[StartRow]):
     """Measures the alternations that are missing, one process after the other."""
 
     name = "starts"
@@ -76,30 +75,23 @@ class StartsBenchmark(Benchmark[StartRow]):
         super().__init__(rows, argv)
         self._machine = machine(_PACKAGES)
 
-    def add_options(self, parser: argparse.ArgumentParser) -> None:
-        """Add the number of alternations."""
-        about = "measurements of each peer (default: %(default)s)"
-        parser.add_argument("--alternations", type=at_least(1), default=MIN_ALTERNATIONS, help=about)
-
     def listed(self, row: StartRow) -> str:
         """Return the alternations that are done, or what the row needs."""
-        done = [str(number) for number in self._numbers() if self._is_done(row, number)]
-        return row.missing() or f"done: {' '.join(done) or 'none'}"
+        return row.missing() or self.done(row)
 
     def run(self) -> None:
         """Measure the missing alternations."""
-        for number in self._numbers():
-            for row in self.selected:
-                if (reason := row.missing()) is not None:
-                    print(f"{row.name}: skipped, {reason}", flush=True)
-                elif self.args.rerun or not self._is_done(row, number):
-                    self._measure(row, number)
+        reasons = {row.name: reason for row in self.selected if (reason := row.missing()) is not None}
+        for name, reason in reasons.items():
+            print(f"{name}: skipped, {reason}", flush=True)
+        for row, number in self.to_measure([row for row in self.selected if row.name not in reasons]):
+            self._measure(row, number)
 
     def render(self) -> str:
         """Return the table of seconds."""
         found = {
             (row.name, peer): [
-                run for number in self._numbers() if (run := self.results.find(_entries(row, peer, number)))
+                run for number in self.numbers() if (run := self.results.find(_entries(row, peer, number)))
             ]
             for row in self.rows
             for peer in PEERS
@@ -114,13 +106,10 @@ class StartsBenchmark(Benchmark[StartRow]):
         machines = machines_text(runs, lambda run: "default number of threads")
         return f"{table}\n\n{_NOTES} {others}\n\n{machines}"
 
-    def _numbers(self) -> range:
-        return range(1, self.args.alternations + 1)
-
     def _peers(self) -> list[str]:
         return [peer for peer, (_, module, _) in PEERS.items() if find_spec(module) is not None]
 
-    def _is_done(self, row: StartRow, number: int) -> bool:
+    def is_done(self, row: StartRow, number: int) -> bool:
         """Return whether an alternation was measured here as a whole, with the packages that are installed now."""
         runs = [self.results.find(_entries(row, peer, number) | self._machine) for peer in self._peers()]
         return all(run is not None for run in runs)
