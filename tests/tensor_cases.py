@@ -37,14 +37,15 @@ class TensorWalk:
         self.num_envs, self.device = num_envs, th.device(device)
         self.observation_space, self.action_space = observation_space, action_space
         self.finals, self.reuses_memory = finals, reuses_memory
-        self.x, self.n_steps = th.zeros(num_envs), th.zeros(num_envs, dtype=th.int64)
-        self.rows = th.arange(num_envs)
+        self.x = th.zeros(num_envs, device=device)
+        self.rows = th.arange(num_envs, device=device)
+        self.n_steps = th.zeros_like(self.rows)
         self.received: list[th.Tensor] = []
         self.closed = False
         self._memory: Any = None
 
     def reset_tensors(self, seed: int | None = None) -> TensorObs:
-        self.x = th.full((self.num_envs,), 0.5 if seed is None else 0.01 * seed)
+        self.x = th.full_like(self.x, 0.5 if seed is None else 0.01 * seed)
         self.n_steps = th.zeros_like(self.n_steps)
         return self._returned(self._observe())
 

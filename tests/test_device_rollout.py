@@ -16,8 +16,8 @@ from sb3_clipvf import ClipPPO, TensorRolloutBuffer
 from sb3_clipvf.common.nonfinite import NonFiniteError
 from sb3_clipvf.engines import device_rollout
 from sb3_clipvf.engines.device_rollout import DeviceRolloutBuffer, explained_variance_of
-from sb3_clipvf.envs import FastDummyVecEnv
-from sb3_clipvf.rollout import needs_complete_rollout
+from sb3_clipvf.envs import FastDummyVecEnv, TensorVecNormalize
+from sb3_clipvf.rollout import gae, needs_complete_rollout
 
 BOX = spaces.Box(-1.0, 1.0, (2,), np.float32)
 needs_gpu = pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")
@@ -185,14 +185,34 @@ def test_the_rollout_is_on_the_gpu_if_it_fits(
             model.rollout_buffer.check_memory()
 
 
+SETTINGS: dict[str, Any] = {"n_steps": 8, "batch_size": 16, "n_epochs": 2, "seed": 3}
+on_gpu = pytest.mark.filterwarnings("ignore:You are trying to run ClipPPO on the GPU")
+
+
+class Watch(BaseCallback):
+    """Keeps the tensors of each step."""
+
+    def _on_training_start(self) -> None:
+        self.steps: list[dict[str, Any]] = []
+
+    def _on_step(self) -> bool:
+        names = ("obs_tensor", "actions", "rewards", "dones", "log_probs")
+        self.steps.append({name: self.locals[name].clone() for name in names} | {"infos": self.locals["infos"]})
+        return True
+
+
 @pytest.mark.cuda
 @needs_gpu
+@on_gpu
+@pytest.mark.parametrize(
+    "action_space", [BOX, spaces.Discrete(3), spaces.MultiBinary(2)], ids=lambda s: type(s).__name__
+)
 @pytest.mark.parametrize("engine", ["autograd", "auto"])
-def test_a_tensor_environment_trains_on_a_gpu(engine: str) -> None:
-    settings: dict[str, Any] = {"n_steps": 8, "batch_size": 16, "n_epochs": 2, "seed": 3}
-    env = GpuWalk(device="cuda")
-    model = ClipPPO("MlpPolicy", env, engine=engine, **settings)
+def test_a_tensor_environment_trains_on_a_gpu(engine: str, action_space: Any) -> None:
+    env = TensorWalk(device="cuda", action_space=action_space)
+    model = ClipPPO("MlpPolicy", env, engine=engine, **SETTINGS)
     assert model.device.type == "cuda" and type(model.rollout_buffer) is DeviceRolloutBuffer
+    assert model.rollout_buffer.draws_on_device
     before = th.nn.utils.parameters_to_vector(model.policy.parameters()).detach().clone()
     model.learn(48 * 3)
     after = th.nn.utils.parameters_to_vector(model.policy.parameters()).detach()
@@ -203,21 +223,78 @@ def test_a_tensor_environment_trains_on_a_gpu(engine: str) -> None:
 
 @pytest.mark.cuda
 @needs_gpu
-def test_environments_on_the_host_train_on_a_gpu() -> None:
-    model = ClipPPO("MlpPolicy", DummyVecEnv([Walk] * 4), n_steps=8, batch_size=16, n_epochs=2, device="cuda")
-    assert type(model.rollout_buffer) is DeviceRolloutBuffer
+@on_gpu
+@pytest.mark.parametrize("engine", ["autograd", "auto"])
+def test_a_rollout_on_a_gpu_holds_what_was_seen(engine: str) -> None:
+    watch = Watch()
+    model = ClipPPO("MlpPolicy", TensorWalk(device="cuda"), engine=engine, learning_rate=0.0, gamma=0.9, **SETTINGS)
+    model.learn(48 * 2, watch)
+    buffer, steps = model.rollout_buffer, watch.steps[-8:]
+    for name, local in (("observations", "obs_tensor"), ("actions", "actions"), ("log_probs", "log_probs")):
+        assert th.equal(getattr(buffer, name), th.stack([step[local] for step in steps])), name
+    with th.no_grad():
+        observations = buffer.observations.flatten(0, 1)
+        values, log_probs, _ = model.policy.evaluate_actions(observations, buffer.actions.flatten(0, 1))
+        last = model.policy.predict_values(model.env.observations).flatten()
+        th.testing.assert_close(buffer.values.flatten(), values.flatten(), atol=1e-4, rtol=1e-4)
+        th.testing.assert_close(buffer.log_probs.flatten(), log_probs, atol=1e-4, rtol=1e-4)
+        expected = th.stack([step["rewards"] for step in steps])
+        for t, step in enumerate(steps):
+            for row in step["dones"].nonzero().flatten().tolist():
+                if row % 2 == 0:
+                    final = th.as_tensor(step["infos"][row]["terminal_observation"], device="cuda")[None]
+                    expected[t, row] += 0.9 * model.policy.predict_values(final).item()
+    th.testing.assert_close(buffer.rewards, expected, atol=1e-4, rtol=1e-4)
+    fields = [getattr(buffer, name).cpu().numpy() for name in ("rewards", "values", "episode_starts")]
+    wanted = gae(*fields, last.cpu().numpy(), steps[-1]["dones"].cpu().numpy(), 0.9, model.gae_lambda)
+    np.testing.assert_allclose(buffer.advantages.cpu(), wanted[0], atol=1e-4)
+    np.testing.assert_allclose(buffer.returns.cpu(), wanted[1], atol=1e-4)
+
+
+@pytest.mark.cuda
+@needs_gpu
+@on_gpu
+@pytest.mark.parametrize("engine", ["autograd", "auto"])
+def test_numbers_on_a_gpu_that_are_not_finite_are_reported(engine: str) -> None:
+    model = ClipPPO("MlpPolicy", TensorWalk(device="cuda"), engine=engine, **SETTINGS)
+    model.learn(48)
+    model.rollout_buffer.returns[3, 1] = np.nan
+    with pytest.raises(NonFiniteError, match="value_loss"):
+        model.train()
+    env = model.env.unwrapped.env
+    env.x[2] = np.nan
+    with pytest.raises(NonFiniteError, match="of environment 2 must be finite"):
+        model.learn(48, reset_num_timesteps=False)
+
+
+@pytest.mark.cuda
+@needs_gpu
+@on_gpu
+def test_statistics_on_a_gpu_normalise() -> None:
+    env = TensorVecNormalize(TensorWalk(device="cuda"))
+    model = ClipPPO("MlpPolicy", env, **SETTINGS)
+    model.learn(48 * 3)
+    on_cpu = TensorVecNormalize(TensorWalk())
+    on_cpu.reset_tensors(seed=3)  # that of the model
+    for actions in env.venv.env.received:
+        on_cpu.step_tensors(actions.cpu())
+    np.testing.assert_allclose(env.obs_rms.mean, on_cpu.obs_rms.mean, atol=1e-5)
+    np.testing.assert_allclose(env.ret_rms.var, on_cpu.ret_rms.var, rtol=1e-4)
+
+
+@pytest.mark.cuda
+@needs_gpu
+@on_gpu
+@pytest.mark.parametrize("engine", ["autograd", "auto"])
+def test_environments_on_the_host_train_on_a_gpu(engine: str) -> None:
+    env = DummyVecEnv([Walk] * 4)
+    model = ClipPPO("MlpPolicy", env, device="cuda", engine=engine, **SETTINGS)
+    buffer = model.rollout_buffer
+    assert type(buffer) is DeviceRolloutBuffer and not buffer.draws_on_device
     model.learn(96)
-    assert model.rollout_buffer.rewards.isfinite().all() and model.num_timesteps == 96
-
-
-class GpuWalk(TensorWalk):
-    """The walk on a GPU."""
-
-    def __init__(self, device: str) -> None:
-        super().__init__(device=device)
-        self.x, self.n_steps, self.rows = (tensor.to(device) for tensor in (self.x, self.n_steps, self.rows))
-
-    def reset_tensors(self, seed: int | None = None) -> Any:
-        super().reset_tensors(seed)
-        self.x = self.x.to(self.device)
-        return self._observe()
+    assert buffer.rewards.isfinite().all() and model.num_timesteps == 96
+    positions, steps = buffer.observations[..., 0].cpu().numpy(), buffer.observations[..., 1].cpu().numpy()
+    moved = positions + 0.1 * np.clip(buffer.actions.cpu().numpy(), -1, 1).mean(-1)
+    goes_on = steps[:-1] < 2
+    np.testing.assert_allclose(positions[1:][goes_on], moved[:-1][goes_on], atol=1e-5)
+    np.testing.assert_array_equal(buffer.episode_starts.cpu().numpy()[1:], steps[1:] == 0)

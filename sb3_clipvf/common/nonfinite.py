@@ -115,7 +115,7 @@ def drawn_indices(state: Any, buffer: Any, epoch: int, start: int, batch: Any) -
     for _ in range(epoch + 1):
         permutation = generator.permutation(n)
     indices = permutation[start : start + len(batch.returns)]
-    returns = np.asarray(buffer.returns)
+    returns = np.asarray(buffer.returns.cpu() if hasattr(buffer.returns, "cpu") else buffer.returns)
     # SB3's buffer has flattened its arrays by now.
     by_env = returns.swapaxes(0, 1) if returns.shape == (buffer.buffer_size, buffer.n_envs) else returns
     same = np.array_equal(by_env.reshape(-1)[indices], batch.returns.cpu().numpy().reshape(-1), equal_nan=True)
