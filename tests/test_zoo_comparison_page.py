@@ -152,6 +152,11 @@ def test_settings_that_differ_are_marked(logs: Path) -> None:
     assert rows[2] == ["policy", "MlpPolicy", "MlpPolicy"]
 
 
+def test_settings_without_a_difference_are_all_shown(tmp_path: Path) -> None:
+    write_run(tmp_path / "CartPole-v1_1")
+    assert Tables(page(groups_of(tmp_path), [], "")).tables["settings all"][1] == ["policy", "MlpPolicy"]
+
+
 def test_videos_are_embedded_up_to_a_size(logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, content in ((1, b"12345"), (3, b"123456")):
         folder = logs / f"clipppo/CartPole-v1_{number}/videos"
@@ -189,7 +194,7 @@ def test_the_command_writes_the_page_and_names_what_it_left_out(
     assert zoo.main(["report", "logs", "-o", "out.html", "-o", "runs.csv"]) == 0
     printed = capsys.readouterr().out
     assert "CartPole-v1_9 was left out: no training episode ended" in printed
-    assert "8 runs in 4 groups, 2 environments\n  out.html\n  runs.csv\n" in printed
+    assert "8 runs, 4 groups, 2 environments\n  out.html\n  runs.csv\n" in printed
     html = (in_empty_folder / "out.html").read_text()
     assert "<pre>sb3-clipvf report logs -o out.html -o runs.csv</pre>" in html
     assert "CartPole-v1_9 was left out" in html

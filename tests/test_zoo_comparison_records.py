@@ -218,3 +218,11 @@ def test_settings_that_could_run_code_leave_the_run_out(tmp_path: Path, mark: Pa
     (bad / "CartPole-v1" / "config.yml").write_text(f"a: !!python/object/apply:os.system ['touch {mark}']")
     records, (problem,) = find_records([tmp_path])
     assert len(records) == 1 and "CartPole-v1_2 was left out" in problem and not mark.exists()
+
+
+def test_mixed_versions_are_named(tmp_path: Path) -> None:
+    for number, version in enumerate(("2.9.2", "2.8.0", "2.9.2"), 1):
+        write_run(tmp_path / f"CartPole-v1_{number}", version=version)
+    records, (problem,) = find_records([tmp_path])
+    assert len(records) == 3
+    assert "several versions of Stable-Baselines3: 2.8.0 (1 of 3 runs), 2.9.2 (2 of 3 runs). A difference" in problem

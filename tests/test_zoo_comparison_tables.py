@@ -173,7 +173,7 @@ def test_markdown_and_latex_have_the_means(two_settings: list[Group]) -> None:
         "| Environment | Setting | Runs | Last 100 episodes | Whole training | Last evaluation |"
     )
     assert lines[2].startswith("| CartPole-v1 | gamma 0.9 | 2 | 25.0 ± 7.1 | 10 ± 0 |")
-    assert lines[3].startswith("| CartPole-v1 | gamma 1 | 1 | 7 | 7 |  |")
+    assert lines[3].startswith("| CartPole-v1 | gamma 1 | 1 | 7 | 7 | – |")
     rows = latex_table(two_settings).splitlines()
     assert rows[0] == r"\begin{tabular}{llrrrrrrrr}"
     assert rows[4].startswith(r"CartPole-v1 & gamma 0.9 & 2 & 25.0 $\pm$ 7.1 & 10 $\pm$ 0 & ")
@@ -186,6 +186,7 @@ def test_markdown_and_latex_have_the_means(two_settings: list[Group]) -> None:
         (1234.5, None, "1,234"),
         (-500.0, None, "−500"),
         (20.25, None, "20.2"),
+        (1.2345, None, "1.23"),
         (0.1234, None, "0.123"),
         (1234.5, 20.0, "1,234"),
         (20.25, 2.0, "20.2"),

@@ -24,6 +24,7 @@ from sb3_clipvf.zoo.comparison.curves import ROLLING_WINDOW, rolling_mean
 from sb3_clipvf.zoo.comparison.groups import group_records
 from sb3_clipvf.zoo.comparison.outputs import SUFFIXES, check_outputs, write_outputs
 from sb3_clipvf.zoo.comparison.records import find_records
+from sb3_clipvf.zoo.comparison.summary import plural
 from sb3_clipvf.zoo.defaults import ALGORITHM
 from sb3_clipvf.zoo.parsing import option_name
 from sb3_clipvf.zoo.process import has_display, patched_environment
@@ -194,8 +195,9 @@ def compare_runs(folders: Sequence[str], outputs: Sequence[Path]) -> None:
     write_outputs(groups, problems, shlex.join(words), outputs)
     for problem in problems:
         sys.stdout.write(f"  {problem}\n")
-    env_ids = {record.env_id for record in records}
-    sys.stdout.write(f"{len(records)} runs in {len(groups)} groups, {len(env_ids)} environments\n")
+    n_envs = len({record.env_id for record in records})
+    counts = [plural(len(records), "run"), plural(len(groups), "group"), plural(n_envs, "environment")]
+    sys.stdout.write(f"{', '.join(counts)}\n")
     for path in outputs:
         sys.stdout.write(f"  {path}\n")
 

@@ -60,10 +60,12 @@ function traces(panel) {
       continue;
     }
     const points = statistics(runs[name]);
+    // A logarithmic axis has no place for a mean minus its deviation that is not positive: the least run stands for it.
+    const lower = ({ mean, std, low }) => (shown.spread === "range" || (isLogarithmic(panel) && mean <= std) ? low : mean - std);
+    const upper = ({ mean, std, high }) => (shown.spread === "range" ? high : mean + std);
     if (runs[name].length > 1) {
       const known = points.map((point, i) => i).filter((i) => points[i] !== null);
-      const edge = (point, side) => (shown.spread === "range" ? (side < 0 ? point.low : point.high) : point.mean + side * point.std);
-      const outline = [...known.map((i) => [x[i], edge(points[i], 1)]), ...known.reverse().map((i) => [x[i], edge(points[i], -1)])];
+      const outline = [...known.map((i) => [x[i], upper(points[i])]), ...known.reverse().map((i) => [x[i], lower(points[i])])];
       made.push({
         ...common, x: outline.map((pair) => pair[0]), y: outline.map((pair) => pair[1]), fill: "toself",
         fillcolor: color + "2e", line: { width: 0 }, hoverinfo: "skip", role: "band",
@@ -78,13 +80,15 @@ function traces(panel) {
   return made;
 }
 
-function isLogarithmic(panel, drawn) {
-  if (!panel.key.startsWith("train/") || /variance|fraction|policy|actor/.test(panel.key)) return false;
-  const values = drawn.filter((trace) => trace.role !== "band").flatMap((trace) => trace.y).filter((value) => value !== null);
-  return values.length > 0 && Math.min(...values) > 0 && Math.max(...values) > 200 * Math.min(...values);
+/* Whether a quantity of the log spans so many sizes that a linear axis would hide most of it. */
+function isLogarithmic(panel) {
+  if (!/kl$|kl_after_update|value_loss|critic_loss|grad_norm|ratio_max/.test(panel.key)) return false;
+  const values = Object.values(panel.axes.steps.runs).flat(2).filter((value) => value !== null);
+  const least = values.reduce((one, other) => Math.min(one, other), Infinity);
+  return least > 0 && values.reduce((one, other) => Math.max(one, other), 0) > 200 * least;
 }
 
-function layout(panel, drawn) {
+function layout(panel) {
   const axis = { gridcolor: style("--rule"), linecolor: style("--rule"), zerolinecolor: style("--rule"), automargin: true, nticks: 6, exponentformat: "SI", separatethousands: false };
   const known = Boolean(panel.axes[shown.axis].x.at(-1));
   return {
@@ -94,7 +98,7 @@ function layout(panel, drawn) {
     hoverlabel: { bgcolor: style("--panel"), bordercolor: style("--rule"), font: { color: style("--ink"), size: 12 } },
     modebar: { bgcolor: "rgba(0,0,0,0)", color: style("--muted"), activecolor: style("--ink") },
     xaxis: { ...axis, title: { text: shown.axis === "steps" ? "steps" : "seconds", standoff: 4 }, rangemode: "tozero", hoverformat: ",.4~s" },
-    yaxis: { ...axis, type: isLogarithmic(panel, drawn) ? "log" : "linear" },
+    yaxis: { ...axis, ...(isLogarithmic(panel) ? { type: "log", exponentformat: "power", nticks: 4 } : {}) },
     annotations: known ? [] : [{ text: "no times are known", showarrow: false, x: 0.5, y: 0.5, xref: "paper", yref: "paper" }],
   };
 }
@@ -116,7 +120,7 @@ function draw(figure, panel) {
   const drawn = traces(panel);
   const file = panel.key.replace(/\W+/g, "_");
   const button = (title, icon, click) => ({ name: title, title, icon, click });
-  Plotly.react(figure.querySelector(".plot"), drawn, layout(panel, drawn), {
+  Plotly.react(figure.querySelector(".plot"), drawn, layout(panel), {
     responsive: true, displaylogo: false, scrollZoom: false,
     modeBarButtons: [[
       button("Save as PNG", Plotly.Icons.camera, (plot) => Plotly.downloadImage(plot, { format: "png", scale: 3, filename: file })),

@@ -16,7 +16,7 @@ import numpy as np
 from sb3_clipvf.zoo.comparison import sections
 from sb3_clipvf.zoo.comparison.curves import Panel, panels
 from sb3_clipvf.zoo.comparison.groups import Group
-from sb3_clipvf.zoo.comparison.summary import csv_table, latex_table, markdown_table
+from sb3_clipvf.zoo.comparison.summary import csv_table, latex_table, markdown_table, plural
 from sb3_clipvf.zoo.comparison.titles import NEGATED, order_of, title_of
 
 _DIGITS = 5
@@ -93,13 +93,9 @@ def _title(env_ids: Mapping[str, Any]) -> str:
 
 def _about(groups: Sequence[Group], n_envs: int) -> str:
     counts = [len(group.records) for group in groups]
-    parts = [_plural(sum(counts), "run"), _plural(len({group.name for group in groups}), "setting")]
-    parts += [_plural(n_envs, "environment")] if n_envs > 1 else []
+    parts = [plural(sum(counts), "run"), plural(len({group.name for group in groups}), "setting")]
+    parts += [plural(n_envs, "environment")] if n_envs > 1 else []
     if len(groups) > 1:
         few, most = min(counts), max(counts)
-        parts.append(f"{_plural(most, 'seed') if few == most else f'{few} to {most} seeds'} each")
+        parts.append(f"{plural(most, 'seed') if few == most else f'{few} to {most} seeds'} each")
     return ", ".join(parts)
-
-
-def _plural(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

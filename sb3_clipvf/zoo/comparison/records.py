@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -105,7 +106,7 @@ def find_records(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Record
             records.append(record)
     if not records:
         raise ValueError("`RUNS` must hold a run with data to show, but none has:\n  " + "\n  ".join(problems))
-    return records, problems
+    return records, problems + _mixed_versions(records)
 
 
 def read_record(folder: Path) -> tuple[Record, list[str]]:
@@ -238,6 +239,20 @@ def _all_settings(settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> 
         if arguments.get(key):
             found[key] = arguments[key]
     return dict(sorted(found.items()))
+
+
+def _mixed_versions(records: Sequence[Record]) -> list[str]:
+    """Return a message about each package of which the runs were made with several versions."""
+    found = []
+    for name in _VERSIONS:
+        counts = Counter(record.versions[name] for record in records if name in record.versions)
+        if len(counts) > 1:
+            versions = ", ".join(f"{version} ({n} of {len(records)} runs)" for version, n in sorted(counts.items()))
+            found.append(
+                f"The runs were made with several versions of {name}: {versions}. A difference between them may come "
+                "from it. Train them again with one version to be sure."
+            )
+    return found
 
 
 def _unfinished(folder: Path) -> str:

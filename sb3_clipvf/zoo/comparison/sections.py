@@ -12,10 +12,10 @@ from sb3_clipvf.zoo.comparison.groups import Group, differing_keys, value_text
 from sb3_clipvf.zoo.comparison.summary import (
     Column,
     Statistic,
+    cell_text,
     number_text,
     numbers_of,
     shown_columns,
-    statistic_text,
     statistics_of,
 )
 
@@ -41,24 +41,23 @@ def problem_list(problems: Sequence[str]) -> str:
 def summary_table(by_env: Mapping[str, Sequence[Group]], places: Mapping[str, int]) -> str:
     """Return mean and standard deviation of each group, with a drawing of the runs on a scale of the environment."""
     columns = shown_columns([group for groups in by_env.values() for group in groups])
-    drawn = _head(f"{columns[0].title}, each run", kind="strip")
-    heads = [_head("Setting"), _head("Runs"), drawn, *(_head(one.title, one.meaning) for one in columns)]
+    heads = [_head("Setting"), _head("Runs"), _head(f"{columns[0].title}, each run", kind="strip")]
+    heads += [_head(one.title, one.meaning) for one in columns]
     rows = []
     for env_id, groups in by_env.items():
         known = [statistics_of(group) for group in groups]
         values = [value for numbers in known for value in _first(numbers, columns).values]
         low, high = min(values), max(values)
-        spread = (high - low) / 10
-        scale = f"{number_text(low, spread)} to {number_text(high, spread)}" if spread else ""
+        scale = f"{number_text(low, (high - low) / 10)} to {number_text(high, (high - low) / 10)}" if high > low else ""
         cells = [_row_head(escape(env_id or "unknown environment"), "rowgroup"), "<td></td>"]
         cells += [f'<td class="scale">{scale}</td>', f'<td colspan="{len(columns)}"></td>']
         rows.append(_row(cells, "env"))
         for group, numbers in zip(groups, known, strict=True):
             place = places[group.name]
-            strip = _strip(_first(numbers, columns), low, high, place) if spread else ""
-            texts = [statistic_text(numbers[one.key]) if one.key in numbers else "–" for one in columns]
-            cells = [_row_head(swatch(place) + escape(group.name)), *_cells([len(group.records)]), f"<td>{strip}</td>"]
-            rows.append(_row([*cells, *_cells(texts)]))
+            strip = _strip(_first(numbers, columns), low, high, place) if high > low else ""
+            cells = [_row_head(swatch(place) + escape(group.name)), *_cells([len(group.records)])]
+            cells += [f'<td class="strip">{strip}</td>', *_cells(cell_text(numbers, one.key) for one in columns)]
+            rows.append(_row(cells))
     return _table("summary", heads, rows)
 
 
@@ -78,7 +77,7 @@ def settings_tables(by_env: Mapping[str, Sequence[Group]], places: Mapping[str, 
             cells = _cells(value_text(group.settings.get(key)) for group in groups)
             rows.append(_row([_row_head(mark + escape(key)), *cells], "differs" if key in differing else "same"))
         if rows:
-            tables.append(_table("settings", heads, rows))
+            tables.append(_table("settings" if differing else "settings all", heads, rows))
     return "".join(tables) or '<p class="hint">The files of the runs name no settings.</p>'
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,15 +90,26 @@ def number_text(value: float, spread: float | None = None) -> str:
     if spread:
         digits = next((digits for digits, size in enumerate((10, 1, 0.1)) if spread >= size), 3)
     else:
-        digits = 0 if abs(value) >= 1000 or float(value).is_integer() else 1 if abs(value) >= 10 else 3
+        sizes = enumerate((1000, 10, 1))
+        digits = next((digits for digits, size in sizes if abs(value) >= size), 0 if value == 0 else 3)
+        digits = 0 if float(value).is_integer() else digits
     return f"{value:,.{digits}f}".replace("-", "−")
 
 
-def statistic_text(statistic: Statistic, separator: str = " ± ") -> str:
-    """Return mean and standard deviation of a group, such as ``493.2 ± 10.1``."""
-    if statistic.std is None:
-        return number_text(statistic.mean)
-    return f"{number_text(statistic.mean, statistic.std)}{separator}{number_text(statistic.std, statistic.std)}"
+def plural(number: int, noun: str) -> str:
+    """Return a number of things, such as ``1 run`` or ``3 runs``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def cell_text(numbers: Mapping[str, Statistic], key: str, separator: str = " ± ") -> str:
+    """Return mean and standard deviation of a group, such as ``493.2 ± 10.1``; an en dash if no run has the number."""
+    if key not in numbers:
+        return "–"
+    mean, std = numbers[key].mean, numbers[key].std
+    # That trainings are equally long needs no mention.
+    if std is None or (key == "steps" and std == 0):
+        return number_text(mean)
+    return f"{number_text(mean, std)}{separator}{number_text(std, std)}"
 
 
 def csv_table(groups: Sequence[Group]) -> str:
@@ -138,7 +149,7 @@ def _cells(groups: Sequence[Group], separator: str = " ± ") -> tuple[list[str],
     rows = []
     for group in groups:
         known = statistics_of(group)
-        numbers = [statistic_text(known[one.key], separator) if one.key in known else "" for one in columns]
+        numbers = [cell_text(known, one.key, separator) for one in columns]
         rows.append([group.env_id, group.name, str(len(group.records)), *numbers])
     return ["Environment", "Setting", "Runs", *(column.title for column in columns)], rows
 
@@ -149,7 +160,7 @@ def _legend(groups: Sequence[Group]) -> str:
 
 
 def _latex_row(cells: Sequence[str]) -> str:
-    replacements = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "−": "$-$", "…": r"\ldots{}"}
+    replacements = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "−": "$-$", "–": "--", "…": r"\ldots{}"}
     escaped = ["".join(replacements.get(letter, letter) for letter in cell) for cell in cells]
     return " & ".join(escaped) + r" \\"
 
