@@ -275,8 +275,10 @@ class TensorRolloutBuffer(BaseBuffer):
 
     def _rows(self, indices: np.ndarray) -> th.Tensor:
         # SB3 numbers transitions environment by environment; the arrays hold them step by step.
-        rows = (indices % self.buffer_size) * self.n_envs + indices // self.buffer_size
-        return th.as_tensor(rows, device=self.device)
+        rows = th.from_numpy((indices % self.buffer_size) * self.n_envs + indices // self.buffer_size)
+        if self.device.type == "cuda":
+            rows = rows.pin_memory()  # else the copy would wait for the operations before it
+        return rows.to(self.device, non_blocking=True)
 
     def _gather(self, rows: th.Tensor) -> MiniBatch:
         flat = self._flat_tensors()

@@ -19,9 +19,15 @@ def test_the_table_has_a_line_for_each_engine(
     lines = [
         line.split(" | ")
         for line in capsys.readouterr().out.splitlines()
-        if line.startswith(("| mlp", "| cnn", "| la"))
+        if line.startswith(("| mlp", "| wide", "| cnn", "| la"))
     ]
-    engines = {"| mlp-64": "native", "| mlp-256": "native", "| cnn-256": "fused", "| large-24576": "native"}
+    engines = {
+        "| mlp-64": "native",
+        "| mlp-256": "native",
+        "| wide-256": "native",
+        "| cnn-256": "fused",
+        "| large-24576": "native",
+    }
     assert [line[:2] for line in lines] == [
         [name, engine] for name, auto in engines.items() for engine in ("sb3", "autograd", auto)
     ]

@@ -33,7 +33,7 @@ from sb3_clipvf.engines.static_step import StaticEngine
 from sb3_clipvf.policies import SquashedActorCriticPolicy
 from sb3_clipvf.rollout import TensorRolloutBuffer
 
-# "static" runs the operations of cuda_graph's updates one by one. tests/test_cuda_graph.py has the graphs.
+# "static" runs the operations of cuda_graph's updates one by one. tests/test_engines_cuda_graph.py has the graphs.
 ENGINES = ["autograd", "fused", "native", "static"]
 DIVIDED = "native, divided"
 # Policies that an engine refuses: tests/test_engines_support.py has the reasons.

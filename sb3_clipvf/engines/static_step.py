@@ -56,9 +56,6 @@ class StaticEngine(AutogradEngine):
         finally:  # also after Ctrl-C, the optimizer's state must count the steps made
             step.write_back()
 
-    def _kl_after(self, buffer: Any) -> th.Tensor:
-        return super()._kl_after(buffer).cpu()  # where the other statistics are
-
     def _bind(self, buffer: Any, coefficients: UpdateCoefficients) -> "StaticStep":
         """Return the step with the numbers of this update; a new one if more than numbers has changed."""
         buffer.forget_copies()  # arrays may have changed in-place
@@ -142,14 +139,14 @@ class PlayedEpochs:
     def _run(self, n_epochs: int) -> None:
         """Draw and run the next epochs, then read their statistics."""
         settings, first = self._engine.settings, len(self._logs)
-        # Copies to the device wait for the operations before them.
-        drawn = [self._buffer.draw_rows() for _ in range(n_epochs)]
-        n_minibatches = sum(map(len, chunks(len(drawn[0]), settings.batch_size)))
-        logs = th.zeros(n_epochs, n_minibatches, len(_LOGGED), device=drawn[0].device)
-        for number, (rows, log) in enumerate(zip(drawn, logs, strict=True)):
+        n_minibatches = sum(map(len, chunks(self._step.n_rows, settings.batch_size)))
+        logs = th.zeros(n_epochs, n_minibatches, len(_LOGGED), device=self._step.log.device)
+        for number, log in enumerate(logs):
+            # The host draws an epoch while the device runs the one before.
+            rows = self._buffer.draw_rows()
             measure_kl = settings.measures_kl(first + number, self._coefficients)
             self._engine.play(self._step, rows, measure_kl, log)
-        self._rows += drawn
+            self._rows.append(rows)
         self._logs += logs.tolist()
 
 
@@ -235,8 +232,9 @@ class StaticStep:
         # Where they move, the first ones are a copy of the host's arrays that belongs to this object.
         self._observations = observation_parts(rollout["observations"])
         self._columns = _columns(rollout)
+        self.n_rows = len(self._columns)
         self._n_actions = rollout["actions"].shape[1]
-        self.rows = th.zeros(min(len(self._columns), CHUNK * settings.batch_size), dtype=th.int64, device=device)
+        self.rows = th.zeros(min(self.n_rows, CHUNK * settings.batch_size), dtype=th.int64, device=device)
         self.log = th.zeros(CHUNK, len(_LOGGED), device=device)
         self.active = th.ones((), dtype=th.bool, device=device)
         self._n_steps = th.zeros((), device=device)

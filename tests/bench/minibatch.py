@@ -51,6 +51,7 @@ def _box(*shape: int) -> spaces.Box:
 WORKS = {
     "mlp-64": Work(_box(17), spaces.Box(-1.0, 1.0, (6,)), 8, 256, 64),
     "mlp-256": Work(_box(4), spaces.Discrete(2), 8, 256, 256),
+    "wide-256": Work(_box(17), spaces.Box(-1.0, 1.0, (6,)), 8, 256, 256, net_arch=(256, 256), activation=nn.Tanh),
     "cnn-256": Work(spaces.Box(0, 255, (4, 84, 84), np.uint8), spaces.Discrete(4), 8, 128, 256, "CnnPolicy"),
     "large-24576": Work(
         _box(48), spaces.Box(-1.0, 1.0, (12,)), 4096, 24, 24_576, net_arch=(512, 256, 128), activation=nn.ELU

@@ -79,8 +79,6 @@ def collected(
     """Return a policy and a rollout of four steps of four environments with random observations."""
     th.manual_seed(0)
     policy = policy_class(observations, actions, lambda _: 3e-4, **kwargs).to(device)
-    if kwargs.get("use_sde"):
-        policy.reset_noise()  # on the device
     if kwargs.get("use_sde"):  # its noise stays on the device that the policy was built on
         policy.reset_noise(4)
     width = StaticEngine(policy, SETTINGS).act(sample(observations, device), with_dist_params=True).dist_params

@@ -21,7 +21,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv
 from test_engines import ACTIONS, BOX, COEFFICIENTS, OBS, SETTINGS
-from test_static_step import POLICIES, collected, sample
+from test_engines_static_step import POLICIES, collected, sample
 
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.checkpoint import TrainingCheckpoint
@@ -391,7 +391,6 @@ class TestOnAGPU:
         assert engine.name == "autograd"
         assert reason.startswith("cuda_graph cannot run the policy: it has a Dropout")
 
-    @pytest.mark.filterwarnings("ignore:You are trying to run")
     @pytest.mark.parametrize("policy", ["MlpPolicy", "SquashedMlpPolicy"])
     def test_training_saving_and_loading(self, policy: str, device: str, tmp_path: Path) -> None:
         env = environments()
