@@ -79,7 +79,7 @@ ROWS: tuple[Row, ...] = (
         "BipedalWalker-v3",
         5_000_000,
         290,
-        comparison="300 (a2c), 288 (ppo)",
+        comparison="300 (a2c), 213 (ppo)",
         n_episodes=100,
         vec_env="envpool",  # 14 minutes instead of 60
     ),
