@@ -22,6 +22,7 @@ from tests.bench.experiments.estimates import (
     interval,
     iqm,
     mean,
+    over_seeds,
     performance_profile,
     probability_of_improvement,
 )
@@ -171,6 +172,11 @@ def test_strata_are_drawn_separately() -> None:
     scores = np.tile([0.0, 10.0], (5, 1))
     ends = interval(mean, scores)
     assert ends is not None and ends.tolist() == [5.0, 5.0]
+
+
+def test_unknown_scores_of_seeds_do_not_count() -> None:
+    assert over_seeds([1.0, None, 3]).tolist() == [[1.0], [3.0]]
+    assert estimate(mean, over_seeds([None])) is None
 
 
 def test_probability_of_improvement_counts_pairs_of_runs() -> None:

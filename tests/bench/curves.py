@@ -6,13 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.bench.curves_report import render_table, write_figure
-from tests.bench.curves_statistics import (
-    ENGINES,
-    Comparison,
-    CurveRow,
-    comparisons,
-)
+from tests.bench.curves_report import ENGINES, Comparison, CurveRow, comparisons, render_table, write_figure
 from tests.bench.experiments.runs import Record
 from tests.bench.training_runs import TrainingBenchmark
 
@@ -45,7 +39,7 @@ class CurvesBenchmark(TrainingBenchmark[CurveRow]):
         return "mean return {:.1f} over the training, {:.1f} of the last episodes".format(*means)
 
     def render(self) -> str:
-        """Return the table of means, and how far the bands overlap."""
+        """Return the table of means and differences."""
         return render_table(self._compared())
 
     def draw(self, path: Path) -> bool:

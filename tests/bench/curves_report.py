@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tests.bench.curves_statistics import ENGINES, Comparison, difference_estimate, mean_estimate
-from tests.bench.experiments.episodes import WINDOW, grid
-from tests.bench.results import machines_text, markdown_table, save_figure
-from tests.bench.training_runs import how_made
+from tests.bench.experiments.episodes import N_POINTS, WINDOW, grid
+from tests.bench.experiments.estimates import difference, estimate, mean, over_seeds
+from tests.bench.experiments.figures import band_of, draw_band
+from tests.bench.results import Results, machines_text, markdown_table, save_figure
+from tests.bench.training_runs import TrainingRow, how_made
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+# The first one is compared with the second, which is the reference.
+ENGINES = ("native", "autograd")
 # Blue and vermilion of a palette for colour-blind readers (Okabe and Ito 2008). Through the dashes of the second curve,
 # the first is visible.
 _STYLES = {"native": ("#0072B2", "-"), "autograd": ("#D55E00", "--")}
@@ -23,35 +27,70 @@ _LABELS = {"native": "native", "autograd": "autograd, the reference"}
 _MEASURES = (("whole training", "mean_return"), ("last 100 episodes", "last_return"))
 
 
+@dataclass(frozen=True, kw_only=True)
+class CurveRow(TrainingRow):
+    """An environment on an engine, trained with each seed."""
+
+    engine: str
+
+    @classmethod
+    def of(cls, env_id: str, n_timesteps: int, engine: str) -> CurveRow:
+        """Return the row whose one change to the shipped settings is the engine."""
+        name, params = f"{env_id}-{engine}", (f"engine:'{engine}'",)
+        return cls(name=name, env_id=env_id, n_timesteps=n_timesteps, params=params, engine=engine)
+
+    def run(self, seed: int) -> dict[str, Any]:
+        """Return the entries that a seed's result is found by."""
+        return {**super().run(seed), "n_points": N_POINTS, "window": WINDOW}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The runs of one environment by engine, of which there should be ``n_seeds`` each."""
+
+    env_id: str
+    n_timesteps: int
+    n_seeds: int
+    runs: Mapping[str, Sequence[Mapping[str, Any]]]
+
+    def so_far(self) -> str:
+        """Return which part of the runs is done, empty if all are."""
+        counts = [len(self.runs[engine]) for engine in ENGINES]
+        if not any(counts):
+            return "not run"
+        if min(counts) == self.n_seeds:
+            return ""
+        return f"so far {counts[0]} and {counts[1]} of {self.n_seeds} seeds"
+
+
+def comparisons(results: Results, rows: Sequence[CurveRow], seeds: Sequence[int]) -> list[Comparison]:
+    """Return the runs of these seeds, gathered by environment in the order of the rows."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for row in rows:
+        runs = [run for seed in seeds if (run := results.find(row.run(seed))) is not None]
+        found.setdefault(row.env_id, {})[row.engine] = runs
+    n_timesteps = {row.env_id: row.n_timesteps for row in rows}
+    return [Comparison(env_id, n_timesteps[env_id], len(seeds), runs) for env_id, runs in found.items()]
+
+
 def render_table(compared: Sequence[Comparison]) -> str:
     """Return the Markdown table of the comparisons, one an environment, and its notes."""
-    header = ["environment", "mean return", *ENGINES, f"{ENGINES[0]} − {ENGINES[1]}", "bands of the curves"]
+    header = ["environment", "mean return", *ENGINES, f"{ENGINES[0]} − {ENGINES[1]}"]
     rows = []
     for comparison in compared:
-        verdict = _verdict(comparison)
+        so_far = comparison.so_far()
         for index, (name, key) in enumerate(_MEASURES):
-            values = [[run[key] for run in comparison.runs[engine]] for engine in ENGINES]
-            estimates = [*(mean_estimate(group) for group in values), difference_estimate(*values)]
-            cells = ["" if estimate is None else str(estimate) for estimate in estimates]
-            first = f"{comparison.env_id}, {comparison.n_timesteps:,} steps" if index == 0 else ""
-            rows.append([first, name, *cells, verdict if index == 0 else ""])
+            values = [over_seeds(run[key] for run in comparison.runs[engine]) for engine in ENGINES]
+            found = [*(estimate(mean, group) for group in values), estimate(difference(mean), *values)]
+            cells = ["" if one is None else one.text("z,.1f") for one in found]
+            first = f"{comparison.env_id}, {comparison.n_timesteps:,} steps" + (f", {so_far}" if so_far else "")
+            rows.append([first if index == 0 else "", name, *cells])
     notes = (
-        "A cell is the mean over the seeds ± half of its 95 % confidence interval: Student's t over the seeds, and "
-        "Welch's for the difference. *Whole training* is the mean of the curve's points, *last 100 episodes* that "
-        "of the last 100 returns. *Bands of the curves* counts the points of the figure at which the two 95 % "
-        "intervals have a value in common."
+        "A cell is the mean over the seeds with its 95 % interval, see `docs/experiments.md`. *Whole training* is the "
+        "mean of the curve's points, *last 100 episodes* that of the last 100 returns."
     )
     runs = [run for comparison in compared for engine in ENGINES for run in comparison.runs[engine]]
-    return f"{markdown_table(header, 'llrrrl', rows)}\n\n{notes}\n\n{machines_text(runs, how_made)}"
-
-
-def _verdict(comparison: Comparison) -> str:
-    n_overlaps, n_points = comparison.overlap()
-    so_far = comparison.so_far()
-    if n_points == 0:
-        return so_far
-    verdict = f"overlap at {n_overlaps} of {n_points} points ({n_overlaps / n_points:.0%})"
-    return f"{verdict}, {so_far}" if so_far else verdict
+    return f"{markdown_table(header, 'llrrr', rows)}\n\n{notes}\n\n{machines_text(runs, how_made)}"
 
 
 def write_figure(compared: Sequence[Comparison], path: Path) -> None:
@@ -71,7 +110,7 @@ def write_figure(compared: Sequence[Comparison], path: Path) -> None:
     handles: list[Line2D | Patch] = [
         Line2D([], [], color=color, ls=style, label=_LABELS[engine]) for engine, (color, style) in _STYLES.items()
     ]
-    handles.append(Patch(color="gray", alpha=0.3, linewidth=0, label="95 % confidence band of the mean over the seeds"))
+    handles.append(Patch(color="gray", alpha=0.3, linewidth=0, label="95 % interval of the mean over the seeds"))
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize="small")
     save_figure(figure, path)
 
@@ -89,11 +128,8 @@ def _draw(axes: Axes, comparison: Comparison) -> None:
     axes.grid(alpha=0.3, linewidth=0.5)
     if not any(comparison.runs.values()):
         axes.set_yticks([])
-    steps = grid(comparison.n_timesteps)
-    for engine, (color, style) in _STYLES.items():
-        bands = comparison.bands(engine)
-        means = np.array([np.nan if band is None else band.mean for band in bands])
-        margins = np.array([np.nan if band is None or band.margin is None else band.margin for band in bands])
-        if not np.isnan(means).all():
-            axes.fill_between(steps, means - margins, means + margins, color=color, alpha=0.2, linewidth=0)
-            axes.plot(steps, means, color=color, linestyle=style, linewidth=1.2)
+    for engine, style in _STYLES.items():
+        found = [run["curve"] for run in comparison.runs[engine]]
+        band = band_of(grid(comparison.n_timesteps), np.array(found, dtype=np.float64).reshape(-1, N_POINTS), mean)
+        if band is not None:
+            draw_band(axes, band, *style)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sb3_clipvf.zoo import ALGORITHM
-from tests.bench.curves_statistics import difference_estimate, mean_estimate
+from tests.bench.experiments.estimates import difference, estimate, mean, over_seeds
 from tests.bench.experiments.runs import Record
 from tests.bench.experiments.suite import SEEDS
 from tests.bench.results import Results, machines_text, markdown_table
@@ -96,8 +96,8 @@ ROWS: tuple[Row, ...] = (
 )
 
 _NOTES = (
-    "A return is the mean over the seeds of the final models' evaluations, ± half of its 95 % confidence interval "
-    "(Student's t; Welch's for the difference). An evaluation is the mean of 20 episodes, or 100 where returns differ "
+    "A return is the mean over the seeds of the final models' evaluations, with its 95 % interval, see "
+    "`docs/experiments.md`. An evaluation is the mean of 20 episodes, or 100 where returns differ "
     "much, with the most probable actions and the environment's own rewards. SB3's PPO has the RL Zoo's settings, and "
     "the same steps, environments and seeds as ClipPPO. *reached* compares ClipPPO's mean with the goal, and counts "
     "the seeds that reach it alone. *CPU minutes*: mean processor time of a training, ClipPPO's and SB3's. *others*: "
@@ -155,19 +155,20 @@ def _cells(row: Row, ours: list[dict[str, Any]], peers: list[dict[str, Any]], n_
     options = [*row.params, *(["--vec-env", row.vec_env] if row.vec_env != "dummy" else [])]
     settings = f"{row.name}<br>`{' '.join(options)}`" if options else row.name
     our_returns, peer_returns = ([run["mean_return"] for run in runs] for runs in (ours, peers))
-    difference = difference_estimate(our_returns, peer_returns)
+    found = estimate(difference(mean), over_seeds(our_returns), over_seeds(peer_returns))
     goal = "" if row.goal is None else f"{row.goal:g}"
     cells = [settings, f"{row.n_timesteps:,}", _mean(our_returns, n_seeds), _mean(peer_returns, n_seeds)]
-    cells += ["" if difference is None else str(difference), goal, _reached(row.goal, our_returns)]
+    cells += ["" if found is None else found.text("z,.1f"), goal, _reached(row.goal, our_returns)]
     minutes = f"{_minutes(ours)} / {_minutes(peers)}" if ours or peers else ""
     return [*cells, minutes, row.comparison]
 
 
 def _mean(returns: Sequence[float], n_seeds: int) -> str:
-    estimate = mean_estimate(returns)
-    if estimate is None:
+    found = estimate(mean, over_seeds(returns))
+    if found is None:
         return "not run"
-    return str(estimate) if len(returns) == n_seeds else f"{estimate} ({len(returns)} of {n_seeds} seeds)"
+    text = found.text("z,.1f")
+    return text if len(returns) == n_seeds else f"{text} ({len(returns)} of {n_seeds} seeds)"
 
 
 def _reached(goal: float | None, returns: Sequence[float]) -> str:
@@ -179,8 +180,8 @@ def _reached(goal: float | None, returns: Sequence[float]) -> str:
 
 def _minutes(runs: Sequence[Mapping[str, Any]]) -> str:
     """Return the mean processor time; that of resumed runs is not known."""
-    estimate = mean_estimate([run.get("cpu_seconds") for run in runs])
-    return "?" if estimate is None else f"{estimate.mean / 60:.1f}"
+    known = over_seeds(run.get("cpu_seconds") for run in runs)
+    return f"{known.mean() / 60:.1f}" if len(known) > 0 else "?"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ draws from NumPy's global generator, whatever its ``random_state``, and takes a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +40,11 @@ class Estimate:
         """Return the value and the interval as a cell of a table. Numbers have this form, such as ``+z.2f``."""
         ends = ["not enough data"] if self.interval is None else [number_text(end, form) for end in self.interval]
         return f"{number_text(self.value, form)} [{', '.join(ends)}]".replace(" ", "\u00a0")  # on one line
+
+
+def over_seeds(values: Iterable[float | None]) -> np.ndarray:
+    """Return the scores ``(n_seeds, 1)`` of one environment, without unknown ones."""
+    return np.array([value for value in values if value is not None], dtype=np.float64)[:, None]
 
 
 def number_text(value: float, form: str) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tests.bench.experiments.episodes import WINDOW, curve_on_grid, grid
-from tests.bench.experiments.estimates import difference, interval, iqm, performance_profile
+from tests.bench.experiments.estimates import Statistic, difference, interval, iqm, performance_profile
 from tests.bench.experiments.scores import MEASURES, Scores, SuiteScores
 from tests.bench.results import save_figure
 
@@ -75,11 +75,23 @@ def curve_band(curves: Sequence[TrainingCurve], end: float) -> Band | None:
     """
     x = grid(end)
     found = np.array([curve_on_grid(curve, x) for curve in curves], dtype=np.float64).reshape(-1, len(x))
+    return band_of(x, found, iqm)
+
+
+def band_of(x: np.ndarray, found: np.ndarray, statistic: Statistic) -> Band | None:
+    """Return a statistic over the seeds of curves ``(n_seeds, n)``, at the points that all of them have."""
     known = np.isfinite(found).all(axis=0)
     if len(found) == 0 or not known.any():
         return None
     found = found[:, None, known]  # of one environment
-    return Band(x[known], iqm(found[None])[0], interval(iqm, found))
+    return Band(x[known], statistic(found[None])[0], interval(statistic, found))
+
+
+def draw_band(axes: Axes, band: Band, color: str, style: str) -> None:
+    """Draw a line, and its interval if there is one."""
+    if band.ends is not None:
+        axes.fill_between(band.x, *band.ends, color=color, alpha=0.15, linewidth=0)
+    axes.plot(band.x, band.values, color=color, linestyle=style, linewidth=1.2)
 
 
 def _new_figure(n_panels: int, n_columns: int, height: float) -> tuple[Figure, list[Axes]]:
@@ -168,7 +180,7 @@ def _curves(scores: SuiteScores, axis: str) -> Figure | None:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         for setting, band in bands[name].items():
-            _draw_band(axes, band, *_style(scores, setting))
+            draw_band(axes, band, *_style(scores, setting))
         axes.set_xlim(left=0)
     figure.supxlabel(axis, fontsize="small")
     figure.supylabel(f"return of the last {WINDOW} episodes", fontsize="small")
@@ -193,12 +205,6 @@ def _bands(scores: SuiteScores, env_id: str, axis: str) -> dict[str, Band]:
     return found
 
 
-def _draw_band(axes: Axes, band: Band, color: str, style: str) -> None:
-    if band.ends is not None:
-        axes.fill_between(band.x, *band.ends, color=color, alpha=0.15, linewidth=0)
-    axes.plot(band.x, band.values, color=color, linestyle=style, linewidth=1.2)
-
-
 def _profiles(scores: SuiteScores) -> Figure | None:
     groups = scores.groups()
     if not groups:
@@ -212,7 +218,7 @@ def _profiles(scores: SuiteScores) -> Figure | None:
         for setting in scores.settings:
             values, profile = group.by_setting[measure][setting], performance_profile(_THRESHOLDS)
             band = Band(_THRESHOLDS, profile(values[None])[0], interval(profile, values))
-            _draw_band(axes, band, *_style(scores, setting))
+            draw_band(axes, band, *_style(scores, setting))
     figure.supxlabel("normalised score", fontsize="small")
     figure.supylabel("share of runs above it", fontsize="small")
     _legend(figure, scores.settings, scores, lines=True)
