@@ -98,9 +98,8 @@ class TensorRolloutCollector(RolloutCollector):
             self._renew_noise(env.num_envs, n_steps)
             actions, values, log_probs, clipped_actions = rollout.act(obs_tensor)
             step = tensor_env.step_tensors(clipped_actions)
-            new_obs, rewards, dones = step.observations, step.rewards, step.terminated | step.truncated
-            infos = LazyInfos(step, env.num_envs)
-            rollout.record(tensor_env.unwrapped.true_rewards, dones)
+            dones = rollout.record(tensor_env.unwrapped.true_rewards, step)
+            new_obs, rewards, infos = step.observations, step.rewards, LazyInfos(step, env.num_envs)
             self.num_timesteps += env.num_envs
 
             if has_callback:
@@ -156,7 +155,7 @@ class TensorRolloutCollector(RolloutCollector):
             bootstrapped = bootstrap_truncated(engine, rewards, dones, infos, self.gamma)
             if not is_finite(bootstrapped):
                 raise self._reward_error(bootstrapped, n_steps, {"actions": clipped_actions, **locals()})
-            rollout.add_arrays(rewards, bootstrapped, self._last_episode_starts, dones)
+            rollout.add_arrays(rewards, bootstrapped, dones)
             n_steps += 1
             self._last_obs, self._last_episode_starts = new_obs, dones.copy()
 
@@ -208,11 +207,12 @@ class _TensorRollout:
         """Compute returns and advantages, and return the values of the observations after the last step."""
         raise NotImplementedError
 
-    def record(self, true_rewards: th.Tensor, dones: th.Tensor) -> None:
-        """Keep what the statistics of episodes are computed from."""
+    def record(self, true_rewards: th.Tensor, step: TensorStep) -> th.Tensor:
+        """Keep what the statistics of episodes are computed from, and return whether episodes ended."""
         self.rewards[self.n_recorded].copy_(true_rewards)
-        self.dones[self.n_recorded].copy_(dones)
+        dones = th.logical_or(step.terminated, step.truncated, out=self.dones[self.n_recorded])
         self.n_recorded += 1
+        return dones
 
     def end_episodes(self, base: TensorEnvAdapter) -> None:
         """Report the episodes that ended in this rollout, as ``Monitor`` does, in one read from the device."""
@@ -320,13 +320,12 @@ class _DeviceRollout(_TensorRollout):
 
     def act(self, observations: Any) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
         """Act by the engine, without a copy to the host."""
-        rows = self.buffer.begin_step(observations)
         try:
             with self._validation:
-                acted = self.engine.act_tensors(rows, with_dist_params=self.with_dist_params)
+                acted = self.engine.act_tensors(observations, with_dist_params=self.with_dist_params)
         except (ValueError, RuntimeError) as error:
             # torch refuses to sample from a distribution whose parameters are not finite.
-            fault = act_fault(self.collector.policy, host_copy(rows), rows, None)
+            fault = act_fault(self.collector.policy, host_copy(observations), observations, None)
             if fault is None:
                 raise
             raise self.collector._act_error(fault, self.buffer) from error
@@ -334,26 +333,27 @@ class _DeviceRollout(_TensorRollout):
             self.with_dist_params = False
             self.collector._omit_kl(self.buffer)
         self._acted = acted
+        # Now, since the environments may write the next step into the same memory.
+        self.buffer.write_acted(acted, observations)
         return acted.actions, acted.values, acted.log_prob, self._actions.for_env(acted.actions)
 
     def add(self, step: TensorStep) -> None:
         """Store the step. What a truncated episode's value is computed from is kept."""
-        acted, t = self._acted, self.buffer.pos
-        th.logical_and(step.truncated, ~step.terminated, out=self._timed_out[t])
-        rewards = step.rewards
+        t, rewards = self.buffer.pos, step.rewards
+        th.gt(step.truncated, step.terminated, out=self._timed_out[t])
         if step.final_observations is None:
-            rewards = rewards.addcmul(acted.values.flatten(), self._timed_out[t], value=self.collector.gamma)
+            values = self._acted.values.flatten()
+            rewards = rewards.addcmul(values, self._timed_out[t].float(), value=self.collector.gamma)
         else:
             self._final_values.keep(t, step.final_observations, self._timed_out)
         self.buffer.rewards[t].copy_(rewards)
-        self.buffer.episode_starts[t].copy_(self._starts)
-        self.buffer.end_step(acted.actions, acted.values, acted.log_prob, acted.dist_params)
-        self._starts = self.dones[t]
+        self.buffer.end_step()
 
     @th.no_grad()
     def finish(self, observations: Any) -> th.Tensor:
         """Add the values of truncated episodes' ends, check all numbers, and compute returns and advantages."""
         buffer = self.buffer
+        buffer.episode_starts.copy_(th.cat([self._starts[None], self.dones[:-1]]))
         self._final_values.add_to(buffer.rewards, self._timed_out)
         values = self.engine.predict_values(observations)
         self._check(values)
@@ -392,30 +392,33 @@ class _UploadingRollout(_DeviceRollout):
     def __init__(self, collector: Any, engine: Engine, buffer: Any, callback: BaseCallback) -> None:
         super().__init__(collector, engine, buffer, callback)
         self._staged: dict[str, th.Tensor] = {}
-        # Rewards, rewards with values of final observations, whether episodes began, and whether they ended.
-        self._columns = self._host_memory((4, *self.rewards.shape), th.float32)
+        # Rewards, rewards with values of final observations, and whether episodes ended.
+        self._columns = self._host_memory((3, *self.rewards.shape), th.float32)
 
     def upload(self, observations: Any) -> Any:
-        """Return observations in page-locked memory, from where they are copied while the host goes on."""
+        """Return observations on the device. They are copied from page-locked memory while the host continues."""
         if isinstance(observations, dict):
-            return {key: self._stage(key, rows) for key, rows in observations.items()}
-        return self._stage("", observations)
+            return self._on_device({key: self._stage(key, rows) for key, rows in observations.items()})
+        return self._on_device(self._stage("", observations))
 
-    def add_arrays(self, rewards: np.ndarray, bootstrapped: np.ndarray, starts: Any, dones: np.ndarray) -> None:
+    def add_arrays(self, rewards: np.ndarray, bootstrapped: np.ndarray, dones: np.ndarray) -> None:
         """Store the step."""
-        columns, acted = self._columns.numpy()[:, self.buffer.pos], self._acted
-        for column, values in zip(columns, (rewards, bootstrapped, starts, dones), strict=True):
-            column[:] = values
-        self.buffer.end_step(acted.actions, acted.values, acted.log_prob, acted.dist_params)
+        columns = self._columns.numpy()[:, self.buffer.pos]
+        columns[0], columns[1], columns[2] = rewards, bootstrapped, dones
+        self.buffer.end_step()
 
     def finish(self, observations: Any) -> th.Tensor:
         """Send what the environments returned, check all numbers, and compute returns and advantages."""
-        columns = self._columns.to(self.buffer.device, non_blocking=True)
-        self.rewards, rewards, starts, dones = columns
-        self.buffer.rewards.copy_(rewards)
-        self.buffer.episode_starts.copy_(starts)
+        self.rewards, bootstrapped, dones = self._columns.to(self.buffer.device, non_blocking=True)
+        self.buffer.rewards.copy_(bootstrapped)
         self.dones = dones.bool()
-        return super().finish(_on(observations, self.buffer.device))
+        return super().finish(observations)
+
+    def _on_device(self, observations: Any) -> Any:
+        device = self.buffer.device
+        if isinstance(observations, dict):
+            return {key: rows.to(device, non_blocking=True) for key, rows in observations.items()}
+        return observations.to(device, non_blocking=True)
 
     def _stage(self, key: str, rows: np.ndarray) -> th.Tensor:
         # The host waits for the actions of each step, so that the copy of the step before is complete.
@@ -426,12 +429,6 @@ class _UploadingRollout(_DeviceRollout):
 
     def _host_memory(self, shape: tuple[int, ...], dtype: th.dtype) -> th.Tensor:
         return th.zeros(shape, dtype=dtype, pin_memory=self.buffer.device.type == "cuda")
-
-
-def _on(observations: Any, device: th.device) -> Any:
-    if isinstance(observations, dict):
-        return {key: rows.to(device) for key, rows in observations.items()}
-    return observations.to(device)
 
 
 def _copied(target: np.ndarray, tensor: th.Tensor) -> np.ndarray:

@@ -20,8 +20,10 @@ class TensorPendulum:
         self.observation_space = spaces.Box(-high, high)
         self.action_space = spaces.Box(-MAX_TORQUE, MAX_TORQUE, (1,))
         self.generator = th.Generator(self.device)
+        self.widths = th.tensor([[2 * math.pi], [2.0]], device=self.device)
         self.angles, self.speeds = th.zeros((2, num_envs), device=self.device)
         self.n_steps = th.zeros(num_envs, dtype=th.int64, device=self.device)
+        self.never = th.zeros(num_envs, dtype=th.bool, device=self.device)
 
     def reset_tensors(self, seed=None):
         """Begin an episode in every row."""
@@ -35,10 +37,10 @@ class TensorPendulum:
         """Step all rows, and begin the next episode where one has ended."""
         torques = actions[:, 0].clamp(-MAX_TORQUE, MAX_TORQUE)
         off = th.remainder(self.angles + math.pi, 2 * math.pi) - math.pi
-        rewards = -(off**2 + 0.1 * self.speeds**2 + 0.001 * torques**2)
-        pull = 1.5 * GRAVITY * th.sin(self.angles) + 3.0 * torques
-        self.speeds = (self.speeds + pull * TIME_STEP).clamp(-MAX_SPEED, MAX_SPEED)
-        self.angles = self.angles + self.speeds * TIME_STEP
+        costs = off * off + 0.1 * self.speeds * self.speeds + 0.001 * torques * torques
+        pull = th.add(1.5 * GRAVITY * th.sin(self.angles), torques, alpha=3.0)
+        self.speeds = th.add(self.speeds, pull, alpha=TIME_STEP).clamp(-MAX_SPEED, MAX_SPEED)
+        self.angles = th.add(self.angles, self.speeds, alpha=TIME_STEP)
         self.n_steps = self.n_steps + 1
         final = self._observations()
 
@@ -48,15 +50,14 @@ class TensorPendulum:
         self.angles = th.where(truncated, angles, self.angles)
         self.speeds = th.where(truncated, speeds, self.speeds)
         self.n_steps = th.where(truncated, 0, self.n_steps)
-        terminated = th.zeros_like(truncated)
-        return TensorStep(self._observations(), rewards, terminated, truncated, final)
+        return TensorStep(self._observations(), -costs, self.never, truncated, final)
 
     def close(self):
         """Free nothing."""
 
     def _first_states(self):
-        uniform = th.rand((2, self.num_envs), generator=self.generator, device=self.device) * 2 - 1
-        return math.pi * uniform[0], uniform[1]
+        uniform = th.rand((2, self.num_envs), generator=self.generator, device=self.device)
+        return (uniform - 0.5) * self.widths
 
     def _observations(self):
         return th.stack([th.cos(self.angles), th.sin(self.angles), self.speeds], dim=1)

@@ -8,6 +8,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.utils import explained_variance
 
+from sb3_clipvf.engines.interface import ActedTensors
 from sb3_clipvf.rollout import MiniBatch, TensorRolloutBuffer, check_complete
 
 DEVICE_RESERVE = 2**30
@@ -62,7 +63,9 @@ class DeviceRolloutBuffer(TensorRolloutBuffer):
         self.begin_step(obs)
         _write(self.rewards[self.pos], reward)
         _write(self.episode_starts[self.pos], episode_start)
-        self.end_step(action, value, log_prob, dist_params)
+        values: list[Any] = [None if part is None else th.as_tensor(part) for part in (value, log_prob, dist_params)]
+        self.write_acted(ActedTensors(th.as_tensor(action), *values))
+        self.end_step()
 
     def begin_step(self, obs: Any) -> Any:
         """Store the observations of the next step, and return them as a view of the buffer, in their own shape."""
@@ -71,14 +74,27 @@ class DeviceRolloutBuffer(TensorRolloutBuffer):
             return {key: _write(rows[self.pos], obs[key]) for key, rows in self.observations.items()}
         return _write(self.observations[self.pos], obs)
 
-    def end_step(self, action: Any, value: Any, log_prob: Any, dist_params: Any = None) -> None:
-        """Store what the policy computed, and complete the step that :meth:`begin_step` began."""
-        for name, values in {"actions": action, "values": value, "log_probs": log_prob}.items():
-            _write(getattr(self, name)[self.pos], values)
-        if dist_params is None:
+    def write_acted(self, acted: ActedTensors, observations: Any = None) -> None:
+        """Store what the policy computed in this step, and its observations if :meth:`begin_step` has not."""
+        self._check_has_room()
+        fields: Any = self
+        pairs = [
+            (fields.actions[self.pos], acted.actions),
+            (fields.values[self.pos], acted.values),
+            (fields.log_probs[self.pos], acted.log_prob),
+        ]
+        if acted.dist_params is None:
             self._lacks_dist_params = True
         elif self.dist_param_dim:
-            _write(self.dist_params[self.pos], dist_params)
+            pairs.append((fields.dist_params[self.pos], acted.dist_params))
+        if isinstance(observations, dict):
+            pairs += [(fields.observations[key][self.pos], part) for key, part in observations.items()]
+        elif observations is not None:
+            pairs.append((fields.observations[self.pos], observations))
+        _write_all(pairs)
+
+    def end_step(self) -> None:
+        """Begin the next step."""
         self.pos += 1
         self.full = self.pos == self.buffer_size
 
@@ -175,6 +191,20 @@ def explained_variance_of(buffer: Any) -> float:
     returns, values = th.as_tensor(tensors.returns).double(), th.as_tensor(tensors.values).double()
     spread = returns.var(correction=0)
     return float(th.where(spread == 0, th.nan, 1.0 - (returns - values).var(correction=0) / spread))
+
+
+def _write_all(pairs: list[tuple[th.Tensor, th.Tensor]]) -> None:
+    """Copy each second tensor into the first one of its pair. A GPU copies those of one type by a single launch."""
+    targets, sources = [], []
+    for target, source in pairs:
+        if target.dtype == source.dtype and target.device == source.device:
+            targets.append(target)
+            sources.append(source.reshape(target.shape))
+        else:
+            _write(target, source)
+    for dtype in {target.dtype for target in targets}:
+        of_type = [number for number, target in enumerate(targets) if target.dtype == dtype]
+        th._foreach_copy_([targets[number] for number in of_type], [sources[number] for number in of_type])
 
 
 def _write(target: th.Tensor, values: Any) -> th.Tensor:
