@@ -107,7 +107,10 @@ def test_runs_share_a_grid_and_end_where_they_ended(tmp_path: Path) -> None:
     np.testing.assert_allclose(raw.lines["steps"]["clipppo"][0][[49, 99, 199]], [10, 20, 40])
     # One second for an episode.
     np.testing.assert_allclose(smooth.grids["seconds"][[0, -1]], [0.02, 4])
-    np.testing.assert_allclose(smooth.lines["seconds"]["clipppo"][0], first)
+    first_timed, second_timed = smooth.lines["seconds"]["clipppo"]
+    np.testing.assert_allclose(first_timed, first)
+    # Against time, a run that has ended keeps its last return.
+    np.testing.assert_allclose(second_timed[[49, 99, 199]], [0, 5, 5])
 
 
 def test_mean_and_std_are_those_of_the_runs_that_are_there() -> None:
@@ -224,3 +227,33 @@ def test_commands_have_the_settings_of_a_file_beside_the_run(tmp_path: Path) -> 
     assert train_commands(group) == (
         "sb3-clipvf train --env CartPole-v1 --seed 1 -params gamma:0.9 'policy:'\"'\"'MlpPolicy'\"'\"''"
     )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "is_shown"),
+    [
+        ("policy_kwargs", "dict(net_arch=[64], activation_fn=nn.ReLU)", True),
+        ("policy_kwargs", "__import__('os').system('x')", False),
+        ("policy_kwargs", "dict(a=dict(b=[f() for f in g]))", False),
+        ("policy_kwargs", {"net_arch": [64, "f()"]}, False),
+        ("policy_kwargs", {"net_arch": [64, 32]}, True),
+        ("env_wrapper", "some.module.Wrapper", False),
+        ("callback", [{"some.module.Callback": {"a": 1}}], False),
+        ("learning_rate", "lin_0.1", True),
+    ],
+)
+def test_commands_leave_out_what_could_run_code(key: str, value: object, is_shown: bool, tmp_path: Path) -> None:
+    write_run(tmp_path / "clipppo/CartPole-v1_1", arguments={"hyperparams": {"gamma": 0.9, key: value}})
+    (group,) = groups_of(tmp_path)
+    text = train_commands(group)
+    assert "-params gamma:0.9" in text
+    assert (f"{key}:" in text) == is_shown
+    assert text.startswith(f"# Without {key} of the settings: read them first") == (not is_shown)
+
+
+def test_commands_quote_what_a_run_names(tmp_path: Path) -> None:
+    for number in (1, 2):
+        arguments = {"seed": "1; touch mark", "env": "a; b", "n_timesteps": "8; c", "device": "$(d)", "vec_env": "`e`"}
+        write_run(tmp_path / f"clipppo/CartPole-v1_{number}", arguments=arguments)
+    (group,) = groups_of(tmp_path)
+    assert train_commands(group) == "sb3-clipvf train --env 'a; b' --vec-env '`e`' --device '$(d)'"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,9 +29,13 @@ def train_commands(group: Group) -> str:
     if not records:
         return ""
     seeds = [str(record.seed) for record in records if record.seed is not None]
+    left_out = [key for key, value in _changes(records[0]).items() if not _is_plain(key, value)]
+    note = ""
+    if left_out:
+        note = f"# Without {', '.join(left_out)} of the settings: read them first, since they could run code.\n"
     if len(seeds) < 2:
-        return train_command(records[0], *seeds)
-    return f"for seed in {' '.join(seeds)}; do\n  {train_command(records[0], '$seed')}\ndone"
+        return note + train_command(records[0], *seeds)
+    return f"{note}for seed in {' '.join(seeds)}; do\n  {train_command(records[0], '$seed')}\ndone"
 
 
 def train_command(record: Record, seed: str = "") -> str:
@@ -39,18 +44,15 @@ def train_command(record: Record, seed: str = "") -> str:
     words = ["sb3-clipvf", "train"]
     words += [] if record.algo == ALGORITHM else ["--algo", record.algo]
     words += ["--env", record.env_id]
-    if (arguments.get("n_timesteps") or -1) > 0:
+    if record.settings.get("n_timesteps") == arguments.get("n_timesteps"):
         words += ["-n", str(arguments["n_timesteps"])]
     rest = environment_options(arguments, record.folder)
     for name, (option, default) in _OPTIONS.items():
         if arguments.get(name) not in (None, default):
             rest += [option, str(arguments[name])]
-    settings = dict(arguments.get("hyperparams") or {})
-    if arguments.get("conf_file") and "--conf-file" not in rest:
-        settings = {key: value for key, value in record.settings.items() if key not in OF_OPTIONS}
-    pairs = _pairs(settings)
+    pairs = _pairs({key: value for key, value in _changes(record).items() if _is_plain(key, value)})
     rest += ["-params", *pairs] if pairs else []
-    # The seed may be a variable of the shell, and `-params` takes all that follows it.
+    # The seed may be a variable of the shell.
     return " ".join([*map(shlex.quote, words), *(["--seed", seed] if seed else []), *map(shlex.quote, rest)])
 
 
@@ -68,6 +70,32 @@ def environment_options(arguments: Mapping[str, Any], folder: Path) -> list[str]
     if config and not lies_beside(folder / "env" / "args.yml", config):
         options += ["--conf-file", config]
     return options
+
+
+def _changes(record: Record) -> dict[str, Any]:
+    """Return the settings that the command needs: those of ``-params``, or all of a file that is not to be named."""
+    config = record.arguments.get("conf_file")
+    if config and "--conf-file" not in environment_options(record.arguments, record.folder):
+        return {key: value for key, value in record.settings.items() if key not in OF_OPTIONS}
+    return dict(record.arguments.get("hyperparams") or {})
+
+
+def _is_plain(key: str, value: Any) -> bool:
+    """Return whether the Zoo takes a setting as it is written: it imports some, and evaluates the text of others."""
+    if key in ("env_wrapper", "vec_env_wrapper", "callback"):
+        return False
+    if isinstance(value, dict):
+        return all(_is_plain("", inner) for inner in value.values())
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain("", inner) for inner in value)
+    if not isinstance(value, str):
+        return value is None or isinstance(value, (bool, int, float))
+    try:
+        nodes = list(ast.walk(ast.parse(value, mode="eval")))
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return True  # no expression, such as the schedule `lin_0.2`
+    calls = [node.func for node in nodes if isinstance(node, ast.Call)]
+    return all(isinstance(called, ast.Name) and called.id == "dict" for called in calls)
 
 
 def _pairs(values: Mapping[str, Any]) -> list[str]:

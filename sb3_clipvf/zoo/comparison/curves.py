@@ -91,11 +91,15 @@ def _end(record: Record, axis: str) -> float:
 
 
 def _lines(group: Group, key: str, axis: str, grid: np.ndarray) -> np.ndarray:
-    return np.array([_line(record, key, axis, grid) for record in group.records])
+    ends = [_end(record, axis) for record in group.records]
+    if axis == "seconds" and key.startswith("return"):
+        # A run that has ended keeps its last return. Otherwise the mean would jump where the fastest run ends.
+        ends = [max(ends)] * len(ends)
+    return np.array([_line(record, key, axis, grid, end) for record, end in zip(group.records, ends, strict=True)])
 
 
-def _line(record: Record, key: str, axis: str, grid: np.ndarray) -> np.ndarray:
-    """Return a quantity of a run on a grid, NaN before its first value and after the run's end."""
+def _line(record: Record, key: str, axis: str, grid: np.ndarray, end: float) -> np.ndarray:
+    """Return a quantity of a run on a grid, NaN before its first value and after the end."""
     series: Series | None = record.log.get(key)
     if key in ("return", "return/raw"):
         series = smoothed_returns(record) if key == "return" else record.episodes
@@ -116,7 +120,7 @@ def _line(record: Record, key: str, axis: str, grid: np.ndarray) -> np.ndarray:
     # The last value holds until the end of the run; the grid's point after the first value shows it.
     values: np.ndarray = np.interp(grid, x, y)
     step = grid[0]
-    values[(grid + step <= first) | (grid > _end(record, axis) + step / 2)] = np.nan
+    values[(grid + step <= first) | (grid > end + step / 2)] = np.nan
     return values
 
 

@@ -161,6 +161,7 @@ function drawMetrics() {
 }
 
 function drawAgain() {
+  byId("ended").hidden = shown.axis === "steps";
   for (const [figure, panel] of figures) draw(figure, panel);
 }
 

@@ -144,7 +144,7 @@ def read_record(folder: Path) -> tuple[Record, list[str]]:
         folder=folder,
         env_id=str(arguments.get("env") or env_id or _env_of_path(folder)),
         algo=str(arguments.get("algo") or ""),
-        seed=arguments.get("seed"),
+        seed=seed if isinstance(seed := arguments.get("seed"), int) else None,
         settings=_all_settings(settings, arguments),
         arguments=arguments,
         episodes=episodes,
@@ -170,12 +170,9 @@ def _run_folders(folder: Path) -> list[Path]:
 
 def _zoo_run(folder: Path) -> Run | None:
     """Return the Zoo's run in a folder; None if the folder is not one."""
-    for path in sorted(folder.glob("*/args.yml")):
-        name = path.parent.name
-        run = Run("", name, folder, folder / f"{name}.zip")
-        arguments = read_arguments(run)
-        return Run(str(arguments.get("algo", "")), str(arguments.get("env", name)), folder, run.model_path)
-    return None
+    names = sorted(path.parent.name for path in folder.glob("*/args.yml"))
+    # The files are found by the folder's name, whatever they say.
+    return Run("", names[0], folder, folder / f"{names[0]}.zip") if names else None
 
 
 @dataclass(frozen=True)
@@ -233,8 +230,9 @@ def _noting(problems: list[str]) -> Iterator[None]:
 def _all_settings(settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings with those options that change a training, too."""
     found = {key: value for key, value in settings.items() if value is not None}
-    if (arguments.get("n_timesteps") or -1) > 0:
-        found["n_timesteps"] = arguments["n_timesteps"]
+    n_timesteps = arguments.get("n_timesteps")
+    if isinstance(n_timesteps, (int, float)) and n_timesteps > 0:  # else that of the settings holds
+        found["n_timesteps"] = n_timesteps
     for key in OF_OPTIONS[1:]:
         if arguments.get(key):
             found[key] = arguments[key]
