@@ -134,7 +134,7 @@ class ClipPPO(TensorRolloutCollector):
         "raise": training ends with a ``NonFiniteError``. "skip": it is skipped and counted, in at most
         ``MAX_UPDATES_WITH_SKIPS`` updates in a row.
     :param engine: "auto" (the fastest that runs the policy), "native", "fused", "autograd", or on a GPU "cuda_graph"
-        (``docs/engines.md``).
+        or "cuda_graph_bf16" (``docs/engines.md``).
     :raises ValueError: If an argument is out of range, or two arguments contradict each other.
     :raises TypeError: If an argument is of the wrong type.
     Source: Schulman et al. 2017, arXiv 1707.06347. Departures: the clipped value loss, advantage normalisation and
@@ -286,7 +286,7 @@ class ClipPPO(TensorRolloutCollector):
             self.device = tensor_device(self.env) or select_device(self.engine, self.policy, self.batch_size)
         self.policy = self.policy.to(self.device)
         self.rollout_buffer = self._make_rollout_buffer()
-        if self.engine == "autograd" or not (self._device_is_auto or self.engine == "cuda_graph"):
+        if self.engine == "autograd" or not (self._device_is_auto or self.engine.startswith("cuda_graph")):
             self._maybe_recommend_cpu()
         self._setup_controllers()
         self._engine = None

@@ -35,7 +35,7 @@ def test_the_table_has_a_line_for_each_engine(
 
 
 def test_a_gpu_adds_graphs_and_the_same_operations_without_them() -> None:
-    assert minibatch.engines_on("cuda:0") == ["sb3", "autograd", "static", "cuda_graph"]
+    assert minibatch.engines_on("cuda:0") == ["sb3", "autograd", "static", "cuda_graph", "cuda_graph_bf16"]
 
 
 def test_a_profile_lists_operations(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

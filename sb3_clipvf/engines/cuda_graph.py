@@ -23,7 +23,7 @@ from sb3_clipvf.distributions import current_dist, dist_params, n_action_numbers
 from sb3_clipvf.engines.autograd import unvalidated_distributions
 from sb3_clipvf.engines.interface import Acted, ActedTensors, UpdateSettings
 from sb3_clipvf.engines.static_step import StaticEngine, StaticStep, observation_parts, policy_structure
-from sb3_clipvf.engines.support import why_not_cuda_graph
+from sb3_clipvf.engines.support import why_not_bf16, why_not_cuda_graph
 
 T = TypeVar("T")
 
@@ -134,6 +134,17 @@ class CudaGraphEngine(StaticEngine):
                 str(error.__context__ or error).splitlines()[0],  # the end of the recording raises another error
             )
             return None
+
+
+class Bfloat16Engine(CudaGraphEngine):
+    """The CUDA graph engine, whose updates run the networks in bfloat16 but for their last layers."""
+
+    name = "cuda_graph_bf16"
+    autocast = th.bfloat16
+
+    def fits(self, buffer: Any) -> bool:
+        """Return whether this engine can still run its policy, which a callback may have changed."""
+        return why_not_bf16(self.policy, buffer) is None
 
 
 class Graph(Protocol):

@@ -42,8 +42,8 @@ def choose_cpu(engine: str, network: str, n_parameters: int, batch_size: int) ->
     """
     if engine == "autograd":
         return False, "engine='autograd' takes SB3's choice"
-    if engine == "cuda_graph":
-        return False, "engine='cuda_graph' runs only on a GPU"
+    if engine in ("cuda_graph", "cuda_graph_bf16"):
+        return False, f"engine={engine!r} runs only on a GPU"
     if engine in ("native", "fused"):
         return True, f"engine={engine!r} runs only on the CPU"
     if network not in LARGEST_ON_CPU:

@@ -5,11 +5,11 @@ from typing import Any
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_clipvf.engines.autograd import AutogradEngine
-from sb3_clipvf.engines.cuda_graph import CudaGraphEngine
+from sb3_clipvf.engines.cuda_graph import Bfloat16Engine, CudaGraphEngine
 from sb3_clipvf.engines.interface import Engine, UpdateSettings
-from sb3_clipvf.engines.support import why_not_cuda_graph, why_not_fused, why_not_native
+from sb3_clipvf.engines.support import why_not_bf16, why_not_cuda_graph, why_not_fused, why_not_native
 
-ENGINE_NAMES = ("auto", "autograd", "fused", "native", "cuda_graph")
+ENGINE_NAMES = ("auto", "autograd", "fused", "native", "cuda_graph", "cuda_graph_bf16")
 
 
 def check_engine_name(engine: object) -> None:
@@ -36,6 +36,10 @@ def select_engine(name: str, policy: ActorCriticPolicy, settings: UpdateSettings
             return CudaGraphEngine(policy, settings), why
         if name == "auto":
             return AutogradEngine(policy, settings), f"cuda_graph cannot run the policy: {reasons['cuda_graph']}"
+    if name == "cuda_graph_bf16":
+        reasons[name] = why_not_bf16(policy, buffer)
+        if reasons[name] is None:
+            return Bfloat16Engine(policy, settings), "as requested"
     # An engine with kernels imports numba, which takes half a second.
     if name in ("auto", "native"):
         reasons["native"] = why_not_native(policy, buffer)
@@ -63,7 +67,7 @@ def select_engine(name: str, policy: ActorCriticPolicy, settings: UpdateSettings
 
 def is_surpassed(engine: Engine, buffer: Any) -> bool:
     """Return whether ``"auto"`` would now choose a faster engine, since the reasons against it may have gone."""
-    if engine.name in ("native", "cuda_graph"):
+    if engine.name in ("native", "cuda_graph", "cuda_graph_bf16"):
         return False
     if engine.policy.device.type == "cuda":
         return why_not_cuda_graph(engine.policy, buffer) is None

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import compress
 from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -39,6 +39,8 @@ class StaticEngine(AutogradEngine):
     """Engine whose minibatches run by :class:`StaticStep`. Equals the autograd engine up to float32 rounding."""
 
     name = "static"
+    # Type in which the networks of updates compute, but for their last layers; None: that of the parameters.
+    autocast: ClassVar[th.dtype | None] = None
 
     def __init__(self, policy: ActorCriticPolicy, settings: UpdateSettings) -> None:
         super().__init__(policy, settings)
@@ -64,7 +66,7 @@ class StaticEngine(AutogradEngine):
         moves = self.policy.device.type != "cpu" and not isinstance(buffer.values, th.Tensor)
         structure = structure_of(self.policy, self.settings, coefficients, rollout, moves)
         if self._step is None or self._step.structure != structure:
-            self._step = StaticStep(self.policy, structure, coefficients, rollout)
+            self._step = StaticStep(self.policy, structure, coefficients, rollout, self.autocast)
         self._step.load(coefficients, rollout)
         return self._step
 
@@ -221,7 +223,9 @@ class StaticStep:
         structure: Structure,
         coefficients: UpdateCoefficients,
         rollout: dict[str, Any],
+        autocast: th.dtype | None = None,
     ) -> None:
+        self._autocast = autocast
         device, settings = policy.device, structure.settings
         self.policy, self.structure, self._settings = policy, structure, settings
         self._parameters = list(policy.parameters())
@@ -305,7 +309,7 @@ class StaticStep:
         # New leaves for each pass: nodes of a parameter that is part of another graph remember that graph's stream,
         # which no CUDA graph may wait for.
         leaves = [parameter.detach().requires_grad_() for parameter in self._parameters]
-        with replaced_parameters(self.policy, leaves):
+        with replaced_parameters(self.policy, leaves), reduced_precision(self.policy, self._autocast):
             minibatch = self._update.loss(self.minibatch(rows), measure_kl)
         self._update.backward()
         norm = th.nn.utils.clip_grad_norm_(leaves, self._settings.max_grad_norm).detach()
@@ -370,6 +374,29 @@ def replaced_parameters(policy: ActorCriticPolicy, leaves: list[th.Tensor]) -> I
     finally:
         for parameters, name, parameter in places:
             parameters[name] = parameter
+
+
+@contextmanager
+def reduced_precision(policy: ActorCriticPolicy, dtype: th.dtype | None) -> Iterator[None]:
+    """Let the networks of a policy compute in another type, but for the last layers, on which ratios depend."""
+    if dtype is None:
+        yield
+        return
+    kind, heads = policy.device.type, (policy.action_net, policy.value_net)
+
+    def in_full_precision(head: nn.Module, latent: th.Tensor) -> Any:
+        with th.autocast(kind, enabled=False):
+            return type(head).forward(head, latent.float())
+
+    try:
+        for head in heads:
+            vars(head)["forward"] = partial(in_full_precision, head)
+        # Each weight is cast once a minibatch; the cache would keep the casts of all minibatches.
+        with th.autocast(kind, dtype, cache_enabled=False):
+            yield
+    finally:
+        for head in heads:
+            del vars(head)["forward"]
 
 
 def _optimizer_step(optimizer: th.optim.Optimizer) -> Any:

@@ -125,6 +125,13 @@ def why_not_cuda_graph(policy: ActorCriticPolicy, buffer: Any) -> str | None:
     return why_not_static(policy, buffer)
 
 
+def why_not_bf16(policy: ActorCriticPolicy, buffer: Any) -> str | None:
+    """Return why the CUDA graph engine cannot run a policy in bfloat16, as half a sentence, or None."""
+    if isinstance(policy.action_dist, StateDependentNoiseDistribution):
+        return "its gSDE computes with features, which would be rounded"
+    return why_not_cuda_graph(policy, buffer)
+
+
 def plain_policy(policy: ActorCriticPolicy) -> PlainPolicy:
     """
     Return the parts of a policy that the native engine can run.

@@ -75,7 +75,8 @@ class FreeSpaces(FreeVecEnv):
 
 def engines_on(device: str) -> list[str]:
     """Return what is measured: SB3, and this package's engines on a device."""
-    return ["sb3", "autograd", "static", "cuda_graph"] if device.startswith("cuda") else ["sb3", "autograd", "auto"]
+    on_gpu = ["static", "cuda_graph", "cuda_graph_bf16"]
+    return ["sb3", "autograd", *(on_gpu if device.startswith("cuda") else ["auto"])]
 
 
 def make_model(work: Work, engine: str, device: str) -> Any:
