@@ -89,7 +89,7 @@ $(STAMP)-default: $(STAMP)-venv $(BUILD_FILES)
 
 $(STAMP)-test: $(STAMP)-venv $(BUILD_FILES)
 	@echo "Installing into $(VENV), with what the tests need (a few minutes the first time) ..."
-	$(PIP) -e '.[dev,box2d,mujoco,atari,minigrid,envpool]'
+	$(PIP) -e '.[dev,box2d,mujoco,atari,minigrid,envpool,ray]'
 	@touch $@
 
 $(STAMP)-learning: $(STAMP)-venv $(BUILD_FILES)

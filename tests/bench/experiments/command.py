@@ -132,8 +132,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(campaign.listed(), flush=True)
         return 0
     try:
+        executor = _executor(args.ray, args.jobs)
+    except (ImportError, ValueError) as error:
+        parser.error(str(error))
+    try:
         with sigterm_interrupts():  # otherwise the processes that it started would outlive it
-            campaign.run(LocalExecutor(args.jobs))
+            campaign.run(executor)
     except KeyboardInterrupt:
         print("\nInterrupted. The same command resumes with what is missing.", flush=True)
         return 130
@@ -160,9 +164,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="list what is done and what is to make, and run nothing")
     about = "runs side by side, at most the number of cores (default: %(default)s)"
     parser.add_argument("--jobs", type=at_least(1), default=1, help=about)
+    about = "make the runs on the Ray cluster of this address, without one on a new cluster of this machine"
+    parser.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help=about)
     parser.add_argument("--out", type=Path, help=f"folder of results (default: {RESULTS})")
     parser.add_argument("--log-folder", type=Path, default=LOG_FOLDER, help="(default: %(default)s)")
     return parser
+
+
+def _executor(address: str | None, jobs: int) -> Executor:
+    """Return who makes the runs: this machine, or the Ray cluster of an address ("": a new one)."""
+    if address is None:
+        return LocalExecutor(jobs)
+    from tests.bench.experiments.ray_executor import RayExecutor
+
+    return RayExecutor(address, jobs)
 
 
 def _mean_scores(rows: Sequence[Mapping[str, str]]) -> list[str]:

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
@@ -31,12 +31,7 @@ class Finished:
 
 
 class Executor(Protocol):
-    """
-    Makes runs.
-
-    ``train_and_measure(spec)`` in :mod:`tests.bench.experiments.runs` depends on nothing but its argument, which can be
-    pickled. An executor calls it in a process of its own for each run, here or on another machine.
-    """
+    """Makes runs, each in a process of its own: :class:`LocalExecutor` here, ``RayExecutor`` on a cluster."""
 
     def run(self, specs: Sequence[RunSpec]) -> Generator[Finished, None, None]:
         """Make the runs, begin them in this order, and yield each when it ends. A failed run does not end others."""
@@ -53,12 +48,12 @@ class LocalExecutor:
     def run(self, specs: Sequence[RunSpec]) -> Generator[Finished, None, None]:
         """Make the runs. Closing the iterator, and an interruption, end those that have begun; they can be resumed."""
         with ThreadPoolExecutor(self._jobs) as pool:
-            futures = [pool.submit(self._run_one, spec) for spec in specs]
+            pending = {pool.submit(self._run_one, spec) for spec in specs}
             try:
-                for future in as_completed(futures):
-                    finished = future.result()
-                    if finished is not None:
-                        yield finished
+                while pending:
+                    # Ray cancels a task by a flag, which Python reads when it wakes.
+                    ended, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                    yield from (finished for future in ended if (finished := future.result()) is not None)
             except BaseException:
                 self._stop.set()
                 for process in list(self._processes):

@@ -1,0 +1,145 @@
+"""``python -m tests.bench experiments --ray``: runs as tasks of a Ray cluster."""
+
+import csv
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from test_bench_experiments import suite_file
+from test_bench_experiments_runs import MAKE, record_of, run_with, spec_of
+
+from tests.bench.experiments import main
+from tests.bench.experiments.executors import Finished
+from tests.bench.experiments.ray_executor import RayExecutor, make_on_node
+from tests.bench.experiments.runs import Record, this_machine
+from tests.bench.results import clone_environment
+
+
+def test_missing_ray_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SystemExit):
+        main([suite_file(tmp_path), "--ray", "--log-folder", str(tmp_path), "--out", str(tmp_path)])
+    assert "`--ray` needs Ray: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1:99999"])
+def test_address_without_a_cluster_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], address: str) -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(SystemExit):
+        main([suite_file(tmp_path), "--ray", address, "--log-folder", str(tmp_path), "--out", str(tmp_path)])
+    assert f"`--ray` must be the address of a running Ray cluster, got '{address}' (" in capsys.readouterr().err
+
+
+def test_node_of_other_versions_makes_no_run(tmp_path: Path) -> None:
+    versions = {**this_machine()["versions"], "numpy": "0.1"}
+    with pytest.raises(ValueError, match=r"node .* has numpy '.*' \(now '0.1'\): install the same versions there"):
+        make_on_node(spec_of(tmp_path / "run"), versions)
+    assert not (tmp_path / "run").exists()
+
+
+class FakeRay(SimpleNamespace):
+    """What the executor uses of Ray, with tasks that are made one after the other, on a node with other folders."""
+
+    class RayError(Exception):
+        """An error of a task."""
+
+    def __init__(self, node: Path) -> None:
+        self.exceptions = SimpleNamespace(RayError=self.RayError)
+        self.side_by_side: list[int] = []
+        self.was_shut_down = False
+        self._node = node
+
+    def init(self, **options: Any) -> None:
+        self.options = options
+
+    def remote(self, **options: Any) -> Any:
+        return lambda make: SimpleNamespace(remote=partial(partial, make))
+
+    def wait(self, references: list[Any]) -> tuple[list[Any], list[Any]]:
+        self.side_by_side.append(len(references))
+        return references[:1], references[1:]
+
+    def get(self, reference: Any) -> Finished:
+        make, (spec, versions) = reference.func, reference.args
+        if spec.seed == 1001:
+            raise self.RayError("its node\ndied")
+        finished: Finished = make(replace(spec, folder=self._node / spec.folder.name), versions)
+        return finished
+
+    def shutdown(self) -> None:
+        self.was_shut_down = True
+
+
+def test_runs_of_nodes_with_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record_of().write(tmp_path / "made.json")
+    run_with(monkeypatch, MAKE, str(tmp_path / "made.json"))
+    fake = FakeRay(tmp_path / "node")
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    specs = [spec_of(tmp_path / "here" / str(seed), seed=seed) for seed in (1000, 1001, 1002)]
+    lost, *made = sorted(RayExecutor("", 2).run(specs), key=lambda one: one.spec.seed != 1001)
+    assert fake.options["num_cpus"] == 2
+    assert (lost.spec, lost.record, lost.error) == (specs[1], None, "died")
+    assert [(one.spec.seed, one.record) for one in made] == [(1000, record_of()), (1002, record_of())]
+    assert Record.read(tmp_path / "here" / "1000" / "record.json") == record_of()  # the next command skips it
+    assert (tmp_path / "node" / "1000" / "starts").exists()
+    assert fake.side_by_side == [2, 2, 1] and fake.was_shut_down
+
+
+def started(folder: Path, options: Sequence[str], **changes: Any) -> subprocess.Popen[str]:
+    """Start the command with a suite of one environment and two settings, of which one is bad."""
+
+    def change(content: dict[str, Any]) -> None:
+        content["settings"] = {"good": {}, "bad": {"clip_range": -1.0}}
+        content["environments"] = {"CartPole-v1": {**content["environments"]["CartPole-v1"], "seeds": 1, **changes}}
+
+    command = [sys.executable, "-m", "tests.bench", "experiments", suite_file(folder, change), "--out", str(folder)]
+    return subprocess.Popen(
+        [*command, "--log-folder", str(folder / "logs"), *options],
+        env=clone_environment(),
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_runs_of_a_local_cluster(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    process = started(tmp_path, ["--ray", "--jobs", "2"])
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode == 1, printed
+    with (tmp_path / "small.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["setting"], row["num_timesteps"], row["jobs"]) == ("good", "64", "2")
+    assert "CartPole-v1, bad, seed 1000: FAILED, ValueError: `clip_range` must be" in printed
+    log = tmp_path / "logs" / "small" / "CartPole-v1" / "bad" / "seed_1000" / "train.log"
+    assert "Traceback (most recent call last)" in log.read_text()
+
+
+@pytest.mark.slow
+def test_interrupted_runs_of_a_cluster_write_a_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    process = started(tmp_path, ["--ray", "--settings", "good"], steps=100_000_000)
+    folder = tmp_path / "logs" / "small" / "CartPole-v1" / "good" / "seed_1000" / "clipppo" / "CartPole-v1_1"
+    try:
+        until = time.monotonic() + 60
+        monitor = folder / "0.monitor.csv"
+        while not (monitor.exists() and monitor.stat().st_size > 1000) and time.monotonic() < until:
+            time.sleep(0.1)  # until the training has made some episodes
+        process.send_signal(signal.SIGTERM)
+        printed = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 130, printed
+    assert len(list((folder / "checkpoints").glob("checkpoint_*.zip"))) == 1
