@@ -10,13 +10,13 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
-from tensor_cases import DICT, IMAGE, VECTOR, TensorWalk
+from tensor_cases import DICT, IMAGE, VECTOR, TensorWalk, tensor_pendulum
 
 from sb3_clipvf import ClipPPO, TensorRolloutBuffer
 from sb3_clipvf.common.nonfinite import NonFiniteError
 from sb3_clipvf.engines import device_rollout
 from sb3_clipvf.engines.device_rollout import DeviceRolloutBuffer, explained_variance_of
-from sb3_clipvf.envs import FastDummyVecEnv, TensorVecNormalize
+from sb3_clipvf.envs import FastDummyVecEnv, GraphedTensorEnv, TensorVecNormalize
 from sb3_clipvf.rollout import gae, needs_complete_rollout
 
 BOX = spaces.Box(-1.0, 1.0, (2,), np.float32)
@@ -298,3 +298,28 @@ def test_environments_on_the_host_train_on_a_gpu(engine: str) -> None:
     goes_on = steps[:-1] < 2
     np.testing.assert_allclose(positions[1:][goes_on], moved[:-1][goes_on], atol=1e-5)
     np.testing.assert_array_equal(buffer.episode_starts.cpu().numpy()[1:], steps[1:] == 0)
+
+
+@pytest.mark.cuda
+@needs_gpu
+@on_gpu
+def test_a_recorded_environment_steps_as_its_operations_do() -> None:
+    module = tensor_pendulum()
+    env, recorded = (module.TensorPendulum(64, "cuda", time_limit=5) for _ in range(2))
+    graphed = GraphedTensorEnv(recorded)
+    first = [each.reset_tensors(seed=5).clone() for each in (env, graphed)]
+    assert th.equal(*first)
+    actions = th.linspace(-3, 3, 64, device="cuda")[:, None]
+    for number in range(12):
+        step, again = (each.step_tensors(actions * number / 10) for each in (env, graphed))
+        for name in ("observations", "rewards", "terminated", "truncated", "final_observations"):
+            th.testing.assert_close(getattr(step, name), getattr(again, name), msg=name)
+        assert bool(again.truncated.all()) == (number % 5 == 4)
+    model = ClipPPO("MlpPolicy", graphed, **SETTINGS)
+    model.learn(64 * 8 * 2)
+    assert {episode["l"] for episode in model.ep_info_buffer} == {5}
+
+
+def test_only_environments_on_a_gpu_are_recorded() -> None:
+    with pytest.raises(ValueError, match="`env` must be on a CUDA device, got cpu. Use the environment itself"):
+        GraphedTensorEnv(TensorWalk())

@@ -29,27 +29,29 @@ class TensorPendulum:
         """Begin an episode in every row."""
         if seed is not None:
             self.generator.manual_seed(seed)
-        self.angles, self.speeds = self._first_states()
-        self.n_steps = th.zeros_like(self.n_steps)
+        angles, speeds = self._first_states()
+        self.angles.copy_(angles)
+        self.speeds.copy_(speeds)
+        self.n_steps.zero_()
         return self._observations()
 
     def step_tensors(self, actions):
-        """Step all rows, and begin the next episode where one has ended."""
+        """Step all rows, in-place for CUDA graphs, and begin the next episode where one has ended."""
         torques = actions[:, 0].clamp(-MAX_TORQUE, MAX_TORQUE)
         off = th.remainder(self.angles + math.pi, 2 * math.pi) - math.pi
         costs = off * off + 0.1 * self.speeds * self.speeds + 0.001 * torques * torques
         pull = th.add(1.5 * GRAVITY * th.sin(self.angles), torques, alpha=3.0)
-        self.speeds = th.add(self.speeds, pull, alpha=TIME_STEP).clamp(-MAX_SPEED, MAX_SPEED)
-        self.angles = th.add(self.angles, self.speeds, alpha=TIME_STEP)
-        self.n_steps = self.n_steps + 1
+        self.speeds.add_(pull, alpha=TIME_STEP).clamp_(-MAX_SPEED, MAX_SPEED)
+        self.angles.add_(self.speeds, alpha=TIME_STEP)
+        self.n_steps.add_(1)
         final = self._observations()
 
         # No branch reads the device: all rows draw a new state, and those whose episode ended take it.
         truncated = self.n_steps >= self.time_limit
         angles, speeds = self._first_states()
-        self.angles = th.where(truncated, angles, self.angles)
-        self.speeds = th.where(truncated, speeds, self.speeds)
-        self.n_steps = th.where(truncated, 0, self.n_steps)
+        th.where(truncated, angles, self.angles, out=self.angles)
+        th.where(truncated, speeds, self.speeds, out=self.speeds)
+        self.n_steps.masked_fill_(truncated, 0)
         return TensorStep(self._observations(), -costs, self.never, truncated, final)
 
     def close(self):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sb3_clipvf.envs.adapters import as_vec_env
     from sb3_clipvf.envs.dummy import FastDummyVecEnv
+    from sb3_clipvf.envs.graphed import GraphedTensorEnv
     from sb3_clipvf.envs.isaac_lab import IsaacLabTensorEnv
     from sb3_clipvf.envs.jax import JaxTensorEnv
     from sb3_clipvf.envs.normalize import FastVecNormalize
@@ -17,6 +18,7 @@ __all__ = [
     "FastDummyVecEnv",
     "FastSubprocVecEnv",
     "FastVecNormalize",
+    "GraphedTensorEnv",
     "IsaacLabTensorEnv",
     "JaxTensorEnv",
     "TensorStep",
@@ -29,6 +31,7 @@ _HOMES = {
     "FastDummyVecEnv": "sb3_clipvf.envs.dummy",
     "FastSubprocVecEnv": "sb3_clipvf.envs.subproc",
     "FastVecNormalize": "sb3_clipvf.envs.normalize",
+    "GraphedTensorEnv": "sb3_clipvf.envs.graphed",
     "IsaacLabTensorEnv": "sb3_clipvf.envs.isaac_lab",
     "JaxTensorEnv": "sb3_clipvf.envs.jax",
     "TensorStep": "sb3_clipvf.envs.tensor",
