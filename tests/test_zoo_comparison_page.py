@@ -211,6 +211,7 @@ def test_the_command_writes_the_page_and_names_what_it_left_out(
             r"`--env` must be left out with RUNS, got CartPole-v1x: runs are compared by their files",
         ),
         ("--no-video", r"`--no-video` must be left out with RUNS"),
+        ("--stochastic", r"`--stochastic` must be left out with RUNS"),
         ("empty", r"`RUNS` must be runs or folders of runs, but empty holds no files of a run"),
     ],
 )

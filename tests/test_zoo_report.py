@@ -4,7 +4,10 @@ import importlib.util
 import json
 import os
 import subprocess
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import gymnasium as gym
@@ -216,6 +219,17 @@ def test_video_opens_no_window_without_a_display(
 # --- command
 
 
+@pytest.fixture
+def plotly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace Plotly by a short text."""
+    module = ModuleType("plotly.offline")
+    module.get_plotlyjs = lambda: ""  # type: ignore[attr-defined]
+    for name, found in (("plotly", ModuleType("plotly")), ("plotly.offline", module)):
+        found.__spec__ = ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, found)
+
+
+@pytest.mark.usefixtures("plotly")
 def test_command_writes_and_prints_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logs = tmp_path / "my logs"
     run = train(logs, "Scripted-v0")
@@ -225,7 +239,7 @@ def test_command_writes_and_prints_everything(tmp_path: Path, capsys: pytest.Cap
     printed = capsys.readouterr().out
     assert "mean return     5.00 +/- 0.00 (std of 3 episodes, 5.00 to 5.00; most probable actions)" in printed
     assert "training        64 steps, about " in printed
-    for name in ("learning_curve.png", "videos/Scripted-v0.mp4", "report.json"):
+    for name in ("learning_curve.png", "videos/Scripted-v0.mp4", "report.json", "report.html"):
         assert (run.folder / name).is_file()
         assert str(run.folder / name) in printed
     assert printed.index("Try next:") > printed.index("report.json")
@@ -245,6 +259,23 @@ def test_command_writes_and_prints_everything(tmp_path: Path, capsys: pytest.Cap
     }
 
 
+def test_the_page_is_skipped_without_its_package(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No episode of its training has ended: the page has only what the evaluation found.
+    run = train(tmp_path, "Scripted-v0")
+    for path in (*run.folder.glob("*.monitor.csv"), run.folder / "evaluations.npz", run.folder / "progress.json"):
+        path.unlink()
+    argv = f"--env Scripted-v0 -f {tmp_path} --episodes 1 --no-video --device cpu".split()
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "plotly" else find_spec(name))
+    assert main(argv) == 0
+    assert "page            skipped: the package plotly is not installed" in capsys.readouterr().out
+    assert main([*argv, "-o", str(tmp_path / "table.md")]) == 0
+    assert "| Scripted-v0 | clipppo | 1 | 5 | 64 |" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.usefixtures("plotly")
 def test_command_takes_the_best_model_without_a_video(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = train(tmp_path, "Scripted-v0")
     argv = f"--env Scripted-v0 -f {tmp_path} --episodes 1 --load-best --no-video --stochastic --device cpu".split()

@@ -332,8 +332,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.runs:
         for name, value in vars(args).items():
             if name not in ("runs", "output") and value != parser.get_default(name):
+                option = "--stochastic" if value is False else option_name(name)
                 raise ValueError(
-                    f"`{option_name(name)}` must be left out with RUNS, got {value}: runs are compared by their files. "
+                    f"`{option}` must be left out with RUNS, got {value}: runs are compared by their files. "
                     "Evaluate each run first, with `sb3-clipvf report --env`."
                 )
         compare_runs(args.runs, args.output or [Path("report.html")])

@@ -26,7 +26,8 @@ function element(tag, attributes = {}, ...children) {
 
 function swatch(place) {
   const made = element("span");
-  made.innerHTML = `<svg class="swatch c${place % N_COLORS} d${Math.floor(place / N_COLORS) % 4}" viewBox="0 0 22 10" aria-hidden="true"><path d="M1 5H21"/></svg>`;
+  const kind = `swatch c${place % N_COLORS} d${Math.floor(place / N_COLORS) % DASHES.length}`;
+  made.innerHTML = `<svg class="${kind}" viewBox="0 0 22 10" aria-hidden="true"><path d="M1 5H21"/></svg>`;
   return made.firstChild;
 }
 
@@ -46,34 +47,38 @@ function statistics(runs) {
 
 const short = (value) => Number(value.toPrecision(4)).toLocaleString("en");
 
+const textOf = ({ mean, std, n }) => short(mean) + (n > 1 ? ` ± ${short(std)} (${n} runs)` : "");
+
 function traces(panel) {
   const { x, runs } = panel.axes[shown.axis];
   const made = [];
   for (const [place, name] of data.groups.entries()) {
     if (!(name in runs) || shown.hidden.has(name)) continue;
     const color = style(`--c${place % N_COLORS}`);
-    const line = { color, width: 2, dash: DASHES[Math.floor(place / N_COLORS) % 4] };
+    const line = { color, width: 2, dash: DASHES[Math.floor(place / N_COLORS) % DASHES.length] };
     const common = { x, mode: "lines", type: "scatter", showlegend: false, legendgroup: name };
     if (shown.spread === "each") {
-      for (const [i, run] of runs[name].entries())
-        made.push({ ...common, y: run, name: escaped(`${name}, run ${i + 1}`), line: { ...line, width: 1.2 }, opacity: 0.8, hoverinfo: "name+y" });
+      const thin = { ...common, line: { ...line, width: 1.2 }, opacity: 0.8, hoverinfo: "name+y" };
+      made.push(...runs[name].map((run, i) => ({ ...thin, y: run, name: escaped(`${name}, run ${i + 1}`) })));
       continue;
     }
     const points = statistics(runs[name]);
     // A logarithmic axis has no place for a mean minus its deviation that is not positive: the least run stands for it.
-    const lower = ({ mean, std, low }) => (shown.spread === "range" || (isLogarithmic(panel) && mean <= std) ? low : mean - std);
-    const upper = ({ mean, std, high }) => (shown.spread === "range" ? high : mean + std);
+    const isRange = shown.spread === "range";
+    const lower = ({ mean, std, low }) => (isRange || (isLogarithmic(panel) && mean <= std) ? low : mean - std);
+    const upper = ({ mean, std, high }) => (isRange ? high : mean + std);
     if (runs[name].length > 1) {
       const known = points.map((point, i) => i).filter((i) => points[i] !== null);
-      const outline = [...known.map((i) => [x[i], upper(points[i])]), ...known.reverse().map((i) => [x[i], lower(points[i])])];
+      const back = known.toReversed();
       made.push({
-        ...common, x: outline.map((pair) => pair[0]), y: outline.map((pair) => pair[1]), fill: "toself",
+        ...common, x: [...known, ...back].map((i) => x[i]), fill: "toself",
+        y: [...known.map((i) => upper(points[i])), ...back.map((i) => lower(points[i]))],
         fillcolor: color + "2e", line: { width: 0 }, hoverinfo: "skip", role: "band",
       });
     }
     made.push({
       ...common, y: points.map((point) => point && point.mean), line, name: escaped(name), role: "mean",
-      text: points.map((point) => point && `${short(point.mean)}${point.n > 1 ? ` ± ${short(point.std)} (${point.n} runs)` : ""}`),
+      text: points.map((point) => point && textOf(point)),
       hovertemplate: "%{text} " + escaped(name) + "<extra></extra>",
     });
   }
@@ -89,17 +94,21 @@ function isLogarithmic(panel) {
 }
 
 function layout(panel) {
-  const axis = { gridcolor: style("--rule"), linecolor: style("--rule"), zerolinecolor: style("--rule"), automargin: true, nticks: 6, exponentformat: "SI", separatethousands: false };
-  const known = Boolean(panel.axes[shown.axis].x.at(-1));
+  const rule = style("--rule");
+  const lines = { gridcolor: rule, linecolor: rule, zerolinecolor: rule };
+  const axis = { ...lines, automargin: true, nticks: 6, exponentformat: "SI" };
+  const unit = { text: shown.axis, standoff: 4 };
+  const middle = { x: 0.5, y: 0.5, xref: "paper", yref: "paper" };
+  const isKnown = Boolean(panel.axes[shown.axis].x.at(-1));
   return {
     margin: { l: 44, r: 10, t: 26, b: 36 }, hovermode: "x unified", showlegend: false, dragmode: "zoom",
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: "system-ui, sans-serif", size: 12, color: style("--muted") },
     hoverlabel: { bgcolor: style("--panel"), bordercolor: style("--rule"), font: { color: style("--ink"), size: 12 } },
     modebar: { bgcolor: "rgba(0,0,0,0)", color: style("--muted"), activecolor: style("--ink") },
-    xaxis: { ...axis, title: { text: shown.axis === "steps" ? "steps" : "seconds", standoff: 4 }, rangemode: "tozero", hoverformat: ",.4~s" },
+    xaxis: { ...axis, title: unit, rangemode: "tozero", hoverformat: ",.4~s" },
     yaxis: { ...axis, ...(isLogarithmic(panel) ? { type: "log", exponentformat: "power", nticks: 4 } : {}) },
-    annotations: known ? [] : [{ text: "no times are known", showarrow: false, x: 0.5, y: 0.5, xref: "paper", yref: "paper" }],
+    annotations: isKnown ? [] : [{ ...middle, text: "no times are known", showarrow: false }],
   };
 }
 
@@ -118,27 +127,30 @@ function save(name, text) {
 
 function draw(figure, panel) {
   const drawn = traces(panel);
-  const file = panel.key.replace(/\W+/g, "_");
+  const filename = panel.key.replace(/\W+/g, "_");
+  const whole = { "xaxis.autorange": true, "yaxis.autorange": true };
+  const saveAs = (format, scale) => (plot) => Plotly.downloadImage(plot, { format, scale, filename });
   const button = (title, icon, click) => ({ name: title, title, icon, click });
   Plotly.react(figure.querySelector(".plot"), drawn, layout(panel), {
     responsive: true, displaylogo: false, scrollZoom: false,
     modeBarButtons: [[
-      button("Save as PNG", Plotly.Icons.camera, (plot) => Plotly.downloadImage(plot, { format: "png", scale: 3, filename: file })),
-      button("Save as SVG", Plotly.Icons.disk, (plot) => Plotly.downloadImage(plot, { format: "svg", filename: file })),
-      button("Save as CSV", Plotly.Icons.spikeline, () => save(`${file}.csv`, savedCsv(panel))),
-      button("Whole range", Plotly.Icons.home, (plot) => Plotly.relayout(plot, { "xaxis.autorange": true, "yaxis.autorange": true })),
+      button("Save as PNG", Plotly.Icons.camera, saveAs("png", 3)),
+      button("Save as SVG", Plotly.Icons.disk, saveAs("svg", 1)),
+      button("Save as CSV", Plotly.Icons.spikeline, () => save(`${filename}.csv`, savedCsv(panel))),
+      button("Whole range", Plotly.Icons.home, (plot) => Plotly.relayout(plot, whole)),
     ]],
   });
 }
 
 const figures = new Map();
 
-/* Replace the figures of a part of the page. All are in their places before one is drawn, since Plotly measures them. */
+/* Replace the figures of a part of the page. All are in their places before one is drawn: Plotly measures them. */
 function drawPart(parent, found) {
   for (const figure of parent.children) figures.delete(figure);
   parent.replaceChildren(...found.map(([title, panel]) => {
     const caption = element("figcaption", {}, title, element("small", { textContent: panel.unit }));
-    const figure = element("figure", {}, caption, element("div", { className: "plot" }));
+    const plot = element("div", { className: "plot", role: "img", ariaLabel: `${title} against ${shown.axis}` });
+    const figure = element("figure", {}, caption, plot);
     figure.dataset.key = panel.key;
     figures.set(figure, panel);
     return figure;
@@ -147,12 +159,13 @@ function drawPart(parent, found) {
 }
 
 function drawReturns() {
-  const found = data.envs.map((env) => [env.id || "unknown environment", env.panels.find((one) => one.key === shown.curve)])
+  const found = data.envs.map((env) => [nameOf(env), env.panels.find((one) => one.key === shown.curve)])
     .filter(([, panel]) => panel);
   byId("returns").classList.toggle("one", found.length === 1);
   drawPart(byId("returns"), data.envs.length > 1 ? found : found.map(([, panel]) => [panel.title, panel]));
 }
 
+const nameOf = (env) => env.id || "unknown environment";
 const isOfLog = (panel) => !panel.key.startsWith("return");
 
 function drawMetrics() {
@@ -193,7 +206,7 @@ function addLegend() {
 function addEnvironments() {
   byId("env").hidden = data.envs.length < 2;
   const select = byId("env").querySelector("select");
-  select.append(...data.envs.map((env, i) => element("option", { value: i, textContent: env.id || "unknown environment" })));
+  select.append(...data.envs.map((env, i) => element("option", { value: i, textContent: nameOf(env) })));
   select.addEventListener("change", () => { shown.env = Number(select.value); drawMetrics(); });
 }
 
@@ -221,21 +234,25 @@ function addButtons() {
     }
 }
 
+const ready = () => (document.documentElement.dataset.ready = "true");
+
 async function start() {
   data = JSON.parse(await unpacked("data"));
   addButtons();
   const keys = new Set(data.envs.flatMap((env) => env.panels.map((panel) => panel.key)));
-  if (keys.size === 0) return;
+  if (keys.size === 0) return ready();
   document.head.append(element("script", { textContent: await unpacked("plotly") }));
   byId("curves").hidden = false;
   addLegend();
   addSwitch("curve", (value) => keys.has(value), drawReturns);
-  addSwitch("axis", (value) => value === "steps" || data.envs.some((env) => env.panels.some((panel) => panel.axes[value].x.at(-1))), drawAgain);
-  addSwitch("spread", () => data.envs.some((env) => env.panels.some((panel) => Object.values(panel.axes.steps.runs).some((runs) => runs.length > 1))), drawAgain);
+  const all = data.envs.flatMap((env) => env.panels);
+  addSwitch("axis", (value) => all.some((panel) => panel.axes[value].x.at(-1)), drawAgain);
+  const hasSeeds = all.some((panel) => Object.values(panel.axes.steps.runs).some((runs) => runs.length > 1));
+  addSwitch("spread", () => hasSeeds, drawAgain);
   addEnvironments();
   drawReturns();
   drawMetrics();
-  document.documentElement.dataset.ready = "true";
+  ready();
 }
 
 start().catch((error) => {

@@ -100,7 +100,7 @@ def find_records(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Record
             problems.append(f"{path} was left out: {error}")
             continue
         problems += found_problems
-        if len(record.episodes.steps) == 0 and record.evaluations is None and not record.log:
+        if len(record.episodes.steps) == 0 and record.evaluations is None and not record.log and not record.report:
             problems.append(f"{path} was left out: {_emptiness(record)}")
         else:
             records.append(record)

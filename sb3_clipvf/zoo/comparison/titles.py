@@ -13,6 +13,7 @@ _TITLES: dict[str, tuple[str, str]] = {
     "train/kl_coef": ("β, weight of the KL penalty", "1/nats"),
     "train/entropy_loss": ("Entropy", "nats"),
     "train/policy_gradient_loss": ("Policy loss", ""),
+    "train/policy_loss": ("Policy loss", ""),
     "train/value_loss": ("Value loss", "squared return units"),
     "train/loss": ("Total loss", "last minibatch"),
     "train/explained_variance": ("Explained variance", "at most 1"),
@@ -29,6 +30,8 @@ _TITLES: dict[str, tuple[str, str]] = {
     "rollout/ep_len_mean": ("Length of episodes", "steps"),
     "rollout/success_rate": ("Success rate", ""),
     "time/fps": ("Speed", "steps/s"),
+    "time/rollout_seconds": ("Time of a rollout", "seconds"),
+    "time/update_seconds": ("Time of an update", "seconds"),
 }
 
 NEGATED = {"train/entropy_loss"}
