@@ -436,6 +436,13 @@ class TestOnAGPU:
         assert engine.name == "autograd"
         assert reason.startswith("cuda_graph cannot run the policy: it has a Dropout")
 
+    def test_an_optimizer_that_counts_steps_on_the_device_runs_on_autograd(self, device: str) -> None:
+        policy, buffer = make("box", device)
+        policy.optimizer = th.optim.Adam(policy.parameters(), lr=1e-3, fused=True)
+        assert select_engine("auto", policy, SETTINGS, buffer)[1] == (
+            "cuda_graph cannot run the policy: its optimizer keeps the number of steps on the device"
+        )
+
     @pytest.mark.parametrize("policy", ["MlpPolicy", "SquashedMlpPolicy"])
     def test_training_saving_and_loading(self, policy: str, device: str, tmp_path: Path) -> None:
         env = environments()

@@ -122,6 +122,8 @@ def why_not_cuda_graph(policy: ActorCriticPolicy, buffer: Any) -> str | None:
     dist = policy.action_dist
     if isinstance(dist, StateDependentNoiseDistribution) and not dist.full_std:
         return "its gSDE has full_std=False, with which SB3 copies from the host at each step"
+    if any(group.get("fused") or group.get("capturable") for group in policy.optimizer.param_groups):
+        return "its optimizer keeps the number of steps on the device"
     return why_not_static(policy, buffer)
 
 
