@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import errno
 import gzip
 import io
 import json
@@ -224,16 +225,23 @@ def test_bad_input_is_refused_and_writes_nothing(argv: str, match: str, logs: Pa
     assert sorted(in_empty_folder.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    ("place", "match"),
+    [
+        ("sb3_clipvf.zoo.comparison.sections.run_table", "planted"),  # while the page is made
+        ("sb3_clipvf.files.atomic.os.fsync", r"report\.html could not be written: planted\. What it held before is"),
+    ],
+)
 def test_an_existing_report_stays_whole_if_a_new_one_fails(
-    logs: Path, in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch
+    place: str, match: str, logs: Path, in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("report.html").write_text("old")
 
-    def fail(*args: Any) -> str:
-        raise RuntimeError("planted")
+    def fail(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "planted")
 
-    monkeypatch.setattr(sections, "run_table", fail)
-    with pytest.raises(RuntimeError, match="planted"):
+    monkeypatch.setattr(place, fail)
+    with pytest.raises(OSError, match=match):
         main(["logs"])
     assert Path("report.html").read_text() == "old"
     assert sorted(path.name for path in in_empty_folder.iterdir()) == ["logs", "report.html"]

@@ -57,6 +57,13 @@ def test_names_are_the_algorithms_that_differ(tmp_path: Path) -> None:
     assert [name for _, name, _ in names_of(tmp_path)] == ["a2c", "clipppo"] * 2
 
 
+def test_names_are_the_algorithm_and_its_settings_where_both_differ(tmp_path: Path) -> None:
+    write_run(tmp_path / "a2c/CartPole-v1_1", algo="a2c", settings={"gamma": 0.5})
+    for number, gamma in ((1, 0.8), (2, 0.9)):
+        write_run(tmp_path / f"clipppo/CartPole-v1_{number}", settings={"gamma": gamma})
+    assert [name for _, name, _ in names_of(tmp_path)] == ["a2c", "clipppo, gamma 0.8", "clipppo, gamma 0.9"]
+
+
 def test_names_are_the_folders_that_differ(tmp_path: Path) -> None:
     # As an experiment's suite lays out its runs.
     for env_id in ("CartPole-v1", "Pendulum-v1"):
