@@ -10,7 +10,7 @@ from sb3_clipvf.common.messages import log
 from sb3_clipvf.engines.recognition import UnsupportedError
 from sb3_clipvf.engines.support import plain_policy
 
-LARGEST_ON_CPU = {"native MLP": 40_000_000, "MLP": 4_000_000}
+LARGEST_ON_CPU = {"native MLP": 12_000_000, "MLP": 4_000_000}
 """Parameters x batch size up to which the CPU is taken, by kind of network. Other networks take the GPU."""
 
 _CONVOLUTIONS = (
