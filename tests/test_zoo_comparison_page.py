@@ -24,7 +24,7 @@ from sb3_clipvf.zoo.comparison.page import page
 from sb3_clipvf.zoo.comparison.records import find_records
 from sb3_clipvf.zoo.comparison.summary import csv_table, number_text
 from sb3_clipvf.zoo.report import main
-from tests.written_runs import write_evaluations, write_run
+from tests.written_runs import write_evaluations, write_monitor, write_run
 
 PLOTLY = "/* Plotly </script> */"
 
@@ -156,6 +156,15 @@ def test_settings_that_differ_are_marked(logs: Path) -> None:
 def test_settings_without_a_difference_are_all_shown(tmp_path: Path) -> None:
     write_run(tmp_path / "CartPole-v1_1")
     assert Tables(page(groups_of(tmp_path), [], "")).tables["settings all"][1] == ["policy", "MlpPolicy"]
+
+
+def test_unknown_settings_are_not_taken_for_others(tmp_path: Path) -> None:
+    write_run(tmp_path / "a/CartPole-v1_1")
+    write_monitor(tmp_path / "b" / "monitor.csv", [(25.0 + 1e-6, 10, 1.0)], env_id="CartPole-v1")
+    html = page(groups_of(tmp_path), [], "")
+    assert Tables(html).tables["settings all"] == [["CartPole-v1", "a"], ["policy", "MlpPolicy"]]
+    # Their returns are equal but for the precision of a file.
+    assert "<circle" not in html
 
 
 def test_videos_are_embedded_up_to_a_size(logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

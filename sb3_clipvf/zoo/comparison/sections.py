@@ -48,13 +48,15 @@ def summary_table(by_env: Mapping[str, Sequence[Group]], places: Mapping[str, in
         known = [statistics_of(group) for group in groups]
         values = [value for numbers in known for value in _first(numbers, columns).values]
         low, high = min(values), max(values)
-        scale = f"{number_text(low, (high - low) / 10)} to {number_text(high, (high - low) / 10)}" if high > low else ""
+        # Files with single precision differ from others in the last digits.
+        is_drawn = high - low > 1e-5 * max(abs(low), abs(high))
+        scale = f"{number_text(low, (high - low) / 10)} to {number_text(high, (high - low) / 10)}" if is_drawn else ""
         cells = [_row_head(escape(env_id or "unknown environment"), "rowgroup"), "<td></td>"]
         cells += [f'<td class="scale">{scale}</td>', f'<td colspan="{len(columns)}"></td>']
         rows.append(_row(cells, "env"))
         for group, numbers in zip(groups, known, strict=True):
             place = places[group.name]
-            strip = _strip(_first(numbers, columns), low, high, place) if high > low else ""
+            strip = _strip(_first(numbers, columns), low, high, place) if is_drawn else ""
             cells = [_row_head(swatch(place) + escape(group.name)), *_cells([len(group.records)])]
             cells += [f'<td class="strip">{strip}</td>', *_cells(cell_text(numbers, one.key) for one in columns)]
             rows.append(_row(cells))
@@ -64,7 +66,8 @@ def summary_table(by_env: Mapping[str, Sequence[Group]], places: Mapping[str, in
 def settings_tables(by_env: Mapping[str, Sequence[Group]], places: Mapping[str, int]) -> str:
     """Return the settings of the groups of each environment; rows that differ come first."""
     tables = []
-    for env_id, groups in by_env.items():
+    for env_id, found in by_env.items():
+        groups = [group for group in found if group.settings]
         keys = {key for group in groups for key in group.settings}
         differing = set(differing_keys([group.settings for group in groups]))
         heads = [
