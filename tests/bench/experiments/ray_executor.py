@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Generator, Mapping, Sequence
@@ -41,7 +42,7 @@ class RayExecutor:
         variables = {"PYTHONPATH": clone_environment()["PYTHONPATH"]}
         try:
             _check_listens(address)
-            ray.init(**options, log_to_driver=False, logging_level="error", runtime_env={"env_vars": variables})
+            ray.init(**options, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": variables})
         except (OSError, OverflowError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"`--ray` must be the address of a running Ray cluster, got {address!r} ({error}). Start one with "
