@@ -70,7 +70,7 @@ def _overrides_merged(entry: str) -> bool:
     return block is not None and "<<:" in block[1]
 
 
-# The tables of docs/results/learning.md and curves.md, whatever ClipPPO's defaults are.
+# The rows of the benchmarks `learning` and `curves`, whatever ClipPPO's defaults are.
 MEASURED = {
     "CartPole-v1": ("lin_0.2", None),
     "MountainCarContinuous-v0": ("lin_0.2", 1.0),
@@ -79,6 +79,10 @@ MEASURED = {
     "LunarLander-v3": ("lin_0.2", 1.0),
     "BipedalWalker-v3": (0.18, 1.0),
     "HalfCheetah-v5": (0.1, 1.0),
+    "Swimmer-v5": (0.2, None),
+    "Hopper-v5": (0.2, None),
+    "Walker2d-v5": (0.1, None),
+    "Ant-v5": (0.2, None),
 }
 
 
