@@ -153,6 +153,12 @@ def test_settings_that_differ_are_marked(logs: Path) -> None:
     assert rows[2] == ["policy", "MlpPolicy", "MlpPolicy"]
 
 
+def test_none_and_a_missing_setting_are_shown_apart(tmp_path: Path) -> None:
+    for number, settings in enumerate(({}, {"clip_range": None}), 1):
+        write_run(tmp_path / f"clipppo/CartPole-v1_{number}", settings=settings)
+    assert Tables(page(groups_of(tmp_path), [], "")).tables["settings"][1] == ["≠ clip_range", "–", "None"]
+
+
 def test_settings_without_a_difference_are_all_shown(tmp_path: Path) -> None:
     write_run(tmp_path / "CartPole-v1_1")
     assert Tables(page(groups_of(tmp_path), [], "")).tables["settings all"][1] == ["policy", "MlpPolicy"]

@@ -28,7 +28,7 @@ def test_a_run_has_what_its_files_hold(tmp_path: Path) -> None:
         tmp_path / "CartPole-v1_1",
         seed=7,
         returns=(1.0, 2.0, 6.0),
-        settings={"clip_range": 0.1, "clip_range_vf": None},
+        settings={"clip_range": 0.1, "clip_range_vf": None, "env_wrapper": None},
         arguments={"n_timesteps": 300, "vec_env": "envpool"},
     )
     write_evaluations(folder / "evaluations.npz", [100, 200], [[1.0, 3.0], [4.0, 8.0]])
@@ -46,7 +46,14 @@ def test_a_run_has_what_its_files_hold(tmp_path: Path) -> None:
         300,
         3,
     )
-    assert record.settings == {"clip_range": 0.1, "n_timesteps": 300, "policy": "MlpPolicy", "vec_env": "envpool"}
+    # A null argument of the algorithm has a meaning; a null key of the Zoo is the same as none.
+    assert record.settings == {
+        "clip_range": 0.1,
+        "clip_range_vf": None,
+        "n_timesteps": 300,
+        "policy": "MlpPolicy",
+        "vec_env": "envpool",
+    }
     np.testing.assert_array_equal(record.episodes.steps, [100, 200, 300])
     np.testing.assert_array_equal(record.episodes.values, [1, 2, 6])
     assert record.evaluations is not None

@@ -50,6 +50,15 @@ def test_names_are_the_settings_that_differ(tmp_path: Path) -> None:
     assert names_of(tmp_path) == [("CartPole-v1", "clip_range 0.1", 1), ("CartPole-v1", "clip_range 0.2, gamma 1", 2)]
 
 
+def test_none_is_a_setting_of_its_own(tmp_path: Path) -> None:
+    for number, settings in enumerate(({}, {"clip_range": None}, {"clip_range": 0.2}), 1):
+        write_run(tmp_path / f"clipppo/CartPole-v1_{number}", settings=settings)
+    groups = groups_of(tmp_path)
+    assert [group.name for group in groups] == ["default", "clip_range None", "clip_range 0.2"]
+    rows = csv.DictReader(io.StringIO(csv_table(groups)))
+    assert [row["setting.clip_range"] for row in rows] == ["", "None", "0.2"]
+
+
 def test_names_are_the_algorithms_that_differ(tmp_path: Path) -> None:
     for algo in ("a2c", "clipppo"):
         write_run(tmp_path / f"logs/{algo}/CartPole-v1_1", algo=algo, settings={"gamma": 0.9 if algo == "a2c" else 0.8})
@@ -229,10 +238,11 @@ def test_commands_repeat_the_trainings(tmp_path: Path) -> None:
 
 def test_commands_have_the_settings_of_a_file_beside_the_run(tmp_path: Path) -> None:
     config = tmp_path / "clipppo" / "settings.yml"
-    write_run(tmp_path / "clipppo/CartPole-v1_1", settings={"gamma": 0.9}, arguments={"conf_file": str(config)})
+    settings = {"clip_range": None, "gamma": 0.9}
+    write_run(tmp_path / "clipppo/CartPole-v1_1", settings=settings, arguments={"conf_file": str(config)})
     (group,) = groups_of(tmp_path)
     assert train_commands(group) == (
-        "sb3-clipvf train --env CartPole-v1 --seed 1 -params gamma:0.9 'policy:'\"'\"'MlpPolicy'\"'\"''"
+        "sb3-clipvf train --env CartPole-v1 --seed 1 -params clip_range:None gamma:0.9 'policy:'\"'\"'MlpPolicy'\"'\"''"
     )
 
 

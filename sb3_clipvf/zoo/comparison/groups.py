@@ -12,6 +12,9 @@ from typing import Any
 
 from sb3_clipvf.zoo.comparison.records import Record
 
+MISSING = "–"
+"""Text in place of a setting that a run does not have."""
+
 # Endings of folders that number the runs of one setting, such as `seed_3`, `PPO_2`, `CartPole-v1_4`, `<name>_4_<uuid>`.
 _NUMBER = re.compile(r"(?:^|[_-])(?:seed|run)?[_-]?\d+(?:_[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})?$")
 _LONGEST_NAME = 60
@@ -63,13 +66,11 @@ def group_records(records: Sequence[Record]) -> list[Group]:
 def differing_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the keys whose values differ, sorted; a missing key differs from every value."""
     keys = sorted({key for one in settings for key in one})
-    return [key for key in keys if len({value_text(one.get(key)) for one in settings}) > 1]
+    return [key for key in keys if len({value_text(one.get(key, MISSING)) for one in settings}) > 1]
 
 
 def value_text(value: Any) -> str:
-    """Return a value of the settings as text, the same for equal numbers; an en dash for a missing one."""
-    if value is None:
-        return "–"
+    """Return a value of the settings as text, the same for equal numbers."""
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return str(int(value))
     if isinstance(value, dict):

@@ -229,7 +229,11 @@ def _noting(problems: list[str]) -> Iterator[None]:
 
 def _all_settings(settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings with those options that change a training, too."""
-    found = {key: value for key, value in settings.items() if value is not None}
+    found = dict(settings)
+    if found:
+        from sb3_clipvf.zoo.entries import drop_null  # imports torch
+
+        drop_null(found)
     n_timesteps = arguments.get("n_timesteps")
     if isinstance(n_timesteps, (int, float)) and n_timesteps > 0:  # else that of the settings holds
         found["n_timesteps"] = n_timesteps

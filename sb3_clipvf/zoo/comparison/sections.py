@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from sb3_clipvf.zoo.comparison.commands import train_commands
-from sb3_clipvf.zoo.comparison.groups import Group, differing_keys, value_text
+from sb3_clipvf.zoo.comparison.groups import MISSING, Group, differing_keys, value_text
 from sb3_clipvf.zoo.comparison.summary import (
     Column,
     Statistic,
@@ -77,7 +77,7 @@ def settings_tables(by_env: Mapping[str, Sequence[Group]], places: Mapping[str, 
         rows = []
         for key in sorted(keys, key=lambda key: (key not in differing, key)):
             mark = '<span title="differs">≠ </span>' if key in differing else ""
-            cells = _cells(value_text(group.settings.get(key)) for group in groups)
+            cells = _cells(value_text(group.settings.get(key, MISSING)) for group in groups)
             rows.append(_row([_row_head(mark + escape(key)), *cells], "differs" if key in differing else "same"))
         if rows:
             tables.append(_table("settings" if differing else "settings all", heads, rows))

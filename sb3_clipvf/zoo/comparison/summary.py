@@ -123,8 +123,8 @@ def csv_table(groups: Sequence[Group]) -> str:
         for record in group.records:
             numbers = numbers_of(record)
             cells = [record.env_id, group.name, record.algo, record.seed, *(numbers[name] for name in names)]
-            settings = ("" if record.settings.get(key) is None else value_text(record.settings[key]) for key in keys)
-            writer.writerow([*cells, record.folder, *settings])  # None is an empty cell
+            settings = (value_text(record.settings.get(key, "")) for key in keys)
+            writer.writerow([*cells, record.folder, *settings])  # a number that is None is an empty cell
     return text.getvalue()
 
 
