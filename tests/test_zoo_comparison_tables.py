@@ -1,12 +1,17 @@
 """Groups of runs, their curves on common grids, and the tables of their numbers."""
 
 import csv
+import inspect
 import io
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rl_zoo3 import ALGOS
+from sb3_contrib import MaskablePPO
+from stable_baselines3.common.base_class import BaseAlgorithm
 
+from sb3_clipvf import ClipPPO
 from sb3_clipvf.zoo.comparison.commands import train_commands
 from sb3_clipvf.zoo.comparison.curves import mean_and_std, panels, rolling_mean
 from sb3_clipvf.zoo.comparison.groups import Group, group_records
@@ -86,9 +91,41 @@ def test_names_are_the_folders_that_differ(tmp_path: Path) -> None:
 
 
 def test_numbers_at_the_end_of_folders_are_those_of_runs(tmp_path: Path) -> None:
-    for name in ("mine/seed1", "mine/seed_2", "other/PPO_1", "other/PPO_2", "other/3"):
+    for name in (
+        "mine/seed1",
+        "mine/seed_2",
+        "other/PPO_1",
+        "other/PPO_2",
+        "other/E-v0_1",
+        "third/run-1",
+        "third/run-2",
+    ):
         write_monitor(tmp_path / name / "monitor.csv", [(1.0, 1, 1.0)], env_id="E-v0")
-    assert names_of(tmp_path) == [("E-v0", "mine", 2), ("E-v0", "other", 1), ("E-v0", "other/PPO", 2)]
+    assert names_of(tmp_path) == [
+        ("E-v0", "mine", 2),
+        ("E-v0", "other", 1),
+        ("E-v0", "other/PPO", 2),
+        ("E-v0", "third", 2),
+    ]
+
+
+def test_other_numbers_of_folders_are_settings_where_no_file_names_these(tmp_path: Path) -> None:
+    for name in ("width_64/seed_1", "width_64/seed_2", "width_256", "lr/3", "lr/4"):
+        write_monitor(tmp_path / name / "monitor.csv", [(1.0, 1, 1.0)], env_id="E-v0")
+    # A run of the Zoo beside them does not change their names.
+    write_run(tmp_path / "zoo/E-v0_1", env_id="E-v0")
+    assert names_of(tmp_path) == [
+        ("E-v0", name, n) for name, n in (("lr/3", 1), ("lr/4", 1), ("width_256", 1), ("width_64", 2), ("zoo", 1))
+    ]
+
+
+@pytest.mark.parametrize("algorithm", [*ALGOS.values(), ClipPPO, MaskablePPO], ids=lambda one: one.__name__)
+def test_logs_of_all_algorithms_are_numbered_by_run(algorithm: type[BaseAlgorithm], tmp_path: Path) -> None:
+    name = inspect.signature(algorithm.learn).parameters["tb_log_name"].default
+    for number in (1, 2):
+        write_monitor(tmp_path / f"{name}_{number}" / "monitor.csv", [(1.0, 1, 1.0)])
+    (group,) = groups_of(tmp_path)
+    assert len(group.records) == 2
 
 
 def test_a_long_name_is_cut_and_stays_unique(tmp_path: Path) -> None:

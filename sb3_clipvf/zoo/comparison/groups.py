@@ -16,7 +16,11 @@ MISSING = "–"
 """Text in place of a setting that a run does not have."""
 
 # Endings of folders that number the runs of one setting, such as `seed_3`, `PPO_2`, `CartPole-v1_4`, `<name>_4_<uuid>`.
-_NUMBER = re.compile(r"(?:^|[_-])(?:seed|run)?[_-]?\d+(?:_[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})?$")
+_UUID = r"(?:_[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})?$"
+_NUMBER = re.compile(rf"(?:^|[_-])(?:seed|run)?[_-]?\d+{_UUID}")
+_SEED_OR_RUN = re.compile(rf"(?:^|[_-])(?:seed|run)[_-]?\d+{_UUID}")
+# Names under which SB3, SB3-Contrib and this package log by default.
+_LOG_NAMES = "A2C ARS ClipPPO CrossQ DDPG DQN MaskablePPO PPO QRDQN RecurrentPPO SAC TD3 TQC TRPO".split()
 _LONGEST_NAME = 60
 
 
@@ -80,17 +84,32 @@ def value_text(value: Any) -> str:
 
 def _distinct_parts(records: Sequence[Record]) -> list[str]:
     """Return, for each run, the part of its path that sets its setting apart from others, "" if nothing does."""
-    paths = []
-    for record in records:
-        parts = (_NUMBER.sub("", part) for part in Path(os.path.abspath(record.folder)).parts)
+    paths = _without_shared([list(Path(os.path.abspath(record.folder)).parts) for record in records])
+    for place, record in enumerate(records):
+        parts = (_without_number(part, record) for part in paths[place])
         # The environment and the algorithm have their own places in names.
         own = {"", record.env_id.replace("/", "-"), record.algo}
-        paths.append([part for part in parts if part not in own])
+        paths[place] = [part for part in parts if part not in own]
+    return ["/".join(path) for path in _without_shared(paths)]
+
+
+def _without_number(part: str, record: Record) -> str:
+    """Return the name of a folder without the number of its run; without settings, other numbers may be settings."""
+    if record.settings:
+        return _NUMBER.sub("", part)
+    names = [*_LOG_NAMES, record.algo, record.env_id.replace("/", "-")]
+    named = "|".join(re.escape(name) for name in names if name)
+    part = re.sub(rf"((?:^|[_-])(?:{named}))_\d+{_UUID}", r"\1", part, flags=re.IGNORECASE)
+    return _SEED_OR_RUN.sub("", part)
+
+
+def _without_shared(paths: list[list[str]]) -> list[list[str]]:
+    """Return paths without the first and the last parts that all share."""
     while paths and all(paths) and len({path[0] for path in paths}) == 1:
         paths = [path[1:] for path in paths]
     while paths and all(paths) and len({path[-1] for path in paths}) == 1:
         paths = [path[:-1] for path in paths]
-    return ["/".join(path) for path in paths]
+    return paths
 
 
 def _with_short_names(groups: list[Group]) -> list[Group]:
