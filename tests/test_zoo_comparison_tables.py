@@ -311,3 +311,22 @@ def test_commands_quote_what_a_run_names(tmp_path: Path) -> None:
         write_run(tmp_path / f"clipppo/CartPole-v1_{number}", arguments=arguments)
     (group,) = groups_of(tmp_path)
     assert train_commands(group) == "sb3-clipvf train --env 'a; b' --vec-env '`e`' --device '$(d)'"
+
+
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [
+        ("a\ntouch mark #", r"'a\ntouch mark #'"),
+        ("a\u2028b\x1bc", r"'a\u2028b\x1bc'"),
+        (("a\nb", 1), "\"('a\\\\nb', 1)\""),
+        (7, "'7'"),
+        (True, "'True'"),
+    ],
+)
+def test_keys_of_a_run_stay_in_the_comment(key: object, named: str, tmp_path: Path) -> None:
+    for number, value in enumerate(("f()", 1), 1):
+        folder = write_run(tmp_path / f"{number}/CartPole-v1_1", arguments={"hyperparams": {"gamma": 0.9, key: value}})
+        (group,) = groups_of(folder)
+        note, command = train_commands(group).split("\n")
+        assert note == f"# Without {named} of the settings: read them first, since they could run code."
+        assert command == "sb3-clipvf train --env CartPole-v1 --seed 1 -params gamma:0.9"

@@ -29,7 +29,7 @@ def train_commands(group: Group) -> str:
     if not records:
         return ""
     seeds = [str(record.seed) for record in records if record.seed is not None]
-    left_out = [key for key, value in _changes(records[0]).items() if not _is_plain(key, value)]
+    left_out = [_shown_key(key) for key, value in _changes(records[0]).items() if not _is_plain(key, value)]
     note = ""
     if left_out:
         note = f"# Without {', '.join(left_out)} of the settings: read them first, since they could run code.\n"
@@ -80,14 +80,27 @@ def _changes(record: Record) -> dict[str, Any]:
     return dict(record.arguments.get("hyperparams") or {})
 
 
-def _is_plain(key: str, value: Any) -> bool:
+def _shown_key(key: object) -> str:
+    """Return a key for a comment, on one line."""
+    return str(key) if _is_name(key) else repr(str(key))
+
+
+def _is_name(key: object) -> bool:
+    return isinstance(key, str) and key.isidentifier()
+
+
+def _is_plain(key: object, value: Any) -> bool:
     """Return whether the Zoo takes a setting as it is written: it imports some, and evaluates the text of others."""
-    if key in ("env_wrapper", "vec_env_wrapper", "callback"):
+    if not _is_name(key) or key in ("env_wrapper", "vec_env_wrapper", "callback"):
         return False
+    return _is_plain_value(value)
+
+
+def _is_plain_value(value: Any) -> bool:
     if isinstance(value, dict):
-        return all(_is_plain("", inner) for inner in value.values())
+        return all(_is_plain_value(inner) for inner in value.values())
     if isinstance(value, (list, tuple)):
-        return all(_is_plain("", inner) for inner in value)
+        return all(_is_plain_value(inner) for inner in value)
     if not isinstance(value, str):
         return value is None or isinstance(value, (bool, int, float))
     try:
@@ -98,6 +111,6 @@ def _is_plain(key: str, value: Any) -> bool:
     return all(isinstance(called, ast.Name) and called.id == "dict" for called in calls)
 
 
-def _pairs(values: Mapping[str, Any]) -> list[str]:
+def _pairs(values: Mapping[Any, Any]) -> list[str]:
     """Return values as ``key:value``, of which the Zoo evaluates the text after the first colon as Python."""
-    return [f"{key}:{value!r}" for key, value in values.items() if str(key).isidentifier()]
+    return [f"{key}:{value!r}" for key, value in values.items() if _is_name(key)]
