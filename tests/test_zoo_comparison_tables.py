@@ -3,6 +3,7 @@
 import csv
 import inspect
 import io
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -294,6 +295,10 @@ def test_commands_have_the_settings_of_a_file_beside_the_run(tmp_path: Path) -> 
         ("env_wrapper", "some.module.Wrapper", False),
         ("callback", [{"some.module.Callback": {"a": 1}}], False),
         ("learning_rate", "lin_0.1", True),
+        ("normalize", " \t__import__('os').system('x')", False),
+        ("policy", "some.module.Policy", False),
+        ("policy", "MlpPolicy", True),
+        ("net_arch", OrderedDict(a=1), False),
     ],
 )
 def test_commands_leave_out_what_could_run_code(key: str, value: object, is_shown: bool, tmp_path: Path) -> None:
@@ -330,3 +335,29 @@ def test_keys_of_a_run_stay_in_the_comment(key: object, named: str, tmp_path: Pa
         note, command = train_commands(group).split("\n")
         assert note == f"# Without {named} of the settings: read them first, since they could run code."
         assert command == "sb3-clipvf train --env CartPole-v1 --seed 1 -params gamma:0.9"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"gym_packages": ["--conf-file=/d/evil.py", "a b", "-n", ""]},
+        {"env_kwargs": {"a": OrderedDict(a=1), True: 3, "b\nc": 4}},
+        {"device": "--conf-file=/d/evil.py", "vec_env": "-x", "eval_freq": "\x03touch mark\n"},
+        {"conf_file": "--help"},
+        {"conf_file": "a\x00b.py"},
+        {"n_timesteps": "--conf-file=/d/evil.py"},
+    ],
+)
+def test_values_of_a_run_are_no_options(arguments: dict[str, object], tmp_path: Path) -> None:
+    settings = {"n_timesteps": arguments["n_timesteps"]} if "n_timesteps" in arguments else {}
+    write_run(tmp_path / "clipppo/CartPole-v1_1", settings=settings, arguments=arguments)
+    (group,) = groups_of(tmp_path)
+    train = "sb3-clipvf train --env CartPole-v1 --seed 1"
+    assert train_commands(group).removesuffix(" -params 'policy:'\"'\"'MlpPolicy'\"'\"''") == train
+
+
+@pytest.mark.parametrize("arguments", [{"env": "-n"}, {"env": "a\x03b"}, {"algo": "--conf-file=/d/evil.py"}])
+def test_runs_without_a_usable_name_have_no_command(arguments: dict[str, str], tmp_path: Path) -> None:
+    write_run(tmp_path / "clipppo/CartPole-v1_1", arguments=arguments)
+    (group,) = groups_of(tmp_path)
+    assert train_commands(group) == ""

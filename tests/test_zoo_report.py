@@ -317,11 +317,12 @@ def test_proposals_make_the_environment_of_the_run(tmp_path: Path) -> None:
     settings = folder / "E-v0" / "args.yml"
     settings.parent.mkdir(parents=True)
     settings.write_text(
-        'gym_packages: [json, csv]\nenv_kwargs: {g: 5.0, name: a b, "a:print(1)#": 1}\nconf_file: my.yml\n'
+        "gym_packages: [json, --conf-file=/d/evil.py, xml.dom]\n"
+        'env_kwargs: {g: 5.0, name: a b, "a:print(1)#": 1}\nconf_file: my.yml\n'
     )
     watch, variant, _ = (command for _, command in next_commands(Run("clipppo", "E-v0", folder, folder / "x.zip"), "a"))
     assert watch == "sb3-clipvf enjoy --env E-v0 -f a --exp-id 1_0b0c7c1e-5a52-4a51-8c3e-111111111111"
-    options = "--gym-packages json csv --env-kwargs g:5.0 'name:'\"'\"'a b'\"'\"'' --conf-file my.yml -P"
+    options = "--gym-packages json xml.dom --env-kwargs g:5.0 'name:'\"'\"'a b'\"'\"'' --conf-file my.yml -P"
     assert variant.startswith(f"sb3-clipvf train --env E-v0 -f a {options} -params clip_range:None ")
 
 

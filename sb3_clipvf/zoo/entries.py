@@ -25,6 +25,11 @@ def with_arguments(value: Any) -> list[tuple[Any, Any]]:
     return [next(iter(item.items()), (None, {})) if isinstance(item, dict) else (item, {}) for item in items(value)]
 
 
+def is_module_name(value: Any) -> bool:
+    """Return whether a value is the full name of a module."""
+    return isinstance(value, str) and all(part.isidentifier() for part in value.split("."))
+
+
 def drop_null(settings: dict[str, Any]) -> None:
     """Remove the RL Zoo's keys whose value is null, in place. ClipPPO's arguments stay, since they may be None."""
     for key in ZOO_KEYS & settings.keys():

@@ -2,13 +2,14 @@
 
 import argparse
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sb3_clipvf.zoo.defaults import ALGORITHM
-from sb3_clipvf.zoo.entries import ZOO_KEYS, drop_null
+from sb3_clipvf.zoo.entries import ZOO_KEYS, drop_null, is_module_name
 from sb3_clipvf.zoo.parsing import option_name, strict
 from sb3_clipvf.zoo.run_folders import CHECKPOINTS
 
@@ -84,7 +85,7 @@ def resumed_run(path: str, options: Sequence[str]) -> tuple[ResumedRun, list[str
         raise ValueError(
             f"`--resume` must name a run with checkpoints, got {folder} without any: it ended before its first one, or "
             "ran with `--checkpoint-freq -1`. Start it again: "
-            f"`sb3-clipvf train --env {args.get('env')} --seed {args.get('seed')}`."
+            f"`sb3-clipvf train --env {shlex.quote(str(args.get('env')))} --seed {shlex.quote(str(args.get('seed')))}`."
         )
     checkpoint = newest_checkpoint(folder / CHECKPOINTS) if place.is_dir() else read_checkpoint(place)
     hyperparams = read_settings(settings_folder / "config.yml")
@@ -152,7 +153,7 @@ def _command_line(args: dict[str, Any], given: dict[str, Any]) -> list[str]:
         arguments.append("--progress")
     packages = [str(name) for name in args.get("gym_packages") or ()]
     for package in packages:
-        if not all(part.isidentifier() for part in package.split(".")):
+        if not is_module_name(package):
             raise ValueError(
                 f"`gym_packages` of the run must be names of modules, got {package!r}. Correct its args.yml."
             )

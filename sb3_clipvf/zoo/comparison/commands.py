@@ -25,7 +25,7 @@ _OPTIONS = {
 
 def train_commands(group: Group) -> str:
     """Return the commands that train the runs of a group again, one command or a loop over its seeds; "" if unknown."""
-    records = [record for record in group.records if record.arguments]
+    records = [one for one in group.records if one.arguments and _is_word(one.algo) and _is_word(one.env_id)]
     if not records:
         return ""
     seeds = [str(record.seed) for record in records if record.seed is not None]
@@ -44,12 +44,14 @@ def train_command(record: Record, seed: str = "") -> str:
     words = ["sb3-clipvf", "train"]
     words += [] if record.algo == ALGORITHM else ["--algo", record.algo]
     words += ["--env", record.env_id]
-    if record.settings.get("n_timesteps") == arguments.get("n_timesteps"):
-        words += ["-n", str(arguments["n_timesteps"])]
+    n_timesteps = arguments.get("n_timesteps")
+    if type(n_timesteps) is int and record.settings.get("n_timesteps") == n_timesteps:
+        words += ["-n", str(n_timesteps)]
     rest = environment_options(arguments, record.folder)
     for name, (option, default) in _OPTIONS.items():
-        if arguments.get(name) not in (None, default):
-            rest += [option, str(arguments[name])]
+        value = arguments.get(name)
+        if value != default and _is_word(value):
+            rest += [option, str(value)]
     pairs = _pairs({key: value for key, value in _changes(record).items() if _is_plain(key, value)})
     rest += ["-params", *pairs] if pairs else []
     # The seed may be a variable of the shell.
@@ -58,17 +60,17 @@ def train_command(record: Record, seed: str = "") -> str:
 
 def environment_options(arguments: Mapping[str, Any], folder: Path) -> list[str]:
     """Return the options with which a training found its environment and its settings."""
-    from sb3_clipvf.zoo.run_files import lies_beside  # imports torch
+    from sb3_clipvf.zoo.entries import is_module_name, items  # imports torch
+    from sb3_clipvf.zoo.run_files import lies_beside
 
-    options = []
-    if arguments.get("gym_packages"):
-        options += ["--gym-packages", *map(str, arguments["gym_packages"])]
+    packages = [name for name in items(arguments.get("gym_packages")) if is_module_name(name)]
+    options = ["--gym-packages", *packages] if packages else []
     pairs = _pairs(arguments.get("env_kwargs") or {})
     options += ["--env-kwargs", *pairs] if pairs else []
-    config = str(arguments.get("conf_file") or "")
+    config = arguments.get("conf_file")
     # A copied command must not run code that may have come with the run.
-    if config and not lies_beside(folder / "env" / "args.yml", config):
-        options += ["--conf-file", config]
+    if config and _is_word(config) and not lies_beside(folder / "env" / "args.yml", str(config)):
+        options += ["--conf-file", str(config)]
     return options
 
 
@@ -91,26 +93,44 @@ def _is_name(key: object) -> bool:
 
 def _is_plain(key: object, value: Any) -> bool:
     """Return whether the Zoo takes a setting as it is written: it imports some, and evaluates the text of others."""
-    if not _is_name(key) or key in ("env_wrapper", "vec_env_wrapper", "callback"):
+    if not _is_name(key) or not _is_literal(value):
         return False
-    return _is_plain_value(value)
+    if key in ("env_wrapper", "vec_env_wrapper", "callback") or (key == "policy" and "." in str(value)):
+        return False
+    return _is_without_calls(value)
 
 
-def _is_plain_value(value: Any) -> bool:
+def _is_without_calls(value: Any) -> bool:
     if isinstance(value, dict):
-        return all(_is_plain_value(inner) for inner in value.values())
+        return all(map(_is_without_calls, value.values()))
     if isinstance(value, (list, tuple)):
-        return all(_is_plain_value(inner) for inner in value)
+        return all(map(_is_without_calls, value))
     if not isinstance(value, str):
-        return value is None or isinstance(value, (bool, int, float))
+        return True
     try:
-        nodes = list(ast.walk(ast.parse(value, mode="eval")))
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        nodes = list(ast.walk(ast.parse(value.lstrip(" \t"), mode="eval")))
+    except (SyntaxError, ValueError):
         return True  # no expression, such as the schedule `lin_0.2`
+    except (MemoryError, RecursionError):
+        return False
     calls = [node.func for node in nodes if isinstance(node, ast.Call)]
     return all(isinstance(called, ast.Name) and called.id == "dict" for called in calls)
 
 
 def _pairs(values: Mapping[Any, Any]) -> list[str]:
     """Return values as ``key:value``, of which the Zoo evaluates the text after the first colon as Python."""
-    return [f"{key}:{value!r}" for key, value in values.items() if _is_name(key)]
+    return [f"{key}:{value!r}" for key, value in values.items() if _is_name(key) and _is_literal(value)]
+
+
+def _is_literal(value: Any) -> bool:
+    """Return whether the ``repr`` of a value is a literal; objects may choose their own."""
+    if type(value) is dict:
+        return all(map(_is_literal, (*value, *value.values())))
+    if type(value) in (list, tuple):
+        return all(map(_is_literal, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def _is_word(value: Any) -> bool:
+    """Return whether a value stays one argument: no option, and without characters that a terminal obeys."""
+    return type(value) is int or (isinstance(value, str) and value.isprintable() and not value.startswith("-"))
