@@ -4,6 +4,7 @@ import csv
 import inspect
 import io
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -335,6 +336,16 @@ def test_keys_of_a_run_stay_in_the_comment(key: object, named: str, tmp_path: Pa
         note, command = train_commands(group).split("\n")
         assert note == f"# Without {named} of the settings: read them first, since they could run code."
         assert command == "sb3-clipvf train --env CartPole-v1 --seed 1 -params gamma:0.9"
+
+
+def test_commands_have_the_none_of_a_file_beside_the_run(tmp_path: Path) -> None:
+    config = str(tmp_path / "clipppo" / "settings.yml")
+    write_run(tmp_path / "clipppo/CartPole-v1_1", arguments={"conf_file": config})
+    (group,) = groups_of(tmp_path)
+    settings = {"clip_range": None, "env_wrapper": None, "kl_coef": 3.0}
+    group = replace(group, records=(replace(group.records[0], settings=settings),))
+    train = "sb3-clipvf train --env CartPole-v1 --seed 1"
+    assert train_commands(group) == f"{train} -params clip_range:None env_wrapper:None kl_coef:3.0"
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def _is_plain(key: object, value: Any) -> bool:
     if not _is_name(key) or not _is_literal(value):
         return False
     if key in ("env_wrapper", "vec_env_wrapper", "callback") or (key == "policy" and "." in str(value)):
-        return False
+        return value is None
     return _is_without_calls(value)
 
 
