@@ -6,6 +6,7 @@ with kernels act as they do elsewhere. On another device, nothing is read from i
 """
 
 import time
+from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_clipvf.collection import RolloutCollector, add_to_buffer, bootstrap_truncated, is_noop, to_tensor
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.common.nonfinite import is_finite
+from sb3_clipvf.common.tensors import from_parts, observation_parts, torch_dtype
 from sb3_clipvf.engines.autograd import unvalidated_distributions
 from sb3_clipvf.engines.device_rollout import DEVICE_RESERVE, DeviceActions, DeviceRolloutBuffer, free_device_memory
 from sb3_clipvf.engines.in_place import InPlace, env_actions, in_place, may_read_actions
@@ -33,9 +35,8 @@ from sb3_clipvf.envs.tensor import (
     check_tensor_device,
     host_copy,
     tensor_device,
-    torch_dtype,
 )
-from sb3_clipvf.envs.tensor_episodes import FinalValues, finished_episodes, tensor_rows
+from sb3_clipvf.envs.tensor_episodes import FinalValues, finished_episodes
 from sb3_clipvf.guards.diagnosis import Fault, act_fault, find_fault, observation_fault, reads_by_own_code, step_error
 from sb3_clipvf.rollout import TensorRolloutBuffer, takes_dist_params
 
@@ -184,7 +185,7 @@ def _is_plain_device_buffer(buffer: Any) -> bool:
     return type(buffer) is DeviceRolloutBuffer and "add" not in vars(buffer)
 
 
-class _TensorRollout:
+class _TensorRollout(ABC):
     """A rollout of tensors: its rewards and ends of episodes."""
 
     def __init__(self, collector: Any, engine: Engine, buffer: Any, callback: BaseCallback) -> None:
@@ -195,17 +196,17 @@ class _TensorRollout:
         self.dones = th.zeros(cells, dtype=th.bool, device=device)
         self.n_recorded = 0
 
+    @abstractmethod
     def act(self, observations: Any) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
         """Store observations, and return actions, values, log-probabilities and the actions for the environments."""
-        raise NotImplementedError
 
+    @abstractmethod
     def add(self, step: TensorStep) -> None:
         """Store the step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self, observations: Any) -> th.Tensor:
         """Compute returns and advantages, and return the values of the observations after the last step."""
-        raise NotImplementedError
 
     def record(self, true_rewards: th.Tensor, step: TensorStep) -> th.Tensor:
         """Keep what the statistics of episodes are computed from, and return whether episodes ended."""
@@ -364,7 +365,7 @@ class _DeviceRollout(_TensorRollout):
         """Raise NonFiniteError for the first number of the rollout that is not finite."""
         collector, buffer = self.collector, self.buffer
         tensors = [buffer.rewards, buffer.values, buffer.log_probs, values]
-        observations = tensor_rows(buffer.observations)
+        observations = observation_parts(buffer.observations)
         if not reads_by_own_code(collector.policy):
             tensors += [part for part in observations.values() if part.is_floating_point()]
         if bool(th.stack([tensor.isfinite().all() for tensor in tensors]).all()):
@@ -375,7 +376,7 @@ class _DeviceRollout(_TensorRollout):
             arrays = host_copy(columns)
             acted = Acted(arrays["actions"], arrays["values"], arrays["log_probs"], None)
             fault = (
-                act_fault(collector.policy, rows if "" not in rows else rows[""], None, acted)
+                act_fault(collector.policy, from_parts(rows), None, acted)
                 or find_fault("reward", None, host_copy(self.rewards[t]))
                 or find_fault("terminal_value", None, arrays["rewards"])
             )

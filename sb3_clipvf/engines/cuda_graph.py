@@ -19,10 +19,11 @@ from stable_baselines3.common.distributions import (
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_clipvf.common.messages import log
+from sb3_clipvf.common.tensors import observation_parts
 from sb3_clipvf.distributions import current_dist, dist_params, n_action_numbers, to_action_space
 from sb3_clipvf.engines.autograd import unvalidated_distributions
 from sb3_clipvf.engines.interface import Acted, ActedTensors, UpdateSettings
-from sb3_clipvf.engines.static_step import StaticEngine, StaticStep, observation_parts, policy_structure
+from sb3_clipvf.engines.static_step import StaticEngine, StaticStep, policy_structure
 from sb3_clipvf.engines.support import why_not_bf16, why_not_cuda_graph
 
 T = TypeVar("T")

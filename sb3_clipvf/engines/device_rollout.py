@@ -8,6 +8,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.utils import explained_variance
 
+from sb3_clipvf.common.tensors import torch_dtype
 from sb3_clipvf.engines.interface import ActedTensors
 from sb3_clipvf.rollout import MiniBatch, TensorRolloutBuffer, check_complete
 
@@ -155,8 +156,8 @@ class DeviceRolloutBuffer(TensorRolloutBuffer):
         self._allocated = cells
 
     def _zeros(self, shape: tuple[int, ...], dtype: Any) -> th.Tensor:
-        kind = th.from_numpy(np.empty(0, dtype)).dtype
-        return th.zeros((self.buffer_size, self.n_envs, *shape), dtype=kind, device=self.device)
+        cells = (self.buffer_size, self.n_envs)
+        return th.zeros((*cells, *shape), dtype=torch_dtype(dtype), device=self.device)
 
 
 class DeviceActions:

@@ -18,6 +18,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
 from sb3_clipvf.common.nonfinite import FLOAT32_MAX
+from sb3_clipvf.common.tensors import from_parts, observation_parts
 from sb3_clipvf.engines.autograd import AutogradEngine, AutogradUpdate, mean_std_of
 from sb3_clipvf.engines.binding import moments_of, n_steps_made, write_steps
 from sb3_clipvf.engines.epochs import MinibatchStatistics, Record, run_epochs
@@ -288,7 +289,7 @@ class StaticStep:
         columns, n = self._columns.index_select(0, rows), len(_COLUMNS)
         values, log_probs, advantages, returns = columns[:, :n].unbind(dim=1)
         return MiniBatch(
-            observations=observations.get("") if observations.keys() == {""} else observations,
+            observations=from_parts(observations),
             actions=columns[:, n : n + self._n_actions],
             old_values=values,
             old_log_prob=log_probs,
@@ -356,7 +357,7 @@ class StaticStep:
 @contextmanager
 def replaced_parameters(policy: ActorCriticPolicy, leaves: list[th.Tensor]) -> Iterator[None]:
     """
-    Let a policy's modules compute with other tensors in the place of its parameters.
+    Replace a policy's parameters by other tensors, within the context.
 
     ``torch.func.functional_call`` leaves the tensors in modules that a policy has under several names.
     """
@@ -413,11 +414,6 @@ def _optimizer_step(optimizer: th.optim.Optimizer) -> Any:
         maximize=False,
         grad_scale=None,
     )
-
-
-def observation_parts(observations: Any) -> dict[str, th.Tensor]:
-    """Return the tensors of observations by key; a single one has the key ""."""
-    return observations if isinstance(observations, dict) else {"": observations}
 
 
 def _columns(rollout: dict[str, Any], out: th.Tensor | None = None) -> th.Tensor:

@@ -9,6 +9,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices
 
+from sb3_clipvf.common.tensors import torch_dtype
 from sb3_clipvf.common.validation import as_gymnasium
 from sb3_clipvf.envs.layers import vec_env_layers
 from sb3_clipvf.envs.rows import fill_infos, take_rows
@@ -251,11 +252,6 @@ def is_same_device(first: th.device, second: th.device) -> bool:
     return first.type == second.type and (first.index or 0) == (second.index or 0)
 
 
-def torch_dtype(dtype: Any) -> th.dtype:
-    """Return torch's counterpart of a NumPy dtype."""
-    return th.from_numpy(np.empty(0, dtype)).dtype
-
-
 def host_copy(tensors: Any) -> Any:
     """Return a tensor, or a dict of tensors, as arrays in memory of their own."""
     if isinstance(tensors, Mapping):
@@ -265,7 +261,7 @@ def host_copy(tensors: Any) -> Any:
 
 
 def host_infos(infos: Mapping[str, Any]) -> dict[str, Any]:
-    """Return infos with arrays in the place of tensors."""
+    """Return infos whose tensors are converted to arrays."""
     return {key: host_copy(value) if isinstance(value, th.Tensor) else value for key, value in infos.items()}
 
 

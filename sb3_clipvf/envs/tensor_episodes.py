@@ -1,12 +1,14 @@
-"""What a rollout of tensors says about episodes: their returns and lengths, and the values of their ends."""
+"""Returns and lengths of the episodes in a rollout of tensors, and the values of their final observations."""
 
 from typing import Any
 
 import numpy as np
 import torch as th
 
+from sb3_clipvf.common.tensors import from_parts, observation_parts
+
 MAX_KEPT = 2**26
-"""Bytes of final observations that are kept before it is read which of them belong to truncated episodes."""
+"""Largest number of bytes of final observations that are kept between two reads from the device."""
 
 
 def finished_episodes(
@@ -56,7 +58,7 @@ class FinalValues:
 
     def keep(self, t: int, observations: Any, timed_out: th.Tensor) -> None:
         """Keep the final observations of step ``t``; ``timed_out`` ``(n_steps, n_envs)`` marks truncated episodes."""
-        rows = {key: tensor.clone() for key, tensor in tensor_rows(observations).items()}
+        rows = {key: tensor.clone() for key, tensor in observation_parts(observations).items()}
         self._kept.append((t, rows))
         self._n_bytes += sum(tensor.nbytes for tensor in rows.values())
         if self._n_bytes > MAX_KEPT:
@@ -71,8 +73,8 @@ class FinalValues:
 
     def predict(self, observations: Any, rows: th.Tensor) -> th.Tensor:
         """Return the values of these rows ``(k,)``: NaN, if the observation is not finite."""
-        parts = {key: tensor[rows] for key, tensor in tensor_rows(observations).items()}
-        values: th.Tensor = self._engine.predict_values(parts if "" not in parts else parts[""]).flatten()
+        parts = {key: tensor[rows] for key, tensor in observation_parts(observations).items()}
+        values: th.Tensor = self._engine.predict_values(from_parts(parts)).flatten()
         for part in parts.values():
             if part.is_floating_point():  # a network may turn them into finite numbers
                 values = th.where(part.flatten(1).isfinite().all(1), values, th.nan)
@@ -86,9 +88,4 @@ class FinalValues:
         for (t, parts), has_any in zip(kept, are_any, strict=True):
             if has_any:
                 rows = timed_out[t].nonzero().flatten()
-                self._found.append((t, rows, self.predict(parts if "" not in parts else parts[""], rows)))
-
-
-def tensor_rows(observations: Any) -> dict[str, th.Tensor]:
-    """Return observations as a dict of tensors; a tensor gets the key ""."""
-    return dict(observations) if isinstance(observations, dict) else {"": observations}
+                self._found.append((t, rows, self.predict(from_parts(parts), rows)))
