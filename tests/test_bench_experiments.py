@@ -3,7 +3,10 @@
 import csv
 import gzip
 import json
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +24,7 @@ from tests.bench.experiments.executors import Finished
 from tests.bench.experiments.runs import Record, RunSpec, check_folder, prepare_folder, this_machine
 from tests.bench.experiments.suite import FOLDER, Suite, read_suite, suite_names, zoo_settings
 from tests.bench.experiments.tables import SuiteTable
+from tests.bench.results import ROOT
 
 CONTENT: dict[str, Any] = {
     "kind": "report",
@@ -330,7 +334,32 @@ def test_failed_run_does_not_stop_the_others(small: Suite, tmp_path: Path, capsy
     made.run(FakeExecutor(run))
     assert made.failed == {f"Pendulum-v1, {name}, seed 1000": "it fell over" for name in ("constant", "annealed")}
     assert "[3/6] Pendulum-v1, constant, seed 1000: FAILED, it fell over; 1 s | " in capsys.readouterr().out
-    assert len(campaign(small, tmp_path).todo) == 2
+    again = campaign(small, tmp_path)
+    assert len(again.todo) == 2
+    path = tmp_path / "results" / "small-failed.csv"
+    with path.open() as file:
+        assert [(row["env"], row["setting"], row["seed"], row["error"]) for row in csv.DictReader(file)] == [
+            ("Pendulum-v1", name, "1000", "it fell over") for name in ("annealed", "constant")
+        ]
+    again.run(FakeExecutor(lambda spec: record_of()))
+    assert not path.exists()
+
+
+def test_two_commands_may_add_runs_at_once(small: Suite, tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from tests.test_bench_experiments import *\n"
+        "suite, table = read_suite(sys.argv[1]), SuiteTable(Path(sys.argv[2]), 'small')\n"
+        "for setting, spec in suite.only([sys.argv[3]], None).runs(Path()):\n"
+        "    for seed in range(1000, 1020): table.add(setting, replace(spec, seed=seed), record_of(), 1)"
+    )
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    command = [sys.executable, "-c", program, str(tmp_path / "small.yml"), str(tmp_path / "results")]
+    processes = [
+        subprocess.Popen([*command, env_id], env={**os.environ, "PYTHONPATH": paths})
+        for env_id in ("CartPole-v1", "Pendulum-v1")
+    ]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert len(SuiteTable(tmp_path / "results", "small").rows) == 2 * 2 * 20
 
 
 def test_time_left_counts_each_environment_by_its_own_runs(tmp_path: Path) -> None:
@@ -421,7 +450,11 @@ def test_command_reports_failures(
     assert main([in_folder, "--envs", "Pendulum-v1", "--settings", "annealed"]) == 1
     printed = capsys.readouterr().out
     assert "Failed:\n  Pendulum-v1, annealed, seed 1000: ValueError: broken (code 1), see " in printed
-    assert not Path("docs").exists()
+    (path,) = Path("docs/results/experiments").iterdir()
+    assert path.name == "small-failed.csv"
+    row = path.read_text().splitlines()[1]
+    # Without the place of the log.
+    assert row.startswith("Pendulum-v1,annealed,1000,") and row.endswith(",ValueError: broken (code 1)")
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])

@@ -13,6 +13,7 @@ from scipy import stats
 
 from sb3_clipvf.zoo.runs import TrainingCurve
 from tests.bench.experiments import estimates, main, random_policy
+from tests.bench.experiments.best_result import best_result_scores
 from tests.bench.experiments.episodes import binned_episodes, grid, unbinned_curve
 from tests.bench.experiments.estimates import (
     Estimate,
@@ -26,11 +27,13 @@ from tests.bench.experiments.estimates import (
     performance_profile,
     probability_of_improvement,
 )
-from tests.bench.experiments.figures import curve_band, write_figures
+from tests.bench.experiments.figures import curve_band, remove_figures, sheets, write_figures
+from tests.bench.experiments.finished import SuiteRuns
 from tests.bench.experiments.random_policy import random_returns
-from tests.bench.experiments.report import equivalence, render
+from tests.bench.experiments.report import equivalence
+from tests.bench.experiments.report import render as render_families
 from tests.bench.experiments.runs import Record, this_machine
-from tests.bench.experiments.scores import SuiteScores, family
+from tests.bench.experiments.scores import SuiteScores, families, family
 from tests.bench.experiments.suite import Suite, read_suite
 from tests.bench.experiments.tables import SuiteTable
 
@@ -75,6 +78,19 @@ def filled(folder: Path, suite: Suite, score: Callable[[str, str, int], float | 
     rows = [f"{env_id},100,{mean},{std},1.4.0\n" for env_id, (mean, std) in ENVIRONMENTS.items()]
     (folder / random_policy.FILE).write_text("env,episodes,mean_return,return_std,gymnasium_version\n" + "".join(rows))
     return table
+
+
+def scores_of(suite: Suite, table: SuiteTable) -> SuiteScores:
+    """The scores of a suite with one baseline."""
+    return SuiteScores(suite, SuiteRuns(suite, table))
+
+
+def render(scores: SuiteScores) -> str:
+    return render_families(scores.runs, families(scores.runs))
+
+
+def figures_of(scores: SuiteScores) -> dict[str, Path]:
+    return {one.kind: one.path for one in write_figures(scores, scores.suite.name)}
 
 
 def lines_of(text: str) -> list[str]:
@@ -230,7 +246,7 @@ def test_random_returns_are_measured_once(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_scores_are_normalised_by_random_actions_and_the_baseline(tmp_path: Path) -> None:
     suite = suite_of(tmp_path)
-    scores = SuiteScores(suite, filled(tmp_path, suite))
+    scores = scores_of(suite, filled(tmp_path, suite))
     cart, *_ = scores.environments
     assert cart.by_setting["last_return"]["constant"][:, 0].tolist() == [920.0, 1120.0, 720.0, 1320.0]
     for one in scores.normalised:
@@ -241,7 +257,7 @@ def test_scores_are_normalised_by_random_actions_and_the_baseline(tmp_path: Path
 
 def test_groups_are_all_environments_and_each_family(tmp_path: Path) -> None:
     suite = suite_of(tmp_path)
-    groups = SuiteScores(suite, filled(tmp_path, suite)).groups()
+    groups = scores_of(suite, filled(tmp_path, suite)).groups()
     assert [(group.name, group.env_ids) for group in groups] == [
         ("all", ("CartPole-v1", "Pendulum-v1", "Hopper-v5")),
         ("classic_control", ("CartPole-v1", "Pendulum-v1")),  # a family of one environment is not a group
@@ -257,14 +273,14 @@ def test_group_has_the_environments_and_seeds_that_all_settings_have(tmp_path: P
         missing = (env_id == "CartPole-v1" and seed == 1003) or (env_id == "Hopper-v5" and seed > 1001)
         return None if missing and setting == "annealed" else shift(env_id, setting, seed)
 
-    scores = SuiteScores(suite, filled(tmp_path, suite, partial))
+    scores = scores_of(suite, filled(tmp_path, suite, partial))
     (group,) = scores.groups()
     assert (group.name, group.env_ids) == ("classic_control", ("CartPole-v1", "Pendulum-v1"))
     assert group.by_setting["last_return"]["annealed"] == pytest.approx(np.array([[0.4, 0.4], [0.6, 0.6], [0.2, 0.2]]))
     assert (group.n_seeds("constant"), group.n_seeds("annealed")) == (4, 3)
     text = lines_of(render(scores))
-    assert text[0] == "So far 21 of 24 runs are finished."
-    assert any(line.startswith("| classic_control (2) | `annealed` | 3 | **-0.60 [") for line in text)
+    assert text[0].startswith("**So far 21 of 24 runs are finished.** The columns *seeds* and *runs* show")
+    assert any(line.startswith("| classic_control (2) | `annealed` | 3 of 4 | **-0.60 [") for line in text)
 
 
 def test_runs_without_a_finite_return_are_left_out_and_named(tmp_path: Path) -> None:
@@ -277,20 +293,22 @@ def test_runs_without_a_finite_return_are_left_out_and_named(tmp_path: Path) -> 
     setting, spec = suite.runs(Path())[0]
     record = record_of(0.0)
     table.add(setting, spec, Record({**record.scores, "last_return": None}, [], record.episodes, this_machine()), 2)
-    scores = SuiteScores(suite, table)
+    scores = scores_of(suite, table)
     assert [len(one.by_setting["mean_return"]["constant"]) for one in scores.environments] == [3, 4, 3]
     assert [len(one.by_setting["last_return"]["annealed"]) for one in scores.environments] == [4, 4, 3]
+    text = render(scores)
     assert (
-        "Runs left out, since no episode ended or a return is not finite: CartPole-v1, constant, seed 1000; Hopper-v5, "
-        "constant, seed 1001; Hopper-v5, annealed, seed 1001."
-    ) in render(scores)
-    assert set(write_figures(scores)) == {"", "-curves", "-time", "-profiles"}
+        "Runs without a score, since no episode ended or a return is not finite: CartPole-v1, constant, seed 1000; "
+        "Hopper-v5, constant, seed 1001; Hopper-v5, annealed, seed 1001."
+    ) in text
+    assert "| Hopper-v5 | `annealed` | 3 of 4, 2 lost |" in text
+    assert set(figures_of(scores)) == {"", "-curves", "-time", "-profiles"}
 
 
 def test_environment_in_which_the_baseline_did_not_learn_has_no_normalised_scores(tmp_path: Path) -> None:
     suite = suite_of(tmp_path)
     # Hopper's random returns have a standard deviation of 10.
-    scores = SuiteScores(
+    scores = scores_of(
         suite, filled(tmp_path, suite, lambda env, name, seed: 0.0099 if env == "Hopper-v5" else shift(env, name, seed))
     )
     assert [one.name for one in scores.normalised] == ["CartPole-v1", "Pendulum-v1"]
@@ -307,12 +325,13 @@ def test_environment_in_which_the_baseline_did_not_learn_has_no_normalised_score
 
 def test_report_of_a_complete_suite(tmp_path: Path) -> None:
     suite = suite_of(tmp_path)
-    text = render(SuiteScores(suite, filled(tmp_path, suite)))
+    text = render(scores_of(suite, filled(tmp_path, suite)))
     lines = lines_of(text)
+    assert lines[0] == "## Compared with `constant`"
     # rliable's interval with the same tails is -0.83 to -0.17 (20,000 resamples): the IQM has few values here.
-    assert lines[0] == (
-        "- `annealed` in 3 environments: whole training worse (-0.50 [-0.83, -0.20], 4 seeds); last 100 episodes worse "
-        "(-0.50 [-0.83, -0.20], 4 seeds)."
+    assert lines[2] == (
+        "- `annealed` in 3 environments, seeds 4: whole training worse (-0.50 [-0.83, -0.20]); last 100 episodes worse "
+        "(-0.50 [-0.83, -0.20])."
     )
     start = lines.index(
         "| environments | setting | seeds | whole training: difference | whole training: probability "
@@ -339,7 +358,7 @@ def test_report_of_a_complete_suite(tmp_path: Path) -> None:
 
 def test_difference_that_may_be_zero_is_not_bold(tmp_path: Path) -> None:
     suite = suite_of(tmp_path)
-    text = render(SuiteScores(suite, filled(tmp_path, suite, lambda env, name, seed: shift(env, "constant", seed))))
+    text = render(scores_of(suite, filled(tmp_path, suite, lambda env, name, seed: shift(env, "constant", seed))))
     assert "not clearly different (+0.00" in text.replace("\u00a0", " ")
     assert "| **" not in text
 
@@ -347,7 +366,7 @@ def test_difference_that_may_be_zero_is_not_bold(tmp_path: Path) -> None:
 @pytest.mark.parametrize("n_seeds", [1, 2])
 def test_report_of_few_seeds_has_no_interval(tmp_path: Path, n_seeds: int) -> None:
     suite = suite_of(tmp_path, n_seeds=n_seeds)
-    scores = SuiteScores(suite, filled(tmp_path, suite))
+    scores = scores_of(suite, filled(tmp_path, suite))
     assert scores.groups() == []
     lines = lines_of(render(scores))
     difference_of = {1: "-0.56", 2: "-0.50"}[n_seeds]  # 0.5 / 0.9 and 0.5 / 1.0
@@ -357,14 +376,14 @@ def test_report_of_few_seeds_has_no_interval(tmp_path: Path, n_seeds: int) -> No
     cell = f"{mean_return} [not enough data]"
     assert f"| CartPole-v1 | `annealed` | {n_seeds} | {cell} | {cell} |" in lines
     assert "[" not in "".join(lines[:-1]).replace("[95 % interval]", "").replace("[not enough data]", "")
-    assert set(write_figures(scores)) == {"", "-curves", "-time"}
+    assert set(figures_of(scores)) == {"", "-curves", "-time"}
 
 
 def test_setting_without_runs_is_named_and_left_out(tmp_path: Path) -> None:
     settings: dict[str, Any] = {name: {} for name in ("constant", "other", "annealed")}
     suite = suite_of(tmp_path, settings=settings)
     table = filled(tmp_path, suite, lambda env, name, seed: None if name == "other" else shift(env, name, seed))
-    scores = SuiteScores(suite, table)
+    scores = scores_of(suite, table)
     text = render(scores)
     assert "Settings without a finished run: `other`." in text
     assert "| CartPole-v1 | `annealed` | 4 | " in text
@@ -377,9 +396,146 @@ def test_setting_without_runs_in_one_environment(tmp_path: Path) -> None:
     def missing(env_id: str, setting: str, seed: int) -> float | None:
         return None if (env_id, setting) == ("Hopper-v5", "annealed") else shift(env_id, setting, seed)
 
-    scores = SuiteScores(suite, filled(tmp_path, suite, missing))
-    assert "| Hopper-v5 | `annealed` | 0 | no seed | no seed | no seed | no seed |" in render(scores)
-    assert set(write_figures(scores)) == {"", "-curves", "-time", "-profiles"}
+    scores = scores_of(suite, filled(tmp_path, suite, missing))
+    assert "| Hopper-v5 | `annealed` | 0 of 4 | no seed | no seed | no seed | no seed |" in render(scores)
+    assert set(figures_of(scores)) == {"", "-curves", "-time", "-profiles"}
+
+
+def test_failed_runs_are_named_and_leave_no_verdict(tmp_path: Path) -> None:
+    suite = suite_of(tmp_path, equivalence_margin=0.9)
+    failed = ("Hopper-v5", "annealed", 1003)
+    table = filled(tmp_path, suite, lambda *run: None if run == failed else shift(*run))
+    (place,) = [(name, spec) for name, spec in suite.runs(Path()) if (spec.env_id, name, spec.seed) == failed]
+    table.add_failure(*place, "ValueError: it\nfell over")
+    text = "\n".join(lines_of(render(scores_of(suite, table))))
+    assert "**So far 23 of 24 runs are finished.**" in text
+    assert (
+        "Failed runs:\n\n- Hopper-v5, annealed, seed 1003: `ValueError: it fell over`\n\n*Lost* runs failed or" in text
+    )
+    # Three seeds of four in an environment and in the groups that it is in.
+    assert (
+        "- `annealed` in 3 environments, seeds 3 of 4, 1 lost: whole training undecided, since runs are lost (-0."
+        in text
+    )
+    assert "| all (3) | `annealed` | 3 of 4, 1 lost | -0." in text
+    assert "| Hopper-v5 | `annealed` | 3 of 4, 1 lost | -0." in text
+    assert "| classic_control (2) | `annealed` | 4 | **-0.50" in text
+    assert "| Hopper-v5 | `annealed` | 3 of 4, 1 lost | whole training |" in text
+    assert "not shown, since runs are lost |" in text
+    # It is made again, with success.
+    table.add(*place, record_of(500.0), 1)
+    assert "Failed runs" not in render(scores_of(suite, table)) and not table.failed_path.exists()
+
+
+def test_settings_are_compared_with_their_own_baselines(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "constant": {},
+        "raw": {"gamma": 0.9},
+        "annealed": {"clip_range": 0.1},
+        "raw-annealed": {"gamma": 0.9, "clip_range": 0.1, "baseline": "raw"},
+    }
+    suite = suite_of(tmp_path, settings=settings)
+    assert "baseline" not in (suite.runs(Path())[3][1].hyperparams or {})
+    learned = {"constant": 1.0, "raw": 0.5, "annealed": 1.25, "raw-annealed": 0.4}
+    table = filled(tmp_path, suite, lambda env, name, seed: learned[name] + (seed - 1001.5) / 100)
+    runs = SuiteRuns(suite, table)
+    ours, raw = families(runs)
+    assert [list(one.suite.settings) for one in (ours, raw)] == [
+        ["constant", "raw", "annealed"],
+        ["raw", "raw-annealed"],
+    ]
+    lines = lines_of(render(ours))
+    start = lines.index("## Compared with `raw`")
+    # In units of what each baseline learned.
+    assert any(line.startswith("| all (3) | `annealed` | 4 | **+0.25 [") for line in lines[:start])
+    assert any(line.startswith("| all (3) | `raw` | 4 | **-0.50 [") for line in lines[:start])
+    assert any(line.startswith("| all (3) | `raw-annealed` | 4 | **-0.20 [") for line in lines[start:])
+    assert [one.path.name for one in write_figures(raw, "small")][:2] == ["small-raw.png", "small-raw-curves.png"]
+    remove_figures(runs, "small")
+    assert not list(tmp_path.glob("*.png"))
+    only = suite.only(None, ["annealed", "raw-annealed"])
+    assert [list(one.settings) for one in only.families()] == [["annealed"], ["raw-annealed"]]
+
+
+def test_value_clips_of_raw_rewards_have_a_raw_baseline() -> None:
+    ours, raw = read_suite("value-clip").families()
+    assert (ours.baseline, raw.baseline, len(ours.settings), len(raw.settings)) == ("none", "none-raw", 14, 13)
+    assert all("False" in str(setting.changes["normalize"]) for setting in raw.settings.values())
+    assert [name for name, setting in ours.settings.items() if setting.changes["normalize"] is not True] == ["none-raw"]
+
+
+@pytest.mark.parametrize(
+    "name, baseline, match",
+    [
+        ("b", "anealed", "`settings.b.baseline` must name"),
+        ("b", "b", "got 'b' for itself. Remove it"),
+        ("a", "b", "`settings.a.baseline` must be omitted for the first setting, .*got 'b' for the first"),
+        ("b", 3, "`baseline` of `settings.b` must be of type str"),
+    ],
+)
+def test_bad_baselines_are_refused(tmp_path: Path, name: str, baseline: Any, match: str) -> None:
+    settings: dict[str, Any] = {"a": {}, "b": {}}
+    settings[name]["baseline"] = baseline
+    with pytest.raises(ValueError, match=match):
+        suite_of(tmp_path, settings=settings)
+
+
+# --- scores between random actions and the best result
+
+
+def test_score_of_the_paper_is_one_for_the_best_run_and_zero_for_random_actions(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "clip": {"expected": "score 0.82"},
+        "none": {"clip_range": 0.1, "expected": "score 0.3"},
+    }
+    suite = suite_of(tmp_path, n_seeds=3, settings=settings, best_result_score=True)
+    # Of `clip` in units of 1000: 0.5, 1, 2 in each environment; the best run of all is 2, so 0.25, 0.5, 1.
+    returns = {("clip", 1000): 0.5, ("clip", 1001): 1.0, ("clip", 1002): 2.0}
+    table = filled(tmp_path, suite, lambda env, name, seed: returns.get((name, seed), -0.5))
+    scores = best_result_scores(SuiteRuns(suite, table))
+    for values in scores["clip"]:
+        assert values == pytest.approx([0.25, 0.5, 1.0])
+    lines = lines_of(render(scores_of(suite, table)))
+    start = lines.index("| setting | runs | score | expected |")
+    assert lines[start + 2].startswith("| `clip` | 9 of 9 | 0.58 [0.")
+    assert lines[start + 2].endswith("] | 0.82 |")
+    assert lines[start + 3] == "| `none` | 9 of 9 | -0.25 [-0.25, -0.25] | 0.3 |"
+    assert "best run of all settings at 1." in "".join(lines)
+    assert not any("score 0.82" in line for line in lines)  # which is no return
+
+
+def test_score_of_the_paper_of_incomplete_settings_is_marked(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {name: {"gamma": gamma} for name, gamma in (("a", 0.1), ("b", 0.2), ("c", 0.3))}
+    suite = suite_of(tmp_path, n_seeds=3, settings=settings, best_result_score=True)
+    # The best of `a` lies in one environment alone.
+    table = filled(
+        tmp_path,
+        suite,
+        lambda env, name, seed: {"a": 1.0, "b": 0.5 if env == "CartPole-v1" else None, "c": None}[name],
+    )
+    failed = next((name, spec) for name, spec in suite.runs(Path()) if name == "b" and spec.env_id == "Hopper-v5")
+    table.add_failure(*failed, "broken")
+    lines = lines_of(render(scores_of(suite, table)))
+    start = lines.index("| setting | runs | score | expected |")
+    assert lines[start + 2 : start + 5] == [
+        "| `a` | 9 of 9 | 1.00 [1.00, 1.00] |  |",
+        "| `b` | 3 of 9, 1 lost | not complete, so far 0.50 |  |",
+        "| `c` | 0 of 9 | not complete |  |",
+    ]
+    assert "best run of all settings so far at 1." in "".join(lines)
+
+
+def test_suite_of_table_1_asks_for_the_scores_of_the_paper(tmp_path: Path) -> None:
+    suite = read_suite("table1")
+    assert suite.best_result_score
+    assert {len(environment.seeds) for environment in suite.environments} == {3} and len(suite.environments) == 7
+    assert all(setting.expected.startswith("score ") for setting in suite.settings.values())
+    assert not read_suite("defaults").best_result_score
+    environments = {"CartPole-v1": {"steps": 4000, "seeds": 1}, "Hopper-v5": {"steps": 4000, "seeds": 2}}
+    with pytest.raises(ValueError, match="`best_result_score` needs as many seeds in each environment"):
+        suite_of(tmp_path, environments=environments, best_result_score=True)
+    with pytest.raises(ValueError, match="`best_result_score` of `suite` must be of type bool, got 1"):
+        suite_of(tmp_path, best_result_score=1)
 
 
 # --- equivalence
@@ -422,13 +578,13 @@ def test_equivalence_agrees_with_two_one_sided_tests() -> None:
 def test_report_states_equivalence_where_the_suite_asks_for_it(tmp_path: Path) -> None:
     suite = suite_of(tmp_path, equivalence_margin=0.05)
     table = filled(tmp_path, suite, lambda env, name, seed: shift(env, "constant", seed) / 100 + 0.99)
-    lines = lines_of(render(SuiteScores(suite, table)))
+    lines = lines_of(render(scores_of(suite, table)))
     assert "**Equivalence to `constant`**: both intervals within ±0.05, in normalised scores" in lines
     (row,) = [line for line in lines if line.startswith("| Hopper-v5 | `annealed` | 4 | whole training | ")]
     assert row.endswith("| yes |")
     assert not any("classic_control" in line and "yes" in line for line in lines)
     unequal = filled(tmp_path / "other", suite)
-    assert "| no |" in render(SuiteScores(suite, unequal))
+    assert "| no |" in render(scores_of(suite, unequal))
 
 
 def test_suite_of_the_engines_asks_for_equivalence_on_fifty_seeds(tmp_path: Path) -> None:
@@ -486,7 +642,7 @@ def n_pixels(path: Path, color: tuple[int, int, int]) -> int:
 
 def test_figures_show_both_settings(tmp_path: Path) -> None:
     suite = suite_of(tmp_path)
-    figures = write_figures(SuiteScores(suite, filled(tmp_path, suite)))
+    figures = figures_of(scores_of(suite, filled(tmp_path, suite)))
     assert sorted(path.name for path in figures.values()) == [
         "small-curves.png",
         "small-profiles.png",
@@ -497,17 +653,32 @@ def test_figures_show_both_settings(tmp_path: Path) -> None:
         assert n_pixels(path, (0, 0x72, 0xB2)) > 100
 
 
+def test_many_settings_have_several_figures_of_each_kind(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {f"s{index}": {"gamma": index / 20} for index in range(17)}
+    suite = suite_of(tmp_path, settings=settings, environments={"Hopper-v5": {"steps": 4000, "seeds": 1}})
+    scores = scores_of(suite, filled(tmp_path, suite, lambda env, name, seed: 1.0))
+    found = sheets(scores)
+    assert [len(sheet.others) for sheet in found] == [6, 5, 5]
+    assert [sheet.settings[0] for sheet in found] == ["s0"] * 3  # the baseline
+    assert [name for sheet in found for name in sheet.others] == [f"s{index}" for index in range(1, 17)]
+    for sheet in found:
+        assert len({sheet.style(name)[0] for name in sheet.settings}) == len(sheet.settings)
+    names = [one.path.name for one in write_figures(scores, "small")]
+    assert names == [f"small{kind}{end}.png" for kind in ("", "-curves", "-time") for end in ("", "-2", "-3")]
+    assert len(sheets(scores_of(suite.only(None, ["s0"]), filled(tmp_path, suite, lambda *run: 1.0)))) == 1
+
+
 def test_resumed_runs_are_in_the_curves_against_steps_alone(tmp_path: Path) -> None:
     suite = suite_of(tmp_path)
     table = filled(tmp_path, suite)
     for setting, spec in suite.runs(Path()):
         table.add(setting, spec, record_of(-5000.0, cpu_seconds=None), 2)
-    figures = write_figures(SuiteScores(suite, table))
+    figures = figures_of(scores_of(suite, table))
     assert set(figures) == {"-curves"}  # and the baseline has not learned
     # Those of the first report would not belong to this one.
     (tmp_path / "small-time.png").write_text("earlier")
-    write_figures(SuiteScores(suite, table))
-    assert not (tmp_path / "small-time.png").exists()
+    remove_figures(SuiteRuns(suite, table), "small")
+    assert not list(tmp_path.glob("*.png"))
 
 
 # --- what is refused, and the command
@@ -518,17 +689,17 @@ def test_runs_of_mixed_versions_are_refused(tmp_path: Path) -> None:
     table = filled(tmp_path, suite)
     for row in table.rows:
         row["numpy_version"] = "1.0"
-    SuiteScores(suite, table)  # made elsewhere
+    scores_of(suite, table)  # made elsewhere
     table.rows[3]["numpy_version"] = "2.0"
     with pytest.raises(ValueError, match="one set of versions, but numpy_version is '1.0' and '2.0'. Remove the rows"):
-        SuiteScores(suite, table)
+        scores_of(suite, table)
 
 
 def test_rows_of_other_settings_are_refused(tmp_path: Path) -> None:
     table = filled(tmp_path, suite_of(tmp_path))
     changed = suite_of(tmp_path, evaluation_episodes=3)
     with pytest.raises(ValueError, match="the suite's settings, but CartPole-v1, constant, seed 1000 was made with"):
-        SuiteScores(changed, table)
+        scores_of(changed, table)
 
 
 @pytest.mark.parametrize(
@@ -540,7 +711,7 @@ def test_damaged_file_of_episodes_is_named(tmp_path: Path, change: Callable[[byt
     path = table.episodes_path(*suite.runs(Path())[0])
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(ValueError, match="1000.csv.gz must hold the episodes of a run, but is damaged"):
-        SuiteScores(suite, table)
+        scores_of(suite, table)
 
 
 def test_command_writes_the_report_and_runs_nothing(
@@ -548,16 +719,23 @@ def test_command_writes_the_report_and_runs_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     filled(tmp_path, suite_of(tmp_path))
+    Path("small-2.png").touch()  # of an earlier report with more settings
     assert main(["small.yml", "--report", "--out", "."]) == 0
     files = "small.md small.png small-curves.png small-time.png small-profiles.png".split()
     assert capsys.readouterr().out.split() == ["Report:", *files]
     text = Path("small.md").read_text()
-    assert text.startswith("Made by `python -m tests.bench experiments small.yml --report --out .`.\n\n![Difference to")
+    made = "Made by `python -m tests.bench experiments small.yml --report --out .`."
+    title = "# Results of the suite `small`"
+    assert text.startswith(f"{title}\n\n{made}\n\n## Compared with `constant`\n\n![Difference to")
     for name in files[1:]:
         assert f"]({name})" in text
-    assert not Path("logs").exists()
+    assert not Path("logs").exists() and not Path("small-2.png").exists()
+    figure = Path("small.png").read_bytes()
     assert main(["small.yml", "--report", "--out", ".", "--envs", "Hopper-v5"]) == 0
-    assert "CartPole" not in Path("small.md").read_text()
+    # The report of a part stands beside the whole one.
+    assert "CartPole" not in Path("small-part.md").read_text()
+    assert (Path("small.md").read_text(), Path("small.png").read_bytes()) == (text, figure)
+    assert Path("small-part-curves.png").exists()
 
 
 @pytest.mark.parametrize("options", ["--settings constant", "--envs Hopper-v5"])
@@ -570,7 +748,7 @@ def test_report_without_runs_is_refused(
     with pytest.raises(SystemExit, match="2"):
         main(["small.yml", "--report", "--out", ".", *options.split()])
     assert "small.csv must have finished runs of the suite, but has none" in capsys.readouterr().err
-    assert not Path("small.md").exists()
+    assert not list(Path().glob("*.md"))
 
 
 @pytest.mark.parametrize("options", ["", "--settings annealed"])
@@ -581,18 +759,19 @@ def test_report_without_the_baseline_has_returns_alone(
     suite = suite_of(tmp_path)
     filled(tmp_path, suite, lambda env, name, seed: shift(env, name, seed) if name == "annealed" else None)
     assert main(["small.yml", "--report", "--out", ".", *options.split()]) == 0
-    text = Path("small.md").read_text()
+    name = "small-part" if options else "small"
+    text = Path(f"{name}.md").read_text()
     assert "since `constant` has no run there or has not learned: CartPole-v1, Pendulum-v1, Hopper-v5." in text
     assert "| CartPole-v1 | `annealed` | 4 | " in text
     assert "probability" not in text
-    assert {path.name for path in Path().glob("*.png")} == {"small-curves.png", "small-time.png"}
+    assert {path.name for path in Path().glob("*.png")} == {f"{name}-curves.png", f"{name}-time.png"}
 
 
 def test_settings_of_single_environments_are_compared_there_alone(tmp_path: Path) -> None:
     environments = {env_id: {"steps": 4000, "seeds": 4} for env_id in ENVIRONMENTS}
     only = {"CartPole-v1": ["annealed"], "Hopper-v5": ["constant"], "Pendulum-v1": ["constant", "annealed"]}
     suite = suite_of(tmp_path, environments={name: {**one, "only": only[name]} for name, one in environments.items()})
-    scores = SuiteScores(suite, filled(tmp_path, suite))
+    scores = scores_of(suite, filled(tmp_path, suite))
     lines = lines_of(render(scores))
     assert (
         "Environments without normalised scores, since `constant` has no run there or has not learned: CartPole-v1."
@@ -610,4 +789,4 @@ def test_settings_of_single_environments_are_compared_there_alone(tmp_path: Path
         ["| Hopper-v5", "`constant`"],
     ]
     assert scores.groups() == []
-    assert set(write_figures(scores)) == {"", "-curves", "-time"}
+    assert set(figures_of(scores)) == {"", "-curves", "-time"}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import fcntl
 import io
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,11 +74,12 @@ class Results:
 
     def add(self, run: dict[str, Any]) -> None:
         """Add a run, replacing an older one with the same key, and write the file."""
-        # Read again: another benchmark may have added to the file since.
-        others = [other for other in self._read() if self._key_of(other) != self._key_of(run)]
-        self.runs = sorted([*others, run], key=self._key_of)
-        lines = ",\n".join(json.dumps(run, default=str) for run in self.runs)
-        write_text(self.path, f'{{"format": {_FORMAT}, "runs": [\n{lines}\n]}}\n')
+        with locked_folder(self.path.parent):
+            # Read again: another benchmark may have added to the file since.
+            others = [other for other in self._read() if self._key_of(other) != self._key_of(run)]
+            self.runs = sorted([*others, run], key=self._key_of)
+            lines = ",\n".join(json.dumps(run, default=str) for run in self.runs)
+            write_text(self.path, f'{{"format": {_FORMAT}, "runs": [\n{lines}\n]}}\n')
 
 
 def machine(more_packages: Iterable[str] = ()) -> dict[str, Any]:
@@ -117,6 +119,18 @@ def csv_text(header: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
     writer.writerow(header)
     writer.writerows(rows)
     return text.getvalue()
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Create a folder, and hold its lock, so that one process at a time reads and replaces the files in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(place)  # which ends the lock
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from tests.bench.command import at_least, sigterm_interrupts
 from tests.bench.experiments.executors import Executor, Finished, LocalExecutor
+from tests.bench.experiments.finished import SuiteRuns
 from tests.bench.experiments.report import write_report
 from tests.bench.experiments.runs import LOG_FILE, RunSpec, check_folder
-from tests.bench.experiments.scores import SuiteScores
 from tests.bench.experiments.suite import Suite, read_suite, suite_names
 from tests.bench.experiments.tables import SuiteTable
 
@@ -56,10 +56,14 @@ class Campaign:
             for finished in ended:
                 spec, n_ended = finished.spec, n_ended + 1
                 self.todo = [(setting, other) for setting, other in self.todo if other.folder != spec.folder]
+                setting = setting_of[spec.folder]
                 if finished.record is None:
                     self.failed[spec.label] = finished.error
+                    # The place of the log is this machine's own.
+                    error = finished.error.removesuffix(f", see {spec.folder / LOG_FILE}")
+                    self._table.add_failure(setting, spec, error)
                 else:
-                    self._table.add(setting_of[spec.folder], spec, finished.record, self._jobs)
+                    self._table.add(setting, spec, finished.record, self._jobs)
                     n_steps += spec.n_timesteps if finished.seconds > 0 else 0
                 speed = n_steps / max(time.perf_counter() - started, 1e-9)
                 place = f"[{n_done + n_ended:>{len(str(len(self.runs)))}}/{len(self.runs)}]"
@@ -119,13 +123,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         suite.check_settings()
         table = SuiteTable(args.out or (args.log_folder / "results" if args.quick else RESULTS), suite.name)
         if args.report:
-            scores = SuiteScores(suite, table)
+            runs = SuiteRuns(suite, table)
         else:
             campaign = Campaign(suite, table, args.log_folder.absolute(), args.jobs)
     except (ImportError, TypeError, ValueError) as error:
         parser.error(str(error))
     if args.report:
-        files = write_report(scores, f"{parser.prog} {shlex.join(argv or ())}")
+        # A report of a part must not replace that of all runs.
+        name = f"{suite.name}-part" if args.envs or args.settings else suite.name
+        files = write_report(runs, f"{parser.prog} {shlex.join(argv or ())}", name)
         print("Report: " + "\n        ".join(map(str, files)), flush=True)
         return 0
     if args.list:
@@ -159,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--envs", nargs="+", metavar="ENV", help="these environments only (default: all)")
     parser.add_argument("--settings", nargs="+", metavar="NAME", help="these settings only (default: all)")
-    about = "write the tables and figures of the finished runs, and run nothing"
+    about = "write the tables and figures of the finished runs, and run nothing; of a part, into <suite>-part.md"
     parser.add_argument("--report", action="store_true", help=about)
     parser.add_argument("--list", action="store_true", help="list what is done and what is to make, and run nothing")
     about = "runs side by side, at most the number of cores (default: %(default)s)"

@@ -11,7 +11,8 @@ import numpy as np
 
 from tests.bench.experiments.episodes import WINDOW, curve_on_grid, grid
 from tests.bench.experiments.estimates import Statistic, difference, interval, iqm, performance_profile
-from tests.bench.experiments.scores import MEASURES, Scores, SuiteScores
+from tests.bench.experiments.finished import MEASURES, SuiteRuns
+from tests.bench.experiments.scores import Scores, SuiteScores
 from tests.bench.results import save_figure
 
 if TYPE_CHECKING:
@@ -26,11 +27,12 @@ CAPTIONS = {
     "-time": "The same curves against the processor time of the training, which is wall-clock time on an idle machine",
     "-profiles": "Share of the runs whose normalised score is above each value, and 95 % interval",
 }
-"""Captions of the figures by the ends of their files' names."""
+"""Captions of the kinds of figures, which are the ends of their files' names."""
 
 # The palette for colour-blind readers of Okabe and Ito 2008, the baseline black.
-_COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F3C8D", "#F0E442")
+_COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
 _STYLES = ("-", "--", "-.", ":")
+_MOST_SHEETS = 9
 _THRESHOLDS = np.linspace(0, 1.5, 61)
 
 
@@ -49,22 +51,81 @@ class Band:
     ends: np.ndarray | None
 
 
-def write_figures(scores: SuiteScores) -> dict[str, Path]:
-    """Draw all figures for which there are data beside the table, and return their paths by the ends of their names."""
-    drawn = {
-        "": _differences(scores),
-        "-curves": _curves(scores, "environment steps"),
-        "-time": _curves(scores, "processor time (s)"),
-        "-profiles": _profiles(scores),
-    }
-    paths = {}
-    for end, figure in drawn.items():
-        path = scores.path.with_name(f"{scores.path.stem}{end}.png")
-        path.unlink(missing_ok=True)  # of an earlier report
-        if figure is not None:
-            save_figure(figure, path)
-            paths[end] = path
-    return paths
+@dataclass(frozen=True)
+class Drawn:
+    """A figure of one of the kinds of ``CAPTIONS``, and its file."""
+
+    kind: str
+    path: Path
+
+
+def write_figures(scores: SuiteScores, name: str) -> list[Drawn]:
+    """
+    Draw all figures for which there are data into ``<name>[-<baseline>]<kind>[-<sheet>].png`` beside the table.
+
+    The suite's own baseline is not in the name. With many settings, each figure is several ones, see :func:`sheets`.
+    """
+    drawn = []
+    for number, sheet in enumerate(sheets(scores), 1):
+        figures = {
+            "": _differences(sheet),
+            "-curves": _curves(sheet, "environment steps"),
+            "-time": _curves(sheet, "processor time (s)"),
+            "-profiles": _profiles(sheet),
+        }
+        for kind, figure in figures.items():
+            if figure is not None:
+                path = _path(scores.runs, name, scores.suite.baseline, kind, number)
+                save_figure(figure, path)
+                drawn.append(Drawn(kind, path))
+    return sorted(drawn, key=lambda one: list(CAPTIONS).index(one.kind))
+
+
+def remove_figures(runs: SuiteRuns, name: str) -> None:
+    """Remove the figures of an earlier report, which may have had more."""
+    for family in runs.suite.families():
+        for kind in CAPTIONS:
+            for number in range(1, _MOST_SHEETS + 1):
+                _path(runs, name, family.baseline, kind, number).unlink(missing_ok=True)
+
+
+def _path(runs: SuiteRuns, name: str, baseline: str, kind: str, number: int) -> Path:
+    family = "" if baseline == runs.suite.baseline else f"-{baseline}"
+    return runs.path.with_name(f"{name}{family}{kind}{f'-{number}' if number > 1 else ''}.png")
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """The settings of one figure: the baseline if it has runs, and at most one for each other colour."""
+
+    scores: SuiteScores
+    others: tuple[str, ...]
+
+    @property
+    def settings(self) -> list[str]:
+        """Names of the settings, the baseline first."""
+        shown = {self.scores.suite.baseline, *self.others}
+        return sorted(shown.intersection(self.scores.settings), key=lambda name: self._places[name])
+
+    @property
+    def _places(self) -> dict[str, int]:
+        return {name: place for place, name in enumerate((self.scores.suite.baseline, *self.others))}
+
+    def style(self, setting: str) -> tuple[str, str]:
+        """Return colour and style of a setting's line."""
+        place = self._places[setting]
+        return _COLORS[place], _STYLES[place % len(_STYLES)]
+
+    def so_far(self, label: str) -> str:
+        """Return the label of an axis, which states how many of the suite's runs are finished if some are not."""
+        runs = self.scores.runs
+        return label if runs.n_finished == runs.n_runs else f"{label}\nso far {runs.n_finished} of {runs.n_runs} runs"
+
+
+def sheets(scores: SuiteScores) -> list[Sheet]:
+    """Return the settings of each figure, in the order of the suite, divided evenly."""
+    n_sheets = min(max(1, -(-len(scores.others) // (len(_COLORS) - 1))), _MOST_SHEETS)
+    return [Sheet(scores, tuple(part)) for part in np.array_split(np.array(scores.others, dtype=object), n_sheets)]
 
 
 def curve_band(curves: Sequence[TrainingCurve], end: float) -> Band | None:
@@ -108,27 +169,23 @@ def _new_figure(n_panels: int, n_columns: int, height: float) -> tuple[Figure, l
     return figure, panels
 
 
-def _legend(figure: Figure, settings: Sequence[str], scores: SuiteScores, *, lines: bool) -> None:
+def _legend(figure: Figure, settings: Sequence[str], sheet: Sheet, *, lines: bool) -> None:
     from matplotlib.lines import Line2D
 
     handles = []
     for setting in settings:
-        color, style = _style(scores, setting)
+        color, style = sheet.style(setting)
         kind = {"ls": style} if lines else {"ls": "-", "marker": "o", "ms": 4}
         handles.append(Line2D([], [], color=color, label=setting, **kind))
     figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize="small")
 
 
-def _style(scores: SuiteScores, setting: str) -> tuple[str, str]:
-    index = list(scores.suite.settings).index(setting)
-    return _COLORS[index % len(_COLORS)], _STYLES[index % len(_STYLES)]
-
-
-def _differences(scores: SuiteScores) -> Figure | None:
+def _differences(sheet: Sheet) -> Figure | None:
+    scores = sheet.scores
     rows = [*scores.groups(), *scores.normalised]
-    if not rows or not scores.others:
+    if not rows or not sheet.others:
         return None
-    figure, panels = _new_figure(len(MEASURES), len(MEASURES), 0.4 + len(rows) * (0.14 + 0.1 * len(scores.others)))
+    figure, panels = _new_figure(len(MEASURES), len(MEASURES), 0.4 + len(rows) * (0.14 + 0.1 * len(sheet.others)))
     margin = scores.suite.equivalence_margin
     for axes, (measure, name) in zip(panels, MEASURES.items(), strict=True):
         axes.set_title(name, fontsize="small")
@@ -136,27 +193,30 @@ def _differences(scores: SuiteScores) -> Figure | None:
         axes.axvline(0, color=_COLORS[0], linewidth=1)
         if margin:
             axes.axvspan(-margin, margin, color="gray", alpha=0.15, linewidth=0)
-        _draw_differences(axes, rows, measure, scores)
+        _draw_differences(axes, rows, measure, sheet)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_yticks(range(len(rows)), [row.title() for row in rows] if axes is panels[0] else [])
         for label, row in zip(axes.get_yticklabels(), rows, strict=True):
             label.set_fontweight("bold" if len(row.env_ids) > 1 else "normal")
-    figure.supxlabel(f"difference to {scores.suite.baseline} (0: the same, −1: as random actions)", fontsize="small")
-    _legend(figure, scores.others, scores, lines=False)
+    axis = f"difference to {scores.suite.baseline} (0: the same, −1: as random actions)"
+    figure.supxlabel(sheet.so_far(axis), fontsize="small")
+    _legend(figure, sheet.others, sheet, lines=False)
     return figure
 
 
-def _draw_differences(axes: Axes, rows: Sequence[Scores], measure: str, scores: SuiteScores) -> None:
-    height = 0.8 / len(scores.others)
+def _draw_differences(axes: Axes, rows: Sequence[Scores], measure: str, sheet: Sheet) -> None:
+    height = 0.8 / len(sheet.others)
     for index, row in enumerate(rows):
         if index % 2 == 0:
             axes.axhspan(index - 0.5, index + 0.5, color="gray", alpha=0.08, linewidth=0)
-        for place, setting in enumerate(scores.others):
-            found = scores.compared(row, measure, setting, difference(iqm)) if setting in row.settings() else None
+        for place, setting in enumerate(sheet.others):
+            if setting not in row.settings():
+                continue
+            found = sheet.scores.compared(row, measure, setting, difference(iqm))
             if found is None:
                 continue
-            color, _ = _style(scores, setting)
-            y = index + (place - (len(scores.others) - 1) / 2) * height
+            color, _ = sheet.style(setting)
+            y = index + (place - (len(sheet.others) - 1) / 2) * height
             # Without an interval, the marker is empty.
             face = color if found.interval is not None else "none"
             axes.plot([found.value], [y], marker="o", ms=4, color=color, markerfacecolor=face)
@@ -164,11 +224,11 @@ def _draw_differences(axes: Axes, rows: Sequence[Scores], measure: str, scores: 
                 axes.plot(found.interval, [y, y], color=color, linewidth=1.4)
 
 
-def _curves(scores: SuiteScores, axis: str) -> Figure | None:
+def _curves(sheet: Sheet, axis: str) -> Figure | None:
     """Draw the curves against the axis of this label, one panel an environment."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    bands = {one.name: _bands(scores, one.name, axis) for one in scores.environments}
+    bands = {one.name: _bands(sheet, one.name, axis) for one in sheet.scores.environments}
     names = [name for name, by_setting in bands.items() if by_setting]
     if not names:
         return None
@@ -180,20 +240,20 @@ def _curves(scores: SuiteScores, axis: str) -> Figure | None:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         for setting, band in bands[name].items():
-            draw_band(axes, band, *_style(scores, setting))
+            draw_band(axes, band, *sheet.style(setting))
         axes.set_xlim(left=0)
-    figure.supxlabel(axis, fontsize="small")
+    figure.supxlabel(sheet.so_far(axis), fontsize="small")
     figure.supylabel(f"return of the last {WINDOW} episodes", fontsize="small")
-    _legend(figure, scores.settings, scores, lines=True)
+    _legend(figure, sheet.settings, sheet, lines=True)
     return figure
 
 
-def _bands(scores: SuiteScores, env_id: str, axis: str) -> dict[str, Band]:
+def _bands(sheet: Sheet, env_id: str, axis: str) -> dict[str, Band]:
     """Return the bands of an environment by setting."""
     found = {}
-    for setting in scores.settings:
+    for setting in sheet.settings:
         curves, ends = [], []
-        for run in scores.runs_of(env_id, setting):
+        for run in sheet.scores.runs.of(env_id, setting):
             scale = 1.0 if axis == "environment steps" else run.seconds_per_step()
             if scale is not None:
                 curves.append(replace(run.curve, steps=scale * run.curve.steps))
@@ -205,8 +265,8 @@ def _bands(scores: SuiteScores, env_id: str, axis: str) -> dict[str, Band]:
     return found
 
 
-def _profiles(scores: SuiteScores) -> Figure | None:
-    groups = scores.groups()
+def _profiles(sheet: Sheet) -> Figure | None:
+    groups = sheet.scores.groups()
     if not groups:
         return None
     figure, panels = _new_figure(len(groups) * len(MEASURES), len(MEASURES), 1.9)
@@ -215,11 +275,11 @@ def _profiles(scores: SuiteScores) -> Figure | None:
         axes.set_title(f"{group.title()}, {MEASURES[measure]}", fontsize="small")
         axes.set_ylim(-0.03, 1.03)
         axes.set_xlim(_THRESHOLDS[0], _THRESHOLDS[-1])
-        for setting in scores.settings:
+        for setting in sheet.settings:
             values, profile = group.by_setting[measure][setting], performance_profile(_THRESHOLDS)
             band = Band(_THRESHOLDS, profile(values[None])[0], interval(profile, values))
-            draw_band(axes, band, *_style(scores, setting))
-    figure.supxlabel("normalised score", fontsize="small")
+            draw_band(axes, band, *sheet.style(setting))
+    figure.supxlabel(sheet.so_far("normalised score"), fontsize="small")
     figure.supylabel("share of runs above it", fontsize="small")
-    _legend(figure, scores.settings, scores, lines=True)
+    _legend(figure, sheet.settings, sheet, lines=True)
     return figure

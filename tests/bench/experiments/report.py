@@ -1,12 +1,14 @@
-"""The report of a suite: Markdown tables of differences to the baseline, and the figures beside them."""
+"""The report of a suite: Markdown tables of differences to the baselines, and the figures beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
+from tests.bench.experiments.best_result import best_result_scores, mean_score
 from tests.bench.experiments.estimates import (
     Estimate,
     difference,
@@ -16,41 +18,98 @@ from tests.bench.experiments.estimates import (
     number_text,
     probability_of_improvement,
 )
-from tests.bench.experiments.figures import CAPTIONS, write_figures
-from tests.bench.experiments.scores import MEASURES, SuiteScores
+from tests.bench.experiments.figures import CAPTIONS, Drawn, remove_figures, write_figures
+from tests.bench.experiments.finished import MEASURES, SuiteRuns
+from tests.bench.experiments.scores import SuiteScores, families
 from tests.bench.results import machines_text, markdown_table, write_text
 from tests.bench.training_runs import how_made
 
-
-def write_report(scores: SuiteScores, command: str) -> list[Path]:
-    """Write the report beside the suite's table, with the command that makes it again, and return its files."""
-    figures = write_figures(scores)
-    images = "".join(f"![{CAPTIONS[kind]}]({path.name})\n\n{CAPTIONS[kind]}.\n\n" for kind, path in figures.items())
-    path = scores.path.with_suffix(".md")
-    write_text(path, f"Made by `{command}`.\n\n{images}{render(scores)}")
-    return [path, *figures.values()]
+_LOST = (
+    "*Lost* runs failed or have no score. Means without them may be too high, so no difference to or from a setting "
+    "with lost runs is bold."
+)
 
 
-def render(scores: SuiteScores) -> str:
-    """Return the tables of the report."""
-    parts = [*_state(scores), *_summary(scores), *_comparisons(scores), *_equivalence(scores), *_returns(scores)]
-    return "".join(f"{part}\n\n" for part in parts) + machines_text(scores.machines(), how_made)
+def write_report(runs: SuiteRuns, command: str, name: str) -> list[Path]:
+    """Write the report and its figures beside the suite's table, with the command that makes it again."""
+    remove_figures(runs, name)
+    found = families(runs)
+    drawn = {scores.suite.baseline: write_figures(scores, name) for scores in found}
+    path = runs.path.with_name(f"{name}.md")
+    title = f"# Results of the suite `{runs.suite.name}`"
+    write_text(path, f"{title}\n\nMade by `{command}`.\n\n{render(runs, found, drawn)}")
+    return [path, *(one.path for figures in drawn.values() for one in figures)]
 
 
-def _state(scores: SuiteScores) -> Iterator[str]:
+def render(
+    runs: SuiteRuns, found: Sequence[SuiteScores], drawn: Mapping[str, Sequence[Drawn]] = MappingProxyType({})
+) -> str:
+    """Return the text of the report, with these scores of its families, and their figures by baseline."""
+    parts = [*_state(runs), *_best_results(runs)]
+    for scores in found:
+        parts += [f"## Compared with `{scores.suite.baseline}`"]
+        parts += [_image(one) for one in drawn.get(scores.suite.baseline, ())]
+        parts += [*_unlearned(scores), *_summary(scores), *_comparisons(scores), *_equivalence(scores)]
+        parts += _returns(scores)
+    parts += ["## How the runs were made", machines_text(runs.machines(), how_made)]
+    return "\n\n".join(parts)
+
+
+def _image(drawn: Drawn) -> str:
+    caption = CAPTIONS[drawn.kind]
+    return f"![{caption}]({drawn.path.name})\n\n{caption}."
+
+
+def _state(runs: SuiteRuns) -> Iterator[str]:
     """Yield what is missing."""
-    baseline = scores.suite.baseline
-    if len(scores.machines()) < scores.n_runs:
-        yield f"So far {len(scores.machines())} of {scores.n_runs} runs are finished."
-    if missing := [f"`{name}`" for name in scores.suite.settings if name not in scores.settings]:
+    if runs.n_finished < runs.n_runs:
+        yield (
+            f"**So far {runs.n_finished} of {runs.n_runs} runs are finished.** The columns *seeds* and *runs* show "
+            "where others are missing."
+        )
+    if missing := [f"`{name}`" for name in runs.suite.settings if not runs.has(name)]:
         yield f"Settings without a finished run: {', '.join(missing)}."
-    if scores.without_score:
-        yield f"Runs left out, since no episode ended or a return is not finite: {'; '.join(scores.without_score)}."
+    if runs.errors:
+        yield "Failed runs:\n\n" + "\n".join(f"- {label}: `{error}`" for label, error in runs.errors.items())
+    if runs.without_score:
+        labels = "; ".join(runs.without_score)
+        yield f"Runs without a score, since no episode ended or a return is not finite: {labels}."
+    if runs.errors or runs.without_score:
+        yield _LOST
+
+
+def _best_results(runs: SuiteRuns) -> Iterator[str]:
+    """Yield the table of scores between random actions and the best result, if the suite asks for it."""
+    suite = runs.suite
+    if not suite.best_result_score:
+        return
+    yield "## Scores"
+    part = "" if runs.n_finished == runs.n_runs else " so far"
+    yield (
+        "Mean over environments and seeds [95 % interval] of the return of the last 100 episodes, with random actions "
+        f"at 0 and the environment's best run of all settings{part} at 1. *Expected* is what the source reports."
+    )
+    lines = []
+    for setting, scores in best_result_scores(runs).items():
+        n_seeds = len(suite.environments[0].seeds)
+        n_runs, n_planned = sum(map(len, scores)), n_seeds * len(scores)
+        found = mean_score(scores, n_seeds)
+        cell = "not complete" if n_runs == 0 or found is None else found.text("z.2f")
+        if found is None and n_runs > 0:
+            cell = f"not complete, so far {number_text(float(np.concatenate(scores).mean()), 'z.2f')}"
+        n_lost = sum(runs.n_lost(environment.env_id, setting) for environment in suite.environments)
+        count = f"{n_runs} of {n_planned}" + (f", {n_lost} lost" if n_lost else "")
+        lines.append([f"`{setting}`", count, cell, suite.settings[setting].expected.removeprefix("score ")])
+    yield markdown_table(["setting", "runs", "score", "expected"], "lrrr", lines)
+
+
+def _unlearned(scores: SuiteScores) -> Iterator[str]:
+    """Yield which environments have no normalised scores."""
     normalised = {one.name for one in scores.normalised}
     if unlearned := [one.name for one in scores.environments if one.name not in normalised]:
         yield (
-            f"Environments without normalised scores, since `{baseline}` has no run there or has not learned: "
-            f"{', '.join(unlearned)}."
+            f"Environments without normalised scores, since `{scores.suite.baseline}` has no run there or has not "
+            f"learned: {', '.join(unlearned)}."
         )
 
 
@@ -62,35 +121,36 @@ def _summary(scores: SuiteScores) -> Iterator[str]:
             found = {
                 name: scores.compared(row, measure, setting, difference(iqm)) for measure, name in MEASURES.items()
             }
-            verdicts = [f"{name} {_verdict(one)}" for name, one in found.items() if one is not None]
-            lines.append(f"- `{setting}` in {len(row.env_ids)} environments: {'; '.join(verdicts)}.")
+            is_biased = scores.n_lost(row, setting, scores.suite.baseline) > 0
+            verdicts = [f"{name} {_verdict(one, is_biased)}" for name, one in found.items() if one is not None]
+            seeds = scores.seeds(row, setting, scores.suite.baseline)
+            lines.append(f"- `{setting}` in {len(row.env_ids)} environments, seeds {seeds}: {'; '.join(verdicts)}.")
         yield "\n".join(lines)
 
 
-def _verdict(found: Estimate) -> str:
+def _verdict(found: Estimate, is_biased: bool) -> str:
     low, high = found.interval or (0.0, 0.0)
     word = "better" if low > 0 else "worse" if high < 0 else "not clearly different"
-    return f"{word} ({found.text('+z.2f')}, {found.n_seeds} seeds)"
+    return f"{'undecided, since runs are lost' if is_biased else word} ({found.text('+z.2f')})"
 
 
 def _comparisons(scores: SuiteScores) -> Iterator[str]:
     """Yield the table of differences to the baseline; cells whose interval excludes equality are bold."""
-    lines = []
+    baseline, lines = scores.suite.baseline, []
     for row in (*scores.groups(), *scores.normalised):
         for setting in scores.others_in(row):
             cells = []
+            is_biased = scores.n_lost(row, setting, baseline) > 0
             for measure in MEASURES:
                 for statistic, form, same in (
                     (difference(iqm), "+z.2f", 0.0),
                     (probability_of_improvement, ".2f", 0.5),
                 ):
-                    cells.append(_cell(scores.compared(row, measure, setting, statistic), form, same))
-            lines.append([row.title(), f"`{setting}`", scores.n_seeds(row, setting), *cells])
+                    found = scores.compared(row, measure, setting, statistic)
+                    cells.append(_cell(found, form, None if is_biased else same))
+            lines.append([row.title(), f"`{setting}`", scores.seeds(row, setting, baseline), *cells])
     if lines:
-        yield (
-            f"**Compared with `{scores.suite.baseline}`**: difference of the IQMs in normalised scores, and "
-            "probability that a run is better [95 % interval]"
-        )
+        yield "Difference of the IQMs in normalised scores, and probability that a run is better [95 % interval]:"
         header = ["environments", "setting", "seeds"]
         header += [f"{name}: {part}" for name in MEASURES.values() for part in ("difference", "probability")]
         yield markdown_table(header, "llr" + "rr" * len(MEASURES), lines)
@@ -104,18 +164,18 @@ def _cell(found: Estimate | None, form: str, same: float | None = None) -> str:
 
 
 def _equivalence(scores: SuiteScores) -> Iterator[str]:
-    margin = scores.suite.equivalence_margin
+    margin, baseline = scores.suite.equivalence_margin, scores.suite.baseline
     lines = []
     for row in scores.normalised if margin > 0 else ():  # in groups, differences of opposite signs would cancel
         for setting in scores.others_in(row):
             for measure, name in MEASURES.items():
                 found = [scores.compared(row, measure, setting, difference(of)) for of in (iqm, mean)]
                 cells = [_cell(one, "+z.3f") for one in found]
-                lines.append(
-                    [row.name, f"`{setting}`", scores.n_seeds(row, setting), name, *cells, equivalence(found, margin)]
-                )
+                is_biased = scores.n_lost(row, setting, baseline) > 0
+                verdict = "not shown, since runs are lost" if is_biased else equivalence(found, margin)
+                seeds = scores.seeds(row, setting, baseline)
+                lines.append([row.name, f"`{setting}`", seeds, name, *cells, verdict])
     if lines:
-        baseline = scores.suite.baseline
         yield f"**Equivalence to `{baseline}`**: both intervals within \u00b1{margin:g}, in normalised scores"
         header = ["environment", "setting", "seeds", "score", "IQM difference", "mean difference", "equivalent"]
         yield markdown_table(header, "llrlrrl", lines)
@@ -138,15 +198,20 @@ def equivalence(found: Sequence[Estimate | None], margin: float) -> str:
 
 def _returns(scores: SuiteScores) -> Iterator[str]:
     yield "**Returns** in reward units, IQM [95 % interval]"
+    settings = scores.suite.settings
+    # Scores are not in reward units.
+    is_expected = not scores.suite.best_result_score and any(settings[name].expected for name in scores.settings)
     lines = []
     for row in scores.environments:
         known = [values for by_setting in row.by_setting.values() for values in by_setting.values() if len(values)]
         form = "z,.0f" if any(np.abs(values).max() >= 1000 for values in known) else "z,.1f"
         for setting in row.settings():
-            values = [row.by_setting[measure][setting] for measure in MEASURES]
-            cells = [_cell(estimate(iqm, one), form) for one in values]
-            lines.append([row.name, f"`{setting}`", str(len(values[0])), *cells])
+            cells = [_cell(estimate(iqm, row.by_setting[measure][setting]), form) for measure in MEASURES]
+            cells += [settings[setting].expected] if is_expected else []
+            lines.append([row.name, f"`{setting}`", scores.seeds(row, setting), *cells])
         if row.name in scores.random:
             mean_return = number_text(scores.random[row.name].mean, form)
-            lines.append([row.name, "random actions", "", *([mean_return] * len(MEASURES))])
-    yield markdown_table(["environment", "setting", "seeds", *MEASURES.values()], "llr" + "r" * len(MEASURES), lines)
+            cells = [mean_return] * len(MEASURES) + [""] * is_expected
+            lines.append([row.name, "random actions", "", *cells])
+    header = ["environment", "setting", "seeds", *MEASURES.values(), *(["expected"] if is_expected else [])]
+    yield markdown_table(header, "llr" + "r" * len(MEASURES) + "l" * is_expected, lines)

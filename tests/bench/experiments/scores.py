@@ -1,26 +1,16 @@
-"""Scores of a suite's finished runs: as the table has them, normalised, and gathered in groups of environments."""
+"""Scores of settings and their baseline: in reward units, normalised, and gathered in groups of environments."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tests.bench.experiments.episodes import unbinned_curve
 from tests.bench.experiments.estimates import MIN_SEEDS, Estimate, Statistic, estimate
+from tests.bench.experiments.finished import MEASURES, SuiteRuns
 from tests.bench.experiments.random_policy import RandomReturns, random_returns
-from tests.bench.experiments.runs import RunSpec
 from tests.bench.experiments.suite import Environment, Suite
-from tests.bench.experiments.tables import SuiteTable, made_on
-
-if TYPE_CHECKING:
-    from sb3_clipvf.zoo.runs import TrainingCurve
-
-MEASURES = {"mean_return": "whole training", "last_return": "last 100 episodes"}
-"""Columns of the table that are scores, and their names."""
 
 
 @dataclass(frozen=True)
@@ -50,56 +40,23 @@ class Scores:
         return min(len(by_setting[setting]) for by_setting in self.by_setting.values())
 
 
-@dataclass(frozen=True)
-class FinishedRun:
-    """A finished run, its row of the table, and its training curve."""
-
-    spec: RunSpec
-    row: Mapping[str, str]
-    curve: TrainingCurve
-
-    def seconds_per_step(self) -> float | None:
-        """Return the processor time for each environment step, or None if the run was resumed."""
-        seconds = self.row["cpu_seconds"]
-        return float(seconds) / float(self.row["num_timesteps"]) if seconds else None
-
-
 class SuiteScores:
     """
-    The finished runs of a suite, and their scores.
+    Scores of the settings that a report compares with one baseline.
 
-    :param suite: the suite
-    :param table: its table
-    :raises ValueError: if the runs do not belong together, a file is damaged, or no run is finished
+    :param suite: these settings, see :meth:`Suite.families`
+    :param runs: runs of the whole suite
     """
 
-    def __init__(self, suite: Suite, table: SuiteTable) -> None:
-        self.suite, self.path = suite, table.path
-        runs = suite.runs(Path())
-        table.check_alike(runs)
-        self.n_runs = len(runs)
-        self._runs: dict[str, list[FinishedRun]] = {}
-        for setting, spec in runs:
-            row = table.find(setting, spec)
-            if row is not None and table.is_done(setting, spec):
-                run = FinishedRun(spec, row, unbinned_curve(table.episodes(setting, spec)))
-                self._runs.setdefault(setting, []).append(run)
-        if not self._runs:
-            raise ValueError(
-                f"{table.path} must have finished runs of the suite, but has none in the environments and settings of "
-                "this report. Make them first."
-            )
-        self.settings = [name for name in suite.settings if name in self._runs]
+    def __init__(self, suite: Suite, runs: SuiteRuns) -> None:
+        self.suite, self.runs = suite, runs
+        self.settings = [name for name in suite.settings if runs.has(name)]
         self.others = [name for name in self.settings if name != suite.baseline]
-        self.without_score: list[str] = []
         self.environments = [scores for one in suite.environments if (scores := self._raw(one)) is not None]
+        self._n_planned = {one.env_id: len(one.seeds) for one in suite.environments}
         baselines = [one.name for one in self.environments if suite.baseline in one.settings()]
-        self.random = random_returns(table.path.parent, baselines)
+        self.random = random_returns(runs.path.parent, baselines)
         self.normalised = [scores for one in self.environments if (scores := self._normalised(one)) is not None]
-
-    def runs_of(self, env_id: str, setting: str) -> list[FinishedRun]:
-        """Return the finished runs of a setting in an environment, by seed."""
-        return [run for run in self._runs[setting] if run.spec.env_id == env_id]
 
     def others_in(self, row: Scores) -> list[str]:
         """Return the settings made in an environment or a group, without the baseline."""
@@ -110,13 +67,16 @@ class SuiteScores:
         by_setting = row.by_setting[measure]
         return estimate(statistic, by_setting[setting], by_setting[self.suite.baseline])
 
-    def n_seeds(self, row: Scores, setting: str) -> str:
-        """Return the number of seeds of a comparison: the smaller of the setting's and the baseline's."""
-        return str(min(row.n_seeds(setting), row.n_seeds(self.suite.baseline)))
+    def n_lost(self, row: Scores, *settings: str) -> int:
+        """Return the number of runs of settings in an environment or a group that failed or have no score."""
+        return sum(self.runs.n_lost(env_id, setting) for env_id in row.env_ids for setting in settings)
 
-    def machines(self) -> list[dict[str, Any]]:
-        """Return how and where each finished run was made, see :func:`tests.bench.results.machines_text`."""
-        return [made_on(run.row) for runs in self._runs.values() for run in runs]
+    def seeds(self, row: Scores, *settings: str) -> str:
+        """Return how many seeds all of these settings have, of how many, and how many of their runs are lost."""
+        n_seeds, n_planned = min(map(row.n_seeds, settings)), min(self._n_planned[name] for name in row.env_ids)
+        n_lost = self.n_lost(row, *settings)
+        text = str(n_seeds) if n_seeds == n_planned else f"{n_seeds} of {n_planned}"
+        return f"{text}, {n_lost} lost" if n_lost else text
 
     def groups(self) -> list[Scores]:
         """
@@ -138,17 +98,11 @@ class SuiteScores:
         """Return the scores of an environment in which a run is finished."""
         env_id = environment.env_id
         settings = [name for name in self.suite.settings_of(environment) if name in self.settings]
-        if not any(self.runs_of(env_id, setting) for setting in settings):
+        if not any(self.runs.of(env_id, setting) for setting in settings):
             return None
         found: dict[str, dict[str, np.ndarray]] = {measure: {} for measure in MEASURES}
         for setting in settings:
-            values = []
-            for run in self.runs_of(env_id, setting):
-                scores = [float(run.row[measure] or "nan") for measure in MEASURES]
-                if np.isfinite(scores).all():
-                    values.append(scores)
-                else:
-                    self.without_score.append(run.spec.label)
+            values = [scores for run in self.runs.of(env_id, setting) if (scores := run.scores()) is not None]
             columns = np.array(values).reshape(-1, len(MEASURES)).T
             for measure, column in zip(MEASURES, columns, strict=True):
                 found[measure][setting] = column[:, None]
@@ -165,6 +119,11 @@ class SuiteScores:
                 return None
             normalised[measure] = {setting: scaled(values) for setting, values in by_setting.items()}
         return Scores(scores.name, scores.env_ids, normalised)
+
+
+def families(runs: SuiteRuns) -> list[SuiteScores]:
+    """Return the scores of each family of settings that has a finished run."""
+    return [SuiteScores(one, runs) for one in runs.suite.families() if any(map(runs.has, one.settings))]
 
 
 def family(env_id: str) -> str:

@@ -22,6 +22,8 @@ SEEDS: dict[str, tuple[int, int | None]] = {"tune": (0, 999), "report": (1000, N
 QUICK_ENVIRONMENTS, QUICK_SETTINGS, QUICK_STEPS, QUICK_EPISODES = 2, 4, 4096, 2
 """What ``--quick`` makes of a suite: its first environments, the first settings of each, and one seed."""
 
+_OF_SETTINGS = {"algo": ALGORITHM, "expected": "", "baseline": ""}
+"""Keys of a setting that are no settings of the training, with their defaults."""
 
 ZOO = "zoo"
 """The settings of an environment that are those of the RL Zoo, for the algorithm of each setting."""
@@ -29,11 +31,18 @@ ZOO = "zoo"
 
 @dataclass(frozen=True)
 class Setting:
-    """Changes to an environment's settings, and the result that a published source reports for them, if any."""
+    """
+    Changes to an environment's settings.
+
+    :param algo: name of the algorithm in the Zoo
+    :param expected: result that a published source reports for them, or ""
+    :param baseline: setting that the report compares them with; "": the suite's
+    """
 
     changes: Mapping[str, Any]
     algo: str
     expected: str
+    baseline: str
 
 
 @dataclass(frozen=True)
@@ -60,12 +69,14 @@ class Suite:
 
     :param name: name for files
     :param settings: settings by name
-    :param baseline: setting that the report compares the others with, the first one of the file
+    :param baseline: setting that the report compares the others with, unless they name another one; the first one of
+        the file
     :param environments: environments in the order of their runs, the cheapest first
     :param n_eval_episodes: episodes of each final evaluation
     :param first: settings whose runs, with all seeds, precede those of the others
     :param equivalence_margin: margin within which settings count as equivalent to the baseline, in normalised scores;
         0: the suite does not ask for equivalence
+    :param best_result_score: whether the report also scores runs between random actions and the best result
     """
 
     name: str
@@ -75,6 +86,7 @@ class Suite:
     n_eval_episodes: int
     first: tuple[str, ...]
     equivalence_margin: float
+    best_result_score: bool
 
     def runs(self, folder: Path) -> list[tuple[str, RunSpec]]:
         """
@@ -95,6 +107,22 @@ class Suite:
     def settings_of(self, environment: Environment) -> list[str]:
         """Return the names of the settings that are made in an environment."""
         return [setting for setting in self.settings if not environment.only or setting in environment.only]
+
+    def families(self) -> list[Suite]:
+        """Return a suite for each baseline, of this setting and those that are compared with it."""
+        baselines = {name: setting.baseline or self.baseline for name, setting in self.settings.items()}
+        return [
+            replace(
+                self,
+                baseline=baseline,
+                settings={
+                    name: setting
+                    for name, setting in self.settings.items()
+                    if name == baseline or baselines[name] == baseline
+                },
+            )
+            for baseline in dict.fromkeys(baselines.values())
+        ]
 
     def only(self, env_ids: Sequence[str] | None, settings: Sequence[str] | None) -> Suite:
         """
@@ -246,11 +274,12 @@ def _suite(name: str, content: Any) -> Suite:
         "first_seed": int,
         "evaluation_episodes": int,
         "equivalence_margin": float,
+        "best_result_score": bool,
         "settings": dict,
         "first": list,
         "environments": dict,
     }
-    entries = _entries("suite", content, keys, {"first": [], "equivalence_margin": 0.0})
+    entries = _entries("suite", content, keys, {"first": [], "equivalence_margin": 0.0, "best_result_score": False})
     margin = entries["equivalence_margin"]
     if not 0 <= margin < 1:
         raise ValueError(
@@ -264,6 +293,7 @@ def _suite(name: str, content: Any) -> Suite:
             raise ValueError(f"`{key}` must have at least one entry, got none. Add one.")
     settings = {_name(key): _setting(f"settings.{key}", value) for key, value in entries["settings"].items()}
     _check_known("first", entries["first"], settings)
+    _check_baselines(settings)
     environments = tuple(_environments(entries))
     first, last = SEEDS[kind]
     for seed in (entries["first_seed"], *(environment.seeds[-1] for environment in environments)):
@@ -272,18 +302,41 @@ def _suite(name: str, content: Any) -> Suite:
             raise ValueError(
                 f"seeds of a suite of kind {kind} must be {rule}, got {seed}. Only seeds from 1000 are reported."
             )
+    if entries["best_result_score"] and len({len(environment.seeds) for environment in environments}) > 1:
+        raise ValueError("`best_result_score` needs as many seeds in each environment, got others. Change `seeds`.")
     n_eval_episodes = _at_least_one("evaluation_episodes", entries["evaluation_episodes"])
-    made_first = tuple(entries["first"])
-    return Suite(name, settings, next(iter(settings)), environments, n_eval_episodes, made_first, margin)
+    return Suite(
+        name,
+        settings,
+        next(iter(settings)),
+        environments,
+        n_eval_episodes,
+        tuple(entries["first"]),
+        margin,
+        entries["best_result_score"],
+    )
 
 
 def _setting(where: str, content: Any) -> Setting:
     changes = dict(_settings(where, content))
-    algo, expected = changes.pop("algo", ALGORITHM), changes.pop("expected", "")
-    for key, value in (("algo", algo), ("expected", expected)):
+    own = {key: changes.pop(key, default) for key, default in _OF_SETTINGS.items()}
+    for key, value in own.items():
         if not isinstance(value, str):
             raise ValueError(f"`{key}` of `{where}` must be of type str, got {value!r}. Correct it.")
-    return Setting(changes, algo, expected)
+    return Setting(changes, **own)
+
+
+def _check_baselines(settings: Mapping[str, Setting]) -> None:
+    first = next(iter(settings))
+    for name, setting in settings.items():
+        if setting.baseline:
+            _check_known(f"settings.{name}.baseline", [setting.baseline], settings)
+        if setting.baseline and name in (first, setting.baseline):
+            what = "the first setting" if name == first else "itself"
+            raise ValueError(
+                f"`settings.{name}.baseline` must be omitted for the first setting, and name another setting, got "
+                f"{setting.baseline!r} for {what}. Remove it."
+            )
 
 
 def _environments(entries: Mapping[str, Any]) -> Iterator[Environment]:
@@ -331,7 +384,7 @@ def _entries(
     for key, kind in types.items():
         if key not in found:
             raise ValueError(f"`{where}` must have the entry `{key}`, got none. Add it.")
-        if not isinstance(found[key], kind) or (isinstance(found[key], bool) and kind is not object):
+        if not isinstance(found[key], kind) or (isinstance(found[key], bool) and kind not in (bool, object)):
             raise ValueError(f"`{key}` of `{where}` must be of type {kind.__name__}, got {found[key]!r}. Correct it.")
     return found
 

@@ -1,11 +1,11 @@
-"""Results of a suite: one CSV of all runs, and a compressed CSV of each run's episodes."""
+"""Results of a suite: a CSV of all runs, one of those that failed, and a compressed CSV of each run's episodes."""
 
 from __future__ import annotations
 
 import csv
 import gzip
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from sb3_clipvf.files.atomic import atomic_write
 from tests.bench.experiments.episodes import EPISODES
 from tests.bench.experiments.runs import MORE_PACKAGES, Record, RunSpec, differing, this_machine
-from tests.bench.results import csv_text, write_text
+from tests.bench.results import csv_text, locked_folder, write_text
 
 _SCORES = (
     "last_return",
@@ -51,6 +51,8 @@ _COLUMNS = (
     *(f"{n}_version" for n in _VERSIONS),
 )
 
+_FAILED_COLUMNS = (*_IDENTITY, "digest", "error")
+_LONGEST_ERROR = 300
 
 _WAY_OUT = "Move it away, or name another folder with `--out`."
 
@@ -59,6 +61,8 @@ class SuiteTable:
     """
     The runs of a suite in ``<folder>/<suite>.csv``, with their episodes in ``<folder>/<suite>/<env>/<setting>/``.
 
+    Runs that failed are in ``<folder>/<suite>-failed.csv`` until they succeed. Several commands may add runs at once.
+
     :param folder: folder of all suites' results
     :param suite: name of the suite
     :raises ValueError: if the file holds something else
@@ -66,7 +70,9 @@ class SuiteTable:
 
     def __init__(self, folder: Path, suite: str) -> None:
         self.path, self._suite = folder / f"{suite}.csv", suite
+        self.failed_path = folder / f"{suite}-failed.csv"
         self.rows = self._read()
+        self._failed = self._read_failed()
 
     def episodes_path(self, setting: str, spec: RunSpec) -> Path:
         """Return the file of a run's episodes."""
@@ -110,12 +116,19 @@ class SuiteTable:
 
     def find(self, setting: str, spec: RunSpec) -> dict[str, str] | None:
         """Return the row of a run, or None."""
-        key = (spec.env_id, setting, str(spec.seed))
+        key = _key_of(setting, spec)
         return next((row for row in self.rows if _key(row) == key), None)
 
     def is_done(self, setting: str, spec: RunSpec) -> bool:
         """Return whether the run has its row and its file of episodes."""
         return self.find(setting, spec) is not None and self.episodes_path(setting, spec).exists()
+
+    def error(self, setting: str, spec: RunSpec) -> str | None:
+        """Return why the last attempt at a run failed, or None if it did not fail with these settings."""
+        if self.is_done(setting, spec):
+            return None
+        key = (*_key_of(setting, spec), spec.digest())
+        return next((row["error"] for row in self._failed if (*_key(row), row["digest"]) == key), None)
 
     def episodes(self, setting: str, spec: RunSpec) -> dict[str, np.ndarray]:
         """
@@ -156,22 +169,51 @@ class SuiteTable:
             "jobs": str(jobs),
             **_where_made(record.machine),
         }
-        # Read again: another command may have added to the file since.
-        others = [other for other in self._read() if _key(other) != _key(row)]
-        self.rows = sorted([*others, row], key=lambda one: (one["env"], one["setting"], int(one["seed"])))
-        write_text(self.path, csv_text(_COLUMNS, ([one[name] for name in _COLUMNS] for one in self.rows)))
+        with locked_folder(self.path.parent):
+            # Read again: another command may have added to the files since.
+            self.rows = _with(self._read(), row)
+            write_text(self.path, csv_text(_COLUMNS, ([one[name] for name in _COLUMNS] for one in self.rows)))
+            self._failed = [other for other in self._read_failed() if _key(other) != _key(row)]
+            self._write_failed()
+
+    def add_failure(self, setting: str, spec: RunSpec, error: str) -> None:
+        """Write why a run failed."""
+        values = (*_key_of(setting, spec), spec.digest(), " ".join(error.split())[:_LONGEST_ERROR])
+        with locked_folder(self.path.parent):
+            self._failed = _with(self._read_failed(), dict(zip(_FAILED_COLUMNS, values, strict=True)))
+            self._write_failed()
+
+    def _write_failed(self) -> None:
+        if self._failed:
+            write_text(self.failed_path, csv_text(_FAILED_COLUMNS, (row.values() for row in self._failed)))
+        else:
+            self.failed_path.unlink(missing_ok=True)
+
+    def _read_failed(self) -> list[dict[str, str]]:
+        return _rows_of(self.failed_path, _FAILED_COLUMNS)
 
     def _read(self) -> list[dict[str, str]]:
-        if not self.path.exists():
-            return []
-        reader = csv.DictReader(self.path.read_text(encoding="utf-8", errors="replace").splitlines(), strict=True)
-        rows = list(reader)
-        if tuple(reader.fieldnames or ()) != _COLUMNS or any(None in (*row, *row.values()) for row in rows):
-            raise ValueError(
-                f"`--out` must be a folder of results of suites, but {self.path} has other columns. Move it away, or "
-                "name another folder."
-            )
-        return rows
+        return _rows_of(self.path, _COLUMNS)
+
+
+def _rows_of(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Return the rows of a file of this module."""
+    if not path.exists():
+        return []
+    reader = csv.DictReader(path.read_text(encoding="utf-8", errors="replace").splitlines(), strict=True)
+    rows = list(reader)
+    if tuple(reader.fieldnames or ()) != tuple(columns) or any(None in (*row, *row.values()) for row in rows):
+        raise ValueError(
+            f"`--out` must be a folder of results of suites, but {path} has other columns. Move it away, or name "
+            "another folder."
+        )
+    return rows
+
+
+def _with(rows: Iterable[dict[str, str]], row: dict[str, str]) -> list[dict[str, str]]:
+    """Return the rows, sorted, in which this one replaces an earlier one of the same run."""
+    others = [other for other in rows if _key(other) != _key(row)]
+    return sorted([*others, row], key=lambda one: (one["env"], one["setting"], int(one["seed"])))
 
 
 def made_on(row: Mapping[str, str]) -> dict[str, Any]:
@@ -188,6 +230,10 @@ def _where_made(found: Mapping[str, Any]) -> dict[str, str]:
 
 def _versions(row: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in row.items() if name.endswith("_version")}
+
+
+def _key_of(setting: str, spec: RunSpec) -> tuple[str, ...]:
+    return (spec.env_id, setting, str(spec.seed))
 
 
 def _key(row: Mapping[str, str]) -> tuple[str, ...]:

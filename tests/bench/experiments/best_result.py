@@ -1,0 +1,44 @@
+"""Scores of runs between random actions and the best result of each environment, as the PPO paper has them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tests.bench.experiments.estimates import Estimate, estimate, mean
+from tests.bench.experiments.finished import SuiteRuns
+from tests.bench.experiments.random_policy import random_returns
+
+_MEASURE = "last_return"
+
+
+def best_result_scores(runs: SuiteRuns) -> dict[str, list[np.ndarray]]:
+    """
+    Return the scores of each setting: for each environment, those of its runs, ``(n_seeds,)``.
+
+    A score is 0 for the mean return of random actions, and 1 for the best run of all settings in the environment.
+    Returns are those of the last 100 training episodes.
+
+    Source: Schulman et al. 2017, arXiv 1707.06347, section 6.1, where "the best result was set to 1". Here, a result is
+    that of a run.
+    """
+    found: dict[str, list[np.ndarray]] = {name: [] for name in runs.suite.settings}
+    for environment in runs.suite.environments:
+        env_id = environment.env_id
+        returns = {
+            setting: [float(run.row[_MEASURE]) for run in runs.of(env_id, setting) if run.scores() is not None]
+            for setting in runs.suite.settings_of(environment)
+        }
+        best = max((value for values in returns.values() for value in values), default=None)
+        random = 0.0 if best is None else random_returns(runs.path.parent, [env_id])[env_id].mean
+        for setting, values in returns.items():
+            scale = 1.0 if best is None else best - random
+            found[setting].append((np.array(values, dtype=np.float64) - random) / scale)
+    return found
+
+
+def mean_score(scores: Sequence[np.ndarray], n_seeds: int) -> Estimate | None:
+    """Return the mean over environments and seeds with its interval, or None if an environment has fewer seeds."""
+    is_whole = all(len(values) == n_seeds for values in scores)
+    return estimate(mean, np.stack(scores, axis=1)) if is_whole else None
