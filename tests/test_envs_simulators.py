@@ -104,6 +104,13 @@ def test_bounded_actions_keep_their_bounds() -> None:
     assert _bounded(half, 7.0) == spaces.Box(np.float32([0.0, -7.0]), np.float32([7.0, 5.0]))
 
 
+def test_finite_bounds_beyond_those_of_unbounded_actions_stay() -> None:
+    mixed = spaces.Box(np.float32([-500.0, -np.inf, 2.0]), np.float32([500.0, -5.0, 2.0]))
+    assert _bounded(mixed, 7.0) == spaces.Box(np.float32([-500.0, -7.0, 2.0]), np.float32([500.0, -5.0, 2.0]))
+    with pytest.raises(ValueError, match="`action_bound` must be beyond all finite bounds .* got 5.0 for Box"):
+        _bounded(mixed, 5.0)
+
+
 def test_an_unknown_group_is_refused() -> None:
     with pytest.raises(ValueError, match="`group` must be one of .* 'critic', 'policy', got 'teacher'"):
         IsaacLabTensorEnv(StandIn(), "teacher")

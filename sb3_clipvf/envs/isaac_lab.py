@@ -20,9 +20,9 @@ class IsaacLabTensorEnv:
 
     :param env: Environment, for example from ``gymnasium.make("Isaac-Ant-v0", cfg=...)``.
     :param group: Group of observations that the policy reads. It may be a tensor or a dict of tensors.
-    :param action_bound: Bound of actions whose space has none, since ClipPPO needs one. 100 is that of Isaac Lab's own
-        wrapper for SB3.
-    :raises ValueError: If there is no such group.
+    :param action_bound: Bound of actions where the space has none, since ClipPPO needs one. Finite bounds stay. 100 is
+        that of Isaac Lab's own wrapper for SB3.
+    :raises ValueError: If there is no such group, or ``action_bound`` is not beyond an action's only bound.
     """
 
     def __init__(self, env: Any, group: str = "policy", action_bound: float = 100.0) -> None:
@@ -57,5 +57,11 @@ class IsaacLabTensorEnv:
 def _bounded(space: spaces.Space[Any], bound: float) -> spaces.Space[Any]:
     if not isinstance(space, spaces.Box) or space.is_bounded("both"):
         return space
-    low, high = np.maximum(space.low, -bound), np.minimum(space.high, bound)
-    return spaces.Box(low.astype(np.float32), high.astype(np.float32))
+    low = np.where(np.isfinite(space.low), space.low, -bound).astype(np.float32)
+    high = np.where(np.isfinite(space.high), space.high, bound).astype(np.float32)
+    if (low >= high)[np.isinf(space.low) | np.isinf(space.high)].any():
+        raise ValueError(
+            f"`action_bound` must be beyond all finite bounds of the action space, got {bound} for {space}. Pass a "
+            "larger one."
+        )
+    return spaces.Box(low, high)
