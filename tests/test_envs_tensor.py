@@ -12,7 +12,7 @@ from tensor_cases import DICT, TensorWalk, tensor_pendulum
 
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.envs import TensorVecEnv, as_vec_env
-from sb3_clipvf.envs.tensor import LazyInfos, TensorEnvAdapter, TensorStep, host_copy
+from sb3_clipvf.envs.tensor import LazyInfos, TensorEnvAdapter, TensorStep, host_copy, host_infos, is_same_device
 from sb3_clipvf.envs.tensor_episodes import finished_episodes
 
 
@@ -62,6 +62,15 @@ def test_rewards_are_clipped_for_the_algorithm_only() -> None:
     assert step.rewards.tolist() == [-1.0, -1.0] and env.true_rewards.tolist() == [-0.5, -0.5]
 
 
+@pytest.mark.parametrize("reward", [np.inf, -np.inf, np.nan])
+def test_clipping_hides_no_rewards_that_are_not_finite(reward: float) -> None:
+    env = as_vec_env(Wrong(rewards=th.tensor([0.5, reward, -3.0, 0.0])), clip_rewards=True)
+    env.reset()
+    expected = [1.0, reward, -1.0, 0.0]
+    np.testing.assert_array_equal(env.step_tensors(th.zeros(4, 2)).rewards, expected)
+    np.testing.assert_array_equal(env.step(np.zeros((4, 2)))[1], expected)
+
+
 def test_the_host_writes_a_file_of_statistics(tmp_path: Any) -> None:
     env = as_vec_env(TensorWalk(2), monitor_path=tmp_path / "walk")
     ClipPPO("MlpPolicy", env, n_steps=4, batch_size=8, device="cpu").learn(8)
@@ -88,11 +97,33 @@ def test_lazy_infos_are_those_of_steps_on_the_host() -> None:
                 np.testing.assert_array_equal(final[key], wanted_final[key])
 
 
+def test_nested_infos_have_one_row_for_each_environment() -> None:
+    log = {"speed": th.tensor([1.0, 2.0]), "mean": th.tensor(1.5), "parts": (th.tensor([3, 4]), "text")}
+    assert host_infos({"log": log})["log"]["mean"] == 1.5
+    env = as_vec_env(Wrong(num_envs=2, infos={"log": log, "is_success": th.tensor([True, False])}))
+    env.reset()
+    for infos in (env.step(np.zeros((2, 2)))[3], LazyInfos(env.env.step_tensors(th.zeros(2, 2)), 2)):
+        assert [info["log"]["speed"] for info in infos] == [1.0, 2.0]
+        assert infos[0]["log"]["mean"] == 1.5 and infos[1]["is_success"] is False
+        assert isinstance(infos[0]["log"]["parts"][0], np.ndarray)
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_a_device_without_an_index_is_the_current_one(current: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(th.cuda, "current_device", lambda: current)
+    for index in (0, 1):
+        assert is_same_device(th.device("cuda"), th.device("cuda", index)) == (index == current)
+    assert is_same_device(th.device("cpu"), th.device("cpu", 0)) and is_same_device(
+        th.device("meta"), th.device("meta")
+    )
+    assert not is_same_device(th.device("cpu"), th.device("cuda"))
+
+
 class Wrong(TensorWalk):
     """Returns steps with other values."""
 
-    def __init__(self, **values: Any) -> None:
-        super().__init__(4)
+    def __init__(self, num_envs: int = 4, **values: Any) -> None:
+        super().__init__(num_envs)
         self.values = values
 
     def step_tensors(self, actions: th.Tensor) -> TensorStep:

@@ -89,7 +89,7 @@ class TensorEnvAdapter(BatchedVecEnv):
     """
 
     def __init__(self, env: TensorVecEnv, **kwargs: Any) -> None:
-        self.device = th.device(env.device)
+        self.device = with_index(th.device(env.device))
         #: Observations after the latest step; None before the first reset.
         self.observations: TensorObs | None = None
         #: Rewards of the latest step, before clipping.
@@ -112,11 +112,14 @@ class TensorEnvAdapter(BatchedVecEnv):
         return cast(TensorObs, observations)
 
     def step_tensors(self, actions: th.Tensor) -> TensorStep:
-        """Step all environments; with ``clip_rewards``, the step has the signs of the rewards."""
+        """Step all environments; with ``clip_rewards``, the step has the signs of the finite rewards."""
         step = TensorStep(*self.env.step_tensors(actions))
         self._check.step(step)
         self.observations, self.true_rewards = step.observations, step.rewards
-        return step._replace(rewards=step.rewards.sign()) if self.clip_rewards else step
+        if not self.clip_rewards:
+            return step
+        rewards = step.rewards
+        return step._replace(rewards=th.where(rewards.isfinite(), rewards.sign(), rewards))  # NaN has the sign 0
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """Return an attribute that all environments share, once for each of ``indices``."""
@@ -248,21 +251,36 @@ def check_tensor_device(env: VecEnv | None, device: th.device) -> None:
 
 
 def is_same_device(first: th.device, second: th.device) -> bool:
-    """Return whether two devices are one; without an index, the first of a kind is meant."""
+    """Return whether two devices are one; without an index, the current one of its kind is meant."""
+    first, second = with_index(first), with_index(second)
     return first.type == second.type and (first.index or 0) == (second.index or 0)
 
 
+def with_index(device: th.device) -> th.device:
+    """Return a device with the index of the current one of its kind, if it has no index and there are several."""
+    module = getattr(th, device.type, None)
+    if device.index is not None or device.type == "cpu" or not hasattr(module, "current_device"):
+        return device
+    return th.device(device.type, module.current_device())
+
+
 def host_copy(tensors: Any) -> Any:
-    """Return a tensor, or a dict of tensors, as arrays in memory of their own."""
+    """Return a tensor, or nested dicts of tensors, as arrays in memory of their own."""
     if isinstance(tensors, Mapping):
         return {key: host_copy(tensor) for key, tensor in tensors.items()}
     array = tensors.detach().cpu().numpy()
     return array.copy() if tensors.device.type == "cpu" else array
 
 
-def host_infos(infos: Mapping[str, Any]) -> dict[str, Any]:
-    """Return infos whose tensors are converted to arrays."""
-    return {key: host_copy(value) if isinstance(value, th.Tensor) else value for key, value in infos.items()}
+def host_infos(infos: Any) -> Any:
+    """Return infos whose tensors, also those in dicts, lists and tuples, are converted to arrays or numbers."""
+    if isinstance(infos, Mapping):
+        return {key: host_infos(value) for key, value in infos.items()}
+    if type(infos) in (list, tuple):
+        return type(infos)(map(host_infos, infos))
+    if not isinstance(infos, th.Tensor):
+        return infos
+    return host_copy(infos) if infos.ndim else infos.item()
 
 
 def actions_as_tensor(actions: np.ndarray, space: spaces.Space[Any], device: th.device) -> th.Tensor:

@@ -109,7 +109,7 @@ class BatchedVecEnv(VecEnv):
         self.statistics.add(step.true_rewards)
         rewards = np.array(step.rewards, dtype=np.float32)
         if self.clip_rewards:
-            np.sign(rewards, out=rewards)
+            np.sign(rewards, out=rewards, where=np.isfinite(rewards))  # the training reports the others
         if np.count_nonzero(dones):  # any() is several times slower
             self._end_episodes(step, np.flatnonzero(dones), infos)
         return step.obs, rewards, dones, infos
