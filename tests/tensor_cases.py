@@ -82,6 +82,36 @@ class TensorWalk:
         return self._memory  # type: ignore[no-any-return]
 
 
+class InPlaceWalk(TensorWalk):
+    """The same walk, whose step writes all that it keeps in-place, and has successes as infos."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        del self.received
+        shape = self.action_space.shape or ()
+        whole = isinstance(self.action_space, spaces.Discrete | spaces.MultiDiscrete)
+        self.last = th.zeros((self.num_envs, *shape), dtype=th.int64 if whole else th.float32, device=self.device)
+
+    def reset_tensors(self, seed: int | None = None) -> TensorObs:
+        self.x.fill_(0.5 if seed is None else 0.01 * seed)
+        self.n_steps.zero_()
+        return self._observe()
+
+    def step_tensors(self, actions: th.Tensor) -> TensorStep:
+        self.last.copy_(actions)
+        self.x.add_(actions.reshape(self.num_envs, -1).float().mean(1))
+        self.n_steps.add_(1)
+        final, rewards = self._observe(), -self.x.abs()
+        ended = self.n_steps == 2 + self.rows % 3
+        truncated = ended & (self.rows % 2 == 0)
+        self.x.masked_fill_(ended, 0.5)
+        self.n_steps.masked_fill_(ended, 0)
+        infos = {"position": self.x.clone(), "is_success": self.x > 0.5}
+        return TensorStep(
+            self._observe(), rewards, ended & ~truncated, truncated, final if self.finals else None, infos
+        )
+
+
 class Plain(VecEnvWrapper):
     """A wrapper that changes nothing. Around a tensor environment, it makes steps go through arrays."""
 

@@ -318,8 +318,3 @@ def test_a_recorded_environment_steps_as_its_operations_do() -> None:
     model = ClipPPO("MlpPolicy", graphed, **SETTINGS)
     model.learn(64 * 8 * 2)
     assert {episode["l"] for episode in model.ep_info_buffer} == {5}
-
-
-def test_only_environments_on_a_gpu_are_recorded() -> None:
-    with pytest.raises(ValueError, match="`env` must be on a CUDA device, got cpu. Use the environment itself"):
-        GraphedTensorEnv(TensorWalk())

@@ -7,7 +7,7 @@ graph is recorded when it is first needed, and again after more than numbers in 
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch as th
 from stable_baselines3.common.distributions import (
@@ -21,15 +21,12 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.common.tensors import observation_parts
 from sb3_clipvf.distributions import current_dist, dist_params, n_action_numbers, to_action_space
-from sb3_clipvf.engines.autograd import unvalidated_distributions
 from sb3_clipvf.engines.interface import Acted, ActedTensors, UpdateSettings
+from sb3_clipvf.engines.recorder import Graph, Recorder
 from sb3_clipvf.engines.static_step import StaticEngine, StaticStep, policy_structure
 from sb3_clipvf.engines.support import why_not_bf16, why_not_cuda_graph
 
 T = TypeVar("T")
-
-_WARM_UPS = 3
-"""Runs before a recording, in which libraries allocate memory and choose algorithms."""
 
 
 class CudaGraphEngine(StaticEngine):
@@ -146,59 +143,6 @@ class Bfloat16Engine(CudaGraphEngine):
     def fits(self, buffer: Any) -> bool:
         """Return whether this engine can still run its policy, which a callback may have changed."""
         return why_not_bf16(self.policy, buffer) is None
-
-
-class Graph(Protocol):
-    """Recorded operations."""
-
-    def replay(self) -> None:
-        """Run the operations on the current stream."""
-
-
-class Recorder:
-    """Records operations on a CUDA device, on a stream of its own."""
-
-    def __init__(self, device: th.device) -> None:
-        self._device = device
-        self._stream: Any = None
-
-    @unvalidated_distributions
-    def record(self, run: Callable[[], None], warm_up: Callable[[], None]) -> Graph:
-        """
-        Return the operations of ``run``, which is called once, after some calls of ``warm_up``.
-
-        Random states stay as they are.
-
-        :raises RuntimeError: If an operation cannot be recorded.
-        """
-        device = self._device
-        if self._stream is None:
-            self._stream = th.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        stream = self._stream
-        random_state, current = th.cuda.get_rng_state(device), th.cuda.current_stream(device)
-        try:
-            stream.wait_stream(current)
-            with th.cuda.stream(stream):
-                for _ in range(_WARM_UPS):
-                    warm_up()
-            current.wait_stream(stream)
-            th.cuda.set_rng_state(random_state, device)
-            graph = th.cuda.CUDAGraph()
-            # Threads of environments may use the device meanwhile.
-            with th.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                run()
-        except RuntimeError:
-            th.cuda.set_stream(current)
-            _renew_generator(device)
-            th.cuda.set_rng_state(random_state, device)
-            raise
-        return graph
-
-
-def _renew_generator(device: th.device) -> None:
-    """Replace the state of a device's random numbers, which a failed recording leaves unusable."""
-    index = th.cuda.current_device() if device.index is None else device.index
-    th.cuda.default_generators[index].graphsafe_set_state(th.Generator(device))
 
 
 def _record_chunk(recorder: Recorder, step: StaticStep, sizes: tuple[int, ...], measure_kl: bool) -> Graph:

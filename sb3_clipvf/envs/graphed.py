@@ -1,65 +1,163 @@
-"""Steps of a tensor environment as one CUDA graph."""
+"""Tensor environments whose step is the same operations each time, which a CUDA graph repeats."""
 
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch as th
+from gymnasium import spaces
 
-from sb3_clipvf.envs.tensor import TensorObs, TensorStep, TensorVecEnv
-
-_WARM_UPS = 3
-"""Steps before the recording, in which libraries allocate memory."""
+from sb3_clipvf.engines.recorder import Graph, Recorder
+from sb3_clipvf.envs.tensor import TensorObs, TensorStep, TensorVecEnv, actions_as_tensor, with_index
 
 
 class GraphedTensorEnv:
     """
-    A :class:`.TensorVecEnv` on a CUDA device whose step is recorded once, and then launched by one call.
+    A :class:`.TensorVecEnv` whose step is recorded once on a CUDA device, and then launched by one call.
 
     The step must be the same operations each time. It reads nothing from the device, and writes its state in-place, as
-    ``reset_tensors`` does. Random numbers come from the device's generator, or from a ``torch.Generator`` that is an
-    attribute of the environment. The constructor resets the environment, and steps it with actions of 0.
+    ``reset_tensors`` does. Random numbers come from the device's generator, or from a ``torch.Generator`` that the
+    environment keeps. The constructor resets the environment and steps it, to check what it keeps. The first step
+    records; it raises ``RuntimeError`` if that fails. On the CPU, the operations run one by one.
 
-    :param env: Environment on a CUDA device.
-    :raises ValueError: If it is elsewhere.
-    :raises RuntimeError: If its step cannot be recorded. The process's generator may then be unusable.
+    With ``engine="cuda_graph"``, one graph has the whole step of a rollout: policy, environments and buffer.
+
+    :param env: Environment to record.
+    :raises ValueError: If it keeps anything that ``step_tensors`` or ``reset_tensors`` does not write in-place.
     """
 
     def __init__(self, env: TensorVecEnv) -> None:
         self.env = env
-        self.num_envs, self.device = env.num_envs, th.device(env.device)
+        self.num_envs, self.device = int(env.num_envs), with_index(th.device(env.device))
         self.observation_space, self.action_space = env.observation_space, env.action_space
-        if self.device.type != "cuda":
-            raise ValueError(f"`env` must be on a CUDA device, got {self.device}. Use the environment itself.")
-        sample = th.as_tensor(self.action_space.sample(), device=self.device)
-        self._actions = th.zeros((self.num_envs, *sample.shape), dtype=sample.dtype, device=self.device)
-        self._graph, self._step = self._record()
+        space = copy.deepcopy(self.action_space)  # whose random state may change
+        space.seed(0)
+        sample = np.repeat(np.asarray(space.sample())[None], self.num_envs, axis=0)
+        self._actions = actions_as_tensor(sample, self.action_space, self.device)
+        self._graph: Graph | None = None
+        self._step: TensorStep | None = None
+        self._is_part = False
+        env.reset_tensors()
+        before = _kept(env)
+        env.step_tensors(self._actions)
+        _check_in_place("step_tensors", before, _kept(env))
+        env.reset_tensors()
+        _check_in_place("reset_tensors", before, _kept(env))
+        self._tensors = [value for value in before.values() if isinstance(value, th.Tensor)]
+        #: Random number generators that the environment keeps.
+        self.generators = [value for value in before.values() if isinstance(value, th.Generator)]
 
     def reset_tensors(self, seed: int | None = None) -> TensorObs:
         """Begin an episode in every environment."""
         return self.env.reset_tensors(seed)
 
     def step_tensors(self, actions: th.Tensor) -> TensorStep:
-        """Step all environments. The next step overwrites the result."""
+        """Step all environments. The next step may overwrite the result."""
+        if self._is_part or self.device.type != "cuda":
+            return TensorStep(*self.env.step_tensors(actions))
         self._actions.copy_(actions)
+        if self._graph is None:
+            with self.unchanged():
+                self._graph = Recorder(self.device).record(self._run, self._run, self.generators)
         self._graph.replay()
-        return self._step
+        return self._step  # type: ignore[return-value]
 
     def close(self) -> None:
         """Close the environment."""
         self.env.close()
 
-    def _record(self) -> tuple[Any, TensorStep]:
-        env, actions = self.env, self._actions
-        env.reset_tensors()
-        stream, current = th.cuda.Stream(self.device), th.cuda.current_stream(self.device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(current)
-        with th.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
-                env.step_tensors(actions)
-        current.wait_stream(stream)
-        graph = th.cuda.CUDAGraph()
-        for value in vars(env).values():
-            if isinstance(value, th.Generator):
-                graph.register_generator_state(value)
-        with th.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            step = TensorStep(*env.step_tensors(actions))
-        return graph, step
+    @contextmanager
+    def as_part(self) -> Iterator[None]:
+        """Run the operations of steps one by one within the context, where a larger graph records them."""
+        self._is_part = True
+        try:
+            yield
+        finally:
+            self._is_part = False
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Restore the environment's tensors and random states at the end of the context."""
+        restore = saved([*self._tensors, *self.generators])
+        try:
+            yield
+        finally:
+            restore()
+
+    def _run(self) -> None:
+        self._step = TensorStep(*self.env.step_tensors(self._actions))
+
+
+def saved(kept: list[Any]) -> Callable[[], None]:
+    """Save tensors and generators, and return a function that restores them in-place."""
+    states = [value.clone() if isinstance(value, th.Tensor) else value.get_state() for value in kept]
+
+    def restore() -> None:
+        for value, state in zip(kept, states, strict=True):
+            if isinstance(value, th.Tensor):
+                value.copy_(state)
+            else:
+                value.set_state(state)
+
+    return restore
+
+
+def _check_in_place(method: str, before: dict[str, Any], after: dict[str, Any]) -> None:
+    for name in before | after:
+        if name not in before or name not in after or not _is_same(before[name], after[name]):
+            raise ValueError(
+                f"`env` must write what it keeps in-place, got another `{name}` after `{method}`. Keep tensors, and "
+                "write them by copy_(), add_() or out=; or use the environment without GraphedTensorEnv."
+            )
+
+
+def _is_same(before: Any, after: Any) -> bool:
+    """Return whether two tensors are in the same memory, or two other values are equal."""
+    if type(before) is not type(after):
+        return False
+    if isinstance(before, th.Tensor):
+        places = [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in (before, after)]
+        return places[0] == places[1]
+    if isinstance(before, np.ndarray):
+        return bool(before.shape == after.shape and before.tobytes() == after.tobytes())
+    return before is after or bool(before == after)
+
+
+def _kept(env: Any) -> dict[str, Any]:
+    """
+    Return the tensors, arrays, numbers, texts and generators that an environment keeps, by name.
+
+    Tensors on another device are arrays, since a graph does not write them.
+    """
+    found: dict[str, Any] = {}
+    visited: set[int] = set()
+
+    def visit(name: str, value: Any) -> None:
+        if isinstance(value, th.Tensor) and value.device.type != th.device(env.device).type:
+            value = value.numpy(force=True)
+        if isinstance(value, th.Tensor | th.Generator | bool | int | float | str | type(None)):
+            found[name] = value
+        elif isinstance(value, np.ndarray):
+            found[name] = value.copy()
+        elif id(value) not in visited:
+            visited.add(id(value))
+            for key, part in _parts(value):
+                visit(f"{name}.{key}" if name else key, part)
+
+    visit("", env)
+    return found
+
+
+def _parts(value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        parts = list(value.items())
+    elif isinstance(value, list | tuple):
+        parts = list(enumerate(value))
+    elif isinstance(value, spaces.Space | ModuleType | type) or callable(value):
+        parts = []
+    else:
+        parts = list(getattr(value, "__dict__", {}).items())
+    return [(str(key), part) for key, part in parts]

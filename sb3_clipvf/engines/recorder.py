@@ -1,0 +1,96 @@
+"""Recording of a GPU's operations as CUDA graphs, each of which one call repeats."""
+
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any, Protocol
+
+import torch as th
+
+from sb3_clipvf.engines.autograd import unvalidated_distributions
+
+_WARM_UPS = 3
+"""Runs before a recording, in which libraries allocate memory and choose algorithms."""
+
+
+class Graph(Protocol):
+    """Recorded operations."""
+
+    def replay(self) -> None:
+        """Run the operations on the current stream."""
+
+
+class Recorder:
+    """Records operations on a CUDA device, on a stream of its own."""
+
+    def __init__(self, device: th.device) -> None:
+        self._device = device
+        self._stream: Any = None
+
+    @unvalidated_distributions
+    def record(
+        self, run: Callable[[], None], warm_up: Callable[[], None], generators: Iterable[th.Generator] = ()
+    ) -> Graph:
+        """
+        Return the operations of ``run``, which is called once, after some calls of ``warm_up``.
+
+        Random states stay as they are, after an error, too. ``generators`` are those that the operations draw from
+        besides that of the device.
+
+        :raises RuntimeError: If an operation cannot be recorded.
+        """
+        device = self._device
+        if self._stream is None:
+            self._stream = th.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream, current = self._stream, th.cuda.current_stream(device)
+        generators = list(generators)
+        states = [generator.get_state() for generator in generators]
+        random_state = th.cuda.get_rng_state(device)
+
+        def restore() -> None:
+            th.cuda.set_rng_state(random_state, device)
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+
+        try:
+            stream.wait_stream(current)
+            with th.cuda.stream(stream):
+                for _ in range(_WARM_UPS):
+                    warm_up()
+            current.wait_stream(stream)
+            restore()
+            return _recorded(run, stream, generators)
+        except BaseException:  # also Ctrl-C
+            with suppress(RuntimeError):  # of a device that has failed: the first error is raised
+                th.cuda.set_stream(current)
+                _end_recording(device, generators)
+                restore()
+            raise
+
+
+def _recorded(run: Callable[[], None], stream: Any, generators: list[th.Generator]) -> Graph:
+    graph = th.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)
+    # Threads of environments may use the device meanwhile.
+    with th.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        run()
+    return graph
+
+
+def _end_recording(device: th.device, generators: list[th.Generator]) -> None:
+    """
+    Make generators usable after a failed recording, in which torch 2.11 to 2.13 leave them.
+
+    The end of a recording that succeeds ends it for them. They stay the generators that other graphs draw from.
+    """
+    try:
+        number = th.zeros(1, device=device)
+
+        def run() -> None:
+            number.zero_()  # torch warns of empty graphs
+
+        _recorded(run, th.cuda.Stream(device), generators)  # type: ignore[no-untyped-call]
+        number.uniform_()
+    except RuntimeError:
+        index = th.cuda.current_device() if device.index is None else device.index
+        th.cuda.default_generators[index].graphsafe_set_state(th.Generator(device))

@@ -1,0 +1,119 @@
+"""Recorded tensor environments: what they refuse. tests/test_device_rollout.py steps one on a GPU."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from tensor_cases import InPlaceWalk, TensorWalk, tensor_pendulum
+
+from sb3_clipvf import ClipPPO
+from sb3_clipvf.envs import GraphedTensorEnv, TensorVecEnv
+from sb3_clipvf.envs.graphed import saved
+
+
+def test_on_the_cpu_the_operations_run_one_by_one() -> None:
+    env, recorded = (tensor_pendulum().TensorPendulum(8, time_limit=5) for _ in range(2))
+    graphed = GraphedTensorEnv(recorded)
+    assert isinstance(graphed, TensorVecEnv) and graphed.generators == [recorded.generator]
+    assert th.equal(env.reset_tensors(seed=5), graphed.reset_tensors(seed=5))
+    actions = th.linspace(-3, 3, 8)[:, None]
+    for number in range(12):
+        step, again = (each.step_tensors(actions * number / 10) for each in (env, graphed))
+        assert th.equal(step.observations, again.observations) and th.equal(step.rewards, again.rewards)
+    model = ClipPPO("MlpPolicy", graphed, n_steps=8, batch_size=16, device="cpu").learn(64 * 2)
+    assert {episode["l"] for episode in model.ep_info_buffer} == {5}
+
+
+def test_an_environment_that_keeps_new_tensors_is_refused() -> None:
+    """A graph reads and writes the memory of its recording, so that each step would start from the same state."""
+    with pytest.raises(ValueError, match="`env` must write what it keeps in-place, got another `x` after `step_tens"):
+        GraphedTensorEnv(TensorWalk())
+
+
+class Keeps(InPlaceWalk):
+    """Keeps something else after a step, or after a reset."""
+
+    def __init__(self, after: str, name: str) -> None:
+        super().__init__()
+        self.after, self.name = after, name
+        self.number, self.text, self.table, self.none = 0, "a", np.zeros(3), None
+        self.parts = [{"a": th.zeros(2)}, (1, 2)]
+        self.inner = InPlaceWalk()
+        self.space = spaces.Discrete(2)
+        self.itself = self
+
+    def change(self) -> None:
+        self.space.sample()  # the state of a space is no state of the environment
+        if self.name == "number":
+            self.number += 1
+        elif self.name == "table":
+            self.table[1] = 1.0
+        elif self.name == "parts.0.a":
+            self.parts[0]["a"] = self.parts[0]["a"] + 1
+        elif self.name == "parts.1.1":
+            self.parts[1] = (1, self.parts[1][1] + 1)
+        elif self.name == "inner.x":
+            self.inner.x = self.inner.x.clone()
+        elif self.name == "none":
+            self.none = th.zeros(1)
+        elif self.name == "x":
+            self.x = self.x.view(3, 2).flatten()[None].flatten().clone()
+
+    def reset_tensors(self, seed: int | None = None) -> Any:
+        self.change() if self.after == "reset_tensors" else None
+        return super().reset_tensors(seed)
+
+    def step_tensors(self, actions: th.Tensor) -> Any:
+        self.change() if self.after == "step_tensors" else None
+        return super().step_tensors(actions)
+
+
+@pytest.mark.parametrize("after", ["step_tensors", "reset_tensors"])
+@pytest.mark.parametrize("name", ["number", "table", "parts.0.a", "parts.1.1", "inner.x", "none", "x"])
+def test_all_that_an_environment_keeps_is_compared(name: str, after: str) -> None:
+    if (name, after) == ("table", "reset_tensors"):
+        pytest.skip("the first reset leaves the table as it is")
+    with pytest.raises(ValueError, match=f"got another `{name}` after `{after}`"):
+        GraphedTensorEnv(Keeps(after, name))
+    GraphedTensorEnv(Keeps(after, ""))
+
+
+def test_a_step_in_the_context_leaves_no_trace() -> None:
+    env = GraphedTensorEnv(tensor_pendulum().TensorPendulum(4))
+    first = env.reset_tensors(seed=3).clone()
+    actions = th.ones(4, 1)
+    step = env.step_tensors(actions).observations.clone()
+    env.reset_tensors(seed=3)
+    with env.unchanged():
+        env.step_tensors(actions)
+        env.reset_tensors()
+    assert th.equal(env.env._observations(), first) and th.equal(env.step_tensors(actions).observations, step)
+
+
+def test_saved_tensors_and_generators_are_restored_in_place() -> None:
+    tensor, generator = th.zeros(2), th.Generator()
+    address = tensor.data_ptr()
+    restore = saved([tensor, generator])
+    drawn = th.rand(3, generator=generator)
+    tensor += 1
+    restore()
+    assert tensor.tolist() == [0.0, 0.0] and tensor.data_ptr() == address
+    assert th.equal(th.rand(3, generator=generator), drawn)
+
+
+@pytest.mark.parametrize(
+    ("space", "dtype"),
+    [
+        (spaces.Box(1.0, 2.0, (2,), np.float64), th.float32),
+        (spaces.MultiBinary(2), th.float32),
+        (spaces.Discrete(3, start=4), th.int64),
+        (spaces.MultiDiscrete([2, 3]), th.int64),
+    ],
+)
+def test_actions_are_those_of_the_protocol(space: Any, dtype: th.dtype) -> None:
+    env = InPlaceWalk(action_space=space)
+    GraphedTensorEnv(env)
+    assert env.last.dtype == dtype and env.last.shape == (6, *space.shape)
+    assert all(space.contains(row.numpy().astype(space.dtype)) for row in env.last)
