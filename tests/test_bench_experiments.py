@@ -472,7 +472,7 @@ def test_interrupt_ends_the_runs_and_keeps_what_is_done(
 @pytest.mark.parametrize(
     "options, match",
     [
-        ("defalts", "value-clip, or a .yml file, got 'defalts'"),
+        ("defalts", "value-clip-forms, or a .yml file, got 'defalts'"),
         (
             "small.yml --envs CartPole-v2",
             "`--envs` must name what there is, got 'CartPole-v2'. Did you mean CartPole-v1?",

@@ -248,6 +248,26 @@ def test_policy_class_of_a_suite_is_trained_and_loaded(tmp_path: Path, monkeypat
     assert sum(parameter.numel() for parameter in model.policy.parameters()) == 5 * (4 + 1) + (2 + 1) * (5 + 1)
 
 
+def test_callback_and_buffer_of_a_suite_are_trained_loaded_and_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {
+        "callback": [{"tests.bench.experiments.candidates.OuterStep": {"rate": 1.5}}],
+        "rollout_buffer_class": "tests.bench.experiments.candidates.TwoLambdaBuffer",
+        "rollout_buffer_kwargs": {"value_lambda": 1.0},
+    }
+    spec = spec_of(tmp_path / "run", hyperparams={"policy": "MlpPolicy", "n_timesteps": 64, **TINY, **changes})
+    for key in ("callback", "rollout_buffer_class"):
+        assert process_variables(replace(spec, hyperparams={key: changes[key]}))["SB3_CLIPVF_TRUST_PICKLE"] == "1"
+    monkeypatch.setenv("SB3_CLIPVF_TRUST_PICKLE", "1")
+    prepare_folder(spec)
+    assert (train_and_measure(spec).scores["evaluation_mean"] or 0) >= 8
+    run = find_run(spec.folder, spec.env_id)
+    assert ClipPPO.load(run.model_path).rollout_buffer_kwargs == {"value_lambda": 1.0}
+    run.model_path.unlink()  # as if the kill had come after the last checkpoint
+    assert train_and_measure(spec).scores["num_timesteps"] == 64
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunSpec, Record]:
     spec = spec_of(tmp_path_factory.mktemp("trained") / "run")

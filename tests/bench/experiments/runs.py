@@ -142,8 +142,9 @@ def process_variables(spec: RunSpec) -> dict[str, str]:
     # One thread for numerical libraries: two runs of several threads each would compete for the cores. Errors of the
     # settings keep their traceback, too.
     variables = {"OMP_NUM_THREADS": "1", "SB3_CLIPVF_TRACEBACK": "1"}
-    if "." in str((spec.hyperparams or {}).get("policy", "")):
-        # The run's own files name a policy class that no list of safe classes has.
+    named = ((spec.hyperparams or {}).get(key, "") for key in ("callback", "policy", "rollout_buffer_class"))
+    if any("." in str(value) for value in named):
+        # The run's own files name classes that no list of safe classes has.
         variables[TRUST_VARIABLE] = "1"
     return variables
 
