@@ -1,0 +1,304 @@
+"""
+``python -m tests.bench critic``: what clipping the value loss does to the critic, epoch by epoch.
+
+docs/algorithm.md explains the numbers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.env_util import make_vec_env
+
+from sb3_clipvf import ClipPPO
+from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateStatistics
+from sb3_clipvf.envs import FastDummyVecEnv, FastVecNormalize
+from tests.bench.command import Benchmark, at_least
+from tests.bench.experiments.candidates import InnerUpdate, UpdateCallback, predicted_values, run_by_epoch
+from tests.bench.experiments.episodes import WINDOW
+from tests.bench.experiments.suite import read_suite
+from tests.bench.results import machine, machines_text, markdown_table, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+N_TIMESTEPS = 100_000
+ENV_IDS = ("Acrobot-v1", "InvertedDoublePendulum-v5", "Hopper-v5", "Swimmer-v5")
+EARLY = 0.2
+"""Share of the updates that the table calls early."""
+SMOOTHED = 5
+"""Updates of a moving mean in the figure."""
+
+# Title, arguments, color of the palette of Okabe and Ito 2008, and line style
+SETTINGS: dict[str, tuple[str, dict[str, Any], str, str]] = {
+    "none": ("none", {}, "#000000", "-"),
+    "max-3": ("max, 3", {"clip_range_vf": 3.0}, "#56B4E9", "-."),
+    "max-1": ("max, 1", {"clip_range_vf": 1.0}, "#0072B2", "--"),
+    "max-0.2": ("max, 0.2", {"clip_range_vf": 0.2}, "#D55E00", "-"),
+    "prediction-0.2": ("prediction, 0.2", {"clip_range_vf": 0.2, "vf_clip": "prediction"}, "#CC79A7", "--"),
+}
+PANELS = {
+    "explained_variance": "explained variance",
+    "no_gradient": "without gradient",
+    "return": "return",
+}
+"""Rows of the figure, and their labels."""
+
+NUMBERS = ("error", "bias", "beyond", "outside", "no_gradient", "change", "left", "explained_variance", "return")
+"""What is kept of each update."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """An environment and a setting, trained with each seed."""
+
+    env_id: str
+    setting: str
+
+    @property
+    def name(self) -> str:
+        """Name for ``--only`` and the results file."""
+        return f"{self.env_id}-{self.setting}"
+
+    def run(self, seed: int) -> dict[str, Any]:
+        """Return the entries that a seed's result is found by."""
+        return {"name": self.name, "seed": seed, "n_timesteps": N_TIMESTEPS}
+
+
+ROWS = tuple(Row(env_id, setting) for env_id in ENV_IDS for setting in SETTINGS)
+
+_NOTES = (
+    "σ is the standard deviation of a rollout's returns, *error* the root mean square of R − V_old. *Target beyond the "
+    "range*: share of the transitions with |R − V_old| > ε; in the form `max`, only these can lose their gradient. *No "
+    "gradient*: share of the transitions without a gradient of the value loss at the end of an update. *Change*: root "
+    "mean square of V − V_old at the end of an update, as a share of the error. *Explained variance*: share of the "
+    "variance of a rollout's returns that V_old explains. Means over the seeds, of the first "
+    f"{EARLY:.0%} of the updates; of the others. *Return*: of the last {WINDOW} episodes, mean over all updates, with "
+    "the smallest and the largest value of the seeds."
+)
+
+
+@dataclass
+class CriticRecord:
+    """Numbers of each update by name, and shares of transitions by epoch, one list for each update."""
+
+    updates: dict[str, list[float | None]] = field(default_factory=lambda: {name: [] for name in NUMBERS})
+    outside: list[list[float]] = field(default_factory=list)
+    no_gradient: list[list[float]] = field(default_factory=list)
+
+
+class CriticRecorder(UpdateCallback):
+    """Measures the critic before an update, and after each of its epochs."""
+
+    def __init__(self, record: CriticRecord) -> None:
+        super().__init__()
+        self._record = record
+
+    def update(self, inner: InnerUpdate, buffer: Any, coefficients: UpdateCoefficients) -> UpdateStatistics:
+        """Update epoch by epoch."""
+        engine, epsilon = self.engine, coefficients.clip_range_vf
+        returns, old_values = buffer.returns.copy(), buffer.values.copy()
+        values, outside, no_gradient = old_values, [], []
+
+        def measure(_: int) -> None:
+            nonlocal values
+            values = predicted_values(engine, buffer)
+            outside.append(share(np.abs(values - old_values) > (np.inf if epsilon is None else epsilon)))
+            no_gradient.append(share(lacks_gradient(values, old_values, returns, epsilon, engine.settings.vf_clip)))
+
+        statistics = run_by_epoch(engine, inner, buffer, coefficients, measure)
+        errors, sigma = returns - old_values, float(np.std(returns))
+        episodes = [episode["r"] for episode in self.model.ep_info_buffer or ()]
+        numbers = {
+            "error": rms(errors) / sigma,
+            "bias": float(np.mean(errors)) / sigma,
+            "beyond": None if epsilon is None else share(np.abs(errors) > epsilon),
+            "outside": outside[-1],
+            "no_gradient": no_gradient[-1],
+            "change": rms(values - old_values) / sigma,
+            "left": rms(returns - values) / sigma,
+            "explained_variance": 1 - float(np.var(errors)) / sigma**2,
+            "return": float(np.mean(episodes)) if episodes else None,
+        }
+        for name, number in numbers.items():
+            self._record.updates[name].append(None if number is None else float(f"{number:.4g}"))
+        self._record.outside.append(outside)
+        self._record.no_gradient.append(no_gradient)
+        return statistics
+
+
+def lacks_gradient(
+    values: np.ndarray, old_values: np.ndarray, returns: np.ndarray, epsilon: float | None, vf_clip: str
+) -> np.ndarray:
+    """Return whether the value loss of each transition has no gradient, by the form of the clip."""
+    if epsilon is None:
+        return np.zeros(values.shape, bool)
+    outside = np.abs(values - old_values) > epsilon
+    if vf_clip == "prediction":
+        return outside
+    clipped = old_values + np.clip(values - old_values, -epsilon, epsilon)
+    return outside & (np.abs(clipped - returns) > np.abs(values - returns))
+
+
+def share(mask: np.ndarray) -> float:
+    """Return the share of True."""
+    return float(np.mean(mask))
+
+
+def rms(array: np.ndarray) -> float:
+    """Return the root mean square."""
+    return float(np.sqrt(np.mean(np.square(array))))
+
+
+class CriticBenchmark(Benchmark[Row]):
+    """Trains each row with each seed in this process, and tabulates and draws what the critic did."""
+
+    name = "critic"
+    description = "Measure what clipping the value loss does to the critic."
+    log_folder = "logs/bench/critic"
+    deciding = ("seeds",)
+
+    def add_options(self, parser: Any) -> None:
+        """Add the option of the seeds."""
+        seeds = [0, 1]
+        about = f"(default: {' '.join(map(str, seeds))})"
+        parser.add_argument("--seeds", type=at_least(0), nargs="+", default=seeds, help=about)
+
+    def listed(self, row: Row) -> str:
+        """Return the seeds that are done."""
+        done = " ".join(str(seed) for seed in self.args.seeds if self.results.find(row.run(seed)))
+        return f"done: {done or 'none'}"
+
+    def run(self) -> None:
+        """Make the missing trainings, seed by seed."""
+        th.set_num_threads(1)
+        for seed in self.args.seeds:
+            for row in self.selected:
+                if self.args.rerun or self.results.find(row.run(seed)) is None:
+                    started = time.perf_counter()
+                    result = {**row.run(seed), **train(row, seed)}
+                    self.results.add({**result, **machine()})
+                    print(f"{row.name}, seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
+
+    def render(self) -> str:
+        """Return the table of all rows."""
+        header = [
+            "environment",
+            "clip",
+            "error / σ",
+            "target beyond the range",
+            "no gradient",
+            "change",
+            "explained variance",
+            "return",
+        ]
+        cells = [_cells(row, self._runs(row)) for row in self.rows]
+        how = f"seeds {' '.join(map(str, self.args.seeds))}, one thread"
+        all_runs = [run for row in self.rows for run in self._runs(row)]
+        table = markdown_table(header, "llrrrrrr", cells)
+        return f"{table}\n\n{_NOTES}\n\n{machines_text(all_runs, lambda _: how)}"
+
+    def draw(self, path: Path) -> bool:
+        """Draw the critic and the returns over the training, one column for each environment."""
+        # The figure object draws without pyplot, whose backend belongs to the caller's process.
+        from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
+
+        figure = Figure(figsize=(10.0, 6.0), dpi=150, layout="constrained")
+        for column, env_id in enumerate(ENV_IDS):
+            for line, (name, label) in enumerate(PANELS.items()):
+                axes = figure.add_subplot(len(PANELS), len(ENV_IDS), line * len(ENV_IDS) + column + 1)
+                self._draw_panel(axes, env_id, name)
+                axes.set_title(env_id if line == 0 else "", fontsize="small")
+                axes.set_ylabel(label if column == 0 else "", fontsize="small")
+        figure.supxlabel("environment steps", fontsize="small")
+        handles = [Line2D([], [], color=color, ls=style, label=title) for title, _, color, style in SETTINGS.values()]
+        figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize="small")
+        save_figure(figure, path)
+        return True
+
+    def _draw_panel(self, axes: Axes, env_id: str, name: str) -> None:
+        from matplotlib.ticker import EngFormatter, MaxNLocator
+
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.tick_params(labelsize="small", width=0.6)
+        axes.spines[:].set_linewidth(0.6)
+        axes.grid(alpha=0.3, linewidth=0.5)
+        axes.set_xlim(0, N_TIMESTEPS)
+        if name == "explained_variance":
+            axes.set_ylim(-0.5, 1)
+        for setting, (_, _, color, style) in SETTINGS.items():
+            runs = self._runs(Row(env_id, setting))
+            if runs:
+                values = np.mean([_moving_mean(run["updates"][name]) for run in runs], axis=0)
+                x = N_TIMESTEPS * np.arange(1, len(values) + 1) / len(values)
+                axes.plot(x, values, color=color, linestyle=style, linewidth=1.2)
+
+    def _runs(self, row: Row) -> list[dict[str, Any]]:
+        return [run for seed in self.args.seeds if (run := self.results.find(row.run(seed))) is not None]
+
+
+def train(row: Row, seed: int) -> dict[str, Any]:
+    """Train a row with a seed, and return the numbers of its updates, and shares by epoch."""
+    (environment,) = read_suite("defaults").only([row.env_id], None).environments
+    settings = dict(environment.settings)  # type: ignore[arg-type]
+    n_envs, normalizes = settings.pop("n_envs", 1), settings.pop("normalize", False)
+    env: Any = make_vec_env(row.env_id, n_envs=n_envs, seed=seed, vec_env_cls=FastDummyVecEnv)
+    if normalizes:
+        env = FastVecNormalize(env, gamma=settings.get("gamma", 0.99))
+    changes = SETTINGS[row.setting][1]
+    model = ClipPPO("MlpPolicy", env, seed=seed, device="cpu", stats_window_size=WINDOW, **{**settings, **changes})
+    record = CriticRecord()
+    model.learn(N_TIMESTEPS, callback=CriticRecorder(record))
+    by_epoch = {name: np.mean(getattr(record, name), axis=0) for name in ("outside", "no_gradient")}
+    return {
+        "updates": record.updates,
+        "by_epoch": {name: [float(f"{value:.4g}") for value in means] for name, means in by_epoch.items()},
+    }
+
+
+def _cells(row: Row, runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    first = [row.env_id if row.setting == next(iter(SETTINGS)) else "", SETTINGS[row.setting][0]]
+    if not runs:
+        return [*first, "not run", *[""] * 5]
+    form = {"error": ".2f", "beyond": ".0%", "no_gradient": ".0%", "change": ".2f", "explained_variance": ".2f"}
+    cells = []
+    for name in form:
+        parts = [_early_and_late(run["updates"], name) for run in runs]
+        known = np.mean([part for part in parts if part is not None], axis=0) if parts[0] is not None else None
+        cells.append("" if known is None else "; ".join(f"{number:{form[name]}}" for number in known))
+    means = [np.nanmean(np.array(run["updates"]["return"], float)) for run in runs]
+    return [*first, *cells, f"{np.mean(means):,.0f} ({min(means):,.0f} to {max(means):,.0f})"]
+
+
+def _early_and_late(updates: Mapping[str, Sequence[float | None]], name: str) -> np.ndarray | None:
+    """Return the means of a number over the early updates and over the others; of the change, as a share."""
+    values = np.array(updates[name], float)
+    if np.isnan(values).all():
+        return None
+    if name == "change":
+        values = values / np.array(updates["error"], float)
+    n_early = max(1, round(EARLY * len(values)))
+    return np.array([np.mean(values[:n_early]), np.mean(values[n_early:])])
+
+
+def _moving_mean(values: Sequence[float | None]) -> np.ndarray:
+    numbers = np.array(values, float)
+    return np.array(
+        [
+            np.nanmean(numbers[max(0, end - SMOOTHED) : end]) if np.isfinite(numbers[:end]).any() else np.nan
+            for end in range(1, len(numbers) + 1)
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark with these options, and return its exit code."""
+    return CriticBenchmark(ROWS, argv).main()
