@@ -17,8 +17,8 @@ copyright = "sb3_clipvf contributors, MIT licence"
 release = version = sb3_clipvf.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "mathml_renderer"]
-# results/ is written by the benchmarks; results.md includes its tables.
-exclude_patterns = ["_build", "results"]
+# results/ is written by the benchmarks: pages include its tables, and experiments.md lists the reports of suites.
+exclude_patterns = ["_build", "results/*.md"]
 
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist", "colon_fence"]
 # GitHub draws these blocks, too, and does not change their backslashes.
