@@ -16,14 +16,14 @@ from tests.bench.curves import ROWS, main
 from tests.bench.curves_report import Comparison, CurveRow, comparisons, render_table, write_figure
 from tests.bench.experiments.episodes import N_POINTS, curve_on_grid, grid
 from tests.bench.experiments.runs import Record
-from tests.bench.results import Results
+from tests.bench.results import Results, machine
 
 NATIVE, AUTOGRAD = CurveRow.of("CartPole-v1", 256, "native"), CurveRow.of("CartPole-v1", 256, "autograd")
 MADE_ON = {"cpu": "C", "cores": 2, "jobs": 1, "versions": {"python": "3"}}
 
 
 CURVE = [None, *[float(point) for point in range(1, N_POINTS)]]
-RECORD = Record({"mean_return": 20.5, "last_return": 38.25}, CURVE, {}, {})
+RECORD = Record({"mean_return": 20.5, "last_return": 38.25}, CURVE, {}, machine())
 
 
 @pytest.fixture
@@ -207,7 +207,7 @@ def test_finished_runs_are_skipped_until_asked_or_changed(
 def test_training_without_an_ended_episode_has_no_curve(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    nothing = Record({"mean_return": None, "last_return": None}, [None] * N_POINTS, {}, {})
+    nothing = Record({"mean_return": None, "last_return": None}, [None] * N_POINTS, {}, machine())
     make_with(monkeypatch, MAKE, str(written(nothing, in_folder)))
     assert main(["--seeds", "1"]) == 0
     assert "CartPole-v1-native, seed 1: no episode ended" in capsys.readouterr().out

@@ -19,7 +19,7 @@ from test_bench_experiments_runs import MAKE, TINY, record_of, run_with, spec_of
 
 from sb3_clipvf.zoo.defaults import hyperparams_path
 from tests.bench.experiments import main, runs
-from tests.bench.experiments.command import Campaign, seconds_left
+from tests.bench.experiments.command import Campaign
 from tests.bench.experiments.executors import Finished
 from tests.bench.experiments.runs import Record, RunSpec, check_folder, prepare_folder, this_machine
 from tests.bench.experiments.suite import FOLDER, Suite, read_suite, suite_names, zoo_settings
@@ -362,19 +362,20 @@ def test_two_commands_may_add_runs_at_once(small: Suite, tmp_path: Path) -> None
     assert len(SuiteTable(tmp_path / "results", "small").rows) == 2 * 2 * 20
 
 
-def test_time_left_counts_each_environment_by_its_own_runs(tmp_path: Path) -> None:
-    rows = [
-        {"env": "CartPole-v1", "steps": "100", "run_seconds": "10"},
-        {"env": "Pendulum-v1", "steps": "300", "run_seconds": "10"},
-        {"env": "Pendulum-v1", "steps": "300", "run_seconds": ""},
-    ]
-    cart = spec_of(tmp_path, n_timesteps=200)
-    unknown = replace(cart, env_id="Acrobot-v1")
-    # 0.1 s a step in CartPole, 20 / 400 s in unknown environments.
-    assert seconds_left([cart], rows, 1) == pytest.approx(20.0)
-    assert seconds_left([cart, unknown], rows, 2) == pytest.approx((20.0 + 10.0) / 2)
-    assert seconds_left([cart], [], 1) is None
-    assert seconds_left([], [], 1) == 0.0
+def test_resumed_runs_count_neither_in_the_speed_nor_in_the_time_left(
+    small: Suite, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resumed = record_of()
+    resumed = replace(resumed, scores={**resumed.scores, "run_seconds": None})
+    some = small.only(["CartPole-v1"], None)
+    campaign(some, tmp_path).run(FakeExecutor(lambda spec: resumed))
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert all("; 1 s since it was resumed | 0 steps/s, time left is not known yet" in line for line in lines[:-1]), (
+        lines
+    )
+    assert campaign(small, tmp_path).listed().endswith("2 of 6 runs to make; time left is not known yet")
+    made_before = Finished(some.runs(tmp_path)[0][1], record_of(), "", 0.0)
+    assert not made_before.is_whole and made_before.time_text() == "made before"
 
 
 # --- nothing is mixed or overwritten

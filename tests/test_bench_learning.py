@@ -20,12 +20,15 @@ from tests.bench.__main__ import main as run_benchmark
 from tests.bench.experiments import executors
 from tests.bench.experiments.runs import Record, RunSpec
 from tests.bench.experiments.suite import zoo_settings
-from tests.bench.learning import ROWS, LearningBenchmark, Row, main, render_table, with_peers
+from tests.bench.learning import ROWS, Row, main, render_table, with_peers
+from tests.bench.learning_figure import TimeComparison, time_band
 from tests.bench.results import Results, machine
+from tests.bench.time_left import seconds_left, time_left
 
 PARAMS = ("n_envs:2", "n_steps:16", "batch_size:16", "n_epochs:1")
 TINY = Row("tiny", "CartPole-v1", 64, PARAMS, goal=8.0, comparison="9 (others)", n_episodes=2)
 HARD = Row("hard", "CartPole-v1", 64, PARAMS, goal=501.0, n_episodes=2)
+CURVE: list[float | None] = [None, *(float(index) for index in range(39))]
 
 # A quick stand-in for the process of a run: it writes the record at sys.argv[1] to the folder at the end.
 MAKE = """
@@ -40,7 +43,8 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder, two rows, and the quick stand-in for a run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(learning, "ROWS", (TINY, HARD))
-    record = Record({"evaluation_mean": 9.375, "evaluation_std": 0.25, "cpu_seconds": 90.0}, [], {}, {})
+    scores = {"evaluation_mean": 9.375, "evaluation_std": 0.25, "cpu_seconds": 90.0, "run_seconds": 100.0}
+    record = Record(scores, CURVE, {}, {**machine(["numba"]), "cpu": "another"})
     make_with(monkeypatch, MAKE, str(written(record, tmp_path)))
     return tmp_path
 
@@ -85,7 +89,7 @@ def test_rows_have_the_goals_to_reach() -> None:
 
 def test_mujoco_has_rows() -> None:
     rows = [row for row in ROWS if row.goal is None]
-    assert [row.env_id for row in rows] == ["Swimmer-v5", "Hopper-v5", "HalfCheetah-v5", "Walker2d-v5", "Ant-v5"]
+    assert [row.env_id for row in rows] == ["Hopper-v5", "HalfCheetah-v5", "Walker2d-v5"]
     assert {row.n_timesteps for row in rows} == {1_000_000}
 
 
@@ -99,11 +103,14 @@ def test_each_environment_has_one_peer_after_its_first_row() -> None:
         (peer,) = (other for other in peers if other.env_id == row.env_id)
         assert peer == row.peer()
     assert [row.name for row in rows[:2]] == ["CartPole-v1", "CartPole-v1-sb3-ppo"]
+    # The longest trainings are the last of each seed.
+    steps = [row.n_timesteps for row in rows if row.env_id != "MountainCarContinuous-v0"]
+    assert steps == sorted(steps)
 
 
 @pytest.mark.parametrize("row", [row for row in with_peers(ROWS) if row.algo == "ppo"], ids=lambda row: row.name)
 def test_peers_have_the_settings_of_the_zoo(row: Row, in_folder: Path) -> None:
-    spec = LearningBenchmark((row,), [])._spec(row, 1000)
+    spec = row.spec(1000)
     assert (spec.algo, spec.params) == ("ppo", ())
     assert spec.hyperparams == zoo_settings(row.env_id, "ppo")
     assert spec.hyperparams["policy"] == "MlpPolicy"
@@ -119,20 +126,31 @@ def test_row_names_an_environment_with_shipped_settings_and_legal_parameters(row
     check_hyperparams(settings[row.env_id] | params, params, "the settings")
 
 
-def test_run_of_a_row(in_folder: Path) -> None:
-    row = Row("r", "E-v0", 1000, ("clip_range:None",), goal=0.0, vec_env="envpool", n_episodes=7)
+def test_run_of_a_row(tmp_path: Path) -> None:
+    row = Row("r", "Acrobot-v1", 1000, ("clip_range:None",), goal=0.0, vec_env="envpool", n_episodes=7)
     assert row.run(3)["vec_env"] == "envpool"
-    spec = LearningBenchmark((row,), [])._spec(row, 3)
+    spec = row.spec(3, tmp_path)
     assert spec == RunSpec(
         label="r, seed 3",
-        folder=in_folder / "logs/bench/r" / f"seed_3-{spec.digest()}",
-        env_id="E-v0",
+        folder=tmp_path / "r" / f"seed_3-{spec.digest()}",
+        env_id="Acrobot-v1",
         seed=3,
         n_timesteps=1000,
         vec_env="envpool",
+        hyperparams=yaml.safe_load(zoo.hyperparams_path().read_text())["Acrobot-v1"],
         params=("clip_range:None",),
         n_eval_episodes=7,
     )
+
+
+def test_results_of_changed_settings_are_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = Results(tmp_path / "r.json")
+    results.add(result(TINY, 1000, 9.0))
+    assert results.find(TINY.run(1000)) is not None
+    changed = tmp_path / "clipppo.yml"
+    changed.write_text(zoo.hyperparams_path().read_text().replace("gae_lambda: 0.8 ", "gae_lambda: 0.81 "))
+    monkeypatch.setattr("sb3_clipvf.zoo.defaults.hyperparams_path", lambda: changed)
+    assert results.find(TINY.run(1000)) is None
 
 
 # --- the command
@@ -148,7 +166,9 @@ def test_results_and_table_of_all_rows_and_seeds(in_folder: Path, capsys: pytest
     assert (run["n_timesteps"], run["params"], run["jobs"]) == (64, list(PARAMS), 2)
     lines = Path("docs/results/learning.json").read_text().splitlines()
     assert len(lines) == 6 + 2  # a line a run
-    assert run["cpu"] and run["versions"]["torch"] and run["versions"]["sb3_clipvf"]
+    # The machine is the run's, not that of the command that reads its record.
+    assert run["cpu"] == "another" and run["versions"]["numba"] and run["versions"]["sb3_clipvf"]
+    assert (run["curve"], run["run_seconds"]) == (CURVE, 100.0)
     assert log_of("tiny", 1000).read_text().startswith("made ")
     table = Path("docs/results/learning.md").read_text()
     assert "Made by `python -m tests.bench learning --seeds 1000 1001`." in table
@@ -156,8 +176,9 @@ def test_results_and_table_of_all_rows_and_seeds(in_folder: Path, capsys: pytest
     cells = "9.4 [not enough data] | 9.4 [not enough data] | 0.0 [not enough data]"
     assert f"| {cells} | 8 | yes (2 of 2) | 1.5 / 1.5 |" in table.replace("\u00a0", " ")
     printed = capsys.readouterr().out
-    assert printed.startswith("6 runs to make, 0 are done already")
-    assert "tiny, seed 1000: 9.38 +/- 0.25 (goal 8)" in printed
+    assert printed.startswith("6 runs to make, 0 are done already (--rerun makes them again); time left is not known")
+    assert "[6/6] " in printed and "tiny, seed 1000: 9.38 +/- 0.25 (goal 8), " in printed
+    assert " | about 0 h 00 min left\n\nMade by" in printed
 
 
 def test_finished_runs_are_skipped_until_asked_or_changed(
@@ -205,6 +226,39 @@ def test_interrupt_ends_the_training_and_keeps_what_is_done(
     assert signal.getsignal(signal.SIGTERM) is before
     assert [(run["name"], run["seed"]) for run in runs_in()] == [("tiny", 1000)]
     assert "| hard" in Path("docs/results/learning.md").read_text()
+
+
+def test_report_writes_the_table_and_the_figure_and_runs_nothing(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = Row("CartPole-v1", "CartPole-v1", 64, goal=8.0)
+    monkeypatch.setattr(learning, "ROWS", (plain, HARD))
+    for row in (plain, plain.peer()):
+        Results(Path("docs/results/learning.json")).add({**result(row, 1000, 9.0), "cpu_seconds": 5.0, "curve": CURVE})
+    make_with(monkeypatch, "raise SystemExit('must not run')")
+    assert main(["--report"]) == 0
+    assert "runs to make" not in capsys.readouterr().out
+    text = Path("docs/results/learning.md").read_text()
+    assert "| CartPole-v1 | 64 | 9.0" in text and "](learning.png)\n\nMean return of the last 20 training" in text
+    assert Path("docs/results/learning.png").stat().st_size > 10_000
+
+
+def test_curves_against_time_end_with_the_shortest_training() -> None:
+    runs = [{"cpu_seconds": 40.0, "curve": CURVE}, {"cpu_seconds": 80.0, "curve": CURVE}]
+    band = time_band(runs, 4000)
+    assert band is not None and band.ends is None
+    # 40 points of which the first has no episode: at second t, the first run is at t - 2 and the other at t / 2 - 2.
+    assert band.x[0] == 4.0 and band.x[-1] == 40.0
+    assert band.values == pytest.approx((band.x - 2 + band.x / 2 - 2) / 2)
+    assert time_band([], 4000) is None
+
+
+def test_environments_without_times_of_both_algorithms_are_not_drawn() -> None:
+    timed, resumed = {"cpu_seconds": 40.0, "curve": CURVE}, {"cpu_seconds": None, "curve": CURVE}
+    assert not TimeComparison("E-v0", 4000, [timed], [resumed], 1).is_timed()
+    assert not TimeComparison("E-v0", 4000, [timed], [{"cpu_seconds": 1.0}], 1).is_timed()  # kept without curves
+    both = TimeComparison("E-v0", 4000, [timed, timed], [timed, resumed], 2)
+    assert (both.is_timed(), both.n_timed()) == (True, 1)
 
 
 @pytest.mark.slow
@@ -306,7 +360,7 @@ def test_results_replace_the_run_of_the_same_row_and_seed(tmp_path: Path) -> Non
     "changed",
     [
         Row("tiny", "CartPole-v1", 65, PARAMS, goal=8.0, n_episodes=2),
-        Row("tiny", "CartPole-v0", 64, PARAMS, goal=8.0, n_episodes=2),
+        Row("tiny", "Pendulum-v1", 64, PARAMS, goal=8.0, n_episodes=2),
         Row("tiny", "CartPole-v1", 64, PARAMS[1:], goal=8.0, n_episodes=2),
         Row("tiny", "CartPole-v1", 64, PARAMS, goal=8.0, n_episodes=3),
         Row("tiny", "CartPole-v1", 64, PARAMS, goal=8.0, n_episodes=2, vec_env="envpool"),
@@ -329,9 +383,9 @@ def test_two_benchmarks_may_write_the_same_file(tmp_path: Path) -> None:
 
 def test_table_means_over_seeds_and_names_what_is_missing(tmp_path: Path) -> None:
     results = Results(tmp_path / "r.json")
-    plain = Row("plain", "E-v0", 5000, goal=8.0, comparison="7 (a2c)")
-    variant = Row("variant", "E-v0", 5000, PARAMS, vec_env="envpool")
-    empty = Row("empty", "F-v0", 5000, goal=8.0)
+    plain = Row("plain", "Acrobot-v1", 5000, goal=8.0, comparison="7 (a2c)")
+    variant = Row("variant", "Acrobot-v1", 5000, PARAMS, vec_env="envpool")
+    empty = Row("empty", "Pendulum-v1", 5000, goal=8.0)
     for row, seed, mean, minutes in (
         (plain, 1000, 7.0, 1.0),
         (plain, 1001, 9.0, 2.0),
@@ -366,4 +420,17 @@ def test_a_mean_below_the_goal_does_not_reach_it(tmp_path: Path) -> None:
 def test_machine_names_the_versions_that_decide() -> None:
     assert {"python", "sb3_clipvf", "stable_baselines3", "rl_zoo3", "gymnasium", "torch", "numpy"} == set(
         machine()["versions"]
+    )
+
+
+def test_time_left_counts_each_kind_of_run_by_its_own_runs() -> None:
+    done = [("cartpole", 100, 10.0), ("pendulum", 300, 10.0)]
+    # 0.1 s a step of CartPole, 20 / 400 s of unknown kinds.
+    assert seconds_left([("cartpole", 200)], done, 1) == (pytest.approx(20.0), True)
+    assert seconds_left([("cartpole", 200), ("acrobot", 200)], done, 2) == (pytest.approx((20.0 + 10.0) / 2), False)
+    assert seconds_left([("cartpole", 200)], [], 1) == (None, False)
+    assert seconds_left([], [], 1) == (0.0, True)
+    assert time_left([("cartpole", 72_000)], done, 1) == "about 2 h 00 min left"
+    assert time_left([("acrobot", 72_000)], done, 1) == (
+        "about 1 h 00 min left, a guess until each kind of run has finished once"
     )

@@ -1,5 +1,6 @@
 """``python -m tests.bench pitfalls``: each fault is the one that its name says, and the table shows its effect."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,17 @@ def test_it_trains_each_row_once_and_writes_the_table(short: Path, capsys: pytes
     capsys.readouterr()
     assert pitfalls.main(options) == 0
     assert "seed 1000: return" not in capsys.readouterr().out
+
+
+def test_results_of_other_settings_are_stale(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = pitfalls.ROWS[0]
+    results = Results(short / "out.json")
+    results.add(row.run(1000))
+    assert results.find(row.run(1000)) is not None
+    for change in ({"ent_coef": 0.5}, {"policy": DrawnAgain}):
+        assert results.find(replace(row, **change).run(1000)) is None  # type: ignore[arg-type]
+    monkeypatch.setitem(pitfalls._SETTINGS, "gamma", 0.5)
+    assert results.find(row.run(1000)) is None
 
 
 def test_a_training_that_is_not_finite_counts_as_ended_early(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,7 @@ class Benchmark(ABC, Generic[RowT]):
         self.table: Path = self.args.table or self.args.out.with_suffix(".md")
         if self.table == self.args.out:
             self.parser.error(f"`--table` must be another file than `--out`, got {self.table} for both. Leave it out.")
+        self.figure = self.table.with_suffix(".png")
         try:
             self.results = Results(self.args.out, self.key)
         except ValueError as error:
@@ -64,6 +65,8 @@ class Benchmark(ABC, Generic[RowT]):
         about = "these rows only, see --list (default: all)"
         parser.add_argument("--only", "--rows", nargs="+", choices=names, metavar="NAME", help=about)
         parser.add_argument("--list", action="store_true", help="list the rows and what is done, and run nothing")
+        about = "write the table and the figure of the results so far, and run nothing"
+        parser.add_argument("--report", action="store_true", help=about)
         parser.add_argument("--rerun", action="store_true", help="make existing results again")
         out = Path(f"docs/results/{self.name}.json")
         parser.add_argument("--out", type=Path, default=out, help="results file (default: %(default)s)")
@@ -113,8 +116,9 @@ class Benchmark(ABC, Generic[RowT]):
                 print(f"{row.name:<{width}}  {self.listed(row)}".rstrip(), flush=True)
             return 0
         try:
-            with sigterm_interrupts():  # otherwise the processes that it started would outlive it
-                self.run()
+            if not self.args.report:
+                with sigterm_interrupts():  # otherwise the processes that it started would outlive it
+                    self.run()
         except KeyboardInterrupt:
             print("\nInterrupted. The same command resumes with what is missing.", flush=True)
             return 130
@@ -122,9 +126,8 @@ class Benchmark(ABC, Generic[RowT]):
             text = f"Made by `{self.command()}`.\n\n{self.render()}"
             write_text(self.table, text)
             print(f"\n{text}\nResults: {self.results.path}\nTable:   {self.table}", flush=True)
-            figure = self.table.with_suffix(".png")
-            if self.draw(figure):
-                print(f"Figure:  {figure}", flush=True)
+            if self.draw(self.figure):
+                print(f"Figure:  {self.figure}", flush=True)
         if self.failed:
             reasons = "".join(f"\n  {label}: {reason}" for label, reason in self.failed.items())
             print(f"Failed:{reasons}\nThe same command tries again.", flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from sb3_clipvf.zoo import ALGORITHM
 from tests.bench.experiments.estimates import difference, estimate, mean, over_seeds
 from tests.bench.experiments.runs import Record
 from tests.bench.experiments.suite import SEEDS
+from tests.bench.learning_figure import CAPTION, TimeComparison, write_time_figure
 from tests.bench.results import Results, machines_text, markdown_table
 from tests.bench.training_runs import TrainingBenchmark, TrainingRow, how_made
 
@@ -66,15 +68,23 @@ def with_peers(rows: Sequence[Row]) -> tuple[Row, ...]:
 
 # Comparisons: best on-policy entry of the RL Zoo's benchmark.md, one run each.
 #
-# Estimate for a seed on one core, from the first 16,000 to 65,000 steps of each row: 35 minutes for ClipPPO, of which
-# MuJoCo takes 18; 110 minutes for SB3's PPO, of which MuJoCo takes 75 and BipedalWalker 25. Five seeds of both take 12
-# hours on one core, 6 to 7 hours with `--jobs 2`.
+# Rows are in the order of their cost. Estimate for a seed on one core, from the first 16,000 to 65,000 steps of each
+# row: 30 minutes for ClipPPO, of which MuJoCo takes 11 and BipedalWalker 14; 80 minutes for SB3's PPO, of which MuJoCo
+# takes 45 and BipedalWalker 25. Five seeds of both take 9 hours on one core, about 5 hours with `--jobs 2`.
 ROWS: tuple[Row, ...] = (
     _row("CartPole-v1", 100_000, 500, comparison="500"),
-    _row("MountainCarContinuous-v0", 50_000, 92, comparison="92.5 (trpo), 88.3 (ppo at 20k)"),
+    _row("CartPole-v1", 100_000, 500, "-fixed-kl", params=_FIXED_KL),
+    _row("CartPole-v1", 100_000, 500, "-adaptive-kl", params=_ADAPTIVE_KL),
     _row("Pendulum-v1", 100_000, -170, comparison="-163", n_episodes=100),
+    _row("MountainCarContinuous-v0", 50_000, 92, comparison="92.5 (trpo), 88.3 (ppo at 20k)"),
+    _row("MountainCarContinuous-v0", 50_000, 92, "-squashed", params=_SQUASHED_MOUNTAIN_CAR),
     _row("Acrobot-v1", 500_000, -80, comparison="-73.5", n_episodes=100),
     _row("LunarLander-v3", 1_000_000, 240, comparison="242", n_episodes=100),
+    _row("LunarLander-v3", 1_000_000, 240, "-fixed-kl", params=_FIXED_KL_LANDER, n_episodes=100),
+    _row("LunarLander-v3", 1_000_000, 240, "-adaptive-kl", params=_ADAPTIVE_KL, n_episodes=100),
+    _row("Hopper-v5", 1_000_000, None, comparison="3618 (trpo), 2410 (ppo)"),
+    _row("HalfCheetah-v5", 1_000_000, None, comparison="5819 (ppo)"),
+    _row("Walker2d-v5", 1_000_000, None, comparison="4933 (trpo), 3479 (ppo)"),
     _row(
         "BipedalWalker-v3",
         5_000_000,
@@ -83,16 +93,6 @@ ROWS: tuple[Row, ...] = (
         n_episodes=100,
         vec_env="envpool",  # 14 minutes instead of 60
     ),
-    _row("CartPole-v1", 100_000, 500, "-fixed-kl", params=_FIXED_KL),
-    _row("CartPole-v1", 100_000, 500, "-adaptive-kl", params=_ADAPTIVE_KL),
-    _row("LunarLander-v3", 1_000_000, 240, "-fixed-kl", params=_FIXED_KL_LANDER, n_episodes=100),
-    _row("LunarLander-v3", 1_000_000, 240, "-adaptive-kl", params=_ADAPTIVE_KL, n_episodes=100),
-    _row("MountainCarContinuous-v0", 50_000, 92, "-squashed", params=_SQUASHED_MOUNTAIN_CAR),
-    _row("Swimmer-v5", 1_000_000, None, comparison="366 (trpo), 282 (ppo)"),
-    _row("Hopper-v5", 1_000_000, None, comparison="3618 (trpo), 2410 (ppo)"),
-    _row("HalfCheetah-v5", 1_000_000, None, comparison="5819 (ppo)"),
-    _row("Walker2d-v5", 1_000_000, None, comparison="4933 (trpo), 3479 (ppo)"),
-    _row("Ant-v5", 1_000_000, None, comparison="4982 (trpo), 1327 (ppo)"),
 )
 
 _NOTES = (
@@ -116,10 +116,10 @@ class LearningBenchmark(TrainingBenchmark[Row]):
     log_folder = "logs/bench"
 
     def measure(self, record: Record) -> dict[str, Any]:
-        """Keep the evaluation of the final model, and the processor time."""
+        """Keep the evaluation of the final model, the processor time, and the training's curve."""
         scores = record.scores
         evaluation = {"mean_return": scores["evaluation_mean"], "std_return": scores["evaluation_std"]}
-        return {**evaluation, "cpu_seconds": scores.get("cpu_seconds")}
+        return {**evaluation, "cpu_seconds": scores.get("cpu_seconds"), "curve": record.curve}
 
     def summary(self, row: Row, result: Mapping[str, Any]) -> str:
         """Return the evaluation beside the goal."""
@@ -132,8 +132,30 @@ class LearningBenchmark(TrainingBenchmark[Row]):
         return f"{goal:<9}  {super().listed(row)}"
 
     def render(self) -> str:
-        """Return the table of returns."""
-        return render_table(self.results, [row for row in self.rows if row.algo == ALGORITHM], self.seeds)
+        """Return the table of returns, after the figure."""
+        table = render_table(self.results, self._ours(), self.seeds)
+        if not self._compared():
+            return table
+        return f"![{CAPTION}]({self.figure.name})\n\n{CAPTION}.\n\n{table}"
+
+    def draw(self, path: Path) -> bool:
+        """Draw the curves of the shipped settings and of SB3's PPO against processor time."""
+        compared = self._compared()
+        if compared:
+            write_time_figure(compared, path)
+        return bool(compared)
+
+    def _compared(self) -> list[TimeComparison]:
+        """Return the environments in which both algorithms have runs of known time."""
+        found = []
+        for row in self._ours():
+            if not row.params:
+                ours, peers = (_runs(self.results, one, self.seeds) for one in (row, row.peer()))
+                found.append(TimeComparison(row.env_id, row.n_timesteps, ours, peers, len(self.seeds)))
+        return [one for one in found if one.is_timed()]
+
+    def _ours(self) -> list[Row]:
+        return [row for row in self.rows if row.algo == ALGORITHM]
 
 
 def render_table(results: Results, rows: Sequence[Row], seeds: Sequence[int]) -> str:

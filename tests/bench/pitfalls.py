@@ -22,7 +22,7 @@ from sb3_clipvf.common.nonfinite import NonFiniteError
 from sb3_clipvf.envs import FastDummyVecEnv
 from sb3_clipvf.policies import SquashedActorCriticPolicy, SquashedGaussianDistribution
 from tests.bench.command import Benchmark, at_least
-from tests.bench.results import machine, machines_text, markdown_table
+from tests.bench.results import digest, machine, machines_text, markdown_table
 
 ENV_ID = "Pendulum-v1"
 N_ENVS = 16
@@ -93,8 +93,10 @@ class Row:
     ent_coef: float = 0.0
 
     def run(self, seed: int) -> dict[str, Any]:
-        """Return the entries that a seed's result is found by."""
-        return {"name": self.name, "seed": seed, "n_timesteps": N_TIMESTEPS}
+        """Return the entries that a seed's result is found by, with a digest of all settings."""
+        constants = {"env_id": ENV_ID, "n_envs": N_ENVS, "last_episodes": LAST_EPISODES, "at_bound": AT_BOUND}
+        settings = {**constants, **_SETTINGS, "policy": self.policy.__name__, "ent_coef": self.ent_coef}
+        return {"name": self.name, "seed": seed, "n_timesteps": N_TIMESTEPS, "digest": digest(settings)}
 
 
 ROWS = (

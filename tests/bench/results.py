@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -80,6 +81,11 @@ class Results:
             self.runs = sorted([*others, run], key=self._key_of)
             lines = ",\n".join(json.dumps(run, default=str) for run in self.runs)
             write_text(self.path, f'{{"format": {_FORMAT}, "runs": [\n{lines}\n]}}\n')
+
+
+def digest(entries: Mapping[str, Any]) -> str:
+    """Return a short name of entries of JSON's types, whatever their order."""
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def machine(more_packages: Iterable[str] = ()) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import shutil
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from sb3_clipvf.zoo import ALGORITHM
@@ -15,7 +16,7 @@ from tests.bench.command import Benchmark, at_least
 from tests.bench.experiments.executors import Finished, LocalExecutor
 from tests.bench.experiments.runs import Record, RunSpec
 from tests.bench.experiments.suite import zoo_settings
-from tests.bench.results import machine
+from tests.bench.time_left import time_left
 
 
 @dataclass(frozen=True)
@@ -40,17 +41,34 @@ class TrainingRow:
     n_episodes: int = 0
     algo: str = ALGORITHM
 
+    def spec(self, seed: int, log_folder: Path = Path()) -> RunSpec:
+        """Return the run of a seed, with its folder in that of all rows."""
+        spec = RunSpec(
+            label=f"{self.name}, seed {seed}",
+            folder=log_folder,
+            env_id=self.env_id,
+            seed=seed,
+            n_timesteps=self.n_timesteps,
+            vec_env=self.vec_env,
+            hyperparams=zoo_settings(self.env_id, self.algo),
+            params=self.params,
+            algo=self.algo,
+            n_eval_episodes=self.n_episodes,
+        )
+        # Runs of an earlier version of the row stay beside those of this one.
+        return replace(spec, folder=log_folder / self.name / f"seed_{seed}-{spec.digest()}")
+
     def run(self, seed: int) -> dict[str, Any]:
         """
-        Return the entries that a seed's result is found by: its key, and what decides on the training apart from the
-        shipped settings. A result with other values is stale.
+        Return the entries that a seed's result is found by: its key, what decides on the training, and a digest of it
+        with all settings. A result with other values is stale.
         """
         settings: dict[str, Any] = {"env_id": self.env_id, "n_timesteps": self.n_timesteps, "params": [*self.params]}
         if self.vec_env != "dummy":
             settings["vec_env"] = self.vec_env
         if self.algo != ALGORITHM:
             settings["algo"] = self.algo
-        return {"name": self.name, "seed": seed, **settings}
+        return {"name": self.name, "seed": seed, **settings, "digest": self.spec(seed).digest()}
 
 
 def how_made(run: Mapping[str, Any]) -> str:
@@ -97,40 +115,35 @@ class TrainingBenchmark(Benchmark[RowT]):
         # Seeds outermost: a benchmark stopped early has each row once before any row has two.
         pairs = [(row, seed) for seed in self.seeds for row in self.selected]
         todo = [(row, seed) for row, seed in pairs if self.args.rerun or self.results.find(row.run(seed)) is None]
-        n_done = len(pairs) - len(todo)
-        print(f"{len(todo)} runs to make, {n_done} are done already (--rerun makes them again).", flush=True)
-        specs = [self._spec(row, seed) for row, seed in todo]
-        of_folder = {spec.folder: made for spec, made in zip(specs, todo, strict=True)}
+        specs = [row.spec(seed, self.args.log_folder.absolute()) for row, seed in todo]
+        left = {spec.folder: made for spec, made in zip(specs, todo, strict=True)}
+        print(
+            f"{len(todo)} runs to make, {len(pairs) - len(todo)} are done already (--rerun makes them again); "
+            f"{self._time_left([row for row, _ in todo])}",
+            flush=True,
+        )
         if self.args.rerun:
-            for folder in of_folder:
+            for folder in left:
                 shutil.rmtree(folder, ignore_errors=True)
         with contextlib.closing(LocalExecutor(self.args.jobs).run(specs)) as ended:
             for finished in ended:
-                self._add(*of_folder[finished.spec.folder], finished)
+                row, seed = left.pop(finished.spec.folder)
+                text = self._add(row, seed, finished)
+                place = f"[{len(specs) - len(left):>{len(str(len(specs)))}}/{len(specs)}]"
+                print(f"{place} {text} | {self._time_left([row for row, _ in left.values()])}", flush=True)
 
-    def _spec(self, row: RowT, seed: int) -> RunSpec:
-        label, folder = f"{row.name}, seed {seed}", self.args.log_folder.absolute() / row.name
-        spec = RunSpec(
-            label=label,
-            folder=folder,
-            env_id=row.env_id,
-            seed=seed,
-            n_timesteps=row.n_timesteps,
-            vec_env=row.vec_env,
-            hyperparams=None if row.algo == ALGORITHM else zoo_settings(row.env_id, row.algo),
-            params=row.params,
-            algo=row.algo,
-            n_eval_episodes=row.n_episodes,
-        )
-        # Runs of an earlier version of the row stay beside those of this one.
-        return replace(spec, folder=folder / f"seed_{seed}-{spec.digest()}")
+    def _time_left(self, todo: Sequence[RowT]) -> str:
+        runs = [run for run in self.results.runs if run.get("run_seconds")]  # of a resumed run, it is not known
+        done = [(run["name"], run["n_timesteps"], run["run_seconds"]) for run in runs]
+        return time_left([(row.name, row.n_timesteps) for row in todo], done, self.args.jobs)
 
-    def _add(self, row: RowT, seed: int, finished: Finished) -> None:
-        label = finished.spec.label
-        if finished.record is None:  # the others continue
+    def _add(self, row: RowT, seed: int, finished: Finished) -> str:
+        """Keep a result, and return a line about it."""
+        label, record = finished.spec.label, finished.record
+        if record is None:  # the others continue
             self.failed[label] = finished.error
-            print(f"{label}: FAILED, {finished.error}", flush=True)
-            return
-        result = {**row.run(seed), **self.measure(finished.record)}
-        self.results.add({**result, "jobs": self.args.jobs, **machine()})
-        print(f"{label}: {self.summary(row, result)}, {finished.seconds:,.0f} s", flush=True)
+            return f"{label}: FAILED, {finished.error}"
+        result = {**row.run(seed), **self.measure(record), "run_seconds": record.scores.get("run_seconds")}
+        # The record may be of an earlier command, with other versions.
+        self.results.add({**result, "jobs": self.args.jobs, **record.machine})
+        return f"{label}: {self.summary(row, result)}, {finished.time_text()}"

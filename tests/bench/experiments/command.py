@@ -13,9 +13,10 @@ from tests.bench.command import at_least, sigterm_interrupts
 from tests.bench.experiments.executors import Executor, Finished, LocalExecutor
 from tests.bench.experiments.finished import SuiteRuns
 from tests.bench.experiments.report import write_report
-from tests.bench.experiments.runs import LOG_FILE, RunSpec, check_folder
+from tests.bench.experiments.runs import LOG_FILE, check_folder
 from tests.bench.experiments.suite import Suite, read_suite, suite_names
 from tests.bench.experiments.tables import SuiteTable
+from tests.bench.time_left import time_left
 
 LOG_FOLDER = Path("logs/bench/experiments")
 RESULTS = Path("docs/results/experiments")
@@ -64,7 +65,7 @@ class Campaign:
                     self._table.add_failure(setting, spec, error)
                 else:
                     self._table.add(setting, spec, finished.record, self._jobs)
-                    n_steps += spec.n_timesteps if finished.seconds > 0 else 0
+                    n_steps += spec.n_timesteps if finished.is_whole else 0
                 speed = n_steps / max(time.perf_counter() - started, 1e-9)
                 place = f"[{n_done + n_ended:>{len(str(len(self.runs)))}}/{len(self.runs)}]"
                 print(f"{place} {_summary(finished)} | {speed:,.0f} steps/s, {self._time_left()}", flush=True)
@@ -85,32 +86,10 @@ class Campaign:
         return "".join(lines) + f"{len(self.todo)} of {len(self.runs)} runs to make; {self._time_left()}"
 
     def _time_left(self) -> str:
-        seconds = seconds_left([spec for _, spec in self.todo], self._table.rows, self._jobs)
-        if seconds is None:
-            return "time left is not known yet"
-        hours, minutes = divmod(round(seconds / 60), 60)
-        return f"about {hours} h {minutes:02} min left"
-
-
-def seconds_left(todo: Sequence[RunSpec], rows: Sequence[Mapping[str, str]], jobs: int) -> float | None:
-    """
-    Return an estimate of the time for the runs to make, or None without a finished run.
-
-    A run is as fast as the finished ones of its environment, or as all if there are none.
-    """
-    totals: dict[str, tuple[float, float]] = {}
-    for row in rows:
-        if row["run_seconds"]:
-            for name in (row["env"], ""):
-                seconds, steps = totals.get(name, (0.0, 0.0))
-                totals[name] = (seconds + float(row["run_seconds"]), steps + float(row["steps"]))
-    if not totals:
-        return 0.0 if not todo else None
-    left = 0.0
-    for spec in todo:
-        seconds, steps = totals.get(spec.env_id, totals[""])
-        left += spec.n_timesteps * seconds / steps
-    return left / jobs
+        todo = [(spec.env_id, spec.n_timesteps) for _, spec in self.todo]
+        rows = [row for row in self._table.rows if row["run_seconds"]]  # of a resumed run, it is not known
+        done = [(row["env"], float(row["steps"]), float(row["run_seconds"])) for row in rows]
+        return time_left(todo, done, self._jobs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -193,7 +172,7 @@ def _mean_scores(rows: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def _summary(finished: Finished) -> str:
-    label, seconds = finished.spec.label, f"{finished.seconds:,.0f} s"
+    label, seconds = finished.spec.label, finished.time_text()
     if finished.record is None:
         return f"{label}: FAILED, {finished.error}; {seconds}"
     scores = finished.record.scores

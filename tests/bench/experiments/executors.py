@@ -22,12 +22,30 @@ RUN_COMMAND: tuple[str, ...] = (sys.executable, "-m", "tests.bench.experiments.r
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that ended: its record or the reason of its failure, and its seconds, which are 0 if it was made before."""
+    """
+    A run that ended.
+
+    :param record: what is kept of it; None if it failed
+    :param error: reason of the failure
+    :param seconds: time of its last process; 0 if it was made before
+    """
 
     spec: RunSpec
     record: Record | None
     error: str
     seconds: float
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether one process made the run now, so that its steps took these seconds."""
+        return self.seconds > 0 and self.record is not None and self.record.scores.get("run_seconds") is not None
+
+    def time_text(self) -> str:
+        """Return the time in words."""
+        if self.seconds == 0:
+            return "made before"
+        text = f"{self.seconds:,.0f} s"
+        return text if self.is_whole or self.record is None else f"{text} since it was resumed"
 
 
 class Executor(Protocol):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
-import hashlib
 import json
 import os
 import sys
@@ -23,7 +22,7 @@ import yaml
 
 from sb3_clipvf.files.trust import TRUST_VARIABLE
 from tests.bench.experiments.episodes import LAST_EPISODES, binned_episodes, curve_on_grid, grid, rounded_mean
-from tests.bench.results import machine, write_text
+from tests.bench.results import digest, machine, write_text
 
 SPEC_FILE, RECORD_FILE, LOG_FILE = "run.json", "record.json", "train.log"
 MORE_PACKAGES = ("numba", "scipy", "mujoco", "box2d", "envpool")
@@ -70,8 +69,7 @@ class RunSpec:
     def digest(self) -> str:
         """Return a short name of the deciding values that are not defaults, the seed apart."""
         names = {field.name for field in fields(self) if getattr(self, field.name) != field.default} - {"seed"}
-        entries = {name: value for name, value in self.deciding().items() if name in names}
-        return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()[:12]
+        return digest({name: value for name, value in self.deciding().items() if name in names})
 
 
 @dataclass(frozen=True)

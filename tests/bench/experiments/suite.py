@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -259,13 +260,18 @@ def zoo_settings(env_id: str, algo: str) -> dict[str, Any]:
 
     folder = Path(str(rl_zoo3.__file__)).parent / "hyperparams"
     path = hyperparams_path() if algo == ALGORITHM else folder / f"{algo}.yml"
-    entries: dict[str, dict[str, Any]] = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    entries = _settings_of_zoo(path)
     versioned = re.fullmatch(r"(.+-v)(\d+)", env_id)
     older = [f"{versioned[1]}{number}" for number in range(int(versioned[2]), -1, -1)] if versioned else []
     for name in older:
         if name in entries:
-            return entries[name]
+            return dict(entries[name])
     raise ValueError(f"`settings: {ZOO}` needs an entry for {env_id}, but {path} has none. Write the settings out.")
+
+
+@functools.cache
+def _settings_of_zoo(path: Path) -> dict[str, dict[str, Any]]:
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _suite(name: str, content: Any) -> Suite:
