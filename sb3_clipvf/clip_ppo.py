@@ -43,8 +43,9 @@ from sb3_clipvf.checkpoint.resume import Resumed, finish_resume, resume
 from sb3_clipvf.common import validation
 from sb3_clipvf.common.messages import log, show_messages
 from sb3_clipvf.common.nonfinite import MAX_UPDATES_WITH_SKIPS, BadMinibatchError
+from sb3_clipvf.data_parallel import DataParallelCollector
+from sb3_clipvf.distributed import current_group
 from sb3_clipvf.engines.device import select_device
-from sb3_clipvf.engines.device_rollout import explained_variance_of
 from sb3_clipvf.engines.interface import Engine, UpdateCoefficients, UpdateSettings, UpdateStatistics
 from sb3_clipvf.engines.selection import is_surpassed, select_engine
 from sb3_clipvf.envs.tensor import as_sb3_env, tensor_device
@@ -59,7 +60,7 @@ from sb3_clipvf.policies import (
     SquashedActorCriticPolicy,
     SquashedMultiInputActorCriticPolicy,
 )
-from sb3_clipvf.rollout import TensorRolloutBuffer, check_complete, has_dist_params, needs_complete_rollout, on_host
+from sb3_clipvf.rollout import TensorRolloutBuffer, check_complete, has_dist_params, needs_complete_rollout
 from sb3_clipvf.schedules import (
     COEFFICIENTS,
     AdaptiveKL,
@@ -71,7 +72,6 @@ from sb3_clipvf.schedules import (
     make_schedule,
     schedule_of,
 )
-from sb3_clipvf.tensor_collection import TensorRolloutCollector
 
 __all__ = ["SB3_EQUIVALENT", "ClipPPO"]
 
@@ -79,7 +79,7 @@ SPREAD_EPS = 1e-6
 """If the standard deviation is below this share of the largest absolute return, returns differ only by rounding."""
 
 
-class ClipPPO(TensorRolloutCollector):
+class ClipPPO(DataParallelCollector):
     """
     Proximal Policy Optimization with ratio clipping, a KL penalty, both or neither, and a clipped value loss.
 
@@ -302,7 +302,7 @@ class ClipPPO(TensorRolloutCollector):
 
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
-        return TensorRolloutCollector._wrap_env(as_sb3_env(env), verbose, monitor_wrapper)
+        return DataParallelCollector._wrap_env(as_sb3_env(env), verbose, monitor_wrapper)
 
     def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
         validation.check_choice("policy", policy_name, tuple(self.policy_aliases), "Or pass a policy class.")
@@ -336,7 +336,7 @@ class ClipPPO(TensorRolloutCollector):
         engine = self._current_engine()
         engine.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
-        coefficients = self._update_coefficients()
+        coefficients = self._agreed(engine, self._update_coefficients())
         statistics = self._run_update(engine, coefficients)
         self._n_updates += statistics.n_epochs
         if statistics.stopped_at_kl is not None:
@@ -363,9 +363,8 @@ class ClipPPO(TensorRolloutCollector):
             schedule = self._schedule(name)
             values[name] = None if schedule is None else schedule(progress)
         if values["clip_range_vf"] is not None and self.vf_clip_units == "return_std":
-            returns = on_host(self.rollout_buffer.returns)
-            spread = float(np.std(returns))
-            has_spread = spread > SPREAD_EPS * float(np.max(np.abs(returns)))
+            spread, largest = self._spread_of_returns()
+            has_spread = spread > SPREAD_EPS * largest
             values["clip_range_vf"] = values["clip_range_vf"] * spread if has_spread else None
         if self.adaptive_kl is not None:
             values["kl_coef"] = self.adaptive_kl.beta
@@ -439,6 +438,7 @@ class ClipPPO(TensorRolloutCollector):
             discrete_actions=isinstance(self.action_space, spaces.Discrete),
             needs_kl=self._argument_that_needs_kl() is not None,
             on_nonfinite=self.on_nonfinite,
+            group=current_group(),
         )
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
@@ -465,7 +465,7 @@ class ClipPPO(TensorRolloutCollector):
         if self.on_nonfinite == "skip":
             record("train/skipped_minibatches", statistics.n_skipped)
         record("train/kl_coef", coefficients.kl_coef)
-        record("train/explained_variance", explained_variance_of(self.rollout_buffer))
+        record("train/explained_variance", self._explained_variance())
         if hasattr(self.policy, "log_std"):
             record("train/std", th.exp(self.policy.log_std).mean().item())
         record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -529,7 +529,7 @@ class ClipPPO(TensorRolloutCollector):
             return super().learn(
                 total_timesteps=total,
                 callback=callback,
-                log_interval=log_interval,  # type: ignore[arg-type]
+                log_interval=log_interval,
                 tb_log_name=tb_log_name,
                 reset_num_timesteps=reset_num_timesteps,
                 progress_bar=progress_bar,

@@ -59,6 +59,7 @@ class RolloutCollector(OnPolicyAlgorithm):
     # True until Monitor has reported an episode or missed one.
     _may_lose_episodes = True
     _warned_of_missing_kl = False
+    _n_envs_elsewhere = 0  # environments of the training in other processes
 
     @abstractmethod
     def _current_engine(self) -> Engine:
@@ -106,7 +107,7 @@ class RolloutCollector(OnPolicyAlgorithm):
             else:
                 clipped_actions = self._act_in_place(writer, rollout_buffer)
             new_obs, rewards, dones, infos = check_step(env.step(clipped_actions))
-            self.num_timesteps += env.num_envs
+            self.num_timesteps += env.num_envs + self._n_envs_elsewhere
 
             if has_callback:
                 callback.update_locals(locals())

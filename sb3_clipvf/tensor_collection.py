@@ -101,7 +101,7 @@ class TensorRolloutCollector(RolloutCollector):
             step = tensor_env.step_tensors(clipped_actions)
             dones = rollout.record(tensor_env.unwrapped.true_rewards, step)
             new_obs, rewards, infos = step.observations, step.rewards, LazyInfos(step, env.num_envs)
-            self.num_timesteps += env.num_envs
+            self.num_timesteps += env.num_envs + self._n_envs_elsewhere
 
             if has_callback:
                 callback.update_locals(locals())
@@ -143,7 +143,7 @@ class TensorRolloutCollector(RolloutCollector):
             action_tensor, values, log_probs, clipped_tensor = rollout.act(obs_tensor)
             clipped_actions = clipped_tensor.cpu().numpy()
             new_obs, rewards, dones, infos = check_step(env.step(clipped_actions))
-            self.num_timesteps += env.num_envs
+            self.num_timesteps += env.num_envs + self._n_envs_elsewhere
 
             if has_callback:
                 actions = action_tensor.cpu().numpy()

@@ -12,6 +12,7 @@ import pytest
 import rl_zoo3.train as zoo_train
 from rl_zoo3.utils import StoreDict
 
+from sb3_clipvf.distributed import Group
 from sb3_clipvf.zoo import COMMANDS, register
 from sb3_clipvf.zoo import options as own_options
 from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
@@ -200,3 +201,21 @@ def test_pairs_of_a_repeated_option_add_up() -> None:
 def test_what_is_no_pair_is_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"`-params` must .*{message}"):
         _pairs(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("optimize_hyperparameters", True, "--optimize-hyperparameters"),
+        ("resume", "logs/clipppo/CartPole-v1_1", "--resume"),
+        ("track", True, "--track"),
+        ("algo", "ppo", "--algo"),
+    ],
+)
+def test_what_processes_cannot_do_together_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: Any, shown: str
+) -> None:
+    monkeypatch.setattr(own_options, "current_group", lambda: Group(0, 2))
+    given = {"optimize_hyperparameters": False, "resume": None, "track": False, "algo": "clipppo", name: value}
+    with pytest.raises(ValueError, match=f"`{shown}` must .* in a training on several processes"):
+        own_options._train_options(lambda options: options, Namespace(**given))

@@ -11,8 +11,9 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_clipvf import objectives
 from sb3_clipvf.distributions import current_dist, dist_params, has_exact_kl, kl_from_params, refreshed_dist
-from sb3_clipvf.engines.epochs import MinibatchStatistics, Record, run_epochs
+from sb3_clipvf.engines.epochs import MinibatchStatistics, Record
 from sb3_clipvf.engines.interface import Acted, ActedTensors, UpdateCoefficients, UpdateSettings, UpdateStatistics
+from sb3_clipvf.engines.reduction import run_shared_epochs
 from sb3_clipvf.engines.threads import ProcessWide
 from sb3_clipvf.rollout import MiniBatch
 
@@ -91,7 +92,8 @@ class AutogradEngine:
     def _run_epochs(self, buffer: Any, coefficients: UpdateCoefficients) -> Record:
         def run(checks: bool) -> Record:
             update = AutogradUpdate(self.policy, self.settings, coefficients, buffer)
-            return run_epochs(update, self.settings, coefficients, buffer, checks=checks)
+            parameters = self.policy.parameters()
+            return run_shared_epochs(update, parameters, self.settings, coefficients, buffer, checks=checks)
 
         if self._reads_are_cheap():
             return run(checks=True)
@@ -103,7 +105,9 @@ class AutogradEngine:
             if record.is_finite():
                 return record
         except (ValueError, RuntimeError):
-            pass  # the policy may have rejected its own non-finite numbers; other errors are raised again below
+            if self.settings.group.size > 1:  # the other processes would not repeat the update
+                raise
+            # The policy may have rejected its own non-finite numbers; other errors are raised again below.
         before.restore(self.policy)
         return run(checks=True)
 
@@ -122,7 +126,7 @@ class AutogradEngine:
                 total += kl_from_params(dist, batch.old_dist_params).sum()
                 n_transitions += len(batch.returns)
         self.policy.set_training_mode(True)
-        return total / n_transitions
+        return self.settings.group.mean(total / n_transitions, n_transitions)
 
 
 class AutogradUpdate:
@@ -178,10 +182,22 @@ class AutogradUpdate:
                 vf_clip_fraction=vf_clipped,
             )
 
+    def set_advantage_scale(self, mean: float, std: float) -> None:
+        """Normalise the next minibatch's advantages as ``(advantages - mean) / std``."""
+        self.rollout_mean_std = (th.tensor(mean), th.tensor(std))
+
     def gradient_norm(self) -> th.Tensor:
         """Compute the gradients of the last loss, and clip them. Return their joint norm before that."""
+        self.compute_gradients()
+        return self.clip_gradients()
+
+    def compute_gradients(self) -> None:
+        """Compute the gradients of the last loss."""
         self.policy.optimizer.zero_grad()
         self.backward()
+
+    def clip_gradients(self) -> th.Tensor:
+        """Clip the gradients, and return their joint norm before that."""
         return th.nn.utils.clip_grad_norm_(self.policy.parameters(), self.settings.max_grad_norm).detach()
 
     def step(self) -> None:
@@ -226,6 +242,9 @@ def mean_std_of(advantages: Any, settings: UpdateSettings, device: th.device) ->
     """Return mean and standard deviation of a rollout's advantages, if they are normalised over the rollout."""
     if not (settings.normalize_advantage and settings.advantage_scope == "rollout"):
         return None
+    if settings.group.size > 1:
+        moments = settings.group.moments(advantages)
+        return th.tensor(moments.mean), th.tensor(moments.sample_std + objectives.ADVANTAGE_EPS)
     advantages = th.as_tensor(advantages, device=device).flatten()
     if len(advantages) <= 1:
         return None

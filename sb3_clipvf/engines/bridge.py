@@ -10,12 +10,13 @@ from stable_baselines3.common import distributions as sb3
 from stable_baselines3.common.distributions import Distribution
 
 from sb3_clipvf import objectives
+from sb3_clipvf.common.nonfinite import BadMinibatchError
 from sb3_clipvf.distributions import category_counts, dist_param_dim, n_action_numbers
-from sb3_clipvf.engines.epochs import MinibatchStatistics
+from sb3_clipvf.engines.epochs import MinibatchStatistics, Record
 from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateSettings
 from sb3_clipvf.engines.kernels import inputs
 from sb3_clipvf.engines.kernels.losses import CLIPPED_MAX, CLIPPED_PREDICTION, NOT_CLIPPED
-from sb3_clipvf.engines.kernels.totals import STAT
+from sb3_clipvf.engines.kernels.totals import STAT, TOTAL
 
 KINDS: dict[type[Distribution], int] = {
     sb3.CategoricalDistribution: inputs.CATEGORICAL,
@@ -51,7 +52,10 @@ def hyperparameters_of(
     group = optimizer.param_groups[0]
     in_rollout = settings.normalize_advantage and settings.advantage_scope == "rollout"
     shift, scale = 0.0, 1.0
-    if in_rollout and advantages.size > 1:
+    if in_rollout and settings.group.size > 1:
+        moments = settings.group.moments(advantages)
+        shift, scale = moments.mean, moments.sample_std + objectives.ADVANTAGE_EPS
+    elif in_rollout and advantages.size > 1:
         shift = float(advantages.mean(dtype=np.float64))
         scale = float(advantages.std(dtype=np.float64, ddof=1)) + objectives.ADVANTAGE_EPS
     form = NOT_CLIPPED
@@ -85,6 +89,16 @@ def hyperparameters_of(
     return np.array(hyperparameters, np.float64)
 
 
+def changed(hyper: np.ndarray, **numbers: float) -> np.ndarray:
+    """Return a copy of packed hyperparameters with other values of some."""
+    return np.array(inputs.Hyperparameters(*hyper)._replace(**numbers), np.float64)
+
+
+def set_advantage_scale(hyper: np.ndarray, mean: float, std: float) -> None:
+    """Let kernels normalise advantages as ``(advantages - mean) / std``."""
+    hyper[:] = changed(hyper, normalize=0.0, shift=mean, scale=std)
+
+
 def _or_infinite(number: float | None) -> float:
     return math.inf if number is None else float(number)
 
@@ -103,6 +117,34 @@ def statistics_of(stats: np.ndarray, coefficients: UpdateCoefficients, measure_k
         clip_fraction=None if coefficients.clip_range is None else numbers[STAT.clip_fraction],
         vf_clip_fraction=None if coefficients.clip_range_vf is None else numbers[STAT.vf_clip_fraction],
         grad_norm=None,
+    )
+
+
+def record_of(
+    totals: np.ndarray, coefficients: UpdateCoefficients, settings: UpdateSettings, skipped: BadMinibatchError | None
+) -> Record:
+    """Return the kernels' totals as the record of a single minibatch, which holds their means."""
+    sums, n_in_epoch, n_epochs = totals.tolist(), totals[TOTAL.n_in_epoch], int(totals[TOTAL.n_epochs])
+    n = sums[TOTAL.n_minibatches]
+    mean = MinibatchStatistics(
+        policy_loss=sums[TOTAL.policy_loss] / n,
+        value_loss=sums[TOTAL.value_loss] / n,
+        entropy_loss=sums[TOTAL.entropy_loss] / n,
+        kl=sums[TOTAL.kl] / max(n_in_epoch, 1) if settings.measures_kl(n_epochs - 1, coefficients) else None,
+        loss=sums[TOTAL.last_loss],
+        approx_kl=sums[TOTAL.approx_kl] / max(n_in_epoch, 1),
+        ratio_max=sums[TOTAL.ratio_max],
+        clip_fraction=None if coefficients.clip_range is None else sums[TOTAL.clip_fraction] / n,
+        vf_clip_fraction=None if coefficients.clip_range_vf is None else sums[TOTAL.vf_clip_fraction] / n,
+        grad_norm=sums[TOTAL.grad_norm] / sums[TOTAL.n_steps] if sums[TOTAL.n_steps] else None,
+    )
+    return Record(
+        [mean],
+        n_epochs=n_epochs,
+        epoch_start=0 if n_in_epoch else 1,  # all minibatches of the last epoch may have been skipped
+        n_skipped=int(totals[TOTAL.n_skipped]),
+        skipped=skipped,
+        stopped_at_kl=sums[TOTAL.stopped_at_kl] or None,
     )
 
 

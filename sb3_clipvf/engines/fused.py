@@ -21,14 +21,16 @@ from sb3_clipvf.engines.bridge import (
     as_floats,
     check_stored,
     hyperparameters_of,
+    set_advantage_scale,
     statistics_of,
 )
-from sb3_clipvf.engines.epochs import MinibatchStatistics, Record, run_epochs
+from sb3_clipvf.engines.epochs import MinibatchStatistics, Record
 from sb3_clipvf.engines.images import FeatureExtraction
 from sb3_clipvf.engines.interface import Acted, UpdateCoefficients, UpdateSettings
 from sb3_clipvf.engines.kernels import entry, memory
 from sb3_clipvf.engines.kernels.totals import STAT
 from sb3_clipvf.engines.kernels.warmup import warm_up
+from sb3_clipvf.engines.reduction import run_shared_epochs
 from sb3_clipvf.engines.support import why_not_fused
 from sb3_clipvf.rollout import MiniBatch
 
@@ -122,7 +124,7 @@ class FusedEngine(AutogradEngine):
     def _run_epochs(self, buffer: Any, coefficients: UpdateCoefficients) -> Record:
         update = FusedUpdate(self, coefficients, buffer)
         try:
-            return run_epochs(update, self.settings, coefficients, buffer)
+            return run_shared_epochs(update, self.policy.parameters(), self.settings, coefficients, buffer)
         finally:  # also after Ctrl-C, the optimizer's state must count the steps made
             update.write_steps()
 
@@ -170,10 +172,22 @@ class FusedUpdate:
             self._root_gradients.append(log_std_gradient.view_as(log_std))
         return statistics_of(stats, self._coefficients, measure_kl)
 
+    def set_advantage_scale(self, mean: float, std: float) -> None:
+        """Normalise the next minibatch's advantages as ``(advantages - mean) / std``."""
+        set_advantage_scale(self._hyper, mean, std)
+
     def gradient_norm(self) -> float:
         """Compute the gradients of the last loss, and return their joint norm before clipping."""
+        self.compute_gradients()
+        return self.clip_gradients()
+
+    def compute_gradients(self) -> None:
+        """Compute the gradients of the last loss."""
         self._zero_grad()
         self._backward()
+
+    def clip_gradients(self) -> float:
+        """Find the factor by which ``step`` clips the gradients, and return their joint norm before that."""
         reached = [parameter for parameter in self._parameters if parameter.grad is not None]
         gradients = [_contiguous_gradient(parameter) for parameter in reached]
         if not self._reached:

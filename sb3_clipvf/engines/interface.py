@@ -8,6 +8,7 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_clipvf.common.nonfinite import BadMinibatchError
+from sb3_clipvf.distributed import ALONE, Group
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class UpdateSettings:
     #: How to handle a minibatch with a non-finite loss or gradient norm: "raise" ends the update, "skip" continues with
     #: the next minibatch. This one makes no step in either case.
     on_nonfinite: str = "raise"
+    group: Group = ALONE  #: Processes that update the policy together, each from its own rollout.
 
     def measures_kl(self, epoch: int, coefficients: "UpdateCoefficients") -> bool:
         """Return whether an epoch measures the exact KL: the loss needs it, or the epoch may be the last one."""

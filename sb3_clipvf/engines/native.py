@@ -27,11 +27,11 @@ from sb3_clipvf.engines.bridge import (
     check_stored,
     exploration_matrices,
     hyperparameters_of,
+    record_of,
     rollout_of,
     statistics_of,
 )
 from sb3_clipvf.engines.division import DividedPolicy, rows_to_share
-from sb3_clipvf.engines.epochs import MinibatchStatistics, Record
 from sb3_clipvf.engines.in_place import Target
 from sb3_clipvf.engines.interface import Acted, ActedTensors, UpdateCoefficients, UpdateSettings, UpdateStatistics
 from sb3_clipvf.engines.kernels import entry, inputs, memory
@@ -39,7 +39,9 @@ from sb3_clipvf.engines.kernels.barrier import CANCELLED
 from sb3_clipvf.engines.kernels.mlp import workspace_size
 from sb3_clipvf.engines.kernels.totals import STAT, TOTAL
 from sb3_clipvf.engines.kernels.warmup import warm_up
+from sb3_clipvf.engines.native_parts import NativeUpdate
 from sb3_clipvf.engines.recognition import why_unknown_buffer
+from sb3_clipvf.engines.reduction import run_shared_epochs
 from sb3_clipvf.engines.support import why_not_native
 from sb3_clipvf.engines.threads import ThreadChoice, one_blas_thread, run_on_threads
 from sb3_clipvf.rollout import gae
@@ -283,6 +285,8 @@ class NativeEngine:
         self._check_width(buffer.observations.size // len(rollout.returns))
         n_made = n_steps_made(optimizer, self._parameters)
         hyper = hyperparameters_of(settings, coefficients, optimizer, n_made, buffer.advantages)
+        if settings.group.size > 1:
+            return self._update_shared(buffer, rollout, hyper, coefficients)
         random_state = np.random.get_state()
         permutations = _permutations(settings.n_epochs, len(rollout.returns))
         divided = self._divided_for(min(int(settings.batch_size), permutations.shape[1]))
@@ -304,7 +308,27 @@ class NativeEngine:
             skipped = self._skipped(buffer, permutations, int(totals[TOTAL.first_skipped]), terms)
             if settings.on_nonfinite == "raise" or not totals[TOTAL.n_minibatches]:
                 raise skipped
-        record = _record(totals, coefficients, settings, skipped)
+        record = record_of(totals, coefficients, settings, skipped)
+        return record.statistics(self._kl_after(rollout) if settings.measure_kl_after else None)
+
+    def _update_shared(
+        self, buffer: Any, rollout: inputs.Rollout, hyper: np.ndarray, coefficients: UpdateCoefficients
+    ) -> UpdateStatistics:
+        """Run the epochs together with other processes, with calls of kernels for each minibatch."""
+
+        def run(hyper: np.ndarray, permutations: np.ndarray) -> inputs.Shared:
+            divided = self._divided_for(permutations.shape[1])
+            shared = divided.shared()
+            self._run(divided, shared, rollout, hyper, permutations)
+            return shared
+
+        settings, parameters = self.settings, self._parameters
+        update = NativeUpdate(run, self._binding.table, hyper, coefficients, buffer)
+        self.compile_seconds += update.compile_seconds
+        try:
+            record = run_shared_epochs(update, parameters, settings, coefficients, buffer, draw=update.draw)
+        finally:
+            write_steps(self.policy.optimizer, parameters, update.n_steps)
         return record.statistics(self._kl_after(rollout) if settings.measure_kl_after else None)
 
     def _run(
@@ -354,7 +378,7 @@ class NativeEngine:
 
         with one_blas_thread:
             run_on_threads(run, n_threads)
-        return th.tensor(sums.sum() / n, dtype=th.float64)
+        return self.settings.group.mean(th.tensor(sums.sum() / n, dtype=th.float64), n)
 
 
 def _permutations(n_epochs: int, n: int) -> np.ndarray:
@@ -363,34 +387,6 @@ def _permutations(n_epochs: int, n: int) -> np.ndarray:
     for permutation in permutations:
         permutation[:] = np.random.permutation(n)
     return permutations
-
-
-def _record(
-    totals: np.ndarray, coefficients: UpdateCoefficients, settings: UpdateSettings, skipped: BadMinibatchError | None
-) -> Record:
-    """Return the kernels' totals as the record of a single minibatch, which holds their means."""
-    sums, n_in_epoch, n_epochs = totals.tolist(), totals[TOTAL.n_in_epoch], int(totals[TOTAL.n_epochs])
-    n = sums[TOTAL.n_minibatches]
-    mean = MinibatchStatistics(
-        policy_loss=sums[TOTAL.policy_loss] / n,
-        value_loss=sums[TOTAL.value_loss] / n,
-        entropy_loss=sums[TOTAL.entropy_loss] / n,
-        kl=sums[TOTAL.kl] / max(n_in_epoch, 1) if settings.measures_kl(n_epochs - 1, coefficients) else None,
-        loss=sums[TOTAL.last_loss],
-        approx_kl=sums[TOTAL.approx_kl] / max(n_in_epoch, 1),
-        ratio_max=sums[TOTAL.ratio_max],
-        clip_fraction=None if coefficients.clip_range is None else sums[TOTAL.clip_fraction] / n,
-        vf_clip_fraction=None if coefficients.clip_range_vf is None else sums[TOTAL.vf_clip_fraction] / n,
-        grad_norm=sums[TOTAL.grad_norm] / sums[TOTAL.n_steps] if sums[TOTAL.n_steps] else None,
-    )
-    return Record(
-        [mean],
-        n_epochs=n_epochs,
-        epoch_start=0 if n_in_epoch else 1,  # all minibatches of the last epoch may have been skipped
-        n_skipped=int(totals[TOTAL.n_skipped]),
-        skipped=skipped,
-        stopped_at_kl=sums[TOTAL.stopped_at_kl] or None,
-    )
 
 
 def _blas_for(n_multiplications: int) -> AbstractContextManager[None]:

@@ -9,6 +9,8 @@ from sb3_clipvf.engines.cuda_graph import Bfloat16Engine, CudaGraphEngine
 from sb3_clipvf.engines.interface import Engine, UpdateSettings
 from sb3_clipvf.engines.support import why_not_bf16, why_not_cuda_graph, why_not_fused, why_not_native
 
+_ONE_PROCESS = "it trains in a single process only"
+
 ENGINE_NAMES = ("auto", "autograd", "fused", "native", "cuda_graph", "cuda_graph_bf16")
 
 
@@ -30,14 +32,14 @@ def select_engine(name: str, policy: ActorCriticPolicy, settings: UpdateSettings
     reasons = {}
     on_cuda = policy.device.type == "cuda"
     if name == "cuda_graph" or (name == "auto" and on_cuda):
-        reasons["cuda_graph"] = why_not_cuda_graph(policy, buffer)
+        reasons["cuda_graph"] = _ONE_PROCESS if settings.group.size > 1 else why_not_cuda_graph(policy, buffer)
         if reasons["cuda_graph"] is None:
             why = "as requested" if name == "cuda_graph" else "it is the fastest for this policy on a GPU"
             return CudaGraphEngine(policy, settings), why
         if name == "auto":
             return AutogradEngine(policy, settings), f"cuda_graph cannot run the policy: {reasons['cuda_graph']}"
     if name == "cuda_graph_bf16":
-        reasons[name] = why_not_bf16(policy, buffer)
+        reasons[name] = _ONE_PROCESS if settings.group.size > 1 else why_not_bf16(policy, buffer)
         if reasons[name] is None:
             return Bfloat16Engine(policy, settings), "as requested"
     # An engine with kernels imports numba, which takes half a second.
@@ -70,7 +72,7 @@ def is_surpassed(engine: Engine, buffer: Any) -> bool:
     if engine.name in ("native", "cuda_graph", "cuda_graph_bf16"):
         return False
     if engine.policy.device.type == "cuda":
-        return why_not_cuda_graph(engine.policy, buffer) is None
+        return engine.settings.group.size == 1 and why_not_cuda_graph(engine.policy, buffer) is None
     if why_not_native(engine.policy, buffer) is None:
         return True
     return engine.name == "autograd" and why_not_fused(engine.policy) is None

@@ -22,7 +22,14 @@ from sb3_clipvf.zoo.defaults import COMMANDS, Command
 from sb3_clipvf.zoo.errors import input_error
 from sb3_clipvf.zoo.parsing import add_trust_option, next_parser
 from sb3_clipvf.zoo.patching import replaced
-from sb3_clipvf.zoo.process import ffmpeg_on_path, figures_to_files, has_display, patched_environment, redirected_calls
+from sb3_clipvf.zoo.process import (
+    ffmpeg_on_path,
+    figures_to_files,
+    has_display,
+    one_training,
+    patched_environment,
+    redirected_calls,
+)
 from sb3_clipvf.zoo.registration import register
 
 PROGRAM = "sb3-clipvf"
@@ -109,6 +116,8 @@ def _run(name: str, command: Command, options: Sequence[str]) -> int:
             stack.enter_context(next_parser(f"{PROGRAM} {name}", add_trust_option if command.loads else None))
             return int(getattr(importlib.import_module(module), function)(list(options)))
         _enter_contexts(stack, name, command)
+        if name == "train":
+            options = stack.enter_context(one_training(options))
         stack.enter_context(replaced(sys, "argv", [f"{PROGRAM} {name}", *options]))
         if function:
             getattr(importlib.import_module(module), function)()

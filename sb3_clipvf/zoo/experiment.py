@@ -28,6 +28,7 @@ from sb3_clipvf.callbacks import IsolatedEvalCallback
 from sb3_clipvf.checkpoint import ResumableEnv, TrainingCheckpoint
 from sb3_clipvf.checkpoint.file import sorted_checkpoints
 from sb3_clipvf.clip_ppo import ClipPPO
+from sb3_clipvf.distributed import current_group
 from sb3_clipvf.envs import FastDummyVecEnv, FastSubprocVecEnv
 from sb3_clipvf.zoo.defaults import ALGORITHM, hyperparams_path
 from sb3_clipvf.zoo.entries import add_episode_ends, drop_null
@@ -142,10 +143,13 @@ class ClipPPOExperimentManager(CheckedSearch):
             super().create_callbacks()  # type: ignore[no-untyped-call]
             return
         eval_freq, self.eval_freq = self.eval_freq, -1
+        n_processes = current_group().size
+        if self.save_freq > 0:  # the Zoo divides by the number of environments in this process
+            self.save_freq = max(self.save_freq // n_processes, 1)
         super().create_callbacks()  # type: ignore[no-untyped-call]
         self.eval_freq = eval_freq
         if eval_freq > 0 and not self.optimize_hyperparameters:
-            self.eval_freq = max(eval_freq // self.n_envs, 1)
+            self.eval_freq = max(eval_freq // (n_processes * self.n_envs), 1)
             self.callbacks.append(self._evaluation())
         if self._keeps_checkpoints and not any(isinstance(one, TrainingCheckpoint) for one in self.callbacks):
             # The best model is that of the evaluations.

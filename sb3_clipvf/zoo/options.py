@@ -11,6 +11,7 @@ from typing import Any
 from rl_zoo3 import utils
 
 from sb3_clipvf.common.validation import MAX_SEED, check_device, check_folder, check_int
+from sb3_clipvf.distributed import current_group
 from sb3_clipvf.zoo.defaults import ALGORITHM, COMMANDS
 from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
 from sb3_clipvf.zoo.models import choose_run_of_options
@@ -89,6 +90,8 @@ def _prepare(parser: ArgumentParser, name: str) -> None:
 def _train_options(parse_args: Callable[..., Namespace], options: Namespace) -> Namespace:
     """Pass this package's options of ``train`` to the experiment manager, and return the Zoo's."""
     manager = ClipPPOExperimentManager
+    if current_group().size > 1:
+        _check_shared(options)
     if options.resume is not None:
         manager.resumed, arguments = resumed_run(options.resume, sys.argv[1:])
         if manager.resumed.is_complete:
@@ -110,6 +113,21 @@ def _train_options(parse_args: Callable[..., Namespace], options: Namespace) -> 
         manager.vec_env, options.vec_env = options.vec_env, "dummy"
     del options.resume, options.checkpoint_freq
     return options
+
+
+def _check_shared(options: Namespace) -> None:
+    """Raise ValueError for what processes of ``torchrun`` cannot do together."""
+    for name in ("optimize_hyperparameters", "resume", "track"):
+        if getattr(options, name, None):
+            raise ValueError(
+                f"`{option_name(name)}` must be left out in a training on several processes, got "
+                f"{getattr(options, name)!r}. Start it without torchrun."
+            )
+    if options.algo != ALGORITHM:
+        raise ValueError(
+            f"`--algo` must be {ALGORITHM} in a training on several processes, got {options.algo!r}: other algorithms "
+            "would train a model in each of them. Start it without torchrun."
+        )
 
 
 class StorePairs(utils.StoreDict):

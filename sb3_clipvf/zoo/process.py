@@ -5,8 +5,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,18 @@ def ffmpeg_on_path() -> Iterator[None]:
         path = os.pathsep.join((folder, os.environ.get("PATH", "")))
         with patched_environment({"PATH": path}, replace=True):
             yield
+
+
+@contextmanager
+def one_training(options: Sequence[str]) -> Iterator[list[str]]:
+    """Return options with which processes of ``torchrun`` train together: only the first one prints and keeps files."""
+    from sb3_clipvf.distributed import current_group  # imports torch
+
+    if current_group().rank == 0:
+        yield list(options)
+        return
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield [*options, "--log-folder", folder]
 
 
 @contextmanager

@@ -1,0 +1,317 @@
+"""
+Training on several processes: what they agree on at the start, and exchange before and after each rollout.
+
+``DataParallelCollector`` is the base of ``ClipPPO``. In a single process it does what ``TensorRolloutCollector`` does.
+``engines/reduction.py`` has the minibatches that processes share.
+"""
+
+import inspect
+import math
+import numbers
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.utils import update_learning_rate
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+
+from sb3_clipvf.checkpoint.file import versions
+from sb3_clipvf.checkpoint.resume import reset_environments
+from sb3_clipvf.common.messages import log
+from sb3_clipvf.distributed import ALONE, Group, Moments, current_group, merged_moments
+from sb3_clipvf.engines.device_rollout import explained_variance_of
+from sb3_clipvf.engines.interface import Engine, UpdateCoefficients
+from sb3_clipvf.rollout import on_host
+from sb3_clipvf.tensor_collection import TensorRolloutCollector
+
+# Arguments that may differ between processes, or that are compared in another way
+_OWN = frozenset(
+    "self policy env seed device verbose tensorboard_log stats_window_size policy_kwargs rollout_buffer_kwargs "
+    "_init_setup_model".split()
+)
+# Attributes that all processes take from the first one when a training starts
+_COMMON = ("num_timesteps", "_n_updates", "_schedule_timesteps", "_updates_with_skips", "adaptive_kl", "adaptive_lr")
+
+
+@dataclass(frozen=True)
+class _RolloutEnd:
+    """What a process sends to the others after a rollout."""
+
+    continues: bool  # whether no callback has asked to stop
+    moments: list[tuple[Any, Any, float]]  # of VecNormalize
+    episodes: list[dict[str, Any]]  # those that ended in the rollout
+    actions: int  # checksum of all actions
+
+
+class DataParallelCollector(TensorRolloutCollector):
+    """Collects rollouts in each of several processes, and keeps policy, statistics and arguments the same in all."""
+
+    _n_updates: int
+    _resumed: Any = None
+    # Moments of VecNormalize that all processes had at the start of the rollout
+    _common_moments: Sequence[tuple[Any, Any, float]] = ()
+    _warned_of_copies = False
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """
+        Seed all random states. Other processes than the first use other seeds, as further environments would.
+
+        :param seed: Seed of the first process; its environments use this and the following numbers. None: no seed.
+        """
+        super().set_random_seed(None if seed is None else seed + current_group().rank * self.n_envs)
+
+    def learn(self, *args: Any, **kwargs: Any) -> Self:
+        """Train as SB3's ``learn``; an error in one process ends the training in all of them."""
+        with current_group().failing_together():
+            return super().learn(*args, **kwargs)
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: Any = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        group = current_group()
+        self._n_envs_elsewhere = 0
+        if group.size > 1:
+            of_call = {"total_timesteps": total_timesteps, "reset_num_timesteps": reset_num_timesteps}
+            n_envs = self._check_agreement(group, of_call)
+            self._n_envs_elsewhere = sum(n_envs) - self.n_envs
+            self._take_state(group)
+            if group.rank:
+                callback, progress_bar, self.verbose = None, False, 0
+                self.set_logger(Logger(None, []))
+        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+
+    def collect_rollouts(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int) -> bool:
+        """
+        Fill the buffer with steps of the current policy, as :meth:`TensorRolloutCollector.collect_rollouts` does.
+
+        The policy is that of the first process. At the end, all processes merge the statistics of ``VecNormalize``, and
+        stop if one of them has been asked to.
+
+        :param env: The training environments.
+        :param callback: Callback, called at each step and at both ends of the rollout.
+        :param rollout_buffer: Buffer to fill.
+        :param n_rollout_steps: Steps of each environment.
+        :return: False if a callback asked to stop.
+        :raises NonFiniteError: If observations, rewards, values or log-probabilities are not finite.
+        """
+        group = current_group()
+        if group.size == 1:
+            return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        for tensor in (*self.policy.parameters(), *self.policy.buffers()):
+            group.broadcast_tensor(tensor.data)
+        episodes: Any = self.ep_info_buffer
+        earlier = list(episodes)
+        continues = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        running = _running_moments(self.get_vec_normalize_env())
+        end = _RolloutEnd(
+            continues=continues,
+            moments=_values_of(running),
+            # Equal dicts may be of different episodes.
+            episodes=[episode for episode in episodes if not any(episode is other for other in earlier)],
+            actions=zlib.crc32(on_host(rollout_buffer.actions).tobytes()),
+        )
+        ends = group.gather(end)
+        merge_running(running, self._common_moments, [end.moments for end in ends])
+        self._common_moments = _values_of(running)
+        episodes.clear()
+        episodes.extend([*earlier, *(episode for end in ends for episode in end.episodes)])
+        self._warn_of_copies(ends)
+        return all(end.continues for end in ends)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_common_moments", "_n_envs_elsewhere", "_warned_of_copies"]
+
+    def _warn_of_copies(self, ends: list["_RolloutEnd"]) -> None:
+        """Warn once if processes collect the same rollouts, whose gradients are those of one process."""
+        if not self._warned_of_copies and len({end.actions for end in ends}) == 1:
+            self._warned_of_copies = True
+            log.warning(
+                "All processes have collected the same actions, so that more of them do not help. Pass `seed` to "
+                "ClipPPO, which seeds each process differently, instead of seeding all alike."
+            )
+
+    # ------------------------------------------------------------------ start of a training
+
+    def _check_agreement(self, group: Group, of_call: dict[str, Any]) -> list[int]:
+        """Raise ValueError if processes differ in what must be equal; return their numbers of environments."""
+        own = {**_arguments_of(self), **of_call, **_description_of(self)}
+        if self.seed is not None:
+            own["number of environments, since `seed` is set"] = self.n_envs
+        found = group.gather((own, self.n_envs))
+        check_same([description for description, _ in found])
+        return [n_envs for _, n_envs in found]
+
+    def _take_state(self, group: Group) -> None:
+        """Take policy, optimizer, controllers, counters and statistics of VecNormalize from the first process."""
+        running = _running_moments(self.get_vec_normalize_env())
+        resumed = self._resumed is not None
+        first = group.broadcast(
+            {
+                "parameters": _on_cpu(self.get_parameters()),
+                "attributes": {name: getattr(self, name) for name in _COMMON},
+                "moments": _values_of(running),
+                "resumed": resumed,
+            }
+        )
+        self._common_moments = first["moments"]
+        if group.rank == 0:
+            if resumed:
+                log.warning(
+                    "The training is not resumed exactly: only the first process continues its episodes and random "
+                    "states. The environments of the others begin new episodes."
+                )
+            return
+        self.set_parameters(first["parameters"], exact_match=True)
+        for name, value in first["attributes"].items():
+            setattr(self, name, value)
+        for rms, (mean, var, count) in zip(running, first["moments"], strict=True):
+            rms.mean, rms.var, rms.count = mean, var, count
+        if resumed:
+            self._begin_new_episodes(group)
+
+    def _begin_new_episodes(self, group: Group) -> None:
+        """Begin new episodes and random numbers in a process that has loaded the checkpoint of the first one."""
+        self._resumed = None
+        entropy = (0 if self.seed is None else self.seed, self.num_timesteps, group.rank)
+        generator = np.random.default_rng(np.random.SeedSequence(entropy))
+        seed = int(generator.integers(2**30))
+        super().set_random_seed(seed)
+        reset_environments(self, self.env, generator)  # type: ignore[arg-type]
+
+    # ------------------------------------------------------------------ updates
+
+    def _agreed(self, engine: Engine, coefficients: UpdateCoefficients) -> UpdateCoefficients:
+        """Use the settings of the first process, whose callbacks may change them, and return its coefficients."""
+        group = engine.settings.group
+        if group.size == 1:
+            return coefficients
+        rates = [float(param_group["lr"]) for param_group in self.policy.optimizer.param_groups]
+        own = (engine.name, replace(engine.settings, group=ALONE), coefficients, rates)
+        found = group.gather(own)
+        names = [name for name, *_ in found]
+        if len(set(names)) > 1:
+            raise ValueError(
+                f"`engine` must be the same in all processes, got {names}. Choose one of them by its name."
+            )
+        _, settings, coefficients, rates = found[0]
+        engine.settings = replace(settings, group=group)
+        update_learning_rate(self.policy.optimizer, rates[0])
+        return coefficients
+
+    def _spread_of_returns(self) -> tuple[float, float]:
+        """Return the standard deviation and the largest magnitude of the returns, in all processes."""
+        returns = on_host(self.rollout_buffer.returns)
+        group = current_group()
+        largest = float(np.max(np.abs(returns)))
+        if group.size == 1:
+            return float(np.std(returns)), largest
+        return math.sqrt(group.moments(returns).variance), max(group.gather(largest))
+
+    def _explained_variance(self) -> float:
+        """Return 1 - Var(returns - values) / Var(returns) over the rollouts of all processes; NaN for equal returns."""
+        buffer, group = self.rollout_buffer, current_group()
+        if group.size == 1:
+            return explained_variance_of(buffer)
+        returns, values = (th.as_tensor(each).double() for each in (buffer.returns, buffer.values))
+        parts = group.gather((Moments.of(returns), Moments.of(returns - values)))
+        total, rest = (merged_moments(list(each)).variance for each in zip(*parts, strict=True))
+        return math.nan if total == 0 else 1.0 - rest / total
+
+
+def check_same(descriptions: list[dict[str, Any]]) -> None:
+    """
+    Check that all processes have the same description.
+
+    :param descriptions: Values by name, one dict for each process.
+    :raises ValueError: If one differs from the first; the message has the names and values that differ.
+    """
+    first = descriptions[0]
+    for rank, other in enumerate(descriptions):
+        different = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+        if different:
+            values = "; ".join(f"{name}: {first.get(name)} and {other.get(name)}" for name in different)
+            raise ValueError(
+                f"Processes 0 and {rank} must have the same {', '.join(different)}, got {values}. Start all of them "
+                "with the same script, arguments and installation."
+            )
+
+
+def merge_running(
+    running: list[RunningMeanStd], common: Sequence[tuple[Any, Any, float]], parts: list[list[tuple[Any, Any, float]]]
+) -> None:
+    """
+    Overwrite running statistics by those of the data of all processes.
+
+    :param running: Statistics to overwrite.
+    :param common: Mean, variance and count that all processes had before.
+    :param parts: Those that each process has now, since it added its own data.
+    Source: Chan, Golub and LeVeque 1979, Stanford STAN-CS-79-773, equation 2.1, for sums about the common mean.
+    """
+    for k, rms in enumerate(running):
+        mean, var, count = common[k]
+        now = [part[k] for part in parts]
+        others = len(now) - 1
+        total = sum(part[2] for part in now) - others * count
+        if total == count:  # nothing was added
+            continue
+        shift = sum((part[0] - mean) * part[2] for part in now) / total
+        squares = sum((part[1] + (part[0] - mean) ** 2) * part[2] for part in now) - others * var * count
+        rms.mean, rms.var, rms.count = mean + shift, squares / total - shift**2, total
+
+
+def _running_moments(normalizer: VecNormalize | None) -> list[RunningMeanStd]:
+    if normalizer is None or not normalizer.training:
+        return []
+    obs: Any = normalizer.obs_rms if normalizer.norm_obs else []
+    if isinstance(obs, dict):
+        obs = [obs[key] for key in sorted(obs)]
+    return [*(obs if isinstance(obs, list) else [obs]), normalizer.ret_rms]
+
+
+def _values_of(running: list[RunningMeanStd]) -> list[tuple[Any, Any, float]]:
+    return [(rms.mean, rms.var, rms.count) for rms in running]
+
+
+def _arguments_of(model: Any) -> dict[str, Any]:
+    """Return a model's arguments, by name, as values that can be compared between processes."""
+    names = inspect.signature(type(model).__init__).parameters.keys() - _OWN
+    return {f"`{name}`": _comparable(getattr(model, name)) for name in sorted(names) if hasattr(model, name)}
+
+
+def _description_of(model: Any) -> dict[str, Any]:
+    return {
+        "policy": str(model.policy),
+        "optimizer": _comparable(model.policy.optimizer),
+        "observation space": str(model.observation_space),
+        "action space": str(model.action_space),
+        "kind of device": model.device.type,
+        "VecNormalize": type(model.get_vec_normalize_env()).__name__,
+        **{f"version of {name}": version for name, version in versions().items()},
+    }
+
+
+def _comparable(value: Any) -> Any:
+    if value is None or isinstance(value, (str, numbers.Real)):
+        return value
+    name = getattr(value, "__qualname__", None)
+    return f"{value.__module__}.{name}" if name else type(value).__qualname__
+
+
+def _on_cpu(tree: Any) -> Any:
+    """Return a tree of dicts and lists with its tensors on the CPU."""
+    if isinstance(tree, th.Tensor):
+        return tree.cpu()
+    if isinstance(tree, dict):
+        return {key: _on_cpu(value) for key, value in tree.items()}
+    return [_on_cpu(value) for value in tree] if isinstance(tree, (list, tuple)) else tree

@@ -1,0 +1,207 @@
+"""
+The group of processes that train one model, and what they exchange.
+
+A group of one process exchanges nothing. ``docs/distributed.md`` describes a training on several processes.
+"""
+
+import atexit
+import contextlib
+import importlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch as th
+import torch.distributed as dist
+
+Value = TypeVar("Value")
+
+_FAILURE = "sb3_clipvf/failure"
+_NOTE_SECONDS = 2  # a process that fails writes its note before it closes its connections
+
+
+class LostProcessError(RuntimeError):
+    """Another process of the training has failed, has ended or does not respond."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """
+    The processes that train one model. Each method is called by all of them, in the same order.
+
+    :param rank: Number of this process, from 0.
+    :param size: Number of processes.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def gather(self, value: Value) -> list[Value]:
+        """Return the values of all processes, by rank. They are pickled, unless there is one process."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with _explained():
+            dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Value) -> Value:
+        """Return the value of the first process, which is pickled, unless there is one process."""
+        if self.size == 1:
+            return value
+        values = [value if self.rank == 0 else None]
+        with _explained():
+            dist.broadcast_object_list(values)
+        return value if self.rank == 0 else cast(Value, values[0])
+
+    def broadcast_tensor(self, tensor: th.Tensor) -> None:
+        """Overwrite a tensor by that of the first process, of the same shape and type."""
+        if self.size > 1:
+            with _explained():
+                dist.broadcast(tensor, 0)
+
+    def add_up(self, tensor: th.Tensor) -> None:
+        """Overwrite a tensor by the sum of those of all processes, of the same shape and type."""
+        if self.size > 1:
+            with _explained():
+                dist.all_reduce(tensor)
+
+    def mean(self, value: th.Tensor, n: int) -> th.Tensor:
+        """Return the mean over all processes of ``value``, which is the mean of ``n`` numbers in this one."""
+        if self.size == 1:
+            return value
+        parts = np.array(self.gather((float(value), n)))
+        return th.tensor(np.average(parts[:, 0], weights=parts[:, 1]), dtype=th.float64)
+
+    def moments(self, values: Any) -> "Moments":
+        """Return the moments of an array's or a tensor's numbers in all processes."""
+        return merged_moments(self.gather(Moments.of(values)))
+
+    @contextlib.contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Report an error that ends this context to the other processes, and disconnect from them."""
+        try:
+            yield
+        except LostProcessError:
+            _leave(failed=True)
+            raise
+        except BaseException as error:
+            if self.size > 1:
+                with contextlib.suppress(RuntimeError):
+                    _store().set(_FAILURE, f"process {self.rank} failed with {type(error).__name__}: {error}")
+                _leave(failed=True)
+            raise
+
+
+ALONE = Group()
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Number, mean and sum of squared deviations of numbers, float64."""
+
+    n: int
+    mean: float
+    squares: float
+
+    @classmethod
+    def of(cls, values: Any) -> "Moments":
+        """Return the moments of an array or a tensor."""
+        numbers = th.as_tensor(values).detach().double()
+        if not numbers.numel():
+            return cls(0, 0.0, 0.0)
+        mean = numbers.mean()
+        squares = (numbers - mean).square().sum()
+        return cls(numbers.numel(), *th.stack([mean, squares]).tolist())
+
+    @property
+    def variance(self) -> float:
+        """The population's variance."""
+        return self.squares / self.n
+
+    @property
+    def sample_std(self) -> float:
+        """Root of the unbiased variance; there must be more than one number."""
+        return float(np.sqrt(self.squares / (self.n - 1)))
+
+
+def merged_moments(parts: list[Moments]) -> Moments:
+    """
+    Return the moments of the union of several sets of numbers.
+
+    Source: Chan, Golub and LeVeque 1979, Stanford STAN-CS-79-773, equation 2.1.
+    """
+    n = sum(part.n for part in parts)
+    mean = sum(part.n * part.mean for part in parts) / n
+    return Moments(n, mean, sum(part.squares + part.n * (part.mean - mean) ** 2 for part in parts))
+
+
+def current_group() -> Group:
+    """
+    Return the group of this process, and join it if ``torchrun`` has started it and it has not joined yet.
+
+    :raises LostProcessError: If an error has ended the group.
+    """
+    if not dist.is_available():
+        return ALONE
+    if not dist.is_initialized():
+        if not dist.is_torchelastic_launched() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            return ALONE
+        _join()
+    size = dist.get_world_size()
+    return ALONE if size == 1 else Group(dist.get_rank(), size)
+
+
+# Whether this module, and not the user's own code, has connected this process to others; whether an error ended that
+_has_joined = _has_failed = False
+
+
+def _join() -> None:
+    """Join the processes that torchrun has started. On a machine with GPUs, each process gets one."""
+    global _has_joined
+    if _has_failed:
+        raise LostProcessError("An error has disconnected this process from the others. Start all of them again.")
+    backend, n_gpus = "gloo", th.cuda.device_count()
+    if n_gpus:
+        th.cuda.set_device(int(os.environ["LOCAL_RANK"]) % n_gpus)
+        # Processes of nccl cannot share a GPU.
+        if dist.is_nccl_available() and int(os.environ["LOCAL_WORLD_SIZE"]) <= n_gpus:
+            backend = "cpu:gloo,cuda:nccl"
+    # If torch imports this module later, default arguments of its functions keep the group alive. The threads of gloo
+    # then run on while the interpreter ends, and abort the process if they release one of Python's tensors.
+    importlib.import_module("torch.distributed.nn.functional")
+    with _explained():
+        dist.init_process_group(backend)
+    _has_joined = True
+    atexit.register(_leave)
+
+
+def _leave(*, failed: bool = False) -> None:
+    """Disconnect from the other processes, unless the user's own code has connected them."""
+    global _has_failed
+    if _has_joined and dist.is_initialized():
+        _has_failed = failed
+        with contextlib.suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+def _store() -> Any:
+    """Return the store in which processes leave notes."""
+    return dist.distributed_c10d._get_default_store()
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Raise LostProcessError if processes cannot communicate; it repeats the error of a process that has failed."""
+    try:
+        yield
+    except RuntimeError as error:
+        cause = f"a process has ended or does not respond: {error}"
+        with contextlib.suppress(RuntimeError):
+            store = _store()
+            store.wait([_FAILURE], timedelta(seconds=_NOTE_SECONDS))
+            cause = store.get(_FAILURE).decode()
+        raise LostProcessError(f"The training has ended on all processes, since {cause}") from None

@@ -1,0 +1,164 @@
+"""
+Minibatches that several processes share: each has a part, and all make the same step.
+
+The loss of a shared minibatch is the mean over the transitions of all parts. Advantages are normalised over all of
+them, gradients and statistics are added with the parts' shares as weights, and skips and stops follow from the sums.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, cast
+
+import torch as th
+
+from sb3_clipvf import objectives
+from sb3_clipvf.distributed import Group, Moments, merged_moments
+from sb3_clipvf.engines.epochs import MinibatchStatistics, MinibatchUpdate, Record, Scalar, run_epochs
+from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateSettings
+from sb3_clipvf.rollout import MiniBatch
+
+_MEANS = ("policy_loss", "value_loss", "entropy_loss", "kl", "loss", "approx_kl", "clip_fraction", "vf_clip_fraction")
+
+
+class PartialUpdate(MinibatchUpdate, Protocol):
+    """An update whose gradients may change before they are clipped: ``gradient_norm`` in two parts."""
+
+    def set_advantage_scale(self, mean: float, std: float) -> None:
+        """Normalise the next minibatch's advantages as ``(advantages - mean) / std``."""
+
+    def compute_gradients(self) -> None:
+        """Compute the gradients of the last loss, in ``grad`` of the policy's parameters."""
+
+    def clip_gradients(self) -> Scalar:
+        """Clip the gradients, now or in ``step``, and return their joint norm before that."""
+
+
+def run_shared_epochs(
+    update: PartialUpdate,
+    parameters: Iterable[th.Tensor],
+    settings: UpdateSettings,
+    coefficients: UpdateCoefficients,
+    buffer: Any,
+    *,
+    checks: bool = True,
+    draw: Callable[[int], Iterable[Any]] | None = None,
+) -> Record:
+    """
+    Run the epochs of one update as :func:`.epochs.run_epochs` does, together with the processes of ``settings.group``.
+
+    :raises ValueError: If the processes have different numbers of minibatches.
+    """
+    group = settings.group
+    if group.size == 1:
+        return run_epochs(update, settings, coefficients, buffer, checks=checks, draw=draw)
+    shared = _SharedUpdate(update, list(parameters), settings, draw or buffer.get)
+    record = run_epochs(shared, settings, coefficients, buffer, checks=checks, draw=shared.draw)
+    # The only statistic that is not a sum
+    largest = max(float(minibatch.ratio_max) for minibatch in record.minibatches)
+    loss = record.minibatches[0].loss
+    ratio_max = max(group.gather(largest))
+    record.minibatches[0].ratio_max = ratio_max if isinstance(loss, float) else loss.new_tensor(ratio_max)
+    return record
+
+
+class _SharedUpdate:
+    """An update of a process's parts that makes the steps of the whole minibatches."""
+
+    def __init__(
+        self,
+        update: PartialUpdate,
+        parameters: list[th.Tensor],
+        settings: UpdateSettings,
+        draw: Callable[[int], Iterable[Any]],
+    ) -> None:
+        self._update, self._draw = update, draw
+        self._group: Group = settings.group
+        self._normalizes = settings.normalize_advantage and settings.advantage_scope == "minibatch"
+        self._sums = _Sums(parameters)
+        self._wholes: Iterator[Moments] = iter(())
+
+    def draw(self, size: int) -> Iterable[Any]:
+        """Yield the parts of an epoch's minibatches, and find the moments of the whole ones' advantages."""
+        parts = list(self._draw(size))
+        moments = self._group.gather([Moments.of(part.advantages) for part in parts])
+        numbers = [len(each) for each in moments]
+        if len(set(numbers)) > 1:
+            raise ValueError(
+                f"`rollout_buffer` must have equally many minibatches in all processes, got {numbers}. Use the same "
+                "numbers of environments and steps."
+            )
+        self._wholes = iter([merged_moments(list(each)) for each in zip(*moments, strict=True)])
+        return parts
+
+    def loss(self, batch: MiniBatch, measure_kl: bool) -> MinibatchStatistics:
+        """Compute the loss of the whole minibatch, and its gradients."""
+        whole = next(self._wholes)
+        if self._normalizes and whole.n > 1:
+            self._update.set_advantage_scale(whole.mean, whole.sample_std + objectives.ADVANTAGE_EPS)
+        part = self._update.loss(batch, measure_kl)
+        self._update.compute_gradients()
+        return self._sums.of(self._group, part, len(batch.advantages) / whole.n)
+
+    def gradient_norm(self) -> Scalar:
+        """Clip the gradients, and return their joint norm before that."""
+        return self._update.clip_gradients()
+
+    def step(self) -> None:
+        """Make a step of the optimizer."""
+        self._update.step()
+
+
+class _Sums:
+    """Adds gradients and statistics of all processes, in one buffer."""
+
+    def __init__(self, parameters: list[th.Tensor]) -> None:
+        self._parameters = parameters
+        sizes = [parameter.numel() for parameter in parameters]
+        n = sum(sizes)
+        is_double = any(parameter.dtype == th.float64 for parameter in parameters)
+        self._flat = th.zeros(
+            n + len(parameters) + len(_MEANS),
+            dtype=th.float64 if is_double else th.float32,
+            device=parameters[0].device,
+        )
+        self._weighted = self._flat[:n]
+        parts = th.split(self._weighted, sizes)
+        self._gradients = [part.view_as(parameter) for part, parameter in zip(parts, parameters, strict=True)]
+        # How many processes have a gradient of each parameter. Without one, the optimizer makes no step of it.
+        self._reached = self._flat[n : n + len(parameters)]
+        self._means = self._flat[n + len(parameters) :]
+
+    @th.no_grad()
+    def of(self, group: Group, part: MinibatchStatistics, weight: float) -> MinibatchStatistics:
+        """Replace the gradients of a part by those of the whole minibatch, and return its statistics."""
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            if parameter.grad is None:
+                gradient.zero_()
+            else:
+                gradient.copy_(parameter.grad)
+        self._weighted.mul_(weight)
+        has_gradient = [parameter.grad is not None for parameter in self._parameters]
+        self._reached.copy_(th.tensor(has_gradient))
+        values = [getattr(part, name) for name in _MEANS]
+        numbers = [0.0 if value is None else value for value in values]
+        in_floats = isinstance(part.loss, float)
+        if in_floats:
+            self._means.copy_(th.tensor(numbers))
+        else:
+            self._means.copy_(th.stack([th.as_tensor(number, device=self._flat.device) for number in numbers]))
+        self._means.mul_(weight)
+        group.add_up(self._flat)
+        self._write_gradients()
+        means = self._means.tolist() if in_floats else self._means.clone().unbind()
+        known = {
+            name: mean if value is not None else None for name, value, mean in zip(_MEANS, values, means, strict=True)
+        }
+        return MinibatchStatistics(**cast(dict[str, Any], known), ratio_max=part.ratio_max)
+
+    def _write_gradients(self) -> None:
+        reached = self._reached.tolist()
+        for parameter, gradient, n in zip(self._parameters, self._gradients, reached, strict=True):
+            if not n:
+                continue
+            if parameter.grad is None:
+                parameter.grad = th.empty_like(parameter)
+            parameter.grad.copy_(gradient)

@@ -1,0 +1,354 @@
+"""What tests/test_data_parallel.py runs in each of several processes: functions of a process's number."""
+
+import logging
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import torch as th
+import torch.distributed as dist
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.utils import set_random_seed
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
+
+from sb3_clipvf import ClipPPO
+from sb3_clipvf.checkpoint import TrainingCheckpoint
+from sb3_clipvf.common.nonfinite import BadMinibatchError
+from sb3_clipvf.distributed import ALONE, Group, current_group
+from sb3_clipvf.distributions import dist_param_dim, dist_params
+from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateSettings
+from sb3_clipvf.engines.selection import select_engine
+from sb3_clipvf.rollout import TensorRolloutBuffer
+
+N_STEPS, N_EPOCHS = 8, 3
+OBS, BOX = spaces.Box(-2.0, 2.0, (3,), np.float32), spaces.Box(-1.0, 1.0, (2,), np.float32)
+
+
+def serve(rank: int, size: int, path: str, pipe: Connection) -> None:
+    """Join a group, and run the functions of this module whose names arrive, until None does."""
+    th.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{path}", rank=rank, world_size=size, timeout=timedelta(seconds=15)
+    )
+    pipe.send("ready")
+    while (task := pipe.recv()) is not None:
+        name, arguments = task
+        try:
+            result: Any = globals()[name](rank, *arguments)
+        except Exception as error:
+            result = error if is_picklable(error) else RuntimeError(repr(error))
+        pipe.send(result)
+        if name in ENDS:
+            return
+
+
+def is_picklable(error: Exception) -> bool:
+    """Whether an error can be sent to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------------- one update
+
+
+def make_policy() -> ActorCriticPolicy:
+    """The same policy in all processes."""
+    th.manual_seed(5)
+    return ActorCriticPolicy(OBS, BOX, lambda _: 1e-2, net_arch=[16])
+
+
+def make_buffer(policy: ActorCriticPolicy, n_envs: int) -> TensorRolloutBuffer:
+    """A rollout of random numbers."""
+    width = dist_param_dim(policy.action_dist)
+    buffer = TensorRolloutBuffer(N_STEPS, OBS, BOX, device="cpu", n_envs=n_envs, dist_param_dim=width)
+    buffer.reset()
+    generator = np.random.default_rng(11)
+    for _ in range(N_STEPS):
+        obs = generator.normal(size=(n_envs, 3)).astype(np.float32)
+        with th.no_grad():
+            actions, values, log_prob = policy(th.from_numpy(obs))
+            params = dist_params(policy.get_distribution(th.from_numpy(obs)))
+        shift = generator.normal(size=n_envs).astype(np.float32) * 0.1
+        buffer.add(
+            obs, actions.numpy(), np.ones(n_envs), np.zeros(n_envs), values, log_prob + th.from_numpy(shift), params
+        )
+    buffer.advantages[:] = generator.normal(1.0, 2.0, size=buffer.advantages.shape)
+    buffer.returns[:] = buffer.values + buffer.advantages
+    return buffer
+
+
+def part_of(buffer: TensorRolloutBuffer, envs: slice) -> TensorRolloutBuffer:
+    """The rollout of some environments of a buffer."""
+    n_envs = len(range(*envs.indices(buffer.n_envs)))
+    part = TensorRolloutBuffer(N_STEPS, OBS, BOX, device="cpu", n_envs=n_envs, dist_param_dim=buffer.dist_param_dim)
+    part.reset()
+    for name in (
+        "observations",
+        "actions",
+        "rewards",
+        "returns",
+        "episode_starts",
+        "values",
+        "log_probs",
+        "advantages",
+    ):
+        getattr(part, name)[:] = getattr(buffer, name)[:, envs]
+    part.dist_params[:] = buffer.dist_params[:, envs]
+    part.pos, part.full = N_STEPS, True
+    return part
+
+
+def run_update(engine: str, buffer: Any, policy: Any, batch_size: int, changes: dict[str, Any], group: Group) -> Any:
+    """Run an update, and return parameters, statistics and what comes next from NumPy's random state."""
+    options = dict(changes)
+    coefficients = {"clip_range": 0.2, "clip_range_vf": 0.5, "ent_coef": 0.01, "vf_coef": 0.5, "kl_coef": 0.3}
+    coefficients.update({name: options.pop(name) for name in list(options) if name in coefficients})
+    settings = UpdateSettings(
+        batch_size=batch_size,
+        n_epochs=N_EPOCHS,
+        **{
+            "normalize_advantage": True,
+            "advantage_scope": "minibatch",
+            "vf_clip": "max",
+            "max_grad_norm": 0.5,
+            "target_kl": None,
+            "measure_kl_after": True,
+            **options,
+        },
+        has_dist_params=True,
+        discrete_actions=False,
+        needs_kl=True,
+        group=group,
+    )
+    runner, _ = select_engine(engine, policy, settings, buffer)
+    statistics = runner.update(buffer, UpdateCoefficients(**coefficients))
+    parameters = th.cat([parameter.detach().flatten() for parameter in policy.parameters()]).numpy()
+    steps = {int(state["step"]) for state in policy.optimizer.state.values()}
+    counts = (statistics.n_epochs, statistics.n_skipped, steps, statistics.stopped_at_kl is None)
+    return parameters, statistics.read(), counts
+
+
+def shared_update(rank: int, engine: str, n_envs: tuple[int, ...], batch_size: int, changes: dict[str, Any]) -> Any:
+    """This process's part of an update."""
+    policy = make_policy()
+    start = sum(n_envs[:rank])
+    buffer = part_of(make_buffer(policy, sum(n_envs)), slice(start, start + n_envs[rank]))
+    np.random.seed(rank)
+    return run_update(engine, buffer, policy, batch_size, changes, current_group())
+
+
+def update_with_nan(rank: int, engine: str, on_nonfinite: str) -> Any:
+    """An update where one advantage of process 1 is NaN."""
+    policy = make_policy()
+    buffer = make_buffer(policy, 2)
+    buffer.advantages[0, 0] = np.nan if rank == 1 else 0.0
+    np.random.seed(0)
+    changes = {"on_nonfinite": on_nonfinite, "normalize_advantage": False}
+    try:
+        return run_update(engine, buffer, policy, 4, changes, current_group())
+    except BadMinibatchError as error:
+        return (error.epoch, error.minibatch, str(error))
+
+
+def whole_update(engine: str, n_envs: tuple[int, ...], batch_size: int, changes: dict[str, Any]) -> Any:
+    """The update of all parts in a single process, with minibatches that are unions of the processes' ones."""
+    policy = make_policy()
+    buffer = make_buffer(policy, sum(n_envs))
+    generators = [np.random.RandomState(rank) for rank in range(len(n_envs))]
+    starts = np.cumsum([0, *n_envs])[:-1]
+
+    def permutation(n: int) -> np.ndarray:
+        drawn = [
+            each.permutation(N_STEPS * n) + N_STEPS * start
+            for each, n, start in zip(generators, n_envs, starts, strict=True)
+        ]
+        rows = range(0, max(map(len, drawn)), batch_size)
+        return np.concatenate([part[row : row + batch_size] for row in rows for part in drawn])
+
+    original, np.random.permutation = np.random.permutation, permutation
+    try:
+        return run_update(engine, buffer, policy, batch_size * len(n_envs), changes, ALONE)
+    finally:
+        np.random.permutation = original
+
+
+# ---------------------------------------------------------------------- trainings
+
+
+class Recorder(VecEnvWrapper):
+    """Keeps all observations."""
+
+    def __init__(self, venv: VecEnv) -> None:
+        super().__init__(venv)
+        self.kept: list[np.ndarray] = []
+
+    def reset(self) -> Any:
+        """Reset, and keep the observations."""
+        self.kept.append(self.venv.reset().copy())
+        return self.kept[-1]
+
+    def step_wait(self) -> Any:
+        """Step, and keep the observations."""
+        observations, *rest = self.venv.step_wait()
+        self.kept.append(observations.copy())
+        return observations, *rest
+
+
+class Counter(BaseCallback):
+    """Counts its calls, and stops at one of them."""
+
+    def __init__(self, last: int | None = None) -> None:
+        super().__init__()
+        self.last = last
+
+    def _on_step(self) -> bool:
+        return self.n_calls != self.last
+
+
+def parameters_of(model: ClipPPO) -> bytes:
+    """The bits of all parameters."""
+    return b"".join(parameter.detach().numpy().tobytes() for parameter in model.policy.parameters())
+
+
+def make_model(env: Any = None, **changes: Any) -> ClipPPO:
+    """A small model on CartPole."""
+    env = make_vec_env("CartPole-v1", n_envs=2) if env is None else env
+    options = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 3, "device": "cpu", "engine": "autograd"}
+    return ClipPPO("MlpPolicy", env, **{**options, **changes})
+
+
+def training(rank: int, changes: dict[str, Any], total: int) -> Any:
+    """A training, and what it leaves."""
+    model, counter = make_model(**changes), Counter()
+    first = parameters_of(model)
+    starts = model.env.reset()
+    model.learn(total, callback=counter)
+    controllers = (model.adaptive_kl, model.adaptive_lr, model.policy.optimizer.param_groups[0]["lr"])
+    return {
+        "initial": first,
+        "parameters": parameters_of(model),
+        "num_timesteps": model.num_timesteps,
+        "calls": counter.n_calls,
+        "starts": starts,
+        "controllers": controllers,
+        "episodes": [(episode["r"], episode["l"]) for episode in model.ep_info_buffer],
+    }
+
+
+def stopped_training(rank: int, last: int) -> int:
+    """A training that a callback of the first process stops; the number of updates."""
+    model = make_model(n_epochs=1)
+    model.learn(10_000, callback=Counter(last))
+    return model._n_updates
+
+
+def changed_training(rank: int) -> Any:
+    """A training whose callback in the first process changes arguments and weights."""
+
+    class Change(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_end(self) -> None:
+            self.model.ent_coef, self.model.n_epochs, self.model.learning_rate = 0.5, 3, 1e-4
+            self.model._setup_lr_schedule()
+
+    model = make_model()
+    model.learn(256, callback=Change())
+    return parameters_of(model), model._n_updates, model.policy.optimizer.param_groups[0]["lr"]
+
+
+def normalised_training(rank: int) -> Any:
+    """A training with VecNormalize; its statistics, and this process's observations."""
+    recorder = Recorder(make_vec_env("CartPole-v1", n_envs=2))
+    env = VecNormalize(recorder)
+    model = make_model(env, n_steps=16)
+    model.learn(128)
+    rms = env.obs_rms
+    return rms.mean, rms.var, rms.count, env.ret_rms.var, env.ret_rms.count, recorder.kept
+
+
+def loaded_training(rank: int, path: str) -> Any:
+    """A training that continues from a file, which only the first process loads."""
+    model = make_model()
+    model.learn(128)
+    if rank == 0:
+        model.save(path)
+        model = ClipPPO.load(path, env=model.env, device="cpu")
+    else:
+        model = make_model()
+    model.learn(128, reset_num_timesteps=False)
+    return model.num_timesteps, parameters_of(model)
+
+
+def resumed_training(rank: int, path: str) -> Any:
+    """A training that is resumed from a checkpoint of the first process."""
+    model = make_model()
+    model.learn(256, callback=TrainingCheckpoint(128, path))
+    dist.barrier()
+    env = make_vec_env("CartPole-v1", n_envs=2)
+    resumed = ClipPPO.resume(path, env, device="cpu")
+    resumed.learn(256, reset_num_timesteps=False, callback=TrainingCheckpoint(128, path))
+    episodes = [episode["r"] for episode in resumed.ep_info_buffer]
+    return (resumed.num_timesteps, parameters_of(resumed), episodes), resumed._last_obs
+
+
+def copied_training(rank: int) -> list[str]:
+    """A training whose processes are seeded alike by other means than `seed`; its warnings."""
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("sb3_clipvf").addHandler(handler)
+    env = make_vec_env("CartPole-v1", n_envs=2, seed=0)
+    model = make_model(env, seed=None)
+    set_random_seed(0)
+    model.learn(256)
+    logging.getLogger("sb3_clipvf").removeHandler(handler)
+    return [record for record in records if "same actions" in record]
+
+
+def different_training(rank: int, name: str, values: list[Any]) -> None:
+    """A training with different arguments in each process."""
+    make_model(**{name: values[rank]}).learn(64)
+
+
+@contextmanager
+def failing_env(rank: int, bad_rank: int, how: str) -> Iterator[None]:
+    """Make CartPole fail after some steps in one process."""
+    from gymnasium.envs.classic_control import CartPoleEnv
+
+    step, calls = CartPoleEnv.step, [0]
+
+    def failing(self: Any, action: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 100 and rank == bad_rank:
+            if how == "exit":
+                os._exit(9)
+            raise ZeroDivisionError("a planted error")
+        return step(self, action)
+
+    CartPoleEnv.step = failing
+    try:
+        yield
+    finally:
+        CartPoleEnv.step = step
+
+
+def failing_training(rank: int, bad_rank: int, how: str) -> None:
+    """A training that ends in one process."""
+    with failing_env(rank, bad_rank, how):
+        make_model().learn(10_000)
+
+
+ENDS = ("failing_training",)
