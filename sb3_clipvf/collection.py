@@ -310,7 +310,7 @@ class RolloutCollector(OnPolicyAlgorithm):
         if buffer is not None and buffer.observation_space != space:
             self.rollout_buffer = self._make_rollout_buffer()
 
-    def _make_rollout_buffer(self, default: type[Any] = TensorRolloutBuffer) -> Any:
+    def _make_rollout_buffer(self, default: type[Any] = TensorRolloutBuffer, *, checks_memory: bool = True) -> Any:
         """Build the buffer; raise ValueError if it does not fit into memory or cannot store what the KL needs."""
         buffer_class = self.rollout_buffer_class or default
         width = dist_param_dim(getattr(self.policy, "action_dist", None))
@@ -329,7 +329,7 @@ class RolloutCollector(OnPolicyAlgorithm):
             n_envs=self.n_envs,
             **kwargs,
         )
-        if isinstance(rollout_buffer, TensorRolloutBuffer) and self.env is not None:
+        if checks_memory and isinstance(rollout_buffer, TensorRolloutBuffer) and self.env is not None:
             rollout_buffer.check_memory()
         return rollout_buffer
 

@@ -101,12 +101,12 @@ class InPlaceWalk(TensorWalk):
         self.last.copy_(actions)
         self.x.add_(actions.reshape(self.num_envs, -1).float().mean(1))
         self.n_steps.add_(1)
-        final, rewards = self._observe(), -self.x.abs()
+        final, rewards, successes = self._observe(), -self.x.abs(), self.x > 0.45
         ended = self.n_steps == 2 + self.rows % 3
         truncated = ended & (self.rows % 2 == 0)
         self.x.masked_fill_(ended, 0.5)
         self.n_steps.masked_fill_(ended, 0)
-        infos = {"position": self.x.clone(), "is_success": self.x > 0.5}
+        infos = {"position": self.x.clone(), "is_success": successes}
         return TensorStep(
             self._observe(), rewards, ended & ~truncated, truncated, final if self.finals else None, infos
         )

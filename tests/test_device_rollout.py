@@ -1,6 +1,8 @@
 """The rollout buffer on a device: the numbers of the one on the host, and its memory. ``cuda`` tests need a GPU."""
 
 import logging
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -9,6 +11,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv
 from tensor_cases import DICT, IMAGE, VECTOR, TensorWalk, tensor_pendulum
 
@@ -158,10 +161,10 @@ def test_numbers_that_are_not_finite_are_reported_at_their_step() -> None:
 class OnGpu(ClipPPO):
     """Believes that it is on a GPU when it builds its buffer."""
 
-    def _make_rollout_buffer(self, default: type[Any] = TensorRolloutBuffer) -> Any:
+    def _make_rollout_buffer(self, *args: Any, **kwargs: Any) -> Any:
         own, self.device = self.device, th.device("cuda")
         try:
-            return super()._make_rollout_buffer(default)
+            return super()._make_rollout_buffer(*args, **kwargs)
         finally:
             self.device = own
 
@@ -183,6 +186,80 @@ def test_the_rollout_is_on_the_gpu_if_it_fits(
         model.rollout_buffer.device = th.device("cuda")
         with pytest.raises(ValueError, match="fit into the memory of cuda, got n_steps=8 with n_envs=1"):
             model.rollout_buffer.check_memory()
+
+
+def test_the_memory_of_the_host_counts_only_for_a_rollout_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_clipvf.rollout.free_memory", lambda: 0)
+    for free, fits in ((2**31, True), (2**20, False)):
+        monkeypatch.setattr("sb3_clipvf.tensor_collection.free_device_memory", lambda device, free=free: free)
+        make = partial(OnGpu, "MlpPolicy", DummyVecEnv([Walk]), n_steps=8, batch_size=8, device="cpu")
+        if fits:
+            assert type(make().rollout_buffer) is DeviceRolloutBuffer
+        else:
+            with pytest.raises(ValueError, match="`n_steps` must be small enough for the rollout to fit into memory"):
+                make()
+
+
+class Poison(BaseCallback):
+    """Makes a weight NaN after three steps, and keeps what the environments received."""
+
+    def _on_step(self) -> bool:
+        if self.n_calls == 3:
+            with th.no_grad():
+                self.model.policy.action_net.bias[0] = np.nan
+        return True
+
+
+def test_nan_actions_do_not_reach_environments_on_the_host(tmp_path: Path) -> None:
+    env = DummyVecEnv([Walk] * 2)
+    model = ClipPPO("MlpPolicy", env, n_steps=8, batch_size=16, device="cpu", engine="autograd",
+                    rollout_buffer_class=DeviceRolloutBuffer)  # fmt: skip
+    model.set_logger(configure(str(tmp_path), []))
+    with pytest.raises(NonFiniteError, match="`parameter` 'action_net.bias'") as caught:
+        model.learn(64, Poison())
+    assert caught.value.step == 3 and all(inner.unwrapped.n == 3 for inner in env.envs)
+    assert caught.value.path is not None
+    with np.load(caught.value.path) as arrays:  # the step before
+        assert np.isfinite(arrays["actions"]).all() and (arrays["rewards"] < 0).all() and arrays["dones"].all()
+        np.testing.assert_array_equal(arrays["new_observations"], model._last_obs)
+        np.testing.assert_allclose(arrays["observations"][:, 1], 2.0)
+
+
+def test_an_infinite_reward_on_the_host_is_reported_with_its_step(tmp_path: Path) -> None:
+    class Rich(Walk):
+        def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+            obs, reward, *rest = super().step(action)
+            return obs, np.inf if self.n == 5 else reward, *rest
+
+    model = ClipPPO("MlpPolicy", DummyVecEnv([Walk, Rich]), n_steps=8, batch_size=16, device="cpu", engine="autograd",
+                    rollout_buffer_class=DeviceRolloutBuffer)  # fmt: skip
+    model.set_logger(configure(str(tmp_path), []))
+    with pytest.raises(NonFiniteError) as caught:
+        model.learn(64)
+    assert (caught.value.what, caught.value.step, caught.value.env_index) == ("reward", 4, 1)
+    assert caught.value.path is not None
+    with np.load(caught.value.path) as arrays:
+        assert arrays["rewards"][1] == np.inf and np.isfinite(arrays["rewards"][0])
+        np.testing.assert_array_equal(arrays["new_observations"], model._last_obs)
+        np.testing.assert_allclose(arrays["observations"][:, 1], 1.0)
+        assert arrays["actions"].shape == (2, 2)
+
+
+class Stopped(BaseCallback):
+    def _on_step(self) -> bool:
+        if self.n_calls == 5:
+            raise KeyboardInterrupt
+        return True
+
+
+def test_ctrl_c_leaves_the_collector_where_the_environments_are() -> None:
+    env = DummyVecEnv([Walk] * 2)
+    model = ClipPPO("MlpPolicy", env, n_steps=8, batch_size=16, device="cpu", engine="autograd",
+                    rollout_buffer_class=DeviceRolloutBuffer)  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(64, Stopped())
+    np.testing.assert_array_equal(model._last_obs, [inner.unwrapped._observe() for inner in env.envs])
+    assert model._last_episode_starts.tolist() == [False, False]
 
 
 SETTINGS: dict[str, Any] = {"n_steps": 8, "batch_size": 16, "n_epochs": 2, "seed": 3}

@@ -19,7 +19,7 @@ LAYERS = (
     ("envs", "engines"),
     ("arguments", "checkpoint"),
     ("guards", "callbacks"),
-    ("collection", "tensor_collection", "data_parallel"),
+    ("collection", "tensor_collection", "tensor_rollouts", "data_parallel"),
     ("clip_ppo",),
     ("zoo",),
     ("__main__",),

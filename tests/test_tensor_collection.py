@@ -8,11 +8,14 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
-from tensor_cases import BOX, DICT, IMAGE, VECTOR, Plain, TensorWalk
+from stable_baselines3.common.logger import configure
+from tensor_cases import BOX, DICT, IMAGE, VECTOR, InPlaceWalk, Plain, TensorWalk
 
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.common.nonfinite import NonFiniteError
+from sb3_clipvf.engines.autograd import AutogradEngine
 from sb3_clipvf.engines.device_rollout import DeviceRolloutBuffer
+from sb3_clipvf.engines.interface import ActedTensors
 from sb3_clipvf.envs import as_vec_env
 from sb3_clipvf.envs.tensor import TensorEnvAdapter, TensorStep
 from sb3_clipvf.tensor_collection import steps_tensors
@@ -223,6 +226,94 @@ def test_which_environments_step_tensors() -> None:
     assert not steps_tensors(env, buffer)
 
 
+class Interrupt(BaseCallback):
+    """Presses Ctrl-C at a step."""
+
+    def _on_step(self) -> bool:
+        if self.n_calls == 4:
+            raise KeyboardInterrupt
+        return True
+
+
+@pytest.mark.parametrize("buffer", [None, DeviceRolloutBuffer])
+def test_ctrl_c_leaves_episodes_as_they_are_in_the_environments(buffer: Any) -> None:
+    env = TensorWalk()
+    model = ClipPPO("MlpPolicy", env, rollout_buffer_class=buffer, engine="autograd", **SETTINGS)
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(48, Interrupt())
+    assert model.num_timesteps == 24
+    base: Any = model.env
+    np.testing.assert_array_equal(model._last_obs, base.observations)
+    assert model._last_episode_starts.tolist() == [True, False, True, True, False, True]
+    assert base.statistics.lengths.tolist() == env.n_steps.tolist() == [0, 1, 0, 0, 1, 0]
+    model.learn(48, reset_num_timesteps=False)
+    assert {length for _, length in episodes(model)} == {2, 3, 4}
+
+
+class Keeping(BaseCallback):
+    """Keeps the tensors of each step, and copies of them."""
+
+    NAMES = ("obs_tensor", "actions", "values", "log_probs", "new_obs", "rewards", "dones")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[dict[str, Any]] = []
+        self.copied: list[dict[str, Any]] = []
+
+    def _on_step(self) -> bool:
+        self.kept.append({name: self.locals[name] for name in self.NAMES} | {"infos": self.locals["infos"]})
+        self.copied.append({name: self.locals[name].clone() for name in self.NAMES})
+        return True
+
+
+class Overwriting(AutogradEngine):
+    """Returns the same tensors in each step, as a recorded function does."""
+
+    out: ActedTensors | None = None
+
+    def act_tensors(self, observations: Any, *, with_dist_params: bool) -> ActedTensors:
+        acted = super().act_tensors(observations, with_dist_params=with_dist_params)
+        if self.out is None:
+            self.out = acted
+        for own, new in zip(self.out, acted, strict=True):
+            if own is not None:
+                own.copy_(new)
+        return self.out
+
+
+@pytest.mark.parametrize("buffer", [None, DeviceRolloutBuffer])
+def test_a_callback_may_keep_what_it_sees(buffer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    env = TensorWalk(reuses_memory=True)
+    model = ClipPPO("MlpPolicy", env, rollout_buffer_class=buffer, engine="autograd", **SETTINGS)
+    engine = Overwriting(model.policy, model._update_settings())
+    monkeypatch.setattr(model, "_current_engine", lambda: engine)
+    callback = Keeping()
+    model.learn(48 * 2, callback)
+    for kept, copied in zip(callback.kept, callback.copied, strict=True):
+        for name in Keeping.NAMES:
+            assert th.equal(kept[name], copied[name]), name
+    positions = [[info["position"] for info in step["infos"]] for step in callback.kept]
+    np.testing.assert_allclose(positions, th.stack([step["new_obs"][:, 0] for step in callback.kept]))
+
+
+@pytest.mark.parametrize("buffer", [None, DeviceRolloutBuffer])
+@pytest.mark.parametrize("masked", [False, True])
+def test_successes_are_those_of_a_training_through_arrays(buffer: Any, masked: bool) -> None:
+    class Masked(InPlaceWalk):
+        def step_tensors(self, actions: th.Tensor) -> TensorStep:
+            step = super().step_tensors(actions)
+            return step._replace(infos={**step.infos, "_is_success": self.rows < 4}) if masked else step
+
+    models = [
+        trained(env, engine="autograd", rollout_buffer_class=kind)
+        for env, kind in ((Plain(as_vec_env(Masked())), None), (Masked(), buffer))
+    ]
+    expected, ours = (list(model.ep_success_buffer or ()) for model in models)
+    assert ours == [float(success) for success in expected]
+    assert 0 < sum(ours) < len(ours)
+    assert (len(ours) < len(episodes(models[1]))) == masked
+
+
 class Spoilt(TensorWalk):
     """Returns a number that is not finite in row 1 of the third step."""
 
@@ -253,6 +344,56 @@ def test_numbers_that_are_not_finite_are_reported(what: str, value: float, named
     with pytest.raises(NonFiniteError) as caught:
         trained(Spoilt(what, value), rollout_buffer_class=buffer, engine=engine)
     assert (caught.value.what, caught.value.step, caught.value.env_index) == (named, at, 2)
+
+
+@pytest.mark.parametrize("buffer", [None, DeviceRolloutBuffer])
+def test_an_infinite_observation_after_the_last_step_is_reported(buffer: Any) -> None:
+    """A tanh network turns it into a finite value."""
+
+    class Last(TensorWalk):
+        def step_tensors(self, actions: th.Tensor) -> TensorStep:
+            step = super().step_tensors(actions)
+            if len(self.received) == 8:
+                step.observations[2] = np.inf
+            return step
+
+    with pytest.raises(NonFiniteError) as caught:
+        trained(Last(), rollout_buffer_class=buffer, engine="autograd")
+    assert (caught.value.what, caught.value.step, caught.value.env_index) == ("observation", 8, 2)
+    assert caught.value.num_timesteps == 48
+
+
+def test_nan_actions_do_not_reach_environments_on_a_device() -> None:
+    env = TensorWalk(action_space=spaces.Box(np.float32([-1.0, 0.5]), np.float32([1.0, 2.0])))
+    model = ClipPPO("MlpPolicy", env, engine="autograd", rollout_buffer_class=DeviceRolloutBuffer, **SETTINGS)
+    with th.no_grad():
+        model.policy.action_net.bias[:] = np.nan
+    with pytest.raises(NonFiniteError, match="`parameter` 'action_net.bias'"):
+        model.learn(48)
+    assert len(env.received) == 8
+    assert all(th.equal(actions, th.tensor([[0.0, 0.5]]).expand(6, 2)) for actions in env.received)
+
+
+@pytest.mark.parametrize("buffer", [None, DeviceRolloutBuffer])
+@pytest.mark.parametrize(
+    ("what", "value", "at"), [("rewards", np.inf, 2), ("final_observations", np.inf, 3), ("observations", np.nan, 3)]
+)
+def test_the_file_has_the_arrays_of_the_step(what: str, value: float, at: int, buffer: Any, tmp_path: Path) -> None:
+    callback = Keeping()
+    # On the host, rewards of steps that are complete include gamma times the values of final observations.
+    model = ClipPPO("MlpPolicy", Spoilt(what, value), engine="autograd", rollout_buffer_class=buffer, gamma=0.0,
+                    **SETTINGS)  # fmt: skip
+    model.set_logger(configure(str(tmp_path), []))
+    with pytest.raises(NonFiniteError) as caught:
+        model.learn(48, callback)
+    assert caught.value.step == at and caught.value.path is not None
+    # On the host, an observation is reported with the step that led to it.
+    step = callback.kept[at - (what == "observations" and buffer is None)]
+    with np.load(caught.value.path) as arrays:
+        assert set(arrays) == {"observations", "actions", "values", "log_probs", "rewards", "dones", "new_observations"}
+        expected = {**step, "observations": step["obs_tensor"], "new_observations": step["new_obs"]}
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(array.reshape(expected[name].shape), expected[name], err_msg=name)
 
 
 @pytest.mark.parametrize("buffer", [None, DeviceRolloutBuffer])

@@ -161,9 +161,14 @@ class DeviceRolloutBuffer(TensorRolloutBuffer):
 
 
 class DeviceActions:
-    """Turns actions of a policy into actions for the environments, on the device, as ``env_actions`` does."""
+    """
+    Turns actions of a policy into actions for the environments, on the device, as ``env_actions`` does.
 
-    def __init__(self, policy: Any, space: spaces.Space[Any]) -> None:
+    With ``replaces_nan``, NaN becomes 0, or the bound that is nearest to 0.
+    """
+
+    def __init__(self, policy: Any, space: spaces.Space[Any], *, replaces_nan: bool = False) -> None:
+        self._replaces_nan = replaces_nan
         self._is_box, self._squashes = isinstance(space, spaces.Box), policy.squash_output
         if isinstance(space, spaces.Box):
             self._low, self._high = (th.as_tensor(bound, device=policy.device) for bound in (space.low, space.high))
@@ -175,6 +180,8 @@ class DeviceActions:
         if self._squashes:
             half = 0.5 * actions
             actions = self._low * (0.5 - half) + self._high * (0.5 + half)
+        if self._replaces_nan:
+            actions = actions.nan_to_num()
         return th.clamp(actions, self._low, self._high)
 
 

@@ -272,6 +272,20 @@ def host_copy(tensors: Any) -> Any:
     return array.copy() if tensors.device.type == "cpu" else array
 
 
+def copy_step(step: TensorStep) -> TensorStep:
+    """Return a step in memory of its own, since environments may write the next one into the same tensors."""
+    return TensorStep(*map(copy_tensors, step))
+
+
+def copy_tensors(value: Any) -> Any:
+    """Return a value whose tensors, also those in dicts, lists and tuples, are copies."""
+    if isinstance(value, th.Tensor):
+        return value.clone()
+    if isinstance(value, Mapping):
+        return {key: copy_tensors(part) for key, part in value.items()}
+    return type(value)(map(copy_tensors, value)) if type(value) in (list, tuple) else value
+
+
 def host_infos(infos: Any) -> Any:
     """Return infos whose tensors, also those in dicts, lists and tuples, are converted to arrays or numbers."""
     if isinstance(infos, Mapping):

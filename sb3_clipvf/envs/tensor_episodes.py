@@ -1,5 +1,6 @@
 """Returns and lengths of the episodes in a rollout of tensors, and the values of their final observations."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,14 @@ def finished_episodes(
     split = numbers_read.shape[1] - len(returns)
     whole = numbers_read[1].astype(np.int64)
     return numbers_read[0, :split], whole[:split], numbers_read[0, split:], whole[split:]
+
+
+def successes_of(infos: Mapping[str, Any], n_envs: int, device: th.device) -> th.Tensor:
+    """Return ``is_success`` of infos, ``(n_envs,)``: NaN where Gymnasium's mask ``_is_success`` marks no value."""
+    successes = th.as_tensor(infos["is_success"], dtype=th.float32, device=device).expand(n_envs)
+    if "_is_success" not in infos:
+        return successes
+    return th.where(th.as_tensor(infos["_is_success"], device=device), successes, th.nan)
 
 
 class FinalValues:

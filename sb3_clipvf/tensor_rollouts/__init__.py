@@ -1,0 +1,1 @@
+"""What the loop of ``tensor_collection`` does in each kind of rollout."""
