@@ -32,7 +32,9 @@ N_TIMESTEPS = 100_000
 ENV_IDS = ("Acrobot-v1", "InvertedDoublePendulum-v5", "Hopper-v5", "Swimmer-v5")
 EARLY = 0.2
 """Share of the updates that the table calls early."""
-SMOOTHED = 5
+LAG = 0.5
+"""Mean error, as a share of σ, above which an update counts as one of a lagging critic."""
+SMOOTHED = 3
 """Updates of a moving mean in the figure."""
 
 # Title, arguments, color of the palette of Okabe and Ito 2008, and line style
@@ -43,14 +45,10 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "max-0.2": ("max, 0.2", {"clip_range_vf": 0.2}, "#D55E00", "-"),
     "prediction-0.2": ("prediction, 0.2", {"clip_range_vf": 0.2, "vf_clip": "prediction"}, "#CC79A7", "--"),
 }
-PANELS = {
-    "explained_variance": "explained variance",
-    "no_gradient": "without gradient",
-    "return": "return",
-}
+PANELS = {"error": "error / σ", "no_gradient": "without gradient", "return": "return"}
 """Rows of the figure, and their labels."""
 
-NUMBERS = ("error", "bias", "beyond", "outside", "no_gradient", "change", "left", "explained_variance", "return")
+NUMBERS = ("error", "bias", "beyond", "outside", "no_gradient", "change", "explained_variance", "return")
 """What is kept of each update."""
 
 
@@ -74,13 +72,12 @@ class Row:
 ROWS = tuple(Row(env_id, setting) for env_id in ENV_IDS for setting in SETTINGS)
 
 _NOTES = (
-    "σ is the standard deviation of a rollout's returns, *error* the root mean square of R − V_old. *Target beyond the "
-    "range*: share of the transitions with |R − V_old| > ε; in the form `max`, only these can lose their gradient. *No "
-    "gradient*: share of the transitions without a gradient of the value loss at the end of an update. *Change*: root "
-    "mean square of V − V_old at the end of an update, as a share of the error. *Explained variance*: share of the "
-    "variance of a rollout's returns that V_old explains. Means over the seeds, of the first "
-    f"{EARLY:.0%} of the updates; of the others. *Return*: of the last {WINDOW} episodes, mean over all updates, with "
-    "the smallest and the largest value of the seeds."
+    "σ is the standard deviation of a rollout's returns, *error* the root mean square of R − V_old, *change* that "
+    f"of V − V_old at the end of an update. *Lagging*: updates that begin with a mean of R − V_old beyond {LAG:g} "
+    "σ. *Target beyond the range*: share of the transitions with |R − V_old| > ε. *No gradient*: share of the "
+    "transitions without a gradient of the value loss at the end of an update. Two numbers are means over the "
+    f"first {EARLY:.0%} of the updates and over the others. *Return*: of the last {WINDOW} episodes, mean over all "
+    "updates, with the smallest and the largest value of the seeds. All cells are means over the seeds."
 )
 
 
@@ -122,7 +119,6 @@ class CriticRecorder(UpdateCallback):
             "outside": outside[-1],
             "no_gradient": no_gradient[-1],
             "change": rms(values - old_values) / sigma,
-            "left": rms(returns - values) / sigma,
             "explained_variance": 1 - float(np.var(errors)) / sigma**2,
             "return": float(np.mean(episodes)) if episodes else None,
         }
@@ -188,16 +184,8 @@ class CriticBenchmark(Benchmark[Row]):
 
     def render(self) -> str:
         """Return the table of all rows."""
-        header = [
-            "environment",
-            "clip",
-            "error / σ",
-            "target beyond the range",
-            "no gradient",
-            "change",
-            "explained variance",
-            "return",
-        ]
+        header = ["environment", "form, range", "error / σ", "lagging", "target beyond the range", "no gradient"]
+        header += ["change / σ", "return"]
         cells = [_cells(row, self._runs(row)) for row in self.rows]
         how = f"seeds {' '.join(map(str, self.args.seeds))}, one thread"
         all_runs = [run for row in self.rows for run in self._runs(row)]
@@ -232,8 +220,6 @@ class CriticBenchmark(Benchmark[Row]):
         axes.spines[:].set_linewidth(0.6)
         axes.grid(alpha=0.3, linewidth=0.5)
         axes.set_xlim(0, N_TIMESTEPS)
-        if name == "explained_variance":
-            axes.set_ylim(-0.5, 1)
         for setting, (_, _, color, style) in SETTINGS.items():
             runs = self._runs(Row(env_id, setting))
             if runs:
@@ -268,35 +254,24 @@ def _cells(row: Row, runs: Sequence[Mapping[str, Any]]) -> list[str]:
     first = [row.env_id if row.setting == next(iter(SETTINGS)) else "", SETTINGS[row.setting][0]]
     if not runs:
         return [*first, "not run", *[""] * 5]
-    form = {"error": ".2f", "beyond": ".0%", "no_gradient": ".0%", "change": ".2f", "explained_variance": ".2f"}
-    cells = []
-    for name in form:
-        parts = [_early_and_late(run["updates"], name) for run in runs]
-        known = np.mean([part for part in parts if part is not None], axis=0) if parts[0] is not None else None
-        cells.append("" if known is None else "; ".join(f"{number:{form[name]}}" for number in known))
-    means = [np.nanmean(np.array(run["updates"]["return"], float)) for run in runs]
-    return [*first, *cells, f"{np.mean(means):,.0f} ({min(means):,.0f} to {max(means):,.0f})"]
-
-
-def _early_and_late(updates: Mapping[str, Sequence[float | None]], name: str) -> np.ndarray | None:
-    """Return the means of a number over the early updates and over the others; of the change, as a share."""
-    values = np.array(updates[name], float)
-    if np.isnan(values).all():
-        return None
-    if name == "change":
-        values = values / np.array(updates["error"], float)
-    n_early = max(1, round(EARLY * len(values)))
-    return np.array([np.mean(values[:n_early]), np.mean(values[n_early:])])
+    numbers = {name: np.array([run["updates"][name] for run in runs], float) for name in NUMBERS}
+    n_updates = numbers["error"].shape[1]
+    n_early = max(1, round(EARLY * n_updates))
+    lagging = np.mean(np.sum(np.abs(numbers["bias"]) > LAG, axis=1))
+    cells = {"lagging": f"{lagging:.0f} of {n_updates}"}
+    for name, form in {"error": ".2f", "beyond": ".0%", "no_gradient": ".0%", "change": ".2f"}.items():
+        parts = (numbers[name][:, :n_early], numbers[name][:, n_early:])
+        cells[name] = "" if np.isnan(parts[0]).all() else "; ".join(f"{np.mean(part):{form}}" for part in parts)
+    means = np.nanmean(numbers["return"], axis=1)
+    returns = f"{np.mean(means):,.0f} ({min(means):,.0f} to {max(means):,.0f})".replace("-", "−")
+    return [*first, *(cells[name] for name in ("error", "lagging", "beyond", "no_gradient", "change")), returns]
 
 
 def _moving_mean(values: Sequence[float | None]) -> np.ndarray:
+    """Return means of the last updates, NaN before the first known value."""
     numbers = np.array(values, float)
-    return np.array(
-        [
-            np.nanmean(numbers[max(0, end - SMOOTHED) : end]) if np.isfinite(numbers[:end]).any() else np.nan
-            for end in range(1, len(numbers) + 1)
-        ]
-    )
+    windows = [numbers[max(0, end - SMOOTHED) : end] for end in range(1, len(numbers) + 1)]
+    return np.array([np.nanmean(window) if np.isfinite(window).any() else np.nan for window in windows])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
