@@ -2,6 +2,7 @@
 
 import json
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,11 @@ import pytest
 from stable_baselines3 import PPO
 from stable_baselines3.common.logger import configure
 
+from sb3_clipvf.zoo.comparison.curves import panels
+from sb3_clipvf.zoo.comparison.groups import group_records
 from sb3_clipvf.zoo.comparison.records import find_records, read_record
 from sb3_clipvf.zoo.comparison.series import read_evaluations, read_logs
+from sb3_clipvf.zoo.comparison.summary import csv_table
 from tests.written_runs import write_evaluations, write_monitor, write_run
 
 
@@ -21,6 +25,60 @@ def test_runs_are_found_at_any_depth_and_once(tmp_path: Path) -> None:
     assert [record.folder for record in records] == folders
     assert [record.algo for record in records] == ["a2c", "clipppo"]
     assert problems == []
+
+
+def test_runs_below_a_stray_file_are_found(tmp_path: Path) -> None:
+    write_monitor(tmp_path / "logs/monitor.csv", [(5.0, 10, 1.0)], env_id="Other-v1")
+    own = [write_run(tmp_path / "logs/clipppo/CartPole-v1_1"), tmp_path / "logs/mine/seed_1"]
+    write_monitor(own[1] / "monitor.csv", [(1.0, 1, 1.0)], env_id="Other-v1")
+    for folder, value in ((tmp_path / "logs/PPO_1", 1.0), (own[0], 2.0)):
+        folder.mkdir(exist_ok=True)
+        (folder / "progress.json").write_text(json.dumps({"time/total_timesteps": 10, "train/loss": value}) + "\n")
+    write_evaluations(own[0] / "evaluations.npz", [100], [[1.0, 3.0]])
+    # Episodes of an evaluation are no training.
+    write_monitor(tmp_path / "logs/eval_env/monitor.csv", [(9.0, 1, 1.0)])
+    records, problems = find_records([tmp_path / "logs"])
+    assert [record.folder for record in records] == [tmp_path / "logs", *own]
+    # The log of another run is not its own.
+    assert records[0].log["train/loss"].values.tolist() == [1.0] and records[0].evaluations is None
+    assert records[1].evaluations is not None
+    assert problems == [
+        f"{tmp_path}/logs holds files of a run, and 2 runs in its folders, which are shown as runs of their own."
+    ]
+
+
+def test_keys_of_settings_may_have_any_type(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "CartPole-v1_1", settings={"gamma": 0.9})
+    config = folder / "CartPole-v1" / "config.yml"
+    config.write_text(config.read_text() + "2: a\nnull: b\n1.5: c\n? !!python/tuple [x, 1]\n: d\n")
+    records, _ = find_records([tmp_path])
+    assert list(records[0].settings) == ["('x', 1)", "1.5", "2", "None", "gamma", "policy"]
+    (group,) = group_records(records)
+    assert "setting.2" in csv_table([group])
+
+
+@pytest.mark.parametrize("source", ["model", "log"])
+def test_times_of_resumed_runs_are_not_known(tmp_path: Path, source: str) -> None:
+    folder = write_run(tmp_path / "CartPole-v1_1", returns=(1.0, 2.0, 3.0))
+    rows = [(100, 1.0), (200, 2.0), (300, 0.5 if source == "log" else 3.0)]
+    lines = ({"time/total_timesteps": step, "time/time_elapsed": time, "train/loss": 1.0} for step, time in rows)
+    (folder / "progress.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_evaluations(folder / "evaluations.npz", [100], [[1.0, 3.0]])
+    if source == "model":
+        data = {"num_timesteps": 300, "_num_timesteps_at_start": 200, "start_time": 1000 * 10**9}
+        with zipfile.ZipFile(folder / "CartPole-v1.zip", "w") as archive:
+            archive.writestr("data", json.dumps(data))
+    records, problems = find_records([tmp_path])
+    (record,) = records
+    assert record.seconds is None and record.is_resumed
+    assert record.evaluations is not None
+    for series in (record.episodes, record.log["train/loss"], record.evaluations.means):
+        assert np.isnan(series.seconds).all() and np.isfinite(series.values).all()
+    assert problems == ["The times of 1 of 1 run are not known, since they were resumed."]
+    # Its curves have steps alone.
+    returns, *_ = panels(group_records(records))
+    assert np.isfinite(returns.lines["steps"]["clipppo"]).any()
+    assert not np.isfinite(returns.lines["seconds"]["clipppo"]).any()
 
 
 def test_a_run_has_what_its_files_hold(tmp_path: Path) -> None:

@@ -3,8 +3,7 @@
 import csv
 import inspect
 import io
-from collections import OrderedDict
-from dataclasses import replace
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ from sb3_contrib import MaskablePPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_clipvf import ClipPPO
-from sb3_clipvf.zoo.comparison.commands import train_commands
 from sb3_clipvf.zoo.comparison.curves import mean_and_std, panels, rolling_mean
 from sb3_clipvf.zoo.comparison.groups import Group, group_records
 from sb3_clipvf.zoo.comparison.records import find_records
@@ -174,7 +172,9 @@ def test_mean_and_std_are_those_of_the_runs_that_are_there() -> None:
     np.testing.assert_allclose(mean, [3, 3, nan, nan])
     np.testing.assert_allclose(std, [2, np.sqrt(2), nan, nan])
     assert n.tolist() == [3, 2, 1, 0]
-    np.testing.assert_allclose(mean_and_std(np.array([[1.0, nan]]))[1], [0, nan])
+    # One run has a mean, but no spread.
+    mean, std, _ = mean_and_std(np.array([[1.0, nan], [1.0, 2.0]]))
+    np.testing.assert_allclose((mean, std), [[1, 2], [0, nan]])
 
 
 # --- tables
@@ -200,6 +200,7 @@ def test_the_numbers_of_a_run(two_settings: list[Group]) -> None:
         "last_evaluation": 31.0,
         "best_evaluation": 31.0,
         "trained_agent": None,
+        "sampling_agent": None,
         "steps": 200.0,
         "seconds": 2.0,
         "steps_per_second": 100.0,
@@ -238,6 +239,30 @@ def test_markdown_and_latex_have_the_means(two_settings: list[Group]) -> None:
     assert rows[-2] == r"\end{tabular}"
 
 
+def test_sampled_and_most_probable_actions_are_not_averaged(tmp_path: Path) -> None:
+    for seed, (value, deterministic) in enumerate(((1.0, True), (3.0, True), (10.0, False)), 1):
+        folder = write_run(tmp_path / f"clipppo/CartPole-v1_{seed}", seed=seed)
+        report = {"mean_return": value, "std_return": 0.0, "n_episodes": 5, "deterministic": deterministic}
+        (folder / "report.json").write_text(json.dumps(report))
+    (group,) = groups_of(tmp_path)
+    found = statistics_of(group)
+    assert (found["trained_agent"].values, found["sampling_agent"].values) == ((1.0, 3.0), (10.0,))
+    assert "| Trained agent | Trained agent, sampled |" in markdown_table([group])
+
+
+def test_latex_has_the_characters_of_names(tmp_path: Path) -> None:
+    name = "a_b{c}$5%#1&\\~^<x>|"
+    for other in (name, "other\nname"):
+        write_run(tmp_path / other / "CartPole-v1_1")
+    row, other = latex_table(groups_of(tmp_path)).splitlines()[4:6]
+    escaped = (
+        r"a\_b\{c\}\$5\%\#1\&\textbackslash{}\textasciitilde{}\textasciicircum{}\textless{}x\textgreater{}\textbar{}"
+    )
+    assert row.startswith(f"CartPole-v1 & {escaped} & 1 & ")
+    assert other.startswith("CartPole-v1 & other name & 1 & ")
+    assert len(markdown_table(groups_of(tmp_path)).splitlines()) == 6
+
+
 @pytest.mark.parametrize(
     ("value", "spread", "text"),
     [
@@ -254,121 +279,3 @@ def test_markdown_and_latex_have_the_means(two_settings: list[Group]) -> None:
 )
 def test_numbers_have_the_digits_of_their_spread(value: float, spread: float | None, text: str) -> None:
     assert number_text(value, spread) == text
-
-
-# --- commands
-
-
-def test_commands_repeat_the_trainings(tmp_path: Path) -> None:
-    for seed in (1, 2):
-        arguments = {
-            "n_timesteps": 400,
-            "vec_env": "envpool",
-            "device": "auto",
-            "hyperparams": {"clip_range": "lin_0.1"},
-        }
-        write_run(tmp_path / f"clipppo/CartPole-v1_{seed}", seed=seed, arguments=arguments)
-    write_run(tmp_path / "a2c/CartPole-v1_1", algo="a2c")
-    other, ours = (train_commands(group) for group in groups_of(tmp_path))
-    assert other == "sb3-clipvf train --algo a2c --env CartPole-v1 --seed 1"
-    train = "sb3-clipvf train --env CartPole-v1 -n 400 --seed $seed --vec-env envpool"
-    assert ours == f"for seed in 1 2; do\n  {train} -params 'clip_range:'\"'\"'lin_0.1'\"'\"''\ndone"
-
-
-def test_commands_have_the_settings_of_a_file_beside_the_run(tmp_path: Path) -> None:
-    config = tmp_path / "clipppo" / "settings.yml"
-    settings = {"clip_range": None, "gamma": 0.9}
-    write_run(tmp_path / "clipppo/CartPole-v1_1", settings=settings, arguments={"conf_file": str(config)})
-    (group,) = groups_of(tmp_path)
-    assert train_commands(group) == (
-        "sb3-clipvf train --env CartPole-v1 --seed 1 -params clip_range:None gamma:0.9 'policy:'\"'\"'MlpPolicy'\"'\"''"
-    )
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "is_shown"),
-    [
-        ("policy_kwargs", "dict(net_arch=[64], activation_fn=nn.ReLU)", True),
-        ("policy_kwargs", "__import__('os').system('x')", False),
-        ("policy_kwargs", "dict(a=dict(b=[f() for f in g]))", False),
-        ("policy_kwargs", {"net_arch": [64, "f()"]}, False),
-        ("policy_kwargs", {"net_arch": [64, 32]}, True),
-        ("env_wrapper", "some.module.Wrapper", False),
-        ("callback", [{"some.module.Callback": {"a": 1}}], False),
-        ("learning_rate", "lin_0.1", True),
-        ("normalize", " \t__import__('os').system('x')", False),
-        ("policy", "some.module.Policy", False),
-        ("policy", "MlpPolicy", True),
-        ("net_arch", OrderedDict(a=1), False),
-    ],
-)
-def test_commands_leave_out_what_could_run_code(key: str, value: object, is_shown: bool, tmp_path: Path) -> None:
-    write_run(tmp_path / "clipppo/CartPole-v1_1", arguments={"hyperparams": {"gamma": 0.9, key: value}})
-    (group,) = groups_of(tmp_path)
-    text = train_commands(group)
-    assert "-params gamma:0.9" in text
-    assert (f"{key}:" in text) == is_shown
-    assert text.startswith(f"# Without {key} of the settings: read them first") == (not is_shown)
-
-
-def test_commands_quote_what_a_run_names(tmp_path: Path) -> None:
-    for number in (1, 2):
-        arguments = {"seed": "1; touch mark", "env": "a; b", "n_timesteps": "8; c", "device": "$(d)", "vec_env": "`e`"}
-        write_run(tmp_path / f"clipppo/CartPole-v1_{number}", arguments=arguments)
-    (group,) = groups_of(tmp_path)
-    assert train_commands(group) == "sb3-clipvf train --env 'a; b' --vec-env '`e`' --device '$(d)'"
-
-
-@pytest.mark.parametrize(
-    ("key", "named"),
-    [
-        ("a\ntouch mark #", r"'a\ntouch mark #'"),
-        ("a\u2028b\x1bc", r"'a\u2028b\x1bc'"),
-        (("a\nb", 1), "\"('a\\\\nb', 1)\""),
-        (7, "'7'"),
-        (True, "'True'"),
-    ],
-)
-def test_keys_of_a_run_stay_in_the_comment(key: object, named: str, tmp_path: Path) -> None:
-    for number, value in enumerate(("f()", 1), 1):
-        folder = write_run(tmp_path / f"{number}/CartPole-v1_1", arguments={"hyperparams": {"gamma": 0.9, key: value}})
-        (group,) = groups_of(folder)
-        note, command = train_commands(group).split("\n")
-        assert note == f"# Without {named} of the settings: read them first, since they could run code."
-        assert command == "sb3-clipvf train --env CartPole-v1 --seed 1 -params gamma:0.9"
-
-
-def test_commands_have_the_none_of_a_file_beside_the_run(tmp_path: Path) -> None:
-    config = str(tmp_path / "clipppo" / "settings.yml")
-    write_run(tmp_path / "clipppo/CartPole-v1_1", arguments={"conf_file": config})
-    (group,) = groups_of(tmp_path)
-    settings = {"clip_range": None, "env_wrapper": None, "kl_coef": 3.0}
-    group = replace(group, records=(replace(group.records[0], settings=settings),))
-    train = "sb3-clipvf train --env CartPole-v1 --seed 1"
-    assert train_commands(group) == f"{train} -params clip_range:None env_wrapper:None kl_coef:3.0"
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"gym_packages": ["--conf-file=/d/evil.py", "a b", "-n", ""]},
-        {"env_kwargs": {"a": OrderedDict(a=1), True: 3, "b\nc": 4}},
-        {"device": "--conf-file=/d/evil.py", "vec_env": "-x", "eval_freq": "\x03touch mark\n"},
-        {"conf_file": "--help"},
-        {"conf_file": "a\x00b.py"},
-        {"n_timesteps": "--conf-file=/d/evil.py"},
-    ],
-)
-def test_values_of_a_run_are_no_options(arguments: dict[str, object], tmp_path: Path) -> None:
-    settings = {"n_timesteps": arguments["n_timesteps"]} if "n_timesteps" in arguments else {}
-    write_run(tmp_path / "clipppo/CartPole-v1_1", settings=settings, arguments=arguments)
-    (group,) = groups_of(tmp_path)
-    train = "sb3-clipvf train --env CartPole-v1 --seed 1"
-    assert train_commands(group).removesuffix(" -params 'policy:'\"'\"'MlpPolicy'\"'\"''") == train
-
-
-@pytest.mark.parametrize("arguments", [{"env": "-n"}, {"env": "a\x03b"}, {"algo": "--conf-file=/d/evil.py"}])
-def test_runs_without_a_usable_name_have_no_command(arguments: dict[str, str], tmp_path: Path) -> None:
-    write_run(tmp_path / "clipppo/CartPole-v1_1", arguments=arguments)
-    (group,) = groups_of(tmp_path)
-    assert train_commands(group) == ""

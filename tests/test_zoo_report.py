@@ -296,6 +296,18 @@ def test_command_takes_the_best_model_without_a_video(tmp_path: Path, capsys: py
     assert "training        32 steps, of a training that did not end\n" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("plotly")
+def test_time_of_a_resumed_training_is_not_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(tmp_path, "Scripted-v0")
+    monkeypatch.setattr("sb3_clipvf.zoo.runs._start_of_training", lambda model: None)
+    assert main(f"--env Scripted-v0 -f {tmp_path} --episodes 1 --no-video --device cpu".split()) == 0
+    assert "training        64 steps, time not known\n" in capsys.readouterr().out
+    numbers = json.loads((run.folder / "report.json").read_text())
+    assert (numbers["training_seconds"], numbers["steps_per_second"]) == (None, None)
+
+
 def test_proposals_name_the_run_and_the_algorithm(run: Run, tmp_path: Path) -> None:
     commands = [
         command for _, command in next_commands(Run("ppo", "Acrobot-v1", Path("a/Acrobot-v1_12"), run.model_path), "a")

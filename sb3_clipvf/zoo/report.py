@@ -13,6 +13,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from sb3_clipvf.zoo.comparison.curves import ROLLING_WINDOW, rolling_mean
 from sb3_clipvf.zoo.comparison.groups import group_records
 from sb3_clipvf.zoo.comparison.outputs import SUFFIXES, check_outputs, write_outputs
 from sb3_clipvf.zoo.comparison.records import find_records
-from sb3_clipvf.zoo.comparison.summary import plural
+from sb3_clipvf.zoo.comparison.titles import plural
 from sb3_clipvf.zoo.defaults import ALGORITHM
 from sb3_clipvf.zoo.parsing import option_name
 from sb3_clipvf.zoo.process import has_display, patched_environment
@@ -258,13 +259,16 @@ def _print_numbers(curve: TrainingCurve, evaluation: Evaluation, total: int) -> 
     kind = "most probable actions" if evaluation.deterministic else "sampled actions"
     low, high = min(evaluation.returns), max(evaluation.returns)
     speed = curve.steps_per_second
-    time = "" if speed is None else f"about {curve.training_seconds:,.0f} s ({speed:,.0f} steps/s)"
+    time = "time not known" if speed is None else f"about {curve.training_seconds:,.0f} s ({speed:,.0f} steps/s)"
     # The time is that of the whole training, but a best model was saved during it.
     training = [f"{evaluation.num_timesteps:,} steps", time]
     if total <= 0:
         training = [training[0], "of a training that did not end"]
     elif evaluation.num_timesteps != total:
-        training = [f"{evaluation.num_timesteps:,} of {total:,} steps", time and f"all of them in {time}"]
+        training = [
+            f"{evaluation.num_timesteps:,} of {total:,} steps",
+            time if speed is None else f"all of them in {time}",
+        ]
     sys.stdout.write(
         f"  mean return     {evaluation.mean:.2f} +/- {evaluation.std:.2f} (std of {len(evaluation.returns)} episodes, "
         f"{low:.2f} to {high:.2f}; {kind})\n"
@@ -352,6 +356,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     total = saved_timesteps(run.folder / f"{run.settings_folder.name}.zip")
     curve = read_training_curve(run.folder, total if total > 0 else None, evaluation.started)
+    if evaluation.started is None:  # the clock of a resumed training includes the time between its processes
+        curve = replace(curve, seconds=np.full(len(curve.steps), np.nan))
     _print_numbers(curve, evaluation, total)
 
     figure_path, numbers_path = run.folder / "learning_curve.png", run.folder / "report.json"

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import ast
+import keyword
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from sb3_clipvf.zoo.comparison.groups import Group
 from sb3_clipvf.zoo.comparison.records import OF_OPTIONS, Record
-from sb3_clipvf.zoo.defaults import ALGORITHM
+from sb3_clipvf.zoo.defaults import ALGORITHM, hyperparams_path
 
 # Options that change a training, with the Zoo's or this package's defaults, which need not be repeated.
 _OPTIONS = {
@@ -21,65 +26,146 @@ _OPTIONS = {
     "num_threads": ("--num-threads", -1),
     "device": ("--device", "auto"),
 }
+_LARGEST_FILE = 2**20
 
 
 def train_commands(group: Group) -> str:
-    """Return the commands that train the runs of a group again, one command or a loop over its seeds; "" if unknown."""
+    """
+    Return the commands that train the runs of a group again, with a loop over its seeds; "" if unknown.
+
+    If today's settings of the environment with the runs' ``-params`` are those of the runs, one command serves.
+    Otherwise the commands first write the runs' settings into a file. Comments state what they do not repeat.
+    """
     records = [one for one in group.records if one.arguments and _is_word(one.algo) and _is_word(one.env_id)]
     if not records:
         return ""
-    seeds = [str(record.seed) for record in records if record.seed is not None]
-    left_out = [_shown_key(key) for key, value in _changes(records[0]).items() if not _is_plain(key, value)]
-    note = ""
-    if left_out:
-        note = f"# Without {', '.join(left_out)} of the settings: read them first, since they could run code.\n"
+    record = records[0]
+    seeds = [str(one.seed) for one in records if one.seed is not None]
+    lines, options = _settings(record)
+    if len(seeds) < len(records):
+        lines.insert(0, "# The files of a run do not name its seed.")
+    agent = record.arguments.get("trained_agent")
+    if agent and _is_word(agent):
+        lines.append("# The training continues from an agent: it must be the same file.")
+        options += ["-i", shlex.quote(str(agent))]
+    elif agent:
+        lines.append("# Without the agent that the training continued from.")
     if len(seeds) < 2:
-        return note + train_command(records[0], *seeds)
-    return f"{note}for seed in {' '.join(seeds)}; do\n  {train_command(records[0], '$seed')}\ndone"
-
-
-def train_command(record: Record, seed: str = "") -> str:
-    """Return the command of a run's training, with another seed."""
-    arguments = record.arguments
-    words = ["sb3-clipvf", "train"]
-    words += [] if record.algo == ALGORITHM else ["--algo", record.algo]
-    words += ["--env", record.env_id]
-    n_timesteps = arguments.get("n_timesteps")
-    if type(n_timesteps) is int and record.settings.get("n_timesteps") == n_timesteps:
-        words += ["-n", str(n_timesteps)]
-    rest = environment_options(arguments, record.folder)
-    for name, (option, default) in _OPTIONS.items():
-        value = arguments.get(name)
-        if value != default and _is_word(value):
-            rest += [option, str(value)]
-    pairs = _pairs({key: value for key, value in _changes(record).items() if _is_plain(key, value)})
-    rest += ["-params", *pairs] if pairs else []
-    # The seed may be a variable of the shell.
-    return " ".join([*map(shlex.quote, words), *(["--seed", seed] if seed else []), *map(shlex.quote, rest)])
+        return "\n".join([*lines, _command(record, options, "".join(seeds))])
+    loop = [f"for seed in {' '.join(seeds)}; do", f"  {_command(record, options, '$seed')}", "done"]
+    return "\n".join([*lines, *loop])
 
 
 def environment_options(arguments: Mapping[str, Any], folder: Path) -> list[str]:
     """Return the options with which a training found its environment and its settings."""
+    return [*_environment(arguments), *_settings_file(arguments, folder)]
+
+
+def _command(record: Record, options: Sequence[str], seed: str) -> str:
+    """Return the command with these options, which are quoted, and a seed, which may be a variable of the shell."""
+    algo = [] if record.algo == ALGORITHM else ["--algo", record.algo]
+    words = ["sb3-clipvf", "train", *algo, "--env", record.env_id]
+    rest = _environment(record.arguments)
+    for name, (option, default) in _OPTIONS.items():
+        value = record.arguments.get(name)
+        if value != default and _is_word(value):
+            rest += [option, str(value)]
+    seeded = ["--seed", seed] if seed else []
+    return " ".join([*map(shlex.quote, words), *seeded, *map(shlex.quote, rest), *options])
+
+
+def _environment(arguments: Mapping[str, Any]) -> list[str]:
     from sb3_clipvf.zoo.entries import is_module_name, items  # imports torch
-    from sb3_clipvf.zoo.run_files import lies_beside
 
     packages = [name for name in items(arguments.get("gym_packages")) if is_module_name(name)]
     options = ["--gym-packages", *packages] if packages else []
     pairs = _pairs(arguments.get("env_kwargs") or {})
-    options += ["--env-kwargs", *pairs] if pairs else []
+    return [*options, "--env-kwargs", *pairs] if pairs else options
+
+
+def _settings_file(arguments: Mapping[str, Any], folder: Path) -> list[str]:
+    from sb3_clipvf.zoo.run_files import lies_beside
+
     config = arguments.get("conf_file")
     # A copied command must not run code that may have come with the run.
-    if config and _is_word(config) and not lies_beside(folder / "env" / "args.yml", str(config)):
-        options += ["--conf-file", str(config)]
-    return options
+    is_shown = config and _is_word(config) and not lies_beside(folder / "env" / "args.yml", str(config))
+    return ["--conf-file", str(config)] if is_shown else []
 
 
-def _changes(record: Record) -> dict[str, Any]:
-    """Return the settings that the command needs: those of ``-params``, or all of a file that is not to be named."""
+def _settings(record: Record) -> tuple[list[str], list[str]]:
+    """Return lines before the command, and its options, with which a training has the settings of a run."""
+    from sb3_clipvf.zoo.entries import drop_null  # imports torch
+
+    own = _own_settings(record)
+    steps = record.settings.get("n_timesteps")
+    if not own:
+        return ["# The settings of the run are not known: these are today's."], _steps(steps)
+    params = dict(record.arguments.get("hyperparams") or {})
+    if all(_is_plain(key, value) for key, value in params.items()):
+        for entry in _todays_entries(record):
+            found = {**entry, **params}
+            drop_null(found)
+            todays_steps = found.pop("n_timesteps", None)
+            if found == own and (todays_steps == steps or _steps(steps)):
+                options = [*_settings_file(record.arguments, record.folder)]
+                options += [] if todays_steps == steps else _steps(steps)
+                options += ["-params", *_pairs(params)] if params else []
+                return [], list(map(shlex.quote, options))
+    return _written_settings(record, own, steps or record.steps)
+
+
+def _written_settings(record: Record, own: Mapping[str, Any], steps: Any) -> tuple[list[str], list[str]]:
+    """Return lines that write the settings of a run into a new file, and the option that names it."""
+    plain = {key: value for key, value in {**own, "n_timesteps": steps}.items() if _is_plain(key, value)}
+    lines = []
+    if left_out := [_shown_key(key) for key in own if key not in plain]:
+        lines.append(f"# Without {', '.join(left_out)} of the settings: read them first, since they could run code.")
+    # Nothing at the beginning of a line is the run's, but its environment with a colon.
+    text = yaml.safe_dump({record.env_id: plain}, sort_keys=False, width=float("inf"))
+    lines += ["settings=$(mktemp --suffix .yml)", "cat > \"$settings\" <<'END'", text + "END"]
+    return lines, ["--conf-file", '"$settings"']
+
+
+def _own_settings(record: Record) -> dict[str, Any]:
+    """Return the settings of a run without those that options gave."""
+    given = {key for key in OF_OPTIONS if record.arguments.get(key)} | {"n_timesteps"}
+    return {key: value for key, value in record.settings.items() if key not in given}
+
+
+def _todays_entries(record: Record) -> list[dict[str, Any]]:
+    """Return the entries of the settings file that a training like the run's may read today; [] if unknown."""
     config = record.arguments.get("conf_file")
-    if config and "--conf-file" not in environment_options(record.arguments, record.folder):
-        return {key: value for key, value in record.settings.items() if key not in OF_OPTIONS}
-    return dict(record.arguments.get("hyperparams") or {})
+    if config:
+        # Modules are not read, since that would run their code.
+        is_yaml = str(config).endswith((".yml", ".yaml")) and _settings_file(record.arguments, record.folder)
+        path = Path(str(config)) if is_yaml else None
+    else:
+        path = hyperparams_path() if record.algo == ALGORITHM else _zoo_path(record.algo)
+    entries = {} if path is None else _entries(path)
+    names = [record.env_id] if record.env_id in entries else ["atari", "default"]
+    return [dict(entries[name]) for name in names if isinstance(entries.get(name), dict)]
+
+
+def _zoo_path(algo: str) -> Path | None:
+    spec = find_spec("rl_zoo3")
+    places = [] if spec is None else spec.submodule_search_locations or []
+    return Path(places[0]) / "hyperparams" / f"{algo}.yml" if places and algo.isidentifier() else None
+
+
+@cache
+def _entries(path: Path) -> dict[str, Any]:
+    try:
+        if not path.is_file() or path.stat().st_size > _LARGEST_FILE:
+            return {}
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return {}
+    return entries if isinstance(entries, dict) else {}
+
+
+def _steps(value: Any) -> list[str]:
+    is_number = type(value) in (int, float) and 1 <= value < 1e15
+    return ["-n", str(int(value))] if is_number else []
 
 
 def _shown_key(key: object) -> str:
@@ -88,7 +174,7 @@ def _shown_key(key: object) -> str:
 
 
 def _is_name(key: object) -> bool:
-    return isinstance(key, str) and key.isidentifier()
+    return isinstance(key, str) and key.isidentifier() and not keyword.iskeyword(key)
 
 
 def _is_plain(key: object, value: Any) -> bool:

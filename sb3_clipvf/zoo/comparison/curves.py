@@ -63,7 +63,7 @@ def mean_and_std(lines: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     """
     Return mean, standard deviation and number of the runs at each point, ``(n,)``.
 
-    The deviation is that of a sample (divided by n - 1), 0 for one run. Points that fewer than half of the runs have
+    The deviation is that of a sample (divided by n - 1), NaN for one run. Points that fewer than half of the runs have
     reached are NaN: the mean of the others would be one of other runs.
     """
     finite = np.isfinite(lines)
@@ -72,7 +72,7 @@ def mean_and_std(lines: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     total = np.where(finite, lines, 0).sum(axis=0)
     mean = np.where(shown & (n > 0), total / np.maximum(n, 1), np.nan)
     squares = np.where(finite, (lines - mean) ** 2, 0).sum(axis=0)
-    std = np.where(np.isfinite(mean), np.sqrt(squares / np.maximum(n - 1, 1)), np.nan)
+    std = np.where(np.isfinite(mean) & (n > 1), np.sqrt(squares / np.maximum(n - 1, 1)), np.nan)
     return mean, std, n
 
 

@@ -67,8 +67,9 @@ function traces(panel) {
     const isRange = shown.spread === "range";
     const lower = ({ mean, std, low }) => (isRange || (isLogarithmic(panel) && mean <= std) ? low : mean - std);
     const upper = ({ mean, std, high }) => (isRange ? high : mean + std);
-    if (runs[name].length > 1) {
-      const known = points.map((point, i) => i).filter((i) => points[i] !== null);
+    // One run has no spread.
+    const known = points.map((point, i) => i).filter((i) => points[i] !== null && points[i].n > 1);
+    if (known.length > 0) {
       const back = known.toReversed();
       made.push({
         ...common, x: [...known, ...back].map((i) => x[i]), fill: "toself",

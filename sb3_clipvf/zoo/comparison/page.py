@@ -16,8 +16,8 @@ import numpy as np
 from sb3_clipvf.zoo.comparison import sections
 from sb3_clipvf.zoo.comparison.curves import Panel, panels
 from sb3_clipvf.zoo.comparison.groups import Group
-from sb3_clipvf.zoo.comparison.summary import csv_table, latex_table, markdown_table, plural
-from sb3_clipvf.zoo.comparison.titles import NEGATED, order_of, title_of
+from sb3_clipvf.zoo.comparison.summary import csv_table, latex_table, markdown_table
+from sb3_clipvf.zoo.comparison.titles import NEGATED, order_of, plural, title_of
 
 _DIGITS = 5
 """Significant digits of a figure's points, more than a screen shows."""

@@ -15,14 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from sb3_clipvf.zoo.comparison.series import EVENT_FILES, Evaluations, Series, read_evaluations, read_logs
+from sb3_clipvf.zoo.comparison.series import EVENT_FILES, Evaluations, Series, files_of, read_evaluations, read_logs
+from sb3_clipvf.zoo.comparison.titles import plural
 from sb3_clipvf.zoo.run_folders import CHECKPOINTS
 from sb3_clipvf.zoo.runs import Run, read_arguments, read_hyperparams, read_monitor, read_training_curve
 
 OF_OPTIONS = ("n_timesteps", "env_kwargs", "vec_env", "trained_agent")
 """Options of the Zoo's ``train`` that count as settings of a run."""
 
-_OF_RUNS = ("*monitor.csv", "evaluations.npz", "progress.json", "progress.csv", EVENT_FILES, "*/args.yml")
+_ZOO_FILE, _MONITOR_FILES = "*/args.yml", "*monitor.csv"
+_OF_RUNS = (_MONITOR_FILES, "evaluations.npz", "progress.json", "progress.csv", EVENT_FILES)
+_EVALUATION = re.compile(r"(?:^|[_-])(?:eval|test)", re.IGNORECASE)
 _EPISODES_OF_LOG = "rollout/ep_rew_mean"
 _VERSIONS = ("Stable-Baselines3", "PyTorch", "Gymnasium", "Numpy", "Python")
 
@@ -42,6 +45,7 @@ class Record:
     :param is_mean: Whether ``episodes`` are means of 100 episodes, from the log, since there are no Monitor files.
     :param evaluations: Evaluations during the training.
     :param log: Series of SB3's logger, by key.
+    :param is_resumed: Whether several processes trained it, so that its times are not known.
     :param report: Numbers that ``sb3-clipvf report`` wrote about the trained agent, {} without them.
     :param steps: Environment steps of the training so far.
     :param is_finished: Whether a model of the end was saved; None if the run is not the Zoo's.
@@ -59,6 +63,7 @@ class Record:
     is_mean: bool
     evaluations: Evaluations | None
     log: Mapping[str, Series]
+    is_resumed: bool
     report: Mapping[str, Any]
     steps: float
     is_finished: bool | None
@@ -94,8 +99,14 @@ def find_records(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Record
         paths += [path for path in found if path not in paths]
     records, problems = [], []
     for path in paths:
+        inner = [other for other in paths if other != path and other.is_relative_to(path)]
+        if inner:
+            problems.append(
+                f"{path} holds files of a run, and {plural(len(inner), 'run')} in its folders, which are shown as runs "
+                "of their own."
+            )
         try:
-            record, found_problems = read_record(path)
+            record, found_problems = read_record(path, inner)
         except (ValueError, OSError) as error:
             problems.append(f"{path} was left out: {error}")
             continue
@@ -106,13 +117,15 @@ def find_records(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Record
             records.append(record)
     if not records:
         raise ValueError("`RUNS` must hold a run with data to show, but none has:\n  " + "\n  ".join(problems))
-    return records, problems + _mixed_versions(records)
+    return records, problems + _unknown_times(records) + _mixed_versions(records)
 
 
-def read_record(folder: Path) -> tuple[Record, list[str]]:
+def read_record(folder: Path, inner: Sequence[Path] = ()) -> tuple[Record, list[str]]:
     """
     Read the files of one run.
 
+    :param folder: Folder of the run.
+    :param inner: Folders in it that belong to other runs.
     :return: The run, and a message about each file that is damaged and was left out.
     :raises ValueError: If its settings cannot be read.
     """
@@ -120,18 +133,24 @@ def read_record(folder: Path) -> tuple[Record, list[str]]:
     run = _zoo_run(folder)
     arguments, settings = ({}, {}) if run is None else (read_arguments(run), read_hyperparams(run))
     model = _Model() if run is None else _read_model(run, problems)
-    monitors = sorted(folder.glob("*monitor.csv"))
+    monitors = sorted(folder.glob(_MONITOR_FILES))
     env_id, episodes, log, evaluations = "", Series.of([]), {}, None
     with _noting(problems):
         env_id = read_monitor(monitors[0]).env_id if monitors else ""
         curve = read_training_curve(folder, model.num_timesteps, model.started)
         episodes = Series(curve.steps, curve.seconds, curve.returns)
+    is_resumed = model.is_resumed
     with _noting(problems):
-        log = {key: one.timed(episodes) for key, one in read_logs(folder).items()}
+        log = read_logs(folder, inner)
+        # Each process starts its clock again.
+        is_resumed = is_resumed or any((np.diff(one.seconds) < 0).any() for one in log.values())
+    if is_resumed:
+        episodes = episodes.without_seconds()
+    log = {key: (one.without_seconds() if is_resumed else one).timed(episodes) for key, one in log.items()}
     is_mean = len(episodes.steps) == 0 and _EPISODES_OF_LOG in log
     if is_mean:
         episodes = log[_EPISODES_OF_LOG]
-    for path in sorted(folder.rglob("evaluations.npz"))[:1]:
+    for path in files_of(folder, "evaluations.npz", inner)[:1]:
         with _noting(problems):
             found = read_evaluations(path)
             evaluations = replace(found, means=found.means.timed(episodes))
@@ -151,6 +170,7 @@ def read_record(folder: Path) -> tuple[Record, list[str]]:
         is_mean=is_mean,
         evaluations=evaluations,
         log=log,
+        is_resumed=is_resumed,
         report=_read_report(folder, problems),
         steps=float(model.num_timesteps or max(ends, default=0)),
         is_finished=is_finished,
@@ -161,16 +181,31 @@ def read_record(folder: Path) -> tuple[Record, list[str]]:
 
 
 def _run_folders(folder: Path) -> list[Path]:
-    """Return the folders of runs at or below a folder, sorted; folders inside a run belong to it."""
-    if any(next(folder.glob(pattern), None) is not None for pattern in _OF_RUNS):
+    """
+    Return the folders of runs at or below a folder, sorted.
+
+    Folders inside a run of the Zoo belong to it, and so do logs and evaluations inside another run. But other Monitor
+    files and runs of the Zoo are runs of their own.
+    """
+    if next(folder.glob(_ZOO_FILE), None) is not None:
         return [folder]
-    inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
-    return [found for path in inner for found in _run_folders(path)]
+    places = sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
+    inner = [found for path in places for found in _run_folders(path)]
+    if not any(next(folder.glob(pattern), None) is not None for pattern in _OF_RUNS):
+        return inner
+    return [folder, *(path for path in inner if _is_own_run(path, folder))]
+
+
+def _is_own_run(path: Path, folder: Path) -> bool:
+    """Return whether a run inside the folder of another one is not a part of it."""
+    is_evaluation = any(_EVALUATION.search(part) for part in path.relative_to(folder).parts)
+    files = (_ZOO_FILE,) if is_evaluation else (_ZOO_FILE, _MONITOR_FILES)
+    return any(next(path.glob(pattern), None) is not None for pattern in files)
 
 
 def _zoo_run(folder: Path) -> Run | None:
     """Return the Zoo's run in a folder; None if the folder is not one."""
-    names = sorted(path.parent.name for path in folder.glob("*/args.yml"))
+    names = sorted(path.parent.name for path in folder.glob(_ZOO_FILE))
     # The files are found by the folder's name, whatever they say.
     return Run("", names[0], folder, folder / f"{names[0]}.zip") if names else None
 
@@ -181,6 +216,7 @@ class _Model:
 
     num_timesteps: int | None = None
     started: float | None = None
+    is_resumed: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -193,10 +229,11 @@ def _read_model(run: Run, problems: list[str]) -> _Model:
         entries = dict(entries_of(*read_bytes(run.model_path, "zip")))
         data = json.loads(entries["data"])
         versions = re.findall(r"^- ([\w-]+): (\S+)$", entries.get("system_info.txt", b"").decode(), re.MULTILINE)
-        starts_at_zero = data.get("_num_timesteps_at_start") == 0 and data.get("start_time")
+        first_step = data.get("_num_timesteps_at_start")
         return _Model(
             int(data["num_timesteps"]),
-            data["start_time"] / 1e9 if starts_at_zero else None,
+            data["start_time"] / 1e9 if first_step == 0 and data.get("start_time") else None,
+            bool(first_step),
             {name: version for name, version in versions if name in _VERSIONS},
         )
     return _Model()
@@ -209,7 +246,8 @@ def _read_report(folder: Path, problems: list[str]) -> dict[str, Any]:
     with _noting(problems):
         try:
             numbers = dict(json.loads(path.read_text(encoding="utf-8")))
-            return {key: numbers[key] for key in ("mean_return", "std_return", "n_episodes", "deterministic")}
+            found = {key: numbers[key] for key in ("mean_return", "std_return", "n_episodes", "deterministic")}
+            return {**found, "mean_return": float(found["mean_return"])}
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{path} must be what `sb3-clipvf report --env` wrote, but is damaged ({type(error).__name__}: "
@@ -240,7 +278,19 @@ def _all_settings(settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> 
     for key in OF_OPTIONS[1:]:
         if arguments.get(key):
             found[key] = arguments[key]
-    return dict(sorted(found.items()))
+    return {_key_text(key): found[key] for key in sorted(found, key=_key_text)}
+
+
+def _key_text(key: Any) -> str:
+    """Return a key of settings as text, since YAML's keys have all types."""
+    return key if isinstance(key, str) else repr(key)
+
+
+def _unknown_times(records: Sequence[Record]) -> list[str]:
+    n_resumed = sum(record.is_resumed for record in records)
+    if n_resumed == 0:
+        return []
+    return [f"The times of {n_resumed} of {plural(len(records), 'run')} are not known, since they were resumed."]
 
 
 def _mixed_versions(records: Sequence[Record]) -> list[str]:

@@ -6,7 +6,7 @@ import csv
 import json
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,10 @@ class Series:
         if len(clock.steps) == 0:
             return self
         return Series(self.steps, np.interp(self.steps, clock.steps, clock.seconds), self.values)
+
+    def without_seconds(self) -> Series:
+        """Return the series without times."""
+        return Series(self.steps, np.full(len(self.steps), np.nan), self.values)
 
 
 @dataclass(frozen=True)
@@ -88,16 +92,23 @@ def read_evaluations(path: Path) -> Evaluations:
     return Evaluations(Series.of(points), float(results[-1].std()), results.shape[1])
 
 
-def read_logs(folder: Path) -> dict[str, Series]:
+def files_of(folder: Path, name: str, inner: Sequence[Path]) -> list[Path]:
+    """Return the files of this name in a folder and the folders in it, sorted, without those of other runs."""
+    return [path for path in sorted(folder.rglob(name)) if not any(map(path.is_relative_to, inner))]
+
+
+def read_logs(folder: Path, inner: Sequence[Path] = ()) -> dict[str, Series]:
     """
     Read what SB3's logger wrote into a folder and the folders in it: ``progress.json``, ``progress.csv``, TensorBoard.
 
+    :param folder: Folder of a run.
+    :param inner: Folders in it that belong to other runs.
     :return: Series by their keys, such as ``train/value_loss``; {} without a log.
     :raises ValueError: If a file is damaged at its beginning; a cut end is left out.
     """
     points: dict[str, dict[float, tuple[float, float, float]]] = {}
     for path, read in (("progress.json", _json_rows), ("progress.csv", _csv_rows), (EVENT_FILES, _event_rows)):
-        for file in sorted(folder.rglob(path)):
+        for file in files_of(folder, path, inner):
             for step, seconds, row in read(file):
                 for key, value in row.items():
                     # A resumed training repeats the steps after its checkpoint: the later row counts.

@@ -28,7 +28,8 @@ COLUMNS = (
     Column("mean_return", "Whole training", "that mean, averaged over the steps of the training"),
     Column("last_evaluation", "Last evaluation", "mean return of the last evaluation during the training"),
     Column("best_evaluation", "Best evaluation", "largest mean return of an evaluation during the training"),
-    Column("trained_agent", "Trained agent", "mean return of the episodes of sb3-clipvf report --env"),
+    Column("trained_agent", "Trained agent", "mean return in sb3-clipvf report --env, with the most probable actions"),
+    Column("sampling_agent", "Trained agent, sampled", "mean return in sb3-clipvf report --env, with sampled actions"),
     Column("steps", "Steps", "environment steps of the training"),
     Column("seconds", "Seconds", "seconds from the start of the training to the end of its last episode"),
     Column("steps_per_second", "Steps/s", "steps up to the end of the last episode, divided by these seconds"),
@@ -56,13 +57,14 @@ def numbers_of(record: Record) -> dict[str, float | None]:
     """Return the numbers of a run by the keys of ``COLUMNS``; None where unknown."""
     curve = smoothed_returns(record)
     means = None if record.evaluations is None else record.evaluations.means.values
-    seconds = record.seconds
+    seconds, agent = record.seconds, record.report.get("mean_return")
     return {
         "last_return": float(curve.values[-1]) if len(curve.values) > 0 else None,
         "mean_return": _mean_over_steps(curve.steps, curve.values, record.steps),
         "last_evaluation": None if means is None else float(means[-1]),
         "best_evaluation": None if means is None else float(np.nanmax(means)),
-        "trained_agent": record.report.get("mean_return"),
+        "trained_agent": agent if record.report.get("deterministic") else None,
+        "sampling_agent": None if record.report.get("deterministic") else agent,
         "steps": record.steps,
         "seconds": seconds,
         "steps_per_second": float(record.episodes.steps[-1] / seconds) if seconds else None,
@@ -96,12 +98,7 @@ def number_text(value: float, spread: float | None = None) -> str:
     return f"{value:,.{digits}f}".replace("-", "−")
 
 
-def plural(number: int, noun: str) -> str:
-    """Return a number of things, such as ``1 run`` or ``3 runs``."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def cell_text(numbers: Mapping[str, Statistic], key: str, separator: str = " ± ") -> str:
+def cell_text(numbers: Mapping[str, Statistic], key: str) -> str:
     """Return mean and standard deviation of a group, such as ``493.2 ± 10.1``; an en dash if no run has the number."""
     if key not in numbers:
         return "–"
@@ -109,7 +106,7 @@ def cell_text(numbers: Mapping[str, Statistic], key: str, separator: str = " ± 
     # That trainings are equally long needs no mention.
     if std is None or (key == "steps" and std == 0):
         return number_text(mean)
-    return f"{number_text(mean, std)}{separator}{number_text(std, std)}"
+    return f"{number_text(mean, std)} ± {number_text(std, std)}"
 
 
 def csv_table(groups: Sequence[Group]) -> str:
@@ -138,19 +135,19 @@ def markdown_table(groups: Sequence[Group]) -> str:
 
 def latex_table(groups: Sequence[Group]) -> str:
     """Return the groups as a LaTeX table for the package ``booktabs``."""
-    header, rows = _cells(groups, separator=r" $\pm$ ")
+    header, rows = _cells(groups)
     lines = [r"\begin{tabular}{ll" + "r" * (len(header) - 2) + "}", r"\toprule", _latex_row(header), r"\midrule"]
     lines += [*map(_latex_row, rows), r"\bottomrule", r"\end{tabular}", f"% {_legend(groups)}"]
     return "\n".join(lines) + "\n"
 
 
-def _cells(groups: Sequence[Group], separator: str = " ± ") -> tuple[list[str], list[list[str]]]:
+def _cells(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
     columns = shown_columns(groups)
     rows = []
     for group in groups:
         known = statistics_of(group)
-        numbers = [cell_text(known, one.key, separator) for one in columns]
-        rows.append([group.env_id, group.name, str(len(group.records)), *numbers])
+        cells = [group.env_id, group.name, str(len(group.records)), *(cell_text(known, one.key) for one in columns)]
+        rows.append([" ".join(cell.split()) for cell in cells])
     return ["Environment", "Setting", "Runs", *(column.title for column in columns)], rows
 
 
@@ -159,9 +156,25 @@ def _legend(groups: Sequence[Group]) -> str:
     return f"Mean ± standard deviation over runs. {meanings}."
 
 
+_LATEX = {letter: f"\\{letter}" for letter in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    "…": r"\ldots{}",
+    "–": "--",
+    "−": "$-$",
+    "±": r"$\pm$",
+    "β": r"$\beta$",
+    "ε": r"$\varepsilon$",
+}
+
+
 def _latex_row(cells: Sequence[str]) -> str:
-    replacements = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "−": "$-$", "–": "--", "…": r"\ldots{}"}
-    escaped = ["".join(replacements.get(letter, letter) for letter in cell) for cell in cells]
+    escaped = ["".join(_LATEX.get(letter, letter) for letter in cell) for cell in cells]
     return " & ".join(escaped) + r" \\"
 
 

@@ -47,3 +47,8 @@ def order_of(key: str) -> tuple[int, str]:
     """Return the place of a quantity among others: the known ones in the order of this file, then the rest by name."""
     known = list(_TITLES)
     return (known.index(key) if key in known else len(known), key)
+
+
+def plural(number: int, noun: str) -> str:
+    """Return a number of things, such as ``1 run`` or ``3 runs``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
