@@ -467,7 +467,7 @@ def test_value_clips_of_raw_rewards_have_a_raw_baseline() -> None:
 @pytest.mark.parametrize(
     "name, baseline, match",
     [
-        ("b", "anealed", "`settings.b.baseline` must name"),
+        ("b", "anealed", "`settings.b.baseline` must be a known name"),
         ("b", "b", "got 'b' for itself. Remove it"),
         ("a", "b", "`settings.a.baseline` must be omitted for the first setting, .*got 'b' for the first"),
         ("b", 3, "`baseline` of `settings.b` must be of type str"),

@@ -157,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _executor(address: str | None, jobs: int) -> Executor:
-    """Return who makes the runs: this machine, or the Ray cluster of an address ("": a new one)."""
+    """Return the executor of this machine, or that of the Ray cluster at an address ("": a new one)."""
     if address is None:
         return LocalExecutor(jobs)
     from tests.bench.experiments.ray_executor import RayExecutor

@@ -1,4 +1,4 @@
-"""Who makes runs: processes of this machine, a given number at a time."""
+"""Executors make runs: here, in processes of this machine, a given number at a time."""
 
 from __future__ import annotations
 

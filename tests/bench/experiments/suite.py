@@ -21,13 +21,13 @@ SEEDS: dict[str, tuple[int, int | None]] = {"tune": (0, 999), "report": (1000, N
 """First and last seed of each kind of suite. No reported number comes from a seed that chose a setting."""
 
 QUICK_ENVIRONMENTS, QUICK_SETTINGS, QUICK_STEPS, QUICK_EPISODES = 2, 4, 4096, 2
-"""What ``--quick`` makes of a suite: its first environments, the first settings of each, and one seed."""
+"""The part of a suite that ``--quick`` runs: its first environments, the first settings of each, and one seed."""
 
 _OF_SETTINGS = {"algo": ALGORITHM, "expected": "", "baseline": ""}
-"""Keys of a setting that are no settings of the training, with their defaults."""
+"""Keys of a setting that do not reach the training, with their defaults."""
 
 ZOO = "zoo"
-"""The settings of an environment that are those of the RL Zoo, for the algorithm of each setting."""
+"""Value of an environment's ``settings`` that stands for the RL Zoo's, for the algorithm of each setting."""
 
 
 @dataclass(frozen=True)
@@ -419,4 +419,4 @@ def _check_known(where: str, names: Sequence[Any], known: Any) -> None:
         if name not in known:
             near = difflib.get_close_matches(str(name), list(known), n=1)
             hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(list(known)[:12])}."
-            raise ValueError(f"`{where}` must name what there is, got {name!r}. {hint}")
+            raise ValueError(f"`{where}` must be a known name, got {name!r}. {hint}")
