@@ -11,18 +11,21 @@ import numbers
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.utils import update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_clipvf.checkpoint.file import versions
+from sb3_clipvf.checkpoint.protocol import ResumableModel
 from sb3_clipvf.checkpoint.resume import reset_environments
+from sb3_clipvf.checkpoint.training_state import process_state
+from sb3_clipvf.checkpoint.vec_env_state import describe_vec_env
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.distributed import ALONE, Group, Moments, current_group, merged_moments
 from sb3_clipvf.engines.device_rollout import explained_variance_of
@@ -54,6 +57,7 @@ class DataParallelCollector(TensorRolloutCollector):
 
     _n_updates: int
     _resumed: Any = None
+    _training_id: str | None
     # Moments of VecNormalize that all processes had at the start of the rollout
     _common_moments: Sequence[tuple[Any, Any, float]] = ()
     _warned_of_copies = False
@@ -68,8 +72,11 @@ class DataParallelCollector(TensorRolloutCollector):
 
     def learn(self, *args: Any, **kwargs: Any) -> Self:
         """Train as SB3's ``learn``; an error in one process ends the training in all of them."""
-        with current_group().failing_together():
-            return super().learn(*args, **kwargs)
+        group = current_group()
+        with group.failing_together():
+            super().learn(*args, **kwargs)
+            self._serve(group)
+        return self
 
     def _setup_learn(
         self,
@@ -95,8 +102,8 @@ class DataParallelCollector(TensorRolloutCollector):
         """
         Fill the buffer with steps of the current policy, as :meth:`TensorRolloutCollector.collect_rollouts` does.
 
-        The policy is that of the first process. At the end, all processes merge the statistics of ``VecNormalize``, and
-        stop if one of them has been asked to.
+        The policy is that of the first process after ``on_rollout_start``. At the end, all processes merge the
+        statistics of ``VecNormalize``, and stop if one of them has been asked to.
 
         :param env: The training environments.
         :param callback: Callback, called at each step and at both ends of the rollout.
@@ -108,8 +115,6 @@ class DataParallelCollector(TensorRolloutCollector):
         group = current_group()
         if group.size == 1:
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
-        for tensor in (*self.policy.parameters(), *self.policy.buffers()):
-            group.broadcast_tensor(tensor.data)
         episodes: Any = self.ep_info_buffer
         earlier = list(episodes)
         continues = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
@@ -128,6 +133,36 @@ class DataParallelCollector(TensorRolloutCollector):
         episodes.extend([*earlier, *(episode for end in ends for episode in end.episodes)])
         self._warn_of_copies(ends)
         return all(end.continues for end in ends)
+
+    def _begin_rollout(self, *args: Any) -> Engine:
+        group = current_group()
+        if group.rank > 0:
+            self._share_policy(group)
+        engine = super()._begin_rollout(*args)
+        if group.rank == 0:  # after callbacks, which may change the policy or save the training
+            self._share_policy(group)
+        return engine
+
+    def _share_policy(self, group: Group) -> None:
+        """Overwrite the weights by those of the first process."""
+        self._serve(group)
+        if group.size > 1:
+            for tensor in (*self.policy.parameters(), *self.policy.buffers()):
+                group.broadcast_tensor(tensor.data)
+
+    def _serve(self, group: Group) -> None:
+        """Wait for the first process, which runs callbacks, and send it this process's state if it asks for it."""
+        while group.broadcast(False):
+            model = cast(ResumableModel, self)
+            group.gather(process_state(model, ConvertCallback(None), describe_vec_env(cast(VecEnv, self.env)), None))
+
+    def _states_elsewhere(self) -> list[tuple[dict[str, Any], list[str]]]:
+        group = current_group()
+        if group.size == 1:
+            return []
+        group.broadcast(True)
+        own: tuple[dict[str, Any], list[str]] = ({}, [])
+        return group.gather(own)[1:]
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_common_moments", "_n_envs_elsewhere", "_warned_of_copies"]
@@ -155,33 +190,34 @@ class DataParallelCollector(TensorRolloutCollector):
     def _take_state(self, group: Group) -> None:
         """Take policy, optimizer, controllers, counters and statistics of VecNormalize from the first process."""
         running = _running_moments(self.get_vec_normalize_env())
-        resumed = self._resumed is not None
+        checkpoint = None if self._resumed is None else (self._training_id, self.num_timesteps)
         first = group.broadcast(
             {
                 "parameters": _on_cpu(self.get_parameters()),
                 "attributes": {name: getattr(self, name) for name in _COMMON},
                 "moments": _values_of(running),
-                "resumed": resumed,
+                "checkpoint": checkpoint,
             }
         )
         self._common_moments = first["moments"]
         if group.rank == 0:
-            if resumed:
-                log.warning(
-                    "The training is not resumed exactly: only the first process continues its episodes and random "
-                    "states. The environments of the others begin new episodes."
-                )
             return
         self.set_parameters(first["parameters"], exact_match=True)
         for name, value in first["attributes"].items():
             setattr(self, name, value)
         for rms, (mean, var, count) in zip(running, first["moments"], strict=True):
             rms.mean, rms.var, rms.count = mean, var, count
-        if resumed:
+        if checkpoint != first["checkpoint"]:
+            log.warning(
+                "The training is not resumed exactly: process %d has not resumed from the checkpoint of the first one. "
+                "Its environments begin new episodes.",
+                group.rank,
+            )
+        if checkpoint != first["checkpoint"] or (self._resumed is not None and self._resumed.n_processes != group.size):
             self._begin_new_episodes(group)
 
     def _begin_new_episodes(self, group: Group) -> None:
-        """Begin new episodes and random numbers in a process that has loaded the checkpoint of the first one."""
+        """Begin new episodes with other random states than those of the first process, whose checkpoint resumes."""
         self._resumed = None
         entropy = (0 if self.seed is None else self.seed, self.num_timesteps, group.rank)
         generator = np.random.default_rng(np.random.SeedSequence(entropy))

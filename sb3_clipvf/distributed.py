@@ -7,7 +7,10 @@ A group of one process exchanges nothing. ``docs/distributed.md`` describes a tr
 import atexit
 import contextlib
 import importlib
+import math
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,8 +22,13 @@ import torch.distributed as dist
 
 Value = TypeVar("Value")
 
-_FAILURE = "sb3_clipvf/failure"
-_NOTE_SECONDS = 2  # a process that fails writes its note before it closes its connections
+TIMEOUT_VARIABLE = "SB3_CLIPVF_TIMEOUT"
+"""Environment variable: seconds that a process waits for another. PyTorch's defaults are 1800, and 600 for nccl."""
+
+_DEFAULT_TIMEOUT = timedelta(minutes=30)
+_START, _FAILURE, _WAITING = "sb3_clipvf/start", "sb3_clipvf/failure", "sb3_clipvf/waiting"
+# A process that fails writes its note before it closes its connections; those that wait write theirs after that.
+_NOTE_SECONDS = 2
 
 
 class LostProcessError(RuntimeError):
@@ -173,10 +181,57 @@ def _join() -> None:
     # If torch imports this module later, default arguments of its functions keep the group alive. The threads of gloo
     # then run on while the interpreter ends, and abort the process if they release one of Python's tensors.
     importlib.import_module("torch.distributed.nn.functional")
+    timeout = _timeout()
     with _explained():
-        dist.init_process_group(backend)
+        found = dist.rendezvous("env://", timeout=timeout or _DEFAULT_TIMEOUT)  # type: ignore[attr-defined]
+        store, rank, size = next(found)
+        name = _name_of_this_start(store, rank, size, timeout or _DEFAULT_TIMEOUT)
+        store = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     _has_joined = True
     atexit.register(_leave)
+
+
+def _name_of_this_start(store: Any, rank: int, size: int, timeout: timedelta) -> str:
+    """
+    Return a name that only the processes of this start know.
+
+    After a restart, torchrun's store still has the entries of earlier starts, by which processes would connect to ended
+    ones (https://github.com/pytorch/pytorch/issues/135712). So the first process chooses a name, and each other process
+    waits until the first one has seen it under this name.
+    """
+    own = uuid.uuid4().hex
+    if rank == 0:
+        store.set(_START, own)
+        for other in range(1, size):
+            store.set(f"{own}/{other}/seen", store.get(f"{own}/{other}"))
+        return own
+    until = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < until:
+        name = str(store.get(_START).decode())
+        store.set(f"{name}/{rank}", own)
+        with contextlib.suppress(RuntimeError):
+            store.wait([f"{name}/{rank}/seen"], timedelta(seconds=1))
+            if store.get(f"{name}/{rank}/seen").decode() == own:
+                return name
+            time.sleep(0.1)  # the name is that of an earlier start
+    raise RuntimeError("process 0 has not joined")
+
+
+def _timeout() -> timedelta | None:
+    """Return how long a process waits for another; None stands for PyTorch's defaults."""
+    value = os.environ.get(TIMEOUT_VARIABLE)
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ValueError(
+            f"`{TIMEOUT_VARIABLE}` must be a positive number of seconds, got {value!r}. Unset it for the default."
+        )
+    return timedelta(seconds=seconds)
 
 
 def _leave(*, failed: bool = False) -> None:
@@ -195,13 +250,22 @@ def _store() -> Any:
 
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
-    """Raise LostProcessError if processes cannot communicate; it repeats the error of a process that has failed."""
+    """Raise LostProcessError if processes cannot communicate."""
     try:
         yield
     except RuntimeError as error:
-        cause = f"a process has ended or does not respond: {error}"
+        raise LostProcessError(f"The training has ended on all processes, since {_cause_of(error)}") from None
+
+
+def _cause_of(error: RuntimeError) -> str:
+    """Return the error of the process that has failed, or which processes have ended or do not respond."""
+    lost = "a process"
+    with contextlib.suppress(RuntimeError, ValueError):  # there may be no store, or no longer
+        store = _store()
+        store.set(f"{_WAITING}/{dist.get_rank()}", "")
         with contextlib.suppress(RuntimeError):
-            store = _store()
             store.wait([_FAILURE], timedelta(seconds=_NOTE_SECONDS))
-            cause = store.get(_FAILURE).decode()
-        raise LostProcessError(f"The training has ended on all processes, since {cause}") from None
+            return str(store.get(_FAILURE).decode())
+        ranks = [rank for rank in range(dist.get_world_size()) if not store.check([f"{_WAITING}/{rank}"])]
+        lost = f"process {', '.join(map(str, ranks))}" if ranks else lost
+    return f"{lost} has ended or does not respond: {error}"

@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -32,11 +33,11 @@ N_STEPS, N_EPOCHS = 8, 3
 OBS, BOX = spaces.Box(-2.0, 2.0, (3,), np.float32), spaces.Box(-1.0, 1.0, (2,), np.float32)
 
 
-def serve(rank: int, size: int, path: str, pipe: Connection) -> None:
-    """Join a group, and run the functions of this module whose names arrive, until None does."""
+def serve(rank: int, size: int, path: str, seconds: float, pipe: Connection) -> None:
+    """Join a group with a timeout, and run the functions of this module whose names arrive, until None does."""
     th.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{path}", rank=rank, world_size=size, timeout=timedelta(seconds=15)
+        "gloo", init_method=f"file://{path}", rank=rank, world_size=size, timeout=timedelta(seconds=seconds)
     )
     pipe.send("ready")
     while (task := pipe.recv()) is not None:
@@ -292,30 +293,71 @@ def loaded_training(rank: int, path: str) -> Any:
     return model.num_timesteps, parameters_of(model)
 
 
-def resumed_training(rank: int, path: str) -> Any:
-    """A training that is resumed from a checkpoint of the first process."""
-    model = make_model()
-    model.learn(256, callback=TrainingCheckpoint(128, path))
+def resumed_training(rank: int, path: str, readers: tuple[int, ...], normalizes: bool) -> Any:
+    """The end of a training of 512 steps, and that of one that processes resume after 256; their warnings."""
+
+    def end_of(model: ClipPPO) -> Any:
+        episodes = [(episode["r"], episode["l"]) for episode in model.ep_info_buffer]
+        moments = getattr(model.env, "obs_rms", None)
+        return (
+            model.num_timesteps,
+            parameters_of(model),
+            episodes,
+            model._last_obs.tobytes(),
+            None if moments is None else (moments.mean.tobytes(), moments.var.tobytes(), moments.count),
+        )
+
+    def make_env() -> VecEnv:
+        env = make_vec_env("CartPole-v1", n_envs=2)
+        return VecNormalize(env) if normalizes else env
+
+    model = make_model(make_env())
+    model.learn(512, callback=TrainingCheckpoint(256, path))
     dist.barrier()
-    env = make_vec_env("CartPole-v1", n_envs=2)
-    resumed = ClipPPO.resume(path, env, device="cpu")
-    resumed.learn(256, reset_num_timesteps=False, callback=TrainingCheckpoint(128, path))
-    episodes = [episode["r"] for episode in resumed.ep_info_buffer]
-    return (resumed.num_timesteps, parameters_of(resumed), episodes), resumed._last_obs
+    with logged() as messages:
+        if rank in readers:
+            resumed = ClipPPO.resume(f"{path}/checkpoint_256.zip", make_env(), device="cpu")
+        else:
+            resumed = make_model(make_env())
+        dist.barrier()
+        resumed.learn(256, reset_num_timesteps=False, callback=TrainingCheckpoint(256, f"{path}/more"))
+    return end_of(model), end_of(resumed), [message for message in messages if "not resumed exactly" in message]
+
+
+def resumed_from_one(rank: int, path: str) -> Any:
+    """A training that two processes resume from a checkpoint of a single one."""
+    with logged() as messages:
+        model = ClipPPO.resume(path, make_vec_env("CartPole-v1", n_envs=2), device="cpu")
+        model.learn(256, reset_num_timesteps=False)
+    return model.num_timesteps, parameters_of(model), model._last_obs.tobytes(), messages
+
+
+def training_with_resets(rank: int, path: str) -> None:
+    """A training whose checkpoints reset environments."""
+    make_model().learn(64, callback=TrainingCheckpoint(64, path, reset_envs=True))
+
+
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """Collect the package's log messages."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("sb3_clipvf").addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logging.getLogger("sb3_clipvf").removeHandler(handler)
 
 
 def copied_training(rank: int) -> list[str]:
     """A training whose processes are seeded alike by other means than `seed`; its warnings."""
-    records: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("sb3_clipvf").addHandler(handler)
     env = make_vec_env("CartPole-v1", n_envs=2, seed=0)
     model = make_model(env, seed=None)
     set_random_seed(0)
-    model.learn(256)
-    logging.getLogger("sb3_clipvf").removeHandler(handler)
-    return [record for record in records if "same actions" in record]
+    with logged() as messages:
+        model.learn(256)
+    return [message for message in messages if "same actions" in message]
 
 
 def different_training(rank: int, name: str, values: list[Any]) -> None:
@@ -324,17 +366,19 @@ def different_training(rank: int, name: str, values: list[Any]) -> None:
 
 
 @contextmanager
-def failing_env(rank: int, bad_rank: int, how: str) -> Iterator[None]:
-    """Make CartPole fail after some steps in one process."""
+def failing_env(rank: int, bad_rank: int, how: str, call: int = 100) -> Iterator[None]:
+    """Make CartPole fail at one of its steps in one process."""
     from gymnasium.envs.classic_control import CartPoleEnv
 
     step, calls = CartPoleEnv.step, [0]
 
     def failing(self: Any, action: Any) -> Any:
         calls[0] += 1
-        if calls[0] == 100 and rank == bad_rank:
+        if calls[0] == call and rank == bad_rank:
             if how == "exit":
                 os._exit(9)
+            if how == "hang":
+                time.sleep(1000)
             raise ZeroDivisionError("a planted error")
         return step(self, action)
 

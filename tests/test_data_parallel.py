@@ -6,14 +6,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import distributed_cases as cases
 import numpy as np
 import pytest
+import torch.distributed as dist
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 
+from sb3_clipvf import ClipPPO, distributed
+from sb3_clipvf.checkpoint import TrainingCheckpoint
 from sb3_clipvf.data_parallel import check_same, merge_running
 from sb3_clipvf.distributed import ALONE, Group, LostProcessError, Moments, current_group, merged_moments
 from sb3_clipvf.engines.selection import select_engine
@@ -24,12 +30,13 @@ SECONDS = 60  # a process starts in a few seconds on an idle machine
 class Pair:
     """Two processes of one group, which run functions of tests/distributed_cases.py."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, seconds: float = 15.0) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipes, self.processes = [], []
         for rank in range(2):
             ours, theirs = context.Pipe()
-            process = context.Process(target=cases.serve, args=(rank, 2, str(folder / "group"), theirs), daemon=True)
+            arguments = (rank, 2, str(folder / "group"), seconds, theirs)
+            process = context.Process(target=cases.serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -49,15 +56,26 @@ class Pair:
 
     def run(self, name: str, *arguments: Any) -> list[Any]:
         """The results of a function, or the errors that it raised."""
+        self.send(name, *arguments)
+        return self.receive()
+
+    def send(self, name: str, *arguments: Any) -> None:
+        """Start a function."""
         for pipe in self.pipes:
             pipe.send((name, arguments))
-        return self.receive()
 
     def close(self) -> None:
         """End both processes."""
         for process in self.processes:
             process.kill()
             process.join(SECONDS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kernels() -> None:
+    """Compile kernels before processes have to answer in time."""
+    for engine in ("fused", "native"):
+        cases.whole_update(engine, (1,), 8, {})
 
 
 @pytest.fixture(scope="module")
@@ -178,10 +196,35 @@ class TestTraining:
         first, second = pair.run("loaded_training", str(tmp_path / "model.zip"))
         assert first == second and first[0] == 256
 
-    def test_only_the_first_process_resumes_its_episodes(self, pair: Pair, tmp_path: Path) -> None:
-        (first, first_obs), (second, second_obs) = pair.run("resumed_training", str(tmp_path))
-        assert first == second and first[0] == 512
-        assert (first_obs != second_obs).any()
+    @pytest.mark.parametrize("normalizes", [False, True])
+    def test_a_resumed_training_ends_with_the_same_bits(self, pair: Pair, tmp_path: Path, normalizes: bool) -> None:
+        for whole, resumed, messages in pair.run("resumed_training", str(tmp_path), (0, 1), normalizes):
+            assert whole == resumed and whole[0] == 512 and not messages
+
+    @pytest.mark.parametrize("reader", [0, 1])
+    def test_a_process_without_the_checkpoint_begins_new_episodes(
+        self, pair: Pair, tmp_path: Path, reader: int
+    ) -> None:
+        (whole, first, _), (_, second, messages) = pair.run("resumed_training", str(tmp_path), (reader,), False)
+        assert first[:2] == second[:2] and first[0] == (512 if reader == 0 else 256)
+        assert first[1] != whole[1] and first[3] != second[3]
+        assert len(messages) == 1 and "process 1 has not resumed from the checkpoint of the first one" in messages[0]
+
+    def test_a_changed_number_of_processes_is_reported(self, pair: Pair, tmp_path: Path) -> None:
+        cases.make_model().learn(64, callback=TrainingCheckpoint(64, tmp_path / "one"))
+        first, second = pair.run("resumed_from_one", str(tmp_path / "one"))
+        assert first[:2] == second[:2] and first[0] == 64 + 256 and first[2] != second[2]
+        assert "the number of processes has changed from 1 to 2" in "".join(first[3])
+        pair.run("resumed_training", str(tmp_path / "two"), (0, 1), False)
+        with cases.logged() as messages:
+            ClipPPO.resume(tmp_path / "two", make_vec_env("CartPole-v1", n_envs=2), device="cpu")
+        assert "the number of processes has changed from 2 to 1" in "".join(messages)
+
+    def test_resets_after_checkpoints_are_refused(self, tmp_path: Path) -> None:
+        started = Pair(tmp_path, seconds=3.0)
+        for error in started.run("training_with_resets", str(tmp_path / "checkpoints")):
+            assert "`reset_envs` must be False in a training on several processes, got True" in str(error)
+        started.close()
 
     def test_equal_rollouts_are_reported(self, pair: Pair) -> None:
         first, second = pair.run("copied_training")
@@ -212,7 +255,18 @@ class TestFaults:
         started = time.monotonic()
         first, second = own_pair.run("failing_training", 1, "exit")
         assert time.monotonic() - started < 30 and second is None
-        assert isinstance(first, LostProcessError) and "a process has ended or does not respond" in str(first)
+        assert isinstance(first, LostProcessError) and "since process 1 has ended or does not respond" in str(first)
+
+    @pytest.mark.parametrize("bad_rank", [0, 1])
+    def test_a_process_that_hangs_ends_the_other(self, tmp_path: Path, bad_rank: int) -> None:
+        started = Pair(tmp_path, seconds=3.0)
+        started.send("failing_training", bad_rank, "hang")
+        pipe = started.pipes[1 - bad_rank]
+        assert pipe.poll(SECONDS), "the process waits for the one that hangs"
+        error = pipe.recv()
+        assert isinstance(error, LostProcessError)
+        assert f"since process {bad_rank} has ended or does not respond" in str(error)
+        started.close()
 
 
 SCRIPT = """
@@ -227,6 +281,28 @@ with cases.failing_env(current_group().rank, int(sys.argv[1]), "raise"):
     model = cases.make_model().learn(600)
 # In one piece, since torchrun turns buffers off
 sys.stdout.write(f"{current_group()} {model.num_timesteps}\\n")
+"""
+
+RESUMING_SCRIPT = """
+import os, pathlib, sys
+import distributed_cases as cases
+from stable_baselines3.common.env_util import make_vec_env
+from sb3_clipvf import ClipPPO, distributed
+from sb3_clipvf.checkpoint import TrainingCheckpoint
+from sb3_clipvf.distributed import current_group
+
+rank, is_first = current_group().rank, os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+env = make_vec_env("CartPole-v1", n_envs=2)
+if any(pathlib.Path("checkpoints").glob("checkpoint_*.zip")):
+    model = ClipPPO.resume("checkpoints", env, device="cpu")
+else:
+    model = cases.make_model(env)
+start = model.num_timesteps
+checkpoint = TrainingCheckpoint(every_timesteps=128, path="checkpoints")
+with cases.failing_env(rank, int(sys.argv[1]) if is_first else -1, sys.argv[2]):
+    model.learn(640 - start, reset_num_timesteps=False, callback=checkpoint)
+pathlib.Path(f"weights_{rank}").write_bytes(cases.parameters_of(model))
+sys.stdout.write(f"{start} to {model.num_timesteps}\\n")
 """
 
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -247,6 +323,28 @@ class TestTorchrun:
             assert done.stdout.count("0 threads of gloo") == 2
         else:
             assert done.returncode != 0 and "ZeroDivisionError: a planted error" in done.stderr
+
+    def test_a_restart_continues_after_a_process_was_lost(self, tmp_path: Path) -> None:
+        """The killed, the hanging and the uninterrupted training end with the same weights."""
+        script = tmp_path / "script.py"
+        script.write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n{RESUMING_SCRIPT}")
+        ends = []
+        for bad_rank, how in ((-1, ""), (1, "exit"), (0, "hang")):
+            folder = tmp_path / f"run{bad_rank}"
+            folder.mkdir()
+            done = subprocess.run(
+                [*LAUNCHER, "--max-restarts=1", str(script), str(bad_rank), how],
+                capture_output=True,
+                text=True,
+                timeout=2 * SECONDS,
+                cwd=folder,
+                env={**os.environ, "SB3_CLIPVF_TIMEOUT": "5"},
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.count("0 to 640" if bad_rank < 0 else "128 to 640") == 2, done.stdout
+            ends += [(folder / f"weights_{rank}").read_bytes() for rank in range(2)]
+        assert len(set(ends)) == 1
 
     def test_the_command_trains_one_model(self, tmp_path: Path) -> None:
         command = ["-m", "sb3_clipvf", "train", "--env", "CartPole-v1", "-n", "512", "--eval-freq", "256"]
@@ -296,6 +394,26 @@ class TestMoments:
         own, moments = common.copy(), (common.mean, common.var, common.count)
         merge_running([own], [moments], [[moments], [moments]])
         assert (own.mean, own.var, own.count) == moments
+
+
+def test_a_restart_ignores_entries_of_earlier_starts() -> None:
+    store, names = dist.HashStore(), set()
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            joining = [
+                pool.submit(distributed._name_of_this_start, store, rank, 3, timedelta(seconds=SECONDS))
+                for rank in (2, 1, 0)
+            ]
+            (name,) = {each.result() for each in joining}
+        names.add(name)
+    assert len(names) == 3
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "soon", "inf"])
+def test_a_timeout_must_be_positive(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("SB3_CLIPVF_TIMEOUT", value)
+    with pytest.raises(ValueError, match="`SB3_CLIPVF_TIMEOUT` must be a positive number of seconds, got "):
+        distributed._timeout()
 
 
 def test_one_process_is_alone() -> None:

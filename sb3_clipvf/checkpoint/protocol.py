@@ -58,6 +58,9 @@ class ResumableModel(Protocol):
     def get_parameters(self) -> dict[str, dict[Any, Any]]:
         """Return state dicts, by name."""
 
+    def _states_elsewhere(self) -> list[tuple[dict[str, Any], list[str]]]:
+        """Return what ``process_state`` returns in each other process of the training."""
+
     def _saved_attributes(self) -> dict[str, Any]:
         """Return the attributes that a file holds besides tensors, by name."""
 

@@ -21,6 +21,7 @@ from sb3_clipvf.checkpoint.random_state import generator_from, global_states, se
 from sb3_clipvf.checkpoint.training_state import OBSERVATIONS, set_logger_state
 from sb3_clipvf.checkpoint.vec_env_state import check_same_build, describe_vec_env, restore_vec_env
 from sb3_clipvf.common.messages import log
+from sb3_clipvf.distributed import Group, current_group
 
 Model = TypeVar("Model", bound=ResumableModel)
 
@@ -38,6 +39,8 @@ class Resumed:
     held_horizon: int | None
     # Whether the logger writes to the folder of the interrupted training
     has_own_logger: bool
+    # Number of processes that wrote the checkpoint
+    n_processes: int
 
 
 def resume(
@@ -47,7 +50,8 @@ def resume(
     if env is None:
         raise ValueError("`env` must be the environment to resume in, got None. Build it as for the training.")
     checkpoint = newest_checkpoint(path) if Path(path).is_dir() else read_checkpoint(path)
-    manifest, tree = checkpoint.manifest, checkpoint.tree
+    manifest, trees = checkpoint.manifest, [checkpoint.tree, *checkpoint.tree.get("processes", [])]
+    tree = _own_part(trees, current_group())
     found = {"n_envs": env.num_envs if isinstance(env, VecEnv) else 1}
     check_same_build(tree["build"], {**tree["build"], **found})  # before a model of another size is built
     _warn_of_versions(manifest.versions)
@@ -70,6 +74,7 @@ def resume(
         observations=model._last_obs,
         held_horizon=manifest.total_timesteps if holds_horizon else None,
         has_own_logger=has_own_logger,
+        n_processes=len(trees),
     )
     text = "The training resumes from %s, at step %d of %d"
     log.info(text, checkpoint.path, manifest.num_timesteps, manifest.total_timesteps)
@@ -115,6 +120,19 @@ def reset_environments(model: ResumableModel, venv: VecEnv, generator: np.random
 def draw_seed(generator: np.random.Generator) -> int:
     """Draw the seed of a reset, to which each environment adds its own number."""
     return int(generator.integers(2**30))
+
+
+def _own_part(trees: list[dict[str, Any]], group: Group) -> dict[str, Any]:
+    """Return this process's part of a checkpoint. If the number of processes has changed, it is the first one's."""
+    if len(trees) == group.size:
+        return trees[group.rank]
+    log.warning(
+        "The training is not resumed exactly: the number of processes has changed from %d to %d. The environments of "
+        "all but the first one begin new episodes.",
+        len(trees),
+        group.size,
+    )
+    return trees[0]
 
 
 def _restore_environments(model: ResumableModel, venv: VecEnv, tree: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from sb3_clipvf.checkpoint.training_state import TrainingState, training_state
 from sb3_clipvf.checkpoint.vec_env_state import describe_vec_env, vec_env_state
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.common.validation import check_bool, check_choice, check_folder, check_int
+from sb3_clipvf.distributed import current_group
 from sb3_clipvf.files.atomic import atomic_write, remove_unfinished
 
 BEST_NAME = "best_checkpoint.zip"
@@ -158,6 +159,11 @@ class TrainingCheckpoint(BaseCallback):
 
     def _on_training_start(self) -> None:
         model = self._model
+        if self.reset_envs and current_group().size > 1:
+            raise ValueError(
+                "`reset_envs` must be False in a training on several processes, got True. Use environments whose state "
+                "can be saved for an exact resume."
+            )
         model._checkpoint_folder = self.path
         self._root = self.locals["callback"]
         self._build = describe_vec_env(self.training_env)

@@ -3,11 +3,12 @@
 import copy
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecEnv
 from torch.nn.modules.conv import _ConvNd
 
 from sb3_clipvf.checkpoint.callback_state import callback_states
@@ -42,12 +43,34 @@ def training_state(
     model: ResumableModel, callback: BaseCallback, build: dict[str, Any], resets: dict[str, Any] | None
 ) -> TrainingState:
     """
-    Return the state of a training between two rollouts.
+    Return the state of a training between two rollouts, with that of its other processes.
 
     ``callback`` is the one that ``learn`` made from its argument, ``build`` the description of the environments. If the
     environments are reset right after this checkpoint, ``resets`` is the state of the generator of their seeds.
     """
-    environments, differences = vec_env_state(callback.training_env)
+    tree, differences = process_state(model, callback, build, resets)
+    tree["processes"] = []
+    for other, reasons in model._states_elsewhere():
+        tree["processes"].append(other)
+        differences += [reason for reason in reasons if reason not in differences]
+    return TrainingState(
+        attributes=_copied(model._saved_attributes()),
+        parameters=_cloned(model.get_parameters()),
+        variables=_cloned(model._saved_variables()),
+        tree=tree,
+        differences=(*differences, *_rounding(model)),
+        training=model._training_id or "",
+        num_timesteps=model.num_timesteps,
+        total_timesteps=model._total_timesteps,
+        mean_return=_mean_return(model),
+    )
+
+
+def process_state(
+    model: ResumableModel, callback: BaseCallback, build: dict[str, Any], resets: dict[str, Any] | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the state of this process, and a text for each part that a resume will not repeat exactly."""
+    environments, differences = vec_env_state(cast(VecEnv, model.env))
     callbacks, reasons = callback_states(callback)
     if resets is not None:
         differences = []
@@ -61,17 +84,7 @@ def training_state(
         "callbacks": callbacks,
         "resets": resets,
     }
-    return TrainingState(
-        attributes=_copied(model._saved_attributes()),
-        parameters=_cloned(model.get_parameters()),
-        variables=_cloned(model._saved_variables()),
-        tree=tree,
-        differences=(*differences, *reasons, *_rounding(model)),
-        training=model._training_id or "",
-        num_timesteps=model.num_timesteps,
-        total_timesteps=model._total_timesteps,
-        mean_return=_mean_return(model),
-    )
+    return tree, [*differences, *reasons]
 
 
 def set_logger_state(model: ResumableModel, state: dict[str, Any]) -> None:
