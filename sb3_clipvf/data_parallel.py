@@ -47,6 +47,7 @@ class _RolloutEnd:
     """What a process sends to the others after a rollout."""
 
     continues: bool  # whether no callback has asked to stop
+    num_timesteps: int  # of all processes; fewer in one that has stopped
     moments: list[tuple[Any, Any, float]]  # of VecNormalize
     episodes: list[dict[str, Any]]  # those that ended in the rollout
     actions: int  # checksum of all actions
@@ -121,6 +122,7 @@ class DataParallelCollector(TensorRolloutCollector):
         running = _running_moments(self.get_vec_normalize_env())
         end = _RolloutEnd(
             continues=continues,
+            num_timesteps=self.num_timesteps,
             moments=_values_of(running),
             # Equal dicts may be of different episodes.
             episodes=[episode for episode in episodes if not any(episode is other for other in earlier)],
@@ -132,6 +134,7 @@ class DataParallelCollector(TensorRolloutCollector):
         episodes.clear()
         episodes.extend([*earlier, *(episode for end in ends for episode in end.episodes)])
         self._warn_of_copies(ends)
+        self.num_timesteps = ends[0].num_timesteps
         return all(end.continues for end in ends)
 
     def _begin_rollout(self, *args: Any) -> Engine:

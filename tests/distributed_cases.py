@@ -395,4 +395,65 @@ def failing_training(rank: int, bad_rank: int, how: str) -> None:
         make_model().learn(10_000)
 
 
+@contextmanager
+def nan_in_rollout(model: ClipPPO, number: int | None) -> Iterator[None]:
+    """Make an advantage of one rollout NaN."""
+    buffer = model.rollout_buffer
+    compute, calls = buffer.compute_returns_and_advantage, [0]
+
+    def computing(*args: Any, **kwargs: Any) -> None:
+        compute(*args, **kwargs)
+        calls[0] += 1
+        if calls[0] == number:
+            buffer.advantages[0, 0] = np.nan
+
+    buffer.compute_returns_and_advantage = computing  # type: ignore[method-assign]
+    yield
+
+
+def random_training(rank: int, folder: str, seed: int) -> Any:
+    """A training with random sizes and decisions, in a group of its own; how it ends."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    path = f"file://{folder}/{seed}"
+    dist.init_process_group("gloo", init_method=path, rank=rank, world_size=2, timeout=timedelta(seconds=10))
+    random = np.random.default_rng(seed)
+
+    def one_of(*values: Any) -> Any:
+        return values[random.integers(len(values))]
+
+    n_envs = one_of((1, 1), (2, 2), (2, 1), (3, 3))
+    changes = {
+        "n_steps": 8,
+        "batch_size": one_of(4, 8, 12, 64),
+        "n_epochs": int(random.integers(1, 4)),
+        "engine": one_of("autograd", "fused", "native"),
+        "seed": int(seed) if n_envs[0] == n_envs[1] else None,
+        "target_kl": one_of(None, None, 1e-4, 3e-3, 5e-2),
+        "on_nonfinite": one_of("raise", "skip", "skip"),
+        "advantage_scope": one_of("minibatch", "rollout"),
+        "lr_kl_target": one_of(None, 0.01),
+        "learning_rate": one_of(3e-4, 1e-2),
+        "policy_kwargs": {"net_arch": [8]},
+    }
+    bad_rank, fault = int(random.integers(2)), one_of(None, None, "nan", "nan", "error", "argument")
+    if fault == "argument" and rank == bad_rank:
+        changes["gamma"] = 0.5
+    call = int(random.integers(1, 40)) if fault == "error" else -1
+    callbacks: list[BaseCallback] = [Counter(one_of(None, None, int(random.integers(1, 30))))]
+    if one_of(True, False):
+        callbacks.append(
+            TrainingCheckpoint(int(random.integers(8, 40)), f"{folder}/checkpoints_{seed}", on_signal=False)
+        )
+    number = int(random.integers(1, 4)) if fault == "nan" else None
+    model = make_model(make_vec_env("CartPole-v1", n_envs=n_envs[rank]), **changes)
+    with failing_env(rank, bad_rank, "raise", call), nan_in_rollout(model, number if rank == bad_rank else None):
+        try:
+            model.learn(48, callback=callbacks)
+        except Exception as error:
+            dist.destroy_process_group()  # as the end of the process does
+            return f"{type(error).__name__}: {error}"
+    return model._n_updates, model.num_timesteps, parameters_of(model)
+
+
 ENDS = ("failing_training",)

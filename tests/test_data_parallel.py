@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -238,6 +239,32 @@ class TestTraining:
         shown = "policy" if name == "policy_kwargs" else f"`{name}`"
         for error in pair.run("different_training", name, values):
             assert isinstance(error, ValueError) and f"must have the same {shown}, got {shown}: " in str(error)
+
+
+class TestRandomTrainings:
+    """Whatever the processes decide, they end alike, and none waits for the other."""
+
+    def test_processes_end_alike(self, own_pair: Pair, tmp_path: Path) -> None:
+        ends: Counter[str] = Counter()
+        for seed in range(200):
+            started = time.monotonic()
+            first, second = own_pair.run("random_training", str(tmp_path), seed)
+            assert time.monotonic() - started < 30, f"seed {seed}"
+            if isinstance(first, tuple):
+                assert first == second, f"seed {seed}"
+                ends["complete"] += 1
+                continue
+            assert isinstance(first, str) and isinstance(second, str), f"seed {seed}: {first}, {second}"
+            kinds = {text.partition(":")[0] for text in (first, second)}
+            if len(kinds) == 2:
+                (lost,) = (text for text in (first, second) if text.startswith("LostProcessError"))
+                (other,) = kinds - {"LostProcessError"}
+                assert f"failed with {other}: " in lost, f"seed {seed}: {first}, {second}"
+                ends["one error"] += 1
+            else:
+                assert kinds != {"LostProcessError"}, f"seed {seed}: {first}, {second}"
+                ends["one error in both"] += 1
+        assert len(ends) == 3 and min(ends.values()) > 10, ends
 
 
 class TestFaults:
