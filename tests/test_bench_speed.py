@@ -939,12 +939,13 @@ def test_quick_writes_beside_the_results(in_folder: Path) -> None:
     "device, devices",
     [
         ("auto", {"clipppo": "auto", "clipppo_on_cpu": "cpu", "clipppo_on_gpu": "cuda", "sb3": "auto"}),
-        ("cuda", {"clipppo": "cuda", "sb3": "cuda"}),
+        ("cuda", {"clipppo": "cuda", "clipppo_autograd": "cuda", "sb3": "cuda"}),
     ],
 )
 def test_devices(in_folder: Path, monkeypatch: pytest.MonkeyPatch, device: str, devices: dict[str, str]) -> None:
     update = replace(FAST, phase="update", policy="MlpPolicy")
     monkeypatch.setattr(speed, "ROWS", (update,))
+    monkeypatch.setattr(speed, "GPU_ROWS", ("fast",))
     monkeypatch.setattr(speed, "_gpu_name", lambda: "a GPU")
     assert main(["--device", device, "--alternations", "1", "--iterations", "3"]) == 0
     made = tasks()  # no trials: threads matter little beside a GPU, and the native engine tries them itself
@@ -964,6 +965,41 @@ def test_devices(in_folder: Path, monkeypatch: pytest.MonkeyPatch, device: str, 
     monkeypatch.setattr(speed, "_gpu_name", lambda: "another GPU")
     assert main(["--device", device, "--alternations", "1", "--iterations", "3"]) == 0
     assert len(tasks()) == len(devices)  # results of another GPU do not count
+
+
+def test_a_gpu_gets_its_own_rows(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "_gpu_name", lambda: "a GPU")
+    assert main(["--device", "cuda", "--list"]) == 0
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} == set(speed.GPU_ROWS)
+    assert {row.name for row in ROWS} >= set(speed.GPU_ROWS)
+    rows = [row.on("cuda") for row in ROWS if row.name in speed.GPU_ROWS]
+    assert all(row.measured() == ("clipppo", "clipppo_autograd", "sb3") for row in rows)
+
+
+def test_a_recorded_rollout_steps_its_environments_without_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    (row,) = (row.quick() for row in ROWS if row.name == "tensor-pendulum")
+    model = make_model(row, "clipppo_autograd", 0)
+    assert model.engine == "autograd"
+    step, calls = model.env.step_tensors, []
+
+    def some(actions: Any) -> Any:
+        calls.append(None)
+        return step(actions)
+
+    def made(*_: Any) -> Any:
+        model.env.step_tensors = some
+        watch = speed_child.Stopwatch
+        monkeypatch.setattr(watch, "_timed_step", lambda self, actions: some(actions))  # counts no calls
+        model._current_engine()._rollout_step = "recorded"
+        return model
+
+    monkeypatch.setattr(speed_child, "make_model", made)
+    result = speed_child.measure_peer(row, "clipppo_autograd", 0)
+    assert calls and result["engine"] == "autograd" and result["environment_seconds"] == 0.0
+    model._current_engine()._rollout_step = None
+    monkeypatch.setattr(speed_child, "make_model", lambda *_: model)
+    with pytest.raises(RuntimeError, match="A rollout must call `env.step`"):
+        speed_child.measure_peer(row, "clipppo_autograd", 0)
 
 
 def test_trials_choose_threads_of_a_peer_on_the_cpu_beside_a_gpu(

@@ -25,7 +25,7 @@ import psutil
 from tests.bench.command import AlternatingBenchmark, at_least
 from tests.bench.results import clone_environment, machine
 from tests.bench.speed_figure import write_figure
-from tests.bench.speed_rows import DEVICES, PEERS, ROWS, SpeedRow, absent_peers
+from tests.bench.speed_rows import DEVICES, GPU_ROWS, PEERS, ROWS, SpeedRow, absent_peers
 from tests.bench.speed_table import (
     CACHES,
     KEY,
@@ -77,7 +77,7 @@ class SpeedBenchmark(AlternatingBenchmark[SpeedRow]):
         parser.add_argument("--iterations", type=at_least(1), help=about)
         about = (
             "argument device of ClipPPO and SB3 (default: %(default)s); auto: also ClipPPO on the CPU and on the GPU; "
-            "results go to docs/results/speed-DEVICE.json"
+            "cuda: also the engine autograd, in the rows for GPUs; results go to docs/results/speed-DEVICE.json"
         )
         parser.add_argument("--device", choices=DEVICES, default="cpu", help=about)
         about = "only check within seconds that everything runs; results go to logs/bench/quick.json"
@@ -95,6 +95,8 @@ class SpeedBenchmark(AlternatingBenchmark[SpeedRow]):
         if self.args.out == self.parser.get_default("out") and (self.args.quick or device != "cpu"):
             name = "quick" if self.args.quick else f"speed-{device}"
             self.args.out = Path("logs/bench" if self.args.quick else "docs/results") / f"{name}.json"
+        if device == "cuda" and self.args.only is None:
+            rows = [row for row in rows if row.name in GPU_ROWS]
         rows = [row.on(device) for row in rows]
         if self.args.iterations is not None:
             rows = [replace(row, iterations=self.args.iterations) for row in rows]
@@ -119,8 +121,9 @@ class SpeedBenchmark(AlternatingBenchmark[SpeedRow]):
         )
         if todo:
             print(self._expected(todo), flush=True)
-            # Otherwise the first measurement would have the compiler's time and memory.
-            subprocess.run(COMPILE_COMMAND, env=clone_environment(), check=False)
+            if self.args.device != "cuda":  # no peer has kernels there
+                # Otherwise the first measurement would have the compiler's time and memory.
+                subprocess.run(COMPILE_COMMAND, env=clone_environment(), check=False)
         chosen: dict[tuple[str, str], int | None] = {}
         unable: set[tuple[str, str]] = set()
         for row, number in todo:

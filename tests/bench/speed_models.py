@@ -31,7 +31,7 @@ def make_model(row: SpeedRow, peer: str, seed: int) -> Any:
         from sb3_clipvf import SB3_EQUIVALENT, ClipPPO
 
         algorithm: Any = ClipPPO
-        arguments = SB3_EQUIVALENT | {"engine": "auto"} | arguments
+        arguments = SB3_EQUIVALENT | {"engine": "autograd" if peer == "clipppo_autograd" else "auto"} | arguments
     else:
         algorithm = import_module("sbx" if peer == "sbx" else "stable_baselines3").PPO
     env, device = make_env(row, peer, seed), row.device_of(peer)
@@ -118,12 +118,13 @@ def _free(row: SpeedRow, peer: str, seed: int) -> Any:
 
 
 def _tensor(row: SpeedRow, peer: str, seed: int) -> Any:
-    """Build tensor environments on the policy's device. SB3 steps them through arrays."""
-    from sb3_clipvf.envs import as_vec_env
+    """Build tensor environments on the policy's device, on a GPU recorded. SB3 steps them through arrays."""
+    from sb3_clipvf.envs import GraphedTensorEnv, as_vec_env
 
     device = row.device_of(peer)
     on_gpu = device == "cuda" or (device == "auto" and th.cuda.is_available())
-    env = as_vec_env(_example("tensor_environment").TensorPendulum(row.n_envs, "cuda" if on_gpu else "cpu"))
+    pendulums = _example("tensor_environment").TensorPendulum(row.n_envs, "cuda" if on_gpu else "cpu")
+    env = as_vec_env(GraphedTensorEnv(pendulums) if on_gpu and is_clipppo(peer) else pendulums)
     env.seed(seed)
     return env
 

@@ -15,6 +15,7 @@ PEERS = {
     "sbx": "SBX",
     "clipppo_on_cpu": "ClipPPO on the CPU",
     "clipppo_on_gpu": "ClipPPO on the GPU",
+    "clipppo_autograd": "ClipPPO on autograd",
 }
 """
 What is compared. SB3 compiled is SB3 with ``torch.compile``, if there is a C++ compiler. SBX is SB3's algorithms in
@@ -39,7 +40,10 @@ _REQUIREMENTS = {
 
 _ALL = ("clipppo", "sb3", "sb3_compiled", "sbx")
 _DEVICE_OF_PEER = {"clipppo_on_cpu": "cpu", "clipppo_on_gpu": "cuda"}
-_PEERS_ON = {"auto": ("clipppo", *_DEVICE_OF_PEER, "sb3"), "cuda": ("clipppo", "sb3")}
+_PEERS_ON = {"auto": ("clipppo", *_DEVICE_OF_PEER, "sb3"), "cuda": ("clipppo", "clipppo_autograd", "sb3")}
+
+GPU_ROWS = ("breakout-8-ale", "breakout-64-ale", "wide-256", "large-4096", "tensor-pendulum")
+"""Rows that ``--device cuda`` measures, unless ``--only`` names others."""
 
 
 def absent_peers() -> dict[str, str]:
@@ -62,7 +66,7 @@ def _trial_updates() -> int:
 
 def is_clipppo(peer: str) -> bool:
     """Return whether a peer is ClipPPO, on any device."""
-    return peer == "clipppo" or peer in _DEVICE_OF_PEER
+    return peer.startswith("clipppo")
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,8 @@ class SpeedRow:
         """Return the keys of ``PEERS`` and ``BOUNDS`` to measure here, in the order of the first alternation."""
         absent = absent_peers()
         peers = [peer for peer in self.peers if peer not in absent]
-        bounds = [] if self.phase == "update" or self.env in ("free", "tensor") else ["bound_clipppo"]
+        has_none = self.phase == "update" or self.env in ("free", "tensor") or self.device == "cuda"
+        bounds = [] if has_none else ["bound_clipppo"]
         if bounds and self.env != self.peer_env:
             bounds.append("bound_sb3")
         return (*peers, *bounds)
