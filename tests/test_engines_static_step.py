@@ -16,6 +16,7 @@ from stable_baselines3.common.policies import (
     MultiInputActorCriticPolicy,
 )
 from stable_baselines3.common.torch_layers import FlattenExtractor
+from tape import Tape
 from test_engines import (
     BOX,
     COEFFICIENTS,
@@ -28,7 +29,7 @@ from test_engines import (
 )
 
 from sb3_clipvf.engines import static_step
-from sb3_clipvf.engines.autograd import AutogradEngine
+from sb3_clipvf.engines.autograd import AutogradEngine, unvalidated_distributions
 from sb3_clipvf.engines.static_step import StaticEngine, chunks
 from sb3_clipvf.engines.support import why_not_cuda_graph, why_not_static
 from sb3_clipvf.policies import SquashedActorCriticCnnPolicy, SquashedMultiInputActorCriticPolicy
@@ -243,6 +244,41 @@ def test_the_gradients_stand_in_the_parameters() -> None:
         gradients.append([parameter.grad for parameter in policy.parameters()])
     for ours, theirs in zip(*gradients, strict=True):
         th.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", [th.optim.Adam, th.optim.AdamW])
+def test_a_parameter_that_the_loss_does_not_reach_stays(optimizer: Any) -> None:
+    policies = []
+    for engine_class in (AutogradEngine, StaticEngine):
+        policy, buffer = make_case("box")
+        policy.unused = th.nn.Linear(3, 2)
+        policy.optimizer = optimizer(policy.parameters(), lr=1e-3)
+        before = policy.unused.weight.clone()
+        engine = engine_class(policy, settings_for("box"))
+        for number in range(3):
+            np.random.seed(number)
+            engine.update(buffer, COEFFICIENTS)
+            # A file of the model has the optimizer's state.
+            policy.optimizer.load_state_dict(copy.deepcopy(policy.optimizer.state_dict()))
+        assert th.equal(policy.unused.weight, before) and policy.unused.weight.grad is None
+        policies.append(policy)
+    ours, theirs = (dict(policy.named_parameters()) for policy in policies)
+    for name in ours.keys() - {"unused.weight", "unused.bias"}:
+        th.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradients_of_a_chunk_are_copied_by_one_operation() -> None:
+    policy, buffer = make_case("box")
+    step = StaticEngine(policy, settings_for("box"))._bind(buffer, COEFFICIENTS)
+    counts = []
+    for sizes in ((8,), (8, 8)):
+        tape = Tape()
+        with unvalidated_distributions, tape:
+            step.run(sizes, False)
+        names = tape.names()
+        assert sum("_foreach_copy_" in name for name in names) == 1
+        counts.append(len(names))
+    assert counts[1] == 2 * counts[0] - 1
 
 
 # ------------------------------------------------------------------ which policies

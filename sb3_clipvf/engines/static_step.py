@@ -279,9 +279,8 @@ class StaticStep:
         for number, size in enumerate(sizes):
             leaves = self._run_minibatch(self.rows[start : start + size], measure_kl, self.log[number])
             start += size
-        for gradient, leaf in zip(self._gradients, leaves, strict=True):
-            if leaf.grad is not None:
-                gradient.copy_(leaf.grad)
+        reached = compress(self._gradients, self._reached)
+        th._foreach_copy_(list(reached), [leaf.grad for leaf in leaves if leaf.grad is not None])
 
     def minibatch(self, rows: th.Tensor) -> MiniBatch:
         """Return the transitions in these rows of the rollout."""
