@@ -21,6 +21,7 @@ from sb3_clipvf.rollout import TensorRolloutBuffer
 from sb3_clipvf.tensor_rollouts.base import Rollout
 from sb3_clipvf.tensor_rollouts.device import DeviceRollout, UploadingRollout
 from sb3_clipvf.tensor_rollouts.host import HostRollout
+from sb3_clipvf.tensor_rollouts.whole import WholeStepRollout, whole_step
 
 
 class TensorRolloutCollector(RolloutCollector):
@@ -68,6 +69,8 @@ class TensorRolloutCollector(RolloutCollector):
         n_steps = 0
         engine = self._begin_rollout(env, callback, rollout_buffer, n_rollout_steps)
         has_callback = not is_noop(callback)
+        if kind is DeviceRollout and whole_step(env, engine, rollout_buffer, self) is not None:
+            kind = WholeStepRollout
 
         with kind(self, engine, env, rollout_buffer, callback) as rollout:
             while n_steps < n_rollout_steps:

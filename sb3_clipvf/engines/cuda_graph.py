@@ -7,22 +7,19 @@ graph is recorded when it is first needed, and again after more than numbers in 
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch as th
-from stable_baselines3.common.distributions import (
-    BernoulliDistribution,
-    CategoricalDistribution,
-    MultiCategoricalDistribution,
-    StateDependentNoiseDistribution,
-)
+from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.common.tensors import observation_parts
-from sb3_clipvf.distributions import current_dist, dist_params, n_action_numbers, to_action_space
+from sb3_clipvf.distributions import current_dist, n_action_numbers, to_action_space
 from sb3_clipvf.engines.interface import Acted, ActedTensors, UpdateSettings
 from sb3_clipvf.engines.recorder import Graph, Recorder
+from sb3_clipvf.engines.rollout_step import RolloutStep
+from sb3_clipvf.engines.sampling import sampled
 from sb3_clipvf.engines.static_step import StaticEngine, StaticStep, policy_structure
 from sb3_clipvf.engines.support import why_not_bf16, why_not_cuda_graph
 
@@ -44,6 +41,7 @@ class CudaGraphEngine(StaticEngine):
         self._chunks: dict[tuple[object, ...], Graph] = {}
         self._recorded_step: StaticStep | None = None
         self._functions: dict[str, RecordedFunction] = {}
+        self._rollout_step: RolloutStep | None = None
         self._policy_structure: tuple[object, ...] = ()
 
     def fits(self, buffer: Any) -> bool:
@@ -55,7 +53,22 @@ class CudaGraphEngine(StaticEngine):
         structure = policy_structure(self.policy)
         if structure != self._policy_structure:
             self._functions.clear()
+            self._rollout_step = None
             self._policy_structure = structure
+
+    @th.no_grad()
+    def rollout_step(self, env: Any, buffer: Any, gamma: float, observations: Any) -> RolloutStep | None:
+        """Return the whole step of a rollout from recorded environments; None if it cannot be recorded."""
+        if not self._records("forward"):
+            return None
+        step = self._rollout_step
+        if step is None or not step.fits(env, buffer, gamma):
+            self._rollout_step = None  # so that its memory can be used again
+            step = RolloutStep(self.policy, env, buffer, gamma, observations)
+            if self._try(step.record) is None:
+                return None
+            self._rollout_step = step
+        return step
 
     @th.no_grad()
     def act(self, observations: Any, *, with_dist_params: bool) -> Acted:
@@ -95,14 +108,18 @@ class CudaGraphEngine(StaticEngine):
         recorded = self._functions.get(name)
         if recorded is not None and recorded.takes(observations):
             return recorded
-        has_own_code = getattr(type(self.policy), name) is not getattr(ActorCriticPolicy, name)
-        # gSDE's noise comes from tensors that are new in each rollout.
-        if has_own_code or isinstance(self.policy.action_dist, StateDependentNoiseDistribution):
+        if not self._records(name):
             return None
         recorded = self._try(lambda recorder: RecordedFunction(recorder, self.policy, function, observations))
         if recorded is not None:
             self._functions[name] = recorded
         return recorded
+
+    def _records(self, name: str) -> bool:
+        """Return whether a method of the policy is SB3's, whose operations are known."""
+        has_own_code = getattr(type(self.policy), name) is not getattr(ActorCriticPolicy, name)
+        # gSDE's noise comes from tensors that are new in each rollout.
+        return not (has_own_code or isinstance(self.policy.action_dist, StateDependentNoiseDistribution))
 
     def _run_chunk(self, step: StaticStep, sizes: tuple[int, ...], measure_kl: bool) -> None:
         if step is not self._recorded_step:
@@ -127,6 +144,7 @@ class CudaGraphEngine(StaticEngine):
             self._recorder = None
             self._functions.clear()
             self._chunks.clear()
+            self._rollout_step = None
             log.warning(
                 "A CUDA graph could not be recorded (%s). The same operations now run one by one, which takes longer.",
                 str(error.__context__ or error).splitlines()[0],  # the end of the recording raises another error
@@ -194,36 +212,3 @@ class RecordedFunction:
         if self._distribution is not None:  # callbacks may read it
             self._dist.distribution = self._distribution
         return self._outputs
-
-
-def sampled(policy: Any, observations: Any) -> tuple[th.Tensor, ...]:
-    """
-    Run SB3's ``ActorCriticPolicy.forward``, whose sampling from categorical distributions reads from the device.
-
-    Return actions, values, log-probabilities, the distributions' parameters, and all of these in one float tensor.
-    """
-    features = policy.extract_features(observations)
-    if policy.share_features_extractor:
-        latent_pi, latent_vf = policy.mlp_extractor(features)
-    else:
-        latent_pi = policy.mlp_extractor.forward_actor(features[0])
-        latent_vf = policy.mlp_extractor.forward_critic(features[1])
-    values = policy.value_net(latent_vf)
-    dist = policy._get_action_dist_from_latent(latent_pi)
-    if isinstance(dist, CategoricalDistribution):
-        actions = _first_event(dist.distribution.probs)
-    elif isinstance(dist, MultiCategoricalDistribution):
-        actions = th.stack([_first_event(part.probs) for part in cast(Any, dist.distribution)], dim=1)
-    elif isinstance(dist, BernoulliDistribution):  # torch's sampling ends the process if a probability is NaN
-        actions = (th.rand_like(dist.distribution.probs) < dist.distribution.probs).float()
-    else:
-        actions = dist.sample()
-    log_prob, params = dist.log_prob(actions), dist_params(dist)
-    n = len(values)
-    numbers = th.cat([actions.reshape(n, -1).float(), values, log_prob.reshape(n, 1), params], dim=1)
-    return actions.reshape(-1, *policy.action_space.shape), values, log_prob, params, numbers
-
-
-def _first_event(probs: th.Tensor) -> th.Tensor:
-    """Draw categories as ``torch.multinomial`` does: the first event of Poisson processes with these rates."""
-    return (probs / th.empty_like(probs).exponential_()).argmax(dim=-1)

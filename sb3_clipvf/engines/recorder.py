@@ -64,6 +64,7 @@ class Recorder:
                 th.cuda.set_stream(current)
                 _end_recording(device, generators)
                 restore()
+                current.wait_stream(stream)  # its warm-ups may still run, and the caller restores what they wrote
             raise
 
 

@@ -68,14 +68,18 @@ class FinalValues:
     def keep(self, t: int, observations: Any, timed_out: th.Tensor) -> None:
         """Keep the final observations of step ``t``; ``timed_out`` ``(n_steps, n_envs)`` marks truncated episodes."""
         rows = {key: tensor.clone() for key, tensor in observation_parts(observations).items()}
-        self._kept.append((t, rows))
+        self.refer(t, rows)
         self._n_bytes += sum(tensor.nbytes for tensor in rows.values())
         if self._n_bytes > MAX_KEPT:
-            self._find(timed_out)
+            self.find(timed_out)
+
+    def refer(self, t: int, rows: dict[str, th.Tensor]) -> None:
+        """Keep a reference to the final observations of step ``t``, which must stay until :meth:`find`."""
+        self._kept.append((t, rows))
 
     def add_to(self, rewards: th.Tensor, timed_out: th.Tensor) -> None:
         """Add ``gamma * V(final observation)`` to the rewards ``(n_steps, n_envs)``, in-place."""
-        self._find(timed_out)
+        self.find(timed_out)
         for t, rows, values in self._found:
             rewards[t].index_add_(0, rows, values, alpha=self._gamma)
         self._found = []
@@ -89,7 +93,8 @@ class FinalValues:
                 values = th.where(part.flatten(1).isfinite().all(1), values, th.nan)
         return values
 
-    def _find(self, timed_out: th.Tensor) -> None:
+    def find(self, timed_out: th.Tensor) -> None:
+        """Predict the values of the truncated rows among those that are kept."""
         kept, self._kept, self._n_bytes = self._kept, [], 0
         if not kept:
             return

@@ -81,12 +81,13 @@ class TensorVecNormalize(FastVecNormalize):
         :param save_path: File to write.
         """
         self.to_host()
-        observations = self.__dict__.pop("observations", None)
+        of_device: dict[str, Any] = {
+            name: self.__dict__.pop(name) for name in ("observations", "_on_device") if name in self.__dict__
+        }
         try:
             super().save(save_path)
         finally:
-            if observations is not None:
-                self.observations = observations
+            self.__dict__.update(of_device)
 
     def reset(self) -> Observations:
         """Reset all environments, and return normalised observations on the host."""
@@ -103,7 +104,7 @@ class TensorVecNormalize(FastVecNormalize):
         state = self._state()
         observations = self._inner.reset_tensors(seed)
         state.old_obs = observations
-        state.returns = th.zeros_like(state.returns)
+        state.returns.zero_()
         self.observations = self._normalized(state, observations, update=self.training)
         return self.observations
 
@@ -114,7 +115,7 @@ class TensorVecNormalize(FastVecNormalize):
         state.old_obs, state.old_reward = step.observations, step.rewards
         observations = self._normalized(state, step.observations, update=self.training)
         rewards = self._scaled(state, step.rewards)
-        state.returns = th.where(step.terminated | step.truncated, 0.0, state.returns)
+        state.returns.masked_fill_(step.terminated | step.truncated, 0.0)
         final = step.final_observations
         if final is not None:
             final = self._normalized(state, final, update=False)
@@ -140,28 +141,28 @@ class TensorVecNormalize(FastVecNormalize):
 
     def _scaled(self, state: "_DeviceState", rewards: th.Tensor) -> th.Tensor:
         if self.training:
-            state.returns = state.returns * self.gamma + rewards
+            state.returns.mul_(self.gamma).add_(rewards)
             state.ret.update(state.returns)
         return state.ret.scaled(rewards, self.epsilon, self.clip_reward) if self.norm_reward else rewards.float()
 
     def _state(self) -> "_DeviceState":
-        if self._on_device is None:
-            own, device = self.__dict__, self._inner.device
+        """Return the statistics on the device, with the numbers of the attributes if these were used since."""
+        state = self._on_device
+        if state is None or not state.is_current:
+            own = self.__dict__
             rms = own.get("obs_rms", {}) if self.norm_obs else {}
-            state = _DeviceState(
-                {key: _Moments(part, device) for key, part in (rms if isinstance(rms, dict) else {"": rms}).items()},
-                _Moments(own["ret_rms"], device),
-                th.as_tensor(own["returns"], dtype=th.float64, device=device),
+            read = _DeviceState(
+                rms if isinstance(rms, dict) else {"": rms}, own["ret_rms"], own["returns"], self._inner.device
             )
-            self._on_device = state
-        return self._on_device
+            self._on_device = state = read if state is None else state.with_numbers_of(read)
+        return state
 
     def to_host(self) -> None:
-        """Move the state to the attributes of ``VecNormalize``, where they may change."""
+        """Copy the state to the attributes of ``VecNormalize``, where they may change."""
         state, own = self._on_device, self.__dict__
-        if state is None:
+        if state is None or not state.is_current:
             return
-        del self._on_device  # else it would be saved
+        state.is_current = False
         rms: Any = own.get("obs_rms")
         for key, moments in state.obs.items():
             moments.write(rms[key] if isinstance(rms, dict) else rms)
@@ -171,31 +172,77 @@ class TensorVecNormalize(FastVecNormalize):
             if getattr(state, name) is not None:
                 own[name] = host_copy(getattr(state, name))
 
+    def to_device(self) -> list[th.Tensor]:
+        """Return the tensors of the statistics, which steps on the device write in-place."""
+        return self._state().tensors()
+
+    def options(self) -> tuple[object, ...]:
+        """Return what the operations of a step depend on, besides numbers on the device."""
+        numbers = (self.clip_obs, self.clip_reward, self.gamma, self.epsilon)
+        return (id(self._on_device), self.training, self.norm_obs, self.norm_reward, str(self.norm_obs_keys), *numbers)
+
+    def shown(self) -> list[tuple[Any, dict[str, Any]]]:
+        """Return the objects that have tensors of the latest step, and these by attribute."""
+        state = self._state()
+        return [
+            (self, {"observations": self.observations}),
+            (state, {"old_obs": state.old_obs, "old_reward": state.old_reward}),
+        ]
+
 
 class _DeviceState:
-    """The statistics on the device, and the latest step before normalisation."""
+    """
+    The statistics on the device, which change in-place, and the latest step before normalisation.
 
-    def __init__(self, obs: dict[str, "_Moments"], ret: "_Moments", returns: th.Tensor) -> None:
-        self.obs, self.ret, self.returns = obs, ret, returns
+    ``is_current`` is False while the attributes on the host may have other numbers.
+    """
+
+    def __init__(self, obs: dict[str, RunningMeanStd], ret: RunningMeanStd, returns: Any, device: th.device) -> None:
+        self.obs = {key: _Moments(part, device) for key, part in obs.items()}
+        self.ret = _Moments(ret, device)
+        self.returns = th.tensor(returns, dtype=th.float64, device=device)
         self.old_obs: Any = None
         self.old_reward: Any = None
+        self.is_current = True
+
+    def tensors(self) -> list[th.Tensor]:
+        """Return all tensors of the statistics."""
+        return [*(tensor for part in (*self.obs.values(), self.ret) for tensor in part.tensors()), self.returns]
+
+    def with_numbers_of(self, other: "_DeviceState") -> "_DeviceState":
+        """Return this state with the numbers of another one, or the other one if its tensors are of other kinds."""
+        pairs = list(zip(self.tensors(), other.tensors(), strict=False))
+        if self.obs.keys() != other.obs.keys() or any(
+            (ours.shape, ours.device) != (theirs.shape, theirs.device) for ours, theirs in pairs
+        ):
+            return other
+        for ours, theirs in pairs:
+            ours.copy_(theirs)
+        self.is_current = True
+        return self
 
 
 class _Moments:
     """Running mean and variance, float64 tensors; SB3's ``RunningMeanStd`` has the same formulas."""
 
     def __init__(self, rms: RunningMeanStd, device: th.device) -> None:
-        self.mean, self.var = (th.as_tensor(each, dtype=th.float64, device=device) for each in (rms.mean, rms.var))
-        self.count = float(rms.count)
+        self.mean, self.var, self.count = (
+            th.tensor(each, dtype=th.float64, device=device) for each in (rms.mean, rms.var, float(rms.count))
+        )
+
+    def tensors(self) -> list[th.Tensor]:
+        """Return mean, variance and number of values."""
+        return [self.mean, self.var, self.count]
 
     def update(self, values: th.Tensor) -> None:
         """Join the moments of values ``(n, ...)`` to the running ones (Chan, Golub and LeVeque 1979, equation 2.1)."""
         var, mean = th.var_mean(values.double(), 0, correction=0)
-        n, count = len(values), self.count
+        n, total = len(values), self.count + len(values)
         delta = mean - self.mean
-        self.count = count + n
-        self.mean = self.mean + delta * (n / self.count)
-        self.var = (self.var * count + var * n + delta.square() * (count * n / self.count)) / self.count
+        between = delta.square().mul_(self.count).mul_(n).div_(total)
+        self.var.mul_(self.count).add_(var, alpha=n).add_(between).div_(total)
+        self.mean.add_(delta.mul_(n).div_(total))
+        self.count.copy_(total)
 
     def scaled(self, values: th.Tensor, epsilon: float, clip: float, mean: th.Tensor | None = None) -> th.Tensor:
         """Return values, less the mean if one is given, divided by the standard deviation and clipped, float32."""
@@ -204,7 +251,8 @@ class _Moments:
 
     def write(self, rms: RunningMeanStd) -> None:
         """Set the moments of SB3's object."""
-        rms.mean, rms.var, rms.count = np.asarray(host_copy(self.mean)), np.asarray(host_copy(self.var)), self.count
+        rms.mean, rms.var = np.asarray(host_copy(self.mean)), np.asarray(host_copy(self.var))
+        rms.count = float(self.count)
 
 
 def _adapter(venv: Any) -> TensorEnvAdapter:

@@ -1,0 +1,169 @@
+"""
+The whole step of a rollout as operations on tensors that stay where they are.
+
+The policy acts, the environments step, and the buffer takes a row, whose number is on the device, too. So one CUDA
+graph can have all of it (:mod:`.cuda_graph`). On the CPU the operations run one by one, which tests compare with
+rollouts of the other kind.
+"""
+
+from typing import Any
+
+import torch as th
+
+from sb3_clipvf.common.tensors import from_parts, observation_parts
+from sb3_clipvf.distributions import current_dist
+from sb3_clipvf.engines.autograd import unvalidated_distributions
+from sb3_clipvf.engines.device_rollout import DeviceActions
+from sb3_clipvf.engines.interface import ActedTensors
+from sb3_clipvf.engines.recorder import Graph, Recorder
+from sb3_clipvf.engines.sampling import sampled
+from sb3_clipvf.envs.graphed import saved
+from sb3_clipvf.envs.layers import vec_env_layers
+from sb3_clipvf.envs.tensor import TensorStep, copy_tensors
+from sb3_clipvf.envs.tensor_episodes import MAX_KEPT, successes_of
+
+
+class RolloutStep:
+    """
+    A step of a policy and of recorded environments (:class:`.GraphedTensorEnv`), and the tensors that it writes.
+
+    These are rows of the buffer, and of ``rewards``, ``dones``, ``timed_out`` and ``successes``, shape ``(n_steps,
+    n_envs)``. ``finals`` has the final observations of the steps since the last :meth:`forget_finals`, ``n_finals`` at
+    most. After a step, ``observations``, ``acted``, ``clipped`` and ``taken`` are what it computed.
+    """
+
+    taken: TensorStep
+    acted: ActedTensors
+    clipped: th.Tensor
+
+    def __init__(self, policy: Any, env: Any, buffer: Any, gamma: float, observations: Any) -> None:
+        self._policy, self._env, self._buffer, self._gamma = policy, env, buffer, gamma
+        self._normalizers: list[Any]
+        self._base: Any
+        *self._normalizers, self._base = vec_env_layers(env)
+        self._graphed = self._base.env
+        self._key = self._key_of(env, buffer, gamma)
+        cells, device = (buffer.buffer_size, buffer.n_envs), buffer.device
+        self.rewards = th.zeros(cells, device=device)
+        self.dones, self.timed_out = th.zeros((2, *cells), dtype=th.bool, device=device)
+        self.successes: th.Tensor | None = None
+        self._parts = {key: part.clone() for key, part in observation_parts(observations).items()}
+        self.observations = from_parts(self._parts)
+        n_bytes = sum(part.nbytes for part in self._parts.values())
+        self.n_finals = min(buffer.buffer_size, max(1, MAX_KEPT // n_bytes))
+        self.finals: dict[str, th.Tensor] = {}
+        # The numbers of the row, and of that of final observations
+        self._t, self._slot = th.zeros((2, 1), dtype=th.int64, device=device)
+        self._actions = DeviceActions(policy, buffer.action_space, replaces_nan=True)
+        self._graph: Graph | None = None
+        self._shown: list[tuple[Any, dict[str, Any]]] = []
+
+    def fits(self, env: Any, buffer: Any, gamma: float) -> bool:
+        """Return whether the same operations make a rollout from these environments into this buffer."""
+        return self._key == self._key_of(env, buffer, gamma)
+
+    def record(self, recorder: Recorder) -> Graph:
+        """Record the step. Policy, environments and random states stay as they are."""
+        tensors = [tensor for layer in self._normalizers for tensor in layer.to_device()]
+        restore = saved([self._t, self._slot, *self._parts.values(), *tensors])
+        shown = [(holder, copy_tensors(values)) for holder, values in self._attributes()]
+
+        def warm_up() -> None:
+            self.run()
+            self._t.zero_()
+            self._slot.zero_()
+
+        try:
+            with self._graphed.unchanged():
+                self._graph = recorder.record(self.run, warm_up, self._graphed.generators)
+        finally:
+            restore()
+            _show(shown)
+        return self._graph
+
+    def begin(self, observations: Any) -> None:
+        """Begin a rollout with these observations."""
+        self._t.zero_()
+        self.forget_finals()
+        for key, part in observation_parts(observations).items():
+            self._parts[key].copy_(part)
+
+    def forget_finals(self) -> None:
+        """Make the next step the first one whose final observations are kept."""
+        self._slot.zero_()
+
+    def __call__(self) -> None:
+        """Make a step."""
+        if self._graph is None or not self.fits(self._env, self._buffer, self._gamma):  # a callback may set an option
+            self.run()
+            return
+        self._graph.replay()
+        _show(self._shown)
+
+    @unvalidated_distributions
+    @th.no_grad()
+    def run(self) -> None:
+        """Run the operations of a step one by one."""
+        policy, buffer, observations = self._policy, self._buffer, self.observations
+        with_dist_params = bool(buffer.dist_param_dim)
+        actions, values, log_prob, params, _ = sampled(policy, observations)
+        self.acted = ActedTensors(actions, values, log_prob, params if with_dist_params else None)
+        for key, rows in observation_parts(buffer.observations).items():
+            self._write(rows, self._parts[key])
+        for rows, column in ((buffer.actions, actions), (buffer.values, values), (buffer.log_probs, log_prob)):
+            self._write(rows, column)
+        if with_dist_params:
+            self._write(buffer.dist_params, params)
+        self.clipped = self._actions.for_env(actions)
+        with self._graphed.as_part():
+            self.taken = step = self._env.step_tensors(self.clipped)
+        self._keep(step, values.flatten())
+        for key, part in observation_parts(step.observations).items():
+            self._parts[key].copy_(part)
+        self._t += 1
+        self._shown = [*self._attributes(), (policy.action_dist, {"distribution": current_dist(policy)})]
+
+    def _attributes(self) -> list[tuple[Any, dict[str, Any]]]:
+        """Return the objects that have tensors of the latest step, where tools read them, and these by attribute."""
+        base = self._base
+        of_base = (base, {"observations": base.observations, "true_rewards": base.true_rewards})
+        return [of_base, *(shown for layer in self._normalizers for shown in layer.shown())]
+
+    def _keep(self, step: TensorStep, values: th.Tensor) -> None:
+        """Store rewards, ends of episodes, and what the values of truncated episodes are computed from."""
+        timed_out, rewards = th.gt(step.truncated, step.terminated), step.rewards
+        if step.final_observations is None:
+            rewards = rewards.addcmul(values, timed_out.float(), value=self._gamma)
+        else:
+            for key, part in observation_parts(step.final_observations).items():
+                if key not in self.finals:
+                    self.finals[key] = part.new_zeros((self.n_finals, *part.shape))
+                self._write(self.finals[key], part, self._slot)
+            self._slot += 1
+        self._write(self._buffer.rewards, rewards)
+        self._write(self.rewards, self._base.true_rewards)
+        self._write(self.dones, th.logical_or(step.terminated, step.truncated))
+        self._write(self.timed_out, timed_out)
+        if "is_success" in step.infos:
+            if self.successes is None:
+                self.successes = th.full_like(self.rewards, th.nan)
+            self._write(self.successes, successes_of(step.infos, len(values), values.device))
+
+    def _write(self, rows: th.Tensor, row: th.Tensor, number: th.Tensor | None = None) -> None:
+        rows.index_copy_(0, self._t if number is None else number, row.reshape(1, *rows.shape[1:]).to(rows.dtype))
+
+    def _key_of(self, env: Any, buffer: Any, gamma: float) -> tuple[object, ...]:
+        tensors = [buffer.actions, buffer.values, buffer.log_probs, buffer.dist_params, buffer.rewards]
+        tensors += observation_parts(buffer.observations).values()
+        layers: list[Any] = list(vec_env_layers(env))
+        base = layers[-1]
+        return (
+            [*map(id, layers), id(base.env), base.clip_rewards, gamma],
+            [layer.to_device() and layer.options() for layer in layers[:-1]],
+            [(tensor.data_ptr(), tensor.shape) for tensor in tensors],
+        )
+
+
+def _show(attributes: list[tuple[Any, dict[str, Any]]]) -> None:
+    for holder, values in attributes:
+        vars(holder).update(values)

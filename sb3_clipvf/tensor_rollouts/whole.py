@@ -1,0 +1,78 @@
+"""Rollouts whose whole steps are recorded: policy, environments and buffer."""
+
+from typing import Any, cast
+
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_clipvf.collection import to_tensor
+from sb3_clipvf.engines.interface import Engine
+from sb3_clipvf.engines.rollout_step import RolloutStep
+from sb3_clipvf.envs.graphed import GraphedTensorEnv
+from sb3_clipvf.envs.layers import vec_env_layers
+from sb3_clipvf.envs.tensor import LazyInfos, copy_tensors
+from sb3_clipvf.envs.tensor_normalize import TensorVecNormalize
+from sb3_clipvf.tensor_rollouts.device import DeviceRollout
+
+
+class WholeStepRollout(DeviceRollout):
+    """A rollout on a device, of whose steps each is one call: the buffer has the step when :meth:`act` returns."""
+
+    def __init__(self, collector: Any, engine: Engine, env: VecEnv, buffer: Any, callback: BaseCallback) -> None:
+        super().__init__(collector, engine, env, buffer, callback)
+        self._step = step = cast(RolloutStep, whole_step(env, engine, buffer, collector))
+        step.begin(self.observations)
+        self.rewards, self.dones, self.timed_out, self.successes = step.rewards, step.dones, step.timed_out, None
+        self.part.rewards, self.part.dones = step.rewards, step.dones
+        self._n_finals = 0
+
+    def act(self) -> tuple[Any, th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
+        """Make the whole step."""
+        step, observations = self._step, self.observations
+        step()
+        shown = [step.acted.actions, step.acted.values, step.acted.log_prob, step.clipped]
+        if not self.copies:
+            return observations, *shown
+        return observations, *copy_tensors(shown)
+
+    def step(self, actions: th.Tensor) -> tuple[Any, th.Tensor, th.Tensor, LazyInfos]:
+        """Return what the environments returned."""
+        step, t = self._step, self.n_recorded
+        self.successes = step.successes
+        self.n_recorded += 1
+        dones = step.dones[t]
+        returned = self.returned(step.taken, dones.clone() if self.copies else dones)
+        if not self.copies:
+            self.observations = step.observations
+        return returned
+
+    def add(self) -> None:
+        """Count the step, and predict values if there is no more room for final observations."""
+        step, t = self._step, self.buffer.pos
+        self.buffer.end_step()
+        if not step.finals:
+            return
+        self.final_values.refer(t, {key: rows[self._n_finals] for key, rows in step.finals.items()})
+        self._n_finals += 1
+        if self._n_finals == step.n_finals and t + 1 < self.buffer.buffer_size:
+            self.final_values.find(self.timed_out)
+            step.forget_finals()
+            self._n_finals = 0
+
+
+def whole_step(env: VecEnv, engine: Any, buffer: Any, collector: Any) -> RolloutStep | None:
+    """Return the whole step of rollouts from these environments, if an engine can record it."""
+    normalizers: list[Any]
+    base: Any
+    *normalizers, base = vec_env_layers(env)
+    is_recorded = type(getattr(base, "env", None)) is GraphedTensorEnv
+    if not (is_recorded and hasattr(engine, "rollout_step")) or any(
+        type(n) is not TensorVecNormalize for n in normalizers
+    ):
+        return None
+    observations = getattr(env, "observations", None)
+    if observations is None:  # after a reset on the host
+        observations = to_tensor(collector._last_obs, buffer.device)
+    step: RolloutStep | None = engine.rollout_step(env, buffer, collector.gamma, observations)
+    return step
