@@ -59,7 +59,7 @@ class CudaGraphEngine(StaticEngine):
     @th.no_grad()
     def rollout_step(self, env: Any, buffer: Any, gamma: float, observations: Any) -> RolloutStep | None:
         """Return the whole step of a rollout from recorded environments; None if it cannot be recorded."""
-        if not self._records("forward"):
+        if self._recorder is None or not self._records("forward"):
             return None
         step = self._rollout_step
         if step is None or not step.fits(env, buffer, gamma):
@@ -73,10 +73,10 @@ class CudaGraphEngine(StaticEngine):
     @th.no_grad()
     def act(self, observations: Any, *, with_dist_params: bool) -> Acted:
         """Sample one action for each environment, and copy all numbers to the host at once."""
-        recorded = self._recorded("forward", partial(sampled, self.policy), observations)
-        if recorded is None:
+        drawn = self._sampled(observations)
+        if drawn is None:
             return super().act(observations, with_dist_params=with_dist_params)
-        numbers = recorded(observations)[-1].cpu().numpy()
+        numbers = drawn[-1].cpu().numpy()
         width = n_action_numbers(self.policy.action_dist)
         return Acted(
             actions=to_action_space(numbers[:, :width], self.policy.action_space),
@@ -88,10 +88,10 @@ class CudaGraphEngine(StaticEngine):
     @th.no_grad()
     def act_tensors(self, observations: Any, *, with_dist_params: bool) -> ActedTensors:
         """Act as :meth:`act` does, without a copy to the host. The next call overwrites the result."""
-        recorded = self._recorded("forward", partial(sampled, self.policy), observations)
-        if recorded is None:
+        drawn = self._sampled(observations)
+        if drawn is None:
             return super().act_tensors(observations, with_dist_params=with_dist_params)
-        actions, values, log_prob, params, _ = recorded(observations)
+        actions, values, log_prob, params, _ = drawn
         return ActedTensors(actions, values, log_prob, params if with_dist_params else None)
 
     @th.no_grad()
@@ -102,6 +102,11 @@ class CudaGraphEngine(StaticEngine):
         if acting is not None and acting.takes(observations):
             recorded = self._recorded("predict_values", lambda rows: (self.policy.predict_values(rows),), observations)
         return super().predict_values(observations) if recorded is None else recorded(observations)[0].clone()
+
+    def _sampled(self, observations: Any) -> tuple[th.Tensor, ...] | None:
+        """Return what the recorded :func:`.sampling.sampled` computes, which the next call overwrites, or None."""
+        recorded = self._recorded("forward", partial(sampled, self.policy), observations)
+        return None if recorded is None else recorded(observations)
 
     def _recorded(self, name: str, function: Any, observations: Any) -> "RecordedFunction | None":
         """Return the recorded method of SB3's policies for observations of these shapes, or None."""
