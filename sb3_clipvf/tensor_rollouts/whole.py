@@ -12,7 +12,6 @@ from sb3_clipvf.engines.rollout_step import RolloutStep
 from sb3_clipvf.envs.graphed import GraphedTensorEnv
 from sb3_clipvf.envs.layers import vec_env_layers
 from sb3_clipvf.envs.tensor import LazyInfos, copy_tensors
-from sb3_clipvf.envs.tensor_normalize import TensorVecNormalize
 from sb3_clipvf.tensor_rollouts.device import DeviceRollout
 
 
@@ -63,14 +62,14 @@ class WholeStepRollout(DeviceRollout):
 
 def whole_step(env: VecEnv, engine: Any, buffer: Any, collector: Any) -> RolloutStep | None:
     """Return the whole step of rollouts from these environments, if an engine can record it."""
-    normalizers: list[Any]
-    base: Any
-    *normalizers, base = vec_env_layers(env)
-    is_recorded = type(getattr(base, "env", None)) is GraphedTensorEnv
-    if not (is_recorded and hasattr(engine, "rollout_step")) or any(
-        type(n) is not TensorVecNormalize for n in normalizers
-    ):
+    layers: list[Any] = list(vec_env_layers(env))
+    if not hasattr(engine, "rollout_step") or type(getattr(layers[-1], "env", None)) is not GraphedTensorEnv:
         return None
+    if len(layers) > 1:
+        from sb3_clipvf.envs.tensor_normalize import TensorVecNormalize  # imports numba, which takes half a second
+
+        if any(type(layer) is not TensorVecNormalize for layer in layers[:-1]):
+            return None
     observations = getattr(env, "observations", None)
     if observations is None:  # after a reset on the host
         observations = to_tensor(collector._last_obs, buffer.device)
