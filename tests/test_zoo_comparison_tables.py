@@ -90,6 +90,13 @@ def test_names_are_the_folders_that_differ(tmp_path: Path) -> None:
     ]
 
 
+def test_digests_after_the_seeds_of_folders_set_no_runs_apart(tmp_path: Path) -> None:
+    for seed in (1000, 1001):
+        write_run(tmp_path / f"mine/seed_{seed}-3a65d43614db/clipppo/CartPole-v1_1", seed=seed)
+    write_run(tmp_path / "other/seed_1000-5417ddd05a89/clipppo/CartPole-v1_1", settings={"gamma": 0.9})
+    assert names_of(tmp_path) == [("CartPole-v1", "mine", 2), ("CartPole-v1", "other", 1)]
+
+
 def test_numbers_at_the_end_of_folders_are_those_of_runs(tmp_path: Path) -> None:
     for name in (
         "mine/seed1",

@@ -15,8 +15,9 @@ from sb3_clipvf.zoo.comparison.records import Record
 MISSING = "–"
 """Text in place of a setting that a run does not have."""
 
-# Endings of folders that number the runs of one setting, such as `seed_3`, `PPO_2`, `CartPole-v1_4`, `<name>_4_<uuid>`.
-_UUID = r"(?:_[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})?$"
+# Endings of folders that number the runs of one setting, such as `seed_3`, `PPO_2`, `CartPole-v1_4`, `<name>_4_<uuid>`,
+# `seed_3-<digest>`.
+_UUID = r"(?:_[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|-[0-9a-f]{12})?$"
 _NUMBER = re.compile(rf"(?:^|[_-])(?:seed|run)?[_-]?\d+{_UUID}")
 _SEED_OR_RUN = re.compile(rf"(?:^|[_-])(?:seed|run)[_-]?\d+{_UUID}")
 # Names under which SB3, SB3-Contrib and this package log by default.
