@@ -103,7 +103,8 @@ def test_settings_files_beside_a_run_are_not_named(tmp_path: Path) -> None:
     text = text_of(tmp_path)
     assert "settings.yml" not in text
     assert in_shell(text)[1] == {"CartPole-v1": {"policy": "MlpPolicy", **settings}}
-    write_run(tmp_path / "same/clipppo/CartPole-v1_1", settings=TODAY, arguments={"conf_file": str(config)})
+    beside = str(tmp_path / "same/settings.yml")
+    write_run(tmp_path / "same/clipppo/CartPole-v1_1", settings=TODAY, arguments={"conf_file": beside})
     assert text_of(tmp_path / "same") == f"{TRAIN} --seed 1"
 
 
