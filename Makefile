@@ -19,7 +19,7 @@ BUILD_FILES := setup.cfg pyproject.toml constraints.txt
 
 export PYGAME_HIDE_SUPPORT_PROMPT := 1
 
-.PHONY: help train test check lint types docs bench bench-starts bench-growth bench-learning bench-curves bench-experiments bench-faults host-suite clean distclean
+.PHONY: help train test check lint types docs bench bench-starts bench-growth bench-scaling bench-processes bench-learning bench-curves bench-experiments bench-faults host-suite clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -49,6 +49,12 @@ bench: $(STAMP)-speed  ## measure the speed beside SB3 and SBX (over an hour; re
 
 bench-growth: $(STAMP)-speed  ## measure how cost and memory grow with each size (ten minutes; resumes if stopped)
 	$(BIN)/python -m tests.bench growth
+
+bench-scaling: $(STAMP)-test  ## measure trainings on one and two processes, and predict more (two minutes; resumes if stopped)
+	$(BIN)/python -m tests.bench scaling
+
+bench-processes: $(STAMP)-test  ## compare what one process and two learn from the same steps (resumes if stopped)
+	$(BIN)/python -m tests.bench processes
 
 bench-starts: $(STAMP)-speed  ## measure the time to the first update beside SB3 and SBX (minutes; resumes if stopped)
 	$(BIN)/python -m tests.bench starts

@@ -10,6 +10,8 @@ BENCHMARKS = {
     "experiments": "settings against each other in many environments, on many seeds",
     "speed": "steps a second of ClipPPO, SB3 and SBX on this machine",
     "minibatch": "time of a minibatch and of a policy's step, by engine and device",
+    "scaling": "seconds of trainings on one and two processes, and a model of more",
+    "processes": "what one process and two learn from the same number of steps",
     "growth": "how cost and memory grow with environments, networks, batches and rollouts",
     "starts": "seconds to the end of the first update, with and without compiled kernels",
     "pitfalls": "common faults of hand-written PPOs, and what they cost",

@@ -1,0 +1,192 @@
+"""``python -m tests.bench processes``: what one process and two with half the environments each learn per step."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.bench.command import Benchmark, at_least
+from tests.bench.experiments.episodes import N_POINTS, grid
+from tests.bench.experiments.estimates import difference, estimate, mean, over_seeds
+from tests.bench.experiments.figures import band_of, draw_band
+from tests.bench.results import machine, machines_text, markdown_table, save_figure
+from tests.bench.scaling import launched
+
+# Blue and vermilion of a palette for colour-blind readers (Okabe and Ito 2008).
+_STYLES = {1: ("#0072B2", "-"), 2: ("#D55E00", "--")}
+_SEEDS = (1, 2, 3, 4, 5)
+_SECONDS = 7200
+
+
+@dataclass(frozen=True)
+class ProcessesRow:
+    """A training on a number of processes, which share environments and minibatches evenly."""
+
+    env_id: str
+    n_timesteps: int
+    n_envs: int
+    batch_size: int
+    n_processes: int
+    normalize: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Name for ``--only`` and the results file."""
+        return f"{self.env_id}-{self.n_processes}"
+
+    def spec(self, seed: int) -> dict[str, Any]:
+        """Return what each process does."""
+        shares = {"n_envs": self.n_envs // self.n_processes, "batch_size": self.batch_size // self.n_processes}
+        return {
+            "env_id": self.env_id,
+            "n_timesteps": self.n_timesteps,
+            "n_points": N_POINTS,
+            "n_envs": shares["n_envs"],
+            "normalize": self.normalize,
+            "arguments": {**self.arguments, "batch_size": shares["batch_size"], "seed": seed},
+        }
+
+
+_TRAININGS: tuple[dict[str, Any], ...] = (
+    {
+        "env_id": "CartPole-v1",
+        "n_timesteps": 100_000,
+        "n_envs": 8,
+        "batch_size": 256,
+        "arguments": {
+            "n_steps": 32,
+            "n_epochs": 20,
+            "gamma": 0.98,
+            "gae_lambda": 0.8,
+            "learning_rate": "lin_0.001",
+            "clip_range": "lin_0.2",
+        },
+    },
+    {
+        "env_id": "LunarLander-v3",
+        "n_timesteps": 500_000,
+        "n_envs": 16,
+        "batch_size": 256,
+        "arguments": {"n_steps": 256, "n_epochs": 4, "gamma": 0.999, "gae_lambda": 0.98, "ent_coef": 0.01},
+    },
+    {
+        "env_id": "HalfCheetah-v5",
+        "n_timesteps": 300_000,
+        "n_envs": 8,
+        "batch_size": 256,
+        "normalize": True,
+        "arguments": {"n_steps": 256},
+    },
+)
+ROWS = tuple(ProcessesRow(**training, n_processes=n) for training in _TRAININGS for n in _STYLES)
+
+
+class ProcessesBenchmark(Benchmark[ProcessesRow]):
+    """Makes the trainings that are missing, one after the other."""
+
+    name = "processes"
+    description = "Train on one process, and on two with half the environments each, and compare their curves."
+    log_folder = "logs/bench/processes"
+    deciding = ("seeds",)
+
+    def add_options(self, parser: argparse.ArgumentParser) -> None:
+        """Add the seeds."""
+        about = f"(default: {' '.join(map(str, _SEEDS))})"
+        parser.add_argument("--seeds", type=at_least(0), nargs="+", default=list(_SEEDS), help=about)
+
+    def listed(self, row: ProcessesRow) -> str:
+        """Return the steps and the seeds that are done."""
+        done = " ".join(str(seed) for seed in self.args.seeds if self._found(row, seed))
+        return f"{row.n_timesteps:>9,} steps  done: {done or 'none'}"
+
+    def run(self) -> None:
+        """Make the missing trainings, each seed in all rows before the next one."""
+        for seed in self.args.seeds:
+            for row in self.selected:
+                if self.args.rerun or self._found(row, seed) is None:
+                    self._train(row, seed)
+
+    def render(self) -> str:
+        """Return the table of mean returns."""
+        header = ["environment", "mean return", "1 process", "2 processes", "1 − 2"]
+        lines, runs = [], []
+        for env_id, by_number in self._by_environment().items():
+            runs += [run for found in by_number.values() for run in found]
+            for index, (label, key) in enumerate((("whole training", "mean_return"), ("end", "last_return"))):
+                values = [over_seeds(run[key] for run in by_number[n]) for n in _STYLES]
+                found = [*(estimate(mean, group) for group in values), estimate(difference(mean), *values)]
+                n_seeds = min(map(len, by_number.values()))
+                first = f"{env_id}, {n_seeds} of {len(self.args.seeds)} seeds" if index == 0 else ""
+                lines.append([first, label, *("" if one is None else one.text("z,.1f") for one in found)])
+        notes = (
+            "A cell is the mean over the seeds with its 95 % interval, see `docs/experiments.md`. *Whole training* is "
+            "the mean of the curve's points, *end* the last one. A point is `rollout/ep_rew_mean`."
+        )
+        machines = machines_text(runs, lambda run: "one thread in each process")
+        return f"{markdown_table(header, 'llrrr', lines)}\n\n{notes}\n\n{machines}"
+
+    def draw(self, path: Path) -> bool:
+        """Draw the mean curves with their intervals, one panel an environment."""
+        # The figure object draws without pyplot, whose backend belongs to the caller's process.
+        from matplotlib.figure import Figure
+
+        panels = self._by_environment()
+        if not panels:
+            return False
+        n_timesteps = {row.env_id: row.n_timesteps for row in self.rows}
+        figure = Figure(figsize=(3.0 * len(panels), 2.8), dpi=150, layout="constrained")
+        for index, (env_id, by_number) in enumerate(panels.items()):
+            axes = figure.add_subplot(1, len(panels), index + 1)
+            axes.set_title(env_id, fontsize="small")
+            axes.tick_params(labelsize="x-small")
+            for n, found in by_number.items():
+                curves = np.array([run["curve"] for run in found], dtype=np.float64).reshape(-1, N_POINTS)
+                band = band_of(grid(n_timesteps[env_id]), curves, mean)
+                if band is not None:
+                    draw_band(axes, band, *_STYLES[n])
+        figure.supxlabel("environment steps of all processes", fontsize="small")
+        figure.supylabel("mean return of 100 episodes", fontsize="small")
+        for n, (color, style) in _STYLES.items():
+            label = "1 process" if n == 1 else f"{n} processes"
+            figure.axes[0].plot([], [], color=color, linestyle=style, label=label)
+        figure.axes[0].legend(fontsize="x-small", frameon=False)
+        save_figure(figure, path)
+        return True
+
+    def _by_environment(self) -> dict[str, dict[int, list[dict[str, Any]]]]:
+        found: dict[str, dict[int, list[dict[str, Any]]]] = {}
+        for row in self.rows:
+            runs = [run for seed in self.args.seeds if (run := self._found(row, seed)) is not None]
+            found.setdefault(row.env_id, {})[row.n_processes] = runs
+        return {env_id: by_number for env_id, by_number in found.items() if any(by_number.values())}
+
+    def _found(self, row: ProcessesRow, seed: int) -> dict[str, Any] | None:
+        return self.results.find({"name": row.name, "seed": seed, "spec": row.spec(seed)})
+
+    def _train(self, row: ProcessesRow, seed: int) -> None:
+        label, log = f"{row.name}, seed {seed}", self.args.log_folder / f"{row.name}-{seed}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            curve = launched(row.n_processes, row.spec(seed), log, seconds=_SECONDS)["curve"]
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
+            self.failed[label] = f"{error}, see {log}"
+            print(f"{label}: FAILED, {self.failed[label]}", flush=True)
+            return
+        known = [value for value in curve if value is not None]
+        returns = {"mean_return": float(np.mean(known)), "last_return": known[-1]}
+        spec = json.loads(json.dumps(row.spec(seed)))
+        self.results.add({"name": row.name, "seed": seed, "spec": spec, "curve": curve} | returns | machine())
+        print(f"{label}: mean return {returns['mean_return']:.1f}, at the end {known[-1]:.1f}", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark with these options, and return its exit code."""
+    return ProcessesBenchmark(ROWS, argv).main()
