@@ -1,0 +1,18 @@
+"""Search hyperparameters on all nodes of a Ray cluster: python docs/recipes/ray_search.py <workers> <train options>."""
+
+import os
+import subprocess
+import sys
+
+import ray
+
+ray.init("auto", log_to_driver=False)
+
+
+@ray.remote(num_cpus=1)
+def search(folder: str, options: list[str]) -> None:
+    """Make trials of the study in the storage, in a process of its own. All nodes have the folder."""
+    subprocess.run([sys.executable, "-m", "sb3_clipvf", "train", "-optimize", *options], cwd=folder, check=True)
+
+
+ray.get([search.remote(os.getcwd(), sys.argv[2:]) for _ in range(int(sys.argv[1]))])
