@@ -137,9 +137,9 @@ def lacks_gradient(
         return np.zeros(values.shape, bool)
     outside = np.abs(values - old_values) > epsilon
     if vf_clip == "prediction":
-        return outside
+        return np.asarray(outside)
     clipped = old_values + np.clip(values - old_values, -epsilon, epsilon)
-    return outside & (np.abs(clipped - returns) > np.abs(values - returns))
+    return np.asarray(outside & (np.abs(clipped - returns) > np.abs(values - returns)))
 
 
 def share(mask: np.ndarray) -> float:

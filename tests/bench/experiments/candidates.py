@@ -126,7 +126,7 @@ class ValueNormalization(UpdateCallback):
             array[:] = (array - mean) / std
         if coefficients.clip_range_vf is not None:
             coefficients = replace(coefficients, clip_range_vf=coefficients.clip_range_vf / std)
-        head = self.model.policy.value_net
+        head: Any = self.model.policy.value_net
         with th.no_grad():
             head.bias.sub_(mean).div_(std)
             head.weight.div_(std)
@@ -156,7 +156,8 @@ class RecomputedAdvantages(UpdateCallback):
 
     def update(self, inner: InnerUpdate, buffer: Any, coefficients: UpdateCoefficients) -> UpdateStatistics:
         """Update epoch by epoch."""
-        engine, model, old_values = self.engine, self.model, buffer.values.copy()
+        model: Any = self.model
+        engine, old_values = self.engine, buffer.values.copy()
         last_observations = th.from_numpy(np.asarray(model._last_obs))
         kept = [(array, array.copy()) for array in (buffer.advantages, buffer.returns)]
 
