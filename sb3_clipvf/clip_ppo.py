@@ -362,10 +362,11 @@ class ClipPPO(DataParallelCollector):
         for name in COEFFICIENTS:
             schedule = self._schedule(name)
             values[name] = None if schedule is None else schedule(progress)
-        if values["clip_range_vf"] is not None and self.vf_clip_units == "return_std":
-            spread, largest = self._spread_of_returns()
-            has_spread = spread > SPREAD_EPS * largest
-            values["clip_range_vf"] = values["clip_range_vf"] * spread if has_spread else None
+        in_stds = values["clip_range_vf"] is not None and self.vf_clip_units == "return_std"
+        # All processes compute the spread together. Callbacks of the first one may have changed its arguments.
+        spread, largest = self._spread_of_returns() if in_stds or current_group().size > 1 else (0.0, 0.0)
+        if in_stds:
+            values["clip_range_vf"] = values["clip_range_vf"] * spread if spread > SPREAD_EPS * largest else None
         if self.adaptive_kl is not None:
             values["kl_coef"] = self.adaptive_kl.beta
         return UpdateCoefficients(**values)

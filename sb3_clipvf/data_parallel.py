@@ -11,6 +11,7 @@ import numbers
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any, Self, cast
 
 import numpy as np
@@ -49,6 +50,7 @@ class _RolloutEnd:
     continues: bool  # whether no callback has asked to stop
     num_timesteps: int  # of all processes; fewer in one that has stopped
     moments: list[tuple[Any, Any, float]]  # of VecNormalize
+    updates_moments: bool  # whether VecNormalize updates them, which callbacks may change
     episodes: list[dict[str, Any]]  # those that ended in the rollout
     actions: int  # checksum of all actions
 
@@ -69,7 +71,8 @@ class DataParallelCollector(TensorRolloutCollector):
 
         :param seed: Seed of the first process; its environments use this and the following numbers. None: no seed.
         """
-        super().set_random_seed(None if seed is None else seed + current_group().rank * self.n_envs)
+        rank = current_group().rank  # also without a seed: joining the group selects this process's GPU
+        super().set_random_seed(None if seed is None else seed + rank * self.n_envs)
 
     def learn(self, *args: Any, **kwargs: Any) -> Self:
         """Train as SB3's ``learn``; an error in one process ends the training in all of them."""
@@ -118,21 +121,28 @@ class DataParallelCollector(TensorRolloutCollector):
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         episodes: Any = self.ep_info_buffer
         earlier = list(episodes)
+        earlier_ids = {id(episode) for episode in earlier}
         continues = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
-        running = _running_moments(self.get_vec_normalize_env())
+        normalizer = self.get_vec_normalize_env()
+        running = _running_moments(normalizer)
         end = _RolloutEnd(
             continues=continues,
             num_timesteps=self.num_timesteps,
             moments=_values_of(running),
+            updates_moments=normalizer is not None and normalizer.training,
             # Equal dicts may be of different episodes.
-            episodes=[episode for episode in episodes if not any(episode is other for other in earlier)],
+            episodes=[episode for episode in episodes if id(episode) not in earlier_ids],
             actions=zlib.crc32(on_host(rollout_buffer.actions).tobytes()),
         )
         ends = group.gather(end)
         merge_running(running, self._common_moments, [end.moments for end in ends])
         self._common_moments = _values_of(running)
+        if normalizer is not None:
+            normalizer.training = ends[0].updates_moments
+        # The deque keeps the last episodes. They are to be of all processes.
+        rows = zip_longest(*(end.episodes for end in ends))
         episodes.clear()
-        episodes.extend([*earlier, *(episode for end in ends for episode in end.episodes)])
+        episodes.extend([*earlier, *(episode for row in rows for episode in row if episode is not None)])
         self._warn_of_copies(ends)
         self.num_timesteps = ends[0].num_timesteps
         return all(end.continues for end in ends)
@@ -310,7 +320,7 @@ def merge_running(
 
 
 def _running_moments(normalizer: VecNormalize | None) -> list[RunningMeanStd]:
-    if normalizer is None or not normalizer.training:
+    if normalizer is None:
         return []
     obs: Any = normalizer.obs_rms if normalizer.norm_obs else []
     if isinstance(obs, dict):
@@ -335,9 +345,15 @@ def _description_of(model: Any) -> dict[str, Any]:
         "observation space": str(model.observation_space),
         "action space": str(model.action_space),
         "kind of device": model.device.type,
-        "VecNormalize": type(model.get_vec_normalize_env()).__name__,
+        "VecNormalize": _normalizer_description(model.get_vec_normalize_env()),
         **{f"version of {name}": version for name, version in versions().items()},
     }
+
+
+def _normalizer_description(normalizer: VecNormalize | None) -> str:
+    names = "norm_obs norm_reward norm_obs_keys clip_obs clip_reward gamma epsilon training".split()
+    settings = ", ".join(f"{name}={getattr(normalizer, name, None)}" for name in names)
+    return "none" if normalizer is None else f"{type(normalizer).__name__}({settings})"
 
 
 def _comparable(value: Any) -> Any:

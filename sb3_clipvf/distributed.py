@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import importlib
 import math
+import multiprocessing
 import os
 import time
 import uuid
@@ -158,13 +159,17 @@ def current_group() -> Group:
     if not dist.is_initialized():
         if not dist.is_torchelastic_launched() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
             return ALONE
+        if multiprocessing.parent_process() is not None:  # a worker of an environment, which inherits the variables
+            return ALONE
         _join()
     size = dist.get_world_size()
     return ALONE if size == 1 else Group(dist.get_rank(), size)
 
 
-# Whether this module, and not the user's own code, has connected this process to others; whether an error ended that
-_has_joined = _has_failed = False
+# Whether this module, and not the user's own code, has connected this process to others
+_has_joined = False
+# Whether an error has ended that connection
+_has_failed = False
 
 
 def _join() -> None:

@@ -263,11 +263,27 @@ def changed_training(rank: int) -> Any:
 
         def _on_rollout_end(self) -> None:
             self.model.ent_coef, self.model.n_epochs, self.model.learning_rate = 0.5, 3, 1e-4
+            self.model.clip_range_vf = 0.2
             self.model._setup_lr_schedule()
 
     model = make_model()
     model.learn(256, callback=Change())
     return parameters_of(model), model._n_updates, model.policy.optimizer.param_groups[0]["lr"]
+
+
+def frozen_normaliser(rank: int) -> Any:
+    """A training whose callback in the first process freezes VecNormalize; its statistics, and whether they change."""
+
+    class Freeze(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_end(self) -> None:
+            self.training_env.training = False  # type: ignore[attr-defined]
+
+    env = VecNormalize(make_vec_env("CartPole-v1", n_envs=2))
+    make_model(env, n_steps=16).learn(192, callback=Freeze())
+    return env.training, env.obs_rms.count, env.obs_rms.mean.tolist()
 
 
 def normalised_training(rank: int) -> Any:

@@ -183,6 +183,11 @@ class TestTraining:
         first, second = pair.run("changed_training")
         assert first == second and first[1:] == (6, 1e-4)
 
+    def test_statistics_that_the_first_process_freezes_stay_the_same_in_all(self, pair: Pair) -> None:
+        first, second = pair.run("frozen_normaliser")
+        assert first == second
+        assert first[:2] == (False, pytest.approx(64 + 1e-4 + 4, abs=8))
+
     def test_statistics_of_vec_normalize_are_those_of_all_data(self, pair: Pair) -> None:
         first, second = pair.run("normalised_training")
         for mine, others in zip(first[:5], second[:5], strict=True):
@@ -374,7 +379,7 @@ class TestTorchrun:
         assert len(set(ends)) == 1
 
     def test_the_command_trains_one_model(self, tmp_path: Path) -> None:
-        command = ["-m", "sb3_clipvf", "train", "--env", "CartPole-v1", "-n", "512", "--eval-freq", "256"]
+        command = ["-m", "sb3_clipvf", "train", "--env", "CartPole-v1", "-n", "512", "--eval-freq", "256", "-P"]
         done = subprocess.run(
             [*LAUNCHER, *command, "--eval-episodes", "1"],
             capture_output=True,

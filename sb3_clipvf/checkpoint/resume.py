@@ -145,14 +145,16 @@ def _restore_environments(model: ResumableModel, venv: VecEnv, tree: dict[str, A
     generator = generator_from(tree["resets"])
     if generator is None and model.seed is not None:
         # Not the seed itself: each resumed training would repeat the first episodes of the training.
-        generator = np.random.default_rng(np.random.SeedSequence((model.seed, model.num_timesteps)))
+        rank = current_group().rank
+        entropy = (model.seed, model.num_timesteps, *([rank] if rank else []))
+        generator = np.random.default_rng(np.random.SeedSequence(entropy))
     reset_environments(model, venv, generator)
     return {name: getattr(model, name) for name in OBSERVATIONS}
 
 
 def _continue_tensorboard(model: ResumableModel, folder: str | None) -> bool:
     """Log to the folder of the interrupted run, unless ``tensorboard_log`` is another. Return whether it does."""
-    if folder is None or model.tensorboard_log is None:
+    if folder is None or model.tensorboard_log is None or current_group().rank > 0:
         return False
     if Path(folder).parent.resolve() != Path(model.tensorboard_log).resolve():
         return False

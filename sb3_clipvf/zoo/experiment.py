@@ -138,7 +138,10 @@ class ClipPPOExperimentManager(CheckedSearch):
         return hyperparams, saved_hyperparams
 
     def create_callbacks(self) -> None:
-        """Create the callbacks of the command line, in addition to those of the settings."""
+        """Create the callbacks of the command line, in addition to those of the settings, in the first process."""
+        if current_group().rank > 0:
+            self.callbacks = []
+            return
         if self.algo != ALGORITHM:
             super().create_callbacks()  # type: ignore[no-untyped-call]
             return
