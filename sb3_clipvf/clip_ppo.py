@@ -358,12 +358,10 @@ class ClipPPO(DataParallelCollector):
         no spread, there is no unit, and this update does not clip the value loss.
         """
         progress = self._current_progress_remaining
-        values: dict[str, Any] = {}
-        for name in COEFFICIENTS:
-            schedule = self._schedule(name)
-            values[name] = None if schedule is None else schedule(progress)
+        schedules = {name: self._schedule(name) for name in COEFFICIENTS}
+        values: dict[str, Any] = {name: None if s is None else s(progress) for name, s in schedules.items()}
         in_stds = values["clip_range_vf"] is not None and self.vf_clip_units == "return_std"
-        # All processes compute the spread together. Callbacks of the first one may have changed its arguments.
+        # Several processes do this together, whatever callbacks have changed in the first one.
         spread, largest = self._spread_of_returns() if in_stds or current_group().size > 1 else (0.0, 0.0)
         if in_stds:
             values["clip_range_vf"] = values["clip_range_vf"] * spread if spread > SPREAD_EPS * largest else None
