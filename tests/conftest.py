@@ -35,6 +35,14 @@ def untouched_logger() -> Iterator[None]:
 
 
 @pytest.fixture
+def validation_as_before() -> Iterator[None]:
+    """Restore the checks of torch's distributions, which torch.compile() turns off for the whole process."""
+    before = th.distributions.Distribution._validate_args
+    yield
+    th.distributions.Distribution.set_default_validate_args(before)
+
+
+@pytest.fixture
 def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder."""
     monkeypatch.chdir(tmp_path)

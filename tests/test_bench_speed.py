@@ -239,7 +239,9 @@ def test_networks_of_a_row_and_environments_that_cost_nothing(peer: str) -> None
     assert not any(step[2].any() for step in steps)
 
 
-def test_compiled_sb3_compiles_what_rollouts_and_updates_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_sb3_compiles_what_rollouts_and_updates_call(
+    monkeypatch: pytest.MonkeyPatch, validation_as_before: None
+) -> None:
     graphs: list[str] = []
 
     def keep(graph: Any, inputs: Any) -> Any:  # the default backend takes ten seconds

@@ -447,14 +447,6 @@ def test_a_default_device_other_than_the_policys() -> None:
 # ------------------------------------------------------------------ policies that are something else
 
 
-@pytest.fixture
-def validation_as_before() -> Iterator[None]:
-    """torch.compile() turns the checks of torch's distributions off, for the whole process."""
-    before = th.distributions.Distribution._validate_args
-    yield
-    th.distributions.Distribution.set_default_validate_args(before)
-
-
 # torch.compile of Python 3.13.0, and of no later one.
 @pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 def test_a_compiled_policy_goes_to_the_reference(validation_as_before: None) -> None:

@@ -79,10 +79,8 @@ MEASURED = {
     "LunarLander-v3": ("lin_0.2", 1.0),
     "BipedalWalker-v3": (0.18, 1.0),
     "HalfCheetah-v5": (0.1, 1.0),
-    "Swimmer-v5": (0.2, None),
     "Hopper-v5": (0.2, None),
     "Walker2d-v5": (0.1, None),
-    "Ant-v5": (0.2, None),
 }
 
 
