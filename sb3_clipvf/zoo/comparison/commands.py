@@ -27,8 +27,6 @@ _OPTIONS = {
     "device": ("--device", "auto"),
 }
 _LARGEST_FILE = 2**20
-_LARGEST_FILE = 2**20
-_LARGEST_FILE = 2**20
 
 
 def train_commands(group: Group) -> str:
@@ -135,12 +133,11 @@ def _own_settings(record: Record) -> dict[str, Any]:
 
 
 def _todays_entries(record: Record) -> list[dict[str, Any]]:
-    """Return the entries of the settings file that a training like the run's may read today; [] if unknown."""
-    config = record.arguments.get("conf_file")
-    if config:
+    """Return the entries that a training may read today from the settings file of the command; [] if unknown."""
+    shown = _settings_file(record.arguments, record.folder)
+    if shown:
         # Modules are not read, since that would run their code.
-        is_yaml = str(config).endswith((".yml", ".yaml")) and _settings_file(record.arguments, record.folder)
-        path = Path(str(config)) if is_yaml else None
+        path = Path(shown[-1]) if shown[-1].endswith((".yml", ".yaml")) else None
     else:
         path = hyperparams_path() if record.algo == ALGORITHM else _zoo_path(record.algo)
     entries = {} if path is None else _entries(path)
