@@ -265,7 +265,8 @@ class DataParallelCollector(TensorRolloutCollector):
         largest = float(np.max(np.abs(returns)))
         if group.size == 1:
             return float(np.std(returns)), largest
-        return math.sqrt(group.moments(returns).variance), max(group.gather(largest))
+        moments, magnitudes = zip(*group.gather((Moments.of(returns), largest)), strict=True)
+        return math.sqrt(merged_moments(list(moments)).variance), max(magnitudes)
 
     def _explained_variance(self) -> float:
         """Return 1 - Var(returns - values) / Var(returns) over the rollouts of all processes; NaN for equal returns."""
