@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import signal
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from tests.bench.results import Results, write_text
+from tests.bench.results import Results, machine, write_text
 
 MIN_ALTERNATIONS = 3
 """Alternations that a final verdict needs."""
@@ -24,7 +25,15 @@ class Row(Protocol):
         """Name for ``--only`` and the results file."""
 
 
+class SeededRow(Row, Protocol):
+    """A line of a table of trainings with several seeds."""
+
+    def run(self, seed: int) -> dict[str, Any]:
+        """Return the entries that a seed's result is found by."""
+
+
 RowT = TypeVar("RowT", bound=Row)
+SeededRowT = TypeVar("SeededRowT", bound=SeededRow)
 
 
 class Benchmark(ABC, Generic[RowT]):
@@ -164,6 +173,64 @@ class AlternatingBenchmark(Benchmark[RowT]):
             for row in rows
             if self.args.rerun or not self.is_done(row, number)
         ]
+
+
+class SeedsBenchmark(Benchmark[SeededRowT]):
+    """A benchmark whose rows are trained with each seed."""
+
+    default_seeds: ClassVar[tuple[int, ...]]
+    first_seed: ClassVar[int] = 0
+    deciding = ("seeds",)
+
+    def __init__(self, rows: Sequence[SeededRowT], argv: Sequence[str] | None) -> None:
+        super().__init__(rows, argv)
+        self.seeds: list[int] = list(dict.fromkeys(self.args.seeds))
+
+    def add_options(self, parser: argparse.ArgumentParser) -> None:
+        """Add the seeds."""
+        seeds, about = list(self.default_seeds), f"(default: {' '.join(map(str, self.default_seeds))})"
+        parser.add_argument("--seeds", type=at_least(self.first_seed), nargs="+", default=seeds, help=about)
+
+    def runs_of(self, row: SeededRowT) -> list[dict[str, Any]]:
+        """Return the results of a row, by seed."""
+        return [found for seed in self.seeds if (found := self.results.find(row.run(seed))) is not None]
+
+    def done(self, row: SeededRowT) -> str:
+        """Return the seeds of a row that are done, as text."""
+        return "done: " + (" ".join(str(found["seed"]) for found in self.runs_of(row)) or "none")
+
+    def to_train(self) -> list[tuple[SeededRowT, int]]:
+        """Return rows and seeds to train, each row once before any row comes twice."""
+        return [
+            (row, seed)
+            for seed in self.seeds
+            for row in self.selected
+            if self.args.rerun or self.results.find(row.run(seed)) is None
+        ]
+
+
+class InProcessBenchmark(SeedsBenchmark[SeededRowT]):
+    """A benchmark that trains in this process, on one thread."""
+
+    @abstractmethod
+    def train(self, row: SeededRowT, seed: int) -> dict[str, Any]:
+        """Train a row with a seed, and return its result."""
+
+    def summary(self, result: dict[str, Any]) -> str:
+        """Return a result in a few words, for the progress."""
+        return ""
+
+    def run(self) -> None:
+        """Make the missing trainings, seed by seed."""
+        import torch as th  # other benchmarks do not need it in this process
+
+        th.set_num_threads(1)
+        for row, seed in self.to_train():
+            started = time.perf_counter()
+            result = {**row.run(seed), **self.train(row, seed)}
+            self.results.add({**result, **machine()})
+            words = [self.summary(result), f"{time.perf_counter() - started:.0f} s"]
+            print(f"{row.name}, seed {seed}: {', '.join(filter(None, words))}", flush=True)
 
 
 @contextlib.contextmanager

@@ -6,24 +6,22 @@ docs/algorithm.md explains the numbers.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateStatistics
 from sb3_clipvf.envs import FastDummyVecEnv, FastVecNormalize
-from tests.bench.command import Benchmark, at_least
+from tests.bench.command import InProcessBenchmark
 from tests.bench.experiments.candidates import InnerUpdate, UpdateCallback, predicted_values, run_by_epoch
 from tests.bench.experiments.episodes import WINDOW
 from tests.bench.experiments.suite import read_suite
-from tests.bench.results import machine, machines_text, markdown_table, save_figure
+from tests.bench.results import machines_text, markdown_table, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -152,43 +150,29 @@ def rms(array: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(array))))
 
 
-class CriticBenchmark(Benchmark[Row]):
+class CriticBenchmark(InProcessBenchmark[Row]):
     """Trains each row with each seed in this process, and tabulates and draws what the critic did."""
 
     name = "critic"
     description = "Measure what clipping the value loss does to the critic."
     log_folder = "logs/bench/critic"
-    deciding = ("seeds",)
-
-    def add_options(self, parser: Any) -> None:
-        """Add the option of the seeds."""
-        seeds = [0, 1]
-        about = f"(default: {' '.join(map(str, seeds))})"
-        parser.add_argument("--seeds", type=at_least(0), nargs="+", default=seeds, help=about)
+    default_seeds = (0, 1)
 
     def listed(self, row: Row) -> str:
         """Return the seeds that are done."""
-        done = " ".join(str(seed) for seed in self.args.seeds if self.results.find(row.run(seed)))
-        return f"done: {done or 'none'}"
+        return self.done(row)
 
-    def run(self) -> None:
-        """Make the missing trainings, seed by seed."""
-        th.set_num_threads(1)
-        for seed in self.args.seeds:
-            for row in self.selected:
-                if self.args.rerun or self.results.find(row.run(seed)) is None:
-                    started = time.perf_counter()
-                    result = {**row.run(seed), **train(row, seed)}
-                    self.results.add({**result, **machine()})
-                    print(f"{row.name}, seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
+    def train(self, row: Row, seed: int) -> dict[str, Any]:
+        """Train a row with a seed, and return what the critic did."""
+        return train(row, seed)
 
     def render(self) -> str:
         """Return the table of all rows."""
         header = ["environment", "form, range", "error / σ", "lagging", "target beyond the range", "no gradient"]
         header += ["change / σ", "return"]
-        cells = [_cells(row, self._runs(row)) for row in self.rows]
-        how = f"seeds {' '.join(map(str, self.args.seeds))}, one thread"
-        all_runs = [run for row in self.rows for run in self._runs(row)]
+        cells = [_cells(row, self.runs_of(row)) for row in self.rows]
+        how = f"seeds {' '.join(map(str, self.seeds))}, one thread"
+        all_runs = [run for row in self.rows for run in self.runs_of(row)]
         table = markdown_table(header, "llrrrrrr", cells)
         return f"{table}\n\n{_NOTES}\n\n{machines_text(all_runs, lambda _: how)}"
 
@@ -221,14 +205,11 @@ class CriticBenchmark(Benchmark[Row]):
         axes.grid(alpha=0.3, linewidth=0.5)
         axes.set_xlim(0, N_TIMESTEPS)
         for setting, (_, _, color, style) in SETTINGS.items():
-            runs = self._runs(Row(env_id, setting))
+            runs = self.runs_of(Row(env_id, setting))
             if runs:
                 values = np.mean([_moving_mean(run["updates"][name]) for run in runs], axis=0)
                 x = N_TIMESTEPS * np.arange(1, len(values) + 1) / len(values)
                 axes.plot(x, values, color=color, linestyle=style, linewidth=1.2)
-
-    def _runs(self, row: Row) -> list[dict[str, Any]]:
-        return [run for seed in self.args.seeds if (run := self.results.find(row.run(seed))) is not None]
 
 
 def train(row: Row, seed: int) -> dict[str, Any]:

@@ -7,7 +7,6 @@ docs/algorithm.md explains the faults.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +20,8 @@ from sb3_clipvf import ClipPPO
 from sb3_clipvf.common.nonfinite import NonFiniteError
 from sb3_clipvf.envs import FastDummyVecEnv
 from sb3_clipvf.policies import SquashedActorCriticPolicy, SquashedGaussianDistribution
-from tests.bench.command import Benchmark, at_least
-from tests.bench.results import digest, machine, machines_text, markdown_table
+from tests.bench.command import InProcessBenchmark
+from tests.bench.results import digest, machines_text, markdown_table
 
 ENV_ID = "Pendulum-v1"
 N_ENVS = 16
@@ -115,45 +114,33 @@ _NOTES = (
 )
 
 
-class PitfallsBenchmark(Benchmark[Row]):
+class PitfallsBenchmark(InProcessBenchmark[Row]):
     """Trains each row with each seed in this process, and tabulates returns and actions."""
 
     name = "pitfalls"
     description = "Train with common faults of hand-written PPOs, and without."
     log_folder = "logs/bench/pitfalls"
-    deciding = ("seeds",)
-
-    def add_options(self, parser: Any) -> None:
-        """Add the option of the seeds."""
-        seeds = [1000, 1001, 1002, 1003, 1004]
-        about = f"(default: {' '.join(map(str, seeds))})"
-        parser.add_argument("--seeds", type=at_least(0), nargs="+", default=seeds, help=about)
+    default_seeds = (1000, 1001, 1002, 1003, 1004)
 
     def listed(self, row: Row) -> str:
-        """Return the seeds that are done."""
-        done = " ".join(str(seed) for seed in self.args.seeds if self.results.find(row.run(seed)))
-        return f"{row.title}, ent_coef={row.ent_coef:g}  done: {done or 'none'}"
+        """Return the settings, and the seeds that are done."""
+        return f"{row.title}, ent_coef={row.ent_coef:g}  {self.done(row)}"
 
-    def run(self) -> None:
-        """Make the missing trainings, seed by seed."""
-        th.set_num_threads(1)
-        for seed in self.args.seeds:
-            for row in self.selected:
-                if self.args.rerun or self.results.find(row.run(seed)) is None:
-                    started = time.perf_counter()
-                    result = {**row.run(seed), **train(row, seed)}
-                    self.results.add({**result, **machine()})
-                    seconds = time.perf_counter() - started
-                    print(f"{row.name}, seed {seed}: return {result['last_return']:.1f}, {seconds:.0f} s", flush=True)
+    def train(self, row: Row, seed: int) -> dict[str, Any]:
+        """Train a row with a seed, and return its returns and the spread of its actions."""
+        return train(row, seed)
+
+    def summary(self, result: dict[str, Any]) -> str:
+        """Return the last return."""
+        return f"return {result['last_return']:.1f}"
 
     def render(self) -> str:
         """Return the table of returns and actions."""
-        found = {row: [self.results.find(row.run(seed)) for seed in self.args.seeds] for row in self.rows}
-        runs = {row: [run for run in results if run is not None] for row, results in found.items()}
+        runs = {row: self.runs_of(row) for row in self.rows}
         all_runs = [run for made in runs.values() for run in made]
         header = ["update", "`ent_coef`", "return", "std", "at the bounds", "ended early"]
         table = markdown_table(header, "lrrrrr", [_cells(row, made) for row, made in runs.items()])
-        how = f"{len(self.args.seeds)} seeds from {min(self.args.seeds)}, one thread"
+        how = f"{len(self.seeds)} seeds from {min(self.seeds)}, one thread"
         first = [run["first_return"] for run in all_runs]
         untrained = f" The mean return of untrained policies is {np.mean(first):.0f}." if first else ""
         return f"{table}\n\n{_NOTES}{untrained}\n\n{machines_text(all_runs, lambda _: how)}"

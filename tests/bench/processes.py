@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.bench.command import Benchmark, at_least
+from tests.bench.command import SeedsBenchmark
 from tests.bench.experiments.episodes import N_POINTS, grid
 from tests.bench.experiments.estimates import difference, estimate, mean, over_seeds
 from tests.bench.experiments.figures import band_of, draw_band
@@ -21,7 +19,6 @@ from tests.bench.scaling import launched
 
 # Blue and vermilion of a palette for colour-blind readers (Okabe and Ito 2008).
 _STYLES = {1: ("#0072B2", "-"), 2: ("#D55E00", "--")}
-_SEEDS = (1, 2, 3, 4, 5)
 _SECONDS = 7200
 
 
@@ -41,6 +38,10 @@ class ProcessesRow:
     def name(self) -> str:
         """Name for ``--only`` and the results file."""
         return f"{self.env_id}-{self.n_processes}"
+
+    def run(self, seed: int) -> dict[str, Any]:
+        """Return the entries that a seed's result is found by."""
+        return {"name": self.name, "seed": seed, "spec": self.spec(seed)}
 
     def spec(self, seed: int) -> dict[str, Any]:
         """Return what each process does."""
@@ -89,30 +90,22 @@ _TRAININGS: tuple[dict[str, Any], ...] = (
 ROWS = tuple(ProcessesRow(**training, n_processes=n) for training in _TRAININGS for n in _STYLES)
 
 
-class ProcessesBenchmark(Benchmark[ProcessesRow]):
+class ProcessesBenchmark(SeedsBenchmark[ProcessesRow]):
     """Makes the trainings that are missing, one after the other."""
 
     name = "processes"
     description = "Train on one process, and on two with half the environments each, and compare their curves."
     log_folder = "logs/bench/processes"
-    deciding = ("seeds",)
-
-    def add_options(self, parser: argparse.ArgumentParser) -> None:
-        """Add the seeds."""
-        about = f"(default: {' '.join(map(str, _SEEDS))})"
-        parser.add_argument("--seeds", type=at_least(0), nargs="+", default=list(_SEEDS), help=about)
+    default_seeds = (1, 2, 3, 4, 5)
 
     def listed(self, row: ProcessesRow) -> str:
         """Return the steps and the seeds that are done."""
-        done = " ".join(str(seed) for seed in self.args.seeds if self._found(row, seed))
-        return f"{row.n_timesteps:>9,} steps  done: {done or 'none'}"
+        return f"{row.n_timesteps:>9,} steps  {self.done(row)}"
 
     def run(self) -> None:
-        """Make the missing trainings, each seed in all rows before the next one."""
-        for seed in self.args.seeds:
-            for row in self.selected:
-                if self.args.rerun or self._found(row, seed) is None:
-                    self._train(row, seed)
+        """Make the missing trainings."""
+        for row, seed in self.to_train():
+            self._train(row, seed)
 
     def render(self) -> str:
         """Return the table of mean returns."""
@@ -124,7 +117,7 @@ class ProcessesBenchmark(Benchmark[ProcessesRow]):
                 values = [over_seeds(run[key] for run in by_number[n]) for n in _STYLES]
                 found = [*(estimate(mean, group) for group in values), estimate(difference(mean), *values)]
                 n_seeds = min(map(len, by_number.values()))
-                first = f"{env_id}, {n_seeds} of {len(self.args.seeds)} seeds" if index == 0 else ""
+                first = f"{env_id}, {n_seeds} of {len(self.seeds)} seeds" if index == 0 else ""
                 lines.append([first, label, *("" if one is None else one.text("z,.1f") for one in found)])
         notes = (
             "A cell is the mean over the seeds with its 95 % interval, see `docs/experiments.md`. *Whole training* is "
@@ -164,12 +157,8 @@ class ProcessesBenchmark(Benchmark[ProcessesRow]):
     def _by_environment(self) -> dict[str, dict[int, list[dict[str, Any]]]]:
         found: dict[str, dict[int, list[dict[str, Any]]]] = {}
         for row in self.rows:
-            runs = [run for seed in self.args.seeds if (run := self._found(row, seed)) is not None]
-            found.setdefault(row.env_id, {})[row.n_processes] = runs
+            found.setdefault(row.env_id, {})[row.n_processes] = self.runs_of(row)
         return {env_id: by_number for env_id, by_number in found.items() if any(by_number.values())}
-
-    def _found(self, row: ProcessesRow, seed: int) -> dict[str, Any] | None:
-        return self.results.find({"name": row.name, "seed": seed, "spec": row.spec(seed)})
 
     def _train(self, row: ProcessesRow, seed: int) -> None:
         label, log = f"{row.name}, seed {seed}", self.args.log_folder / f"{row.name}-{seed}.log"
@@ -182,8 +171,7 @@ class ProcessesBenchmark(Benchmark[ProcessesRow]):
             return
         known = [value for value in curve if value is not None]
         returns = {"mean_return": float(np.mean(known)), "last_return": known[-1]}
-        spec = json.loads(json.dumps(row.spec(seed)))
-        self.results.add({"name": row.name, "seed": seed, "spec": spec, "curve": curve} | returns | machine())
+        self.results.add({**row.run(seed), "curve": curve, **returns, **machine()})
         print(f"{label}: mean return {returns['mean_return']:.1f}, at the end {known[-1]:.1f}", flush=True)
 
 

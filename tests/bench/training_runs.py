@@ -9,10 +9,10 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from sb3_clipvf.zoo import ALGORITHM
-from tests.bench.command import Benchmark, at_least
+from tests.bench.command import SeedsBenchmark, at_least
 from tests.bench.experiments.executors import Finished, LocalExecutor
 from tests.bench.experiments.runs import Record, RunSpec
 from tests.bench.experiments.suite import zoo_settings
@@ -79,23 +79,14 @@ def how_made(run: Mapping[str, Any]) -> str:
 RowT = TypeVar("RowT", bound=TrainingRow)
 
 
-class TrainingBenchmark(Benchmark[RowT]):
+class TrainingBenchmark(SeedsBenchmark[RowT]):
     """Makes the runs that are missing; a subclass defines what is kept of a run, and the table."""
-
-    default_seeds: ClassVar[tuple[int, ...]]
-    first_seed: ClassVar[int] = 0
-    deciding = ("seeds",)
-
-    def __init__(self, rows: Sequence[RowT], argv: Sequence[str] | None) -> None:
-        super().__init__(rows, argv)
-        self.seeds: list[int] = list(dict.fromkeys(self.args.seeds))
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         """Add the options of trainings."""
         about = "runs side by side, at most the number of cores (default: %(default)s)"
         parser.add_argument("--jobs", type=at_least(1), default=1, help=about)
-        seeds, about = list(self.default_seeds), f"(default: {' '.join(map(str, self.default_seeds))})"
-        parser.add_argument("--seeds", type=at_least(self.first_seed), nargs="+", default=seeds, help=about)
+        super().add_options(parser)
 
     @abstractmethod
     def measure(self, record: Record) -> dict[str, Any]:
@@ -107,18 +98,16 @@ class TrainingBenchmark(Benchmark[RowT]):
 
     def listed(self, row: RowT) -> str:
         """Return the steps, the seeds that are done, and the parameters."""
-        done = " ".join(str(seed) for seed in self.seeds if self.results.find(row.run(seed)))
-        return f"{row.n_timesteps:>9,} steps  done: {done or 'none'}  {' '.join(row.params)}"
+        return f"{row.n_timesteps:>9,} steps  {self.done(row)}  {' '.join(row.params)}"
 
     def run(self) -> None:
         """Make the missing runs, several at a time."""
-        # Seeds outermost: a benchmark stopped early has each row once before any row has two.
-        pairs = [(row, seed) for seed in self.seeds for row in self.selected]
-        todo = [(row, seed) for row, seed in pairs if self.args.rerun or self.results.find(row.run(seed)) is None]
+        todo = self.to_train()
+        n_done = len(self.seeds) * len(self.selected) - len(todo)
         specs = [row.spec(seed, self.args.log_folder.absolute()) for row, seed in todo]
         left = {spec.folder: made for spec, made in zip(specs, todo, strict=True)}
         print(
-            f"{len(todo)} runs to make, {len(pairs) - len(todo)} are done already (--rerun makes them again); "
+            f"{len(todo)} runs to make, {n_done} are done already (--rerun makes them again); "
             f"{self._time_left([row for row, _ in todo])}",
             flush=True,
         )
