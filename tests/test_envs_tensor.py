@@ -12,7 +12,15 @@ from tensor_cases import DICT, TensorWalk, tensor_pendulum
 
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.envs import TensorVecEnv, as_vec_env
-from sb3_clipvf.envs.tensor import LazyInfos, TensorEnvAdapter, TensorStep, host_copy, host_infos, is_same_device
+from sb3_clipvf.envs.tensor import (
+    LazyInfos,
+    TensorEnvAdapter,
+    TensorStep,
+    host_copy,
+    host_infos,
+    is_same_device,
+    is_tensor_vec_env,
+)
 from sb3_clipvf.envs.tensor_episodes import finished_episodes
 
 
@@ -22,6 +30,21 @@ def test_a_class_with_the_methods_is_a_tensor_environment() -> None:
     env = as_vec_env(TensorWalk())
     assert type(env) is TensorEnvAdapter and isinstance(env, TensorVecEnv)
     assert (env.num_envs, env.render_mode, env.env_is_wrapped(Monitor)) == (6, None, [True] * 6)
+
+
+class UnreadableSpaces(TensorWalk):
+    """Fails when its spaces are read."""
+
+    observation_space = action_space = property(lambda self: pytest.fail("a space was read"))  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        self.num_envs = 1
+
+
+def test_spaces_of_other_environments_are_not_read() -> None:
+    env = UnreadableSpaces()
+    assert not hasattr(env, "device")
+    assert not is_tensor_vec_env(env)
 
 
 def test_steps_on_the_host_are_those_of_a_vec_env() -> None:

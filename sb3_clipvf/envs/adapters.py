@@ -12,7 +12,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_clipvf.envs.envpool import EnvPoolVecEnv, SparedEnvPoolVecEnv
 from sb3_clipvf.envs.gymnasium_vector import AtariVecEnv, CartPoleVecEnv, GymnasiumVecEnv, SeparateVecEnv
-from sb3_clipvf.envs.tensor import TensorEnvAdapter, TensorVecEnv
+from sb3_clipvf.envs.tensor import TensorEnvAdapter, is_tensor_vec_env
 from sb3_clipvf.envs.vector import BatchedVecEnv
 
 
@@ -53,7 +53,7 @@ def as_vec_env(
 
 
 def _adapter_of(env: Any) -> Callable[..., BatchedVecEnv]:
-    if isinstance(env, TensorVecEnv):
+    if is_tensor_vec_env(env):
         return TensorEnvAdapter
     # EnvPools of the gymnasium type are VectorEnvs as well, with single spaces where VectorEnvs have batched ones.
     if _is_of(env, "envpool.python.envpool", "EnvPoolMixin"):

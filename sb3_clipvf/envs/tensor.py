@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, TypeAlias, cast, overload, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeGuard, cast, overload, runtime_checkable
 
 import numpy as np
 import torch as th
@@ -229,9 +229,14 @@ class LazyInfos(Sequence[dict[str, Any]]):
 
 def as_sb3_env(env: Any) -> Any:
     """Return SB3's ``VecEnv`` over a tensor environment; another environment as :func:`.as_gymnasium` returns it."""
-    if isinstance(env, TensorVecEnv) and not isinstance(env, VecEnv):
-        return TensorEnvAdapter(env)
-    return as_gymnasium(env)
+    return TensorEnvAdapter(env) if is_tensor_vec_env(env) else as_gymnasium(env)
+
+
+def is_tensor_vec_env(env: Any) -> TypeGuard[TensorVecEnv]:
+    """Return whether an environment has the members of :class:`TensorVecEnv`, and is not an SB3 ``VecEnv``."""
+    # Before Python 3.12, isinstance reads the members, in any order, and EnvPool's spaces warn when they are read.
+    # `device` is the member that environments of other libraries lack.
+    return hasattr(env, "device") and not isinstance(env, VecEnv) and isinstance(env, TensorVecEnv)
 
 
 def tensor_device(env: VecEnv | None) -> th.device | None:
