@@ -15,6 +15,7 @@ from stable_baselines3.common.policies import (
     ActorCriticPolicy,
     MultiInputActorCriticPolicy,
 )
+from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from tape import Tape
 from test_engines import (
@@ -30,6 +31,8 @@ from test_engines import (
 
 from sb3_clipvf.engines import static_step
 from sb3_clipvf.engines.autograd import AutogradEngine, unvalidated_distributions
+from sb3_clipvf.engines.static_loss import StaticLoss
+from sb3_clipvf.engines.static_policy import ImageScaling
 from sb3_clipvf.engines.static_step import StaticEngine, chunks
 from sb3_clipvf.engines.support import why_not_cuda_graph, why_not_static
 from sb3_clipvf.policies import SquashedActorCriticCnnPolicy, SquashedMultiInputActorCriticPolicy
@@ -267,18 +270,54 @@ def test_a_parameter_that_the_loss_does_not_reach_stays(optimizer: Any) -> None:
         th.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
 
 
-def test_the_gradients_of_a_chunk_are_copied_by_one_operation() -> None:
+def test_what_needs_no_network_is_computed_once_for_a_chunk() -> None:
     policy, buffer = make_case("box")
     step = StaticEngine(policy, settings_for("box"))._bind(buffer, COEFFICIENTS)
     counts = []
-    for sizes in ((8,), (8, 8)):
+    for sizes in ((8,), (8, 8), (8, 8, 8)):
         tape = Tape()
         with unvalidated_distributions, tape:
             step.run(sizes, False)
         names = tape.names()
         assert sum("_foreach_copy_" in name for name in names) == 1
+        assert sum("std" in name for name in names) == 1  # of the advantages
         counts.append(len(names))
-    assert counts[1] == 2 * counts[0] - 1
+    of_minibatch = counts[1] - counts[0]
+    assert counts[2] - counts[1] == of_minibatch < 0.85 * counts[0]
+
+
+def test_images_are_scaled_by_one_operation_as_in_sb3() -> None:
+    policy, _ = collected(*POLICIES["dict"])
+    parts = {"image": th.arange(256, dtype=th.uint8).reshape(1, 1, 16, 16), "vector": th.ones(1, 3)}
+    scaling = ImageScaling(policy)
+    tape = Tape()
+    with tape:
+        scaled = scaling(parts)
+    assert [name for name in tape.names() if "empty" not in name] == ["aten.div.out"]
+    assert th.equal(scaled["image"], parts["image"].float() / 255.0) and scaled["vector"] is parts["vector"]
+    with scaling.done():
+        assert th.equal(preprocess_obs(scaled["image"], IMAGE, policy.normalize_images), scaled["image"])
+    assert policy.normalize_images
+
+
+def test_images_that_sb3_does_not_scale_stay() -> None:
+    policy = ActorCriticCnnPolicy(IMAGE, BOX, lambda _: 1e-3, normalize_images=False)
+    images = th.zeros(1, 1, 36, 36)
+    assert ImageScaling(policy)({"": images})[""] is images
+
+
+@pytest.mark.parametrize("clip_range", [0.1, None])
+def test_the_slope_is_the_surrogates_derivative(clip_range: float | None) -> None:
+    policy, buffer = make_case("box")
+    coefficients = dataclasses.replace(COEFFICIENTS, clip_range=clip_range)
+    loss = StaticLoss(policy, settings_for("box"), coefficients, th.zeros(4), None)
+    loss.load(coefficients, None)
+    log_ratio = th.linspace(-0.5, 0.5, 12).repeat(3).requires_grad_()
+    advantages = th.tensor([1.5, -0.5, 0.0]).repeat_interleave(12)
+    expected = -loss._surrogate(log_ratio.exp(), advantages)
+    value, slope = loss._surrogate_and_slope(log_ratio.detach().exp(), advantages)
+    th.testing.assert_close(value, expected.detach())
+    th.testing.assert_close(slope, th.autograd.grad(expected, log_ratio)[0])
 
 
 # ------------------------------------------------------------------ which policies

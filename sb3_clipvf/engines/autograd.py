@@ -151,7 +151,7 @@ class AutogradUpdate:
         log_ratio = log_prob - batch.old_log_prob
         ratio = th.exp(log_ratio)
 
-        policy_loss = -self._surrogate(ratio, self._advantages(batch))
+        policy_loss = -self._surrogate(ratio, self._normalized(batch.advantages))
         value_loss = self._value_loss(values, batch)
         entropy_loss = objectives.entropy_loss(entropy, log_prob)
         loss = policy_loss + coefficients.ent_coef * entropy_loss + coefficients.vf_coef * value_loss
@@ -194,7 +194,7 @@ class AutogradUpdate:
     def compute_gradients(self) -> None:
         """Compute the gradients of the last loss."""
         self.policy.optimizer.zero_grad()
-        self.backward()
+        self._loss.backward()  # type: ignore[no-untyped-call]
 
     def clip_gradients(self) -> th.Tensor:
         """Clip the gradients, and return their joint norm before that."""
@@ -203,10 +203,6 @@ class AutogradUpdate:
     def step(self) -> None:
         """Make a step of the optimizer."""
         self.policy.optimizer.step()
-
-    def backward(self) -> None:
-        """Add the gradients of the last loss to those of its leaves."""
-        self._loss.backward()  # type: ignore[no-untyped-call]
 
     def _surrogate(self, ratio: th.Tensor, advantages: th.Tensor) -> th.Tensor:
         clip_range = self.coefficients.clip_range
@@ -222,13 +218,11 @@ class AutogradUpdate:
             return objectives.value_loss_clipped_max(values, batch.old_values, batch.returns, clip_range_vf)
         return objectives.value_loss_clipped_prediction(values, batch.old_values, batch.returns, clip_range_vf)
 
-    def _advantages(self, batch: MiniBatch) -> th.Tensor:
+    def _normalized(self, advantages: th.Tensor) -> th.Tensor:
         if self.rollout_mean_std is not None:
             mean, std = self.rollout_mean_std
-            return (batch.advantages - mean) / std
-        if self.settings.normalize_advantage:
-            return objectives.normalize_advantages(batch.advantages)
-        return batch.advantages
+            return (advantages - mean) / std
+        return objectives.normalize_advantages(advantages) if self.settings.normalize_advantage else advantages
 
     def _exact_kl(self, batch: MiniBatch, stale: object, *, may_recompute: bool) -> th.Tensor | None:
         """Return the mean KL(pi_old || pi) of a minibatch just evaluated; None if it is unknown and not needed."""

@@ -7,33 +7,31 @@ CPU they run one by one, which tests compare with the other engines.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import compress
-from types import SimpleNamespace
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
-from torch import nn
 
 from sb3_clipvf.common.nonfinite import FLOAT32_MAX
 from sb3_clipvf.common.tensors import from_parts, observation_parts
-from sb3_clipvf.engines.autograd import AutogradEngine, AutogradUpdate, mean_std_of
+from sb3_clipvf.engines.autograd import AutogradEngine, mean_std_of
 from sb3_clipvf.engines.binding import moments_of, n_steps_made, write_steps
 from sb3_clipvf.engines.epochs import MinibatchStatistics, Record, run_epochs
 from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateSettings
+from sb3_clipvf.engines.static_loss import LOGGED, StaticLoss
+from sb3_clipvf.engines.static_policy import ImageScaling, replaced_parameters
 from sb3_clipvf.engines.support import why_not_static
 from sb3_clipvf.rollout import MiniBatch
 
 CHUNK = 32
 """Largest number of minibatches that run together, as one CUDA graph."""
 
-_LOGGED = tuple(MinibatchStatistics.__dataclass_fields__)
 _GSDE_OPTIONS = ("full_std", "use_expln", "learn_features", "epsilon", "bijector")
-_COEFFICIENTS = UpdateCoefficients.__dataclass_fields__.keys()
 # Columns of the rollout besides actions and the old distribution's parameters.
 _COLUMNS = ("values", "log_probs", "advantages", "returns")
+_NORM_EPS = 1e-6  # of torch.nn.utils.clip_grad_norm_
 
 
 class StaticEngine(AutogradEngine):
@@ -115,7 +113,7 @@ class PlayedEpochs:
         log, rows = self._logs[self._epoch], self._rows[self._epoch]
         self._epoch += 1
         for number, values in enumerate(log):
-            self._numbers = dict(zip(_LOGGED, values, strict=True))
+            self._numbers = dict(zip(LOGGED, values, strict=True))
             is_finite = all(abs(self._numbers[name]) <= FLOAT32_MAX for name in ("loss", "grad_norm"))
             start = number * batch_size
             yield None if is_finite else self._step.minibatch(rows[start : start + batch_size])
@@ -143,7 +141,7 @@ class PlayedEpochs:
         """Draw and run the next epochs, then read their statistics."""
         settings, first = self._engine.settings, len(self._logs)
         n_minibatches = sum(map(len, chunks(self._step.n_rows, settings.batch_size)))
-        logs = th.zeros(n_epochs, n_minibatches, len(_LOGGED), device=self._step.log.device)
+        logs = th.zeros(n_epochs, n_minibatches, len(LOGGED), device=self._step.log.device)
         for number, log in enumerate(logs):
             # The host draws an epoch while the device runs the one before.
             rows = self._buffer.draw_rows()
@@ -157,7 +155,7 @@ class Structure(NamedTuple):
     """What the operations of a step depend on, besides the numbers in its tensors."""
 
     settings: UpdateSettings
-    has_terms: tuple[bool, bool, bool]  # whether there are a ratio clip, a value clip and a KL penalty
+    has_terms: tuple[bool, ...]  # whether there are a ratio clip, a value clip, an entropy bonus and a KL penalty
     moves: bool  # whether observations are copied to the step's own tensors
     tensors: tuple[tuple[object, ...], ...]  # names, sizes and types of the rollout's; addresses of those that stay
     policy: tuple[object, ...]
@@ -180,6 +178,7 @@ def structure_of(
         has_terms=(
             coefficients.clip_range is not None,
             coefficients.clip_range_vf is not None,
+            bool(coefficients.ent_coef),
             bool(coefficients.kl_coef),
         ),
         moves=moves,
@@ -226,7 +225,6 @@ class StaticStep:
         rollout: dict[str, Any],
         autocast: th.dtype | None = None,
     ) -> None:
-        self._autocast = autocast
         device, settings = policy.device, structure.settings
         self.policy, self.structure, self._settings = policy, structure, settings
         self._parameters = list(policy.parameters())
@@ -240,21 +238,13 @@ class StaticStep:
         self.n_rows = len(self._columns)
         self._n_actions = rollout["actions"].shape[1]
         self.rows = th.zeros(min(self.n_rows, CHUNK * settings.batch_size), dtype=th.int64, device=device)
-        self.log = th.zeros(CHUNK, len(_LOGGED), device=device)
+        self.log = th.zeros(CHUNK, len(LOGGED), device=device)
         self.active = th.ones((), dtype=th.bool, device=device)
-        self._n_steps = th.zeros((), device=device)
+        self._n_steps, self._found_inf, self._learning_rate = (th.zeros((), device=device) for _ in range(3))
         self._gradients = [th.zeros_like(parameter) for parameter in self._parameters]
         self._reached: list[bool] = []  # whether the loss of a minibatch depends on a parameter
-        # The coefficients, the learning rate, mean and standard deviation of the rollout's advantages
-        self._numbers = th.zeros(len(_COEFFICIENTS) + 3, device=device)
-        *numbers, self._learning_rate, mean, std = self._numbers
-        update = AutogradUpdate(policy, settings, coefficients, SimpleNamespace(advantages=rollout["advantages"]))
-        given = dict(zip(_COEFFICIENTS, numbers, strict=True))
-        absent = {name: None for name in _COEFFICIENTS if getattr(coefficients, name) is None}
-        update.coefficients = UpdateCoefficients(**{**given, **absent})
-        if update.rollout_mean_std is not None:
-            update.rollout_mean_std = (mean, std)
-        self._update = update
+        self._loss = StaticLoss(policy, settings, coefficients, rollout["advantages"], autocast)
+        self._scaling = ImageScaling(policy)
 
     def load(self, coefficients: UpdateCoefficients, rollout: dict[str, Any]) -> None:
         """Copy the numbers of an update to the step's tensors. It must have the step's structure."""
@@ -264,38 +254,31 @@ class StaticStep:
                     self._observations[key].copy_(tensor)
         _columns(rollout, out=self._columns)
         optimizer = self.policy.optimizer
-        numbers = [getattr(coefficients, name) or 0.0 for name in _COEFFICIENTS]
-        numbers.append(optimizer.param_groups[0]["lr"])
-        self._numbers[: len(numbers)].copy_(th.tensor(numbers, dtype=th.float32))
-        mean_std = mean_std_of(rollout["advantages"], self._settings, self.policy.device)
-        if mean_std is not None:
-            self._numbers[len(numbers) :].copy_(th.stack(mean_std))
+        self._loss.load(coefficients, mean_std_of(rollout["advantages"], self._settings, self.policy.device))
+        self._learning_rate.fill_(optimizer.param_groups[0]["lr"])
         self._n_steps.fill_(n_steps_made(optimizer, self._parameters))
         self.active.fill_(True)
 
     def run(self, sizes: tuple[int, ...], measure_kl: bool) -> None:
         """Run minibatches of these sizes, whose rows are in ``rows``, and fill the first rows of ``log``."""
-        start = 0
-        for number, size in enumerate(sizes):
-            leaves = self._run_minibatch(self.rows[start : start + size], measure_kl, self.log[number])
-            start += size
-        reached = compress(self._gradients, self._reached)
-        th._foreach_copy_(list(reached), [leaf.grad for leaf in leaves if leaf.grad is not None])
+        rows = self.rows[: sum(sizes)]
+        whole = self._loss.prepared(self._transitions(rows), sizes)
+        log_ratios, values, start = [], [], 0
+        with self._scaling.done():
+            for number, size in enumerate(sizes):
+                part = slice(start, start + size)
+                columns: Any = (column if column is None else column[part] for column in whole[1:])
+                batch = MiniBatch(from_parts(self._scaling(self._observed(rows[part]))), *columns)
+                gradients = self._run_minibatch(batch, measure_kl, self.log[number])
+                log_ratios.append(self._loss.log_ratio)
+                values.append(self._loss.values)
+                start += size
+        self._loss.write_log(self.log, whole, sizes, th.cat(log_ratios), th.cat(values))
+        th._foreach_copy_(list(compress(self._gradients, self._reached)), gradients)
 
     def minibatch(self, rows: th.Tensor) -> MiniBatch:
         """Return the transitions in these rows of the rollout."""
-        observations = {key: tensor.index_select(0, rows) for key, tensor in self._observations.items()}
-        columns, n = self._columns.index_select(0, rows), len(_COLUMNS)
-        values, log_probs, advantages, returns = columns[:, :n].unbind(dim=1)
-        return MiniBatch(
-            observations=from_parts(observations),
-            actions=columns[:, n : n + self._n_actions],
-            old_values=values,
-            old_log_prob=log_probs,
-            advantages=advantages,
-            returns=returns,
-            old_dist_params=columns[:, n + self._n_actions :] if self._settings.has_dist_params else None,
-        )
+        return self._transitions(rows)._replace(observations=from_parts(self._observed(rows)))
 
     def write_back(self) -> None:
         """Write the number of steps to the optimizer, and the last gradients to the parameters."""
@@ -304,99 +287,74 @@ class StaticStep:
         for parameter, gradient in zip(reached, compress(self._gradients, self._reached), strict=True):
             parameter.grad = gradient
 
-    def _run_minibatch(self, rows: th.Tensor, measure_kl: bool, log: th.Tensor) -> list[th.Tensor]:
-        """Run one minibatch, and return tensors that have the gradients of the parameters."""
+    def _observed(self, rows: th.Tensor) -> dict[str, th.Tensor]:
+        return {key: tensor.index_select(0, rows) for key, tensor in self._observations.items()}
+
+    def _transitions(self, rows: th.Tensor) -> MiniBatch:
+        """Return the transitions in these rows without their observations."""
+        columns, n = self._columns.index_select(0, rows), len(_COLUMNS)
+        values, log_probs, advantages, returns = columns[:, :n].t().contiguous()
+        return MiniBatch(
+            observations=None,
+            actions=columns[:, n : n + self._n_actions].contiguous(),
+            old_values=values,
+            old_log_prob=log_probs,
+            advantages=advantages,
+            returns=returns,
+            old_dist_params=columns[:, n + self._n_actions :] if self._settings.has_dist_params else None,
+        )
+
+    def _run_minibatch(self, batch: MiniBatch, measure_kl: bool, log: th.Tensor) -> list[th.Tensor]:
+        """Run one minibatch, and return the gradients of the parameters that its loss depends on."""
         # New leaves for each pass: nodes of a parameter that is part of another graph remember that graph's stream,
         # which no CUDA graph may wait for.
         leaves = [parameter.detach().requires_grad_() for parameter in self._parameters]
-        with replaced_parameters(self.policy, leaves), reduced_precision(self.policy, self._autocast):
-            minibatch = self._update.loss(self.minibatch(rows), measure_kl)
-        self._update.backward()
-        norm = th.nn.utils.clip_grad_norm_(leaves, self._settings.max_grad_norm).detach()
-        minibatch.grad_norm = norm
+        with replaced_parameters(self.policy, leaves):
+            statistics = self._loss.statistics(batch, measure_kl)
+        found = self._loss.gradients(leaves)
+        self._reached = [gradient is not None for gradient in found]
+        # Those of convolutions may have the layout of the images, which the optimizer would misread.
+        gradients = [gradient.contiguous() for gradient in found if gradient is not None]
         with th.no_grad():
-            steps = self._may_step(minibatch.loss, minibatch.approx_kl, norm)
-            self._make_step(leaves, steps)
-            values = [getattr(minibatch, name) for name in _LOGGED]
-            th.stack([norm if value is None else value for value in values], out=log)
-        return leaves
+            statistics["grad_norm"] = norm = th.nn.utils.get_total_norm(gradients)
+            loss = statistics["loss"]
+            self._make_step(gradients, norm, self._may_step(loss, statistics.get("approx_kl"), norm))
+            values = [statistics.get(name, loss) for name in LOGGED[: LOGGED.index("ratio_max")]]
+            th.stack(values, out=log[: len(values)])
+        return gradients
 
-    def _may_step(self, loss: Any, approx_kl: Any, norm: th.Tensor) -> th.Tensor:
+    def _may_step(self, loss: th.Tensor, approx_kl: Any, norm: th.Tensor) -> th.Tensor:
         """Return whether this minibatch makes a step, as :func:`.epochs.run_epochs` decides, and update ``active``."""
-        settings = self._settings
-        loss_is_finite = loss.abs() <= FLOAT32_MAX
-        steps: th.Tensor = self.active & loss_is_finite & (norm <= FLOAT32_MAX)
+        settings, active = self._settings, self.active
+        is_finite = th.maximum(loss.abs(), norm) <= FLOAT32_MAX
+        if settings.on_nonfinite != "skip":
+            active.logical_and_(is_finite)
+            if settings.target_kl is not None:
+                active.logical_and_(~(approx_kl.double() > 1.5 * settings.target_kl))
+            return active
+        steps = active & is_finite
         if settings.target_kl is not None:
             exceeds = approx_kl.double() > 1.5 * settings.target_kl
             steps = steps & ~exceeds
-            if settings.on_nonfinite == "skip":
-                self.active.logical_and_(~(exceeds & loss_is_finite))
-        if settings.on_nonfinite != "skip":
-            self.active.copy_(steps)
+            active.logical_and_(~(exceeds & (loss.abs() <= FLOAT32_MAX)))
         return steps
 
-    def _make_step(self, leaves: list[th.Tensor], steps: th.Tensor) -> None:
-        """Make a step of Adam, where ``steps`` is true."""
-        self._reached = [leaf.grad is not None for leaf in leaves]
+    def _make_step(self, gradients: list[th.Tensor], norm: th.Tensor, steps: th.Tensor) -> None:
+        """Clip the gradients, and make a step of Adam, where ``steps`` is true."""
         moments = list(compress(self._moments, self._reached))
-        makes_step = steps.float()
-        self._n_steps += makes_step
+        self._n_steps += steps
         self._optimizer(
             [parameter.detach() for parameter in compress(self._parameters, self._reached)],
-            [leaf.grad for leaf in compress(leaves, self._reached)],
+            gradients,
             [exp_avg for exp_avg, _ in moments],
             [exp_avg_sq for _, exp_avg_sq in moments],
             [],
             [self._n_steps] * len(moments),
             lr=self._learning_rate,
-            found_inf=1 - makes_step,
+            # Divides the gradients, also in their own memory. torch's clipping multiplies by the inverse.
+            grad_scale=((norm + _NORM_EPS) / self._settings.max_grad_norm).clamp_(min=1.0),
+            found_inf=th.logical_not(steps, out=self._found_inf),
         )
-
-
-@contextmanager
-def replaced_parameters(policy: ActorCriticPolicy, leaves: list[th.Tensor]) -> Iterator[None]:
-    """
-    Replace a policy's parameters by other tensors, within the context.
-
-    ``torch.func.functional_call`` leaves the tensors in modules that a policy has under several names.
-    """
-    by_parameter = dict(zip(map(id, policy.parameters()), leaves, strict=True))
-    places = [
-        (module._parameters, name, parameter)
-        for module in policy.modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None
-    ]
-    try:
-        for parameters, name, parameter in places:
-            parameters[name] = cast(nn.Parameter, by_parameter[id(parameter)])
-        yield
-    finally:
-        for parameters, name, parameter in places:
-            parameters[name] = parameter
-
-
-@contextmanager
-def reduced_precision(policy: ActorCriticPolicy, dtype: th.dtype | None) -> Iterator[None]:
-    """Let the networks of a policy compute in another type, but for the last layers, on which ratios depend."""
-    if dtype is None:
-        yield
-        return
-    kind, heads = policy.device.type, (policy.action_net, policy.value_net)
-
-    def in_full_precision(head: nn.Module, latent: th.Tensor) -> Any:
-        with th.autocast(kind, enabled=False):
-            return type(head).forward(head, latent.float())
-
-    try:
-        for head in heads:
-            vars(head)["forward"] = partial(in_full_precision, head)
-        # Each weight is cast once a minibatch; the cache would keep the casts of all minibatches.
-        with th.autocast(kind, dtype, cache_enabled=False):
-            yield
-    finally:
-        for head in heads:
-            del vars(head)["forward"]
 
 
 def _optimizer_step(optimizer: th.optim.Optimizer) -> Any:
@@ -411,7 +369,6 @@ def _optimizer_step(optimizer: th.optim.Optimizer) -> Any:
         eps=group["eps"],
         amsgrad=False,
         maximize=False,
-        grad_scale=None,
     )
 
 
