@@ -29,8 +29,10 @@ from test_engines import (
     settings_for,
 )
 
+from sb3_clipvf.distributions import dist_params, kl_from_params
 from sb3_clipvf.engines import static_step
 from sb3_clipvf.engines.autograd import AutogradEngine, unvalidated_distributions
+from sb3_clipvf.engines.static_distributions import lean_distribution
 from sb3_clipvf.engines.static_loss import StaticLoss
 from sb3_clipvf.engines.static_policy import ImageScaling
 from sb3_clipvf.engines.static_step import StaticEngine, chunks
@@ -304,6 +306,34 @@ def test_images_that_sb3_does_not_scale_stay() -> None:
     policy = ActorCriticCnnPolicy(IMAGE, BOX, lambda _: 1e-3, normalize_images=False)
     images = th.zeros(1, 1, 36, 36)
     assert ImageScaling(policy)({"": images})[""] is images
+
+
+@pytest.mark.parametrize("name", ["box", "discrete"])
+def test_lean_distributions_are_sb3s(name: str) -> None:
+    policy, buffer = make_case(name)
+    dist: Any = policy.action_dist
+    lean: Any = lean_distribution(dist)
+    params = [th.randn(6, 3 if name == "discrete" else 2, dtype=th.float64).requires_grad_()]
+    if name == "box":
+        params.append(th.tensor([0.3, -0.2], dtype=th.float64).requires_grad_())
+    actions = th.tensor([0, 1, 2, 0, 1, 2]) if name == "discrete" else th.randn(6, 2, dtype=th.float64)
+    old = dist_params(dist.proba_distribution(*(0.5 * param.detach() for param in params)))
+    results = []
+    for each in (lean, dist):
+        each.proba_distribution(*params)
+        numbers = [each.log_prob(actions), each.entropy().mean()]
+        numbers.append(each.kl_from(old) if each is lean else kl_from_params(dist, old))
+        slopes = [th.autograd.grad(number.square().sum(), params, retain_graph=True) for number in numbers[::2]]
+        results.append((numbers, slopes, th.autograd.grad(numbers[1], params[-1])))
+    th.testing.assert_close(results[0], results[1])
+    assert th.equal(results[0][0][0], results[1][0][0])  # log-probabilities
+    StaticEngine(policy, settings_for(name)).update(buffer, COEFFICIENTS)
+    assert policy.action_dist is dist
+
+
+def test_other_distributions_are_not_replaced() -> None:
+    for name in ("multi_discrete", "multi_binary", "gsde", "squashed"):
+        assert lean_distribution(make_case(name)[0].action_dist) is None
 
 
 @pytest.mark.parametrize("clip_range", [0.1, None])

@@ -14,8 +14,9 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_clipvf import objectives
 from sb3_clipvf.distributions import current_dist
-from sb3_clipvf.engines.autograd import AutogradUpdate
+from sb3_clipvf.engines.autograd import AutogradUpdate, old_dist_params
 from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateSettings
+from sb3_clipvf.engines.static_distributions import lean_distribution, replaced_distribution
 from sb3_clipvf.engines.static_policy import reduced_precision
 from sb3_clipvf.rollout import MiniBatch
 
@@ -52,8 +53,10 @@ class StaticLoss(AutogradUpdate):
         self._bounds = low, high
         if self.rollout_mean_std is not None:
             self.rollout_mean_std = (mean, std)
+        self._lean = lean_distribution(policy.action_dist)
+        # Tensors that the latest loss is computed from, and its derivatives with respect to them
         self._roots: list[th.Tensor] = []
-        self._slope = th.empty(0)
+        self._slopes: list[th.Tensor] = []
         #: Log-ratios and values of the latest minibatch, shape ``(n,)``.
         self.log_ratio, self.values = th.empty(0), th.empty(0)
 
@@ -74,39 +77,40 @@ class StaticLoss(AutogradUpdate):
 
     def statistics(self, batch: MiniBatch, measure_kl: bool) -> dict[str, th.Tensor]:
         """Compute the loss of a prepared minibatch, and return it with the other statistics that are known by then."""
-        settings = self.settings
         coefficients: Any = self.coefficients
         stale = current_dist(self.policy)
-        with reduced_precision(self.policy, self._autocast):
+        with replaced_distribution(self.policy, self._lean), reduced_precision(self.policy, self._autocast):
             values, log_prob, entropy = self.policy.evaluate_actions(batch.observations, batch.actions)
         values = values.flatten()
-        value_loss = self._value_loss(values, batch)
-        entropy_loss = objectives.entropy_loss(entropy, log_prob)
-        kl: Any = None
-        if self._has_penalty or measure_kl:
-            kl = self._exact_kl(batch, stale, may_recompute=self._has_penalty or settings.needs_kl)
-        terms = coefficients.vf_coef * value_loss
+        found = {
+            "value_loss": self._value_loss(values, batch),
+            "entropy_loss": objectives.entropy_loss(entropy, log_prob),
+        }
+        weights = {"value_loss": coefficients.vf_coef}
         if self._has_entropy:
-            terms = th.addcmul(terms, coefficients.ent_coef, entropy_loss)
+            weights["entropy_loss"] = coefficients.ent_coef
         if self._has_penalty:
-            terms = th.addcmul(terms, coefficients.kl_coef, kl)
-        self._roots = [log_prob, terms]
-        self.log_ratio, self.values = log_prob.detach() - batch.old_log_prob, values.detach()
+            weights["kl"] = coefficients.kl_coef
+        if self._has_penalty or measure_kl:
+            kl = self._exact_kl(batch, stale, may_recompute=self._has_penalty or self.settings.needs_kl)
+            found |= {} if kl is None else {"kl": kl}
         with th.no_grad():
-            policy_loss, self._slope = self._surrogate_and_slope(self.log_ratio.exp(), batch.advantages)
-            found = {"loss": policy_loss + terms, "policy_loss": policy_loss, "value_loss": value_loss}
-            found["entropy_loss"] = entropy_loss
-            if kl is not None:
-                found["kl"] = kl
-            if settings.target_kl is not None:
+            self.log_ratio, self.values = log_prob - batch.old_log_prob, values
+            loss, slope = self._surrogate_and_slope(self.log_ratio.exp(), batch.advantages)
+            self._roots = [log_prob, *(found[name] for name in weights)]
+            self._slopes = [slope, *weights.values()]
+            found["policy_loss"] = loss
+            for name, weight in weights.items():
+                loss = th.addcmul(loss, weight, found[name])
+            found["loss"] = loss
+            if self.settings.target_kl is not None:
                 found["approx_kl"] = objectives.kl_k3(self.log_ratio)
-            return found
+        return found
 
     def gradients(self, leaves: list[th.Tensor]) -> list[th.Tensor | None]:
         """Return the gradients of the last loss with respect to these tensors; None if it does not depend on one."""
-        roots, slopes = self._roots, [self._slope, None]
-        self._roots = []
-        return list(th.autograd.grad(roots, leaves, slopes, allow_unused=True))
+        roots, self._roots = self._roots, []
+        return list(th.autograd.grad(roots, leaves, self._slopes, allow_unused=True))
 
     @th.no_grad()
     def write_log(
@@ -129,6 +133,11 @@ class StaticLoss(AutogradUpdate):
 
         found = th.cat(_by_minibatch(of_minibatch, sizes, log_ratio, values, whole.old_values))
         log[: len(sizes), -found.shape[1] :].copy_(found)
+
+    def _exact_kl(self, batch: MiniBatch, stale: object, *, may_recompute: bool) -> th.Tensor | None:
+        if self._lean is None:
+            return super()._exact_kl(batch, stale, may_recompute=may_recompute)
+        return self._lean.kl_from(old_dist_params(batch)).mean()
 
     def _surrogate_and_slope(self, ratio: th.Tensor, advantages: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
