@@ -73,12 +73,12 @@ def _overrides_merged(entry: str) -> bool:
 # The rows of the benchmarks `learning` and `curves`, whatever ClipPPO's defaults are.
 MEASURED = {
     "CartPole-v1": ("lin_0.2", None),
-    "MountainCarContinuous-v0": ("lin_0.2", 1.0),
+    "MountainCarContinuous-v0": (0.2, None),
     "Pendulum-v1": (0.2, None),
-    "Acrobot-v1": ("lin_0.2", 1.0),
-    "LunarLander-v3": ("lin_0.2", 1.0),
-    "BipedalWalker-v3": (0.18, 1.0),
-    "HalfCheetah-v5": (0.1, 1.0),
+    "Acrobot-v1": (0.2, None),
+    "LunarLander-v3": (0.2, None),
+    "BipedalWalker-v3": (0.18, None),
+    "HalfCheetah-v5": (0.1, None),
     "Hopper-v5": (0.2, None),
     "Walker2d-v5": (0.1, None),
 }
