@@ -28,7 +28,7 @@ train: $(STAMP)-default  ## train on CartPole-v1 (100k steps), evaluate, write t
 	$(BIN)/sb3-clipvf train --env CartPole-v1 --seed $(SEED) -P -f $(LOGS)
 	$(BIN)/sb3-clipvf report --env CartPole-v1 -f $(LOGS) --episodes 20
 
-# One torch thread for each worker: several would fight for the cores, and sums would depend on how many there are.
+# One torch thread for each worker: more threads than cores are slow, and their number changes how sums are rounded.
 test: $(STAMP)-test  ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
@@ -59,7 +59,7 @@ bench-processes: $(STAMP)-test  ## compare what one process and two learn from t
 bench-starts: $(STAMP)-speed  ## measure the time to the first update beside SB3 and SBX (minutes; resumes if stopped)
 	$(BIN)/python -m tests.bench starts
 
-bench-learning: $(STAMP)-learning  ## train with the shipped settings, and SB3's PPO, and table the returns (hours; resumes if stopped)
+bench-learning: $(STAMP)-learning  ## train with the shipped settings and SB3's PPO, and tabulate the returns (hours; resumes if stopped)
 	$(BIN)/python -m tests.bench learning
 
 bench-curves: $(STAMP)-curves  ## compare training curves of the engines (hours; resumes if stopped)

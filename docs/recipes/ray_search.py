@@ -1,4 +1,10 @@
-"""Search hyperparameters on all nodes of a Ray cluster: python docs/recipes/ray_search.py <workers> <train options>."""
+"""
+Search hyperparameters on all nodes of a Ray cluster.
+
+python docs/recipes/ray_search.py <workers> --env <id> --study-name <name> --storage <file.log> <other options of train>
+
+Workers share the study by its name and its storage. Without them, each searches alone.
+"""
 
 import os
 import subprocess
