@@ -110,7 +110,7 @@ def test_each_environment_has_one_peer_after_its_first_row() -> None:
 
 @pytest.mark.parametrize("row", [row for row in with_peers(ROWS) if row.algo == "ppo"], ids=lambda row: row.name)
 def test_peers_have_the_settings_of_the_zoo(row: Row, in_folder: Path) -> None:
-    spec = row.spec(1000)
+    spec = row.spec(2000)
     assert (spec.algo, spec.params) == ("ppo", ())
     assert spec.hyperparams == zoo_settings(row.env_id, "ppo")
     assert spec.hyperparams["policy"] == "MlpPolicy"
@@ -145,22 +145,22 @@ def test_run_of_a_row(tmp_path: Path) -> None:
 
 def test_results_of_changed_settings_are_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = Results(tmp_path / "r.json")
-    results.add(result(TINY, 1000, 9.0))
-    assert results.find(TINY.run(1000)) is not None
+    results.add(result(TINY, 2000, 9.0))
+    assert results.find(TINY.run(2000)) is not None
     changed = tmp_path / "clipppo.yml"
     changed.write_text(zoo.hyperparams_path().read_text().replace("gae_lambda: 0.8 ", "gae_lambda: 0.81 "))
     monkeypatch.setattr("sb3_clipvf.zoo.defaults.hyperparams_path", lambda: changed)
-    assert results.find(TINY.run(1000)) is None
+    assert results.find(TINY.run(2000)) is None
 
 
 # --- the command
 
 
 def test_results_and_table_of_all_rows_and_seeds(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--seeds", "1000", "1001", "--jobs", "2"]) == 0
+    assert main(["--seeds", "2000", "2001", "--jobs", "2"]) == 0
     runs = runs_in()
     names = ("CartPole-v1-sb3-ppo", "hard", "tiny")
-    assert [(run["name"], run["seed"]) for run in runs] == [(name, seed) for name in names for seed in (1000, 1001)]
+    assert [(run["name"], run["seed"]) for run in runs] == [(name, seed) for name in names for seed in (2000, 2001)]
     assert [run.get("algo") for run in runs] == ["ppo", "ppo", None, None, None, None]
     run = runs[4]
     assert (run["n_timesteps"], run["params"], run["jobs"]) == (64, list(PARAMS), 2)
@@ -169,29 +169,29 @@ def test_results_and_table_of_all_rows_and_seeds(in_folder: Path, capsys: pytest
     # The machine is the run's, not that of the command that reads its record.
     assert run["cpu"] == "another" and run["versions"]["numba"] and run["versions"]["sb3_clipvf"]
     assert (run["curve"], run["run_seconds"]) == (CURVE, 100.0)
-    assert log_of("tiny", 1000).read_text().startswith("made ")
+    assert log_of("tiny", 2000).read_text().startswith("made ")
     table = Path("docs/results/learning.md").read_text()
-    assert "Made by `python -m tests.bench learning --seeds 1000 1001`." in table
+    assert "Made by `python -m tests.bench learning --seeds 2000 2001`." in table
     assert (run["mean_return"], run["std_return"], run["cpu_seconds"]) == (9.375, 0.25, 90.0)
     cells = "9.4 [not enough data] | 9.4 [not enough data] | 0.0 [not enough data]"
     assert f"| {cells} | 8 | yes (2 of 2) | 1.5 / 1.5 |" in table.replace("\u00a0", " ")
     printed = capsys.readouterr().out
     assert printed.startswith("6 runs to make, 0 are done already (--rerun makes them again); time left is not known")
-    assert "[6/6] " in printed and "tiny, seed 1000: 9.38 +/- 0.25 (goal 8), " in printed
+    assert "[6/6] " in printed and "tiny, seed 2000: 9.38 +/- 0.25 (goal 8), " in printed
     assert " | about 0 h 00 min left\n\nMade by" in printed
 
 
 def test_finished_runs_are_skipped_until_asked_or_changed(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--seeds", "1000", "--only", "tiny"]
+    options = ["--seeds", "2000", "--only", "tiny"]
     assert main(options) == 0
     command = executors.RUN_COMMAND
     make_with(monkeypatch, "raise SystemExit('must not run')")
     assert main(options) == 0
     assert "0 runs to make, 1 are done already" in capsys.readouterr().out
     assert main([*options, "--rerun"]) == 1
-    assert main(["--only", "tiny", "--seeds", "1000", "1001"]) == 1  # seed 1001 is new
+    assert main(["--only", "tiny", "--seeds", "2000", "2001"]) == 1  # seed 2001 is new
     capsys.readouterr()
     monkeypatch.setattr(learning, "ROWS", (Row("tiny", "CartPole-v1", 64, PARAMS, goal=8.0, n_episodes=3), HARD))
     monkeypatch.setattr(executors, "RUN_COMMAND", command)
@@ -205,11 +205,11 @@ def test_failed_run_is_reported_not_kept_and_does_not_stop_the_others(
 ) -> None:
     program = "import sys\nif 'tiny' in sys.argv[2]: raise SystemExit('broken settings')\n" + MAKE
     make_with(monkeypatch, program, str(in_folder / "made.json"))
-    assert main(["--seeds", "1000"]) == 1
+    assert main(["--seeds", "2000"]) == 1
     printed = capsys.readouterr().out
-    assert f"tiny, seed 1000: FAILED, broken settings (code 1), see {log_of('tiny', 1000).absolute()}" in printed
-    assert "Failed:\n  tiny, seed 1000: broken settings (code 1)" in printed
-    assert log_of("tiny", 1000).read_text() == "broken settings\n"
+    assert f"tiny, seed 2000: FAILED, broken settings (code 1), see {log_of('tiny', 2000).absolute()}" in printed
+    assert "Failed:\n  tiny, seed 2000: broken settings (code 1)" in printed
+    assert log_of("tiny", 2000).read_text() == "broken settings\n"
     assert [run["name"] for run in runs_in()] == ["CartPole-v1-sb3-ppo", "hard"]
 
 
@@ -217,14 +217,14 @@ def test_failed_run_is_reported_not_kept_and_does_not_stop_the_others(
 def test_interrupt_ends_the_training_and_keeps_what_is_done(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    assert main(["--seeds", "1000", "--only", "tiny"]) == 0
+    assert main(["--seeds", "2000", "--only", "tiny"]) == 0
     before = signal.getsignal(signal.SIGTERM)
     # The training interrupts the benchmark and would then last for an hour.
     make_with(monkeypatch, f"import os, signal, time\nos.kill(os.getppid(), signal.{name})\ntime.sleep(3600)")
-    assert main(["--seeds", "1000", "1001"]) == 130
+    assert main(["--seeds", "2000", "2001"]) == 130
     assert "Interrupted. The same command resumes with what is missing." in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is before
-    assert [(run["name"], run["seed"]) for run in runs_in()] == [("tiny", 1000)]
+    assert [(run["name"], run["seed"]) for run in runs_in()] == [("tiny", 2000)]
     assert "| hard" in Path("docs/results/learning.md").read_text()
 
 

@@ -12,7 +12,6 @@ import numpy as np
 from sb3_clipvf.zoo import ALGORITHM
 from tests.bench.experiments.estimates import difference, estimate, mean, over_seeds
 from tests.bench.experiments.runs import Record
-from tests.bench.experiments.suite import SEEDS
 from tests.bench.learning_figure import CAPTION, TimeComparison, write_time_figure
 from tests.bench.results import Results, machines_text, markdown_table
 from tests.bench.training_runs import TrainingBenchmark, TrainingRow, how_made
@@ -110,8 +109,8 @@ class LearningBenchmark(TrainingBenchmark[Row]):
 
     name = "learning"
     description = "Train with the shipped settings, and SB3's PPO with the RL Zoo's, and tabulate the returns."
-    # Lower seeds chose settings. They are not reported.
-    first_seed = SEEDS["report"][0]
+    # Lower seeds chose settings: those of suites of the kind tune, and, for clip ranges, those of the suite defaults.
+    first_seed = 2000
     default_seeds = tuple(range(first_seed, first_seed + 5))
     log_folder = "logs/bench"
 
