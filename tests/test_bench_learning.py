@@ -234,7 +234,7 @@ def test_report_writes_the_table_and_the_figure_and_runs_nothing(
     plain = Row("CartPole-v1", "CartPole-v1", 64, goal=8.0)
     monkeypatch.setattr(learning, "ROWS", (plain, HARD))
     for row in (plain, plain.peer()):
-        Results(Path("docs/results/learning.json")).add({**result(row, 1000, 9.0), "cpu_seconds": 5.0, "curve": CURVE})
+        Results(Path("docs/results/learning.json")).add({**result(row, 2000, 9.0), "cpu_seconds": 5.0, "curve": CURVE})
     make_with(monkeypatch, "raise SystemExit('must not run')")
     assert main(["--report"]) == 0
     assert "runs to make" not in capsys.readouterr().out
@@ -265,25 +265,25 @@ def test_environments_without_times_of_both_algorithms_are_not_drawn() -> None:
 def test_real_train_command(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executors, "RUN_COMMAND", (sys.executable, "-m", "tests.bench.experiments.runs"))
     only = ["--only", "tiny", "CartPole-v1-sb3-ppo"]
-    assert main(["--seeds", "1005", *only, "--out", "o/r.json", "--table", "o/t.md", "--log-folder", "l"]) == 0
+    assert main(["--seeds", "2005", *only, "--out", "o/r.json", "--table", "o/t.md", "--log-folder", "l"]) == 0
     peer, run = runs_in(Path("o/r.json"))
-    assert (run["seed"], run["n_episodes"]) == (1005, 2)
+    assert (run["seed"], run["n_episodes"]) == (2005, 2)
     assert peer["algo"] == "ppo"
     assert peer["cpu_seconds"] > 0 and run["cpu_seconds"] > 0
-    assert log_of("tiny", 1005, "l").exists()
+    assert log_of("tiny", 2005, "l").exists()
     assert Path("o/t.md").exists()
 
 
 def test_list_shows_what_is_done_and_runs_nothing(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--seeds", "1001", "--only", "tiny"]) == 0
+    assert main(["--seeds", "2001", "--only", "tiny"]) == 0
     make_with(monkeypatch, "raise SystemExit('must not run')")
     capsys.readouterr()
     assert main(["--list"]) == 0
     params = " ".join(PARAMS)
     assert capsys.readouterr().out.splitlines() == [
-        f"tiny                 goal    8         64 steps  done: 1001  {params}",
+        f"tiny                 goal    8         64 steps  done: 2001  {params}",
         "CartPole-v1-sb3-ppo                    64 steps  done: none",
         f"hard                 goal  501         64 steps  done: none  {params}",
     ]
@@ -310,8 +310,8 @@ def test_overview_and_unknown_benchmarks(capsys: pytest.CaptureFixture[str]) -> 
     [
         ("--jobs 0", "--jobs: must be a whole number of at least 1, got 0"),
         ("--jobs two", "--jobs: must be a whole number of at least 1, got two"),
-        ("--seeds 999", "--seeds: must be a whole number of at least 1000, got 999"),
-        ("--seeds -1", "--seeds: must be a whole number of at least 1000, got -1"),
+        ("--seeds 1999", "--seeds: must be a whole number of at least 2000, got 1999"),
+        ("--seeds -1", "--seeds: must be a whole number of at least 2000, got -1"),
         ("--only tiny huge", "--only/--rows: invalid choice: 'huge' (choose from"),
         ("--out a.md", "`--table` must be another file than `--out`, got a.md for both."),
         ("--out foreign.json", "`--out` must be a results file of this benchmark (format 1) or a new one, but foreign"),
