@@ -106,7 +106,7 @@ class _GaussianLogProb(th.autograd.Function):
     def backward(ctx: Any, slope: th.Tensor) -> tuple[th.Tensor, th.Tensor, None]:
         """Return the derivatives with respect to means and log standard deviations."""
         shift, variance, terms = ctx.saved_tensors
-        return slope.unsqueeze(1) * shift / variance, -th.add(slope.sum(), slope @ terms, alpha=2), None
+        return slope.unsqueeze(1) * shift / variance, -th.add(slope.sum(), th.mv(terms.t(), slope), alpha=2), None
 
 
 class _LogProbs(th.autograd.Function):
