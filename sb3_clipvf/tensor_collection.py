@@ -6,6 +6,8 @@ with kernels act as they do elsewhere. On another device, nothing is read from i
 """
 
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
@@ -62,15 +64,15 @@ class TensorRolloutCollector(RolloutCollector):
         :return: False if the callback asked to stop; the rollout is then incomplete.
         :raises NonFiniteError: If observations, rewards, values or log-probabilities are not finite.
         """
-        kind = _kind_of_rollout(env, rollout_buffer)
+        kind: Callable[..., Rollout] | None = _kind_of_rollout(env, rollout_buffer)
         if kind is None:
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         started = time.perf_counter()
         n_steps = 0
         engine = self._begin_rollout(env, callback, rollout_buffer, n_rollout_steps)
         has_callback = not is_noop(callback)
-        if kind is DeviceRollout and whole_step(env, engine, rollout_buffer, self) is not None:
-            kind = WholeStepRollout
+        if kind is DeviceRollout and (whole := whole_step(env, engine, rollout_buffer, self)) is not None:
+            kind = partial(WholeStepRollout, whole)
 
         with kind(self, engine, env, rollout_buffer, callback) as rollout:
             while n_steps < n_rollout_steps:

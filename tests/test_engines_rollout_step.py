@@ -6,6 +6,7 @@ A tape repeats the recorded operations on the memory of the recording, as a CUDA
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from tensor_cases import BOX, DICT, VECTOR, InPlaceWalk, tensor_pendulum
 
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.common.nonfinite import NonFiniteError
-from sb3_clipvf.engines import cuda_graph, static_step
+from sb3_clipvf.engines import cuda_graph, rollout_step, static_step
 from sb3_clipvf.engines.cuda_graph import CudaGraphEngine
 from sb3_clipvf.engines.device_rollout import DeviceRolloutBuffer
 from sb3_clipvf.envs import GraphedTensorEnv, TensorVecNormalize
@@ -196,6 +197,69 @@ def test_one_recording_serves_a_training_and_another_policy_gets_its_own(kinds: 
     model.policy.action_net.weight.data = model.policy.action_net.weight.data.clone()
     model.learn(48)
     assert engine._rollout_step is not step
+
+
+def set_clip_obs(model: Any) -> None:
+    model.env.clip_obs = 0.5
+
+
+def set_clip_rewards(model: Any) -> None:
+    model.env.unwrapped.clip_rewards = True
+
+
+def set_moments(model: Any) -> None:
+    model.env.obs_rms.mean = np.full_like(model.env.obs_rms.mean, 0.3)
+
+
+def set_gamma(model: Any) -> None:
+    model.gamma = 0.5
+
+
+def replace_rewards(model: Any) -> None:
+    model.rollout_buffer.rewards = model.rollout_buffer.rewards.clone()
+
+
+def keep(model: Any) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("change", "needs_recording"),
+    [
+        *((keep, False), (set_moments, False), (set_clip_obs, True), (set_clip_rewards, True)),
+        *((set_gamma, True), (replace_rewards, True)),
+    ],
+)
+def test_a_change_between_rollouts_is_noticed(change: Any, needs_recording: bool, kinds: list[type]) -> None:
+    models, steps = [], []
+    for graphed in (GraphedTensorEnv, lambda env: env):
+        model = make(TensorVecNormalize(graphed(InPlaceWalk())))
+        th.manual_seed(0)
+        for number in range(3):
+            if number == 1:
+                change(model)
+            model.learn(48 * 2, reset_num_timesteps=False)
+            steps.append(model._current_engine()._rollout_step)
+        models.append(model)
+    assert_same_models(*models)
+    assert steps[1] is steps[2] and (steps[0] is not steps[1]) == needs_recording
+
+
+def test_checks_of_a_step_read_and_change_nothing(kinds: list[type], monkeypatch: pytest.MonkeyPatch) -> None:
+    env = TensorVecNormalize(GraphedTensorEnv(InPlaceWalk()))
+    model = make(env)
+    model.learn(48)
+    step = model._current_engine()._rollout_step
+    assert env.obs_rms.count > 0 and not env._on_device.is_current  # reading moved it to the host
+    assert step.fits(env, model.rollout_buffer, model.gamma) and not env._on_device.is_current
+    calls: list[str] = []
+    for owner, name in ((rollout_step, "vec_env_layers"), (type(env._on_device), "tensors"), (th.Tensor, "data_ptr")):
+        method = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, _m=method, _n=name: (calls.append(_n), _m(*args))[1])
+    monkeypatch.setattr(step, "_graph", SimpleNamespace(replay=lambda: None))
+    for _ in range(5):
+        step()
+    assert calls == ["tensors"] * 2  # of both states, when the first step moves the numbers back
 
 
 def test_environments_and_random_states_stay_where_they_were(kinds: list[type]) -> None:

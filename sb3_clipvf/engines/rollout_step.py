@@ -6,6 +6,7 @@ graph can have all of it (:mod:`.cuda_graph`). On the CPU the operations run one
 rollouts of the other kind.
 """
 
+import operator
 from typing import Any
 
 import torch as th
@@ -38,11 +39,13 @@ class RolloutStep:
 
     def __init__(self, policy: Any, env: Any, buffer: Any, gamma: float, observations: Any) -> None:
         self._policy, self._env, self._buffer, self._gamma = policy, env, buffer, gamma
-        self._normalizers: list[Any]
-        self._base: Any
-        *self._normalizers, self._base = vec_env_layers(env)
+        layers: list[Any] = list(vec_env_layers(env))
+        *self._normalizers, self._base = layers
         self._graphed = self._base.env
-        self._key = self._key_of(env, buffer, gamma)
+        for layer in self._normalizers:
+            layer.to_device()
+        self._fields, self._options = self._fields_of(buffer), self._options_now()
+        self._addresses = [(tensor.data_ptr(), tensor.shape) for tensor in self._fields]
         cells, device = (buffer.buffer_size, buffer.n_envs), buffer.device
         self.rewards = th.zeros(cells, device=device)
         self.dones, self.timed_out = th.zeros((2, *cells), dtype=th.bool, device=device)
@@ -60,11 +63,15 @@ class RolloutStep:
 
     def fits(self, env: Any, buffer: Any, gamma: float) -> bool:
         """Return whether the same operations make a rollout from these environments into this buffer."""
-        return self._key == self._key_of(env, buffer, gamma)
+        layers = [id(layer) for layer in (*self._normalizers, self._base)]
+        if gamma != self._gamma or buffer is not self._buffer or layers != list(map(id, vec_env_layers(env))):
+            return False
+        addresses = [(tensor.data_ptr(), tensor.shape) for tensor in self._fields_of(buffer)]
+        return addresses == self._addresses and self._is_unchanged()
 
     def record(self, recorder: Recorder) -> Graph:
         """Record the step. Policy, environments and random states stay as they are."""
-        tensors = [tensor for layer in self._normalizers for tensor in layer.to_device()]
+        tensors = [tensor for layer in self._normalizers for tensor in layer.tensors()]
         restore = saved([self._t, self._slot, *self._parts.values(), *tensors])
         shown = [(holder, copy_tensors(values)) for holder, values in self._attributes()]
 
@@ -94,7 +101,9 @@ class RolloutStep:
 
     def __call__(self) -> None:
         """Make a step."""
-        if self._graph is None or not self.fits(self._env, self._buffer, self._gamma):  # a callback may set an option
+        for layer in self._normalizers:  # a callback may have changed their numbers
+            layer.to_device()
+        if self._graph is None or not self._is_unchanged():
             self.run()
             return
         self._graph.replay()
@@ -152,16 +161,20 @@ class RolloutStep:
     def _write(self, rows: th.Tensor, row: th.Tensor, number: th.Tensor | None = None) -> None:
         rows.index_copy_(0, self._t if number is None else number, row.reshape(1, *rows.shape[1:]).to(rows.dtype))
 
-    def _key_of(self, env: Any, buffer: Any, gamma: float) -> tuple[object, ...]:
-        tensors = [buffer.actions, buffer.values, buffer.log_probs, buffer.dist_params, buffer.rewards]
-        tensors += observation_parts(buffer.observations).values()
-        layers: list[Any] = list(vec_env_layers(env))
-        base = layers[-1]
-        return (
-            [*map(id, layers), id(base.env), base.clip_rewards, gamma],
-            [layer.to_device() and layer.options() for layer in layers[:-1]],
-            [(tensor.data_ptr(), tensor.shape) for tensor in tensors],
-        )
+    def _is_unchanged(self) -> bool:
+        """Return whether callbacks have changed neither an option nor a tensor of the buffer. This reads no number."""
+        fields = self._fields_of(self._buffer)
+        return all(map(operator.is_, fields, self._fields)) and self._options_now() == self._options
+
+    def _options_now(self) -> tuple[object, ...]:
+        """Return what the operations of a step depend on, besides the layers and numbers on the device."""
+        base = self._base
+        return (id(base.env), base.clip_rewards, *(layer.options() for layer in self._normalizers))
+
+    @staticmethod
+    def _fields_of(buffer: Any) -> list[th.Tensor]:
+        fields = [buffer.actions, buffer.values, buffer.log_probs, buffer.dist_params, buffer.rewards]
+        return fields + list(observation_parts(buffer.observations).values())
 
 
 def _show(attributes: list[tuple[Any, dict[str, Any]]]) -> None:

@@ -172,14 +172,19 @@ class TensorVecNormalize(FastVecNormalize):
             if getattr(state, name) is not None:
                 own[name] = host_copy(getattr(state, name))
 
-    def to_device(self) -> list[th.Tensor]:
+    def to_device(self) -> None:
+        """Copy the state to the device if the attributes may have other numbers."""
+        self._state()
+
+    def tensors(self) -> list[th.Tensor]:
         """Return the tensors of the statistics, which steps on the device write in-place."""
         return self._state().tensors()
 
     def options(self) -> tuple[object, ...]:
         """Return what the operations of a step depend on, besides numbers on the device."""
         numbers = (self.clip_obs, self.clip_reward, self.gamma, self.epsilon)
-        return (id(self._on_device), self.training, self.norm_obs, self.norm_reward, str(self.norm_obs_keys), *numbers)
+        keys = tuple(self.norm_obs_keys or ())
+        return (id(self._on_device), self.training, self.norm_obs, self.norm_reward, keys, *numbers)
 
     def shown(self) -> list[tuple[Any, dict[str, Any]]]:
         """Return the objects that have tensors of the latest step, and these by attribute."""

@@ -1,13 +1,11 @@
 """Rollouts whose whole steps are recorded: policy, environments and buffer."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch as th
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_clipvf.collection import to_tensor
-from sb3_clipvf.engines.interface import Engine
 from sb3_clipvf.engines.rollout_step import RolloutStep
 from sb3_clipvf.envs.graphed import GraphedTensorEnv
 from sb3_clipvf.envs.layers import vec_env_layers
@@ -18,9 +16,9 @@ from sb3_clipvf.tensor_rollouts.device import DeviceRollout
 class WholeStepRollout(DeviceRollout):
     """A rollout on a device, of whose steps each is one call: the buffer has the step when :meth:`act` returns."""
 
-    def __init__(self, collector: Any, engine: Engine, env: VecEnv, buffer: Any, callback: BaseCallback) -> None:
-        super().__init__(collector, engine, env, buffer, callback)
-        self._step = step = cast(RolloutStep, whole_step(env, engine, buffer, collector))
+    def __init__(self, step: RolloutStep, *args: Any) -> None:
+        super().__init__(*args)
+        self._step = step
         step.begin(self.observations)
         self.rewards, self.dones, self.timed_out, self.successes = step.rewards, step.dones, step.timed_out, None
         self.part.rewards, self.part.dones = step.rewards, step.dones
