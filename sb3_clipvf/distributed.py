@@ -114,7 +114,7 @@ class Moments:
 
     n: int
     mean: float
-    squares: float
+    squared_deviations: float
 
     @classmethod
     def of(cls, values: Any) -> "Moments":
@@ -123,18 +123,18 @@ class Moments:
         if not numbers.numel():
             return cls(0, 0.0, 0.0)
         mean = numbers.mean()
-        squares = (numbers - mean).square().sum()
-        return cls(numbers.numel(), *th.stack([mean, squares]).tolist())
+        squared_deviations = (numbers - mean).square().sum()
+        return cls(numbers.numel(), *th.stack([mean, squared_deviations]).tolist())
 
     @property
     def variance(self) -> float:
         """The population's variance."""
-        return self.squares / self.n
+        return self.squared_deviations / self.n
 
     @property
     def sample_std(self) -> float:
         """Root of the unbiased variance; there must be more than one number."""
-        return float(np.sqrt(self.squares / (self.n - 1)))
+        return float(np.sqrt(self.squared_deviations / (self.n - 1)))
 
 
 def merged_moments(parts: list[Moments]) -> Moments:
@@ -145,7 +145,8 @@ def merged_moments(parts: list[Moments]) -> Moments:
     """
     n = sum(part.n for part in parts)
     mean = sum(part.n * part.mean for part in parts) / n
-    return Moments(n, mean, sum(part.squares + part.n * (part.mean - mean) ** 2 for part in parts))
+    squared_deviations = sum(part.squared_deviations + part.n * (part.mean - mean) ** 2 for part in parts)
+    return Moments(n, mean, squared_deviations)
 
 
 def current_group() -> Group:

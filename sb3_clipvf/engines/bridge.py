@@ -95,7 +95,7 @@ def changed(hyper: np.ndarray, **numbers: float) -> np.ndarray:
 
 
 def set_advantage_scale(hyper: np.ndarray, mean: float, std: float) -> None:
-    """Let kernels normalise advantages as ``(advantages - mean) / std``."""
+    """Set the mean and the standard deviation by which kernels normalise advantages."""
     hyper[:] = changed(hyper, normalize=0.0, shift=mean, scale=std)
 
 

@@ -74,10 +74,10 @@ class _SharedUpdate:
         self._group: Group = settings.group
         self._normalizes = settings.normalize_advantage and settings.advantage_scope == "minibatch"
         self._sums = _Sums(parameters)
-        self._wholes: Iterator[Moments] = iter(())
+        self._minibatch_moments: Iterator[Moments] = iter(())  # of the epoch's whole minibatches
 
     def draw(self, size: int) -> Iterable[Any]:
-        """Yield the parts of an epoch's minibatches, and find the moments of the whole ones' advantages."""
+        """Return this process's parts of an epoch's minibatches, and compute the whole minibatches' moments."""
         parts = list(self._draw(size))
         moments = self._group.gather([Moments.of(part.advantages) for part in parts])
         numbers = [len(each) for each in moments]
@@ -86,12 +86,12 @@ class _SharedUpdate:
                 f"`rollout_buffer` must have equally many minibatches in all processes, got {numbers}. Use the same "
                 "numbers of environments and steps."
             )
-        self._wholes = iter([merged_moments(list(each)) for each in zip(*moments, strict=True)])
+        self._minibatch_moments = iter([merged_moments(list(each)) for each in zip(*moments, strict=True)])
         return parts
 
     def loss(self, batch: MiniBatch, measure_kl: bool) -> MinibatchStatistics:
         """Compute the loss of the whole minibatch, and its gradients."""
-        whole = next(self._wholes)
+        whole = next(self._minibatch_moments)
         if self._normalizes and whole.n > 1:
             self._update.set_advantage_scale(whole.mean, whole.sample_std + objectives.ADVANTAGE_EPS)
         part = self._update.loss(batch, measure_kl)
@@ -123,8 +123,8 @@ class _Sums:
         self._weighted = self._flat[:n]
         parts = th.split(self._weighted, sizes)
         self._gradients = [part.view_as(parameter) for part, parameter in zip(parts, parameters, strict=True)]
-        # How many processes have a gradient of each parameter. Without one, the optimizer makes no step of it.
-        self._reached = self._flat[n : n + len(parameters)]
+        # Number of processes with a gradient, for each parameter. Where it is 0, `grad` stays None.
+        self._n_gradients = self._flat[n : n + len(parameters)]
         self._means = self._flat[n + len(parameters) :]
 
     @th.no_grad()
@@ -137,7 +137,7 @@ class _Sums:
                 gradient.copy_(parameter.grad)
         self._weighted.mul_(weight)
         has_gradient = [parameter.grad is not None for parameter in self._parameters]
-        self._reached.copy_(th.tensor(has_gradient))
+        self._n_gradients.copy_(th.tensor(has_gradient))
         values = [getattr(part, name) for name in _MEANS]
         numbers = [0.0 if value is None else value for value in values]
         in_floats = isinstance(part.loss, float)
@@ -155,8 +155,8 @@ class _Sums:
         return MinibatchStatistics(**cast(dict[str, Any], known), ratio_max=part.ratio_max)
 
     def _write_gradients(self) -> None:
-        reached = self._reached.tolist()
-        for parameter, gradient, n in zip(self._parameters, self._gradients, reached, strict=True):
+        counts = self._n_gradients.tolist()
+        for parameter, gradient, n in zip(self._parameters, self._gradients, counts, strict=True):
             if not n:
                 continue
             if parameter.grad is None:
