@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import time
+import traceback
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import torch.distributed as dist
 Value = TypeVar("Value")
 
 TIMEOUT_VARIABLE = "SB3_CLIPVF_TIMEOUT"
-"""Environment variable: seconds that a process waits for another. PyTorch's defaults are 1800, and 600 for nccl."""
+"""Environment variable: seconds that a process waits for another. The default is 1800."""
 
 _DEFAULT_TIMEOUT = timedelta(minutes=30)
 _START, _FAILURE, _WAITING = "sb3_clipvf/start", "sb3_clipvf/failure", "sb3_clipvf/waiting"
@@ -189,9 +190,8 @@ def _join() -> None:
     importlib.import_module("torch.distributed.nn.functional")
     timeout = _timeout()
     with _explained():
-        found = dist.rendezvous("env://", timeout=timeout or _DEFAULT_TIMEOUT)  # type: ignore[attr-defined]
-        store, rank, size = next(found)
-        name = _name_of_this_start(store, rank, size, timeout or _DEFAULT_TIMEOUT)
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
+        name = _name_of_this_start(store, rank, size, timeout)
         store = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     _has_joined = True
@@ -214,21 +214,20 @@ def _name_of_this_start(store: Any, rank: int, size: int, timeout: timedelta) ->
         return own
     until = time.monotonic() + timeout.total_seconds()
     while time.monotonic() < until:
-        name = str(store.get(_START).decode())
+        name = str(store.get(_START).decode())  # perhaps that of an earlier start
         store.set(f"{name}/{rank}", own)
-        with contextlib.suppress(RuntimeError):
-            store.wait([f"{name}/{rank}/seen"], timedelta(seconds=1))
-            if store.get(f"{name}/{rank}/seen").decode() == own:
-                return name
-            time.sleep(0.1)  # the name is that of an earlier start
+        seen = f"{name}/{rank}/seen"
+        if store.check([seen]) and store.get(seen).decode() == own:
+            return name
+        time.sleep(0.1)
     raise RuntimeError("process 0 has not joined")
 
 
-def _timeout() -> timedelta | None:
-    """Return how long a process waits for another; None stands for PyTorch's defaults."""
+def _timeout() -> timedelta:
+    """Return how long a process waits for another."""
     value = os.environ.get(TIMEOUT_VARIABLE)
     if value is None:
-        return None
+        return _DEFAULT_TIMEOUT
     try:
         seconds = float(value)
     except ValueError:
@@ -245,8 +244,12 @@ def _leave(*, failed: bool = False) -> None:
     global _has_failed
     if _has_joined and dist.is_initialized():
         _has_failed = failed
-        with contextlib.suppress(RuntimeError):
-            dist.destroy_process_group()
+        if failed:  # with nccl, the other function waits for all processes, of which some may wait for this one
+            with contextlib.suppress(RuntimeError):
+                dist.distributed_c10d._abort_process_group()
+        if dist.is_initialized():
+            with contextlib.suppress(RuntimeError):
+                dist.destroy_process_group()
 
 
 def _store() -> Any:
@@ -264,14 +267,23 @@ def _explained() -> Iterator[None]:
 
 
 def _cause_of(error: RuntimeError) -> str:
-    """Return the error of the process that has failed, or which processes have ended or do not respond."""
+    """Return the error of the process that has failed, or which processes may have ended or do not respond."""
     lost = "a process"
     with contextlib.suppress(RuntimeError, ValueError):  # there may be no store, or no longer
-        store = _store()
-        store.set(f"{_WAITING}/{dist.get_rank()}", "")
-        with contextlib.suppress(RuntimeError):
-            store.wait([_FAILURE], timedelta(seconds=_NOTE_SECONDS))
-            return str(store.get(_FAILURE).decode())
-        ranks = [rank for rank in range(dist.get_world_size()) if not store.check([f"{_WAITING}/{rank}"])]
-        lost = f"process {', '.join(map(str, ranks))}" if ranks else lost
+        store, rank, size = _store(), dist.get_rank(), dist.get_world_size()
+        store.set(f"{_WAITING}/{rank}", "")
+        # Disconnect, so that processes that wait for this one write their notes, too. Local variables of PyTorch's
+        # functions, which the error keeps, would keep the connections.
+        traceback.clear_frames(error.__traceback__)
+        _leave(failed=True)
+        until = time.monotonic() + _NOTE_SECONDS
+        while time.monotonic() < until:  # PyTorch writes a warning if a wait of its own takes too long
+            if store.check([_FAILURE]):
+                return str(store.get(_FAILURE).decode())
+            time.sleep(0.05)
+        silent = [other for other in range(size) if not store.check([f"{_WAITING}/{other}"])]
+        if len(silent) == 1:
+            lost = f"process {silent[0]}"
+        elif silent:  # some of them may be busy with other work
+            lost = f"at least one of the processes {', '.join(map(str, silent))}"
     return f"{lost} has ended or does not respond: {error}"

@@ -20,7 +20,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 
-from sb3_clipvf import ClipPPO
+from sb3_clipvf import ClipPPO, distributed
 from sb3_clipvf.checkpoint import TrainingCheckpoint
 from sb3_clipvf.common.nonfinite import BadMinibatchError
 from sb3_clipvf.distributed import ALONE, Group, current_group
@@ -33,12 +33,21 @@ N_STEPS, N_EPOCHS = 8, 3
 OBS, BOX = spaces.Box(-2.0, 2.0, (3,), np.float32), spaces.Box(-1.0, 1.0, (2,), np.float32)
 
 
-def serve(rank: int, size: int, path: str, seconds: float, pipe: Connection) -> None:
-    """Join a group with a timeout, and run the functions of this module whose names arrive, until None does."""
+def serve(rank: int, size: int, address: str | int, seconds: float, pipe: Connection) -> None:
+    """
+    Join a group with a timeout, and run the functions of this module whose names arrive, until None does.
+
+    ``address`` is the path of a file for a group of the user's own, or the port of a store for one as under torchrun.
+    """
     th.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{path}", rank=rank, world_size=size, timeout=timedelta(seconds=seconds)
-    )
+    if isinstance(address, int):
+        names = {"MASTER_ADDR": "localhost", "MASTER_PORT": address, "RANK": rank, "WORLD_SIZE": size}
+        names["TORCHELASTIC_USE_AGENT_STORE"] = True
+        os.environ |= {name: str(value) for name, value in {**names, distributed.TIMEOUT_VARIABLE: seconds}.items()}
+        distributed._join()
+    else:
+        timeout = timedelta(seconds=seconds)
+        dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=size, timeout=timeout)
     pipe.send("ready")
     while (task := pipe.recv()) is not None:
         name, arguments = task
@@ -435,6 +444,33 @@ def random_training(rank: int, folder: str, seed: int) -> Any:
     dist.init_process_group("gloo", init_method=path, rank=rank, world_size=2, timeout=timedelta(seconds=10))
     random = np.random.default_rng(seed)
 
+def gathering(rank: int, ending: int | None, seconds: float) -> None:
+    """An exchange before which one process ends, or the others but the first one sleep."""
+    if rank == ending:
+        os._exit(9)
+    if ending is None and rank > 0:
+        time.sleep(seconds)
+    group = current_group()
+    with group.failing_together():
+        group.gather(rank)
+
+
+def largest_gathered(rank: int, path: str) -> int:
+    """A training with checkpoints; the bytes of the largest value that all processes receive."""
+    gather, sizes = dist.all_gather_object, [0]
+
+    def recorded(values: list[Any], value: Any) -> None:
+        gather(values, value)
+        sizes.append(max(len(pickle.dumps(received)) for received in values))
+
+    dist.all_gather_object = recorded
+    try:
+        make_model().learn(256, callback=TrainingCheckpoint(128, path, on_signal=False))
+    finally:
+        dist.all_gather_object = gather
+    return max(sizes)
+
+
     def one_of(*values: Any) -> Any:
         return values[random.integers(len(values))]
 
@@ -472,4 +508,4 @@ def random_training(rank: int, folder: str, seed: int) -> Any:
     return model._n_updates, model.num_timesteps, parameters_of(model)
 
 
-ENDS = ("failing_training",)
+ENDS = ("failing_training", "gathering")

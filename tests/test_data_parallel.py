@@ -29,14 +29,19 @@ SECONDS = 60  # a process starts in a few seconds on an idle machine
 
 
 class Pair:
-    """Two processes of one group, which run functions of tests/distributed_cases.py."""
+    """
+    Two processes of one group, or more, which run functions of tests/distributed_cases.py.
 
-    def __init__(self, folder: Path, seconds: float = 15.0) -> None:
+    ``address`` is a folder or, for a group as under torchrun, the port of a store.
+    """
+
+    def __init__(self, address: Path | int, seconds: float = 15.0, size: int = 2) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipes, self.processes = [], []
-        for rank in range(2):
+        address = address if isinstance(address, int) else str(address / "group")
+        for rank in range(size):
             ours, theirs = context.Pipe()
-            arguments = (rank, 2, str(folder / "group"), seconds, theirs)
+            arguments = (rank, size, address, seconds, theirs)
             process = context.Process(target=cases.serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -45,7 +50,7 @@ class Pair:
         self.receive()
 
     def receive(self) -> list[Any]:
-        """What the two processes send; None where one has ended."""
+        """What the processes send; None where one has ended."""
         results = []
         for pipe in self.pipes:
             assert pipe.poll(SECONDS), "a process does not answer"
@@ -66,7 +71,7 @@ class Pair:
             pipe.send((name, arguments))
 
     def close(self) -> None:
-        """End both processes."""
+        """End all processes."""
         for process in self.processes:
             process.kill()
             process.join(SECONDS)
@@ -363,6 +368,21 @@ class TestTorchrun:
         ends = []
         for bad_rank, how in ((-1, ""), (1, "exit"), (0, "hang")):
             folder = tmp_path / f"run{bad_rank}"
+    def test_only_the_process_that_has_ended_is_named(self) -> None:
+        """Process 1 is connected to the ended one by processes 0 and 2, which stop waiting."""
+        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # as torchrun has one
+        started = Pair(store.port, size=4)
+        for error in started.run("gathering", 3, 0.0)[:3]:
+            assert "since process 3 has ended or does not respond" in str(error)
+        started.close()
+
+    def test_processes_that_may_have_ended_are_all_named(self, tmp_path: Path) -> None:
+        started = Pair(tmp_path, seconds=3.0, size=3)
+        started.send("gathering", None, 1000.0)
+        assert started.pipes[0].poll(SECONDS), "the process waits for those that sleep"
+        assert "since at least one of the processes 1, 2 has ended or does" in str(started.pipes[0].recv())
+        started.close()
+
             folder.mkdir()
             done = subprocess.run(
                 [*LAUNCHER, "--max-restarts=1", str(script), str(bad_rank), how],
