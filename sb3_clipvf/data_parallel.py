@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, Self, cast
 
 import numpy as np
@@ -31,6 +32,7 @@ from sb3_clipvf.common.messages import log
 from sb3_clipvf.distributed import ALONE, Group, Moments, current_group, merged_moments
 from sb3_clipvf.engines.device_rollout import explained_variance_of
 from sb3_clipvf.engines.interface import Engine, UpdateCoefficients
+from sb3_clipvf.guards.diagnosis import FaultContext
 from sb3_clipvf.rollout import on_host
 from sb3_clipvf.tensor_collection import TensorRolloutCollector
 
@@ -55,6 +57,16 @@ class _RolloutEnd:
     actions: int  # checksum of all actions
 
 
+@dataclass(frozen=True)
+class _FromFirst:
+    """What the first process, which runs callbacks, sends to those that wait for it."""
+
+    asks_for_states: bool  # of the others, for a checkpoint
+    training_id: str | None
+    folder: Path | None  # for arrays that led to a non-finite number
+    arguments: dict[str, Any]  # numbers, texts and None, which callbacks may have changed
+
+
 class DataParallelCollector(TensorRolloutCollector):
     """Collects rollouts in each of several processes, and keeps policy, statistics and arguments the same in all."""
 
@@ -63,6 +75,8 @@ class DataParallelCollector(TensorRolloutCollector):
     _training_id: str | None
     # Moments of VecNormalize that all processes had at the start of the rollout
     _common_moments: Sequence[tuple[Any, Any, float]] = ()
+    # Folder of the first process for arrays that led to a non-finite number
+    _first_folder: Path | None = None
     _warned_of_copies = False
 
     def set_random_seed(self, seed: int | None = None) -> None:
@@ -75,11 +89,13 @@ class DataParallelCollector(TensorRolloutCollector):
         super().set_random_seed(None if seed is None else seed + rank * self.n_envs)
 
     def learn(self, *args: Any, **kwargs: Any) -> Self:
-        """Train as SB3's ``learn``; an error in one process ends the training in all of them."""
-        group = current_group()
-        with group.failing_together():
+        """Train as SB3's ``learn``, together with the other processes."""
+        verbose = self.verbose
+        try:
             super().learn(*args, **kwargs)
-            self._serve(group)
+            self._follow_first(current_group())
+        finally:
+            self.verbose = verbose  # `_setup_learn` silences all processes but the first
         return self
 
     def _setup_learn(
@@ -122,6 +138,7 @@ class DataParallelCollector(TensorRolloutCollector):
         episodes: Any = self.ep_info_buffer
         earlier = list(episodes)
         earlier_ids = {id(episode) for episode in earlier}
+        n_rollout_steps = group.broadcast(n_rollout_steps)  # a callback may have changed `n_steps`
         continues = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         normalizer = self.get_vec_normalize_env()
         running = _running_moments(normalizer)
@@ -158,27 +175,48 @@ class DataParallelCollector(TensorRolloutCollector):
 
     def _share_policy(self, group: Group) -> None:
         """Overwrite the weights by those of the first process."""
-        self._serve(group)
+        self._follow_first(group)
         if group.size > 1:
             for tensor in (*self.policy.parameters(), *self.policy.buffers()):
                 group.broadcast_tensor(tensor.data)
 
-    def _serve(self, group: Group) -> None:
-        """Wait for the first process, which runs callbacks, and send it this process's state if it asks for it."""
-        while group.broadcast(False):
+    def _follow_first(self, group: Group) -> None:
+        """Wait for the first process: send it this process's state if it asks for it, and take what it has changed."""
+        if group.size == 1:
+            return
+        while (first := group.broadcast(self._from_first(asks_for_states=False))).asks_for_states:
             model = cast(ResumableModel, self)
-            group.gather(process_state(model, ConvertCallback(None), describe_vec_env(cast(VecEnv, self.env)), None))
+            state = process_state(model, ConvertCallback(None), describe_vec_env(cast(VecEnv, self.env)), None)
+            group.gather_in_first(state)
+        if group.rank:
+            self._training_id, self._first_folder = first.training_id, first.folder
+            vars(self).update(first.arguments)
+
+    def _from_first(self, *, asks_for_states: bool) -> _FromFirst:
+        arguments = {name: getattr(self, name) for name in _common_arguments(self)}
+        plain = {name: value for name, value in arguments.items() if _is_plain(value)}
+        return _FromFirst(asks_for_states, self._training_id, self._fault_context().folder, plain)
 
     def _states_elsewhere(self) -> list[tuple[dict[str, Any], list[str]]]:
         group = current_group()
         if group.size == 1:
             return []
-        group.broadcast(True)
+        group.broadcast(self._from_first(asks_for_states=True))
         own: tuple[dict[str, Any], list[str]] = ({}, [])
-        return group.gather(own)[1:]
+        return group.gather_in_first(own)[1:]
+
+    def _fault_context(self) -> FaultContext:
+        context, group = super()._fault_context(), current_group()
+        return replace(context, group=group, folder=self._first_folder if group.rank else context.folder)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_common_moments", "_n_envs_elsewhere", "_warned_of_copies"]
+        return [
+            *super()._excluded_save_params(),
+            "_common_moments",
+            "_first_folder",
+            "_n_envs_elsewhere",
+            "_warned_of_copies",
+        ]
 
     def _warn_of_copies(self, ends: list["_RolloutEnd"]) -> None:
         """Warn once if processes collect the same rollouts, whose gradients are those of one process."""
@@ -333,10 +371,15 @@ def _values_of(running: list[RunningMeanStd]) -> list[tuple[Any, Any, float]]:
     return [(rms.mean, rms.var, rms.count) for rms in running]
 
 
+def _common_arguments(model: Any) -> list[str]:
+    """Return the names of a model's arguments that must be equal in all processes."""
+    names = inspect.signature(type(model).__init__).parameters.keys() - _OWN
+    return [name for name in sorted(names) if hasattr(model, name)]
+
+
 def _arguments_of(model: Any) -> dict[str, Any]:
     """Return a model's arguments, by name, as values that can be compared between processes."""
-    names = inspect.signature(type(model).__init__).parameters.keys() - _OWN
-    return {f"`{name}`": _comparable(getattr(model, name)) for name in sorted(names) if hasattr(model, name)}
+    return {f"`{name}`": _comparable(getattr(model, name)) for name in _common_arguments(model)}
 
 
 def _description_of(model: Any) -> dict[str, Any]:
@@ -357,8 +400,12 @@ def _normalizer_description(normalizer: VecNormalize | None) -> str:
     return "none" if normalizer is None else f"{type(normalizer).__name__}({settings})"
 
 
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (str, numbers.Real))
+
+
 def _comparable(value: Any) -> Any:
-    if value is None or isinstance(value, (str, numbers.Real)):
+    if _is_plain(value):
         return value
     name = getattr(value, "__qualname__", None)
     return f"{value.__module__}.{name}" if name else type(value).__qualname__

@@ -58,6 +58,15 @@ class Group:
             dist.all_gather_object(values, value)
         return values
 
+    def gather_in_first(self, value: Value) -> list[Value]:
+        """Return the values of all processes, as :meth:`gather` does, in the first one; return no value in others."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size if self.rank == 0 else []
+        with _explained():
+            dist.gather_object(value, values or None)
+        return values
+
     def broadcast(self, value: Value) -> Value:
         """Return the value of the first process, which is pickled, unless there is one process."""
         if self.size == 1:

@@ -5,12 +5,14 @@ import os
 import pickle
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
+from io import StringIO
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
+import pytest
 import torch as th
 import torch.distributed as dist
 from gymnasium import spaces
@@ -27,6 +29,8 @@ from sb3_clipvf.distributed import ALONE, Group, current_group
 from sb3_clipvf.distributions import dist_param_dim, dist_params
 from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateSettings
 from sb3_clipvf.engines.selection import select_engine
+from sb3_clipvf.guards import failures
+from sb3_clipvf.guards.workers import WorkerDiedError
 from sb3_clipvf.rollout import TensorRolloutBuffer
 
 N_STEPS, N_EPOCHS = 8, 3
@@ -305,6 +309,24 @@ def normalised_training(rank: int) -> Any:
     return rms.mean, rms.var, rms.count, env.ret_rms.var, env.ret_rms.count, recorder.kept
 
 
+def saved_training(rank: int, folder: str) -> Any:
+    """Two trainings whose callbacks change arguments in the first process; each process saves the model."""
+
+    class Change(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_end(self) -> None:
+            self.model.ent_coef, self.model.n_epochs, self.model.n_steps = 0.5, 3, 16
+
+    model = make_model(verbose=1)
+    with redirect_stdout(StringIO()):
+        model.learn(256, callback=[TrainingCheckpoint(128, f"{folder}/checkpoints", on_signal=False), Change()])
+        model.learn(64, reset_num_timesteps=False)
+    model.save(f"{folder}/{rank}")
+    return model.num_timesteps, model._n_updates
+
+
 def loaded_training(rank: int, path: str) -> Any:
     """A training that continues from a file, which only the first process loads."""
     model = make_model()
@@ -404,6 +426,8 @@ def failing_env(rank: int, bad_rank: int, how: str, call: int = 100) -> Iterator
                 os._exit(9)
             if how == "hang":
                 time.sleep(1000)
+            if how == "nan":
+                return np.full(4, np.nan), *step(self, action)[1:]
             raise ZeroDivisionError("a planted error")
         return step(self, action)
 
@@ -419,30 +443,6 @@ def failing_training(rank: int, bad_rank: int, how: str) -> None:
     with failing_env(rank, bad_rank, how):
         make_model().learn(10_000)
 
-
-@contextmanager
-def nan_in_rollout(model: ClipPPO, number: int | None) -> Iterator[None]:
-    """Make an advantage of one rollout NaN."""
-    buffer = model.rollout_buffer
-    compute, calls = buffer.compute_returns_and_advantage, [0]
-
-    def computing(*args: Any, **kwargs: Any) -> None:
-        compute(*args, **kwargs)
-        calls[0] += 1
-        if calls[0] == number:
-            buffer.advantages[0, 0] = np.nan
-
-    buffer.compute_returns_and_advantage = computing  # type: ignore[method-assign]
-    yield
-
-
-def random_training(rank: int, folder: str, seed: int) -> Any:
-    """A training with random sizes and decisions, in a group of its own; how it ends."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    path = f"file://{folder}/{seed}"
-    dist.init_process_group("gloo", init_method=path, rank=rank, world_size=2, timeout=timedelta(seconds=10))
-    random = np.random.default_rng(seed)
 
 def gathering(rank: int, ending: int | None, seconds: float) -> None:
     """An exchange before which one process ends, or the others but the first one sleep."""
@@ -470,6 +470,86 @@ def largest_gathered(rank: int, path: str) -> int:
         dist.all_gather_object = gather
     return max(sizes)
 
+
+@contextmanager
+def nan_in_rollout(model: ClipPPO, number: int | None) -> Iterator[None]:
+    """Make an advantage of one rollout NaN."""
+    buffer = model.rollout_buffer
+    compute, calls = buffer.compute_returns_and_advantage, [0]
+
+    def computing(*args: Any, **kwargs: Any) -> None:
+        compute(*args, **kwargs)
+        calls[0] += 1
+        if calls[0] == number:
+            buffer.advantages[0, 0] = np.nan
+
+    buffer.compute_returns_and_advantage = computing  # type: ignore[method-assign]
+    yield
+
+
+@contextmanager
+def own_group(rank: int, path: str) -> Iterator[None]:
+    """A group that ends with the context, so that the processes can go on after an error."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    timeout = timedelta(seconds=10)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2, timeout=timeout)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def error_of(rank: int, folder: str, name: str, *arguments: Any) -> Any:
+    """The error that ends a case which runs in a group of its own: its type, text, file if it has one, and notes."""
+    try:
+        with own_group(rank, f"{folder}/group"):
+            globals()[name](rank, folder, *arguments)
+    except Exception as error:
+        return type(error).__name__, str(error), getattr(error, "path", None), "".join(getattr(error, "__notes__", []))
+    return None
+
+
+def failing_after_a_checkpoint(rank: int, folder: str) -> None:
+    """A training with checkpoints that fails in process 1."""
+    with failing_env(rank, 1, "raise"):
+        make_model().learn(10_000, callback=TrainingCheckpoint(64, f"{folder}/checkpoints", on_signal=False))
+
+
+def losing_a_worker(rank: int, folder: str) -> None:
+    """A training whose process 1 has lost a worker of SubprocVecEnv."""
+    with failing_env(rank, 1, "raise"), pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(failures, "worker_death", lambda *_: WorkerDiedError("a worker has died"))
+        make_model().learn(10_000)
+
+
+def nan_in_update(rank: int, folder: str, bad_rank: int | None) -> None:
+    """A training with checkpoints that has a NaN advantage in one process; for None, an overflow in all of them."""
+    model = make_model(learning_rate=0.0) if bad_rank is None else make_model()
+    if bad_rank is None:
+        model.vf_coef = 3e38
+    with nan_in_rollout(model, 2 if rank == bad_rank else None):
+        model.learn(10_000, callback=TrainingCheckpoint(64, f"{folder}/checkpoints", on_signal=False))
+
+
+def nan_in_step(rank: int, folder: str) -> None:
+    """A training with checkpoints whose environments return a NaN observation in process 1."""
+    with failing_env(rank, 1, "nan"):
+        make_model().learn(10_000, callback=TrainingCheckpoint(64, f"{folder}/checkpoints", on_signal=False))
+
+
+def random_training(rank: int, folder: str, seed: int) -> Any:
+    """A training with random sizes and decisions, in a group of its own; how it ends."""
+    try:
+        with own_group(rank, f"{folder}/{seed}"):
+            return _random_training(rank, folder, seed)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _random_training(rank: int, folder: str, seed: int) -> Any:
+    random = np.random.default_rng(seed)
 
     def one_of(*values: Any) -> Any:
         return values[random.integers(len(values))]
@@ -500,11 +580,7 @@ def largest_gathered(rank: int, path: str) -> int:
     number = int(random.integers(1, 4)) if fault == "nan" else None
     model = make_model(make_vec_env("CartPole-v1", n_envs=n_envs[rank]), **changes)
     with failing_env(rank, bad_rank, "raise", call), nan_in_rollout(model, number if rank == bad_rank else None):
-        try:
-            model.learn(48, callback=callbacks)
-        except Exception as error:
-            dist.destroy_process_group()  # as the end of the process does
-            return f"{type(error).__name__}: {error}"
+        model.learn(48, callback=callbacks)
     return model._n_updates, model.num_timesteps, parameters_of(model)
 
 

@@ -100,6 +100,14 @@ def own_pair(tmp_path: Path) -> Iterator[Pair]:
     started.close()
 
 
+@pytest.fixture(scope="class")
+def failing_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """Two processes for trainings that fail, each in a group of its own."""
+    started = Pair(tmp_path_factory.mktemp("pair"))
+    yield started
+    started.close()
+
+
 UPDATES: dict[str, tuple[tuple[int, ...], int, dict[str, Any]]] = {
     "plain": ((2, 2), 8, {"kl_coef": 0.0, "clip_range_vf": None}),
     "all_terms": ((2, 2), 8, {}),
@@ -207,6 +215,19 @@ class TestTraining:
         first, second = pair.run("loaded_training", str(tmp_path / "model.zip"))
         assert first == second and first[0] == 256
 
+    def test_each_process_saves_the_same_model(self, pair: Pair, tmp_path: Path) -> None:
+        """Also where callbacks have changed arguments, and a checkpoint has named the training."""
+        # 128 steps, then rollouts of 2 x 2 x 16 steps
+        assert pair.run("saved_training", str(tmp_path)) == [(320, 4 * 3)] * 2
+        of_process = {"_last_obs", "_last_episode_starts", "_last_original_obs", "start_time"}
+        found = []
+        for rank in range(2):
+            model = ClipPPO.load(tmp_path / str(rank), device="cpu")
+            attributes = model._saved_attributes()
+            found.append({name: repr(value) for name, value in attributes.items() if name not in of_process})
+            found[-1]["parameters"] = cases.parameters_of(model)
+        assert found[0] == found[1] and found[0]["verbose"] == "1" and found[0]["_training_id"] != "None"
+
     @pytest.mark.parametrize("normalizes", [False, True])
     def test_a_resumed_training_ends_with_the_same_bits(self, pair: Pair, tmp_path: Path, normalizes: bool) -> None:
         for whole, resumed, messages in pair.run("resumed_training", str(tmp_path), (0, 1), normalizes):
@@ -220,6 +241,9 @@ class TestTraining:
         assert first[:2] == second[:2] and first[0] == (512 if reader == 0 else 256)
         assert first[1] != whole[1] and first[3] != second[3]
         assert len(messages) == 1 and "process 1 has not resumed from the checkpoint of the first one" in messages[0]
+
+    def test_states_of_processes_reach_the_first_one_only(self, pair: Pair, tmp_path: Path) -> None:
+        assert max(pair.run("largest_gathered", str(tmp_path))) < 5000  # a random state alone takes more
 
     def test_a_changed_number_of_processes_is_reported(self, pair: Pair, tmp_path: Path) -> None:
         cases.make_model().learn(64, callback=TrainingCheckpoint(64, tmp_path / "one"))
@@ -277,6 +301,45 @@ class TestRandomTrainings:
         assert len(ends) == 3 and min(ends.values()) > 10, ends
 
 
+class TestErrors:
+    """What the error says in each process."""
+
+    def test_the_notes_name_the_checkpoints_of_the_first_process(self, failing_pair: Pair, tmp_path: Path) -> None:
+        first, second = failing_pair.run("error_of", str(tmp_path), "failing_after_a_checkpoint")
+        folder = tmp_path / "checkpoints"
+        assert (first[0], second[0]) == ("LostProcessError", "ZeroDivisionError")
+        assert f"Its last complete checkpoint is {folder}/checkpoint_" in first[3]
+        assert second[3].endswith(
+            f"Process 0 runs the callbacks. If it has written checkpoints to {folder}, resume from the newest one."
+        )
+
+    def test_the_others_repeat_that_a_worker_has_died(self, failing_pair: Pair, tmp_path: Path) -> None:
+        first, second = failing_pair.run("error_of", str(tmp_path), "losing_a_worker")
+        assert second[:2] == ("WorkerDiedError", "a worker has died")
+        assert "process 1 failed with WorkerDiedError: a worker has died" in first[1]
+
+    def test_the_process_with_nan_in_an_update_writes_the_file(self, failing_pair: Pair, tmp_path: Path) -> None:
+        first, second = failing_pair.run("error_of", str(tmp_path), "nan_in_update", 1)
+        assert first[:3] == second[:3] and first[0] == "NonFiniteError"
+        assert "Its cause: `advantages` of environment 0 at step 0 of the rollout of process 1, got nan" in first[1]
+        (path,) = (tmp_path / "checkpoints").glob("nonfinite_*")
+        assert path == first[2] and path.name == "nonfinite_256_process1.npz"
+        assert np.isnan(np.load(path)["advantages"]).sum() == 1
+
+    def test_the_first_process_writes_the_file_of_an_overflow(self, failing_pair: Pair, tmp_path: Path) -> None:
+        first, second = failing_pair.run("error_of", str(tmp_path), "nan_in_update", None)
+        assert first[:3] == second[:3] and "No single transition is its cause" in first[1]
+        assert [path.name for path in (tmp_path / "checkpoints").glob("nonfinite_*")] == ["nonfinite_128.npz"]
+
+    def test_a_nan_in_a_step_is_written_to_the_folder_of_the_checkpoints(
+        self, failing_pair: Pair, tmp_path: Path
+    ) -> None:
+        first, second = failing_pair.run("error_of", str(tmp_path), "nan_in_step")
+        assert second[0] == "NonFiniteError" and second[2].parent == tmp_path / "checkpoints"
+        assert np.isnan(np.load(second[2])["new_observations"]).any()
+        assert f"process 1 failed with NonFiniteError: {second[1]}" in first[1]
+
+
 class TestFaults:
     @pytest.mark.parametrize("bad_rank", [0, 1])
     def test_an_error_ends_both(self, own_pair: Pair, bad_rank: int) -> None:
@@ -303,6 +366,21 @@ class TestFaults:
         error = pipe.recv()
         assert isinstance(error, LostProcessError)
         assert f"since process {bad_rank} has ended or does not respond" in str(error)
+        started.close()
+
+    def test_only_the_process_that_has_ended_is_named(self) -> None:
+        """Process 1 is connected to the ended one by processes 0 and 2, which stop waiting."""
+        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # as torchrun has one
+        started = Pair(store.port, size=4)
+        for error in started.run("gathering", 3, 0.0)[:3]:
+            assert "since process 3 has ended or does not respond" in str(error)
+        started.close()
+
+    def test_processes_that_may_have_ended_are_all_named(self, tmp_path: Path) -> None:
+        started = Pair(tmp_path, seconds=3.0, size=3)
+        started.send("gathering", None, 1000.0)
+        assert started.pipes[0].poll(SECONDS), "the process waits for those that sleep"
+        assert "since at least one of the processes 1, 2 has ended or does" in str(started.pipes[0].recv())
         started.close()
 
 
@@ -368,21 +446,6 @@ class TestTorchrun:
         ends = []
         for bad_rank, how in ((-1, ""), (1, "exit"), (0, "hang")):
             folder = tmp_path / f"run{bad_rank}"
-    def test_only_the_process_that_has_ended_is_named(self) -> None:
-        """Process 1 is connected to the ended one by processes 0 and 2, which stop waiting."""
-        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # as torchrun has one
-        started = Pair(store.port, size=4)
-        for error in started.run("gathering", 3, 0.0)[:3]:
-            assert "since process 3 has ended or does not respond" in str(error)
-        started.close()
-
-    def test_processes_that_may_have_ended_are_all_named(self, tmp_path: Path) -> None:
-        started = Pair(tmp_path, seconds=3.0, size=3)
-        started.send("gathering", None, 1000.0)
-        assert started.pipes[0].poll(SECONDS), "the process waits for those that sleep"
-        assert "since at least one of the processes 1, 2 has ended or does" in str(started.pipes[0].recv())
-        started.close()
-
             folder.mkdir()
             done = subprocess.run(
                 [*LAUNCHER, "--max-restarts=1", str(script), str(bad_rank), how],

@@ -278,7 +278,7 @@ class TrainingCheckpoint(BaseCallback):
 
     def _scan_folder(self) -> None:
         """Find earlier checkpoints, continue their serial numbers, and remove temporary files of killed writes."""
-        remove_unfinished(self.path, r"(best_)?checkpoint_?\d*\.zip|nonfinite_\d+\.npz")
+        remove_unfinished(self.path, r"(best_)?checkpoint_?\d*\.zip|nonfinite_\d+(_process\d+)?\.npz")
         best = self.path / BEST_NAME
         manifests = {}
         for path in [*sorted_checkpoints(self.path), *([best] if best.exists() else [])]:

@@ -16,6 +16,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_clipvf.common.nonfinite import BadMinibatchError, NonFiniteError, by_key, is_finite, nonfinite_mask
+from sb3_clipvf.distributed import ALONE, Group
 from sb3_clipvf.distributions import dist_params
 from sb3_clipvf.engines.autograd import unvalidated_distributions
 from sb3_clipvf.engines.interface import Acted
@@ -32,6 +33,7 @@ class FaultContext:
     num_timesteps: int  # environment steps so far
     folder: Path | None  # folder for the file with the arrays; None: no file is written
     normalizes: bool  # whether the environments have a `VecNormalize`, whose statistics may contain the fault
+    group: Group = ALONE  # processes of the training
 
 
 @dataclass(frozen=True)
@@ -174,24 +176,34 @@ def step_error(context: FaultContext, fault: Fault, step: int, known: dict[str, 
     )
 
 
+@dataclass(frozen=True)
+class _Cause:
+    """Why a minibatch is not finite."""
+
+    fault: Fault | None  # None where no single number is the cause
+    env_index: int | None  # place in the rollout, if known
+    step: int | None
+    path: Path | None  # file with the minibatch, if one was written
+    evidence: str  # a sentence about this file
+
+
 def update_error(context: FaultContext, bad: BadMinibatchError, buffer: Any, reason: str = "") -> NonFiniteError:
     """
     Return the error for an update, and write its first non-finite minibatch to a file.
 
+    If several processes share the minibatch, the first one that has a cause writes its part, and all return its error.
     The policy is as it was before that minibatch or, with ``on_nonfinite="skip"``, as it is after the update.
     ``reason`` states why no more minibatches are skipped.
     """
-    indices, n_steps = bad.indices, buffer.buffer_size
-    fault = _cause_in_update(context.policy, bad, buffer)
-    env_index = step = None
-    cause = "No single transition is its cause: sums or products of finite numbers are too large."
+    cause, process = _shared_cause(context, bad, buffer)
+    fault, place = cause.fault, ""
+    if cause.env_index is not None:
+        place = f" of environment {cause.env_index} at step {cause.step} of the rollout"
+    if context.group.size > 1 and fault is not None and fault.what != "parameter":
+        place += f" of process {process}"
+    text = "No single transition is its cause: sums or products of finite numbers are too large."
     if fault is not None:
-        place = ""
-        if fault.row is not None and indices is not None:
-            env_index, step = (int(number) for number in divmod(int(indices[fault.row]), n_steps))
-            place = f" of environment {env_index} at step {step} of the rollout"
-        cause = f"Its cause: `{fault.key}`{place}, {fault.text}."
-    path, evidence = _write(context, {**_arrays_of(bad.batch), "indices": indices})
+        text = f"Its cause: `{fault.key}`{place}, {fault.text}."
     if fault is not None and fault.what == "parameter":
         way_out = f"{_WAYS_OUT['parameter']} {reason.capitalize()}".rstrip()
     else:
@@ -201,16 +213,30 @@ def update_error(context: FaultContext, bad: BadMinibatchError, buffer: Any, rea
         )
     return NonFiniteError(
         f"{bad} in minibatch {bad.minibatch} of epoch {bad.epoch} of the update at num_timesteps="
-        f"{context.num_timesteps}. {cause} {way_out} {evidence}",
+        f"{context.num_timesteps}. {text} {way_out} {cause.evidence}",
         what=bad.what,
         num_timesteps=context.num_timesteps,
-        step=step,
-        env_index=env_index,
+        step=cause.step,
+        env_index=cause.env_index,
         key=None if fault is None else fault.key,
         epoch=bad.epoch,
         minibatch=bad.minibatch,
-        path=path,
+        path=cause.path,
     )
+
+
+def _shared_cause(context: FaultContext, bad: BadMinibatchError, buffer: Any) -> tuple[_Cause, int]:
+    """Return the cause that all processes report, with the process that has it: the first one that has any."""
+    group, fault = context.group, _cause_in_update(context.policy, bad, buffer)
+    have_causes = group.gather(fault is not None)
+    process = have_causes.index(True) if any(have_causes) else 0
+    own = None
+    if group.rank == process:
+        env_index = step = None
+        if fault is not None and fault.row is not None and bad.indices is not None:
+            env_index, step = (int(number) for number in divmod(int(bad.indices[fault.row]), buffer.buffer_size))
+        own = _Cause(fault, env_index, step, *_write(context, {**_arrays_of(bad.batch), "indices": bad.indices}))
+    return cast(_Cause, group.gather(own)[process]), process
 
 
 def _cause_in_update(policy: ActorCriticPolicy, bad: BadMinibatchError, buffer: Any) -> Fault | None:
@@ -276,8 +302,10 @@ def _write(context: FaultContext, arrays: dict[str, Any]) -> tuple[Path | None, 
     """Write arrays to a file; return the file, if any, and a sentence about it."""
     if context.folder is None:
         return None, "Train with a TrainingCheckpoint, or with `tensorboard_log`, to get its arrays in a file."
-    path = context.folder / f"nonfinite_{context.num_timesteps}.npz"
+    process = f"_process{context.group.rank}" if context.group.rank else ""
+    path = context.folder / f"nonfinite_{context.num_timesteps}{process}.npz"
     try:
+        context.folder.mkdir(parents=True, exist_ok=True)  # on another machine, it may not exist yet
         with atomic_write(path) as file:
             np.savez(file, **_flat(arrays))  # type: ignore[arg-type]
     except Exception as error:  # a failed file must not mask the original error

@@ -10,6 +10,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_clipvf.checkpoint.training_checkpoint import TrainingCheckpoint
 from sb3_clipvf.common.nonfinite import NonFiniteError
+from sb3_clipvf.distributed import current_group
 from sb3_clipvf.envs.layers import vec_env_layers
 from sb3_clipvf.guards.env_checks import checked_rows
 from sb3_clipvf.guards.workers import unblock_dead_workers, worker_death
@@ -26,23 +27,33 @@ def failures_explained(env: VecEnv, callback: Any, progress: Callable[[], tuple[
     If a ``SubprocVecEnv`` worker has died, a :class:`.WorkerDiedError` replaces the EOFError or OSError of its pipe. If
     a ``TrainingCheckpoint`` in ``callback`` holds a copy of a later update than its last checkpoint, it is written,
     unless the error is a :class:`.NonFiniteError`. ``progress`` returns the environment steps so far and in total.
+
+    The error also ends the training in the other processes of its group.
     """
-    venv = vec_env_layers(env)[-1]
-    try:
-        with unblock_dead_workers(venv), checked_rows(env):
-            yield
-    except Exception as error:
-        died = worker_death(venv, error)
-        if _TRAINING & {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}:
-            _add_notes(died or error, error, callback, *progress())
-        if died is None:
-            raise
-        raise died from error
+    group, venv = current_group(), vec_env_layers(env)[-1]
+    with group.failing_together():
+        try:
+            with unblock_dead_workers(venv), checked_rows(env):
+                yield
+        except Exception as error:
+            died = worker_death(venv, error)
+            if _TRAINING & {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}:
+                num_timesteps, total_timesteps = progress()
+                where = f"The training ended at num_timesteps={num_timesteps} of {total_timesteps}."
+                _add_notes(died or error, error, callback, where, group.rank)
+            if died is None:
+                raise
+            raise died from error
 
 
-def _add_notes(raised: Exception, cause: Exception, callback: Any, num_timesteps: int, total_timesteps: int) -> None:
-    where = f"The training ended at num_timesteps={num_timesteps} of {total_timesteps}."
+def _add_notes(raised: Exception, cause: Exception, callback: Any, where: str, rank: int) -> None:
     checkpoints = _checkpoints(callback)
+    if rank > 0:  # these callbacks have not run
+        folders = "".join(f" to {checkpoint.path}" for checkpoint in checkpoints)
+        raised.add_note(
+            f"{where} Process 0 runs the callbacks. If it has written checkpoints{folders}, resume from the newest one."
+        )
+        return
     if not checkpoints:
         raised.add_note(
             f"{where} No TrainingCheckpoint was among its callbacks: only the model in memory is left, which `save` "
