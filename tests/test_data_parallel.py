@@ -461,21 +461,29 @@ class TestTorchrun:
             ends += [(folder / f"weights_{rank}").read_bytes() for rank in range(2)]
         assert len(set(ends)) == 1
 
-    def test_the_command_trains_one_model(self, tmp_path: Path) -> None:
-        command = ["-m", "sb3_clipvf", "train", "--env", "CartPole-v1", "-n", "512", "--eval-freq", "256", "-P"]
-        done = subprocess.run(
-            [*LAUNCHER, *command, "--eval-episodes", "1"],
-            capture_output=True,
-            text=True,
-            timeout=2 * SECONDS,
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+    def test_the_command_trains_one_model_and_resumes_it(self, tmp_path: Path) -> None:
+        def train(*options: str) -> str:
+            done = subprocess.run(
+                [*LAUNCHER, "-m", "sb3_clipvf", "train", *options],
+                capture_output=True,
+                text=True,
+                timeout=2 * SECONDS,
+                cwd=tmp_path,
+                env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        evaluations = ["--eval-freq", "256", "--eval-episodes", "1"]
+        out = train("--env", "CartPole-v1", "-n", "512", "--checkpoint-freq", "256", "-P", *evaluations)
         (run,) = (tmp_path / "logs" / "clipppo").iterdir()
         assert np.load(run / "evaluations.npz")["timesteps"].tolist() == [256, 512]
-        assert done.stdout.count("Saving to") == 1
+        assert out.count("Saving to") == 1
+        out = train("--resume", str(run), "-n", "1024")
+        assert "The run now ends at step 1024" in out and out.count("Saving to") == 1
+        assert [*(tmp_path / "logs" / "clipppo").iterdir()] == [run]
+        assert np.load(run / "evaluations.npz")["timesteps"].tolist() == [256, 512, 768, 1024]
 
 
 class TestMoments:

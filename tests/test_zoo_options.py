@@ -207,7 +207,6 @@ def test_what_is_no_pair_is_refused(text: str, message: str) -> None:
     ("name", "value", "shown"),
     [
         ("optimize_hyperparameters", True, "--optimize-hyperparameters"),
-        ("resume", "logs/clipppo/CartPole-v1_1", "--resume"),
         ("track", True, "--track"),
         ("algo", "ppo", "--algo"),
     ],
@@ -219,3 +218,18 @@ def test_what_processes_cannot_do_together_is_refused(
     given = {"optimize_hyperparameters": False, "resume": None, "track": False, "algo": "clipppo", name: value}
     with pytest.raises(ValueError, match=f"`{shown}` must .* in a training on several processes"):
         own_options._train_options(lambda options: options, Namespace(**given))
+
+
+@pytest.mark.parametrize(("rank", "arguments", "seed"), [(0, "", None), (1, "", 7), (1, "--seed 3", 7)])
+def test_processes_have_one_seed_and_the_first_one_keeps_files(
+    monkeypatch: pytest.MonkeyPatch, rank: int, arguments: str, seed: int | None
+) -> None:
+    class Fake(Group):
+        def broadcast(self, value: Any) -> Any:
+            return value if self.rank == 0 else 7
+
+    monkeypatch.setattr(own_options, "current_group", lambda: Fake(rank, 2))
+    options = _parsed("train", *arguments.split())
+    assert options.seed >= 0 and seed in (None, options.seed)
+    assert (options.log_folder == "logs") is (rank == 0)
+    assert rank == 0 or not Path(options.log_folder).exists()  # it is gone with the command

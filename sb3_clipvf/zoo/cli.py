@@ -26,7 +26,7 @@ from sb3_clipvf.zoo.process import (
     ffmpeg_on_path,
     figures_to_files,
     has_display,
-    one_training,
+    one_output,
     patched_environment,
     redirected_calls,
 )
@@ -117,7 +117,7 @@ def _run(name: str, command: Command, options: Sequence[str]) -> int:
             return int(getattr(importlib.import_module(module), function)(list(options)))
         _enter_contexts(stack, name, command)
         if name == "train":
-            options = stack.enter_context(one_training(options))
+            stack.enter_context(one_output())
         stack.enter_context(replaced(sys, "argv", [f"{PROGRAM} {name}", *options]))
         if function:
             getattr(importlib.import_module(module), function)()

@@ -98,7 +98,8 @@ class ClipPPOExperimentManager(CheckedSearch):
         if self._keeps_checkpoints:
             args.checkpoint_freq = self.checkpoint_freq
         if self.resumed is not None:
-            self.save_path, self.params_path = str(self.resumed.folder), str(self.resumed.settings_folder)
+            if current_group().rank == 0:  # the others have a folder of their own
+                self.save_path, self.params_path = str(self.resumed.folder), str(self.resumed.settings_folder)
             self.env_kwargs = self.resumed.args.get("env_kwargs") or {}
             self._eval_env_kwargs_args = self.resumed.args.get("eval_env_kwargs")
             self.continue_training = True  # the Zoo then loads a model from a file
@@ -183,6 +184,7 @@ class ClipPPOExperimentManager(CheckedSearch):
     def learn(self, model: BaseAlgorithm) -> None:
         """Train the model of ``setup_experiment``."""
         target: Any = model
+        launch = "sb3-clipvf" if current_group().size == 1 else "torchrun ... -m sb3_clipvf"
         if isinstance(model, ClipPPO):
             model._warn_of_early_end(self.n_timesteps, on_command_line=True)
         if self.resumed is not None:
@@ -200,7 +202,7 @@ class ClipPPOExperimentManager(CheckedSearch):
             original = _original_error(error, model)
             if self._keeps_checkpoints and _ends_training(original):
                 if sorted_checkpoints(Path(self.save_path, CHECKPOINTS)):
-                    sys.stdout.write(f"To resume: sb3-clipvf train --resume {self.save_path}\n")
+                    sys.stdout.write(f"To resume: {launch} train --resume {self.save_path}\n")
             if original is error:
                 raise
             raise original from original.__cause__

@@ -1,11 +1,13 @@
 """Add the options and defaults of this package to the RL Zoo's parsers, and check the values that the user gives."""
 
 import re
+import secrets
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rl_zoo3 import utils
@@ -37,11 +39,13 @@ _CONSTANTS = {"true": "True", "false": "False", "none": "None", "null": "None"}
 @contextmanager
 def command_options(name: str) -> Iterator[None]:
     """Add the options, defaults and checks of a sub-command to the parser that parses next in the context."""
-    manager = ClipPPOExperimentManager
+    manager, stack = ClipPPOExperimentManager, ExitStack()
 
     def finish(parse_args: Callable[..., Namespace], options: Namespace) -> Namespace:
         if name == "train":
             options = _train_options(parse_args, options)
+            if current_group().rank > 0:  # only the first process of a training keeps files
+                options.log_folder = stack.enter_context(TemporaryDirectory())
         if name in _CHECKS:
             _CHECKS[name](options)
         check_options(options)
@@ -50,7 +54,7 @@ def command_options(name: str) -> Iterator[None]:
         return options
 
     try:
-        with next_parser(f"sb3-clipvf {name}", lambda parser: _prepare(parser, name), finish):
+        with stack, next_parser(f"sb3-clipvf {name}", lambda parser: _prepare(parser, name), finish):
             yield
     finally:
         manager.vec_env, manager.checkpoint_freq, manager.resumed = None, -1, None
@@ -89,8 +93,8 @@ def _prepare(parser: ArgumentParser, name: str) -> None:
 
 def _train_options(parse_args: Callable[..., Namespace], options: Namespace) -> Namespace:
     """Pass this package's options of ``train`` to the experiment manager, and return the Zoo's."""
-    manager = ClipPPOExperimentManager
-    if current_group().size > 1:
+    manager, group = ClipPPOExperimentManager, current_group()
+    if group.size > 1:
         _check_shared(options)
     if options.resume is not None:
         manager.resumed, arguments = resumed_run(options.resume, sys.argv[1:])
@@ -101,6 +105,8 @@ def _train_options(parse_args: Callable[..., Namespace], options: Namespace) -> 
             )
             raise SystemExit
         options = parse_args(arguments)
+    if group.size > 1:  # the Zoo would draw a seed in each process, and args.yml would have the first one only
+        options.seed = group.broadcast(options.seed if options.seed >= 0 else secrets.randbelow(2**31))
     freq = options.checkpoint_freq
     if freq is not None and freq > 0 and (options.algo != ALGORITHM or options.optimize_hyperparameters):
         what = "a search of hyperparameters" if options.optimize_hyperparameters else f"--algo {options.algo}"
@@ -117,7 +123,7 @@ def _train_options(parse_args: Callable[..., Namespace], options: Namespace) -> 
 
 def _check_shared(options: Namespace) -> None:
     """Raise ValueError for what processes of ``torchrun`` cannot do together."""
-    for name in ("optimize_hyperparameters", "resume", "track"):
+    for name in ("optimize_hyperparameters", "track"):
         if getattr(options, name, None):
             raise ValueError(
                 f"`{option_name(name)}` must be left out in a training on several processes, got "

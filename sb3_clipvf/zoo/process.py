@@ -5,8 +5,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +68,12 @@ def ffmpeg_on_path() -> Iterator[None]:
 
 
 @contextmanager
-def one_training(options: Sequence[str]) -> Iterator[list[str]]:
-    """Return options with which processes of ``torchrun`` train together: only the first one prints and keeps files."""
+def one_output() -> Iterator[None]:
+    """Discard what other processes of ``torchrun`` than the first one print."""
     from sb3_clipvf.distributed import current_group  # imports torch
 
-    if current_group().rank == 0:
-        yield list(options)
-        return
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        yield [*options, "--log-folder", folder]
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if current_group().rank > 0 else nullcontext():
+        yield
 
 
 @contextmanager
