@@ -27,7 +27,9 @@ from sb3_clipvf.checkpoint import TrainingCheckpoint
 from sb3_clipvf.common.nonfinite import BadMinibatchError
 from sb3_clipvf.distributed import ALONE, Group, current_group
 from sb3_clipvf.distributions import dist_param_dim, dist_params
+from sb3_clipvf.engines.epochs import MinibatchStatistics
 from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateSettings
+from sb3_clipvf.engines.reduction import _Sums
 from sb3_clipvf.engines.selection import select_engine
 from sb3_clipvf.guards import failures
 from sb3_clipvf.guards.workers import WorkerDiedError
@@ -160,6 +162,18 @@ def shared_update(rank: int, engine: str, n_envs: tuple[int, ...], batch_size: i
     buffer = part_of(make_buffer(policy, sum(n_envs)), slice(start, start + n_envs[rank]))
     np.random.seed(rank)
     return run_update(engine, buffer, policy, batch_size, changes, current_group())
+
+
+def partial_gradients(rank: int) -> list[Any]:
+    """Gradients of three parameters in a minibatch: of both processes, of process 1, and of none."""
+    parameters = [th.nn.Parameter(th.zeros(2)) for _ in range(3)]
+    for parameter in parameters[: rank + 1]:
+        parameter.grad = th.full((2,), 4.0 + rank)
+    zero = th.zeros(())
+    part = MinibatchStatistics(zero, zero, zero, None, zero, zero, zero, None, None)
+    statistics = _Sums(parameters).of(current_group(), part, (0.25, 0.75)[rank])
+    assert statistics.kl is None and statistics.loss == 0.0
+    return [None if parameter.grad is None else parameter.grad.tolist() for parameter in parameters]
 
 
 def update_with_nan(rank: int, engine: str, on_nonfinite: str) -> Any:

@@ -139,6 +139,10 @@ class TestUpdate:
         _, _, (n_epochs, _, _, runs_to_its_end) = cases.whole_update("autograd", n_envs, batch_size, changes)
         assert not runs_to_its_end and n_epochs < cases.N_EPOCHS
 
+    def test_gradients_of_one_process_count_in_both(self, pair: Pair) -> None:
+        expected = [[0.25 * 4 + 0.75 * 5] * 2, [0.75 * 5] * 2, None]
+        assert pair.run("partial_gradients") == [expected] * 2
+
     @pytest.mark.parametrize("engine", ["autograd", "fused", "native"])
     def test_nan_in_one_process_skips_the_minibatch_in_both(self, pair: Pair, engine: str) -> None:
         first, second = pair.run("update_with_nan", engine, "skip")

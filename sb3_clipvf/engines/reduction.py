@@ -137,25 +137,29 @@ class _Sums:
                 gradient.copy_(parameter.grad)
         self._weighted.mul_(weight)
         has_gradient = [parameter.grad is not None for parameter in self._parameters]
-        self._n_gradients.copy_(th.tensor(has_gradient))
+        if all(has_gradient):
+            self._n_gradients.fill_(1.0)
+        else:
+            self._n_gradients.copy_(th.tensor(has_gradient))
         values = [getattr(part, name) for name in _MEANS]
-        numbers = [0.0 if value is None else value for value in values]
         in_floats = isinstance(part.loss, float)
         if in_floats:
-            self._means.copy_(th.tensor(numbers))
+            self._means.copy_(th.tensor([0.0 if value is None else value for value in values]))
         else:
-            self._means.copy_(th.stack([th.as_tensor(number, device=self._flat.device) for number in numbers]))
+            self._means.copy_(th.stack([self._flat.new_zeros(()) if value is None else value for value in values]))
         self._means.mul_(weight)
         group.add_up(self._flat)
-        self._write_gradients()
+        self._write_gradients(has_gradient)
         means = self._means.tolist() if in_floats else self._means.clone().unbind()
         known = {
             name: mean if value is not None else None for name, value, mean in zip(_MEANS, values, means, strict=True)
         }
         return MinibatchStatistics(**cast(dict[str, Any], known), ratio_max=part.ratio_max)
 
-    def _write_gradients(self) -> None:
-        counts = self._n_gradients.tolist()
+    def _write_gradients(self, has_gradient: list[bool]) -> None:
+        """Overwrite gradients by the sums, also of parameters whose gradient only other processes have."""
+        # If this process has all gradients, nothing needs to be read from the device.
+        counts = has_gradient if all(has_gradient) else self._n_gradients.tolist()
         for parameter, gradient, n in zip(self._parameters, self._gradients, counts, strict=True):
             if not n:
                 continue

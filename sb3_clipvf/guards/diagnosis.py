@@ -305,7 +305,8 @@ def _write(context: FaultContext, arrays: dict[str, Any]) -> tuple[Path | None, 
     process = f"_process{context.group.rank}" if context.group.rank else ""
     path = context.folder / f"nonfinite_{context.num_timesteps}{process}.npz"
     try:
-        context.folder.mkdir(parents=True, exist_ok=True)  # on another machine, it may not exist yet
+        if context.group.rank:  # on another machine, the first process's folder may not exist yet
+            context.folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             np.savez(file, **_flat(arrays))  # type: ignore[arg-type]
     except Exception as error:  # a failed file must not mask the original error
