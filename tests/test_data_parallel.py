@@ -24,6 +24,7 @@ from sb3_clipvf.checkpoint import TrainingCheckpoint
 from sb3_clipvf.data_parallel import check_same, merge_running
 from sb3_clipvf.distributed import ALONE, Group, LostProcessError, Moments, current_group, merged_moments
 from sb3_clipvf.engines.selection import select_engine
+from sb3_clipvf.zoo.run_files import read_settings
 
 SECONDS = 60  # a process starts in a few seconds on an idle machine
 
@@ -484,6 +485,8 @@ class TestTorchrun:
         (run,) = (tmp_path / "logs" / "clipppo").iterdir()
         assert np.load(run / "evaluations.npz")["timesteps"].tolist() == [256, 512]
         assert out.count("Saving to") == 1
+        options = read_settings(run / "CartPole-v1" / "args.yml")
+        assert f"Seed: {options['seed']}\n" in out and options["n_processes"] == 2
         out = train("--resume", str(run), "-n", "1024")
         assert "The run now ends at step 1024" in out and out.count("Saving to") == 1
         assert [*(tmp_path / "logs" / "clipppo").iterdir()] == [run]

@@ -58,6 +58,13 @@ def test_one_command_serves_if_todays_settings_are_the_runs(tmp_path: Path) -> N
     )
 
 
+def test_runs_of_several_processes_are_a_group_of_their_own(tmp_path: Path) -> None:
+    write_run(tmp_path / "clipppo/CartPole-v1_1", **changed({}))
+    write_run(tmp_path / "clipppo/CartPole-v1_2", **changed({}, n_processes=2))
+    launch = "torchrun --standalone --nproc-per-node 2 -m sb3_clipvf train --env CartPole-v1"
+    assert {train_commands(group) for group in groups_of(tmp_path)} == {f"{TRAIN} --seed 1", f"{launch} --seed 1"}
+
+
 def test_other_algorithms_have_the_settings_of_the_zoo(tmp_path: Path) -> None:
     settings = {"policy": "MlpPolicy", "ent_coef": 0.0, "n_envs": 8, "n_timesteps": 5e5}
     write_run(tmp_path / "a2c/CartPole-v1_1", algo="a2c", settings=settings)

@@ -94,6 +94,8 @@ class ClipPPOExperimentManager(CheckedSearch):
         self._statistics: Path | None = None  # file with the statistics of the model given to `--trained-agent`
         if self.vec_env is not None:
             args.vec_env = self.vec_env  # for args.yml of the run
+        if current_group().size > 1:
+            args.n_processes = current_group().size
         self._keeps_checkpoints = algo == ALGORITHM and self.checkpoint_freq > 0 and not self.optimize_hyperparameters
         if self._keeps_checkpoints:
             args.checkpoint_freq = self.checkpoint_freq

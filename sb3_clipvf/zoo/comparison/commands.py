@@ -64,7 +64,10 @@ def environment_options(arguments: Mapping[str, Any], folder: Path) -> list[str]
 def _command(record: Record, options: Sequence[str], seed: str) -> str:
     """Return the command with these options, which are quoted, and a seed, which may be a variable of the shell."""
     algo = [] if record.algo == ALGORITHM else ["--algo", record.algo]
-    words = ["sb3-clipvf", "train", *algo, "--env", record.env_id]
+    launch, n_processes = ["sb3-clipvf"], record.arguments.get("n_processes")
+    if isinstance(n_processes, int) and n_processes > 1:
+        launch = ["torchrun", "--standalone", "--nproc-per-node", str(n_processes), "-m", "sb3_clipvf"]
+    words = [*launch, "train", *algo, "--env", record.env_id]
     rest = _environment(record.arguments)
     for name, (option, default) in _OPTIONS.items():
         value = record.arguments.get(name)

@@ -20,8 +20,8 @@ from sb3_clipvf.zoo.comparison.titles import plural
 from sb3_clipvf.zoo.run_folders import CHECKPOINTS
 from sb3_clipvf.zoo.runs import Run, read_arguments, read_hyperparams, read_monitor, read_training_curve
 
-OF_OPTIONS = ("n_timesteps", "env_kwargs", "vec_env", "trained_agent")
-"""Options of the Zoo's ``train`` that count as settings of a run."""
+OF_OPTIONS = ("n_timesteps", "env_kwargs", "vec_env", "trained_agent", "n_processes")
+"""Options of ``train`` and of ``torchrun`` that count as settings of a run."""
 
 _ZOO_FILE, _MONITOR_FILES = "*/args.yml", "*monitor.csv"
 _OF_RUNS = (_MONITOR_FILES, "evaluations.npz", "progress.json", "progress.csv", EVENT_FILES)
