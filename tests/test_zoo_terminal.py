@@ -67,13 +67,16 @@ def test_an_interval_that_the_user_chose_is_honoured(
     assert capsys.readouterr().out.count("total_timesteps") == n_tables
 
 
-def test_the_progress_bar_ends_at_its_total() -> None:
+@pytest.mark.parametrize("first_step", [0, 1000])
+def test_the_progress_bar_counts_all_steps_and_ends_at_its_total(first_step: int) -> None:
     bar = WholeProgressBar()
+    bar.model = SimpleNamespace(get_env=lambda: SimpleNamespace(num_envs=4), num_timesteps=first_step)
+    bar.locals = {"total_timesteps": first_step + 100}
     bar.pbar = SimpleNamespace(total=100, n=0)
     bar.pbar.update = lambda steps: vars(bar.pbar).update(n=bar.pbar.n + steps)
-    bar.model = SimpleNamespace(get_env=lambda: SimpleNamespace(num_envs=8), num_timesteps=0)
     seen = []
     for _ in range(15):
+        bar.model.num_timesteps += 8  # of two processes with four environments each
         assert bar.on_step()
         seen.append(bar.pbar.n)
-    assert seen[11:] == [96, 100, 100, 100]
+    assert seen[:2] == [8, 16] and seen[11:] == [96, 100, 100, 100]

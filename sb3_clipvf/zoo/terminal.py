@@ -57,9 +57,9 @@ def timed_tables() -> Iterator[None]:
 
 
 class WholeProgressBar(ProgressBarCallback):
-    """SB3's progress bar, stopped at its total, which the last rollout may exceed."""
+    """SB3's progress bar, over the steps of all processes; it stops at its total, which the last rollout may exceed."""
 
     def _on_step(self) -> bool:
-        left = (self.pbar.total or 0) - self.pbar.n
-        self.pbar.update(min(self.training_env.num_envs, left))
+        left = max(self.locals["total_timesteps"] - self.num_timesteps, 0)
+        self.pbar.update((self.pbar.total or 0) - left - self.pbar.n)
         return True
