@@ -173,6 +173,32 @@ def test_unknown_settings_are_not_taken_for_others(tmp_path: Path) -> None:
     assert "<circle" not in html
 
 
+@pytest.mark.parametrize(
+    ("with_steps", "with_returns", "head", "n_drawn"),
+    [
+        (True, True, "Last 100 episodes, each run", 4),
+        # An evaluation that some groups lack is no substitute for the returns that others lack.
+        (False, True, "Last evaluation, each run", 3),
+        (False, False, "", 0),
+    ],
+)
+def test_dots_of_an_environment_are_of_one_quantity(
+    with_steps: bool, with_returns: bool, head: str, n_drawn: int, tmp_path: Path
+) -> None:
+    for number in range(4):
+        folder = tmp_path / f"width_{number}"
+        folder.mkdir()
+        if with_steps:
+            write_monitor(folder / "monitor.csv", [(10.0 + number, 10, 1.0)], env_id="E-v0")
+        if with_returns and number < 3:
+            write_evaluations(folder / "evaluations.npz", [10], [[500.0 + number]])
+        row = {"time/total_timesteps": 100 * (number + 1), "train/loss": 1.0}
+        (folder / "progress.json").write_text(json.dumps(row) + "\n")
+    html = page(groups_of(tmp_path), [], "")
+    assert Tables(html).tables["summary"][0][2] == head
+    assert html.count("<circle") == n_drawn
+
+
 def test_videos_are_embedded_up_to_a_size(logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, content in ((1, b"12345"), (3, b"123456")):
         folder = logs / f"clipppo/CartPole-v1_{number}/videos"

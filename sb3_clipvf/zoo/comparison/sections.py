@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -22,6 +23,8 @@ from sb3_clipvf.zoo.comparison.summary import (
 N_COLORS, N_DASHES = 7, 4
 """Colours and dashes of the page's style sheet. Further settings repeat the colours with the next dash."""
 
+_NO_RETURNS = ("steps", "seconds", "steps_per_second")
+
 MOST_VIDEO_BYTES = 20 * 2**20
 """Videos in a page, in all. Others are named by their paths."""
 
@@ -40,25 +43,27 @@ def problem_list(problems: Sequence[str]) -> str:
 
 def summary_table(by_env: Mapping[str, Sequence[Group]], places: Mapping[str, int]) -> str:
     """Return mean and standard deviation of each group, with a drawing of the runs on a scale of the environment."""
-    columns = shown_columns([group for groups in by_env.values() for group in groups])
-    heads = [_head("Setting"), _head("Runs"), _head(f"{columns[0].title}, each run", kind="strip")]
+    found = [group for groups in by_env.values() for group in groups]
+    columns, drawn = shown_columns(found), _drawn_column(found)
+    heads = [_head("Setting"), _head("Runs"), _head(f"{drawn.title}, each run" if drawn else "", kind="strip")]
     heads += [_head(one.title, one.meaning) for one in columns]
     rows = []
     for env_id, groups in by_env.items():
         known = [statistics_of(group) for group in groups]
-        values = [value for numbers in known for value in _first(numbers, columns).values]
-        low, high = min(values), max(values)
+        strips = [numbers.get(drawn.key) if drawn else None for numbers in known]
+        values = [value for one in strips if one is not None for value in one.values]
+        low, high = min(values, default=0.0), max(values, default=0.0)
         # Files with single precision differ from others in the last digits.
         is_drawn = high - low > 1e-5 * max(abs(low), abs(high))
         scale = f"{number_text(low, (high - low) / 10)} to {number_text(high, (high - low) / 10)}" if is_drawn else ""
         cells = [_row_head(escape(env_id or "unknown environment"), "rowgroup"), "<td></td>"]
         cells += [f'<td class="scale">{scale}</td>', f'<td colspan="{len(columns)}"></td>']
         rows.append(_row(cells, "env"))
-        for group, numbers in zip(groups, known, strict=True):
+        for group, numbers, one in zip(groups, known, strips, strict=True):
             place = places[group.name]
-            strip = _strip(_first(numbers, columns), low, high, place) if is_drawn else ""
+            strip = "" if one is None or not is_drawn else _strip(one, low, high, place)
             cells = [_row_head(swatch(place) + escape(group.name)), *_cells([len(group.records)])]
-            cells += [f'<td class="strip">{strip}</td>', *_cells(cell_text(numbers, one.key) for one in columns)]
+            cells += [f'<td class="strip">{strip}</td>', *_cells(cell_text(numbers, column.key) for column in columns)]
             rows.append(_row(cells))
     return _table("summary", heads, rows)
 
@@ -129,9 +134,11 @@ def meanings(groups: Sequence[Group]) -> str:
     return "".join(f"<dt>{escape(one.title)}</dt><dd>{escape(one.meaning)}</dd>" for one in shown_columns(groups))
 
 
-def _first(numbers: Mapping[str, Statistic], columns: Sequence[Column]) -> Statistic:
-    """Return the statistic of the leftmost column that a group has."""
-    return next(numbers[one.key] for one in columns if one.key in numbers)
+def _drawn_column(groups: Sequence[Group]) -> Column | None:
+    """Return the leftmost column of returns that the largest number of groups has; None if no group has any."""
+    counts = Counter(key for group in groups for key in statistics_of(group))
+    returns = [column for column in shown_columns(groups) if column.key not in _NO_RETURNS]
+    return max(returns, key=lambda column: counts[column.key], default=None)
 
 
 def _strip(statistic: Statistic, low: float, high: float, place: int) -> str:
