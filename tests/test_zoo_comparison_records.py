@@ -72,7 +72,7 @@ def test_times_of_resumed_runs_are_not_known(tmp_path: Path, source: str) -> Non
     (record,) = records
     assert record.seconds is None and record.is_resumed
     assert record.evaluations is not None
-    for series in (record.episodes, record.log["train/loss"], record.evaluations.means):
+    for series in (record.episodes, record.log["train/loss"], record.evaluations):
         assert np.isnan(series.seconds).all() and np.isfinite(series.values).all()
     assert problems == ["The times of 1 of 1 run are not known, since they were resumed."]
     # Its curves have steps alone.
@@ -115,10 +115,9 @@ def test_a_run_has_what_its_files_hold(tmp_path: Path) -> None:
     np.testing.assert_array_equal(record.episodes.steps, [100, 200, 300])
     np.testing.assert_array_equal(record.episodes.values, [1, 2, 6])
     assert record.evaluations is not None
-    np.testing.assert_array_equal(record.evaluations.means.values, [2, 6])
+    np.testing.assert_array_equal(record.evaluations.values, [2, 6])
     # The file has no times: they are those of the episodes at the same steps.
-    np.testing.assert_array_equal(record.evaluations.means.seconds, [1, 2])
-    assert (record.evaluations.std, record.evaluations.n_episodes) == (2.0, 2)
+    np.testing.assert_array_equal(record.evaluations.seconds, [1, 2])
     assert record.report["mean_return"] == 9.0
     assert record.video == folder / "videos" / "CartPole-v1.mp4"
     assert record.is_finished

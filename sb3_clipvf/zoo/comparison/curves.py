@@ -106,7 +106,7 @@ def _line(record: Record, key: str, axis: str, grid: np.ndarray, end: float) -> 
         if record.is_mean and key == "return/raw":
             series = None
     elif key == "return/evaluation":
-        series = None if record.evaluations is None else record.evaluations.means
+        series = record.evaluations
     if series is None:
         return np.full(len(grid), np.nan)
     x = series.steps if axis == "steps" else series.seconds

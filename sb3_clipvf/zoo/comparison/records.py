@@ -9,13 +9,13 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sb3_clipvf.zoo.comparison.series import EVENT_FILES, Evaluations, Series, files_of, read_evaluations, read_logs
+from sb3_clipvf.zoo.comparison.series import EVENT_FILES, Series, files_of, read_evaluations, read_logs
 from sb3_clipvf.zoo.comparison.titles import plural
 from sb3_clipvf.zoo.run_folders import CHECKPOINTS
 from sb3_clipvf.zoo.runs import Run, read_arguments, read_hyperparams, read_monitor, read_training_curve
@@ -43,7 +43,7 @@ class Record:
     :param arguments: Options of the Zoo's ``train``, {} if unknown.
     :param episodes: Returns of the training episodes.
     :param is_mean: Whether ``episodes`` are means of 100 episodes, from the log, since there are no Monitor files.
-    :param evaluations: Evaluations during the training.
+    :param evaluations: Mean returns of the evaluations during the training.
     :param log: Series of SB3's logger, by key.
     :param is_resumed: Whether several processes trained it, so that its times are not known.
     :param report: Numbers that ``sb3-clipvf report`` wrote about the trained agent, {} without them.
@@ -61,7 +61,7 @@ class Record:
     arguments: Mapping[str, Any]
     episodes: Series
     is_mean: bool
-    evaluations: Evaluations | None
+    evaluations: Series | None
     log: Mapping[str, Series]
     is_resumed: bool
     report: Mapping[str, Any]
@@ -152,10 +152,9 @@ def read_record(folder: Path, inner: Sequence[Path] = ()) -> tuple[Record, list[
         episodes = log[_EPISODES_OF_LOG]
     for path in files_of(folder, "evaluations.npz", inner)[:1]:
         with _noting(problems):
-            found = read_evaluations(path)
-            evaluations = replace(found, means=found.means.timed(episodes))
+            evaluations = read_evaluations(path).timed(episodes)
     ends = [one.steps[-1] for one in (episodes, *log.values()) if len(one.steps) > 0]
-    ends += [] if evaluations is None else [evaluations.means.steps[-1]]
+    ends += [] if evaluations is None else [evaluations.steps[-1]]
     is_finished = None if run is None else run.model_path.is_file()
     if is_finished is False:
         problems.append(_unfinished(folder))

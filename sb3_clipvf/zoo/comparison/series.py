@@ -48,24 +48,9 @@ class Series:
         return Series(self.steps, np.full(len(self.steps), np.nan), self.values)
 
 
-@dataclass(frozen=True)
-class Evaluations:
+def read_evaluations(path: Path) -> Series:
     """
-    Evaluations during a training, as SB3's ``EvalCallback`` writes them.
-
-    :param means: Mean return of each evaluation.
-    :param std: Standard deviation of the last evaluation's returns.
-    :param n_episodes: Episodes of an evaluation.
-    """
-
-    means: Series
-    std: float
-    n_episodes: int
-
-
-def read_evaluations(path: Path) -> Evaluations:
-    """
-    Read ``evaluations.npz``.
+    Read the mean return of each evaluation from ``evaluations.npz``, as SB3's ``EvalCallback`` writes it.
 
     :raises ValueError: If the file is damaged or holds something else.
     """
@@ -89,7 +74,7 @@ def read_evaluations(path: Path) -> Evaluations:
             f"{path} must hold evaluations of SB3's EvalCallback, but is damaged ({error}). Remove it, or train again."
         ) from error
     points = [(float(step), np.nan, float(mean)) for step, mean in zip(steps, means, strict=True)]
-    return Evaluations(Series.of(points), float(results[-1].std()), results.shape[1])
+    return Series.of(points)
 
 
 def files_of(folder: Path, name: str, inner: Sequence[Path]) -> list[Path]:

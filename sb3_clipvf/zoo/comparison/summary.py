@@ -56,7 +56,7 @@ class Statistic:
 def numbers_of(record: Record) -> dict[str, float | None]:
     """Return the numbers of a run by the keys of ``COLUMNS``; None where unknown."""
     curve = smoothed_returns(record)
-    means = None if record.evaluations is None else record.evaluations.means.values
+    means = None if record.evaluations is None else record.evaluations.values
     seconds, agent = record.seconds, record.report.get("mean_return")
     return {
         "last_return": float(curve.values[-1]) if len(curve.values) > 0 else None,
