@@ -269,6 +269,21 @@ def test_a_damaged_file_is_named_and_the_rest_of_the_run_shown(
     assert re.search(match, problem)
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [({}, "KeyError: 'data'"), ({"data": "{"}, "JSONDecodeError: "), ({"data": "3"}, "TypeError: ")],
+)
+def test_a_damaged_model_is_named_with_what_it_lacks(content: dict[str, str], reason: str, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "CartPole-v1_1")
+    with zipfile.ZipFile(folder / "CartPole-v1.zip", "w") as archive:
+        archive.writestr("system_info.txt", "")
+        for name, text in content.items():
+            archive.writestr(name, text)
+    (record,), (problem,) = find_records([tmp_path])
+    assert record.steps == 400
+    assert f"{folder}/CartPole-v1.zip must hold a model of SB3, but is damaged ({reason}" in problem
+
+
 @pytest.mark.parametrize("arrays", [{}, {"timesteps": [1, 2], "results": [[1.0]]}, {"timesteps": [], "results": []}])
 def test_evaluations_of_other_shapes_are_refused(arrays: dict[str, list[float]], tmp_path: Path) -> None:
     np.savez(tmp_path / "evaluations.npz", **arrays)

@@ -220,21 +220,27 @@ class _Model:
 
 
 def _read_model(run: Run, problems: list[str]) -> _Model:
-    from sb3_clipvf.files.archive import entries_of, read_bytes  # imports torch
+    from sb3_clipvf.files.archive import entries_of, read_bytes, reason_of  # imports torch
 
-    if not run.model_path.is_file():
+    path = run.model_path
+    if not path.is_file():
         return _Model()
     with _noting(problems):
-        entries = dict(entries_of(*read_bytes(run.model_path, "zip")))
-        data = json.loads(entries["data"])
-        versions = re.findall(r"^- ([\w-]+): (\S+)$", entries.get("system_info.txt", b"").decode(), re.MULTILINE)
-        first_step = data.get("_num_timesteps_at_start")
-        return _Model(
-            int(data["num_timesteps"]),
-            data["start_time"] / 1e9 if first_step == 0 and data.get("start_time") else None,
-            bool(first_step),
-            {name: version for name, version in versions if name in _VERSIONS},
-        )
+        entries = dict(entries_of(*read_bytes(path, "zip")))
+        try:
+            data = dict(json.loads(entries["data"]))
+            versions = re.findall(r"^- ([\w-]+): (\S+)$", entries.get("system_info.txt", b"").decode(), re.MULTILINE)
+            first_step = data.get("_num_timesteps_at_start")
+            return _Model(
+                int(data["num_timesteps"]),
+                data["start_time"] / 1e9 if first_step == 0 and data.get("start_time") else None,
+                bool(first_step),
+                {name: version for name, version in versions if name in _VERSIONS},
+            )
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path} must hold a model of SB3, but is damaged ({reason_of(error)}). Restore the run's own file."
+            ) from error
     return _Model()
 
 
@@ -257,10 +263,10 @@ def _read_report(folder: Path, problems: list[str]) -> dict[str, Any]:
 
 @contextmanager
 def _noting(problems: list[str]) -> Iterator[None]:
-    """Add the error of a damaged file to the messages, and go on without the file."""
+    """Add the error of a damaged file to the messages and skip the file."""
     try:
         yield
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except (ValueError, OSError) as error:
         problems.append(str(error))
 
 
