@@ -15,7 +15,7 @@ from sb3_clipvf.zoo.comparison.groups import group_records
 from sb3_clipvf.zoo.comparison.records import find_records, read_record
 from sb3_clipvf.zoo.comparison.series import read_evaluations, read_logs
 from sb3_clipvf.zoo.comparison.summary import csv_table
-from tests.written_runs import write_evaluations, write_monitor, write_run
+from tests.written_runs import write_evaluations, write_monitor, write_report, write_run
 
 
 def test_runs_are_found_at_any_depth_and_once(tmp_path: Path) -> None:
@@ -90,9 +90,7 @@ def test_a_run_has_what_its_files_hold(tmp_path: Path) -> None:
         arguments={"n_timesteps": 300, "vec_env": "envpool"},
     )
     write_evaluations(folder / "evaluations.npz", [100, 200], [[1.0, 3.0], [4.0, 8.0]])
-    (folder / "report.json").write_text(
-        json.dumps({"mean_return": 9.0, "std_return": 1.0, "n_episodes": 2, "deterministic": True, "env": "other"})
-    )
+    write_report(folder, 9.0, 300, env="other")
     (folder / "videos").mkdir()
     (folder / "videos" / "CartPole-v1.mp4").touch()
     record, problems = read_record(folder)
@@ -282,6 +280,31 @@ def test_a_damaged_model_is_named_with_what_it_lacks(content: dict[str, str], re
     (record,), (problem,) = find_records([tmp_path])
     assert record.steps == 400
     assert f"{folder}/CartPole-v1.zip must hold a model of SB3, but is damaged ({reason}" in problem
+
+
+@pytest.mark.parametrize(
+    ("model", "steps", "problem"),
+    [
+        ("CartPole-v1.zip", 400, None),
+        ("best_model.zip", 400, "it is about best_model.zip of step 400, not about the final model of step 400."),
+        ("CartPole-v1.zip", 1100, "it is about CartPole-v1.zip of step 1,100, not about the final model of step 400."),
+    ],
+)
+def test_reports_of_other_models_are_left_out(model: str, steps: int, problem: str | None, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "CartPole-v1_1")
+    write_report(folder, 9.0, steps, model=f"logs/{model}")
+    (record,), problems = find_records([tmp_path])
+    if problem is None:
+        assert problems == [] and record.report["mean_return"] == 9.0
+        return
+    assert record.report == {}
+    assert problems == [
+        f"{folder}/report.json was left out: {problem} Evaluate that one with `sb3-clipvf report --env`."
+    ]
+    # The file of the final model is not there: a report of another one is told by its name.
+    (folder / "CartPole-v1.zip").unlink()
+    (record,), _ = find_records([tmp_path])
+    assert bool(record.report) == (model == "CartPole-v1.zip")
 
 
 @pytest.mark.parametrize("arrays", [{}, {"timesteps": [1, 2], "results": [[1.0]]}, {"timesteps": [], "results": []}])

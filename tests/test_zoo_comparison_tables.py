@@ -3,7 +3,6 @@
 import csv
 import inspect
 import io
-import json
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from sb3_clipvf.zoo.comparison.summary import (
     numbers_of,
     statistics_of,
 )
-from tests.written_runs import write_evaluations, write_monitor, write_run
+from tests.written_runs import write_evaluations, write_monitor, write_report, write_run
 
 
 def groups_of(folder: Path) -> list[Group]:
@@ -249,8 +248,7 @@ def test_markdown_and_latex_have_the_means(two_settings: list[Group]) -> None:
 def test_sampled_and_most_probable_actions_are_not_averaged(tmp_path: Path) -> None:
     for seed, (value, deterministic) in enumerate(((1.0, True), (3.0, True), (10.0, False)), 1):
         folder = write_run(tmp_path / f"clipppo/CartPole-v1_{seed}", seed=seed)
-        report = {"mean_return": value, "std_return": 0.0, "n_episodes": 5, "deterministic": deterministic}
-        (folder / "report.json").write_text(json.dumps(report))
+        write_report(folder, value, 400, deterministic=deterministic)
     (group,) = groups_of(tmp_path)
     found = statistics_of(group)
     assert (found["trained_agent"].values, found["sampling_agent"].values) == ((1.0, 3.0), (10.0,))

@@ -44,6 +44,13 @@ def write_run(
     return folder
 
 
+def write_report(folder: Path, mean_return: float, num_timesteps: int, **numbers: Any) -> None:
+    """Write the numbers that a report of the final model contains and others read."""
+    model = f"{folder}/CartPole-v1.zip"
+    content = {"model": model, "mean_return": mean_return, "num_timesteps": num_timesteps, "deterministic": True}
+    (folder / "report.json").write_text(json.dumps({**content, **numbers}))
+
+
 def write_evaluations(path: Path, steps: list[int], results: list[list[float]]) -> None:
     """Write evaluations as SB3's EvalCallback does."""
     np.savez(path, timesteps=steps, results=results, ep_lengths=results)

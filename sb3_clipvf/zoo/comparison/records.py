@@ -46,7 +46,8 @@ class Record:
     :param evaluations: Mean returns of the evaluations during the training.
     :param log: Series of SB3's logger, by key.
     :param is_resumed: Whether several processes trained it, so that its times are not known.
-    :param report: Numbers that ``sb3-clipvf report`` wrote about the trained agent, {} without them.
+    :param report: What ``sb3-clipvf report`` wrote about the final model: ``mean_return`` and ``deterministic``; {}
+        without it.
     :param steps: Environment steps of the training so far.
     :param is_finished: Whether a model of the end was saved; None if the run is not the Zoo's.
     :param versions: Versions of the packages that trained, by name.
@@ -170,7 +171,7 @@ def read_record(folder: Path, inner: Sequence[Path] = ()) -> tuple[Record, list[
         evaluations=evaluations,
         log=log,
         is_resumed=is_resumed,
-        report=_read_report(folder, problems),
+        report=_read_report(folder, model.num_timesteps, problems),
         steps=float(model.num_timesteps or max(ends, default=0)),
         is_finished=is_finished,
         versions=model.versions,
@@ -244,20 +245,28 @@ def _read_model(run: Run, problems: list[str]) -> _Model:
     return _Model()
 
 
-def _read_report(folder: Path, problems: list[str]) -> dict[str, Any]:
+def _read_report(folder: Path, num_timesteps: int | None, problems: list[str]) -> dict[str, Any]:
+    """Read ``report.json`` if it is about the final model, which has ``num_timesteps`` steps; None if unknown."""
     path = folder / "report.json"
     if not path.is_file():
         return {}
     with _noting(problems):
         try:
             numbers = dict(json.loads(path.read_text(encoding="utf-8")))
-            found = {key: numbers[key] for key in ("mean_return", "std_return", "n_episodes", "deterministic")}
-            return {**found, "mean_return": float(found["mean_return"])}
+            name, steps = Path(numbers["model"]).name, int(numbers["num_timesteps"])
+            found = {"mean_return": float(numbers["mean_return"]), "deterministic": numbers["deterministic"]}
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{path} must be what `sb3-clipvf report --env` wrote, but is damaged ({type(error).__name__}: "
                 f"{error}). Remove it."
             ) from error
+        if name != "best_model.zip" and num_timesteps in (None, steps):
+            return found
+        final = "the final model" if num_timesteps is None else f"the final model of step {num_timesteps:,}"
+        problems.append(
+            f"{path} was left out: it is about {name} of step {steps:,}, not about {final}. Evaluate that one with "
+            "`sb3-clipvf report --env`."
+        )
     return {}
 
 
