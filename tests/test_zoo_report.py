@@ -142,6 +142,20 @@ def test_figure_holds_the_numbers_with_names_and_units(run: Run, tmp_path: Path,
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_figure_replaces_an_older_one_only_when_complete(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(self: Figure, file: Any, **kwargs: Any) -> None:
+        file.write(b"half")
+        raise OSError(28, "planted")
+
+    (tmp_path / "c.png").write_bytes(b"old")
+    monkeypatch.setattr(Figure, "savefig", save)
+    with pytest.raises(OSError, match=r"c\.png could not be written: planted"):
+        write_learning_curve(run, curve_of((400, 1.0)), EVALUATION, tmp_path / "c.png")
+    assert (tmp_path / "c.png").read_bytes() == b"old"
+
+
 def test_figure_notes_that_no_training_episode_ended(run: Run, tmp_path: Path, figures: list[Figure]) -> None:
     write_learning_curve(run, curve_of(), EVALUATION, tmp_path / "c.png")
     assert [text.get_text() for text in figures[0].axes[0].texts] == ["no training episode ended"]

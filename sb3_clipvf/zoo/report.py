@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sb3_clipvf.common.validation import MAX_SEED, check_device, check_int
+from sb3_clipvf.files.atomic import atomic_write
 from sb3_clipvf.zoo.comparison.commands import environment_options
 from sb3_clipvf.zoo.comparison.curves import ROLLING_WINDOW, rolling_mean
 from sb3_clipvf.zoo.comparison.groups import group_records
@@ -89,7 +90,8 @@ def write_learning_curve(run: Run, curve: TrainingCurve, evaluation: Evaluation,
     for handle in axes.legend(loc="best", framealpha=0.9, fontsize="small").legend_handles:
         if handle is not None:
             handle.set_alpha(1.0)  # a single pale dot could not be seen
-    figure.savefig(path)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")
 
 
 def _draw_training(axes: Axes, curve: TrainingCurve) -> None:
