@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from sb3_clipvf import zoo
 from sb3_clipvf.zoo import report
-from sb3_clipvf.zoo.report import main, next_commands, record_video, rolling_mean, write_learning_curve
+from sb3_clipvf.zoo.report import main, next_commands, record_video, write_learning_curve
 from sb3_clipvf.zoo.runs import Evaluation, Run, TrainingCurve, find_run
 
 EVALUATION = Evaluation((9.0, 11.0), (5, 5), True, 1000, 0)
@@ -111,11 +111,6 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
 
 # --- learning curve
-
-
-def test_rolling_mean_starts_with_fewer_values() -> None:
-    np.testing.assert_allclose(rolling_mean(np.array([2.0, 4.0, 9.0, 5.0]), window=3), [2, 3, 5, 6])
-    assert rolling_mean(np.array([])).shape == (0,)
 
 
 def test_figure_holds_the_numbers_with_names_and_units(run: Run, tmp_path: Path, figures: list[Figure]) -> None:

@@ -22,10 +22,11 @@ import numpy as np
 from sb3_clipvf.common.validation import MAX_SEED, check_device, check_int
 from sb3_clipvf.files.atomic import atomic_write
 from sb3_clipvf.zoo.comparison.commands import environment_options
-from sb3_clipvf.zoo.comparison.curves import ROLLING_WINDOW, rolling_mean
-from sb3_clipvf.zoo.comparison.groups import group_records
+from sb3_clipvf.zoo.comparison.curves import ROLLING_WINDOW, smoothed
+from sb3_clipvf.zoo.comparison.groups import Group, group_records
 from sb3_clipvf.zoo.comparison.outputs import SUFFIXES, check_outputs, write_outputs
-from sb3_clipvf.zoo.comparison.records import find_records
+from sb3_clipvf.zoo.comparison.records import Record, find_records
+from sb3_clipvf.zoo.comparison.series import Series
 from sb3_clipvf.zoo.comparison.titles import plural
 from sb3_clipvf.zoo.defaults import ALGORITHM
 from sb3_clipvf.zoo.parsing import option_name
@@ -104,10 +105,8 @@ def _draw_training(axes: Axes, curve: TrainingCurve) -> None:
     axes.scatter(
         curve.steps, curve.returns, s=size, alpha=alpha, color="tab:blue", linewidths=0, label="training episodes"
     )
-    # Several episodes may end at one step: draw the mean after all of them.
-    last = np.append(np.diff(curve.steps) > 0, True)
-    mean = rolling_mean(curve.returns)[last]
-    axes.plot(curve.steps[last], mean, color="tab:blue", label=f"mean of the last {ROLLING_WINDOW} of them")
+    mean = smoothed(Series(curve.steps, curve.seconds, curve.returns))
+    axes.plot(mean.steps, mean.values, color="tab:blue", label=f"mean of the last {ROLLING_WINDOW} of them")
 
 
 def _draw_evaluations(axes: Axes, path: Path) -> None:
@@ -192,10 +191,7 @@ def compare_runs(folders: Sequence[str], outputs: Sequence[Path]) -> None:
     :param outputs: Files to write, each in the format of its suffix.
     :raises ValueError: If a folder holds no run, or a suffix is unknown.
     """
-    records, problems = find_records(folders)
-    groups = group_records(records)
-    words = ["sb3-clipvf", "report", *folders, *(word for path in outputs for word in ("-o", str(path)))]
-    write_outputs(groups, problems, shlex.join(words), outputs)
+    records, groups, problems = _compare(folders, outputs)
     for problem in problems:
         sys.stdout.write(f"  {problem}\n")
     n_envs = len({record.env_id for record in records})
@@ -228,15 +224,20 @@ def _write_page(run: Run, outputs: Sequence[Path]) -> str:
     """Write the page of one run, and return where it is, or ``skipped: <reason>``."""
     if importlib.util.find_spec("plotly") is None and any(path.suffix == ".html" for path in outputs):
         return "skipped: the package plotly is not installed (`pip install plotly`)"
-    records, problems = find_records([run.folder])
-    words = ["sb3-clipvf", "report", str(run.folder), *(word for path in outputs for word in ("-o", str(path)))]
-    write_outputs(group_records(records), problems, shlex.join(words), outputs)
+    _compare([str(run.folder)], outputs)
     return ", ".join(map(str, outputs))
 
 
-def _write_numbers(path: Path, run: Run, curve: TrainingCurve, evaluation: Evaluation, files: dict[str, str]) -> None:
-    from sb3_clipvf.files.atomic import atomic_write
+def _compare(folders: Sequence[str], outputs: Sequence[Path]) -> tuple[list[Record], list[Group], list[str]]:
+    """Write the files of a report on runs; return the runs, their groups, and messages about what was left out."""
+    records, problems = find_records(folders)
+    groups = group_records(records)
+    words = ["sb3-clipvf", "report", *folders, *(word for path in outputs for word in ("-o", str(path)))]
+    write_outputs(groups, problems, shlex.join(words), outputs)
+    return records, groups, problems
 
+
+def _write_numbers(path: Path, run: Run, curve: TrainingCurve, evaluation: Evaluation, files: dict[str, str]) -> None:
     numbers = {
         "env": run.env_id,
         "algo": run.algo,

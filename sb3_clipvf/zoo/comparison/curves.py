@@ -77,10 +77,12 @@ def mean_and_std(lines: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def smoothed_returns(record: Record) -> Series:
+    """Return the smoothed returns of a run, which its log may hold already."""
+    return record.episodes if record.is_mean else smoothed(record.episodes)
+
+
+def smoothed(episodes: Series) -> Series:
     """Return the mean of the last 100 episodes at the end of each episode."""
-    episodes = record.episodes
-    if record.is_mean:
-        return episodes
     # Several episodes may end at one step: take the mean after all of them.
     last = np.append(np.diff(episodes.steps) > 0, True)[: len(episodes.steps)]
     return Series(episodes.steps[last], episodes.seconds[last], rolling_mean(episodes.values)[last])
