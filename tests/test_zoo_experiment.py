@@ -213,7 +213,7 @@ def test_an_unknown_key_of_the_file_is_refused(tmp_path: Path) -> None:
 
 def test_an_unknown_key_of_the_command_line_is_refused(tmp_path: Path) -> None:
     manager = _manager(tmp_path, ENTRY, hyperparams={"n_env": 4})
-    with pytest.raises(ValueError, match="`n_env` must be .* got it in `-params`. Did you mean `n_envs`"):
+    with pytest.raises(ValueError, match="`n_env` must be .* got `n_env: 4` in `-params`. Did you mean `n_envs`"):
         manager.setup_experiment()
 
 
@@ -229,7 +229,7 @@ def test_keys_of_other_algorithms_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", sorted(COMMAND_LINE_KEYS))
 def test_keys_that_the_command_line_sets_are_refused(tmp_path: Path, key: str) -> None:
-    with pytest.raises(ValueError, match=f"`{key}` must be set by the option `--"):
+    with pytest.raises(ValueError, match=f"`{key}` must be set by the option `--.*, got `{key}: 1` in the entry for"):
         _manager(tmp_path, {**ENTRY, key: 1}).setup_experiment()
 
 

@@ -325,7 +325,7 @@ def test_options_of_the_process_may_differ(cut: Path) -> None:
         ("--env Acrobot-v1", "`--env` must be 'CartPole-v1' as in the run"),
         ("--vec-env gymnasium", "`--vec-env` must be 'dummy'"),
         ("--checkpoint-freq 5", "`--checkpoint-freq` must be 256"),
-        ("-params clip_range:0.1", "`-params` must not be given with `--resume`"),
+        ("-params clip_range:0.1", "`-params` must not be given with `--resume`, got `-params clip_range:0.1`: a run"),
         ("-n 1280", "`--n-timesteps` must be more than the steps that the run has done, 1280, got 1280"),
     ],
 )

@@ -276,7 +276,11 @@ class TestRefusals:
                 "AtariWrapper alone .*got gymnasium.wrappers.GrayscaleObservation",
             ),
             ("ALE/Breakout-v5", {}, "must be a game without frame skip .*got ALE/Breakout-v5"),
-            ("BreakoutNoFrameskip-v4", {"normalize": True}, "`normalize` must not be set for Atari games"),
+            (
+                "BreakoutNoFrameskip-v4",
+                {"normalize": True},
+                "`normalize` must be left out for Atari games .*, got True",
+            ),
             (
                 "BreakoutNoFrameskip-v0",
                 {"wrappers": wrapper_list([{AtariWrapper: {"action_repeat_probability": 0.1}}])},

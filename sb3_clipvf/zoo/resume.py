@@ -130,8 +130,8 @@ def _given_options(options: Sequence[str], args: dict[str, Any]) -> dict[str, An
     parsed, others = strict(parser, "sb3-clipvf train").parse_known_args(list(options))
     if others:
         raise ValueError(
-            f"`{others[0]}` must not be given with `--resume`, got it: a run keeps the settings that it was started "
-            f"with. {_WAY_OUT}"
+            f"`{others[0]}` must not be given with `--resume`, got `{shlex.join(others)}`: a run keeps the "
+            f"settings that it was started with. {_WAY_OUT}"
         )
     given = vars(parsed)
     given.pop("resume", None)

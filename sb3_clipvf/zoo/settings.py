@@ -93,7 +93,7 @@ def check_hyperparams(hyperparams: dict[str, Any], overrides: Iterable[str], sou
     overridden = set(overrides)
     for key, value in hyperparams.items():
         where = "`-params`" if key in overridden else source
-        _check_key(key, where)
+        _check_key(key, value, where)
         if isinstance(value, str) and _is_number(value):
             way_out = f"YAML needs a point in it, as in 1.0e-3, or a tag: !!float {value}."
             if key in overridden:
@@ -131,14 +131,18 @@ def check_saved(key: str, value: Any, where: str) -> None:
         ) from error
 
 
-def _check_key(key: str, where: str) -> None:
+def _check_key(key: str, value: Any, where: str) -> None:
     if key in COMMAND_LINE_KEYS:
-        raise ValueError(f"`{key}` must be set by the option `{option_name(key)}`, got it in {where}. Remove it there.")
+        raise ValueError(
+            f"`{key}` must be set by the option `{option_name(key)}`, got `{key}: {value}` in {where}. Remove it there."
+        )
     legal = constructor_keys() | ZOO_KEYS
     if key not in legal:
         near = difflib.get_close_matches(str(key), sorted(legal), n=1)
         hint = f"Did you mean `{near[0]}`?" if near else f"The keys are: {', '.join(sorted(legal))}."
-        raise ValueError(f"`{key}` must be an argument of ClipPPO or a key of the RL Zoo, got it in {where}. {hint}")
+        raise ValueError(
+            f"`{key}` must be an argument of ClipPPO or a key of the RL Zoo, got `{key}: {value}` in {where}. {hint}"
+        )
 
 
 def _check_imports(key: str, value: Any, where: str) -> None:

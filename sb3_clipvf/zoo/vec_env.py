@@ -185,7 +185,7 @@ def _atari_options(name: str, settings: EnvSettings) -> tuple[dict[str, Any], bo
         )
     if settings.normalize:
         raise ValueError(
-            f"`normalize` must not be set for Atari games with `--vec-env {name}`, got it: training would "
+            f"`normalize` must be left out for Atari games with `--vec-env {name}`, got True: training would "
             "normalise stacked observations, and evaluation single ones. Train with `--vec-env gymnasium`."
         )
     defaults = {name: parameter.default for name, parameter in inspect.signature(AtariWrapper).parameters.items()}
