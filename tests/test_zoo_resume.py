@@ -24,6 +24,7 @@ import sb3_clipvf
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.checkpoint import ResumableEnv, read_checkpoint, read_manifest
 from sb3_clipvf.common.validation import check_int
+from sb3_clipvf.distributed import Group
 from sb3_clipvf.envs import FastDummyVecEnv
 from sb3_clipvf.files.statistics import read_pickle
 from sb3_clipvf.zoo import main
@@ -188,6 +189,16 @@ def test_a_failed_training_reports_its_notes_and_how_to_resume(
         _train(tmp_path, "--eval-freq", "-1")
     assert f"The training ended at num_timesteps={step} of 1280" in raised.value.__notes__[-1]
     assert (f"To resume: sb3-clipvf train --resume {RUN}" in capsys.readouterr().out) is has_checkpoint
+
+
+def test_the_hint_of_several_processes_names_their_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sb3_clipvf.zoo.experiment.current_group", lambda: Group(0, 2))
+    monkeypatch.setenv(SIGNAL, "FAULT:300")
+    with pytest.raises(ValueError, match="`n_steps` must be a whole number"):
+        _train(tmp_path, "--eval-freq", "-1")
+    assert f"To resume: torchrun ... -m sb3_clipvf train --resume {RUN}" in capsys.readouterr().out
 
 
 def newest(run: Path) -> Path:
