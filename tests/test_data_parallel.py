@@ -24,6 +24,7 @@ from sb3_clipvf.checkpoint import TrainingCheckpoint
 from sb3_clipvf.data_parallel import check_same, merge_running
 from sb3_clipvf.distributed import ALONE, Group, LostProcessError, Moments, current_group, merged_moments
 from sb3_clipvf.engines.selection import select_engine
+from sb3_clipvf.zoo.comparison.records import read_record
 from sb3_clipvf.zoo.run_files import read_settings
 
 SECONDS = 60  # a process starts in a few seconds on an idle machine
@@ -491,6 +492,8 @@ class TestTorchrun:
         assert "The run now ends at step 1024" in out and out.count("Saving to") == 1
         assert [*(tmp_path / "logs" / "clipppo").iterdir()] == [run]
         assert np.load(run / "evaluations.npz")["timesteps"].tolist() == [256, 512, 768, 1024]
+        # Files of the first process hold half of the steps.
+        assert 512 < read_record(run)[0].episodes.steps[-1] <= 1024
 
 
 class TestMoments:

@@ -81,6 +81,19 @@ def test_times_of_resumed_runs_are_not_known(tmp_path: Path, source: str) -> Non
     assert not np.isfinite(returns.lines["seconds"]["clipppo"]).any()
 
 
+def test_a_run_of_several_processes_has_the_steps_of_all(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "CartPole-v1_1", arguments={"n_processes": 2})
+    with zipfile.ZipFile(folder / "CartPole-v1.zip", "w") as archive:
+        archive.writestr("data", json.dumps({"num_timesteps": 850}))
+    record, _ = read_record(folder)
+    np.testing.assert_array_equal(record.episodes.steps, [200, 400, 600, 800])
+    (folder / "CartPole-v1.zip").unlink()
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "checkpoint_64.zip").touch()
+    _, (problem,) = read_record(folder)
+    assert f"`torchrun --standalone --nproc-per-node 2 -m sb3_clipvf train --resume {folder}` resumes it." in problem
+
+
 def test_a_run_has_what_its_files_hold(tmp_path: Path) -> None:
     folder = write_run(
         tmp_path / "CartPole-v1_1",

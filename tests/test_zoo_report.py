@@ -13,6 +13,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import yaml
 from gymnasium import spaces
 from imageio_ffmpeg import get_ffmpeg_exe
 from matplotlib.figure import Figure
@@ -20,7 +21,7 @@ from matplotlib.figure import Figure
 from sb3_clipvf import zoo
 from sb3_clipvf.zoo import report
 from sb3_clipvf.zoo.report import main, next_commands, record_video, write_learning_curve
-from sb3_clipvf.zoo.runs import Evaluation, Run, TrainingCurve, find_run
+from sb3_clipvf.zoo.runs import Evaluation, Run, TrainingCurve, find_run, read_arguments
 
 EVALUATION = Evaluation((9.0, 11.0), (5, 5), True, 1000, 0)
 
@@ -306,6 +307,17 @@ def test_command_takes_the_best_model_without_a_video(tmp_path: Path, capsys: py
 
 
 @pytest.mark.usefixtures("plotly")
+def test_the_speed_is_that_of_all_processes(tmp_path: Path) -> None:
+    run = train(tmp_path, "Scripted-v0")
+    # As if each of two processes had had one environment: only the first one keeps files.
+    (run.folder / "1.monitor.csv").unlink()
+    (run.settings_folder / "args.yml").write_text(yaml.dump({**read_arguments(run), "n_processes": 2}))
+    assert main(f"--env Scripted-v0 -f {tmp_path} --episodes 1 --no-video --device cpu".split()) == 0
+    numbers = json.loads((run.folder / "report.json").read_text())
+    assert numbers["steps_per_second"] * numbers["training_seconds"] == pytest.approx(60)
+
+
+@pytest.mark.usefixtures("plotly")
 def test_time_of_a_resumed_training_is_not_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -339,10 +351,12 @@ def test_proposals_make_the_environment_of_the_run(tmp_path: Path) -> None:
     settings.parent.mkdir(parents=True)
     settings.write_text(
         "gym_packages: [json, --conf-file=/d/evil.py, xml.dom]\n"
-        'env_kwargs: {g: 5.0, name: a b, "a:print(1)#": 1}\nconf_file: my.yml\n'
+        'env_kwargs: {g: 5.0, name: a b, "a:print(1)#": 1}\nconf_file: my.yml\nn_processes: 2\n'
     )
     watch, variant, _ = (command for _, command in next_commands(Run("clipppo", "E-v0", folder, folder / "x.zip"), "a"))
     assert watch == "sb3-clipvf enjoy --env E-v0 -f a --exp-id 1_0b0c7c1e-5a52-4a51-8c3e-111111111111"
+    assert variant.startswith("torchrun --standalone --nproc-per-node 2 -m sb3_clipvf train ")
+    variant = "sb3-clipvf train " + variant.partition(" train ")[2]
     options = "--gym-packages json xml.dom --env-kwargs g:5.0 'name:'\"'\"'a b'\"'\"'' --conf-file my.yml -P"
     assert variant.startswith(f"sb3-clipvf train --env E-v0 -f a {options} -params clip_range:None ")
 

@@ -89,6 +89,10 @@ def test_the_error_for_a_training_that_did_not_end_has_one_way_out(tmp_path: Pat
     (folder / "checkpoints" / "checkpoint_64.zip").touch()
     with pytest.raises(ValueError, match=rf"did not end: `sb3-clipvf train --resume {folder}` resumes it\.$"):
         find_run(tmp_path, "E-v0", load_best=load_best)
+    (folder / "E-v0").mkdir()
+    (folder / "E-v0" / "args.yml").write_text("n_processes: 2")
+    with pytest.raises(ValueError, match=r": `torchrun --standalone --nproc-per-node 2 -m sb3_clipvf train --resume "):
+        find_run(tmp_path, "E-v0", load_best=load_best)
 
 
 def test_a_newer_run_without_a_model_is_skipped(logs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,6 +268,15 @@ def test_curve_orders_episodes_by_their_end_and_counts_all_environments(tmp_path
     np.testing.assert_array_equal(curve.returns, [1.0, 5.0, 2.0])
     np.testing.assert_array_equal(curve.seconds, [1.0, 2.0, 4.0])
     assert (curve.training_seconds, curve.steps_per_second) == (4.0, 20.0)
+
+
+def test_a_curve_counts_the_steps_of_all_processes(tmp_path: Path) -> None:
+    # Only the first process keeps the files of its environments.
+    write_monitor(tmp_path, 0, 100.0, "1.0,10,1.0\n2.0,30,4.0\n")
+    write_monitor(tmp_path, 1, 100.0, "5.0,20,2.0\n")
+    curve = read_training_curve(tmp_path, 250, n_processes=3)
+    np.testing.assert_array_equal(curve.steps, [60, 120, 240])
+    assert curve.steps_per_second == 60
 
 
 def test_the_seconds_of_a_curve_count_from_the_start_of_the_training(tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ from sb3_clipvf.zoo.runs import (
     find_run,
     load_model,
     make_env,
+    processes_of,
+    program,
     read_arguments,
     read_training_curve,
 )
@@ -206,8 +208,9 @@ def next_commands(run: Run, log_folder: str) -> list[tuple[str, str]]:
     folder = shlex.quote(log_folder)
     algo = "" if run.algo == ALGORITHM else f" --algo {run.algo}"
     other = "Acrobot-v1" if run.env_id != "Acrobot-v1" else "Pendulum-v1"
-    options = "".join(f" {shlex.quote(option)}" for option in environment_options(read_arguments(run), run.folder))
-    train = f"sb3-clipvf train --env {run.env_id} -f {folder}{options} -P"
+    arguments = read_arguments(run)
+    options = "".join(f" {shlex.quote(option)}" for option in environment_options(arguments, run.folder))
+    train = f"{program(arguments)} train --env {run.env_id} -f {folder}{options} -P"
     variant = ("the same with ClipPPO", train)
     if run.algo == ALGORITHM:
         parameters = "-params clip_range:None kl_coef:1.0 adaptive_kl_target:0.01"
@@ -358,7 +361,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sb3_clipvf.zoo.run_files import saved_timesteps  # imports torch
 
     total = saved_timesteps(run.folder / f"{run.settings_folder.name}.zip")
-    curve = read_training_curve(run.folder, total if total > 0 else None, evaluation.started)
+    processes = processes_of(read_arguments(run))
+    curve = read_training_curve(run.folder, total if total > 0 else None, evaluation.started, processes)
     if evaluation.started is None:  # the clock of a resumed training includes the time between its processes
         curve = replace(curve, seconds=np.full(len(curve.steps), np.nan))
     _print_numbers(curve, evaluation, total)

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,7 +153,8 @@ def find_run(
     if load_best and (folder / f"{name}.zip").is_file():
         way_out = "It was trained without evaluations. Leave out `--load-best`."
     elif any(folder.glob(f"{CHECKPOINTS}/checkpoint_*.zip")):
-        way_out = f"Its training did not end: `sb3-clipvf train --resume {shlex.quote(str(folder))}` resumes it."
+        command = f"{program(read_arguments(Run(algo, env_id, folder, folder / model)))} train --resume"
+        way_out = f"Its training did not end: `{command} {shlex.quote(str(folder))}` resumes it."
     else:
         way_out = f"Its training did not end. Train again with {train}"
     raise ValueError(f"{folder} must hold {model}, but does not. {way_out}")
@@ -176,6 +178,18 @@ def read_arguments(run: Run) -> dict[str, Any]:
     :return: Options of the Zoo's ``train``, by name; {} if the run does not hold them.
     """
     return _read_yaml(run.settings_folder / "args.yml")
+
+
+def processes_of(arguments: Mapping[str, Any]) -> int:
+    """Return the number of processes of a training, from its options in ``args.yml``."""
+    number = arguments.get("n_processes")
+    return number if type(number) is int and number > 1 else 1
+
+
+def program(arguments: Mapping[str, Any]) -> str:
+    """Return the beginning of a command that trains on as many processes as a run, whose options are given."""
+    number = processes_of(arguments)
+    return "sb3-clipvf" if number == 1 else f"torchrun --standalone --nproc-per-node {number} -m sb3_clipvf"
 
 
 def make_env(run: Run, n_envs: int, seed: int, render_mode: str | None = None) -> VecEnv:
@@ -287,18 +301,22 @@ def evaluate_run(
 
 
 def read_training_curve(
-    folder: str | os.PathLike[str], num_timesteps: int | None = None, started: float | None = None
+    folder: str | os.PathLike[str],
+    num_timesteps: int | None = None,
+    started: float | None = None,
+    n_processes: int = 1,
 ) -> TrainingCurve:
     """
     Read the episodes of a training from its monitor files.
 
     The environments step together, so an episode that ends after ``k`` steps of its own environment ends at step
-    ``k * n_envs`` of the training. Monitor counts frames below Atari's frame skip: if its count is a multiple of the
-    training's, steps are divided by that (whole) number.
+    ``k * n_envs * n_processes`` of the training. Monitor counts frames below Atari's frame skip: if its count is a
+    multiple of the training's, steps are divided by that (whole) number.
 
     :param folder: Folder of the run, with ``<i>.monitor.csv``, or ``monitor.csv`` of SB3's ``VecMonitor``.
     :param num_timesteps: Environment steps of the whole training; None if unknown.
     :param started: Start of the training (s since 1970); None: the time at which its environments were made.
+    :param n_processes: Processes of the training, of which the first one wrote the files.
     :return: The episodes; empty if no episode ended or there are no monitor files.
     :raises ValueError: If a monitor file has no header.
     """
@@ -309,7 +327,7 @@ def read_training_curve(
         own_steps = 0
         for episode_return, length, end in file.episodes:
             own_steps += length
-            rows.append((file.start - first_start + end, own_steps * len(files), episode_return))
+            rows.append((file.start - first_start + end, own_steps * len(files) * n_processes, episode_return))
     rows.sort()
     seconds, steps, returns = (np.array([row[i] for row in rows], dtype=np.float64) for i in range(3))
     if num_timesteps and len(steps) > 0:

@@ -16,6 +16,7 @@ import yaml
 from sb3_clipvf.zoo.comparison.groups import Group
 from sb3_clipvf.zoo.comparison.records import OF_OPTIONS, Record
 from sb3_clipvf.zoo.defaults import ALGORITHM, hyperparams_path
+from sb3_clipvf.zoo.runs import program
 
 # Options that change a training, with the Zoo's or this package's defaults, which need not be repeated.
 _OPTIONS = {
@@ -64,17 +65,14 @@ def environment_options(arguments: Mapping[str, Any], folder: Path) -> list[str]
 def _command(record: Record, options: Sequence[str], seed: str) -> str:
     """Return the command with these options, which are quoted, and a seed, which may be a variable of the shell."""
     algo = [] if record.algo == ALGORITHM else ["--algo", record.algo]
-    launch, n_processes = ["sb3-clipvf"], record.arguments.get("n_processes")
-    if isinstance(n_processes, int) and n_processes > 1:
-        launch = ["torchrun", "--standalone", "--nproc-per-node", str(n_processes), "-m", "sb3_clipvf"]
-    words = [*launch, "train", *algo, "--env", record.env_id]
+    words = ["train", *algo, "--env", record.env_id]
     rest = _environment(record.arguments)
     for name, (option, default) in _OPTIONS.items():
         value = record.arguments.get(name)
         if value != default and _is_word(value):
             rest += [option, str(value)]
     seeded = ["--seed", seed] if seed else []
-    return " ".join([*map(shlex.quote, words), *seeded, *map(shlex.quote, rest), *options])
+    return " ".join([program(record.arguments), *map(shlex.quote, words), *seeded, *map(shlex.quote, rest), *options])
 
 
 def _environment(arguments: Mapping[str, Any]) -> list[str]:

@@ -18,7 +18,15 @@ import numpy as np
 from sb3_clipvf.zoo.comparison.series import EVENT_FILES, Series, files_of, read_evaluations, read_logs
 from sb3_clipvf.zoo.comparison.titles import plural
 from sb3_clipvf.zoo.run_folders import CHECKPOINTS
-from sb3_clipvf.zoo.runs import Run, read_arguments, read_hyperparams, read_monitor, read_training_curve
+from sb3_clipvf.zoo.runs import (
+    Run,
+    processes_of,
+    program,
+    read_arguments,
+    read_hyperparams,
+    read_monitor,
+    read_training_curve,
+)
 
 OF_OPTIONS = ("n_timesteps", "env_kwargs", "vec_env", "trained_agent", "n_processes")
 """Options of ``train`` and of ``torchrun`` that count as settings of a run."""
@@ -138,7 +146,7 @@ def read_record(folder: Path, inner: Sequence[Path] = ()) -> tuple[Record, list[
     env_id, episodes, log, evaluations = "", Series.of([]), {}, None
     with _noting(problems):
         env_id = read_monitor(monitors[0]).env_id if monitors else ""
-        curve = read_training_curve(folder, model.num_timesteps, model.started)
+        curve = read_training_curve(folder, model.num_timesteps, model.started, processes_of(arguments))
         episodes = Series(curve.steps, curve.seconds, curve.returns)
     is_resumed = model.is_resumed
     with _noting(problems):
@@ -158,7 +166,7 @@ def read_record(folder: Path, inner: Sequence[Path] = ()) -> tuple[Record, list[
     ends += [] if evaluations is None else [evaluations.steps[-1]]
     is_finished = None if run is None else run.model_path.is_file()
     if is_finished is False:
-        problems.append(_unfinished(folder))
+        problems.append(_unfinished(folder, arguments))
     record = Record(
         folder=folder,
         env_id=str(arguments.get("env") or env_id or _env_of_path(folder)),
@@ -321,11 +329,11 @@ def _mixed_versions(records: Sequence[Record]) -> list[str]:
     return found
 
 
-def _unfinished(folder: Path) -> str:
+def _unfinished(folder: Path, arguments: Mapping[str, Any]) -> str:
     """Return the message for a run of the Zoo without a final model."""
     text = f"{folder} holds no final model: its training runs still, or was stopped. It is shown as far as it came."
     if any(folder.glob(f"{CHECKPOINTS}/checkpoint_*.zip")):
-        text += f" `sb3-clipvf train --resume {shlex.quote(str(folder))}` resumes it."
+        text += f" `{program(arguments)} train --resume {shlex.quote(str(folder))}` resumes it."
     return text
 
 
