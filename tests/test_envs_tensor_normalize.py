@@ -10,6 +10,7 @@ from stable_baselines3.common.vec_env import VecNormalize, sync_envs_normalizati
 from tensor_cases import DICT, VECTOR, Plain, TensorWalk
 
 from sb3_clipvf import ClipPPO
+from sb3_clipvf.checkpoint.model_statistics import has_statistics, load_statistics
 from sb3_clipvf.checkpoint.training_checkpoint import TrainingCheckpoint
 from sb3_clipvf.envs import FastVecNormalize, TensorVecNormalize, as_vec_env
 from sb3_clipvf.tensor_collection import steps_tensors
@@ -134,6 +135,26 @@ def test_a_checkpoint_holds_the_statistics(tmp_path: Path) -> None:
         *(th.nn.utils.parameters_to_vector(each.policy.parameters()).detach() for each in (whole, model))
     )
     for number, again in zip(moments(whole.env), moments(model.env), strict=True):
+        np.testing.assert_array_equal(number, again)
+
+
+@pytest.mark.parametrize("space", [VECTOR, DICT], ids=["vector", "dict"])
+def test_the_command_line_takes_the_statistics_of_a_checkpoint(space: Any, tmp_path: Path) -> None:
+    env = TensorVecNormalize(TensorWalk(observation_space=space), norm_obs_keys=None if space is VECTOR else ["vector"])
+    model = ClipPPO(
+        "MlpPolicy" if space is VECTOR else "MultiInputPolicy",
+        env,
+        n_steps=8,
+        batch_size=16,
+        n_epochs=1,
+        device="cpu",
+    )
+    model.learn(48, TrainingCheckpoint(48, tmp_path))
+    path = tmp_path / "checkpoint_48.zip"
+    assert has_statistics(path)
+    loaded = load_statistics(path, as_vec_env(TensorWalk(2, observation_space=space)))
+    assert type(loaded) is VecNormalize and loaded.norm_obs_keys == env.norm_obs_keys
+    for number, again in zip(moments(env), moments(loaded), strict=True):
         np.testing.assert_array_equal(number, again)
 
 

@@ -8,10 +8,12 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from sb3_clipvf.checkpoint.best_model import read_statistics
 from sb3_clipvf.checkpoint.errors import DamagedCheckpointError, NotACheckpointError
 from sb3_clipvf.checkpoint.file import read_checkpoint, read_manifest
+from sb3_clipvf.checkpoint.state_attributes import ATTRIBUTES
 from sb3_clipvf.checkpoint.vec_env_state import describe_vec_env, restore_vec_env
 from sb3_clipvf.files.statistics import STATISTICS_FILE, vec_normalize_from
 
-_NORMALIZERS = ("VecNormalize", "FastVecNormalize")
+# Names of the classes with these statistics, SB3's and this package's
+_NORMALIZERS = frozenset(name.rpartition(".")[2] for name in ATTRIBUTES if name.endswith("VecNormalize"))
 # One row per environment, of which there may be another number.
 _PER_ENV = ("returns", "old_obs", "old_reward")
 
@@ -30,7 +32,7 @@ def load_statistics(path: Path, venv: VecEnv) -> VecNormalize:
 
 def _is_normalized_checkpoint(path: Path) -> bool:
     try:
-        return not set(_NORMALIZERS).isdisjoint(read_manifest(path).build["layers"])
+        return not _NORMALIZERS.isdisjoint(read_manifest(path).build["layers"])
     except (DamagedCheckpointError, NotACheckpointError):
         return False
 
