@@ -161,12 +161,23 @@ def replace_data(policy: Any) -> None:
     policy.value_net.weight.data = policy.value_net.weight.data.clone()
 
 
-@pytest.mark.parametrize("change", [replace_moments, replace_layer, set_beta, replace_data])
-def test_a_changed_policy_or_optimizer_gets_a_new_step(change: Callable[[Any], None]) -> None:
+def replace_activation(policy: Any) -> None:
+    policy.mlp_extractor.policy_net[1] = th.nn.ELU()
+
+
+def set_constant(policy: Any) -> None:
+    policy.mlp_extractor.policy_net[1].negative_slope = 0.3
+
+
+CHANGES = [replace_moments, replace_layer, set_beta, replace_data, replace_activation]
+
+
+@pytest.mark.parametrize(("name", "change"), [*(("box", change) for change in CHANGES), ("leaky_relu", set_constant)])
+def test_a_changed_policy_or_optimizer_gets_a_new_step(name: str, change: Callable[[Any], None]) -> None:
     policies, steps = [], []
     for engine_class in (AutogradEngine, StaticEngine):
-        policy, buffer = make_case("box")
-        engine = engine_class(policy, settings_for("box"))
+        policy, buffer = make_case(name)
+        engine = engine_class(policy, settings_for(name))
         for change_now in (lambda _: None, change):
             th.manual_seed(0)
             change_now(policy)

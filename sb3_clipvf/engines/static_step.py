@@ -200,8 +200,11 @@ def policy_structure(policy: ActorCriticPolicy) -> tuple[object, ...]:
     dist: Any = policy.action_dist
     cudnn: Any = th.backends.cudnn
     return (
-        # The text of a policy has the classes and the constants of its layers.
-        (id(policy), repr(policy), policy.normalize_images, policy.squash_output),
+        (id(policy), policy.normalize_images, policy.squash_output),
+        [
+            (name, id(module), *(getattr(module, constant, None) for constant in getattr(module, "__constants__", ())))
+            for name, module in policy.named_modules(remove_duplicate=False)
+        ],
         (id(dist), *(getattr(dist, name, None) for name in _GSDE_OPTIONS)),
         tuple(parameter.data_ptr() for parameter in policy.parameters()),
         (th.get_float32_matmul_precision(), th.are_deterministic_algorithms_enabled()),
