@@ -975,7 +975,11 @@ def test_a_gpu_gets_its_own_rows(capsys: pytest.CaptureFixture[str], monkeypatch
     assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} == set(speed.GPU_ROWS)
     assert {row.name for row in ROWS} >= set(speed.GPU_ROWS)
     rows = [row.on("cuda") for row in ROWS if row.name in speed.GPU_ROWS]
-    assert all(row.measured() == ("clipppo", "clipppo_autograd", "sb3") for row in rows)
+    for row in rows:
+        is_large = row.name.startswith(("breakout", "large"))
+        bf16 = ("clipppo_bf16",) if is_large else ()
+        assert row.measured() == ("clipppo", "clipppo_autograd", *bf16, "sb3")
+    assert sum(len(row.measured()) for row in rows) == 18
 
 
 def test_a_recorded_rollout_steps_its_environments_without_calls(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1023,11 +1027,13 @@ def test_models_are_on_the_device_of_their_peer(monkeypatch: pytest.MonkeyPatch)
             init(*args, device="cpu", **kwargs)
 
         monkeypatch.setattr(algorithm, "__init__", record)
-    for peer in ("clipppo", "clipppo_on_cpu", "clipppo_on_gpu", "sb3"):
+    engines = {"clipppo_autograd": "autograd", "clipppo_bf16": "cuda_graph_bf16"}
+    for peer in ("clipppo", "clipppo_on_cpu", "clipppo_on_gpu", "sb3", *engines):
         model = make_model(row, peer, 0)
+        assert getattr(model, "engine", None) == (None if peer == "sb3" else engines.get(peer, "auto"))
         assert isinstance(model, PPO if peer == "sb3" else ClipPPO)
         assert isinstance(model.env, FastDummyVecEnv) == (peer != "sb3")
-    assert devices == ["auto", "cpu", "cuda", "auto"]
+    assert devices == ["auto", "cpu", "cuda", "auto", "auto", "auto"]
 
 
 def test_list_shows_what_is_done_and_runs_nothing(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -163,6 +163,14 @@ def test_benchmarks_and_their_options_exist(command: list[str]) -> None:
         assert f'"{option}"' in source, f"{name} has no option {option}"
 
 
+def test_the_page_on_gpus_runs_all_tests_that_need_one() -> None:
+    tests = Path(__file__).parent
+    (command,) = re.findall(r"^\$ python -m pytest -m cuda (.*?);", text_of("gpu.md"), re.M)
+    chosen = {path for pattern in command.split() for path in tests.parent.glob(pattern)}
+    mark = "mark." + "cuda"
+    assert {path for path in tests.glob("test_*.py") if mark in path.read_text(encoding="utf-8")} <= chosen
+
+
 def test_parameters_on_command_lines_are_keys_of_the_settings() -> None:
     keys = {token.partition(":")[0] for command in commands() for token in parameters_of(command)}
     # The example of an error.

@@ -77,7 +77,8 @@ class SpeedBenchmark(AlternatingBenchmark[SpeedRow]):
         parser.add_argument("--iterations", type=at_least(1), help=about)
         about = (
             "argument device of ClipPPO and SB3 (default: %(default)s); auto: also ClipPPO on the CPU and on the GPU; "
-            "cuda: also the engine autograd, in the rows for GPUs; results go to docs/results/speed-DEVICE.json"
+            "cuda: also the engines autograd and cuda_graph_bf16, in the rows for GPUs; results go to "
+            "docs/results/speed-DEVICE.json"
         )
         parser.add_argument("--device", choices=DEVICES, default="cpu", help=about)
         about = "only check within seconds that everything runs; results go to logs/bench/quick.json"

@@ -14,9 +14,12 @@ from torch import nn
 from tests.bench.speed_free import FreeVecEnv
 from tests.bench.speed_rows import SpeedRow, is_clipppo
 
+# Engines of peers; the others have "auto".
+_ENGINES = {"clipppo_autograd": "autograd", "clipppo_bf16": "cuda_graph_bf16"}
+
 
 def make_model(row: SpeedRow, peer: str, seed: int) -> Any:
-    """Build a peer's algorithm, which logs nothing; ClipPPO has SB3's objective and the engine of ``"auto"``."""
+    """Build a peer's algorithm, which logs nothing; ClipPPO has SB3's objective and its peer's engine, or "auto"."""
     from sb3_clipvf.schedules import make_schedule
 
     arguments = dict(row.settings)
@@ -31,7 +34,7 @@ def make_model(row: SpeedRow, peer: str, seed: int) -> Any:
         from sb3_clipvf import SB3_EQUIVALENT, ClipPPO
 
         algorithm: Any = ClipPPO
-        arguments = SB3_EQUIVALENT | {"engine": "autograd" if peer == "clipppo_autograd" else "auto"} | arguments
+        arguments = SB3_EQUIVALENT | {"engine": _ENGINES.get(peer, "auto")} | arguments
     else:
         algorithm = import_module("sbx" if peer == "sbx" else "stable_baselines3").PPO
     env, device = make_env(row, peer, seed), row.device_of(peer)

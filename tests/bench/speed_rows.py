@@ -16,6 +16,7 @@ PEERS = {
     "clipppo_on_cpu": "ClipPPO on the CPU",
     "clipppo_on_gpu": "ClipPPO on the GPU",
     "clipppo_autograd": "ClipPPO on autograd",
+    "clipppo_bf16": "ClipPPO in bfloat16",
 }
 """
 What is compared. SB3 compiled is SB3 with ``torch.compile``, if there is a C++ compiler. SBX is SB3's algorithms in
@@ -40,7 +41,11 @@ _REQUIREMENTS = {
 
 _ALL = ("clipppo", "sb3", "sb3_compiled", "sbx")
 _DEVICE_OF_PEER = {"clipppo_on_cpu": "cpu", "clipppo_on_gpu": "cuda"}
-_PEERS_ON = {"auto": ("clipppo", *_DEVICE_OF_PEER, "sb3"), "cuda": ("clipppo", "clipppo_autograd", "sb3")}
+_PEERS_ON = {
+    "auto": ("clipppo", *_DEVICE_OF_PEER, "sb3"),
+    "cuda": ("clipppo", "clipppo_autograd", "clipppo_bf16", "sb3"),
+}
+_BF16_ROWS = ("breakout-8-ale", "breakout-64-ale", "large-4096")  # whose networks are large
 
 GPU_ROWS = ("breakout-8-ale", "breakout-64-ale", "wide-256", "large-4096", "tensor-pendulum")
 """Rows that ``--device cuda`` measures, unless ``--only`` names others."""
@@ -160,7 +165,10 @@ class SpeedRow:
 
     def on(self, device: str) -> SpeedRow:
         """Return the row for a value of ``--device``; "auto" adds ClipPPO on the CPU and on the GPU."""
-        return self if device == "cpu" else replace(self, device=device, peers=_PEERS_ON[device], cold_start=False)
+        if device == "cpu":
+            return self
+        peers = tuple(peer for peer in _PEERS_ON[device] if peer != "clipppo_bf16" or self.name in _BF16_ROWS)
+        return replace(self, device=device, peers=peers, cold_start=False)
 
     def quick(self) -> SpeedRow:
         """Return the row with few and short rollouts, only to check that it runs."""
