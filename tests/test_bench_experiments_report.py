@@ -363,6 +363,18 @@ def test_difference_that_may_be_zero_is_not_bold(tmp_path: Path) -> None:
     assert "| **" not in text
 
 
+@pytest.mark.parametrize("n_seeds, is_bold", [(4, False), (5, True)])
+def test_single_environment_is_decided_from_five_seeds_on(tmp_path: Path, n_seeds: int, is_bold: bool) -> None:
+    suite = suite_of(tmp_path, n_seeds=n_seeds)
+    table = filled(tmp_path, suite, lambda env, name, seed: (0.5 if name == "annealed" else 1.0) + seed / 1e5)
+    lines = lines_of(render(scores_of(suite, table)))
+    mark = "**" if is_bold else ""
+    # All pairs of runs agree.
+    cells = f"{mark}0.00 [0.00, 0.00]{mark} | {mark}-0."
+    assert any(line.startswith(f"| Hopper-v5 | `annealed` | {n_seeds} | {mark}-0.") and cells in line for line in lines)
+    assert any(line.startswith("| all (3) | `annealed` |") and "**0.00 [0.00, 0.00]**" in line for line in lines)
+
+
 @pytest.mark.parametrize("n_seeds", [1, 2])
 def test_report_of_few_seeds_has_no_interval(tmp_path: Path, n_seeds: int) -> None:
     suite = suite_of(tmp_path, n_seeds=n_seeds)
@@ -576,14 +588,16 @@ def test_equivalence_agrees_with_two_one_sided_tests() -> None:
 
 
 def test_report_states_equivalence_where_the_suite_asks_for_it(tmp_path: Path) -> None:
-    suite = suite_of(tmp_path, equivalence_margin=0.05)
-    table = filled(tmp_path, suite, lambda env, name, seed: shift(env, "constant", seed) / 100 + 0.99)
+    suite = suite_of(tmp_path, n_seeds=5, equivalence_margin=0.05)
+    table = filled(tmp_path, suite, lambda env, name, seed: 1.0 + (seed - 1002) / 500)
     lines = lines_of(render(scores_of(suite, table)))
     assert "**Equivalence to `constant`**: both intervals within ±0.05, in normalised scores" in lines
-    (row,) = [line for line in lines if line.startswith("| Hopper-v5 | `annealed` | 4 | whole training | ")]
+    (row,) = [line for line in lines if line.startswith("| Hopper-v5 | `annealed` | 5 | whole training | ")]
     assert row.endswith("| yes |")
     assert not any("classic_control" in line and "yes" in line for line in lines)
-    unequal = filled(tmp_path / "other", suite)
+    few = suite_of(tmp_path, equivalence_margin=0.05)
+    assert "| not shown, since 5 seeds are needed |" in render(scores_of(few, filled(tmp_path / "few", few)))
+    unequal = filled(tmp_path / "other", suite, lambda env, name, seed: shift(env, name, 1000))
     assert "| no |" in render(scores_of(suite, unequal))
 
 

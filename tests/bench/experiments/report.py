@@ -121,33 +121,33 @@ def _summary(scores: SuiteScores) -> Iterator[str]:
             found = {
                 name: scores.compared(row, measure, setting, difference(iqm)) for measure, name in MEASURES.items()
             }
-            is_biased = scores.n_lost(row, setting, scores.suite.baseline) > 0
-            verdicts = [f"{name} {_verdict(one, is_biased)}" for name, one in found.items() if one is not None]
+            why = scores.undecided(row, setting)
+            verdicts = [f"{name} {_verdict(one, why)}" for name, one in found.items() if one is not None]
             seeds = scores.seeds(row, setting, scores.suite.baseline)
             lines.append(f"- `{setting}` in {len(row.env_ids)} environments, seeds {seeds}: {'; '.join(verdicts)}.")
         yield "\n".join(lines)
 
 
-def _verdict(found: Estimate, is_biased: bool) -> str:
+def _verdict(found: Estimate, undecided: str) -> str:
     low, high = found.interval or (0.0, 0.0)
     word = "better" if low > 0 else "worse" if high < 0 else "not clearly different"
-    return f"{'undecided, since runs are lost' if is_biased else word} ({found.text('+z.2f')})"
+    return f"{f'undecided, since {undecided}' if undecided else word} ({found.text('+z.2f')})"
 
 
 def _comparisons(scores: SuiteScores) -> Iterator[str]:
-    """Yield the table of differences to the baseline; cells whose interval excludes equality are bold."""
+    """Yield the table of differences to the baseline; decided cells whose interval excludes equality are bold."""
     baseline, lines = scores.suite.baseline, []
     for row in (*scores.groups(), *scores.normalised):
         for setting in scores.others_in(row):
             cells = []
-            is_biased = scores.n_lost(row, setting, baseline) > 0
+            is_decided = not scores.undecided(row, setting)
             for measure in MEASURES:
                 for statistic, form, same in (
                     (difference(iqm), "+z.2f", 0.0),
                     (probability_of_improvement, ".2f", 0.5),
                 ):
                     found = scores.compared(row, measure, setting, statistic)
-                    cells.append(_cell(found, form, None if is_biased else same))
+                    cells.append(_cell(found, form, same if is_decided else None))
             lines.append([row.title(), f"`{setting}`", scores.seeds(row, setting, baseline), *cells])
     if lines:
         yield "Difference of the IQMs in normalised scores, and probability that a run is better [95 % interval]:"
@@ -171,8 +171,8 @@ def _equivalence(scores: SuiteScores) -> Iterator[str]:
             for measure, name in MEASURES.items():
                 found = [scores.compared(row, measure, setting, difference(of)) for of in (iqm, mean)]
                 cells = [_cell(one, "+z.3f") for one in found]
-                is_biased = scores.n_lost(row, setting, baseline) > 0
-                verdict = "not shown, since runs are lost" if is_biased else equivalence(found, margin)
+                why = scores.undecided(row, setting)
+                verdict = f"not shown, since {why}" if why else equivalence(found, margin)
                 seeds = scores.seeds(row, setting, baseline)
                 lines.append([row.name, f"`{setting}`", seeds, name, *cells, verdict])
     if lines:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tests.bench.experiments.estimates import MIN_SEEDS, Estimate, Statistic, estimate
+from tests.bench.experiments.estimates import MIN_SEEDS, MIN_SEEDS_ALONE, Estimate, Statistic, estimate
 from tests.bench.experiments.finished import MEASURES, SuiteRuns
 from tests.bench.experiments.random_policy import RandomReturns, random_returns
 from tests.bench.experiments.suite import Environment, Suite
@@ -66,6 +66,15 @@ class SuiteScores:
         """Return a statistic of a setting and the baseline, or None if one of them has no seed."""
         by_setting = row.by_setting[measure]
         return estimate(statistic, by_setting[setting], by_setting[self.suite.baseline])
+
+    def undecided(self, row: Scores, setting: str) -> str:
+        """Return why the comparison of a setting with the baseline has no verdict, or ""."""
+        compared = (setting, self.suite.baseline)
+        if self.n_lost(row, *compared) > 0:
+            return "runs are lost"
+        if len(row.env_ids) == 1 and min(map(row.n_seeds, compared)) < MIN_SEEDS_ALONE:
+            return f"{MIN_SEEDS_ALONE} seeds are needed"
+        return ""
 
     def n_lost(self, row: Scores, *settings: str) -> int:
         """Return the number of runs of settings in an environment or a group that failed or have no score."""
