@@ -2,6 +2,7 @@
 
 import gzip
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -307,9 +308,9 @@ def test_runs_without_a_finite_return_are_left_out_and_named(tmp_path: Path) -> 
 
 def test_environment_in_which_the_baseline_did_not_learn_has_no_normalised_scores(tmp_path: Path) -> None:
     suite = suite_of(tmp_path)
-    # Hopper's random returns have a standard deviation of 10.
+    # Hopper's 100 random returns have a standard deviation of 10, so their mean has a standard error of 1.
     scores = scores_of(
-        suite, filled(tmp_path, suite, lambda env, name, seed: 0.0099 if env == "Hopper-v5" else shift(env, name, seed))
+        suite, filled(tmp_path, suite, lambda env, name, seed: 0.0019 if env == "Hopper-v5" else shift(env, name, seed))
     )
     assert [one.name for one in scores.normalised] == ["CartPole-v1", "Pendulum-v1"]
     text = render(scores)
@@ -317,7 +318,31 @@ def test_environment_in_which_the_baseline_did_not_learn_has_no_normalised_score
         "Environments without normalised scores, since `constant` has no run there or has not learned: Hopper-v5."
         in text
     )
-    assert "| Hopper-v5 | `annealed` | 4 | 9.9\u00a0[9.9,\u00a09.9] |" in text  # its returns
+    assert "| Hopper-v5 | `annealed` | 4 | 1.9\u00a0[1.9,\u00a01.9] |" in text  # its returns
+
+
+def test_baseline_may_have_learned_by_one_score_alone(tmp_path: Path) -> None:
+    suite = suite_of(tmp_path)
+    table = filled(tmp_path, suite)
+    for setting, spec in suite.runs(Path()):
+        if spec.env_id == "Hopper-v5":
+            record = record_of(1000 * shift("", setting, spec.seed))
+            table.add(setting, spec, replace(record, scores={**record.scores, "mean_return": 1.0}), 2)
+    scores = scores_of(suite, table)
+    assert [
+        (row.title(), [measure for measure, found in row.by_setting.items() if found]) for row in scores.groups()
+    ] == [
+        ("all (3)", ["last_return"]),  # in the whole training, only one family is left
+        ("classic_control (2)", ["mean_return", "last_return"]),
+    ]
+    lines = lines_of(render(scores))
+    assert (
+        "Environments without normalised scores, since `constant` has no run there or has not learned: Hopper-v5 "
+        "(whole training)." in lines
+    )
+    for name in ("all (3)", "Hopper-v5"):
+        assert any(line.startswith(f"| {name} | `annealed` | 4 |  |  | ") for line in lines), lines
+    assert set(figures_of(scores)) == {"", "-curves", "-time", "-profiles"}
 
 
 # --- tables
@@ -410,6 +435,24 @@ def test_setting_without_runs_in_one_environment(tmp_path: Path) -> None:
 
     scores = scores_of(suite, filled(tmp_path, suite, missing))
     assert "| Hopper-v5 | `annealed` | 0 of 4 | no seed | no seed | no seed | no seed |" in render(scores)
+    assert set(figures_of(scores)) == {"", "-curves", "-time", "-profiles"}
+
+
+def test_setting_of_few_environments_does_not_shrink_the_groups_of_others(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {name: {} for name in ("constant", "few", "annealed")}
+    environments = {env_id: {"steps": 4000, "seeds": 4} for env_id in ENVIRONMENTS}
+    environments["Hopper-v5"]["only"] = ["constant", "annealed"]  # type: ignore[assignment]
+    suite = suite_of(tmp_path, settings=settings, environments=environments)
+    scores = scores_of(suite, filled(tmp_path, suite))
+    assert [(row.title(), row.settings()) for row in scores.groups()] == [
+        ("all (3)", ["constant", "annealed"]),
+        ("classic_control (2)", ["constant", "few", "annealed"]),
+    ]
+    lines = lines_of(render(scores))
+    assert [line.partition(", seeds")[0] for line in lines if line.startswith("- `")] == [
+        "- `few` in 2 environments",
+        "- `annealed` in 3 environments",
+    ]
     assert set(figures_of(scores)) == {"", "-curves", "-time", "-profiles"}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -111,6 +111,10 @@ class Sheet:
     def _places(self) -> dict[str, int]:
         return {name: place for place, name in enumerate((self.scores.suite.baseline, *self.others))}
 
+    def isdisjoint(self, settings: Iterable[str]) -> bool:
+        """Return whether none of the settings besides the baseline is among these."""
+        return set(self.others).isdisjoint(settings)
+
     def style(self, setting: str) -> tuple[str, str]:
         """Return colour and style of a setting's line."""
         place = self._places[setting]
@@ -182,8 +186,8 @@ def _legend(figure: Figure, settings: Sequence[str], sheet: Sheet, *, lines: boo
 
 def _differences(sheet: Sheet) -> Figure | None:
     scores = sheet.scores
-    rows = [*scores.groups(), *scores.normalised]
-    if not rows or not sheet.others:
+    rows = [row for row in (*scores.groups(), *scores.normalised) if not sheet.isdisjoint(row.settings())]
+    if not rows:
         return None
     figure, panels = _new_figure(len(MEASURES), len(MEASURES), 0.4 + len(rows) * (0.14 + 0.1 * len(sheet.others)))
     margin = scores.suite.equivalence_margin
@@ -266,16 +270,20 @@ def _bands(sheet: Sheet, env_id: str, axis: str) -> dict[str, Band]:
 
 
 def _profiles(sheet: Sheet) -> Figure | None:
-    groups = sheet.scores.groups()
-    if not groups:
+    pairs = [
+        (group, measure)
+        for group in sheet.scores.groups()
+        for measure in MEASURES
+        if not sheet.isdisjoint(group.by_setting[measure])
+    ]
+    if not pairs:
         return None
-    figure, panels = _new_figure(len(groups) * len(MEASURES), len(MEASURES), 1.9)
-    pairs = [(group, measure) for group in groups for measure in MEASURES]
+    figure, panels = _new_figure(len(pairs), len(MEASURES), 1.9)
     for axes, (group, measure) in zip(panels, pairs, strict=True):
         axes.set_title(f"{group.title()}, {MEASURES[measure]}", fontsize="small")
         axes.set_ylim(-0.03, 1.03)
         axes.set_xlim(_THRESHOLDS[0], _THRESHOLDS[-1])
-        for setting in sheet.settings:
+        for setting in filter(group.by_setting[measure].__contains__, sheet.settings):
             values, profile = group.by_setting[measure][setting], performance_profile(_THRESHOLDS)
             band = Band(_THRESHOLDS, profile(values[None])[0], interval(profile, values))
             draw_band(axes, band, *sheet.style(setting))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +19,16 @@ _COLUMNS = ("env", "episodes", "mean_return", "return_std", "gymnasium_version")
 
 @dataclass(frozen=True)
 class RandomReturns:
-    """Mean and standard deviation of the returns of episodes with random actions."""
+    """Mean and standard deviation of the returns of episodes with random actions, and their number."""
 
     mean: float
     std: float
+    n_episodes: int
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of the mean."""
+        return self.std / self.n_episodes**0.5
 
 
 def random_returns(folder: Path, env_ids: Iterable[str]) -> dict[str, RandomReturns]:
@@ -42,10 +48,11 @@ def random_returns(folder: Path, env_ids: Iterable[str]) -> dict[str, RandomRetu
                 zip(_COLUMNS, (env_id, str(N_EPISODES), f"{found.mean:.6g}", f"{found.std:.6g}", version), strict=True)
             )
             write_text(path, csv_text(_COLUMNS, (rows[name].values() for name in sorted(rows))))
-    return {
-        env_id: RandomReturns(float(rows[env_id]["mean_return"]), float(rows[env_id]["return_std"]))
-        for env_id in env_ids
-    }
+    return {env_id: _returns(rows[env_id]) for env_id in env_ids}
+
+
+def _returns(row: Mapping[str, str]) -> RandomReturns:
+    return RandomReturns(float(row["mean_return"]), float(row["return_std"]), int(row["episodes"]))
 
 
 def _read(path: Path) -> dict[str, dict[str, str]]:
@@ -54,7 +61,7 @@ def _read(path: Path) -> dict[str, dict[str, str]]:
     rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
     try:
         for row in rows:
-            float(row["mean_return"]), float(row["return_std"])
+            _returns(row)
         return {row["env"]: row for row in rows}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
@@ -76,4 +83,4 @@ def _measured(env_id: str) -> RandomReturns:
             returns[episode] += float(reward)
             ended = terminated or truncated
     env.close()
-    return RandomReturns(float(returns.mean()), float(returns.std()))
+    return RandomReturns(float(returns.mean()), float(returns.std()), N_EPISODES)

@@ -105,19 +105,29 @@ def _best_results(runs: SuiteRuns) -> Iterator[str]:
 
 def _unlearned(scores: SuiteScores) -> Iterator[str]:
     """Yield which environments have no normalised scores."""
-    normalised = {one.name for one in scores.normalised}
-    if unlearned := [one.name for one in scores.environments if one.name not in normalised]:
+    unlearned: dict[str, str] = {}  # names of the environments -> names of the measures
+    for measure, name in MEASURES.items():
+        normalised = {one.name for one in scores.normalised if one.by_setting[measure]}
+        if missing := [one.name for one in scores.environments if one.name not in normalised]:
+            place = ", ".join(missing)
+            unlearned[place] = f"{unlearned[place]}, {name}" if place in unlearned else name
+    if unlearned:
+        every = ", ".join(MEASURES.values())
+        parts = [place if names == every else f"{place} ({names})" for place, names in unlearned.items()]
         yield (
             f"Environments without normalised scores, since `{scores.suite.baseline}` has no run there or has not "
-            f"learned: {', '.join(unlearned)}."
+            f"learned: {'; '.join(parts)}."
         )
 
 
 def _summary(scores: SuiteScores) -> Iterator[str]:
-    """Yield a sentence for each setting, about the environments together."""
-    for row in scores.groups()[:1]:
-        lines = []
-        for setting in scores.others:
+    """Yield a sentence for each setting and group of most environments in which it is compared."""
+    groups, lines = scores.groups(), []
+    for setting in scores.others:
+        names = [row.name for row in groups if setting in row.settings()]
+        for row in groups:
+            if setting not in row.settings() or row.name != names[0]:
+                continue
             found = {
                 name: scores.compared(row, measure, setting, difference(iqm)) for measure, name in MEASURES.items()
             }
@@ -125,6 +135,7 @@ def _summary(scores: SuiteScores) -> Iterator[str]:
             verdicts = [f"{name} {_verdict(one, why)}" for name, one in found.items() if one is not None]
             seeds = scores.seeds(row, setting, scores.suite.baseline)
             lines.append(f"- `{setting}` in {len(row.env_ids)} environments, seeds {seeds}: {'; '.join(verdicts)}.")
+    if lines:
         yield "\n".join(lines)
 
 
@@ -147,7 +158,8 @@ def _comparisons(scores: SuiteScores) -> Iterator[str]:
                     (probability_of_improvement, ".2f", 0.5),
                 ):
                     found = scores.compared(row, measure, setting, statistic)
-                    cells.append(_cell(found, form, same if is_decided else None))
+                    is_scored = setting in row.by_setting[measure]
+                    cells.append(_cell(found, form, same if is_decided else None) if is_scored else "")
             lines.append([row.title(), f"`{setting}`", scores.seeds(row, setting, baseline), *cells])
     if lines:
         yield "Difference of the IQMs in normalised scores, and probability that a run is better [95 % interval]:"
@@ -169,6 +181,8 @@ def _equivalence(scores: SuiteScores) -> Iterator[str]:
     for row in scores.normalised if margin > 0 else ():  # in groups, differences of opposite signs would cancel
         for setting in scores.others_in(row):
             for measure, name in MEASURES.items():
+                if setting not in row.by_setting[measure]:
+                    continue
                 found = [scores.compared(row, measure, setting, difference(of)) for of in (iqm, mean)]
                 cells = [_cell(one, "+z.3f") for one in found]
                 why = scores.undecided(row, setting)

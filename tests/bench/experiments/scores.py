@@ -12,15 +12,18 @@ from tests.bench.experiments.finished import MEASURES, SuiteRuns
 from tests.bench.experiments.random_policy import RandomReturns, random_returns
 from tests.bench.experiments.suite import Environment, Suite
 
+_STANDARD_ERRORS = 2.0
+"""Standard errors of the mean of random returns that a baseline's mean must be above it."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Scores:
     """
     Scores of an environment, or of a group.
 
     :param name: name of the environment or the group
     :param env_ids: environments, in the order of the scores
-    :param by_setting: scores ``(n_seeds, n_environments)`` by measure and setting
+    :param by_setting: scores ``(n_seeds, n_environments)`` by measure and setting; a measure may have fewer settings
     """
 
     name: str
@@ -32,12 +35,12 @@ class Scores:
         return f"{self.name} ({len(self.env_ids)})" if len(self.env_ids) > 1 else self.name
 
     def settings(self) -> list[str]:
-        """Return the names of the settings that are made here."""
-        return list(next(iter(self.by_setting.values())))
+        """Return the names of the settings that have scores here, in one measure at least."""
+        return list(dict.fromkeys(name for by_setting in self.by_setting.values() for name in by_setting))
 
     def n_seeds(self, setting: str) -> int:
         """Return the number of seeds of a setting."""
-        return min(len(by_setting[setting]) for by_setting in self.by_setting.values())
+        return min(len(found[setting]) for found in self.by_setting.values() if setting in found)
 
 
 class SuiteScores:
@@ -63,9 +66,9 @@ class SuiteScores:
         return [name for name in row.settings() if name != self.suite.baseline]
 
     def compared(self, row: Scores, measure: str, setting: str, statistic: Statistic) -> Estimate | None:
-        """Return a statistic of a setting and the baseline, or None if one of them has no seed."""
-        by_setting = row.by_setting[measure]
-        return estimate(statistic, by_setting[setting], by_setting[self.suite.baseline])
+        """Return a statistic of a setting and the baseline, or None if one of them has no scores."""
+        found = row.by_setting[measure]
+        return estimate(statistic, found[setting], found[self.suite.baseline]) if setting in found else None
 
     def undecided(self, row: Scores, setting: str) -> str:
         """Return why the comparison of a setting with the baseline has no verdict, or ""."""
@@ -89,19 +92,34 @@ class SuiteScores:
 
     def groups(self) -> list[Scores]:
         """
-        Return the scores of all environments and of each family, over those with enough seeds of all settings.
+        Return the scores of all environments together, and of those of each family.
 
-        A group has at least two environments, and of each setting the seeds that all of them have.
+        A setting and a measure are in the groups of the environments where the setting and the baseline have enough
+        seeds and normalised scores. Settings with other environments have groups of their own. A group has at least two
+        environments, and of each setting the seeds that all of them have.
         """
-        enough = [
-            one
-            for one in self.normalised
-            if one.settings() == self.settings and min(map(one.n_seeds, self.settings)) >= MIN_SEEDS
-        ]
-        names = list(dict.fromkeys(family(one.name) for one in enough))
-        members = {name: [one for one in enough if family(one.name) == name] for name in names}
-        members = {"all": enough, **members} if len(members) > 1 else members
-        return [_gathered(name, group) for name, group in members.items() if len(group) > 1]
+        found: dict[tuple[str, tuple[Scores, ...]], dict[str, list[str]]] = {}
+        for measure in MEASURES:
+            for setting in self.others:
+                for name, members in self._members(measure, setting).items():
+                    settings = found.setdefault((name, members), {}).setdefault(measure, [self.suite.baseline])
+                    settings.append(setting)
+        names = ["all", *(family(one.name) for one in self.normalised)]
+        groups = sorted(found.items(), key=lambda item: names.index(item[0][0]))
+        return [_gathered(name, members, by_measure) for (name, members), by_measure in groups]
+
+    def _members(self, measure: str, setting: str) -> dict[str, tuple[Scores, ...]]:
+        """Return the environments of each group, by its name, in which a setting can be compared by a measure."""
+        enough = []
+        for one in self.normalised:
+            found = one.by_setting[measure]
+            n_seeds = [len(found[name]) for name in (setting, self.suite.baseline) if name in found]
+            if len(n_seeds) == 2 and min(n_seeds) >= MIN_SEEDS:
+                enough.append(one)
+        names = dict.fromkeys(family(one.name) for one in enough)
+        members = {name: tuple(one for one in enough if family(one.name) == name) for name in names}
+        members = {"all": tuple(enough), **members} if len(members) > 1 else members
+        return {name: group for name, group in members.items() if len(group) > 1}
 
     def _raw(self, environment: Environment) -> Scores | None:
         """Return the scores of an environment in which a run is finished."""
@@ -118,16 +136,14 @@ class SuiteScores:
         return Scores(env_id, (env_id,), found)
 
     def _normalised(self, scores: Scores) -> Scores | None:
-        """Return the scores with 0 for random actions and 1 for the baseline's mean, or None if it did not learn."""
+        """Return the scores with 0 for random actions and 1 for the baseline's mean, by measures in which it learned."""
         if self.suite.baseline not in scores.settings():
             return None
-        normalised = {}
+        normalised: dict[str, dict[str, np.ndarray]] = {}
         for measure, by_setting in scores.by_setting.items():
             scaled = _scale(self.random[scores.name], by_setting[self.suite.baseline])
-            if scaled is None:
-                return None
-            normalised[measure] = {setting: scaled(values) for setting, values in by_setting.items()}
-        return Scores(scores.name, scores.env_ids, normalised)
+            normalised[measure] = {name: scaled(values) for name, values in by_setting.items()} if scaled else {}
+        return Scores(scores.name, scores.env_ids, normalised) if any(normalised.values()) else None
 
 
 def families(runs: SuiteRuns) -> list[SuiteScores]:
@@ -145,17 +161,17 @@ def family(env_id: str) -> str:
 
 
 def _scale(random: RandomReturns, baseline: np.ndarray) -> Callable[[np.ndarray], np.ndarray] | None:
-    if len(baseline) == 0 or baseline.mean() < random.mean + random.std:
+    if len(baseline) == 0 or baseline.mean() <= random.mean + _STANDARD_ERRORS * random.standard_error:
         return None
     unit = baseline.mean() - random.mean
     return lambda values: (values - random.mean) / unit
 
 
-def _gathered(name: str, environments: Sequence[Scores]) -> Scores:
+def _gathered(name: str, environments: Sequence[Scores], by_measure: Mapping[str, Sequence[str]]) -> Scores:
     found: dict[str, dict[str, np.ndarray]] = {}
     for measure in MEASURES:
         found[measure] = {}
-        for setting in environments[0].by_setting[measure]:
+        for setting in by_measure.get(measure, ()):
             columns = [one.by_setting[measure][setting][:, 0] for one in environments]
             n_seeds = min(len(column) for column in columns)
             found[measure][setting] = np.stack([column[:n_seeds] for column in columns], axis=1)
