@@ -388,6 +388,18 @@ def test_difference_that_may_be_zero_is_not_bold(tmp_path: Path) -> None:
     assert "| **" not in text
 
 
+def test_suite_that_chose_settings_has_no_verdicts(tmp_path: Path) -> None:
+    suite = suite_of(tmp_path, kind="tune", first_seed=10, equivalence_margin=0.9)
+    text = render(scores_of(suite, filled(tmp_path, suite, lambda env, name, seed: shift(env, name, seed + 990))))
+    lines = lines_of(text)
+    assert lines[0].startswith("**Seeds of this suite chose settings, so its results are no evidence.**")
+    assert "- `annealed` in 3 environments, seeds 4: whole training undecided, since seeds of this suite" in "".join(
+        lines
+    )
+    assert "| **" not in text
+    assert "| not shown, since seeds of this suite chose settings |" in text
+
+
 @pytest.mark.parametrize("n_seeds, is_bold", [(4, False), (5, True)])
 def test_single_environment_is_decided_from_five_seeds_on(tmp_path: Path, n_seeds: int, is_bold: bool) -> None:
     suite = suite_of(tmp_path, n_seeds=n_seeds)

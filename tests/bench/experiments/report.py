@@ -61,7 +61,9 @@ def _image(drawn: Drawn) -> str:
 
 
 def _state(runs: SuiteRuns) -> Iterator[str]:
-    """Yield what is missing."""
+    """Yield what is missing, and what limits the results."""
+    if runs.suite.kind == "tune":
+        yield "**Seeds of this suite chose settings, so its results are no evidence.** No difference has a verdict."
     if runs.n_finished < runs.n_runs:
         yield (
             f"**So far {runs.n_finished} of {runs.n_runs} runs are finished.** The columns *seeds* and *runs* show "

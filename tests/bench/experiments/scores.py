@@ -72,6 +72,8 @@ class SuiteScores:
 
     def undecided(self, row: Scores, setting: str) -> str:
         """Return why the comparison of a setting with the baseline has no verdict, or ""."""
+        if self.suite.kind == "tune":
+            return "seeds of this suite chose settings"
         compared = (setting, self.suite.baseline)
         if self.n_lost(row, *compared) > 0:
             return "runs are lost"

@@ -18,7 +18,7 @@ from tests.bench.experiments.runs import RunSpec
 ALGORITHM = "clipppo"
 FOLDER = Path(__file__).with_name("suites")
 SEEDS: dict[str, tuple[int, int | None]] = {"tune": (0, 999), "report": (1000, None)}
-"""First and last seed of each kind of suite. No reported number comes from a seed that chose a setting."""
+"""First and last seed of each kind of suite. Seeds of ``tune`` choose settings, so they are no evidence for them."""
 
 QUICK_ENVIRONMENTS, QUICK_SETTINGS, QUICK_STEPS, QUICK_EPISODES = 2, 4, 4096, 2
 """The part of a suite that ``--quick`` runs: its first environments, the first settings of each, and one seed."""
@@ -69,6 +69,7 @@ class Suite:
     Settings x environments x seeds.
 
     :param name: name for files
+    :param kind: a key of ``SEEDS``
     :param settings: settings by name
     :param baseline: setting that the report compares the others with, unless they name another one; the first one of
         the file
@@ -81,6 +82,7 @@ class Suite:
     """
 
     name: str
+    kind: str
     settings: Mapping[str, Setting]
     baseline: str
     environments: tuple[Environment, ...]
@@ -293,7 +295,7 @@ def _suite(name: str, content: Any) -> Suite:
         )
     kind = entries["kind"]
     if kind not in SEEDS:
-        raise ValueError(f"`kind` must be tune or report, got {kind!r}. Only seeds of `report` are reported.")
+        raise ValueError(f"`kind` must be tune or report, got {kind!r}. Results of `tune` suites are not evidence.")
     for key in ("settings", "environments"):
         if not entries[key]:
             raise ValueError(f"`{key}` must have at least one entry, got none. Add one.")
@@ -306,13 +308,14 @@ def _suite(name: str, content: Any) -> Suite:
         if seed < first or (last is not None and seed > last):
             rule = f"from {first}" if last is None else f"{first} to {last}"
             raise ValueError(
-                f"seeds of a suite of kind {kind} must be {rule}, got {seed}. Only seeds from 1000 are reported."
+                f"seeds of a suite of kind {kind} must be {rule}, got {seed}. Results of `tune` suites are not evidence."
             )
     if entries["best_result_score"] and len({len(environment.seeds) for environment in environments}) > 1:
         raise ValueError("`best_result_score` needs as many seeds in each environment, got others. Change `seeds`.")
     n_eval_episodes = _at_least_one("evaluation_episodes", entries["evaluation_episodes"])
     return Suite(
         name,
+        kind,
         settings,
         next(iter(settings)),
         environments,
