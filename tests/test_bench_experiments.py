@@ -294,7 +294,7 @@ def test_unknown_environments_and_keys_are_refused_before_the_first_run(
 
 
 def test_runs_are_made_in_order_and_written(small: Suite, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    executor = FakeExecutor(lambda spec: record_of(float(spec.seed)))
+    executor = FakeExecutor(lambda spec: replace(record_of(float(spec.seed)), jobs=7 if spec.seed == 1000 else None))
     campaign(small, tmp_path).run(executor)
     assert executor.made == [spec.label for _, spec in small.runs(tmp_path)]
     with (tmp_path / "results" / "small.csv").open() as file:
@@ -303,6 +303,8 @@ def test_runs_are_made_in_order_and_written(small: Suite, tmp_path: Path, capsys
         ("CartPole-v1", "annealed", "1000"),
         ("CartPole-v1", "annealed", "1001"),
     ]
+    # Without the number in the record, it is that of this command.
+    assert [row["jobs"] for row in rows[:2]] == ["7", "1"]
     row = rows[1]
     assert (row["suite"], row["steps"], row["last_return"], row["evaluation_mean"]) == ("small", "64", "1001", "2002")
     assert (row["mean_return"], row["num_timesteps"], row["jobs"]) == ("", "64", "1")
@@ -448,6 +450,15 @@ def test_command_makes_lists_and_skips_runs(in_folder: str, capsys: pytest.Captu
         "Pendulum-v1 constant 96 steps 0 of 1 seeds done".split(),
     ]
     assert lines[-1].startswith("2 of 6 runs to make; about 0 h 00 min left")
+
+
+def test_command_leaves_out_runs_that_another_one_makes(
+    in_folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_with(monkeypatch, f"raise SystemExit({runs.IN_PROGRESS_CODE})")
+    assert main([in_folder, "--envs", "Pendulum-v1"]) == 0
+    assert "2 runs are left out, since another command makes them." in capsys.readouterr().out
+    assert not Path("docs").exists()
 
 
 def test_command_reports_failures(

@@ -19,7 +19,7 @@ from test_bench_experiments_runs import MAKE, record_of, run_with, spec_of
 from tests.bench.experiments import main
 from tests.bench.experiments.executors import Finished
 from tests.bench.experiments.ray_executor import RayExecutor, make_on_node
-from tests.bench.experiments.runs import Record, this_machine
+from tests.bench.experiments.runs import IN_PROGRESS_CODE, Record, this_machine
 from tests.bench.results import clone_environment
 
 
@@ -45,6 +45,11 @@ def test_node_of_other_versions_makes_no_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"node .* has numpy '.*' \(now '0.1'\): install the same versions there"):
         make_on_node(spec_of(tmp_path / "run"), versions)
     assert not (tmp_path / "run").exists()
+
+
+def test_node_leaves_out_a_run_that_another_command_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_with(monkeypatch, f"raise SystemExit({IN_PROGRESS_CODE})")
+    assert make_on_node(spec_of(tmp_path / "run"), this_machine()["versions"]) is None
 
 
 class FakeRay(SimpleNamespace):
@@ -87,10 +92,11 @@ def test_runs_of_nodes_with_folders_of_their_own(tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, "ray", fake)
     specs = [spec_of(tmp_path / "here" / str(seed), seed=seed) for seed in (1000, 1001, 1002)]
     lost, *made = sorted(RayExecutor("", 2).run(specs), key=lambda one: one.spec.seed != 1001)
+    of_two = replace(record_of(), jobs=2)  # in the whole cluster
     assert fake.options["num_cpus"] == 2
     assert (lost.spec, lost.record, lost.error) == (specs[1], None, "died")
-    assert [(one.spec.seed, one.record) for one in made] == [(1000, record_of()), (1002, record_of())]
-    assert Record.read(tmp_path / "here" / "1000" / "record.json") == record_of()  # the next command skips it
+    assert [(one.spec.seed, one.record) for one in made] == [(1000, of_two), (1002, of_two)]
+    assert Record.read(tmp_path / "here" / "1000" / "record.json") == of_two  # the next command skips it
     assert (tmp_path / "node" / "1000" / "starts").exists()
     assert fake.side_by_side == [2, 2, 1] and fake.was_shut_down
 

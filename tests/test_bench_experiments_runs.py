@@ -21,9 +21,11 @@ from tests.bench.experiments.episodes import MAX_ROWS, binned_episodes
 from tests.bench.experiments.executors import LocalExecutor
 from tests.bench.experiments.networks import SharedLayerPolicy
 from tests.bench.experiments.runs import (
+    IN_PROGRESS_CODE,
     Record,
     RunSpec,
     check_folder,
+    make_run,
     prepare_folder,
     process_variables,
     this_machine,
@@ -357,5 +359,19 @@ def test_training_that_ended_early_is_no_result(copied: RunSpec, train_commands:
 def test_two_processes_do_not_make_the_same_run(copied: RunSpec) -> None:
     with (copied.folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_SH)  # a weaker lock than its own stops it, too
-        with pytest.raises(ValueError, match="must be trained by one process, but another one trains it"):
-            train_and_measure(copied)
+        assert make_run(copied.folder) == IN_PROGRESS_CODE
+    assert not (copied.folder / "record.json").exists()
+    prepare_folder(copied, jobs=3)
+    assert make_run(copied.folder) == 0
+    record = Record.read(copied.folder / "record.json")
+    assert (record.scores["num_timesteps"], record.jobs) == (64, 3)
+    # A process that was started before this record was written leaves it alone.
+    record_of().write(copied.folder / "record.json")
+    assert make_run(copied.folder) == 0
+    assert Record.read(copied.folder / "record.json") == record_of()
+
+
+def test_run_that_another_command_makes_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_with(monkeypatch, f"import sys\nsys.exit({IN_PROGRESS_CODE} if sys.argv[1].endswith('a') else 7)")
+    assert [one.spec.folder.name for one in LocalExecutor(1).run([spec_of(tmp_path / name) for name in "ab"])] == ["b"]
+    assert json.loads((tmp_path / "b" / "run.json").read_text())["jobs"] == 1

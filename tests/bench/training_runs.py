@@ -120,6 +120,8 @@ class TrainingBenchmark(SeedsBenchmark[RowT]):
                 text = self._add(row, seed, finished)
                 place = f"[{len(specs) - len(left):>{len(str(len(specs)))}}/{len(specs)}]"
                 print(f"{place} {text} | {self._time_left([row for row, _ in left.values()])}", flush=True)
+        if left:
+            print(f"{len(left)} runs are left out, since another command makes them.", flush=True)
 
     def _time_left(self, todo: Sequence[RowT]) -> str:
         runs = [run for run in self.results.runs if run.get("run_seconds")]  # of a resumed run, it is not known
@@ -134,5 +136,5 @@ class TrainingBenchmark(SeedsBenchmark[RowT]):
             return f"{label}: FAILED, {finished.error}"
         result = {**row.run(seed), **self.measure(record), "run_seconds": record.scores.get("run_seconds")}
         # The record may be of an earlier command, with other versions.
-        self.results.add({**result, "jobs": self.args.jobs, **record.machine})
+        self.results.add({**result, "jobs": record.jobs or self.args.jobs, **record.machine})
         return f"{label}: {self.summary(row, result)}, {finished.time_text()}"

@@ -64,11 +64,13 @@ class Campaign:
                     error = finished.error.removesuffix(f", see {spec.folder / LOG_FILE}")
                     self._table.add_failure(setting, spec, error)
                 else:
-                    self._table.add(setting, spec, finished.record, self._jobs)
+                    self._table.add(setting, spec, finished.record, finished.record.jobs or self._jobs)
                     n_steps += spec.n_timesteps if finished.is_whole else 0
                 speed = n_steps / max(time.perf_counter() - started, 1e-9)
                 place = f"[{n_done + n_ended:>{len(str(len(self.runs)))}}/{len(self.runs)}]"
                 print(f"{place} {_summary(finished)} | {speed:,.0f} steps/s, {self._time_left()}", flush=True)
+        if self.todo:
+            print(f"{len(self.todo)} runs are left out, since another command makes them.", flush=True)
 
     def listed(self) -> str:
         """Return a line for each environment and setting: the steps, how many seeds are done, and their scores."""

@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
-from tests.bench.experiments.runs import LOG_FILE, RECORD_FILE, Record, RunSpec, prepare_folder, process_variables
+from tests.bench.experiments.runs import (
+    IN_PROGRESS_CODE,
+    LOG_FILE,
+    RECORD_FILE,
+    Record,
+    RunInProgressError,
+    RunSpec,
+    prepare_folder,
+    process_variables,
+)
 from tests.bench.results import clone_environment
 
 # Makes the run of the folder that follows it. Tests replace this by a quick command.
@@ -52,7 +61,11 @@ class Executor(Protocol):
     """Makes runs, each in a process of its own: :class:`LocalExecutor` here, ``RayExecutor`` on a cluster."""
 
     def run(self, specs: Sequence[RunSpec]) -> Generator[Finished, None, None]:
-        """Make the runs, begin them in this order, and yield each when it ends. A failed run does not end others."""
+        """
+        Make the runs, begin them in this order, and yield each when it ends. A failed run does not end others.
+
+        Runs that another command makes at the same time are left out.
+        """
 
 
 class LocalExecutor:
@@ -87,6 +100,8 @@ class LocalExecutor:
         record, error = None, ""
         try:
             record = self._record(spec)
+        except RunInProgressError:
+            return None
         except (OSError, ValueError) as reason:
             if self._stop.is_set():
                 return None
@@ -94,13 +109,15 @@ class LocalExecutor:
         return Finished(spec, record, error, 0.0 if was_made else time.perf_counter() - started)
 
     def _record(self, spec: RunSpec) -> Record:
-        prepare_folder(spec)
+        prepare_folder(spec, self._jobs)
         path, log_path = spec.folder / RECORD_FILE, spec.folder / LOG_FILE
         if not path.exists():
             # Earlier tracebacks stay.
             with log_path.open("ab") as log:
                 written = log.tell()
                 code = self._process(spec, log)
+            if code == IN_PROGRESS_CODE:
+                raise RunInProgressError(f"another process makes the run in {spec.folder}")
             if code != 0:
                 raise ValueError(f"{_last_line(log_path, written)} (code {code}), see {log_path}")
         return Record.read(path)
@@ -127,6 +144,6 @@ class LocalExecutor:
 
 
 def _last_line(log_path: Path, start: int) -> str:
-    """Return the last line of a log behind a byte, which is that of a traceback if there is one."""
+    """Return the last line written to a log after byte ``start``. For a traceback, this is the error."""
     text = log_path.read_bytes()[start:].decode(errors="replace").strip()
     return text.splitlines()[-1].strip() if text else "the process ended without a message"

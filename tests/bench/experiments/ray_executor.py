@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tests.bench.experiments.executors import Finished, LocalExecutor
@@ -60,7 +61,8 @@ class RayExecutor:
                     spec = waiting.pop(0)
                     running[task.remote(spec, this_machine()["versions"])] = spec
                 (ended, *_), _ = ray.wait(list(running))
-                yield self._finished(running.pop(ended), ended)
+                if (finished := self._finished(running.pop(ended), ended)) is not None:
+                    yield finished
         finally:
             for reference in running:
                 ray.cancel(reference)
@@ -68,15 +70,18 @@ class RayExecutor:
                 ray.wait(list(running), num_returns=len(running), timeout=_SECONDS_TO_END)
             ray.shutdown()
 
-    def _finished(self, spec: RunSpec, reference: Any) -> Finished:
+    def _finished(self, spec: RunSpec, reference: Any) -> Finished | None:
         try:
-            finished: Finished = self._ray.get(reference)
+            finished: Finished | None = self._ray.get(reference)
         except self._ray.exceptions.RayError as error:
             return Finished(spec, None, str(error).strip().splitlines()[-1], 0.0)
-        if finished.record is not None:
-            # Here too, if nodes have folders of their own.
-            prepare_folder(spec)
-            finished.record.write(spec.folder / RECORD_FILE)
+        if finished is None or finished.record is None:
+            return finished
+        if finished.seconds > 0:  # it was made now; the node knows its own run alone
+            finished = replace(finished, record=replace(finished.record, jobs=self._jobs))
+        # Here too, if nodes have folders of their own.
+        prepare_folder(spec, self._jobs)
+        finished.record.write(spec.folder / RECORD_FILE)
         return finished
 
 
@@ -88,10 +93,14 @@ def _check_listens(address: str) -> None:
             pass
 
 
-def make_on_node(spec: RunSpec, versions: Mapping[str, str]) -> Finished:
-    """Make a run in a process of its own, if this node has these versions. Cancelling the task interrupts the run."""
+def make_on_node(spec: RunSpec, versions: Mapping[str, str]) -> Finished | None:
+    """
+    Make a run in a process of its own, if this node has these versions; None if another command makes it.
+
+    Cancelling the task interrupts the run.
+    """
     difference = differing(this_machine()["versions"], versions)
     if difference:
         raise ValueError(f"node {os.uname().nodename} has {difference}: install the same versions there")
-    (finished,) = LocalExecutor(1).run([spec])
-    return finished
+    found = list(LocalExecutor(1).run([spec]))
+    return found[0] if found else None

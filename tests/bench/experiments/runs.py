@@ -25,6 +25,9 @@ from tests.bench.experiments.episodes import LAST_EPISODES, binned_episodes, cur
 from tests.bench.results import digest, machine, write_text
 
 SPEC_FILE, RECORD_FILE, LOG_FILE = "run.json", "record.json", "train.log"
+IN_PROGRESS_CODE = os.EX_TEMPFAIL
+"""Exit code of the process of a run that another process makes."""
+
 MORE_PACKAGES = ("numba", "scipy", "mujoco", "box2d", "envpool")
 """Packages that decide on the results of some runs, besides those of all benchmarks."""
 
@@ -81,12 +84,14 @@ class Record:
     :param curve: mean return of the last episodes on a grid of the training's steps, None before the first episode
     :param episodes: columns of the run's file of episodes, see :func:`binned_episodes`
     :param machine: processor and versions, see :func:`tests.bench.results.machine`
+    :param jobs: runs side by side; None in records of earlier versions
     """
 
     scores: dict[str, float | None]
     curve: list[float | None]
     episodes: dict[str, list[float | None]]
     machine: dict[str, Any]
+    jobs: int | None = None
 
     @classmethod
     def read(cls, path: Path) -> Record:
@@ -107,18 +112,35 @@ def this_machine() -> dict[str, Any]:
     return machine(MORE_PACKAGES)
 
 
+class RunInProgressError(ValueError):
+    """Another process makes the same run."""
+
+
+def make_run(folder: Path) -> int:
+    """Make the run of a folder unless it is made, write its record, and return the exit code of the process."""
+    content = json.loads((folder / SPEC_FILE).read_text(encoding="utf-8"))
+    try:
+        with _locked(folder):
+            # Another process may have made it since this one was started.
+            if not (folder / RECORD_FILE).exists():
+                record = train_and_measure(_spec_of(folder, content))
+                replace(record, jobs=content.get("jobs")).write(folder / RECORD_FILE)
+    except RunInProgressError:
+        return IN_PROGRESS_CODE
+    return 0
+
+
 def train_and_measure(spec: RunSpec) -> Record:
     """
     Train in this process, or resume the interrupted training in the run's folder, and return the record.
 
-    :raises ValueError: if another process makes the same run, or the training ended early
+    :raises ValueError: if the training ended early
     """
     started, cpu_started = time.perf_counter(), _cpu_seconds()
-    with _locked(spec.folder):
-        is_complete = any(_model_steps(folder, spec) >= spec.n_timesteps for folder in _zoo_runs(spec))
-        is_whole = not is_complete and _train(spec)
-        cpu_seconds = _cpu_seconds() - cpu_started
-        record = _measure(spec)
+    is_complete = any(_model_steps(folder, spec) >= spec.n_timesteps for folder in _zoo_runs(spec))
+    is_whole = not is_complete and _train(spec)
+    cpu_seconds = _cpu_seconds() - cpu_started
+    record = _measure(spec)
     costs = {"cpu_seconds": cpu_seconds, "run_seconds": time.perf_counter() - started}
     known = {name: round(seconds, 1) if is_whole else None for name, seconds in costs.items()}
     return replace(record, scores={**record.scores, **known})
@@ -147,14 +169,19 @@ def process_variables(spec: RunSpec) -> dict[str, str]:
     return variables
 
 
-def prepare_folder(spec: RunSpec) -> None:
-    """Check that the run's folder is new or holds the same run, see :func:`check_folder`, and write its files."""
+def prepare_folder(spec: RunSpec, jobs: int | None = None) -> None:
+    """
+    Check that the run's folder is new or holds the same run, see :func:`check_folder`, and write its files.
+
+    :param spec: the run
+    :param jobs: runs side by side, for the record
+    """
     check_folder(spec)
     spec.folder.mkdir(parents=True, exist_ok=True)
     if spec.hyperparams is not None:
         text = yaml.safe_dump({spec.env_id: {**spec.hyperparams}}, sort_keys=False)
         write_text(spec.folder / "settings.yml", text)
-    content = {"label": spec.label, "spec": spec.deciding(), "versions": this_machine()["versions"]}
+    content = {"label": spec.label, "spec": spec.deciding(), "versions": this_machine()["versions"], "jobs": jobs}
     write_text(spec.folder / SPEC_FILE, json.dumps(content, indent=1) + "\n")
 
 
@@ -212,7 +239,7 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(
+            raise RunInProgressError(
                 f"{folder} must be trained by one process, but another one trains it. Wait for it, or end it."
             ) from error
         yield
@@ -282,6 +309,4 @@ def _spec_of(folder: Path, content: Mapping[str, Any]) -> RunSpec:
 
 
 if __name__ == "__main__":
-    place = Path(sys.argv[1])
-    specified = json.loads((place / SPEC_FILE).read_text(encoding="utf-8"))
-    train_and_measure(_spec_of(place, specified)).write(place / RECORD_FILE)
+    sys.exit(make_run(Path(sys.argv[1])))

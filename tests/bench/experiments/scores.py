@@ -138,7 +138,7 @@ class SuiteScores:
         return Scores(env_id, (env_id,), found)
 
     def _normalised(self, scores: Scores) -> Scores | None:
-        """Return the scores with 0 for random actions and 1 for the baseline's mean, by measures in which it learned."""
+        """Return the scores with 0 for random actions and 1 for the baseline's mean, by measures where it learned."""
         if self.suite.baseline not in scores.settings():
             return None
         normalised: dict[str, dict[str, np.ndarray]] = {}

@@ -308,7 +308,7 @@ def _suite(name: str, content: Any) -> Suite:
         if seed < first or (last is not None and seed > last):
             rule = f"from {first}" if last is None else f"{first} to {last}"
             raise ValueError(
-                f"seeds of a suite of kind {kind} must be {rule}, got {seed}. Results of `tune` suites are not evidence."
+                f"seeds of a suite of kind {kind} must be {rule}, got {seed}. Change `first_seed` or `kind`."
             )
     if entries["best_result_score"] and len({len(environment.seeds) for environment in environments}) > 1:
         raise ValueError("`best_result_score` needs as many seeds in each environment, got others. Change `seeds`.")
