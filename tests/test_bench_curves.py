@@ -195,13 +195,14 @@ def test_finished_runs_are_skipped_until_asked_or_changed(
     assert "0 runs to make, 1 are done already" in capsys.readouterr().out
     assert main([*options, "2"]) == 1
     assert "CartPole-v1-native, seed 2: FAILED, must not run (code 1)" in capsys.readouterr().out
-    assert main([*options, "--rerun"]) == 1
     assert main([*options, "--list"]) == 0
     assert capsys.readouterr().out.endswith("CartPole-v1-native        256 steps  done: 1  engine:'native'\n")
     monkeypatch.setattr(curves, "ROWS", (CurveRow.of("CartPole-v1", 257, "native"), AUTOGRAD))
     assert main([*options, "--list"]) == 0
     assert "done: none" in capsys.readouterr().out
     assert [run["seed"] for run in runs_in(Path("o/r.json"))] == [1]
+    assert main([*options, "--rerun"]) == 1
+    assert runs_in(Path("o/r.json")) == []
 
 
 def test_training_without_an_ended_episode_has_no_curve(

@@ -200,6 +200,24 @@ def test_finished_runs_are_skipped_until_asked_or_changed(
     assert [run["n_episodes"] for run in runs_in()] == [3]
 
 
+def test_rerun_can_be_resumed_and_mixes_nothing(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--only", "tiny", "--seeds", "2000", "2001"]
+    assert main([*options, "2002"]) == 0
+    record = Record.read(in_folder / "made.json")
+    made = written(replace(record, scores={**record.scores, "evaluation_mean": 1.0}), in_folder)
+    make_with(monkeypatch, "import sys\nif 'seed_2001' in sys.argv[2]: raise SystemExit('stopped')\n" + MAKE, str(made))
+    assert main([*options, "--rerun"]) == 1
+    assert "The same command without --rerun tries again." in capsys.readouterr().out
+    # The old result of seed 2001 is gone, that of a seed that was not named stays.
+    assert [(run["seed"], run["mean_return"]) for run in runs_in()] == [(2000, 1.0), (2002, 9.375)]
+    make_with(monkeypatch, MAKE, str(made))
+    assert main(options) == 0
+    assert "1 runs to make, 1 are done already" in capsys.readouterr().out
+    assert [run["mean_return"] for run in runs_in()] == [1.0, 1.0, 9.375]
+
+
 def test_failed_run_is_reported_not_kept_and_does_not_stop_the_others(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -76,7 +76,7 @@ class Benchmark(ABC, Generic[RowT]):
         parser.add_argument("--list", action="store_true", help="list the rows and what is done, and run nothing")
         about = "write the table and the figure of the results so far, and run nothing"
         parser.add_argument("--report", action="store_true", help=about)
-        parser.add_argument("--rerun", action="store_true", help="make existing results again")
+        parser.add_argument("--rerun", action="store_true", help="remove existing results, and make them again")
         out = Path(f"docs/results/{self.name}.json")
         parser.add_argument("--out", type=Path, default=out, help="results file (default: %(default)s)")
         parser.add_argument("--table", type=Path, help="Markdown file (default: the results file's name with .md)")
@@ -103,6 +103,14 @@ class Benchmark(ABC, Generic[RowT]):
     def render(self) -> str:
         """Return the Markdown table of all rows, so that ``--only`` keeps earlier results in it."""
 
+    def remakes(self, run: Mapping[str, Any]) -> bool:
+        """Return whether ``--rerun`` makes a stored result again."""
+        return any(row.name == run["name"] for row in self.selected)
+
+    def remove_old(self) -> None:
+        """Remove the results that ``--rerun`` makes again, so that they are missing."""
+        self.results.remove(self.remakes)
+
     def draw(self, path: Path) -> bool:
         """Draw the figure of all rows, and return whether the benchmark has one."""
         return False
@@ -124,12 +132,15 @@ class Benchmark(ABC, Generic[RowT]):
             for row in self.selected:
                 print(f"{row.name:<{width}}  {self.listed(row)}".rstrip(), flush=True)
             return 0
+        again = "The same command without --rerun" if self.args.rerun else "The same command"
         try:
             if not self.args.report:
+                if self.args.rerun:
+                    self.remove_old()
                 with sigterm_interrupts():  # otherwise the processes that it started would outlive it
                     self.run()
         except KeyboardInterrupt:
-            print("\nInterrupted. The same command resumes with what is missing.", flush=True)
+            print(f"\nInterrupted. {again} resumes with what is missing.", flush=True)
             return 130
         finally:
             text = f"Made by `{self.command()}`.\n\n{self.render()}"
@@ -139,7 +150,7 @@ class Benchmark(ABC, Generic[RowT]):
                 print(f"Figure:  {self.figure}", flush=True)
         if self.failed:
             reasons = "".join(f"\n  {label}: {reason}" for label, reason in self.failed.items())
-            print(f"Failed:{reasons}\nThe same command tries again.", flush=True)
+            print(f"Failed:{reasons}\n{again} tries again.", flush=True)
         return 1 if self.failed else 0
 
 
@@ -167,12 +178,11 @@ class AlternatingBenchmark(Benchmark[RowT]):
 
     def to_measure(self, rows: Sequence[RowT]) -> list[tuple[RowT, int]]:
         """Return rows and numbers of the alternations to measure, each row once before any row comes twice."""
-        return [
-            (row, number)
-            for number in self.numbers()
-            for row in rows
-            if self.args.rerun or not self.is_done(row, number)
-        ]
+        return [(row, number) for number in self.numbers() for row in rows if not self.is_done(row, number)]
+
+    def remakes(self, run: Mapping[str, Any]) -> bool:
+        """Return whether ``--rerun`` makes a stored result again."""
+        return super().remakes(run) and run["part"] in map(str, self.numbers())
 
 
 class SeedsBenchmark(Benchmark[SeededRowT]):
@@ -201,12 +211,11 @@ class SeedsBenchmark(Benchmark[SeededRowT]):
 
     def to_train(self) -> list[tuple[SeededRowT, int]]:
         """Return rows and seeds to train, each row once before any row comes twice."""
-        return [
-            (row, seed)
-            for seed in self.seeds
-            for row in self.selected
-            if self.args.rerun or self.results.find(row.run(seed)) is None
-        ]
+        return [(row, seed) for seed in self.seeds for row in self.selected if self.results.find(row.run(seed)) is None]
+
+    def remakes(self, run: Mapping[str, Any]) -> bool:
+        """Return whether ``--rerun`` makes a stored result again."""
+        return super().remakes(run) and run["seed"] in self.seeds
 
 
 class InProcessBenchmark(SeedsBenchmark[SeededRowT]):

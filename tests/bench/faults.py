@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -142,6 +142,10 @@ class FaultsBenchmark(Benchmark[Row]):
             if found is not None and found["survived"] != found["attempts"]:
                 self.failed[row.name] = f"{found['survived']} of {found['attempts']} survived"
 
+    def remakes(self, run: Mapping[str, Any]) -> bool:
+        """Return whether ``--rerun`` makes a stored result again."""
+        return super().remakes(run) and run["seed"] == self.args.seed
+
     def render(self) -> str:
         """Return the table of outcomes."""
         return render_table(self.results, self.rows, self.args.seed)
@@ -154,7 +158,7 @@ class FaultsBenchmark(Benchmark[Row]):
         return self.results.find({"name": row.name, "seed": self.args.seed})
 
     def _run(self, row: Row) -> None:
-        earlier = None if self.args.rerun else self._earlier(row)
+        earlier = self._earlier(row)
         tally, index = (Tally(), 0) if earlier is None else (Tally.from_json(earlier), earlier["parts"])
         if tally.attempts >= self._wanted(row):
             return

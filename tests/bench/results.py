@@ -75,10 +75,17 @@ class Results:
 
     def add(self, run: dict[str, Any]) -> None:
         """Add a run, replacing an older one with the same key, and write the file."""
+        self._replace(lambda other: self._key_of(other) == self._key_of(run), [run])
+
+    def remove(self, is_unwanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Remove runs, and write the file."""
+        self._replace(is_unwanted, [])
+
+    def _replace(self, is_unwanted: Callable[[dict[str, Any]], bool], added: list[dict[str, Any]]) -> None:
         with locked_folder(self.path.parent):
             # Read again: another benchmark may have added to the file since.
-            others = [other for other in self._read() if self._key_of(other) != self._key_of(run)]
-            self.runs = sorted([*others, run], key=self._key_of)
+            others = [other for other in self._read() if not is_unwanted(other)]
+            self.runs = sorted([*others, *added], key=self._key_of)
             lines = ",\n".join(json.dumps(run, default=str) for run in self.runs)
             write_text(self.path, f'{{"format": {_FORMAT}, "runs": [\n{lines}\n]}}\n')
 

@@ -180,8 +180,12 @@ class ScalingBenchmark(Benchmark[ScalingRow]):
         for row in self.selected:
             if row.missing() is not None:
                 print(f"{row.name}: skipped, {row.missing()}", flush=True)
-            elif self.args.rerun or self._found(row) is None:
+            elif self._found(row) is None:
                 self._measure(row)
+
+    def remakes(self, run: Mapping[str, Any]) -> bool:
+        """Return whether ``--rerun`` makes a stored result again."""
+        return any(row.name == run["name"] and row.missing() is None for row in self.selected)
 
     def render(self) -> str:
         """Return the tables of trainings, of messages and of predictions."""

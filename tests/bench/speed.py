@@ -189,6 +189,13 @@ class SpeedBenchmark(AlternatingBenchmark[SpeedRow]):
         print(render_profile(f"{row.title}, {PEERS[peer]}, one thread", result), flush=True)
         return 0
 
+    def remakes(self, run: Mapping[str, Any]) -> bool:
+        """Return whether ``--rerun`` makes a stored result again: alternations and cold starts, but no other trials."""
+        for row in self.selected:
+            if row.name == run["name"] and row.name not in self._notes and run["peer"] in row.measured():
+                return super().remakes(run) or self._is_cold(row, run["peer"], run["part"])
+        return False
+
     def is_done(self, row: SpeedRow, number: int) -> bool:
         """Return whether an alternation has all peers."""
         return all(self._is_measured(row, peer, str(number)) for peer in row.measured())
@@ -224,13 +231,9 @@ class SpeedBenchmark(AlternatingBenchmark[SpeedRow]):
         return best_threads(self.results, row, peer)
 
     def _missing_trials(self, row: SpeedRow, peer: str) -> list[str]:
-        """Return trials to measure: a repetition keeps the choice of threads, and measures cold starts again."""
+        """Return trials to measure."""
         parts = [part for part in trials_of(row, peer) if needs_trial(self.results, row, peer, part)]
-        return [
-            part
-            for part in parts
-            if not self._is_measured(row, peer, part) or (self.args.rerun and self._is_cold(row, peer, part))
-        ]
+        return [part for part in parts if not self._is_measured(row, peer, part)]
 
     def _is_cold(self, row: SpeedRow, peer: str, part: str) -> bool:
         """Return whether this measurement starts without compiled code."""

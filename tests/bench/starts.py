@@ -106,6 +106,11 @@ class StartsBenchmark(AlternatingBenchmark[StartRow]):
         machines = machines_text(runs, lambda run: "default number of threads")
         return f"{table}\n\n{_NOTES} {others}\n\n{machines}"
 
+    def remakes(self, run: Mapping[str, Any]) -> bool:
+        """Return whether ``--rerun`` makes a stored result again."""
+        is_made = any(row.name == run["name"] and row.missing() is None for row in self.selected)
+        return is_made and super().remakes(run) and run["peer"] in self._peers()
+
     def _peers(self) -> list[str]:
         return [peer for peer, (_, module, _) in PEERS.items() if find_spec(module) is not None]
 

@@ -100,6 +100,13 @@ class TrainingBenchmark(SeedsBenchmark[RowT]):
         """Return the steps, the seeds that are done, and the parameters."""
         return f"{row.n_timesteps:>9,} steps  {self.done(row)}  {' '.join(row.params)}"
 
+    def remove_old(self) -> None:
+        """Remove the results that ``--rerun`` makes again, and the folders of their runs."""
+        super().remove_old()
+        for row in self.selected:
+            for seed in self.seeds:
+                shutil.rmtree(row.spec(seed, self.args.log_folder.absolute()).folder, ignore_errors=True)
+
     def run(self) -> None:
         """Make the missing runs, several at a time."""
         todo = self.to_train()
@@ -111,9 +118,6 @@ class TrainingBenchmark(SeedsBenchmark[RowT]):
             f"{self._time_left([row for row, _ in todo])}",
             flush=True,
         )
-        if self.args.rerun:
-            for folder in left:
-                shutil.rmtree(folder, ignore_errors=True)
         with contextlib.closing(LocalExecutor(self.args.jobs).run(specs)) as ended:
             for finished in ended:
                 row, seed = left.pop(finished.spec.folder)
