@@ -101,8 +101,23 @@ def test_tables_and_figure(in_folder: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_quick_points_are_tabulated_by_their_sizes(in_folder: Path) -> None:
     assert growth.main(["--rows", "rollout-1048576", "--quick"]) == 0
-    assert "| 1,048,576 | 50,000 |" in Path("logs/bench/quick.md").read_text()
+    assert "| 1,048,576 | 50,000 |" in Path("logs/bench/growth-quick.md").read_text()
     assert not Path("docs").exists()
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_results_of_other_devices_have_files_of_their_own(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], device: str
+) -> None:
+    monkeypatch.setattr(speed, "_gpu_name", lambda: "a GPU")
+    on_gpu = CHILD.replace('"products_seconds": 0.005, ', "").replace('"engine"', '"device": "cuda", "engine"')
+    monkeypatch.setattr(speed, "CHILD_COMMAND", (sys.executable, "-c", on_gpu))
+    assert growth.main(["--device", device, "--list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == sum(len(axis.values) for axis in AXES)
+    assert growth.main(["--device", device, "--only", "width-64"]) == 0
+    files = ("json", "md", "png")
+    assert sorted(path.name for path in Path("docs/results").iterdir()) == [f"growth-{device}.{end}" for end in files]
+    assert "| 64 | 50,000 | 10,000 | 5.0 |  |  |" in Path(f"docs/results/growth-{device}.md").read_text()
 
 
 def test_row_without_results_says_why(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

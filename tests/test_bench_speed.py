@@ -656,7 +656,7 @@ def test_results_and_table_of_all_rows(in_folder: Path, capsys: pytest.CaptureFi
     assert "\n6 alternations to measure, 0 are done already" in printed
     assert "fast, ClipPPO, 2: 2,402 steps/s" in printed
     assert table in printed
-    assert not (in_folder / "logs/bench/quick.json").exists()
+    assert not (in_folder / "logs/bench/speed-quick.json").exists()
 
 
 def test_peers_run_in_turn_and_each_row_before_the_next_alternation(in_folder: Path) -> None:
@@ -927,12 +927,12 @@ def test_row_that_needs_a_package_is_skipped_with_its_name(
 def test_quick_writes_beside_the_results(in_folder: Path) -> None:
     assert main(["--quick", "--rows", "fast", "--alternations", "1"]) == 0
     assert not Path("docs").exists()
-    assert {run["row"]["iterations"] for run in runs_in(Path("logs/bench/quick.json"))} == {2}
+    assert {run["row"]["iterations"] for run in runs_in(Path("logs/bench/speed-quick.json"))} == {2}
     assert {task["bound_seconds"] for task in tasks()} == {0.05}
-    assert "Made by `python -m tests.bench speed --quick --alternations 1`." in Path("logs/bench/quick.md").read_text()
+    assert "Made by `python -m tests.bench speed --quick --alternations 1`." in Path("logs/bench/speed-quick.md").read_text()
     # Quick results never replace real ones.
     Path("docs/results").mkdir(parents=True)
-    Path("docs/results/speed.json").write_bytes(Path("logs/bench/quick.json").read_bytes())
+    Path("docs/results/speed.json").write_bytes(Path("logs/bench/speed-quick.json").read_bytes())
     assert main(["--rows", "fast", "--alternations", "1"]) == 0
     assert len(order()) == 8 + 3
 
@@ -947,7 +947,7 @@ def test_quick_writes_beside_the_results(in_folder: Path) -> None:
 def test_devices(in_folder: Path, monkeypatch: pytest.MonkeyPatch, device: str, devices: dict[str, str]) -> None:
     update = replace(FAST, phase="update", policy="MlpPolicy")
     monkeypatch.setattr(speed, "ROWS", (update,))
-    monkeypatch.setattr(speed, "GPU_ROWS", ("fast",))
+    monkeypatch.setattr(speed.SpeedBenchmark, "gpu_rows", ("fast",))
     monkeypatch.setattr(speed, "_gpu_name", lambda: "a GPU")
     assert main(["--device", device, "--alternations", "1", "--iterations", "3"]) == 0
     made = tasks()  # no trials: threads matter little beside a GPU, and the native engine tries them itself
@@ -1115,7 +1115,7 @@ def test_real_processes_of_both_peers(
     for name in [*TRIALS][1:]:  # on busy cores these take minutes
         monkeypatch.delitem(TRIALS, name)
     assert main(["--quick", "--rows", "custom-extractor", "--alternations", "1"]) == 0
-    runs = {(run["peer"], run["part"]): run for run in runs_in(Path("logs/bench/quick.json"))}
+    runs = {(run["peer"], run["part"]): run for run in runs_in(Path("logs/bench/speed-quick.json"))}
     assert runs["sb3", "1"]["engine"] == "torch"
     assert runs["clipppo", "1"]["engine"] in set(ENGINE_NAMES) - {"auto", "native"}
     assert runs["clipppo", next(iter(TRIALS))]["torch_threads"] == 1

@@ -18,6 +18,7 @@ class GrowthBenchmark(SpeedBenchmark):
     description = "Measure how steps a second and memory of ClipPPO and SB3's PPO change with each size."
     log_folder = "logs/bench/growth"
     n_alternations = 1
+    gpu_rows = ()
 
     def render(self) -> str:
         """Return a table for each axis."""

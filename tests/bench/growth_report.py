@@ -67,6 +67,8 @@ def bound_of(results: Results, row: SpeedRow, alternations: int) -> float | None
     alone = runs_of(results, row, "bound_clipppo", alternations).values()
     if not runs or ("bound_clipppo" in row.measured() and not alone):
         return None
+    if any("products_seconds" not in run for run in runs):  # updates on a GPU have none
+        return None
     products = statistics.median(run["products_seconds"] / run["steps"] for run in runs)
     environment = statistics.median(1 / run["steps_per_second"] for run in alone) if alone else 0.0
     return float(1 / (products + environment))

@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 
@@ -62,6 +62,8 @@ class SpeedBenchmark(AlternatingBenchmark[SpeedRow]):
     log_folder = "logs/bench/speed"
     key = KEY
     deciding = ("quick", "alternations", "iterations", "device")
+    gpu_rows: ClassVar[tuple[str, ...]] = GPU_ROWS
+    """Rows that ``--device cuda`` measures, unless ``--only`` names others; empty: all."""
 
     def __init__(self, rows: Sequence[SpeedRow], argv: Sequence[str] | None) -> None:
         super().__init__(rows, argv)
@@ -78,10 +80,10 @@ class SpeedBenchmark(AlternatingBenchmark[SpeedRow]):
         about = (
             "argument device of ClipPPO and SB3 (default: %(default)s); auto: also ClipPPO on the CPU and on the GPU; "
             "cuda: also the engines autograd and cuda_graph_bf16, in the rows for GPUs; results go to "
-            "docs/results/speed-DEVICE.json"
+            f"docs/results/{self.name}-DEVICE.json"
         )
         parser.add_argument("--device", choices=DEVICES, default="cpu", help=about)
-        about = "only check within seconds that everything runs; results go to logs/bench/quick.json"
+        about = f"only check within seconds that everything runs; results go to logs/bench/{self.name}-quick.json"
         parser.add_argument("--quick", action="store_true", help=about)
         names = [row.name for row in self.rows]
         about = "print where the time of this row goes, and keep no result"
@@ -94,10 +96,10 @@ class SpeedBenchmark(AlternatingBenchmark[SpeedRow]):
         if device != "cpu" and _gpu_name() is None:
             self.parser.error(f"`--device` must be cpu on a machine without a GPU, got {device}. Leave it out.")
         if self.args.out == self.parser.get_default("out") and (self.args.quick or device != "cpu"):
-            name = "quick" if self.args.quick else f"speed-{device}"
-            self.args.out = Path("logs/bench" if self.args.quick else "docs/results") / f"{name}.json"
-        if device == "cuda" and self.args.only is None:
-            rows = [row for row in rows if row.name in GPU_ROWS]
+            kind = "quick" if self.args.quick else device
+            self.args.out = Path("logs/bench" if self.args.quick else "docs/results") / f"{self.name}-{kind}.json"
+        if device == "cuda" and self.args.only is None and self.gpu_rows:
+            rows = [row for row in rows if row.name in self.gpu_rows]
         rows = [row.on(device) for row in rows]
         if self.args.iterations is not None:
             rows = [replace(row, iterations=self.args.iterations) for row in rows]
