@@ -929,7 +929,10 @@ def test_quick_writes_beside_the_results(in_folder: Path) -> None:
     assert not Path("docs").exists()
     assert {run["row"]["iterations"] for run in runs_in(Path("logs/bench/speed-quick.json"))} == {2}
     assert {task["bound_seconds"] for task in tasks()} == {0.05}
-    assert "Made by `python -m tests.bench speed --quick --alternations 1`." in Path("logs/bench/speed-quick.md").read_text()
+    assert (
+        "Made by `python -m tests.bench speed --quick --alternations 1`."
+        in Path("logs/bench/speed-quick.md").read_text()
+    )
     # Quick results never replace real ones.
     Path("docs/results").mkdir(parents=True)
     Path("docs/results/speed.json").write_bytes(Path("logs/bench/speed-quick.json").read_bytes())

@@ -15,7 +15,7 @@ BENCHMARKS = {
     "growth": "how cost and memory grow with environments, networks, batches and rollouts",
     "starts": "seconds to the end of the first update, with and without compiled kernels",
     "pitfalls": "common faults of hand-written PPOs, and what they cost",
-    "critic": "what clipping the value loss does to the critic, epoch by epoch",
+    "critic": "what clipping the value loss does to the critic, update by update",
     "faults": "kills, damaged files and unusual arguments, and what survives them",
 }
 """Name, which is that of the module with ``main(argv) -> int``, and a line for the overview."""

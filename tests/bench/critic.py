@@ -1,13 +1,14 @@
 """
-``python -m tests.bench critic``: what clipping the value loss does to the critic, epoch by epoch.
+``python -m tests.bench critic``: what clipping the value loss does to the critic, update by update.
 
 docs/algorithm.md explains the numbers.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,10 @@ from sb3_clipvf import ClipPPO
 from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateStatistics
 from sb3_clipvf.envs import FastDummyVecEnv, FastVecNormalize
 from tests.bench.command import InProcessBenchmark
-from tests.bench.experiments.candidates import InnerUpdate, UpdateCallback, predicted_values, run_by_epoch
+from tests.bench.experiments.candidates import InnerUpdate, UpdateCallback, predicted_values
 from tests.bench.experiments.episodes import WINDOW
 from tests.bench.experiments.suite import read_suite
-from tests.bench.results import machines_text, markdown_table, save_figure
+from tests.bench.results import digest, machines_text, markdown_table, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +36,10 @@ LAG = 0.5
 SMOOTHED = 3
 """Updates of a moving mean in the figure."""
 
-# Title, arguments, color of the palette of Okabe and Ito 2008, and line style
+_COMMON: dict[str, Any] = {"clip_range": 0.2, "clip_range_vf": None, "vf_clip": "max", "vf_clip_units": "return_std"}
+"""Arguments that all settings have unless they change them."""
+
+# Title, changes of the arguments, color of the palette of Okabe and Ito 2008, and line style
 SETTINGS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "none": ("none", {}, "#000000", "-"),
     "max-3": ("max, 3", {"clip_range_vf": 3.0}, "#56B4E9", "-."),
@@ -46,7 +50,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], str, str]] = {
 PANELS = {"error": "error / σ", "no_gradient": "without gradient", "return": "return"}
 """Rows of the figure, and their labels."""
 
-NUMBERS = ("error", "bias", "beyond", "outside", "no_gradient", "change", "explained_variance", "return")
+NUMBERS = ("error", "bias", "beyond", "no_gradient", "change", "return")
 """What is kept of each update."""
 
 
@@ -63,8 +67,19 @@ class Row:
         return f"{self.env_id}-{self.setting}"
 
     def run(self, seed: int) -> dict[str, Any]:
-        """Return the entries that a seed's result is found by."""
-        return {"name": self.name, "seed": seed, "n_timesteps": N_TIMESTEPS}
+        """Return the entries that a seed's result is found by, with a digest of all settings."""
+        settings = {"env_id": self.env_id, "window": WINDOW, **self.settings()}
+        return {"name": self.name, "seed": seed, "n_timesteps": N_TIMESTEPS, "digest": digest(settings)}
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of the training: those of the suite ``defaults`` and the row's own."""
+        return {**_settings_of(self.env_id), **_COMMON, **SETTINGS[self.setting][1]}
+
+
+@functools.cache
+def _settings_of(env_id: str) -> Mapping[str, Any]:
+    (environment,) = read_suite("defaults").only([env_id], None).environments
+    return environment.settings
 
 
 ROWS = tuple(Row(env_id, setting) for env_id in ENV_IDS for setting in SETTINGS)
@@ -79,51 +94,31 @@ _NOTES = (
 )
 
 
-@dataclass
-class CriticRecord:
-    """Numbers of each update by name, and shares of transitions by epoch, one list for each update."""
-
-    updates: dict[str, list[float | None]] = field(default_factory=lambda: {name: [] for name in NUMBERS})
-    outside: list[list[float]] = field(default_factory=list)
-    no_gradient: list[list[float]] = field(default_factory=list)
-
-
 class CriticRecorder(UpdateCallback):
-    """Measures the critic before an update, and after each of its epochs."""
+    """Measures the critic before and after each update; ``numbers`` has a list for each of ``NUMBERS``."""
 
-    def __init__(self, record: CriticRecord) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._record = record
+        self.numbers: dict[str, list[float | None]] = {name: [] for name in NUMBERS}
 
     def update(self, inner: InnerUpdate, buffer: Any, coefficients: UpdateCoefficients) -> UpdateStatistics:
-        """Update epoch by epoch."""
-        engine, epsilon = self.engine, coefficients.clip_range_vf
+        """Update, and measure."""
+        epsilon, vf_clip = coefficients.clip_range_vf, self.engine.settings.vf_clip
         returns, old_values = buffer.returns.copy(), buffer.values.copy()
-        values, outside, no_gradient = old_values, [], []
-
-        def measure(_: int) -> None:
-            nonlocal values
-            values = predicted_values(engine, buffer)
-            outside.append(share(np.abs(values - old_values) > (np.inf if epsilon is None else epsilon)))
-            no_gradient.append(share(lacks_gradient(values, old_values, returns, epsilon, engine.settings.vf_clip)))
-
-        statistics = run_by_epoch(engine, inner, buffer, coefficients, measure)
+        statistics = inner(buffer, coefficients)
+        values = predicted_values(self.engine, buffer)
         errors, sigma = returns - old_values, float(np.std(returns))
         episodes = [episode["r"] for episode in self.model.ep_info_buffer or ()]
         numbers = {
             "error": rms(errors) / sigma,
             "bias": float(np.mean(errors)) / sigma,
             "beyond": None if epsilon is None else share(np.abs(errors) > epsilon),
-            "outside": outside[-1],
-            "no_gradient": no_gradient[-1],
+            "no_gradient": share(lacks_gradient(values, old_values, returns, epsilon, vf_clip)),
             "change": rms(values - old_values) / sigma,
-            "explained_variance": 1 - float(np.var(errors)) / sigma**2,
             "return": float(np.mean(episodes)) if episodes else None,
         }
         for name, number in numbers.items():
-            self._record.updates[name].append(None if number is None else float(f"{number:.4g}"))
-        self._record.outside.append(outside)
-        self._record.no_gradient.append(no_gradient)
+            self.numbers[name].append(None if number is None else float(f"{number:.4g}"))
         return statistics
 
 
@@ -213,22 +208,16 @@ class CriticBenchmark(InProcessBenchmark[Row]):
 
 
 def train(row: Row, seed: int) -> dict[str, Any]:
-    """Train a row with a seed, and return the numbers of its updates, and shares by epoch."""
-    (environment,) = read_suite("defaults").only([row.env_id], None).environments
-    settings = dict(environment.settings)  # type: ignore[arg-type]
+    """Train a row with a seed, and return the numbers of its updates."""
+    settings = row.settings()
     n_envs, normalizes = settings.pop("n_envs", 1), settings.pop("normalize", False)
     env: Any = make_vec_env(row.env_id, n_envs=n_envs, seed=seed, vec_env_cls=FastDummyVecEnv)
     if normalizes:
         env = FastVecNormalize(env, gamma=settings.get("gamma", 0.99))
-    changes = SETTINGS[row.setting][1]
-    model = ClipPPO("MlpPolicy", env, seed=seed, device="cpu", stats_window_size=WINDOW, **{**settings, **changes})
-    record = CriticRecord()
-    model.learn(N_TIMESTEPS, callback=CriticRecorder(record))
-    by_epoch = {name: np.mean(getattr(record, name), axis=0) for name in ("outside", "no_gradient")}
-    return {
-        "updates": record.updates,
-        "by_epoch": {name: [float(f"{value:.4g}") for value in means] for name, means in by_epoch.items()},
-    }
+    model = ClipPPO("MlpPolicy", env, seed=seed, device="cpu", stats_window_size=WINDOW, **settings)
+    recorder = CriticRecorder()
+    model.learn(N_TIMESTEPS, callback=recorder)
+    return {"updates": recorder.numbers}
 
 
 def _cells(row: Row, runs: Sequence[Mapping[str, Any]]) -> list[str]:
