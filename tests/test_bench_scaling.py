@@ -80,6 +80,22 @@ def test_scaling_skips_what_is_done(in_folder: Path, monkeypatch: pytest.MonkeyP
     assert scaling.main(["--only", "small-one"]) == 0
 
 
+def test_scaling_combines_no_runs_of_two_machines(in_folder: Path) -> None:
+    assert scaling.main([]) == 0
+    path = Path("docs/results/scaling.json")
+    content = json.loads(path.read_text())
+    for run in content["runs"]:
+        if run["name"] in ("small-one", "large-weak"):
+            run["versions"]["torch"] = "0"
+    path.write_text(json.dumps(content))
+    assert scaling.main(["--report"]) == 0
+    predicted = Path("docs/results/scaling.md").read_text().partition("Latency and bandwidth")[2]
+    assert "| wide | this machine | 100% |" in predicted
+    assert "| small |" not in predicted and "| large |" not in predicted
+    assert scaling.main(["--only", "small-one"]) == 0  # measured again, since it was made elsewhere
+    assert "| small | this machine | 100% |" in Path("docs/results/scaling.md").read_text()
+
+
 def test_processes_share_environments_and_minibatches(in_folder: Path) -> None:
     assert processes.main(["--seeds", "3", "4"]) == 1  # a row fails
     runs = json.loads(Path("docs/results/processes.json").read_text())["runs"]

@@ -100,6 +100,21 @@ def test_table_has_medians_with_spread(in_folder: Path, monkeypatch: pytest.Monk
     assert "up to 5 %" in table
 
 
+def test_table_combines_no_runs_of_two_machines(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([17.0, 3.0, 7.0])
+    monkeypatch.setattr(starts, "_seconds_to_update", lambda *arguments: next(seconds))
+    assert main(["--only", "CartPole-v1", "--alternations", "1"]) == 0
+    path = Path("docs/results/starts.json")
+    content = json.loads(path.read_text())
+    (sb3,) = (run for run in content["runs"] if run["peer"] == "sb3")
+    sb3["cpu"] = "another"  # as after an interruption on this machine
+    path.write_text(json.dumps(content))
+    assert main(["--report", "--alternations", "1"]) == 0
+    assert (
+        "| CartPole-v1 | 17.0<br>(17.0 to 17.0) | 3.0<br>(3.0 to 3.0) |\n" in Path("docs/results/starts.md").read_text()
+    )
+
+
 def test_process_that_fails_is_reported_and_tried_again(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -109,6 +109,11 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def same_machine(run: Mapping[str, Any], *others: Mapping[str, Any]) -> bool:
+    """Return whether runs were made on one machine, with the same versions."""
+    return all(run.get(key) == other.get(key) for other in others for key in ("cpu", "cores", "gpu", "versions"))
+
+
 def machines_text(runs: Iterable[Mapping[str, Any]], how: Callable[[Mapping[str, Any]], str]) -> str:
     """Return Markdown that lists the machines and versions of runs, and how each was made there."""
     lines = set()

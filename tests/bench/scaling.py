@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.command import Benchmark, at_least
-from tests.bench.results import clone_environment, machine, machines_text, markdown_table
+from tests.bench.results import clone_environment, machine, machines_text, markdown_table, same_machine
 from tests.bench.scaling_network import Network, why_no_namespaces
 
 SIZES = (1_024, 16_384, 131_072, 1_048_576, 8_388_608)
@@ -173,14 +173,14 @@ class ScalingBenchmark(Benchmark[ScalingRow]):
 
     def listed(self, row: ScalingRow) -> str:
         """Return whether the row is done, or why it cannot be made."""
-        return row.missing() or ("done" if self._found(row) else "to do")
+        return row.missing() or ("done" if self._is_done(row) else "to do")
 
     def run(self) -> None:
         """Measure the missing rows."""
         for row in self.selected:
             if row.missing() is not None:
                 print(f"{row.name}: skipped, {row.missing()}", flush=True)
-            elif self._found(row) is None:
+            elif not self._is_done(row):
                 self._measure(row)
 
     def remakes(self, run: Mapping[str, Any]) -> bool:
@@ -198,6 +198,11 @@ class ScalingBenchmark(Benchmark[ScalingRow]):
         tables = [_training_table(found), _message_table(found, links), _prediction_table(found, links)]
         machines = machines_text(found.values(), lambda run: "one thread in each process")
         return "\n\n".join([*filter(None, tables), machines])
+
+    def _is_done(self, row: ScalingRow) -> bool:
+        """Return whether a row was measured here with the packages that are installed now."""
+        found = self._found(row)
+        return found is not None and same_machine(found, self._machine)
 
     def _found(self, row: ScalingRow) -> dict[str, Any] | None:
         return self.results.find({"name": row.name, "spec": row.spec(self.args.iterations)})
@@ -286,12 +291,18 @@ def _prediction_table(found: Mapping[str, Mapping[str, Any]], links: Mapping[str
     rows = []
     for name, workload in WORKLOADS.items():
         one, pair, base = found.get(f"{name}-one"), found.get(f"{name}-weak"), links.get("this machine")
-        if one is None or pair is None or base is None:
+        if one is None or pair is None or base is None or not same_machine(one, pair, found[base[0]]):
             continue
         model = Model(workload, one, pair, base[1])
-        for (label, (_, link)), kind in zip(links.items(), ("weak", "delayed"), strict=False):
+        for (label, (row, link)), kind in zip(links.items(), ("weak", "delayed"), strict=False):
+            if not same_machine(one, found[row]):
+                continue
             two = found.get(f"{name}-{kind}")
-            measured = "" if two is None else f"{two['steps_per_second'] / (2 * one['steps_per_second']):.0%}"
+            measured = (
+                ""
+                if two is None or not same_machine(one, two)
+                else f"{two['steps_per_second'] / (2 * one['steps_per_second']):.0%}"
+            )
             predicted = (f"{model.efficiency(n, link):.1%}" for n in PREDICTED)
             rows.append([name, label, measured, *predicted])
     header = ["training", "network", "2, measured", *(f"{n:,}" for n in PREDICTED)]

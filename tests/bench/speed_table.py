@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from tests.bench.command import MIN_ALTERNATIONS
-from tests.bench.results import Results, machines_text, markdown_table
+from tests.bench.results import Results, machines_text, markdown_table, same_machine
 from tests.bench.speed_rows import BOUNDS, PEERS, SpeedRow
 
 KEY = ("name", "peer", "part")
@@ -82,14 +82,10 @@ def ratio(
     ``phase`` "all" compares steps a second of the row's own phase, "update" the update's seconds.
     """
     ours, theirs = runs_of(results, row, base, alternations), runs_of(results, row, peer, alternations)
-    pairs = [(ours[n], theirs[n]) for n in ours if n in theirs and _same_machine(ours[n], theirs[n])]
+    pairs = [(ours[n], theirs[n]) for n in ours if n in theirs and same_machine(ours[n], theirs[n])]
     if phase == "update":
         return Spread.of([other["update_seconds"] / run["update_seconds"] for run, other in pairs])
     return Spread.of([run["steps_per_second"] / other["steps_per_second"] for run, other in pairs])
-
-
-def _same_machine(run: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return all(run[key] == other[key] for key in ("cpu", "cores", "versions"))
 
 
 def render_tables(results: Results, rows: Sequence[SpeedRow], alternations: int, notes: Mapping[str, str]) -> str:
@@ -117,8 +113,8 @@ def render_tables(results: Results, rows: Sequence[SpeedRow], alternations: int,
         "of its matrix products and convolutions alone, as a share of its seconds. torch's BLAS and oneDNN compute "
         "them one after the other, on one thread or all, whichever is faster, or on the row's number. On many cores, "
         "the native engine, which divides them among threads, can be faster than that. Memory is the "
-        "peak of the process; in brackets, the difference from SB3's. *start* is the seconds from the start of the "
-        "process to full speed (imports, building, compilation); in brackets, measured once, without compiled code "
+        "peak of the process; in brackets, the difference from SB3's. *start* is the seconds to full speed after "
+        "torch is imported (other imports, building, compilation); in brackets, measured once, without compiled code "
         "of an earlier run.\n"
     )
     text += f"\nOther programs used at most {busy:.0f} % of the processor just before a measurement.\n"

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from tests.bench.command import AlternatingBenchmark
-from tests.bench.results import clone_environment, machine, machines_text, markdown_table
+from tests.bench.results import clone_environment, machine, machines_text, markdown_table, same_machine
 from tests.bench.speed_table import Spread
 
 PEERS = {
@@ -89,11 +89,10 @@ class StartsBenchmark(AlternatingBenchmark[StartRow]):
 
     def render(self) -> str:
         """Return the table of seconds."""
+        alternations = {row.name: [self._alternation(row, number) for number in self.numbers()] for row in self.rows}
         found = {
-            (row.name, peer): [
-                run for number in self.numbers() if (run := self.results.find(_entries(row, peer, number)))
-            ]
-            for row in self.rows
+            (name, peer): [runs[peer] for runs in made if peer in runs]
+            for name, made in alternations.items()
             for peer in PEERS
         }
         shown = [peer for peer in PEERS if any(found[row.name, peer] for row in self.rows)]
@@ -110,6 +109,11 @@ class StartsBenchmark(AlternatingBenchmark[StartRow]):
         """Return whether ``--rerun`` makes a stored result again."""
         is_made = any(row.name == run["name"] and row.missing() is None for row in self.selected)
         return is_made and super().remakes(run) and run["peer"] in self._peers()
+
+    def _alternation(self, row: StartRow, number: int) -> dict[str, dict[str, Any]]:
+        """Return the runs of an alternation by peer, without those of another machine than the first one's."""
+        runs = {peer: run for peer in PEERS if (run := self.results.find(_entries(row, peer, number))) is not None}
+        return {peer: run for peer, run in runs.items() if same_machine(run, next(iter(runs.values())))}
 
     def _peers(self) -> list[str]:
         return [peer for peer, (_, module, _) in PEERS.items() if find_spec(module) is not None]
