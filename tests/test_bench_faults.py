@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -13,14 +14,14 @@ import numpy as np
 import pytest
 
 from sb3_clipvf.checkpoint import DamagedCheckpointError, training_checkpoint
-from tests.bench import faults
+from tests.bench import faults, faults_kills
 from tests.bench.faults import ROWS, main, render_table
 from tests.bench.faults_files import _outcome, _place, _result, damaged
 from tests.bench.faults_files import is_clear as is_clear_of_file
 from tests.bench.faults_fuzz import is_clear, judged
-from tests.bench.faults_kills import _die_in_write, judge
+from tests.bench.faults_kills import KillCampaign, _die_in_write, _Unbroken, judge
 from tests.bench.faults_processes import Tally, append_line, read_lines
-from tests.bench.faults_training import digest_of
+from tests.bench.faults_training import Training, digest_of
 from tests.bench.results import Results
 
 pytest.importorskip("hypothesis")
@@ -177,6 +178,18 @@ def test_the_end_of_a_killed_training_is_judged(lines: Any, code: int | None, ou
     found, text = judge(lines, code, EXPECTED)
     assert found == outcome
     assert reason in text
+
+
+def test_a_training_that_fails_before_its_kill_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = SimpleNamespace(join=lambda seconds: None, is_alive=lambda: False)
+    monkeypatch.setattr(faults_kills, "start", lambda *args: ended)
+    monkeypatch.setattr(faults_kills, "finish", lambda process: 1)
+    monkeypatch.setattr(faults_kills, "_wait", lambda *args: None)
+    monkeypatch.setattr(faults_kills, "read_lines", lambda path: [BEGIN, {"event": "error", "text": "KeyError: 3"}])
+    campaign = KillCampaign((Training("t", "CartPole-v1", 64),), tmp_path, seed=0)
+    campaign._unbroken["t"] = _Unbroken(EXPECTED, 1.0, 2)
+    tally = campaign.run(0, wanted=5)
+    assert (tally.attempts, tally.unclear, tally.failures) == (1, 1, ["t, training 0 without a kill: KeyError: 3"])
 
 
 @pytest.mark.parametrize(("share", "left_behind"), [(0.0, b""), (0.5, b"ab"), (1.1, None)])

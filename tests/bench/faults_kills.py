@@ -84,6 +84,8 @@ class KillCampaign:
         outcome, failure = judge(lines, code, unbroken.digest)
         counts.counts[f"trainings: {training.name}"] += 1
         counts.counts["checkpoints written"] += sum(line["event"] == "written" for line in lines)
+        if n_kills == 0 and outcome != "survived":
+            counts.add(outcome, f"{training.name}, training {index} without a kill: {failure}")
         for kill in range(n_kills):
             # The end of a training does not show which kill broke it, so one kill is counted as failed.
             has_failed = outcome != "survived" and kill == n_kills - 1
