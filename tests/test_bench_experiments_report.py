@@ -3,6 +3,7 @@
 import gzip
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from tests.bench.experiments.estimates import (
 )
 from tests.bench.experiments.figures import curve_band, remove_figures, sheets, write_figures
 from tests.bench.experiments.finished import SuiteRuns
-from tests.bench.experiments.random_policy import random_returns
+from tests.bench.experiments.random_policy import RandomReturns, random_returns
 from tests.bench.experiments.report import equivalence
 from tests.bench.experiments.report import render as render_families
 from tests.bench.experiments.runs import Record, this_machine
@@ -76,7 +77,7 @@ def filled(folder: Path, suite: Suite, score: Callable[[str, str, int], float | 
         value = score(spec.env_id, setting, spec.seed)
         if value is not None:
             table.add(setting, spec, record_of(ENVIRONMENTS[spec.env_id][0] + 1000 * value), 2)
-    rows = [f"{env_id},100,{mean},{std},1.4.0\n" for env_id, (mean, std) in ENVIRONMENTS.items()]
+    rows = [f"{env_id},100,{mean},{std},{version('gymnasium')}\n" for env_id, (mean, std) in ENVIRONMENTS.items()]
     (folder / random_policy.FILE).write_text("env,episodes,mean_return,return_std,gymnasium_version\n" + "".join(rows))
     return table
 
@@ -228,18 +229,45 @@ def test_fewer_than_three_seeds_have_no_interval() -> None:
 
 
 def test_random_returns_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = suite_of(tmp_path)
+    runs = SuiteRuns(suite, filled(tmp_path, suite))
+    path = tmp_path / "random_policy.csv"
+    path.unlink()
     monkeypatch.setattr(random_policy, "N_EPISODES", 5)
-    found = random_returns(tmp_path, ["CartPole-v1"])["CartPole-v1"]
+    found = random_returns(runs, ["CartPole-v1"])["CartPole-v1"]
     assert 10 < found.mean < 60 and found.std > 0
-    text = (tmp_path / "random_policy.csv").read_text()
-    (tmp_path / "random_policy.csv").unlink()
-    random_returns(tmp_path, ["CartPole-v1"])
-    assert (tmp_path / "random_policy.csv").read_text() == text  # the same seeds
+    text = path.read_text()
+    path.unlink()
+    random_returns(runs, ["CartPole-v1"])
+    assert path.read_text() == text  # the same seeds
+    # Those of another version are measured again, unless the runs have it.
+    path.write_text(text.replace(version("gymnasium"), "0.1"))
+    random_returns(runs, ["CartPole-v1"])
+    assert path.read_text() == text
     monkeypatch.setattr(random_policy, "_measured", None)
-    assert random_returns(tmp_path, ["CartPole-v1"])["CartPole-v1"].mean == pytest.approx(found.mean, rel=1e-5)
-    (tmp_path / "random_policy.csv").write_text("env,mean_return\nCartPole-v1,many\n")
+    assert random_returns(runs, ["CartPole-v1"])["CartPole-v1"].mean == pytest.approx(found.mean, rel=1e-5)
+    monkeypatch.setattr(SuiteRuns, "gymnasium_version", "0.1")
+    path.write_text(text.replace(version("gymnasium"), "0.1"))
+    assert random_returns(runs, ["CartPole-v1"])["CartPole-v1"].mean == pytest.approx(found.mean, rel=1e-5)
+    path.write_text("env,mean_return\nCartPole-v1,many\n")
     with pytest.raises(ValueError, match="random_policy.csv must hold returns of random actions, but is damaged"):
-        random_returns(tmp_path, ["CartPole-v1"])
+        random_returns(runs, ["CartPole-v1"])
+
+
+def test_two_commands_may_measure_random_returns_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = suite_of(tmp_path)
+    runs = SuiteRuns(suite, filled(tmp_path, suite))
+    (tmp_path / "random_policy.csv").unlink()
+
+    def measured(env_id: str) -> RandomReturns:
+        if env_id == "CartPole-v1":  # another command measures meanwhile
+            random_returns(runs, ["Pendulum-v1"])
+        return RandomReturns(1.0, 2.0, 3)
+
+    monkeypatch.setattr(random_policy, "_measured", measured)
+    random_returns(runs, ["CartPole-v1"])
+    lines = (tmp_path / "random_policy.csv").read_text().splitlines()
+    assert [line.partition(",")[0] for line in lines] == ["env", "CartPole-v1", "Pendulum-v1"]
 
 
 # --- scores
@@ -398,6 +426,18 @@ def test_suite_that_chose_settings_has_no_verdicts(tmp_path: Path) -> None:
     )
     assert "| **" not in text
     assert "| not shown, since seeds of this suite chose settings |" in text
+
+
+def test_trainings_of_few_episodes_are_counted(tmp_path: Path) -> None:
+    suite = suite_of(tmp_path)
+    table = filled(tmp_path, suite)
+    for setting, spec in suite.runs(Path()):
+        n_episodes = 99 if spec.env_id == "Hopper-v5" and setting == "annealed" else 100
+        record = record_of(1.0)
+        table.add(setting, spec, replace(record, scores={**record.scores, "n_episodes": n_episodes}), 2)
+    assert (
+        "Trainings with fewer than 100 episodes, of which *last 100 episodes* has all: Hopper-v5: 4 of 8 runs."
+    ) in render(scores_of(suite, table))
 
 
 @pytest.mark.parametrize("n_seeds, is_bold", [(4, False), (5, True)])
@@ -590,6 +630,16 @@ def test_score_of_the_paper_of_incomplete_settings_is_marked(tmp_path: Path) -> 
         "| `c` | 0 of 9 | not complete |  |",
     ]
     assert "best run of all settings so far at 1." in "".join(lines)
+
+
+def test_environment_in_which_no_run_beats_random_actions_has_no_scores(tmp_path: Path) -> None:
+    suite = suite_of(tmp_path, n_seeds=3, best_result_score=True)
+    table = filled(tmp_path, suite, lambda env, name, seed: -0.5 if env == "Hopper-v5" else 1.0)
+    scores = best_result_scores(SuiteRuns(suite, table))
+    assert [len(values) for values in scores["constant"]] == [3, 3, 0]
+    text = render(scores_of(suite, table))
+    assert "Environments without scores, since no run is better than random actions: Hopper-v5." in text
+    assert "| `constant` | 6 of 9 | not complete, so far 1.00 |" in text
 
 
 def test_suite_of_table_1_asks_for_the_scores_of_the_paper(tmp_path: Path) -> None:

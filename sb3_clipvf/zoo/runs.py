@@ -310,8 +310,9 @@ def read_training_curve(
     Read the episodes of a training from its monitor files.
 
     The environments step together, so an episode that ends after ``k`` steps of its own environment ends at step
-    ``k * n_envs * n_processes`` of the training. Monitor counts frames below Atari's frame skip: if its count is a
-    multiple of the training's, steps are divided by that (whole) number.
+    ``k * n_envs * n_processes`` of the training. If one file serves all environments, the step is the sum of the
+    lengths so far, which is too low by the steps of the episodes that have not ended. Monitor counts frames below
+    Atari's frame skip: if its count is a multiple of the training's, steps are divided by that (whole) number.
 
     :param folder: Folder of the run, with ``<i>.monitor.csv``, or ``monitor.csv`` of SB3's ``VecMonitor``.
     :param num_timesteps: Environment steps of the whole training; None if unknown.

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CAPTION = (
-    f"Mean return of the last {WINDOW} training episodes against processor time, which is wall-clock time on an idle "
-    "machine: ClipPPO with its shipped settings and SB3's PPO with those of the RL Zoo, for the same steps and seeds"
+    f"Mean return of the last {WINDOW} training episodes against processor time summed over all threads, of runs that "
+    "were not resumed: ClipPPO with its shipped settings and SB3's PPO with those of the RL Zoo, for the same steps"
 )
 
 # Blue and vermilion of a palette for colour-blind readers (Okabe and Ito 2008).
@@ -100,8 +100,8 @@ def _draw(axes: Axes, comparison: TimeComparison) -> None:
     bands = comparison.bands()
     n_timed = comparison.n_timed()
     n_seeds = comparison.n_seeds
-    so_far = "" if n_timed == n_seeds else f"so far {n_timed} of "
-    seeds = f"{so_far}{n_seeds} {'seed' if n_seeds == 1 else 'seeds'}"
+    seeds = f"{n_seeds} {'seed' if n_seeds == 1 else 'seeds'}"
+    seeds = seeds if n_timed == n_seeds else f"{n_timed} of {seeds} with known time"
     axes.set_title(f"{comparison.env_id}\n{comparison.n_timesteps:,} steps, {seeds}", fontsize="small")
     is_short = max(band.x[-1] for band in bands.values()) < 120
     for name, band in bands.items():

@@ -9,6 +9,7 @@ import numpy as np
 from tests.bench.experiments.estimates import Estimate, estimate, mean
 from tests.bench.experiments.finished import SuiteRuns
 from tests.bench.experiments.random_policy import random_returns
+from tests.bench.experiments.suite import Environment
 
 _MEASURE = "last_return"
 
@@ -17,25 +18,40 @@ def best_result_scores(runs: SuiteRuns) -> dict[str, list[np.ndarray]]:
     """
     Return the scores of each setting: for each environment, those of its runs, ``(n_seeds,)``.
 
-    A score is 0 for the mean return of random actions, and 1 for the best run of all settings in the environment.
-    Returns are those of the last 100 training episodes.
+    A score is 0 for the mean return of random actions, and 1 for the best run of all settings in the environment. If no
+    run is better than random actions, there are no scores. Returns are those of the last 100 training episodes.
 
     Source: Schulman et al. 2017, arXiv 1707.06347, section 6.1, where "the best result was set to 1". Here, a result is
     that of a run.
     """
     found: dict[str, list[np.ndarray]] = {name: [] for name in runs.suite.settings}
     for environment in runs.suite.environments:
-        env_id = environment.env_id
-        returns = {
-            setting: [float(run.row[_MEASURE]) for run in runs.of(env_id, setting) if run.scores() is not None]
-            for setting in runs.suite.settings_of(environment)
-        }
-        best = max((value for values in returns.values() for value in values), default=None)
-        random = 0.0 if best is None else random_returns(runs.path.parent, [env_id])[env_id].mean
+        returns, random = _returns(runs, environment)
+        best = max(map(max, filter(None, returns.values())), default=random)
         for setting, values in returns.items():
-            scale = 1.0 if best is None else best - random
-            found[setting].append((np.array(values, dtype=np.float64) - random) / scale)
+            scores = [(value - random) / (best - random) for value in values if best > random]
+            found[setting].append(np.array(scores, dtype=np.float64))
     return found
+
+
+def unbeaten(runs: SuiteRuns) -> list[str]:
+    """Return the environments without scores, since no run is better than random actions."""
+    found = [(environment.env_id, *_returns(runs, environment)) for environment in runs.suite.environments]
+    return [
+        env_id
+        for env_id, returns, random in found
+        if any(returns.values()) and all(value <= random for values in returns.values() for value in values)
+    ]
+
+
+def _returns(runs: SuiteRuns, environment: Environment) -> tuple[dict[str, list[float]], float]:
+    """Return the returns of an environment's runs by setting, and the mean return of random actions."""
+    env_id = environment.env_id
+    returns = {
+        setting: [float(run.row[_MEASURE]) for run in runs.of(env_id, setting) if run.scores() is not None]
+        for setting in runs.suite.settings_of(environment)
+    }
+    return returns, random_returns(runs, [env_id])[env_id].mean if any(returns.values()) else 0.0
 
 
 def mean_score(scores: Sequence[np.ndarray], n_seeds: int) -> Estimate | None:

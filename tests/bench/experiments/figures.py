@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 CAPTIONS = {
     "": "Difference to the baseline in normalised scores: interquartile mean and 95 % interval, from three seeds on",
     "-curves": f"Return of the last {WINDOW} training episodes: interquartile mean over the seeds and 95 % interval",
-    "-time": "The same curves against the processor time of the training, which is wall-clock time on an idle machine",
+    "-time": "Curves of the runs that were not resumed, against processor time summed over all threads",
     "-profiles": "Share of the runs whose normalised score is above each value, and 95 % interval",
 }
 """Captions of the kinds of figures, which are the ends of their files' names."""

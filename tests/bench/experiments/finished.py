@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tests.bench.experiments.episodes import unbinned_curve
+from tests.bench.experiments.episodes import LAST_EPISODES, unbinned_curve
 from tests.bench.experiments.runs import RunSpec
 from tests.bench.experiments.suite import Suite
 from tests.bench.experiments.tables import SuiteTable, made_on
@@ -83,6 +83,11 @@ class SuiteRuns:
         """Number of finished runs."""
         return sum(map(len, self._finished.values()))
 
+    @property
+    def gymnasium_version(self) -> str:
+        """Gymnasium's version, which all runs have in common."""
+        return next(iter(self._finished.values()))[0].row["gymnasium_version"]
+
     def of(self, env_id: str, setting: str) -> list[FinishedRun]:
         """Return the finished runs of a setting in an environment, by seed."""
         return self._finished.get((env_id, setting), [])
@@ -94,6 +99,15 @@ class SuiteRuns:
     def has(self, setting: str) -> bool:
         """Return whether a run of the setting is finished."""
         return any(name == setting for _, name in self._finished)
+
+    def short(self) -> dict[str, tuple[int, int]]:
+        """Return the number of runs with fewer than ``LAST_EPISODES`` episodes, and of all, by environment."""
+        found: dict[str, tuple[int, int]] = {}
+        for (env_id, _), runs in self._finished.items():
+            n_short = sum(int(run.row["n_episodes"] or LAST_EPISODES) < LAST_EPISODES for run in runs)
+            before = found.get(env_id, (0, 0))
+            found[env_id] = (before[0] + n_short, before[1] + len(runs))
+        return {env_id: counts for env_id, counts in found.items() if counts[0]}
 
     def machines(self) -> list[dict[str, Any]]:
         """Return how and where each finished run was made, see :func:`tests.bench.results.machines_text`."""

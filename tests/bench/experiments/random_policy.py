@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from sb3_clipvf.common.versions import installed_versions
-from tests.bench.results import csv_text, write_text
+from tests.bench.experiments.finished import SuiteRuns
+from tests.bench.results import csv_text, locked_folder, write_text
 
 N_EPISODES = 100
 FILE = "random_policy.csv"
@@ -31,22 +32,26 @@ class RandomReturns:
         return self.std / self.n_episodes**0.5
 
 
-def random_returns(folder: Path, env_ids: Iterable[str]) -> dict[str, RandomReturns]:
+def random_returns(runs: SuiteRuns, env_ids: Iterable[str]) -> dict[str, RandomReturns]:
     """
-    Return those of the environments, after measuring and writing those that the file does not have.
+    Return each environment's random returns. Measure and store missing ones.
+
+    Those of a version of Gymnasium that is neither that of the runs nor the installed one are measured again.
 
     :raises ValueError: if the file holds something else
     """
-    path = folder / FILE
+    path = runs.path.parent / FILE
+    installed = installed_versions(["gymnasium"])["gymnasium"]
     rows = _read(path)
     for env_id in env_ids:
-        if env_id not in rows:
-            print(f"{N_EPISODES} episodes of random actions in {env_id}", flush=True)
-            found = _measured(env_id)
-            version = installed_versions(["gymnasium"])["gymnasium"]
-            rows[env_id] = dict(
-                zip(_COLUMNS, (env_id, str(N_EPISODES), f"{found.mean:.6g}", f"{found.std:.6g}", version), strict=True)
-            )
+        if env_id in rows and rows[env_id]["gymnasium_version"] in (runs.gymnasium_version, installed):
+            continue
+        print(f"{N_EPISODES} episodes of random actions in {env_id}", flush=True)
+        found = _measured(env_id)
+        values = (env_id, str(N_EPISODES), f"{found.mean:.6g}", f"{found.std:.6g}", installed)
+        with locked_folder(path.parent):
+            # Read again: another command may have added to the file since.
+            rows = {**_read(path), env_id: dict(zip(_COLUMNS, values, strict=True))}
             write_text(path, csv_text(_COLUMNS, (rows[name].values() for name in sorted(rows))))
     return {env_id: _returns(rows[env_id]) for env_id in env_ids}
 
@@ -61,7 +66,7 @@ def _read(path: Path) -> dict[str, dict[str, str]]:
     rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
     try:
         for row in rows:
-            _returns(row)
+            _returns(row), row["gymnasium_version"]
         return {row["env"]: row for row in rows}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(

@@ -8,7 +8,8 @@ from types import MappingProxyType
 
 import numpy as np
 
-from tests.bench.experiments.best_result import best_result_scores, mean_score
+from tests.bench.experiments.best_result import best_result_scores, mean_score, unbeaten
+from tests.bench.experiments.episodes import LAST_EPISODES
 from tests.bench.experiments.estimates import (
     Estimate,
     difference,
@@ -78,6 +79,11 @@ def _state(runs: SuiteRuns) -> Iterator[str]:
         yield f"Runs without a score, since no episode ended or a return is not finite: {labels}."
     if runs.errors or runs.without_score:
         yield _LOST
+    if short := [f"{env_id}: {n_short} of {n_all} runs" for env_id, (n_short, n_all) in runs.short().items()]:
+        yield (
+            f"Trainings with fewer than {LAST_EPISODES} episodes, of which *{MEASURES['last_return']}* has all: "
+            f"{'; '.join(short)}."
+        )
 
 
 def _best_results(runs: SuiteRuns) -> Iterator[str]:
@@ -91,6 +97,8 @@ def _best_results(runs: SuiteRuns) -> Iterator[str]:
         "Mean over environments and seeds [95 % interval] of the return of the last 100 episodes, with random actions "
         f"at 0 and the environment's best run of all settings{part} at 1. *Expected* is what the source reports."
     )
+    if names := unbeaten(runs):
+        yield f"Environments without scores, since no run{part} is better than random actions: {', '.join(names)}."
     lines = []
     for setting, scores in best_result_scores(runs).items():
         n_seeds = len(suite.environments[0].seeds)

@@ -58,7 +58,7 @@ class SuiteScores:
         self.environments = [scores for one in suite.environments if (scores := self._raw(one)) is not None]
         self._n_planned = {one.env_id: len(one.seeds) for one in suite.environments}
         baselines = [one.name for one in self.environments if suite.baseline in one.settings()]
-        self.random = random_returns(runs.path.parent, baselines)
+        self.random = random_returns(runs, baselines)
         self.normalised = [scores for one in self.environments if (scores := self._normalised(one)) is not None]
 
     def others_in(self, row: Scores) -> list[str]:
