@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ import numpy as np
 
 from tests.bench.experiments.episodes import WINDOW, curve_on_grid, grid
 from tests.bench.experiments.estimates import Statistic, difference, interval, iqm, performance_profile
-from tests.bench.experiments.finished import MEASURES, SuiteRuns
+from tests.bench.experiments.finished import MEASURES, FinishedRun, SuiteRuns
 from tests.bench.experiments.scores import Scores, SuiteScores
 from tests.bench.results import save_figure
 
@@ -33,6 +33,9 @@ CAPTIONS = {
 _COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
 _STYLES = ("-", "--", "-.", ":")
 _MOST_SHEETS = 9
+StepScale = Callable[[FinishedRun], float | None]
+"""Length of a run's environment step on an axis, or None if it is not known."""
+
 _THRESHOLDS = np.linspace(0, 1.5, 61)
 
 
@@ -69,8 +72,8 @@ def write_figures(scores: SuiteScores, name: str) -> list[Drawn]:
     for number, sheet in enumerate(sheets(scores), 1):
         figures = {
             "": _differences(sheet),
-            "-curves": _curves(sheet, "environment steps"),
-            "-time": _curves(sheet, "processor time (s)"),
+            "-curves": _curves(sheet, "environment steps", lambda run: 1.0),
+            "-time": _curves(sheet, "processor time (s)", FinishedRun.seconds_per_step),
             "-profiles": _profiles(sheet),
         }
         for kind, figure in figures.items():
@@ -228,11 +231,11 @@ def _draw_differences(axes: Axes, rows: Sequence[Scores], measure: str, sheet: S
                 axes.plot(found.interval, [y, y], color=color, linewidth=1.4)
 
 
-def _curves(sheet: Sheet, axis: str) -> Figure | None:
-    """Draw the curves against the axis of this label, one panel an environment."""
+def _curves(sheet: Sheet, axis: str, scale: StepScale) -> Figure | None:
+    """Draw the curves, one panel an environment; a step is as long as ``scale`` returns, in the unit of the axis."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    bands = {one.name: _bands(sheet, one.name, axis) for one in sheet.scores.environments}
+    bands = {one.name: _bands(sheet, one.name, scale) for one in sheet.scores.environments}
     names = [name for name, by_setting in bands.items() if by_setting]
     if not names:
         return None
@@ -252,16 +255,16 @@ def _curves(sheet: Sheet, axis: str) -> Figure | None:
     return figure
 
 
-def _bands(sheet: Sheet, env_id: str, axis: str) -> dict[str, Band]:
+def _bands(sheet: Sheet, env_id: str, scale: StepScale) -> dict[str, Band]:
     """Return the bands of an environment by setting."""
     found = {}
     for setting in sheet.settings:
         curves, ends = [], []
         for run in sheet.scores.runs.of(env_id, setting):
-            scale = 1.0 if axis == "environment steps" else run.seconds_per_step()
-            if scale is not None:
-                curves.append(replace(run.curve, steps=scale * run.curve.steps))
-                ends.append(scale * run.spec.n_timesteps)
+            step = scale(run)
+            if step is not None:
+                curves.append(replace(run.curve, steps=step * run.curve.steps))
+                ends.append(step * run.spec.n_timesteps)
         # The line ends with the shortest training.
         band = curve_band(curves, min(ends, default=0.0))
         if band is not None:

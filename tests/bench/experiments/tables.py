@@ -54,6 +54,9 @@ _COLUMNS = (
 _FAILED_COLUMNS = (*_IDENTITY, "digest", "error")
 _LONGEST_ERROR = 300
 
+_Rows = dict[tuple[str, ...], dict[str, str]]
+"""Rows by environment, setting and seed."""
+
 _WAY_OUT = "Move it away, or name another folder with `--out`."
 
 
@@ -71,8 +74,13 @@ class SuiteTable:
     def __init__(self, folder: Path, suite: str) -> None:
         self.path, self._suite = folder / f"{suite}.csv", suite
         self.failed_path = folder / f"{suite}-failed.csv"
-        self.rows = self._read()
+        self._rows = self._read()
         self._failed = self._read_failed()
+
+    @property
+    def rows(self) -> list[dict[str, str]]:
+        """Rows, by environment, setting and seed."""
+        return list(self._rows.values())
 
     def episodes_path(self, setting: str, spec: RunSpec) -> Path:
         """Return the file of a run's episodes."""
@@ -116,8 +124,7 @@ class SuiteTable:
 
     def find(self, setting: str, spec: RunSpec) -> dict[str, str] | None:
         """Return the row of a run, or None."""
-        key = _key_of(setting, spec)
-        return next((row for row in self.rows if _key(row) == key), None)
+        return self._rows.get(_key_of(setting, spec))
 
     def is_done(self, setting: str, spec: RunSpec) -> bool:
         """Return whether the run has its row and its file of episodes."""
@@ -127,8 +134,8 @@ class SuiteTable:
         """Return why the last attempt at a run failed, or None if it did not fail with these settings."""
         if self.is_done(setting, spec):
             return None
-        key = (*_key_of(setting, spec), spec.digest())
-        return next((row["error"] for row in self._failed if (*_key(row), row["digest"]) == key), None)
+        row = self._failed.get(_key_of(setting, spec))
+        return row["error"] if row is not None and row["digest"] == spec.digest() else None
 
     def episodes(self, setting: str, spec: RunSpec) -> dict[str, np.ndarray]:
         """
@@ -171,9 +178,10 @@ class SuiteTable:
         }
         with locked_folder(self.path.parent):
             # Read again: another command may have added to the files since.
-            self.rows = _with(self._read(), row)
+            self._rows = _with(self._read(), row)
             write_text(self.path, csv_text(_COLUMNS, ([one[name] for name in _COLUMNS] for one in self.rows)))
-            self._failed = [other for other in self._read_failed() if _key(other) != _key(row)]
+            self._failed = self._read_failed()
+            self._failed.pop(_key(row), None)
             self._write_failed()
 
     def add_failure(self, setting: str, spec: RunSpec, error: str) -> None:
@@ -185,21 +193,21 @@ class SuiteTable:
 
     def _write_failed(self) -> None:
         if self._failed:
-            write_text(self.failed_path, csv_text(_FAILED_COLUMNS, (row.values() for row in self._failed)))
+            write_text(self.failed_path, csv_text(_FAILED_COLUMNS, (row.values() for row in self._failed.values())))
         else:
             self.failed_path.unlink(missing_ok=True)
 
-    def _read_failed(self) -> list[dict[str, str]]:
+    def _read_failed(self) -> _Rows:
         return _rows_of(self.failed_path, _FAILED_COLUMNS)
 
-    def _read(self) -> list[dict[str, str]]:
+    def _read(self) -> _Rows:
         return _rows_of(self.path, _COLUMNS)
 
 
-def _rows_of(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+def _rows_of(path: Path, columns: Sequence[str]) -> _Rows:
     """Return the rows of a file of this module."""
     if not path.exists():
-        return []
+        return {}
     reader = csv.DictReader(path.read_text(encoding="utf-8", errors="replace").splitlines(), strict=True)
     rows = list(reader)
     if tuple(reader.fieldnames or ()) != tuple(columns) or any(None in (*row, *row.values()) for row in rows):
@@ -207,13 +215,13 @@ def _rows_of(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
             f"`--out` must be a folder of results of suites, but {path} has other columns. Move it away, or name "
             "another folder."
         )
-    return rows
+    return {_key(row): row for row in rows}
 
 
-def _with(rows: Iterable[dict[str, str]], row: dict[str, str]) -> list[dict[str, str]]:
+def _with(rows: _Rows, row: dict[str, str]) -> _Rows:
     """Return the rows, sorted, in which this one replaces an earlier one of the same run."""
-    others = [other for other in rows if _key(other) != _key(row)]
-    return sorted([*others, row], key=lambda one: (one["env"], one["setting"], int(one["seed"])))
+    found = sorted(({**rows, _key(row): row}).items(), key=lambda item: (*item[0][:2], int(item[0][2])))
+    return dict(found)
 
 
 def made_on(row: Mapping[str, str]) -> dict[str, Any]:
