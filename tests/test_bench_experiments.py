@@ -22,7 +22,8 @@ from tests.bench.experiments import main, runs
 from tests.bench.experiments.command import Campaign
 from tests.bench.experiments.executors import Finished
 from tests.bench.experiments.runs import Record, RunSpec, check_folder, prepare_folder, this_machine
-from tests.bench.experiments.suite import FOLDER, Suite, read_suite, suite_names, zoo_settings
+from tests.bench.experiments.suite import Suite, zoo_settings
+from tests.bench.experiments.suite_file import FOLDER, read_suite, suite_names
 from tests.bench.experiments.tables import SuiteTable
 from tests.bench.results import ROOT
 

@@ -23,7 +23,7 @@ from tests.bench.experiments.candidates import (
     ValueNormalization,
     predicted_values,
 )
-from tests.bench.experiments.suite import read_suite
+from tests.bench.experiments.suite_file import read_suite
 
 ENGINES = ("native", "autograd")
 N_STEPS = 64

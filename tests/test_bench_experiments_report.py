@@ -32,11 +32,12 @@ from tests.bench.experiments.estimates import (
 from tests.bench.experiments.figures import curve_band, remove_figures, sheets, write_figures
 from tests.bench.experiments.finished import SuiteRuns
 from tests.bench.experiments.random_policy import RandomReturns, random_returns
-from tests.bench.experiments.report import equivalence
+from tests.bench.experiments.report import _cell, _verdict, equivalence
 from tests.bench.experiments.report import render as render_families
 from tests.bench.experiments.runs import Record, this_machine
 from tests.bench.experiments.scores import SuiteScores, families, family
-from tests.bench.experiments.suite import Suite, read_suite
+from tests.bench.experiments.suite import Suite
+from tests.bench.experiments.suite_file import read_suite
 from tests.bench.experiments.tables import SuiteTable
 
 ENVIRONMENTS = {"CartPole-v1": (20.0, 5.0), "Pendulum-v1": (-1200.0, 100.0), "Hopper-v5": (0.0, 10.0)}
@@ -409,6 +410,14 @@ def test_report_of_a_complete_suite(tmp_path: Path) -> None:
     assert "2 runs side by side, one thread each; python 3" in lines[-1]
 
 
+def test_clear_difference_has_no_end_that_looks_like_none() -> None:
+    found = Estimate(-0.011, (-0.02, -0.0031), 5)
+    assert _cell(found, "+z.2f", 0.0).replace("\u2212", "-") == "**-0.011\u00a0[-0.020,\u00a0-0.003]**"
+    assert "-0.01\u00a0[-0.02,\u00a0+0.00]" == _cell(found, "+z.2f").replace("\u2212", "-")  # without a verdict
+    assert _cell(replace(found, interval=(-0.02, 0.0)), "+z.2f", 0.0).startswith("\u22120.01")
+    assert "(-0.011\u00a0[" in _verdict(found, "").replace("\u2212", "-")
+
+
 def test_difference_that_may_be_zero_is_not_bold(tmp_path: Path) -> None:
     suite = suite_of(tmp_path)
     text = render(scores_of(suite, filled(tmp_path, suite, lambda env, name, seed: shift(env, "constant", seed))))
@@ -649,7 +658,9 @@ def test_suite_of_table_1_asks_for_the_scores_of_the_paper(tmp_path: Path) -> No
     assert all(setting.expected.startswith("score ") for setting in suite.settings.values())
     assert not read_suite("defaults").best_result_score
     environments = {"CartPole-v1": {"steps": 4000, "seeds": 1}, "Hopper-v5": {"steps": 4000, "seeds": 2}}
-    with pytest.raises(ValueError, match="`best_result_score` needs as many seeds in each environment"):
+    with pytest.raises(
+        ValueError, match="`seeds` must be equal in all environments with `best_result_score`, got 1 and 2. Correct"
+    ):
         suite_of(tmp_path, environments=environments, best_result_score=True)
     with pytest.raises(ValueError, match="`best_result_score` of `suite` must be of type bool, got 1"):
         suite_of(tmp_path, best_result_score=1)

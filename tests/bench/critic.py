@@ -21,7 +21,7 @@ from sb3_clipvf.envs import FastDummyVecEnv, FastVecNormalize
 from tests.bench.command import InProcessBenchmark
 from tests.bench.experiments.candidates import InnerUpdate, UpdateCallback, predicted_values
 from tests.bench.experiments.episodes import WINDOW
-from tests.bench.experiments.suite import read_suite
+from tests.bench.experiments.suite_file import read_suite
 from tests.bench.results import digest, machines_text, markdown_table, save_figure
 
 if TYPE_CHECKING:

@@ -98,8 +98,8 @@ _NOTES = (
     "A return is the mean over the seeds of the final models' evaluations, with its 95 % interval, see "
     "`docs/experiments.md`. An evaluation is the mean of 20 episodes, or 100 where returns differ "
     "much, with the most probable actions and the environment's own rewards. SB3's PPO has the RL Zoo's settings, and "
-    "the same steps, environments and seeds as ClipPPO. *reached* compares ClipPPO's mean with the goal, and counts "
-    "the seeds that reach it alone. *CPU minutes*: mean processor time of a training, ClipPPO's and SB3's. *others*: "
+    "the same steps, environments and seeds as ClipPPO. *reached*: whether ClipPPO's mean reaches the goal, and how "
+    "many single seeds do. *CPU minutes*: mean processor time of a training, ClipPPO's and SB3's. *others*: "
     "one run each, on version 3 of MuJoCo's environments."
 )
 

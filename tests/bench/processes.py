@@ -121,7 +121,8 @@ class ProcessesBenchmark(SeedsBenchmark[ProcessesRow]):
                 lines.append([first, label, *("" if one is None else one.text("z,.1f") for one in found)])
         notes = (
             "A cell is the mean over the seeds with its 95 % interval, see `docs/experiments.md`. *Whole training* is "
-            "the mean of the curve's points, *end* the last one. A point is `rollout/ep_rew_mean`."
+            "the mean of the curve's points, *end* is the curve's last point. Each point is the mean return of the "
+            "last 100 episodes."
         )
         machines = machines_text(runs, lambda run: "one thread in each process")
         return f"{markdown_table(header, 'llrrr', lines)}\n\n{notes}\n\n{machines}"

@@ -109,7 +109,7 @@ class AdamRestart(UpdateCallback):
 
 class ValueNormalization(UpdateCallback):
     """
-    Let the critic learn returns that are normalised by the mean and the standard deviation of the rollout's returns.
+    Train the critic on returns normalised by the rollout's mean and standard deviation.
 
     For each update, the last layer of the critic is rescaled so that its values are the same in normalised units, and
     after the update so that they are the same in return units. So Adam's moments stay in normalised units.

@@ -14,7 +14,8 @@ from tests.bench.experiments.executors import Executor, Finished, LocalExecutor
 from tests.bench.experiments.finished import SuiteRuns
 from tests.bench.experiments.report import write_report
 from tests.bench.experiments.runs import LOG_FILE, check_folder
-from tests.bench.experiments.suite import Suite, read_suite, suite_names
+from tests.bench.experiments.suite import Suite
+from tests.bench.experiments.suite_file import read_suite, suite_names
 from tests.bench.experiments.tables import SuiteTable
 from tests.bench.time_left import time_left
 

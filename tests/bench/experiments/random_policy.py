@@ -29,7 +29,7 @@ class RandomReturns:
     @property
     def standard_error(self) -> float:
         """Standard error of the mean."""
-        return self.std / self.n_episodes**0.5
+        return float(self.std / self.n_episodes**0.5)
 
 
 def random_returns(runs: SuiteRuns, env_ids: Iterable[str]) -> dict[str, RandomReturns]:

@@ -77,12 +77,12 @@ class RayExecutor:
             return Finished(spec, None, str(error).strip().splitlines()[-1], 0.0)
         if finished is None or finished.record is None:
             return finished
-        if finished.seconds > 0:  # it was made now; the node knows its own run alone
-            finished = replace(finished, record=replace(finished.record, jobs=self._jobs))
+        # A node knows its own run alone.
+        record = replace(finished.record, jobs=self._jobs) if finished.seconds > 0 else finished.record
         # Here too, if nodes have folders of their own.
         prepare_folder(spec, self._jobs)
-        finished.record.write(spec.folder / RECORD_FILE)
-        return finished
+        record.write(spec.folder / RECORD_FILE)
+        return replace(finished, record=record)
 
 
 def _check_listens(address: str) -> None:

@@ -152,7 +152,8 @@ def _summary(scores: SuiteScores) -> Iterator[str]:
 def _verdict(found: Estimate, undecided: str) -> str:
     low, high = found.interval or (0.0, 0.0)
     word = "better" if low > 0 else "worse" if high < 0 else "not clearly different"
-    return f"{f'undecided, since {undecided}' if undecided else word} ({found.text('+z.2f')})"
+    text = _clear_text(found, "+z.2f", 0.0) if low > 0 or high < 0 else found.text("+z.2f")
+    return f"{f'undecided, since {undecided}' if undecided else word} ({text})"
 
 
 def _comparisons(scores: SuiteScores) -> Iterator[str]:
@@ -182,7 +183,16 @@ def _cell(found: Estimate | None, form: str, same: float | None = None) -> str:
     if found is None:
         return "no seed"
     is_clear = same is not None and found.interval is not None and not found.interval[0] <= same <= found.interval[1]
-    return f"**{found.text(form)}**" if is_clear else found.text(form)
+    return f"**{_clear_text(found, form, same)}**" if is_clear else found.text(form)
+
+
+def _clear_text(found: Estimate, form: str, same: float) -> str:
+    """Return the text with the decimals that are needed to show that no end of the interval is ``same``."""
+    for n_decimals in range(2, 5):
+        longer = form.replace("2f", f"{n_decimals}f")
+        if all(number_text(end, longer) != number_text(same, longer) for end in found.interval or ()):
+            return found.text(longer)
+    return found.text(form)
 
 
 def _equivalence(scores: SuiteScores) -> Iterator[str]:

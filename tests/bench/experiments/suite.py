@@ -1,4 +1,4 @@
-"""Suites of experiments: YAML files of settings, environments and seeds, and the runs that they stand for."""
+"""Suites of experiments: settings, environments and seeds, and the runs that they stand for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 import functools
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,8 @@ import yaml
 from tests.bench.experiments.runs import RunSpec
 
 ALGORITHM = "clipppo"
-FOLDER = Path(__file__).with_name("suites")
-SEEDS: dict[str, tuple[int, int | None]] = {"tune": (0, 999), "report": (1000, None)}
-"""First and last seed of each kind of suite. Seeds of ``tune`` choose settings, so they are no evidence for them."""
-
 QUICK_ENVIRONMENTS, QUICK_SETTINGS, QUICK_STEPS, QUICK_EPISODES = 2, 4, 4096, 2
 """The part of a suite that ``--quick`` runs: its first environments, the first settings of each, and one seed."""
-
-_OF_SETTINGS = {"algo": ALGORITHM, "expected": "", "baseline": ""}
-"""Keys of a setting that do not reach the training, with their defaults."""
-
-ZOO = "zoo"
-"""Value of an environment's ``settings`` that stands for the RL Zoo's, for the algorithm of each setting."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +41,8 @@ class Environment:
     """
     An environment of a suite.
 
-    :param settings: what all settings of the suite change; ``ZOO``: the Zoo's
+    :param settings: what all settings of the suite change
+    :param has_zoo_settings: whether the RL Zoo's settings for the algorithm of each setting precede them
     :param only: settings of the suite that are made in this environment; empty: all
     """
 
@@ -59,7 +50,8 @@ class Environment:
     n_timesteps: int
     seeds: tuple[int, ...]
     vec_env: str
-    settings: Mapping[str, Any] | str
+    settings: Mapping[str, Any]
+    has_zoo_settings: bool
     only: tuple[str, ...]
 
 
@@ -69,7 +61,7 @@ class Suite:
     Settings x environments x seeds.
 
     :param name: name for files
-    :param kind: a key of ``SEEDS``
+    :param kind: "tune" or "report"
     :param settings: settings by name
     :param baseline: setting that the report compares the others with, unless they name another one; the first one of
         the file
@@ -134,8 +126,8 @@ class Suite:
         :raises ValueError: if the suite does not have one of them
         """
         known = {environment.env_id: environment for environment in self.environments}
-        _check_known("--envs", env_ids or (), known)
-        _check_known("--settings", settings or (), self.settings)
+        check_known("--envs", env_ids or (), known)
+        check_known("--settings", settings or (), self.settings)
         kept = {name: value for name, value in self.settings.items() if settings is None or name in settings}
         some = replace(self, settings=kept)
         environments = tuple(
@@ -180,10 +172,10 @@ class Suite:
 
         register_all()
         for setting in self.settings:
-            _check_known(f"settings.{setting}.algo", [self.settings[setting].algo], ALGOS)
+            check_known(f"settings.{setting}.algo", [self.settings[setting].algo], ALGOS)
         for environment in self.environments:
             env_id = environment.env_id
-            _check_known(f"environments of {self.name}", [env_id], gym.registry)
+            check_known(f"environments of {self.name}", [env_id], gym.registry)
             for setting in self.settings_of(environment):
                 source = f"the suite {self.name} ({env_id}, {setting})"
                 hyperparams, algo = self._hyperparams(environment, setting), self.settings[setting].algo
@@ -206,35 +198,10 @@ class Suite:
         )
 
     def _hyperparams(self, environment: Environment, setting: str) -> dict[str, Any]:
-        found = environment.settings
-        if isinstance(found, str):
-            found = zoo_settings(environment.env_id, self.settings[setting].algo)
+        found = self.settings[setting]
+        zoo = zoo_settings(environment.env_id, found.algo) if environment.has_zoo_settings else {}
         steps = {"n_timesteps": environment.n_timesteps}
-        return {"policy": "MlpPolicy", **found, **steps, **self.settings[setting].changes}
-
-
-def suite_names() -> list[str]:
-    """Return the names of the suites in this folder."""
-    return sorted(path.stem for path in FOLDER.glob("*.yml"))
-
-
-def read_suite(name: str) -> Suite:
-    """
-    Read a suite of this folder, or a file of one.
-
-    :raises ValueError: if there is none, or it breaks a rule
-    """
-    path = Path(name) if name.endswith((".yml", ".yaml")) else FOLDER / f"{name}.yml"
-    if not path.is_file():
-        raise ValueError(
-            f"`suite` must be one of {', '.join(suite_names())}, or a .yml file, got {name!r}. Correct the name."
-        )
-    try:
-        return _suite(path.stem, yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"`suite` must be a YAML file, got {path}: {' '.join(str(error).split())}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        return {"policy": "MlpPolicy", **zoo, **environment.settings, **steps, **found.changes}
 
 
 def _check_keys(hyperparams: Mapping[str, Any], algorithm: type, source: str) -> None:
@@ -268,7 +235,7 @@ def zoo_settings(env_id: str, algo: str) -> dict[str, Any]:
     for name in older:
         if name in entries:
             return dict(entries[name])
-    raise ValueError(f"`settings: {ZOO}` needs an entry for {env_id}, but {path} has none. Write the settings out.")
+    raise ValueError(f"`settings: zoo` needs an entry for {env_id}, but {path} has none. Write the settings out.")
 
 
 @functools.cache
@@ -276,148 +243,12 @@ def _settings_of_zoo(path: Path) -> dict[str, dict[str, Any]]:
     return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _suite(name: str, content: Any) -> Suite:
-    keys: dict[str, type] = {
-        "kind": str,
-        "first_seed": int,
-        "evaluation_episodes": int,
-        "equivalence_margin": float,
-        "best_result_score": bool,
-        "settings": dict,
-        "first": list,
-        "environments": dict,
-    }
-    entries = _entries("suite", content, keys, {"first": [], "equivalence_margin": 0.0, "best_result_score": False})
-    margin = entries["equivalence_margin"]
-    if not 0 <= margin < 1:
-        raise ValueError(
-            f"`equivalence_margin` must be from 0 to below 1, got {margin}. It is a share of what the baseline learns."
-        )
-    kind = entries["kind"]
-    if kind not in SEEDS:
-        raise ValueError(f"`kind` must be tune or report, got {kind!r}. Results of `tune` suites are not evidence.")
-    for key in ("settings", "environments"):
-        if not entries[key]:
-            raise ValueError(f"`{key}` must have at least one entry, got none. Add one.")
-    settings = {_name(key): _setting(f"settings.{key}", value) for key, value in entries["settings"].items()}
-    _check_known("first", entries["first"], settings)
-    _check_baselines(settings)
-    environments = tuple(_environments(entries))
-    first, last = SEEDS[kind]
-    for seed in (entries["first_seed"], *(environment.seeds[-1] for environment in environments)):
-        if seed < first or (last is not None and seed > last):
-            rule = f"from {first}" if last is None else f"{first} to {last}"
-            raise ValueError(
-                f"seeds of a suite of kind {kind} must be {rule}, got {seed}. Change `first_seed` or `kind`."
-            )
-    if entries["best_result_score"] and len({len(environment.seeds) for environment in environments}) > 1:
-        raise ValueError("`best_result_score` needs as many seeds in each environment, got others. Change `seeds`.")
-    n_eval_episodes = _at_least_one("evaluation_episodes", entries["evaluation_episodes"])
-    return Suite(
-        name,
-        kind,
-        settings,
-        next(iter(settings)),
-        environments,
-        n_eval_episodes,
-        tuple(entries["first"]),
-        margin,
-        entries["best_result_score"],
-    )
+def check_known(where: str, names: Sequence[Any], known: Any) -> None:
+    """
+    Check that all names are among the known ones.
 
-
-def _setting(where: str, content: Any) -> Setting:
-    changes = dict(_settings(where, content))
-    own = {key: changes.pop(key, default) for key, default in _OF_SETTINGS.items()}
-    for key, value in own.items():
-        if not isinstance(value, str):
-            raise ValueError(f"`{key}` of `{where}` must be of type str, got {value!r}. Correct it.")
-    return Setting(changes, **own)
-
-
-def _check_baselines(settings: Mapping[str, Setting]) -> None:
-    first = next(iter(settings))
-    for name, setting in settings.items():
-        if setting.baseline:
-            _check_known(f"settings.{name}.baseline", [setting.baseline], settings)
-        if setting.baseline and name in (first, setting.baseline):
-            what = "the first setting" if name == first else "itself"
-            raise ValueError(
-                f"`settings.{name}.baseline` must be omitted for the first setting, and name another setting, got "
-                f"{setting.baseline!r} for {what}. Remove it."
-            )
-
-
-def _environments(entries: Mapping[str, Any]) -> Iterator[Environment]:
-    from sb3_clipvf.zoo.vec_env import VEC_ENVS
-
-    for env_id, content in entries["environments"].items():
-        where = f"environments.{env_id}"
-        keys: dict[str, type] = {"steps": int, "seeds": int, "vec_env": str, "settings": object, "only": list}
-        found = _entries(where, _whole(env_id, content), keys, {"vec_env": "dummy", "settings": {}, "only": []})
-        _check_known(f"{where}.vec_env", [found["vec_env"]], ("dummy", "subproc", *VEC_ENVS))
-        _check_known(f"{where}.only", found["only"], entries["settings"])
-        n_seeds, first = _at_least_one(f"{where}.seeds", found["seeds"]), entries["first_seed"]
-        settings = found["settings"]
-        yield Environment(
-            _name(env_id),
-            _at_least_one(f"{where}.steps", found["steps"]),
-            tuple(range(first, first + n_seeds)),
-            found["vec_env"],
-            settings if settings == ZOO else _settings(f"{where}.settings", settings),
-            tuple(found["only"]),
-        )
-
-
-def _whole(env_id: str, content: Any) -> Any:
-    """Return the entries of an environment, with those of another suite, which ``as_in`` names, for missing ones."""
-    if not isinstance(content, dict) or "as_in" not in content:
-        return content
-    name = content["as_in"]
-    _check_known(f"environments.{env_id}.as_in", [name], suite_names())
-    others = yaml.safe_load((FOLDER / f"{name}.yml").read_text(encoding="utf-8"))["environments"]
-    _check_known(f"environments of {name}", [env_id], others)
-    return {**others[env_id], **{key: value for key, value in content.items() if key != "as_in"}}
-
-
-def _entries(
-    where: str, content: Any, types: Mapping[str, type], defaults: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Return the entries of a dict of the file, of which those with defaults may be missing."""
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"`{where}` must be a dict of {', '.join(types)}, got {content!r}. Indent its entries below it."
-        )
-    _check_known(where, list(content), types)
-    found = {**(defaults or {}), **content}
-    for key, kind in types.items():
-        if key not in found:
-            raise ValueError(f"`{where}` must have the entry `{key}`, got none. Add it.")
-        if not isinstance(found[key], kind) or (isinstance(found[key], bool) and kind not in (bool, object)):
-            raise ValueError(f"`{key}` of `{where}` must be of type {kind.__name__}, got {found[key]!r}. Correct it.")
-    return found
-
-
-def _settings(where: str, content: Any) -> dict[str, Any]:
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ValueError(f"`{where}` must be a dict of settings, got {content!r}. Write {{}} for none.")
-    return content
-
-
-def _name(text: Any) -> str:
-    """Return a name of files."""
-    if not isinstance(text, str) or re.fullmatch(r"\w[\w.-]*", text) is None:
-        raise ValueError(f"a name must consist of letters, digits, `.`, `_` and `-`, got {text!r}. Rename it.")
-    return text
-
-
-def _at_least_one(name: str, value: int) -> int:
-    if value < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {value}. Correct it.")
-    return value
-
-
-def _check_known(where: str, names: Sequence[Any], known: Any) -> None:
+    :raises ValueError: with the nearest known name
+    """
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(str(name), list(known), n=1)
