@@ -22,7 +22,8 @@ from tests.bench.command import InProcessBenchmark
 from tests.bench.experiments.candidates import InnerUpdate, UpdateCallback, predicted_values
 from tests.bench.experiments.episodes import WINDOW
 from tests.bench.experiments.suite_file import read_suite
-from tests.bench.results import digest, machines_text, markdown_table, save_figure
+from tests.bench.plots import BLACK, BLUE, PURPLE, SKY_BLUE, VERMILION, add_legend, add_panels, new_figure, save_figure
+from tests.bench.results import digest, machines_text, markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,13 +40,13 @@ SMOOTHED = 3
 _COMMON: dict[str, Any] = {"clip_range": 0.2, "clip_range_vf": None, "vf_clip": "max", "vf_clip_units": "return_std"}
 """Arguments that all settings have unless they change them."""
 
-# Title, changes of the arguments, color of the palette of Okabe and Ito 2008, and line style
+# Title, changes of the arguments, color and line style
 SETTINGS: dict[str, tuple[str, dict[str, Any], str, str]] = {
-    "none": ("none", {}, "#000000", "-"),
-    "max-3": ("max, 3", {"clip_range_vf": 3.0}, "#56B4E9", "-."),
-    "max-1": ("max, 1", {"clip_range_vf": 1.0}, "#0072B2", "--"),
-    "max-0.2": ("max, 0.2", {"clip_range_vf": 0.2}, "#D55E00", "-"),
-    "prediction-0.2": ("prediction, 0.2", {"clip_range_vf": 0.2, "vf_clip": "prediction"}, "#CC79A7", "--"),
+    "none": ("none", {}, BLACK, "-"),
+    "max-3": ("max, 3", {"clip_range_vf": 3.0}, SKY_BLUE, "-."),
+    "max-1": ("max, 1", {"clip_range_vf": 1.0}, BLUE, "--"),
+    "max-0.2": ("max, 0.2", {"clip_range_vf": 0.2}, VERMILION, "-"),
+    "prediction-0.2": ("prediction, 0.2", {"clip_range_vf": 0.2, "vf_clip": "prediction"}, PURPLE, "--"),
 }
 PANELS = {"error": "error / σ", "no_gradient": "without gradient", "return": "return"}
 """Rows of the figure, and their labels."""
@@ -173,20 +174,19 @@ class CriticBenchmark(InProcessBenchmark[Row]):
 
     def draw(self, path: Path) -> bool:
         """Draw the critic and the returns over the training, one column for each environment."""
-        # The figure object draws without pyplot, whose backend belongs to the caller's process.
-        from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
 
-        figure = Figure(figsize=(10.0, 6.0), dpi=150, layout="constrained")
-        for column, env_id in enumerate(ENV_IDS):
-            for line, (name, label) in enumerate(PANELS.items()):
-                axes = figure.add_subplot(len(PANELS), len(ENV_IDS), line * len(ENV_IDS) + column + 1)
+        figure = new_figure(10.0, 6.0)
+        panels = iter(add_panels(figure, len(PANELS) * len(ENV_IDS), len(ENV_IDS)))
+        for line, (name, label) in enumerate(PANELS.items()):
+            for column, env_id in enumerate(ENV_IDS):
+                axes = next(panels)
                 self._draw_panel(axes, env_id, name)
                 axes.set_title(env_id if line == 0 else "", fontsize="small")
                 axes.set_ylabel(label if column == 0 else "", fontsize="small")
         figure.supxlabel("environment steps", fontsize="small")
         handles = [Line2D([], [], color=color, ls=style, label=title) for title, _, color, style in SETTINGS.values()]
-        figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize="small")
+        add_legend(figure, handles)
         save_figure(figure, path)
         return True
 
@@ -195,9 +195,6 @@ class CriticBenchmark(InProcessBenchmark[Row]):
 
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.tick_params(labelsize="small", width=0.6)
-        axes.spines[:].set_linewidth(0.6)
-        axes.grid(alpha=0.3, linewidth=0.5)
         axes.set_xlim(0, N_TIMESTEPS)
         for setting, (_, _, color, style) in SETTINGS.items():
             runs = self.runs_of(Row(env_id, setting))

@@ -11,8 +11,18 @@ import numpy as np
 
 from tests.bench.experiments.episodes import N_POINTS, WINDOW, grid
 from tests.bench.experiments.estimates import difference, estimate, mean, over_seeds
-from tests.bench.experiments.figures import band_of, draw_band
-from tests.bench.results import Results, machines_text, markdown_table, save_figure
+from tests.bench.plots import (
+    BLUE,
+    VERMILION,
+    add_legend,
+    add_panels,
+    band_of,
+    draw_band,
+    interval_handle,
+    new_figure,
+    save_figure,
+)
+from tests.bench.results import Results, machines_text, markdown_table
 from tests.bench.training_runs import TrainingRow, how_made
 
 if TYPE_CHECKING:
@@ -20,9 +30,8 @@ if TYPE_CHECKING:
 
 # The first one is compared with the second, which is the reference.
 ENGINES = ("native", "autograd")
-# Blue and vermilion of a palette for colour-blind readers (Okabe and Ito 2008). Through the dashes of the second curve,
-# the first is visible.
-_STYLES = {"native": ("#0072B2", "-"), "autograd": ("#D55E00", "--")}
+# Through the dashes of the second curve, the first is visible.
+_STYLES = {"native": (BLUE, "-"), "autograd": (VERMILION, "--")}
 _LABELS = {"native": "native", "autograd": "autograd, the reference"}
 _MEASURES = (("whole training", "mean_return"), ("last 100 episodes", "last_return"))
 
@@ -95,23 +104,19 @@ def render_table(compared: Sequence[Comparison]) -> str:
 
 def write_figure(compared: Sequence[Comparison], path: Path) -> None:
     """Draw the mean curves of the engines with their confidence bands, one panel an environment, into a PNG."""
-    # The figure object draws without pyplot, whose backend belongs to the caller's process.
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
 
     n_columns = min(2, len(compared))
     n_rows = -(-len(compared) // n_columns)
-    figure = Figure(figsize=(3.7 * n_columns, 0.6 + 2.4 * n_rows), dpi=150, layout="constrained")
-    for index, comparison in enumerate(compared):
-        _draw(figure.add_subplot(n_rows, n_columns, index + 1), comparison)
+    figure = new_figure(3.7 * n_columns, 0.6 + 2.4 * n_rows)
+    for axes, comparison in zip(add_panels(figure, len(compared), n_columns), compared, strict=True):
+        _draw(axes, comparison)
     figure.supxlabel("training (environment steps)", fontsize="small")
     figure.supylabel(f"mean return of the last {WINDOW} episodes", fontsize="small")
-    handles: list[Line2D | Patch] = [
+    handles = [
         Line2D([], [], color=color, ls=style, label=_LABELS[engine]) for engine, (color, style) in _STYLES.items()
     ]
-    handles.append(Patch(color="gray", alpha=0.3, linewidth=0, label="95 % interval of the mean over the seeds"))
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize="small")
+    add_legend(figure, [*handles, interval_handle("95 % interval of the mean over the seeds")])
     save_figure(figure, path)
 
 
@@ -123,9 +128,6 @@ def _draw(axes: Axes, comparison: Comparison) -> None:
     axes.set_xlim(0, comparison.n_timesteps)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
-    axes.tick_params(labelsize="small", width=0.6)
-    axes.spines[:].set_linewidth(0.6)
-    axes.grid(alpha=0.3, linewidth=0.5)
     if not any(comparison.runs.values()):
         axes.set_yticks([])
     for engine, style in _STYLES.items():

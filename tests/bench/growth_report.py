@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.bench.growth_rows import Axis
-from tests.bench.results import Results, machines_text, markdown_table, save_figure
+from tests.bench.plots import BLUE, VERMILION, new_figure, save_figure
+from tests.bench.results import Results, machines_text, markdown_table
 from tests.bench.speed_rows import BOUNDS, PEERS, SpeedRow
 from tests.bench.speed_table import ratio, runs_of
 
@@ -22,10 +23,9 @@ Points = Mapping[Axis, Mapping[int, SpeedRow]]
 Curves = dict[str, dict[int, float]]
 """Name of the curve -> size -> value."""
 
-# Blue and vermilion of a palette for colour-blind readers (Okabe and Ito 2008), and grey.
 _STYLES: dict[str, dict[str, Any]] = {
-    "ClipPPO": {"color": "#0072B2", "marker": "o"},
-    "SB3": {"color": "#D55E00", "marker": "s"},
+    "ClipPPO": {"color": BLUE, "marker": "o"},
+    "SB3": {"color": VERMILION, "marker": "s"},
     "bound": {"color": "#707070", "linestyle": ":"},
 }
 _NOTES = (
@@ -112,10 +112,7 @@ def _cells(results: Results, row: SpeedRow, alternations: int, note: str) -> lis
 
 def write_figure(results: Results, points: Points, alternations: int, path: Path) -> None:
     """Draw the microseconds of a transition above, and the peak of memory below, one column an axis."""
-    # The figure object draws without pyplot, whose backend belongs to the caller's process.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(2.0 * len(points), 4.4), dpi=150, layout="constrained")
+    figure = new_figure(2.0 * len(points), 4.4)
     grid = figure.subplots(2, len(points), sharex="col", sharey="row", squeeze=False)
     for column, (axis, rows) in enumerate(points.items()):
         for panels, curves in zip(grid, _curves(results, rows, alternations), strict=True):

@@ -11,8 +11,18 @@ import numpy as np
 
 from tests.bench.experiments.episodes import WINDOW, grid
 from tests.bench.experiments.estimates import mean
-from tests.bench.experiments.figures import Band, band_of, draw_band
-from tests.bench.results import save_figure
+from tests.bench.plots import (
+    BLUE,
+    VERMILION,
+    Band,
+    add_legend,
+    add_panels,
+    band_of,
+    draw_band,
+    interval_handle,
+    new_figure,
+    save_figure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,8 +32,7 @@ CAPTION = (
     "were not resumed: ClipPPO with its shipped settings and SB3's PPO with those of the RL Zoo, for the same steps"
 )
 
-# Blue and vermilion of a palette for colour-blind readers (Okabe and Ito 2008).
-_STYLES = {"ClipPPO": ("#0072B2", "-"), "SB3's PPO": ("#D55E00", "--")}
+_STYLES = {"ClipPPO": (BLUE, "-"), "SB3's PPO": (VERMILION, "--")}
 _N_POINTS = 200
 
 
@@ -74,23 +83,19 @@ def time_band(runs: Sequence[Mapping[str, Any]], n_timesteps: int) -> Band | Non
 
 def write_time_figure(comparisons: Sequence[TimeComparison], path: Path) -> None:
     """Draw a panel for each environment."""
-    # The figure object draws without pyplot, whose backend belongs to the caller's process.
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
 
     n_columns = min(3, len(comparisons))
     n_rows = -(-len(comparisons) // n_columns)
-    figure = Figure(figsize=(2.9 * max(n_columns, 2), 0.8 + 2.2 * n_rows), dpi=150, layout="constrained")
-    for index, comparison in enumerate(comparisons):
-        _draw(figure.add_subplot(n_rows, n_columns, index + 1), comparison)
+    figure = new_figure(2.9 * max(n_columns, 2), 0.8 + 2.2 * n_rows)
+    for axes, comparison in zip(add_panels(figure, len(comparisons), n_columns), comparisons, strict=True):
+        _draw(axes, comparison)
     figure.supxlabel("processor time of the training", fontsize="small")
     figure.supylabel(f"mean return of the last {WINDOW} episodes", fontsize="small")
-    handles: list[Line2D | Patch] = [
+    handles = [
         Line2D([], [], color=color, ls=style, marker="o", ms=4, label=name) for name, (color, style) in _STYLES.items()
     ]
-    handles.append(Patch(color="gray", alpha=0.3, linewidth=0, label="95 % interval over the seeds"))
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize="small")
+    add_legend(figure, [*handles, interval_handle("95 % interval over the seeds")])
     save_figure(figure, path)
 
 
@@ -114,6 +119,3 @@ def _draw(axes: Axes, comparison: TimeComparison) -> None:
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.tick_params(labelsize="small", width=0.6)
-    axes.spines[:].set_linewidth(0.6)
-    axes.grid(alpha=0.3, linewidth=0.5)

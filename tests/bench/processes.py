@@ -13,12 +13,11 @@ import numpy as np
 from tests.bench.command import SeedsBenchmark
 from tests.bench.experiments.episodes import N_POINTS, grid
 from tests.bench.experiments.estimates import difference, estimate, mean, over_seeds
-from tests.bench.experiments.figures import band_of, draw_band
-from tests.bench.results import machine, machines_text, markdown_table, save_figure
+from tests.bench.plots import BLUE, VERMILION, add_legend, add_panels, band_of, draw_band, new_figure, save_figure
+from tests.bench.results import machine, machines_text, markdown_table
 from tests.bench.scaling import launched
 
-# Blue and vermilion of a palette for colour-blind readers (Okabe and Ito 2008).
-_STYLES = {1: ("#0072B2", "-"), 2: ("#D55E00", "--")}
+_STYLES = {1: (BLUE, "-"), 2: (VERMILION, "--")}
 _SECONDS = 7200
 
 
@@ -49,7 +48,7 @@ class ProcessesRow:
         return {
             "env_id": self.env_id,
             "n_timesteps": self.n_timesteps,
-            "n_points": N_POINTS,
+            "n_points": N_POINTS,  # of the curve
             "n_envs": shares["n_envs"],
             "normalize": self.normalize,
             "arguments": {**self.arguments, "batch_size": shares["batch_size"], "seed": seed},
@@ -129,18 +128,17 @@ class ProcessesBenchmark(SeedsBenchmark[ProcessesRow]):
 
     def draw(self, path: Path) -> bool:
         """Draw the mean curves with their intervals, one panel an environment."""
-        # The figure object draws without pyplot, whose backend belongs to the caller's process.
-        from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
+        from matplotlib.ticker import EngFormatter
 
         panels = self._by_environment()
         if not panels:
             return False
         n_timesteps = {row.env_id: row.n_timesteps for row in self.rows}
-        figure = Figure(figsize=(3.0 * len(panels), 2.8), dpi=150, layout="constrained")
-        for index, (env_id, by_number) in enumerate(panels.items()):
-            axes = figure.add_subplot(1, len(panels), index + 1)
+        figure = new_figure(3.0 * len(panels), 2.8)
+        for axes, (env_id, by_number) in zip(add_panels(figure, len(panels), len(panels)), panels.items(), strict=True):
             axes.set_title(env_id, fontsize="small")
-            axes.tick_params(labelsize="x-small")
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             for n, found in by_number.items():
                 curves = np.array([run["curve"] for run in found], dtype=np.float64).reshape(-1, N_POINTS)
                 band = band_of(grid(n_timesteps[env_id]), curves, mean)
@@ -148,10 +146,9 @@ class ProcessesBenchmark(SeedsBenchmark[ProcessesRow]):
                     draw_band(axes, band, *_STYLES[n])
         figure.supxlabel("environment steps of all processes", fontsize="small")
         figure.supylabel("mean return of 100 episodes", fontsize="small")
-        for n, (color, style) in _STYLES.items():
-            label = "1 process" if n == 1 else f"{n} processes"
-            figure.axes[0].plot([], [], color=color, linestyle=style, label=label)
-        figure.axes[0].legend(fontsize="x-small", frameon=False)
+        labels = {n: "1 process" if n == 1 else f"{n} processes" for n in _STYLES}
+        handles = [Line2D([], [], color=color, ls=style, label=labels[n]) for n, (color, style) in _STYLES.items()]
+        add_legend(figure, handles)
         save_figure(figure, path)
         return True
 

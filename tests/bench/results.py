@@ -1,4 +1,4 @@
-"""Shared by all benchmarks: results files, facts about the machine, Markdown tables and figures."""
+"""Shared by all benchmarks: results files, facts about the machine, and Markdown tables."""
 
 from __future__ import annotations
 
@@ -12,14 +12,11 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sb3_clipvf
 from sb3_clipvf.common.versions import installed_versions
 from sb3_clipvf.files.atomic import atomic_write
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[2]
 """The clone, from which processes of benchmarks import ``sb3_clipvf`` and ``tests.bench``."""
@@ -156,10 +153,3 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write(text.encode())
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG atomically, and create its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png")

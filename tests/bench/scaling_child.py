@@ -19,6 +19,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.distributed import Group, current_group
+from tests.bench.experiments.episodes import grid
 
 REPEATS = 21
 """Messages of each size, of which the median counts."""
@@ -127,12 +128,11 @@ def learn(spec: dict[str, Any]) -> dict[str, Any]:
     env: VecEnv = make_vec_env(spec["env_id"], n_envs=spec["n_envs"])
     if spec["normalize"]:
         env = VecNormalize(env, gamma=spec["arguments"].get("gamma", 0.99))
-    curve, n_points = Curve(), spec["n_points"]
+    curve = Curve()
     ClipPPO("MlpPolicy", env, device="cpu", **spec["arguments"]).learn(spec["n_timesteps"], callback=curve)
     if not curve.steps:
         return {}
-    grid = spec["n_timesteps"] * np.arange(1, n_points + 1) / n_points
-    values = np.interp(grid, curve.steps, curve.returns, left=np.nan)
+    values = np.interp(grid(spec["n_timesteps"]), curve.steps, curve.returns, left=np.nan)
     return {"curve": [float(f"{value:.5g}") if np.isfinite(value) else None for value in values]}
 
 

@@ -6,22 +6,20 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.bench.results import Results, save_figure
+from tests.bench.plots import BLUE, new_figure, save_figure
+from tests.bench.results import Results
 from tests.bench.speed_rows import PEERS, SpeedRow
 from tests.bench.speed_table import ratio
 
-# Blue of a palette for colour-blind readers (Okabe and Ito 2008), and grey.
-_COLORS = {"clipppo": "#0072B2", "sbx": "#A0A0A0"}
+_COLORS = {"clipppo": BLUE, "sbx": "#A0A0A0"}
 _HEIGHT = 0.38
 
 
 def write_figure(results: Results, rows: Sequence[SpeedRow], alternations: int, path: Path) -> None:
     """Draw the ratios to SB3's steps a second: bars for medians, lines from the smallest to the largest."""
-    # The figure object draws without pyplot, whose backend belongs to the caller's process.
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    figure = Figure(figsize=(7.4, 1.0 + 0.42 * len(rows)), dpi=150, layout="constrained")
+    figure = new_figure(7.4, 1.0 + 0.42 * len(rows))
     axes = figure.add_subplot()
     for index, (peer, color) in enumerate(_COLORS.items()):
         for place, row in enumerate(rows):

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tests.bench.experiments.episodes import WINDOW, curve_on_grid, grid
-from tests.bench.experiments.estimates import Statistic, difference, interval, iqm, performance_profile
+from tests.bench.experiments.estimates import difference, interval, iqm, performance_profile
 from tests.bench.experiments.finished import MEASURES, FinishedRun, SuiteRuns
 from tests.bench.experiments.scores import Scores, SuiteScores
-from tests.bench.results import save_figure
+from tests.bench.plots import BLACK, PALETTE, Band, add_legend, add_panels, band_of, draw_band, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,29 +29,12 @@ CAPTIONS = {
 }
 """Captions of the kinds of figures, which are the ends of their files' names."""
 
-# The palette for colour-blind readers of Okabe and Ito 2008, the baseline black.
-_COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
 _STYLES = ("-", "--", "-.", ":")
 _MOST_SHEETS = 9
 StepScale = Callable[[FinishedRun], float | None]
 """Length of a run's environment step on an axis, or None if it is not known."""
 
 _THRESHOLDS = np.linspace(0, 1.5, 61)
-
-
-@dataclass(frozen=True)
-class Band:
-    """
-    A line with its interval.
-
-    :param x: ``(n,)``
-    :param values: ``(n,)``
-    :param ends: both ends of the interval, ``(2, n)``; None with too few seeds
-    """
-
-    x: np.ndarray
-    values: np.ndarray
-    ends: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -121,7 +104,7 @@ class Sheet:
     def style(self, setting: str) -> tuple[str, str]:
         """Return colour and style of a setting's line."""
         place = self._places[setting]
-        return _COLORS[place], _STYLES[place % len(_STYLES)]
+        return PALETTE[place], _STYLES[place % len(_STYLES)]
 
     def so_far(self, label: str) -> str:
         """Return the label of an axis, which states how many of the suite's runs are finished if some are not."""
@@ -131,7 +114,7 @@ class Sheet:
 
 def sheets(scores: SuiteScores) -> list[Sheet]:
     """Return the settings of each figure, in the order of the suite, divided evenly."""
-    n_sheets = min(max(1, -(-len(scores.others) // (len(_COLORS) - 1))), _MOST_SHEETS)
+    n_sheets = min(max(1, -(-len(scores.others) // (len(PALETTE) - 1))), _MOST_SHEETS)
     return [Sheet(scores, tuple(part)) for part in np.array_split(np.array(scores.others, dtype=object), n_sheets)]
 
 
@@ -146,34 +129,10 @@ def curve_band(curves: Sequence[TrainingCurve], end: float) -> Band | None:
     return band_of(x, found, iqm)
 
 
-def band_of(x: np.ndarray, found: np.ndarray, statistic: Statistic) -> Band | None:
-    """Return a statistic over the seeds of curves ``(n_seeds, n)``, at the points that all of them have."""
-    known = np.isfinite(found).all(axis=0)
-    if len(found) == 0 or not known.any():
-        return None
-    found = found[:, None, known]  # of one environment
-    return Band(x[known], statistic(found[None])[0], interval(statistic, found))
-
-
-def draw_band(axes: Axes, band: Band, color: str, style: str) -> None:
-    """Draw a line, and its interval if there is one."""
-    if band.ends is not None:
-        axes.fill_between(band.x, *band.ends, color=color, alpha=0.15, linewidth=0)
-    axes.plot(band.x, band.values, color=color, linestyle=style, linewidth=1.2)
-
-
 def _new_figure(n_panels: int, n_columns: int, height: float) -> tuple[Figure, list[Axes]]:
-    # The figure object draws without pyplot, whose backend belongs to the caller's process.
-    from matplotlib.figure import Figure
-
-    n_rows = -(-n_panels // n_columns)
-    figure = Figure(figsize=(8.0, 0.6 + height * n_rows), dpi=150, layout="constrained")
-    panels = [figure.add_subplot(n_rows, n_columns, index + 1) for index in range(n_panels)]
-    for axes in panels:
-        axes.tick_params(labelsize="small", width=0.6)
-        axes.spines[:].set_linewidth(0.6)
-        axes.grid(alpha=0.3, linewidth=0.5)
-    return figure, panels
+    """Return a figure with panels of this height."""
+    figure = new_figure(8.0, 0.6 + height * -(-n_panels // n_columns))
+    return figure, add_panels(figure, n_panels, n_columns)
 
 
 def _legend(figure: Figure, settings: Sequence[str], sheet: Sheet, *, lines: bool) -> None:
@@ -184,7 +143,7 @@ def _legend(figure: Figure, settings: Sequence[str], sheet: Sheet, *, lines: boo
         color, style = sheet.style(setting)
         kind = {"ls": style} if lines else {"ls": "-", "marker": "o", "ms": 4}
         handles.append(Line2D([], [], color=color, label=setting, **kind))
-    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize="small")
+    add_legend(figure, handles, n_columns=4)
 
 
 def _differences(sheet: Sheet) -> Figure | None:
@@ -197,7 +156,7 @@ def _differences(sheet: Sheet) -> Figure | None:
     for axes, (measure, name) in zip(panels, MEASURES.items(), strict=True):
         axes.set_title(name, fontsize="small")
         axes.sharex(panels[0])
-        axes.axvline(0, color=_COLORS[0], linewidth=1)
+        axes.axvline(0, color=BLACK, linewidth=1)
         if margin:
             axes.axvspan(-margin, margin, color="gray", alpha=0.15, linewidth=0)
         _draw_differences(axes, rows, measure, sheet)

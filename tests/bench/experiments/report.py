@@ -182,8 +182,9 @@ def _comparisons(scores: SuiteScores) -> Iterator[str]:
 def _cell(found: Estimate | None, form: str, same: float | None = None) -> str:
     if found is None:
         return "no seed"
-    is_clear = same is not None and found.interval is not None and not found.interval[0] <= same <= found.interval[1]
-    return f"**{_clear_text(found, form, same)}**" if is_clear else found.text(form)
+    if same is None or found.interval is None or found.interval[0] <= same <= found.interval[1]:
+        return found.text(form)
+    return f"**{_clear_text(found, form, same)}**"
 
 
 def _clear_text(found: Estimate, form: str, same: float) -> str:
