@@ -295,6 +295,7 @@ def test_what_needs_no_network_is_computed_once_for_a_chunk() -> None:
         assert sum("_foreach_copy_" in name for name in names) == 1
         assert sum("std" in name for name in names) == 1  # of the advantages
         counts.append(len(names))
+    assert not (step._loss.values.requires_grad or step._loss.log_ratio.requires_grad)  # their graphs are freed
     of_minibatch = counts[1] - counts[0]
     assert counts[2] - counts[1] == of_minibatch < 0.85 * counts[0]
 

@@ -95,7 +95,8 @@ class StaticLoss(AutogradUpdate):
             kl = self._exact_kl(batch, stale, may_recompute=self._has_penalty or self.settings.needs_kl)
             found |= {} if kl is None else {"kl": kl}
         with th.no_grad():
-            self.log_ratio, self.values = log_prob - batch.old_log_prob, values
+            # Without its graph, which would stay until the last minibatch
+            self.log_ratio, self.values = log_prob - batch.old_log_prob, values.detach()
             loss, slope = self._surrogate_and_slope(self.log_ratio.exp(), batch.advantages)
             self._roots = [log_prob, *(found[name] for name in weights)]
             self._slopes = [slope, *weights.values()]
