@@ -237,6 +237,7 @@ def test_keys_of_a_run_stay_in_the_comment(key: str, named: str, tmp_path: Path)
         {"conf_file": "--help"},
         {"conf_file": "a\x00b.py"},
         {"n_timesteps": "--conf-file=/d/evil.py"},
+        {"env_kwargs": "evil", "eval_env_kwargs": ["evil"], "hyperparams": "evil"},
     ],
 )
 def test_values_of_a_run_are_no_options(arguments: dict[str, object], tmp_path: Path) -> None:

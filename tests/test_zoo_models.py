@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import yaml
 from gymnasium.wrappers import TimeLimit
+from huggingface_sb3 import EnvironmentName
+from rl_zoo3 import utils
 
 from sb3_clipvf.zoo import main
 from sb3_clipvf.zoo.entries import ZOO_KEYS
-from sb3_clipvf.zoo.models import has_model
+from sb3_clipvf.zoo.models import has_model, own_models
 from sb3_clipvf.zoo.run_folders import choose_run
 
 RUN = Path("logs") / "clipppo" / "Pendulum-v1_1"
@@ -119,6 +121,17 @@ def test_runs_with_null_keys_are_read(command: str, run: Path, monkeypatch: pyte
     (run / "Pendulum-v1.zip").unlink()
     assert main(["train", "--resume", str(run / "checkpoints" / "checkpoint_32.zip")]) == 0
     assert (run / "Pendulum-v1.zip").is_file()
+
+
+def test_the_way_to_resume_starts_as_many_processes_and_quotes_the_folder(tmp_path: Path) -> None:
+    run = tmp_path / "my logs" / "clipppo" / "E-v0_1"
+    for path in (run / "checkpoints" / "checkpoint_64.zip", run / "E-v0" / "args.yml"):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    (run / "E-v0" / "args.yml").write_text("n_processes: 2")
+    command = f"torchrun --standalone --nproc-per-node 2 -m sb3_clipvf train --resume '{run}'"
+    with own_models(), pytest.raises(ValueError, match=rf"takes one, and `{command}` ends the training\.$"):
+        utils.get_model_path(1, str(tmp_path / "my logs"), "clipppo", EnvironmentName("E-v0"))
 
 
 @pytest.mark.parametrize(

@@ -351,14 +351,14 @@ def test_proposals_make_the_environment_of_the_run(tmp_path: Path) -> None:
     settings.parent.mkdir(parents=True)
     settings.write_text(
         "gym_packages: [json, --conf-file=/d/evil.py, xml.dom]\n"
-        'env_kwargs: {g: 5.0, name: a b, "a:print(1)#": 1}\nconf_file: my.yml\nn_processes: 2\n'
+        'env_kwargs: {g: 5.0, name: a b, "a:print(1)#": 1}\neval_env_kwargs: {g: 9.8}\n'
+        "conf_file: my.yml\nn_processes: 2\n"
     )
     watch, variant, _ = (command for _, command in next_commands(Run("clipppo", "E-v0", folder, folder / "x.zip"), "a"))
     assert watch == "sb3-clipvf enjoy --env E-v0 -f a --exp-id 1_0b0c7c1e-5a52-4a51-8c3e-111111111111"
-    assert variant.startswith("torchrun --standalone --nproc-per-node 2 -m sb3_clipvf train ")
-    variant = "sb3-clipvf train " + variant.partition(" train ")[2]
-    options = "--gym-packages json xml.dom --env-kwargs g:5.0 'name:'\"'\"'a b'\"'\"'' --conf-file my.yml -P"
-    assert variant.startswith(f"sb3-clipvf train --env E-v0 -f a {options} -params clip_range:None ")
+    train = "torchrun --standalone --nproc-per-node 2 -m sb3_clipvf train --env E-v0 -f a"
+    options = "--gym-packages json xml.dom --env-kwargs g:5.0 'name:'\"'\"'a b'\"'\"'' --eval-env-kwargs g:9.8"
+    assert variant.startswith(f"{train} {options} --conf-file my.yml -P -params clip_range:None ")
 
 
 @pytest.mark.parametrize(

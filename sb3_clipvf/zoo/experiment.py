@@ -1,6 +1,7 @@
 """How the RL Zoo builds and trains a ClipPPO: its experiment manager, adapted to ClipPPO's settings and files."""
 
 import logging
+import shlex
 import shutil
 import sys
 import traceback
@@ -204,7 +205,7 @@ class ClipPPOExperimentManager(CheckedSearch):
             original = _original_error(error, model)
             if self._keeps_checkpoints and _ends_training(original):
                 if sorted_checkpoints(Path(self.save_path, CHECKPOINTS)):
-                    sys.stdout.write(f"To resume: {launch} train --resume {self.save_path}\n")
+                    sys.stdout.write(f"To resume: {launch} train --resume {shlex.quote(self.save_path)}\n")
             if original is error:
                 raise
             raise original from original.__cause__

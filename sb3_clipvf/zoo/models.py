@@ -27,7 +27,7 @@ from sb3_clipvf.zoo.defaults import ALGORITHM
 from sb3_clipvf.zoo.entries import add_episode_ends, drop_null
 from sb3_clipvf.zoo.patching import patched
 from sb3_clipvf.zoo.run_files import read_settings
-from sb3_clipvf.zoo.run_folders import CHECKPOINTS, choose_run
+from sb3_clipvf.zoo.run_folders import CHECKPOINTS, choose_run, resume_command
 from sb3_clipvf.zoo.settings import import_packages
 
 _MID_TRAINING = re.compile(rf"rl_model_\d+_steps\.zip|{re.escape(BEST_MODEL)}")
@@ -205,7 +205,9 @@ def _find_model(
         if not steps:
             raise
         has_ended = (run / f"{env_name}.zip").is_file()
-        resume = "" if has_ended else f", and `sb3-clipvf train --resume {run}` ends the training"
+        settings = run / env_name / "args.yml"
+        arguments = read_settings(settings) if settings.is_file() else {}
+        resume = "" if has_ended else f", and `{resume_command(run, arguments)}` ends the training"
         raise ValueError(
             f"{error}. {run / CHECKPOINTS} has those of the steps {', '.join(steps)}: `--load-last-checkpoint` or "
             f"`--load-checkpoint {steps[-1]}` takes one{resume}."

@@ -31,7 +31,7 @@ from sb3_clipvf.zoo.comparison.titles import plural
 from sb3_clipvf.zoo.defaults import ALGORITHM
 from sb3_clipvf.zoo.parsing import option_name
 from sb3_clipvf.zoo.process import has_display, patched_environment
-from sb3_clipvf.zoo.run_folders import RunId
+from sb3_clipvf.zoo.run_folders import RunId, processes_of, program
 from sb3_clipvf.zoo.runs import (
     EVALUATION_SEED,
     Evaluation,
@@ -41,8 +41,6 @@ from sb3_clipvf.zoo.runs import (
     find_run,
     load_model,
     make_env,
-    processes_of,
-    program,
     read_arguments,
     read_training_curve,
 )

@@ -1,12 +1,14 @@
-"""Folders of runs: their numbers, and which run a command takes. No torch at import."""
+"""Folders of runs: their numbers, which run a command takes, and how to resume it. No torch at import."""
 
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from argparse import ArgumentTypeError
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run's checkpoints, inside the run's folder."""
@@ -62,6 +64,23 @@ def choose_run(parent: Path, env_name: str, exp_id: int, has_model: Callable[[Pa
     elif exp_id > 0 and len(found) > 1:
         sys.stdout.write(f"{len(found)} runs have the number {exp_id}: taking {folder}\n")
     return chosen
+
+
+def processes_of(arguments: Mapping[str, Any]) -> int:
+    """Return the number of processes of a training, from its options in ``args.yml``."""
+    number = arguments.get("n_processes")
+    return number if type(number) is int and number > 1 else 1
+
+
+def program(arguments: Mapping[str, Any]) -> str:
+    """Return the beginning of a command that trains on as many processes as a run, whose options are given."""
+    number = processes_of(arguments)
+    return "sb3-clipvf" if number == 1 else f"torchrun --standalone --nproc-per-node {number} -m sb3_clipvf"
+
+
+def resume_command(folder: Path, arguments: Mapping[str, Any]) -> str:
+    """Return the command that resumes a run on as many processes as it began with."""
+    return f"{program(arguments)} train --resume {shlex.quote(str(folder))}"
 
 
 def _run_ids(parent: Path, env_name: str) -> list[RunId]:

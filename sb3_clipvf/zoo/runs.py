@@ -8,7 +8,6 @@ import io
 import json
 import os
 import shlex
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ import numpy as np
 
 from sb3_clipvf.common.validation import check_int
 from sb3_clipvf.zoo.defaults import ALGORITHM
-from sb3_clipvf.zoo.run_folders import CHECKPOINTS, choose_run
+from sb3_clipvf.zoo.run_folders import CHECKPOINTS, choose_run, resume_command
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
@@ -148,13 +147,13 @@ def find_run(
     if exp_id < 0 or not folder.is_dir():
         what = f"a run of {env_id}" if exp_id == 0 else f"run {exp_id} of {env_id}"
         raise ValueError(f"`folder` must hold {what}, but there is none in {parent}. Train one with {train}")
-    if (folder / model).is_file():
-        return Run(algo, env_id, folder, folder / model)
+    run = Run(algo, env_id, folder, folder / model)
+    if run.model_path.is_file():
+        return run
     if load_best and (folder / f"{name}.zip").is_file():
         way_out = "It was trained without evaluations. Leave out `--load-best`."
     elif any(folder.glob(f"{CHECKPOINTS}/checkpoint_*.zip")):
-        command = f"{program(read_arguments(Run(algo, env_id, folder, folder / model)))} train --resume"
-        way_out = f"Its training did not end: `{command} {shlex.quote(str(folder))}` resumes it."
+        way_out = f"Its training did not end: `{resume_command(folder, read_arguments(run))}` resumes it."
     else:
         way_out = f"Its training did not end. Train again with {train}"
     raise ValueError(f"{folder} must hold {model}, but does not. {way_out}")
@@ -178,18 +177,6 @@ def read_arguments(run: Run) -> dict[str, Any]:
     :return: Options of the Zoo's ``train``, by name; {} if the run does not hold them.
     """
     return _read_yaml(run.settings_folder / "args.yml")
-
-
-def processes_of(arguments: Mapping[str, Any]) -> int:
-    """Return the number of processes of a training, from its options in ``args.yml``."""
-    number = arguments.get("n_processes")
-    return number if type(number) is int and number > 1 else 1
-
-
-def program(arguments: Mapping[str, Any]) -> str:
-    """Return the beginning of a command that trains on as many processes as a run, whose options are given."""
-    number = processes_of(arguments)
-    return "sb3-clipvf" if number == 1 else f"torchrun --standalone --nproc-per-node {number} -m sb3_clipvf"
 
 
 def make_env(run: Run, n_envs: int, seed: int, render_mode: str | None = None) -> VecEnv:

@@ -16,7 +16,8 @@ import yaml
 from sb3_clipvf.zoo.comparison.groups import Group
 from sb3_clipvf.zoo.comparison.records import OF_OPTIONS, Record
 from sb3_clipvf.zoo.defaults import ALGORITHM, hyperparams_path
-from sb3_clipvf.zoo.runs import program
+from sb3_clipvf.zoo.parsing import option_name
+from sb3_clipvf.zoo.run_folders import program
 
 # Options that change a training, with the Zoo's or this package's defaults, which need not be repeated.
 _OPTIONS = {
@@ -80,8 +81,10 @@ def _environment(arguments: Mapping[str, Any]) -> list[str]:
 
     packages = [name for name in items(arguments.get("gym_packages")) if is_module_name(name)]
     options = ["--gym-packages", *packages] if packages else []
-    pairs = _pairs(arguments.get("env_kwargs") or {})
-    return [*options, "--env-kwargs", *pairs] if pairs else options
+    for name in ("env_kwargs", "eval_env_kwargs"):
+        pairs = _pairs(_dict(arguments, name))
+        options += [option_name(name), *pairs] if pairs else []
+    return options
 
 
 def _settings_file(arguments: Mapping[str, Any], folder: Path) -> list[str]:
@@ -101,7 +104,7 @@ def _settings(record: Record) -> tuple[list[str], list[str]]:
     steps = record.settings.get("n_timesteps")
     if not own:
         return ["# The settings of the run are not known: these are today's."], _steps(steps)
-    params = dict(record.arguments.get("hyperparams") or {})
+    params = _dict(record.arguments, "hyperparams")
     if all(_is_plain(key, value) for key, value in params.items()):
         for entry in _todays_entries(record):
             found = {**entry, **params}
@@ -161,6 +164,12 @@ def _entries(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return {}
     return entries if isinstance(entries, dict) else {}
+
+
+def _dict(arguments: Mapping[str, Any], name: str) -> dict[Any, Any]:
+    """Return the pairs of an option; {} if a damaged file has something else."""
+    pairs = arguments.get(name)
+    return dict(pairs) if isinstance(pairs, Mapping) else {}
 
 
 def _steps(value: Any) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,16 +16,8 @@ import numpy as np
 
 from sb3_clipvf.zoo.comparison.series import EVENT_FILES, Series, files_of, read_evaluations, read_logs
 from sb3_clipvf.zoo.comparison.titles import plural
-from sb3_clipvf.zoo.run_folders import CHECKPOINTS
-from sb3_clipvf.zoo.runs import (
-    Run,
-    processes_of,
-    program,
-    read_arguments,
-    read_hyperparams,
-    read_monitor,
-    read_training_curve,
-)
+from sb3_clipvf.zoo.run_folders import CHECKPOINTS, processes_of, resume_command
+from sb3_clipvf.zoo.runs import Run, read_arguments, read_hyperparams, read_monitor, read_training_curve
 
 OF_OPTIONS = ("n_timesteps", "env_kwargs", "vec_env", "trained_agent", "n_processes")
 """Options of ``train`` and of ``torchrun`` that count as settings of a run."""
@@ -333,7 +324,7 @@ def _unfinished(folder: Path, arguments: Mapping[str, Any]) -> str:
     """Return the message for a run of the Zoo without a final model."""
     text = f"{folder} holds no final model: its training runs still, or was stopped. It is shown as far as it came."
     if any(folder.glob(f"{CHECKPOINTS}/checkpoint_*.zip")):
-        text += f" `{program(arguments)} train --resume {shlex.quote(str(folder))}` resumes it."
+        text += f" `{resume_command(folder, arguments)}` resumes it."
     return text
 
 
