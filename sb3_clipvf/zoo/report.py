@@ -352,6 +352,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_int("--seed", args.seed, 0, "Pass a number that is not negative.", MAX_SEED)
     if args.algo != ALGORITHM:  # ClipPPO checks its own
         check_device(args.device)
+    _report_run(args)
+    return 0
+
+
+def _report_run(args: argparse.Namespace) -> None:
+    """Evaluate the run that the options name; write its files, and print their paths and what to try next."""
     run = find_run(args.folder, args.env, args.algo, args.exp_id, args.load_best)
     sys.stdout.write(f"{run.env_id}, {run.algo}, {run.folder}: {args.episodes} episodes ...\n")
     sys.stdout.flush()  # the evaluation may take long
@@ -383,4 +389,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for purpose, command in next_commands(run, args.folder):
         sys.stdout.write(f"  # {purpose}\n  {command}\n")
-    return 0

@@ -44,7 +44,7 @@ class Record:
     :param is_mean: Whether ``episodes`` are means of 100 episodes, from the log, since there are no Monitor files.
     :param evaluations: Mean returns of the evaluations during the training.
     :param log: Series of SB3's logger, by key.
-    :param is_resumed: Whether several processes trained it, so that its times are not known.
+    :param is_resumed: Whether its training was resumed, so that its times are not known.
     :param report: What ``sb3-clipvf report`` wrote about the final model: ``mean_return`` and ``deterministic``; {}
         without it.
     :param steps: Environment steps of the training so far.
@@ -205,7 +205,7 @@ def _is_own_run(path: Path, folder: Path) -> bool:
 def _zoo_run(folder: Path) -> Run | None:
     """Return the Zoo's run in a folder; None if the folder is not one."""
     names = sorted(path.parent.name for path in folder.glob(_ZOO_FILE))
-    # The files are found by the folder's name, whatever they say.
+    # The name of the folder finds the files, whatever environment they name.
     return Run("", names[0], folder, folder / f"{names[0]}.zip") if names else None
 
 
@@ -322,7 +322,7 @@ def _mixed_versions(records: Sequence[Record]) -> list[str]:
 
 def _unfinished(folder: Path, arguments: Mapping[str, Any]) -> str:
     """Return the message for a run of the Zoo without a final model."""
-    text = f"{folder} holds no final model: its training runs still, or was stopped. It is shown as far as it came."
+    text = f"{folder} holds no final model: its training is still running, or was stopped. Its steps so far are shown."
     if any(folder.glob(f"{CHECKPOINTS}/checkpoint_*.zip")):
         text += f" `{resume_command(folder, arguments)}` resumes it."
     return text
@@ -332,7 +332,7 @@ def _emptiness(record: Record) -> str:
     """Return why a run has nothing to show, and the way out."""
     if record.arguments:
         return "no training episode ended, and it has no evaluations. Train longer, or with `--eval-freq`."
-    return "its files hold no episode, evaluation or number of a log. Remove it, or let it train longer."
+    return "its files hold no episode, evaluation or number of a log. Remove it, or train longer."
 
 
 def _env_of_path(folder: Path) -> str:

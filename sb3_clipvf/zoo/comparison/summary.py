@@ -88,7 +88,7 @@ def shown_columns(groups: Sequence[Group]) -> list[Column]:
 
 
 def number_text(value: float, spread: float | None = None) -> str:
-    """Return a number with the digits that its size, or its spread, deserves."""
+    """Return a number, rounded according to its spread if there is one, else according to its size."""
     if spread:
         digits = next((digits for digits, size in enumerate((10, 1, 0.1)) if spread >= size), 3)
     else:
