@@ -65,6 +65,7 @@ class _FromFirst:
     training_id: str | None
     folder: Path | None  # for arrays that led to a non-finite number
     arguments: dict[str, Any]  # numbers, texts and None, which callbacks may have changed
+    n_rollout_steps: int | None  # steps of each environment in the rollout that begins, if one does
 
 
 class DataParallelCollector(TensorRolloutCollector):
@@ -93,7 +94,8 @@ class DataParallelCollector(TensorRolloutCollector):
         verbose = self.verbose
         try:
             super().learn(*args, **kwargs)
-            self._follow_first(current_group())
+            if (group := current_group()).size > 1:
+                self._follow_first(group)
         finally:
             self.verbose = verbose  # `_setup_learn` silences all processes but the first
         return self
@@ -138,7 +140,8 @@ class DataParallelCollector(TensorRolloutCollector):
         episodes: Any = self.ep_info_buffer
         earlier = list(episodes)
         earlier_ids = {id(episode) for episode in earlier}
-        n_rollout_steps = group.broadcast(n_rollout_steps)  # a callback may have changed `n_steps`
+        if group.rank > 0:
+            n_rollout_steps = self._share_policy(group, n_rollout_steps)
         continues = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         normalizer = self.get_vec_normalize_env()
         running = _running_moments(normalizer)
@@ -164,38 +167,37 @@ class DataParallelCollector(TensorRolloutCollector):
         self.num_timesteps = ends[0].num_timesteps
         return all(end.continues for end in ends)
 
-    def _begin_rollout(self, *args: Any) -> Engine:
+    def _begin_rollout(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int) -> Engine:
+        engine = super()._begin_rollout(env, callback, rollout_buffer, n_rollout_steps)
         group = current_group()
-        if group.rank > 0:
-            self._share_policy(group)
-        engine = super()._begin_rollout(*args)
-        if group.rank == 0:  # after callbacks, which may change the policy or save the training
-            self._share_policy(group)
+        if group.size > 1 and group.rank == 0:  # after callbacks, which may change the policy or save the training
+            self._share_policy(group, n_rollout_steps)
         return engine
 
-    def _share_policy(self, group: Group) -> None:
-        """Overwrite the weights by those of the first process."""
-        self._follow_first(group)
-        if group.size > 1:
-            for tensor in (*self.policy.parameters(), *self.policy.buffers()):
-                group.broadcast_tensor(tensor.data)
+    def _share_policy(self, group: Group, n_rollout_steps: int) -> int:
+        """Overwrite weights by those of the first process, and return the number of steps of its rollout."""
+        first = self._follow_first(group, n_rollout_steps)
+        for tensor in (*self.policy.parameters(), *self.policy.buffers()):
+            group.broadcast_tensor(tensor.data)
+        return cast(int, first.n_rollout_steps)
 
-    def _follow_first(self, group: Group) -> None:
+    def _follow_first(self, group: Group, n_rollout_steps: int | None = None) -> _FromFirst:
         """Wait for the first process: send it this process's state if it asks for it, and take what it has changed."""
-        if group.size == 1:
-            return
-        while (first := group.broadcast(self._from_first(asks_for_states=False))).asks_for_states:
+        own = self._from_first(n_rollout_steps=n_rollout_steps)
+        while (first := group.broadcast(own)).asks_for_states:
             model = cast(ResumableModel, self)
             state = process_state(model, ConvertCallback(None), describe_vec_env(cast(VecEnv, self.env)), None)
             group.gather_in_first(state)
         if group.rank:
             self._training_id, self._first_folder = first.training_id, first.folder
             vars(self).update(first.arguments)
+        return first
 
-    def _from_first(self, *, asks_for_states: bool) -> _FromFirst:
+    def _from_first(self, *, asks_for_states: bool = False, n_rollout_steps: int | None = None) -> _FromFirst:
         arguments = {name: getattr(self, name) for name in _common_arguments(self)}
         plain = {name: value for name, value in arguments.items() if _is_plain(value)}
-        return _FromFirst(asks_for_states, self._training_id, self._fault_context().folder, plain)
+        folder = self._fault_context().folder
+        return _FromFirst(asks_for_states, self._training_id, folder, plain, n_rollout_steps)
 
     def _states_elsewhere(self) -> list[tuple[dict[str, Any], list[str]]]:
         group = current_group()
