@@ -253,6 +253,10 @@ def test_an_unfinished_run_is_shown_with_the_way_to_resume_it(tmp_path: Path) ->
     assert f"`sb3-clipvf train --resume '{folder}'` resumes it." in problem
 
 
+MONITOR = b'#{"t_start": 0.0, "env_id": "CartPole-v1"}\n'
+LONG = b"1" * 140_000 + b"\n"  # more than a field of the module csv may have
+
+
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
@@ -265,6 +269,9 @@ def test_an_unfinished_run_is_shown_with_the_way_to_resume_it(tmp_path: Path) ->
         ),
         ("CartPole-v1.zip", b"PK", r"CartPole-v1\.zip"),
         ("progress.json", b"[", r"progress\.json must hold a row"),
+        ("0.monitor.csv", MONITOR + b"a,b\n1,2\n", r"0\.monitor\.csv must have the columns .* \(KeyError: 'r'\)"),
+        ("0.monitor.csv", MONITOR + b"r,l,t\n" + LONG, r"0\.monitor\.csv must have the columns .* \(Error: field"),
+        ("progress.csv", b"time/total_timesteps\n" + LONG, r"progress\.csv must be SB3's log as CSV, but is damaged"),
     ],
 )
 def test_a_damaged_file_is_named_and_the_rest_of_the_run_shown(

@@ -338,7 +338,7 @@ def read_monitor(path: Path) -> MonitorFile:
     """
     Read a file of SB3's ``Monitor``; a cut last line is left out.
 
-    :raises ValueError: If the file has no header.
+    :raises ValueError: If the file has no header or is damaged.
     """
     episodes = []
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
@@ -350,11 +350,17 @@ def read_monitor(path: Path) -> MonitorFile:
                 f"{path} must begin with the header of SB3's Monitor, but does not ({type(error).__name__}: {error}). "
                 "Remove it if its training has ended."
             ) from error
-        for row in csv.DictReader(file):
-            try:
-                episodes.append((float(row["r"]), int(row["l"]), float(row["t"])))
-            except (TypeError, ValueError):  # a kill may have cut the last line
-                break
+        try:
+            for row in csv.DictReader(file):
+                try:
+                    episodes.append((float(row["r"]), int(row["l"]), float(row["t"])))
+                except (TypeError, ValueError):  # a kill may have cut the last line
+                    break
+        except (KeyError, csv.Error) as error:
+            raise ValueError(
+                f"{path} must have the columns of SB3's Monitor, but is damaged ({type(error).__name__}: {error}). "
+                "Remove it if its training has ended."
+            ) from error
     return MonitorFile(start, env_id, episodes)
 
 

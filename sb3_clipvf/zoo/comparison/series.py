@@ -116,8 +116,11 @@ def _json_rows(path: Path) -> Iterator[tuple[float, float, dict[str, float]]]:
 
 def _csv_rows(path: Path) -> Iterator[tuple[float, float, dict[str, float]]]:
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        for row in csv.DictReader(file):
-            yield from _row(row)
+        try:
+            for row in csv.DictReader(file):
+                yield from _row(row)
+        except csv.Error as error:
+            raise ValueError(f"{path} must be SB3's log as CSV, but is damaged ({error}). Remove it.") from error
 
 
 def _row(row: dict[str, Any]) -> Iterator[tuple[float, float, dict[str, float]]]:

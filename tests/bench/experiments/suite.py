@@ -212,7 +212,7 @@ def _check_keys(hyperparams: Mapping[str, Any], algorithm: type, source: str) ->
     for key in hyperparams:
         if key not in known:
             raise ValueError(
-                f"`{key}` must be an argument of {algorithm.__name__} or a key of the RL Zoo, got it in {source}. "
+                f"`{key}` must be an argument of {algorithm.__name__} or a key of the RL Zoo, got `{key}` in {source}. "
                 "Correct or remove it."
             )
 
