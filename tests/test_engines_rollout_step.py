@@ -167,6 +167,22 @@ def test_a_callback_may_change_the_statistics(kinds: list[type]) -> None:
     np.testing.assert_array_equal(*(model.env.obs_rms.mean for model in models))
 
 
+class OptionsForAStep(BaseCallback):
+    """Changes an option in the second rollout, and sets it back a step later."""
+
+    def _on_step(self) -> bool:
+        env: Any = self.training_env
+        if self.n_calls in (11, 12):
+            env.training = self.n_calls == 12
+        return True
+
+
+def test_an_option_that_is_set_back_within_a_rollout(kinds: list[type]) -> None:
+    models = same(InPlaceWalk, kinds, OptionsForAStep, wrap=TensorVecNormalize)
+    np.testing.assert_array_equal(*(model.env.obs_rms.mean for model in models))
+    assert models[0]._current_engine()._rollout_step._graph is not None  # recorded again
+
+
 def test_a_callback_may_keep_what_it_sees(kinds: list[type]) -> None:
     keepers = []
     for graphed in (GraphedTensorEnv, lambda env: env):

@@ -62,7 +62,9 @@ class RolloutStep:
         self._shown: list[tuple[Any, dict[str, Any]]] = []
 
     def fits(self, env: Any, buffer: Any, gamma: float) -> bool:
-        """Return whether the same operations make a rollout from these environments into this buffer."""
+        """Return whether the recorded operations make a rollout from these environments into this buffer."""
+        if self._graph is None:
+            return False
         layers = [id(layer) for layer in (*self._normalizers, self._base)]
         if gamma != self._gamma or buffer is not self._buffer or layers != list(map(id, vec_env_layers(env))):
             return False
@@ -96,14 +98,16 @@ class RolloutStep:
             self._parts[key].copy_(part)
 
     def forget_finals(self) -> None:
-        """Make the next step the first one whose final observations are kept."""
+        """Discard the kept final observations; the next step writes row 0 again."""
         self._slot.zero_()
 
     def __call__(self) -> None:
         """Make a step."""
         for layer in self._normalizers:  # a callback may have changed their numbers
             layer.to_device()
-        if self._graph is None or not self._is_unchanged():
+        if self._graph is not None and not self._is_unchanged():
+            self._graph = None  # for good: single operations write other tensors than those that a graph shows
+        if self._graph is None:
             self.run()
             return
         self._graph.replay()
