@@ -35,7 +35,7 @@ from sb3_clipvf.engines.autograd import AutogradEngine, unvalidated_distribution
 from sb3_clipvf.engines.static_distributions import lean_distribution
 from sb3_clipvf.engines.static_loss import StaticLoss
 from sb3_clipvf.engines.static_policy import ImageScaling
-from sb3_clipvf.engines.static_step import StaticEngine, chunks
+from sb3_clipvf.engines.static_step import StaticEngine, chunks, policy_structure
 from sb3_clipvf.engines.support import why_not_cuda_graph, why_not_static
 from sb3_clipvf.policies import SquashedActorCriticCnnPolicy, SquashedMultiInputActorCriticPolicy
 from sb3_clipvf.rollout import TensorRolloutBuffer
@@ -260,6 +260,25 @@ def test_the_gradients_stand_in_the_parameters() -> None:
         gradients.append([parameter.grad for parameter in policy.parameters()])
     for ours, theirs in zip(*gradients, strict=True):
         th.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(th.backends, "fp32_precision"), reason="torch 2.9 added these switches")
+def test_switches_of_precision_are_noticed() -> None:
+    """Once one is set, torch's older getters raise errors."""
+    policy, _ = make_case("box")
+    switches: list[Any] = [th.backends.cuda.matmul, th.backends.cudnn.conv]
+    before = [switch.fp32_precision for switch in switches]
+    found = [policy_structure(policy)]
+    try:
+        for switch, precision in zip(switches, ("tf32", "ieee"), strict=True):
+            switch.fp32_precision = precision
+            found.append(policy_structure(policy))
+        with pytest.raises(RuntimeError):
+            th.get_float32_matmul_precision()
+    finally:
+        for switch, precision in zip(reversed(switches), reversed(before), strict=True):
+            switch.fp32_precision = precision
+    assert found[0] != found[1] != found[2] and found[0] == policy_structure(policy)
 
 
 @pytest.mark.parametrize("optimizer", [th.optim.Adam, th.optim.AdamW])

@@ -198,7 +198,6 @@ def structure_of(
 def policy_structure(policy: ActorCriticPolicy) -> tuple[object, ...]:
     """Return what the operations of a policy's forward pass depend on, besides the numbers in its parameters."""
     dist: Any = policy.action_dist
-    cudnn: Any = th.backends.cudnn
     return (
         (id(policy), policy.normalize_images, policy.squash_output),
         [
@@ -207,9 +206,20 @@ def policy_structure(policy: ActorCriticPolicy) -> tuple[object, ...]:
         ],
         (id(dist), *(getattr(dist, name, None) for name in _GSDE_OPTIONS)),
         tuple(parameter.data_ptr() for parameter in policy.parameters()),
-        (th.get_float32_matmul_precision(), th.are_deterministic_algorithms_enabled()),
-        (cudnn.enabled, cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32),
+        _switches(),
     )
+
+
+def _switches() -> tuple[object, ...]:
+    """Return PyTorch's switches of precision and of the choice of algorithms."""
+    backends: Any = th.backends
+    cudnn, matmul = backends.cudnn, backends.cuda.matmul
+    if hasattr(backends, "fp32_precision"):  # since torch 2.9, where the older getters raise an error once this is set
+        precisions = [part.fp32_precision for part in (matmul, cudnn.conv, cudnn.rnn)]
+    else:
+        precisions = [th.get_float32_matmul_precision(), cudnn.allow_tf32]
+    algorithms = (th.are_deterministic_algorithms_enabled(), cudnn.enabled, cudnn.deterministic, cudnn.benchmark)
+    return (*precisions, *algorithms)
 
 
 class StaticStep:
