@@ -55,6 +55,7 @@ class _RolloutEnd:
     updates_moments: bool  # whether VecNormalize updates them, which callbacks may change
     episodes: list[dict[str, Any]]  # those that ended in the rollout
     actions: int  # checksum of all actions
+    parameters: int  # checksum of weights and of the optimizer, which callbacks may change
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class DataParallelCollector(TensorRolloutCollector):
             super().learn(*args, **kwargs)
             if (group := current_group()).size > 1:
                 self._follow_first(group)
+                self._share_parameters(group, group.gather(_checksum(self.get_parameters())))
         finally:
             self.verbose = verbose  # `_setup_learn` silences all processes but the first
         return self
@@ -124,8 +126,9 @@ class DataParallelCollector(TensorRolloutCollector):
         """
         Fill the buffer with steps of the current policy, as :meth:`TensorRolloutCollector.collect_rollouts` does.
 
-        The policy is that of the first process after ``on_rollout_start``. At the end, all processes merge the
-        statistics of ``VecNormalize``, and stop if one of them has been asked to.
+        The policy is that of the first process after ``on_rollout_start``. At the end, all processes take what its
+        callbacks have changed of policy and optimizer, merge the statistics of ``VecNormalize``, and stop if one of
+        them has been asked to.
 
         :param env: The training environments.
         :param callback: Callback, called at each step and at both ends of the rollout.
@@ -153,8 +156,10 @@ class DataParallelCollector(TensorRolloutCollector):
             # Equal dicts may be of different episodes.
             episodes=[episode for episode in episodes if id(episode) not in earlier_ids],
             actions=zlib.crc32(on_host(rollout_buffer.actions).tobytes()),
+            parameters=_checksum(self.get_parameters()),
         )
         ends = group.gather(end)
+        self._share_parameters(group, [end.parameters for end in ends])
         merge_running(running, self._common_moments, [end.moments for end in ends])
         self._common_moments = _values_of(running)
         if normalizer is not None:
@@ -180,6 +185,13 @@ class DataParallelCollector(TensorRolloutCollector):
         for tensor in (*self.policy.parameters(), *self.policy.buffers()):
             group.broadcast_tensor(tensor.data)
         return cast(int, first.n_rollout_steps)
+
+    def _share_parameters(self, group: Group, checksums: list[int]) -> None:
+        """Take weights, moments and options of the optimizer from the first process if a process has others."""
+        if len(set(checksums)) > 1:
+            parameters = group.broadcast(_on_cpu(self.get_parameters()))
+            if group.rank:
+                self.set_parameters(parameters, exact_match=True)
 
     def _follow_first(self, group: Group, n_rollout_steps: int | None = None) -> _FromFirst:
         """Wait for the first process: send it this process's state if it asks for it, and take what it has changed."""
@@ -414,9 +426,22 @@ def _comparable(value: Any) -> Any:
 
 
 def _on_cpu(tree: Any) -> Any:
-    """Return a tree of dicts and lists with its tensors on the CPU."""
+    """Return a tree of dicts, lists and tuples with its tensors on the CPU."""
     if isinstance(tree, th.Tensor):
         return tree.cpu()
     if isinstance(tree, dict):
         return {key: _on_cpu(value) for key, value in tree.items()}
-    return [_on_cpu(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
+    return type(tree)(_on_cpu(value) for value in tree) if type(tree) in (list, tuple) else tree
+
+
+def _checksum(tree: Any, start: int = 0) -> int:
+    """Return a checksum of a tree of dicts, lists and tuples with tensors and other values."""
+    if isinstance(tree, th.Tensor):
+        return zlib.crc32(tree.detach().cpu().contiguous().reshape(-1).view(th.uint8).numpy(), start)
+    if isinstance(tree, dict):
+        tree = list(tree.items())
+    if isinstance(tree, (list, tuple)):
+        for value in tree:
+            start = _checksum(value, start)
+        return start
+    return zlib.crc32(repr(tree).encode(), start)

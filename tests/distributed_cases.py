@@ -298,6 +298,52 @@ def changed_training(rank: int) -> Any:
     return parameters_of(model), model._n_updates, model.policy.optimizer.param_groups[0]["lr"]
 
 
+def parameters_changed_by_a_callback(rank: int, event: str, what: str, engine: str) -> Any:
+    """A training whose callback in the first process changes weights or the optimizer; what both are at updates."""
+    at_updates = []
+
+    class Change(BaseCallback):
+        def _on_step(self) -> bool:
+            if event == "step" and self.n_calls == 40:
+                self._change()
+            return True
+
+        def _on_rollout_end(self) -> None:
+            if event == "rollout_end" and self.n_calls == 64:
+                self._change()
+
+        def _on_training_end(self) -> None:
+            if event == "training_end":
+                self._change()
+
+        def _change(self) -> None:
+            optimizer = self.model.policy.optimizer
+            if what == "weights":
+                self.model.policy.value_net.bias.data.fill_(7.0)
+            elif what == "moments":
+                optimizer.state.clear()
+            else:
+                optimizer.param_groups[0].update(betas=(0.5, 0.9), weight_decay=0.1)
+
+    class Recording(ClipPPO):
+        def train(self) -> None:
+            at_updates.append(_bits_of(self))
+            super().train()
+
+    env = make_vec_env("CartPole-v1", n_envs=2)
+    model = Recording("MlpPolicy", env, n_steps=32, batch_size=16, n_epochs=2, seed=3, device="cpu", engine=engine)
+    model.learn(384, callback=Change())
+    return at_updates, _bits_of(model)
+
+
+def _bits_of(model: ClipPPO) -> bytes:
+    """Weights, moments and options of the optimizer."""
+    state = model.policy.optimizer.state_dict()
+    moments = [(name, value.tolist()) for each in state["state"].values() for name, value in sorted(each.items())]
+    options = [sorted((key, value) for key, value in each.items() if key != "lr") for each in state["param_groups"]]
+    return parameters_of(model) + repr((moments, options)).encode()
+
+
 def frozen_normaliser(rank: int) -> Any:
     """A training whose callback in the first process freezes VecNormalize; its statistics, and whether they change."""
 

@@ -202,6 +202,23 @@ class TestTraining:
         first, second = pair.run("changed_training")
         assert first == second and first[1:] == (6, 1e-4)
 
+    @pytest.mark.parametrize(
+        ("event", "what", "engine"),
+        [
+            ("step", "weights", "native"),
+            ("rollout_end", "weights", "native"),
+            ("rollout_end", "moments", "native"),
+            ("rollout_end", "moments", "autograd"),
+            ("rollout_end", "options", "fused"),
+            ("training_end", "weights", "autograd"),
+        ],
+    )
+    def test_parameters_changed_by_a_callback_hold_in_both(
+        self, pair: Pair, event: str, what: str, engine: str
+    ) -> None:
+        first, second = pair.run("parameters_changed_by_a_callback", event, what, engine)
+        assert len(first[0]) == 3 and first == second
+
     def test_statistics_that_the_first_process_freezes_stay_the_same_in_all(self, pair: Pair) -> None:
         first, second = pair.run("frozen_normaliser")
         assert first == second
