@@ -148,6 +148,17 @@ def test_statistics_of_observations_and_rewards(options: dict[str, Any], kinds: 
     np.testing.assert_array_equal(*(model.env.get_original_obs() for model in models))
 
 
+class ScaledWalk(InPlaceWalk):
+    """A walk with a number that its graph has as a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 1.0
+
+    def step_tensors(self, actions: th.Tensor) -> Any:
+        return super().step_tensors(actions * self.scale)
+
+
 class Options(BaseCallback):
     """Reads and changes statistics and options in the middle of rollouts."""
 
@@ -235,6 +246,20 @@ def replace_rewards(model: Any) -> None:
     model.rollout_buffer.rewards = model.rollout_buffer.rewards.clone()
 
 
+def walk_of(model: Any) -> ScaledWalk:
+    env = model.env.unwrapped.env
+    walk: ScaledWalk = env.env if isinstance(env, GraphedTensorEnv) else env
+    return walk
+
+
+def set_number(model: Any) -> None:
+    walk_of(model).scale = 0.3
+
+
+def replace_state(model: Any) -> None:
+    walk_of(model).x = walk_of(model).x + 0.1
+
+
 def keep(model: Any) -> None:
     pass
 
@@ -243,13 +268,13 @@ def keep(model: Any) -> None:
     ("change", "needs_recording"),
     [
         *((keep, False), (set_moments, False), (set_clip_obs, True), (set_clip_rewards, True)),
-        *((set_gamma, True), (replace_rewards, True)),
+        *((set_gamma, True), (replace_rewards, True), (set_number, True), (replace_state, True)),
     ],
 )
 def test_a_change_between_rollouts_is_noticed(change: Any, needs_recording: bool, kinds: list[type]) -> None:
     models, steps = [], []
     for graphed in (GraphedTensorEnv, lambda env: env):
-        model = make(TensorVecNormalize(graphed(InPlaceWalk())))
+        model = make(TensorVecNormalize(graphed(ScaledWalk())))
         th.manual_seed(0)
         for number in range(3):
             if number == 1:

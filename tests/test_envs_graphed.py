@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from tape import TapeRecorder
 from tensor_cases import InPlaceWalk, TensorWalk, tensor_pendulum
 
 from sb3_clipvf import ClipPPO
@@ -78,6 +79,25 @@ def test_all_that_an_environment_keeps_is_compared(name: str, after: str) -> Non
     with pytest.raises(ValueError, match=f"got another `{name}` after `{after}`"):
         GraphedTensorEnv(Keeps(after, name))
     GraphedTensorEnv(Keeps(after, ""))
+
+
+def test_a_change_from_outside_is_recorded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_clipvf.envs.graphed.Recorder", TapeRecorder)
+    ours, theirs = (tensor_pendulum().TensorPendulum(4, time_limit=5) for _ in range(2))
+    graphed = GraphedTensorEnv(ours)
+    graphed.device = th.device("cuda")  # by whose name it records
+    ours.reset_tensors(seed=1), theirs.reset_tensors(seed=1)
+    graphs = []
+    for number in range(12):
+        if number % 3 == 0:
+            for env in (ours, theirs):
+                env.time_limit += number // 3
+                env.generator = th.Generator().manual_seed(number)
+        step, other = (env.step_tensors(th.full((4, 1), 0.5)) for env in (graphed, theirs))
+        assert th.equal(step.observations, other.observations) and th.equal(step.rewards, other.rewards)
+        assert graphed.generators == [ours.generator]
+        graphs.append(graphed._graph)
+    assert [graphs.index(graph) for graph in graphs] == [number - number % 3 for number in range(12)]
 
 
 def test_a_step_in_the_context_leaves_no_trace() -> None:

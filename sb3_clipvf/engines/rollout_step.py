@@ -42,6 +42,7 @@ class RolloutStep:
         layers: list[Any] = list(vec_env_layers(env))
         *self._normalizers, self._base = layers
         self._graphed = self._base.env
+        self._kept = self._graphed.kept()
         for layer in self._normalizers:
             layer.to_device()
         self._fields, self._options = self._fields_of(buffer), self._options_now()
@@ -63,7 +64,7 @@ class RolloutStep:
 
     def fits(self, env: Any, buffer: Any, gamma: float) -> bool:
         """Return whether the recorded operations make a rollout from these environments into this buffer."""
-        if self._graph is None:
+        if self._graph is None or self._graphed.kept() is not self._kept:
             return False
         layers = [id(layer) for layer in (*self._normalizers, self._base)]
         if gamma != self._gamma or buffer is not self._buffer or layers != list(map(id, vec_env_layers(env))):

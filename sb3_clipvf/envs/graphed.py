@@ -13,6 +13,8 @@ from gymnasium import spaces
 from sb3_clipvf.engines.recorder import Graph, Recorder
 from sb3_clipvf.envs.tensor import TensorObs, TensorStep, TensorVecEnv, actions_as_tensor, with_index
 
+_KEPT = (th.Tensor, th.Generator, bool, int, float, str, np.generic, type(None))
+
 
 class GraphedTensorEnv:
     """
@@ -21,7 +23,8 @@ class GraphedTensorEnv:
     The step must be the same operations each time. It reads nothing from the device, and writes its state in-place, as
     ``reset_tensors`` does. Random numbers come from the device's generator, or from a ``torch.Generator`` that the
     environment keeps. The constructor resets the environment and steps it, to check what it keeps. The first step
-    records; it raises ``RuntimeError`` if that fails. On the CPU, the operations run one by one.
+    records; it raises ``RuntimeError`` if that fails. The step is recorded again after something that the environment
+    keeps, such as a number, was changed from outside. On the CPU, the operations run one by one.
 
     With ``engine="cuda_graph"``, one graph has the whole step of a rollout: policy, environments and buffer.
 
@@ -46,9 +49,12 @@ class GraphedTensorEnv:
         _check_in_place("step_tensors", before, _kept(env))
         env.reset_tensors()
         _check_in_place("reset_tensors", before, _kept(env))
-        self._tensors = [value for value in before.values() if isinstance(value, th.Tensor)]
-        #: Random number generators that the environment keeps.
-        self.generators = [value for value in before.values() if isinstance(value, th.Generator)]
+        self._kept = before
+
+    @property
+    def generators(self) -> list[th.Generator]:
+        """Random number generators that the environment keeps."""
+        return [value for value in self._kept.values() if isinstance(value, th.Generator)]
 
     def reset_tensors(self, seed: int | None = None) -> TensorObs:
         """Begin an episode in every environment."""
@@ -59,11 +65,19 @@ class GraphedTensorEnv:
         if self._is_part or self.device.type != "cuda":
             return TensorStep(*self.env.step_tensors(actions))
         self._actions.copy_(actions)
+        self.kept()
         if self._graph is None:
             with self.unchanged():
                 self._graph = Recorder(self.device).record(self._run, self._run, self.generators)
         self._graph.replay()
         return self._step  # type: ignore[return-value]
+
+    def kept(self) -> dict[str, Any]:
+        """Return what the environment keeps: the same object until something was changed, which drops the graph."""
+        now = _kept(self.env)
+        if _changed(self._kept, now) is not None:
+            self._kept, self._graph = now, None
+        return self._kept
 
     def close(self) -> None:
         """Close the environment."""
@@ -81,7 +95,7 @@ class GraphedTensorEnv:
     @contextmanager
     def unchanged(self) -> Iterator[None]:
         """Restore the environment's tensors and random states at the end of the context."""
-        restore = saved([*self._tensors, *self.generators])
+        restore = saved([value for value in self._kept.values() if isinstance(value, th.Tensor | th.Generator)])
         try:
             yield
         finally:
@@ -106,24 +120,32 @@ def saved(kept: list[Any]) -> Callable[[], None]:
 
 
 def _check_in_place(method: str, before: dict[str, Any], after: dict[str, Any]) -> None:
+    name = _changed(before, after)
+    if name is not None:
+        raise ValueError(
+            f"`env` must write what it keeps in-place, got another `{name}` after `{method}`. Keep tensors, and "
+            "write them by copy_(), add_() or out=; or use the environment without GraphedTensorEnv."
+        )
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> str | None:
+    """Return the name of the first thing that is not the same, or None."""
     for name in before | after:
         if name not in before or name not in after or not _is_same(before[name], after[name]):
-            raise ValueError(
-                f"`env` must write what it keeps in-place, got another `{name}` after `{method}`. Keep tensors, and "
-                "write them by copy_(), add_() or out=; or use the environment without GraphedTensorEnv."
-            )
+            return name
+    return None
 
 
 def _is_same(before: Any, after: Any) -> bool:
     """Return whether two tensors are in the same memory, or two other values are equal."""
-    if type(before) is not type(after):
-        return False
+    if before is after or type(before) is not type(after):
+        return before is after
     if isinstance(before, th.Tensor):
         places = [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in (before, after)]
         return places[0] == places[1]
     if isinstance(before, np.ndarray):
         return bool(before.shape == after.shape and before.tobytes() == after.tobytes())
-    return before is after or bool(before == after)
+    return bool(before == after)
 
 
 def _kept(env: Any) -> dict[str, Any]:
@@ -134,11 +156,12 @@ def _kept(env: Any) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     visited: set[int] = set()
+    kind = th.device(env.device).type
 
     def visit(name: str, value: Any) -> None:
-        if isinstance(value, th.Tensor) and value.device.type != th.device(env.device).type:
+        if isinstance(value, th.Tensor) and value.device.type != kind:
             value = value.numpy(force=True)
-        if isinstance(value, th.Tensor | th.Generator | bool | int | float | str | type(None)):
+        if isinstance(value, _KEPT):
             found[name] = value
         elif isinstance(value, np.ndarray):
             found[name] = value.copy()
