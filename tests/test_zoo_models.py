@@ -134,6 +134,16 @@ def test_the_way_to_resume_starts_as_many_processes_and_quotes_the_folder(tmp_pa
         utils.get_model_path(1, str(tmp_path / "my logs"), "clipppo", EnvironmentName("E-v0"))
 
 
+def test_damaged_options_do_not_mask_that_the_model_is_missing(tmp_path: Path) -> None:
+    run = tmp_path / "clipppo" / "E-v0_1"
+    for path in (run / "checkpoints" / "checkpoint_64.zip", run / "E-v0" / "args.yml"):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    (run / "E-v0" / "args.yml").write_text("n_processes: [")
+    with own_models(), pytest.raises(ValueError, match=r"No model found .* has those of the steps 64"):
+        utils.get_model_path(1, str(tmp_path), "clipppo", EnvironmentName("E-v0"))
+
+
 @pytest.mark.parametrize(
     ("options", "file"),
     [

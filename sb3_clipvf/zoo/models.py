@@ -8,7 +8,7 @@ import re
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +206,9 @@ def _find_model(
             raise
         has_ended = (run / f"{env_name}.zip").is_file()
         settings = run / env_name / "args.yml"
-        arguments = read_settings(settings) if settings.is_file() else {}
+        arguments = {}
+        with suppress(ValueError):  # damaged options must not mask the error
+            arguments = read_settings(settings) if settings.is_file() else {}
         resume = "" if has_ended else f", and `{resume_command(run, arguments)}` ends the training"
         raise ValueError(
             f"{error}. {run / CHECKPOINTS} has those of the steps {', '.join(steps)}: `--load-last-checkpoint` or "
