@@ -29,7 +29,7 @@ from sb3_clipvf.envs import FastDummyVecEnv
 from sb3_clipvf.files.statistics import read_pickle
 from sb3_clipvf.zoo import main
 from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
-from sb3_clipvf.zoo.run_files import RunLoader
+from sb3_clipvf.zoo.run_files import RunLoader, read_settings
 from sb3_clipvf.zoo.vec_env import make_vec_env
 
 pytestmark = pytest.mark.usefixtures("in_empty_folder")
@@ -191,14 +191,34 @@ def test_a_failed_training_reports_its_notes_and_how_to_resume(
     assert (f"To resume: sb3-clipvf train --resume {RUN}" in capsys.readouterr().out) is has_checkpoint
 
 
-def test_the_hint_of_several_processes_names_their_launcher(
+def test_the_hint_of_several_processes_is_their_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sb3_clipvf.zoo.experiment.current_group", lambda: Group(0, 2))
     monkeypatch.setenv(SIGNAL, "FAULT:300")
     with pytest.raises(ValueError, match="`n_steps` must be a whole number"):
         _train(tmp_path, "--eval-freq", "-1")
-    assert f"To resume: torchrun ... -m sb3_clipvf train --resume {RUN}" in capsys.readouterr().out
+    assert (
+        f"To resume: torchrun --standalone --nproc-per-node 2 -m sb3_clipvf train --resume {RUN}\n"
+        in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(("began", "resumes"), [(1, 2), (2, 1), (4, 2)])
+def test_another_number_of_processes_is_refused(
+    cut: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], began: int, resumes: int
+) -> None:
+    settings = cut / "CartPole-v1" / "args.yml"
+    settings.write_text(yaml.dump({**read_settings(settings), "n_processes": began}))
+    monkeypatch.setattr("sb3_clipvf.zoo.options.current_group", lambda: Group(0, resumes))
+    assert resume(cut) == 2
+    launch = "sb3-clipvf" if began == 1 else f"torchrun --standalone --nproc-per-node {began} -m sb3_clipvf"
+    error = capsys.readouterr().err
+    assert (
+        f"`--resume` must name a run of as many processes as resume it, {resumes}, got {cut.absolute()} of {began}."
+        in error
+    )
+    assert f"Run `{launch} train --resume {cut.absolute()}`." in error
 
 
 def newest(run: Path) -> Path:

@@ -1,7 +1,6 @@
 """How the RL Zoo builds and trains a ClipPPO: its experiment manager, adapted to ClipPPO's settings and files."""
 
 import logging
-import shlex
 import shutil
 import sys
 import traceback
@@ -35,7 +34,7 @@ from sb3_clipvf.zoo.defaults import ALGORITHM, hyperparams_path
 from sb3_clipvf.zoo.entries import add_episode_ends, drop_null
 from sb3_clipvf.zoo.models import find_statistics, load_normalizer
 from sb3_clipvf.zoo.resume import ResumedRun
-from sb3_clipvf.zoo.run_folders import CHECKPOINTS
+from sb3_clipvf.zoo.run_folders import CHECKPOINTS, resume_command
 from sb3_clipvf.zoo.settings import check_hyperparams, check_saved, readable_config
 from sb3_clipvf.zoo.terminal import WholeProgressBar, timed_tables
 from sb3_clipvf.zoo.training_log import logged_to
@@ -187,7 +186,6 @@ class ClipPPOExperimentManager(CheckedSearch):
     def learn(self, model: BaseAlgorithm) -> None:
         """Train the model of ``setup_experiment``."""
         target: Any = model
-        launch = "sb3-clipvf" if current_group().size == 1 else "torchrun ... -m sb3_clipvf"
         if isinstance(model, ClipPPO):
             model._warn_of_early_end(self.n_timesteps, on_command_line=True)
         if self.resumed is not None:
@@ -205,7 +203,7 @@ class ClipPPOExperimentManager(CheckedSearch):
             original = _original_error(error, model)
             if self._keeps_checkpoints and _ends_training(original):
                 if sorted_checkpoints(Path(self.save_path, CHECKPOINTS)):
-                    sys.stdout.write(f"To resume: {launch} train --resume {shlex.quote(self.save_path)}\n")
+                    sys.stdout.write(f"To resume: {resume_command(Path(self.save_path), vars(self.args))}\n")
             if original is error:
                 raise
             raise original from original.__cause__

@@ -21,7 +21,7 @@ from sb3_clipvf.zoo.parsing import add_trust_option, next_parser, option_name
 from sb3_clipvf.zoo.plot_checks import check_all_plots, check_plot_from_file, check_plot_train
 from sb3_clipvf.zoo.process import has_display
 from sb3_clipvf.zoo.resume import resumed_run
-from sb3_clipvf.zoo.run_folders import RunId
+from sb3_clipvf.zoo.run_folders import RunId, processes_of, resume_command
 from sb3_clipvf.zoo.settings import import_packages
 from sb3_clipvf.zoo.vec_env import VEC_ENVS
 
@@ -104,6 +104,7 @@ def _train_options(parse_args: Callable[..., Namespace], options: Namespace) -> 
                 "train. Pass a larger `-n` to continue it.\n"
             )
             raise SystemExit
+        _check_processes(manager.resumed.folder, manager.resumed.args, group.size)
         options = parse_args(arguments)
     if group.size > 1:  # the Zoo would draw a seed in each process, and args.yml would have the first one only
         options.seed = group.broadcast(options.seed if options.seed >= 0 else secrets.randbelow(2**31))
@@ -133,6 +134,15 @@ def _check_shared(options: Namespace) -> None:
         raise ValueError(
             f"`--algo` must be {ALGORITHM} in a training on several processes, got {options.algo!r}: other algorithms "
             "would train a model in each of them. Start it without torchrun."
+        )
+
+
+def _check_processes(folder: Path, arguments: dict[str, Any], number: int) -> None:
+    """Raise ValueError if a run would resume on another number of processes, which its settings and curves count."""
+    if processes_of(arguments) != number:
+        raise ValueError(
+            f"`--resume` must name a run of as many processes as resume it, {number}, got {folder} of "
+            f"{processes_of(arguments)}. Run `{resume_command(folder, arguments)}`."
         )
 
 
