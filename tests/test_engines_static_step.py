@@ -25,6 +25,7 @@ from test_engines import (
     OBS,
     SETTINGS,
     assert_same_training,
+    collect,
     make_case,
     settings_for,
 )
@@ -360,6 +361,24 @@ def test_lean_distributions_are_sb3s(name: str) -> None:
     assert th.equal(results[0][0][0], results[1][0][0])  # log-probabilities
     StaticEngine(policy, settings_for(name)).update(buffer, COEFFICIENTS)
     assert policy.action_dist is dist
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.2])
+def test_an_action_that_a_callback_has_masked(kl_coef: float) -> None:
+    """A bias of -inf makes an action impossible. Entropy, KL and gradients stay finite."""
+    trained = []
+    for engine_class in (AutogradEngine, StaticEngine):
+        policy, buffer = make_case("discrete")
+        with th.no_grad():
+            policy.action_net.bias[1] = -th.inf
+        collect(policy, buffer, 0.1)
+        np.random.seed(0)
+        engine = engine_class(policy, settings_for("discrete", needs_kl=True))
+        coefficients = dataclasses.replace(COEFFICIENTS, ent_coef=0.1, kl_coef=kl_coef)
+        trained.append((policy, engine.update(buffer, coefficients).read()))
+    assert_same_training(trained[1][0], trained[0][0])
+    assert trained[1][1] == pytest.approx(trained[0][1], rel=1e-3, abs=2e-5)
+    assert all(np.isfinite(numbers).all() for numbers in trained[1][1].values())
 
 
 def test_other_distributions_are_not_replaced() -> None:

@@ -62,11 +62,15 @@ class LeanCategorical(CategoricalDistribution):
 
     def entropy(self) -> th.Tensor:
         """Return entropies ``(n,)``, nats."""
-        return -(self.log_probs.exp() * self.log_probs).sum(dim=1)
+        return -(self.log_probs.exp() * self._finite()).sum(dim=1)
 
     def kl_from(self, old_params: th.Tensor) -> th.Tensor:
         """Return the KL from distributions with these parameters, as ``kl_from_params`` does, shape ``(n,)``."""
-        return objectives.categorical_kl(old_params, self.log_probs)
+        return objectives.categorical_kl(old_params, self._finite())
+
+    def _finite(self) -> th.Tensor:
+        """Return log-probabilities that are finite for impossible actions, too, as torch's entropy reads them."""
+        return self.log_probs.clamp(min=th.finfo(self.log_probs.dtype).min)
 
 
 _LEAN = {DiagGaussianDistribution: LeanGaussian, CategoricalDistribution: LeanCategorical}
