@@ -33,7 +33,7 @@ from test_engines import (
 from sb3_clipvf.distributions import dist_params, kl_from_params
 from sb3_clipvf.engines import static_step
 from sb3_clipvf.engines.autograd import AutogradEngine, unvalidated_distributions
-from sb3_clipvf.engines.static_distributions import lean_distribution
+from sb3_clipvf.engines.static_distributions import short_distribution
 from sb3_clipvf.engines.static_loss import StaticLoss
 from sb3_clipvf.engines.static_policy import ImageScaling
 from sb3_clipvf.engines.static_step import StaticEngine, chunks, policy_structure
@@ -329,7 +329,7 @@ def test_images_are_scaled_by_one_operation_as_in_sb3() -> None:
         scaled = scaling(parts)
     assert [name for name in tape.names() if "empty" not in name] == ["aten.div.out"]
     assert th.equal(scaled["image"], parts["image"].float() / 255.0) and scaled["vector"] is parts["vector"]
-    with scaling.done():
+    with scaling.policy_scaling_off():
         assert th.equal(preprocess_obs(scaled["image"], IMAGE, policy.normalize_images), scaled["image"])
     assert policy.normalize_images
 
@@ -341,20 +341,20 @@ def test_images_that_sb3_does_not_scale_stay() -> None:
 
 
 @pytest.mark.parametrize("name", ["box", "discrete"])
-def test_lean_distributions_are_sb3s(name: str) -> None:
+def test_short_distributions_are_sb3s(name: str) -> None:
     policy, buffer = make_case(name)
     dist: Any = policy.action_dist
-    lean: Any = lean_distribution(dist)
+    short: Any = short_distribution(dist)
     params = [th.randn(6, 3 if name == "discrete" else 2, dtype=th.float64).requires_grad_()]
     if name == "box":
         params.append(th.tensor([0.3, -0.2], dtype=th.float64).requires_grad_())
     actions = th.tensor([0, 1, 2, 0, 1, 2]) if name == "discrete" else th.randn(6, 2, dtype=th.float64)
     old = dist_params(dist.proba_distribution(*(0.5 * param.detach() for param in params)))
     results = []
-    for each in (lean, dist):
+    for each in (short, dist):
         each.proba_distribution(*params)
         numbers = [each.log_prob(actions), each.entropy().mean()]
-        numbers.append(each.kl_from(old) if each is lean else kl_from_params(dist, old))
+        numbers.append(each.kl_from(old) if each is short else kl_from_params(dist, old))
         slopes = [th.autograd.grad(number.square().sum(), params, retain_graph=True) for number in numbers[::2]]
         results.append((numbers, slopes, th.autograd.grad(numbers[1], params[-1])))
     th.testing.assert_close(results[0], results[1])
@@ -383,7 +383,7 @@ def test_an_action_that_a_callback_has_masked(kl_coef: float) -> None:
 
 def test_other_distributions_are_not_replaced() -> None:
     for name in ("multi_discrete", "multi_binary", "gsde", "squashed"):
-        assert lean_distribution(make_case(name)[0].action_dist) is None
+        assert short_distribution(make_case(name)[0].action_dist) is None
 
 
 @pytest.mark.parametrize("clip_range", [0.1, None])

@@ -20,8 +20,8 @@ from sb3_clipvf import objectives
 _LOG_SQRT_TAU = math.log(math.sqrt(2 * math.pi))
 
 
-class LeanGaussian(DiagGaussianDistribution):
-    """Gaussians whose log standard deviations ``(action_dim,)`` are those of all states."""
+class SharedStdGaussian(DiagGaussianDistribution):
+    """Diagonal Gaussians whose standard deviations do not depend on the state."""
 
     mean: th.Tensor
     log_std: th.Tensor
@@ -46,8 +46,8 @@ class LeanGaussian(DiagGaussianDistribution):
         return objectives.gaussian_kl(old_mean, old_log_std, self.mean, self.log_std)
 
 
-class LeanCategorical(CategoricalDistribution):
-    """Categorical distributions."""
+class LogProbCategorical(CategoricalDistribution):
+    """Categorical distributions that keep their log-probabilities."""
 
     log_probs: th.Tensor
 
@@ -73,22 +73,24 @@ class LeanCategorical(CategoricalDistribution):
         return self.log_probs.clamp(min=th.finfo(self.log_probs.dtype).min)
 
 
-_LEAN = {DiagGaussianDistribution: LeanGaussian, CategoricalDistribution: LeanCategorical}
+_SHORT = {DiagGaussianDistribution: SharedStdGaussian, CategoricalDistribution: LogProbCategorical}
 
 
-def lean_distribution(dist: Any) -> LeanGaussian | LeanCategorical | None:
+def short_distribution(dist: Any) -> SharedStdGaussian | LogProbCategorical | None:
     """Return a distribution like SB3's with fewer operations; None for other kinds."""
-    kind: Any = _LEAN.get(type(dist))
-    lean: LeanGaussian | LeanCategorical | None = None if kind is None else kind(dist.action_dim)
-    return lean
+    kind: Any = _SHORT.get(type(dist))
+    short: SharedStdGaussian | LogProbCategorical | None = None if kind is None else kind(dist.action_dim)
+    return short
 
 
 @contextmanager
-def replaced_distribution(policy: ActorCriticPolicy, lean: LeanGaussian | LeanCategorical | None) -> Iterator[None]:
-    """Let the policy set and use another distribution, if one is given, within the context."""
+def replaced_distribution(
+    policy: ActorCriticPolicy, short: SharedStdGaussian | LogProbCategorical | None
+) -> Iterator[None]:
+    """Replace the policy's action distribution within the context, if one is given."""
     before = policy.action_dist
     try:
-        policy.action_dist = before if lean is None else lean
+        policy.action_dist = before if short is None else short
         yield
     finally:
         policy.action_dist = before

@@ -1,8 +1,8 @@
 """
 PPO's loss for minibatches that run together, in few operations.
 
-A small operation takes a GPU as long as one on thousands of numbers. So what needs no network is computed for all
-minibatches at once, and the surrogate's derivative by a formula instead of automatic differentiation.
+On a GPU, an operation on few numbers takes as long as one on thousands. Terms that need no network are therefore
+computed for all minibatches at once. The derivative of the surrogate is a formula, without automatic differentiation.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from sb3_clipvf import objectives
 from sb3_clipvf.distributions import current_dist
 from sb3_clipvf.engines.autograd import AutogradUpdate, old_dist_params
 from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateSettings
-from sb3_clipvf.engines.static_distributions import lean_distribution, replaced_distribution
+from sb3_clipvf.engines.static_distributions import replaced_distribution, short_distribution
 from sb3_clipvf.engines.static_policy import reduced_precision
 from sb3_clipvf.rollout import MiniBatch
 
@@ -53,7 +53,7 @@ class StaticLoss(AutogradUpdate):
         self._bounds = low, high
         if self.rollout_mean_std is not None:
             self.rollout_mean_std = (mean, std)
-        self._lean = lean_distribution(policy.action_dist)
+        self._short_dist = short_distribution(policy.action_dist)
         # Tensors that the latest loss is computed from, and its derivatives with respect to them
         self._roots: list[th.Tensor] = []
         self._slopes: list[th.Tensor] = []
@@ -79,7 +79,7 @@ class StaticLoss(AutogradUpdate):
         """Compute the loss of a prepared minibatch, and return it with the other statistics that are known by then."""
         coefficients: Any = self.coefficients
         stale = current_dist(self.policy)
-        with replaced_distribution(self.policy, self._lean), reduced_precision(self.policy, self._autocast):
+        with replaced_distribution(self.policy, self._short_dist), reduced_precision(self.policy, self._autocast):
             values, log_prob, entropy = self.policy.evaluate_actions(batch.observations, batch.actions)
         values = values.flatten()
         found = {
@@ -136,15 +136,15 @@ class StaticLoss(AutogradUpdate):
         log[: len(sizes), -found.shape[1] :].copy_(found)
 
     def _exact_kl(self, batch: MiniBatch, stale: object, *, may_recompute: bool) -> th.Tensor | None:
-        if self._lean is None:
+        if self._short_dist is None:
             return super()._exact_kl(batch, stale, may_recompute=may_recompute)
-        return self._lean.kl_from(old_dist_params(batch)).mean()
+        return self._short_dist.kl_from(old_dist_params(batch)).mean()
 
     def _surrogate_and_slope(self, ratio: th.Tensor, advantages: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
         Return the loss of ``objectives.clipped_surrogate``, and its derivative with respect to log pi, shape ``(n,)``.
 
-        It is that of the product with the ratio, which is the smaller one unless the ratio is clipped, else 0.
+        The derivative is ``A * ratio`` where ``A * ratio <= A * clip(ratio)``, and 0 elsewhere. Both are divided by -n.
         """
         unclipped = advantages * ratio
         if self.coefficients.clip_range is None:

@@ -37,7 +37,7 @@ def replaced_parameters(policy: ActorCriticPolicy, leaves: list[th.Tensor]) -> I
 
 @contextmanager
 def reduced_precision(policy: ActorCriticPolicy, dtype: th.dtype | None) -> Iterator[None]:
-    """Let the networks of a policy compute in another type, but for the last layers, on which ratios depend."""
+    """Run the policy's networks in another type within the context, except the last layers, on which ratios depend."""
     if dtype is None:
         yield
         return
@@ -79,8 +79,8 @@ class ImageScaling:
         return parts | {key: self._scaled(parts[key]) for key in self._keys}
 
     @contextmanager
-    def done(self) -> Iterator[None]:
-        """Let the policy leave the scaling out, within the context."""
+    def policy_scaling_off(self) -> Iterator[None]:
+        """Disable the policy's own image scaling within the context."""
         before = self._policy.normalize_images
         self._policy.normalize_images = False
         try:

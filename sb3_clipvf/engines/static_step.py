@@ -277,7 +277,7 @@ class StaticStep:
         rows = self.rows[: sum(sizes)]
         whole = self._loss.prepared(self._transitions(rows), sizes)
         log_ratios, values, start = [], [], 0
-        with self._scaling.done():
+        with self._scaling.policy_scaling_off():
             for number, size in enumerate(sizes):
                 part = slice(start, start + size)
                 columns: Any = (column if column is None else column[part] for column in whole[1:])
