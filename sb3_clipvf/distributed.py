@@ -28,7 +28,7 @@ TIMEOUT_VARIABLE = "SB3_CLIPVF_TIMEOUT"
 """Environment variable: seconds that a process waits for another. The default is 1800."""
 
 _DEFAULT_TIMEOUT = timedelta(minutes=30)
-_START, _FAILURE, _WAITING = "sb3_clipvf/start", "sb3_clipvf/failure", "sb3_clipvf/waiting"
+_LAUNCH, _FAILURE, _WAITING = "sb3_clipvf/launch", "sb3_clipvf/failure", "sb3_clipvf/waiting"
 # A process that fails writes its note before it closes its connections; those that wait write theirs after that.
 _NOTE_SECONDS = 2
 
@@ -54,7 +54,7 @@ class Group:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with _explained():
+        with _raising_lost_process():
             dist.all_gather_object(values, value)
         return values
 
@@ -63,7 +63,7 @@ class Group:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size if self.rank == 0 else []
-        with _explained():
+        with _raising_lost_process():
             dist.gather_object(value, values or None)
         return values
 
@@ -72,20 +72,20 @@ class Group:
         if self.size == 1:
             return value
         values = [value if self.rank == 0 else None]
-        with _explained():
+        with _raising_lost_process():
             dist.broadcast_object_list(values)
         return value if self.rank == 0 else cast(Value, values[0])
 
     def broadcast_tensor(self, tensor: th.Tensor) -> None:
         """Overwrite a tensor by that of the first process, of the same shape and type."""
         if self.size > 1:
-            with _explained():
+            with _raising_lost_process():
                 dist.broadcast(tensor, 0)
 
     def add_up(self, tensor: th.Tensor) -> None:
         """Overwrite a tensor by the sum of those of all processes, of the same shape and type."""
         if self.size > 1:
-            with _explained():
+            with _raising_lost_process():
                 dist.all_reduce(tensor)
 
     def mean(self, value: th.Tensor, n: int) -> th.Tensor:
@@ -188,48 +188,55 @@ def _join() -> None:
     global _has_joined
     if _has_failed:
         raise LostProcessError("An error has disconnected this process from the others. Start all of them again.")
-    backend, n_gpus = "gloo", th.cuda.device_count()
+    can_use_nccl, n_gpus = False, th.cuda.device_count()
     if n_gpus:
         th.cuda.set_device(int(os.environ["LOCAL_RANK"]) % n_gpus)
         # Processes of nccl cannot share a GPU.
-        if dist.is_nccl_available() and int(os.environ["LOCAL_WORLD_SIZE"]) <= n_gpus:
-            backend = "cpu:gloo,cuda:nccl"
+        can_use_nccl = dist.is_nccl_available() and int(os.environ["LOCAL_WORLD_SIZE"]) <= n_gpus
     # If torch imports this module later, default arguments of its functions keep the group alive. The threads of gloo
     # then run on while the interpreter ends, and abort the process if they release one of Python's tensors.
     importlib.import_module("torch.distributed.nn.functional")
     timeout = _timeout()
-    with _explained():
+    with _raising_lost_process():
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
-        name = _name_of_this_start(store, rank, size, timeout)
+        name = _name_of_this_launch(store, rank, size, timeout)
         store = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
+        backend = _common_backend(store, rank, size, can_use_nccl)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     _has_joined = True
     atexit.register(_leave)
 
 
-def _name_of_this_start(store: Any, rank: int, size: int, timeout: timedelta) -> str:
+def _name_of_this_launch(store: Any, rank: int, size: int, timeout: timedelta) -> str:
     """
-    Return a name that only the processes of this start know.
+    Return a name that only the processes of this launch know.
 
-    After a restart, torchrun's store still has the entries of earlier starts, by which processes would connect to ended
-    ones (https://github.com/pytorch/pytorch/issues/135712). So the first process chooses a name, and each other process
-    waits until the first one has seen it under this name.
+    After a restart, torchrun's store still has the entries of earlier launches, by which processes would connect to
+    ended ones (https://github.com/pytorch/pytorch/issues/135712). So the first process chooses a name, and each other
+    process waits until the first one has seen it under this name.
     """
     own = uuid.uuid4().hex
     if rank == 0:
-        store.set(_START, own)
+        store.set(_LAUNCH, own)
         for other in range(1, size):
             store.set(f"{own}/{other}/seen", store.get(f"{own}/{other}"))
         return own
     until = time.monotonic() + timeout.total_seconds()
     while time.monotonic() < until:
-        name = str(store.get(_START).decode())  # perhaps that of an earlier start
+        name = str(store.get(_LAUNCH).decode())  # perhaps that of an earlier launch
         store.set(f"{name}/{rank}", own)
         seen = f"{name}/{rank}/seen"
         if store.check([seen]) and store.get(seen).decode() == own:
             return name
         time.sleep(0.1)
     raise RuntimeError("process 0 has not joined")
+
+
+def _common_backend(store: Any, rank: int, size: int, can_use_nccl: bool) -> str:
+    """Return the backend of all processes: nccl for GPUs if each of them can use it, otherwise gloo alone."""
+    store.set(f"nccl/{rank}", str(can_use_nccl))
+    answers = {store.get(f"nccl/{other}").decode() for other in range(size)}
+    return "cpu:gloo,cuda:nccl" if answers == {"True"} else "gloo"
 
 
 def _timeout() -> timedelta:
@@ -267,7 +274,7 @@ def _store() -> Any:
 
 
 @contextlib.contextmanager
-def _explained() -> Iterator[None]:
+def _raising_lost_process() -> Iterator[None]:
     """Raise LostProcessError if processes cannot communicate."""
     try:
         yield

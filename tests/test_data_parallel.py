@@ -546,17 +546,34 @@ class TestMoments:
         assert (own.mean, own.var, own.count) == moments
 
 
-def test_a_restart_ignores_entries_of_earlier_starts() -> None:
+def test_a_restart_ignores_entries_of_earlier_launches() -> None:
     store, names = dist.HashStore(), set()
     for _ in range(3):
         with ThreadPoolExecutor(3) as pool:
             joining = [
-                pool.submit(distributed._name_of_this_start, store, rank, 3, timedelta(seconds=SECONDS))
+                pool.submit(distributed._name_of_this_launch, store, rank, 3, timedelta(seconds=SECONDS))
                 for rank in (2, 1, 0)
             ]
             (name,) = {each.result() for each in joining}
         names.add(name)
     assert len(names) == 3
+
+
+@pytest.mark.parametrize(
+    ("can_use_nccl", "backend"),
+    [
+        ((True, True, True), "cpu:gloo,cuda:nccl"),
+        ((True, False, True), "gloo"),
+        ((False, True, True), "gloo"),
+        ((False, False, False), "gloo"),
+    ],
+)
+def test_all_processes_have_one_backend(can_use_nccl: tuple[bool, ...], backend: str) -> None:
+    """Machines may have different numbers of GPUs."""
+    store = dist.HashStore()
+    with ThreadPoolExecutor(3) as pool:
+        chosen = pool.map(lambda rank: distributed._common_backend(store, rank, 3, can_use_nccl[rank]), range(3))
+    assert set(chosen) == {backend}
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "soon", "inf"])
