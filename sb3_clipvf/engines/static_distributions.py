@@ -62,15 +62,12 @@ class LogProbCategorical(CategoricalDistribution):
 
     def entropy(self) -> th.Tensor:
         """Return entropies ``(n,)``, nats."""
-        return -(self.log_probs.exp() * self._finite()).sum(dim=1)
+        entropy: th.Tensor = _CategoricalEntropy.apply(self.log_probs)  # type: ignore[no-untyped-call]
+        return entropy
 
     def kl_from(self, old_params: th.Tensor) -> th.Tensor:
         """Return the KL from distributions with these parameters, as ``kl_from_params`` does, shape ``(n,)``."""
-        return objectives.categorical_kl(old_params, self._finite())
-
-    def _finite(self) -> th.Tensor:
-        """Return log-probabilities that are finite for impossible actions, too, as torch's entropy reads them."""
-        return self.log_probs.clamp(min=th.finfo(self.log_probs.dtype).min)
+        return objectives.categorical_kl(old_params, _finite(self.log_probs))
 
 
 _SHORT = {DiagGaussianDistribution: SharedStdGaussian, CategoricalDistribution: LogProbCategorical}
@@ -130,3 +127,26 @@ class _LogProbs(th.autograd.Function):
         """Return the derivative with respect to the logits."""
         log_probs: th.Tensor = ctx.saved_tensors[0]
         return slope - log_probs.exp() * slope.sum(dim=-1, keepdim=True)
+
+
+class _CategoricalEntropy(th.autograd.Function):
+    """Entropy from normalised log-probabilities: ``-sum_i p_i log p_i``."""
+
+    @staticmethod
+    def forward(ctx: Any, log_probs: th.Tensor) -> th.Tensor:
+        """Return entropies ``(n,)``."""
+        probs = log_probs.exp()
+        terms = probs * _finite(log_probs)
+        ctx.save_for_backward(probs, terms)
+        return -terms.sum(dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, slope: th.Tensor) -> th.Tensor:
+        """Return the derivative with respect to the log-probabilities."""
+        probs, terms = ctx.saved_tensors
+        return th.mul(probs + terms, -slope.unsqueeze(1))
+
+
+def _finite(log_probs: th.Tensor) -> th.Tensor:
+    """Return log-probabilities that are finite for impossible actions, too, as in torch's entropy."""
+    return log_probs.clamp(min=th.finfo(log_probs.dtype).min)
