@@ -204,6 +204,14 @@ def test_the_hint_of_several_processes_is_their_command(
     )
 
 
+def test_a_run_keeps_how_many_processes_each_machine_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_clipvf.zoo.experiment.current_group", lambda: Group(0, 4))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert _train(tmp_path, "--eval-freq", "-1", "-n", "64") == 0
+    args = read_settings(tmp_path / RUN / "CartPole-v1" / "args.yml")
+    assert (args["n_processes"], args["n_processes_per_machine"]) == (4, 2)
+
+
 @pytest.mark.parametrize(("began", "resumes"), [(1, 2), (2, 1), (4, 2)])
 def test_another_number_of_processes_is_refused(
     cut: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], began: int, resumes: int

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sb3_clipvf.zoo.run_folders import RunId, choose_run
+from sb3_clipvf.zoo.run_folders import RunId, choose_run, program
 
 UUIDS = ("0b0c7c1e-5a52-4a51-8c3e-111111111111", "0b0c7c1e-5a52-4a51-8c3e-222222222222")
 
@@ -61,6 +61,22 @@ def test_runs_with_unique_ids_are_found(tmp_path: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out == f"2 runs have the number 1: taking {tmp_path / f'E-v0_1_{UUIDS[0]}'}\n"
     (tmp_path / f"E-v0_1_{UUIDS[0]}" / "E-v0.zip").unlink()
     assert str(choose_run(tmp_path, "E-v0", 1, _has_model)) == f"1_{UUIDS[1]}"
+
+
+@pytest.mark.parametrize(
+    ("number", "of_machine", "options"),
+    [
+        (16, 8, "--nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint first-machine:29500"),
+        (2, 1, "--nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint first-machine:29500"),
+        (2, None, "--standalone --nproc-per-node 2"),
+        (12, 8, "--standalone --nproc-per-node 12"),  # other machines had 4
+        (2, "1; reboot", "--standalone --nproc-per-node 2"),
+    ],
+)
+def test_a_command_starts_as_many_machines(number: int, of_machine: object, options: str) -> None:
+    arguments = {"n_processes": number, "n_processes_per_machine": of_machine}
+    assert program(arguments) == f"torchrun {options} -m sb3_clipvf"
+    assert program({**arguments, "n_processes": 1}) == "sb3-clipvf"
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "12", f"3_{UUIDS[0]}"])

@@ -1,6 +1,7 @@
 """How the RL Zoo builds and trains a ClipPPO: its experiment manager, adapted to ClipPPO's settings and files."""
 
 import logging
+import os
 import shutil
 import sys
 import traceback
@@ -94,8 +95,11 @@ class ClipPPOExperimentManager(CheckedSearch):
         self._statistics: Path | None = None  # file with the statistics of the model given to `--trained-agent`
         if self.vec_env is not None:
             args.vec_env = self.vec_env  # for args.yml of the run
-        if current_group().size > 1:
-            args.n_processes = current_group().size
+        if (n_processes := current_group().size) > 1:
+            args.n_processes = n_processes
+            of_machine = int(os.environ.get("LOCAL_WORLD_SIZE", n_processes))
+            if of_machine != n_processes:
+                args.n_processes_per_machine = of_machine
         self._keeps_checkpoints = algo == ALGORITHM and self.checkpoint_freq > 0 and not self.optimize_hyperparameters
         if self._keeps_checkpoints:
             args.checkpoint_freq = self.checkpoint_freq

@@ -73,9 +73,21 @@ def processes_of(arguments: Mapping[str, Any]) -> int:
 
 
 def program(arguments: Mapping[str, Any]) -> str:
-    """Return the beginning of a command that trains on as many processes as a run, whose options are given."""
-    number = processes_of(arguments)
-    return "sb3-clipvf" if number == 1 else f"torchrun --standalone --nproc-per-node {number} -m sb3_clipvf"
+    """
+    Return the beginning of a command that trains on as many processes as a run, whose options are given.
+
+    A command for several machines is to be run on each of them, with the name of the first one.
+    """
+    number, of_machine = processes_of(arguments), arguments.get("n_processes_per_machine")
+    if number == 1:
+        return "sb3-clipvf"
+    machines = f"--standalone --nproc-per-node {number}"
+    if type(of_machine) is int and 0 < of_machine < number and number % of_machine == 0:
+        machines = (
+            f"--nnodes {number // of_machine} --nproc-per-node {of_machine} --rdzv-backend c10d "
+            "--rdzv-endpoint first-machine:29500"
+        )
+    return f"torchrun {machines} -m sb3_clipvf"
 
 
 def resume_command(folder: Path, arguments: Mapping[str, Any]) -> str:
