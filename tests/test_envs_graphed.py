@@ -40,6 +40,7 @@ class Keeps(InPlaceWalk):
         super().__init__()
         self.after, self.name = after, name
         self.number, self.text, self.table, self.none = 0, "a", np.zeros(3), None
+        self.scalar = np.int64(0)
         self.parts = [{"a": th.zeros(2)}, (1, 2)]
         self.inner = InPlaceWalk()
         self.space = spaces.Discrete(2)
@@ -49,6 +50,8 @@ class Keeps(InPlaceWalk):
         self.space.sample()  # the state of a space is no state of the environment
         if self.name == "number":
             self.number += 1
+        elif self.name == "scalar":
+            self.scalar += 1
         elif self.name == "table":
             self.table[1] = 1.0
         elif self.name == "parts.0.a":
@@ -72,7 +75,7 @@ class Keeps(InPlaceWalk):
 
 
 @pytest.mark.parametrize("after", ["step_tensors", "reset_tensors"])
-@pytest.mark.parametrize("name", ["number", "table", "parts.0.a", "parts.1.1", "inner.x", "none", "x"])
+@pytest.mark.parametrize("name", ["number", "scalar", "table", "parts.0.a", "parts.1.1", "inner.x", "none", "x"])
 def test_all_that_an_environment_keeps_is_compared(name: str, after: str) -> None:
     if (name, after) == ("table", "reset_tensors"):
         pytest.skip("the first reset leaves the table as it is")
