@@ -22,7 +22,18 @@ from tests.bench.command import InProcessBenchmark
 from tests.bench.experiments.candidates import InnerUpdate, UpdateCallback, predicted_values
 from tests.bench.experiments.episodes import WINDOW
 from tests.bench.experiments.suite_file import read_suite
-from tests.bench.plots import BLACK, BLUE, PURPLE, SKY_BLUE, VERMILION, add_legend, add_panels, new_figure, save_figure
+from tests.bench.plots import (
+    BLACK,
+    BLUE,
+    PURPLE,
+    SKY_BLUE,
+    VERMILION,
+    add_legend,
+    add_panels,
+    line_handle,
+    new_figure,
+    save_figure,
+)
 from tests.bench.results import digest, machines_text, markdown_table
 
 if TYPE_CHECKING:
@@ -174,8 +185,6 @@ class CriticBenchmark(InProcessBenchmark[Row]):
 
     def draw(self, path: Path) -> bool:
         """Draw the critic and the returns over the training, one column for each environment."""
-        from matplotlib.lines import Line2D
-
         figure = new_figure(10.0, 6.0)
         panels = iter(add_panels(figure, len(PANELS) * len(ENV_IDS), len(ENV_IDS)))
         for line, (name, label) in enumerate(PANELS.items()):
@@ -185,8 +194,7 @@ class CriticBenchmark(InProcessBenchmark[Row]):
                 axes.set_title(env_id if line == 0 else "", fontsize="small")
                 axes.set_ylabel(label if column == 0 else "", fontsize="small")
         figure.supxlabel("environment steps", fontsize="small")
-        handles = [Line2D([], [], color=color, ls=style, label=title) for title, _, color, style in SETTINGS.values()]
-        add_legend(figure, handles)
+        add_legend(figure, [line_handle(title, color, style) for title, _, color, style in SETTINGS.values()])
         save_figure(figure, path)
         return True
 

@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from tests.bench.experiments.episodes import N_POINTS, WINDOW, grid
+from tests.bench.experiments.episodes import N_POINTS, WINDOW
 from tests.bench.experiments.estimates import difference, estimate, mean, over_seeds
 from tests.bench.plots import (
     BLUE,
     VERMILION,
     add_legend,
     add_panels,
-    band_of,
     draw_band,
     interval_handle,
+    line_handle,
+    mean_band,
     new_figure,
     save_figure,
 )
@@ -104,8 +103,6 @@ def render_table(compared: Sequence[Comparison]) -> str:
 
 def write_figure(compared: Sequence[Comparison], path: Path) -> None:
     """Draw the mean curves of the engines with their confidence bands, one panel an environment, into a PNG."""
-    from matplotlib.lines import Line2D
-
     n_columns = min(2, len(compared))
     n_rows = -(-len(compared) // n_columns)
     figure = new_figure(3.7 * n_columns, 0.6 + 2.4 * n_rows)
@@ -113,9 +110,7 @@ def write_figure(compared: Sequence[Comparison], path: Path) -> None:
         _draw(axes, comparison)
     figure.supxlabel("training (environment steps)", fontsize="small")
     figure.supylabel(f"mean return of the last {WINDOW} episodes", fontsize="small")
-    handles = [
-        Line2D([], [], color=color, ls=style, label=_LABELS[engine]) for engine, (color, style) in _STYLES.items()
-    ]
+    handles = [line_handle(_LABELS[engine], *style) for engine, style in _STYLES.items()]
     add_legend(figure, [*handles, interval_handle("95 % interval of the mean over the seeds")])
     save_figure(figure, path)
 
@@ -131,7 +126,6 @@ def _draw(axes: Axes, comparison: Comparison) -> None:
     if not any(comparison.runs.values()):
         axes.set_yticks([])
     for engine, style in _STYLES.items():
-        found = [run["curve"] for run in comparison.runs[engine]]
-        band = band_of(grid(comparison.n_timesteps), np.array(found, dtype=np.float64).reshape(-1, N_POINTS), mean)
+        band = mean_band(comparison.runs[engine], comparison.n_timesteps)
         if band is not None:
             draw_band(axes, band, *style)

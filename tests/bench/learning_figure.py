@@ -20,6 +20,7 @@ from tests.bench.plots import (
     band_of,
     draw_band,
     interval_handle,
+    line_handle,
     new_figure,
     save_figure,
 )
@@ -83,8 +84,6 @@ def time_band(runs: Sequence[Mapping[str, Any]], n_timesteps: int) -> Band | Non
 
 def write_time_figure(comparisons: Sequence[TimeComparison], path: Path) -> None:
     """Draw a panel for each environment."""
-    from matplotlib.lines import Line2D
-
     n_columns = min(3, len(comparisons))
     n_rows = -(-len(comparisons) // n_columns)
     figure = new_figure(2.9 * max(n_columns, 2), 0.8 + 2.2 * n_rows)
@@ -92,9 +91,7 @@ def write_time_figure(comparisons: Sequence[TimeComparison], path: Path) -> None
         _draw(axes, comparison)
     figure.supxlabel("processor time of the training", fontsize="small")
     figure.supylabel(f"mean return of the last {WINDOW} episodes", fontsize="small")
-    handles = [
-        Line2D([], [], color=color, ls=style, marker="o", ms=4, label=name) for name, (color, style) in _STYLES.items()
-    ]
+    handles = [line_handle(name, *style, marker="o", ms=4) for name, style in _STYLES.items()]
     add_legend(figure, [*handles, interval_handle("95 % interval over the seeds")])
     save_figure(figure, path)
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sb3_clipvf.files.atomic import atomic_write
-from tests.bench.experiments.estimates import Statistic, interval
+from tests.bench.experiments.episodes import N_POINTS, grid
+from tests.bench.experiments.estimates import Statistic, interval, mean
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
 PALETTE = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
@@ -47,6 +49,13 @@ def add_legend(figure: Figure, handles: Sequence[Artist], n_columns: int | None 
     """Add a legend above the panels, in one row unless a number of columns is given."""
     n_columns = len(handles) if n_columns is None else n_columns
     figure.legend(handles=handles, loc="outside upper center", ncols=n_columns, frameon=False, fontsize="small")
+
+
+def line_handle(label: str, color: str, style: str, **marker: Any) -> Line2D:
+    """Return the legend's entry of a line."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=color, ls=style, label=label, **marker)
 
 
 def interval_handle(label: str) -> Patch:
@@ -85,6 +94,12 @@ def band_of(x: np.ndarray, found: np.ndarray, statistic: Statistic) -> Band | No
         return None
     found = found[:, None, known]  # of one environment
     return Band(x[known], statistic(found[None])[0], interval(statistic, found))
+
+
+def mean_band(runs: Sequence[Mapping[str, Any]], n_timesteps: int) -> Band | None:
+    """Return the mean over runs of their curves, which have a point at each step of the grid of a training."""
+    curves = np.array([run["curve"] for run in runs], dtype=np.float64).reshape(-1, N_POINTS)
+    return band_of(grid(n_timesteps), curves, mean)
 
 
 def draw_band(axes: Axes, band: Band, color: str, style: str) -> None:

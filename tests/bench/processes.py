@@ -11,9 +11,19 @@ from typing import Any
 import numpy as np
 
 from tests.bench.command import SeedsBenchmark
-from tests.bench.experiments.episodes import N_POINTS, grid
+from tests.bench.experiments.episodes import N_POINTS
 from tests.bench.experiments.estimates import difference, estimate, mean, over_seeds
-from tests.bench.plots import BLUE, VERMILION, add_legend, add_panels, band_of, draw_band, new_figure, save_figure
+from tests.bench.plots import (
+    BLUE,
+    VERMILION,
+    add_legend,
+    add_panels,
+    draw_band,
+    line_handle,
+    mean_band,
+    new_figure,
+    save_figure,
+)
 from tests.bench.results import machine, machines_text, markdown_table
 from tests.bench.scaling import launched
 
@@ -128,7 +138,6 @@ class ProcessesBenchmark(SeedsBenchmark[ProcessesRow]):
 
     def draw(self, path: Path) -> bool:
         """Draw the mean curves with their intervals, one panel an environment."""
-        from matplotlib.lines import Line2D
         from matplotlib.ticker import EngFormatter
 
         panels = self._by_environment()
@@ -140,15 +149,13 @@ class ProcessesBenchmark(SeedsBenchmark[ProcessesRow]):
             axes.set_title(env_id, fontsize="small")
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             for n, found in by_number.items():
-                curves = np.array([run["curve"] for run in found], dtype=np.float64).reshape(-1, N_POINTS)
-                band = band_of(grid(n_timesteps[env_id]), curves, mean)
+                band = mean_band(found, n_timesteps[env_id])
                 if band is not None:
                     draw_band(axes, band, *_STYLES[n])
         figure.supxlabel("environment steps of all processes", fontsize="small")
         figure.supylabel("mean return of 100 episodes", fontsize="small")
         labels = {n: "1 process" if n == 1 else f"{n} processes" for n in _STYLES}
-        handles = [Line2D([], [], color=color, ls=style, label=labels[n]) for n, (color, style) in _STYLES.items()]
-        add_legend(figure, handles)
+        add_legend(figure, [line_handle(labels[n], *style) for n, style in _STYLES.items()])
         save_figure(figure, path)
         return True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,7 +13,18 @@ from tests.bench.experiments.episodes import WINDOW, curve_on_grid, grid
 from tests.bench.experiments.estimates import difference, interval, iqm, performance_profile
 from tests.bench.experiments.finished import MEASURES, FinishedRun, SuiteRuns
 from tests.bench.experiments.scores import Scores, SuiteScores
-from tests.bench.plots import BLACK, PALETTE, Band, add_legend, add_panels, band_of, draw_band, new_figure, save_figure
+from tests.bench.plots import (
+    BLACK,
+    PALETTE,
+    Band,
+    add_legend,
+    add_panels,
+    band_of,
+    draw_band,
+    line_handle,
+    new_figure,
+    save_figure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -136,13 +147,11 @@ def _new_figure(n_panels: int, n_columns: int, height: float) -> tuple[Figure, l
 
 
 def _legend(figure: Figure, settings: Sequence[str], sheet: Sheet, *, lines: bool) -> None:
-    from matplotlib.lines import Line2D
-
     handles = []
     for setting in settings:
         color, style = sheet.style(setting)
-        kind = {"ls": style} if lines else {"ls": "-", "marker": "o", "ms": 4}
-        handles.append(Line2D([], [], color=color, label=setting, **kind))
+        more: dict[str, Any] = {} if lines else {"marker": "o", "ms": 4}
+        handles.append(line_handle(setting, color, style if lines else "-", **more))
     add_legend(figure, handles, n_columns=4)
 
 
