@@ -437,7 +437,7 @@ def _on_cpu(tree: Any) -> Any:
 def _checksum(tree: Any, start: int = 0) -> int:
     """Return a checksum of a tree of dicts, lists and tuples with tensors and other values."""
     if isinstance(tree, th.Tensor):
-        return zlib.crc32(tree.detach().cpu().contiguous().reshape(-1).view(th.uint8).numpy().tobytes(), start)
+        return zlib.crc32(tree.detach().cpu().contiguous().reshape(-1).view(th.uint8).numpy().data, start)
     if isinstance(tree, dict):
         tree = list(tree.items())
     if isinstance(tree, (list, tuple)):
