@@ -93,6 +93,9 @@ def test_the_error_for_a_training_that_did_not_end_has_one_way_out(tmp_path: Pat
     (folder / "E-v0" / "args.yml").write_text("n_processes: 2")
     with pytest.raises(ValueError, match=r": `torchrun --standalone --nproc-per-node 2 -m sb3_clipvf train --resume "):
         find_run(tmp_path, "E-v0", load_best=load_best)
+    (folder / "E-v0" / "args.yml").write_text("n_processes: [")  # damaged options do not mask the missing model
+    with pytest.raises(ValueError, match=rf"did not end: `sb3-clipvf train --resume {folder}` resumes it\.$"):
+        find_run(tmp_path, "E-v0", load_best=load_best)
 
 
 def test_a_newer_run_without_a_model_is_skipped(logs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import re
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from sb3_clipvf.files.statistics import STATISTICS_FILE
 from sb3_clipvf.zoo.defaults import ALGORITHM
 from sb3_clipvf.zoo.entries import add_episode_ends, drop_null
 from sb3_clipvf.zoo.patching import patched
-from sb3_clipvf.zoo.run_files import read_settings
+from sb3_clipvf.zoo.run_files import read_settings, undamaged_settings
 from sb3_clipvf.zoo.run_folders import CHECKPOINTS, choose_run, resume_command
 from sb3_clipvf.zoo.settings import import_packages
 
@@ -205,10 +205,7 @@ def _find_model(
         if not steps:
             raise
         has_ended = (run / f"{env_name}.zip").is_file()
-        settings = run / env_name / "args.yml"
-        arguments = {}
-        with suppress(ValueError):  # damaged options must not mask the error
-            arguments = read_settings(settings) if settings.is_file() else {}
+        arguments = undamaged_settings(run / env_name / "args.yml")
         resume = "" if has_ended else f", and `{resume_command(run, arguments)}` ends the training"
         raise ValueError(
             f"{error}. {run / CHECKPOINTS} has those of the steps {', '.join(steps)}: `--load-last-checkpoint` or "

@@ -83,6 +83,14 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     return dict(settings)
 
 
+def undamaged_settings(path: Path) -> dict[str, Any]:
+    """Return what :func:`read_settings` does, or {} for a missing or damaged file, beside the error of another one."""
+    try:
+        return read_settings(path) if path.is_file() else {}
+    except ValueError:
+        return {}
+
+
 def check_no_code(path: str | os.PathLike[str], settings: dict[str, Any]) -> None:
     """Refuse settings of a run that would run code when it is resumed, unless the user trusts all files."""
     if trust_of(None).everything:

@@ -153,7 +153,10 @@ def find_run(
     if load_best and (folder / f"{name}.zip").is_file():
         way_out = "It was trained without evaluations. Leave out `--load-best`."
     elif any(folder.glob(f"{CHECKPOINTS}/checkpoint_*.zip")):
-        way_out = f"Its training did not end: `{resume_command(folder, read_arguments(run))}` resumes it."
+        from sb3_clipvf.zoo.run_files import undamaged_settings
+
+        arguments = undamaged_settings(run.settings_folder / "args.yml")
+        way_out = f"Its training did not end: `{resume_command(folder, arguments)}` resumes it."
     else:
         way_out = f"Its training did not end. Train again with {train}"
     raise ValueError(f"{folder} must hold {model}, but does not. {way_out}")
