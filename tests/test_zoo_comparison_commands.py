@@ -65,6 +65,14 @@ def test_runs_of_several_processes_are_a_group_of_their_own(tmp_path: Path) -> N
     assert {train_commands(group) for group in groups_of(tmp_path)} == {f"{TRAIN} --seed 1", f"{launch} --seed 1"}
 
 
+def test_runs_evaluated_in_other_environments_are_a_group_of_their_own(tmp_path: Path) -> None:
+    for number, arguments in enumerate(({}, *[{"eval_env_kwargs": {"g": 5.0}}] * 2), 1):
+        write_run(tmp_path / f"clipppo/CartPole-v1_{number}", seed=number, **changed({}, **arguments))
+    own, others = groups_of(tmp_path)
+    assert (own.name, others.name) == ("default", 'eval_env_kwargs {"g": 5.0}')
+    assert train_commands(others) == f"for seed in 2 3; do\n  {TRAIN} --seed $seed --eval-env-kwargs g:5.0\ndone"
+
+
 def test_other_algorithms_have_the_settings_of_the_zoo(tmp_path: Path) -> None:
     settings = {"policy": "MlpPolicy", "ent_coef": 0.0, "n_envs": 8, "n_timesteps": 5e5}
     write_run(tmp_path / "a2c/CartPole-v1_1", algo="a2c", settings=settings)

@@ -19,7 +19,7 @@ from sb3_clipvf.zoo.comparison.titles import plural
 from sb3_clipvf.zoo.run_folders import CHECKPOINTS, processes_of, resume_command
 from sb3_clipvf.zoo.runs import Run, read_arguments, read_hyperparams, read_monitor, read_training_curve
 
-OF_OPTIONS = ("n_timesteps", "env_kwargs", "vec_env", "trained_agent", "n_processes")
+OF_OPTIONS = ("n_timesteps", "env_kwargs", "eval_env_kwargs", "vec_env", "trained_agent", "n_processes")
 """Options of ``train`` and of ``torchrun`` that count as settings of a run."""
 
 _ZOO_FILE, _MONITOR_FILES = "*/args.yml", "*monitor.csv"
