@@ -203,12 +203,13 @@ def test_videos_are_embedded_up_to_a_size(logs: Path, monkeypatch: pytest.Monkey
     for number, content in ((1, b"12345"), (3, b"123456")):
         folder = logs / f"clipppo/CartPole-v1_{number}/videos"
         folder.mkdir()
-        (folder / "CartPole-v1.mp4").write_bytes(content)
+        (folder / "best_model.mp4").write_bytes(content)
     monkeypatch.setattr(sections, "MOST_VIDEO_BYTES", 10)
     html = page(groups_of(logs), [], "")
     assert html.count("<video") == 1
     assert f'src="data:video/mp4;base64,{base64.b64encode(b"12345").decode()}"' in html
-    assert f"Too large for the page: {logs}/clipppo/CartPole-v1_3/videos/CartPole-v1.mp4" in html
+    assert f"Too large for the page: {logs}/clipppo/CartPole-v1_3/videos/best_model.mp4" in html
+    assert html.count("<small>best_model.mp4</small></figcaption>") == 2
 
 
 def test_runs_without_numbers_in_common_make_a_page(tmp_path: Path) -> None:

@@ -303,28 +303,28 @@ def test_a_damaged_model_is_named_with_what_it_lacks(content: dict[str, str], re
 
 
 @pytest.mark.parametrize(
-    ("model", "steps", "problem"),
-    [
-        ("CartPole-v1.zip", 400, None),
-        ("best_model.zip", 400, "it is about best_model.zip of step 400, not about the final model of step 400."),
-        ("CartPole-v1.zip", 1100, "it is about CartPole-v1.zip of step 1,100, not about the final model of step 400."),
-    ],
+    ("name", "kind", "option"), [("CartPole-v1", "final", ""), ("best_model", "best", " --load-best")]
 )
-def test_reports_of_other_models_are_left_out(model: str, steps: int, problem: str | None, tmp_path: Path) -> None:
+def test_reports_of_earlier_models_are_left_out(name: str, kind: str, option: str, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "CartPole-v1_1")
-    write_report(folder, 9.0, steps, model=f"logs/{model}")
+    with zipfile.ZipFile(folder / "best_model.zip", "w") as archive:
+        archive.writestr("data", json.dumps({"num_timesteps": 200}))
+    steps = 400 if kind == "final" else 200
+    write_report(folder, 9.0, steps, model=f"logs/{name}.zip")
     (record,), problems = find_records([tmp_path])
-    if problem is None:
-        assert problems == [] and record.report["mean_return"] == 9.0
-        return
+    assert problems == []
+    assert record.report == {"mean_return": 9.0, "deterministic": True, "is_best": kind == "best"}
+    write_report(folder, 9.0, 1100, model=f"logs/{name}.zip")
+    (record,), problems = find_records([tmp_path])
     assert record.report == {}
     assert problems == [
-        f"{folder}/report.json was left out: {problem} Evaluate that one with `sb3-clipvf report --env`."
+        f"{folder}/report.json was left out: it is about {name}.zip of step 1,100, not about the {kind} model of step "
+        f"{steps}. Evaluate that one with `sb3-clipvf report --env{option}`."
     ]
-    # The file of the final model is not there: a report of another one is told by its name.
-    (folder / "CartPole-v1.zip").unlink()
+    # Without the model's file, its step is not known.
+    (folder / f"{name}.zip").unlink()
     (record,), _ = find_records([tmp_path])
-    assert bool(record.report) == (model == "CartPole-v1.zip")
+    assert record.report["mean_return"] == 9.0
 
 
 @pytest.mark.parametrize("arrays", [{}, {"timesteps": [1, 2], "results": [[1.0]]}, {"timesteps": [], "results": []}])

@@ -207,6 +207,8 @@ def test_the_numbers_of_a_run(two_settings: list[Group]) -> None:
         "best_evaluation": 31.0,
         "trained_agent": None,
         "sampling_agent": None,
+        "best_model": None,
+        "sampling_best": None,
         "steps": 200.0,
         "seconds": 2.0,
         "steps_per_second": 100.0,
@@ -245,14 +247,18 @@ def test_markdown_and_latex_have_the_means(two_settings: list[Group]) -> None:
     assert rows[-2] == r"\end{tabular}"
 
 
-def test_sampled_and_most_probable_actions_are_not_averaged(tmp_path: Path) -> None:
-    for seed, (value, deterministic) in enumerate(((1.0, True), (3.0, True), (10.0, False)), 1):
+def test_reports_of_other_models_and_actions_are_not_averaged(tmp_path: Path) -> None:
+    reports = ((1.0, "CartPole-v1", True), (3.0, "CartPole-v1", True), (10.0, "CartPole-v1", False))
+    reports += ((20.0, "best_model", True), (30.0, "best_model", False))
+    for seed, (value, model, deterministic) in enumerate(reports, 1):
         folder = write_run(tmp_path / f"clipppo/CartPole-v1_{seed}", seed=seed)
-        write_report(folder, value, 400, deterministic=deterministic)
+        write_report(folder, value, 400, model=f"logs/{model}.zip", deterministic=deterministic)
     (group,) = groups_of(tmp_path)
-    found = statistics_of(group)
-    assert (found["trained_agent"].values, found["sampling_agent"].values) == ((1.0, 3.0), (10.0,))
-    assert "| Trained agent | Trained agent, sampled |" in markdown_table([group])
+    found = {key: statistic.values for key, statistic in statistics_of(group).items()}
+    assert (found["trained_agent"], found["sampling_agent"]) == ((1.0, 3.0), (10.0,))
+    assert (found["best_model"], found["sampling_best"]) == ((20.0,), (30.0,))
+    titles = "| Trained agent | Trained agent, sampled | Best model | Best model, sampled |"
+    assert titles in markdown_table([group])
 
 
 def test_latex_has_the_characters_of_names(tmp_path: Path) -> None:

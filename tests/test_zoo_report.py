@@ -304,6 +304,9 @@ def test_command_takes_the_best_model_without_a_video(tmp_path: Path, capsys: py
     (run.folder / "Scripted-v0.zip").unlink()
     assert main(argv) == 0
     assert "training        32 steps, of a training that did not end\n" in capsys.readouterr().out
+    # The page of the run has its number.
+    assert main([*argv, "-o", str(tmp_path / "table.md")]) == 0
+    assert "Best model, sampled" in (tmp_path / "table.md").read_text()
 
 
 @pytest.mark.usefixtures("plotly")

@@ -45,8 +45,8 @@ class Record:
     :param evaluations: Mean returns of the evaluations during the training.
     :param log: Series of SB3's logger, by key.
     :param is_resumed: Whether its training was resumed, so that its times are not known.
-    :param report: What ``sb3-clipvf report`` wrote about the final model: ``mean_return`` and ``deterministic``; {}
-        without it.
+    :param report: What ``sb3-clipvf report`` wrote about the final model, or the best one if ``is_best``:
+        ``mean_return``, ``deterministic`` and ``is_best``; {} without it.
     :param steps: Environment steps of the training so far.
     :param is_finished: Whether a model of the end was saved; None if the run is not the Zoo's.
     :param versions: Versions of the packages that trained, by name.
@@ -132,7 +132,7 @@ def read_record(folder: Path, inner: Sequence[Path] = ()) -> tuple[Record, list[
     problems: list[str] = []
     run = _zoo_run(folder)
     arguments, settings = ({}, {}) if run is None else (read_arguments(run), read_hyperparams(run))
-    model = _Model() if run is None else _read_model(run, problems)
+    model = _Model() if run is None else _read_model(run.model_path, problems)
     monitors = sorted(folder.glob(_MONITOR_FILES))
     env_id, episodes, log, evaluations = "", Series.of([]), {}, None
     with _noting(problems):
@@ -219,10 +219,9 @@ class _Model:
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
-def _read_model(run: Run, problems: list[str]) -> _Model:
+def _read_model(path: Path, problems: list[str]) -> _Model:
     from sb3_clipvf.files.archive import entries_of, read_bytes, reason_of  # imports torch
 
-    path = run.model_path
     if not path.is_file():
         return _Model()
     with _noting(problems):
@@ -244,8 +243,8 @@ def _read_model(run: Run, problems: list[str]) -> _Model:
     return _Model()
 
 
-def _read_report(folder: Path, num_timesteps: int | None, problems: list[str]) -> dict[str, Any]:
-    """Read ``report.json`` if it is about the final model, which has ``num_timesteps`` steps; None if unknown."""
+def _read_report(folder: Path, final_steps: int | None, problems: list[str]) -> dict[str, Any]:
+    """Read ``report.json`` unless it is about an earlier model; the final one has ``final_steps`` steps, if known."""
     path = folder / "report.json"
     if not path.is_file():
         return {}
@@ -253,18 +252,20 @@ def _read_report(folder: Path, num_timesteps: int | None, problems: list[str]) -
         try:
             numbers = dict(json.loads(path.read_text(encoding="utf-8")))
             name, steps = Path(numbers["model"]).name, int(numbers["num_timesteps"])
-            found = {"mean_return": float(numbers["mean_return"]), "deterministic": numbers["deterministic"]}
+            found = {"mean_return": float(numbers["mean_return"]), "deterministic": bool(numbers["deterministic"])}
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{path} must be what `sb3-clipvf report --env` wrote, but is damaged ({type(error).__name__}: "
                 f"{error}). Remove it."
             ) from error
-        if name != "best_model.zip" and num_timesteps in (None, steps):
-            return found
-        final = "the final model" if num_timesteps is None else f"the final model of step {num_timesteps:,}"
+        is_best = name == "best_model.zip"
+        own_steps = _read_model(path.with_name(name), problems).num_timesteps if is_best else final_steps
+        if own_steps in (None, steps):
+            return {**found, "is_best": is_best}
+        kind, option = ("best", " --load-best") if is_best else ("final", "")
         problems.append(
-            f"{path} was left out: it is about {name} of step {steps:,}, not about {final}. Evaluate that one with "
-            "`sb3-clipvf report --env`."
+            f"{path} was left out: it is about {name} of step {steps:,}, not about the {kind} model of step "
+            f"{own_steps:,}. Evaluate that one with `sb3-clipvf report --env{option}`."
         )
     return {}
 

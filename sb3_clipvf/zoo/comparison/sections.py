@@ -102,7 +102,8 @@ def videos(groups: Sequence[Group], places: Mapping[str, int]) -> str:
             left -= size
             content = base64.b64encode(Path(path).read_bytes()).decode()
             shown = f'<video controls loop muted playsinline src="data:video/mp4;base64,{content}"></video>'
-        figures.append(f"<figure><figcaption>{_title(group, places)}</figcaption>{shown}</figure>")
+        caption = f"{_title(group, places)} <small>{escape(path.name)}</small>"
+        figures.append(f"<figure><figcaption>{caption}</figcaption>{shown}</figure>")
     if not figures:
         return ""
     return f'<section id="videos"><h2>Videos</h2><div class="grid">{"".join(figures)}</div></section>'

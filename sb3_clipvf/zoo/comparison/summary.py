@@ -30,6 +30,10 @@ COLUMNS = (
     Column("best_evaluation", "Best evaluation", "largest mean return of an evaluation during the training"),
     Column("trained_agent", "Trained agent", "mean return in sb3-clipvf report --env, with the most probable actions"),
     Column("sampling_agent", "Trained agent, sampled", "mean return in sb3-clipvf report --env, with sampled actions"),
+    Column("best_model", "Best model", "mean return in sb3-clipvf report --load-best, with the most probable actions"),
+    Column(
+        "sampling_best", "Best model, sampled", "mean return in sb3-clipvf report --load-best, with sampled actions"
+    ),
     Column("steps", "Steps", "environment steps of the training"),
     Column("seconds", "Seconds", "seconds from the start of the training to the end of its last episode"),
     Column("steps_per_second", "Steps/s", "steps up to the end of the last episode, divided by these seconds"),
@@ -58,13 +62,16 @@ def numbers_of(record: Record) -> dict[str, float | None]:
     curve = smoothed_returns(record)
     means = None if record.evaluations is None else record.evaluations.values
     seconds, agent = record.seconds, record.report.get("mean_return")
+    kind = (record.report.get("is_best"), record.report.get("deterministic"))
     return {
         "last_return": float(curve.values[-1]) if len(curve.values) > 0 else None,
         "mean_return": _mean_over_steps(curve.steps, curve.values, record.steps),
         "last_evaluation": None if means is None else float(means[-1]),
         "best_evaluation": None if means is None else float(np.nanmax(means)),
-        "trained_agent": agent if record.report.get("deterministic") else None,
-        "sampling_agent": None if record.report.get("deterministic") else agent,
+        "trained_agent": agent if kind == (False, True) else None,
+        "sampling_agent": agent if kind == (False, False) else None,
+        "best_model": agent if kind == (True, True) else None,
+        "sampling_best": agent if kind == (True, False) else None,
         "steps": record.steps,
         "seconds": seconds,
         "steps_per_second": float(record.episodes.steps[-1] / seconds) if seconds else None,
