@@ -131,7 +131,6 @@ def test_a_run_has_what_its_files_hold(tmp_path: Path) -> None:
     np.testing.assert_array_equal(record.evaluations.seconds, [1, 2])
     assert record.report["mean_return"] == 9.0
     assert record.video == folder / "videos" / "CartPole-v1.mp4"
-    assert record.is_finished
     assert record.versions == {"Python": "3.11.7", "Stable-Baselines3": "2.9.2"}
 
 
@@ -140,13 +139,7 @@ def test_files_of_sb3_alone_are_a_run(tmp_path: Path) -> None:
     (tmp_path / "eval").mkdir()
     write_evaluations(tmp_path / "eval" / "evaluations.npz", [20], [[3.0]])
     (record,), problems = find_records([tmp_path])
-    assert (record.env_id, record.algo, record.seed, record.steps, record.is_finished) == (
-        "Pendulum-v1",
-        "",
-        None,
-        20,
-        None,
-    )
+    assert (record.env_id, record.algo, record.seed, record.steps) == ("Pendulum-v1", "", None, 20)
     assert record.settings == {} and problems == []
     assert record.evaluations is not None
 
@@ -245,7 +238,7 @@ def test_an_unfinished_run_is_shown_with_the_way_to_resume_it(tmp_path: Path) ->
     folder = write_run(tmp_path / "my runs" / "CartPole-v1_1")
     (folder / "CartPole-v1.zip").unlink()
     (record,), (problem,) = find_records([tmp_path])
-    assert record.is_finished is False and record.steps == 400
+    assert record.steps == 400
     assert "holds no final model" in problem and "resume" not in problem
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "checkpoint_64.zip").touch()

@@ -2,7 +2,7 @@
 Checkpoints of a whole training, and the best model of a training.
 
 ``TrainingCheckpoint`` writes checkpoints, ``ClipPPO.resume`` continues from them. ``SaveBestTrainingReward`` keeps the
-model with the best mean return of the training episodes. All files are written by ``atomic_write``.
+model with the best mean return of the training episodes. All files are written atomically.
 """
 
 from sb3_clipvf.checkpoint.best_training import SaveBestTrainingReward, load_best_training
@@ -10,7 +10,6 @@ from sb3_clipvf.checkpoint.errors import DamagedCheckpointError, EnvironmentMism
 from sb3_clipvf.checkpoint.file import Checkpoint, CheckpointManifest, newest_checkpoint, read_checkpoint, read_manifest
 from sb3_clipvf.checkpoint.resumable import ResumableEnv
 from sb3_clipvf.checkpoint.training_checkpoint import TrainingCheckpoint
-from sb3_clipvf.files.atomic import atomic_write
 
 __all__ = [
     "Checkpoint",
@@ -21,7 +20,6 @@ __all__ = [
     "ResumableEnv",
     "SaveBestTrainingReward",
     "TrainingCheckpoint",
-    "atomic_write",
     "load_best_training",
     "newest_checkpoint",
     "read_checkpoint",

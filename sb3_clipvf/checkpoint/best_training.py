@@ -106,11 +106,6 @@ class SaveBestTrainingReward(BaseCallback):
         self._is_started = False
         self._warned: set[str] = set()
 
-    @property
-    def manifest_path(self) -> Path:
-        """File with the best mean return, its environment step, and the names of the best model's files."""
-        return self.save_path / f"{self.name_prefix}.json"
-
     def _init_callback(self) -> None:
         if self._n_required() > self._window():
             raise ValueError(

@@ -48,7 +48,6 @@ class Record:
     :param report: What ``sb3-clipvf report`` wrote about the final model, or the best one if ``is_best``:
         ``mean_return``, ``deterministic`` and ``is_best``; {} without it.
     :param steps: Environment steps of the training so far.
-    :param is_finished: Whether a model of the end was saved; None if the run is not the Zoo's.
     :param versions: Versions of the packages that trained, by name.
     :param video: A video of the trained agent.
     """
@@ -66,7 +65,6 @@ class Record:
     is_resumed: bool
     report: Mapping[str, Any]
     steps: float
-    is_finished: bool | None
     versions: Mapping[str, str]
     video: Path | None
 
@@ -155,8 +153,7 @@ def read_record(folder: Path, inner: Sequence[Path] = ()) -> tuple[Record, list[
             evaluations = read_evaluations(path).timed(episodes)
     ends = [one.steps[-1] for one in (episodes, *log.values()) if len(one.steps) > 0]
     ends += [] if evaluations is None else [evaluations.steps[-1]]
-    is_finished = None if run is None else run.model_path.is_file()
-    if is_finished is False:
+    if run is not None and not run.model_path.is_file():
         problems.append(_unfinished(folder, arguments))
     record = Record(
         folder=folder,
@@ -172,7 +169,6 @@ def read_record(folder: Path, inner: Sequence[Path] = ()) -> tuple[Record, list[
         is_resumed=is_resumed,
         report=_read_report(folder, model.num_timesteps, problems),
         steps=float(model.num_timesteps or max(ends, default=0)),
-        is_finished=is_finished,
         versions=model.versions,
         video=next(iter(sorted(folder.glob("videos/*.mp4"))), None),
     )
