@@ -215,7 +215,8 @@ def digest(model: ClipPPO, folder: Path) -> dict[str, str]:
         "logged": [{k: v for k, v in model.logger.name_to_value.items() if not k.startswith("time/")}],
     }
     for path in sorted(folder.rglob("*.monitor.csv")):
-        parts[path.name] = [row.split(",")[:2] for row in path.read_text().splitlines()[1:]]  # without the times
+        table = [row.split(",") for row in path.read_text().splitlines()[1:]]
+        parts[path.name] = [row[:2] + row[3:] for row in table]  # without the times
     if (folder / "evaluations.npz").exists():
         with np.load(folder / "evaluations.npz") as history:
             parts["evaluations"] = {name: history[name] for name in history.files}

@@ -25,7 +25,7 @@ from gymnasium.wrappers import (
 )
 from rl_zoo3.wrappers import ActionSmoothingWrapper, DelayedRewardWrapper, HistoryWrapper
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.monitor import Monitor, load_results
+from stable_baselines3.common.monitor import Monitor, ResultsWriter, load_results
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper, VecNormalize
 
 from sb3_clipvf import ClipPPO
@@ -38,7 +38,7 @@ from sb3_clipvf.checkpoint import (
     newest_checkpoint,
 )
 from sb3_clipvf.checkpoint.env_state import env_state, restore_env
-from sb3_clipvf.envs import FastDummyVecEnv, FastVecNormalize, as_vec_env
+from sb3_clipvf.envs import FastDummyVecEnv, FastVecNormalize, as_vec_env, vector
 from sb3_clipvf.files import codec
 
 CLASSIC = ("CartPole-v1", "Pendulum-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Acrobot-v1")
@@ -384,6 +384,22 @@ def test_monitor_files_lose_what_came_after_the_checkpoint_and_nothing_else(
     assert killed[["r", "l"]].equals(whole[["r", "l"]])
     assert len(killed) > 5
     assert killed["t"].is_monotonic_increasing
+
+
+def test_files_of_earlier_versions_keep_their_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_steps(path: str, header: dict[str, Any], extra_keys: tuple[str, ...]) -> ResultsWriter:
+        writer = ResultsWriter(path, header)
+        writer.logger.extrasaction = "ignore"
+        return writer
+
+    monkeypatch.setattr(vector, "ResultsWriter", without_steps)
+    checkpoint_cases.killed(CASES["rows"], tmp_path)
+    monkeypatch.undo()
+    # The second resume reads a checkpoint of this version.
+    for _ in range(2):
+        checkpoint_cases.resumed(CASES["rows"], tmp_path)
+        results = load_results(str(tmp_path))
+        assert list(results) == ["index", "r", "l", "t"] and len(results) > 5
 
 
 def test_long_monitor_files_are_cut_and_not_kept(

@@ -338,7 +338,8 @@ class TestStatistics:
             venv.step(np.zeros(3, np.int64))
         venv.close()
         results = load_results(str(tmp_path))
-        assert results[["r", "l"]].to_numpy().tolist() == [[3.5, 2], [6.75, 3], [11.0, 4]]
+        rows = results[["r", "l", "total_timesteps"]].to_numpy().tolist()
+        assert rows == [[3.5, 2, 6], [6.75, 3, 9], [11.0, 4, 12]]
         assert (tmp_path / "training.monitor.csv").is_file()
 
     def test_evaluate_policy_uses_them(self, request: pytest.FixtureRequest) -> None:

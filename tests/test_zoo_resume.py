@@ -266,9 +266,9 @@ def test_the_environments_are_those_of_the_run(
     assert resume(RUN / "checkpoints" / "checkpoint_256.zip") == 0
     for name in sorted(path.name for path in (first / RUN).glob("*.monitor.csv")):
         rows = [
-            [row.split(",")[:2] for row in (folder / RUN / name).read_text().splitlines()[1:]]
-            for folder in (first, second)
+            [row.split(",") for row in (folder / RUN / name).read_text().splitlines()[1:]] for folder in (first, second)
         ]
+        rows = [[row[:2] + row[3:] for row in table] for table in rows]  # without the times
         assert rows[0] == rows[1]
         assert len(rows[0]) > 2
     models = [ClipPPO.load(folder / RUN / "CartPole-v1.zip", device="cpu") for folder in (first, second)]

@@ -282,6 +282,14 @@ def test_a_curve_counts_the_steps_of_all_processes(tmp_path: Path) -> None:
     assert curve.steps_per_second == 60
 
 
+def test_a_file_of_all_environments_has_the_steps_of_the_training(tmp_path: Path) -> None:
+    # Environment 0 ends episodes at its own steps 10 and 40, environment 1 at 25. The last line is cut.
+    rows = "1.0,10,1.0,20\n2.0,25,2.0,50\n3.0,30,3.0,80\n4.0,30,3.1,1"
+    (tmp_path / "0.monitor.csv").write_text(f'#{{"t_start": 0.0}}\nr,l,t,total_timesteps\n{rows}')
+    np.testing.assert_array_equal(read_training_curve(tmp_path, 90).steps, [20, 50, 80])
+    np.testing.assert_array_equal(read_training_curve(tmp_path, 180, n_processes=2).steps, [40, 100, 160])
+
+
 def test_the_seconds_of_a_curve_count_from_the_start_of_the_training(tmp_path: Path) -> None:
     write_monitor(tmp_path, 0, 100.0, "1.0,10,6.0\n2.0,30,10.0\n")
     curve = read_training_curve(tmp_path, started=106.0)

@@ -20,6 +20,7 @@ from sb3_clipvf.envs.envpool import EnvPoolVecEnv, SparedEnvPoolVecEnv
 from sb3_clipvf.envs.gymnasium_vector import AtariVecEnv, CartPoleVecEnv, SeparateVecEnv
 from sb3_clipvf.zoo import main, register
 from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
+from sb3_clipvf.zoo.runs import read_training_curve
 from sb3_clipvf.zoo.vec_env import EnvSettings, make_vec_env, wrapper_list
 
 pytestmark = [
@@ -87,8 +88,17 @@ class TestTraining:
     def test_end_to_end(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vec_env: str, cls: type[Any]) -> None:
         if vec_env == "envpool":
             pytest.importorskip("envpool")
-        used = []
-        learn = ClipPPO.learn
+        used, ends = [], []
+        learn, step_wait = ClipPPO.learn, cls.step_wait
+
+        def counted(self: Any) -> Any:
+            counted.steps += self.num_envs  # type: ignore[attr-defined]
+            returned = step_wait(self)
+            ends.extend(counted.steps for info in returned[3] if "episode" in info)  # type: ignore[attr-defined]
+            return returned
+
+        counted.steps = 0  # type: ignore[attr-defined]
+        monkeypatch.setattr(cls, "step_wait", counted)
 
         def spied(self: ClipPPO, *args: Any, **kwargs: Any) -> Any:
             used.append(type(self.env.unwrapped))
@@ -100,6 +110,7 @@ class TestTraining:
         run = tmp_path / "logs" / "clipppo" / "CartPole-v1_1"
         # Random play lasts some 20 steps.
         assert len(load_results(str(run))) >= 5
+        assert read_training_curve(run, 256).steps.tolist() == ends
         assert f"- {vec_env}\n" in (run / "CartPole-v1" / "args.yml").read_text()
         assert (run / "evaluations.npz").is_file()
         # The model continues in the Zoo's own environments.

@@ -1,5 +1,6 @@
 """The state of ``Monitor``'s files: a resume removes rows after the checkpoint, and restores lost rows."""
 
+import csv
 import os
 from typing import Any
 
@@ -64,3 +65,8 @@ def restore_file(writer: ResultsWriter | None, state: dict[str, Any] | None) -> 
     handler.truncate()
     handler.write(content.decode())
     handler.flush()
+    head = content.split(b"\n", 2)
+    if head[0].startswith(b"#") and len(head) == 3:
+        # The present version may write more columns than the file has.
+        columns = next(csv.reader([head[1].decode()]))
+        writer.logger = csv.DictWriter(handler, columns, extrasaction="ignore")

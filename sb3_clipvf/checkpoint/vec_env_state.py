@@ -196,7 +196,7 @@ def _stacks(stack: StackedObservations[Any]) -> list[StackedObservations[Any]]:
 def _adapter_state(layer: BatchedVecEnv) -> tuple[dict[str, Any], list[str]]:
     env = layer.env
     state: dict[str, Any] = {
-        "statistics": frozen(read_attributes(layer.statistics, "started_at returns lengths")),
+        "statistics": frozen(read_attributes(layer.statistics, "started_at returns lengths total_timesteps")),
         "file": file_state(layer._writer),
         "cartpole": None,
         "sync": None,

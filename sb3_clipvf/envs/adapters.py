@@ -33,8 +33,9 @@ def as_vec_env(
     :param env: A gymnasium ``VectorEnv`` of any autoreset mode, an EnvPool of ``env_type="gymnasium"``, an
         ``AtariVectorEnv`` of ale-py, or a :class:`TensorVecEnv`.
     :param clip_rewards: Whether the algorithm gets the sign of each reward. Returns in ``info["episode"]`` stay true.
-    :param monitor_path: File for the return, length and time of each episode, in the format of SB3's ``Monitor``;
-        ``.monitor.csv`` is appended where the name lacks it. None: no file.
+    :param monitor_path: File for the return, length and time of each episode, in the format of SB3's ``Monitor``, with
+        a column ``total_timesteps``: steps of all environments at the end of the episode. ``.monitor.csv`` is appended
+        where the name lacks it. None: no file.
     :param spares: For an EnvPool: two environments per row, of which one plays and the other waits, already reset.
         Resets then run during the next step of all rows, instead of in a step of their own.
     :return: The environment with SB3's interface. ``.env`` is ``env``.

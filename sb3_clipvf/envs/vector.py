@@ -58,7 +58,7 @@ class BatchedVecEnv(VecEnv):
         if monitor_path is not None:
             env_id = str(getattr(getattr(env, "spec", None), "id", None) or _name(env))
             header: dict[str, float | str] = {"t_start": self.statistics.started_at, "env_id": env_id}
-            self._writer = ResultsWriter(fspath(monitor_path), header=header)
+            self._writer = ResultsWriter(fspath(monitor_path), header=header, extra_keys=("total_timesteps",))
 
     @abstractmethod
     def _reset_all(self, seeds: list[int] | None, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
@@ -126,7 +126,8 @@ class BatchedVecEnv(VecEnv):
             if self._adds_statistics and not are_statistics(info.get("episode")):
                 info["episode"] = episode
             if self._writer is not None and are_statistics(info.get("episode")):
-                self._writer.write_row({key: info["episode"][key] for key in ("r", "l", "t")})
+                row = {key: info["episode"][key] for key in ("r", "l", "t")}
+                self._writer.write_row({**row, "total_timesteps": self.statistics.total_timesteps})
 
     def _info_rows(self, infos: dict[str, Any], n_rows: int) -> list[dict[str, Any]]:
         """Return the infos of a batch as one dict per row."""
@@ -197,6 +198,7 @@ class EpisodeStatistics:
         self.started_at = time.time()
         self.returns = np.zeros(n_envs, np.float64)
         self.lengths = np.zeros(n_envs, np.int64)
+        self.total_timesteps = 0  # of all environments and episodes
 
     def restart(self) -> None:
         """Begin a new episode in every environment."""
@@ -207,6 +209,7 @@ class EpisodeStatistics:
         """Add one step of every environment, with true rewards ``(n_envs,)``."""
         self.returns += rewards
         self.lengths += 1
+        self.total_timesteps += len(self.lengths)
 
     def finish(self, index: int) -> dict[str, Any]:
         """End an episode; return ``r``, its return, ``l``, its length in steps of the agent, and ``t``, seconds."""

@@ -300,9 +300,10 @@ def read_training_curve(
     Read the episodes of a training from its monitor files.
 
     The environments step together, so an episode that ends after ``k`` steps of its own environment ends at step
-    ``k * n_envs * n_processes`` of the training. If one file serves all environments, the step is the sum of the
-    lengths so far, which is too low by the steps of the episodes that have not ended. Monitor counts frames below
-    Atari's frame skip: if its count is a multiple of the training's, steps are divided by that (whole) number.
+    ``k * n_envs * n_processes`` of the training. If one file serves all environments, its column ``total_timesteps``
+    has ``k * n_envs``. Without this column (SB3's ``VecMonitor``, earlier versions), the step is the sum of the lengths
+    so far, which is too low by the steps of the episodes that have not ended. Monitor counts frames below Atari's
+    frame skip: if its count is a multiple of the training's, steps are divided by that (whole) number.
 
     :param folder: Folder of the run, with ``<i>.monitor.csv``, or ``monitor.csv`` of SB3's ``VecMonitor``.
     :param num_timesteps: Environment steps of the whole training; None if unknown.
@@ -315,9 +316,7 @@ def read_training_curve(
     first_start = min((file.start for file in files), default=0.0)
     rows: list[tuple[float, int, float]] = []
     for file in files:
-        own_steps = 0
-        for episode_return, length, end in file.episodes:
-            own_steps += length
+        for episode_return, own_steps, end in file.episodes:
             rows.append((file.start - first_start + end, own_steps * len(files) * n_processes, episode_return))
     rows.sort()
     seconds, steps, returns = (np.array([row[i] for row in rows], dtype=np.float64) for i in range(3))
@@ -330,7 +329,11 @@ def read_training_curve(
 
 @dataclass(frozen=True)
 class MonitorFile:
-    """Start (s since 1970), environment, and the return, length and end (s since the start) of each episode."""
+    """
+    Start (s since 1970), environment and episodes of a file.
+
+    An episode has its return, the steps of the file's environments at its end, and the seconds from the start.
+    """
 
     start: float
     env_id: str
@@ -343,7 +346,7 @@ def read_monitor(path: Path) -> MonitorFile:
 
     :raises ValueError: If the file has no header or is damaged.
     """
-    episodes = []
+    episodes, steps = [], 0
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         try:
             header = json.loads(file.readline().lstrip("#"))
@@ -354,10 +357,12 @@ def read_monitor(path: Path) -> MonitorFile:
                 "Remove it if its training has ended."
             ) from error
         try:
-            for row in csv.DictReader(file):
+            # A kill may have cut the last line.
+            for row in csv.DictReader(line for line in file if line.endswith("\n")):
                 try:
-                    episodes.append((float(row["r"]), int(row["l"]), float(row["t"])))
-                except (TypeError, ValueError):  # a kill may have cut the last line
+                    steps = int(row["total_timesteps"]) if "total_timesteps" in row else steps + int(row["l"])
+                    episodes.append((float(row["r"]), steps, float(row["t"])))
+                except (TypeError, ValueError):
                     break
         except (KeyError, csv.Error) as error:
             raise ValueError(
