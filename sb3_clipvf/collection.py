@@ -102,7 +102,7 @@ class RolloutCollector(OnPolicyAlgorithm):
             if writer is None:
                 obs_tensor = to_tensor(self._last_obs, self.device) if makes_tensors else None
                 acted = self._act(engine, obs_tensor, rollout_buffer, with_dist_params)
-                actions, values, log_probs, dist_params = acted.as_tensors() if makes_tensors else acted[:4]
+                actions, values, log_probs, dist_params, *_ = acted.as_tensors() if makes_tensors else acted
                 clipped_actions = env_actions(self.policy, self.action_space, actions)
             else:
                 clipped_actions = self._act_in_place(writer, rollout_buffer)
@@ -126,7 +126,10 @@ class RolloutCollector(OnPolicyAlgorithm):
                 if isinstance(self.action_space, spaces.Discrete):
                     actions = actions.reshape(-1, 1)
                 row = (self._last_obs, actions, bootstrapped, self._last_episode_starts)
-                add_to_buffer(rollout_buffer, row, acted if stores_arrays else None, values, log_probs, dist_params)
+                if stores_arrays:
+                    rollout_buffer.add(*row, acted.values, acted.log_prob, acted.dist_params)
+                else:
+                    _add_sb3_tensors(rollout_buffer, row, values, log_probs, dist_params)
             else:
                 writer.add(self._last_obs, bootstrapped, self._last_episode_starts)
             self._last_obs = copy_of(new_obs)
@@ -383,17 +386,6 @@ class RolloutCollector(OnPolicyAlgorithm):
             log.info(message)
 
 
-def add_to_buffer(
-    buffer: Any, row: tuple[Any, ...], arrays: Acted | None, values: Any, log_probs: Any, dist_params: Any
-) -> None:
-    """Store a step from ``arrays``. If these are None, the buffer has its own ``add``, which takes SB3's tensors."""
-    if arrays is not None:
-        buffer.add(*row, *arrays[1:4])
-    else:
-        more = {} if dist_params is None else {"dist_params": dist_params}
-        buffer.add(*row, values, log_probs, **more)
-
-
 def is_noop(callback: BaseCallback) -> bool:
     """Return whether the callback is a no-op (SB3's wrapper around ``None``, or a list of these)."""
     if type(callback) is CallbackList:
@@ -443,6 +435,12 @@ def bootstrap_truncated(
     final_values = engine.predict_values(engine.policy.obs_to_tensor(stacked)[0])
     bootstrapped[truncated] += gamma * final_values.cpu().numpy().reshape(-1)
     return bootstrapped
+
+
+def _add_sb3_tensors(buffer: Any, row: tuple[Any, ...], values: Any, log_probs: Any, dist_params: Any) -> None:
+    """Store a step in a buffer of SB3 or the user, whose ``add`` may not know ``dist_params``."""
+    more = {} if dist_params is None else {"dist_params": dist_params}
+    buffer.add(*row, values, log_probs, **more)
 
 
 def _stacked(space: spaces.Space[Any], rows: list[Any]) -> np.ndarray:

@@ -8,7 +8,7 @@ from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_clipvf.collection import add_to_buffer, to_tensor
+from sb3_clipvf.collection import to_tensor
 from sb3_clipvf.common.nonfinite import is_finite
 from sb3_clipvf.engines.in_place import InPlace, env_actions, in_place
 from sb3_clipvf.engines.interface import Acted, Engine
@@ -55,11 +55,11 @@ class HostRollout(TensorRollout):
         if self._writer is not None:
             self._writer.add(observations, rewards, collector._last_episode_starts)
         else:
-            actions = self._acted.actions
+            acted, actions = self._acted, self._acted.actions
             if isinstance(self._space, spaces.Discrete):
                 actions = actions.reshape(-1, 1)
             row = (observations, actions, rewards, collector._last_episode_starts)
-            add_to_buffer(buffer, row, self._acted, None, None, None)
+            buffer.add(*row, acted.values, acted.log_prob, acted.dist_params)
         collector._last_episode_starts = self.dones[t].numpy()
 
     def finish(self) -> th.Tensor:
