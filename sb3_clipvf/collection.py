@@ -26,7 +26,7 @@ from sb3_clipvf.distributions import dist_param_dim
 from sb3_clipvf.engines.in_place import InPlace, env_actions, in_place, may_read_actions
 from sb3_clipvf.engines.interface import Acted, Engine
 from sb3_clipvf.engines.recognition import has_own_add
-from sb3_clipvf.envs.episode_ends import WAY_OUT, ended_unseen
+from sb3_clipvf.envs.episode_ends import MONITOR_ADVICE, UnreportedEnd, unreported_end
 from sb3_clipvf.envs.rows import copy_of
 from sb3_clipvf.envs.shapes import StepCheck
 from sb3_clipvf.guards.diagnosis import (
@@ -283,15 +283,15 @@ class RolloutCollector(OnPolicyAlgorithm):
     def _look_for_lost_episodes(self, infos: list[dict[str, Any]], dones: np.ndarray) -> None:
         """Warn once if episodes end outside of Monitor; stop looking when it reports one."""
         for index in np.flatnonzero(dones).tolist():
-            unseen = None if "episode" in infos[index] else ended_unseen(cast(VecEnv, self.env), index)
-            self._may_lose_episodes = unseen is False
-            if unseen:
+            end = None if "episode" in infos[index] else unreported_end(cast(VecEnv, self.env), index)
+            if end is UnreportedEnd.LOST:
                 log.warning(
                     "A wrapper outside of Monitor, such as TimeLimit, ends episodes that Monitor does not report: "
                     "`rollout/ep_rew_mean` does not include them, and SB3's evaluate_policy would loop forever. %s",
-                    WAY_OUT,
+                    MONITOR_ADVICE,
                 )
-            if not self._may_lose_episodes:
+            if end is not UnreportedEnd.RUNNING:
+                self._may_lose_episodes = False
                 return
 
     # ------------------------------------------------------------------ environments and buffer

@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from sb3_clipvf.checkpoint import ResumableEnv
 from sb3_clipvf.checkpoint.vec_env_state import describe_vec_env, restore_vec_env, vec_env_state
 from sb3_clipvf.envs import FastDummyVecEnv, as_vec_env
-from sb3_clipvf.envs.episode_ends import EpisodeEnds, ended_unseen
+from sb3_clipvf.envs.episode_ends import EpisodeEnds, UnreportedEnd, unreported_end
 
 
 class Walk(gym.Env[Any, Any]):
@@ -155,14 +155,14 @@ def test_unmonitored_and_reported_episodes_are_unchanged(env: Any) -> None:
 @pytest.mark.parametrize(
     ("env", "expected"),
     [
-        (lambda: TimeLimit(Monitor(Walk()), 5), True),
-        (lambda: Stepping(TimeLimit(Monitor(Walk()), 5)), True),
-        (lambda: TimeLimit(EpisodicLifeEnv(Monitor(Walk())), 5), False),
-        (lambda: TimeLimit(Walk(), 5), None),
+        (lambda: TimeLimit(Monitor(Walk()), 5), UnreportedEnd.LOST),
+        (lambda: Stepping(TimeLimit(Monitor(Walk()), 5)), UnreportedEnd.LOST),
+        (lambda: TimeLimit(EpisodicLifeEnv(Monitor(Walk())), 5), UnreportedEnd.RUNNING),
+        (lambda: TimeLimit(Walk(), 5), UnreportedEnd.UNKNOWN),
     ],
 )
 @pytest.mark.parametrize("wrap", [lambda venv: venv, VecNormalize])
-def test_unreported_ends_differ_from_lost_lives(wrap: Any, env: Any, expected: bool | None) -> None:
+def test_unreported_ends_differ_from_lost_lives(wrap: Any, env: Any, expected: UnreportedEnd) -> None:
     venv = wrap(FastDummyVecEnv([Walk, env]))
     venv.reset()
     length = 0
@@ -170,13 +170,13 @@ def test_unreported_ends_differ_from_lost_lives(wrap: Any, env: Any, expected: b
     while not done:
         done = venv.step(np.zeros(2, np.int64))[2][1]
         length += 1
-    assert ended_unseen(venv, 1, length) is expected
+    assert unreported_end(venv, 1, length) is expected
 
 
-def test_unreadable_environments_give_none() -> None:
+def test_the_state_in_unreadable_environments_is_unknown() -> None:
     venv = as_vec_env(gym.make_vec("CartPole-v1", 2))
     venv.reset()
-    assert ended_unseen(venv, 0) is None
+    assert unreported_end(venv, 0) is UnreportedEnd.UNKNOWN
 
 
 def test_checkpoints_are_exact_with_it() -> None:

@@ -1,6 +1,7 @@
 """Find and report episodes that a wrapper outside of SB3's ``Monitor`` ends, such as ``TimeLimit``."""
 
 import time
+from enum import Enum, auto
 from typing import Any
 
 import gymnasium as gym
@@ -8,23 +9,27 @@ from stable_baselines3.common.env_util import unwrap_wrapper
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
-WAY_OUT = "Put Monitor outside of that wrapper, or use VecMonitor instead."
+MONITOR_ADVICE = "Put Monitor outside of that wrapper, or use VecMonitor instead."
 
 
-def ended_unseen(venv: VecEnv, index: int, length: int = 1) -> bool | None:
-    """
-    Return whether a wrapper outside of ``Monitor`` ended the episode that the last step ended without a report.
+class UnreportedEnd(Enum):
+    """State of an episode that ended without a report of ``Monitor``."""
 
-    False: ``Monitor`` still counts this episode, of at least ``length`` steps, for example after the loss of a life.
-    None: there is no ``Monitor``, or its attributes cannot be read.
-    """
+    LOST = auto()  #: A wrapper outside of ``Monitor`` ended it.
+    RUNNING = auto()  #: ``Monitor`` still counts its steps, for example after the loss of a life.
+    UNKNOWN = auto()  #: There is no ``Monitor``, or its attributes cannot be read.
+
+
+def unreported_end(venv: VecEnv, index: int, length: int = 1) -> UnreportedEnd:
+    """Return the state of the episode, of at least ``length`` steps, that the last step ended without a report."""
     try:
         if not venv.env_is_wrapped(Monitor, [index])[0]:
-            return None
+            return UnreportedEnd.UNKNOWN
         rewards = venv.get_attr("rewards", [index])[0]
     except Exception:  # any environment may raise any error; this check must not end the training
-        return None
-    return isinstance(rewards, list) and len(rewards) < length
+        return UnreportedEnd.UNKNOWN
+    is_lost = isinstance(rewards, list) and len(rewards) < length
+    return UnreportedEnd.LOST if is_lost else UnreportedEnd.RUNNING
 
 
 def check_end(locals_: dict[str, Any], globals_: dict[str, Any], name: str = "env") -> None:
@@ -32,10 +37,10 @@ def check_end(locals_: dict[str, Any], globals_: dict[str, Any], name: str = "en
     if not locals_["done"] or not locals_["is_monitor_wrapped"] or "episode" in locals_["info"]:
         return
     length = int(locals_["current_lengths"][locals_["i"]])
-    if ended_unseen(locals_["env"], locals_["i"], length):
+    if unreported_end(locals_["env"], locals_["i"], length) is UnreportedEnd.LOST:
         raise ValueError(
             f"`{name}` must report the end of each episode, got one that a wrapper outside of Monitor ended after "
-            f"{length} steps, as TimeLimit does. {WAY_OUT}"
+            f"{length} steps, as TimeLimit does. {MONITOR_ADVICE}"
         )
 
 
