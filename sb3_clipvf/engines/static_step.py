@@ -51,9 +51,9 @@ class StaticEngine(AutogradEngine):
 
     def _run_epochs(self, buffer: Any, coefficients: UpdateCoefficients) -> Record:
         step = self._bind(buffer, coefficients)
-        played = PlayedEpochs(self, step, buffer, coefficients)
+        epochs = FinishedEpochs(self, step, buffer, coefficients)
         try:
-            return run_epochs(played, self.settings, coefficients, buffer, draw=played.draw)
+            return run_epochs(epochs, self.settings, coefficients, buffer, draw=epochs.draw)
         finally:  # also after Ctrl-C, the optimizer's state must count the steps made
             step.write_back()
 
@@ -69,7 +69,7 @@ class StaticEngine(AutogradEngine):
         self._step.load(coefficients, rollout)
         return self._step
 
-    def play(self, step: "StaticStep", rows: th.Tensor, measure_kl: bool, log: th.Tensor) -> None:
+    def run_epoch(self, step: "StaticStep", rows: th.Tensor, measure_kl: bool, log: th.Tensor) -> None:
         """Run the minibatches of one epoch, whose order of the rollout's rows is given, and fill the epoch's log."""
         start, number = 0, 0
         for sizes in chunks(len(rows), self.settings.batch_size):
@@ -90,9 +90,9 @@ def chunks(n_rows: int, batch_size: int) -> list[tuple[int, ...]]:
     return [tuple(sizes[start : start + CHUNK]) for start in range(0, len(sizes), CHUNK)]
 
 
-class PlayedEpochs:
+class FinishedEpochs:
     """
-    The minibatches of an update, as :func:`.epochs.run_epochs` takes them after they have run.
+    Statistics of minibatches that have already run, in the form that :func:`.epochs.run_epochs` reads.
 
     All epochs run before the first read of their statistics. Only ``target_kl`` is read after each epoch, since it
     decides whether there is a next one.
@@ -146,7 +146,7 @@ class PlayedEpochs:
             # The host draws an epoch while the device runs the one before.
             rows = self._buffer.draw_rows()
             measure_kl = settings.measures_kl(first + number, self._coefficients)
-            self._engine.play(self._step, rows, measure_kl, log)
+            self._engine.run_epoch(self._step, rows, measure_kl, log)
             self._rows.append(rows)
         self._logs += logs.tolist()
 
