@@ -92,7 +92,7 @@ class TensorRolloutBuffer(BaseBuffer):
     """
 
     #: Marks classes of this package; a derived class does not count as one of them.
-    is_plain = True
+    is_of_this_package = True
 
     def __init__(
         self,
@@ -344,14 +344,18 @@ class TensorRolloutBuffer(BaseBuffer):
         self._allocated = cells
 
 
-# SB3's buffers that hold one row per step, and whose `get` needs a complete rollout. Ours have `is_plain`.
+# SB3's buffers that hold one row per step, and whose `get` needs a complete rollout. Ours have `is_of_this_package`.
 _KNOWN = (RolloutBuffer, DictRolloutBuffer)
 # The original, since a user may replace the class's method.
 _get_samples = TensorRolloutBuffer._get_samples
 
 
 def fit_to_rollout(buffer: Any, n_steps: int, n_envs: int) -> None:
-    """Set the size of a buffer before its next ``reset``, unless it is of a user's class, which may count otherwise."""
+    """
+    Set the size of a buffer before its next ``reset``.
+
+    It is not set if the class is the user's, whose ``buffer_size`` may mean something else.
+    """
     if _is_known(type(buffer)):
         buffer.buffer_size, buffer.n_envs = n_steps, n_envs
 
@@ -382,7 +386,7 @@ def needs_complete_rollout(buffer: Any) -> bool:
 
 
 def _is_known(cls: Any) -> bool:
-    return cls in _KNOWN or "is_plain" in vars(cls)
+    return cls in _KNOWN or "is_of_this_package" in vars(cls)
 
 
 def has_dist_params(buffer: Any) -> bool:

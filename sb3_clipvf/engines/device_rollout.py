@@ -27,7 +27,7 @@ class DeviceRolloutBuffer(TensorRolloutBuffer):
         SB3 uses. The drawing then takes no time on the host.
     """
 
-    is_plain = True
+    is_of_this_package = True
 
     def __init__(self, *args: Any, draws_on_device: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
