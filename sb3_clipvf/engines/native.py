@@ -39,7 +39,7 @@ from sb3_clipvf.engines.kernels.barrier import CANCELLED
 from sb3_clipvf.engines.kernels.mlp import workspace_size
 from sb3_clipvf.engines.kernels.totals import STAT, TOTAL
 from sb3_clipvf.engines.kernels.warmup import warm_up
-from sb3_clipvf.engines.native_parts import NativeUpdate
+from sb3_clipvf.engines.native_minibatches import NativeUpdate
 from sb3_clipvf.engines.recognition import why_unknown_buffer
 from sb3_clipvf.engines.reduction import run_shared_epochs
 from sb3_clipvf.engines.support import why_not_native

@@ -47,7 +47,7 @@ class DrawnPart:
 
 
 class NativeUpdate:
-    """Loss, gradients and step of one update's minibatches, each by calls of its own."""
+    """Loss, gradients and step of single minibatches, each by one kernel call."""
 
     def __init__(
         self,
