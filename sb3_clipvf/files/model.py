@@ -43,13 +43,13 @@ class ModelFile:
     :param name: Name of the file, for messages.
     :param content: Its bytes.
     :param data: Attributes of the model, as parsed from JSON; None if the zip holds none.
-    :param weights: Bytes of each entry of tensors, by its name without the suffix.
+    :param weight_sizes: Size in bytes of each entry of tensors, by its name without the suffix.
     """
 
     name: str
     content: bytes
     data: Mapping[str, Any] | None
-    weights: Mapping[str, int]
+    weight_sizes: Mapping[str, int]
 
     def stream(self) -> CheckedStream:
         """Return the bytes for SB3's own functions."""
@@ -112,23 +112,23 @@ def read_model(path: ModelPath, *, needs_data: bool = True) -> ModelFile:
     :raises ValueError: If it is no model, damaged, or too large for the memory.
     """
     name, content = read_bytes(path, "zip")
-    data, weights = None, {}
+    data, weight_sizes = None, {}
     for entry, raw in entries_of(name, content):
         if entry == "data":
             data = _parsed(name, raw)
         elif os.path.splitext(entry)[1] == ".pth":
             _check_weights(name, entry, raw)
-            weights[entry.removesuffix(".pth")] = len(raw)
-    if "policy" not in weights or (needs_data and data is None):
-        missing = "`data`" if "policy" in weights else "`policy.pth`"
+            weight_sizes[entry.removesuffix(".pth")] = len(raw)
+    if "policy" not in weight_sizes or (needs_data and data is None):
+        missing = "`data`" if "policy" in weight_sizes else "`policy.pth`"
         raise ValueError(f"{name} must be what `save` wrote, but holds no {missing}. Pass the zip of a model.")
-    return ModelFile(name, content, data, weights)
+    return ModelFile(name, content, data, weight_sizes)
 
 
 def check_model(file: ModelFile, cls: type[Any], trust: Trust, replaced: Collection[str]) -> None:
     """Refuse a file that lacks parts of a model, brings an environment, or would hide methods of ``cls``."""
     data = file.data or {}
-    if "policy.optimizer" not in file.weights:
+    if "policy.optimizer" not in file.weight_sizes:
         raise ValueError(
             f"{file.name} must be what `save` wrote, but holds no `policy.optimizer.pth`. Pass the zip of a model."
         )
@@ -198,7 +198,7 @@ class _NetworkBound(TorchFunctionMode):
 
     def __init__(self, file: ModelFile) -> None:
         super().__init__()
-        self._name, self._n_saved, self._n_bytes = file.name, file.weights["policy"], 0
+        self._name, self._n_saved, self._n_bytes = file.name, file.weight_sizes["policy"], 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
