@@ -55,8 +55,8 @@ def find_fault(what: str, key: str | None, array: np.ndarray, *, has_rows: bool 
         return None
     bad = nonfinite_mask(array)
     place = tuple(np.argwhere(bad)[0].tolist())
-    within = place[1:] if has_rows else place
-    element = f" at element [{', '.join(map(str, within))}]" if array[place[:has_rows]].size > 1 else ""
+    within, row = (place[1:], array[place[0]]) if has_rows else (place, array)
+    element = f" at element [{', '.join(map(str, within))}]" if row.size > 1 else ""
     text = f"got {array[place]}{element} ({int(bad.sum())} of {bad.size} numbers)"
     return Fault(what, key or None, place[0] if has_rows else None, text)
 
