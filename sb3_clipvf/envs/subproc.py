@@ -378,8 +378,8 @@ def _work(
 ) -> None:
     """Run a worker until the parent closes it or ends."""
     parent_remote.close()
-    # Ctrl-C reaches all processes of a terminal, and the parent may go on. SIG_IGN would be inherited by programs that
-    # environments start.
+    # Ctrl-C reaches all processes of a terminal, and the parent may continue. SIG_IGN would be inherited by programs
+    # that environments start.
     signal.signal(signal.SIGINT, lambda *_: None)
     envs: _LocalEnvs | None = None
 
