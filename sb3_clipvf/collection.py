@@ -182,7 +182,7 @@ class RolloutCollector(OnPolicyAlgorithm):
             self.policy.reset_noise(n_envs)
 
     def _act(self, engine: Engine, obs_tensor: Any, rollout_buffer: Any, with_dist_params: bool) -> Acted:
-        """Let the policy act, and raise if observations, values or log-probabilities are not finite."""
+        """Sample actions from the policy, and raise if observations, values or log-probabilities are not finite."""
         try:
             rows = self._last_obs if engine.acts_on_arrays else obs_tensor
             acted = engine.act(rows, with_dist_params=with_dist_params)
@@ -203,7 +203,7 @@ class RolloutCollector(OnPolicyAlgorithm):
         return acted
 
     def _act_in_place(self, writer: InPlace, rollout_buffer: Any) -> np.ndarray:
-        """Let the policy act, as :meth:`_act` does, and return the actions for the environments."""
+        """Sample actions as :meth:`_act` does, and return the actions for the environments."""
         actions, finite = writer.act(self._last_obs)
         if not finite:
             row = writer.row()

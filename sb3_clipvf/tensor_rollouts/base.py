@@ -47,7 +47,7 @@ class Rollout(ABC):
 
     @abstractmethod
     def leave(self) -> None:
-        """Let the collector know where the environments are, also after an incomplete rollout."""
+        """Write the present observations and episode starts to the collector, also after an incomplete rollout."""
 
     @abstractmethod
     def finish(self) -> th.Tensor:

@@ -123,7 +123,7 @@ class UploadingRollout(Rollout):
         self._taken = ()
 
     def leave(self) -> None:
-        """Let the collector continue from the last step."""
+        """Set the observations from which the collector continues."""
         collector = self.collector
         if self._taken:  # it was not added
             collector._last_obs, collector._last_episode_starts = self._taken[0], self._taken[2].copy()
@@ -176,7 +176,7 @@ class DevicePart:
         self._validation: Any = unvalidated_distributions if is_gaussian else nullcontext()
 
     def act(self, observations: Any) -> ActedTensors:
-        """Let the policy act on observations on the device, and store both."""
+        """Sample actions for observations on the device, and store both."""
         collector, buffer = self._collector, self._buffer
         try:
             with self._validation:
