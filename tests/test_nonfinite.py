@@ -29,6 +29,7 @@ from sb3_clipvf.checkpoint import TrainingCheckpoint, newest_checkpoint
 from sb3_clipvf.common.nonfinite import FLOAT32_MAX, MAX_UPDATES_WITH_SKIPS, BadMinibatchError, is_finite
 from sb3_clipvf.engines.autograd import AutogradEngine, _Snapshot
 from sb3_clipvf.engines.native import NativeEngine
+from sb3_clipvf.guards.diagnosis import reward_fault
 
 # "gpu": the autograd engine as it runs on devices where reading a number is slow. "divided": native with several groups
 # of rows, and blocks, on three threads.
@@ -406,6 +407,12 @@ def error_of(model: ClipPPO, n: int = 48, **kwargs: Any) -> NonFiniteError:
     error = caught.value
     assert all(parameter.isfinite().all() for parameter in model.policy.parameters()) or error.what == "parameter"
     return error
+
+
+def test_a_final_observation_beside_the_number_of_a_discrete_space() -> None:
+    final = {"a": 3, "b": np.array([0.0, np.nan])}
+    fault = reward_fault(np.zeros(2), np.array([0.0, np.nan]), [{}, {"terminal_observation": final}])
+    assert (fault.what, fault.key, fault.row) == ("terminal_observation", "b", 1)
 
 
 @pytest.mark.parametrize("engine", ["native", "autograd"])

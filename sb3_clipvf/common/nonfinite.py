@@ -1,11 +1,12 @@
 """Non-finite values: fast checks, and the errors raised for them."""
 
-from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from sb3_clipvf.common.observations import parts_of
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 """Largest finite float32; larger numbers are infinite for the policy."""
@@ -90,16 +91,11 @@ def nonfinite_mask(array: np.ndarray) -> np.ndarray:
     return np.asarray(~fits)
 
 
-def by_key(observations: Any) -> dict[str, np.ndarray]:
-    """Return observations as a dict of arrays; an array gets the key ""."""
-    return dict(observations) if isinstance(observations, Mapping) else {"": np.asarray(observations)}
-
-
 def observations_are_finite(observations: Any) -> bool:
     """Return whether all numbers of an array, or of a dict of arrays, are finite as float32."""
     if type(observations) is np.ndarray:
         return is_finite(observations)
-    return all(is_finite(array) for array in by_key(observations).values())
+    return all(is_finite(np.asarray(part)) for part in parts_of(observations).values())
 
 
 def drawn_indices(state: Any, buffer: Any, epoch: int, start: int, batch: Any) -> np.ndarray | None:

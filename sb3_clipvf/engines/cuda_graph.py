@@ -14,7 +14,7 @@ from stable_baselines3.common.distributions import StateDependentNoiseDistributi
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_clipvf.common.messages import log
-from sb3_clipvf.common.tensors import observation_parts
+from sb3_clipvf.common.observations import parts_of
 from sb3_clipvf.distributions import current_dist, n_action_numbers, to_action_space
 from sb3_clipvf.engines.interface import Acted, ActedTensors, UpdateSettings
 from sb3_clipvf.engines.recorder import Graph, Recorder
@@ -190,7 +190,7 @@ class RecordedFunction:
         self, recorder: Recorder, policy: Any, function: Callable[[Any], tuple[th.Tensor, ...]], observations: Any
     ) -> None:
         self._dist = policy.action_dist
-        self._inputs = {key: tensor.clone() for key, tensor in observation_parts(observations).items()}
+        self._inputs = {key: tensor.clone() for key, tensor in parts_of(observations).items()}
         inputs = self._inputs if isinstance(observations, dict) else self._inputs[""]
         before = current_dist(policy)
 
@@ -203,7 +203,7 @@ class RecordedFunction:
 
     def takes(self, observations: Any) -> bool:
         """Return whether the function was recorded for observations of these shapes and types."""
-        parts = observation_parts(observations)
+        parts = parts_of(observations)
         return parts.keys() == self._inputs.keys() and all(
             (tensor.shape, tensor.dtype) == (self._inputs[key].shape, self._inputs[key].dtype)
             for key, tensor in parts.items()
@@ -211,7 +211,7 @@ class RecordedFunction:
 
     def __call__(self, observations: Any) -> tuple[th.Tensor, ...]:
         """Return the function's values for these observations."""
-        for key, tensor in observation_parts(observations).items():
+        for key, tensor in parts_of(observations).items():
             self._inputs[key].copy_(tensor)
         self._graph.replay()
         if self._distribution is not None:  # callbacks may read it

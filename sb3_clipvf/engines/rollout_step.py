@@ -11,7 +11,7 @@ from typing import Any
 
 import torch as th
 
-from sb3_clipvf.common.tensors import from_parts, observation_parts
+from sb3_clipvf.common.observations import from_parts, parts_of
 from sb3_clipvf.distributions import current_dist
 from sb3_clipvf.engines.autograd import unvalidated_distributions
 from sb3_clipvf.engines.device_rollout import DeviceActions
@@ -51,7 +51,7 @@ class RolloutStep:
         self.rewards = th.zeros(cells, device=device)
         self.dones, self.timed_out = th.zeros((2, *cells), dtype=th.bool, device=device)
         self.successes: th.Tensor | None = None
-        self._parts = {key: part.clone() for key, part in observation_parts(observations).items()}
+        self._parts = {key: part.clone() for key, part in parts_of(observations).items()}
         self.observations = from_parts(self._parts)
         n_bytes = sum(part.nbytes for part in self._parts.values())
         self.n_finals = min(buffer.buffer_size, max(1, MAX_KEPT // n_bytes))
@@ -95,7 +95,7 @@ class RolloutStep:
         """Begin a rollout with these observations."""
         self._t.zero_()
         self.forget_finals()
-        for key, part in observation_parts(observations).items():
+        for key, part in parts_of(observations).items():
             self._parts[key].copy_(part)
 
     def forget_finals(self) -> None:
@@ -122,7 +122,7 @@ class RolloutStep:
         with_dist_params = bool(buffer.dist_param_dim)
         actions, values, log_prob, params, _ = sampled(policy, observations)
         self.acted = ActedTensors(actions, values, log_prob, params if with_dist_params else None)
-        for key, rows in observation_parts(buffer.observations).items():
+        for key, rows in parts_of(buffer.observations).items():
             self._write(rows, self._parts[key])
         for rows, column in ((buffer.actions, actions), (buffer.values, values), (buffer.log_probs, log_prob)):
             self._write(rows, column)
@@ -132,7 +132,7 @@ class RolloutStep:
         with self._graphed.as_part():
             self.taken = step = self._env.step_tensors(self.clipped)
         self._keep(step, values.flatten())
-        for key, part in observation_parts(step.observations).items():
+        for key, part in parts_of(step.observations).items():
             self._parts[key].copy_(part)
         self._t += 1
         self._shown = [*self._attributes(), (policy.action_dist, {"distribution": current_dist(policy)})]
@@ -149,7 +149,7 @@ class RolloutStep:
         if step.final_observations is None:
             rewards = rewards.addcmul(values, timed_out.float(), value=self._gamma)
         else:
-            for key, part in observation_parts(step.final_observations).items():
+            for key, part in parts_of(step.final_observations).items():
                 if key not in self.finals:
                     self.finals[key] = part.new_zeros((self.n_finals, *part.shape))
                 self._write(self.finals[key], part, self._slot)
@@ -179,7 +179,7 @@ class RolloutStep:
     @staticmethod
     def _fields_of(buffer: Any) -> list[th.Tensor]:
         fields = [buffer.actions, buffer.values, buffer.log_probs, buffer.dist_params, buffer.rewards]
-        return fields + list(observation_parts(buffer.observations).values())
+        return fields + list(parts_of(buffer.observations).values())
 
 
 def _show(attributes: list[tuple[Any, dict[str, Any]]]) -> None:

@@ -15,7 +15,7 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_clipvf.common.nonfinite import FLOAT32_MAX
-from sb3_clipvf.common.tensors import from_parts, observation_parts
+from sb3_clipvf.common.observations import from_parts, parts_of
 from sb3_clipvf.engines.autograd import AutogradEngine, mean_std_of
 from sb3_clipvf.engines.binding import moments_of, n_steps_made, write_steps
 from sb3_clipvf.engines.epochs import MinibatchStatistics, Record, run_epochs
@@ -186,7 +186,7 @@ def structure_of(
             *((rollout[name].shape,) for name in ("values", "actions", "dist_params")),
             *(
                 (key, tensor.shape, tensor.dtype, None if moves else tensor.data_ptr())
-                for key, tensor in observation_parts(rollout["observations"]).items()
+                for key, tensor in parts_of(rollout["observations"]).items()
             ),
             tuple(tensor.data_ptr() for tensor in moments),
         ),
@@ -246,7 +246,7 @@ class StaticStep:
         for state in policy.optimizer.state.values():
             state["step"] = state["step"].cpu()  # a loaded file may have put it on the device
         # Where they move, the first ones are a copy of the host's arrays that belongs to this object.
-        self._observations = observation_parts(rollout["observations"])
+        self._observations = parts_of(rollout["observations"])
         self._columns = _columns(rollout)
         self.n_rows = len(self._columns)
         self._n_actions = rollout["actions"].shape[1]
@@ -262,7 +262,7 @@ class StaticStep:
     def load(self, coefficients: UpdateCoefficients, rollout: dict[str, Any]) -> None:
         """Copy the numbers of an update to the step's tensors. It must have the step's structure."""
         if self.structure.moves:
-            for key, tensor in observation_parts(rollout["observations"]).items():
+            for key, tensor in parts_of(rollout["observations"]).items():
                 if tensor is not self._observations[key]:
                     self._observations[key].copy_(tensor)
         _columns(rollout, out=self._columns)

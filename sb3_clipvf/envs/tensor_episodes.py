@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch as th
 
-from sb3_clipvf.common.tensors import from_parts, observation_parts
+from sb3_clipvf.common.observations import from_parts, parts_of
 
 MAX_KEPT = 2**26
 """Largest number of bytes of final observations that are kept between two reads from the device."""
@@ -67,7 +67,7 @@ class FinalValues:
 
     def keep(self, t: int, observations: Any, timed_out: th.Tensor) -> None:
         """Keep the final observations of step ``t``; ``timed_out`` ``(n_steps, n_envs)`` marks truncated episodes."""
-        rows = {key: tensor.clone() for key, tensor in observation_parts(observations).items()}
+        rows = {key: tensor.clone() for key, tensor in parts_of(observations).items()}
         self.refer(t, rows)
         self._n_bytes += sum(tensor.nbytes for tensor in rows.values())
         if self._n_bytes > MAX_KEPT:
@@ -86,7 +86,7 @@ class FinalValues:
 
     def predict(self, observations: Any, rows: th.Tensor) -> th.Tensor:
         """Return the values of these rows ``(k,)``: NaN, if the observation is not finite."""
-        parts = {key: tensor[rows] for key, tensor in observation_parts(observations).items()}
+        parts = {key: tensor[rows] for key, tensor in parts_of(observations).items()}
         values: th.Tensor = self._engine.predict_values(from_parts(parts)).flatten()
         for part in parts.values():
             if part.is_floating_point():  # a network may turn them into finite numbers

@@ -15,7 +15,8 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_clipvf.common.nonfinite import BadMinibatchError, NonFiniteError, by_key, is_finite, nonfinite_mask
+from sb3_clipvf.common.nonfinite import BadMinibatchError, NonFiniteError, is_finite, nonfinite_mask
+from sb3_clipvf.common.observations import parts_of
 from sb3_clipvf.distributed import ALONE, Group
 from sb3_clipvf.distributions import dist_params
 from sb3_clipvf.engines.autograd import unvalidated_distributions
@@ -63,7 +64,7 @@ def find_fault(what: str, key: str | None, array: np.ndarray, *, has_rows: bool 
 
 def observation_fault(observations: Any) -> Fault | None:
     """Return the first non-finite number of the observations of all environments: an array, or a dict of arrays."""
-    faults = (find_fault("observation", key, array) for key, array in by_key(observations).items())
+    faults = (find_fault("observation", key, np.asarray(part)) for key, part in parts_of(observations).items())
     return next((fault for fault in faults if fault is not None), None)
 
 
@@ -130,8 +131,8 @@ def reward_fault(rewards: np.ndarray, bootstrapped: np.ndarray, infos: list[dict
     if fault is not None:
         return fault
     for row in np.flatnonzero(nonfinite_mask(bootstrapped)).tolist():
-        for key, array in by_key(infos[row]["terminal_observation"]).items():
-            fault = find_fault("terminal_observation", key, array, has_rows=False)
+        for key, part in parts_of(infos[row]["terminal_observation"]).items():
+            fault = find_fault("terminal_observation", key, np.asarray(part), has_rows=False)
             if fault is not None:
                 return replace(fault, row=row)
     return cast(Fault, find_fault("terminal_value", None, bootstrapped))

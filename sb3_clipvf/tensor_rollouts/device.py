@@ -10,7 +10,8 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_clipvf.collection import bootstrap_truncated
 from sb3_clipvf.common.nonfinite import NonFiniteError, is_finite
-from sb3_clipvf.common.tensors import from_parts, observation_parts, torch_dtype
+from sb3_clipvf.common.observations import from_parts, parts_of
+from sb3_clipvf.common.tensors import torch_dtype
 from sb3_clipvf.engines.autograd import unvalidated_distributions
 from sb3_clipvf.engines.device_rollout import DeviceActions
 from sb3_clipvf.engines.interface import Acted, ActedTensors, Engine
@@ -144,8 +145,7 @@ class UploadingRollout(Rollout):
 
     def _upload(self, observations: Any) -> Any:
         """Return observations on the device. They are copied from page-locked memory while the host continues."""
-        parts = observations if isinstance(observations, dict) else {"": observations}
-        device = self.buffer.device
+        parts, device = parts_of(observations), self.buffer.device
         return from_parts({key: self._stage(key, rows).to(device, non_blocking=True) for key, rows in parts.items()})
 
     def _stage(self, key: str, rows: np.ndarray) -> th.Tensor:
@@ -212,7 +212,7 @@ class DevicePart:
         if t < 0:
             return {"dones": self._starts, "new_observations": last}
         arrays = {name: host_copy(getattr(buffer, name)[t]) for name in ("actions", "values", "log_probs")}
-        parts = observation_parts(buffer.observations)
+        parts = parts_of(buffer.observations)
         for name, step in (("observations", t), ("new_observations", t + 1)):
             in_buffer = step < buffer.pos
             arrays[name] = (
@@ -226,8 +226,8 @@ class DevicePart:
         acting, ends = [buffer.values, buffer.log_probs], [values]
         # As `_may_act` of the collector.
         if not (reads_by_own_code(collector.policy) and has_finite_statistics(collector.get_vec_normalize_env())):
-            acting += [part for part in observation_parts(buffer.observations).values() if part.is_floating_point()]
-            ends += [part for part in observation_parts(last).values() if part.is_floating_point()]
+            acting += [part for part in parts_of(buffer.observations).values() if part.is_floating_point()]
+            ends += [part for part in parts_of(last).values() if part.is_floating_point()]
         may_act = th.stack([tensor.flatten(1).isfinite().all(1) for tensor in acting]).all(0)
         may_end = th.stack([tensor.isfinite().all() for tensor in ends]).all()
         finite = th.stack([may_act, buffer.rewards.isfinite().all(1)])
