@@ -16,11 +16,11 @@ from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
-from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_clipvf.common.messages import log, show_messages
 from sb3_clipvf.common.nonfinite import NonFiniteError, is_finite, observations_are_finite
+from sb3_clipvf.common.tensors import to_tensor
 from sb3_clipvf.common.validation import check_int, same_spaces
 from sb3_clipvf.distributions import dist_param_dim
 from sb3_clipvf.engines.in_place import InPlace, env_actions, in_place, may_read_actions
@@ -391,13 +391,6 @@ def is_noop(callback: BaseCallback) -> bool:
     if type(callback) is CallbackList:
         return all(is_noop(child) for child in callback.callbacks)
     return type(callback) is ConvertCallback and callback.callback is None
-
-
-def to_tensor(observations: Any, device: th.device) -> Any:
-    """Return observations, an array or a dict of arrays, as tensors on a device; on the host they share memory."""
-    if device.type == "cpu" and type(observations) is np.ndarray:
-        return th.from_numpy(observations)  # a third of the time of SB3's way
-    return obs_as_tensor(observations, device)
 
 
 def bootstrap_truncated(

@@ -8,8 +8,8 @@ from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_clipvf.collection import to_tensor
 from sb3_clipvf.common.nonfinite import is_finite
+from sb3_clipvf.common.tensors import to_tensor
 from sb3_clipvf.engines.in_place import InPlace, env_actions, in_place
 from sb3_clipvf.engines.interface import Acted, Engine
 from sb3_clipvf.envs.tensor import TensorStep, host_copy
