@@ -17,7 +17,7 @@ import pytest
 import yaml
 from test_bench_experiments_runs import MAKE, TINY, record_of, run_with, spec_of
 
-from sb3_clipvf.zoo.defaults import hyperparams_path
+from sb3_clipvf.zoo.commands import hyperparams_path
 from tests.bench.experiments import main, runs
 from tests.bench.experiments.command import Campaign
 from tests.bench.experiments.executors import Finished

@@ -149,7 +149,7 @@ def test_results_of_changed_settings_are_stale(tmp_path: Path, monkeypatch: pyte
     assert results.find(TINY.run(2000)) is not None
     changed = tmp_path / "clipppo.yml"
     changed.write_text(zoo.hyperparams_path().read_text().replace("gae_lambda: 0.8 ", "gae_lambda: 0.81 "))
-    monkeypatch.setattr("sb3_clipvf.zoo.defaults.hyperparams_path", lambda: changed)
+    monkeypatch.setattr("sb3_clipvf.zoo.commands.hyperparams_path", lambda: changed)
     assert results.find(TINY.run(2000)) is None
 
 

@@ -13,14 +13,14 @@ import rl_zoo3.import_envs  # registers the environments of optional packages
 import yaml
 
 from sb3_clipvf import ClipPPO
-from sb3_clipvf.zoo import defaults, register
+from sb3_clipvf.zoo import commands, register
 from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
 from sb3_clipvf.zoo.settings import check_hyperparams
 from tests.bench import curves, learning
 
 register()
 
-TEXT = defaults.hyperparams_path().read_text(encoding="utf-8")
+TEXT = commands.hyperparams_path().read_text(encoding="utf-8")
 SETTINGS: dict[str, dict[str, Any]] = yaml.safe_load(TEXT)
 ENV_IDS = [entry for entry in SETTINGS if entry not in ("default", "atari")] + ["BreakoutNoFrameskip-v4", "ALE/Pong-v5"]
 
@@ -127,11 +127,11 @@ def test_clipppo_is_built_from_each_entry(env_id: str, tmp_path: Path, monkeypat
 
 
 def test_an_installation_without_the_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(defaults, "files", lambda name: tmp_path / name)
+    monkeypatch.setattr(commands, "files", lambda name: tmp_path / name)
     with pytest.raises(
         FileNotFoundError, match=r"clipppo.yml must come with sb3_clipvf, but .* does not exist.*--conf-file"
     ):
-        defaults.hyperparams_path()
+        commands.hyperparams_path()
     (tmp_path / "sb3_clipvf" / "hyperparams").mkdir(parents=True)
     (tmp_path / "sb3_clipvf" / "hyperparams" / "clipppo.yml").touch()
-    assert defaults.hyperparams_path() == tmp_path / "sb3_clipvf" / "hyperparams" / "clipppo.yml"
+    assert commands.hyperparams_path() == tmp_path / "sb3_clipvf" / "hyperparams" / "clipppo.yml"

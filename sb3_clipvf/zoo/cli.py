@@ -18,7 +18,7 @@ from importlib.resources import files
 
 from sb3_clipvf import __version__
 from sb3_clipvf.files.trust import TRUST_VARIABLE
-from sb3_clipvf.zoo.defaults import COMMANDS, Command
+from sb3_clipvf.zoo.commands import COMMANDS, Command
 from sb3_clipvf.zoo.errors import input_error
 from sb3_clipvf.zoo.parsing import add_trust_option, next_parser
 from sb3_clipvf.zoo.patching import replaced

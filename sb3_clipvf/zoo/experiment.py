@@ -31,7 +31,7 @@ from sb3_clipvf.checkpoint.file import sorted_checkpoints
 from sb3_clipvf.clip_ppo import ClipPPO
 from sb3_clipvf.distributed import current_group
 from sb3_clipvf.envs import FastDummyVecEnv, FastSubprocVecEnv
-from sb3_clipvf.zoo.defaults import ALGORITHM, hyperparams_path
+from sb3_clipvf.zoo.commands import ALGORITHM, hyperparams_path
 from sb3_clipvf.zoo.entries import add_episode_ends, drop_null
 from sb3_clipvf.zoo.models import find_statistics, load_normalizer
 from sb3_clipvf.zoo.resume import ResumedRun

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import repocard
 from rl_zoo3 import utils
 
-from sb3_clipvf.zoo.defaults import ALGORITHM
+from sb3_clipvf.zoo.commands import ALGORITHM
 from sb3_clipvf.zoo.patching import patched
 
 

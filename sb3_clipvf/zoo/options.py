@@ -14,7 +14,7 @@ from rl_zoo3 import utils
 
 from sb3_clipvf.common.validation import MAX_SEED, check_device, check_folder, check_int
 from sb3_clipvf.distributed import current_group
-from sb3_clipvf.zoo.defaults import ALGORITHM, COMMANDS
+from sb3_clipvf.zoo.commands import ALGORITHM, COMMANDS
 from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
 from sb3_clipvf.zoo.models import choose_run_of_options
 from sb3_clipvf.zoo.parsing import add_trust_option, next_parser, option_name

@@ -1,6 +1,6 @@
 """Register ClipPPO with the RL Zoo."""
 
-from sb3_clipvf.zoo.defaults import ALGORITHM
+from sb3_clipvf.zoo.commands import ALGORITHM
 from sb3_clipvf.zoo.patching import patch_permanently
 
 

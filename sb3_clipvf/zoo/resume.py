@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sb3_clipvf.zoo.defaults import ALGORITHM
+from sb3_clipvf.zoo.commands import ALGORITHM
 from sb3_clipvf.zoo.entries import ZOO_KEYS, drop_null, is_module_name
 from sb3_clipvf.zoo.parsing import option_name, strict
 from sb3_clipvf.zoo.run_folders import CHECKPOINTS

@@ -29,7 +29,7 @@ from sb3_clipvf.files.allowlist import CheckedFunction, NotAllowedError, create,
 from sb3_clipvf.files.model import CheckedStream, read_model
 from sb3_clipvf.files.statistics import load_vec_normalize, read_pickle
 from sb3_clipvf.files.trust import TRUST_VARIABLE, UnsafeFileError, trust_of
-from sb3_clipvf.zoo.defaults import ALGORITHM
+from sb3_clipvf.zoo.commands import ALGORITHM
 from sb3_clipvf.zoo.entries import WRAPPER_FUNCTIONS, items, with_arguments
 from sb3_clipvf.zoo.patching import patched
 

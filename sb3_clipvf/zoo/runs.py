@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sb3_clipvf.common.validation import check_int
-from sb3_clipvf.zoo.defaults import ALGORITHM
+from sb3_clipvf.zoo.commands import ALGORITHM
 from sb3_clipvf.zoo.run_folders import CHECKPOINTS, choose_run, resume_command
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
+from sb3_clipvf.zoo.commands import ALGORITHM, hyperparams_path
 from sb3_clipvf.zoo.comparison.groups import Group
 from sb3_clipvf.zoo.comparison.records import OF_OPTIONS, Record
-from sb3_clipvf.zoo.defaults import ALGORITHM, hyperparams_path
 from sb3_clipvf.zoo.parsing import option_name
 from sb3_clipvf.zoo.run_folders import program
 

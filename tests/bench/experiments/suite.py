@@ -225,7 +225,7 @@ def zoo_settings(env_id: str, algo: str) -> dict[str, Any]:
     """
     import rl_zoo3
 
-    from sb3_clipvf.zoo.defaults import hyperparams_path
+    from sb3_clipvf.zoo.commands import hyperparams_path
 
     folder = Path(str(rl_zoo3.__file__)).parent / "hyperparams"
     path = hyperparams_path() if algo == ALGORITHM else folder / f"{algo}.yml"
