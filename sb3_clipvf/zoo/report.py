@@ -22,13 +22,13 @@ import numpy as np
 from sb3_clipvf.common.validation import MAX_SEED, check_device, check_int
 from sb3_clipvf.files.atomic import atomic_write
 from sb3_clipvf.zoo.commands import ALGORITHM
-from sb3_clipvf.zoo.comparison.commands import environment_options
 from sb3_clipvf.zoo.comparison.curves import ROLLING_WINDOW, smoothed
 from sb3_clipvf.zoo.comparison.groups import Group, group_records
 from sb3_clipvf.zoo.comparison.outputs import SUFFIXES, check_outputs, write_outputs
 from sb3_clipvf.zoo.comparison.records import Record, find_records
 from sb3_clipvf.zoo.comparison.series import Series
 from sb3_clipvf.zoo.comparison.titles import plural
+from sb3_clipvf.zoo.comparison.train_commands import environment_options
 from sb3_clipvf.zoo.parsing import option_name
 from sb3_clipvf.zoo.process import has_display, patched_environment
 from sb3_clipvf.zoo.run_folders import RunId, processes_of, program

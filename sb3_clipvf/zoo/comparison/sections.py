@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from sb3_clipvf.zoo.comparison.commands import train_commands
 from sb3_clipvf.zoo.comparison.groups import MISSING, Group, differing_keys, value_text
 from sb3_clipvf.zoo.comparison.summary import (
     Column,
@@ -19,6 +18,7 @@ from sb3_clipvf.zoo.comparison.summary import (
     shown_columns,
     statistics_of,
 )
+from sb3_clipvf.zoo.comparison.train_commands import train_commands
 
 N_COLORS, N_DASHES = 7, 4
 """Colours and dashes of the page's style sheet. Further settings repeat the colours with the next dash."""

@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from sb3_clipvf import ClipPPO, zoo
-from sb3_clipvf.zoo.comparison.commands import train_commands
 from sb3_clipvf.zoo.comparison.groups import Group, group_records
 from sb3_clipvf.zoo.comparison.records import find_records
+from sb3_clipvf.zoo.comparison.train_commands import train_commands
 from tests.written_runs import write_run
 
 TODAY: dict[str, Any] = yaml.safe_load(zoo.hyperparams_path().read_text())["CartPole-v1"]
