@@ -24,8 +24,8 @@ from sb3_clipvf.checkpoint import TrainingCheckpoint
 from sb3_clipvf.data_parallel import check_same, merge_running
 from sb3_clipvf.distributed import ALONE, Group, LostProcessError, Moments, current_group, merged_moments
 from sb3_clipvf.engines.selection import select_engine
+from sb3_clipvf.zoo.checked_files import read_settings
 from sb3_clipvf.zoo.comparison.records import read_record
-from sb3_clipvf.zoo.run_files import read_settings
 
 SECONDS = 60  # a process starts in a few seconds on an idle machine
 

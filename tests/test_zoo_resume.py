@@ -28,8 +28,8 @@ from sb3_clipvf.distributed import Group
 from sb3_clipvf.envs import FastDummyVecEnv
 from sb3_clipvf.files.statistics import read_pickle
 from sb3_clipvf.zoo import main
+from sb3_clipvf.zoo.checked_files import RunLoader, read_settings
 from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
-from sb3_clipvf.zoo.run_files import RunLoader, read_settings
 from sb3_clipvf.zoo.vec_env import make_vec_env
 
 pytestmark = pytest.mark.usefixtures("in_empty_folder")

@@ -137,10 +137,10 @@ def _enter_contexts(stack: ExitStack, name: str, command: Command) -> None:
             stack.enter_context(figures_to_files(name))
     register()
     # These import torch, as `register` does.
+    from sb3_clipvf.zoo.checked_files import checked_files
     from sb3_clipvf.zoo.hub import explained_listing, own_model_card
     from sb3_clipvf.zoo.models import own_models
     from sb3_clipvf.zoo.options import command_options
-    from sb3_clipvf.zoo.run_files import checked_files
 
     stack.enter_context(command_options(name))
     stack.enter_context(checked_files(plots=name == "plot_from_file"))

@@ -23,10 +23,10 @@ from sb3_clipvf.checkpoint.file import sorted_checkpoints
 from sb3_clipvf.checkpoint.model_statistics import has_statistics, load_statistics
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.files.statistics import STATISTICS_FILE
+from sb3_clipvf.zoo.checked_files import read_settings, undamaged_settings
 from sb3_clipvf.zoo.commands import ALGORITHM
 from sb3_clipvf.zoo.entries import add_episode_ends, drop_null
 from sb3_clipvf.zoo.patching import patched
-from sb3_clipvf.zoo.run_files import read_settings, undamaged_settings
 from sb3_clipvf.zoo.run_folders import CHECKPOINTS, choose_run, resume_command
 from sb3_clipvf.zoo.settings import import_packages
 

@@ -362,7 +362,7 @@ def _report_run(args: argparse.Namespace) -> None:
     sys.stdout.write(f"{run.env_id}, {run.algo}, {run.folder}: {args.episodes} episodes ...\n")
     sys.stdout.flush()  # the evaluation may take long
     evaluation = evaluate_run(run, args.episodes, args.n_envs, args.seed, args.deterministic, args.device)
-    from sb3_clipvf.zoo.run_files import saved_timesteps  # imports torch
+    from sb3_clipvf.zoo.checked_files import saved_timesteps  # imports torch
 
     total = saved_timesteps(run.folder / f"{run.settings_folder.name}.zip")
     processes = processes_of(read_arguments(run))

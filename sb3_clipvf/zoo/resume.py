@@ -63,7 +63,7 @@ def resumed_run(path: str, options: Sequence[str]) -> tuple[ResumedRun, list[str
     """
     from sb3_clipvf.checkpoint import newest_checkpoint, read_checkpoint
     from sb3_clipvf.checkpoint.file import sorted_checkpoints
-    from sb3_clipvf.zoo.run_files import check_no_code, read_settings, saved_timesteps
+    from sb3_clipvf.zoo.checked_files import check_no_code, read_settings, saved_timesteps
 
     place = Path(os.path.abspath(path))
     if not path or not place.exists():

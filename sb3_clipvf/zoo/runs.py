@@ -153,7 +153,7 @@ def find_run(
     if load_best and (folder / f"{name}.zip").is_file():
         way_out = "It was trained without evaluations. Leave out `--load-best`."
     elif any(folder.glob(f"{CHECKPOINTS}/checkpoint_*.zip")):
-        from sb3_clipvf.zoo.run_files import undamaged_settings
+        from sb3_clipvf.zoo.checked_files import undamaged_settings
 
         arguments = undamaged_settings(run.settings_folder / "args.yml")
         way_out = f"Its training did not end: `{resume_command(folder, arguments)}` resumes it."
@@ -188,8 +188,8 @@ def make_env(run: Run, n_envs: int, seed: int, render_mode: str | None = None) -
     from rl_zoo3.exp_manager import ExperimentManager
     from stable_baselines3.common.vec_env import DummyVecEnv
 
+    from sb3_clipvf.zoo.checked_files import checked_files
     from sb3_clipvf.zoo.models import complete_settings, make_test_env
-    from sb3_clipvf.zoo.run_files import checked_files
     from sb3_clipvf.zoo.settings import import_packages
 
     arguments = read_arguments(run)
@@ -222,7 +222,7 @@ def load_model(run: Run, seed: int, device: str) -> BaseAlgorithm:
     from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
     from stable_baselines3.common.utils import set_random_seed
 
-    from sb3_clipvf.zoo.run_files import checked_files
+    from sb3_clipvf.zoo.checked_files import checked_files
 
     set_random_seed(seed)
     algorithm = ALGOS[run.algo]
@@ -375,7 +375,7 @@ def read_monitor(path: Path) -> MonitorFile:
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    from sb3_clipvf.zoo.run_files import read_settings
+    from sb3_clipvf.zoo.checked_files import read_settings
 
     return read_settings(path)
 

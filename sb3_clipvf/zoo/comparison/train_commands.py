@@ -88,7 +88,7 @@ def _environment(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def _settings_file(arguments: Mapping[str, Any], folder: Path) -> list[str]:
-    from sb3_clipvf.zoo.run_files import lies_beside
+    from sb3_clipvf.zoo.checked_files import lies_beside
 
     config = arguments.get("conf_file")
     # A copied command must not run code that may have come with the run.

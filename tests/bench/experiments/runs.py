@@ -254,7 +254,7 @@ def _zoo_runs(spec: RunSpec) -> list[Path]:
 def _model_steps(zoo_run: Path, spec: RunSpec) -> int:
     from huggingface_sb3 import EnvironmentName
 
-    from sb3_clipvf.zoo.run_files import saved_timesteps
+    from sb3_clipvf.zoo.checked_files import saved_timesteps
 
     return saved_timesteps(zoo_run / f"{EnvironmentName(spec.env_id)}.zip")
 

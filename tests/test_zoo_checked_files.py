@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 import sb3_clipvf
 from sb3_clipvf.files.trust import TRUST_VARIABLE, UnsafeFileError
 from sb3_clipvf.zoo import COMMANDS, main
-from sb3_clipvf.zoo.run_files import RunLoader, checked_files
+from sb3_clipvf.zoo.checked_files import RunLoader, checked_files
 from sb3_clipvf.zoo.runs import evaluate_run, find_run, read_hyperparams
 
 RUN = Path("logs") / "clipppo" / "CartPole-v1_1"
