@@ -139,7 +139,7 @@ def _enter_contexts(stack: ExitStack, name: str, command: Command) -> None:
     # These import torch, as `register` does.
     from sb3_clipvf.zoo.checked_files import checked_files
     from sb3_clipvf.zoo.hub import explained_listing, own_model_card
-    from sb3_clipvf.zoo.models import own_models
+    from sb3_clipvf.zoo.model_choice import own_models
     from sb3_clipvf.zoo.options import command_options
 
     stack.enter_context(command_options(name))

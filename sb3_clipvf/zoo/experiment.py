@@ -33,7 +33,7 @@ from sb3_clipvf.distributed import current_group
 from sb3_clipvf.envs import FastDummyVecEnv, FastSubprocVecEnv
 from sb3_clipvf.zoo.commands import ALGORITHM, hyperparams_path
 from sb3_clipvf.zoo.entries import add_episode_ends, drop_null
-from sb3_clipvf.zoo.models import find_statistics, load_normalizer
+from sb3_clipvf.zoo.model_choice import find_statistics, load_normalizer
 from sb3_clipvf.zoo.resume import ResumedRun
 from sb3_clipvf.zoo.run_folders import CHECKPOINTS, resume_command
 from sb3_clipvf.zoo.settings import check_hyperparams, check_saved, readable_config

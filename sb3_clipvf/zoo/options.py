@@ -16,7 +16,7 @@ from sb3_clipvf.common.validation import MAX_SEED, check_device, check_folder, c
 from sb3_clipvf.distributed import current_group
 from sb3_clipvf.zoo.commands import ALGORITHM, COMMANDS
 from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
-from sb3_clipvf.zoo.models import choose_run_of_options
+from sb3_clipvf.zoo.model_choice import choose_run_of_options
 from sb3_clipvf.zoo.parsing import add_trust_option, next_parser, option_name
 from sb3_clipvf.zoo.plot_checks import check_all_plots, check_plot_from_file, check_plot_train
 from sb3_clipvf.zoo.process import has_display

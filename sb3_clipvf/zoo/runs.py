@@ -189,7 +189,7 @@ def make_env(run: Run, n_envs: int, seed: int, render_mode: str | None = None) -
     from stable_baselines3.common.vec_env import DummyVecEnv
 
     from sb3_clipvf.zoo.checked_files import checked_files
-    from sb3_clipvf.zoo.models import complete_settings, make_test_env
+    from sb3_clipvf.zoo.model_choice import complete_settings, make_test_env
     from sb3_clipvf.zoo.settings import import_packages
 
     arguments = read_arguments(run)

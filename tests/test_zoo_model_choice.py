@@ -13,7 +13,7 @@ from rl_zoo3 import utils
 
 from sb3_clipvf.zoo import main
 from sb3_clipvf.zoo.entries import ZOO_KEYS
-from sb3_clipvf.zoo.models import has_model, own_models
+from sb3_clipvf.zoo.model_choice import has_model, own_models
 from sb3_clipvf.zoo.run_folders import choose_run
 
 RUN = Path("logs") / "clipppo" / "Pendulum-v1_1"
