@@ -26,10 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_clipvf.distributions import dist_param_dim, dist_params
 from sb3_clipvf.engines.autograd import AutogradEngine
+from sb3_clipvf.engines.cuda.static_step import StaticEngine
 from sb3_clipvf.engines.fused import FusedEngine
 from sb3_clipvf.engines.interface import Engine, UpdateCoefficients, UpdateSettings, UpdateStatistics
 from sb3_clipvf.engines.selection import ENGINE_NAMES, check_engine_name, select_engine
-from sb3_clipvf.engines.static_step import StaticEngine
 from sb3_clipvf.policies import SquashedActorCriticPolicy
 from sb3_clipvf.rollout import TensorRolloutBuffer
 

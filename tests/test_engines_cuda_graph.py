@@ -21,16 +21,17 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv
 from test_engines import ACTIONS, BOX, COEFFICIENTS, OBS, SETTINGS
-from test_engines_static_step import POLICIES, collected, sample
+from test_engines_cuda_static_step import POLICIES, collected, sample
 
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.checkpoint import TrainingCheckpoint
 from sb3_clipvf.common.nonfinite import BadMinibatchError
-from sb3_clipvf.engines import cuda_graph, static_step
+from sb3_clipvf.engines import cuda_graph
 from sb3_clipvf.engines.autograd import AutogradEngine, unvalidated_distributions
+from sb3_clipvf.engines.cuda import static_step
+from sb3_clipvf.engines.cuda.static_step import StaticEngine, StaticStep
 from sb3_clipvf.engines.cuda_graph import Bfloat16Engine, CudaGraphEngine, Recorder
 from sb3_clipvf.engines.selection import is_surpassed, select_engine
-from sb3_clipvf.engines.static_step import StaticEngine, StaticStep
 from sb3_clipvf.engines.support import why_not_bf16
 
 # SB3's advice for MLPs

@@ -16,11 +16,11 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.common.observations import parts_of
 from sb3_clipvf.distributions import current_dist, n_action_numbers, to_action_space
+from sb3_clipvf.engines.cuda.recorder import Graph, Recorder
+from sb3_clipvf.engines.cuda.rollout_step import RolloutStep
+from sb3_clipvf.engines.cuda.sampling import sampled
+from sb3_clipvf.engines.cuda.static_step import StaticEngine, StaticStep, policy_structure
 from sb3_clipvf.engines.interface import Acted, ActedTensors, UpdateSettings
-from sb3_clipvf.engines.recorder import Graph, Recorder
-from sb3_clipvf.engines.rollout_step import RolloutStep
-from sb3_clipvf.engines.sampling import sampled
-from sb3_clipvf.engines.static_step import StaticEngine, StaticStep, policy_structure
 from sb3_clipvf.engines.support import why_not_bf16, why_not_cuda_graph
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 
-from sb3_clipvf.engines.recorder import Graph, Recorder
+from sb3_clipvf.engines.cuda.recorder import Graph, Recorder
 from sb3_clipvf.envs.tensor import TensorObs, TensorStep, TensorVecEnv, actions_as_tensor, with_index
 
 _KEPT = (th.Tensor, th.Generator, bool, int, float, str, np.generic, type(None))

@@ -6,7 +6,7 @@ import torch as th
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_clipvf.common.tensors import to_tensor
-from sb3_clipvf.engines.rollout_step import RolloutStep
+from sb3_clipvf.engines.cuda.rollout_step import RolloutStep
 from sb3_clipvf.envs.graphed import GraphedTensorEnv
 from sb3_clipvf.envs.layers import vec_env_layers
 from sb3_clipvf.envs.tensor import LazyInfos, copy_tensors

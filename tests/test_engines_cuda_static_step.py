@@ -31,12 +31,12 @@ from test_engines import (
 )
 
 from sb3_clipvf.distributions import dist_params, kl_from_params
-from sb3_clipvf.engines import static_step
 from sb3_clipvf.engines.autograd import AutogradEngine, unvalidated_distributions
-from sb3_clipvf.engines.static_distributions import short_distribution
-from sb3_clipvf.engines.static_loss import StaticLoss
-from sb3_clipvf.engines.static_policy import ImageScaling
-from sb3_clipvf.engines.static_step import StaticEngine, chunks, policy_structure
+from sb3_clipvf.engines.cuda import static_step
+from sb3_clipvf.engines.cuda.static_distributions import short_distribution
+from sb3_clipvf.engines.cuda.static_loss import StaticLoss
+from sb3_clipvf.engines.cuda.static_policy import ImageScaling
+from sb3_clipvf.engines.cuda.static_step import StaticEngine, chunks, policy_structure
 from sb3_clipvf.engines.support import why_not_cuda_graph, why_not_static
 from sb3_clipvf.policies import SquashedActorCriticCnnPolicy, SquashedMultiInputActorCriticPolicy
 from sb3_clipvf.rollout import TensorRolloutBuffer

@@ -18,10 +18,10 @@ from sb3_clipvf.common.nonfinite import FLOAT32_MAX
 from sb3_clipvf.common.observations import from_parts, parts_of
 from sb3_clipvf.engines.autograd import AutogradEngine, mean_std_of
 from sb3_clipvf.engines.binding import moments_of, n_steps_made, write_steps
+from sb3_clipvf.engines.cuda.static_loss import LOGGED, StaticLoss
+from sb3_clipvf.engines.cuda.static_policy import ImageScaling, replaced_parameters
 from sb3_clipvf.engines.epochs import MinibatchStatistics, Record, run_epochs
 from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateSettings
-from sb3_clipvf.engines.static_loss import LOGGED, StaticLoss
-from sb3_clipvf.engines.static_policy import ImageScaling, replaced_parameters
 from sb3_clipvf.engines.support import why_not_static
 from sb3_clipvf.rollout import MiniBatch
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch as th
 
-from sb3_clipvf.engines import recorder
-from sb3_clipvf.engines.recorder import Recorder
+from sb3_clipvf.engines.cuda import recorder
+from sb3_clipvf.engines.cuda.recorder import Recorder
 
 
 class FakeGenerator:

@@ -19,7 +19,8 @@ from tensor_cases import BOX, DICT, VECTOR, InPlaceWalk, tensor_pendulum
 
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.common.nonfinite import NonFiniteError
-from sb3_clipvf.engines import cuda_graph, rollout_step, static_step
+from sb3_clipvf.engines import cuda_graph
+from sb3_clipvf.engines.cuda import rollout_step, static_step
 from sb3_clipvf.engines.cuda_graph import CudaGraphEngine
 from sb3_clipvf.engines.device_rollout import DeviceRolloutBuffer
 from sb3_clipvf.envs import GraphedTensorEnv, TensorVecNormalize
@@ -130,7 +131,7 @@ def test_final_observations_are_kept_for_some_steps(
     limit: int, kinds: list[type], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sb3_clipvf.envs.tensor_episodes.MAX_KEPT", limit)
-    monkeypatch.setattr("sb3_clipvf.engines.rollout_step.MAX_KEPT", limit)
+    monkeypatch.setattr("sb3_clipvf.engines.cuda.rollout_step.MAX_KEPT", limit)
     same(InPlaceWalk, kinds, gamma=0.9)
 
 

@@ -15,9 +15,9 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from sb3_clipvf import objectives
 from sb3_clipvf.distributions import current_dist
 from sb3_clipvf.engines.autograd import AutogradUpdate, old_dist_params
+from sb3_clipvf.engines.cuda.static_distributions import replaced_distribution, short_distribution
+from sb3_clipvf.engines.cuda.static_policy import reduced_precision
 from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateSettings
-from sb3_clipvf.engines.static_distributions import replaced_distribution, short_distribution
-from sb3_clipvf.engines.static_policy import reduced_precision
 from sb3_clipvf.rollout import MiniBatch
 
 COEFFICIENTS = tuple(UpdateCoefficients.__dataclass_fields__)
