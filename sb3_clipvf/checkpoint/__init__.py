@@ -3,6 +3,17 @@ Checkpoints of a whole training, and the best model of a training.
 
 ``TrainingCheckpoint`` writes checkpoints, ``ClipPPO.resume`` continues from them. ``SaveBestTrainingReward`` keeps the
 model with the best mean return of the training episodes. All files are written atomically.
+
+The modules:
+
+- ``training_checkpoint``, ``signals``: the callback that writes checkpoints; the last one before the process ends;
+- ``resume``, ``errors``, ``protocol``: resuming a training; its errors; the part of a model that checkpoints use;
+- ``file``: the file of a checkpoint and its manifest;
+- ``best_training``, ``best_model``, ``model_statistics``: the callback for the best model; its file; its statistics;
+- ``training_state``, ``random_state``, ``callback_state``: the whole state; random generators; callbacks;
+- ``vec_env_state``, ``env_state``, ``mujoco_state``: vectorised environments; single ones; those of MuJoCo;
+- ``resumable``, ``state_attributes``: environments in other processes; the attributes that are state, by class;
+- ``monitor_files``: rows that ``Monitor`` wrote after the checkpoint.
 """
 
 from sb3_clipvf.checkpoint.best_training import SaveBestTrainingReward, load_best_training

@@ -1,4 +1,18 @@
-"""Fast environments for SB3: adapters for vectorised ones, a faster loop over single ones and a faster normaliser."""
+"""
+Fast environments for SB3: adapters for vectorised ones, a faster loop over single ones and a faster normaliser.
+
+The modules:
+
+- ``dummy``, ``subproc``: single environments, in one process or several;
+- ``channel``, ``info_rows``: messages between processes; infos as bytes;
+- ``normalize``: ``VecNormalize`` in compiled kernels;
+- ``adapters``, ``vector``: the choice of an adapter to SB3's ``VecEnv``; the base class of adapters;
+- ``gymnasium_vector``, ``envpool``: adapters of two libraries;
+- ``tensor``, ``tensor_normalize``, ``tensor_episodes``: environments whose steps are tensors; their statistics;
+- ``graphed``, ``isaac_lab``, ``jax``: tensor environments of CUDA graphs, of Isaac Lab and of JAX;
+- ``layers``, ``rows``, ``shapes``: wrappers of vectorised environments; rows of batches; checks of what steps return;
+- ``episode_ends``: episodes that a wrapper outside of ``Monitor`` ends.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
