@@ -30,7 +30,7 @@ from sb3_clipvf.checkpoint.training_state import process_state
 from sb3_clipvf.checkpoint.vec_env_state import describe_vec_env
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.distributed import ALONE, Group, Moments, current_group, merged_moments
-from sb3_clipvf.engines.device_rollout import explained_variance_of
+from sb3_clipvf.engines.device_buffer import explained_variance_of
 from sb3_clipvf.engines.interface import Engine, UpdateCoefficients
 from sb3_clipvf.guards.diagnosis import FaultContext
 from sb3_clipvf.rollout import on_host

@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_clipvf.collection import RolloutCollector, is_noop
 from sb3_clipvf.common.messages import log
-from sb3_clipvf.engines.device_rollout import DEVICE_RESERVE, DeviceRolloutBuffer, free_device_memory
+from sb3_clipvf.engines.device_buffer import DEVICE_RESERVE, DeviceRolloutBuffer, free_device_memory
 from sb3_clipvf.engines.recognition import has_own_add
 from sb3_clipvf.envs.layers import vec_env_layers
 from sb3_clipvf.envs.tensor import TensorEnvAdapter, check_tensor_device, tensor_device

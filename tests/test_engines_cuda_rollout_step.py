@@ -22,7 +22,7 @@ from sb3_clipvf.common.nonfinite import NonFiniteError
 from sb3_clipvf.engines import cuda_graph
 from sb3_clipvf.engines.cuda import rollout_step, static_step
 from sb3_clipvf.engines.cuda_graph import CudaGraphEngine
-from sb3_clipvf.engines.device_rollout import DeviceRolloutBuffer
+from sb3_clipvf.engines.device_buffer import DeviceRolloutBuffer
 from sb3_clipvf.envs import GraphedTensorEnv, TensorVecNormalize
 from sb3_clipvf.tensor_rollouts.device import DeviceRollout
 from sb3_clipvf.tensor_rollouts.whole import WholeStepRollout

@@ -1,4 +1,4 @@
-"""Recorded tensor environments: what they refuse. tests/test_device_rollout.py steps one on a GPU."""
+"""Recorded tensor environments: what they refuse. tests/test_engines_device_buffer.py steps one on a GPU."""
 
 from typing import Any
 

@@ -8,7 +8,7 @@ import torch as th
 from gymnasium import spaces
 
 from sb3_clipvf import ClipPPO
-from sb3_clipvf.engines.device_rollout import DeviceRolloutBuffer
+from sb3_clipvf.engines.device_buffer import DeviceRolloutBuffer
 from sb3_clipvf.envs import IsaacLabTensorEnv, JaxTensorEnv, TensorVecEnv, as_vec_env
 from sb3_clipvf.envs.isaac_lab import _bounded
 

@@ -14,7 +14,7 @@ from tensor_cases import BOX, DICT, IMAGE, VECTOR, InPlaceWalk, Plain, TensorWal
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.common.nonfinite import NonFiniteError
 from sb3_clipvf.engines.autograd import AutogradEngine
-from sb3_clipvf.engines.device_rollout import DeviceRolloutBuffer
+from sb3_clipvf.engines.device_buffer import DeviceRolloutBuffer
 from sb3_clipvf.engines.interface import ActedTensors
 from sb3_clipvf.envs import as_vec_env
 from sb3_clipvf.envs.tensor import TensorEnvAdapter, TensorStep

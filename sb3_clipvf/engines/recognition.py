@@ -27,7 +27,7 @@ from torch.optim import optimizer as torch_optimizer
 from sb3_clipvf import distributions, objectives, policies, rollout
 from sb3_clipvf.engines import epochs
 from sb3_clipvf.engines.autograd import AutogradEngine, AutogradUpdate
-from sb3_clipvf.engines.device_rollout import DeviceRolloutBuffer
+from sb3_clipvf.engines.device_buffer import DeviceRolloutBuffer
 from sb3_clipvf.rollout import TensorRolloutBuffer
 
 ACTIVATIONS: dict[type[nn.Module], dict[str, float]] = {

@@ -17,8 +17,8 @@ from tensor_cases import DICT, IMAGE, VECTOR, TensorWalk, tensor_pendulum
 
 from sb3_clipvf import ClipPPO, TensorRolloutBuffer
 from sb3_clipvf.common.nonfinite import NonFiniteError
-from sb3_clipvf.engines import device_rollout
-from sb3_clipvf.engines.device_rollout import DeviceRolloutBuffer, explained_variance_of
+from sb3_clipvf.engines import device_buffer
+from sb3_clipvf.engines.device_buffer import DeviceRolloutBuffer, explained_variance_of
 from sb3_clipvf.envs import FastDummyVecEnv, GraphedTensorEnv, TensorVecNormalize
 from sb3_clipvf.rollout import gae, needs_complete_rollout
 
@@ -174,7 +174,7 @@ def test_the_rollout_is_on_the_gpu_if_it_fits(
     free: int, kind: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("sb3_clipvf.tensor_collection.free_device_memory", lambda device: free)
-    monkeypatch.setattr(device_rollout, "free_device_memory", lambda device: free)
+    monkeypatch.setattr(device_buffer, "free_device_memory", lambda device: free)
     caplog.set_level(logging.INFO, "sb3_clipvf")
     model = OnGpu("MlpPolicy", DummyVecEnv([Walk]), n_steps=8, batch_size=8, device="cpu")
     assert type(model.rollout_buffer) is kind
@@ -182,7 +182,7 @@ def test_the_rollout_is_on_the_gpu_if_it_fits(
     assert f"The rollout {where}: it takes 0.00 MiB, where cuda has {free / 2**20:.2f} MiB free" in caplog.text
     if kind is DeviceRolloutBuffer:
         assert model.rollout_buffer.draws_on_device is False
-        monkeypatch.setattr(device_rollout, "free_device_memory", lambda device: 5)
+        monkeypatch.setattr(device_buffer, "free_device_memory", lambda device: 5)
         model.rollout_buffer.device = th.device("cuda")
         with pytest.raises(ValueError, match="fit into the memory of cuda, got n_steps=8 with n_envs=1"):
             model.rollout_buffer.check_memory()
