@@ -23,7 +23,8 @@ from sb3_clipvf.common.nonfinite import NonFiniteError, is_finite, observations_
 from sb3_clipvf.common.tensors import to_tensor
 from sb3_clipvf.common.validation import check_int, same_spaces
 from sb3_clipvf.distributions import dist_param_dim
-from sb3_clipvf.engines.in_place import InPlace, env_actions, in_place, may_read_actions
+from sb3_clipvf.engines.env_actions import env_actions
+from sb3_clipvf.engines.in_place import InPlace, in_place, may_read_actions
 from sb3_clipvf.engines.interface import Acted, Engine
 from sb3_clipvf.engines.recognition import has_own_add
 from sb3_clipvf.envs.episode_ends import MONITOR_ADVICE, UnreportedEnd, unreported_end

@@ -20,11 +20,10 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_clipvf import ClipPPO, collection
-from sb3_clipvf.collection import bootstrap_truncated, copy_of, env_actions, is_noop
+from sb3_clipvf.collection import bootstrap_truncated, copy_of, is_noop
 from sb3_clipvf.engines.autograd import AutogradEngine
 from sb3_clipvf.engines.interface import Acted
 from sb3_clipvf.envs.episode_ends import EpisodeEnds
-from sb3_clipvf.policies import SquashedActorCriticPolicy
 from sb3_clipvf.rollout import TensorRolloutBuffer
 
 OBS = spaces.Box(-10.0, 10.0, (2,), np.float32)
@@ -147,32 +146,6 @@ class TestBootstrap:
         with th.no_grad():
             values = policy.predict_values(th.tensor([2, 0])).flatten().numpy()
         np.testing.assert_allclose(rewards, self.REWARDS[:2] + GAMMA * values, rtol=1e-6)
-
-
-class TestActions:
-    def test_they_are_clipped_to_the_box(self) -> None:
-        actions = np.array([[-3.0, 1.0], [1.0, 5.0]], np.float32)
-        assert env_actions(make(), BOX, actions).tolist() == [[-2, 1], [1, 4]]
-
-    @pytest.mark.parametrize(
-        ("policy_class", "kwargs"),
-        [(SquashedActorCriticPolicy, {}), (ActorCriticPolicy, {"use_sde": True, "squash_output": True})],
-    )
-    def test_those_of_squashing_policies_are_unscaled(self, policy_class: type[Any], kwargs: dict[str, Any]) -> None:
-        actions = np.array([[-1.0, 0.0], [0.5, 1.0]], np.float32)
-        # -1, 0, 0.5 and 1 of [-2, 2] and [0, 4]
-        assert env_actions(make(policy_class, **kwargs), BOX, actions).tolist() == [[-2, 2], [1, 4]]
-
-    @pytest.mark.parametrize(
-        "space", [spaces.Discrete(3), spaces.MultiDiscrete([2, 3]), spaces.MultiBinary(3)], ids=str
-    )
-    def test_of_other_spaces_do_not_change(self, space: spaces.Space[Any]) -> None:
-        actions = np.array([1, 0, 1])
-        assert env_actions(make(act=space), space, actions) is actions
-
-    def test_nan_is_kept(self) -> None:
-        actions = env_actions(make(), BOX, np.array([[np.nan, np.inf], [-np.inf, 1.0]], np.float32))
-        np.testing.assert_array_equal(actions, [[np.nan, 4], [-2, 1]])
 
 
 def test_copies_own_their_memory() -> None:

@@ -160,31 +160,6 @@ class DeviceRolloutBuffer(TensorRolloutBuffer):
         return th.zeros((*cells, *shape), dtype=torch_dtype(dtype), device=self.device)
 
 
-class DeviceActions:
-    """
-    Turns actions of a policy into actions for the environments, on the device, as ``env_actions`` does.
-
-    With ``replaces_nan``, NaN becomes 0, or the bound that is nearest to 0.
-    """
-
-    def __init__(self, policy: Any, space: spaces.Space[Any], *, replaces_nan: bool = False) -> None:
-        self._replaces_nan = replaces_nan
-        self._is_box, self._squashes = isinstance(space, spaces.Box), policy.squash_output
-        if isinstance(space, spaces.Box):
-            self._low, self._high = (th.as_tensor(bound, device=policy.device) for bound in (space.low, space.high))
-
-    def for_env(self, actions: th.Tensor) -> th.Tensor:
-        """Return actions unscaled to the Box if the policy squashes, else clipped to it, in memory of their own."""
-        if not self._is_box:
-            return actions.clone()
-        if self._squashes:
-            half = 0.5 * actions
-            actions = self._low * (0.5 - half) + self._high * (0.5 + half)
-        if self._replaces_nan:
-            actions = actions.nan_to_num()
-        return th.clamp(actions, self._low, self._high)
-
-
 def free_device_memory(device: th.device) -> int:
     """Return the bytes that torch may still allocate on a GPU, including those that it holds and does not use."""
     unused = th.cuda.memory_reserved(device) - th.cuda.memory_allocated(device)

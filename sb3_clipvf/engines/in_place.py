@@ -5,7 +5,6 @@ from typing import Any, Protocol, cast
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
-from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_clipvf.distributions import to_action_space
 from sb3_clipvf.engines.interface import Engine
@@ -153,14 +152,3 @@ def may_read_actions(callback: BaseCallback) -> bool:
         return True
     children = (vars(callback).get(name) for name in ("callback", "callback_on_new_best"))
     return any(may_read_actions(child) for child in children if child is not None)
-
-
-def env_actions(policy: ActorCriticPolicy, action_space: spaces.Space[Any], actions: np.ndarray) -> np.ndarray:
-    """Return actions for the environments: unscaled to the Box if the policy squashes, else clipped to it."""
-    if not isinstance(action_space, spaces.Box):
-        return actions
-    if policy.squash_output:
-        return np.asarray(policy.unscale_action(actions))
-    # In a third of the time of clip(), with the same results.
-    bounded: np.ndarray = np.minimum(np.maximum(actions, action_space.low), action_space.high)
-    return bounded

@@ -13,7 +13,7 @@ from sb3_clipvf.common.nonfinite import NonFiniteError, is_finite
 from sb3_clipvf.common.observations import from_parts, parts_of
 from sb3_clipvf.common.tensors import torch_dtype
 from sb3_clipvf.engines.autograd import unvalidated_distributions
-from sb3_clipvf.engines.device_buffer import DeviceActions
+from sb3_clipvf.engines.env_actions import DeviceActions
 from sb3_clipvf.engines.interface import Acted, ActedTensors, Engine
 from sb3_clipvf.envs.rows import copy_of
 from sb3_clipvf.envs.shapes import StepCheck

@@ -10,7 +10,8 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_clipvf.common.nonfinite import is_finite
 from sb3_clipvf.common.tensors import to_tensor
-from sb3_clipvf.engines.in_place import InPlace, env_actions, in_place
+from sb3_clipvf.engines.env_actions import env_actions
+from sb3_clipvf.engines.in_place import InPlace, in_place
 from sb3_clipvf.engines.interface import Acted, Engine
 from sb3_clipvf.envs.tensor import TensorStep, host_copy
 from sb3_clipvf.envs.tensor_episodes import FinalValues

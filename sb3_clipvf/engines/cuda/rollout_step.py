@@ -16,7 +16,7 @@ from sb3_clipvf.distributions import current_dist
 from sb3_clipvf.engines.autograd import unvalidated_distributions
 from sb3_clipvf.engines.cuda.recorder import Graph, Recorder
 from sb3_clipvf.engines.cuda.sampling import sampled
-from sb3_clipvf.engines.device_buffer import DeviceActions
+from sb3_clipvf.engines.env_actions import DeviceActions
 from sb3_clipvf.engines.interface import ActedTensors
 from sb3_clipvf.envs.graphed import saved
 from sb3_clipvf.envs.layers import vec_env_layers
