@@ -360,8 +360,9 @@ def read_monitor(path: Path) -> MonitorFile:
             # A kill may have cut the last line.
             for row in csv.DictReader(line for line in file if line.endswith("\n")):
                 try:
-                    steps = int(row["total_timesteps"]) if "total_timesteps" in row else steps + int(row["l"])
-                    episodes.append((float(row["r"]), steps, float(row["t"])))
+                    episode_return, length, end = float(row["r"]), int(row["l"]), float(row["t"])
+                    steps = int(row["total_timesteps"]) if "total_timesteps" in row else steps + length
+                    episodes.append((episode_return, steps, end))
                 except (TypeError, ValueError):
                     break
         except (KeyError, csv.Error) as error:
