@@ -10,8 +10,8 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import BaseBuffer, DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_clipvf.common.memory import free_memory
 from sb3_clipvf.common.messages import log
+from sb3_clipvf.common.resources import free_memory
 
 
 def gae(

@@ -24,6 +24,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
 from sb3_clipvf import ClipPPO
+from sb3_clipvf.common import resources
 from sb3_clipvf.engines import threads
 from sb3_clipvf.engines.selection import ENGINE_NAMES
 from sb3_clipvf.envs import FastDummyVecEnv, FastVecNormalize
@@ -398,7 +399,7 @@ def test_products_are_those_of_each_layer(
     monkeypatch.setattr(speed_products, "_seconds", lambda products, threads: [f() for f in products] and 1.0 / threads)
     weights = [parameter.detach().clone() for parameter in model.policy.parameters()]
     # The fastest number of threads, and 2 minibatches in 3 epochs.
-    assert speed_products.products_seconds(model) == pytest.approx(6.0 / len(os.sched_getaffinity(0)))
+    assert speed_products.products_seconds(model) == pytest.approx(6.0 / resources.usable_cores())
     needed.clear()
     assert speed_products.products_seconds(model, threads=1) == 6.0
     assert len(needed) == n_layers
@@ -1130,7 +1131,8 @@ def test_real_processes_of_both_peers(
 def test_the_native_engine_tries_its_threads_before_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {row.name: row for row in ROWS}
     for cores, n_numbers in ((1, 1), (2, 2), (3, 3), (16, 5)):
-        monkeypatch.setattr(threads, "usable_cores", partial(int, cores))
+        for module in (resources, threads):
+            monkeypatch.setattr(module, "usable_cores", partial(int, cores))
         monkeypatch.setattr(th, "get_num_threads", partial(int, cores))
         assert len(threads.ThreadChoice(16)._numbers) == n_numbers
         assert rows["cartpole"].warmup_of("clipppo") == 1 + n_numbers * threads.TRIALS

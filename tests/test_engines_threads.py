@@ -1,7 +1,6 @@
 """Threads of an update: how many, the other ones, also after a fork."""
 
 import logging
-import os
 import subprocess
 import sys
 import threading
@@ -21,7 +20,6 @@ from sb3_clipvf.engines.threads import (
     _blas_of_kernels,
     one_blas_thread,
     run_on_threads,
-    usable_cores,
 )
 
 _FORKS = """
@@ -138,15 +136,6 @@ def test_one_thread_on_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("choice_of_twelve")
 def test_no_more_threads_than_tasks() -> None:
     assert set(_run(ThreadChoice(n_tasks=2), 60, SCALES)) == {1, 2}
-
-
-def test_cores_are_counted_where_the_system_keeps_no_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on macOS and Windows."""
-    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    assert usable_cores() == 8
-    monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert usable_cores() == 1
 
 
 def _blas_threads() -> list[int]:

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 
-from sb3_clipvf.common.memory import free_memory
 from sb3_clipvf.rollout import MiniBatch, TensorRolloutBuffer, gae
 
 N_STEPS, N_ENVS = 7, 3
@@ -402,27 +400,6 @@ class TestMemory:
         with pytest.raises(ValueError, match=message):
             buffer.reset()
         assert not hasattr(buffer, "observations")
-
-    @pytest.mark.parametrize(
-        ("limit", "used", "free"),
-        [
-            ("1000", "400", 600),
-            ("1000", "1400", 0),
-            ("max", "400", 10**6),
-            (str(10**12), "0", 10**6),
-            ("1000", None, 10**6),
-        ],
-    )
-    def test_a_containers_limit_counts(
-        self, limit: str, used: str | None, free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        files = (tmp_path / "limit", tmp_path / "used")
-        for file, text in zip(files, (limit, used), strict=True):
-            if text is not None:
-                file.write_text(text + "\n")
-        monkeypatch.setattr("sb3_clipvf.common.memory._CONTAINER_FILES", (files,))
-        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**6))
-        assert free_memory() == free
 
     def test_a_rollout_that_just_fits_is_accepted(self, monkeypatch: pytest.MonkeyPatch) -> None:
         buffer = make(n_steps=1000)

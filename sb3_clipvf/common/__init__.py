@@ -1,1 +1,1 @@
-"""What every layer uses: checks of arguments, messages, versions, memory, compiling, finite checks."""
+"""What every layer uses: checks of arguments, messages, versions, memory and cores, compiling, finite checks."""

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch as th
 
 from sb3_clipvf.common.messages import log
+from sb3_clipvf.common.resources import usable_cores
 
 TRIALS = 3
 """Updates on each number of threads before the first choice, and the window of the medians that choices compare."""
@@ -113,13 +114,6 @@ def run_on_threads(run: Callable[[int], object], n_threads: int, cancel: Callabl
 def _other_threads(process: int, n_threads: int) -> tuple[ThreadPoolExecutor, Lock]:
     # Reuse is faster than new threads. A forked process has no copy of its parent's threads, and so needs its own.
     return ThreadPoolExecutor(n_threads, thread_name_prefix=f"sb3_clipvf-{process}"), Lock()
-
-
-def usable_cores() -> int:
-    """Return the number of cores that this process may use, or the machine's number if the system has no such list."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class ProcessWide(ContextDecorator):

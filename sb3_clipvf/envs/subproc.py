@@ -25,8 +25,8 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import CloudpickleWrapper, VecEnvIndices, VecEnvObs, VecEnvStepReturn
 from stable_baselines3.common.vec_env.util import dict_to_obs
 
+from sb3_clipvf.common.resources import usable_cores
 from sb3_clipvf.common.validation import check_int
-from sb3_clipvf.engines.threads import usable_cores
 from sb3_clipvf.envs.channel import Channel, channel_ends
 from sb3_clipvf.envs.dummy import FastDummyVecEnv
 from sb3_clipvf.envs.info_rows import InfoRows, Infos

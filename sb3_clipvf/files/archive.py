@@ -12,7 +12,7 @@ from typing import Any
 
 from stable_baselines3.common.save_util import open_path
 
-from sb3_clipvf.common.memory import free_memory
+from sb3_clipvf.common.resources import free_memory
 
 ModelPath = str | pathlib.Path | io.BufferedIOBase
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch as th
 from torch import nn
 
-from sb3_clipvf.engines.threads import usable_cores
+from sb3_clipvf.common.resources import usable_cores
 
 SECONDS = 0.5
 """How long the products of a minibatch are repeated on each number of threads."""

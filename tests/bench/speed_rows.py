@@ -63,7 +63,8 @@ def absent_peers() -> dict[str, str]:
 
 def _trial_updates() -> int:
     """Return the number of updates after which the native engine has chosen its number of threads."""
-    from sb3_clipvf.engines.threads import TRIALS, usable_cores  # imports torch
+    from sb3_clipvf.common.resources import usable_cores
+    from sb3_clipvf.engines.threads import TRIALS  # imports torch
 
     n_numbers = 1 + (usable_cores() - 1).bit_length()  # powers of two, and all cores
     return 1 + TRIALS * n_numbers  # the first update compiles
