@@ -1,4 +1,4 @@
-"""The formulas of docs/algorithm.md that no function of the package states, in a small MDP with exact expectations."""
+"""The formulas of docs/algorithm.md and docs/studies.md that no function of the package states, in a small MDP with exact expectations."""
 
 import math
 

@@ -1,7 +1,7 @@
 """
 ``python -m tests.bench pitfalls``: train with common faults of hand-written PPOs, and without.
 
-docs/algorithm.md explains the faults.
+docs/studies.md explains the faults.
 """
 
 from __future__ import annotations
