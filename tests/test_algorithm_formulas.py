@@ -1,4 +1,4 @@
-"""The formulas of docs/algorithm.md and docs/studies.md that no function of the package states, in a small MDP with exact expectations."""
+"""Formulas of docs/algorithm.md and docs/studies.md that no function of the package states, in a small MDP."""
 
 import math
 
