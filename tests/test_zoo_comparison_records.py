@@ -14,7 +14,7 @@ from sb3_clipvf.zoo.comparison.curves import panels
 from sb3_clipvf.zoo.comparison.groups import group_records
 from sb3_clipvf.zoo.comparison.records import find_records, read_record
 from sb3_clipvf.zoo.comparison.series import read_evaluations, read_logs
-from sb3_clipvf.zoo.comparison.summary import csv_table
+from sb3_clipvf.zoo.comparison.summary import csv_table, numbers_of
 from tests.written_runs import write_evaluations, write_monitor, write_report, write_run
 
 
@@ -318,6 +318,17 @@ def test_reports_of_earlier_models_are_left_out(name: str, kind: str, option: st
     (folder / f"{name}.zip").unlink()
     (record,), _ = find_records([tmp_path])
     assert record.report["mean_return"] == 9.0
+
+
+def test_evaluations_of_fewer_episodes_count(tmp_path: Path) -> None:
+    """As a training resumed with another number of episodes writes them."""
+    folder = write_run(tmp_path / "CartPole-v1_1")
+    write_evaluations(folder / "evaluations.npz", [100, 200, 400], [[1.0, 3.0], [np.nan] * 2, [5.0, np.nan]])
+    (record,), _ = find_records([tmp_path])
+    assert record.evaluations is not None
+    np.testing.assert_array_equal(record.evaluations.values, [2, np.nan, 5])
+    numbers = numbers_of(record)
+    assert (numbers["last_evaluation"], numbers["best_evaluation"]) == (5, 5)
 
 
 @pytest.mark.parametrize("arrays", [{}, {"timesteps": [1, 2], "results": [[1.0]]}, {"timesteps": [], "results": []}])

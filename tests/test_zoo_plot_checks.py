@@ -68,6 +68,24 @@ def test_evaluations_that_cannot_be_drawn_are_refused(
 
 
 @pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ([[[1.0, 2.0], [3.0, np.nan]]], "in logs/ppo/E-v0_0/evaluations.npz differ in the number of episodes. Use"),
+        ([[[1.0, 2.0]] * 2, [[1.0]] * 2], "they differ in the episodes of an evaluation in logs/ppo"),
+    ],
+)
+def test_evaluations_that_differ_are_refused_beside_others(
+    runs: list[list[list[float]]], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _make_run("E-v0_1", 3)
+    for number, results in enumerate(runs):
+        run = RUNS.parent / "ppo" / f"E-v0_{number}"
+        run.mkdir(parents=True)
+        np.savez(run / "evaluations.npz", timesteps=[100, 200], results=results, ep_lengths=results)
+    assert message in _refused("all_plots -e E-v0 -a clipppo ppo", capsys)
+
+
+@pytest.mark.parametrize(
     ("runs", "options"),
     [
         ([{"n_evaluations": 3}], ""),

@@ -46,8 +46,7 @@ def check_all_plots(options: Namespace) -> None:
         _runs(folders, env)
         missing = {folder: _missing_evaluations(folder, env, options) for folder in folders}
         if all(missing.values()):
-            reason = next(iter(missing.values()))
-            raise ValueError(f"`--env` must be an environment whose runs can be compared, got {env!r}: {reason}")
+            raise _not_comparable(env, next(iter(missing.values())))
         for folder in (folder for folder, reason in missing.items() if reason):
             sys.stdout.write(f"{folder} has no evaluations of {env} to plot: the table shows 0.0 for it\n")
 
@@ -97,8 +96,16 @@ def _runs(folders: list[Path], env: str) -> list[Path]:
     return runs
 
 
+def _not_comparable(env: str, reason: str) -> ValueError:
+    return ValueError(f"`--env` must be an environment whose runs can be compared, got {env!r}: {reason}")
+
+
 def _missing_evaluations(folder: Path, env: str, options: Namespace) -> str:
-    """Return why the runs of a folder cannot be plotted, and what to do about it; "" if they can."""
+    """
+    Return why a folder has no evaluations to plot, and what to do about it; "" if it has some.
+
+    :raises ValueError: If runs of the folder end the RL Zoo's command, or turn its means into NaN.
+    """
     files = [path for path in folder.glob("*/evaluations.npz") if env in path.parent.name]
     if not files:
         return f"they were trained without evaluations in {folder}. Train with `--eval-freq`."
@@ -109,6 +116,9 @@ def _missing_evaluations(folder: Path, env: str, options: Namespace) -> str:
                 return f"{path} has no {options.key!r} for `--key`. It has {', '.join(data)}."
             if len(data["timesteps"]) > 1:  # the Zoo omits others
                 results.append(data[options.key][data["timesteps"] <= options.max_timesteps])
+                if np.isnan(results[-1]).any():  # IsolatedEvalCallback fills rows with fewer episodes than others
+                    way_out = f"Use `sb3-clipvf report {path.parent}`."
+                    raise _not_comparable(env, f"evaluations in {path} differ in the number of episodes. {way_out}")
     longest = max(map(len, results), default=-1)
     if longest < 0:
         return f"they have one evaluation in {folder}. Train longer, or with a smaller `--eval-freq`."
@@ -116,7 +126,8 @@ def _missing_evaluations(folder: Path, env: str, options: Namespace) -> str:
         return f"they have no evaluation up to `--max-timesteps` {options.max_timesteps} in {folder}. Pass more."
     shapes = [np.shape(result) for result in results if len(result) == longest]
     if len(set(shapes)) > 1:
-        return f"they differ in the episodes of an evaluation in {folder}. Keep them in different folders (`-f`)."
+        text = f"they differ in the episodes of an evaluation in {folder}. Keep them in different folders (`-f`)."
+        raise _not_comparable(env, text)
     if len(shapes) == 1 and np.prod(shapes[0][1:]) == 1:
         return f"one run with one episode in each evaluation in {folder}. Train again, or with more `--eval-episodes`."
     return ""

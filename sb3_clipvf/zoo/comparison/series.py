@@ -50,7 +50,7 @@ class Series:
 
 def read_evaluations(path: Path) -> Series:
     """
-    Read the mean return of each evaluation from ``evaluations.npz``, as SB3's ``EvalCallback`` writes it.
+    Read the mean return of each evaluation from ``evaluations.npz``, as an ``EvalCallback`` writes it.
 
     :raises ValueError: If the file is damaged or holds something else.
     """
@@ -58,7 +58,9 @@ def read_evaluations(path: Path) -> Series:
         # NumPy leaves a damaged file open that it opened itself.
         with path.open("rb") as file, np.load(file) as data:
             steps, results = data["timesteps"], data["results"].astype(np.float64)
-        means = results.mean(axis=1)
+        # IsolatedEvalCallback fills rows with fewer episodes than others with NaN. A row of NaN alone has no mean.
+        with np.errstate(invalid="ignore"):
+            means = np.nansum(results, axis=1) / np.sum(~np.isnan(results), axis=1)
         if steps.shape != means.shape or len(steps) == 0 or results.shape[1] == 0:
             raise ValueError(f"shapes {steps.shape} and {results.shape}")
     except (

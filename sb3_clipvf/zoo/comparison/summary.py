@@ -67,7 +67,7 @@ def numbers_of(record: Record) -> dict[str, float | None]:
         "last_return": float(curve.values[-1]) if len(curve.values) > 0 else None,
         "mean_return": _mean_over_steps(curve.steps, curve.values, record.steps),
         "last_evaluation": None if means is None else float(means[-1]),
-        "best_evaluation": None if means is None else float(np.nanmax(means)),
+        "best_evaluation": None if means is None else float(np.fmax.reduce(means)),
         "trained_agent": agent if kind == (False, True) else None,
         "sampling_agent": agent if kind == (False, False) else None,
         "best_model": agent if kind == (True, True) else None,
