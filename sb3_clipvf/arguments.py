@@ -6,10 +6,12 @@ import math
 import os
 import warnings
 from collections.abc import Mapping
+from itertools import takewhile
 from numbers import Real
 from typing import Any
 
 from stable_baselines3.common.buffers import BaseBuffer
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 
 from sb3_clipvf.common import validation
@@ -43,12 +45,29 @@ SB3_EQUIVALENT: dict[str, Any] = {
 # What ClipPPO itself passes, so that `policy_kwargs` and `rollout_buffer_kwargs` must not.
 _PASSED_TO_POLICY = ("observation_space", "action_space", "lr_schedule", "use_sde")
 _PASSED_TO_BUFFER = ("buffer_size", "observation_space", "action_space", "device", "gamma", "gae_lambda", "n_envs")
+# What `load` builds from other attributes, and what to pass instead.
+_BUILT = {
+    "policy": "The file holds the policy's class. Pass `policy_class` to replace it.",
+    "lr_schedule": "Pass `learning_rate`.",
+}
+_OF_ANY_NAME = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def constructor_arguments(cls: type[Any]) -> list[str]:
+    """Return the names of the arguments of a class's constructor, and of its bases' constructors down to SB3's."""
+    names: dict[str, None] = {}
+    for base in takewhile(lambda base: base is not OnPolicyAlgorithm, cls.__mro__):
+        if (init := vars(base).get("__init__")) is not None:
+            _, *parameters = inspect.signature(init).parameters.values()
+            names |= {parameter.name: None for parameter in parameters if parameter.kind not in _OF_ANY_NAME}
+    names.pop("_init_setup_model", None)
+    return list(names)
 
 
 def check_what_sb3_reads(policy: Any, rollout_buffer_kwargs: Any, verbose: Any) -> None:
     """Check the arguments that SB3's own constructor reads, before the model has attributes to check."""
     if not isinstance(policy, str):
-        _check_policy_class(policy)
+        _check_policy_class("policy", policy, "Or pass an alias, such as 'MlpPolicy'.")
     _check_is_dict("rollout_buffer_kwargs", rollout_buffer_kwargs)
     validation.check_verbose(verbose)
 
@@ -78,7 +97,7 @@ def check_choices(values: Mapping[str, Any]) -> None:
 
 
 def _check_classes(values: Mapping[str, Any]) -> None:
-    _check_policy_class(values["policy_class"])
+    _check_policy_class("policy_class", values["policy_class"], "Pass the class itself, not an alias.")
     if values["rollout_buffer_class"] is not None:
         validation.check_class(
             "rollout_buffer_class", values["rollout_buffer_class"], BaseBuffer, "None: TensorRolloutBuffer."
@@ -95,12 +114,12 @@ def _check_classes(values: Mapping[str, Any]) -> None:
     )
 
 
-def _check_policy_class(policy: Any) -> None:
+def _check_policy_class(name: str, policy: Any, way_out: str) -> None:
     # SB3 needs only these methods, although it annotates an ActorCriticPolicy.
     needed = ("forward", "evaluate_actions", "predict_values")
     is_base = isinstance(policy, type) and issubclass(policy, BasePolicy)
-    if not (is_base and all(callable(getattr(policy, name, None)) for name in needed)):
-        validation.check_class("policy", policy, ActorCriticPolicy, "Or pass an alias, such as 'MlpPolicy'.")
+    if not (is_base and all(callable(getattr(policy, method, None)) for method in needed)):
+        validation.check_class(name, policy, ActorCriticPolicy, way_out)
 
 
 def _check_is_dict(name: str, kwargs: Any) -> None:
@@ -304,8 +323,10 @@ def values_to_load(
 
 
 def _check_names(values: dict[str, Any], cls: type[Any], file: Mapping[str, Any]) -> None:
-    legal = {*inspect.signature(cls.__init__).parameters, *file, "_stats_window_size", "adaptive_kl", "adaptive_lr"}
+    legal = {*constructor_arguments(cls), *file, "_stats_window_size", "adaptive_kl", "adaptive_lr"} - _BUILT.keys()
     for name in values:
+        if name in _BUILT:
+            raise TypeError(f"`{name}` must not be passed to `load`, got {values[name]!r}. {_BUILT[name]}")
         if name not in legal:
             nearest = difflib.get_close_matches(name, legal, n=1)
             hint = f"Did you mean {nearest[0]!r}?" if nearest else "See the arguments of its constructor."

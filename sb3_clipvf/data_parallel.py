@@ -5,7 +5,6 @@ Training on several processes: what they agree on at the start, and exchange bef
 ``engines/reduction.py`` has the minibatches that processes share.
 """
 
-import inspect
 import math
 import numbers
 import zlib
@@ -23,6 +22,7 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.utils import update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
+from sb3_clipvf.arguments import constructor_arguments
 from sb3_clipvf.checkpoint.file import versions
 from sb3_clipvf.checkpoint.protocol import ResumableModel
 from sb3_clipvf.checkpoint.resume import reset_environments
@@ -38,8 +38,7 @@ from sb3_clipvf.tensor_collection import TensorRolloutCollector
 
 # Arguments that may differ between processes, or that are compared in another way
 _OWN = frozenset(
-    "self policy env seed device verbose tensorboard_log stats_window_size policy_kwargs rollout_buffer_kwargs "
-    "_init_setup_model".split()
+    "policy env seed device verbose tensorboard_log stats_window_size policy_kwargs rollout_buffer_kwargs".split()
 )
 # Attributes that all processes take from the first one when a training starts
 _COMMON = ("num_timesteps", "_n_updates", "_schedule_timesteps", "_updates_with_skips", "adaptive_kl", "adaptive_lr")
@@ -387,7 +386,7 @@ def _values_of(running: list[RunningMeanStd]) -> list[tuple[Any, Any, float]]:
 
 def _common_arguments(model: Any) -> list[str]:
     """Return the names of a model's arguments that must be equal in all processes."""
-    names = inspect.signature(type(model).__init__).parameters.keys() - _OWN
+    names = set(constructor_arguments(type(model))) - _OWN
     return [name for name in sorted(names) if hasattr(model, name)]
 
 

@@ -249,11 +249,11 @@ def parameters_of(model: ClipPPO) -> bytes:
     return b"".join(parameter.detach().numpy().tobytes() for parameter in model.policy.parameters())
 
 
-def make_model(env: Any = None, **changes: Any) -> ClipPPO:
+def make_model(env: Any = None, cls: type[ClipPPO] = ClipPPO, **changes: Any) -> ClipPPO:
     """A small model on CartPole."""
     env = make_vec_env("CartPole-v1", n_envs=2) if env is None else env
     options = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 3, "device": "cpu", "engine": "autograd"}
-    return ClipPPO("MlpPolicy", env, **{**options, **changes})
+    return cls("MlpPolicy", env, **{**options, **changes})
 
 
 def training(rank: int, changes: dict[str, Any], total: int) -> Any:
@@ -467,9 +467,16 @@ def copied_training(rank: int) -> list[str]:
     return [message for message in messages if "same actions" in message]
 
 
-def different_training(rank: int, name: str, values: list[Any]) -> None:
+class Passing(ClipPPO):
+    """A class that passes its arguments on."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+
+def different_training(rank: int, name: str, values: list[Any], is_subclass: bool = False) -> None:
     """A training with different arguments in each process."""
-    make_model(**{name: values[rank]}).learn(64)
+    make_model(**{name: values[rank]}, cls=Passing if is_subclass else ClipPPO).learn(64)
 
 
 @contextmanager

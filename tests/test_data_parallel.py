@@ -288,6 +288,10 @@ class TestTraining:
         first, second = pair.run("copied_training")
         assert len(first) == len(second) == 1
 
+    def test_different_arguments_of_a_subclass_are_refused(self, pair: Pair) -> None:
+        for error in pair.run("different_training", "gamma", [0.99, 0.9], True):
+            assert isinstance(error, ValueError) and "must have the same `gamma`, got `gamma`: 0.99" in str(error)
+
     @pytest.mark.parametrize(
         ("name", "values"),
         [("batch_size", [16, 32]), ("gamma", [0.99, 0.9]), ("policy_kwargs", [{}, {"net_arch": [4]}])],

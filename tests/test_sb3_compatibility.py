@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3 import A2C
+from stable_baselines3 import A2C, PPO
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecNormalize
 
 from sb3_clipvf import ClipPPO
@@ -134,9 +135,49 @@ def test_a_warning_names_the_arguments_that_another_algorithms_file_lacks(tmp_pa
 
 def test_load_refuses_a_misspelt_argument_and_takes_the_window(tmp_path: Any) -> None:
     make(DummyVecEnv([Counter])).save(tmp_path / "model")
+    with pytest.raises(TypeError, match="`policy` must not be passed to `load`, got 'CnnPolicy'.*Pass `policy_class`"):
+        ClipPPO.load(tmp_path / "model", policy="CnnPolicy")
+    with pytest.raises(TypeError, match="`_init_setup_model` must be an argument of ClipPPO"):
+        ClipPPO.load(tmp_path / "model", _init_setup_model=False)
+    with pytest.raises(TypeError, match="`policy_class` must be a class derived .*'MlpPolicy'. Pass the class itself"):
+        ClipPPO.load(tmp_path / "model", policy_class="MlpPolicy")
     with pytest.raises(TypeError, match=r"`clip_rnage` must be an argument of ClipPPO.*Did you mean 'clip_range'"):
         ClipPPO.load(tmp_path / "model", clip_rnage=1.0)
     assert ClipPPO.load(tmp_path / "model", stats_window_size=7)._stats_window_size == 7
+
+    class Own(ActorCriticPolicy):
+        pass
+
+    assert type(ClipPPO.load(tmp_path / "model", policy_class=Own).policy) is Own
+
+
+class Passing(ClipPPO):
+    """Passes its arguments on, and has one of its own."""
+
+    def __init__(self, *args: Any, bonus: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.bonus = bonus
+
+
+class Fixed(ClipPPO):
+    """Sets its arguments itself."""
+
+    def __init__(self, policy: Any, env: Any, device: Any = "cpu", _init_setup_model: bool = True) -> None:
+        super().__init__(policy, env, gamma=0.9, device=device, _init_setup_model=_init_setup_model)
+
+
+@pytest.mark.parametrize("cls", [Passing, Fixed])
+def test_subclasses_load_with_all_arguments(cls: type[ClipPPO], tmp_path: Any) -> None:
+    PPO("MlpPolicy", DummyVecEnv([Counter]), device="cpu").save(tmp_path / "ppo")
+    with pytest.warns(UserWarning, match="The file was saved by another algorithm"):
+        model = cls.load(tmp_path / "ppo", device="cpu", kl_coef=1.0, advantage_scope="rollout")
+    assert (model.kl_coef, model.advantage_scope) == (1.0, "rollout")
+    model.save(tmp_path / "model")
+    if cls is Passing:
+        assert cls.load(tmp_path / "model", device="cpu", bonus=2.0).bonus == 2.0  # type: ignore[attr-defined]
+    for name in ("args", "kwargs", "monitor_wrapper", "policy"):
+        with pytest.raises(TypeError, match=f"`{name}` must"):
+            cls.load(tmp_path / "model", **{name: 1})
 
 
 @pytest.mark.skipif(th.cuda.is_available(), reason="there is a CUDA device")

@@ -2,7 +2,6 @@
 
 import difflib
 import importlib
-import inspect
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
+from sb3_clipvf.arguments import constructor_arguments
 from sb3_clipvf.clip_ppo import ClipPPO
 from sb3_clipvf.common.validation import check_float, check_int, check_keywords, wrong_type
 from sb3_clipvf.files.archive import reason_of
@@ -79,8 +79,7 @@ def _check_config_file(config: str, rule: str) -> None:
 
 def constructor_keys() -> frozenset[str]:
     """Return the arguments of ClipPPO that settings may set."""
-    names = inspect.signature(ClipPPO.__init__).parameters
-    return frozenset(names) - {"self", "_init_setup_model", *COMMAND_LINE_KEYS}
+    return frozenset(constructor_arguments(ClipPPO)) - {*COMMAND_LINE_KEYS}
 
 
 def check_hyperparams(hyperparams: dict[str, Any], overrides: Iterable[str], source: str) -> None:
