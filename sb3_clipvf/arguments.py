@@ -305,10 +305,12 @@ def values_to_load(
     if "stats_window_size" in values:
         values["_stats_window_size"] = values.pop("stats_window_size")
     _check_names(values, cls, file)
-    if "kl_coef" in custom_objects or values.get("kl_coef", file.get("kl_coef")) != file.get("kl_coef"):
-        values.setdefault("adaptive_kl", None)
-    if values.get("learning_rate", file.get("learning_rate")) != file.get("learning_rate"):
-        values.setdefault("adaptive_lr", None)
+    initial = {**custom_objects, **values}
+    if "learning_rate" not in values and custom_objects.get("learning_rate") == 0:
+        del initial["learning_rate"]  # the Zoo passes 0 to evaluate
+    for name, controller in (("kl_coef", "adaptive_kl"), ("learning_rate", "adaptive_lr")):
+        if name in initial and initial[name] != file.get(name):
+            values.setdefault(controller, None)
     if "vf_clip" in file:
         return values
     absent = {name: value for name, value in SB3_EQUIVALENT.items() if name not in file and name not in values}

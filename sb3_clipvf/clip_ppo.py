@@ -606,7 +606,8 @@ class ClipPPO(DataParallelCollector):
         Load a model that ClipPPO or SB3's PPO saved, without running code that the file contains or names.
 
         A file of SB3's PPO lacks ClipPPO's own arguments. They take the values of :data:`SB3_EQUIVALENT`, so that
-        training continues as SB3's PPO would; a warning names them.
+        training continues as SB3's PPO would; a warning names them. A KL controller continues from the file's state,
+        unless its initial value changes.
 
         :param path: Zip file, with or without its suffix, or an open binary file.
         :param env: Environment to continue in; its number of copies may differ. None: the model can only predict.

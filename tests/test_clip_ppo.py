@@ -526,6 +526,11 @@ class TestFiles:
             ({"learning_rate": 2e-4}, 4.0, 2e-4),
             ({"lr_kl_target": None}, 4.0, None),
             ({"lr_kl_target": None, "learning_rate": "lin_0.002"}, 4.0, None),
+            ({"custom_objects": {"learning_rate": 2e-4, "kl_coef": 3.0}}, 3.0, 2e-4),
+            ({"custom_objects": {"learning_rate": 1e-3, "kl_coef": 1.0}}, 4.0, 1e-3 / 1.5**2),  # the file's
+            ({"custom_objects": {"learning_rate": 5e-4}, "learning_rate": 2e-4}, 4.0, 2e-4),
+            ({"custom_objects": {"learning_rate": 0.0}}, 4.0, 1e-3 / 1.5**2),  # as the Zoo does to evaluate
+            ({"custom_objects": {"learning_rate": 0.0}, "learning_rate": 2e-4}, 4.0, 2e-4),
         ],
     )
     def test_arguments_of_load_change_them(
