@@ -1,4 +1,4 @@
-"""The callback for evaluations that do not change the training."""
+"""Evaluations that do not change the training, and the progress bar over all processes."""
 
 import sys
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback, ProgressBarCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import sync_envs_normalization, unwrap_vec_normalize
 
@@ -203,6 +203,24 @@ class IsolatedEvalCallback(EvalCallback):
         else:
             statistics = write_best_model(path, self.model, score)
         write_copy(folder / BEST_STATISTICS, statistics)
+
+
+class WholeProgressBar(ProgressBarCallback):
+    """SB3's progress bar, over the steps of all processes; it stops at its total, which the last rollout may exceed."""
+
+    def _on_step(self) -> bool:
+        left = max(self.locals["total_timesteps"] - self.num_timesteps, 0)
+        self.pbar.update((self.pbar.total or 0) - left - self.pbar.n)
+        return True
+
+
+def count_all_steps(callback: BaseCallback) -> None:
+    """Convert SB3's progress bars, also those in lists, to :class:`WholeProgressBar`."""
+    if type(callback) is CallbackList:
+        for child in callback.callbacks:
+            count_all_steps(child)
+    elif type(callback) is ProgressBarCallback:
+        callback.__class__ = WholeProgressBar  # in-place: the RL Zoo closes the bar that it has created
 
 
 def _table(rows: list[list[Any]]) -> np.ndarray:

@@ -23,6 +23,7 @@ from stable_baselines3.common.utils import update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_clipvf.arguments import constructor_arguments
+from sb3_clipvf.callbacks import count_all_steps
 from sb3_clipvf.checkpoint.file import versions
 from sb3_clipvf.checkpoint.protocol import ResumableModel
 from sb3_clipvf.checkpoint.resume import reset_environments
@@ -119,7 +120,9 @@ class DataParallelCollector(TensorRolloutCollector):
             if group.rank:
                 callback, progress_bar, self.verbose = None, False, 0
                 self.set_logger(Logger(None, []))
-        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        total, root = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        count_all_steps(root)
+        return total, root
 
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int) -> bool:
         """

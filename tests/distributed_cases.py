@@ -5,7 +5,7 @@ import os
 import pickle
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
 from io import StringIO
 from multiprocessing.connection import Connection
@@ -16,7 +16,7 @@ import pytest
 import torch as th
 import torch.distributed as dist
 from gymnasium import spaces
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import set_random_seed
@@ -279,6 +279,14 @@ def stopped_training(rank: int, last: int) -> int:
     model = make_model(n_epochs=1)
     model.learn(10_000, callback=Counter(last))
     return model._n_updates
+
+
+def training_with_progress_bar(rank: int) -> tuple[int, int] | None:
+    """A training with SB3's progress bar; its steps and its total in the first process."""
+    bar = ProgressBarCallback()
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        make_model(n_epochs=1).learn(200, callback=bar)
+    return None if rank else (bar.pbar.n, bar.pbar.total)
 
 
 def changed_training(rank: int) -> Any:

@@ -6,6 +6,7 @@ import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -16,7 +17,9 @@ from gymnasium import spaces
 from gymnasium.wrappers import TimeLimit
 from stable_baselines3.common.callbacks import (
     BaseCallback,
+    CallbackList,
     EvalCallback,
+    ProgressBarCallback,
     StopTrainingOnNoModelImprovement,
     StopTrainingOnRewardThreshold,
 )
@@ -26,7 +29,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
 
 from sb3_clipvf import ClipPPO
-from sb3_clipvf.callbacks import IsolatedEvalCallback
+from sb3_clipvf.callbacks import IsolatedEvalCallback, WholeProgressBar
 from sb3_clipvf.checkpoint import SaveBestTrainingReward
 from sb3_clipvf.envs import FastVecNormalize
 
@@ -453,3 +456,49 @@ def test_statistics_are_not_written_over_a_file_that_is_open(
     assert all(links)
     for path in (tmp_path / "best_vecnormalize.pkl", tmp_path / "training" / "vecnormalize.pkl"):
         assert cls.load(str(path), make_vec_env(Short)).obs_rms.count > 1
+
+
+# ---------------------------------------------------------------- the progress bar
+
+
+@pytest.mark.parametrize("first_step", [0, 1000])
+def test_the_progress_bar_counts_all_steps_and_ends_at_its_total(first_step: int) -> None:
+    bar = WholeProgressBar()
+    bar.model = SimpleNamespace(get_env=lambda: SimpleNamespace(num_envs=4), num_timesteps=first_step)
+    bar.locals = {"total_timesteps": first_step + 100}
+    bar.pbar = SimpleNamespace(total=100, n=0)
+    bar.pbar.update = lambda steps: vars(bar.pbar).update(n=bar.pbar.n + steps)
+    seen = []
+    for _ in range(15):
+        bar.model.num_timesteps += 8  # of two processes with four environments each
+        assert bar.on_step()
+        seen.append(bar.pbar.n)
+    assert seen[:2] == [8, 16] and seen[11:] == [96, 100, 100, 100]
+
+
+class OwnBar(ProgressBarCallback):
+    """A class of the user's."""
+
+
+@pytest.mark.parametrize("place", ["argument", "alone", "list", "nested list"])
+def test_sb3s_progress_bars_count_all_steps(place: str) -> None:
+    bar, own = ProgressBarCallback(), OwnBar()
+    callbacks: dict[str, Any] = {"argument": None, "alone": bar, "list": [own, bar]}
+    callbacks["nested list"] = [CallbackList([bar]), own]
+    model = ClipPPO("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=8, n_epochs=1, device="cpu")
+    seen: list[Any] = []
+
+    class Kept(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_training_end(self) -> None:
+            seen.append(self.locals["callback"])
+
+    if place == "argument":
+        model.learn(12, callback=Kept(), progress_bar=True)
+        bar = seen[0].callbacks[-1]
+    else:
+        model.learn(12, callback=callbacks[place])
+    assert type(bar) is WholeProgressBar and (bar.pbar.n, bar.pbar.total) == (12, 12)
+    assert type(own) is OwnBar

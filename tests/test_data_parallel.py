@@ -198,6 +198,9 @@ class TestTraining:
     def test_a_callback_stops_both(self, pair: Pair) -> None:
         assert pair.run("stopped_training", 70) == [2, 2]  # in the third rollout of 32 steps
 
+    def test_the_progress_bar_counts_the_steps_of_both(self, pair: Pair) -> None:
+        assert pair.run("training_with_progress_bar") == [(200, 200), None]
+
     def test_arguments_changed_by_a_callback_hold_in_both(self, pair: Pair) -> None:
         first, second = pair.run("changed_training")
         assert first == second and first[1:] == (6, 1e-4)

@@ -15,6 +15,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 from sb3_clipvf import ClipPPO, TensorRolloutBuffer
+from sb3_clipvf.engines.in_place import may_read_actions
 from sb3_clipvf.envs import FastDummyVecEnv, FastSubprocVecEnv, FastVecNormalize
 from sb3_clipvf.zoo import hyperparams_path, register
 from sb3_clipvf.zoo.entries import ZOO_KEYS
@@ -37,9 +38,8 @@ def _manager(
         env_id,
         str(tmp_path / "logs"),
         config=str(config),
-        eval_freq=-1,
         device="cpu",
-        **{"log_interval": -1, **kwargs},
+        **{"eval_freq": -1, "log_interval": -1, **kwargs},
     )
 
 
@@ -475,6 +475,34 @@ def test_legal_keys_are_those_of_the_constructor() -> None:
     assert {"clip_range", "kl_coef", "engine", "policy", "policy_kwargs"} <= constructor_keys()
     assert constructor_keys().isdisjoint({"self", "_init_setup_model", *COMMAND_LINE_KEYS})
     assert constructor_keys().isdisjoint(ZOO_KEYS)
+
+
+def test_callbacks_of_all_options_read_no_actions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With others, the native engine does not write its steps into the rollout itself."""
+    monkeypatch.setattr(ClipPPOExperimentManager, "checkpoint_freq", 64)
+    of_settings = [
+        "rl_zoo3.callbacks.RawStatisticsCallback",
+        {"sb3_clipvf.checkpoint.SaveBestTrainingReward": {"save_path": str(tmp_path / "best")}},
+    ]
+    options: dict[str, Any] = {"show_progress": True, "save_freq": 64, "eval_freq": 64, "n_eval_episodes": 1}
+    options["tensorboard_log"] = str(tmp_path / "tb")
+    manager = _manager(tmp_path, {**ENTRY, "callback": of_settings, "normalize": True}, **options)
+    result = manager.setup_experiment()
+    assert result is not None
+    used = []
+    begin = ClipPPO._begin_rollout
+
+    def spy(self: Any, env: Any, callback: Any, *args: Any) -> Any:
+        used.append(callback)
+        return begin(self, env, callback, *args)
+
+    monkeypatch.setattr(ClipPPO, "_begin_rollout", spy)
+    manager.learn(result[0])
+    assert {type(callback).__name__ for callback in used[0].callbacks} == {
+        "WholeProgressBar", "TrainingCheckpoint", "CheckpointCallback", "IsolatedEvalCallback", "RawStatisticsCallback",
+        "SaveBestTrainingReward",
+    }  # fmt: skip
+    assert not may_read_actions(used[0])
 
 
 # ---------------------------------------------------------------- errors that end a training

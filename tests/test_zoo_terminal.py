@@ -1,4 +1,4 @@
-"""Tables and progress bars that a training shows on the terminal."""
+"""Tables that a training shows on the terminal."""
 
 import io
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from stable_baselines3.common.logger import CSVOutputFormat, HumanOutputFormat, Logger
 
 from sb3_clipvf.zoo import main, terminal
-from sb3_clipvf.zoo.terminal import WholeProgressBar, timed_tables
+from sb3_clipvf.zoo.terminal import timed_tables
 
 
 def test_tables_come_every_few_seconds_and_files_get_every_row(
@@ -65,18 +65,3 @@ def test_an_interval_that_the_user_chose_is_honoured(
     command = f"train --env CartPole-v1 -n 1024 --eval-freq -1 --device cpu -f {tmp_path} {options} {params}"
     assert main(command.split()) == 0
     assert capsys.readouterr().out.count("total_timesteps") == n_tables
-
-
-@pytest.mark.parametrize("first_step", [0, 1000])
-def test_the_progress_bar_counts_all_steps_and_ends_at_its_total(first_step: int) -> None:
-    bar = WholeProgressBar()
-    bar.model = SimpleNamespace(get_env=lambda: SimpleNamespace(num_envs=4), num_timesteps=first_step)
-    bar.locals = {"total_timesteps": first_step + 100}
-    bar.pbar = SimpleNamespace(total=100, n=0)
-    bar.pbar.update = lambda steps: vars(bar.pbar).update(n=bar.pbar.n + steps)
-    seen = []
-    for _ in range(15):
-        bar.model.num_timesteps += 8  # of two processes with four environments each
-        assert bar.on_step()
-        seen.append(bar.pbar.n)
-    assert seen[:2] == [8, 16] and seen[11:] == [96, 100, 100, 100]

@@ -17,7 +17,7 @@ _CALLBACKS = {
         "StopTrainingOnMaxEpisodes StopTrainingOnNoModelImprovement StopTrainingOnRewardThreshold"
     ),
     "rl_zoo3.callbacks": "RawStatisticsCallback SaveVecNormalizeCallback TrialEvalCallback",
-    "sb3_clipvf.callbacks": "IsolatedEvalCallback",
+    "sb3_clipvf.callbacks": "IsolatedEvalCallback WholeProgressBar",
     "sb3_clipvf.checkpoint.best_training": "SaveBestTrainingReward",
     "sb3_clipvf.checkpoint.training_checkpoint": "TrainingCheckpoint",
 }

@@ -37,7 +37,7 @@ from sb3_clipvf.zoo.model_choice import find_statistics, load_normalizer
 from sb3_clipvf.zoo.resume import ResumedRun
 from sb3_clipvf.zoo.run_folders import CHECKPOINTS, resume_command
 from sb3_clipvf.zoo.settings import check_hyperparams, check_saved, readable_config
-from sb3_clipvf.zoo.terminal import WholeProgressBar, timed_tables
+from sb3_clipvf.zoo.terminal import timed_tables
 from sb3_clipvf.zoo.training_log import logged_to
 from sb3_clipvf.zoo.tuning import CheckedSearch
 from sb3_clipvf.zoo.vec_env import (
@@ -167,7 +167,6 @@ class ClipPPOExperimentManager(CheckedSearch):
             checkpoint = TrainingCheckpoint(self.checkpoint_freq, folder, keep_best=False)
             checkpoint.differences_level = logging.INFO  # most environments cannot be resumed exactly
             self.callbacks.insert(0, checkpoint)
-        self.callbacks = [WholeProgressBar() if type(one) is ProgressBarCallback else one for one in self.callbacks]
         # The Zoo ends the first callback if the training is interrupted. Put the bar there, so that it is closed.
         self.callbacks.sort(key=lambda callback: not isinstance(callback, ProgressBarCallback))
 

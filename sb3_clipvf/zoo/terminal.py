@@ -1,11 +1,10 @@
-"""Output of a training on the terminal: a table every few seconds, and a progress bar that stops at its total."""
+"""Output of a training on the terminal: a table every few seconds."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from stable_baselines3.common.callbacks import ProgressBarCallback
 from stable_baselines3.common.logger import HumanOutputFormat
 
 from sb3_clipvf.zoo.patching import patched
@@ -54,12 +53,3 @@ def timed_tables() -> Iterator[None]:
             yield
     finally:
         print_held()
-
-
-class WholeProgressBar(ProgressBarCallback):
-    """SB3's progress bar, over the steps of all processes; it stops at its total, which the last rollout may exceed."""
-
-    def _on_step(self) -> bool:
-        left = max(self.locals["total_timesteps"] - self.num_timesteps, 0)
-        self.pbar.update((self.pbar.total or 0) - left - self.pbar.n)
-        return True
