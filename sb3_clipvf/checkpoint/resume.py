@@ -22,6 +22,7 @@ from sb3_clipvf.checkpoint.training_state import OBSERVATIONS, set_logger_state
 from sb3_clipvf.checkpoint.vec_env_state import check_same_build, describe_vec_env, restore_vec_env
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.distributed import Group, current_group
+from sb3_clipvf.envs.tensor import as_sb3_env
 
 Model = TypeVar("Model", bound=ResumableModel)
 
@@ -52,6 +53,7 @@ def resume(
     checkpoint = newest_checkpoint(path) if Path(path).is_dir() else read_checkpoint(path)
     manifest, trees = checkpoint.manifest, [checkpoint.tree, *checkpoint.tree.get("processes", [])]
     tree = _own_part(trees, current_group())
+    env = as_sb3_env(env)
     found = {"n_envs": env.num_envs if isinstance(env, VecEnv) else 1}
     check_same_build(tree["build"], {**tree["build"], **found})  # before a model of another size is built
     _warn_of_versions(manifest.versions)
