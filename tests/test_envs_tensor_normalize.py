@@ -143,6 +143,45 @@ def test_a_checkpoint_holds_the_statistics(wrap: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("space", [VECTOR, DICT], ids=["vector", "dict"])
+def test_observations_are_normalised_again_after_a_pause(space: Any) -> None:
+    arguments = {} if space is VECTOR else {"norm_obs_keys": ["vector"]}
+    ours = TensorVecNormalize(TensorWalk(observation_space=space), **arguments)
+    sb3s = VecNormalize(as_vec_env(TensorWalk(observation_space=space)), **arguments)
+    ours.reset_tensors(), sb3s.reset()
+    actions = np.full((6, 2), 0.1, np.float32)
+    for norm_obs in (False, True, False, True):
+        assert norm_obs or ours.obs_rms is not None  # moves the statistics to the host
+        ours.norm_obs = sb3s.norm_obs = norm_obs
+        for _ in range(2):
+            obs, expected = ours.step_tensors(th.from_numpy(actions)).observations, sb3s.step(actions)[0]
+            for key in obs if isinstance(obs, dict) else [...]:
+                np.testing.assert_allclose(obs[key], expected[key], atol=CLOSE)
+    for number, wanted in zip(moments(ours), moments(sb3s), strict=True):
+        np.testing.assert_allclose(number, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_statistics_are_built_even_if_observations_are_not_normalised_at_the_reset() -> None:
+    ours, sb3s = TensorVecNormalize(TensorWalk()), VecNormalize(as_vec_env(TensorWalk()))
+    ours.norm_obs = sb3s.norm_obs = False
+    np.testing.assert_allclose(ours.reset_tensors(), sb3s.reset())
+    ours.norm_obs = sb3s.norm_obs = True
+    actions = np.full((6, 2), 0.1, np.float32)
+    observations = ours.step_tensors(th.from_numpy(actions)).observations
+    # A column of equal values has almost no variance, by which the rounding of its mean is divided.
+    np.testing.assert_allclose(observations, sb3s.step(actions)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("space", [VECTOR, DICT], ids=["vector", "dict"])
+def test_observations_without_statistics_are_refused(space: Any) -> None:
+    arguments: dict[str, Any] = {"norm_obs": False} if space is VECTOR else {"norm_obs_keys": ["vector"]}
+    env = TensorVecNormalize(TensorWalk(observation_space=space), **arguments)
+    env.reset_tensors()
+    env.norm_obs, env.norm_obs_keys = True, None if space is VECTOR else ["vector", "image"]
+    with pytest.raises(ValueError, match="`obs_rms` must have statistics of all observations to normalise, got"):
+        env.step_tensors(th.zeros(6, 2))
+
+
+@pytest.mark.parametrize("space", [VECTOR, DICT], ids=["vector", "dict"])
 def test_the_command_line_takes_the_statistics_of_a_checkpoint(space: Any, tmp_path: Path) -> None:
     env = TensorVecNormalize(TensorWalk(observation_space=space), norm_obs_keys=None if space is VECTOR else ["vector"])
     model = ClipPPO(

@@ -132,9 +132,14 @@ class TensorVecNormalize(FastVecNormalize):
         return self._part(state, "", observations, update)
 
     def _part(self, state: "_DeviceState", key: str, values: th.Tensor, update: bool) -> th.Tensor:
-        moments = state.obs.get(key)
-        if moments is None or not (self.norm_obs and (key == "" or key in (self.norm_obs_keys or []))):
+        if not (self.norm_obs and (key == "" or key in (self.norm_obs_keys or []))):
             return values
+        moments = state.obs.get(key)
+        if moments is None:
+            raise ValueError(
+                f"`obs_rms` must have statistics of all observations to normalise, got {sorted(state.obs)}. Pass "
+                "`norm_obs` and `norm_obs_keys` to the constructor."
+            )
         if update:
             moments.update(values)
         return moments.scaled(values, self.epsilon, self.clip_obs, moments.mean)
@@ -150,7 +155,7 @@ class TensorVecNormalize(FastVecNormalize):
         state = self._on_device
         if state is None or not state.is_current:
             own = self.__dict__
-            rms = own.get("obs_rms", {}) if self.norm_obs else {}
+            rms = own.get("obs_rms", {})  # also if `norm_obs` is False now
             read = _DeviceState(
                 rms if isinstance(rms, dict) else {"": rms}, own["ret_rms"], own["returns"], self._inner.device
             )
