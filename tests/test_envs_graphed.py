@@ -1,5 +1,8 @@
 """Recorded tensor environments: what they refuse. tests/test_engines_device_buffer.py steps one on a GPU."""
 
+from collections import deque
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,7 @@ from tensor_cases import InPlaceWalk, TensorWalk, tensor_pendulum
 
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.envs import GraphedTensorEnv, TensorVecEnv
-from sb3_clipvf.envs.graphed import saved
+from sb3_clipvf.envs.graphed import restorer_of
 
 
 def test_on_the_cpu_the_operations_run_one_by_one() -> None:
@@ -33,6 +36,26 @@ def test_an_environment_that_keeps_new_tensors_is_refused() -> None:
         GraphedTensorEnv(TensorWalk())
 
 
+@dataclass(slots=True)
+class Slots:
+    """Has no ``__dict__``."""
+
+    x: th.Tensor
+
+
+class Compiled:
+    """A function that keeps a cache, as Numba's and Triton's do."""
+
+    def __init__(self) -> None:
+        self.__name__, self.n_calls = "compiled", 0
+
+    def __call__(self) -> None:
+        self.n_calls += 1
+
+
+compiled = Compiled()
+
+
 class Keeps(InPlaceWalk):
     """Keeps something else after a step, or after a reset."""
 
@@ -45,9 +68,16 @@ class Keeps(InPlaceWalk):
         self.inner = InPlaceWalk()
         self.space = spaces.Discrete(2)
         self.itself = self
+        self.module = th.nn.Sequential(th.nn.Linear(2, 1))
+        self.module[0].register_buffer("state", th.zeros(1))
+        self.delayed = deque([th.zeros(1), th.zeros(1)])
+        self.slots = Slots(th.zeros(1))
+        self.method, self.call = InPlaceWalk().close, partial(InPlaceWalk.close, InPlaceWalk())
+        self.functions = [np.exp, th.relu, InPlaceWalk, compiled, lambda: 0]
 
     def change(self) -> None:
         self.space.sample()  # the state of a space is no state of the environment
+        compiled()
         if self.name == "number":
             self.number += 1
         elif self.name == "scalar":
@@ -60,6 +90,18 @@ class Keeps(InPlaceWalk):
             self.parts[1] = (1, self.parts[1][1] + 1)
         elif self.name == "inner.x":
             self.inner.x = self.inner.x.clone()
+        elif self.name == "module._modules.0._buffers.state":
+            self.module[0].state = self.module[0].state + 1
+        elif self.name == "module.counter":
+            self.module.counter = getattr(self.module, "counter", 0) + 1
+        elif self.name == "delayed.0":
+            self.delayed.rotate()
+        elif self.name == "slots.x":
+            self.slots.x = self.slots.x + 1
+        elif self.name == "method.__self__.x":
+            self.method.__self__.x = self.x.clone()
+        elif self.name == "call.args.0.x":
+            self.call.args[0].x = self.x.clone()
         elif self.name == "none":
             self.none = th.zeros(1)
         elif self.name == "x":
@@ -75,13 +117,49 @@ class Keeps(InPlaceWalk):
 
 
 @pytest.mark.parametrize("after", ["step_tensors", "reset_tensors"])
-@pytest.mark.parametrize("name", ["number", "scalar", "table", "parts.0.a", "parts.1.1", "inner.x", "none", "x"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("number", "scalar", "table", "parts.0.a", "parts.1.1", "inner.x", "none", "x", "delayed.0", "slots.x"),
+        *("module._modules.0._buffers.state", "module.counter", "method.__self__.x", "call.args.0.x"),
+    ],
+)
 def test_all_that_an_environment_keeps_is_compared(name: str, after: str) -> None:
     if (name, after) == ("table", "reset_tensors"):
         pytest.skip("the first reset leaves the table as it is")
     with pytest.raises(ValueError, match=f"got another `{name}` after `{after}`"):
         GraphedTensorEnv(Keeps(after, name))
     GraphedTensorEnv(Keeps(after, ""))
+
+
+class IsModule(th.nn.Module):
+    """An environment that is itself a module, and has one that torch compiles at the first step."""
+
+    def __init__(self, *, keeps_new: bool) -> None:
+        super().__init__()
+        self.walk, self.keeps_new = InPlaceWalk(), keeps_new
+        self.num_envs, self.device = self.walk.num_envs, self.walk.device
+        self.observation_space, self.action_space = self.walk.observation_space, self.walk.action_space
+        self.network: Any = th.compile(th.nn.Linear(2, 2), backend="eager")
+        self.register_buffer("state", th.zeros(6, 2))
+
+    def reset_tensors(self, seed: int | None = None) -> Any:
+        return self.walk.reset_tensors(seed)
+
+    @th.no_grad()
+    def step_tensors(self, actions: th.Tensor) -> Any:
+        state = self.network(actions)
+        self.state = state if self.keeps_new else self.state.copy_(state)
+        return self.walk.step_tensors(actions)
+
+    def close(self) -> None:
+        self.walk.close()
+
+
+def test_modules_are_compared_too() -> None:
+    GraphedTensorEnv(IsModule(keeps_new=False))
+    with pytest.raises(ValueError, match="got another `_buffers.state` after `step_tensors`"):
+        GraphedTensorEnv(IsModule(keeps_new=True))
 
 
 def test_a_change_from_outside_is_recorded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +196,7 @@ def test_a_step_in_the_context_leaves_no_trace() -> None:
 def test_saved_tensors_and_generators_are_restored_in_place() -> None:
     tensor, generator = th.zeros(2), th.Generator()
     address = tensor.data_ptr()
-    restore = saved([tensor, generator])
+    restore = restorer_of([tensor, generator])
     drawn = th.rand(3, generator=generator)
     tensor += 1
     restore()

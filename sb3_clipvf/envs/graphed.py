@@ -1,9 +1,11 @@
 """Tensor environments whose step is the same operations each time, which a CUDA graph repeats."""
 
 import copy
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import ModuleType
+from functools import partial
+from types import MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -95,7 +97,7 @@ class GraphedTensorEnv:
     @contextmanager
     def unchanged(self) -> Iterator[None]:
         """Restore the environment's tensors and random states at the end of the context."""
-        restore = saved([value for value in self._kept.values() if isinstance(value, th.Tensor | th.Generator)])
+        restore = restorer_of([value for value in self._kept.values() if isinstance(value, th.Tensor | th.Generator)])
         try:
             yield
         finally:
@@ -105,8 +107,8 @@ class GraphedTensorEnv:
         self._step = TensorStep(*self.env.step_tensors(self._actions))
 
 
-def saved(kept: list[Any]) -> Callable[[], None]:
-    """Save tensors and generators, and return a function that restores them in-place."""
+def restorer_of(kept: list[Any]) -> Callable[[], None]:
+    """Return a function that restores tensors and generators in-place to their present states."""
     states = [value.clone() if isinstance(value, th.Tensor) else value.get_state() for value in kept]
 
     def restore() -> None:
@@ -175,12 +177,25 @@ def _kept(env: Any) -> dict[str, Any]:
 
 
 def _parts(value: Any) -> list[tuple[str, Any]]:
+    """Return what an object keeps, by name. Functions keep nothing; a ``torch.nn.Module`` is an object."""
+    parts: list[tuple[Any, Any]] = []
     if isinstance(value, Mapping):
         parts = list(value.items())
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, list | tuple | deque):
         parts = list(enumerate(value))
-    elif isinstance(value, spaces.Space | ModuleType | type) or callable(value):
-        parts = []
-    else:
-        parts = list(getattr(value, "__dict__", {}).items())
+    elif isinstance(value, MethodType):
+        parts = [("__self__", value.__self__)]
+    elif isinstance(value, partial):
+        parts = [("func", value.func), ("args", value.args), ("keywords", value.keywords)]
+    elif not (isinstance(value, spaces.Space | ModuleType | type) or _is_function(value)):
+        state = object.__getstate__(value)  # of a class with __slots__, a pair of dicts or None
+        for names in state if isinstance(state, tuple) else (state,):
+            parts += (names or {}).items()
     return [(str(key), part) for key, part in parts]
+
+
+def _is_function(value: Any) -> bool:
+    """Return whether a value is a function. Compiled ones may be objects with the function's name, and keep caches."""
+    if isinstance(value, th.nn.Module) or not callable(value):
+        return False
+    return hasattr(value, "__name__") or type(value).__module__.startswith("torch._dynamo.")

@@ -18,7 +18,7 @@ from sb3_clipvf.engines.cuda.recorder import Graph, Recorder
 from sb3_clipvf.engines.cuda.sampling import sampled
 from sb3_clipvf.engines.env_actions import DeviceActions
 from sb3_clipvf.engines.interface import ActedTensors
-from sb3_clipvf.envs.graphed import saved
+from sb3_clipvf.envs.graphed import restorer_of
 from sb3_clipvf.envs.layers import vec_env_layers
 from sb3_clipvf.envs.tensor import TensorStep, copy_tensors
 from sb3_clipvf.envs.tensor_episodes import MAX_KEPT, successes_of
@@ -75,7 +75,7 @@ class RolloutStep:
     def record(self, recorder: Recorder) -> Graph:
         """Record the step. Policy, environments and random states stay as they are."""
         tensors = [tensor for layer in self._normalizers for tensor in layer.tensors()]
-        restore = saved([self._t, self._slot, *self._parts.values(), *tensors])
+        restore = restorer_of([self._t, self._slot, *self._parts.values(), *tensors])
         shown = [(holder, copy_tensors(values)) for holder, values in self._attributes()]
 
         def warm_up() -> None:
