@@ -14,7 +14,7 @@ from sb3_clipvf.envs.tensor import TensorEnvAdapter, TensorObs, TensorStep, Tens
 from sb3_clipvf.files.trust import TrustPickle
 
 
-class _Shared:
+class _ReadOnHost:
     """An attribute of ``VecNormalize`` that moves to the host when it is read or set there."""
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -51,11 +51,11 @@ class TensorVecNormalize(FastVecNormalize):
     observations: TensorObs | None = None
     _on_device: "_DeviceState | None" = None
 
-    obs_rms: Any = _Shared()
-    ret_rms: Any = _Shared()
-    returns: Any = _Shared()
-    old_obs: Any = _Shared()
-    old_reward: Any = _Shared()
+    obs_rms: Any = _ReadOnHost()
+    ret_rms: Any = _ReadOnHost()
+    returns: Any = _ReadOnHost()
+    old_obs: Any = _ReadOnHost()
+    old_reward: Any = _ReadOnHost()
 
     def __init__(self, venv: VecEnv | TensorVecEnv, *args: Any, **kwargs: Any) -> None:
         super().__init__(_adapter(venv), *args, **kwargs)
