@@ -9,6 +9,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.logger import configure
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from tensor_cases import BOX, DICT, IMAGE, VECTOR, InPlaceWalk, Plain, TensorWalk
 
 from sb3_clipvf import ClipPPO
@@ -337,7 +338,8 @@ class Spoilt(TensorWalk):
         ("observations", np.nan, "observation", 3),
         ("observations", np.inf, "observation", 3),
         ("rewards", np.inf, "reward", 2),
-        ("final_observations", np.inf, "terminal_value", 3),
+        ("final_observations", np.inf, "terminal_observation", 3),
+        ("final_observations", np.nan, "terminal_observation", 3),
     ],
 )
 def test_numbers_that_are_not_finite_are_reported(what: str, value: float, named: str, at: int, buffer: Any) -> None:
@@ -345,6 +347,70 @@ def test_numbers_that_are_not_finite_are_reported(what: str, value: float, named
     with pytest.raises(NonFiniteError) as caught:
         trained(Spoilt(what, value), rollout_buffer_class=buffer, engine=engine)
     assert (caught.value.what, caught.value.step, caught.value.env_index) == (named, at, 2)
+    assert "Correct the environment" in str(caught.value)
+
+
+@pytest.mark.parametrize("limit", [0, 10**9], ids=["read at each step", "read once"])
+@pytest.mark.parametrize("buffer", [None, DeviceRolloutBuffer])
+def test_a_final_observation_is_named_by_its_key(buffer: Any, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class SpoiltKey(TensorWalk):
+        def step_tensors(self, actions: th.Tensor) -> TensorStep:
+            step = super().step_tensors(actions)
+            if len(self.received) == 4:
+                step.final_observations["vector"][2, 1] = -np.inf  # type: ignore[index, call-overload]
+            return step
+
+    monkeypatch.setattr("sb3_clipvf.envs.tensor_episodes.MAX_KEPT", limit)
+    with pytest.raises(NonFiniteError, match=r"got -inf at element \[1\] \(1 of 3 numbers\)") as caught:
+        env = SpoiltKey(observation_space=DICT)
+        trained(env, "MultiInputPolicy", rollout_buffer_class=buffer, engine="autograd")
+    assert (caught.value.what, caught.value.key) == ("terminal_observation", "vector")
+    assert (caught.value.step, caught.value.env_index) == (3, 2)
+
+
+@pytest.mark.parametrize("buffer", [None, DeviceRolloutBuffer])
+def test_a_value_that_is_not_finite_is_named(buffer: Any) -> None:
+    class Overflowing(FlattenExtractor):
+        def forward(self, observations: th.Tensor) -> th.Tensor:
+            features = super().forward(observations)
+            return th.where(features[:, :1] > 50, th.nan, features)
+
+    class Far(TensorWalk):
+        def step_tensors(self, actions: th.Tensor) -> TensorStep:
+            step = super().step_tensors(actions)
+            if len(self.received) == 4:
+                step.final_observations[2] = 100.0  # type: ignore[index, call-overload]
+            return step
+
+    settings: dict[str, Any] = {"policy_kwargs": {"features_extractor_class": Overflowing}, "engine": "autograd"}
+    with pytest.raises(NonFiniteError) as caught:
+        trained(Far(), rollout_buffer_class=buffer, **settings)
+    assert (caught.value.what, caught.value.step, caught.value.env_index) == ("terminal_value", 3, 2)
+
+
+class Filled(FlattenExtractor):
+    """Replaces non-finite numbers."""
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return super().forward(th.nan_to_num(observations, nan=-1.0, posinf=2.0))
+
+
+class Passing(FlattenExtractor):
+    """Code of the user's that passes non-finite numbers on."""
+
+
+@pytest.mark.parametrize("buffer", [None, DeviceRolloutBuffer])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_policy_may_replace_final_observations(value: float, buffer: Any) -> None:
+    """As in a training through arrays."""
+    settings: dict[str, Any] = {"policy_kwargs": {"features_extractor_class": Filled}, "engine": "autograd"}
+    through_arrays = trained(Plain(as_vec_env(Spoilt("final_observations", value))), **settings)
+    ours = trained(Spoilt("final_observations", value), rollout_buffer_class=buffer, **settings)
+    np.testing.assert_allclose(*map(weights, (through_arrays, ours)), atol=CLOSE)
+    settings["policy_kwargs"] = {"features_extractor_class": Passing}
+    with pytest.raises(NonFiniteError) as caught:
+        trained(Spoilt("final_observations", np.nan), rollout_buffer_class=buffer, **settings)
+    assert (caught.value.what, caught.value.step, caught.value.env_index) == ("terminal_observation", 3, 2)
 
 
 @pytest.mark.parametrize("buffer", [None, DeviceRolloutBuffer])

@@ -57,10 +57,14 @@ class FinalValues:
     Values of the final observations of truncated episodes.
 
     Which rows are truncated is read from the device once for many steps, so the observations of these steps are kept.
+    Whether their values are finite is read once more, if there are any.
+    Values are NaN where the observation is not finite, unless it ``may_be_nonfinite``: the policy then decides.
     """
 
-    def __init__(self, engine: Any, gamma: float) -> None:
-        self._engine, self._gamma = engine, gamma
+    def __init__(self, engine: Any, gamma: float, *, may_be_nonfinite: bool) -> None:
+        self._engine, self._gamma, self._may_be_nonfinite = engine, gamma, may_be_nonfinite
+        #: Final observations whose value is not finite, on the host, by step and environment.
+        self.nonfinite: dict[tuple[int, int], Any] = {}
         self._kept: list[tuple[int, dict[str, th.Tensor]]] = []
         self._n_bytes = 0
         self._found: list[tuple[int, th.Tensor, th.Tensor]] = []
@@ -84,10 +88,11 @@ class FinalValues:
             rewards[t].index_add_(0, rows, values, alpha=self._gamma)
         self._found = []
 
-    def predict(self, observations: Any, rows: th.Tensor) -> th.Tensor:
-        """Return the values of these rows ``(k,)``: NaN, if the observation is not finite."""
-        parts = {key: tensor[rows] for key, tensor in parts_of(observations).items()}
+    def predict(self, parts: dict[str, th.Tensor]) -> th.Tensor:
+        """Return the values of observations, ``(k,)``."""
         values: th.Tensor = self._engine.predict_values(from_parts(parts)).flatten()
+        if self._may_be_nonfinite:
+            return values
         for part in parts.values():
             if part.is_floating_point():  # a network may turn them into finite numbers
                 values = th.where(part.flatten(1).isfinite().all(1), values, th.nan)
@@ -98,8 +103,18 @@ class FinalValues:
         kept, self._kept, self._n_bytes = self._kept, [], 0
         if not kept:
             return
-        are_any = timed_out[[t for t, _ in kept]].any(1).tolist()  # the one read from the device
+        are_any = timed_out[[t for t, _ in kept]].any(1).tolist()
+        finals, found = [], []
         for (t, parts), has_any in zip(kept, are_any, strict=True):
             if has_any:
                 rows = timed_out[t].nonzero().flatten()
-                self._found.append((t, rows, self.predict(from_parts(parts), rows)))
+                finals.append({key: part[rows] for key, part in parts.items()})
+                found.append((t, rows, self.predict(finals[-1])))
+        if not found:
+            return
+        self._found += found
+        are_finite = th.stack([values.isfinite().all() for *_, values in found]).tolist()
+        for (t, rows, values), parts, is_finite in zip(found, finals, are_finite, strict=True):
+            for index in [] if is_finite else (~values.isfinite()).nonzero().flatten().tolist():
+                final = {key: part[index].cpu().numpy() for key, part in parts.items()}
+                self.nonfinite[t, int(rows[index])] = from_parts(final)

@@ -4,7 +4,7 @@ Diagnosis of non-finite numbers: which number and why, the error that reports it
 The finders return a :class:`Fault` or None; ``step_error`` and ``update_error`` turn one into a ``NonFiniteError``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -125,13 +125,13 @@ def act_fault(policy: ActorCriticPolicy, observations: Any, obs_tensor: Any, act
     return fault or find_fault("log_prob", None, on_host(rows))
 
 
-def reward_fault(rewards: np.ndarray, bootstrapped: np.ndarray, infos: list[dict[str, Any]]) -> Fault:
+def reward_fault(rewards: np.ndarray, bootstrapped: np.ndarray, infos: Sequence[Mapping[str, Any]]) -> Fault:
     """Return why bootstrapped rewards are not finite: the reward, the final observation, or its value."""
     fault = find_fault("reward", None, rewards)
     if fault is not None:
         return fault
     for row in np.flatnonzero(nonfinite_mask(bootstrapped)).tolist():
-        for key, part in parts_of(infos[row]["terminal_observation"]).items():
+        for key, part in parts_of(infos[row].get("terminal_observation", {})).items():
             fault = find_fault("terminal_observation", key, np.asarray(part), has_rows=False)
             if fault is not None:
                 return replace(fault, row=row)

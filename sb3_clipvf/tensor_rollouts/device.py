@@ -1,6 +1,8 @@
 """Rollouts on a device, from tensor environments or from environments on the host."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
@@ -39,7 +41,8 @@ class DeviceRollout(TensorRollout):
     def __init__(self, collector: Any, engine: Engine, env: VecEnv, buffer: Any, callback: BaseCallback) -> None:
         super().__init__(collector, engine, env, buffer, callback)
         self.part = DevicePart(collector, engine, buffer, self.rewards, self.dones)
-        self.final_values = FinalValues(engine, collector.gamma)
+        may_be_nonfinite = reads_by_own_code(collector.policy)
+        self.final_values = FinalValues(engine, collector.gamma, may_be_nonfinite=may_be_nonfinite)
         self.timed_out = th.zeros_like(self.dones)
         # A simulator may not recover from NaN, which is found after the last step.
         self._actions = DeviceActions(collector.policy, collector.action_space, replaces_nan=True)
@@ -69,7 +72,7 @@ class DeviceRollout(TensorRollout):
     def finish(self) -> th.Tensor:
         """Add the values of truncated episodes' ends, check all numbers, and compute returns and advantages."""
         self.final_values.add_to(self.buffer.rewards, self.timed_out)
-        return self.part.finish(self.observations)
+        return self.part.finish(self.observations, self.final_values.nonfinite)
 
 
 class UploadingRollout(Rollout):
@@ -196,13 +199,18 @@ class DevicePart:
         buffer.write_acted(acted, observations)
         return acted
 
-    def finish(self, observations: Any) -> th.Tensor:
-        """Check all numbers, and compute returns and advantages. Observations are those after the last step."""
+    def finish(self, observations: Any, finals: Mapping[tuple[int, int], Any] = MappingProxyType({})) -> th.Tensor:
+        """
+        Check all numbers, and compute returns and advantages.
+
+        ``observations`` are those after the last step; ``finals`` are the final ones whose value is not finite, by step
+        and environment.
+        """
         buffer = self._buffer
         starts = th.as_tensor(self._starts, device=buffer.device)
         buffer.episode_starts.copy_(th.cat([starts[None], self.dones[:-1]]))
         values = self._engine.predict_values(observations)
-        self._check(values, observations)
+        self._check(values, observations, finals)
         buffer.compute_returns_and_advantage(values, self.dones[-1])
         return values
 
@@ -220,7 +228,7 @@ class DevicePart:
             )
         return arrays | {"rewards": host_copy(self.rewards[t]), "dones": host_copy(self.dones[t].bool())}
 
-    def _check(self, values: th.Tensor, last: Any) -> None:
+    def _check(self, values: th.Tensor, last: Any, finals: Mapping[tuple[int, int], Any]) -> None:
         """Raise NonFiniteError for the first number of the rollout that is not finite."""
         collector, buffer = self._collector, self._buffer
         acting, ends = [buffer.values, buffer.log_probs], [values]
@@ -243,8 +251,9 @@ class DevicePart:
             fault = fault or find_fault("reward", None, arrays["rewards"])
             rewards = host_copy(buffer.rewards[t])  # normalised, and with the values of final observations
             fault = fault or find_fault("reward", None, np.where(arrays["dones"], 0.0, rewards))
-            fault = fault or find_fault("terminal_value", None, rewards)
-            raise step_error(collector._fault_context(), cast(Fault, fault), t, arrays)
+            infos = [{"terminal_observation": finals.get((t, row), {})} for row in range(buffer.n_envs)]
+            fault = fault or reward_fault(arrays["rewards"], rewards, infos)
+            raise step_error(collector._fault_context(), fault, t, arrays)
         fault = observation_fault(last) or find_fault("value", None, host_copy(values).reshape(-1))
         n_steps = buffer.buffer_size
         raise step_error(collector._fault_context(), cast(Fault, fault), n_steps, self.arrays(n_steps - 1, last))

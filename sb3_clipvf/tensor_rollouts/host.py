@@ -9,13 +9,14 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_clipvf.common.nonfinite import is_finite
+from sb3_clipvf.common.observations import parts_of
 from sb3_clipvf.common.tensors import to_tensor
 from sb3_clipvf.engines.env_actions import env_actions
 from sb3_clipvf.engines.in_place import InPlace, in_place
 from sb3_clipvf.engines.interface import Acted, Engine
-from sb3_clipvf.envs.tensor import TensorStep, host_copy
+from sb3_clipvf.envs.tensor import LazyInfos, TensorStep, host_copy
 from sb3_clipvf.envs.tensor_episodes import FinalValues
-from sb3_clipvf.guards.diagnosis import Fault, find_fault, step_error
+from sb3_clipvf.guards.diagnosis import reads_by_own_code, reward_fault, step_error
 from sb3_clipvf.rollout import takes_dist_params
 from sb3_clipvf.tensor_rollouts.base import TensorRollout
 
@@ -29,6 +30,7 @@ class HostRollout(TensorRollout):
         self._with_dist_params = takes_dist_params(buffer)
         self._writer: InPlace | None = None if self.copies else in_place(engine, buffer, space)
         self._acted = Acted(np.empty(0), np.empty(0), np.empty(0), None)
+        self._final_values = FinalValues(engine, collector.gamma, may_be_nonfinite=reads_by_own_code(collector.policy))
 
     def act(self) -> tuple[Any, th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
         """Act by the engine's kernels, as in other environments."""
@@ -84,18 +86,19 @@ class HostRollout(TensorRollout):
             values = self.buffer.values[self.buffer.pos] if self._writer is not None else self._acted.values
             final_values = th.from_numpy(values).flatten()[rows]
         else:
-            final_values = FinalValues(self.engine, self.collector.gamma).predict(step.final_observations, rows)
+            finals = {key: part[rows] for key, part in parts_of(step.final_observations).items()}
+            final_values = self._final_values.predict(finals)
         # Not in-place, since the environments may read their rewards again.
         return rewards.index_add(0, rows, final_values, alpha=self.collector.gamma).numpy()
 
     def _reward_error(self, step: TensorStep, rewards: np.ndarray, t: int) -> Exception:
-        fault = find_fault("reward", None, step.rewards.numpy()) or find_fault("terminal_value", None, rewards)
+        fault = reward_fault(step.rewards.numpy(), rewards, LazyInfos(step, self.buffer.n_envs))
         acted = self._acted
         acted_arrays = {"actions": acted.actions, "values": acted.values, "log_probs": acted.log_prob}
         arrays = acted_arrays if self._writer is None else self._writer.row()
         arrays |= {"observations": self.collector._last_obs, "new_observations": host_copy(step.observations)}
         arrays |= {"rewards": step.rewards.numpy(), "dones": self.dones[t].numpy()}
-        return step_error(self.collector._fault_context(), cast(Fault, fault), t, arrays)
+        return step_error(self.collector._fault_context(), fault, t, arrays)
 
 
 def _copied(target: np.ndarray, tensor: th.Tensor) -> np.ndarray:
