@@ -51,52 +51,64 @@ class FastDummyVecEnv(DummyVecEnv):
         :return: Observations, rewards (float32), dones and infos. In the infos, ``TimeLimit.truncated`` is whether the
             episode was truncated and not terminated, and ``terminal_observation`` is its last observation.
         """
-        self._step_envs()
-        # Copy after the last step, since environments may share objects and change them.
-        return self._obs_from_buf(), self.buf_rews.copy(), self.buf_dones.copy(), self._infos_from_buf()
-
-    def _step_envs(self) -> None:
-        """Step all environments into the buffers."""
-        actions, rewards, dones, infos = self.actions, self.buf_rews, self.buf_dones, self.buf_infos
-        buffers: dict[Any, np.ndarray] = self.buf_obs
-        rows = buffers.get(None)  # the key is None if observations are neither dicts nor tuples
-        shape = self.observation_space.shape
-        obs: Any
-        for index, env in enumerate(self.envs):
-            obs, rewards[index], terminated, truncated, info = env.step(actions[index])
-            infos[index] = info
-            done = dones[index] = terminated or truncated
-            info["TimeLimit.truncated"] = truncated and not terminated
-            if done:
-                if info["TimeLimit.truncated"] and obs is not None:  # its value will be bootstrapped
-                    check_one(self.observation_space, obs, self._first + index)
-                info["terminal_observation"] = obs
-                obs, self.reset_infos[index] = env.reset()
-            if rows is None:
-                self._save_obs(index, obs)
-                continue
-            if type(obs) is not np.ndarray or obs.shape != shape:
-                check_one(self.observation_space, obs, self._first + index)
-            rows[index] = obs
+        return fast_step_wait(self, self._first)
 
     def _save_obs(self, env_idx: int, obs: VecEnvObs) -> None:
         check_one(self.observation_space, obs, self._first + env_idx)
         super()._save_obs(env_idx, obs)
 
     def _obs_from_buf(self) -> VecEnvObs:
-        buffers: dict[Any, np.ndarray] = self.buf_obs
-        rows = buffers.get(None)
-        if rows is not None and not rows.dtype.hasobject:
-            return rows.copy("K")
-        memo: dict[int, Any] = {}
-        if rows is not None:
-            return cast(np.ndarray, _copied(rows, memo))
-        copies = OrderedDict((key, _copied(array, memo)) for key, array in buffers.items())
-        return dict_to_obs(self.observation_space, copies)
+        return _copied_obs(self)
 
-    def _infos_from_buf(self) -> list[dict[str, Any]]:
-        memo: dict[int, Any] = {}
-        return [_copied(info, memo) for info in self.buf_infos]
+
+def fast_step_wait(venv: DummyVecEnv, first: int = 0) -> VecEnvStepReturn:
+    """Do what ``venv.step_wait`` does; ``first`` is the number of the first environment in messages."""
+    step_envs(venv, first)
+    # Copy after the last step, since environments may share objects and change them.
+    return _copied_obs(venv), venv.buf_rews.copy(), venv.buf_dones.copy(), copied_infos(venv)
+
+
+def step_envs(venv: DummyVecEnv, first: int) -> None:
+    """Step all environments into the buffers."""
+    actions, rewards, dones, infos = venv.actions, venv.buf_rews, venv.buf_dones, venv.buf_infos
+    buffers: dict[Any, np.ndarray] = venv.buf_obs
+    rows = buffers.get(None)  # the key is None if observations are neither dicts nor tuples
+    shape = venv.observation_space.shape
+    obs: Any
+    for index, env in enumerate(venv.envs):
+        obs, rewards[index], terminated, truncated, info = env.step(actions[index])
+        infos[index] = info
+        done = dones[index] = terminated or truncated
+        info["TimeLimit.truncated"] = truncated and not terminated
+        if done:
+            if info["TimeLimit.truncated"] and obs is not None:  # its value will be bootstrapped
+                check_one(venv.observation_space, obs, first + index)
+            info["terminal_observation"] = obs
+            obs, venv.reset_infos[index] = env.reset()
+        if rows is None:
+            venv._save_obs(index, obs)
+            continue
+        if type(obs) is not np.ndarray or obs.shape != shape:
+            check_one(venv.observation_space, obs, first + index)
+        rows[index] = obs
+
+
+def _copied_obs(venv: DummyVecEnv) -> VecEnvObs:
+    buffers: dict[Any, np.ndarray] = venv.buf_obs
+    rows = buffers.get(None)
+    if rows is not None and not rows.dtype.hasobject:
+        return rows.copy("K")
+    memo: dict[int, Any] = {}
+    if rows is not None:
+        return cast(np.ndarray, _copied(rows, memo))
+    copies = OrderedDict((key, _copied(array, memo)) for key, array in buffers.items())
+    return dict_to_obs(venv.observation_space, copies)
+
+
+def copied_infos(venv: DummyVecEnv) -> list[dict[str, Any]]:
+    """Return copies of the infos in the buffers."""
+    memo: dict[int, Any] = {}
+    return [_copied(info, memo) for info in venv.buf_infos]
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:

@@ -34,14 +34,14 @@ class FastVecNormalize(VecNormalize):
     Observations, per element: (x - mean) / sqrt(var + epsilon), clipped. Rewards: r / sqrt(var + epsilon), clipped,
     with the variance of the discounted sums of rewards.
 
-    Results are those of ``VecNormalize`` up to the last digit. Operations, their order and their precision are the
-    same: moments of one step in the observations' own precision, all else in float64. But NumPy adds 8 or more returns,
-    or observations of a single element, pairwise. NaN and infinity give the same results, without NumPy's warnings.
+    Results are those of ``VecNormalize``, bit for bit. Operations, their order and their precision are the same:
+    moments of one step in the observations' own precision, all else in float64. NaN and infinity give the same
+    results, without NumPy's warnings.
 
     Dones may be numbers as well as bools. If they are integers, SB3's class resets the sums of the wrong environments.
 
-    SB3's own code, at its speed, handles what the kernels do not: float16, statistics of another class or shape, a
-    clipping range for each element.
+    SB3's own code, at its speed, handles what the kernels do not: float16, arrays that are not contiguous, statistics
+    of another class or shape, a clipping range for each element.
 
     Files are SB3's. Those that ``save`` writes name SB3's classes only, so that ``VecNormalize.load`` reads them where
     this package is not installed. A class that overrides single methods should derive from ``VecNormalize``: this
@@ -112,23 +112,13 @@ class FastVecNormalize(VecNormalize):
 
     def step_wait(self) -> VecEnvStepReturn:
         """Wait for the step, update the statistics if ``training``, and normalise, including final observations."""
-        self.old_obs, self.old_reward, dones, infos = self.venv.step_wait()  # type: ignore[assignment]
-        obs = self._processed(self.old_obs, update=self.training)
-        rewards = self._processed_reward(self.old_reward, update=self.training)
-        if np.count_nonzero(dones):
-            ended = np.flatnonzero(dones)
-            for index in ended:
-                info = infos[index]
-                if "terminal_observation" in info:
-                    info["terminal_observation"] = self.normalize_obs(info["terminal_observation"])
-            self.returns[ended] = 0  # not [dones]: integers would select rows
-        return obs, rewards, dones, infos
+        return normalized(self, self.venv.step_wait())
 
     def reset(self) -> Observations:
         """Reset all environments, update the statistics if ``training``, and return normalised observations."""
         self.old_obs = self.venv.reset()  # type: ignore[assignment]
         self.returns = np.zeros(self.num_envs)
-        return self._processed(self.old_obs, update=self.training)
+        return _processed(self, self.old_obs, update=self.training)
 
     def normalize_obs(self, obs: Observations) -> Observations:
         """
@@ -137,70 +127,93 @@ class FastVecNormalize(VecNormalize):
         :param obs: One observation, or several along leading dimensions. It is not changed.
         :return: New arrays of the same shape, float32 where normalised.
         """
-        return self._processed(obs, update=False)
+        return _processed(self, obs, update=False)
 
-    def _processed(self, obs: Observations, *, update: bool) -> Observations:
-        if not self.norm_obs:
-            return deepcopy(obs)
-        if not (isinstance(obs, dict) and isinstance(self.obs_rms, dict)):
-            return self._processed_array(obs, self.obs_rms, update=update)  # type: ignore[arg-type]
-        keys = self.norm_obs_keys or []
-        processed = copy(obs)
-        for key in obs.keys() - keys:
-            processed[key] = deepcopy(obs[key])
-        for key in keys:
-            processed[key] = self._processed_array(obs[key], self.obs_rms[key], update=update)
-        if update:
-            for key in self.obs_rms.keys() - keys:
-                self.obs_rms[key].update(obs[key])
-        return processed
 
-    def _processed_array(self, values: np.ndarray, rms: RunningMeanStd, *, update: bool) -> np.ndarray:
-        if type(rms) is RunningMeanStd:
-            try:
-                flat = values.ndim == 2 and rms.mean.ndim == 1
-                rows, mean, var = (values, rms.mean, rms.var) if flat else _flattened(values, rms)
-                mean, var, scaled = _scale_rows(
-                    _as_floats(rows), mean, var, rms.count, self.epsilon, self.clip_obs, update
-                )
-            except (AttributeError, TypeError):
-                pass  # the kernel does not support these types
-            else:
-                if update:
-                    shape = rms.mean.shape
-                    rms.mean, rms.var = (mean, var) if flat else (mean.reshape(shape), var.reshape(shape))
-                    rms.count = len(values) + rms.count
-                return cast(np.ndarray, scaled if flat else scaled.reshape(values.shape))
-        if update:
-            rms.update(values)
-        normalized: np.ndarray = self._normalize_obs(values, rms).astype(np.float32)
-        return normalized
+def normalized(env: VecNormalize, step: VecEnvStepReturn) -> VecEnvStepReturn:
+    """Do with a step what ``env.step_wait`` does."""
+    env.old_obs, env.old_reward, dones, infos = step  # type: ignore[assignment]
+    obs = _processed(env, env.old_obs, update=env.training)
+    rewards = _processed_reward(env, env.old_reward, update=env.training)
+    if np.count_nonzero(dones):
+        ended = np.flatnonzero(dones)
+        for index in ended:
+            info = infos[index]
+            if "terminal_observation" in info:
+                info["terminal_observation"] = env.normalize_obs(info["terminal_observation"])
+        env.returns[ended] = 0  # not [dones]: integers would select rows
+    return obs, rewards, dones, infos
 
-    def _processed_reward(self, reward: np.ndarray, *, update: bool) -> np.ndarray:
-        rms: Any = self.ret_rms  # SB3 annotates the moments as arrays, and stores numbers
-        if type(self.ret_rms) is RunningMeanStd and (update or self.norm_reward):
-            try:
-                self.returns, mean, var, scaled = _scale_rewards(
-                    _as_floats(reward),
-                    self.returns,
-                    self.gamma,
-                    rms.mean,
-                    rms.var,
-                    rms.count,
-                    self.epsilon,
-                    self.clip_reward,
-                    update,
-                )
-            except TypeError:
-                pass  # the kernel does not support these types; the moments of new statistics are arrays
-            else:
-                if update:
-                    rms.mean, rms.var = np.float64(mean), np.float64(var)
-                    rms.count = len(reward) + rms.count
-                return scaled if self.norm_reward else reward.astype(np.float32)
-        if update:
-            self._update_reward(reward)
-        return self.normalize_reward(reward)
+
+def _processed(env: VecNormalize, obs: Observations, *, update: bool) -> Observations:
+    """Return normalised observations, after an update of the statistics if asked for."""
+    if not env.norm_obs:
+        return deepcopy(obs)
+    if not (isinstance(obs, dict) and isinstance(env.obs_rms, dict)):
+        return _processed_array(env, obs, env.obs_rms, update=update)  # type: ignore[arg-type]
+    keys = env.norm_obs_keys or []
+    processed = copy(obs)
+    for key in obs.keys() - keys:
+        processed[key] = deepcopy(obs[key])
+    for key in keys:
+        processed[key] = _processed_array(env, obs[key], env.obs_rms[key], update=update)
+    if update:
+        for key in env.obs_rms.keys() - keys:
+            env.obs_rms[key].update(obs[key])
+    return processed
+
+
+def _processed_array(env: VecNormalize, values: np.ndarray, rms: RunningMeanStd, *, update: bool) -> np.ndarray:
+    if _is_plain(rms):
+        try:
+            flat = values.ndim == 2 and rms.mean.ndim == 1
+            rows, mean, var = (values, rms.mean, rms.var) if flat else _flattened(values, rms)
+            mean, var, scaled = _scale_rows(
+                _as_floats(rows, adds=update), mean, var, rms.count, env.epsilon, env.clip_obs, update
+            )
+        except (AttributeError, TypeError):
+            pass  # the kernel does not support these types
+        else:
+            if update:
+                shape = rms.mean.shape
+                rms.mean, rms.var = (mean, var) if flat else (mean.reshape(shape), var.reshape(shape))
+                rms.count = len(values) + rms.count
+            return cast(np.ndarray, scaled if flat else scaled.reshape(values.shape))
+    if update:
+        rms.update(values)
+    return env._normalize_obs(values, rms).astype(np.float32)
+
+
+def _processed_reward(env: VecNormalize, reward: np.ndarray, *, update: bool) -> np.ndarray:
+    rms: Any = env.ret_rms  # SB3 annotates the moments as arrays, and stores numbers
+    if _is_plain(rms) and (update or env.norm_reward):
+        try:
+            env.returns, mean, var, scaled = _scale_rewards(
+                _as_floats(reward),
+                env.returns,
+                env.gamma,
+                rms.mean,
+                rms.var,
+                rms.count,
+                env.epsilon,
+                env.clip_reward,
+                update,
+            )
+        except TypeError:
+            pass  # the kernel does not support these types; the moments of new statistics are arrays
+        else:
+            if update:
+                rms.mean, rms.var = np.float64(mean), np.float64(var)
+                rms.count = len(reward) + rms.count
+            return scaled if env.norm_reward else reward.astype(np.float32)
+    if update:
+        env._update_reward(reward)
+    return env.normalize_reward(reward)
+
+
+def _is_plain(rms: RunningMeanStd) -> bool:
+    """Return whether running moments are updated by SB3's own code."""
+    return type(rms) is RunningMeanStd and vars(rms).keys().isdisjoint(("update", "update_from_moments"))
 
 
 def _flattened(values: np.ndarray, rms: RunningMeanStd) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -210,8 +223,14 @@ def _flattened(values: np.ndarray, rms: RunningMeanStd) -> tuple[np.ndarray, np.
     return values.reshape(-1, rms.mean.size), rms.mean.ravel(), rms.var.ravel()
 
 
-def _as_floats(values: np.ndarray) -> np.ndarray:
-    """Return a contiguous array, with integers as float64, in which NumPy averages them."""
+def _as_floats(values: np.ndarray, *, adds: bool = False) -> np.ndarray:
+    """
+    Return a contiguous array, with integers as float64, in which NumPy averages them.
+
+    With ``adds``, the kernel adds the rows in NumPy's order for contiguous arrays; NumPy adds others as they lie.
+    """
+    if adds and not values.flags.c_contiguous:
+        raise TypeError("values are not contiguous")
     return np.ascontiguousarray(values.astype(np.float64) if values.dtype.kind in "iub" else values)
 
 
@@ -239,6 +258,32 @@ def _clipped(value: float, bound: float) -> float:
     return value
 
 
+@cached(*(dtype(_array(dtype, 1), _types.intp, _types.intp) for dtype in _FLOATS))
+def _sum(values: Any, start: int, n: int) -> Any:
+    """Add ``n`` values in the order in which NumPy adds contiguous ones, which limits the rounding error."""
+    if n > 128:
+        half = n // 2
+        half -= half % 8
+        return _sum(values, start, half) + _sum(values, start + half, n - half)
+    if n < 8:
+        total = values[start]
+        for i in range(start + 1, start + n):
+            total += values[i]
+        return total
+    partial = values[start : start + 8].copy()
+    n_whole = n - n % 8
+    for i in range(8, n_whole, 8):
+        for j in range(8):
+            partial[j] += values[start + i + j]
+    for width in (4, 2, 1):  # (0 + 1) + (2 + 3), (4 + 5) + (6 + 7), then the two
+        for j in range(width):
+            partial[j] = partial[2 * j] + partial[2 * j + 1]
+    total = partial[0]
+    for i in range(start + n_whole, start + n):
+        total += values[i]
+    return total
+
+
 @cached(
     *(
         _types.Tuple((_F8[::1], _F8[::1], _F4[:, ::1]))(
@@ -262,17 +307,28 @@ def _scale_rows(
         raise TypeError("rows and moments differ in shape")
     new_mean, new_var = mean.copy(), var.copy()
     if update:
-        # Sums in the rows' own precision, row after row, as NumPy takes them.
+        # Sums in the rows' own precision, as NumPy takes them: a single column pairwise, several row after row.
         batch_mean, batch_m2 = np.zeros(k, rows.dtype), np.zeros(k, rows.dtype)
-        for i in range(n):
-            for j in range(k):
-                batch_mean[j] += rows[i, j]
+        column = np.empty(n if k == 1 else 0, rows.dtype)
+        if k == 1:
+            for i in range(n):
+                column[i] = rows[i, 0]
+            batch_mean[0] = _sum(column, 0, n)
+        else:
+            for i in range(n):
+                for j in range(k):
+                    batch_mean[j] += rows[i, j]
         for j in range(k):
             batch_mean[j] /= n
         for i in range(n):
             for j in range(k):
                 deviation = rows[i, j] - batch_mean[j]
-                batch_m2[j] += deviation * deviation
+                if k == 1:
+                    column[i] = deviation * deviation
+                else:
+                    batch_m2[j] += deviation * deviation
+        if k == 1:
+            batch_m2[0] = _sum(column, 0, n)
         total = count + n
         for j in range(k):
             batch_m2[j] /= n  # SB3 computes the variance first, rounded
@@ -316,15 +372,14 @@ def _scale_rewards(
         raise TypeError("rewards and returns differ in shape")
     new_returns = returns.copy()
     if update:
-        batch_mean, batch_m2 = 0.0, 0.0
         for i in range(n):
             new_returns[i] = returns[i] * gamma + rewards[i]
-            batch_mean += new_returns[i]
-        batch_mean /= n
+        batch_mean = _sum(new_returns, 0, n) / n
+        squares = np.empty(n, np.float64)
         for i in range(n):
             deviation = new_returns[i] - batch_mean
-            batch_m2 += deviation * deviation
-        batch_m2 = batch_m2 / n * n
+            squares[i] = deviation * deviation
+        batch_m2 = _sum(squares, 0, n) / n * n
         delta = batch_mean - mean
         total = count + n
         mean = mean + delta * n / total

@@ -28,7 +28,7 @@ from stable_baselines3.common.vec_env.util import dict_to_obs
 from sb3_clipvf.common.resources import usable_cores
 from sb3_clipvf.common.validation import check_int
 from sb3_clipvf.envs.channel import Channel, channel_ends
-from sb3_clipvf.envs.dummy import FastDummyVecEnv
+from sb3_clipvf.envs.dummy import FastDummyVecEnv, copied_infos, step_envs
 from sb3_clipvf.envs.info_rows import InfoRows, Infos
 
 GRACE = 2.0
@@ -127,8 +127,8 @@ class FastSubprocVecEnv(SubprocVecEnv):
         if not self.waiting:
             raise RuntimeError("`step_wait` must be called after `step_async`, got no such call. Call it, or `step`.")
         self.waiting = False
-        self._own._step_envs()
-        infos = self._own._infos_from_buf()
+        step_envs(self._own, self._own._first)
+        infos = copied_infos(self._own)
         self.reset_infos[: len(infos)] = self._own.reset_infos
         for rows, (sent, resets) in zip(self._info_rows, self._receive(), strict=True):
             infos += rows.unpack(sent)
@@ -347,7 +347,7 @@ class _LocalEnvs(FastDummyVecEnv):
     def step_rows(self, actions: tuple[Any, ...], version: int) -> tuple[bytes | Infos, dict[int, Any]]:
         """Step all environments, and return their infos, and those of resets by row."""
         self.actions = _decoded(actions)
-        self._step_envs()
+        step_envs(self, self._first)
         dones = enumerate(self.buf_dones.tolist())
         resets = {self._first + index: self.reset_infos[index] for index, done in dones if done}
         return self._info_rows.pack(self.buf_infos, version), resets

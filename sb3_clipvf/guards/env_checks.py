@@ -12,7 +12,8 @@ from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from sb3_clipvf.common.validation import same_spaces
-from sb3_clipvf.envs.dummy import FastDummyVecEnv
+from sb3_clipvf.envs.dummy import FastDummyVecEnv, fast_step_wait
+from sb3_clipvf.envs.faster import runs_sb3s_code
 from sb3_clipvf.envs.layers import vec_env_layers
 from sb3_clipvf.envs.shapes import check_final, check_one, misfits, name_of, parts, shape_error
 
@@ -50,18 +51,21 @@ def checked_rows(venv: VecEnv) -> Iterator[None]:
     Make environments in this context refuse observations that they or a wrapper would broadcast.
 
     Observations are checked before wrappers such as ``VecNormalize`` get them, and in SB3's ``DummyVecEnv`` before it
-    saves a row. ``FastDummyVecEnv`` checks by itself. Without wrappers, :class:`StepCheck` does the rest. Layers below
-    a wrapper that converts observations to other shapes are not checked, and neither are arrays of other libraries.
+    saves a row. ``FastDummyVecEnv`` checks by itself, and SB3's ``DummyVecEnv`` steps by its code. Without wrappers,
+    :class:`StepCheck` does the rest. Layers below a wrapper that converts observations to other shapes are not checked,
+    and neither are arrays of other libraries.
     """
     layers = vec_env_layers(venv)
     base = layers[-1]
     names = ("reset", "step_wait", "_save_obs", "_obs_from_buf")
     checks_itself = all(getattr(type(base), name, None) is getattr(FastDummyVecEnv, name) for name in names)
     checks: list[tuple[VecEnv, str, Any]] = []
+    if runs_sb3s_code(base, DummyVecEnv):
+        checks_itself, checks = True, [(base, "step_wait", fast_step_wait)]
     for outer, inner in reversed(list(pairwise(layers))):
         if _takes_shapes_of(outer, inner):
             if not (inner is base and checks_itself):
-                checks = [(inner, "reset", _reset), (inner, "step_wait", _step_wait)]
+                checks += [(inner, "reset", _reset), (inner, "step_wait", _step_wait)]
             break
     if isinstance(base, DummyVecEnv) and type(base)._save_obs is DummyVecEnv._save_obs:
         checks.append((base, "_save_obs", _save_obs))
