@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.vec_env import VecEnv
@@ -23,8 +23,9 @@ from sb3_clipvf.common.nonfinite import NonFiniteError, is_finite, observations_
 from sb3_clipvf.common.tensors import to_tensor
 from sb3_clipvf.common.validation import check_int, same_spaces
 from sb3_clipvf.distributions import dist_param_dim
+from sb3_clipvf.engines.callback_access import is_noop, may_read_actions
 from sb3_clipvf.engines.env_actions import env_actions
-from sb3_clipvf.engines.in_place import InPlace, in_place, may_read_actions
+from sb3_clipvf.engines.in_place import InPlace, in_place
 from sb3_clipvf.engines.interface import Acted, Engine
 from sb3_clipvf.engines.recognition import has_own_add
 from sb3_clipvf.envs.episode_ends import MONITOR_ADVICE, UnreportedEnd, unreported_end
@@ -389,13 +390,6 @@ class RolloutCollector(OnPolicyAlgorithm):
         if not self._warned_of_missing_kl:
             self._warned_of_missing_kl = True
             log.info(message)
-
-
-def is_noop(callback: BaseCallback) -> bool:
-    """Return whether the callback is a no-op (SB3's wrapper around ``None``, or a list of these)."""
-    if type(callback) is CallbackList:
-        return all(is_noop(child) for child in callback.callbacks)
-    return type(callback) is ConvertCallback and callback.callback is None
 
 
 def bootstrap_truncated(

@@ -13,8 +13,9 @@ from typing import Any
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_clipvf.collection import RolloutCollector, is_noop
+from sb3_clipvf.collection import RolloutCollector
 from sb3_clipvf.common.messages import log
+from sb3_clipvf.engines.callback_access import is_noop
 from sb3_clipvf.engines.device_buffer import DEVICE_RESERVE, DeviceRolloutBuffer, free_device_memory
 from sb3_clipvf.engines.recognition import has_own_add
 from sb3_clipvf.envs.layers import vec_env_layers

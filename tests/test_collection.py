@@ -11,7 +11,7 @@ from gymnasium import spaces
 from gymnasium.wrappers import TimeLimit
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -20,7 +20,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_clipvf import ClipPPO, collection
-from sb3_clipvf.collection import bootstrap_truncated, copy_of, is_noop
+from sb3_clipvf.collection import bootstrap_truncated, copy_of
 from sb3_clipvf.engines.autograd import AutogradEngine
 from sb3_clipvf.engines.interface import Acted
 from sb3_clipvf.envs.episode_ends import EpisodeEnds
@@ -220,14 +220,6 @@ def test_a_replaced_add_gets_sb3s_arguments() -> None:
     model.learn(16)
     assert [len(args) for args in given] == [6] * 8
     assert all(isinstance(part, th.Tensor) for args in given for part in args[4:])
-
-
-def test_only_sb3s_wrapper_around_none_is_a_no_op() -> None:
-    nothing = ConvertCallback(None)
-    assert is_noop(nothing) and is_noop(CallbackList([])) and is_noop(CallbackList([nothing]))
-    assert not is_noop(ConvertCallback(lambda *_: True))
-    assert not is_noop(CallbackList([nothing, Watcher()]))
-    assert not is_noop(Watcher())
 
 
 class Reusing(DummyVecEnv):

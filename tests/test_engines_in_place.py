@@ -1,8 +1,5 @@
 """Rollouts that the native engine writes into the buffer itself: equality with the usual ones, and where they run."""
 
-import inspect
-import re
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +25,7 @@ from sb3_clipvf import ClipPPO, collection
 from sb3_clipvf.callbacks import IsolatedEvalCallback
 from sb3_clipvf.checkpoint.best_training import SaveBestTrainingReward
 from sb3_clipvf.checkpoint.training_checkpoint import TrainingCheckpoint
-from sb3_clipvf.engines.in_place import _CALLBACKS, InPlace, Target, in_place
+from sb3_clipvf.engines.in_place import InPlace, Target, in_place
 from sb3_clipvf.engines.native import NativeEngine
 from sb3_clipvf.envs.dummy import FastDummyVecEnv
 from sb3_clipvf.envs.normalize import FastVecNormalize
@@ -125,9 +122,6 @@ def test_they_are_the_usual_ones_with_gsde(monkeypatch: pytest.MonkeyPatch, sde_
         np.testing.assert_array_equal(runs[1][name], wanted, err_msg=name)
 
 
-KNOWN_LOCALS = {"callback", "dones", "infos", "tb_log_name", "total_timesteps"}
-
-
 def known_callbacks(venv: VecEnv, folder: Path) -> dict[str, Any]:
     """Callbacks that read no actions, one of each kind of nesting."""
     return {
@@ -189,15 +183,6 @@ class TestWhereTheyAreUsed:
             runs.append(trained(monkeypatch, model, usual=usual, callback=callback))
         for name, wanted in runs[0].items():
             np.testing.assert_array_equal(runs[1][name], wanted, err_msg=name)
-
-    @pytest.mark.parametrize("module", _CALLBACKS)
-    def test_known_callbacks_read_no_actions(self, module: str) -> None:
-        """If a class reads other local variables in a later version, it must leave the table."""
-        for name in _CALLBACKS[module].split():
-            cls = getattr(import_module(module), name)
-            source = "".join(inspect.getsource(base) for base in cls.__mro__ if base.__module__ != "builtins")
-            read = set(re.findall(r"self\.locals(?:\[|\.get\()[\"'](\w+)", source))
-            assert read <= KNOWN_LOCALS, name
 
     @pytest.mark.parametrize("actions", ["float64", "whole"])
     def test_not_for_boxes_of_other_numbers(self, actions: str) -> None:

@@ -15,7 +15,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 from sb3_clipvf import ClipPPO, TensorRolloutBuffer
-from sb3_clipvf.engines.in_place import may_read_actions
+from sb3_clipvf.engines.callback_access import may_read_actions
 from sb3_clipvf.envs import FastDummyVecEnv, FastSubprocVecEnv, FastVecNormalize
 from sb3_clipvf.zoo import hyperparams_path, register
 from sb3_clipvf.zoo.entries import ZOO_KEYS

@@ -4,24 +4,11 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 from gymnasium import spaces
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
 
 from sb3_clipvf.distributions import to_action_space
 from sb3_clipvf.engines.interface import Engine
 from sb3_clipvf.engines.recognition import has_own_add
 from sb3_clipvf.rollout import TensorRolloutBuffer
-
-_CALLBACKS = {
-    "stable_baselines3.common.callbacks": (
-        "CheckpointCallback EvalCallback EveryNTimesteps LogEveryNTimesteps ProgressBarCallback "
-        "StopTrainingOnMaxEpisodes StopTrainingOnNoModelImprovement StopTrainingOnRewardThreshold"
-    ),
-    "rl_zoo3.callbacks": "RawStatisticsCallback SaveVecNormalizeCallback TrialEvalCallback",
-    "sb3_clipvf.callbacks": "IsolatedEvalCallback WholeProgressBar",
-    "sb3_clipvf.checkpoint.best_training": "SaveBestTrainingReward",
-    "sb3_clipvf.checkpoint.training_checkpoint": "TrainingCheckpoint",
-}
-"""Callbacks that read no actions, values or log-probabilities of a step, by module."""
 
 
 class Target:
@@ -138,17 +125,3 @@ def in_place(engine: Engine, buffer: Any, space: spaces.Space[Any]) -> InPlace |
         if not is_float or array.shape[:2] != cells or not array.flags.carray:
             return None
     return InPlace(engine, buffer, space)  # type: ignore[arg-type]
-
-
-def may_read_actions(callback: BaseCallback) -> bool:
-    """Return whether a callback may read actions, values or log-probabilities of a step, as any but known ones may."""
-    if type(callback) is CallbackList:
-        return any(map(may_read_actions, callback.callbacks))
-    if type(callback) is ConvertCallback:
-        return callback.callback is not None
-    cls = type(callback)
-    is_known = cls.__qualname__ in _CALLBACKS.get(cls.__module__, "").split()
-    if not is_known or any(name in vars(callback) for name in ("on_step", "_on_step", "update_locals")):
-        return True
-    children = (vars(callback).get(name) for name in ("callback", "callback_on_new_best"))
-    return any(may_read_actions(child) for child in children if child is not None)

@@ -9,7 +9,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_clipvf.common.tensors import to_tensor
-from sb3_clipvf.engines.in_place import may_read_actions
+from sb3_clipvf.engines.callback_access import may_read_actions
 from sb3_clipvf.engines.interface import Engine
 from sb3_clipvf.envs.tensor import LazyInfos, TensorStep, copy_step, copy_tensors, host_copy
 from sb3_clipvf.envs.tensor_episodes import finished_episodes, successes_of
