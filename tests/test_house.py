@@ -126,6 +126,15 @@ def test_the_top_of_the_package_is_small() -> None:
     assert len([path for path in PACKAGE.iterdir() if path.is_file()]) <= 15
 
 
+@pytest.mark.parametrize("folder", ["checkpoint", "engines", "engines/cuda", "engines/kernels", "envs", "zoo"])
+def test_packages_list_their_modules(folder: str) -> None:
+    docstring = ast.get_docstring(ast.parse((PACKAGE / folder / "__init__.py").read_text()))
+    items = re.findall(r"^- ((?:``\w+``(?:, )?)+): ", docstring or "", re.MULTILINE)
+    listed = sorted(name for item in items for name in re.findall(r"\w+", item))
+    paths = [path for path in (PACKAGE / folder).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
+    assert listed == sorted(path.stem for path in paths if path.stem != "__init__")
+
+
 PAGES = [
     path
     for pattern in ("*.md", "docs/*.md", "docs/api/*.md")

@@ -6,7 +6,7 @@ The command:
 - ``cli``, ``commands``: its entry point; the table of sub-commands with their defaults;
 - ``options``, ``parsing``, ``errors``: options of this package; changes of argparse's parsers; errors in one line;
 - ``patching``, ``registration``: what is replaced in other packages while it runs; ``clipppo`` in the Zoo;
-- ``process``, ``terminal``: environment variables, display and output files; tables and progress bar of a training.
+- ``process``, ``terminal``: environment variables, display and output files; the tables of a training.
 
 The sub-commands:
 
