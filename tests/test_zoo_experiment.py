@@ -254,8 +254,9 @@ CLASS = "rl_zoo3.wrappers.DelayedRewardWrapper"
 @pytest.mark.parametrize(
     ("key", "value", "rule"),
     [
-        *[("n_timesteps", value, "must be a number, got") for value in (True, [], {})],
-        *[("n_timesteps", value, "must be finite and at least 0, got") for value in (-1, float("nan"), 10**400)],
+        *[("n_timesteps", value, "must be a whole number, got") for value in (True, [], {})],
+        *[("n_timesteps", value, "must be a whole number of at least 1, got") for value in (-1, 0, 0.5, float("nan"))],
+        ("n_timesteps", 10**400, r"must be a whole number in \[1, "),
         *[("n_envs", value, "must be a whole number") for value in (0, -1, 2.0, True, [2], "two")],
         *[("frame_stack", value, "must be a whole number") for value in (0, False, 1.5, "two", {})],
         *[("policy", value, "must be text, got") for value in (None, True, 3, ["MlpPolicy"])],
@@ -339,7 +340,7 @@ def test_a_refused_value_of_the_command_line_names_its_source(tmp_path: Path) ->
     "settings",
     [
         {"n_timesteps": 1e2, "frame_stack": None, "env_wrapper": None, "vec_env_wrapper": None, "callback": None},
-        {"n_timesteps": 0, "frame_stack": 2, "env_kwargs": None, "monitor_kwargs": None, "normalize": False},
+        {"n_timesteps": 1, "frame_stack": 2, "env_kwargs": None, "monitor_kwargs": None, "normalize": False},
         {"env_kwargs": {"render_mode": None}, "monitor_kwargs": "dict(info_keywords=())", "normalize": "dict()"},
         {"monitor_kwargs": {"allow_early_resets": False}, "policy_kwargs": "dict(net_arch=[8], activation_fn=nn.ReLU)"},
         {"env_wrapper": CLASS, "callback": {"rl_zoo3.callbacks.ParallelTrainCallback": {"gradient_steps": 9}}},

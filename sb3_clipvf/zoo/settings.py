@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_clipvf.arguments import constructor_arguments
 from sb3_clipvf.clip_ppo import ClipPPO
-from sb3_clipvf.common.validation import check_float, check_int, check_keywords, wrong_type
+from sb3_clipvf.common.validation import check_int, check_keywords, wrong_type
 from sb3_clipvf.files.archive import reason_of
 from sb3_clipvf.zoo.entries import WRAPPER_FUNCTIONS, ZOO_KEYS, items, with_arguments
 from sb3_clipvf.zoo.parsing import option_name
@@ -202,7 +202,7 @@ def _check_whole(key: str, value: Any, where: str) -> None:
 
 
 def _check_steps(key: str, value: Any, where: str) -> None:
-    check_float(key, value, f"It is in {where}. Write for example `{key}: !!float 1e6`.")
+    check_int(key, value, 1, f"It is in {where}. Write for example `{key}: !!float 1e6`.")
 
 
 def _check_dict(key: str, value: Any, where: str) -> None:
