@@ -135,6 +135,8 @@ def _checked_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
         ("sde_sample_freq", -1, "-1 draws noise once a rollout."),
     ):
         sizes[name] = validation.check_int(name, values[name], low, way_out)
+    if sizes["sde_sample_freq"] == 0:
+        raise ValueError("`sde_sample_freq` must be -1 or at least 1, got 0. -1 draws noise once a rollout.")
     window = values["_stats_window_size"]
     sizes["_stats_window_size"] = validation.check_int("stats_window_size", window, 1, "SB3's default is 100.")
     validation.check_verbose(values["verbose"])
@@ -311,6 +313,8 @@ def values_to_load(
     for name, controller in (("kl_coef", "adaptive_kl"), ("learning_rate", "adaptive_lr")):
         if name in initial and initial[name] != file.get(name):
             values.setdefault(controller, None)
+    if file.get("sde_sample_freq") == 0 and "sde_sample_freq" not in initial:
+        values["sde_sample_freq"] = -1  # SB3 takes 0 for -1
     if "vf_clip" in file:
         return values
     absent = {name: value for name, value in SB3_EQUIVALENT.items() if name not in file and name not in values}

@@ -107,7 +107,7 @@ class ClipPPO(DataParallelCollector):
     :param vf_coef: Schedule, at least 0: weight of the value loss, a mean of squared errors without a factor 1/2.
     :param max_grad_norm: Bound on the joint gradient norm of actor and critic, positive; infinity sets no bound.
     :param use_sde: Whether to explore with SB3's gSDE.
-    :param sde_sample_freq: Steps between new gSDE noise matrices; -1: only at the start of a rollout.
+    :param sde_sample_freq: Steps between new gSDE noise matrices, at least 1; -1: only at the start of a rollout.
     :param rollout_buffer_class: Buffer class with the interface of SB3's ``RolloutBuffer``. None:
         ``TensorRolloutBuffer``.
     :param rollout_buffer_kwargs: Further arguments of the buffer class.

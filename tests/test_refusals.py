@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -78,6 +79,7 @@ BAD: list[tuple[str, Any, type[Exception], str]] = [
     ("stats_window_size", 0, ValueError, AT_LEAST_1),
     ("sde_sample_freq", None, TypeError, WHOLE),
     ("sde_sample_freq", -2, ValueError, "must be a whole number of at least -1"),
+    ("sde_sample_freq", 0, ValueError, "must be -1 or at least 1"),
     *[("verbose", value, TypeError, WHOLE) for value in (True, None, "1", np.array([]))],
     ("verbose", -1, ValueError, "must be a whole number of at least 0"),
     ("seed", "one", TypeError, WHOLE),
@@ -644,6 +646,22 @@ class TestLoad:
     ) -> None:
         with refused(error, f"`{name}` {rule}", f"got {value!r}"):
             self.load(file, **{name: value})
+
+    def test_a_frequency_of_0_loads_as_minus_1(self) -> None:
+        """SB3 saves it, and so did earlier versions."""
+        file = io.BytesIO()
+        model = make()
+        model.sde_sample_freq = 0
+        model.save(file)
+        assert self.load(file).sde_sample_freq == -1
+        assert self.load(file, sde_sample_freq=4).sde_sample_freq == 4
+        assert self.load(file, custom_objects={"sde_sample_freq": 4}).sde_sample_freq == 4
+        with refused(ValueError, "`sde_sample_freq` must be -1 or at least 1, got 0"):
+            self.load(file, sde_sample_freq=0)
+        file = io.BytesIO()
+        PPO("MlpPolicy", Still(), use_sde=True, sde_sample_freq=0, device="cpu").save(file)
+        with pytest.warns(UserWarning, match="another algorithm"):
+            assert self.load(file).sde_sample_freq == -1
 
     def test_an_unknown_device(self, file: io.BytesIO) -> None:
         with refused(ValueError, "`device` must be 'auto' or a PyTorch device, got 'gpu'"):
