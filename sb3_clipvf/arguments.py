@@ -222,6 +222,15 @@ def warn_of_truncated_minibatches(values: Mapping[str, Any]) -> None:
     rest = buffer_size % batch_size
     if values["env"] is None or rest == 0:
         return
+    if rest == buffer_size:
+        warnings.warn(
+            # SB3's first words: its users may filter warnings by them.
+            f"You have specified a mini-batch size of {batch_size}, but the rollout has n_steps * n_envs = "
+            f"{buffer_size} transitions: each epoch is one minibatch of {buffer_size} (n_steps={n_steps}, "
+            f"n_envs={n_envs}).",
+            stacklevel=3,
+        )
+        return
     is_alone = rest == 1 and values["normalize_advantage"] and values["advantage_scope"] == "minibatch"
     consequence = " It is not normalised, having no spread." if is_alone else ""
     warnings.warn(

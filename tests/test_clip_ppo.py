@@ -963,6 +963,14 @@ class TestMessages:
         with pytest.warns(UserWarning, match=message):
             make(batch_size=3)
 
+    def test_a_warning_of_minibatches_larger_than_the_rollout(self) -> None:
+        message = (
+            r"^You have specified a mini-batch size of 9, but the rollout has n_steps \* n_envs = 8 transitions: each "
+            r"epoch is one minibatch of 8 \(n_steps=8, n_envs=1\)\.$"
+        )
+        with pytest.warns(UserWarning, match=message):
+            make(batch_size=9)
+
     def test_a_warning_of_a_last_minibatch_of_one(self) -> None:
         with pytest.warns(UserWarning, match=r"of size 1\. It is not normalised, having no spread\. We recommend"):
             model = make(batch_size=7)
