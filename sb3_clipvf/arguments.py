@@ -100,7 +100,7 @@ def _check_classes(values: Mapping[str, Any]) -> None:
     _check_policy_class("policy_class", values["policy_class"], "Pass the class itself, not an alias.")
     if values["rollout_buffer_class"] is not None:
         validation.check_class(
-            "rollout_buffer_class", values["rollout_buffer_class"], BaseBuffer, "None: TensorRolloutBuffer."
+            "rollout_buffer_class", values["rollout_buffer_class"], BaseBuffer, "None selects TensorRolloutBuffer."
         )
     for name, called, taken in (
         ("policy_kwargs", values["policy_class"], _PASSED_TO_POLICY),

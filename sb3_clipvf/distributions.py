@@ -60,7 +60,11 @@ def dist_param_dim(dist: object) -> int | None:
 
 
 def n_outputs(dist: Any) -> int:
-    """Return how many numbers an actor returns for a known distribution: logits, or a Gaussian's means."""
+    """
+    Return how many numbers an actor returns for a known distribution: logits, or the means of SB3's Gaussians.
+
+    A squashed Gaussian's layer also returns stds, which are not counted.
+    """
     width = cast(int, dist_param_dim(dist))
     return width // 2 if type(dist) in _GAUSSIANS else width
 

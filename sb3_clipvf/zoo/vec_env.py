@@ -188,7 +188,7 @@ def _atari_options(name: str, settings: EnvSettings) -> tuple[dict[str, Any], bo
             f"`normalize` must be left out for Atari games with `--vec-env {name}`, got True: training would "
             "normalise stacked observations, and evaluation single ones. Train with `--vec-env gymnasium`."
         )
-    defaults = {name: parameter.default for name, parameter in inspect.signature(AtariWrapper).parameters.items()}
+    defaults = {key: parameter.default for key, parameter in inspect.signature(AtariWrapper).parameters.items()}
     wrapper = {**defaults, **settings.wrappers[0][1]}
     sticky = (spec.get("repeat_action_probability", 0.0), wrapper["action_repeat_probability"])
     if all(sticky):
