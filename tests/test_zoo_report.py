@@ -198,6 +198,18 @@ def test_video_is_skipped_with_the_reason(tmp_path: Path, env_id: str, text: str
     assert not (tmp_path / "videos").exists()
 
 
+@pytest.mark.parametrize("fails", ["reset", "render"])
+def test_video_closes_its_environments(run: Run, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+    made, closed = [], []
+    make, close = Scripted.__init__, Scripted.close
+    monkeypatch.setattr(Scripted, "__init__", lambda self, **kwargs: made.append(self) or make(self, **kwargs))
+    monkeypatch.setattr(Scripted, "close", lambda self: closed.append(self) or close(self))
+    monkeypatch.setattr(Scripted, fails, lambda self, **kwargs: 1 / 0)
+    text = record_video(run, run.folder / "v.mp4", True, 0, "cpu")
+    assert "could not be rendered (ZeroDivisionError" in text
+    assert len(made) >= 2 and {id(env) for env in made} == {id(env) for env in closed}
+
+
 def test_video_without_its_package_is_skipped(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert record_video(run, tmp_path / "v.mp4", True, 0) == (

@@ -13,6 +13,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,15 +138,16 @@ def record_video(run: Run, path: Path, deterministic: bool, seed: int, device: s
         if "rgb_array" not in modes:
             return f"skipped: {run.env_id} has no rgb_array rendering (its modes: {', '.join(modes) or 'none'})"
         try:
-            env = make_env(run, 1, seed, render_mode="rgb_array")
-            env.reset()
-            env.render()
+            with ExitStack() as stack:
+                env = make_env(run, 1, seed, render_mode="rgb_array")
+                stack.callback(env.close)
+                env.reset()
+                env.render()
+                open_env = stack.pop_all()
         except Exception as error:  # renderers (OpenGL, pygame, MuJoCo) have errors of no common class
             return f"skipped: {run.env_id} could not be rendered ({type(error).__name__}: {error})"
-        try:
+        with open_env:
             return _record_episode(env, load_model(run, seed, device), path, deterministic, seed)
-        finally:
-            env.close()
 
 
 def _record_episode(env: VecEnv, model: BaseAlgorithm, path: Path, deterministic: bool, seed: int) -> str:
