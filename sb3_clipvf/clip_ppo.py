@@ -112,14 +112,15 @@ class ClipPPO(DataParallelCollector):
         ``TensorRolloutBuffer``.
     :param rollout_buffer_kwargs: Further arguments of the buffer class.
     :param target_kl: nats, positive. An update ends before the step of the first minibatch whose estimated KL (k3)
-        exceeds 1.5 times this value. It reads one number from the device at each minibatch.
+        exceeds 1.5 times this value. The device is read at each minibatch (cuda_graph: after each epoch).
     :param stats_window_size: Episodes over which ``rollout/`` statistics are averaged.
     :param tensorboard_log: Folder for TensorBoard. None: no such log.
     :param policy_kwargs: Further arguments of the policy.
     :param verbose: 0: no messages; 1: messages; 2: details.
     :param seed: Seed of all random states, at least 0.
-    :param device: PyTorch device. "auto" selects a GPU if there is one and the policy's networks are large enough
-        for it, else the CPU; with ``engine="autograd"`` it selects a GPU if there is one, as in SB3.
+    :param device: PyTorch device. "auto" selects that of tensor environments. For others, native and fused select the
+        CPU; cuda_graph and, as in SB3, autograd select a GPU if there is one. With ``engine="auto"``, a GPU is selected
+        if there is one and the policy's networks are large enough for it.
     :param kl_coef: Schedule, at least 0: weight beta of the exact KL(pi_old || pi), in 1/nats, or its initial value
         where beta adapts. 0: no penalty.
     :param adaptive_kl_target: d_targ, nats, positive: beta adapts once an update (``schedules.AdaptiveKL``). None: beta
@@ -131,8 +132,7 @@ class ClipPPO(DataParallelCollector):
     :param lr_kl_target: nats, positive: the learning rate adapts once an update (``schedules.KLAdaptiveLR``). None: it
         follows ``learning_rate``.
     :param on_nonfinite: How to handle a minibatch with a non-finite loss or gradient; it makes no step in either case.
-        "raise": training ends with a ``NonFiniteError``. "skip": it is skipped and counted, in at most
-        ``MAX_UPDATES_WITH_SKIPS`` updates in a row.
+        "raise": a ``NonFiniteError`` ends training. "skip": it is skipped and counted, in at most 10 updates in a row.
     :param engine: "auto" (the fastest that runs the policy), "native", "fused", "autograd", or on a GPU "cuda_graph"
         or "cuda_graph_bf16" (``docs/engines.md``).
     :raises ValueError: If an argument is out of range, or two arguments contradict each other.

@@ -694,6 +694,11 @@ class TestTraining:
         assert error.num_timesteps == 24 * (MAX_UPDATES_WITH_SKIPS + 1)
         assert f"training has ended since {MAX_UPDATES_WITH_SKIPS + 1} updates in a row" in str(error)
 
+    def test_the_pages_name_the_number_of_updates(self) -> None:
+        assert f"in at most {MAX_UPDATES_WITH_SKIPS} updates in a row" in " ".join(str(ClipPPO.__doc__).split())
+        page = (Path(__file__).resolve().parents[1] / "docs" / "numbers.md").read_text()
+        assert f"after {MAX_UPDATES_WITH_SKIPS + 1} updates in a row that skip some" in page
+
     def test_an_update_without_skips_resets_the_count(self) -> None:
         def now_and_then(model: Any) -> None:
             if model.num_timesteps % 72:
