@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -345,6 +346,22 @@ def test_without_on_signal_handlers_do_not_change(tmp_path: Path) -> None:
     ]
     CASE.model(tmp_path).learn(64, callback=callbacks)
     assert seen == [before]
+
+
+def test_signals_outside_of_the_main_thread_are_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before, model, callback = signal.getsignal(signal.SIGTERM), CASE.model(tmp_path), TrainingCheckpoint(64, tmp_path)
+    for total in (64, 128):
+        thread = threading.Thread(
+            target=lambda: model.learn(64, callback=callback, reset_num_timesteps=model.num_timesteps == 0)
+        )
+        thread.start()
+        thread.join()
+        assert model.num_timesteps == total and signal.getsignal(signal.SIGTERM) == before
+    (text,) = [text for record in caplog.records if "`on_signal`" in (text := record.getMessage())]
+    assert "has no effect: learn() runs outside of the main thread" in text
+    assert steps(tmp_path) == [64, 128]
 
 
 def test_ignored_signals_stay_ignored(tmp_path: Path) -> None:

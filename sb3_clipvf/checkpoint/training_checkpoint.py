@@ -32,6 +32,11 @@ BEST_NAME = "best_checkpoint.zip"
 COPY_SHARE = 0.01
 """Largest share of a training's time for copies of its state in memory. A signal writes the latest copy."""
 
+_NO_SIGNALS = (
+    "`on_signal` of TrainingCheckpoint has no effect: learn() runs outside of the main thread, or the process ignores "
+    "SIGTERM and SIGINT. These will write no last checkpoint. Pass on_signal=False if you do not need it."
+)
+
 
 class TrainingCheckpoint(BaseCallback):
     """
@@ -58,11 +63,11 @@ class TrainingCheckpoint(BaseCallback):
     :param on_signal: Whether SIGTERM and SIGINT write a last checkpoint at once and end the process, with exit code 143
         or 130. It is the latest copy in memory, of the last update or a slightly earlier one. Copies take at most 1 %
         of the time. With ``reset_envs`` and environments whose state cannot be saved, there are no copies: the last
-        regular checkpoint remains.
+        regular checkpoint remains. Outside of the main thread, Python handles no signals: a warning is logged.
     :param verbose: 1: log each checkpoint at INFO level to the logger ``sb3_clipvf``.
     :raises ValueError, TypeError: If an argument is outside these rules, or if the folder holds checkpoints of another
         training when a new one starts.
-    :raises OSError: While training, with ``on_error="raise"``.
+    :raises OSError: At the start, if the folder cannot be written to; later, with ``on_error="raise"``.
     """
 
     differences_level = logging.WARNING
@@ -179,6 +184,9 @@ class TrainingCheckpoint(BaseCallback):
         if self.on_signal:
             watch = SignalWatch(model, self.save_last)
             self._watch = watch if watch.start() else None
+            if self._watch is None and _NO_SIGNALS not in self._logged:
+                self._logged.add(_NO_SIGNALS)
+                log.warning(_NO_SIGNALS)
 
     def _on_rollout_start(self) -> None:
         # Nothing has been drawn for this rollout yet.
