@@ -18,13 +18,15 @@ from stable_baselines3.common.save_util import load_from_zip_file
 
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.checkpoint import (
+    CheckpointManifest,
     DamagedCheckpointError,
     NotACheckpointError,
     newest_checkpoint,
     read_checkpoint,
     read_manifest,
 )
-from sb3_clipvf.checkpoint.file import versions
+from sb3_clipvf.checkpoint import file as checkpoint_file
+from sb3_clipvf.checkpoint.file import sorted_checkpoints, versions
 from sb3_clipvf.files.archive import SMALL
 
 CASE = CASES["native"]
@@ -153,6 +155,35 @@ def test_a_manifest_that_is_too_large_is_not_read(copied: Path) -> None:
     rewrite(path, lambda entries: entries.update({"training_manifest.json": b" " * (SMALL + 1)}))
     with pytest.raises(DamagedCheckpointError, match="training_manifest.json is larger than 16,777,216 bytes"):
         read_manifest(path)
+
+
+def test_a_checkpoint_that_a_running_training_removes_is_skipped(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, *others = sorted_checkpoints(copied)
+
+    def removing(path: Path) -> CheckpointManifest:
+        first.unlink(missing_ok=True)
+        return read_manifest(path)
+
+    monkeypatch.setattr("sb3_clipvf.checkpoint.file.read_manifest", removing)
+    assert others and sorted_checkpoints(copied) == others
+
+
+@pytest.mark.parametrize("function", ["read_manifest", "read_checkpoint"])
+def test_the_newest_checkpoint_is_read_if_a_training_replaces_the_only_one(
+    function: str, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    *others, last = sorted_checkpoints(copied)
+    for path in others:
+        path.unlink()
+    newer, read = last.with_name("checkpoint_999.zip"), getattr(checkpoint_file, function)
+
+    def replacing(path: Path) -> Any:
+        if not newer.exists():
+            last.rename(newer)
+        return read(path)
+
+    monkeypatch.setattr(checkpoint_file, function, replacing)
+    assert newest_checkpoint(copied).path == newer
 
 
 def test_a_flipped_bit_is_found_wherever_it_is(copied: Path) -> None:

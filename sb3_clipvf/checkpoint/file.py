@@ -166,10 +166,13 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     :raises FileNotFoundError: If there is none.
     :raises DamagedCheckpointError: If all are damaged.
     """
-    paths = sorted_checkpoints(Path(folder))
+    # A running training removes old checkpoints, perhaps the only one found, after it has written a newer one.
+    paths = sorted_checkpoints(Path(folder)) or sorted_checkpoints(Path(folder))
     for path in reversed(paths):
         try:
             return read_checkpoint(path)
+        except FileNotFoundError:
+            return newest_checkpoint(folder)
         except (DamagedCheckpointError, NotACheckpointError) as error:
             log.warning("A checkpoint is skipped: %s", error)
     if paths:
@@ -184,7 +187,11 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
 
 
 def sorted_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints of a folder, oldest first; unreadable ones come last, in the order of their steps."""
+    """
+    Return the checkpoints of a folder, oldest first; unreadable ones come last, in the order of their steps.
+
+    Those that a running training removes at the same time are left out.
+    """
     found: list[tuple[float, int, Path]] = []
     for path in folder.glob("checkpoint_*.zip"):
         match = _NAME.fullmatch(path.name)
@@ -192,6 +199,8 @@ def sorted_checkpoints(folder: Path) -> list[Path]:
             continue
         try:
             serial = float(read_manifest(path).serial)
+        except FileNotFoundError:
+            continue
         except (DamagedCheckpointError, NotACheckpointError):
             serial = float("inf")
         found.append((serial, int(match[1]), path))

@@ -291,7 +291,7 @@ class TrainingCheckpoint(BaseCallback):
         manifests = {}
         for path in [*sorted_checkpoints(self.path), *([best] if best.exists() else [])]:
             # Unreadable files stay: resume() names them.
-            with contextlib.suppress(DamagedCheckpointError, NotACheckpointError):
+            with contextlib.suppress(DamagedCheckpointError, NotACheckpointError, FileNotFoundError):
                 manifests[path] = read_manifest(path)
         others = [path.name for path, found in manifests.items() if found.training != self._model._training_id]
         if others:
