@@ -37,6 +37,77 @@ def test_atomic_write_gives_the_permissions_of_a_plain_open(tmp_path: Path) -> N
     assert modes[0] == modes[1]
 
 
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o444, 0o4755])
+def test_atomic_write_keeps_the_permissions_of_the_old_file(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    path.chmod(mode)
+    with atomic_write(path) as file:
+        assert stat.S_IMODE(os.fstat(file.fileno()).st_mode) == 0o600  # private until it is complete
+        Path(file.name).write_bytes(b"new")
+    assert path.read_bytes() == b"new"
+    assert stat.S_IMODE(path.stat().st_mode) == mode & 0o777
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files to others")
+def test_atomic_write_keeps_the_owner_of_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    os.chown(path, 1234, 5678)
+    with atomic_write(path):
+        pass
+    assert (path.stat().st_uid, path.stat().st_gid) == (1234, 5678)
+
+
+def test_atomic_write_replaces_a_file_whose_owner_cannot_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As without root, and on file systems without permissions."""
+    path, groups = tmp_path / "file", []
+    path.write_bytes(b"old")
+    denied = PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    def chown(path: Path, owner: int, group: int) -> None:
+        if owner != -1:
+            raise denied
+        groups.append(group)
+
+    monkeypatch.setattr(os, "chown", chown)
+    monkeypatch.setattr(os, "chmod", fail_at(0, os.chmod, denied, after=False))
+    with atomic_write(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new"
+    assert groups == [tmp_path.stat().st_gid]
+
+
+@pytest.mark.parametrize("is_dangling", [False, True])
+def test_atomic_write_replaces_the_target_of_a_link(tmp_path: Path, is_dangling: bool) -> None:
+    """Beside the target, since the link may be on another file system."""
+    target, first, link = tmp_path / "data" / "target", tmp_path / "first", tmp_path / "links" / "link"
+    for folder in (target.parent, link.parent):
+        folder.mkdir()
+    first.symlink_to(target)
+    link.symlink_to(Path("..", "first"))
+    if not is_dangling:
+        target.write_bytes(b"old")
+    with atomic_write(link) as file:
+        assert Path(file.name).parent == target.parent
+        file.write(b"new")
+    assert link.is_symlink() and first.is_symlink()
+    assert target.read_bytes() == b"new"
+    assert [os.listdir(folder) for folder in (target.parent, link.parent)] == [["target"], ["link"]]
+
+
+def test_atomic_write_names_a_link_into_a_folder_that_does_not_exist(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "none" / "file")
+    with (
+        pytest.raises(FileNotFoundError, match="link could not be written: No such file"),
+        atomic_write(tmp_path / "link"),
+    ):
+        pass
+    assert (tmp_path / "link").is_symlink()
+
+
 @pytest.mark.parametrize("error", [Killed(), RuntimeError("from the body")])
 def test_atomic_write_keeps_the_old_content_when_the_body_raises(tmp_path: Path, error: BaseException) -> None:
     path = tmp_path / "file"

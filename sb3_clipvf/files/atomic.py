@@ -5,6 +5,7 @@ import io
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,17 +19,23 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[io.BufferedWriter]:
     block ends, it is synced and renamed, and the folder is synced. After an exception, a kill or a power cut, ``path``
     holds either all of its old content or all of the new content. If syncing the folder fails, this raises although
     ``path`` holds the new content. A kill may leave the temporary file.
+
+    A symbolic link is kept, and its target replaced. The new file has the permissions of the old one and, where the
+    system allows it, its owner and group.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        old = target.stat() if target.exists() else None
+        with open(temporary, "xb", opener=None if old is None else _open_private) as file:
             yield file
             file.flush()
+            if old is not None:
+                _set_access(temporary, old)
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except OSError as error:
-        raise write_error(target, error) from error
+        raise write_error(Path(path), error) from error
     finally:
         with contextlib.suppress(OSError):  # it is gone after a rename; a second error must not hide the first
             temporary.unlink()
@@ -48,6 +55,21 @@ def write_error(path: Path, error: OSError) -> OSError:
     reason = error.strerror or str(error)
     text = f"{path} could not be written: {reason}. What it held before is unchanged. Free space there, or choose"
     return OSError(error.errno, f"{text} a folder that can be written to.")
+
+
+def _open_private(path: str, flags: int) -> int:
+    """Open a file that others cannot read yet: the file that it replaces may be private."""
+    return os.open(path, flags, 0o600)
+
+
+def _set_access(path: Path, old: os.stat_result) -> None:
+    """Set owner, group and permissions as far as the system allows it: only root may give files to others."""
+    if os.name != "nt":
+        for owner, group in ((old.st_uid, -1), (-1, old.st_gid)):
+            with contextlib.suppress(OSError):
+                os.chown(path, owner, group)
+    with contextlib.suppress(OSError):  # some file systems have no permissions
+        os.chmod(path, stat.S_IMODE(old.st_mode) & 0o777)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -99,7 +99,7 @@ def _target(path: pathlib.Path) -> pathlib.Path:
     if not path.parent.exists():
         warnings.warn(f"Path '{path.parent}' does not exist. Will create it.", stacklevel=4)
         path.parent.mkdir(exist_ok=True, parents=True)
-    return path.resolve()  # a symbolic link is kept, and its target replaced
+    return path
 
 
 def read_model(path: ModelPath, *, needs_data: bool = True) -> ModelFile:
