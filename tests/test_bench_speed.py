@@ -118,6 +118,7 @@ def test_rows_have_the_goals_to_reach() -> None:
         "update-256": ("CartPole-v1", 8, 256, 8),
         "cartpole": ("CartPole-v1", 8, 256, 8),
         "halfcheetah-1": ("HalfCheetah-v5", 1, 64, 5),
+        "halfcheetah-1-sb3": ("HalfCheetah-v5", 1, 64, 5),
         "halfcheetah-8": ("HalfCheetah-v5", 8, 64, 5),
         "halfcheetah-8-envpool": ("HalfCheetah-v5", 8, 64, 10),
         "lunarlander-envpool": ("LunarLander-v3", 16, 64, 10),

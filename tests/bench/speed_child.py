@@ -156,7 +156,7 @@ def measure_bound(row: SpeedRow, peer: str, seed: int, seconds: float) -> dict[s
 
     Steps that only reset an environment do not count.
     """
-    step = _single_stepper(row, seed) if row.kind(peer) in ("gym", "atari") else _vector_stepper(row, seed)
+    step = _single_stepper(row, seed) if row.kind(peer) in ("gym", "sb3", "atari") else _vector_stepper(row, seed)
     for _ in range(20):
         step()
     steps, started = 0, time.perf_counter()

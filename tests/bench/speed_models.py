@@ -59,7 +59,7 @@ def make_env(row: SpeedRow, peer: str, seed: int) -> Any:
     env = ENVIRONMENTS[row.kind(peer)](row, peer, seed)
     if not row.normalize:
         return env
-    if is_clipppo(peer):
+    if is_clipppo(peer) and row.env != "sb3":
         from sb3_clipvf.envs import FastVecNormalize
 
         return FastVecNormalize(env)
@@ -74,7 +74,7 @@ def _gym(row: SpeedRow, peer: str, seed: int) -> Any:
 
     from sb3_clipvf.envs import FastDummyVecEnv
 
-    vec_env_cls = FastDummyVecEnv if is_clipppo(peer) else DummyVecEnv
+    vec_env_cls = FastDummyVecEnv if is_clipppo(peer) and row.env != "sb3" else DummyVecEnv
     return make_vec_env(row.env_id, row.n_envs, seed=seed, vec_env_cls=vec_env_cls)
 
 
@@ -143,6 +143,7 @@ def _example(name: str) -> Any:
 
 ENVIRONMENTS: dict[str, Callable[[SpeedRow, str, int], Any]] = {
     "gym": _gym,
+    "sb3": _gym,
     "atari": _atari,
     "vector": _adapted,
     "envpool": _adapted,
@@ -152,7 +153,7 @@ ENVIRONMENTS: dict[str, Callable[[SpeedRow, str, int], Any]] = {
 }
 """
 Functions that make a peer's VecEnv by kind of environment, with ``Monitor``'s episode statistics. For "gym", ClipPPO
-gets a FastDummyVecEnv, as from its command ``train``, and the others SB3's DummyVecEnv.
+gets a FastDummyVecEnv, as from its command ``train``, and the others SB3's DummyVecEnv. For "sb3", all get SB3's.
 """
 
 

@@ -220,6 +220,8 @@ ROWS: tuple[SpeedRow, ...] = (
               settings=_CARTPOLE, warmup=4, phase="update"),
     _cartpole("cartpole", "CartPole-v1, Zoo settings", 8, 8, 200, settings=_CARTPOLE, warmup=4, peers=_ALL),
     _halfcheetah("halfcheetah-1", "HalfCheetah-v5, 1 environment", 5, 1, 6, peers=_ALL, cold_start=True),
+    _halfcheetah("halfcheetah-1-sb3", "HalfCheetah-v5, 1 environment, all peers in SB3's own VecEnvs", 5, 1, 6,
+                 env="sb3"),
     _halfcheetah("halfcheetah-8", "HalfCheetah-v5, 8 environments", 5, 8, 2),
     _halfcheetah("halfcheetah-8-envpool", "HalfCheetah-v5, 8 EnvPool environments", 10, 8, 2, env="envpool"),
     SpeedRow("lunarlander-envpool", "LunarLander-v3, Zoo settings, 16 EnvPool environments", 10, "LunarLander-v3", 16,
