@@ -16,6 +16,7 @@ from sb3_clipvf.engines.cuda.recorder import Graph, Recorder
 from sb3_clipvf.envs.tensor import TensorObs, TensorStep, TensorVecEnv, actions_as_tensor, with_index
 
 _KEPT = (th.Tensor, th.Generator, bool, int, float, str, np.generic, type(None))
+_HOOKS = vars(th.nn.Module()).keys() - {"training", "_parameters", "_buffers", "_modules"}
 
 
 class GraphedTensorEnv:
@@ -191,6 +192,8 @@ def _parts(value: Any) -> list[tuple[str, Any]]:
         state = object.__getstate__(value)  # of a class with __slots__, a pair of dicts or None
         for names in state if isinstance(state, tuple) else (state,):
             parts += (names or {}).items()
+        if isinstance(value, th.nn.Module):  # its dicts of hooks take most of the time
+            parts = [(key, part) for key, part in parts if key not in _HOOKS]
     return [(str(key), part) for key, part in parts]
 
 
