@@ -435,6 +435,13 @@ def frozen() -> ActorCriticPolicy:
     return policy
 
 
+def with_one_log_std() -> ActorCriticPolicy:
+    policy = make()
+    policy.log_std = th.nn.Parameter(th.zeros(1))
+    policy.optimizer = th.optim.Adam(policy.parameters())
+    return policy
+
+
 @pytest.mark.parametrize(
     ("policy", "reason"),
     [
@@ -443,6 +450,7 @@ def frozen() -> ActorCriticPolicy:
         (with_hook, "it has hooks"),
         (with_method, r"the forward\(\) of a Linear was replaced"),
         (frozen, "some of its parameters are frozen"),
+        (with_one_log_std, r"its log_std has the shape \(1,\) where SB3's has \(2,\)"),
         (lambda: make(optimizer_class=th.optim.SGD), "its optimizer is SGD, not Adam or AdamW"),
         (lambda: make().double(), "its parameters are not contiguous float32 tensors"),
     ],

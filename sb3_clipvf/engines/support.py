@@ -97,6 +97,7 @@ def why_not_static(policy: ActorCriticPolicy, buffer: Any) -> str | None:
         return reason
     try:
         check_code(policy, may_squash=True)
+        _check_diagonal_gaussian(policy)
         if th.is_autocast_enabled(policy.device.type):
             raise UnsupportedError("torch's autocast is on")
         modules = [module for module in policy.modules() if module is not policy]
@@ -280,7 +281,7 @@ def _check_tensors(policy: ActorCriticPolicy, plain: PlainPolicy) -> None:
         raise UnsupportedError("its action distribution does not fit its actions")
 
 
-# ------------------------------------------------------------------ both engines
+# ------------------------------------------------------------------ several engines
 
 
 def _check_device(policy: ActorCriticPolicy) -> None:
@@ -292,6 +293,11 @@ def _check_gaussian(policy: ActorCriticPolicy) -> None:
     dist = policy.action_dist
     if isinstance(dist, StateDependentNoiseDistribution) and dist.bijector is not None:
         raise UnsupportedError("it squashes its actions")
+    _check_diagonal_gaussian(policy)
+
+
+def _check_diagonal_gaussian(policy: ActorCriticPolicy) -> None:
+    dist = policy.action_dist
     if isinstance(dist, DiagGaussianDistribution):
         _check_log_std(policy, (dist.action_dim,))
 
