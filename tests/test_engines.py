@@ -644,6 +644,16 @@ class Switching(Doubled):
         return features * self.other_scale if observations[0, 0] > 0 else features
 
 
+class Gated(Switching):
+    """An extractor whose second parameter is used once ``is_open``."""
+
+    is_open = False
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        features = Doubled.forward(self, observations)
+        return features * self.other_scale if self.is_open else features
+
+
 def sliced(layer: th.nn.Linear, x: th.Tensor) -> th.Tensor:
     return th.nn.functional.linear(x, layer.weight, layer.bias).repeat(1, 2)[:, : layer.out_features]
 
@@ -710,8 +720,11 @@ class TestFused:
         for policy, engine_class in zip(policies, (AutogradEngine, FusedEngine), strict=True):
             policy.unused = th.nn.Parameter(th.ones(2))
             policy.optimizer = th.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.5)
-            np.random.seed(0)
-            engine_class(policy, settings_for("box")).update(buffer, COEFFICIENTS)
+            engine = engine_class(policy, settings_for("box"))
+            for _ in range(2):
+                np.random.seed(0)
+                assert engine.fits(buffer)
+                engine.update(buffer, COEFFICIENTS)
             assert policy.unused.tolist() == [1, 1]
             assert policy.unused.grad is None
         for ours, theirs in zip(*(policy.parameters() for policy in policies), strict=True):
@@ -728,14 +741,32 @@ class TestFused:
             policy, buffer = make_case("custom")
             settings = settings_for("custom", n_epochs=4, target_kl=target_kl)
             np.random.seed(0)
-            statistics = engine_class(policy, settings).update(buffer, COEFFICIENTS).read()
+            engine = engine_class(policy, settings)
+            statistics = engine.update(buffer, COEFFICIENTS).read()
+            assert engine.fits(buffer)
+            engine.update(buffer, COEFFICIENTS)
             steps = [float(state["step"]) for state in policy.optimizer.state.values()]
             results.append((statistics, steps, policy))
         assert len(set(results[0][1])) == 2, "all minibatches reach the same parameters"
         assert results[1][1] == results[0][1]
         assert results[1][0] == pytest.approx(results[0][0], rel=1e-3, abs=2e-5)
         assert_same_training(results[1][2], results[0][2])
-        assert not FusedEngine(results[1][2], SETTINGS).fits(buffer)
+
+    def test_parameters_that_a_later_update_reaches_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(ACTIONS, "custom", (BOX, ActorCriticPolicy, {"features_extractor_class": Gated}))
+        policies = []
+        for engine_class in (AutogradEngine, FusedEngine):
+            policy, buffer = make_case("custom")
+            engine = engine_class(policy, settings_for("custom"))
+            for is_open in (False, True):
+                policy.features_extractor.is_open = is_open
+                np.random.seed(0)
+                assert engine.fits(buffer)
+                engine.update(buffer, COEFFICIENTS)
+            policies.append(policy)
+        steps = {float(state["step"]) for state in policies[0].optimizer.state.values()}
+        assert steps == {8.0, 16.0}
+        assert_same_training(policies[1], policies[0])
 
     def test_ctrl_c_leaves_the_optimizer_with_the_steps_made(self, monkeypatch: pytest.MonkeyPatch) -> None:
         policy, buffer = make_case("box")

@@ -293,6 +293,7 @@ def test_a_parameter_that_the_loss_does_not_reach_stays(optimizer: Any) -> None:
         engine = engine_class(policy, settings_for("box"))
         for number in range(3):
             np.random.seed(number)
+            assert engine.fits(buffer)
             engine.update(buffer, COEFFICIENTS)
             # A file of the model has the optimizer's state.
             policy.optimizer.load_state_dict(copy.deepcopy(policy.optimizer.state_dict()))
@@ -301,6 +302,23 @@ def test_a_parameter_that_the_loss_does_not_reach_stays(optimizer: Any) -> None:
     ours, theirs = (dict(policy.named_parameters()) for policy in policies)
     for name in ours.keys() - {"unused.weight", "unused.bias"}:
         th.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_have_their_own_numbers_of_steps() -> None:
+    policies = []
+    for engine_class in (AutogradEngine, StaticEngine):
+        policy, buffer = make_case("box")
+        engine = engine_class(policy, settings_for("box"))
+        for number in range(2):
+            np.random.seed(number)
+            assert engine.fits(buffer)
+            engine.update(buffer, COEFFICIENTS)
+            if number == 0:
+                for parameter in policy.action_net.parameters():
+                    for tensor in policy.optimizer.state[parameter].values():
+                        tensor.zero_()
+        policies.append(policy)
+    assert_same_training(policies[1], policies[0])
 
 
 def test_what_needs_no_network_is_computed_once_for_a_chunk() -> None:

@@ -875,6 +875,38 @@ def test_a_class_that_was_changed_counts(part: str) -> None:
     assert difference(*weights) < 2e-3
 
 
+def restarted_head(model: ClipPPO) -> None:
+    for parameter in model.policy.action_net.parameters():
+        for tensor in model.policy.optimizer.state[parameter].values():
+            tensor.zero_()
+
+
+class AfterAnUpdate(BaseCallback):
+    def __init__(self, change: Callable[[Any], object]) -> None:
+        super().__init__()
+        self.change = change
+
+    def _on_rollout_end(self) -> None:
+        if self.num_timesteps == 2 * N_STEPS * 2:
+            self.change(self.model)
+
+    def _on_step(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("fast", FAST)
+@pytest.mark.parametrize("change", [restarted_head])
+def test_layouts_and_the_optimizers_state_count(change: Change, fast: str) -> None:
+    weights, steps = [], []
+    for engine in ("auto", "autograd"):
+        model = make(engine, policy_kwargs={**FAST[fast][0], "net_arch": [8, 8]})
+        model.learn(3 * N_STEPS * 2, callback=AfterAnUpdate(change))
+        weights.append([parameter.detach() for parameter in model.policy.parameters()])
+        steps.append([float(model.policy.optimizer.state[each]["step"]) for each in model.policy.parameters()])
+    assert difference(*weights) < 2e-3
+    assert steps[0] == steps[1]
+
+
 def test_steps_of_removed_parameters_do_not_count() -> None:
     def reload(model: ClipPPO) -> None:
         model.learn(N_STEPS * 2)

@@ -123,7 +123,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[Any], object], str]] = {
 
 # Those whose networks torch runs, but kernels neither compute their losses nor make their steps.
 ALSO_NOT_FUSED = frozenset(
-    ("gsde squashed", "gsde squashed later", "shape", "optimizer", "amsgrad", "maximize", "groups", "fewer", "steps")
+    ("gsde squashed", "gsde squashed later", "shape", "optimizer", "amsgrad", "maximize", "groups", "fewer")
     + ("double", "frozen", "method", "optimizer hook")
 )
 

@@ -22,7 +22,7 @@ from sb3_clipvf.engines.recognition import (
     replaced_code,
     replaced_method,
 )
-from sb3_clipvf.engines.support import PlainPolicy, modules_of, parameter_has_hooks, plain_policy
+from sb3_clipvf.engines.support import PlainPolicy, modules_of, parameter_has_hooks, plain_policy, steps_made
 
 # Attributes of modules that change what they compute.
 _CONSTANTS = sorted({name for constants in ACTIVATIONS.values() for name in constants} | {"start_dim", "end_dim"})
@@ -43,7 +43,7 @@ class Binding:
     fingerprint: tuple[object, ...]
 
     def is_current(self, policy: ActorCriticPolicy) -> bool:
-        """Return whether nothing but the values of the policy's tensors has changed since it was bound."""
+        """Return whether only numbers have changed since it was bound, and all parameters have made as many steps."""
         if _fingerprint(policy) != self.fingerprint:
             return False
         state = policy.optimizer.state
@@ -53,7 +53,8 @@ class Binding:
                 return False
             if [tensor.data_ptr() for tensor in row] != addresses:
                 return False
-        return True
+        # Kernels have one number of steps for all parameters.
+        return len(set(steps_made(policy.optimizer, (row[0] for row in self.tensors)))) == 1
 
 
 def bind(policy: ActorCriticPolicy) -> Binding:
@@ -87,12 +88,6 @@ def moments_of(optimizer: th.optim.Optimizer, parameter: th.Tensor) -> list[th.T
 def table_row(parameter: th.Tensor, *others: th.Tensor) -> list[int]:
     """Return a row of the kernels' table: the size of a parameter, then the addresses of all tensors."""
     return [parameter.numel(), *(tensor.data_ptr() for tensor in (parameter, *others))]
-
-
-def n_steps_made(optimizer: th.optim.Optimizer, parameters: Iterable[th.Tensor]) -> int:
-    """Return the number of steps that the optimizer has made for these parameters."""
-    states = [optimizer.state.get(parameter) for parameter in parameters]
-    return max((int(state["step"]) for state in states if state), default=0)
 
 
 def write_steps(optimizer: th.optim.Optimizer, parameters: Iterable[th.Tensor], n_steps: int) -> None:

@@ -14,7 +14,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_clipvf.distributions import LazyDistribution, category_counts, n_action_numbers, n_outputs, to_action_space
 from sb3_clipvf.engines.autograd import AutogradEngine, old_dist_params
-from sb3_clipvf.engines.binding import moments_of, n_steps_made, table_row, write_steps
+from sb3_clipvf.engines.binding import moments_of, table_row, write_steps
 from sb3_clipvf.engines.bridge import (
     KINDS,
     Noise,
@@ -31,7 +31,7 @@ from sb3_clipvf.engines.kernels import entry, memory
 from sb3_clipvf.engines.kernels.totals import STAT
 from sb3_clipvf.engines.kernels.warmup import warm_up
 from sb3_clipvf.engines.reduction import run_shared_epochs
-from sb3_clipvf.engines.support import why_not_fused
+from sb3_clipvf.engines.support import steps_made, why_not_fused
 from sb3_clipvf.rollout import MiniBatch
 
 Outputs: TypeAlias = tuple[th.Tensor, th.Tensor, th.Tensor | None]
@@ -137,10 +137,8 @@ class FusedUpdate:
         self._max_grad_norm = float(engine.settings.max_grad_norm)
         self._optimizer = engine.policy.optimizer
         self._parameters = list(engine.policy.parameters())
-        self._n_steps = n_steps_made(self._optimizer, self._parameters)
-        self._hyper = hyperparameters_of(
-            engine.settings, coefficients, self._optimizer, self._n_steps, buffer.advantages
-        )
+        self._n_steps = 0  # known when a minibatch has reached parameters
+        self._hyper = hyperparameters_of(engine.settings, coefficients, self._optimizer, 0, buffer.advantages)
         self._reached: list[th.nn.Parameter] = []
         self._table = np.zeros((0, memory.N_COLUMNS), np.int64)
         self._by_torch = False
@@ -189,21 +187,12 @@ class FusedUpdate:
     def clip_gradients(self) -> float:
         """Find the factor by which ``step`` clips the gradients, and return their joint norm before that."""
         reached = [parameter for parameter in self._parameters if parameter.grad is not None]
-        gradients = [_contiguous_gradient(parameter) for parameter in reached]
-        if not self._reached:
-            self._reached = reached
-            rows = [
-                table_row(parameter, gradient, *moments_of(self._optimizer, parameter))
-                for parameter, gradient in zip(reached, gradients, strict=True)
-            ]
-            self._table = np.array(rows, np.int64).reshape(-1, memory.N_COLUMNS)
-        if not self._by_torch and list(map(id, reached)) != list(map(id, self._reached)):
-            # Minibatches reach different parameters, whose numbers of steps differ. Kernels have one number for all.
+        if not self._by_torch and not self._bind(reached):
             self.write_steps()
             self._by_torch = True
         if self._by_torch:
             return float(th.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm))
-        self._table[:, memory.GRAD] = [gradient.data_ptr() for gradient in gradients]
+        self._table[:, memory.GRAD] = [_contiguous_gradient(parameter).data_ptr() for parameter in reached]
         norm, self._clip_factor, _ = entry.gradient_norm(self._table, self._max_grad_norm)
         return cast(float, norm)
 
@@ -219,6 +208,20 @@ class FusedUpdate:
         """Write the number of the kernels' steps to the optimizer."""
         if not self._by_torch:
             write_steps(self._optimizer, self._reached, self._n_steps)
+
+    def _bind(self, reached: list[th.nn.Parameter]) -> bool:
+        """Return whether kernels can make the step of the parameters that a minibatch has reached."""
+        if not self._reached:
+            steps = set(steps_made(self._optimizer, reached))
+            if len(steps) > 1:  # kernels have one number for all
+                return False
+            self._n_steps, self._reached = max(steps, default=0), reached
+            moments = [moments_of(self._optimizer, parameter) for parameter in reached]
+            # The addresses of gradients change with each minibatch.
+            rows = [table_row(*[parameter] * 2, *pair) for parameter, pair in zip(reached, moments, strict=True)]
+            self._table = np.array(rows, np.int64).reshape(-1, memory.N_COLUMNS)
+        # Minibatches may reach different parameters.
+        return list(map(id, reached)) == list(map(id, self._reached))
 
     def _backward(self) -> None:
         roots, gradients = self._roots, self._root_gradients

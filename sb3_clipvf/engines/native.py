@@ -19,7 +19,7 @@ from sb3_clipvf.distributions import (
     n_action_numbers,
     to_action_space,
 )
-from sb3_clipvf.engines.binding import Binding, bind, n_steps_made, write_steps
+from sb3_clipvf.engines.binding import Binding, bind, write_steps
 from sb3_clipvf.engines.bridge import (
     KINDS,
     Noise,
@@ -42,7 +42,7 @@ from sb3_clipvf.engines.kernels.warmup import warm_up
 from sb3_clipvf.engines.native_minibatches import NativeUpdate
 from sb3_clipvf.engines.recognition import why_unknown_buffer
 from sb3_clipvf.engines.reduction import run_shared_epochs
-from sb3_clipvf.engines.support import why_not_native
+from sb3_clipvf.engines.support import steps_made, why_not_native
 from sb3_clipvf.engines.threads import ThreadChoice, one_blas_thread, run_on_threads
 from sb3_clipvf.rollout import gae
 
@@ -283,7 +283,7 @@ class NativeEngine:
         rollout = rollout_of(buffer, settings.has_dist_params)
         check_stored(self._binding.plain.dist, rollout.actions, rollout.old_dist)
         self._check_width(buffer.observations.size // len(rollout.returns))
-        n_made = n_steps_made(optimizer, self._parameters)
+        n_made = steps_made(optimizer, self._parameters[:1])[0]  # the same for all
         hyper = hyperparameters_of(settings, coefficients, optimizer, n_made, buffer.advantages)
         if settings.group.size > 1:
             return self._update_shared(buffer, rollout, hyper, coefficients)

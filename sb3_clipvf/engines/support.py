@@ -170,6 +170,8 @@ def plain_policy(policy: ActorCriticPolicy) -> PlainPolicy:
     _check_gsde(policy, latent_dim=plain.actor[-1].in_features)
     _check_tensors(policy, plain)
     _check_optimizer(policy)
+    if len(set(steps_made(policy.optimizer, policy.parameters()))) > 1:
+        raise UnsupportedError("its optimizer has made different numbers of steps for its parameters")
     return plain
 
 
@@ -183,6 +185,12 @@ def modules_of(policy: ActorCriticPolicy) -> list[Any]:
     for network in (getattr(extractor, "policy_net", None), getattr(extractor, "value_net", None)):
         modules += [network, *([] if network is None else network._modules.values())]
     return [module for module in modules if module is not None]
+
+
+def steps_made(optimizer: th.optim.Optimizer, parameters: Iterable[th.Tensor]) -> list[int]:
+    """Return the number of steps that the optimizer has made for each parameter; 0 for one without state."""
+    states = [optimizer.state.get(parameter) for parameter in parameters]
+    return [int(state["step"]) if state else 0 for state in states]
 
 
 def parameter_has_hooks(parameter: Any) -> bool:
@@ -334,6 +342,3 @@ def _check_optimizer(policy: ActorCriticPolicy) -> None:
         raise UnsupportedError("its optimizer's options are tensors")
     if any(getattr(optimizer, hook, None) for hook in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")):
         raise UnsupportedError("its optimizer has hooks")
-    states = [optimizer.state.get(parameter, {}) for parameter in group["params"]]
-    if len({float(state["step"]) if state else 0.0 for state in states}) > 1:
-        raise UnsupportedError("its optimizer has made different numbers of steps for its parameters")

@@ -17,12 +17,12 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from sb3_clipvf.common.nonfinite import FLOAT32_MAX
 from sb3_clipvf.common.observations import from_parts, parts_of
 from sb3_clipvf.engines.autograd import AutogradEngine, mean_std_of
-from sb3_clipvf.engines.binding import moments_of, n_steps_made, write_steps
+from sb3_clipvf.engines.binding import moments_of
 from sb3_clipvf.engines.cuda.static_loss import LOGGED, StaticLoss
 from sb3_clipvf.engines.cuda.static_policy import ImageScaling, replaced_parameters
 from sb3_clipvf.engines.epochs import MinibatchStatistics, Record, run_epochs
 from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateSettings
-from sb3_clipvf.engines.support import why_not_static
+from sb3_clipvf.engines.support import steps_made, why_not_static
 from sb3_clipvf.rollout import MiniBatch
 
 CHUNK = 32
@@ -253,7 +253,8 @@ class StaticStep:
         self.rows = th.zeros(min(self.n_rows, CHUNK * settings.batch_size), dtype=th.int64, device=device)
         self.log = th.zeros(CHUNK, len(LOGGED), device=device)
         self.active = th.ones((), dtype=th.bool, device=device)
-        self._n_steps, self._found_inf, self._learning_rate = (th.zeros((), device=device) for _ in range(3))
+        self._found_inf, self._learning_rate = (th.zeros((), device=device) for _ in range(2))
+        self._n_steps = th.zeros(len(self._parameters), device=device)  # of each parameter, if it is reached
         self._gradients = [th.zeros_like(parameter) for parameter in self._parameters]
         self._reached: list[bool] = []  # whether the loss of a minibatch depends on a parameter
         self._loss = StaticLoss(policy, settings, coefficients, rollout["advantages"], autocast)
@@ -269,7 +270,7 @@ class StaticStep:
         optimizer = self.policy.optimizer
         self._loss.load(coefficients, mean_std_of(rollout["advantages"], self._settings, self.policy.device))
         self._learning_rate.fill_(optimizer.param_groups[0]["lr"])
-        self._n_steps.fill_(n_steps_made(optimizer, self._parameters))
+        self._n_steps.copy_(th.tensor(steps_made(optimizer, self._parameters)))
         self.active.fill_(True)
 
     def run(self, sizes: tuple[int, ...], measure_kl: bool) -> None:
@@ -294,10 +295,10 @@ class StaticStep:
         return self._transitions(rows)._replace(observations=from_parts(self._observed(rows)))
 
     def write_back(self) -> None:
-        """Write the number of steps to the optimizer, and the last gradients to the parameters."""
-        reached = list(compress(self._parameters, self._reached))
-        write_steps(self.policy.optimizer, reached, int(self._n_steps))
-        for parameter, gradient in zip(reached, compress(self._gradients, self._reached), strict=True):
+        """Write the numbers of steps to the optimizer, and the last gradients to the parameters."""
+        columns = zip(self._parameters, self._gradients, self._n_steps.tolist(), strict=True)
+        for parameter, gradient, n_steps in compress(columns, self._reached):
+            self.policy.optimizer.state[parameter]["step"].fill_(n_steps)
             parameter.grad = gradient
 
     def _observed(self, rows: th.Tensor) -> dict[str, th.Tensor]:
@@ -362,7 +363,7 @@ class StaticStep:
             [exp_avg for exp_avg, _ in moments],
             [exp_avg_sq for _, exp_avg_sq in moments],
             [],
-            [self._n_steps] * len(moments),
+            list(compress(self._n_steps.unbind(), self._reached)),
             lr=self._learning_rate,
             # Divides the gradients, also in their own memory. torch's clipping multiplies by the inverse.
             grad_scale=((norm + _NORM_EPS) / self._settings.max_grad_norm).clamp_(min=1.0),
