@@ -460,6 +460,14 @@ def with_one_log_std() -> ActorCriticPolicy:
     return policy
 
 
+def with_transposed_moment() -> ActorCriticPolicy:
+    policy = make()
+    weight = policy.action_net.weight
+    moments = {name: th.zeros(weight.shape[::-1]).t() for name in ("exp_avg", "exp_avg_sq")}
+    policy.optimizer.state[weight] = {"step": th.tensor(1.0), **moments}
+    return policy
+
+
 @pytest.mark.parametrize(
     ("policy", "reason"),
     [
@@ -469,6 +477,7 @@ def with_one_log_std() -> ActorCriticPolicy:
         (with_method, r"the forward\(\) of a Linear was replaced"),
         (frozen, "some of its parameters are frozen"),
         (with_one_log_std, r"its log_std has the shape \(1,\) where SB3's has \(2,\)"),
+        (with_transposed_moment, "its optimizer's moments are not contiguous float32 tensors like its parameters"),
         (lambda: make(optimizer_class=th.optim.SGD), "its optimizer is SGD, not Adam or AdamW"),
         (lambda: make().double(), "its parameters are not contiguous float32 tensors"),
     ],

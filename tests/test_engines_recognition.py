@@ -875,10 +875,29 @@ def test_a_class_that_was_changed_counts(part: str) -> None:
     assert difference(*weights) < 2e-3
 
 
+def transposed_moment(model: ClipPPO) -> None:
+    """Store the same numbers in another layout, as a file of a channels-last policy has them."""
+    state = model.policy.optimizer.state[model.policy.mlp_extractor.policy_net[0].weight]
+    state["exp_avg"] = state["exp_avg"].t().contiguous().t()
+
+
+def transposed_weight(model: ClipPPO) -> None:
+    weight = model.policy.mlp_extractor.policy_net[2].weight
+    weight.data = weight.data.t()
+
+
 def restarted_head(model: ClipPPO) -> None:
     for parameter in model.policy.action_net.parameters():
         for tensor in model.policy.optimizer.state[parameter].values():
             tensor.zero_()
+
+
+def grown_layer(model: ClipPPO) -> None:
+    """Replace tensors by larger ones without a new optimizer."""
+    network = model.policy.mlp_extractor.policy_net
+    network[0].weight.data, network[0].bias.data = th.randn(16, 3), th.randn(16)
+    network[2].weight.data = th.randn(8, 16)
+    model.policy.optimizer.zero_grad()
 
 
 class AfterAnUpdate(BaseCallback):
@@ -895,7 +914,7 @@ class AfterAnUpdate(BaseCallback):
 
 
 @pytest.mark.parametrize("fast", FAST)
-@pytest.mark.parametrize("change", [restarted_head])
+@pytest.mark.parametrize("change", [transposed_moment, transposed_weight, restarted_head])
 def test_layouts_and_the_optimizers_state_count(change: Change, fast: str) -> None:
     weights, steps = [], []
     for engine in ("auto", "autograd"):
@@ -905,6 +924,15 @@ def test_layouts_and_the_optimizers_state_count(change: Change, fast: str) -> No
         steps.append([float(model.policy.optimizer.state[each]["step"]) for each in model.policy.parameters()])
     assert difference(*weights) < 2e-3
     assert steps[0] == steps[1]
+
+
+@pytest.mark.parametrize("fast", FAST)
+def test_tensors_that_do_not_fit_the_optimizers_state_are_an_error(fast: str) -> None:
+    """Kernels would write beyond the moments."""
+    for engine in ("auto", "autograd"):
+        model = make(engine, policy_kwargs={**FAST[fast][0], "net_arch": [8, 8]})
+        with pytest.raises(RuntimeError, match="must match"):
+            model.learn(3 * N_STEPS * 2, callback=AfterAnUpdate(grown_layer))
 
 
 def test_steps_of_removed_parameters_do_not_count() -> None:

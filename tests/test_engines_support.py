@@ -39,6 +39,19 @@ def unequal_steps(policy: ActorCriticPolicy) -> None:
     policy.optimizer.step()
 
 
+def own_state(key: str, change: Callable[[Any], object]) -> Callable[[ActorCriticPolicy], None]:
+    """Return a change of the optimizer's state of one parameter, after a step of all."""
+
+    def change_now(policy: ActorCriticPolicy) -> None:
+        for parameter in policy.parameters():
+            parameter.grad = th.zeros_like(parameter)
+        policy.optimizer.step()
+        state = policy.optimizer.state[policy.action_net.weight]
+        state[key] = change(state[key])
+
+    return change_now
+
+
 def other_activation(policy: ActorCriticPolicy) -> None:
     policy.mlp_extractor.value_net[1] = th.nn.ReLU()
 
@@ -61,6 +74,7 @@ def own_network(policy: ActorCriticPolicy) -> None:
 
 
 GSDE = {"use_sde": True}
+MOMENTS = "its optimizer's moments are not contiguous float32 tensors like its parameters"
 REFUSED: dict[str, tuple[dict[str, Any], Callable[[Any], object], str]] = {
     "gsde squashed": ({**GSDE, "squash_output": True}, hook, "it squashes its actions"),
     "gsde squashed later": (
@@ -104,6 +118,11 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[Any], object], str]] = {
         "its optimizer has other parameters",
     ),
     "steps": ({}, unequal_steps, "different numbers of steps"),
+    "state layout": ({}, own_state("exp_avg", lambda m: m.t().contiguous().t()), MOMENTS),
+    "state shape": ({}, own_state("exp_avg_sq", lambda m: m[:1].clone()), MOMENTS),
+    "state type": ({}, own_state("exp_avg_sq", th.Tensor.double), MOMENTS),
+    "state without a moment": ({}, own_state("exp_avg", lambda _: None), MOMENTS),
+    "state of numbers": ({}, own_state("step", float), "its optimizer has no tensors with the numbers of steps"),
     "head": ({}, replaced_head, r"its last layers are not torch\.nn\.Linear"),
     "extra": ({}, added_parameter, "parameters other than those"),
     "double": ({}, lambda p: p.double(), "not contiguous float32"),
@@ -124,7 +143,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[Any], object], str]] = {
 # Those whose networks torch runs, but kernels neither compute their losses nor make their steps.
 ALSO_NOT_FUSED = frozenset(
     ("gsde squashed", "gsde squashed later", "shape", "optimizer", "amsgrad", "maximize", "groups", "fewer")
-    + ("double", "frozen", "method", "optimizer hook")
+    + ("double", "frozen", "method", "optimizer hook", *(case for case in REFUSED if case.startswith("state ")))
 )
 
 

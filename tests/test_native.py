@@ -537,6 +537,17 @@ class TestUpdate:
             th.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
         assert policies[1].optimizer.state_dict()["state"][0]["step"] == 12
 
+    @pytest.mark.parametrize("name", ["weight", "exp_avg"])
+    def test_a_square_that_was_transposed_no_longer_fits(self, name: str) -> None:
+        """Its address, size and shape stay."""
+        policy = make_policy(net_arch=[8, 8])
+        engine, buffer = NativeEngine(policy, SETTINGS), filled(policy)
+        assert engine.fits(buffer)
+        weight = policy.mlp_extractor.policy_net[2].weight
+        tensor = {"weight": weight, **policy.optimizer.state[weight]}[name]
+        tensor.data = tensor.data.t()
+        assert not engine.fits(buffer)
+
     def test_an_emptied_optimizer_state_starts_from_zero(self) -> None:
         """set_parameters empties it with what get_parameters returned before the first update."""
         policies = [make_policy() for _ in range(2)]

@@ -7,6 +7,7 @@ Kernels read and write at addresses. A callback may replace any tensor, module o
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,6 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_clipvf.engines.recognition import (
     ACTIVATIONS,
-    UnsupportedError,
     altered_torch,
     has_hooks,
     replaced_code,
@@ -34,12 +34,13 @@ class Binding:
     The tensors of a policy and of its optimizer, and their addresses.
 
     ``table`` has a row for each parameter, with the columns of :mod:`.kernels.memory`. ``tensors`` holds each
-    parameter, its gradient and its two moments, and so keeps them alive.
+    parameter, its gradient and its two moments, and so keeps them alive. ``shapes`` has the shape of each of them.
     """
 
     plain: PlainPolicy
     table: np.ndarray
     tensors: tuple[tuple[th.Tensor, ...], ...]
+    shapes: list[th.Size]
     fingerprint: tuple[object, ...]
 
     def is_current(self, policy: ActorCriticPolicy) -> bool:
@@ -47,12 +48,20 @@ class Binding:
         if _fingerprint(policy) != self.fingerprint:
             return False
         state = policy.optimizer.state
-        for row, addresses in zip(self.tensors, self.table[:, 1:].tolist(), strict=True):
+        for row in self.tensors:
             adam = state.get(row[0]) or {}  # a callback may have emptied it
             if row[0].grad is not row[1] or adam.get("exp_avg") is not row[2] or adam.get("exp_avg_sq") is not row[3]:
                 return False
-            if [tensor.data_ptr() for tensor in row] != addresses:
+            if not isinstance(adam.get("step"), th.Tensor):
                 return False
+        # A view of the same memory may have another layout.
+        tensors = list(chain.from_iterable(self.tensors))
+        if list(map(th.Tensor.data_ptr, tensors)) != self.table[:, 1:].ravel().tolist():
+            return False
+        if list(map(th.Tensor.size, tensors)) != self.shapes or not all(map(th.Tensor.is_contiguous, tensors)):
+            return False
+        if any(tensor.dtype != th.float32 for tensor in tensors):
+            return False
         # Kernels have one number of steps for all parameters.
         return len(set(steps_made(policy.optimizer, (row[0] for row in self.tensors)))) == 1
 
@@ -68,12 +77,10 @@ def bind(policy: ActorCriticPolicy) -> Binding:
     for parameter in [*plain.actor_parameters, *plain.critic_parameters]:
         if parameter.grad is None or not parameter.grad.is_contiguous() or parameter.grad.dtype != th.float32:
             parameter.grad = th.zeros_like(parameter, memory_format=th.contiguous_format)
-        moments = moments_of(policy.optimizer, parameter)
-        if any(m.dtype != th.float32 or not m.is_contiguous() or m.shape != parameter.shape for m in moments):
-            raise UnsupportedError("its optimizer's moments are not contiguous float32 tensors")
-        bound.append((parameter, parameter.grad, *moments))
+        bound.append((parameter, parameter.grad, *moments_of(policy.optimizer, parameter)))
         rows.append(table_row(*bound[-1]))
-    return Binding(plain, np.array(rows, np.int64), tuple(bound), _fingerprint(policy))
+    shapes = list(map(th.Tensor.size, chain.from_iterable(bound)))
+    return Binding(plain, np.array(rows, np.int64), tuple(bound), shapes, _fingerprint(policy))
 
 
 def moments_of(optimizer: th.optim.Optimizer, parameter: th.Tensor) -> list[th.Tensor]:

@@ -342,3 +342,22 @@ def _check_optimizer(policy: ActorCriticPolicy) -> None:
         raise UnsupportedError("its optimizer's options are tensors")
     if any(getattr(optimizer, hook, None) for hook in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")):
         raise UnsupportedError("its optimizer has hooks")
+    for parameter in group["params"]:
+        state = optimizer.state.get(parameter)
+        if state:  # else the first step creates it
+            _check_state(state, parameter)
+
+
+def _check_state(state: dict[str, Any], parameter: th.Tensor) -> None:
+    """Check that Adam's state of a parameter is what kernels read; a callback or a file may have replaced it."""
+    if not isinstance(state.get("step"), th.Tensor):
+        raise UnsupportedError("its optimizer has no tensors with the numbers of steps")
+    for moment in (state.get("exp_avg"), state.get("exp_avg_sq")):
+        if not (
+            type(moment) is th.Tensor
+            and moment.dtype == th.float32
+            and moment.is_contiguous()
+            and moment.shape == parameter.shape
+            and moment.device == parameter.device
+        ):
+            raise UnsupportedError("its optimizer's moments are not contiguous float32 tensors like its parameters")

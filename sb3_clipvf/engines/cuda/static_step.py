@@ -205,7 +205,7 @@ def policy_structure(policy: ActorCriticPolicy) -> tuple[object, ...]:
             for name, module in policy.named_modules(remove_duplicate=False)
         ],
         (id(dist), *(getattr(dist, name, None) for name in _GSDE_OPTIONS)),
-        tuple(parameter.data_ptr() for parameter in policy.parameters()),
+        tuple((parameter.data_ptr(), parameter.shape) for parameter in policy.parameters()),
         _switches(),
     )
 
