@@ -548,6 +548,22 @@ class TestUpdate:
         tensor.data = tensor.data.t()
         assert not engine.fits(buffer)
 
+    def test_a_grown_layer_gets_gradients_of_its_shape(self) -> None:
+        policies = [make_policy() for _ in range(2)]
+        buffer = filled(policies[0])
+        for policy, engine_class in zip(policies, (AutogradEngine, NativeEngine), strict=True):
+            engine = engine_class(policy, SETTINGS)
+            hidden, head = policy.mlp_extractor.value_net[0], policy.value_net
+            hidden.out_features = head.in_features = 16
+            hidden.weight.data, hidden.bias.data = hidden.weight.data.repeat(2, 1), hidden.bias.data.repeat(2)
+            head.weight.data = head.weight.data.repeat(1, 2) / 2
+            policy.optimizer = th.optim.Adam(policy.parameters(), lr=3e-3)
+            np.random.seed(0)
+            engine.update(buffer, COEFFICIENTS)
+        for ours, theirs in zip(*(policy.parameters() for policy in policies), strict=True):
+            assert ours.grad.shape == ours.shape
+            th.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
     def test_an_emptied_optimizer_state_starts_from_zero(self) -> None:
         """set_parameters empties it with what get_parameters returned before the first update."""
         policies = [make_policy() for _ in range(2)]

@@ -75,7 +75,13 @@ def bind(policy: ActorCriticPolicy) -> Binding:
     plain = plain_policy(policy)
     rows, bound = [], []
     for parameter in [*plain.actor_parameters, *plain.critic_parameters]:
-        if parameter.grad is None or not parameter.grad.is_contiguous() or parameter.grad.dtype != th.float32:
+        gradient = parameter.grad
+        if (
+            gradient is None
+            or gradient.shape != parameter.shape  # torch keeps it when ``parameter.data`` is replaced
+            or not gradient.is_contiguous()
+            or gradient.dtype != th.float32
+        ):
             parameter.grad = th.zeros_like(parameter, memory_format=th.contiguous_format)
         bound.append((parameter, parameter.grad, *moments_of(policy.optimizer, parameter)))
         rows.append(table_row(*bound[-1]))
