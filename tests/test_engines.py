@@ -654,6 +654,14 @@ class Gated(Switching):
         return features * self.other_scale if self.is_open else features
 
 
+class Bounded(Doubled):
+    """An extractor that bounds its parameter by a new tensor in each forward pass."""
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        self.scale.data = self.scale.data.clamp(max=2.001)
+        return super().forward(observations)
+
+
 def sliced(layer: th.nn.Linear, x: th.Tensor) -> th.Tensor:
     return th.nn.functional.linear(x, layer.weight, layer.bias).repeat(1, 2)[:, : layer.out_features]
 
@@ -766,6 +774,18 @@ class TestFused:
             policies.append(policy)
         steps = {float(state["step"]) for state in policies[0].optimizer.state.values()}
         assert steps == {8.0, 16.0}
+        assert_same_training(policies[1], policies[0])
+
+    def test_tensors_that_a_layer_replaces_in_its_forward_pass(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(ACTIONS, "custom", (BOX, ActorCriticPolicy, {"features_extractor_class": Bounded}))
+        policies = []
+        for engine_class in (AutogradEngine, FusedEngine):
+            policy, buffer = make_case("custom", moved=0.0)
+            np.random.seed(0)
+            engine_class(policy, settings_for("custom")).update(buffer, COEFFICIENTS)
+            policies.append(policy)
+        scale = policies[0].features_extractor.scale
+        assert scale.max() > 2.001 or scale.min() < 2.0
         assert_same_training(policies[1], policies[0])
 
     def test_ctrl_c_leaves_the_optimizer_with_the_steps_made(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,6 +140,7 @@ class FusedUpdate:
         self._n_steps = 0  # known when a minibatch has reached parameters
         self._hyper = hyperparameters_of(engine.settings, coefficients, self._optimizer, 0, buffer.advantages)
         self._reached: list[th.nn.Parameter] = []
+        self._shapes: list[th.Size] = []
         self._table = np.zeros((0, memory.N_COLUMNS), np.int64)
         self._by_torch = False
         self._zero_grad()
@@ -192,6 +193,7 @@ class FusedUpdate:
             self._by_torch = True
         if self._by_torch:
             return float(th.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm))
+        self._table[:, memory.PARAM] = list(map(th.Tensor.data_ptr, reached))
         self._table[:, memory.GRAD] = [_contiguous_gradient(parameter).data_ptr() for parameter in reached]
         norm, self._clip_factor, _ = entry.gradient_norm(self._table, self._max_grad_norm)
         return cast(float, norm)
@@ -217,11 +219,16 @@ class FusedUpdate:
                 return False
             self._n_steps, self._reached = max(steps, default=0), reached
             moments = [moments_of(self._optimizer, parameter) for parameter in reached]
-            # The addresses of gradients change with each minibatch.
+            self._shapes = [moment.shape for moment, _ in moments]
+            # The first two addresses may change with each minibatch.
             rows = [table_row(*[parameter] * 2, *pair) for parameter, pair in zip(reached, moments, strict=True)]
             self._table = np.array(rows, np.int64).reshape(-1, memory.N_COLUMNS)
-        # Minibatches may reach different parameters.
-        return list(map(id, reached)) == list(map(id, self._reached))
+        # Minibatches may reach different parameters. A layer's own code may replace tensors (``weight.data = ...``).
+        return (
+            list(map(id, reached)) == list(map(id, self._reached))
+            and list(map(th.Tensor.size, reached)) == self._shapes
+            and all(map(th.Tensor.is_contiguous, reached))
+        )
 
     def _backward(self) -> None:
         roots, gradients = self._roots, self._root_gradients
