@@ -19,6 +19,7 @@ from sb3_clipvf.distributions import (
     n_action_numbers,
     to_action_space,
 )
+from sb3_clipvf.engines.autograd import AutogradEngine
 from sb3_clipvf.engines.binding import Binding, bind, write_steps
 from sb3_clipvf.engines.bridge import (
     KINDS,
@@ -40,7 +41,7 @@ from sb3_clipvf.engines.kernels.mlp import workspace_size
 from sb3_clipvf.engines.kernels.totals import STAT, TOTAL
 from sb3_clipvf.engines.kernels.warmup import warm_up
 from sb3_clipvf.engines.native_minibatches import NativeUpdate
-from sb3_clipvf.engines.recognition import why_unknown_buffer
+from sb3_clipvf.engines.recognition import UnsupportedError, why_unknown_buffer
 from sb3_clipvf.engines.reduction import run_shared_epochs
 from sb3_clipvf.engines.support import steps_made, why_not_native
 from sb3_clipvf.engines.threads import ThreadChoice, one_blas_thread, run_on_threads
@@ -112,9 +113,12 @@ class NativeEngine:
         """
         Sample one action for each environment; observations are ``(n_envs, *obs_shape)``.
 
-        :raises UnsupportedError: If a parameter's tensor was replaced by one that kernels cannot read.
+        If a callback has replaced tensors by ones that kernels cannot read, torch acts, and the next update checks
+        whether this engine can still run the policy.
         """
-        self._follow_parameters()
+        if not self._follow_parameters():
+            rows = th.from_numpy(self._rows(observations))
+            return AutogradEngine(self.policy, self.settings).act(rows, with_dist_params=with_dist_params)
         scratch = self._scratch_for(len(observations))
         actions, is_finite = self._fill(scratch, 0, observations)
         dist_params = None
@@ -163,9 +167,10 @@ class NativeEngine:
         return actions, all(finite)
 
     def predict_values(self, observations: th.Tensor) -> th.Tensor:
-        """Return the values of observations, shape ``(n, 1)``, return units. Raises what :meth:`act` does."""
-        self._follow_parameters()
+        """Return the values of observations, shape ``(n, 1)``, return units; torch computes them where it acts."""
         rows = self._rows(observations)
+        if not self._follow_parameters():
+            return AutogradEngine(self.policy, self.settings).predict_values(th.from_numpy(rows))
         n = len(rows)
         values = np.empty(n, np.float32)
         self._run_groups(
@@ -225,7 +230,7 @@ class NativeEngine:
         self._row_size = max(workspace_size(mlp.sizes) for mlp in mlps)
         self._group_rows = rows_to_share(max(int(mlp.table[:, memory.SIZE].sum()) for mlp in mlps))
         self._largest_layer = max(layer.weight.numel() for layer in (*plain.actor, *plain.critic))
-        self._addresses = self._binding.table[:, memory.PARAM].tolist()
+        self._places = self._binding.table[:, [memory.PARAM, memory.SIZE]].T.ravel().tolist()
         self._parameters = [row[0] for row in self._binding.tensors]
         self._memory = [parameter.data for parameter in self._parameters]  # keeps it alive if tensors are replaced
         self._modules = tuple(self.policy.modules())
@@ -237,21 +242,30 @@ class NativeEngine:
             self._bind()
         self._has_checked = False
 
-    def _follow_parameters(self) -> None:
-        """Update addresses of parameters if a callback has replaced their tensors (``parameter.data = ...``)."""
+    def _follow_parameters(self) -> bool:
+        """
+        Update addresses of parameters if a callback has replaced their tensors (``parameter.data = ...``).
+
+        Return whether kernels can read them.
+        """
         addresses = list(map(th.Tensor.data_ptr, self._parameters))
-        if addresses == self._addresses:
-            return
+        places = [*addresses, *map(th.Tensor.numel, self._parameters)]
+        if places == self._places and all(map(th.Tensor.is_contiguous, self._parameters)):
+            return True
         if any(
             parameter.shape != gradient.shape or parameter.dtype != th.float32 or not parameter.is_contiguous()
             for parameter, gradient, *_ in self._binding.tensors
         ):
-            self._bind()  # raises UnsupportedError, or binds networks of another width
-            return
+            try:
+                self._bind()  # networks of another width
+            except UnsupportedError:
+                return False
+            return True
         # The next update checks whether this engine can still run the policy.
-        self._binding.table[:, memory.PARAM] = self._addresses = addresses
+        self._binding.table[:, memory.PARAM], self._places = addresses, places
         self._memory = [parameter.data for parameter in self._parameters]
         self._packed, self._divided = inputs.pack(self._inputs), None
+        return True
 
     def _divided_for(self, batch_size: int) -> DividedPolicy:
         if self._divided is None or self._divided.division.batch_size != batch_size:
