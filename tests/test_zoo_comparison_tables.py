@@ -150,6 +150,13 @@ def test_rolling_mean_starts_with_fewer_values() -> None:
     assert rolling_mean(np.array([])).shape == (0,)
 
 
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 1e300])
+def test_rolling_mean_forgets_a_value_that_has_left_its_window(value: float) -> None:
+    means = rolling_mean(np.array([0.1, value, *[0.1] * 20]), window=5)
+    np.testing.assert_array_equal(means[1:6], np.array([value / n for n in (2, 3, 4, 5, 5)]))
+    np.testing.assert_allclose(means[6:], 0.1, rtol=1e-15)  # one rounding
+
+
 def test_runs_share_a_grid_and_end_where_they_ended(tmp_path: Path) -> None:
     write_run(tmp_path / "clipppo/CartPole-v1_1", seed=1, returns=(10.0, 20.0, 30.0, 40.0))
     write_run(tmp_path / "clipppo/CartPole-v1_2", seed=2, returns=(0.0, 10.0))

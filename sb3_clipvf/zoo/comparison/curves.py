@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from sb3_clipvf.zoo.comparison.groups import Group
 from sb3_clipvf.zoo.comparison.records import Record
@@ -36,10 +37,13 @@ class Panel:
 
 def rolling_mean(values: np.ndarray, window: int = ROLLING_WINDOW) -> np.ndarray:
     """Return the mean of each value and the values before it, at most ``window`` in all, ``(n,)``."""
-    sums = np.concatenate(([0.0], np.cumsum(values)))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
-    return np.asarray((sums[ends] - sums[starts]) / (ends - starts))
+    head = values[: window - 1]
+    means = np.cumsum(head) / np.arange(1, len(head) + 1)
+    if len(values) >= window:
+        # A sum of its own for each window: differences of running sums are NaN after an infinite value, and inexact
+        # after a large one.
+        means = np.concatenate((means, sliding_window_view(values, window).mean(axis=-1)))
+    return means
 
 
 def panels(groups: Sequence[Group]) -> list[Panel]:
