@@ -16,6 +16,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 
 from sb3_clipvf.common import validation
 from sb3_clipvf.common.messages import log
+from sb3_clipvf.distributed import current_group
 from sb3_clipvf.engines.selection import check_engine_name
 from sb3_clipvf.rollout import TensorRolloutBuffer
 from sb3_clipvf.schedules import (
@@ -154,7 +155,7 @@ def _check_normalization(values: Mapping[str, Any]) -> None:
             "`batch_size` must be greater than 1 to normalise advantages in minibatches, got 1. Raise it, or set "
             "advantage_scope='rollout' or normalize_advantage=False."
         )
-    if values["env"] is not None and values["n_steps"] * values["n_envs"] == 1:
+    if values["env"] is not None and values["n_steps"] * values["n_envs"] * current_group().size == 1:
         raise ValueError(
             "`n_steps` must be such that n_steps * n_envs is greater than 1 to normalise advantages, got n_steps=1 and "
             "n_envs=1. Raise it, or set normalize_advantage=False."
@@ -231,7 +232,8 @@ def warn_of_truncated_minibatches(values: Mapping[str, Any]) -> None:
             stacklevel=3,
         )
         return
-    is_alone = rest == 1 and values["normalize_advantage"] and values["advantage_scope"] == "minibatch"
+    in_minibatches = values["normalize_advantage"] and values["advantage_scope"] == "minibatch"
+    is_alone = in_minibatches and rest * current_group().size == 1
     consequence = " It is not normalised, having no spread." if is_alone else ""
     warnings.warn(
         f"You have specified a mini-batch size of {batch_size}, but because the rollout has n_steps * n_envs = "

@@ -523,7 +523,6 @@ class ClipPPO(DataParallelCollector):
         if isinstance(self._n_envs_before, int) and self._n_envs_before != self.n_envs:
             warn_of_n_envs(vars(self), self._n_envs_before)
         self._n_envs_before = None
-        self._warn_of_early_end(total, 0 if reset_num_timesteps else self.num_timesteps)
         with failures_explained(self.env, callback, lambda: (self.num_timesteps, self._total_timesteps)):
             return super().learn(
                 total_timesteps=total,
@@ -534,20 +533,21 @@ class ClipPPO(DataParallelCollector):
                 progress_bar=progress_bar,
             )
 
-    def _warn_of_early_end(self, to_do: int, done: int = 0, *, on_command_line: bool = False) -> None:
-        """Warn once if schedules run mostly at their final values in a ``learn`` of ``to_do`` steps after ``done``."""
+    def _warn_of_early_end(self, n_envs: int, start: int, end: int, *, on_command_line: bool = False) -> None:
+        """Warn once if schedules run mostly at their final values from one step of ``n_envs`` to another."""
         if self._schedule_timesteps is not None or self._warned_of_early_end:
             return
         schedules = {"learning_rate": self.lr_schedule, **{name: self._schedule(name) for name in COEFFICIENTS}}
         self._warned_of_early_end = warn_of_early_end(
             {name: schedule for name, schedule in schedules.items() if schedule is not None},
-            rollout=self.n_steps * self.n_envs,
-            done=done,
-            to_do=to_do,
+            rollout=self.n_steps * n_envs,
+            done=start,
+            to_do=end - start,
             on_command_line=on_command_line,
         )
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        self._warn_of_early_end(self.n_envs + self._n_envs_elsewhere, self.num_timesteps, self._total_timesteps)
         initialised = super()._init_callback(callback, progress_bar)
         if self._resumed is not None:
             finish_resume(self, initialised)

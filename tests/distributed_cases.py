@@ -4,6 +4,7 @@ import logging
 import os
 import pickle
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
@@ -473,6 +474,26 @@ def copied_training(rank: int) -> list[str]:
     with logged() as messages:
         model.learn(256)
     return [message for message in messages if "same actions" in message]
+
+
+def short_training(rank: int) -> list[str]:
+    """A training of one rollout of both processes, which would be two of one; its warnings about schedules."""
+    model = make_model(learning_rate="lin_0.001", n_epochs=1)
+    with logged() as messages:
+        model.learn(128)
+    return [message for message in messages if "schedules end" in message]
+
+
+def smallest_training(rank: int) -> Any:
+    """A training of one transition a rollout in each process; the warnings of one with a minibatch of one."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_model(make_vec_env("CartPole-v1"), n_steps=3, batch_size=2)
+        warnings.simplefilter("ignore")
+        model = make_model(make_vec_env("CartPole-v1"), n_steps=1, batch_size=2, n_epochs=1)
+    before = parameters_of(model)
+    model.learn(4)
+    return parameters_of(model) != before, parameters_of(model), [str(warning.message) for warning in caught]
 
 
 class Passing(ClipPPO):

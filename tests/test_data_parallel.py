@@ -291,6 +291,17 @@ class TestTraining:
         first, second = pair.run("copied_training")
         assert len(first) == len(second) == 1
 
+    def test_the_rollout_of_all_processes_counts_for_schedules_that_end(self, pair: Pair) -> None:
+        for messages in pair.run("short_training"):
+            (message,) = messages
+            assert message.startswith("learn() collects one rollout: `learning_rate` is 0 in its only update")
+
+    def test_one_transition_in_each_process_is_normalised(self, pair: Pair) -> None:
+        first, second = pair.run("smallest_training")
+        assert first == second
+        changed, _, (warning,) = first
+        assert changed and "truncated mini-batch of size 1. We recommend" in warning
+
     def test_different_arguments_of_a_subclass_are_refused(self, pair: Pair) -> None:
         for error in pair.run("different_training", "gamma", [0.99, 0.9], True):
             assert isinstance(error, ValueError) and "must have the same `gamma`, got `gamma`: 0.99" in str(error)
