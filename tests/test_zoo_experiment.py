@@ -506,6 +506,27 @@ def test_callbacks_of_all_options_read_no_actions(tmp_path: Path, monkeypatch: p
     assert not may_read_actions(used[0])
 
 
+@pytest.mark.parametrize(("algo", "name"), [("clipppo", "runs"), ("ppo", "runs"), ("clipppo", "runs[1]")])
+def test_trainings_that_start_together_have_folders_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algo: str, name: str
+) -> None:
+    """The Zoo's constructor chooses the number. It finds no run below a folder with brackets."""
+    (tmp_path / name).mkdir()
+    first, second, failing = (_manager(tmp_path / name, ENTRY, algo=algo) for _ in range(3))
+    for manager in (first, second):
+        assert Path(_saved(manager), "args.yml").is_file()
+
+    def fail(*args: Any) -> None:
+        raise ValueError("the fault")
+
+    monkeypatch.setattr(ExperimentManager, "create_callbacks", fail)
+    with pytest.raises(ValueError, match="the fault"):
+        failing.setup_experiment()
+    folders = {path.name for path in (tmp_path / name / "logs" / algo).iterdir()}
+    left = {"CartPole-v1_3"} if algo == "ppo" else set()  # as the Zoo leaves it
+    assert folders == {"CartPole-v1_1", "CartPole-v1_2", *left}
+
+
 # ---------------------------------------------------------------- errors that end a training
 
 

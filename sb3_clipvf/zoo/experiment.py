@@ -92,6 +92,7 @@ class ClipPPOExperimentManager(CheckedSearch):
         if algo == ALGORITHM:
             self.vec_env_class = _FASTER.get(self.vec_env_class, self.vec_env_class)
         self._wrappers: Any = None
+        self._has_folder = False  # whether this manager has created the folder of a new run
         self._statistics: Path | None = None  # file with the statistics of the model given to `--trained-agent`
         if self.vec_env is not None:
             args.vec_env = self.vec_env  # for args.yml of the run
@@ -112,16 +113,27 @@ class ClipPPOExperimentManager(CheckedSearch):
 
     def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
         """Build environments and model; return the model and the settings to save, or None for a search."""
-        existed = Path(self.save_path).exists()
+        had_folder = self._has_folder
         try:
             return super().setup_experiment()
         except Exception:
-            # `enjoy` would take the folder for a run. But a run that started at the same time may have taken the same
-            # number, and written its settings there.
-            is_other_run = any(Path(self.save_path).rglob("config.yml"))
-            if self.algo == ALGORITHM and not existed and not is_other_run:
-                shutil.rmtree(self.save_path, ignore_errors=True)
+            if self.algo == ALGORITHM and self._has_folder and not had_folder:
+                shutil.rmtree(self.save_path, ignore_errors=True)  # `enjoy` would take the folder for a run
             raise
+
+    def create_log_folder(self) -> None:
+        """Create the folder of the run. If another training has taken its number meanwhile, take the next free one."""
+        while self.resumed is None and not self._has_folder:
+            try:
+                os.makedirs(self.save_path)
+                self._has_folder = True
+            except FileExistsError:
+                stem, _, number = self.save_path.rpartition("_")
+                if not number.isdecimal():  # it ends with the suffix of `-uuid`, or a derived class has chosen it
+                    break
+                self.save_path = f"{stem}_{int(number) + 1}"
+                self.params_path = f"{self.save_path}/{self.env_name}"
+        super().create_log_folder()  # type: ignore[no-untyped-call]
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read and check the settings of the environment; return them and a sorted copy to save with the run."""
