@@ -212,6 +212,35 @@ def test_it_is_refused_inside_other_callbacks_and_algorithms(tmp_path: Path) -> 
         )
 
 
+# ------------------------------------------------------------------ files that cannot be removed
+
+
+@pytest.mark.parametrize("on_error", ["warn", "raise"])
+def test_files_that_cannot_be_removed_are_tried_again_and_the_training_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, on_error: str
+) -> None:
+    leftover = tmp_path / ".checkpoint_9.zip.1-0123abcd.tmp"
+    leftover.touch()
+    locked = {leftover.name, "checkpoint_64.zip", "checkpoint_128.zip"}  # as while another process reads it on Windows
+    unlink, at = Path.unlink, []
+
+    def fail_if_locked(self: Path, missing_ok: bool = False) -> None:
+        if self.name in locked:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", fail_if_locked)
+    model = CASE.model(tmp_path)
+    checkpoint = TrainingCheckpoint(64, tmp_path, keep_last=1, keep_best=False, on_error=on_error)
+    release = Act(266, lambda: (at.extend(steps(tmp_path)), locked.clear()))
+    model.learn(320, callback=[checkpoint, release])
+    assert model.num_timesteps == 320
+    assert at == [64, 128, 256]
+    assert names(tmp_path) == [leftover.name, "checkpoint_320.zip"]
+    (message,) = [record.getMessage() for record in caplog.records if "cannot be removed" in record.getMessage()]
+    assert "Permission denied" in message and "checkpoint_64.zip" in message
+
+
 # ------------------------------------------------------------------ full disks
 
 

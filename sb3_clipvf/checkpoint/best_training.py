@@ -75,7 +75,7 @@ class SaveBestTrainingReward(BaseCallback):
         False: the first mean that counts replaces it.
     :param verbose: 1: log each save at INFO level to the logger ``sb3_clipvf``.
     :raises ValueError, TypeError: If an argument is outside these rules.
-    :raises OSError: While training, if a file cannot be written.
+    :raises OSError: While training, if a file cannot be written, or statistics of an earlier model removed.
     """
 
     def __init__(

@@ -59,7 +59,8 @@ class TrainingCheckpoint(BaseCallback):
         which a seeded reset determines: their resume is then exact. Running episodes are cut off. One more checkpoint
         is written at the start.
     :param on_error: What to do if a checkpoint cannot be written. "warn": log an error and continue the training.
-        "raise": end it. Earlier checkpoints are kept in both cases.
+        "raise": end it. Earlier checkpoints are kept in both cases. An old checkpoint that cannot be removed never ends
+        the training: a warning is logged once, and the removal is tried again after each new checkpoint.
     :param on_signal: Whether SIGTERM and SIGINT write a last checkpoint at once and end the process, with exit code 143
         or 130. It is the latest copy in memory, of the last update or a slightly earlier one. Copies take at most 1 %
         of the time. With ``reset_envs`` and environments whose state cannot be saved, there are no copies: the last
@@ -271,11 +272,24 @@ class TrainingCheckpoint(BaseCallback):
                 raise
             log.error("The checkpoint of step %d is missing: %s", state.num_timesteps, error)
             return
-        for old in self._kept[: -self.keep_last]:
-            old.unlink(missing_ok=True)
-        self._kept = self._kept[-self.keep_last :]
+        self._remove_old()
         if self.verbose >= 1:
             log.info("Checkpoint of step %d written to %s (%d KiB)", state.num_timesteps, path, len(content) // 1024)
+
+    def _remove_old(self) -> None:
+        """Remove all but the newest checkpoints. One that cannot be removed is tried again after the next."""
+        old, newest = self._kept[: -self.keep_last], self._kept[-self.keep_last :]
+        failed = []
+        for path in old:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                failed.append(path)
+                text = "Old checkpoints cannot be removed: %s. This is tried again after each new checkpoint."
+                if text not in self._logged:
+                    self._logged.add(text)
+                    log.warning(text, error)
+        self._kept = [*failed, *newest]
 
     def _log_differences(self, state: TrainingState) -> None:
         for difference in without_repeats(state.differences):

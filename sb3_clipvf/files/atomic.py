@@ -43,11 +43,16 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[io.BufferedWriter]:
 
 
 def remove_unfinished(folder: Path, names: str) -> None:
-    """Remove temporary files that killed writes left in a folder, for files whose names match a regular expression."""
+    """
+    Remove temporary files that killed writes left in a folder, for files whose names match a regular expression.
+
+    One that cannot be removed does no harm, and stays.
+    """
     pattern = re.compile(rf"\.({names})\.\d+-[0-9a-f]{{8}}\.tmp")
     for path in list(folder.iterdir()):
         if pattern.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def write_error(path: Path, error: OSError) -> OSError:
