@@ -4,6 +4,7 @@ import errno
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
@@ -210,6 +211,37 @@ def test_it_is_refused_inside_other_callbacks_and_algorithms(tmp_path: Path) -> 
         PPO("MlpPolicy", make_vec_env("CartPole-v1"), n_steps=64, device="cpu").learn(
             64, callback=TrainingCheckpoint(64, tmp_path)
         )
+
+
+@pytest.mark.parametrize("at", [10, 74], ids=["in an empty folder", "after the folder was emptied"])
+@pytest.mark.parametrize("on_error", ["warn", "raise"])
+def test_another_training_in_the_same_folder_keeps_its_checkpoints(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, at: int, on_error: str
+) -> None:
+    folder, before = tmp_path / "checkpoints", {}
+    kwargs: dict[str, Any] = {"keep_last": 1, "on_signal": False, "on_error": on_error}
+
+    def train_another() -> None:
+        for path in folder.iterdir():
+            path.unlink()
+        CASE.model(tmp_path).learn(64, callback=[Scores([1.0]), TrainingCheckpoint(64, folder, **kwargs)])
+        before.update({path: path.read_bytes() for path in folder.iterdir()})
+
+    model = CASE.model(tmp_path)
+    callbacks = [Scores([2.0, 3.0, 4.0]), TrainingCheckpoint(64, folder, **kwargs), Act(at, train_another)]
+    refusal = "`path` must be a folder without checkpoints of another training, got .* with checkpoint_64.zip, best_"
+    if on_error == "raise":
+        with pytest.raises(OSError, match=refusal):
+            model.learn(192, callback=callbacks)
+    else:
+        model.learn(192, callback=callbacks)
+        assert model.num_timesteps == 192
+        messages = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+        missing = [64, 128, 192] if at < 64 else [128, 192]
+        assert len(messages) == len(missing)
+        for step, message in zip(missing, messages, strict=True):
+            assert re.match(f"The checkpoint of step {step} is missing: {refusal}", message)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 # ------------------------------------------------------------------ files that cannot be removed

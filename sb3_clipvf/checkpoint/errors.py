@@ -1,4 +1,4 @@
-"""Errors raised when a training cannot be resumed from a file or in its environments."""
+"""Errors raised when a training cannot be saved in a folder, or resumed from a file or in its environments."""
 
 
 class DamagedCheckpointError(ValueError):
@@ -7,6 +7,10 @@ class DamagedCheckpointError(ValueError):
 
 class NotACheckpointError(ValueError):
     """A file is a model without the state of its training, or a checkpoint of another format."""
+
+
+class FolderInUseError(FileExistsError, ValueError):
+    """A folder holds checkpoints of another training."""
 
 
 class EnvironmentMismatchError(ValueError):

@@ -193,18 +193,21 @@ def sorted_checkpoints(folder: Path) -> list[Path]:
     Those that a running training removes at the same time are left out.
     """
     found: list[tuple[float, int, Path]] = []
-    for path in folder.glob("checkpoint_*.zip"):
-        match = _NAME.fullmatch(path.name)
-        if match is None:
-            continue
+    for path, steps in checkpoint_paths(folder).items():
         try:
             serial = float(read_manifest(path).serial)
         except FileNotFoundError:
             continue
         except (DamagedCheckpointError, NotACheckpointError):
             serial = float("inf")
-        found.append((serial, int(match[1]), path))
+        found.append((serial, steps, path))
     return [path for _, _, path in sorted(found)]
+
+
+def checkpoint_paths(folder: Path) -> dict[Path, int]:
+    """Return the checkpoints of a folder and the steps in their names, in any order, without reading them."""
+    matches = {path: _NAME.fullmatch(path.name) for path in folder.glob("checkpoint_*.zip")}
+    return {path: int(match[1]) for path, match in matches.items() if match is not None}
 
 
 def _manifest(path: Path, stream: Any) -> CheckpointManifest:

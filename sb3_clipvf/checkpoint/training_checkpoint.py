@@ -7,6 +7,7 @@ import math
 import os
 import time
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,8 +15,14 @@ import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback, EventCallback
 
 from sb3_clipvf.checkpoint.callback_state import without_repeats
-from sb3_clipvf.checkpoint.errors import DamagedCheckpointError, NotACheckpointError
-from sb3_clipvf.checkpoint.file import file_bytes, read_manifest, sorted_checkpoints
+from sb3_clipvf.checkpoint.errors import DamagedCheckpointError, FolderInUseError, NotACheckpointError
+from sb3_clipvf.checkpoint.file import (
+    CheckpointManifest,
+    checkpoint_paths,
+    file_bytes,
+    read_manifest,
+    sorted_checkpoints,
+)
 from sb3_clipvf.checkpoint.protocol import ResumableModel
 from sb3_clipvf.checkpoint.random_state import generator_from, generator_state
 from sb3_clipvf.checkpoint.resume import draw_seed, reset_environments
@@ -59,8 +66,9 @@ class TrainingCheckpoint(BaseCallback):
         which a seeded reset determines: their resume is then exact. Running episodes are cut off. One more checkpoint
         is written at the start.
     :param on_error: What to do if a checkpoint cannot be written. "warn": log an error and continue the training.
-        "raise": end it. Earlier checkpoints are kept in both cases. An old checkpoint that cannot be removed never ends
-        the training: a warning is logged once, and the removal is tried again after each new checkpoint.
+        "raise": end it. Earlier checkpoints are kept in both cases. It also applies if another training has written
+        checkpoints into the folder since the start: its files stay. An old checkpoint that cannot be removed never
+        ends the training: a warning is logged once, and the removal is tried again after each new checkpoint.
     :param on_signal: Whether SIGTERM and SIGINT write a last checkpoint at once and end the process, with exit code 143
         or 130. It is the latest copy in memory, of the last update or a slightly earlier one. Copies take at most 1 %
         of the time. With ``reset_envs`` and environments whose state cannot be saved, there are no copies: the last
@@ -258,6 +266,8 @@ class TrainingCheckpoint(BaseCallback):
         path = self.path / f"checkpoint_{state.num_timesteps}.zip"
         try:
             content = file_bytes(state, self._serial + 1)
+            # Not the files that this training has written and keeps: `keep_last` may be large.
+            self._own_manifests(found for found in checkpoint_paths(self.path) if found not in self._kept[1:])
             with atomic_write(path) as file:
                 file.write(content)
             self._serial += 1
@@ -300,19 +310,9 @@ class TrainingCheckpoint(BaseCallback):
 
     def _scan_folder(self) -> None:
         """Find earlier checkpoints, continue their serial numbers, and remove temporary files of killed writes."""
-        remove_unfinished(self.path, r"(best_)?checkpoint_?\d*\.zip|nonfinite_\d+(_process\d+)?\.npz")
         best = self.path / BEST_NAME
-        manifests = {}
-        for path in [*sorted_checkpoints(self.path), *([best] if best.exists() else [])]:
-            # Unreadable files stay: resume() names them.
-            with contextlib.suppress(DamagedCheckpointError, NotACheckpointError, FileNotFoundError):
-                manifests[path] = read_manifest(path)
-        others = [path.name for path, found in manifests.items() if found.training != self._model._training_id]
-        if others:
-            raise ValueError(
-                f"`path` must be a folder without checkpoints of another training, got {self.path} with "
-                f"{', '.join(others)}. Continue that training with ClipPPO.resume, or choose another folder."
-            )
+        manifests = self._own_manifests(sorted_checkpoints(self.path))
+        remove_unfinished(self.path, r"(best_)?checkpoint_?\d*\.zip|nonfinite_\d+(_process\d+)?\.npz")
         mean_return = manifests.pop(best).mean_return if best in manifests else None
         if mean_return is not None:
             self.best_mean_return = max(self.best_mean_return, mean_return)
@@ -320,3 +320,18 @@ class TrainingCheckpoint(BaseCallback):
         # `resume` has logged the differences of earlier checkpoints.
         self._logged.update(text for found in manifests.values() for text in found.differences)
         self._serial = max((found.serial for found in manifests.values()), default=0)
+
+    def _own_manifests(self, paths: Iterable[Path]) -> dict[Path, CheckpointManifest]:
+        """Return the manifests of checkpoints and of the best one; raise if one of them is of another training."""
+        manifests = {}
+        for path in [*paths, self.path / BEST_NAME]:
+            # Unreadable files stay: resume() names them.
+            with contextlib.suppress(DamagedCheckpointError, NotACheckpointError, OSError):
+                manifests[path] = read_manifest(path)
+        others = [path.name for path, found in manifests.items() if found.training != self._model._training_id]
+        if others:
+            raise FolderInUseError(
+                f"`path` must be a folder without checkpoints of another training, got {self.path} with "
+                f"{', '.join(others)}. Continue that training with ClipPPO.resume, or choose another folder."
+            )
+        return manifests
