@@ -8,6 +8,7 @@ Kernels read and write at addresses. A callback may replace any tensor, module o
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,9 @@ from sb3_clipvf.engines.recognition import (
     replaced_code,
     replaced_method,
 )
-from sb3_clipvf.engines.support import PlainPolicy, modules_of, parameter_has_hooks, plain_policy, steps_made
+from sb3_clipvf.engines.support import PlainPolicy, modules_of, parameter_has_hooks, plain_policy
 
+_dtype = attrgetter("dtype")
 # Attributes of modules that change what they compute.
 _CONSTANTS = sorted({name for constants in ACTIVATIONS.values() for name in constants} | {"start_dim", "end_dim"})
 
@@ -47,23 +49,23 @@ class Binding:
         """Return whether only numbers have changed since it was bound, and all parameters have made as many steps."""
         if _fingerprint(policy) != self.fingerprint:
             return False
-        state = policy.optimizer.state
+        state, steps = policy.optimizer.state, set()
         for row in self.tensors:
             adam = state.get(row[0]) or {}  # a callback may have emptied it
             if row[0].grad is not row[1] or adam.get("exp_avg") is not row[2] or adam.get("exp_avg_sq") is not row[3]:
                 return False
-            if not isinstance(adam.get("step"), th.Tensor):
+            step = adam.get("step")
+            if not isinstance(step, th.Tensor):
                 return False
+            steps.add(step.item())
         # A view of the same memory may have another layout.
         tensors = list(chain.from_iterable(self.tensors))
         if list(map(th.Tensor.data_ptr, tensors)) != self.table[:, 1:].ravel().tolist():
             return False
         if list(map(th.Tensor.size, tensors)) != self.shapes or not all(map(th.Tensor.is_contiguous, tensors)):
             return False
-        if any(tensor.dtype != th.float32 for tensor in tensors):
-            return False
         # Kernels have one number of steps for all parameters.
-        return len(set(steps_made(policy.optimizer, (row[0] for row in self.tensors)))) == 1
+        return set(map(_dtype, tensors)) == {th.float32} and len(steps) == 1
 
 
 def bind(policy: ActorCriticPolicy) -> Binding:
@@ -82,8 +84,8 @@ def bind(policy: ActorCriticPolicy) -> Binding:
             or not gradient.is_contiguous()
             or gradient.dtype != th.float32
         ):
-            parameter.grad = th.zeros_like(parameter, memory_format=th.contiguous_format)
-        bound.append((parameter, parameter.grad, *moments_of(policy.optimizer, parameter)))
+            gradient = parameter.grad = th.zeros_like(parameter, memory_format=th.contiguous_format)
+        bound.append((parameter, gradient, *moments_of(policy.optimizer, parameter)))
         rows.append(table_row(*bound[-1]))
     shapes = list(map(th.Tensor.size, chain.from_iterable(bound)))
     return Binding(plain, np.array(rows, np.int64), tuple(bound), shapes, _fingerprint(policy))

@@ -230,7 +230,7 @@ class NativeEngine:
         self._row_size = max(workspace_size(mlp.sizes) for mlp in mlps)
         self._group_rows = rows_to_share(max(int(mlp.table[:, memory.SIZE].sum()) for mlp in mlps))
         self._largest_layer = max(layer.weight.numel() for layer in (*plain.actor, *plain.critic))
-        self._places = self._binding.table[:, [memory.PARAM, memory.SIZE]].T.ravel().tolist()
+        self._addresses = self._binding.table[:, memory.PARAM].tolist()
         self._parameters = [row[0] for row in self._binding.tensors]
         self._memory = [parameter.data for parameter in self._parameters]  # keeps it alive if tensors are replaced
         self._modules = tuple(self.policy.modules())
@@ -249,8 +249,7 @@ class NativeEngine:
         Return whether kernels can read them.
         """
         addresses = list(map(th.Tensor.data_ptr, self._parameters))
-        places = [*addresses, *map(th.Tensor.numel, self._parameters)]
-        if places == self._places and all(map(th.Tensor.is_contiguous, self._parameters)):
+        if addresses == self._addresses and all(map(th.Tensor.is_contiguous, self._parameters)):
             return True
         if any(
             parameter.shape != gradient.shape or parameter.dtype != th.float32 or not parameter.is_contiguous()
@@ -262,7 +261,7 @@ class NativeEngine:
                 return False
             return True
         # The next update checks whether this engine can still run the policy.
-        self._binding.table[:, memory.PARAM], self._places = addresses, places
+        self._binding.table[:, memory.PARAM] = self._addresses = addresses
         self._memory = [parameter.data for parameter in self._parameters]
         self._packed, self._divided = inputs.pack(self._inputs), None
         return True
