@@ -19,6 +19,7 @@ def write_figure(results: Results, rows: Sequence[SpeedRow], alternations: int, 
     """Draw the ratios to SB3's steps a second: bars for medians, lines from the smallest to the largest."""
     from matplotlib.patches import Patch
 
+    rows = [row for row in rows if any(ratio(results, row, "sb3", alternations, base=peer) for peer in _COLORS)]
     figure = new_figure(7.4, 1.0 + 0.42 * len(rows))
     axes = figure.add_subplot()
     for index, (peer, color) in enumerate(_COLORS.items()):
