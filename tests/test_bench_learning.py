@@ -254,7 +254,7 @@ def test_report_writes_the_table_and_the_figure_and_runs_nothing(
     for row in (plain, plain.peer()):
         Results(Path("docs/results/learning.json")).add({**result(row, 2000, 9.0), "cpu_seconds": 5.0, "curve": CURVE})
     make_with(monkeypatch, "raise SystemExit('must not run')")
-    assert main(["--report"]) == 0
+    assert main(["--report", "--seeds", "2000"]) == 0
     assert "runs to make" not in capsys.readouterr().out
     text = Path("docs/results/learning.md").read_text()
     assert "| CartPole-v1 | 64 | 9.0" in text and "](learning.png)\n\nMean return of the last 20 training" in text
@@ -271,12 +271,13 @@ def test_curves_against_time_end_with_the_shortest_training() -> None:
     assert time_band([], 4000) is None
 
 
-def test_environments_without_times_of_both_algorithms_are_not_drawn() -> None:
+def test_environments_without_all_runs_and_times_of_both_algorithms_are_not_drawn() -> None:
     timed, resumed = {"cpu_seconds": 40.0, "curve": CURVE}, {"cpu_seconds": None, "curve": CURVE}
-    assert not TimeComparison("E-v0", 4000, [timed], [resumed], 1).is_timed()
-    assert not TimeComparison("E-v0", 4000, [timed], [{"cpu_seconds": 1.0}], 1).is_timed()  # kept without curves
+    assert not TimeComparison("E-v0", 4000, [timed], [resumed], 1).is_drawn()
+    assert not TimeComparison("E-v0", 4000, [timed], [{"cpu_seconds": 1.0}], 1).is_drawn()  # kept without curves
+    assert not TimeComparison("E-v0", 4000, [timed, timed], [timed], 2).is_drawn()
     both = TimeComparison("E-v0", 4000, [timed, timed], [timed, resumed], 2)
-    assert (both.is_timed(), both.n_timed()) == (True, 1)
+    assert (both.is_drawn(), both.n_timed()) == (True, 1)
 
 
 @pytest.mark.slow

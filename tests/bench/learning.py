@@ -145,13 +145,13 @@ class LearningBenchmark(TrainingBenchmark[Row]):
         return bool(compared)
 
     def _compared(self) -> list[TimeComparison]:
-        """Return the environments in which both algorithms have runs of known time."""
+        """Return the environments to draw: those in which the runs of both algorithms are complete."""
         found = []
         for row in self._ours():
             if not row.params:
                 ours, peers = (_runs(self.results, one, self.seeds) for one in (row, row.peer()))
                 found.append(TimeComparison(row.env_id, row.n_timesteps, ours, peers, len(self.seeds)))
-        return [one for one in found if one.is_timed()]
+        return [one for one in found if one.is_drawn()]
 
     def _ours(self) -> list[Row]:
         return [row for row in self.rows if row.algo == ALGORITHM]

@@ -56,9 +56,9 @@ class TimeComparison:
                 found[name] = band
         return found
 
-    def is_timed(self) -> bool:
-        """Return whether both algorithms have a curve against time."""
-        return len(self.bands()) == len(_STYLES)
+    def is_drawn(self) -> bool:
+        """Return whether both algorithms have the runs of all seeds, and a curve against time."""
+        return len(self.ours) == len(self.peers) == self.n_seeds and len(self.bands()) == len(_STYLES)
 
     def n_timed(self) -> int:
         """Return the smaller number of runs whose time is known."""
