@@ -50,7 +50,8 @@ class Stopwatch:
             self._step, model.env.step_tensors = model.env.step_tensors, self._timed_step
         elif type(model).__module__.startswith("sb3_clipvf."):
             # A method replaced in the environments would make ClipPPO leave the step to their own code.
-            self._choose_step, collection.faster_step = collection.faster_step, self._timed_choice
+            chooser: Any = collection
+            self._choose_step, chooser.faster_step = chooser.faster_step, self._timed_choice
         else:
             self._step, model.env.step = model.env.step, self._timed_step
 
