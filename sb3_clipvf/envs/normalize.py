@@ -309,26 +309,24 @@ def _scale_rows(
     if update:
         # Sums in the rows' own precision, as NumPy takes them: a single column pairwise, several row after row.
         batch_mean, batch_m2 = np.zeros(k, rows.dtype), np.zeros(k, rows.dtype)
-        column = np.empty(n if k == 1 else 0, rows.dtype)
         if k == 1:
-            for i in range(n):
-                column[i] = rows[i, 0]
+            column = rows[:, 0].copy()
             batch_mean[0] = _sum(column, 0, n)
+            batch_mean[0] /= n
+            for i in range(n):
+                column[i] -= batch_mean[0]
+                column[i] *= column[i]
+            batch_m2[0] = _sum(column, 0, n)
         else:
             for i in range(n):
                 for j in range(k):
                     batch_mean[j] += rows[i, j]
-        for j in range(k):
-            batch_mean[j] /= n
-        for i in range(n):
             for j in range(k):
-                deviation = rows[i, j] - batch_mean[j]
-                if k == 1:
-                    column[i] = deviation * deviation
-                else:
+                batch_mean[j] /= n
+            for i in range(n):
+                for j in range(k):
+                    deviation = rows[i, j] - batch_mean[j]
                     batch_m2[j] += deviation * deviation
-        if k == 1:
-            batch_m2[0] = _sum(column, 0, n)
         total = count + n
         for j in range(k):
             batch_m2[j] /= n  # SB3 computes the variance first, rounded
