@@ -100,6 +100,21 @@ def test_settings_of_a_models_statistics_are_its_own(run: Path) -> None:
     assert training.clip_obs == 5.0
 
 
+@pytest.mark.parametrize(
+    ("normalize", "flags"),
+    [(True, (True, True)), ("dict(norm_reward=False)", (True, False)), ("dict(training=False)", (False, True))],
+)
+def test_statistics_of_an_evaluation_are_trained_as_the_settings_say(
+    normalize: Any, flags: tuple[bool, bool], run: Path
+) -> None:
+    path = run / "CartPole-v1" / "vecnormalize.pkl"
+    venv = VecNormalize.load(str(path), make_vec_env("CartPole-v1"))
+    venv.training = venv.norm_reward = False  # as `push_to_hub` saves them
+    venv.save(str(path))
+    training, evaluation = _continued(run / "CartPole-v1.zip", {**SETTINGS, "normalize": normalize})
+    assert [(one.training, one.norm_reward) for one in (training, evaluation)] == [flags, (False, False)]
+
+
 @pytest.mark.parametrize("name", ["rl_model_128_steps.zip", "best_model.zip"])
 def test_statistics_of_another_step_are_refused(name: str, run: Path) -> None:
     if name == "best_model.zip":  # as one of SB3's EvalCallback, which has none

@@ -305,6 +305,10 @@ class ClipPPOExperimentManager(CheckedSearch):
         normalizer = load_normalizer(path, env) if path else VecNormalize(env, **self.normalize_kwargs)
         if eval_env:
             normalizer.training = normalizer.norm_reward = False
+        elif not normalizer.training:
+            # Statistics on the hub are those of an evaluation, which does not normalise rewards either.
+            normalizer.training = self.normalize_kwargs.get("training", True)
+            normalizer.norm_reward = self.normalize_kwargs.get("norm_reward", True)
         if type(normalizer) is not VecNormalize:
             return normalizer
         from sb3_clipvf.envs import FastVecNormalize  # imports numba
