@@ -18,6 +18,7 @@ import optuna
 import pytest
 import rl_zoo3.train as zoo_train
 import yaml
+from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
 from rl_zoo3 import utils
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER
 from stable_baselines3 import PPO
@@ -449,7 +450,6 @@ def test_a_download_without_a_network_is_one_line(
     in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("TRUST_REMOTE_CODE", "True")
     assert main("load_from_hub --env CartPole-v1".split()) == 2
     assert "cannot find the requested files in the local cache" in capsys.readouterr().err.splitlines()[0]
 
@@ -473,7 +473,7 @@ def test_a_video_is_recorded(in_trained: Path) -> None:
 
 @pytest.fixture
 def uploads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
-    """What was uploaded to a hub that takes everything."""
+    """What was uploaded to a hub that takes everything, and downloads it again."""
     found: list[tuple[str, Path]] = []
 
     class Hub:
@@ -486,7 +486,17 @@ def uploads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
         def upload_folder(self, repo_id: str, folder_path: Path, **kwargs: Any) -> None:
             found.append((repo_id, folder_path))
 
+    def download(repo_id: str, filename: str, **kwargs: Any) -> str:
+        folders = [folder for name, folder in found if name == repo_id]
+        missing = SimpleNamespace(headers={}, request=None)
+        if not folders:
+            raise RepositoryNotFoundError("401 Client Error.", response=missing)
+        if not (folders[-1] / filename).is_file():
+            raise RemoteEntryNotFoundError("404 Client Error.", response=missing)
+        return str(folders[-1] / filename)
+
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     return found
 
 
@@ -498,6 +508,33 @@ def test_a_run_is_uploaded_with_a_card_that_knows_clipppo(in_trained: Path, uplo
     assert "python -m sb3_clipvf enjoy --algo clipppo --env CartPole-v1" in card
     assert "rl_zoo3." not in card
     assert (Path(folder) / "clipppo-CartPole-v1.zip").is_file()
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_an_uploaded_run_is_downloaded_and_trained(
+    normalize: bool, in_empty_folder: Path, uploads: list[tuple[str, Path]]
+) -> None:
+    options = f"-n 64 --eval-freq -1 --device cpu --verbose 0 -params normalize:{normalize} n_envs:1 batch_size:32"
+    assert main(f"train {options}".split()) == 0
+    assert main("push_to_hub --env CartPole-v1 -orga someone --no-render --device cpu".split()) == 0
+    assert main("load_from_hub --env CartPole-v1 -orga someone -f loaded".split()) == 0
+    run = Path("loaded/clipppo/CartPole-v1_1")
+    assert (run / "CartPole-v1/vecnormalize.pkl").is_file() is normalize
+    assert main(f"train -i {run}/CartPole-v1.zip {options}".split()) == 0
+
+
+def test_what_the_hub_does_not_have_is_one_line(
+    in_trained: Path, uploads: list[tuple[str, Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main("load_from_hub --env CartPole-v1".split()) == 2
+    assert "-orga` and `-name` must name a repository of the Hugging Face hub, got sb3/" in capsys.readouterr().err
+    assert main("push_to_hub --env CartPole-v1 -orga someone --no-render --device cpu".split()) == 0
+    (uploads[0][1] / "config.yml").unlink()
+    assert main("load_from_hub --env CartPole-v1 -orga someone".split()) == 2
+    assert (
+        "clipppo-CartPole-v1 on the Hugging Face hub must be an agent of the RL Zoo, got no config.yml."
+        in (capsys.readouterr().err.splitlines()[-2])
+    )
 
 
 def test_a_run_of_a_package_is_uploaded(own_run: Path, uploads: list[tuple[str, Path]]) -> None:

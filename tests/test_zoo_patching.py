@@ -11,10 +11,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import huggingface_sb3
 import pytest
 import rl_zoo3.train
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from huggingface_sb3 import EnvironmentName
 from matplotlib import pyplot as plt
+from requests.exceptions import HTTPError
 from rl_zoo3 import exp_manager, utils
 from stable_baselines3.common import save_util
 from stable_baselines3.common import utils as base_utils
@@ -123,6 +126,10 @@ NEEDED: dict[str, Callable[[], bool]] = {
         and "generate_metadata" in _script("push_to_hub")
     ),
     "hub_card": lambda: "python -m rl_zoo3." in _script("push_to_hub"),
+    "hub_download": lambda: (
+        not issubclass(RemoteEntryNotFoundError, HTTPError)
+        and "TRUST_REMOTE_CODE" in inspect.getsource(huggingface_sb3.load_from_hub)
+    ),
     "hub_models": _errors_of_the_network_are_raw,
 }
 

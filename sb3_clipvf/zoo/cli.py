@@ -138,7 +138,7 @@ def _enter_contexts(stack: ExitStack, name: str, command: Command) -> None:
     register()
     # These import torch, as `register` does.
     from sb3_clipvf.zoo.checked_files import checked_files
-    from sb3_clipvf.zoo.hub import explained_listing, own_model_card
+    from sb3_clipvf.zoo.hub import explained_listing, own_downloads, own_model_card
     from sb3_clipvf.zoo.model_choice import own_models
     from sb3_clipvf.zoo.options import command_options
 
@@ -150,6 +150,8 @@ def _enter_contexts(stack: ExitStack, name: str, command: Command) -> None:
         stack.enter_context(ffmpeg_on_path())
     if name == "benchmark":
         stack.enter_context(explained_listing())
+    if name in ("benchmark", "load_from_hub"):
+        stack.enter_context(own_downloads())
     if name == "push_to_hub":
         stack.enter_context(own_model_card())
     stack.enter_context(redirected_calls())

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: commands in model cards, and errors of the RL Zoo's list of agents."""
+"""The Hugging Face hub: commands in model cards, downloads of agents, and errors of the RL Zoo's list of agents."""
 
 import importlib
 from collections.abc import Iterator
@@ -6,7 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 from huggingface_hub import repocard
+from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
+from requests.exceptions import HTTPError
 from rl_zoo3 import utils
 
 from sb3_clipvf.zoo.commands import ALGORITHM
@@ -35,6 +38,28 @@ def own_commands(card: str) -> str:
         return card
     card = card.replace("python -m rl_zoo3.", "python -m sb3_clipvf ")
     return card.replace("pip install rl_zoo3", "pip install sb3_clipvf")
+
+
+@contextmanager
+def own_downloads() -> Iterator[None]:
+    """Download agents without ``TRUST_REMOTE_CODE``, since no file is unpickled before it is checked."""
+
+    def load_from_hub(repo_id: str, filename: str) -> str:
+        try:
+            return huggingface_hub.hf_hub_download(repo_id, filename)
+        except RemoteEntryNotFoundError as error:
+            # The error that the Zoo expects for an agent without statistics.
+            raise HTTPError(
+                f"{repo_id} on the Hugging Face hub must be an agent of the RL Zoo, got no {filename}."
+            ) from error
+        except RepositoryNotFoundError as error:
+            raise ValueError(
+                f"`-orga` and `-name` must name a repository of the Hugging Face hub, got {repo_id}, which does not "
+                "exist or needs a login. Correct them, or log in by `hf auth login`."
+            ) from error
+
+    with patched(hub_download=load_from_hub):
+        yield
 
 
 @contextmanager

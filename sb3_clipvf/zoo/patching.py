@@ -82,6 +82,12 @@ PATCHES = {
         "huggingface_sb3.push_to_hub.generate_metadata", "sb3-team-hf-integration 3.2", "The Zoo imports an old name."
     ),
     "hub_card": Patch("huggingface_hub.repocard.metadata_save", _ZOO, "Commands of model cards lack ClipPPO."),
+    "hub_download": Patch(
+        "huggingface_sb3.load_from_hub",
+        "sb3-team-hf-integration 3.2, huggingface_hub 2.4",
+        "Asks to trust pickles, and its error for a missing file is not the one that the Zoo expects.",
+        ("rl_zoo3.load_from_hub",),
+    ),
     "hub_models": Patch("rl_zoo3.utils.get_hf_trained_models", _ZOO, "Errors of the network do not name `--no-hub`."),
 }
 
