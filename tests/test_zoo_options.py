@@ -156,10 +156,26 @@ def test_own_options_of_train_reach_the_experiment_manager(
     assert (manager.vec_env, manager.checkpoint_freq, manager.resumed) == (None, -1, None)
 
 
-@pytest.mark.parametrize("arguments", ["--algo ppo", "-optimize"])
-def test_checkpoints_of_what_cannot_be_resumed_are_refused(arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["train", "--checkpoint-freq", "64", *arguments.split()])
-    with pytest.raises(ValueError, match="`--checkpoint-freq` must be left out with"):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--checkpoint-freq 64 --algo ppo", "`--checkpoint-freq` must be left out with --algo ppo, got 64: only"),
+        (
+            "-optimize -i agent.zip",
+            "`--trained-agent` must be left out in a search of hyperparameters, got 'agent.zip'",
+        ),
+        ("-optimize --algo ppo -i agent.zip", "`--trained-agent` must be left out in a search"),
+        ("-optimize --checkpoint-freq 64", "`--checkpoint-freq` must be left out in a search"),
+        (
+            "-optimize --save-freq 64",
+            "`--save-freq` must be left out in a search of hyperparameters, got 64: each trial",
+        ),
+        ("-optimize --trial-id 0 --storage study.log --study-name s", "`--trial-id` must be left out in a search"),
+    ],
+)
+def test_options_that_have_no_effect_are_refused(arguments: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", *arguments.split()])
+    with pytest.raises(ValueError, match=f"^{message}"):
         with own_options.command_options("train"):
             zoo_train.train()
 

@@ -108,18 +108,30 @@ def _train_options(parse_args: Callable[..., Namespace], options: Namespace) -> 
         options = parse_args(arguments)
     if group.size > 1:  # the Zoo would draw a seed in each process, and args.yml would have the first one only
         options.seed = group.broadcast(options.seed if options.seed >= 0 else secrets.randbelow(2**31))
+    if options.optimize_hyperparameters:
+        _check_search(options)
     freq = options.checkpoint_freq
-    if freq is not None and freq > 0 and (options.algo != ALGORITHM or options.optimize_hyperparameters):
-        what = "a search of hyperparameters" if options.optimize_hyperparameters else f"--algo {options.algo}"
+    if freq is not None and freq > 0 and options.algo != ALGORITHM:
         raise ValueError(
-            f"`--checkpoint-freq` must be left out with {what}, got {freq}: only trainings of {ALGORITHM} are "
-            "checkpointed. Use `--save-freq` to save models of any algorithm."
+            f"`--checkpoint-freq` must be left out with --algo {options.algo}, got {freq}: only trainings of "
+            f"{ALGORITHM} are checkpointed. Use `--save-freq` to save models of any algorithm."
         )
     manager.checkpoint_freq = CHECKPOINT_FREQ if freq is None else freq
     if options.vec_env in VEC_ENVS:
         manager.vec_env, options.vec_env = options.vec_env, "dummy"
     del options.resume, options.checkpoint_freq
     return options
+
+
+def _check_search(options: Namespace) -> None:
+    """Raise ValueError for options that a search of hyperparameters would ignore, or not search for."""
+    for name in ("trained_agent", "checkpoint_freq", "save_freq", "trial_id"):
+        value = getattr(options, name)
+        if value not in (None, "", -1):
+            raise ValueError(
+                f"`{option_name(name)}` must be left out in a search of hyperparameters, got {value!r}: each trial "
+                "trains a new agent with drawn settings. `--optimization-log-path` saves the best agent of each trial."
+            )
 
 
 def _check_shared(options: Namespace) -> None:
