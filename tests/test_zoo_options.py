@@ -13,7 +13,7 @@ import rl_zoo3.train as zoo_train
 from rl_zoo3.utils import StoreDict
 
 from sb3_clipvf.distributed import Group
-from sb3_clipvf.zoo import COMMANDS, register
+from sb3_clipvf.zoo import COMMANDS, main, register
 from sb3_clipvf.zoo import options as own_options
 from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
 from sb3_clipvf.zoo.hub import own_model_card
@@ -72,6 +72,20 @@ def test_folders_that_cannot_be_written_to_are_refused(name: str, tmp_path: Path
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=f"`--{name.replace('_', '-')}` must be a folder that can be written to"):
         check_options(Namespace(**{name: str(tmp_path / "file" / "logs")}))
+
+
+def test_commands_that_would_delete_other_files_are_refused(
+    in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main("load_from_hub --env E-v0 --force --exp-id -1".split()) == 2
+    assert "the Zoo would delete all runs in logs/clipppo. Pass a number" in capsys.readouterr().err
+    for name in ("test.mp4", "of_mine.meta.json"):
+        Path(name).touch()
+        assert main("push_to_hub --env E-v0 -orga someone".split()) == 2
+        assert f"the working folder has {name}, which" in capsys.readouterr().err
+        assert main("push_to_hub --env E-v0 -orga someone --no-render".split()) == 2
+        assert "folder was not found" in capsys.readouterr().err
+        Path(name).unlink()
 
 
 @pytest.mark.parametrize("module", ["not_there", "not.there", ".", "json.not_there"])

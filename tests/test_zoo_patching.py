@@ -113,6 +113,7 @@ NEEDED: dict[str, Callable[[], bool]] = {
     "model_path": _checkpoints_are_not_found,
     "saved_settings": _null_settings_are_kept,
     "test_env": _arguments_of_the_settings_are_ignored,
+    "models_of_run": lambda: "in os.scandir(log_path) if dir_ent.is_file()]" in _script("record_training"),
     "make_vec_env": _monitors_overwrite_their_files,
     "write_table": _each_row_is_a_table,
     "configure_logger": lambda: not base_utils.configure_logger(0).output_formats,

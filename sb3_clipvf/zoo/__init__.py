@@ -13,7 +13,8 @@ The sub-commands:
 - ``experiment``, ``settings``, ``entries``: ``train``; checks of settings; forms of entries in settings;
 - ``vec_env``, ``training_log``, ``tuning``: ``--vec-env``; the log in the run's folder; ``-optimize``;
 - ``report``, ``comparison``: ``report`` for one run; the page about many runs;
-- ``compilation``, ``plot_checks``, ``hub``: ``compile``; checks before the Zoo's plots; texts for the Hugging Face hub.
+- ``compilation``, ``plot_checks``, ``hub``: ``compile``; checks before the Zoo's plots; texts for the Hugging Face hub;
+- ``recording``: the models and the folder of ``record_training``.
 
 Runs that exist:
 

@@ -55,7 +55,7 @@ COMMANDS: dict[str, Command] = {
         finds_model=True,
     ),
     "record_training": Command(
-        "record a video of each checkpoint of a run",
+        "record a video of all models and checkpoints of a run",
         "rl_zoo3.record_training",
         _OF_RUNS,
         renders=True,

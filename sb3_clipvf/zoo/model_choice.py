@@ -63,8 +63,8 @@ def has_model(env_name: str, options: Namespace) -> Callable[[Path], bool]:
         names = ["rl_model_*_steps.zip", f"{CHECKPOINTS}/checkpoint_*.zip"]
     elif hasattr(options, "load_checkpoint"):
         names = [f"{env_name}.zip"]
-    else:  # `record_training` makes a video of each model
-        names = [f"{env_name}.zip", BEST_MODEL, "rl_model_*_steps.zip"]
+    else:  # `record_training` records all models
+        names = [f"{env_name}.zip", BEST_MODEL, "rl_model_*_steps.zip", f"{CHECKPOINTS}/checkpoint_*.zip"]
     return lambda folder: any(any(folder.glob(name)) for name in names)
 
 

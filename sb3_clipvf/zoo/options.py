@@ -20,6 +20,7 @@ from sb3_clipvf.zoo.model_choice import choose_run_of_options
 from sb3_clipvf.zoo.parsing import add_trust_option, next_parser, option_name
 from sb3_clipvf.zoo.plot_checks import check_all_plots, check_plot_from_file, check_plot_train
 from sb3_clipvf.zoo.process import has_display
+from sb3_clipvf.zoo.recording import recorded_training
 from sb3_clipvf.zoo.resume import resumed_run
 from sb3_clipvf.zoo.run_folders import RunId, processes_of, resume_command
 from sb3_clipvf.zoo.settings import import_packages
@@ -51,6 +52,8 @@ def command_options(name: str) -> Iterator[None]:
         check_options(options)
         if COMMANDS[name].finds_model:
             choose_run_of_options(options)
+        if name == "record_training":
+            stack.enter_context(recorded_training(options))
         return options
 
     try:
@@ -249,10 +252,30 @@ def _check_benchmark(options: Namespace) -> None:
     Path(options.benchmark_dir).mkdir(parents=True, exist_ok=True)
 
 
+def _check_load_from_hub(options: Namespace) -> None:
+    if options.force and options.exp_id < 0:
+        folder = Path(options.folder, options.algo)
+        raise ValueError(
+            f"`--exp-id` must be the number of the run that `--force` replaces, got {options.exp_id}, with which the "
+            f"Zoo would delete all runs in {folder}. Pass a number, or 0 for a new run."
+        )
+
+
+def _check_push_to_hub(options: Namespace) -> None:
+    found = [path.name for name in ("test.mp4", "*.meta.json") for path in Path().glob(name)]
+    if found and not options.no_render:
+        raise ValueError(
+            f"`--no-render` must be given if the working folder has {found[0]}, which the Zoo would delete after "
+            "the video. Pass it, or run the command in another folder."
+        )
+
+
 _CHECKS: dict[str, Callable[[Namespace], None]] = {
     "all_plots": check_all_plots,
     "benchmark": _check_benchmark,
     "enjoy": _check_enjoy,
+    "load_from_hub": _check_load_from_hub,
     "plot_from_file": check_plot_from_file,
     "plot_train": check_plot_train,
+    "push_to_hub": _check_push_to_hub,
 }

@@ -67,6 +67,7 @@ PATCHES = {
     "test_env": Patch(
         "rl_zoo3.utils.create_test_env", _ZOO, "Ignores `env_kwargs` of settings.", ("rl_zoo3", "rl_zoo3.enjoy")
     ),
+    "models_of_run": Patch("os.scandir", _ZOO, "`record_training` finds no checkpoints of ClipPPO's runs."),
     # Training
     "make_vec_env": Patch("rl_zoo3.exp_manager.make_vec_env", _ZOO, "A resumed training overwrites its episodes."),
     "write_table": Patch(
