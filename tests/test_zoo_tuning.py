@@ -1,6 +1,7 @@
 """Hyperparameter search: the drawn parameters are legal, and a finished trial converts to the same arguments."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -44,6 +45,17 @@ def test_a_trial_read_from_a_database_converts_to_what_was_sampled(tmp_path: Any
     study, sampled = _run_study(1, 2, storage)
     loaded = optuna.load_study(study_name=study.study_name, storage=storage)
     assert [convert_clipppo_params(trial.params) for trial in loaded.trials] == sampled
+
+
+@pytest.mark.parametrize(("overrides", "n_envs"), [(None, 3), ({"gamma": 0.9}, 3), ({"n_envs": 1}, 1)])
+def test_a_trial_is_loaded_with_its_environments(overrides: dict[str, Any] | None, n_envs: int, tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path}/study.db"
+    study, (sampled,) = _run_study(3, 1, storage)
+    manager = object.__new__(CheckedSearch)
+    manager.algo, manager.custom_hyperparams = "clipppo", overrides
+    expected = {**sampled, "n_envs": n_envs, "batch_size": sampled["batch_size"] // 3 * n_envs}
+    assert manager.load_trial(storage, study.study_name, 0) == expected
+    assert manager.load_trial(storage, study.study_name, 0, convert=False) == study.trials[0].params
 
 
 def test_every_draw_is_legal_for_clipppo(study_and_samples: tuple[optuna.Study, list[dict[str, Any]]]) -> None:

@@ -16,6 +16,7 @@ from rl_zoo3.exp_manager import ExperimentManager
 from torch import nn
 
 from sb3_clipvf.clip_ppo import ClipPPO
+from sb3_clipvf.zoo.commands import ALGORITHM
 from sb3_clipvf.zoo.patching import replaced
 
 OBJECTIVES = ("clip", "fixed_kl", "adaptive_kl", "clip_and_adaptive_kl")
@@ -39,10 +40,20 @@ class CheckedSearch(ExperimentManager):
     def load_trial(
         self, storage: str, study_name: str, trial_id: int | None = None, convert: bool = True
     ) -> dict[str, Any]:
-        """Return the hyperparameters of a trial (None: the best one), converted to the algorithm's arguments."""
+        """
+        Return the hyperparameters of a trial (None: the best one), converted to the algorithm's arguments.
+
+        Those of ClipPPO include ``n_envs`` of the trial, which ``-params`` may override.
+        """
         _check_trial(storage, study_name, trial_id)
         try:
-            return super().load_trial(storage, study_name, trial_id, convert)
+            if self.algo != ALGORITHM or not convert:
+                return super().load_trial(storage, study_name, trial_id, convert)
+            params = super().load_trial(storage, study_name, trial_id, convert=False)
+            n_envs = (self.custom_hyperparams or {}).get("n_envs")
+            if isinstance(n_envs, int):  # keep the number of minibatches
+                params = {**params, "n_envs": n_envs}
+            return {**convert_clipppo_params(params), "n_envs": params["n_envs"]}
         except KeyError as error:
             raise ValueError(
                 f"`--trial-id` must be a trial that searched for {self.algo}, got {trial_id}, which has no {error}. "
