@@ -64,13 +64,15 @@ class TapeRecorder:
     ) -> Tape:
         """Record as ``Recorder.record`` does: the operations run once, and their effects must not last."""
         states = [(generator, generator.get_state()) for generator in (th.default_generator, *generators)]
-        warm_up()
-        for generator, state in states:
-            generator.set_state(state)
         tape = Tape()
-        with tape:
-            run()
-        for generator, state in states:
-            generator.set_state(state)
+        try:
+            warm_up()
+            for generator, state in states:
+                generator.set_state(state)
+            with tape:
+                run()
+        finally:
+            for generator, state in states:
+                generator.set_state(state)
         self.tapes.append(tape)
         return tape

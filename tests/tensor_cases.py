@@ -112,6 +112,16 @@ class InPlaceWalk(TensorWalk):
         )
 
 
+class ReadingWalk(InPlaceWalk):
+    """The same walk, whose step reads from the device, so that no graph can have it."""
+
+    def step_tensors(self, actions: th.Tensor) -> TensorStep:
+        step = super().step_tensors(actions)
+        if step.truncated.any():
+            self.x.mul_(1.0)
+        return step
+
+
 class Plain(VecEnvWrapper):
     """A wrapper that changes nothing. Around a tensor environment, it makes steps go through arrays."""
 

@@ -15,7 +15,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from tape import TapeRecorder
-from tensor_cases import BOX, DICT, VECTOR, InPlaceWalk, tensor_pendulum
+from tensor_cases import BOX, DICT, VECTOR, InPlaceWalk, ReadingWalk, tensor_pendulum
 
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.common.nonfinite import NonFiniteError
@@ -357,18 +357,19 @@ def test_non_finite_numbers_are_reported_at_their_step(kinds: list[type]) -> Non
     assert (caught.value.step, caught.value.env_index) == (3, 4)
 
 
-def test_a_failed_recording_collects_in_the_general_way(kinds: list[type], caplog: pytest.LogCaptureFixture) -> None:
-    class Reads(InPlaceWalk):
-        def step_tensors(self, actions: th.Tensor) -> Any:
-            step = super().step_tensors(actions)
-            if step.truncated.any():
-                self.x.mul_(1.0)
-            return step
-
-    model = make(GraphedTensorEnv(Reads()))
-    model.learn(48 * 2)
-    assert kinds == [DeviceRollout] * 2
-    assert caplog.text.count("A CUDA graph could not be recorded (operation not permitted") == 1
+def test_environments_that_read_the_device_collect_in_the_general_way(
+    kinds: list[type], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sb3_clipvf.envs.graphed.Recorder", TapeRecorder)
+    graphed, models = GraphedTensorEnv(ReadingWalk()), []
+    graphed._records = True  # as on a GPU
+    for env in (graphed, InPlaceWalk()):
+        th.manual_seed(0)
+        models.append(make(env).learn(48 * 4))
+    assert kinds == [DeviceRollout] * 8
+    assert_same_models(*models)
+    for what in ("whole steps", "the environments' step"):
+        assert caplog.text.count(f"The CUDA graph of {what} could not be recorded (operation not permitted") == 1
 
 
 def test_own_code_of_a_policy_and_gsde_are_collected_in_the_general_way(kinds: list[type]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from tape import TapeRecorder
-from tensor_cases import InPlaceWalk, TensorWalk, tensor_pendulum
+from tensor_cases import InPlaceWalk, ReadingWalk, TensorWalk, tensor_pendulum
 
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.envs import GraphedTensorEnv, TensorVecEnv
@@ -166,7 +166,7 @@ def test_a_change_from_outside_is_recorded_anew(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("sb3_clipvf.envs.graphed.Recorder", TapeRecorder)
     ours, theirs = (tensor_pendulum().TensorPendulum(4, time_limit=5) for _ in range(2))
     graphed = GraphedTensorEnv(ours)
-    graphed.device = th.device("cuda")  # by whose name it records
+    graphed._records = True  # as on a GPU
     ours.reset_tensors(seed=1), theirs.reset_tensors(seed=1)
     graphs = []
     for number in range(12):
@@ -179,6 +179,19 @@ def test_a_change_from_outside_is_recorded_anew(monkeypatch: pytest.MonkeyPatch)
         assert graphed.generators == [ours.generator]
         graphs.append(graphed._graph)
     assert [graphs.index(graph) for graph in graphs] == [number - number % 3 for number in range(12)]
+
+
+def test_an_environment_that_cannot_be_recorded_steps_by_single_operations(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("sb3_clipvf.envs.graphed.Recorder", TapeRecorder)
+    theirs, graphed = InPlaceWalk(), GraphedTensorEnv(ReadingWalk())
+    graphed._records = True  # as on a GPU
+    theirs.reset_tensors()
+    for number in range(12):
+        step, other = (env.step_tensors(th.full((6, 2), number / 10)) for env in (graphed, theirs))
+        assert th.equal(step.observations, other.observations) and th.equal(step.rewards, other.rewards)
+    assert caplog.text.count("The CUDA graph of the environments' step could not be recorded (operation not perm") == 1
 
 
 def test_a_step_in_the_context_leaves_no_trace() -> None:

@@ -13,10 +13,9 @@ import torch as th
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_clipvf.common.messages import log
 from sb3_clipvf.common.observations import parts_of
 from sb3_clipvf.distributions import current_dist, n_action_numbers, to_action_space
-from sb3_clipvf.engines.cuda.recorder import Graph, Recorder
+from sb3_clipvf.engines.cuda.recorder import Graph, Recorder, warn_of_failure
 from sb3_clipvf.engines.cuda.rollout_step import RolloutStep
 from sb3_clipvf.engines.cuda.sampling import sampled
 from sb3_clipvf.engines.cuda.static_step import StaticEngine, StaticStep, policy_structure
@@ -65,7 +64,7 @@ class CudaGraphEngine(StaticEngine):
         if step is None or not step.fits(env, buffer, gamma):
             self._rollout_step = None  # so that its memory can be used again
             step = RolloutStep(self.policy, env, buffer, gamma, observations)
-            if self._try(step.record) is None:
+            if self._try("whole steps", step.record) is None:
                 return None
             self._rollout_step = step
         return step
@@ -115,7 +114,8 @@ class CudaGraphEngine(StaticEngine):
             return recorded
         if not self._records(name):
             return None
-        recorded = self._try(lambda recorder: RecordedFunction(recorder, self.policy, function, observations))
+        what = f"the policy's {name}"
+        recorded = self._try(what, lambda recorder: RecordedFunction(recorder, self.policy, function, observations))
         if recorded is not None:
             self._functions[name] = recorded
         return recorded
@@ -132,14 +132,14 @@ class CudaGraphEngine(StaticEngine):
             self._recorded_step = step
         graph = self._chunks.get((sizes, measure_kl))
         if graph is None:
-            graph = self._try(lambda recorder: _record_chunk(recorder, step, sizes, measure_kl))
+            graph = self._try("updates", lambda recorder: _record_chunk(recorder, step, sizes, measure_kl))
             if graph is None:
                 step.run(sizes, measure_kl)
                 return
             self._chunks[sizes, measure_kl] = graph
         graph.replay()
 
-    def _try(self, record: "Callable[[Recorder], T]") -> "T | None":
+    def _try(self, what: str, record: "Callable[[Recorder], T]") -> "T | None":
         """Return what is recorded; None after a failure, which ends all recording by this engine."""
         if self._recorder is None:
             return None
@@ -150,10 +150,7 @@ class CudaGraphEngine(StaticEngine):
             self._functions.clear()
             self._chunks.clear()
             self._rollout_step = None
-            log.warning(
-                "A CUDA graph could not be recorded (%s). The same operations now run one by one, which takes longer.",
-                str(error.__context__ or error).splitlines()[0],  # the end of the recording raises another error
-            )
+            warn_of_failure(what, error)
             return None
 
 

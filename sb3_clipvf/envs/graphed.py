@@ -12,7 +12,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 
-from sb3_clipvf.engines.cuda.recorder import Graph, Recorder
+from sb3_clipvf.engines.cuda.recorder import Graph, Recorder, warn_of_failure
 from sb3_clipvf.envs.tensor import TensorObs, TensorStep, TensorVecEnv, actions_as_tensor, with_index
 
 _KEPT = (th.Tensor, th.Generator, bool, int, float, str, np.generic, type(None))
@@ -26,8 +26,8 @@ class GraphedTensorEnv:
     The step must be the same operations each time. It reads nothing from the device, and writes its state in-place, as
     ``reset_tensors`` does. Random numbers come from the device's generator, or from a ``torch.Generator`` that the
     environment keeps. The constructor resets the environment and steps it, to check what it keeps. The first step
-    records; it raises ``RuntimeError`` if that fails. The step is recorded again after something that the environment
-    keeps, such as a number, was changed from outside. On the CPU, the operations run one by one.
+    records. The step is recorded again after something that the environment keeps, such as a number, was changed from
+    outside. If a recording fails, which is logged, and on the CPU, the operations run one by one.
 
     With ``engine="cuda_graph"``, one graph has the whole step of a rollout: policy, environments and buffer.
 
@@ -45,7 +45,7 @@ class GraphedTensorEnv:
         self._actions = actions_as_tensor(sample, self.action_space, self.device)
         self._graph: Graph | None = None
         self._step: TensorStep | None = None
-        self._is_part = False
+        self._is_part, self._records = False, self.device.type == "cuda"
         env.reset_tensors()
         before = _kept(env)
         env.step_tensors(self._actions)
@@ -65,13 +65,18 @@ class GraphedTensorEnv:
 
     def step_tensors(self, actions: th.Tensor) -> TensorStep:
         """Step all environments. The next step may overwrite the result."""
-        if self._is_part or self.device.type != "cuda":
+        if self._is_part or not self._records:
             return TensorStep(*self.env.step_tensors(actions))
         self._actions.copy_(actions)
         self.kept()
         if self._graph is None:
-            with self.unchanged():
-                self._graph = Recorder(self.device).record(self._run, self._run, self.generators)
+            try:
+                with self.unchanged():
+                    self._graph = Recorder(self.device).record(self._run, self._run, self.generators)
+            except RuntimeError as error:
+                warn_of_failure("the environments' step", error)
+                self._records = False
+                return self.step_tensors(actions)
         self._graph.replay()
         return self._step  # type: ignore[return-value]
 

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch as th
 
+from sb3_clipvf.common.messages import log
 from sb3_clipvf.engines.autograd import unvalidated_distributions
 
 _WARM_UPS = 3
@@ -66,6 +67,15 @@ class Recorder:
                 restore()
                 current.wait_stream(stream)  # its warm-ups may still run, and the caller restores what they wrote
             raise
+
+
+def warn_of_failure(what: str, error: RuntimeError) -> None:
+    """Warn that operations could not be recorded."""
+    log.warning(
+        "The CUDA graph of %s could not be recorded (%s). Training continues without it, which takes longer.",
+        what,
+        str(error.__context__ or error).partition("\n")[0],  # the end of the recording raises another error
+    )
 
 
 def _recorded(run: Callable[[], None], stream: Any, generators: list[th.Generator]) -> Graph:
