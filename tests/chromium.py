@@ -56,7 +56,7 @@ class Tab:
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.call("Page.navigate", url=path.resolve().as_uri())
         is_ready = self.evaluate(
-            "new Promise((done) => { setTimeout(() => done(false), 30000); const look = () => document.documentElement"
+            "new Promise((done) => { setTimeout(() => done(false), 300000); const look = () => document.documentElement"
             "?.dataset.ready === 'true' ? done(true) : setTimeout(look, 20); look(); })"
         )
         assert is_ready, self.console
@@ -84,6 +84,7 @@ def tab(profile: Path) -> Iterator[Tab]:
         "--headless",
         "--no-sandbox",
         "--disable-gpu",
+        "--disable-dev-shm-usage",
         "--hide-scrollbars",
         "--no-first-run",
         "--remote-debugging-pipe",

@@ -53,8 +53,7 @@ def serve(rank: int, size: int, address: str | int, seconds: float, pipe: Connec
         os.environ |= {name: str(value) for name, value in {**names, distributed.TIMEOUT_VARIABLE: seconds}.items()}
         distributed._join()
     else:
-        timeout = timedelta(seconds=seconds)
-        dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=size, timeout=timeout)
+        join_own_group(rank, size, address, seconds)
     pipe.send("ready")
     while (task := pipe.recv()) is not None:
         name, arguments = task
@@ -65,6 +64,14 @@ def serve(rank: int, size: int, address: str | int, seconds: float, pipe: Connec
         pipe.send(result)
         if name in ENDS:
             return
+
+
+def join_own_group(rank: int, size: int, path: str, seconds: float) -> None:
+    """Join a group whose timeout holds once all have joined, since processes of a busy machine start far apart."""
+    long = timedelta(minutes=10)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=size, timeout=long)
+    dist.barrier()
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
 
 def is_picklable(error: Exception) -> bool:
@@ -588,8 +595,7 @@ def own_group(rank: int, path: str) -> Iterator[None]:
     """A group that ends with the context, so that the processes can go on after an error."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    timeout = timedelta(seconds=10)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2, timeout=timeout)
+    join_own_group(rank, 2, path, 10.0)
     try:
         yield
     finally:

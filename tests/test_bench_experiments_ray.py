@@ -123,7 +123,10 @@ def started(folder: Path, options: Sequence[str], **changes: Any) -> subprocess.
 def test_runs_of_a_local_cluster(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     process = started(tmp_path, ["--ray", "--jobs", "2"])
-    printed = process.communicate(timeout=120)[0]
+    try:
+        printed = process.communicate(timeout=600)[0]
+    finally:
+        process.kill()
     assert process.returncode == 1, printed
     with (tmp_path / "small.csv").open() as file:
         (row,) = csv.DictReader(file)
@@ -145,7 +148,7 @@ def test_interrupted_runs_of_a_cluster_write_a_checkpoint(tmp_path: Path) -> Non
             assert time.monotonic() < until, "the training has made no episodes"
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        printed = process.communicate(timeout=60)[0]
+        printed = process.communicate(timeout=300)[0]
     finally:
         process.kill()
     assert process.returncode == 130, printed

@@ -109,7 +109,7 @@ def test_processes_share_environments_and_minibatches(in_folder: Path) -> None:
 
 
 def test_processes_measure_messages(tmp_path: Path) -> None:
-    found = launched(2, {"sizes": [1024, 4096]}, tmp_path / "log")
+    found = launched(2, {"sizes": [1024, 4096]}, tmp_path / "log", seconds=600.0)
     assert found["seconds_by_bytes"].keys() == {"1024", "4096"} and min(found["seconds_by_bytes"].values()) > 0
 
 

@@ -26,6 +26,7 @@ from sb3_clipvf import SB3_EQUIVALENT, ClipPPO, TensorRolloutBuffer
 from sb3_clipvf.distributions import dist_params
 from sb3_clipvf.engines.autograd import AutogradEngine
 from sb3_clipvf.engines.interface import UpdateCoefficients
+from sb3_clipvf.engines.kernels.warmup import warm_up
 from sb3_clipvf.engines.native import NativeEngine
 from sb3_clipvf.envs import FastVecNormalize
 from sb3_clipvf.schedules import AdaptiveKL, KLAdaptiveLR
@@ -854,6 +855,10 @@ class TestBuffers:
 
 
 class TestMessages:
+    @pytest.fixture(autouse=True)
+    def _kernels(self) -> None:
+        warm_up("native")  # whose compilation would be a message, too
+
     def test_engine_and_memory_are_logged(self, caplog: pytest.LogCaptureFixture) -> None:
         with caplog.at_level(logging.INFO, logger="sb3_clipvf"):
             make().learn(2 * N_STEPS)

@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ from sb3_clipvf.engines.selection import select_engine
 from sb3_clipvf.zoo.checked_files import read_settings
 from sb3_clipvf.zoo.comparison.records import read_record
 
-SECONDS = 60  # a process starts in a few seconds on an idle machine
+SECONDS = 300  # a process starts in a few seconds on an idle machine
 
 
 class Pair:
@@ -37,7 +36,7 @@ class Pair:
     ``address`` is a folder or, for a group as under torchrun, the port of a store.
     """
 
-    def __init__(self, address: Path | int, seconds: float = 15.0, size: int = 2) -> None:
+    def __init__(self, address: Path | int, seconds: float = 600.0, size: int = 2) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipes, self.processes = [], []
         address = address if isinstance(address, int) else str(address / "group")
@@ -49,7 +48,7 @@ class Pair:
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
-        self.receive()
+        assert self.receive() == ["ready"] * size
 
     def receive(self) -> list[Any]:
         """What the processes send; None where one has ended."""
@@ -282,7 +281,7 @@ class TestTraining:
         assert "the number of processes has changed from 2 to 1" in "".join(messages)
 
     def test_resets_after_checkpoints_are_refused(self, tmp_path: Path) -> None:
-        started = Pair(tmp_path, seconds=3.0)
+        started = Pair(tmp_path, seconds=8.0)
         for error in started.run("training_with_resets", str(tmp_path / "checkpoints")):
             assert "`reset_envs` must be False in a training on several processes, got True" in str(error)
         started.close()
@@ -322,9 +321,7 @@ class TestRandomTrainings:
     def test_processes_end_alike(self, own_pair: Pair, tmp_path: Path) -> None:
         ends: Counter[str] = Counter()
         for seed in range(200):
-            started = time.monotonic()
             first, second = own_pair.run("random_training", str(tmp_path), seed)
-            assert time.monotonic() - started < 30, f"seed {seed}"
             if isinstance(first, tuple):
                 assert first == second, f"seed {seed}"
                 ends["complete"] += 1
@@ -384,23 +381,20 @@ class TestErrors:
 class TestFaults:
     @pytest.mark.parametrize("bad_rank", [0, 1])
     def test_an_error_ends_both(self, own_pair: Pair, bad_rank: int) -> None:
-        started = time.monotonic()
         results = own_pair.run("failing_training", bad_rank, "raise")
-        assert time.monotonic() - started < 30
         assert isinstance(results[bad_rank], ZeroDivisionError)
         error = results[1 - bad_rank]
         assert isinstance(error, LostProcessError)
         assert f"since process {bad_rank} failed with ZeroDivisionError: a planted error" in str(error)
 
     def test_a_killed_process_ends_the_other(self, own_pair: Pair) -> None:
-        started = time.monotonic()
         first, second = own_pair.run("failing_training", 1, "exit")
-        assert time.monotonic() - started < 30 and second is None
+        assert second is None
         assert isinstance(first, LostProcessError) and "since process 1 has ended or does not respond" in str(first)
 
     @pytest.mark.parametrize("bad_rank", [0, 1])
     def test_a_process_that_hangs_ends_the_other(self, tmp_path: Path, bad_rank: int) -> None:
-        started = Pair(tmp_path, seconds=3.0)
+        started = Pair(tmp_path, seconds=8.0)
         started.send("failing_training", bad_rank, "hang")
         pipe = started.pipes[1 - bad_rank]
         assert pipe.poll(SECONDS), "the process waits for the one that hangs"
@@ -418,7 +412,7 @@ class TestFaults:
         started.close()
 
     def test_processes_that_may_have_ended_are_all_named(self, tmp_path: Path) -> None:
-        started = Pair(tmp_path, seconds=3.0, size=3)
+        started = Pair(tmp_path, seconds=8.0, size=3)
         started.send("gathering", None, 1000.0)
         assert started.pipes[0].poll(SECONDS), "the process waits for those that sleep"
         assert "since at least one of the processes 1, 2 has ended or does" in str(started.pipes[0].recv())
@@ -426,10 +420,18 @@ class TestFaults:
 
 
 SCRIPT = """
-import atexit, pathlib, sys
+import atexit, contextlib, pathlib, sys, time
+def count():
+    names = []
+    for path in pathlib.Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(OSError):  # the thread ended meanwhile
+            names.append(path.read_text())
+    return sum("gloo" in name for name in names)
 def report():
-    names = [path.read_text().strip() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
-    sys.stdout.write(f"{sum('gloo' in name for name in names)} threads of gloo\\n")
+    until = time.monotonic() + 30
+    while count() and time.monotonic() < until:  # the kernel removes a thread a moment after it has ended
+        time.sleep(0.05)
+    sys.stdout.write(f"{count()} threads of gloo\\n")
 atexit.register(report)  # before the process joins the group, so that it runs after it has left the group
 import distributed_cases as cases
 from sb3_clipvf.distributed import current_group
@@ -494,7 +496,7 @@ class TestTorchrun:
                 text=True,
                 timeout=2 * SECONDS,
                 cwd=folder,
-                env={**os.environ, "SB3_CLIPVF_TIMEOUT": "5"},
+                env={**os.environ, **({"SB3_CLIPVF_TIMEOUT": "20"} if how == "hang" else {})},
                 check=False,
             )
             assert done.returncode == 0, done.stderr

@@ -35,6 +35,12 @@ fast = partial(FastSubprocVecEnv, start_method="fork")
 
 
 @pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let workers of a busy machine end by themselves; those that hang are killed by tests of their own."""
+    monkeypatch.setattr("sb3_clipvf.envs.subproc.GRACE", 60.0)
+
+
+@pytest.fixture(autouse=True)
 def no_process_is_left() -> Iterator[None]:
     """Fail a test whose workers do not end with their object."""
     before = set(multiprocessing.active_children())
@@ -551,6 +557,8 @@ class TestEnds:
         ours, _ = pair(partial(Failing, at=1, act=hang))
         ours.reset()
         ours.step_async(np.zeros(5, int))
+        other = ours.processes[0]
+        monkeypatch.setattr(other, "join", lambda _=None, join=other.join: join(60))  # only the hanging one has no time
         ours.close()
         assert [process.exitcode for process in ours.processes] == [0, -9]
 
@@ -560,7 +568,7 @@ class TestEnds:
         del ours
         gc.collect()
         for process in processes:
-            process.join(10)
+            process.join(60)
         assert [process.exitcode for process in processes] == [0, 0]
         assert {"1", "2", "3", "4"} <= set((tmp_path / "closed").read_text().split())
 
@@ -591,9 +599,11 @@ class TestEnds:
         try:
             for turn in range(40):
                 with pytest.raises(KeyboardInterrupt):
-                    signal.setitimer(signal.ITIMER_REAL, 2e-3 + turn * 1e-5)
                     while True:
-                        ours.step(np.zeros(5, int))
+                        # More than once, since Python drops an exception that is raised in a finalizer.
+                        signal.setitimer(signal.ITIMER_REAL, 2e-3 + turn * 1e-5)
+                        for _ in range(2000):
+                            ours.step(np.zeros(5, int))
                 for venv in (ours, theirs):
                     venv.seed(turn)
                 same(ours.reset(), theirs.reset())
@@ -611,9 +621,10 @@ class TestEnds:
             assert training.stdout is not None
             workers = [int(pid) for pid in training.stdout.readline().split()]
             assert len(workers) == 3
-            made = set(os.listdir("/dev/shm")) - before
+            # Not what other tests make there meanwhile
+            made = {name for name in set(os.listdir("/dev/shm")) - before if name.startswith(("pym-", "sem."))}
             training.kill()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while left := [pid for pid in workers if is_running(pid)] + sorted(made & set(os.listdir("/dev/shm"))):
             assert time.monotonic() < deadline, left
             time.sleep(0.01)

@@ -135,7 +135,7 @@ def trained(cache: Path, *engines: str) -> dict[str, str]:
         env={**os.environ, "NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": str(Path(__file__).parents[1])},
         stdout=subprocess.PIPE,
         check=True,
-        timeout=600,
+        timeout=3600,
     )
     return dict(json.loads(result.stdout.splitlines()[-1]))
 

@@ -625,7 +625,7 @@ class TestCompile:
                 capture_output=True,
                 text=True,
                 check=True,
-                timeout=600,
+                timeout=3600,
             )
             return result.stdout
 

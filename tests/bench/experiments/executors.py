@@ -79,8 +79,8 @@ class LocalExecutor:
     def run(self, specs: Sequence[RunSpec]) -> Generator[Finished, None, None]:
         """Make the runs. Closing the iterator, and an interruption, end those that have begun; they can be resumed."""
         with ThreadPoolExecutor(self._jobs) as pool:
-            pending = {pool.submit(self._run_one, spec) for spec in specs}
             try:
+                pending = {pool.submit(self._run_one, spec) for spec in specs}
                 while pending:
                     # Ray cancels a task by a flag, which Python reads when it wakes.
                     ended, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
