@@ -40,6 +40,11 @@ register()
         ({"trial_id": None, "storage": "x.log", "study_name": "s"}, "`--trial-id` must be given with `--storage`"),
         ({"trial_id": None, "storage": None, "study_name": "s"}, "`--storage` must be given with `--study-name`"),
         ({"trial_id": 0, "storage": None, "study_name": None}, "`--storage` must be given with `--trial-id`"),
+        (
+            {"hyperparams": {"policy": "CnnPolicy"}, "trained_agent": "a.zip"},
+            "`policy` must be left out of `-params` with `--trained-agent`, got 'CnnPolicy': the agent keeps its own",
+        ),
+        ({"hyperparams": {"policy_kwargs": {}}, "trained_agent": "a.zip"}, "`policy_kwargs` must be left out"),
     ],
 )
 def test_values_out_of_range_are_refused(given: dict[str, Any], message: str) -> None:
@@ -60,6 +65,8 @@ def test_values_out_of_range_are_refused(given: dict[str, Any], message: str) ->
         },
         {"trial_id": None, "storage": "x.log", "study_name": None, "optimize_hyperparameters": True},
         {"trial_id": 0, "storage": "x.log", "study_name": "s"},
+        {"hyperparams": {"policy": "CnnPolicy"}, "trained_agent": ""},
+        {"hyperparams": {"gamma": 0.9}, "trained_agent": "a.zip"},
         {"tensorboard_log": "", "output_folder": None, "gym_packages": ["json"]},
     ],
 )

@@ -216,6 +216,7 @@ def check_options(options: Namespace) -> None:
     if "device" in given and given.get("algo") != ALGORITHM:  # ClipPPO checks its own
         check_device(given["device"])
     _check_study(given)
+    _check_agent(given)
     for name in _FOLDERS:
         if given.get(name):
             check_folder(option_name(name), given[name], "Pass another one.")
@@ -234,6 +235,16 @@ def _check_study(given: dict[str, Any]) -> None:
             f"`{missing[0]}` must be given with `{named}`, got none. Pass `--storage`, `--study-name` and "
             "`--trial-id` together to train with the settings of a trial, or `-optimize` to search."
         )
+
+
+def _check_agent(given: dict[str, Any]) -> None:
+    """Raise for settings of networks in ``-params`` with an agent, which the Zoo would ignore and save as used."""
+    for key in sorted({"policy", "policy_kwargs"} & set(given.get("hyperparams") or ())):
+        if given["trained_agent"]:
+            raise ValueError(
+                f"`{key}` must be left out of `-params` with `--trained-agent`, got {given['hyperparams'][key]!r}: the "
+                "agent keeps its own networks. Train a new agent to change them."
+            )
 
 
 def _check_enjoy(options: Namespace) -> None:
