@@ -206,6 +206,21 @@ def test_a_step_in_the_context_leaves_no_trace() -> None:
     assert th.equal(env.env._observations(), first) and th.equal(env.step_tensors(actions).observations, step)
 
 
+def test_tensors_of_all_kinds_are_restored() -> None:
+    walk: Any = InPlaceWalk()
+    walk.expanded, walk.network, walk.none = th.zeros(1, 2).expand(6, 2), th.nn.Linear(2, 1), th.zeros(0, 3)
+    with th.inference_mode():
+        walk.inferred = th.zeros(3)
+    tensors = [walk.expanded, walk.inferred, *walk.network.parameters()]
+    before = [tensor.clone() for tensor in tensors]
+    with GraphedTensorEnv(walk).unchanged(), th.inference_mode():
+        walk.expanded[:1] += 1
+        for tensor in tensors[1:]:
+            tensor += 1
+        assert not any(map(th.equal, tensors, before))
+    assert all(map(th.equal, tensors, before)) and walk.network.weight.requires_grad
+
+
 def test_saved_tensors_and_generators_are_restored_in_place() -> None:
     tensor, generator = th.zeros(2), th.Generator()
     address = tensor.data_ptr()

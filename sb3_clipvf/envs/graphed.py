@@ -115,16 +115,23 @@ class GraphedTensorEnv:
 
 def restorer_of(kept: list[Any]) -> Callable[[], None]:
     """Return a function that restores tensors and generators in-place to their present states."""
-    states = [value.clone() if isinstance(value, th.Tensor) else value.get_state() for value in kept]
+    places = [_without_repeats(value) if isinstance(value, th.Tensor) else value for value in kept]
+    states = [place.clone() if isinstance(place, th.Tensor) else place.get_state() for place in places]
 
+    @th.inference_mode()  # which may write tensors that were made in it
     def restore() -> None:
-        for value, state in zip(kept, states, strict=True):
-            if isinstance(value, th.Tensor):
-                value.copy_(state)
+        for place, state in zip(places, states, strict=True):
+            if isinstance(place, th.Tensor):
+                place.copy_(state)
             else:
-                value.set_state(state)
+                place.set_state(state)
 
     return restore
+
+
+def _without_repeats(tensor: th.Tensor) -> th.Tensor:
+    """Return a view that can be written: one of a parameter's numbers, which has those of expanded axes once."""
+    return tensor.detach()[tuple(slice(None if stride else 1) for stride in tensor.stride())]
 
 
 def _check_in_place(method: str, before: dict[str, Any], after: dict[str, Any]) -> None:
