@@ -232,6 +232,19 @@ def test_saved_tensors_and_generators_are_restored_in_place() -> None:
     assert th.equal(th.rand(3, generator=generator), drawn)
 
 
+def test_a_graph_gets_the_generators_of_its_device() -> None:
+    """torch ends the process if a CUDA graph gets one of the CPU."""
+    env = tensor_pendulum().TensorPendulum(4)
+    graphed = GraphedTensorEnv(env)
+    assert graphed.generators == [env.generator]
+    graphed.device = th.device("cuda", 0)
+    assert graphed.generators == []
+    state = env.generator.get_state()
+    with graphed.unchanged():
+        env.generator.manual_seed(1)
+    assert th.equal(env.generator.get_state(), state)
+
+
 @pytest.mark.parametrize(
     ("space", "dtype"),
     [

@@ -24,8 +24,8 @@ class GraphedTensorEnv:
     A :class:`.TensorVecEnv` whose step is recorded once on a CUDA device, and then launched by one call.
 
     The step must be the same operations each time. It reads nothing from the device, and writes its state in-place, as
-    ``reset_tensors`` does. Random numbers come from the device's generator, or from a ``torch.Generator`` that the
-    environment keeps. The constructor resets the environment and steps it, to check what it keeps. The first step
+    ``reset_tensors`` does. Random numbers come from the device's generator, or from a ``torch.Generator`` of it that
+    the environment keeps. The constructor resets the environment and steps it, to check what it keeps. The first step
     records. The step is recorded again after something that the environment keeps, such as a number, was changed from
     outside. If a recording fails, which is logged, and on the CPU, the operations run one by one.
 
@@ -56,8 +56,9 @@ class GraphedTensorEnv:
 
     @property
     def generators(self) -> list[th.Generator]:
-        """Random number generators that the environment keeps."""
-        return [value for value in self._kept.values() if isinstance(value, th.Generator)]
+        """Random number generators of the device that the environment keeps."""
+        generators = [value for value in self._kept.values() if isinstance(value, th.Generator)]
+        return [generator for generator in generators if generator.device == self.device]
 
     def reset_tensors(self, seed: int | None = None) -> TensorObs:
         """Begin an episode in every environment."""
