@@ -437,8 +437,8 @@ def test_benchmark_without_a_network_names_its_option(
 
     monkeypatch.setattr("rl_zoo3.utils.HfApi", lambda: Namespace(list_models=list_models))
     listed = utils.get_hf_trained_models
-    Path("logs").mkdir()
-    assert main(["benchmark"]) == 2
+    Path("rl-trained-agents").mkdir()
+    assert main(["benchmark", "--log-dir", "rl-trained-agents"]) == 2
     assert capsys.readouterr().err.splitlines()[0] == (
         "sb3-clipvf benchmark: `--no-hub` must be given if the Hugging Face hub cannot be read, got: Name or "
         "service not known. Pass it to evaluate only the agents of `--log-dir`."

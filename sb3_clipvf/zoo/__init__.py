@@ -14,7 +14,7 @@ The sub-commands:
 - ``vec_env``, ``training_log``, ``tuning``: ``--vec-env``; the log in the run's folder; ``-optimize``;
 - ``report``, ``comparison``: ``report`` for one run; the page about many runs;
 - ``compilation``, ``plot_checks``, ``hub``: ``compile``; checks before the Zoo's plots; texts for the Hugging Face hub;
-- ``recording``: the models and the folder of ``record_training``.
+- ``recording``, ``benchmark``: models and folder of ``record_training``; evaluations and table of ``benchmark``.
 
 Runs that exist:
 

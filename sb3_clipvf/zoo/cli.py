@@ -137,6 +137,7 @@ def _enter_contexts(stack: ExitStack, name: str, command: Command) -> None:
             stack.enter_context(figures_to_files(name))
     register()
     # These import torch, as `register` does.
+    from sb3_clipvf.zoo.benchmark import benchmarked_runs
     from sb3_clipvf.zoo.checked_files import checked_files
     from sb3_clipvf.zoo.hub import explained_listing, own_downloads, own_model_card
     from sb3_clipvf.zoo.model_choice import own_models
@@ -150,6 +151,7 @@ def _enter_contexts(stack: ExitStack, name: str, command: Command) -> None:
         stack.enter_context(ffmpeg_on_path())
     if name == "benchmark":
         stack.enter_context(explained_listing())
+        stack.enter_context(benchmarked_runs())
     if name in ("benchmark", "load_from_hub"):
         stack.enter_context(own_downloads())
     if name == "push_to_hub":

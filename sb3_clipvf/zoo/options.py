@@ -14,6 +14,7 @@ from rl_zoo3 import utils
 
 from sb3_clipvf.common.validation import MAX_SEED, check_device, check_folder, check_int
 from sb3_clipvf.distributed import current_group
+from sb3_clipvf.zoo.benchmark import check_benchmark
 from sb3_clipvf.zoo.commands import ALGORITHM, COMMANDS
 from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
 from sb3_clipvf.zoo.model_choice import choose_run_of_options
@@ -253,16 +254,6 @@ def _check_enjoy(options: Namespace) -> None:
         options.no_render = True
 
 
-def _check_benchmark(options: Namespace) -> None:
-    if not Path(options.log_dir).is_dir():
-        raise ValueError(
-            f"`--log-dir` must be a folder of trained agents, got {options.log_dir!r}, which does not exist. Train one "
-            "with `sb3-clipvf train --env CartPole-v1`, or name another folder."
-        )
-    # The Zoo writes its table to this folder even if it has evaluated nothing.
-    Path(options.benchmark_dir).mkdir(parents=True, exist_ok=True)
-
-
 def _check_load_from_hub(options: Namespace) -> None:
     if options.force and options.exp_id < 0:
         folder = Path(options.folder, options.algo)
@@ -283,7 +274,7 @@ def _check_push_to_hub(options: Namespace) -> None:
 
 _CHECKS: dict[str, Callable[[Namespace], None]] = {
     "all_plots": check_all_plots,
-    "benchmark": _check_benchmark,
+    "benchmark": check_benchmark,
     "enjoy": _check_enjoy,
     "load_from_hub": _check_load_from_hub,
     "plot_from_file": check_plot_from_file,
