@@ -603,6 +603,7 @@ def test_hyperparameters_are_searched_and_a_trial_is_trained(kind: str, in_empty
     assert main(search.split()) == 0
     trials = optuna.load_study(study_name="s", storage=storage).trials
     assert [trial.state.name for trial in trials] == ["COMPLETE", "COMPLETE"]
+    assert {trial.distributions["n_steps_pow"].high for trial in trials} == {5}  # since trials are short
     if kind == "journal":
         return
     assert main(f"train -n 64 --trial-id 1 {options}".split()) == 0

@@ -67,6 +67,18 @@ def test_every_draw_is_legal_for_clipppo(study_and_samples: tuple[optuna.Study, 
         assert model.batch_size >= 8 * model.n_envs
 
 
+@pytest.mark.parametrize(
+    ("n_timesteps", "n_envs", "largest"),
+    [(50_000, 8, 512), (5120, 1, 512), (5119, 1, 256), (100, 8, 32), (10**6, 1, 4096), (None, 8, 4096)],
+)
+def test_a_trial_has_at_least_ten_updates(n_timesteps: int | None, n_envs: int, largest: int) -> None:
+    trial = optuna.create_study().ask()
+    if n_timesteps is not None:
+        trial.set_user_attr("n_timesteps", n_timesteps)
+    sample_clipppo_params(trial, 2, n_envs, {})
+    assert trial.distributions["n_steps_pow"] == optuna.distributions.IntDistribution(5, largest.bit_length() - 1)
+
+
 def test_all_forms_of_the_objective_are_drawn(study_and_samples: tuple[optuna.Study, list[dict[str, Any]]]) -> None:
     study, sampled = study_and_samples
     forms = {trial.params["objective"]: params for trial, params in zip(study.trials, sampled, strict=True)}

@@ -3,7 +3,7 @@ Hyperparameter search with the RL Zoo: the distributions that ``-optimize`` draw
 arguments of a finished trial.
 
 Each trial draws every parameter, even those that its objective does not use. The search space is then the same for all
-trials, as Optuna's multivariate sampler requires.
+trials of a length, as Optuna's multivariate sampler requires.
 """
 
 from pathlib import Path
@@ -21,6 +21,9 @@ from sb3_clipvf.zoo.patching import replaced
 
 OBJECTIVES = ("clip", "fixed_kl", "adaptive_kl", "clip_and_adaptive_kl")
 """Objectives that the search chooses from."""
+
+MIN_UPDATES = 10
+"""Fewest updates of a trial: its evaluations would otherwise compare policies that have not learned."""
 
 NET_ARCHS: dict[str, dict[str, list[int]]] = {
     "tiny": {"pi": [64], "vf": [64]},
@@ -60,6 +63,12 @@ class CheckedSearch(ExperimentManager):
                 "`--algo` names another algorithm."
             ) from error
 
+    def objective(self, trial: optuna.Trial) -> float:
+        """Run a trial and return its mean return; record its number of steps, which bounds its rollouts."""
+        if self.algo == ALGORITHM:
+            trial.set_user_attr("n_timesteps", self.n_timesteps)
+        return super().objective(trial)
+
     def hyperparameters_optimization(self) -> None:
         """Search hyperparameters; raise a ValueError if the storage cannot be used or no trial completes."""
         if self.storage is not None:
@@ -83,15 +92,19 @@ def sample_clipppo_params(
     """
     Draw one trial's arguments of ClipPPO; the RL Zoo's sampler for ``clipppo``.
 
-    :param trial: Optuna's trial.
+    :param trial: Optuna's trial. Its user attribute ``n_timesteps``, if any, is the number of steps of its training.
     :param n_actions: Unused; the Zoo passes it for the noise of off-policy algorithms.
     :param n_envs: Number of environments. The trial records it, since the minibatch size depends on it.
     :param additional_args: Unused; the Zoo passes it for replay buffers.
     :return: Keyword arguments of ClipPPO.
     """
+    max_n_steps_pow = 12
+    if (n_timesteps := trial.user_attrs.get("n_timesteps")) is not None:
+        max_n_steps = n_timesteps // (MIN_UPDATES * n_envs)
+        max_n_steps_pow = min(12, max(5, max_n_steps.bit_length() - 1))
     drawn = {
         "n_envs": trial.suggest_int("n_envs", n_envs, n_envs),
-        "n_steps_pow": trial.suggest_int("n_steps_pow", 5, 12),
+        "n_steps_pow": trial.suggest_int("n_steps_pow", 5, max_n_steps_pow),
         "n_minibatches_pow": trial.suggest_int("n_minibatches_pow", 0, 6),
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.0001, 0.03, log=True),
         "one_minus_gae_lambda": trial.suggest_float("one_minus_gae_lambda", 0.0001, 0.1, log=True),
