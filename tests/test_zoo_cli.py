@@ -165,6 +165,10 @@ def test_an_unknown_environment_is_one_line(in_empty_folder: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            "-optimize --sampler auto",
+            "optunahub must be installed for this. Run `pip install optunahub cmaes`. (`--sam",
+        ),
         ("-params n_steps=64", "`-params` must be pairs of key and value with a colon, got 'n_steps=64'"),
         ("-params policy:MlpPolicy", "`-params` must have Python values, got 'policy:MlpPolicy'"),
         ("--env-kwargs length=3", "`--env-kwargs` must be pairs of key and value"),
@@ -198,7 +202,8 @@ def test_wrong_input_is_one_line(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "envpool", None)
+    for package in ("envpool", "optunahub"):
+        monkeypatch.setitem(sys.modules, package, None)
     files = {"broken.yml": "a: [", "entry.yml": "CartPole-v1:", "broken.py": "hyperparams = {", "faulty.py": "1 / 0"}
     for name, text in files.items():
         Path(name).write_text(text)
@@ -209,6 +214,7 @@ def test_wrong_input_is_one_line(
     assert lines[0].startswith("sb3-clipvf train: ")
     assert message in lines[0]
     assert lines[1:] == ["(Set SB3_CLIPVF_TRACEBACK=1 to see the traceback.)"]
+    assert not any(Path("logs").glob("*/*"))
 
 
 def test_float_notation_and_modules_of_the_working_folder_are_accepted(

@@ -18,6 +18,7 @@ _OPTIONAL_PACKAGES = (
     ("wandb", r"wandb", "'sb3_clipvf[tracking]'"),
     ("minigrid", r"MiniGrid-|BabyAI-|minigrid", "'sb3_clipvf[minigrid]'"),
     ("pybullet_envs_gymnasium", r"BulletEnv-v|pybullet_envs", "'sb3_clipvf[pybullet]'"),
+    ("optunahub", r"optunahub", "optunahub cmaes"),
     ("panda_gym", r"Panda\w+-v", "panda_gym"),
 )
 

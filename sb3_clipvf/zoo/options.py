@@ -1,5 +1,6 @@
 """Add the options and defaults of this package to the RL Zoo's parsers, and check the values that the user gives."""
 
+import importlib.util
 import re
 import secrets
 import sys
@@ -136,6 +137,8 @@ def _check_search(options: Namespace) -> None:
                 f"`{option_name(name)}` must be left out in a search of hyperparameters, got {value!r}: each trial "
                 "trains a new agent with drawn settings. `--optimization-log-path` saves the best agent of each trial."
             )
+    if options.sampler == "auto" and importlib.util.find_spec("optunahub") is None:
+        raise ImportError("`--sampler auto` must have optunahub, got none. `tpe` and `random` need no package.")
 
 
 def _check_shared(options: Namespace) -> None:

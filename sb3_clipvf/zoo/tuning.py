@@ -13,6 +13,7 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
 from rl_zoo3.exp_manager import ExperimentManager
+from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import nn
 
 from sb3_clipvf.clip_ppo import ClipPPO
@@ -63,6 +64,12 @@ class CheckedSearch(ExperimentManager):
                 "`--algo` names another algorithm."
             ) from error
 
+    def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
+        """Build environments and model; first raise a ValueError if a search cannot use its storage."""
+        if self.optimize_hyperparameters and self.storage is not None:
+            _open_storage(self.storage)
+        return super().setup_experiment()
+
     def objective(self, trial: optuna.Trial) -> float:
         """Run a trial and return its mean return; record its number of steps, which bounds its rollouts."""
         if self.algo == ALGORITHM:
@@ -70,9 +77,7 @@ class CheckedSearch(ExperimentManager):
         return super().objective(trial)
 
     def hyperparameters_optimization(self) -> None:
-        """Search hyperparameters; raise a ValueError if the storage cannot be used or no trial completes."""
-        if self.storage is not None:
-            _open_storage(self.storage)
+        """Search hyperparameters; raise a ValueError if no trial completes."""
         try:
             # Skip the warning about short trainings: the search chooses the trials.
             with replaced(ClipPPO, "_warned_of_early_end", True):
