@@ -584,15 +584,29 @@ def test_a_trial_that_cannot_be_trained_is_one_line(
     assert message in capsys.readouterr().err.splitlines()[0]
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            optuna.exceptions.TrialPruned,
+            "got none: all were pruned or failed, so there is no best one. Search with more",
+        ),
+        (KeyboardInterrupt, "got an interrupt before that. With `--storage`"),
+    ],
+)
 def test_a_search_without_a_completed_trial_is_one_line(
-    in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: type[BaseException],
+    message: str,
+    in_empty_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def prune(self: Any, trial: optuna.Trial) -> float:
-        raise optuna.exceptions.TrialPruned
+    def end(self: Any, trial: optuna.Trial) -> float:
+        raise error
 
-    monkeypatch.setattr(zoo_train.ExperimentManager, "objective", prune)
+    monkeypatch.setattr(zoo_train.ExperimentManager, "objective", end)
     assert main("train -optimize -n 64 --n-trials 2 --no-optim-plots --device cpu --verbose 0".split()) == 2
-    assert "`-optimize` must complete at least one trial, got none" in capsys.readouterr().err
+    assert f"`-optimize` must complete at least one trial, {message}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "journal"])

@@ -41,6 +41,8 @@ _UNCHANGED = ("ent_coef", "vf_coef", "n_epochs", "max_grad_norm", "clip_range_vf
 class CheckedSearch(ExperimentManager):
     """The RL Zoo's experiment manager with errors about studies and trials that name the option."""
 
+    _was_interrupted = False
+
     def load_trial(
         self, storage: str, study_name: str, trial_id: int | None = None, convert: bool = True
     ) -> dict[str, Any]:
@@ -74,7 +76,11 @@ class CheckedSearch(ExperimentManager):
         """Run a trial and return its mean return; record its number of steps, which bounds its rollouts."""
         if self.algo == ALGORITHM:
             trial.set_user_attr("n_timesteps", self.n_timesteps)
-        return super().objective(trial)
+        try:
+            return super().objective(trial)
+        except KeyboardInterrupt:  # the Zoo ends the search
+            self._was_interrupted = True
+            raise
 
     def hyperparameters_optimization(self) -> None:
         """Search hyperparameters; raise a ValueError if no trial completes."""
@@ -85,6 +91,11 @@ class CheckedSearch(ExperimentManager):
         except ValueError as error:
             if "No trials are completed" not in str(error):
                 raise
+            if self._was_interrupted:
+                raise ValueError(
+                    "`-optimize` must complete at least one trial, got an interrupt before that. With "
+                    "`--storage` and `--study-name`, the same command continues the search."
+                ) from error
             raise ValueError(
                 "`-optimize` must complete at least one trial, got none: all were pruned or failed, so there is no "
                 "best one. Search with more `--n-trials`, or without pruning by `--pruner none`."
