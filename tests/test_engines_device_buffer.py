@@ -1,6 +1,9 @@
 """The rollout buffer on a device: the numbers of the one on the host, and its memory. ``cuda`` tests need a GPU."""
 
 import logging
+import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -395,3 +398,29 @@ def test_a_recorded_environment_steps_as_its_operations_do() -> None:
     model = ClipPPO("MlpPolicy", graphed, **SETTINGS)
     model.learn(64 * 8 * 2)
     assert {episode["l"] for episode in model.ep_info_buffer} == {5}
+
+
+DETERMINISTIC = """
+import torch as th
+from tensor_cases import InPlaceWalk
+from sb3_clipvf import ClipPPO
+from sb3_clipvf.envs import GraphedTensorEnv, TensorVecNormalize
+
+th.use_deterministic_algorithms(True)
+for engine in ("autograd", "cuda_graph"):
+    weights = []
+    for _ in range(2):
+        env = TensorVecNormalize(GraphedTensorEnv(InPlaceWalk(device="cuda")))
+        model = ClipPPO("MlpPolicy", env, n_steps=8, batch_size=16, n_epochs=2, seed=3, engine=engine).learn(48 * 3)
+        assert {episode["l"] for episode in model.ep_info_buffer} == {2, 3, 4}
+        weights.append([parameter.detach() for parameter in model.policy.parameters()])
+    assert all(map(th.equal, *weights)), engine
+"""
+
+
+@pytest.mark.cuda
+@needs_gpu
+def test_deterministic_algorithms_train_on_tensor_environments() -> None:
+    """cuBLAS reads its setting when a process first uses it."""
+    variables = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", DETERMINISTIC], env=variables, check=True, timeout=300)

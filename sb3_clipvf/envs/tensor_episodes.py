@@ -24,6 +24,8 @@ def finished_episodes(
     :param lengths: Their steps so far, shape ``(n_envs,)``, int64.
     :return: Returns and lengths of ended episodes, shape ``(n_ended,)`` each, then of unfinished ones, ``(n_envs,)``.
     """
+    if th.are_deterministic_algorithms_enabled():  # as CUDA's cumsum() of floats is not
+        rewards, dones = rewards.cpu(), dones.cpu()
     n_steps, device = len(rewards), rewards.device
     before = th.as_tensor(np.stack([returns, lengths.astype(np.float64)]), device=device)
     numbers = th.arange(1, n_steps + 1, device=device)[:, None]
