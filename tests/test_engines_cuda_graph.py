@@ -288,7 +288,7 @@ def test_a_change_of_more_than_numbers_is_recorded(change: Any, device: str, n_r
     assert n_recordings == [2]
 
 
-def test_a_failed_recording_continues_without_graphs(
+def test_a_failed_recording_of_updates_continues_without_it(
     device: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     if device == "cpu":
@@ -296,7 +296,7 @@ def test_a_failed_recording_continues_without_graphs(
         def fail(*_: Any) -> Any:
             raise RuntimeError("operation not permitted")
 
-        monkeypatch.setattr(StandIn, "record", fail)
+        monkeypatch.setattr(cuda_graph, "_record_chunk", fail)
     else:
         may_step = StaticStep._may_step
 
@@ -308,6 +308,13 @@ def test_a_failed_recording_continues_without_graphs(
     with caplog.at_level(logging.WARNING, logger="sb3_clipvf"):
         run_both("box", device)
     assert caplog.text.count("The CUDA graph of updates could not be recorded") == 1
+    # Other graphs are recorded.
+    policy, buffer = make("box", device)
+    engine = CudaGraphEngine(policy, settings_of(policy))
+    engine.update(buffer, COEFFICIENTS)
+    engine.begin_rollout(buffer)
+    engine.act(sample(OBS, device), with_dist_params=True)
+    assert engine._failed == {"updates"} and engine._functions.keys() == {"forward"}
     # The generator of the device works, also in a later recording.
     monkeypatch.undo()
     assert th.rand(3, device=device).isfinite().all()
@@ -504,7 +511,7 @@ class TestOnAGPU:
         held = policy.evaluate_actions(*_batch(buffer))
         engine = CudaGraphEngine(policy, settings_of(policy))
         engine.update(buffer, COEFFICIENTS)
-        assert engine._recorder is not None
+        assert not engine._failed
         assert held[0].requires_grad
 
     def test_a_recording_draws_nothing(self, device: str) -> None:

@@ -370,6 +370,8 @@ def test_environments_that_read_the_device_collect_in_the_general_way(
     assert_same_models(*models)
     for what in ("whole steps", "the environments' step"):
         assert caplog.text.count(f"The CUDA graph of {what} could not be recorded (operation not permitted") == 1
+    engine = models[0]._current_engine()
+    assert engine._functions.keys() == {"forward", "predict_values"} and engine._chunks
 
 
 def test_own_code_of_a_policy_and_gsde_are_collected_in_the_general_way(kinds: list[type]) -> None:

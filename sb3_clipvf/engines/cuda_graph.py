@@ -24,6 +24,8 @@ from sb3_clipvf.engines.support import why_not_bf16, why_not_cuda_graph
 
 T = TypeVar("T")
 
+_WHOLE = "whole steps"
+
 
 class CudaGraphEngine(StaticEngine):
     """
@@ -36,7 +38,8 @@ class CudaGraphEngine(StaticEngine):
 
     def __init__(self, policy: ActorCriticPolicy, settings: UpdateSettings) -> None:
         super().__init__(policy, settings)
-        self._recorder: Recorder | None = Recorder(policy.device)
+        self._recorder = Recorder(policy.device)
+        self._failed: set[str] = set()
         self._chunks: dict[tuple[object, ...], Graph] = {}
         self._recorded_step: StaticStep | None = None
         self._functions: dict[str, RecordedFunction] = {}
@@ -58,13 +61,13 @@ class CudaGraphEngine(StaticEngine):
     @th.no_grad()
     def rollout_step(self, env: Any, buffer: Any, gamma: float, observations: Any) -> RolloutStep | None:
         """Return the whole step of a rollout from recorded environments; None if it cannot be recorded."""
-        if self._recorder is None or not self._records("forward"):
+        if _WHOLE in self._failed or not self._records("forward"):
             return None
         step = self._rollout_step
         if step is None or not step.fits(env, buffer, gamma):
             self._rollout_step = None  # so that its memory can be used again
             step = RolloutStep(self.policy, env, buffer, gamma, observations)
-            if self._try("whole steps", step.record) is None:
+            if self._try(_WHOLE, step.record) is None:
                 return None
             self._rollout_step = step
         return step
@@ -140,16 +143,13 @@ class CudaGraphEngine(StaticEngine):
         graph.replay()
 
     def _try(self, what: str, record: "Callable[[Recorder], T]") -> "T | None":
-        """Return what is recorded; None after a failure, which ends all recording by this engine."""
-        if self._recorder is None:
+        """Return what is recorded; None after a failure, which ends recordings of this kind."""
+        if what in self._failed:
             return None
         try:
             return record(self._recorder)
         except RuntimeError as error:
-            self._recorder = None
-            self._functions.clear()
-            self._chunks.clear()
-            self._rollout_step = None
+            self._failed.add(what)
             warn_of_failure(what, error)
             return None
 

@@ -91,7 +91,7 @@ def make_model(work: Work, engine: str, device: str) -> Any:
         name = "cuda_graph" if engine == "static" else engine
         model = ClipPPO(work.policy, FreeSpaces(work), **(SB3_EQUIVALENT | {"engine": name} | arguments))
     if engine == "static":
-        model._current_engine()._recorder = None
+        model._current_engine()._try = lambda *_: None
     model.learn(1)
     return model
 
