@@ -49,6 +49,7 @@ class FakeCuda:
     def __init__(self) -> None:
         self.generator = FakeGenerator()
         self.streams = ["default"]
+        self.current = 0
         self.may_record = True
 
     def Stream(self, device: Any) -> Any:  # noqa: N802 (a class of torch.cuda)
@@ -61,7 +62,15 @@ class FakeCuda:
         return SimpleNamespace(wait_stream=lambda other: None, name=self.streams[-1])
 
     def set_stream(self, stream: Any) -> None:
-        self.streams = [stream.name]
+        self.streams, self.current = [stream.name], DEVICE.index
+
+    @contextmanager
+    def device(self, device: th.device) -> Any:
+        before, self.current = self.current, device.index
+        try:
+            yield
+        finally:
+            self.current = before
 
     def get_rng_state(self, device: Any) -> int:
         return self.generator.get_state()
@@ -75,6 +84,7 @@ class FakeCuda:
 
     @contextmanager
     def graph(self, graph: FakeGraph, **_: Any) -> Any:
+        assert self.current == DEVICE.index  # the one that torch synchronises
         self.streams.append("recording")
         if not self.may_record:
             raise RuntimeError("recording is impossible")
@@ -90,7 +100,7 @@ class FakeCuda:
         def replace(generator: FakeGenerator) -> None:
             self.generator = generator
 
-        return [SimpleNamespace(graphsafe_set_state=replace)]
+        return [None, SimpleNamespace(graphsafe_set_state=replace)]
 
 
 @pytest.fixture
@@ -105,7 +115,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     return fake
 
 
-DEVICE = th.device("cuda", 0)
+DEVICE = th.device("cuda", 1)
 
 
 def test_random_states_stay(cuda: FakeCuda) -> None:
@@ -138,7 +148,7 @@ def test_an_error_leaves_everything_as_it_was(when: str, error: type[BaseExcepti
     with pytest.raises(error):
         Recorder(DEVICE).record(fail, warm_up, [own])  # type: ignore[list-item]
     assert cuda.generator is generator and (generator.state, own.state) == (7, 0)
-    assert cuda.streams[0] == "default"
+    assert cuda.streams[0] == "default" and cuda.current == 0
     assert first.replay() == [8, 1]  # the graph that was recorded before draws from the same generators
 
 

@@ -39,11 +39,14 @@ class Recorder:
 
         :raises RuntimeError: If an operation cannot be recorded.
         """
+        with th.cuda.device(self._device):  # torch synchronises the current device, and changes it with the stream
+            return self._record(run, warm_up, list(generators))
+
+    def _record(self, run: Callable[[], None], warm_up: Callable[[], None], generators: list[th.Generator]) -> Graph:
         device = self._device
         if self._stream is None:
             self._stream = th.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream, current = self._stream, th.cuda.current_stream(device)
-        generators = list(generators)
         states = [generator.get_state() for generator in generators]
         random_state = th.cuda.get_rng_state(device)
 
