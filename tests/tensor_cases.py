@@ -122,6 +122,21 @@ class ReadingWalk(InPlaceWalk):
         return step
 
 
+class KeepingWalk(InPlaceWalk):
+    """The same walk, which also keeps an expanded tensor, parameters with gradients, and a generator of the CPU."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.expanded = th.zeros(1, device=self.device).expand(self.num_envs)
+        self.network = th.nn.Linear(2, 2, device=self.device)
+        self.generator = th.Generator()
+
+    def step_tensors(self, actions: th.Tensor) -> TensorStep:
+        with th.no_grad():
+            self.expanded[:1] += self.network(actions).sum()
+        return super().step_tensors(actions)
+
+
 class Plain(VecEnvWrapper):
     """A wrapper that changes nothing. Around a tensor environment, it makes steps go through arrays."""
 

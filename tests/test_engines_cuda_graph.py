@@ -254,11 +254,19 @@ def test_bfloat16_refuses_gsde() -> None:
 # ------------------------------------------------------------------ when graphs are recorded
 
 
-def test_one_recording_serves_all_updates(device: str, n_recordings: list[int]) -> None:
-    def change_numbers(policy: Any, engine: Any) -> None:
-        policy.optimizer.param_groups[0]["lr"] = 1e-4
+def set_learning_rate(policy: Any, engine: Any) -> None:
+    policy.optimizer.param_groups[0]["lr"] = 1e-4
 
-    run_both("box", device, n_updates=4, change=change_numbers)
+
+def restart_moments(policy: Any, engine: Any) -> None:
+    for parameter in policy.action_net.parameters():
+        for tensor in policy.optimizer.state[parameter].values():
+            tensor.zero_()
+
+
+@pytest.mark.parametrize("change", [set_learning_rate, restart_moments])
+def test_one_recording_serves_all_updates(change: Any, device: str, n_recordings: list[int]) -> None:
+    run_both("box", device, n_updates=4, change=change)
     assert n_recordings == [1]
 
 

@@ -15,10 +15,11 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from tape import TapeRecorder
-from tensor_cases import BOX, DICT, VECTOR, InPlaceWalk, ReadingWalk, tensor_pendulum
+from tensor_cases import BOX, DICT, VECTOR, InPlaceWalk, KeepingWalk, ReadingWalk, tensor_pendulum
 
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.common.nonfinite import NonFiniteError
+from sb3_clipvf.common.observations import parts_of
 from sb3_clipvf.engines import cuda_graph
 from sb3_clipvf.engines.cuda import rollout_step, static_step
 from sb3_clipvf.engines.cuda_graph import CudaGraphEngine
@@ -28,7 +29,6 @@ from sb3_clipvf.tensor_rollouts.device import DeviceRollout
 from sb3_clipvf.tensor_rollouts.whole import WholeStepRollout
 
 SETTINGS: dict[str, Any] = {"n_steps": 8, "batch_size": 16, "n_epochs": 2, "seed": 3, "device": "cpu"}
-needs_gpu = [pytest.mark.cuda, pytest.mark.skipif(not th.cuda.is_available(), reason="there is no CUDA device")]
 
 
 @pytest.fixture
@@ -133,6 +133,10 @@ def test_final_observations_are_kept_for_some_steps(
     monkeypatch.setattr("sb3_clipvf.envs.tensor_episodes.MAX_KEPT", limit)
     monkeypatch.setattr("sb3_clipvf.engines.cuda.rollout_step.MAX_KEPT", limit)
     same(InPlaceWalk, kinds, gamma=0.9)
+
+
+def test_environments_that_keep_tensors_of_all_kinds(kinds: list[type]) -> None:
+    same(KeepingWalk, kinds)
 
 
 def test_environments_with_a_generator_of_their_own(kinds: list[type]) -> None:
@@ -392,20 +396,45 @@ def test_a_resumed_training_is_exact(kinds: list[type], tmp_path: Path) -> None:
     assert whole.env.obs_rms.count > loaded.obs_rms.count
 
 
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
-@pytest.mark.parametrize("normalized", [False, True])
+WALKS: dict[str, Any] = {
+    "walk": InPlaceWalk,
+    "keeping": KeepingWalk,
+    "reading": ReadingWalk,
+    "dict": partial(InPlaceWalk, observation_space=DICT),
+    "multi-discrete": partial(InPlaceWalk, action_space=SPACES[2]),
+    "multi-binary": partial(InPlaceWalk, action_space=SPACES[3]),
+    "no finals": partial(InPlaceWalk, finals=False),
+    "normalized": InPlaceWalk,
+}
+
+
+def trained_on_a_gpu(name: str, graphed: Any, engine: str) -> Any:
+    env: Any = graphed(WALKS[name](device="cuda"))
+    env = TensorVecNormalize(env) if name == "normalized" else env
+    policy = "MultiInputPolicy" if name == "dict" else "MlpPolicy"
+    model: Any = ClipPPO(policy, env, **SETTINGS | {"device": "cuda", "engine": engine}, learning_rate=0.0)
+    th.manual_seed(0)
+    return model.learn(48 * 4, Keeper())
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not th.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("engine", ["cuda_graph", "autograd"])
+@pytest.mark.parametrize("name", WALKS)
 @pytest.mark.filterwarnings("ignore:You are trying to run ClipPPO on the GPU")
-def test_on_a_gpu(device: str, normalized: bool) -> None:
-    models = []
-    for graphed in (GraphedTensorEnv, lambda env: env):
-        env: Any = graphed(InPlaceWalk(device=device))
-        env = TensorVecNormalize(env) if normalized else env
-        model = ClipPPO("MlpPolicy", env, **SETTINGS | {"device": "cuda", "engine": "cuda_graph"}, learning_rate=0.0)
-        th.manual_seed(0)
-        models.append(model.learn(48 * 4, Keeper()))
-        assert (model._engine._rollout_step is not None) == (graphed is GraphedTensorEnv)
-    for name in ("actions", "rewards", "values", "log_probs", "episode_starts", "observations"):
-        pair = [getattr(model.rollout_buffer, name) for model in models]
-        th.testing.assert_close(*pair, rtol=1e-4, atol=1e-5, msg=name)
+def test_on_a_gpu(name: str, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(th.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(th.backends.cudnn, "deterministic", True)
+    models = [trained_on_a_gpu(name, graphed, engine) for graphed in (GraphedTensorEnv, lambda env: env)]
+    if engine == "cuda_graph":
+        are_whole = [model._engine._rollout_step is not None for model in models]
+        assert are_whole == [name != "reading", False]
+    assert models[0].env.unwrapped.env._records == (name != "reading")
+    buffers = [model.rollout_buffer for model in models]
+    for field in ("actions", "rewards", "values", "log_probs", "episode_starts"):
+        th.testing.assert_close(*(getattr(buffer, field) for buffer in buffers), rtol=1e-4, atol=1e-5, msg=field)
+    parts = [parts_of(buffer.observations) for buffer in buffers]
+    for key in parts[0]:
+        th.testing.assert_close(parts[0][key], parts[1][key], rtol=1e-4, atol=1e-5, msg=key)
     episodes = [[episode["l"] for episode in model.ep_info_buffer] for model in models]
     assert episodes[0] == episodes[1]
