@@ -49,7 +49,7 @@ def test_an_environment_without_runs_is_refused(command: str, capsys: pytest.Cap
     [
         ([{}], "", "they were trained without evaluations in logs/clipppo. Train with `--eval-freq`."),
         ([{"n_evaluations": 1}], "", "they have one evaluation in logs/clipppo."),
-        ([{"n_evaluations": 3}], "-max 99", "they have no evaluation up to `--max-timesteps` 99"),
+        ([{"n_evaluations": 3}], "-max 99", "evaluations.npz has none up to `-max` 99. Pass more."),
         (
             [{"n_evaluations": 3}],
             "-k successes",
@@ -101,6 +101,61 @@ def test_evaluations_that_can_be_drawn_are(runs: list[dict[str, int]], options: 
     assert main(f"all_plots -e E-v0 --no-display {options}".split()) == 0
 
 
+def test_all_evaluations_are_in_the_table_by_default(capsys: pytest.CaptureFixture[str]) -> None:
+    _make_run("E-v0_1", 3, step=2_000_000)
+    assert main("all_plots -e E-v0 --no-display".split()) == 0
+    assert "|12 +/- 0|" in capsys.readouterr().out  # the mean of 10 to 14, the last evaluation
+    assert main("all_plots -e E-v0 --no-display -max 4000000".split()) == 0
+    assert "|7 +/- 0|" in capsys.readouterr().out
+
+
+def test_runs_that_are_left_out_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for number, n_evaluations in enumerate((4, 2, 4, 1)):
+        _make_run(f"E-v0_{number}", n_evaluations)
+    command = "all_plots -e E-v0 --no-display --print-n-trials"
+    for options, names, n_trials in (("", "E-v0_1, E-v0_3", 2), ("-max 200", "E-v0_3", 3), ("-min 200", "E-v0_3", 3)):
+        assert main(f"{command} {options}".split()) == 0
+        out = capsys.readouterr().out
+        assert f"Left out, with fewer evaluations than other runs in {RUNS}: {names}\n" in out
+        assert f"E-v0-CLIPPPO-logs: {n_trials}\n" in out
+
+
+@pytest.mark.parametrize(
+    ("runs", "options", "message"),
+    [
+        (
+            [(10, 100), (20, 1000)],
+            "-max 2000",
+            "were evaluated at different steps. Keep them in different folders (`-f`)",
+        ),
+        ([(10, 100), (10, 1000)], "", "logs/clipppo/E-v0_1 and logs/clipppo/E-v0_0 were evaluated at different steps"),
+        ([(10, 100), (5, 1000)], "-min 2000", "were evaluated at different steps"),
+        ([(10, 100), (5, 1000)], "-max 500", "E-v0_1/evaluations.npz has none up to `-max` 500. Pass more."),
+        ([(10, 100)], "-min 2000", "no run reaches `-min` 2000 in logs/clipppo. Pass less."),
+    ],
+)
+def test_evaluations_at_other_steps_are_refused(
+    runs: list[tuple[int, int]], options: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, (n_evaluations, step) in enumerate(runs):
+        _make_run(f"E-v0_{number}", n_evaluations, step=step)
+    assert message in _refused(f"all_plots -e E-v0 --no-display {options}", capsys)
+
+
+def test_long_runs_are_compared_at_the_nearest_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    _make_run("E-v0_0", 4, n_episodes=2)
+    _make_run("E-v0_1", 2, n_episodes=2, step=200)
+    assert main("all_plots -e E-v0 --no-display -min 400".split()) == 0
+    assert "|4 +/- 1|" in capsys.readouterr().out  # 6.5 and 2.5
+
+
+@pytest.mark.parametrize("options", ["-f logs other -l one", "-f logs other -l a a", "-l a b", "-f logs logs"])
+def test_labels_are_one_for_each_folder(options: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _make_run("E-v0_1", 3)
+    message = _refused(f"all_plots -e E-v0 {options}", capsys)
+    assert "`--labels` must be as many different labels as `--exp-folders` has folders, " in message
+
+
 def test_what_one_folder_lacks_is_named_beside_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     _make_run("E-v0_1", 3)
     assert main("all_plots -e E-v0 -a clipppo ppo --no-display".split()) == 0
@@ -123,10 +178,11 @@ def test_a_file_of_one_run_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize(
     ("results", "options", "message"),
     [
-        ({}, "", "of which the options select none. It has no environments."),
-        ({"E": {"A": 0}}, "--keep-envs F", "of which the options select none. It has E."),
+        ({}, "", "of which the options select none. It has no environments and no keys."),
+        ({"E": {"A": 0}}, "--keep-envs F", "of which the options select none. It has E and A."),
         ({"E": {"A": 0}}, "--skip-keys A", "of which the options select none."),
         ({"E": {"A": 0}, "F": {}}, "", "got post.pkl without those in F"),
+        ({"E": {"A": 0, "B": 0}}, "-l ours", "`--labels` must be one label for each of A, B, got ours. Pass 2"),
     ],
 )
 def test_a_file_that_lacks_something_is_refused(
@@ -137,6 +193,15 @@ def test_a_file_that_lacks_something_is_refused(
     Path("post.pkl").write_bytes(pickle.dumps({**filled, "results_table": {}}))
     assert message in _refused(f"plot_from_file -i post {options}", capsys)
     assert "No such file" in _refused("plot_from_file -i none", capsys)
+
+
+def test_results_are_merged_before_they_are_selected() -> None:
+    full = {"last_evals": np.zeros(2), "timesteps": np.arange(2), "mean": np.zeros(2), "std_error": np.zeros(2)}
+    table = {"headers": ["Environments", "A"], "value_matrix": [["E", "0"]]}
+    for name, key in (("post", "A"), ("other", "B")):
+        Path(f"{name}.pkl").write_bytes(pickle.dumps({"E": {key: full}, "results_table": table}))
+    for options in ("--keep-keys B", "--skip-keys A", "-l ours theirs"):
+        assert main(f"plot_from_file -i post --merge other.pkl {options}".split()) == 0
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ COMMANDS: dict[str, Command] = {
     "all_plots": Command(
         "plot evaluations of many runs and print a table",
         "rl_zoo3.plots:all_plots",
-        {"algos": [ALGORITHM], "exp_folders": ["logs"]},
+        {"algos": [ALGORITHM], "exp_folders": ["logs"], "max_timesteps": float("inf")},
         required="env",
     ),
     "plot_from_file": Command(

@@ -40,7 +40,13 @@ def check_plot_train(options: Namespace) -> None:
 
 
 def check_all_plots(options: Namespace) -> None:
-    """Check that each environment has evaluations that can be drawn."""
+    """Check that each environment has evaluations that can be drawn, and each folder a label."""
+    labels = options.exp_folders if options.labels is None else options.labels
+    if len(set(labels)) != len(options.exp_folders):
+        raise ValueError(
+            f"`--labels` must be as many different labels as `--exp-folders` has folders, {len(options.exp_folders)}, "
+            f"got {', '.join(labels)}. Name each folder once, and one label for each."
+        )
     folders = [Path(folder, algo.lower()) for algo in options.algos for folder in options.exp_folders]
     for env in _names(options):
         _runs(folders, env)
@@ -56,12 +62,23 @@ def check_plot_from_file(options: Namespace) -> None:
     path = Path(options.input if options.input.endswith(".pkl") else f"{options.input}.pkl")
     results: dict[str, dict[str, Any]] = dict(read_pickle(path))
     results.pop("results_table", None)
+    for name in options.merge:
+        for env, of_env in read_pickle(name).items():
+            if env in results:
+                results[env] |= of_env
     envs = _chosen(results, options.keep_envs, options.skip_envs)
-    keys = _chosen(next(iter(results.values()), {}), options.keep_keys, options.skip_keys)
+    found = next(iter(results.values()), {})
+    keys = _chosen(found, options.keep_keys, options.skip_keys)
     if not envs or not keys:
         raise ValueError(
             f"`--input` must hold results to plot, got {path}, of which the options select none. It has "
-            f"{', '.join(results) or 'no environments'}. Change the `--keep` and `--skip` options."
+            f"{', '.join(results) or 'no environments'} and {', '.join(found) or 'no keys'}. Change the `--keep` and "
+            "`--skip` options."
+        )
+    if options.labels is not None and len(options.labels) != len(keys):
+        raise ValueError(
+            f"`--labels` must be one label for each of {', '.join(keys)}, got {', '.join(options.labels)}. Pass "
+            f"{len(keys)}, in this order."
         )
     for env, key in ((env, key) for env in envs for key in keys):
         if key not in results[env]:
@@ -109,25 +126,52 @@ def _missing_evaluations(folder: Path, env: str, options: Namespace) -> str:
     files = [path for path in folder.glob("*/evaluations.npz") if env in path.parent.name]
     if not files:
         return f"they were trained without evaluations in {folder}. Train with `--eval-freq`."
-    results = []
+    runs: dict[Path, tuple[Any, Any]] = {}
     for path in files:
         with np.load(path) as data:
             if options.key not in data:
                 return f"{path} has no {options.key!r} for `--key`. It has {', '.join(data)}."
             if len(data["timesteps"]) > 1:  # the Zoo omits others
-                results.append(data[options.key][data["timesteps"] <= options.max_timesteps])
-                if np.isnan(results[-1]).any():  # IsolatedEvalCallback fills rows with fewer episodes than others
+                runs[path.parent] = steps, results = data["timesteps"], data[options.key]
+                if steps[0] > options.max_timesteps:
+                    way_out = "Pass more."
+                    raise _not_comparable(env, f"{path} has none up to `-max` {options.max_timesteps}. {way_out}")
+                if np.isnan(results[steps <= options.max_timesteps]).any():
+                    # IsolatedEvalCallback fills rows with fewer episodes than others.
                     way_out = f"Use `sb3-clipvf report {path.parent}`."
                     raise _not_comparable(env, f"evaluations in {path} differ in the number of episodes. {way_out}")
-    longest = max(map(len, results), default=-1)
-    if longest < 0:
+    if not runs:
         return f"they have one evaluation in {folder}. Train longer, or with a smaller `--eval-freq`."
-    if longest == 0:
-        return f"they have no evaluation up to `--max-timesteps` {options.max_timesteps} in {folder}. Pass more."
-    shapes = [np.shape(result) for result in results if len(result) == longest]
-    if len(set(shapes)) > 1:
+    kept = _compared(runs, env, options)
+    shapes = {np.shape(runs[run][1])[1:] for run in kept}
+    if len(shapes) > 1:
         text = f"they differ in the episodes of an evaluation in {folder}. Keep them in different folders (`-f`)."
         raise _not_comparable(env, text)
-    if len(shapes) == 1 and np.prod(shapes[0][1:]) == 1:
+    if len(kept) == 1 and np.prod(shapes.pop()) == 1:
         return f"one run with one episode in each evaluation in {folder}. Train again, or with more `--eval-episodes`."
+    left_out = [path.parent.name for path in files if path.parent not in kept]
+    if left_out:
+        sys.stdout.write(f"Left out, with fewer evaluations than other runs in {folder}: {', '.join(left_out)}\n")
     return ""
+
+
+def _compared(runs: dict[Path, tuple[Any, Any]], env: str, options: Namespace) -> list[Path]:
+    """Return the runs that the RL Zoo compares; raise ValueError if it would compare evaluations at different steps."""
+    lowest = options.min_timesteps
+    steps = {run: steps for run, (steps, _) in runs.items()}
+    if lowest > 0:  # the fewest evaluations of long runs; longer ones are compared at the nearest steps
+        long = [run for run in runs if steps[run][-1] >= lowest]
+        if not long:
+            raise _not_comparable(env, f"no run reaches `-min` {lowest} in {next(iter(runs)).parent}. Pass less.")
+        first = min(long, key=lambda run: len(steps[run]))
+        n_evaluations = len(steps[first])
+    else:
+        n_evaluations, first = max((int((steps[run] <= options.max_timesteps).sum()), run) for run in runs)
+        long = []
+    kept = [run for run in runs if len(steps[run]) >= n_evaluations]
+    for run in kept:
+        is_resampled = run in long and len(steps[run]) > n_evaluations
+        if not (is_resampled or np.allclose(steps[run][:n_evaluations], steps[first][:n_evaluations], rtol=0.01)):
+            way_out = "Keep them in different folders (`-f`), or pass `-min` to compare long runs at the nearest steps."
+            raise _not_comparable(env, f"{first} and {run} were evaluated at different steps. {way_out}")
+    return kept
