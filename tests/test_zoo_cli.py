@@ -512,7 +512,8 @@ def test_a_run_is_uploaded_with_a_card_that_knows_clipppo(in_trained: Path, uplo
     assert repo_id == "someone/clipppo-CartPole-v1"
     card = (Path(folder) / "README.md").read_text()
     assert "python -m sb3_clipvf enjoy --algo clipppo --env CartPole-v1" in card
-    assert "rl_zoo3." not in card
+    assert "In a clone of sb3_clipvf, install it with the RL Zoo:\n" in card
+    assert not re.search(r"rl_zoo3\.|install rl_zoo3|install sb3_clipvf", card)
     assert (Path(folder) / "clipppo-CartPole-v1.zip").is_file()
 
 

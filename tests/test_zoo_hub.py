@@ -13,7 +13,9 @@ CARD = "pip install rl_zoo3\npython -m rl_zoo3.enjoy --algo {algo} --env CartPol
 
 
 def test_commands_of_a_card_know_clipppo() -> None:
-    expected = "pip install sb3_clipvf\npython -m sb3_clipvf enjoy --algo clipppo --env CartPole-v1 -f logs/\n"
+    expected = (
+        "pip install -c constraints.txt .\npython -m sb3_clipvf enjoy --algo clipppo --env CartPole-v1 -f logs/\n"
+    )
     assert own_commands(CARD.format(algo="clipppo")) == expected
 
 

@@ -15,6 +15,14 @@ from rl_zoo3 import utils
 from sb3_clipvf.zoo.commands import ALGORITHM
 from sb3_clipvf.zoo.patching import patched
 
+_OWN_TEXTS = {
+    "python -m rl_zoo3.": "python -m sb3_clipvf ",
+    "Install the RL Zoo (with SB3 and SB3-Contrib):": "In a clone of sb3_clipvf, install it with the RL Zoo:",
+    "If you installed the RL Zoo3 via pip (`pip install rl_zoo3`), from anywhere": "After that, from anywhere",
+    "pip install rl_zoo3": "pip install -c constraints.txt .",
+}
+"""Texts of the RL Zoo's model card, and those for ClipPPO, in the order in which they are replaced."""
+
 
 @contextmanager
 def own_model_card() -> Iterator[None]:
@@ -36,8 +44,9 @@ def own_commands(card: str) -> str:
     """Replace the RL Zoo's commands in the model card of a ClipPPO, since they do not support the algorithm."""
     if f"--algo {ALGORITHM} " not in card:
         return card
-    card = card.replace("python -m rl_zoo3.", "python -m sb3_clipvf ")
-    return card.replace("pip install rl_zoo3", "pip install sb3_clipvf")
+    for text, own_text in _OWN_TEXTS.items():
+        card = card.replace(text, own_text)
+    return card
 
 
 @contextmanager
