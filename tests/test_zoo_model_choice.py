@@ -100,6 +100,14 @@ def test_the_command_line_takes_precedence_over_the_settings(run: Path, seen: li
     assert seen == [(2.0, 8), (2.0, 8)]
 
 
+def test_rewards_of_a_run_that_does_not_normalise_cannot_be(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("enjoy --no-render -n 9 --device cpu --norm-reward") == 2
+    message = (
+        "`--norm-reward` must be used with a run whose settings normalise, got one whose settings do not. Omit it."
+    )
+    assert message in capsys.readouterr().err.splitlines()[0]
+
+
 def test_an_upload_holds_the_arguments_of_the_environment(run: Path, seen: list[tuple[Any, Any]]) -> None:
     assert _run(COMMANDS[-1]) == 0
     folder = Path("hub", "clipppo-Pendulum-v1")

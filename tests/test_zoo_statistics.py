@@ -186,3 +186,15 @@ def test_statistics_continue_from_those_of_the_model(run: Path, capsys: pytest.C
         str(RUN.with_name("CartPole-v1_2") / "CartPole-v1" / "vecnormalize.pkl"), make_vec_env("CartPole-v1")
     )
     assert ended.obs_rms.count == pytest.approx(128 + 64 + 2 * AT_START, abs=0.001)
+
+
+def test_rewards_are_normalised_if_asked_for(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    means = []
+    for option in ((), ("--norm-reward",)):
+        assert main(["enjoy", "--no-render", "-n", "200", "--device", "cpu", *option]) == 0
+        out = capsys.readouterr().out
+        assert f"'norm_reward': {bool(option)}" in out
+        means.append(float(re.findall(r"Mean reward: ([\d.]+)", out)[0]))
+    statistics = load_statistics(run / "checkpoints" / "checkpoint_256.zip", make_vec_env("CartPole-v1"))
+    assert means[1] == pytest.approx(means[0] / statistics.ret_rms.var**0.5, abs=0.02)  # two digits are printed
+    assert means[1] != pytest.approx(means[0], abs=0.02)

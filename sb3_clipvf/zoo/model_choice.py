@@ -15,7 +15,7 @@ from typing import Any
 import gymnasium as gym
 from huggingface_sb3 import EnvironmentName, ModelName
 from rl_zoo3 import utils
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
 from sb3_clipvf.callbacks import BEST_MODEL
 from sb3_clipvf.checkpoint import newest_checkpoint
@@ -73,6 +73,7 @@ def own_models() -> Iterator[None]:
     """Make the RL Zoo's commands find ClipPPO's checkpoints and build the environments of the training."""
     zoo_path, zoo_hyperparams, zoo_env = utils.get_model_path, utils.get_saved_hyperparams, utils.create_test_env
     chosen: Path | None = None
+    normalizes_rewards = False
 
     def get_model_path(
         exp_id: int, folder: str, algo: str, env_name: EnvironmentName, *which: Any, **named: Any
@@ -85,12 +86,17 @@ def own_models() -> Iterator[None]:
         return found
 
     def get_saved_hyperparams(*args: Any, **kwargs: Any) -> tuple[dict[str, Any], str | None]:
+        nonlocal normalizes_rewards
+        normalizes_rewards = kwargs.get("norm_reward", False)  # `enjoy` names it
         hyperparams, path = zoo_hyperparams(*args, **kwargs)
         drop_null(hyperparams)
         return hyperparams, path
 
     def create_test_env(*args: Any, **kwargs: Any) -> VecEnv:
-        return make_test_env(zoo_env, chosen, *args, **kwargs)
+        env = make_test_env(zoo_env, chosen, *args, **kwargs)
+        if normalizes_rewards:
+            _normalize_rewards(env)
+        return env
 
     with patched(
         latest_run=_latest_run_id,
@@ -176,6 +182,17 @@ def load_normalizer(path: Path, venv: VecEnv) -> VecNormalize:
     if path.name == STATISTICS_FILE:
         return VecNormalize.load(str(path), venv)
     return load_statistics(path, venv)
+
+
+def _normalize_rewards(env: VecEnv) -> None:
+    """Return normalised rewards, which ``--norm-reward`` asks for and the Zoo's environments do not."""
+    normalizer = unwrap_vec_normalize(env)
+    if normalizer is None:
+        env.close()
+        raise ValueError(
+            "`--norm-reward` must be used with a run whose settings normalise, got one whose settings do not. Omit it."
+        )
+    normalizer.norm_reward = True
 
 
 def _find_model(
