@@ -40,13 +40,31 @@ class Tape(TorchDispatchMode):
                 if isinstance(before, th.Tensor) and before.data_ptr() != now.data_ptr():
                     before.copy_(now)
 
+    def spoil(self) -> None:
+        """Overwrite the memory that the operations allocated, floats by NaN."""
+        for storage in self._allocated().values():
+            storage.fill_(255)
+
+    def _allocated(self) -> dict[int, Any]:
+        given: set[int] = set()
+        allocated: dict[int, Any] = {}
+        for _, args, kwargs, result in self.operations:
+            given |= _storages((args, kwargs)).keys() - allocated.keys()
+            allocated |= {key: storage for key, storage in _storages(result).items() if key not in given}
+        return allocated
+
     def names(self) -> list[str]:
         """Return the names of the operations that a GPU would run as kernels, which views are not."""
         return [str(function) for function, args, _, result in self.operations if not _is_view(args, result)]
 
 
+def _storages(tree: Any) -> dict[int, Any]:
+    storages = [part.untyped_storage() for part in tree_leaves(tree) if isinstance(part, th.Tensor)]
+    return {storage.data_ptr(): storage for storage in storages}
+
+
 def _is_view(args: Any, result: Any) -> bool:
-    storages = {part.untyped_storage().data_ptr() for part in tree_leaves(args) if isinstance(part, th.Tensor)}
+    storages = _storages(args)
     tensors = [part for part in tree_leaves(result) if isinstance(part, th.Tensor)]
     in_place = any(part is other for part in tensors for other in tree_leaves(args))
     return bool(tensors) and not in_place and all(part.untyped_storage().data_ptr() in storages for part in tensors)
@@ -60,7 +78,11 @@ class TapeRecorder:
 
     @unvalidated_distributions
     def record(
-        self, run: Callable[[], None], warm_up: Callable[[], None], generators: Iterable[th.Generator] = ()
+        self,
+        run: Callable[[], None],
+        warm_up: Callable[[], None],
+        generators: Iterable[th.Generator] = (),
+        beside: Tape | None = None,
     ) -> Tape:
         """Record as ``Recorder.record`` does: the operations run once, and their effects must not last."""
         states = [(generator, generator.get_state()) for generator in (th.default_generator, *generators)]
@@ -75,4 +97,21 @@ class TapeRecorder:
             for generator, state in states:
                 generator.set_state(state)
         self.tapes.append(tape)
+        return tape
+
+
+class SharedTapeRecorder(TapeRecorder):
+    """Records tapes in one memory: each overwrites what all have allocated."""
+
+    def record(self, *args: Any, **kwargs: Any) -> Tape:
+        """Record as ``TapeRecorder`` does."""
+        tape = super().record(*args, **kwargs)
+        replay = tape.replay
+
+        def spoil_and_replay() -> None:
+            for other in self.tapes:
+                other.spoil()
+            replay()
+
+        tape.replay = spoil_and_replay  # type: ignore[method-assign]
         return tape

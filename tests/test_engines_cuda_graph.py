@@ -20,6 +20,7 @@ from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv
+from tape import SharedTapeRecorder
 from test_engines import ACTIONS, BOX, COEFFICIENTS, OBS, SETTINGS
 from test_engines_cuda_static_step import POLICIES, collected, sample
 
@@ -53,7 +54,7 @@ class StandIn:
     def __init__(self, device: th.device) -> None:
         pass
 
-    def record(self, run: Callable[[], None], warm_up: Callable[[], None]) -> Repeated:
+    def record(self, run: Callable[[], None], warm_up: Callable[[], None], **_: Any) -> Repeated:
         random_state = th.get_rng_state()
         warm_up()
         th.set_rng_state(random_state)
@@ -78,9 +79,9 @@ def n_recordings(device: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     recorder: Any = cuda_graph.Recorder
     record = recorder.record
 
-    def counted(*args: Any) -> Any:
+    def counted(*args: Any, **kwargs: Any) -> Any:
         count[0] += 1
-        return record(*args)
+        return record(*args, **kwargs)
 
     monkeypatch.setattr(recorder, "record", counted)
     return count
@@ -175,6 +176,29 @@ def test_several_chunks(device: str, monkeypatch: pytest.MonkeyPatch, n_recordin
     monkeypatch.setattr(static_step, "CHUNK", 2)
     run_both("box", device, coefficients=dataclasses.replace(COEFFICIENTS, kl_coef=0.0))
     assert n_recordings == [4]
+
+
+@pytest.mark.parametrize("name", ["box", "discrete", "multi_discrete", "cnn", "gsde"])
+def test_chunks_read_nothing_that_another_one_allocated(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graph, "Recorder", SharedTapeRecorder)
+    monkeypatch.setattr(static_step, "CHUNK", 2)
+    engines: list[Any] = []
+    coefficients = dataclasses.replace(COEFFICIENTS, kl_coef=0.0)
+    run_both(name, "cpu", coefficients=coefficients, change=lambda _, engine: engines.append(engine))
+    tapes, loss = engines[1]._recorder.tapes, engines[1]._step._loss
+    assert len(tapes) == 4 and loss.values.isfinite().all()
+    tapes[-1].spoil()
+    assert loss.values.isnan().all()  # so it was overwritten before
+
+
+def test_chunks_share_memory(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "cpu":
+        pytest.skip("needs graphs")
+    monkeypatch.setattr(static_step, "CHUNK", 2)
+    policy, buffer = make("box", device)
+    engine = CudaGraphEngine(policy, settings_of(policy))
+    engine.update(buffer, dataclasses.replace(COEFFICIENTS, kl_coef=0.0))
+    assert len(engine._chunks) == 4 and len({graph.pool() for graph in engine._chunks.values()}) == 1
 
 
 @pytest.mark.parametrize("target_kl", [1e-6, 0.01, 1e6])

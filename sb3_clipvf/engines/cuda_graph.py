@@ -135,7 +135,9 @@ class CudaGraphEngine(StaticEngine):
             self._recorded_step = step
         graph = self._chunks.get((sizes, measure_kl))
         if graph is None:
-            graph = self._try("updates", lambda recorder: _record_chunk(recorder, step, sizes, measure_kl))
+            # What one chunk allocates is not read after it.
+            beside = next(iter(self._chunks.values()), None)
+            graph = self._try("updates", lambda recorder: _record_chunk(recorder, step, sizes, measure_kl, beside))
             if graph is None:
                 step.run(sizes, measure_kl)
                 return
@@ -165,7 +167,9 @@ class Bfloat16Engine(CudaGraphEngine):
         return why_not_bf16(self.policy, buffer) is None
 
 
-def _record_chunk(recorder: Recorder, step: StaticStep, sizes: tuple[int, ...], measure_kl: bool) -> Graph:
+def _record_chunk(
+    recorder: Recorder, step: StaticStep, sizes: tuple[int, ...], measure_kl: bool, beside: Graph | None = None
+) -> Graph:
     """Record the minibatches of a chunk. No warm-up makes a step."""
     active = step.active.clone()
 
@@ -175,7 +179,7 @@ def _record_chunk(recorder: Recorder, step: StaticStep, sizes: tuple[int, ...], 
             step.run((size,), measure_kl)
 
     try:
-        return recorder.record(lambda: step.run(sizes, measure_kl), warm_up)
+        return recorder.record(lambda: step.run(sizes, measure_kl), warm_up, beside=beside)
     finally:
         step.active.copy_(active)
 

@@ -19,6 +19,9 @@ class Graph(Protocol):
     def replay(self) -> None:
         """Run the operations on the current stream."""
 
+    def pool(self) -> Any:
+        """Return the name of the memory that the operations allocated."""
+
 
 class Recorder:
     """Records operations on a CUDA device, on a stream of its own."""
@@ -29,20 +32,27 @@ class Recorder:
 
     @unvalidated_distributions
     def record(
-        self, run: Callable[[], None], warm_up: Callable[[], None], generators: Iterable[th.Generator] = ()
+        self,
+        run: Callable[[], None],
+        warm_up: Callable[[], None],
+        generators: Iterable[th.Generator] = (),
+        beside: Graph | None = None,
     ) -> Graph:
         """
         Return the operations of ``run``, which is called once, after some calls of ``warm_up``.
 
         Random states stay as they are, after an error, too. ``generators`` are those that the operations draw from
-        besides that of the device.
+        besides that of the device. If a graph is given as ``beside``, both use the same memory: what one of them
+        allocates is lost when the other one runs.
 
         :raises RuntimeError: If an operation cannot be recorded.
         """
         with th.cuda.device(self._device):  # torch synchronises the current device, and changes it with the stream
-            return self._record(run, warm_up, list(generators))
+            return self._record(run, warm_up, list(generators), None if beside is None else beside.pool())
 
-    def _record(self, run: Callable[[], None], warm_up: Callable[[], None], generators: list[th.Generator]) -> Graph:
+    def _record(
+        self, run: Callable[[], None], warm_up: Callable[[], None], generators: list[th.Generator], pool: Any
+    ) -> Graph:
         device = self._device
         if self._stream is None:
             self._stream = th.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -62,7 +72,7 @@ class Recorder:
                     warm_up()
             current.wait_stream(stream)
             restore()
-            return _recorded(run, stream, generators)
+            return _recorded(run, stream, generators, pool)
         except BaseException:  # also Ctrl-C
             with suppress(RuntimeError):  # of a device that has failed: the first error is raised
                 th.cuda.set_stream(current)
@@ -81,12 +91,12 @@ def warn_of_failure(what: str, error: RuntimeError) -> None:
     )
 
 
-def _recorded(run: Callable[[], None], stream: Any, generators: list[th.Generator]) -> Graph:
+def _recorded(run: Callable[[], None], stream: Any, generators: list[th.Generator], pool: Any = None) -> Graph:
     graph = th.cuda.CUDAGraph()
     for generator in generators:
         graph.register_generator_state(generator)
     # Threads of environments may use the device meanwhile.
-    with th.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+    with th.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         run()
     return graph
 
