@@ -6,7 +6,6 @@ Training on several processes: what they agree on at the start, and exchange bef
 """
 
 import math
-import numbers
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,9 +21,7 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.utils import update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from sb3_clipvf.arguments import constructor_arguments
 from sb3_clipvf.callbacks import count_all_steps
-from sb3_clipvf.checkpoint.file import versions
 from sb3_clipvf.checkpoint.protocol import ResumableModel
 from sb3_clipvf.checkpoint.resume import reset_environments
 from sb3_clipvf.checkpoint.training_state import process_state
@@ -33,14 +30,11 @@ from sb3_clipvf.common.messages import log
 from sb3_clipvf.distributed import ALONE, Group, Moments, current_group, merged_moments
 from sb3_clipvf.engines.device_buffer import explained_variance_of
 from sb3_clipvf.engines.interface import Engine, UpdateCoefficients
+from sb3_clipvf.guards.agreement import check_same, common_arguments, description_of, is_plain
 from sb3_clipvf.guards.diagnosis import FaultContext
 from sb3_clipvf.rollout import on_host
 from sb3_clipvf.tensor_collection import TensorRolloutCollector
 
-# Arguments that may differ between processes, or that are compared in another way
-_OWN = frozenset(
-    "policy env seed device verbose tensorboard_log stats_window_size policy_kwargs rollout_buffer_kwargs".split()
-)
 # Attributes that all processes take from the first one when a training starts
 _COMMON = ("num_timesteps", "_n_updates", "_schedule_timesteps", "_updates_with_skips", "adaptive_kl", "adaptive_lr")
 
@@ -208,8 +202,8 @@ class DataParallelCollector(TensorRolloutCollector):
         return first
 
     def _from_first(self, *, asks_for_states: bool = False, n_rollout_steps: int | None = None) -> _FromFirst:
-        arguments = {name: getattr(self, name) for name in _common_arguments(self)}
-        plain = {name: value for name, value in arguments.items() if _is_plain(value)}
+        arguments = {name: getattr(self, name) for name in common_arguments(self)}
+        plain = {name: value for name, value in arguments.items() if is_plain(value)}
         folder = self._fault_context().folder
         return _FromFirst(asks_for_states, self._training_id, folder, plain, n_rollout_steps)
 
@@ -247,7 +241,7 @@ class DataParallelCollector(TensorRolloutCollector):
 
     def _check_agreement(self, group: Group, of_call: dict[str, Any]) -> list[int]:
         """Raise ValueError if processes differ in what must be equal; return their numbers of environments."""
-        own = {**_arguments_of(self), **of_call, **_description_of(self)}
+        own = {**description_of(self), **of_call}
         if self.seed is not None:
             own["number of environments, since `seed` is set"] = self.n_envs
         found = group.gather((own, self.n_envs))
@@ -333,24 +327,6 @@ class DataParallelCollector(TensorRolloutCollector):
         return math.nan if total == 0 else 1.0 - rest / total
 
 
-def check_same(descriptions: list[dict[str, Any]]) -> None:
-    """
-    Check that all processes have the same description.
-
-    :param descriptions: Values by name, one dict for each process.
-    :raises ValueError: If one differs from the first; the message has the names and values that differ.
-    """
-    first = descriptions[0]
-    for rank, other in enumerate(descriptions):
-        different = [name for name in {**first, **other} if first.get(name) != other.get(name)]
-        if different:
-            values = "; ".join(f"{name}: {first.get(name)} and {other.get(name)}" for name in different)
-            raise ValueError(
-                f"Processes 0 and {rank} must have the same {', '.join(different)}, got {values}. Start all of them "
-                "with the same script, arguments and installation."
-            )
-
-
 def merge_running(
     running: list[RunningMeanStd], common: Sequence[tuple[Any, Any, float]], parts: list[list[tuple[Any, Any, float]]]
 ) -> None:
@@ -385,46 +361,6 @@ def _running_moments(normalizer: VecNormalize | None) -> list[RunningMeanStd]:
 
 def _values_of(running: list[RunningMeanStd]) -> list[tuple[Any, Any, float]]:
     return [(rms.mean, rms.var, rms.count) for rms in running]
-
-
-def _common_arguments(model: Any) -> list[str]:
-    """Return the names of a model's arguments that must be equal in all processes."""
-    names = set(constructor_arguments(type(model))) - _OWN
-    return [name for name in sorted(names) if hasattr(model, name)]
-
-
-def _arguments_of(model: Any) -> dict[str, Any]:
-    """Return a model's arguments, by name, as values that can be compared between processes."""
-    return {f"`{name}`": _comparable(getattr(model, name)) for name in _common_arguments(model)}
-
-
-def _description_of(model: Any) -> dict[str, Any]:
-    return {
-        "policy": str(model.policy),
-        "optimizer": _comparable(model.policy.optimizer),
-        "observation space": str(model.observation_space),
-        "action space": str(model.action_space),
-        "kind of device": model.device.type,
-        "VecNormalize": _normalizer_description(model.get_vec_normalize_env()),
-        **{f"version of {name}": version for name, version in versions().items()},
-    }
-
-
-def _normalizer_description(normalizer: VecNormalize | None) -> str:
-    names = "norm_obs norm_reward norm_obs_keys clip_obs clip_reward gamma epsilon training".split()
-    settings = ", ".join(f"{name}={getattr(normalizer, name, None)}" for name in names)
-    return "none" if normalizer is None else f"{type(normalizer).__name__}({settings})"
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, (str, numbers.Real))
-
-
-def _comparable(value: Any) -> Any:
-    if _is_plain(value):
-        return value
-    name = getattr(value, "__qualname__", None)
-    return f"{value.__module__}.{name}" if name else type(value).__qualname__
 
 
 def _on_cpu(tree: Any) -> Any:

@@ -1,1 +1,1 @@
-"""Checks during a training: non-finite numbers, failures, dead worker processes, observations of wrong shapes."""
+"""Checks during a training: non-finite numbers, failures, dead workers, wrong observations, processes that differ."""
