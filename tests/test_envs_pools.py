@@ -280,14 +280,19 @@ class TestSpares:
         seeded = venv.reset()
         np.testing.assert_array_equal(seeded, plain.reset())
         first = adapted_stream(venv, 60, follow_pole)
-        # The seeds of spares follow those of the rows, as in a pool that was made with this one.
-        made = as_vec_env(make(seed=9), spares=True)
-        made.reset()
-        assert_same_streams(adapted_stream(made, 60, follow_pole), first, n_ends=3)
         for _ in range(2):
             venv.seed(9)
             np.testing.assert_array_equal(venv.reset(), seeded)
             assert_same_streams(adapted_stream(venv, 60, follow_pole), first, n_ends=3)
+
+    def test_seeds_of_spares_are_not_those_of_further_rows(self, make: Callable[..., Any]) -> None:
+        """Another process has these."""
+        venv, further = as_vec_env(make(), spares=True), as_vec_env(make(num_envs=6))
+        venv.seed(9)
+        further.seed(9 + 3)
+        venv.reset()
+        firsts = {row.tobytes() for row in further.reset()}
+        assert not firsts & {row.tobytes() for row in venv._first_obs}
 
     def test_a_reset_within_an_episode_begins_again(self, make: Callable[..., Any]) -> None:
         venv = as_vec_env(make(max_episode_steps=7), spares=True)

@@ -122,7 +122,7 @@ class SparedEnvPoolVecEnv(EnvPoolVecEnv):
 
     def _reset_all(self, seeds: list[int] | None, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
         if seeds is not None:
-            seeds = seeds + [seed + self.num_envs for seed in seeds]
+            seeds = seeds + [seed + 2**30 for seed in seeds]  # those of further rows and processes follow the rows'
         obs, infos = super()._reset_all(seeds, options)
         self._begin_turns()
         self._first_obs = take_rows(obs, self._waiting)
