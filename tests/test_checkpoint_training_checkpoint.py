@@ -446,6 +446,35 @@ def test_after_a_training_that_failed_signals_do_what_they_did_before(tmp_path: 
     assert steps(tmp_path) == []
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_signal_in_a_write_is_handled_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """Of a checkpoint that is due, or of the last copy after an error."""
+    real = training_checkpoint.file_bytes
+
+    def interrupted(*arguments: Any) -> bytes:
+        signal.raise_signal(signal.SIGINT)
+        return real(*arguments)
+
+    monkeypatch.setattr(training_checkpoint, "COPY_SHARE", 1e9)  # a copy after each update
+    monkeypatch.setattr(training_checkpoint, "file_bytes", interrupted)
+    checkpoint = TrainingCheckpoint(10**6 if fails else 64, tmp_path)
+    with pytest.raises(KeyboardInterrupt if fails else SystemExit):
+        CASE.model(tmp_path).learn(192, callback=[checkpoint, Act(100, lambda: 1 / 0)])
+    assert steps(tmp_path) == [64]
+
+
+def test_a_signal_after_a_nan_in_another_process_writes_no_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_checkpoint, "COPY_SHARE", 1e9)  # a copy after each update
+    monkeypatch.setattr(training_checkpoint, "is_ended_by_nonfinite", lambda: True)
+    with pytest.raises(SystemExit):
+        CASE.model(tmp_path).learn(
+            192, callback=[TrainingCheckpoint(10**6, tmp_path), Act(100, kill_me(signal.SIGTERM))]
+        )
+    assert steps(tmp_path) == []
+
+
 def test_on_training_end_outside_of_learn_writes_nothing(tmp_path: Path) -> None:
     """The Zoo calls `on_training_end` once more, and also after an error."""
     callback = TrainingCheckpoint(64, tmp_path / "whole")

@@ -1,9 +1,11 @@
 """Handlers of SIGTERM and SIGINT: they save a last checkpoint, then end the process with the signal's exit code."""
 
+import contextlib
+import inspect
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -24,6 +26,8 @@ class SignalWatch:
         self._save = save
         self._pid = os.getpid()
         self._handlers_before: dict[int, Any] = {}
+        self._is_deferring = False
+        self._deferred: int | None = None
 
     def start(self) -> bool:
         """Install the handlers, if this is the main thread and signals are not ignored. Return whether any was."""
@@ -42,8 +46,23 @@ class SignalWatch:
                 signal.signal(number, handler)
                 del self._handlers_before[number]
 
+    @contextlib.contextmanager
+    def deferring(self) -> Iterator[None]:
+        """Handle a signal that arrives in this context at its end, so that a write is completed."""
+        self._is_deferring = True
+        try:
+            yield
+        finally:
+            self._is_deferring = False
+            number, self._deferred = self._deferred, None
+            if number is not None:
+                self._handle(number, inspect.currentframe())
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.stop()
+        if self._is_deferring and os.getpid() == self._pid:
+            self._deferred = number
+            return
         # Forked processes of environments inherit the handlers, and an error may have ended the training.
         if os.getpid() != self._pid or not is_learning(self._model, frame):
             signal.raise_signal(number)

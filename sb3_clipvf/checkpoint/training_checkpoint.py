@@ -264,6 +264,10 @@ class TrainingCheckpoint(BaseCallback):
     def _write(self, state: TrainingState) -> None:
         self._log_differences(state)
         path = self.path / f"checkpoint_{state.num_timesteps}.zip"
+        with contextlib.nullcontext() if self._watch is None else self._watch.deferring():
+            self._write_file(state)
+
+    def _write_file(self, state: TrainingState) -> None:
         try:
             content = file_bytes(state, self._serial + 1)
             # Not the files that this training has written and keeps: `keep_last` may be large.
