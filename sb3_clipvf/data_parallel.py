@@ -27,7 +27,7 @@ from sb3_clipvf.checkpoint.resume import reset_environments
 from sb3_clipvf.checkpoint.training_state import process_state
 from sb3_clipvf.checkpoint.vec_env_state import describe_vec_env
 from sb3_clipvf.common.messages import log
-from sb3_clipvf.distributed import ALONE, Group, Moments, current_group, merged_moments
+from sb3_clipvf.distributed import ALONE, Group, Moments, check_backend, current_group, merged_moments
 from sb3_clipvf.engines.device_buffer import explained_variance_of
 from sb3_clipvf.engines.interface import Engine, UpdateCoefficients
 from sb3_clipvf.guards.agreement import check_same, common_arguments, description_of, is_plain
@@ -107,6 +107,7 @@ class DataParallelCollector(TensorRolloutCollector):
         group = current_group()
         self._n_envs_elsewhere = 0
         if group.size > 1:
+            check_backend(self.device)
             of_call = {"total_timesteps": total_timesteps, "reset_num_timesteps": reset_num_timesteps}
             n_envs = self._check_agreement(group, of_call)
             self._n_envs_elsewhere = sum(n_envs) - self.n_envs

@@ -6,7 +6,9 @@ A group of one process exchanges nothing. ``docs/distributed.md`` describes a tr
 
 import atexit
 import contextlib
+import functools
 import importlib
+import json
 import math
 import multiprocessing
 import os
@@ -22,13 +24,19 @@ import numpy as np
 import torch as th
 import torch.distributed as dist
 
+from sb3_clipvf.common.messages import log
+from sb3_clipvf.common.nonfinite import NonFiniteError
+
 Value = TypeVar("Value")
 
 TIMEOUT_VARIABLE = "SB3_CLIPVF_TIMEOUT"
 """Environment variable: seconds that a process waits for another. The default is 1800."""
 
 _DEFAULT_TIMEOUT = timedelta(minutes=30)
-_LAUNCH, _FAILURE, _WAITING = "sb3_clipvf/launch", "sb3_clipvf/failure", "sb3_clipvf/waiting"
+_LAUNCH = "sb3_clipvf/launch"
+# The process that torchrun has started sets this variable to the launch and its own id. Its children inherit both.
+_OWNER = "SB3_CLIPVF_OWNER"
+_OF_LAUNCH = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT", "RANK")
 # A process that fails writes its note before it closes its connections; those that wait write theirs after that.
 _NOTE_SECONDS = 2
 
@@ -42,6 +50,8 @@ class Group:
     """
     The processes that train one model. Each method is called by all of them, in the same order.
 
+    Processes that ``torchrun`` has started connect in the first call.
+
     :param rank: Number of this process, from 0.
     :param size: Number of processes.
     """
@@ -54,7 +64,7 @@ class Group:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with _raising_lost_process():
+        with _exchanging():
             dist.all_gather_object(values, value)
         return values
 
@@ -63,7 +73,7 @@ class Group:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size if self.rank == 0 else []
-        with _raising_lost_process():
+        with _exchanging():
             dist.gather_object(value, values or None)
         return values
 
@@ -72,20 +82,20 @@ class Group:
         if self.size == 1:
             return value
         values = [value if self.rank == 0 else None]
-        with _raising_lost_process():
+        with _exchanging():
             dist.broadcast_object_list(values)
         return value if self.rank == 0 else cast(Value, values[0])
 
     def broadcast_tensor(self, tensor: th.Tensor) -> None:
         """Overwrite a tensor by that of the first process, of the same shape and type."""
         if self.size > 1:
-            with _raising_lost_process():
+            with _exchanging():
                 dist.broadcast(tensor, 0)
 
     def add_up(self, tensor: th.Tensor) -> None:
         """Overwrite a tensor by the sum of those of all processes, of the same shape and type."""
         if self.size > 1:
-            with _raising_lost_process():
+            with _exchanging():
                 dist.all_reduce(tensor)
 
     def mean(self, value: th.Tensor, n: int) -> th.Tensor:
@@ -102,17 +112,24 @@ class Group:
     @contextlib.contextmanager
     def failing_together(self) -> Iterator[None]:
         """Report an error that ends this context to the other processes, and disconnect from them."""
+        global _notes
+        if self.size == 1:
+            yield
+            return
         try:
+            _join()
+            _notes = _Notes(self.rank, self.size)
             yield
         except LostProcessError:
             _leave(failed=True)
             raise
         except BaseException as error:
-            if self.size > 1:
-                with contextlib.suppress(RuntimeError):
-                    _store().set(_FAILURE, f"process {self.rank} failed with {type(error).__name__}: {error}")
-                _leave(failed=True)
+            if _notes is not None:
+                _notes.write_failure(error)
+            _leave(failed=True)
             raise
+        finally:
+            _notes = None
 
 
 ALONE = Group()
@@ -161,20 +178,41 @@ def merged_moments(parts: list[Moments]) -> Moments:
 
 def current_group() -> Group:
     """
-    Return the group of this process, and join it if ``torchrun`` has started it and it has not joined yet.
+    Return the group of this process: one that the user's own code has joined, or else all that ``torchrun`` started.
 
-    :raises LostProcessError: If an error has ended the group.
+    This does not communicate. A child of such a process is alone.
     """
     if not dist.is_available():
         return ALONE
-    if not dist.is_initialized():
-        if not dist.is_torchelastic_launched() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
-            return ALONE
-        if multiprocessing.parent_process() is not None:  # a worker of an environment, which inherits the variables
-            return ALONE
-        _join()
-    size = dist.get_world_size()
-    return ALONE if size == 1 else Group(dist.get_rank(), size)
+    if dist.is_initialized() and not _has_joined:
+        rank, size = dist.get_rank(), dist.get_world_size()
+    elif _is_launched():
+        rank, size = int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", 1))
+        if size > 1:
+            _select_gpu()
+    else:
+        return ALONE
+    return ALONE if size == 1 else Group(rank, size)
+
+
+def check_backend(device: th.device) -> None:
+    """
+    Check that processes can exchange tensors of a device.
+
+    :raises ValueError: If the user's own group cannot.
+    """
+    if dist.is_initialized():
+        backends = str(dist.get_backend_config())
+        if device.type not in (part.partition(":")[0] for part in backends.split(",")):
+            raise ValueError(
+                f"`device` must be of a type for which the process group has a backend, got {device.type} and the "
+                f"backends {backends}. Call init_process_group without `backend`, or choose another device."
+            )
+
+
+def is_ended_by_nonfinite() -> bool:
+    """Return whether a NonFiniteError in one of the processes has ended the training that runs."""
+    return _notes is not None and _notes.failure()[1]
 
 
 # Whether this module, and not the user's own code, has connected this process to others
@@ -183,16 +221,35 @@ _has_joined = False
 _has_failed = False
 
 
+def _is_launched() -> bool:
+    """Return whether torchrun has started this process itself, and not a parent of it."""
+    if not dist.is_available() or not dist.is_torchelastic_launched() or multiprocessing.parent_process() is not None:
+        return False
+    launch = " ".join(os.environ.get(name, "") for name in _OF_LAUNCH)
+    known, _, pid = os.environ.get(_OWNER, "").rpartition(" ")
+    if known == launch:
+        return int(pid) == os.getpid()
+    os.environ[_OWNER] = f"{launch} {os.getpid()}"
+    return True
+
+
+_is_launched()  # before the process has children
+
+
+@functools.cache
+def _select_gpu() -> None:
+    """Select a GPU for this process, if its machine has one."""
+    if n_gpus := th.cuda.device_count():
+        th.cuda.set_device(int(os.environ["LOCAL_RANK"]) % n_gpus)
+
+
 def _join() -> None:
-    """Join the processes that torchrun has started. On a machine with GPUs, each process gets one."""
+    """Join the processes that torchrun has started, unless this process has joined them or the user's own group."""
     global _has_joined
+    if dist.is_initialized():
+        return
     if _has_failed:
         raise LostProcessError("An error has disconnected this process from the others. Start all of them again.")
-    can_use_nccl, n_gpus = False, th.cuda.device_count()
-    if n_gpus:
-        th.cuda.set_device(int(os.environ["LOCAL_RANK"]) % n_gpus)
-        # Processes of nccl cannot share a GPU.
-        can_use_nccl = dist.is_nccl_available() and int(os.environ["LOCAL_WORLD_SIZE"]) <= n_gpus
     # If torch imports this module later, default arguments of its functions keep the group alive. The threads of gloo
     # then run on while the interpreter ends, and abort the process if they release one of Python's tensors.
     importlib.import_module("torch.distributed.nn.functional")
@@ -201,10 +258,12 @@ def _join() -> None:
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
         name = _name_of_this_launch(store, rank, size, timeout)
         store = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
-        backend = _common_backend(store, rank, size, can_use_nccl)
+        backend = _common_backend(store, rank, size, _gpu_for_nccl())
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     _has_joined = True
     atexit.register(_leave)
+    if rank == 0:
+        log.info("%d processes train one model, and communicate by %s", size, backend)
 
 
 def _name_of_this_launch(store: Any, rank: int, size: int, timeout: timedelta) -> str:
@@ -232,11 +291,18 @@ def _name_of_this_launch(store: Any, rank: int, size: int, timeout: timedelta) -
     raise RuntimeError("process 0 has not joined")
 
 
-def _common_backend(store: Any, rank: int, size: int, can_use_nccl: bool) -> str:
-    """Return the backend of all processes: nccl for GPUs if each of them can use it, otherwise gloo alone."""
-    store.set(f"nccl/{rank}", str(can_use_nccl))
-    answers = {store.get(f"nccl/{other}").decode() for other in range(size)}
-    return "cpu:gloo,cuda:nccl" if answers == {"True"} else "gloo"
+def _gpu_for_nccl() -> str:
+    """Return a name of this process's GPU which no other GPU has; "" if it cannot use nccl."""
+    if not th.cuda.device_count() or not dist.is_nccl_available():
+        return ""
+    return str(th.cuda.get_device_properties(th.cuda.current_device()).uuid)
+
+
+def _common_backend(store: Any, rank: int, size: int, gpu: str) -> str:
+    """Return the backend of all processes: nccl for GPUs if each of them has one of its own, otherwise gloo alone."""
+    store.set(f"gpu/{rank}", gpu)
+    gpus = {store.get(f"gpu/{other}").decode() for other in range(size)}
+    return "cpu:gloo,cuda:nccl" if len(gpus) == size and "" not in gpus else "gloo"
 
 
 def _timeout() -> timedelta:
@@ -268,9 +334,57 @@ def _leave(*, failed: bool = False) -> None:
                 dist.destroy_process_group()
 
 
-def _store() -> Any:
-    """Return the store in which processes leave notes."""
-    return dist.distributed_c10d._get_default_store()
+class _Notes:
+    """What processes write into their store if an error ends a training. Each training has notes of its own."""
+
+    n_trainings = 0  # in which this process has taken part
+
+    def __init__(self, rank: int, size: int) -> None:
+        _Notes.n_trainings += 1
+        store = dist.distributed_c10d._get_default_store()
+        self._store = dist.PrefixStore(f"sb3_clipvf/{_Notes.n_trainings}", store)  # type: ignore[attr-defined]
+        self._rank, self._size = rank, size
+        self._is_waiting = False
+        self._failure: tuple[str | None, bool] = None, False
+
+    def write_failure(self, error: BaseException) -> None:
+        """Report this process's error, unless it was waiting for another one."""
+        if not self._is_waiting:
+            text = f"process {self._rank} failed with {type(error).__name__}: {error}"
+            with contextlib.suppress(RuntimeError):
+                self._store.set("failure", json.dumps([text, isinstance(error, NonFiniteError)]))
+
+    def failure(self) -> tuple[str | None, bool]:
+        """Return the error of a process, None without one, and whether it is a NonFiniteError."""
+        with contextlib.suppress(RuntimeError):
+            if self._failure[0] is None and self._store.check(["failure"]):
+                text, is_nonfinite = json.loads(self._store.get("failure"))
+                self._failure = text, is_nonfinite
+        return self._failure
+
+    def write_waiting(self) -> None:
+        """Report that this process has lost the connection to another one."""
+        self._is_waiting = True
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"waiting/{self._rank}", "")
+
+    def silent(self) -> list[int]:
+        """Return the processes that have not reported that they have lost a connection."""
+        with contextlib.suppress(RuntimeError):
+            return [rank for rank in range(self._size) if not self._store.check([f"waiting/{rank}"])]
+        return []
+
+
+# Those of the training that runs
+_notes: _Notes | None = None
+
+
+@contextlib.contextmanager
+def _exchanging() -> Iterator[None]:
+    """Join the group, and raise LostProcessError if processes cannot communicate in this context."""
+    _join()
+    with _raising_lost_process():
+        yield
 
 
 @contextlib.contextmanager
@@ -284,20 +398,21 @@ def _raising_lost_process() -> Iterator[None]:
 
 def _cause_of(error: RuntimeError) -> str:
     """Return the error of the process that has failed, or which processes may have ended or do not respond."""
+    if _notes is not None:
+        _notes.write_waiting()
+    # Disconnect, so that processes that wait for this one write their notes, too. Local variables of PyTorch's
+    # functions, which the error keeps, would keep the connections.
+    traceback.clear_frames(error.__traceback__)
+    _leave(failed=True)
     lost = "a process"
-    with contextlib.suppress(RuntimeError, ValueError):  # there may be no store, or no longer
-        store, rank, size = _store(), dist.get_rank(), dist.get_world_size()
-        store.set(f"{_WAITING}/{rank}", "")
-        # Disconnect, so that processes that wait for this one write their notes, too. Local variables of PyTorch's
-        # functions, which the error keeps, would keep the connections.
-        traceback.clear_frames(error.__traceback__)
-        _leave(failed=True)
+    if _notes is not None:
         until = time.monotonic() + _NOTE_SECONDS
         while time.monotonic() < until:  # PyTorch writes a warning if a wait of its own takes too long
-            if store.check([_FAILURE]):
-                return str(store.get(_FAILURE).decode())
+            text, _ = _notes.failure()
+            if text is not None:
+                return text
             time.sleep(0.05)
-        silent = [other for other in range(size) if not store.check([f"{_WAITING}/{other}"])]
+        silent = _notes.silent()
         if len(silent) == 1:
             lost = f"process {silent[0]}"
         elif silent:  # some of them may be busy with other work

@@ -24,8 +24,8 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 
 from sb3_clipvf import ClipPPO, distributed
-from sb3_clipvf.checkpoint import TrainingCheckpoint
-from sb3_clipvf.common.nonfinite import BadMinibatchError
+from sb3_clipvf.checkpoint import TrainingCheckpoint, training_checkpoint
+from sb3_clipvf.common.nonfinite import BadMinibatchError, NonFiniteError
 from sb3_clipvf.distributed import ALONE, Group, current_group
 from sb3_clipvf.distributions import dist_param_dim, dist_params
 from sb3_clipvf.engines.epochs import MinibatchStatistics
@@ -51,6 +51,7 @@ def serve(rank: int, size: int, address: str | int, seconds: float, pipe: Connec
         names = {"MASTER_ADDR": "localhost", "MASTER_PORT": address, "RANK": rank, "WORLD_SIZE": size}
         names["TORCHELASTIC_USE_AGENT_STORE"] = True
         os.environ |= {name: str(value) for name, value in {**names, distributed.TIMEOUT_VARIABLE: seconds}.items()}
+        distributed._is_launched = lambda: True  # although this is a child
         distributed._join()
     else:
         join_own_group(rank, size, address, seconds)
@@ -547,6 +548,15 @@ def failing_training(rank: int, bad_rank: int, how: str) -> None:
         make_model().learn(10_000)
 
 
+def failing_twice(rank: int) -> None:
+    """Two trainings in one group: in the first one all processes fail alike, in the second one process 1 ends."""
+    model = make_model(learning_rate=0.0)
+    model.vf_coef = 3e38
+    with pytest.raises(NonFiniteError):
+        model.learn(64)
+    failing_training(rank, 1, "exit")
+
+
 def gathering(rank: int, ending: int | None, seconds: float) -> None:
     """An exchange before which one process ends, or the others but the first one sleep."""
     if rank == ending:
@@ -618,6 +628,24 @@ def failing_after_a_checkpoint(rank: int, folder: str) -> None:
         make_model().learn(10_000, callback=TrainingCheckpoint(64, f"{folder}/checkpoints", on_signal=False))
 
 
+def without_a_backend(rank: int, folder: str) -> None:
+    """A training on a device for which the group has no backend."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group("cuda:gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    try:
+        make_model().learn(64)
+    finally:
+        dist.destroy_process_group()
+
+
+def nan_after_a_copy(rank: int, folder: str) -> None:
+    """A training with a copy in memory, which process 1 ends by a NaN observation."""
+    with failing_env(rank, 1, "nan"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_checkpoint, "COPY_SHARE", 1e9)  # a copy after each update
+        make_model().learn(10_000, callback=TrainingCheckpoint(10**6, f"{folder}/checkpoints"))
+
+
 def losing_a_worker(rank: int, folder: str) -> None:
     """A training whose process 1 has lost a worker of SubprocVecEnv."""
     with failing_env(rank, 1, "raise"), pytest.MonkeyPatch.context() as patch:
@@ -686,4 +714,4 @@ def _random_training(rank: int, folder: str, seed: int) -> Any:
     return model._n_updates, model.num_timesteps, parameters_of(model)
 
 
-ENDS = ("failing_training", "gathering")
+ENDS = ("failing_training", "failing_twice", "gathering")

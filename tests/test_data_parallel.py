@@ -377,6 +377,16 @@ class TestErrors:
         assert np.isnan(np.load(second[2])["new_observations"]).any()
         assert f"process 1 failed with NonFiniteError: {second[1]}" in first[1]
 
+    def test_a_nan_in_another_process_writes_no_checkpoint(self, failing_pair: Pair, tmp_path: Path) -> None:
+        first, second = failing_pair.run("error_of", str(tmp_path), "nan_after_a_copy")
+        assert (first[0], second[0]) == ("LostProcessError", "NonFiniteError")
+        assert f"There is no checkpoint yet in {tmp_path / 'checkpoints'}" in first[3]
+
+    def test_a_device_without_a_backend_is_refused(self, failing_pair: Pair, tmp_path: Path) -> None:
+        for error in failing_pair.run("without_a_backend", str(tmp_path)):
+            assert isinstance(error, ValueError)
+            assert "has a backend, got cpu and the backends cuda:gloo" in str(error)
+
 
 class TestFaults:
     @pytest.mark.parametrize("bad_rank", [0, 1])
@@ -391,6 +401,11 @@ class TestFaults:
         first, second = own_pair.run("failing_training", 1, "exit")
         assert second is None
         assert isinstance(first, LostProcessError) and "since process 1 has ended or does not respond" in str(first)
+
+    def test_an_error_is_not_that_of_an_earlier_training(self, own_pair: Pair) -> None:
+        first, second = own_pair.run("failing_twice")
+        assert isinstance(first, LostProcessError) and second is None
+        assert "since process 1 has ended or does not respond" in str(first)
 
     @pytest.mark.parametrize("bad_rank", [0, 1])
     def test_a_process_that_hangs_ends_the_other(self, tmp_path: Path, bad_rank: int) -> None:
@@ -433,12 +448,31 @@ def report():
         time.sleep(0.05)
     sys.stdout.write(f"{count()} threads of gloo\\n")
 atexit.register(report)  # before the process joins the group, so that it runs after it has left the group
+import os, subprocess, time
 import distributed_cases as cases
+from sb3_clipvf import ClipPPO
 from sb3_clipvf.distributed import current_group
+is_first = current_group().rank == 0
+if is_first:  # while the other one waits for a file
+    cases.make_model().save("first")
+    ClipPPO.load("first")
+    pathlib.Path("loaded").touch()
+while not pathlib.Path("loaded").exists():
+    time.sleep(0.05)
 with cases.failing_env(current_group().rank, int(sys.argv[1]), "raise"):
     model = cases.make_model().learn(600)
+if is_first:
+    model.save("trained")
+    subprocess.run([sys.executable, "child.py"], check=True, timeout=50)
 # In one piece, since torchrun turns buffers off
 sys.stdout.write(f"{current_group()} {model.num_timesteps}\\n")
+"""
+
+CHILD = """
+import distributed_cases as cases
+from sb3_clipvf import ClipPPO
+model = ClipPPO.load("trained", env=cases.make_vec_env("CartPole-v1", n_envs=2)).learn(64)
+sys.stdout.write(f"a child trained {model.num_timesteps} steps\\n")
 """
 
 RESUMING_SCRIPT = """
@@ -457,8 +491,12 @@ else:
     model = cases.make_model(env)
 start = model.num_timesteps
 checkpoint = TrainingCheckpoint(every_timesteps=128, path="checkpoints")
-with cases.failing_env(rank, int(sys.argv[1]) if is_first else -1, sys.argv[2]):
-    model.learn(640 - start, reset_num_timesteps=False, callback=checkpoint)
+try:
+    with cases.failing_env(rank, int(sys.argv[1]) if is_first else -1, sys.argv[2]):
+        model.learn(640 - start, reset_num_timesteps=False, callback=checkpoint)
+except BaseException as error:
+    pathlib.Path(f"end_{rank}").write_text(repr(error))
+    raise
 pathlib.Path(f"weights_{rank}").write_bytes(cases.parameters_of(model))
 sys.stdout.write(f"{start} to {model.num_timesteps}\\n")
 """
@@ -470,13 +508,21 @@ class TestTorchrun:
     @pytest.mark.parametrize("bad_rank", [-1, 1])
     def test_a_script_needs_no_change(self, tmp_path: Path, bad_rank: int) -> None:
         script = tmp_path / "script.py"
-        script.write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n{SCRIPT}")
+        for path, text in ((script, SCRIPT), (tmp_path / "child.py", CHILD)):
+            path.write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n{text}")
         done = subprocess.run(
-            [*LAUNCHER, str(script), str(bad_rank)], capture_output=True, text=True, timeout=2 * SECONDS, check=False
+            [*LAUNCHER, str(script), str(bad_rank)],
+            capture_output=True,
+            text=True,
+            timeout=2 * SECONDS,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+            check=False,
         )
         if bad_rank < 0:
             assert done.returncode == 0, done.stderr
             assert "Group(rank=0, size=2) 640" in done.stdout and "Group(rank=1, size=2) 640" in done.stdout
+            assert "a child trained 64 steps" in done.stdout
             # Otherwise they may abort the process at its end.
             assert done.stdout.count("0 threads of gloo") == 2
         else:
@@ -501,6 +547,10 @@ class TestTorchrun:
             )
             assert done.returncode == 0, done.stderr
             assert done.stdout.count("0 to 640" if bad_rank < 0 else "128 to 640") == 2, done.stdout
+            if how == "exit":
+                # torchrun sends a signal as soon as the other process has ended.
+                end = (folder / "end_0").read_text()
+                assert end == "SystemExit(143)" or "process 1 has ended or does not respond" in end
             ends += [(folder / f"weights_{rank}").read_bytes() for rank in range(2)]
         assert len(set(ends)) == 1
 
@@ -580,19 +630,19 @@ def test_a_restart_ignores_entries_of_earlier_launches() -> None:
 
 
 @pytest.mark.parametrize(
-    ("can_use_nccl", "backend"),
+    ("gpus", "backend"),
     [
-        ((True, True, True), "cpu:gloo,cuda:nccl"),
-        ((True, False, True), "gloo"),
-        ((False, True, True), "gloo"),
-        ((False, False, False), "gloo"),
+        (("a", "b", "c"), "cpu:gloo,cuda:nccl"),
+        (("a", "b", "a"), "gloo"),
+        (("a", "", "c"), "gloo"),
+        (("", "", ""), "gloo"),
     ],
 )
-def test_all_processes_have_one_backend(can_use_nccl: tuple[bool, ...], backend: str) -> None:
-    """Machines may have different numbers of GPUs."""
+def test_all_processes_have_one_backend(gpus: tuple[str, ...], backend: str) -> None:
+    """Machines may have different numbers of GPUs, of which each process may see its own only."""
     store = dist.HashStore()
     with ThreadPoolExecutor(3) as pool:
-        chosen = pool.map(lambda rank: distributed._common_backend(store, rank, 3, can_use_nccl[rank]), range(3))
+        chosen = pool.map(lambda rank: distributed._common_backend(store, rank, 3, gpus[rank]), range(3))
     assert set(chosen) == {backend}
 
 
@@ -601,6 +651,24 @@ def test_a_timeout_must_be_positive(monkeypatch: pytest.MonkeyPatch, value: str)
     monkeypatch.setenv("SB3_CLIPVF_TIMEOUT", value)
     with pytest.raises(ValueError, match="`SB3_CLIPVF_TIMEOUT` must be a positive number of seconds, got "):
         distributed._timeout()
+
+
+def test_processes_of_torchrun_have_ranks_before_they_connect_and_their_children_are_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def set_launch(port: int) -> None:
+        names = {"TORCHELASTIC_RUN_ID": "id", "MASTER_PORT": port, "RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1}
+        for name, value in names.items():
+            monkeypatch.setenv(name, str(value))
+
+    monkeypatch.setenv(distributed._OWNER, "")
+    set_launch(1)
+    assert current_group() == current_group() == Group(1, 2) and not dist.is_initialized()
+    launch, _, pid = os.environ[distributed._OWNER].rpartition(" ")
+    monkeypatch.setenv(distributed._OWNER, f"{launch} {int(pid) + 1}")  # the parent's
+    assert current_group() is ALONE
+    set_launch(2)  # by a torchrun that a process of another one has started
+    assert current_group() == Group(1, 2)
 
 
 def test_one_process_is_alone() -> None:

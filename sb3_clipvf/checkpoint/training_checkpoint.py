@@ -31,7 +31,7 @@ from sb3_clipvf.checkpoint.training_state import TrainingState, training_state
 from sb3_clipvf.checkpoint.vec_env_state import describe_vec_env, vec_env_state
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.common.validation import check_bool, check_choice, check_folder, check_int
-from sb3_clipvf.distributed import current_group
+from sb3_clipvf.distributed import current_group, is_ended_by_nonfinite
 from sb3_clipvf.files.atomic import atomic_write, remove_unfinished
 
 BEST_NAME = "best_checkpoint.zip"
@@ -257,17 +257,19 @@ class TrainingCheckpoint(BaseCallback):
         :param at_start: Whether to write a copy from before the first step.
         :raises OSError: If the copy cannot be written, with ``on_error="raise"``.
         """
-        if self._unwritten is not None and (at_start or self._unwritten.num_timesteps > 0):
-            self._write(self._unwritten)
+        copy = self._unwritten
+        # After a NonFiniteError, also in another process, the copy may hold non-finite weights.
+        if copy is not None and (at_start or copy.num_timesteps > 0) and not is_ended_by_nonfinite():
+            self._write(copy)
         log.warning("%s ends the training. Its last checkpoint: %s.", reason, self.newest or "none")
 
     def _write(self, state: TrainingState) -> None:
-        self._log_differences(state)
-        path = self.path / f"checkpoint_{state.num_timesteps}.zip"
         with contextlib.nullcontext() if self._watch is None else self._watch.deferring():
             self._write_file(state)
 
     def _write_file(self, state: TrainingState) -> None:
+        self._log_differences(state)
+        path = self.path / f"checkpoint_{state.num_timesteps}.zip"
         try:
             content = file_bytes(state, self._serial + 1)
             # Not the files that this training has written and keeps: `keep_last` may be large.
