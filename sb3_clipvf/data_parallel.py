@@ -6,6 +6,7 @@ Training on several processes: what they agree on at the start, and exchange bef
 """
 
 import math
+import secrets
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,14 +23,18 @@ from stable_baselines3.common.utils import update_learning_rate
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_clipvf.callbacks import count_all_steps
+from sb3_clipvf.checkpoint.monitor_files import with_contents
 from sb3_clipvf.checkpoint.protocol import ResumableModel
 from sb3_clipvf.checkpoint.resume import reset_environments
 from sb3_clipvf.checkpoint.training_state import process_state
 from sb3_clipvf.checkpoint.vec_env_state import describe_vec_env
 from sb3_clipvf.common.messages import log
+from sb3_clipvf.common.validation import MAX_SEED
 from sb3_clipvf.distributed import ALONE, Group, Moments, check_backend, current_group, merged_moments
 from sb3_clipvf.engines.device_buffer import explained_variance_of
 from sb3_clipvf.engines.interface import Engine, UpdateCoefficients
+from sb3_clipvf.envs.layers import vec_env_layers
+from sb3_clipvf.envs.vector import BatchedVecEnv
 from sb3_clipvf.guards.agreement import check_same, common_arguments, description_of, is_plain
 from sb3_clipvf.guards.diagnosis import FaultContext
 from sb3_clipvf.rollout import on_host
@@ -49,6 +54,7 @@ class _RolloutEnd:
     updates_moments: bool  # whether VecNormalize updates them, which callbacks may change
     episodes: list[dict[str, Any]]  # those that ended in the rollout
     actions: int  # checksum of all actions
+    engine: str  # the argument, which callbacks may change
     parameters: int  # checksum of weights and of the optimizer, which callbacks may change
 
 
@@ -66,6 +72,7 @@ class _FromFirst:
 class DataParallelCollector(TensorRolloutCollector):
     """Collects rollouts in each of several processes, and keeps policy, statistics and arguments the same in all."""
 
+    engine: str
     _n_updates: int
     _resumed: Any = None
     _training_id: str | None
@@ -80,9 +87,16 @@ class DataParallelCollector(TensorRolloutCollector):
         Seed all random states. Other processes than the first use other seeds, as further environments would.
 
         :param seed: Seed of the first process; its environments use this and the following numbers. None: no seed.
+        :raises ValueError: If the seed of a process is too large.
         """
-        rank = current_group().rank  # also without a seed: joining the group selects this process's GPU
-        super().set_random_seed(None if seed is None else seed + rank * self.n_envs)
+        group = current_group()  # also without a seed: this selects this process's GPU
+        largest = MAX_SEED - (group.size - 1) * self.n_envs
+        if group.size > 1 and seed is not None and seed > largest:
+            raise ValueError(
+                f"`seed` must be at most {largest} for {group.size} processes with {self.n_envs} environments each, "
+                f"got {seed}. Choose a smaller one."
+            )
+        super().set_random_seed(None if seed is None else seed + group.rank * self.n_envs)
 
     def learn(self, *args: Any, **kwargs: Any) -> Self:
         """Train as SB3's ``learn``, together with the other processes."""
@@ -112,6 +126,8 @@ class DataParallelCollector(TensorRolloutCollector):
             n_envs = self._check_agreement(group, of_call)
             self._n_envs_elsewhere = sum(n_envs) - self.n_envs
             self._take_state(group)
+            if self.seed is None and self._last_obs is None:
+                seed_differently(cast(VecEnv, self.env))
             if group.rank:
                 callback, progress_bar, self.verbose = None, False, 0
                 self.set_logger(Logger(None, []))
@@ -153,6 +169,7 @@ class DataParallelCollector(TensorRolloutCollector):
             # Equal dicts may be of different episodes.
             episodes=[episode for episode in episodes if id(episode) not in earlier_ids],
             actions=zlib.crc32(on_host(rollout_buffer.actions).tobytes()),
+            engine=self.engine,
             parameters=_checksum(self.get_parameters()),
         )
         ends = group.gather(end)
@@ -166,7 +183,7 @@ class DataParallelCollector(TensorRolloutCollector):
         episodes.clear()
         episodes.extend([*earlier, *(episode for row in rows for episode in row if episode is not None)])
         self._warn_of_copies(ends)
-        self.num_timesteps = ends[0].num_timesteps
+        self.num_timesteps, self.engine = ends[0].num_timesteps, ends[0].engine
         return all(end.continues for end in ends)
 
     def _begin_rollout(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int) -> Engine:
@@ -195,8 +212,8 @@ class DataParallelCollector(TensorRolloutCollector):
         own = self._from_first(n_rollout_steps=n_rollout_steps)
         while (first := group.broadcast(own)).asks_for_states:
             model = cast(ResumableModel, self)
-            state = process_state(model, ConvertCallback(None), describe_vec_env(cast(VecEnv, self.env)), None)
-            group.gather_in_first(state)
+            tree, reasons = process_state(model, ConvertCallback(None), describe_vec_env(cast(VecEnv, self.env)), None)
+            group.gather_in_first((with_contents(tree), reasons))  # the first one may run on another machine
         if group.rank:
             self._training_id, self._first_folder = first.training_id, first.folder
             vars(self).update(first.arguments)
@@ -326,6 +343,13 @@ class DataParallelCollector(TensorRolloutCollector):
         parts = group.gather((Moments.of(returns), Moments.of(returns - values)))
         total, rest = (merged_moments(list(each)).variance for each in zip(*parts, strict=True))
         return math.nan if total == 0 else 1.0 - rest / total
+
+
+def seed_differently(venv: VecEnv) -> None:
+    """Seed environments that one object steps, unless they have seeds: pools and simulators have default ones."""
+    base = vec_env_layers(venv)[-1]
+    if isinstance(base, BatchedVecEnv) and None in base._seeds:
+        base.seed(secrets.randbelow(2**30))
 
 
 def merge_running(

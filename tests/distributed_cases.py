@@ -24,7 +24,7 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 
 from sb3_clipvf import ClipPPO, distributed
-from sb3_clipvf.checkpoint import TrainingCheckpoint, training_checkpoint
+from sb3_clipvf.checkpoint import TrainingCheckpoint, monitor_files, training_checkpoint
 from sb3_clipvf.common.nonfinite import BadMinibatchError, NonFiniteError
 from sb3_clipvf.distributed import ALONE, Group, current_group
 from sb3_clipvf.distributions import dist_param_dim, dist_params
@@ -32,6 +32,7 @@ from sb3_clipvf.engines.epochs import MinibatchStatistics
 from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateSettings
 from sb3_clipvf.engines.reduction import _Sums
 from sb3_clipvf.engines.selection import select_engine
+from sb3_clipvf.envs import as_vec_env
 from sb3_clipvf.guards import failures
 from sb3_clipvf.guards.workers import WorkerDiedError
 from sb3_clipvf.rollout import TensorRolloutBuffer
@@ -482,6 +483,57 @@ def copied_training(rank: int) -> list[str]:
     with logged() as messages:
         model.learn(256)
     return [message for message in messages if "same actions" in message]
+
+
+def pools_without_a_seed(rank: int, env_seed: int | None) -> Any:
+    """The first observations of an EnvPool, whose default seed is always the same, in a training without a seed."""
+    import envpool
+
+    env = as_vec_env(envpool.make_gymnasium("CartPole-v1", num_envs=2))
+    if env_seed is not None:
+        env.seed(env_seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about EnvPool's spaces
+        model = make_model(env, seed=None, n_epochs=1).learn(1)
+    return model.rollout_buffer.observations[0].tolist()
+
+
+def engine_changed_in_a_rollout(rank: int) -> Any:
+    """A training whose callback changes the engine in the first process."""
+
+    class Change(BaseCallback):
+        def _on_step(self) -> bool:
+            self.model.engine = "fused" if self.n_calls > 40 else "autograd"  # type: ignore[attr-defined]
+            return True
+
+    model = make_model().learn(256, callback=Change())
+    return model._engine.name, parameters_of(model)
+
+
+def files_elsewhere(rank: int, folder: str) -> None:
+    """A training with checkpoints, where the first process cannot read the files of Monitor of process 1."""
+
+    def reading(path: Any, *arguments: Any) -> Any:
+        if str(path).startswith(f"{folder}/1"):
+            raise FileNotFoundError(path)
+        return open(path, *arguments)
+
+    env = make_vec_env("CartPole-v1", n_envs=2, monitor_dir=f"{folder}/{rank}")
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 0:
+            patch.setattr(monitor_files, "open", reading, raising=False)
+        make_model(env).learn(256, callback=TrainingCheckpoint(256, f"{folder}/checkpoints", on_signal=False))
+
+
+def resumed_with_unequal_numbers(rank: int, folder: str) -> list[str]:
+    """A resumed training with different numbers of environments; its warnings about them."""
+    env = make_vec_env("CartPole-v1", n_envs=2 + rank)
+    make_model(env, seed=None, n_steps=16, batch_size=48).learn(80, callback=TrainingCheckpoint(80, folder))
+    dist.barrier()
+    with logged() as messages:
+        resumed = ClipPPO.resume(folder, env, device="cpu")
+        resumed.learn(80, reset_num_timesteps=False)
+    return [message for message in messages if "environments, and the model was saved with" in message]
 
 
 def short_training(rank: int) -> list[str]:

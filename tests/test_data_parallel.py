@@ -20,6 +20,7 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 
 from sb3_clipvf import ClipPPO, distributed
 from sb3_clipvf.checkpoint import TrainingCheckpoint
+from sb3_clipvf.checkpoint.file import newest_checkpoint
 from sb3_clipvf.data_parallel import merge_running
 from sb3_clipvf.distributed import ALONE, Group, LostProcessError, Moments, current_group, merged_moments
 from sb3_clipvf.engines.selection import select_engine
@@ -289,6 +290,36 @@ class TestTraining:
     def test_equal_rollouts_are_reported(self, pair: Pair) -> None:
         first, second = pair.run("copied_training")
         assert len(first) == len(second) == 1
+
+    @pytest.mark.parametrize(("env_seed", "is_equal"), [(None, False), (5, True)])
+    def test_without_a_seed_pools_differ_unless_they_are_seeded(
+        self, pair: Pair, env_seed: int | None, is_equal: bool
+    ) -> None:
+        pytest.importorskip("envpool")
+        first, second = pair.run("pools_without_a_seed", env_seed)
+        assert len(first) == 2 and (first == second) is is_equal
+
+    def test_seeds_that_are_too_large_in_another_process_are_refused(self, pair: Pair) -> None:
+        for error in pair.run("training", {"seed": 2**32 - 2}, 64):
+            assert isinstance(error, ValueError)
+            assert "`seed` must be at most 4294967293 for 2 processes with 2 environments each, got 4294967294" in str(
+                error
+            )
+
+    def test_an_engine_changed_in_a_rollout_is_that_of_both(self, pair: Pair) -> None:
+        first, second = pair.run("engine_changed_in_a_rollout")
+        assert first == second and first[0] == "fused"
+
+    def test_checkpoints_hold_files_that_the_first_process_cannot_read(self, pair: Pair, tmp_path: Path) -> None:
+        assert pair.run("files_elsewhere", str(tmp_path)) == [None, None]
+        (state,) = newest_checkpoint(tmp_path / "checkpoints").tree["processes"]
+        for index, environment in enumerate(state["environments"]["layers"][0]["environments"]):
+            (file,) = (layer["file"] for layer in environment["layers"] if layer["file"] is not None)
+            content = (tmp_path / "1" / f"{index}.monitor.csv").read_bytes()
+            assert file["monitor_content"] == content and content.count(b"\n") > 2
+
+    def test_a_resume_with_unequal_numbers_of_environments_warns_of_none(self, pair: Pair, tmp_path: Path) -> None:
+        assert pair.run("resumed_with_unequal_numbers", str(tmp_path)) == [[], []]
 
     def test_the_rollout_of_all_processes_counts_for_schedules_that_end(self, pair: Pair) -> None:
         for messages in pair.run("short_training"):
@@ -574,6 +605,8 @@ class TestTorchrun:
         assert np.load(run / "evaluations.npz")["timesteps"].tolist() == [256, 512]
         assert out.count("Saving to") == 1
         options = read_settings(run / "CartPole-v1" / "args.yml")
+        (state,) = newest_checkpoint(run / "checkpoints").tree["processes"]
+        assert "monitor_content" not in repr(state)  # only the first process has files
         assert f"Seed: {options['seed']}\n" in out and options["n_processes"] == 2
         out = train("--resume", str(run), "-n", "1024")
         assert "The run now ends at step 1024" in out and out.count("Saving to") == 1

@@ -36,6 +36,8 @@ class ResumableModel(Protocol):
 
     # ClipPPO's
     _checkpoint_folder: os.PathLike[str] | None
+    _n_envs_before: int | None
+    """Number of environments in the file from which the model was loaded, if it is not known to be the same."""
     _resumed: Any
     """``resume.Resumed`` between ``resume`` and the following ``learn``, else None."""
     _schedule_timesteps: int | None

@@ -189,6 +189,7 @@ class ClipPPOExperimentManager(CheckedSearch):
         Evaluations keep the Zoo's class, so that their episodes are those of ``enjoy`` and ``report``.
         """
         manager = self
+        no_log = no_log or current_group().rank > 0  # only the first process keeps files
         if self._keeps_checkpoints and self.vec_env_class is FastSubprocVecEnv:
             manager = copy(self)
             manager.env_wrapper = partial(_wrap_resumable, self.env_wrapper)
