@@ -433,13 +433,13 @@ def test_trial_zero_of_a_study_is_loaded(tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path}/study.db"
     study = optuna.create_study(study_name="s", storage=storage)
     trial = study.ask()
-    sampled = sample_clipppo_params(trial, 1, 1, {})
+    sampled = sample_clipppo_params(trial, 1, 2, {})
     study.tell(trial, 1.0)
     manager = _manager(
         tmp_path, ENTRY, storage=storage, study_name="s", trial_id=0, hyperparams={"gae_lambda": 0.5}, n_timesteps=1
     )
     hyperparams, _ = manager.read_hyperparameters()
-    assert hyperparams == {**ENTRY, **sampled, "gae_lambda": 0.5}
+    assert hyperparams == {**ENTRY, **sampled, "n_envs": 2, "gae_lambda": 0.5}
 
 
 def test_the_packaged_settings_are_the_default_for_clipppo_only(tmp_path: Path) -> None:
