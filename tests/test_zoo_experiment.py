@@ -80,6 +80,29 @@ def test_command_line_overrides_the_file(tmp_path: Path) -> None:
     assert (model.clip_range, model.gamma) == ("lin_0.1", 0.9)
 
 
+@pytest.mark.parametrize(
+    ("policy", "kwargs"),
+    [
+        ("MlpPolicy", "dict(net_arch=[8], activation_fn=nn.ReLU)"),
+        ("SquashedMlpPolicy", "dict(net_arch=[4])"),
+        ("SquashedMlpPolicy", None),
+    ],
+)
+def test_a_run_that_continues_an_agent_saves_its_networks(policy: str, kwargs: str | None, tmp_path: Path) -> None:
+    own = {"policy": policy, **({} if kwargs is None else {"policy_kwargs": kwargs})}
+    model = _model(_manager(tmp_path, {**ENTRY, **own}, env_id="Pendulum-v1"))
+    model.save(tmp_path / "agent.zip")
+
+    def saved(entry: dict[str, Any]) -> dict[str, Any]:
+        manager = _manager(tmp_path, {**ENTRY, **entry}, env_id="Pendulum-v1", trained_agent=f"{tmp_path}/agent.zip")
+        assert _model(manager).policy_kwargs == model.policy_kwargs
+        return dict(yaml.unsafe_load(Path(manager.params_path, "config.yml").read_text()))
+
+    assert saved(own) == {**ENTRY, **own}  # as text
+    other = {"policy": "MlpPolicy", "policy_kwargs": "dict(net_arch=[16])"}
+    assert saved(other) == {**ENTRY, "policy": policy, "policy_kwargs": model.policy_kwargs}
+
+
 def test_a_buffer_class_can_be_named(tmp_path: Path) -> None:
     model = _model(_manager(tmp_path, {**ENTRY, "rollout_buffer_class": "sb3_clipvf.rollout.TensorRolloutBuffer"}))
     assert type(model.rollout_buffer) is TensorRolloutBuffer

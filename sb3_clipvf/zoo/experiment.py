@@ -9,7 +9,7 @@ import warnings
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -94,6 +94,7 @@ class ClipPPOExperimentManager(CheckedSearch):
         self._wrappers: Any = None
         self._has_folder = False  # whether this manager has created the folder of a new run
         self._statistics: Path | None = None  # file with the statistics of the model given to `--trained-agent`
+        self._own_networks: dict[str, Any] = {}  # settings of that model, where they differ from the file's
         if self.vec_env is not None:
             args.vec_env = self.vec_env  # for args.yml of the run
         if (n_processes := current_group().size) > 1:
@@ -262,7 +263,11 @@ class ClipPPOExperimentManager(CheckedSearch):
 
     def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
         if self.resumed is None:
-            return super()._load_pretrained_agent(hyperparams, env)
+            settings = dict(hyperparams)
+            agent = super()._load_pretrained_agent(hyperparams, env)
+            if self.algo == ALGORITHM:
+                self._own_networks = _other_networks(agent, settings)
+            return agent
         run = self.resumed
         model = ClipPPO.resume(run.checkpoint, env, device=self.device, verbose=self.verbose)
         self.n_timesteps = max(0, run.total_timesteps - model.num_timesteps)
@@ -276,6 +281,7 @@ class ClipPPOExperimentManager(CheckedSearch):
     def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
         # A resumed run keeps its settings and its command.
         if self.resumed is None:
+            saved_hyperparams.update(self._own_networks)
             super()._save_config(saved_hyperparams)
 
     def _preprocess_hyperparams(
@@ -319,6 +325,20 @@ class ClipPPOExperimentManager(CheckedSearch):
 
 def _wrap_resumable(wrapper: Callable[..., gym.Env[Any, Any]] | None, env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
     return ResumableEnv(env if wrapper is None else wrapper(env))
+
+
+def _other_networks(agent: BaseAlgorithm, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the policy of an agent and its arguments, where they differ from those in the settings."""
+    found: dict[str, Any] = {}
+    policy: Any = agent.policy_class
+    if agent.policy_aliases.get(settings["policy"], settings["policy"]) is not policy:
+        names = [name for name, known in agent.policy_aliases.items() if known is policy]
+        found["policy"] = names[0] if names else f"{policy.__module__}.{policy.__qualname__}"
+    if agent.policy_kwargs != (settings.get("policy_kwargs") or {}):
+        with suppress(ValueError):  # files of a run cannot hold all that a model's file can
+            check_saved("policy_kwargs", agent.policy_kwargs, "the agent")
+            found["policy_kwargs"] = agent.policy_kwargs
+    return found
 
 
 def _original_error(error: BaseException, model: BaseAlgorithm) -> BaseException:
