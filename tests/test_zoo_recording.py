@@ -77,6 +77,14 @@ def test_all_models_are_recorded_once_and_earlier_videos_stay(recorded: list[str
     assert (VIDEOS / "E-v0.mp4").read_text() == "of the report"
 
 
+def test_a_folder_without_numbers_of_runs_is_recorded(recorded: list[str]) -> None:
+    for path in RUN.iterdir():
+        path.rename(RUN.parent / path.name)
+    assert _record("--exp-id -1") == 0
+    assert len(recorded) == 4
+    assert (RUN.parent / "videos" / "training_1" / "training.mp4").is_file()
+
+
 def test_actions_are_deterministic_only_if_asked_for(recorded: list[str]) -> None:
     assert _record("--deterministic") == 0
     assert all("--deterministic" in command for command in recorded)

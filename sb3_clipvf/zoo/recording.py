@@ -20,8 +20,8 @@ from sb3_clipvf.zoo.run_folders import CHECKPOINTS
 @contextmanager
 def recorded_training(options: Namespace) -> Iterator[None]:
     """Make the RL Zoo's script record checkpoints, too, to an unused folder; raise OSError if it writes no video."""
-    number = f"{options.env}_{options.exp_id}" if options.exp_id > 0 else ""
-    run = os.path.join(options.folder, options.algo, number)
+    numbered = [f"{options.env}_{options.exp_id}"] if options.exp_id > 0 else []
+    run = os.path.join(options.folder, options.algo, *numbered)  # as the script writes it
     if not has_model(options.env, options)(Path(run)):
         raise ValueError(f"`--env` must be an environment whose run has a model, got {options.env} with none in {run}.")
     options.output_folder = folder = _output_folder(options.output_folder, Path(run, "videos"))
