@@ -131,7 +131,6 @@ def test_final_observations_are_kept_for_some_steps(
     limit: int, kinds: list[type], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sb3_clipvf.envs.tensor_episodes.MAX_KEPT", limit)
-    monkeypatch.setattr("sb3_clipvf.engines.cuda.rollout_step.MAX_KEPT", limit)
     same(InPlaceWalk, kinds, gamma=0.9)
 
 

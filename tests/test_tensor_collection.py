@@ -146,6 +146,23 @@ def test_truncated_rows_take_the_value_of_the_final_observation(limit: int, monk
     assert th.count_nonzero(added) == sum(int(step["dones"][::2].sum()) for step in reader.steps) > 6
 
 
+@pytest.mark.parametrize(("limit", "sizes"), [(0, [1, 1, 2, 2, 2]), (4 * 72, [4, 4]), (10**9, [6, 2])])
+def test_final_observations_of_many_steps_are_predicted_together(
+    limit: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more of them than environments."""
+    monkeypatch.setattr("sb3_clipvf.envs.tensor_episodes.MAX_KEPT", limit)
+    predict, found = AutogradEngine.predict_values, []
+
+    def noted(self: AutogradEngine, observations: th.Tensor) -> th.Tensor:
+        found.append(len(observations))
+        return predict(self, observations)
+
+    monkeypatch.setattr(AutogradEngine, "predict_values", noted)
+    trained(TensorWalk(), n_rollouts=1, engine="autograd", rollout_buffer_class=DeviceRolloutBuffer)
+    assert found == [*sizes, 6]  # the observations after the rollout
+
+
 @pytest.mark.parametrize("buffer", [None, DeviceRolloutBuffer])
 @pytest.mark.parametrize("engine", ["native", "autograd"])
 def test_unknown_final_observations_are_replaced_by_those_before(engine: str, buffer: Any) -> None:

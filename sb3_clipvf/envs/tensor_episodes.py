@@ -7,6 +7,7 @@ import numpy as np
 import torch as th
 
 from sb3_clipvf.common.observations import from_parts, parts_of
+from sb3_clipvf.envs.tensor import host_copy
 
 MAX_KEPT = 2**26
 """Largest number of bytes of final observations that are kept between two reads from the device."""
@@ -54,12 +55,17 @@ def successes_of(infos: Mapping[str, Any], n_envs: int, device: th.device) -> th
     return th.where(th.as_tensor(infos["_is_success"], device=device), successes, th.nan)
 
 
+def n_kept(parts: Mapping[str, th.Tensor], n_steps: int) -> int:
+    """Return the number of steps whose final observations are kept, from those of a step and the rollout's length."""
+    return min(n_steps, max(1, MAX_KEPT // sum(part.nbytes for part in parts.values())))
+
+
 class FinalValues:
     """
     Values of the final observations of truncated episodes.
 
-    Which rows are truncated is read from the device once for many steps, so the observations of these steps are kept.
-    Whether their values are finite is read once more, if there are any.
+    The final observations of :func:`n_kept` steps are kept. Then those of truncated episodes are found by one read from
+    the device, and their values predicted together. Whether these are finite is read once more.
     Values are NaN where the observation is not finite, unless it ``may_be_nonfinite``: the policy then decides.
     """
 
@@ -67,27 +73,33 @@ class FinalValues:
         self._engine, self._gamma, self._may_be_nonfinite = engine, gamma, may_be_nonfinite
         #: Final observations whose value is not finite, on the host, by step and environment.
         self.nonfinite: dict[tuple[int, int], Any] = {}
-        self._kept: list[tuple[int, dict[str, th.Tensor]]] = []
-        self._n_bytes = 0
-        self._found: list[tuple[int, th.Tensor, th.Tensor]] = []
+        #: Steps whose final observations are kept, each in its row of ``_finals``.
+        self.steps: list[int] = []
+        self._finals: dict[str, th.Tensor] = {}
+        self._found: list[tuple[th.Tensor, th.Tensor]] = []
 
     def keep(self, t: int, observations: Any, timed_out: th.Tensor) -> None:
         """Keep the final observations of step ``t``; ``timed_out`` ``(n_steps, n_envs)`` marks truncated episodes."""
-        rows = {key: tensor.clone() for key, tensor in parts_of(observations).items()}
-        self.refer(t, rows)
-        self._n_bytes += sum(tensor.nbytes for tensor in rows.values())
-        if self._n_bytes > MAX_KEPT:
+        parts = parts_of(observations)
+        size = n_kept(parts, len(timed_out))
+        if not self._finals:
+            self._finals = {key: part.new_empty((size, *part.shape)) for key, part in parts.items()}
+        for key, part in parts.items():
+            self._finals[key][len(self.steps)].copy_(part)
+        self.steps.append(t)
+        if len(self.steps) == size:
             self.find(timed_out)
 
-    def refer(self, t: int, rows: dict[str, th.Tensor]) -> None:
-        """Keep a reference to the final observations of step ``t``, which must stay until :meth:`find`."""
-        self._kept.append((t, rows))
+    def refer(self, t: int, finals: dict[str, th.Tensor]) -> None:
+        """Note that the next row of ``finals`` has the final observations of step ``t``, until :meth:`find`."""
+        self._finals = finals
+        self.steps.append(t)
 
     def add_to(self, rewards: th.Tensor, timed_out: th.Tensor) -> None:
         """Add ``gamma * V(final observation)`` to the rewards ``(n_steps, n_envs)``, in-place."""
         self.find(timed_out)
-        for t, rows, values in self._found:
-            rewards[t].index_add_(0, rows, values, alpha=self._gamma)
+        for cells, values in self._found:
+            rewards.view(-1).index_add_(0, cells, values, alpha=self._gamma)
         self._found = []
 
     def predict(self, parts: dict[str, th.Tensor]) -> th.Tensor:
@@ -102,21 +114,18 @@ class FinalValues:
 
     def find(self, timed_out: th.Tensor) -> None:
         """Predict the values of the truncated rows among those that are kept."""
-        kept, self._kept, self._n_bytes = self._kept, [], 0
-        if not kept:
+        steps, self.steps = self.steps, []
+        if not steps:
             return
-        are_any = timed_out[[t for t, _ in kept]].any(1).tolist()
-        finals, found = [], []
-        for (t, parts), has_any in zip(kept, are_any, strict=True):
-            if has_any:
-                rows = timed_out[t].nonzero().flatten()
-                finals.append({key: part[rows] for key, part in parts.items()})
-                found.append((t, rows, self.predict(finals[-1])))
-        if not found:
+        n_envs = timed_out.shape[1]
+        slots, rows = timed_out[steps].nonzero(as_tuple=True)
+        if not len(rows):
             return
-        self._found += found
-        are_finite = th.stack([values.isfinite().all() for *_, values in found]).tolist()
-        for (t, rows, values), parts, is_finite in zip(found, finals, are_finite, strict=True):
-            for index in [] if is_finite else (~values.isfinite()).nonzero().flatten().tolist():
-                final = {key: part[index].cpu().numpy() for key, part in parts.items()}
-                self.nonfinite[t, int(rows[index])] = from_parts(final)
+        # In groups, which need no more memory than the policy's steps.
+        groups = zip(th.split(slots, n_envs), th.split(rows, n_envs), strict=True)
+        values = th.cat([self.predict({key: part[group] for key, part in self._finals.items()}) for group in groups])
+        self._found.append((th.as_tensor(steps, device=rows.device)[slots] * n_envs + rows, values))
+        for index in (~values.isfinite()).nonzero().flatten().tolist():
+            slot, row = int(slots[index]), int(rows[index])
+            final = {key: part[slot, row] for key, part in self._finals.items()}
+            self.nonfinite[steps[slot], row] = from_parts(host_copy(final))

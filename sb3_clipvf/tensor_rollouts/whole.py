@@ -22,7 +22,6 @@ class WholeStepRollout(DeviceRollout):
         step.begin(self.observations)
         self.rewards, self.dones, self.timed_out, self.successes = step.rewards, step.dones, step.timed_out, None
         self.part.rewards, self.part.dones = step.rewards, step.dones
-        self._n_finals = 0
 
     def act(self) -> tuple[Any, th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
         """Make the whole step."""
@@ -50,12 +49,10 @@ class WholeStepRollout(DeviceRollout):
         self.buffer.end_step()
         if not step.finals:
             return
-        self.final_values.refer(t, {key: rows[self._n_finals] for key, rows in step.finals.items()})
-        self._n_finals += 1
-        if self._n_finals == step.n_finals and t + 1 < self.buffer.buffer_size:
+        self.final_values.refer(t, step.finals)
+        if len(self.final_values.steps) == step.n_finals:
             self.final_values.find(self.timed_out)
             step.forget_finals()
-            self._n_finals = 0
 
 
 def whole_step(env: VecEnv, engine: Any, buffer: Any, collector: Any) -> RolloutStep | None:

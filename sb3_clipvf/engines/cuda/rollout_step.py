@@ -21,7 +21,7 @@ from sb3_clipvf.engines.interface import ActedTensors
 from sb3_clipvf.envs.graphed import restorer_of
 from sb3_clipvf.envs.layers import vec_env_layers
 from sb3_clipvf.envs.tensor import TensorStep, copy_tensors
-from sb3_clipvf.envs.tensor_episodes import MAX_KEPT, successes_of
+from sb3_clipvf.envs.tensor_episodes import n_kept, successes_of
 
 
 class RolloutStep:
@@ -53,8 +53,7 @@ class RolloutStep:
         self.successes: th.Tensor | None = None
         self._parts = {key: part.clone() for key, part in parts_of(observations).items()}
         self.observations = from_parts(self._parts)
-        n_bytes = sum(part.nbytes for part in self._parts.values())
-        self.n_finals = min(buffer.buffer_size, max(1, MAX_KEPT // n_bytes))
+        self.n_finals = n_kept(self._parts, buffer.buffer_size)
         self.finals: dict[str, th.Tensor] = {}
         # The numbers of the row, and of that of final observations
         self._t, self._slot = th.zeros((2, 1), dtype=th.int64, device=device)
