@@ -20,6 +20,8 @@ class JaxTensorEnv:
     training wrappers of both libraries, a row whose episode ended starts again in the state of its own first reset.
     Unlike them, it keeps the final observation.
 
+    On a GPU, JAX reserves 75 % of the memory, unless the process starts with ``XLA_PYTHON_CLIENT_PREALLOCATE=false``.
+
     :param env: Environment without wrappers: ``reset(key)`` and ``step(state, action)`` return a state with ``obs``,
         ``reward``, ``done`` and either ``pipeline_state`` or ``data``.
     :param num_envs: Number of copies.
