@@ -494,7 +494,7 @@ def uploads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
 
     def download(repo_id: str, filename: str, **kwargs: Any) -> str:
         folders = [folder for name, folder in found if name == repo_id]
-        missing = SimpleNamespace(headers={}, request=None)
+        missing: Any = SimpleNamespace(headers={}, request=None)
         if not folders:
             raise RepositoryNotFoundError("401 Client Error.", response=missing)
         if not (folders[-1] / filename).is_file():

@@ -461,7 +461,7 @@ def test_modules_of_the_log_folder_are_not_imported_from_the_working_folder(
     [
         ("--checkpoint-freq many", "`--checkpoint-freq` must be a whole number, got 'many'"),
         ("--checkpoint-freq 100 --algo ppo", "`--checkpoint-freq` must be left out with --algo ppo"),
-        ("--checkpoint-freq 100 -optimize", "must be left out with a search of hyperparameters"),
+        ("--checkpoint-freq 100 -optimize", "must be left out in a search of hyperparameters"),
     ],
 )
 def test_a_checkpoint_frequency_without_effect_is_refused(
