@@ -136,10 +136,10 @@ def _parsed(name: str, *arguments: str) -> Namespace:
         ("push_to_hub", "--env E -orga o", {"algo": "clipppo", "folder": "logs"}),
         ("load_from_hub", "--env E", {"algo": "clipppo", "folder": "logs"}),
         ("plot_train", "-e E", {"algo": "clipppo", "exp_folder": "logs"}),
-        ("all_plots", "-e E", {"algos": ["clipppo"], "exp_folders": ["logs"]}),
+        ("all_plots", "-e E", {"algos": ["clipppo"], "exp_folders": ["logs"], "max_timesteps": float("inf")}),
         ("benchmark", "", {"log_dir": "logs"}),
         ("enjoy", "-fhere --alg=ppo", {"algo": "ppo", "folder": "here"}),
-        ("all_plots", "-e E -f a b", {"algos": ["clipppo"], "exp_folders": ["a", "b"]}),
+        ("all_plots", "-e E -f a b -max 9", {"algos": ["clipppo"], "exp_folders": ["a", "b"], "max_timesteps": 9}),
     ],
 )
 def test_defaults_are_set_where_the_user_gives_none(name: str, arguments: str, expected: dict[str, Any]) -> None:
