@@ -327,10 +327,10 @@ def _leave(*, failed: bool = False) -> None:
     if _has_joined and dist.is_initialized():
         _has_failed = failed
         if failed:  # with nccl, the other function waits for all processes, of which some may wait for this one
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(Exception):  # a signal may have interrupted an earlier call
                 dist.distributed_c10d._abort_process_group()
         if dist.is_initialized():
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(Exception):
                 dist.destroy_process_group()
 
 

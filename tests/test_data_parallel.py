@@ -704,5 +704,20 @@ def test_processes_of_torchrun_have_ranks_before_they_connect_and_their_children
     assert current_group() == Group(1, 2)
 
 
+def test_leaving_twice_masks_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal may interrupt the first time."""
+
+    def fail() -> None:
+        raise KeyError("half destroyed")
+
+    for name, value in {"_has_joined": True, "_has_failed": False, "_Notes": lambda *_: None}.items():
+        monkeypatch.setattr(distributed, name, value)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", fail)
+    monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", fail)
+    with pytest.raises(ZeroDivisionError), Group(0, 2).failing_together():
+        raise ZeroDivisionError
+
+
 def test_one_process_is_alone() -> None:
     assert current_group() is ALONE and ALONE.gather(3) == [3] and ALONE.broadcast("a") == "a"
