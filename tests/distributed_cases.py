@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import signal
 import time
 import warnings
 from collections.abc import Iterator
@@ -691,11 +692,24 @@ def without_a_backend(rank: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
-def nan_after_a_copy(rank: int, folder: str) -> None:
-    """A training with a copy in memory, which process 1 ends by a NaN observation."""
+def nan_after_a_copy(rank: int, folder: str, signals: bool) -> None:
+    """A training with a copy in memory, which process 1 ends by a NaN observation; the first one may get a signal."""
+
+    class Signal(BaseCallback):
+        def _on_step(self) -> bool:
+            if signals and self.n_calls == 40:
+                notes: Any = distributed._notes
+                while not notes.failure()[1]:
+                    time.sleep(0.01)
+                signal.raise_signal(signal.SIGTERM)
+            return True
+
     with failing_env(rank, 1, "nan"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_checkpoint, "COPY_SHARE", 1e9)  # a copy after each update
-        make_model().learn(10_000, callback=TrainingCheckpoint(10**6, f"{folder}/checkpoints"))
+        try:
+            make_model().learn(10_000, callback=[TrainingCheckpoint(10**6, f"{folder}/checkpoints"), Signal()])
+        except SystemExit as error:
+            raise RuntimeError(f"exit code {error.code}") from None
 
 
 def losing_a_worker(rank: int, folder: str) -> None:

@@ -463,18 +463,6 @@ def test_a_signal_in_a_write_is_handled_after_it(tmp_path: Path, monkeypatch: py
     assert steps(tmp_path) == [64]
 
 
-def test_a_signal_after_a_nan_in_another_process_writes_no_copy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(training_checkpoint, "COPY_SHARE", 1e9)  # a copy after each update
-    monkeypatch.setattr(training_checkpoint, "is_ended_by_nonfinite", lambda: True)
-    with pytest.raises(SystemExit):
-        CASE.model(tmp_path).learn(
-            192, callback=[TrainingCheckpoint(10**6, tmp_path), Act(100, kill_me(signal.SIGTERM))]
-        )
-    assert steps(tmp_path) == []
-
-
 def test_on_training_end_outside_of_learn_writes_nothing(tmp_path: Path) -> None:
     """The Zoo calls `on_training_end` once more, and also after an error."""
     callback = TrainingCheckpoint(64, tmp_path / "whole")

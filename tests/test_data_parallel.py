@@ -408,10 +408,14 @@ class TestErrors:
         assert np.isnan(np.load(second[2])["new_observations"]).any()
         assert f"process 1 failed with NonFiniteError: {second[1]}" in first[1]
 
-    def test_a_nan_in_another_process_writes_no_checkpoint(self, failing_pair: Pair, tmp_path: Path) -> None:
-        first, second = failing_pair.run("error_of", str(tmp_path), "nan_after_a_copy")
-        assert (first[0], second[0]) == ("LostProcessError", "NonFiniteError")
-        assert f"There is no checkpoint yet in {tmp_path / 'checkpoints'}" in first[3]
+    @pytest.mark.parametrize(("signals", "end"), [(False, "since process 1 failed with Non"), (True, "exit code 143")])
+    def test_a_nan_in_another_process_writes_no_checkpoint(
+        self, failing_pair: Pair, tmp_path: Path, signals: bool, end: str
+    ) -> None:
+        """Not even if a signal comes before the first process notices the error."""
+        first, second = failing_pair.run("error_of", str(tmp_path), "nan_after_a_copy", signals)
+        assert end in first[1] and second[0] == "NonFiniteError"
+        assert not [*(tmp_path / "checkpoints").glob("checkpoint_*")]
 
     def test_a_device_without_a_backend_is_refused(self, failing_pair: Pair, tmp_path: Path) -> None:
         for error in failing_pair.run("without_a_backend", str(tmp_path)):
