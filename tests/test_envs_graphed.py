@@ -1,6 +1,8 @@
 """Recorded tensor environments: what they refuse. tests/test_engines_device_buffer.py steps one on a GPU."""
 
+import random
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,6 +36,39 @@ def test_an_environment_that_keeps_new_tensors_is_refused() -> None:
     """A graph reads and writes the memory of its recording, so that each step would start from the same state."""
     with pytest.raises(ValueError, match="`env` must write what it keeps in-place, got another `x` after `step_tens"):
         GraphedTensorEnv(TensorWalk())
+
+
+class Drawing(InPlaceWalk):
+    """Draws a random number on the host."""
+
+    def __init__(self, draw: Callable[[Any], float]) -> None:
+        super().__init__(2)
+        self.draw = draw
+        self.rng = np.random.default_rng(0)
+        self.old = [np.random.RandomState(0)]
+        self.python = random.Random(0)
+
+    def reset_tensors(self, seed: int | None = None) -> Any:
+        self.draw(self)  # which no graph has
+        return super().reset_tensors(seed)
+
+    def step_tensors(self, actions: th.Tensor) -> Any:
+        return super().step_tensors(actions + self.draw(self))
+
+
+@pytest.mark.parametrize(
+    ("draw", "name"),
+    [
+        (lambda _: random.random(), "Python's random"),
+        (lambda _: np.random.rand(), "NumPy's random"),
+        (lambda env: env.rng.random(), "`rng`"),
+        (lambda env: env.old[0].rand(), "`old.0`"),
+        (lambda env: env.python.random(), "`python`"),
+    ],
+)
+def test_random_numbers_of_the_host_are_refused(draw: Callable[[Any], float], name: str) -> None:
+    with pytest.raises(ValueError, match=f"must draw random numbers on its device, got one from {name} in"):
+        GraphedTensorEnv(Drawing(draw))
 
 
 @dataclass(slots=True)

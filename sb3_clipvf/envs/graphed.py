@@ -1,6 +1,8 @@
 """Tensor environments whose step is the same operations each time, which a CUDA graph repeats."""
 
 import copy
+import random
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,7 +34,8 @@ class GraphedTensorEnv:
     With ``engine="cuda_graph"``, one graph has the whole step of a rollout: policy, environments and buffer.
 
     :param env: Environment to record.
-    :raises ValueError: If it keeps anything that ``step_tensors`` or ``reset_tensors`` does not write in-place.
+    :raises ValueError: If it keeps anything that ``step_tensors`` or ``reset_tensors`` does not write in-place, or
+        ``step_tensors`` draws random numbers on the host.
     """
 
     def __init__(self, env: TensorVecEnv) -> None:
@@ -47,9 +50,10 @@ class GraphedTensorEnv:
         self._step: TensorStep | None = None
         self._is_part, self._records = False, self.device.type == "cuda"
         env.reset_tensors()
-        before = _kept(env)
+        before, random_states = _kept(env), _host_random_states(env)
         env.step_tensors(self._actions)
         _check_in_place("step_tensors", before, _kept(env))
+        _check_draws(random_states, _host_random_states(env))
         env.reset_tensors()
         _check_in_place("reset_tensors", before, _kept(env))
         self._kept = before
@@ -144,6 +148,34 @@ def _check_in_place(method: str, before: dict[str, Any], after: dict[str, Any]) 
         )
 
 
+def _check_draws(before: dict[str, str], after: dict[str, str]) -> None:
+    drawn = [name for name in after if before.get(name) != after[name]]
+    if drawn:
+        raise ValueError(
+            f"`env` must draw random numbers on its device, got one from {drawn[0]} in `step_tensors`, which a graph "
+            "would repeat in each step. Draw from the device's generator, or from a torch.Generator of it that the "
+            "environment keeps; or use the environment without GraphedTensorEnv."
+        )
+
+
+def _host_random_states(env: TensorVecEnv) -> dict[str, str]:
+    """Return the states of the host's random generators, those of the process and those that an environment keeps."""
+    states: dict[str, Any] = {"Python's random": random.getstate(), "NumPy's random": np.random.get_state(legacy=False)}
+    if th.device(env.device).type != "cpu":
+        states["torch's generator of the CPU"] = th.get_rng_state().tolist()
+    for name, value in _everything(env):
+        if isinstance(value, np.random.Generator):
+            states[f"`{name}`"] = value.bit_generator.state
+        elif isinstance(value, np.random.RandomState):
+            states[f"`{name}`"] = value.get_state(legacy=False)
+        elif isinstance(value, random.Random):
+            states[f"`{name}`"] = value.getstate()
+        elif isinstance(value, th.Generator) and value.device.type != th.device(env.device).type:
+            states[f"`{name}`"] = value.get_state().tolist()
+    with np.printoptions(threshold=sys.maxsize):
+        return {name: repr(state) for name, state in states.items()}
+
+
 def _changed(before: dict[str, Any], after: dict[str, Any]) -> str | None:
     """Return the name of the first thing that is not the same, or None."""
     for name in before | after:
@@ -171,17 +203,28 @@ def _kept(env: Any) -> dict[str, Any]:
     Tensors on another device are arrays, since a graph does not write them.
     """
     found: dict[str, Any] = {}
-    visited: set[int] = set()
     kind = th.device(env.device).type
-
-    def visit(name: str, value: Any) -> None:
+    for name, value in _everything(env):
         if isinstance(value, th.Tensor) and value.device.type != kind:
             value = value.numpy(force=True)
         if isinstance(value, _KEPT):
             found[name] = value
         elif isinstance(value, np.ndarray):
             found[name] = value.copy()
-        elif id(value) not in visited:
+    return found
+
+
+def _everything(env: Any) -> list[tuple[str, Any]]:
+    """Return all objects that an environment keeps, with their names, each container and object once."""
+    found: list[tuple[str, Any]] = []
+    visited: set[int] = set()
+
+    def visit(name: str, value: Any) -> None:
+        is_whole = isinstance(value, _KEPT) or isinstance(value, np.ndarray)
+        if not is_whole and id(value) in visited:
+            return
+        found.append((name, value))
+        if not is_whole:
             visited.add(id(value))
             for key, part in _parts(value):
                 visit(f"{name}.{key}" if name else key, part)
