@@ -71,10 +71,36 @@ def test_other_files_are_kept(evaluated: list[list[str]], capsys: pytest.Capture
     assert main("benchmark --benchmark-dir logs/clipppo".split()) == 0
     assert training.is_file()
     Path("benchmark.md").write_text("# My results")
-    assert "`benchmark.md` in the working folder must be a table of this command" in _refused("", capsys)
+    assert "`benchmark.md` must be a table of this command" in _refused("", capsys)
     assert Path("benchmark.md").read_text() == "# My results"
     assert main("benchmark --test-mode".split()) == 0
-    assert Path("benchmark.md").read_text() == "# My results"
+    Path("docs").mkdir()
+    Path("benchmark.md").rename("docs/benchmark.md")
+    for options in ("", "--test-mode"):
+        assert "`docs/benchmark.md` must be a table" in _refused(f"--benchmark-dir docs {options}", capsys)
+    assert Path("docs/benchmark.md").read_text() == "# My results"
+    notes = MONITOR.with_name("notes.txt")
+    notes.parent.mkdir(exist_ok=True)
+    notes.touch()
+    MONITOR.write_text("kept")
+    assert f"must hold evaluations of this command, got {notes}" in _refused("", capsys)
+    assert MONITOR.read_text() == "kept"
+
+
+def test_evaluations_that_are_not_repeated_are_kept(
+    evaluated: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _train("1", 4096)
+    assert main(["benchmark"]) == 0
+    before = MONITOR.read_text()
+    assert "`--seed` must be" in _refused("--seed -1", capsys)
+    assert MONITOR.read_text() == before
+    (MONITOR.parent.parent / "clipppo-Other-v0").mkdir()
+    other = MONITOR.parent.parent / "clipppo-Other-v0" / "0.monitor.csv"
+    other.write_text(before)
+    Path("logs", "clipppo", "Other-v0_1").mkdir()
+    assert main(["benchmark", "--test-mode"]) == 0
+    assert [path.read_text() == before for path in (MONITOR, other)].count(True) == 1
 
 
 def test_the_working_folder_is_refused_for_the_table(
@@ -90,7 +116,7 @@ def test_the_hub_is_read_only_for_the_folder_of_downloads(
 ) -> None:
     listed: list[None] = []
     monkeypatch.setattr("rl_zoo3.utils.get_hf_trained_models", lambda: listed.append(None) or {})
-    for folder, calls in (("logs", 0), ("rl-trained-agents/", 1)):
-        Path(folder).mkdir()
+    Path("logs").mkdir()
+    for folder, calls in (("logs", 0), ("rl-trained-agents/", 1)):  # the latter is made for the downloads
         assert main(["benchmark", "--log-dir", folder]) == 0
         assert len(listed) == calls

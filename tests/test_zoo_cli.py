@@ -530,6 +530,12 @@ def test_an_uploaded_run_is_downloaded_and_trained(
     assert main(f"train -i {run}/CartPole-v1.zip {options}".split()) == 0
 
 
+def test_enjoy_downloads_agents_of_the_zoo(in_trained: Path, uploads: list[tuple[str, Path]]) -> None:
+    assert main("push_to_hub --env CartPole-v1 -orga sb3 --no-render --device cpu".split()) == 0
+    assert main("enjoy --env CartPole-v1 -f rl-trained-agents -n 10 --no-render --device cpu".split()) == 0
+    assert Path("rl-trained-agents/clipppo/CartPole-v1_1/CartPole-v1.zip").is_file()
+
+
 def test_what_the_hub_does_not_have_is_one_line(
     in_trained: Path, uploads: list[tuple[str, Path]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -539,8 +545,8 @@ def test_what_the_hub_does_not_have_is_one_line(
     (uploads[0][1] / "config.yml").unlink()
     assert main("load_from_hub --env CartPole-v1 -orga someone".split()) == 2
     assert (
-        "clipppo-CartPole-v1 on the Hugging Face hub must be an agent of the RL Zoo, got no config.yml."
-        in (capsys.readouterr().err.splitlines()[-2])
+        "clipppo-CartPole-v1 on the Hugging Face hub must be an agent of the RL Zoo, got no config.yml. Correct "
+        "`--algo`, `--env` or `-name`." in (capsys.readouterr().err.splitlines()[-2])
     )
 
 

@@ -84,6 +84,7 @@ def test_folders_that_cannot_be_written_to_are_refused(name: str, tmp_path: Path
 def test_commands_that_would_delete_other_files_are_refused(
     in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path("logs/clipppo").mkdir(parents=True)
     assert main("load_from_hub --env E-v0 --force --exp-id -1".split()) == 2
     assert "the Zoo would delete all runs in logs/clipppo. Pass a number" in capsys.readouterr().err
     for name in ("test.mp4", "of_mine.meta.json"):
@@ -91,7 +92,7 @@ def test_commands_that_would_delete_other_files_are_refused(
         assert main("push_to_hub --env E-v0 -orga someone".split()) == 2
         assert f"the working folder has {name}, which" in capsys.readouterr().err
         assert main("push_to_hub --env E-v0 -orga someone --no-render".split()) == 2
-        assert "folder was not found" in capsys.readouterr().err
+        assert "No model found for clipppo on E-v0" in capsys.readouterr().err
         Path(name).unlink()
 
 

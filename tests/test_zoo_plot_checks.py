@@ -131,6 +131,11 @@ def test_runs_that_are_left_out_are_named(capsys: pytest.CaptureFixture[str]) ->
         ([(10, 100), (10, 1000)], "", "logs/clipppo/E-v0_1 and logs/clipppo/E-v0_0 were evaluated at different steps"),
         ([(10, 100), (5, 1000)], "-min 2000", "were evaluated at different steps"),
         ([(10, 100), (5, 1000)], "-max 500", "E-v0_1/evaluations.npz has none up to `-max` 500. Pass more."),
+        (
+            [(10, 100), (9, 50)],  # the second is shorter than `-min`, with as many evaluations up to `-max`
+            "-min 1000 -max 500",
+            "were evaluated at different steps. Keep them in different folders (`-f`).",
+        ),
         ([(10, 100)], "-min 2000", "no run reaches `-min` 2000 in logs/clipppo. Pass less."),
     ],
 )
@@ -149,7 +154,17 @@ def test_long_runs_are_compared_at_the_nearest_steps(capsys: pytest.CaptureFixtu
     assert "|4 +/- 1|" in capsys.readouterr().out  # 6.5 and 2.5
 
 
-@pytest.mark.parametrize("options", ["-f logs other -l one", "-f logs other -l a a", "-l a b", "-f logs logs"])
+def test_runs_below_the_least_steps_are_compared_up_to_the_most(capsys: pytest.CaptureFixture[str]) -> None:
+    for number, n_evaluations in enumerate((10, 6)):
+        _make_run(f"E-v0_{number}", n_evaluations)
+    assert main("all_plots -e E-v0 --no-display --print-n-trials -min 1000 -max 500".split()) == 0
+    out = capsys.readouterr().out
+    assert "Left out" not in out and "E-v0-CLIPPPO-logs: 2\n" in out
+
+
+@pytest.mark.parametrize(
+    "options", ["-f logs other -l one", "-f logs other -l a a", "-f logs other -l a b b", "-l a b", "-f logs logs"]
+)
 def test_labels_are_one_for_each_folder(options: str, capsys: pytest.CaptureFixture[str]) -> None:
     _make_run("E-v0_1", 3)
     message = _refused(f"all_plots -e E-v0 {options}", capsys)

@@ -117,6 +117,11 @@ def test_a_folder_that_the_shell_would_split_is_refused(
     assert recorded == []
 
 
+def test_letters_of_all_languages_and_tildes_are_legal(recorded: list[str]) -> None:
+    assert _record("-o Jörg/研究/~1") == 0
+    assert Path("Jörg/研究/~1/training.mp4").is_file()
+
+
 def test_a_run_without_models_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
     (RUN.parent / "Empty-v0_1").mkdir()
     message = _refused("--env Empty-v0", capfd)

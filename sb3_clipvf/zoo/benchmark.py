@@ -1,4 +1,4 @@
-"""The RL Zoo's ``benchmark``: what it evaluates and overwrites, and the run that a row of its table is about."""
+"""The RL Zoo's ``benchmark``: its folders, its evaluations, and the run that a row of its table is about."""
 
 from argparse import Namespace
 from collections.abc import Iterator
@@ -17,15 +17,17 @@ _TITLE = "## Performance of trained agents"
 
 
 def check_benchmark(options: Namespace) -> None:
-    """Check the folders of ``benchmark``, and remove earlier evaluations, which the Zoo would not repeat."""
+    """Check the folders of ``benchmark``, and make those that it writes to."""
+    if _DOWNLOADS not in options.log_dir:
+        options.no_hub = True  # the Zoo downloads no agent to another folder, and fails for each
+    if not options.no_hub:
+        Path(options.log_dir).mkdir(parents=True, exist_ok=True)
     if not Path(options.log_dir).is_dir():
         raise ValueError(
             f"`--log-dir` must be a folder of trained agents, got {options.log_dir!r}, which does not exist. Train one "
             "with `sb3-clipvf train --env CartPole-v1`, or name another folder."
         )
-    if _DOWNLOADS not in options.log_dir:
-        options.no_hub = True  # the Zoo downloads no agent to another folder, and fails for each
-    folder, copy = Path(options.benchmark_dir), Path("benchmark.md")
+    folder = Path(options.benchmark_dir)
     # The Zoo writes its table to this folder even if it has evaluated nothing.
     folder.mkdir(parents=True, exist_ok=True)
     if not options.test_mode and folder.samefile("."):
@@ -33,16 +35,32 @@ def check_benchmark(options: Namespace) -> None:
             f"`--benchmark-dir` must not be the working folder, to which the table is copied, got "
             f"{options.benchmark_dir!r}. Name another folder."
         )
-    if not options.test_mode and copy.exists() and _TITLE not in copy.read_text(encoding="utf-8", errors="replace"):
-        raise ValueError(
-            "`benchmark.md` in the working folder must be a table of this command, which replaces it, got another "
-            "file. Move it, or run the command in another folder."
-        )
-    for log in (folder / model for model in utils.get_trained_models(options.log_dir)):
-        for path in log.glob("*.monitor.csv"):
+    for table in (folder / "benchmark.md", *(() if options.test_mode else (Path("benchmark.md"),))):
+        if table.exists() and _TITLE not in table.read_text(encoding="utf-8", errors="replace"):
+            raise ValueError(
+                f"`{table}` must be a table of this command, which replaces it, got another file. Move it, or name "
+                "another `--benchmark-dir` or working folder."
+            )
+
+
+def remove_evaluations(options: Namespace) -> None:
+    """Remove earlier evaluations of the agents that are evaluated, which the Zoo would not repeat."""
+    models = utils.get_trained_models(options.log_dir)
+    if options.test_mode:  # evaluates one agent
+        models = dict(list(models.items())[:1])
+    paths = [Path(options.benchmark_dir, model) for model in models if options.with_mujoco or "Fetch" not in model]
+    logs = [path for path in paths if path.is_dir()]
+    for log in logs:
+        others = [path for path in log.iterdir() if not path.name.endswith(".monitor.csv")]
+        if others:
+            raise ValueError(
+                f"`--benchmark-dir` must hold evaluations of this command, got {others[0]}. Name another folder."
+            )
+    for log in logs:
+        for path in log.iterdir():
             path.unlink()
-        if log.is_dir():  # the Zoo expects a file there, and evaluates if it has no episode
-            (log / "0.monitor.csv").write_text('#{"t_start": 0.0}\nr,l,t\n')
+        # The Zoo expects a file there, and evaluates if it has no episode.
+        (log / "0.monitor.csv").write_text('#{"t_start": 0.0}\nr,l,t\n')
 
 
 @contextmanager

@@ -152,7 +152,7 @@ def _enter_contexts(stack: ExitStack, name: str, command: Command) -> None:
     if name == "benchmark":
         stack.enter_context(explained_listing())
         stack.enter_context(benchmarked_runs())
-    if name in ("benchmark", "load_from_hub"):
+    if name in ("enjoy", "load_from_hub"):  # `benchmark` downloads by `enjoy`
         stack.enter_context(own_downloads())
     if name == "push_to_hub":
         stack.enter_context(own_model_card())

@@ -59,7 +59,8 @@ def own_downloads() -> Iterator[None]:
         except RemoteEntryNotFoundError as error:
             # The error that the Zoo expects for an agent without statistics.
             raise HTTPError(
-                f"{repo_id} on the Hugging Face hub must be an agent of the RL Zoo, got no {filename}."
+                f"{repo_id} on the Hugging Face hub must be an agent of the RL Zoo, got no {filename}. Correct "
+                "`--algo`, `--env` or `-name`."
             ) from error
         except RepositoryNotFoundError as error:
             raise ValueError(

@@ -185,7 +185,7 @@ def load_normalizer(path: Path, venv: VecEnv) -> VecNormalize:
 
 
 def _normalize_rewards(env: VecEnv) -> None:
-    """Return normalised rewards, which ``--norm-reward`` asks for and the Zoo's environments do not."""
+    """Make environments normalise rewards for ``--norm-reward``; the Zoo turns that off for evaluations."""
     normalizer = unwrap_vec_normalize(env)
     if normalizer is None:
         env.close()

@@ -15,7 +15,7 @@ from rl_zoo3 import utils
 
 from sb3_clipvf.common.validation import MAX_SEED, check_device, check_folder, check_int
 from sb3_clipvf.distributed import current_group
-from sb3_clipvf.zoo.benchmark import check_benchmark
+from sb3_clipvf.zoo.benchmark import check_benchmark, remove_evaluations
 from sb3_clipvf.zoo.commands import ALGORITHM, COMMANDS
 from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
 from sb3_clipvf.zoo.model_choice import choose_run_of_options
@@ -54,6 +54,8 @@ def command_options(name: str) -> Iterator[None]:
         check_options(options)
         if COMMANDS[name].finds_model:
             choose_run_of_options(options)
+        if name == "benchmark":
+            remove_evaluations(options)
         if name == "record_training":
             stack.enter_context(recorded_training(options))
         return options
@@ -258,8 +260,8 @@ def _check_enjoy(options: Namespace) -> None:
 
 
 def _check_load_from_hub(options: Namespace) -> None:
-    if options.force and options.exp_id < 0:
-        folder = Path(options.folder, options.algo)
+    folder = Path(options.folder, options.algo)
+    if options.force and options.exp_id < 0 and folder.is_dir():
         raise ValueError(
             f"`--exp-id` must be the number of the run that `--force` replaces, got {options.exp_id}, with which the "
             f"Zoo would delete all runs in {folder}. Pass a number, or 0 for a new run."

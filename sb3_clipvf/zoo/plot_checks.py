@@ -42,7 +42,7 @@ def check_plot_train(options: Namespace) -> None:
 def check_all_plots(options: Namespace) -> None:
     """Check that each environment has evaluations that can be drawn, and each folder a label."""
     labels = options.exp_folders if options.labels is None else options.labels
-    if len(set(labels)) != len(options.exp_folders):
+    if not len(labels) == len(set(labels)) == len(options.exp_folders):
         raise ValueError(
             f"`--labels` must be as many different labels as `--exp-folders` has folders, {len(options.exp_folders)}, "
             f"got {', '.join(labels)}. Name each folder once, and one label for each."
@@ -134,8 +134,7 @@ def _missing_evaluations(folder: Path, env: str, options: Namespace) -> str:
             if len(data["timesteps"]) > 1:  # the Zoo omits others
                 runs[path.parent] = steps, results = data["timesteps"], data[options.key]
                 if steps[0] > options.max_timesteps:
-                    way_out = "Pass more."
-                    raise _not_comparable(env, f"{path} has none up to `-max` {options.max_timesteps}. {way_out}")
+                    raise _not_comparable(env, f"{path} has none up to `-max` {options.max_timesteps}. Pass more.")
                 if np.isnan(results[steps <= options.max_timesteps]).any():
                     # IsolatedEvalCallback fills rows with fewer episodes than others.
                     way_out = f"Use `sb3-clipvf report {path.parent}`."
@@ -164,14 +163,15 @@ def _compared(runs: dict[Path, tuple[Any, Any]], env: str, options: Namespace) -
         if not long:
             raise _not_comparable(env, f"no run reaches `-min` {lowest} in {next(iter(runs)).parent}. Pass less.")
         first = min(long, key=lambda run: len(steps[run]))
-        n_evaluations = len(steps[first])
+        n_evaluations = int((steps[first] <= options.max_timesteps).sum())
     else:
         n_evaluations, first = max((int((steps[run] <= options.max_timesteps).sum()), run) for run in runs)
         long = []
     kept = [run for run in runs if len(steps[run]) >= n_evaluations]
     for run in kept:
-        is_resampled = run in long and len(steps[run]) > n_evaluations
+        is_resampled = run in long and len(steps[run]) != len(steps[first])
         if not (is_resampled or np.allclose(steps[run][:n_evaluations], steps[first][:n_evaluations], rtol=0.01)):
-            way_out = "Keep them in different folders (`-f`), or pass `-min` to compare long runs at the nearest steps."
+            way_out = "Keep them in different folders (`-f`)"
+            way_out += "." if lowest > 0 else ", or pass `-min` to compare long runs at the nearest steps."
             raise _not_comparable(env, f"{first} and {run} were evaluated at different steps. {way_out}")
     return kept

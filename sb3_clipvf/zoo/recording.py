@@ -1,4 +1,4 @@
-"""What ``record_training`` records, and the folder of its videos, which the RL Zoo's script deletes first."""
+"""The models that ``record_training`` records, and the folder of its videos, which the RL Zoo deletes first."""
 
 import os
 import shlex
@@ -59,9 +59,11 @@ def _output_folder(given: str | None, videos: Path) -> str:
             f"`--output-folder` must be a new or an empty folder, since its files would be deleted, got {given!r}, "
             "which has files. Pass another one, or omit it."
         )
-    if shlex.quote(folder) != folder:  # the script does not quote it
+    # The script does not quote it. `shlex.quote` quotes more than a shell needs: ~ within a word, and all but ASCII.
+    plain = folder.encode("ascii", "ignore").decode().replace("~", "")
+    if shlex.quote(plain) != plain:
         raise ValueError(
             f"`--output-folder` must be a path without spaces and special characters of the shell, got {folder!r}. "
-            "Pass another one."
+            "Pass one by `-o`."
         )
     return folder

@@ -24,7 +24,8 @@ OBJECTIVES = ("clip", "fixed_kl", "adaptive_kl", "clip_and_adaptive_kl")
 """Objectives that the search chooses from."""
 
 MIN_UPDATES = 10
-"""Fewest updates of a trial: its evaluations would otherwise compare policies that have not learned."""
+"""Fewest updates of a trial, whose evaluations would otherwise compare policies that have not learned; rollouts of 32
+steps are never shortened."""
 
 NET_ARCHS: dict[str, dict[str, list[int]]] = {
     "tiny": {"pi": [64], "vf": [64]},
