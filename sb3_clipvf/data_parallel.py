@@ -6,6 +6,7 @@ Training on several processes: what they agree on at the start, and exchange bef
 """
 
 import math
+import os
 import secrets
 import zlib
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from sb3_clipvf.checkpoint.training_state import process_state
 from sb3_clipvf.checkpoint.vec_env_state import describe_vec_env
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.common.validation import MAX_SEED
-from sb3_clipvf.distributed import ALONE, Group, Moments, check_backend, current_group, merged_moments
+from sb3_clipvf.distributed import ALONE, Group, Moments, check_backend, current_group, merged_moments, warn_of_child
 from sb3_clipvf.engines.device_buffer import explained_variance_of
 from sb3_clipvf.engines.interface import Engine, UpdateCoefficients
 from sb3_clipvf.envs.layers import vec_env_layers
@@ -131,6 +132,8 @@ class DataParallelCollector(TensorRolloutCollector):
             if group.rank:
                 callback, progress_bar, self.verbose = None, False, 0
                 self.set_logger(Logger(None, []))
+        else:
+            warn_of_child()
         total, root = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         count_all_steps(root)
         return total, root
@@ -213,7 +216,9 @@ class DataParallelCollector(TensorRolloutCollector):
         while (first := group.broadcast(own)).asks_for_states:
             model = cast(ResumableModel, self)
             tree, reasons = process_state(model, ConvertCallback(None), describe_vec_env(cast(VecEnv, self.env)), None)
-            group.gather_in_first((with_contents(tree), reasons))  # the first one may run on another machine
+            if os.environ.get("GROUP_RANK") != "0":  # the first process, on another machine, cannot read these files
+                tree = with_contents(tree)
+            group.gather_in_first((tree, reasons))
         if group.rank:
             self._training_id, self._first_folder = first.training_id, first.folder
             vars(self).update(first.arguments)
@@ -349,7 +354,9 @@ def seed_differently(venv: VecEnv) -> None:
     """Seed environments that one object steps, unless they have seeds: pools and simulators have default ones."""
     base = vec_env_layers(venv)[-1]
     if isinstance(base, BatchedVecEnv) and None in base._seeds:
-        base.seed(secrets.randbelow(2**30))
+        seed = secrets.randbelow(2**30)
+        log.info("Without `seed`, the environments of this process get the random seed %d", seed)
+        base.seed(seed)
 
 
 def merge_running(

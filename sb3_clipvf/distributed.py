@@ -186,13 +186,21 @@ def current_group() -> Group:
         return ALONE
     if dist.is_initialized() and not _has_joined:
         rank, size = dist.get_rank(), dist.get_world_size()
-    elif _is_launched():
+    elif _launched_pid() == os.getpid():
         rank, size = int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", 1))
         if size > 1:
             _select_gpu()
     else:
         return ALONE
     return ALONE if size == 1 else Group(rank, size)
+
+
+def warn_of_child() -> None:
+    """Warn that this process trains alone, if torchrun has started a parent of it."""
+    if _launched_pid() not in (None, os.getpid()) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        log.warning(
+            "This process trains alone, since torchrun has started not it but a parent that has imported ClipPPO."
+        )
 
 
 def check_backend(device: th.device) -> None:
@@ -206,7 +214,8 @@ def check_backend(device: th.device) -> None:
         if device.type not in (part.partition(":")[0] for part in backends.split(",")):
             raise ValueError(
                 f"`device` must be of a type for which the process group has a backend, got {device.type} and the "
-                f"backends {backends}. Call init_process_group without `backend`, or choose another device."
+                f"backends {backends}. Call init_process_group with "
+                '`backend="cpu:gloo,cuda:nccl"`, or choose another device.'
             )
 
 
@@ -221,19 +230,19 @@ _has_joined = False
 _has_failed = False
 
 
-def _is_launched() -> bool:
-    """Return whether torchrun has started this process itself, and not a parent of it."""
+def _launched_pid() -> int | None:
+    """Return the process that torchrun has started, this one or a parent; None in workers of multiprocessing."""
     if not dist.is_available() or not dist.is_torchelastic_launched() or multiprocessing.parent_process() is not None:
-        return False
+        return None
     launch = " ".join(os.environ.get(name, "") for name in _OF_LAUNCH)
     known, _, pid = os.environ.get(_OWNER, "").rpartition(" ")
     if known == launch:
-        return int(pid) == os.getpid()
+        return int(pid)
     os.environ[_OWNER] = f"{launch} {os.getpid()}"
-    return True
+    return os.getpid()
 
 
-_is_launched()  # before the process has children
+_launched_pid()  # before children that start after ClipPPO was imported
 
 
 @functools.cache
@@ -246,19 +255,19 @@ def _select_gpu() -> None:
 def _join() -> None:
     """Join the processes that torchrun has started, unless this process has joined them or the user's own group."""
     global _has_joined
-    if dist.is_initialized():
-        return
     if _has_failed:
         raise LostProcessError("An error has disconnected this process from the others. Start all of them again.")
+    if dist.is_initialized():
+        return
     # If torch imports this module later, default arguments of its functions keep the group alive. The threads of gloo
     # then run on while the interpreter ends, and abort the process if they release one of Python's tensors.
     importlib.import_module("torch.distributed.nn.functional")
-    timeout = _timeout()
+    timeout, gpu = _timeout(), _gpu_for_nccl()
     with _raising_lost_process():
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
         name = _name_of_this_launch(store, rank, size, timeout)
         store = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
-        backend = _common_backend(store, rank, size, _gpu_for_nccl())
+        backend = _common_backend(store, rank, size, gpu)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     _has_joined = True
     atexit.register(_leave)
@@ -375,7 +384,7 @@ class _Notes:
         return []
 
 
-# Those of the training that runs
+# Notes of the running training
 _notes: _Notes | None = None
 
 

@@ -488,6 +488,22 @@ def test_copies_for_signals_take_a_small_part_of_the_time(tmp_path: Path, monkey
     assert len(copies) == 2  # the first boundary's, and the last checkpoint
 
 
+@pytest.mark.parametrize("is_second", [False, True])
+def test_a_second_signal_ends_a_write_without_another_one(is_second: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_clipvf.checkpoint.signals.is_learning", lambda *_: True)
+    saved: list[int] = []
+    watch = SignalWatch(object(), lambda *_: saved.append(1))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        watch.start()
+        with pytest.raises(KeyboardInterrupt if is_second else SystemExit), watch.deferring():
+            for _ in range(1 + is_second):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(saved) == (not is_second)
+
+
 def test_a_watch_that_ends_below_another_one_still_lets_signals_through() -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     first, second = (SignalWatch(object(), pytest.fail) for _ in range(2))

@@ -498,7 +498,7 @@ with cases.failing_env(current_group().rank, int(sys.argv[1]), "raise"):
     model = cases.make_model().learn(600)
 if is_first:
     model.save("trained")
-    subprocess.run([sys.executable, "child.py"], check=True, timeout=50)
+    subprocess.run([sys.executable, "child.py"], check=True, timeout=500)
 # In one piece, since torchrun turns buffers off
 sys.stdout.write(f"{current_group()} {model.num_timesteps}\\n")
 """
@@ -704,6 +704,9 @@ def test_processes_of_torchrun_have_ranks_before_they_connect_and_their_children
     launch, _, pid = os.environ[distributed._OWNER].rpartition(" ")
     monkeypatch.setenv(distributed._OWNER, f"{launch} {int(pid) + 1}")  # the parent's
     assert current_group() is ALONE
+    with cases.logged() as messages:
+        cases.make_model().learn(64)
+    assert "This process trains alone, since torchrun has started not it but a parent" in "".join(messages)
     set_launch(2)  # by a torchrun that a process of another one has started
     assert current_group() == Group(1, 2)
 

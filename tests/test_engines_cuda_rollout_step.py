@@ -404,6 +404,7 @@ WALKS: dict[str, Any] = {
     "multi-binary": partial(InPlaceWalk, action_space=SPACES[3]),
     "no finals": partial(InPlaceWalk, finals=False),
     "normalized": InPlaceWalk,
+    "drawing": lambda device: tensor_pendulum().TensorPendulum(6, device, time_limit=5),  # keeps a generator
 }
 
 

@@ -398,6 +398,7 @@ def test_a_recorded_environment_steps_as_its_operations_do() -> None:
     model = ClipPPO("MlpPolicy", graphed, **SETTINGS)
     model.learn(64 * 8 * 2)
     assert {episode["l"] for episode in model.ep_info_buffer} == {5}
+    assert graphed._records and graphed._graph is not None
 
 
 DETERMINISTIC = """

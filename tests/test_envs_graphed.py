@@ -267,6 +267,13 @@ def test_saved_tensors_and_generators_are_restored_in_place() -> None:
     assert th.equal(th.rand(3, generator=generator), drawn)
 
 
+def test_a_generator_without_the_index_of_its_device_belongs_to_it() -> None:
+    """That of ``th.Generator("cuda")`` has none, while the environments' device is cuda:0."""
+    env = GraphedTensorEnv(tensor_pendulum().TensorPendulum(4))
+    env.device = th.device("cpu", 0)
+    assert env.generators == [env.env.generator]
+
+
 def test_a_graph_gets_the_generators_of_its_device() -> None:
     """torch ends the process if a CUDA graph gets one of the CPU."""
     env = tensor_pendulum().TensorPendulum(4)

@@ -48,14 +48,17 @@ class SignalWatch:
 
     @contextlib.contextmanager
     def deferring(self) -> Iterator[None]:
-        """Handle a signal that arrives in this context at its end, so that a write is completed."""
-        self._is_deferring = True
+        """Handle a signal that arrives in this context at its end, unless a second one ends the context."""
+        self._is_deferring, is_ended = True, False
         try:
             yield
+        except BaseException as error:
+            is_ended = not isinstance(error, Exception)
+            raise
         finally:
             self._is_deferring = False
             number, self._deferred = self._deferred, None
-            if number is not None:
+            if number is not None and not is_ended:
                 self._handle(number, inspect.currentframe())
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

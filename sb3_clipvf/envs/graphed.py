@@ -29,7 +29,8 @@ class GraphedTensorEnv:
     ``reset_tensors`` does. Random numbers come from the device's generator, or from a ``torch.Generator`` of it that
     the environment keeps. The constructor resets the environment and steps it, to check what it keeps. The first step
     records. The step is recorded again after something that the environment keeps, such as a number, was changed from
-    outside. If a recording fails, which is logged, and on the CPU, the operations run one by one.
+    outside. On the CPU, or after a failed recording, which is logged, the operations run one by
+    one.
 
     With ``engine="cuda_graph"``, one graph has the whole step of a rollout: policy, environments and buffer.
 
@@ -62,7 +63,8 @@ class GraphedTensorEnv:
     def generators(self) -> list[th.Generator]:
         """Random number generators of the device that the environment keeps."""
         generators = [value for value in self._kept.values() if isinstance(value, th.Generator)]
-        return [generator for generator in generators if generator.device == self.device]
+        # That of `th.Generator("cuda")` has no index.
+        return [generator for generator in generators if generator.device.type == self.device.type]
 
     def reset_tensors(self, seed: int | None = None) -> TensorObs:
         """Begin an episode in every environment."""
@@ -81,7 +83,8 @@ class GraphedTensorEnv:
             except RuntimeError as error:
                 warn_of_failure("the environments' step", error)
                 self._records = False
-                return self.step_tensors(actions)
+        if self._graph is None:
+            return self.step_tensors(actions)
         self._graph.replay()
         return self._step  # type: ignore[return-value]
 
@@ -135,7 +138,7 @@ def restorer_of(kept: list[Any]) -> Callable[[], None]:
 
 
 def _without_repeats(tensor: th.Tensor) -> th.Tensor:
-    """Return a view that can be written: one of a parameter's numbers, which has those of expanded axes once."""
+    """Return a writable view: detached from autograd, with each expanded axis reduced to length 1."""
     return tensor.detach()[tuple(slice(None if stride else 1) for stride in tensor.stride())]
 
 
@@ -163,7 +166,7 @@ def _host_random_states(env: TensorVecEnv) -> dict[str, str]:
     states: dict[str, Any] = {"Python's random": random.getstate(), "NumPy's random": np.random.get_state(legacy=False)}
     if th.device(env.device).type != "cpu":
         states["torch's generator of the CPU"] = th.get_rng_state().tolist()
-    for name, value in _everything(env):
+    for name, value in _found(env, (np.random.Generator, np.random.RandomState, random.Random, th.Generator)):
         if isinstance(value, np.random.Generator):
             states[f"`{name}`"] = value.bit_generator.state
         elif isinstance(value, np.random.RandomState):
@@ -202,29 +205,25 @@ def _kept(env: Any) -> dict[str, Any]:
 
     Tensors on another device are arrays, since a graph does not write them.
     """
-    found: dict[str, Any] = {}
     kind = th.device(env.device).type
-    for name, value in _everything(env):
+
+    def kept(value: Any) -> Any:
         if isinstance(value, th.Tensor) and value.device.type != kind:
-            value = value.numpy(force=True)
-        if isinstance(value, _KEPT):
-            found[name] = value
-        elif isinstance(value, np.ndarray):
-            found[name] = value.copy()
-    return found
+            return value.numpy(force=True).copy()
+        return value.copy() if isinstance(value, np.ndarray) else value
+
+    return {name: kept(value) for name, value in _found(env, (*_KEPT, np.ndarray))}
 
 
-def _everything(env: Any) -> list[tuple[str, Any]]:
-    """Return all objects that an environment keeps, with their names, each container and object once."""
+def _found(env: Any, kinds: tuple[type, ...]) -> list[tuple[str, Any]]:
+    """Return the objects of some kinds that an environment keeps, with their names."""
     found: list[tuple[str, Any]] = []
     visited: set[int] = set()
 
     def visit(name: str, value: Any) -> None:
-        is_whole = isinstance(value, _KEPT) or isinstance(value, np.ndarray)
-        if not is_whole and id(value) in visited:
-            return
-        found.append((name, value))
-        if not is_whole:
+        if isinstance(value, kinds):
+            found.append((name, value))
+        elif id(value) not in visited:
             visited.add(id(value))
             for key, part in _parts(value):
                 visit(f"{name}.{key}" if name else key, part)

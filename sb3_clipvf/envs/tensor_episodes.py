@@ -56,7 +56,7 @@ def successes_of(infos: Mapping[str, Any], n_envs: int, device: th.device) -> th
 
 
 def n_kept(parts: Mapping[str, th.Tensor], n_steps: int) -> int:
-    """Return the number of steps whose final observations are kept, from those of a step and the rollout's length."""
+    """Return how many steps' final observations are kept: at most the rollout's, within ``MAX_KEPT`` bytes."""
     return min(n_steps, max(1, MAX_KEPT // sum(part.nbytes for part in parts.values())))
 
 

@@ -84,10 +84,12 @@ class Recorder:
 
 def warn_of_failure(what: str, error: RuntimeError) -> None:
     """Warn that operations could not be recorded."""
+    # The end of a recording raises another error.
+    reason = error.__context__ if isinstance(error.__context__, RuntimeError) else error
     log.warning(
         "The CUDA graph of %s could not be recorded (%s). Training continues without it, which takes longer.",
         what,
-        str(error.__context__ or error).partition("\n")[0],  # the end of the recording raises another error
+        str(reason).partition("\n")[0],
     )
 
 
