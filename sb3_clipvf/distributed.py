@@ -180,7 +180,7 @@ def current_group() -> Group:
     """
     Return the group of this process: one that the user's own code has joined, or else all that ``torchrun`` started.
 
-    This does not communicate. A child of such a process is alone.
+    No message is sent. A process that such a process starts is not in the group.
     """
     if not dist.is_available():
         return ALONE

@@ -539,21 +539,26 @@ sys.stdout.write(f"{start} to {model.num_timesteps}\\n")
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
+def launched(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a script or a module on two processes of torchrun, in a folder."""
+    return subprocess.run(
+        [*LAUNCHER, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=2 * SECONDS,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), **variables},
+        check=False,
+    )
+
+
 class TestTorchrun:
     @pytest.mark.parametrize("bad_rank", [-1, 1])
     def test_a_script_needs_no_change(self, tmp_path: Path, bad_rank: int) -> None:
         script = tmp_path / "script.py"
         for path, text in ((script, SCRIPT), (tmp_path / "child.py", CHILD)):
             path.write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n{text}")
-        done = subprocess.run(
-            [*LAUNCHER, str(script), str(bad_rank)],
-            capture_output=True,
-            text=True,
-            timeout=2 * SECONDS,
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
-            check=False,
-        )
+        done = launched(tmp_path, str(script), str(bad_rank))
         if bad_rank < 0:
             assert done.returncode == 0, done.stderr
             assert "Group(rank=0, size=2) 640" in done.stdout and "Group(rank=1, size=2) 640" in done.stdout
@@ -571,15 +576,8 @@ class TestTorchrun:
         for bad_rank, how in ((-1, ""), (1, "exit"), (0, "hang")):
             folder = tmp_path / f"run{bad_rank}"
             folder.mkdir()
-            done = subprocess.run(
-                [*LAUNCHER, "--max-restarts=1", str(script), str(bad_rank), how],
-                capture_output=True,
-                text=True,
-                timeout=2 * SECONDS,
-                cwd=folder,
-                env={**os.environ, **({"SB3_CLIPVF_TIMEOUT": "20"} if how == "hang" else {})},
-                check=False,
-            )
+            variables = {"SB3_CLIPVF_TIMEOUT": "20"} if how == "hang" else {}
+            done = launched(folder, "--max-restarts=1", str(script), str(bad_rank), how, **variables)
             assert done.returncode == 0, done.stderr
             assert done.stdout.count("0 to 640" if bad_rank < 0 else "128 to 640") == 2, done.stdout
             if how == "exit":
@@ -591,15 +589,7 @@ class TestTorchrun:
 
     def test_the_command_trains_one_model_and_resumes_it(self, tmp_path: Path) -> None:
         def train(*options: str) -> str:
-            done = subprocess.run(
-                [*LAUNCHER, "-m", "sb3_clipvf", "train", *options],
-                capture_output=True,
-                text=True,
-                timeout=2 * SECONDS,
-                cwd=tmp_path,
-                env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
-                check=False,
-            )
+            done = launched(tmp_path, "-m", "sb3_clipvf", "train", *options)
             assert done.returncode == 0, done.stderr
             return done.stdout
 
