@@ -174,7 +174,7 @@ def test_results_and_table_of_all_rows_and_seeds(in_folder: Path, capsys: pytest
     assert "Made by `python -m tests.bench learning --seeds 2000 2001`." in table
     assert (run["mean_return"], run["std_return"], run["cpu_seconds"]) == (9.375, 0.25, 90.0)
     cells = "9.4 [not enough data] | 9.4 [not enough data] | 0.0 [not enough data]"
-    assert f"| {cells} | 8 | yes (2 of 2) | 1.5 / 1.5 |" in table.replace("\u00a0", " ")
+    assert f"| {cells} |  | 8 | yes (2 of 2) | 1.5 / 1.5 |" in table.replace("\u00a0", " ")
     printed = capsys.readouterr().out
     assert printed.startswith("6 runs to make, 0 are done already (--rerun makes them again); time left is not known")
     assert "[6/6] " in printed and "tiny, seed 2000: 9.38 +/- 0.25 (goal 8), " in printed
@@ -410,20 +410,20 @@ def test_table_means_over_seeds_and_names_what_is_missing(tmp_path: Path) -> Non
         (plain, 1001, 9.0, 2.0),
         (plain.peer(), 1000, 6.0, 30.0),
         (plain.peer(), 1001, 6.0, None),
-        (variant, 1000, 7.96, None),
+        (variant, 1000, 8.5, None),
     ):
         results.add({**result(row, seed, mean), "cpu_seconds": None if minutes is None else 60 * minutes})
     lines = render_table(results, (plain, variant, empty), (1000, 1001)).replace("\u00a0", " ").splitlines()
     # Intervals begin with three seeds.
     assert lines[:5] == [
-        "| environment and settings | steps | ClipPPO | SB3 PPO | difference | goal | reached | CPU minutes "
-        "| others (RL Zoo) |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | --- |",
-        "| plain | 5,000 | 8.0 [not enough data] | 6.0 [not enough data] | 2.0 [not enough data] | 8 | yes (1 of 2) "
+        "| environment and settings | steps | ClipPPO | SB3 PPO | difference from SB3 PPO "
+        "| difference from the shipped settings | goal | reached | CPU minutes | others (RL Zoo) |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: | --- |",
+        "| plain | 5,000 | 8.0 [not enough data] | 6.0 [not enough data] | 2.0 [not enough data] |  | 8 | yes (1 of 2) "
         "| 1.5 / 30.0 | 7 (a2c) |",
         f"| variant<br>`{' '.join(PARAMS)} --vec-env envpool` | 5,000 "
-        "| 8.0 [not enough data] (1 of 2 seeds) | not run |  |  |  | ? / ? |  |",
-        "| empty | 5,000 | not run | not run |  | 8 |  |  |  |",
+        "| 8.5 [not enough data] (1 of 2 seeds) | not run |  | 0.5 [not enough data] |  |  | ? / ? |  |",
+        "| empty | 5,000 | not run | not run |  |  | 8 |  |  |  |",
     ]
     assert lines[6].startswith("Seeds: 1000, 1001. ")
     assert lines[-1] == "- C, 2 cores, 1 runs side by side, one thread each; python 3"

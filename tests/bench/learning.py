@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -65,34 +65,36 @@ def with_peers(rows: Sequence[Row]) -> tuple[Row, ...]:
     return tuple(named.values())
 
 
-# Comparisons: best on-policy entry of the RL Zoo's benchmark.md, one run each.
+# Comparisons: entries of the RL Zoo's benchmark.md, with their algorithm and steps, one run each.
 #
 # Rows are in the order of their cost. Estimate for a seed on one core, from the first 16,000 to 65,000 steps of each
 # row: 30 minutes for ClipPPO, of which MuJoCo takes 11 and BipedalWalker 14; 80 minutes for SB3's PPO, of which MuJoCo
 # takes 45 and BipedalWalker 25. Five seeds of both take 9 hours on one core, about 5 hours with `--jobs 2`.
 ROWS: tuple[Row, ...] = (
-    _row("CartPole-v1", 100_000, 500, comparison="500"),
+    _row("CartPole-v1", 100_000, 500, comparison="500 (ppo, 100k)"),
     _row("CartPole-v1", 100_000, 500, "-fixed-kl", params=_FIXED_KL),
     _row("CartPole-v1", 100_000, 500, "-adaptive-kl", params=_ADAPTIVE_KL),
-    _row("Pendulum-v1", 100_000, -170, comparison="-163", n_episodes=100),
-    _row("MountainCarContinuous-v0", 50_000, 92, comparison="92.5 (trpo), 88.3 (ppo at 20k)"),
+    _row("Pendulum-v1", 100_000, -170, comparison="-163 (a2c, 1M), -172 (ppo, 100k)", n_episodes=100),
+    _row("MountainCarContinuous-v0", 50_000, 92, comparison="92.5 (trpo, 50k), 88.3 (ppo, 20k)"),
     _row("MountainCarContinuous-v0", 50_000, 92, "-squashed", params=_SQUASHED_MOUNTAIN_CAR),
-    _row("Acrobot-v1", 500_000, -80, comparison="-73.5", n_episodes=100),
-    _row("LunarLander-v3", 1_000_000, 240, comparison="242", n_episodes=100),
+    _row("Acrobot-v1", 500_000, -80, comparison="-73.5 (ppo, 1M)", n_episodes=100),
+    _row("LunarLander-v3", 1_000_000, 240, comparison="242 (ppo, 1M)", n_episodes=100),
     _row("LunarLander-v3", 1_000_000, 240, "-fixed-kl", params=_FIXED_KL_LANDER, n_episodes=100),
     _row("LunarLander-v3", 1_000_000, 240, "-adaptive-kl", params=_ADAPTIVE_KL, n_episodes=100),
-    _row("Hopper-v5", 1_000_000, None, comparison="3618 (trpo), 2410 (ppo)"),
-    _row("HalfCheetah-v5", 1_000_000, None, comparison="5819 (ppo)"),
-    _row("Walker2d-v5", 1_000_000, None, comparison="4933 (trpo), 3479 (ppo)"),
+    _row("Hopper-v5", 1_000_000, None, comparison="3618 (trpo, 1M), 2410 (ppo, 1M)"),
+    _row("HalfCheetah-v5", 1_000_000, None, comparison="5819 (ppo, 1M)"),
+    _row("Walker2d-v5", 1_000_000, None, comparison="4933 (trpo, 1M), 3479 (ppo, 1M)"),
     _row(
         "BipedalWalker-v3",
         5_000_000,
         290,
-        comparison="300 (a2c), 213 (ppo)",
+        comparison="300 (a2c, 5M), 213 (ppo, 5M)",
         n_episodes=100,
         vec_env="envpool",  # 14 minutes instead of 60
     ),
 )
+
+_Runs: TypeAlias = Sequence[Mapping[str, Any]]
 
 _NOTES = (
     "A return is the mean over the seeds of the final models' evaluations, with its 95 % interval, see "
@@ -100,7 +102,8 @@ _NOTES = (
     "much, with the most probable actions and the environment's own rewards. SB3's PPO has the RL Zoo's settings, and "
     "the same steps, environments and seeds as ClipPPO. *reached*: whether ClipPPO's mean reaches the goal, and how "
     "many single seeds do. *CPU minutes*: mean processor time of a training, ClipPPO's and SB3's. *others*: "
-    "one run each, on version 3 of MuJoCo's environments."
+    "entries of the Zoo's benchmark.md, with algorithm and steps, one run each, on version 3 of MuJoCo's environments and "
+    "version 2 of LunarLander."
 )
 
 
@@ -159,11 +162,12 @@ class LearningBenchmark(TrainingBenchmark[Row]):
 
 def render_table(results: Results, rows: Sequence[Row], seeds: Sequence[int]) -> str:
     """Render the results of the rows and seeds, beside those of their peers, as a Markdown table with notes."""
-    header = ["environment and settings", "steps", "ClipPPO", "SB3 PPO", "difference", "goal", "reached"]
-    header += ["CPU minutes", "others (RL Zoo)"]
+    header = ["environment and settings", "steps", "ClipPPO", "SB3 PPO", "difference from SB3 PPO"]
+    header += ["difference from the shipped settings", "goal", "reached", "CPU minutes", "others (RL Zoo)"]
     found = {row: _runs(results, row, seeds) for made in rows for row in (made, made.peer())}
-    lines = [_cells(row, found[row], found[row.peer()], len(seeds)) for row in rows]
-    table = markdown_table(header, "lrrrrrlrl", lines)
+    shipped = {row.env_id: found[row] for row in rows if not row.params}
+    lines = [_cells(row, found[row], found[row.peer()], shipped.get(row.env_id, []), len(seeds)) for row in rows]
+    table = markdown_table(header, "lrrrrrrlrl", lines)
     machines = machines_text([run for runs in found.values() for run in runs], how_made)
     return f"{table}\n\nSeeds: {', '.join(map(str, seeds))}. {_NOTES}\n\n{machines}"
 
@@ -172,16 +176,25 @@ def _runs(results: Results, row: Row, seeds: Sequence[int]) -> list[dict[str, An
     return [run for seed in seeds if (run := results.find(row.run(seed))) is not None]
 
 
-def _cells(row: Row, ours: list[dict[str, Any]], peers: list[dict[str, Any]], n_seeds: int) -> list[str]:
+def _cells(row: Row, ours: _Runs, peers: _Runs, shipped: _Runs, n_seeds: int) -> list[str]:
     options = [*row.params, *(["--vec-env", row.vec_env] if row.vec_env != "dummy" else [])]
     settings = f"{row.name}<br>`{' '.join(options)}`" if options else row.name
-    our_returns, peer_returns = ([run["mean_return"] for run in runs] for runs in (ours, peers))
-    found = estimate(difference(mean), over_seeds(our_returns), over_seeds(peer_returns))
+    our_returns, peer_returns = _returns(ours), _returns(peers)
     goal = "" if row.goal is None else f"{row.goal:g}"
     cells = [settings, f"{row.n_timesteps:,}", _mean(our_returns, n_seeds), _mean(peer_returns, n_seeds)]
-    cells += ["" if found is None else found.text("z,.1f"), goal, _reached(row.goal, our_returns)]
+    cells += [_difference(our_returns, peer_returns)]
+    cells += [_difference(our_returns, _returns(shipped)) if row.params else "", goal, _reached(row.goal, our_returns)]
     minutes = f"{_minutes(ours)} / {_minutes(peers)}" if ours or peers else ""
     return [*cells, minutes, row.comparison]
+
+
+def _returns(runs: _Runs) -> list[float]:
+    return [run["mean_return"] for run in runs]
+
+
+def _difference(returns: Sequence[float], others: Sequence[float]) -> str:
+    found = estimate(difference(mean), over_seeds(returns), over_seeds(others))
+    return "" if found is None else found.text("z,.1f")
 
 
 def _mean(returns: Sequence[float], n_seeds: int) -> str:
@@ -199,7 +212,7 @@ def _reached(goal: float | None, returns: Sequence[float]) -> str:
     return f"{'yes' if np.mean(returns) >= goal else 'no'} ({alone} of {len(returns)})"
 
 
-def _minutes(runs: Sequence[Mapping[str, Any]]) -> str:
+def _minutes(runs: _Runs) -> str:
     """Return the mean processor time; that of resumed runs is not known."""
     known = over_seeds(run.get("cpu_seconds") for run in runs)
     return f"{known.mean() / 60:.1f}" if len(known) > 0 else "?"
