@@ -102,8 +102,8 @@ _NOTES = (
     "much, with the most probable actions and the environment's own rewards. SB3's PPO has the RL Zoo's settings, and "
     "the same steps, environments and seeds as ClipPPO. *reached*: whether ClipPPO's mean reaches the goal, and how "
     "many single seeds do. *CPU minutes*: mean processor time of a training, ClipPPO's and SB3's. *others*: "
-    "entries of the Zoo's benchmark.md, with algorithm and steps, one run each, on version 3 of MuJoCo's environments and "
-    "version 2 of LunarLander."
+    "entries of the Zoo's benchmark.md, with algorithm and steps, one run each, on version 3 of MuJoCo's environments "
+    "and version 2 of LunarLander."
 )
 
 
