@@ -12,7 +12,7 @@ import numpy as np
 from sb3_clipvf.zoo import ALGORITHM
 from tests.bench.experiments.estimates import difference, estimate, mean, over_seeds
 from tests.bench.experiments.runs import Record
-from tests.bench.learning_figure import CAPTION, TimeComparison, write_time_figure
+from tests.bench.learning_figure import CAPTION, TimeComparison, fastest_seconds, write_time_figure
 from tests.bench.results import Results, machines_text, markdown_table
 from tests.bench.training_runs import TrainingBenchmark, TrainingRow, how_made
 
@@ -101,7 +101,7 @@ _NOTES = (
     "`docs/experiments.md`. An evaluation is the mean of 20 episodes, or 100 where returns differ "
     "much, with the most probable actions and the environment's own rewards. SB3's PPO has the RL Zoo's settings, and "
     "the same steps, environments and seeds as ClipPPO. *reached*: whether ClipPPO's mean reaches the goal, and how "
-    "many single seeds do. *CPU minutes*: mean processor time of a training, ClipPPO's and SB3's. *others*: "
+    "many single seeds do. *CPU minutes*: processor time of the fastest run, ClipPPO's and SB3's. *others*: "
     "entries of the Zoo's benchmark.md, with algorithm and steps, one run each, on version 3 of MuJoCo's environments "
     "and version 2 of LunarLander."
 )
@@ -213,9 +213,8 @@ def _reached(goal: float | None, returns: Sequence[float]) -> str:
 
 
 def _minutes(runs: _Runs) -> str:
-    """Return the mean processor time; that of resumed runs is not known."""
-    known = over_seeds(run.get("cpu_seconds") for run in runs)
-    return f"{known.mean() / 60:.1f}" if len(known) > 0 else "?"
+    seconds = fastest_seconds(runs)
+    return "?" if seconds is None else f"{seconds / 60:.1f}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
