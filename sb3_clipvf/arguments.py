@@ -133,11 +133,11 @@ def _checked_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
         ("n_steps", 1, "SB3's default is 2048."),
         ("batch_size", 1, "SB3's default is 64."),
         ("n_epochs", 1, "SB3's default is 10."),
-        ("sde_sample_freq", -1, "-1 draws noise once a rollout."),
+        ("sde_sample_freq", -1, "-1 draws noise once per rollout."),
     ):
         sizes[name] = validation.check_int(name, values[name], low, way_out)
     if sizes["sde_sample_freq"] == 0:
-        raise ValueError("`sde_sample_freq` must be -1 or at least 1, got 0. -1 draws noise once a rollout.")
+        raise ValueError("`sde_sample_freq` must be -1 or at least 1, got 0. -1 draws noise once per rollout.")
     window = values["_stats_window_size"]
     sizes["_stats_window_size"] = validation.check_int("stats_window_size", window, 1, "SB3's default is 100.")
     validation.check_verbose(values["verbose"])
@@ -184,34 +184,34 @@ def _check_controllers(values: Mapping[str, Any]) -> None:
     if values["adaptive_kl_target"] is not None:
         if not is_constant(kl_coef):
             raise ValueError(
-                f"`kl_coef` must be a number where `adaptive_kl_target` is set, got {kl_coef!r}. Either beta follows a "
-                "schedule or it adapts: drop one of the two."
+                f"`kl_coef` must be a number if `adaptive_kl_target` is set, got {kl_coef!r}. Beta either follows a "
+                "schedule or adapts: remove one of the two."
             )
         beta = make_schedule(kl_coef, "kl_coef")(1.0)
         if beta == 0:
             raise ValueError(
-                f"`kl_coef` must be positive where `adaptive_kl_target` is set, got {kl_coef!r}: doubling and halving "
+                f"`kl_coef` must be positive if `adaptive_kl_target` is set, got {kl_coef!r}: doubling and halving "
                 "never leave 0. Start at 1.0, as the paper does."
             )
         low, high = AdaptiveKL.beta_min, AdaptiveKL.beta_max
         if not low <= beta <= high:
             raise ValueError(
-                f"`kl_coef` must be in [{low:g}, {high:g}] where `adaptive_kl_target` is set, got {kl_coef!r}: it "
+                f"`kl_coef` must be in [{low:g}, {high:g}] if `adaptive_kl_target` is set, got {kl_coef!r}: it "
                 "adapts within these bounds. Start at 1.0, as the paper does."
             )
     if values["lr_kl_target"] is None:
         return
     if not is_constant(learning_rate):
         raise ValueError(
-            f"`learning_rate` must be a number where `lr_kl_target` is set, got {learning_rate!r}. Either the rate "
-            "follows a schedule or it adapts: drop one of the two."
+            f"`learning_rate` must be a number if `lr_kl_target` is set, got {learning_rate!r}. The rate either "
+            "follows a schedule or adapts: remove one of the two."
         )
     # A loaded model continues from its adapted rate. The Zoo sets the initial rate to 0 if it only evaluates.
     if values["adaptive_lr"] is None:
         low, high = KLAdaptiveLR.lr_min, KLAdaptiveLR.lr_max
         if not low <= make_schedule(learning_rate, "learning_rate")(1.0) <= high:
             raise ValueError(
-                f"`learning_rate` must be in [{low:g}, {high:g}] where `lr_kl_target` is set, got {learning_rate!r}: "
+                f"`learning_rate` must be in [{low:g}, {high:g}] if `lr_kl_target` is set, got {learning_rate!r}: "
                 "it adapts within these bounds. SB3's default is 3e-4."
             )
 
@@ -267,19 +267,19 @@ def warn_of_early_end(
             f"`{name}` is {schedule(first):.3g} in its first update and {schedule(0.0):.3g} in its last"
             for name, schedule in annealed.items()
         )
-        what = f"runs in the second half of its schedules: {values}"
+        what = f"uses only the second half of its schedules: {values}"
     constants = {name: f"{schedule(1.0):.3g}" for name, schedule in annealed.items()}
     if on_command_line:
         params = " ".join(f"{name}:{value}" for name, value in constants.items())
-        way_out = f"Train for more rollouts of {rollout} steps (`-n`), or at constant values: `-params {params}`."
+        way_out = f"Train for more rollouts of {rollout} steps (`-n`), or use constant values: `-params {params}`."
     else:
         arguments = ", ".join(f"{name}={value}" for name, value in constants.items())
         way_out = (
-            "Where training runs over several calls, pass schedule_timesteps=<all of its steps> to the first one and "
-            f"reset_num_timesteps=False to the others. Or train at constant values: {arguments}."
+            "If you train in several calls, pass schedule_timesteps=<all steps> to the first one and "
+            f"reset_num_timesteps=False to the others. Or use constant values: {arguments}."
         )
-    training = "The training" if on_command_line else "learn()"
-    log.warning("%s %s, since schedules end with it, as in SB3. %s", training, what, way_out)
+    training, end = ("The run", "the run") if on_command_line else ("learn()", "each call")
+    log.warning("%s %s. As in SB3, schedules end with %s. %s", training, what, end, way_out)
     return True
 
 
@@ -332,8 +332,8 @@ def values_to_load(
     chosen = {name: custom_objects.get(name, value) for name, value in absent.items()}
     listed = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
     warnings.warn(
-        f"The file was saved by another algorithm of SB3. Arguments that it lacks are set to {listed}. "
-        "Pass them to `load` to change them.",
+        f"The file was not saved by ClipPPO, so it lacks some of its arguments. They are set to {listed}. "
+        "To change them, pass them to `load`.",
         stacklevel=3,
     )
     return {"_loads_sb3": True, **chosen, **values}

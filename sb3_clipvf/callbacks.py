@@ -50,16 +50,17 @@ class IsolatedEvalCallback(EvalCallback):
         shared = next((item for item in stepped_objects(evaluation) if id(item) in used), None)
         if shared is not None:
             raise ValueError(
-                "`eval_env` must be other environments than those of the training, got the same "
-                f"{type(shared).__name__}: an evaluation would end their running episodes. Build separate ones."
+                f"`eval_env` must not share environments with the training, got the same {type(shared).__name__}: an "
+                "evaluation would end their running episodes. Build separate ones."
             )
         is_normalized = unwrap_vec_normalize(evaluation) is not None
         if is_normalized != (self.model.get_vec_normalize_env() is not None):
             what, way_out = "no VecNormalize", "Wrap it: VecNormalize(eval_env, training=False, norm_reward=False)."
             if is_normalized:
-                what, way_out = "a VecNormalize", "Pass it without, or also wrap the training's environments."
+                what, way_out = "a VecNormalize", "Pass it without one, or also wrap the training environments."
             raise ValueError(
-                f"`eval_env` must be normalised as the training's environments are, got {what} around it. {way_out}"
+                "`eval_env` must have a VecNormalize if and only if the training environments have one, got "
+                f"{what}. {way_out}"
             )
         super()._init_callback()
         log_folder = None if self.log_path is None else Path(self.log_path).parent

@@ -391,7 +391,7 @@ class ClipPPO(DataParallelCollector):
             raise self._update_error(statistics.skipped, reason)
         if self._updates_with_skips == 1:
             log.warning(
-                "%d minibatches were skipped in the update at num_timesteps=%d, the first one since %s. "
+                "%d minibatches were skipped in the update at num_timesteps=%d (first cause: %s). "
                 "`train/skipped_minibatches` counts them; training ends after %d updates in a row that skip some.",
                 statistics.n_skipped,
                 self.num_timesteps,
@@ -507,7 +507,7 @@ class ClipPPO(DataParallelCollector):
         horizon = None
         if schedule_timesteps is not None:
             horizon = validation.check_int(
-                "schedule_timesteps", schedule_timesteps, 1, "Pass the environment steps of the whole training."
+                "schedule_timesteps", schedule_timesteps, 1, "Pass the environment steps of all calls together."
             )
         if log_interval is not None:
             log_interval = validation.check_int("log_interval", log_interval, 1, "None turns it off.")
@@ -516,7 +516,7 @@ class ClipPPO(DataParallelCollector):
             raise ValueError("`env` must be set before learning, got None. Pass it to `load`, or call `set_env`.")
         check_environments(self.env, self.observation_space, self.action_space, self.n_envs)
         if self.tensorboard_log is not None and not self._custom_logger:
-            way_out = "Choose another one, or None for no such log."
+            way_out = "Choose a different one, or None for no such log."
             validation.check_folder("tensorboard_log", self.tensorboard_log, way_out)
         if horizon is not None or reset_num_timesteps:
             self._schedule_timesteps = horizon

@@ -351,12 +351,12 @@ class RolloutCollector(OnPolicyAlgorithm):
             return
         if width:
             cause = f"`rollout_buffer_class` {buffer_class.__name__} does not store the old distribution"
-            way_out = "Derive the buffer class from TensorRolloutBuffer, and leave its `dist_param_dim` alone."
+            way_out = "Derive the buffer class from TensorRolloutBuffer, and keep its `dist_param_dim`."
         else:
             dist = type(getattr(self.policy, "action_dist", None)).__name__
-            cause = f"the exact KL of the policy's action distribution ({dist}) is not known"
+            cause = f"that of the policy's action distribution ({dist}) is not known"
             way_out = "Use one of SB3's action distributions."
-        raise ValueError(f"`{name}` must not be set, since {cause}, got {getattr(self, name)!r}. {way_out}")
+        raise ValueError(f"`{name}` needs the exact KL, but {cause}, got {name}={getattr(self, name)!r}. {way_out}")
 
     def _check_kl_is_stored(self) -> None:
         """
@@ -374,8 +374,8 @@ class RolloutCollector(OnPolicyAlgorithm):
             return
         if can_store:
             raise ValueError(
-                f"`dist_params` must be given at each step where `{name}` is set, got None and "
-                f"{getattr(self, name)!r}. Pass them to `rollout_buffer.add`, or collect by ClipPPO's own "
+                f"`dist_params` must be given at each step if `{name}` is set, got None with {name}="
+                f"{getattr(self, name)!r}. Pass them to `rollout_buffer.add`, or collect with ClipPPO's own "
                 "`collect_rollouts`, which passes them."
             )
         width = dist_param_dim(getattr(self.policy, "action_dist", None))

@@ -201,7 +201,6 @@ class DataParallelCollector(TensorRolloutCollector):
         first = self._follow_first(group, n_rollout_steps)
         for tensor in (*self.policy.parameters(), *self.policy.buffers()):
             group.broadcast_tensor(tensor.data)
-        return cast(int, first.n_rollout_steps)
 
     def _share_parameters(self, group: Group, checksums: list[int]) -> None:
         """Take weights, moments and options of the optimizer from the first process if a process has others."""
@@ -256,8 +255,8 @@ class DataParallelCollector(TensorRolloutCollector):
         if not self._warned_of_copies and len({end.actions for end in ends}) == 1:
             self._warned_of_copies = True
             log.warning(
-                "All processes have collected the same actions, so that more of them do not help. Pass `seed` to "
-                "ClipPPO, which seeds each process differently, instead of seeding all alike."
+                "All processes collected the same actions, so the additional processes have no benefit. Do not seed "
+                "them alike; pass `seed` to ClipPPO, which gives each process a different seed."
             )
 
     # ------------------------------------------------------------------ start of a training

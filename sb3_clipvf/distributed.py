@@ -199,7 +199,8 @@ def warn_of_child() -> None:
     """Warn that this process trains alone, if torchrun has started a parent of it."""
     if _launched_pid() not in (None, os.getpid()) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         log.warning(
-            "This process trains alone, since torchrun has started not it but a parent that has imported ClipPPO."
+            "This process trains a model of its own: torchrun did not start it, but a parent process that had imported "
+            "ClipPPO."
         )
 
 

@@ -150,7 +150,7 @@ class TensorRolloutBuffer(BaseBuffer):
             gib = 2**30
             raise ValueError(
                 f"`n_steps` must be small enough for the rollout to fit into memory, got n_steps={self.buffer_size} "
-                f"with n_envs={self.n_envs}, which takes {self.nbytes / gib:.1f} GiB where {available / gib:.1f} GiB "
+                f"with n_envs={self.n_envs}, which takes {self.nbytes / gib:.1f} GiB, but {available / gib:.1f} GiB "
                 "are free. Lower `n_steps` or the number of environments, or shrink the observations."
             )
 
@@ -269,8 +269,8 @@ class TensorRolloutBuffer(BaseBuffer):
             self.reset()
         if self.pos == self.buffer_size:
             raise ValueError(
-                f"`rollout_buffer` must take {self.buffer_size} steps at most, got one more. Call its `reset` before "
-                "the next rollout; `load` with another `n_steps` builds a buffer for longer rollouts."
+                f"The rollout buffer is full ({self.buffer_size} steps). Call its `reset` before the next rollout; for "
+                "longer rollouts, `load` with a larger `n_steps`."
             )
 
     def _rows(self, indices: np.ndarray) -> th.Tensor:
@@ -374,8 +374,8 @@ def check_complete(buffer: Any) -> None:
     """Raise ``ValueError`` if a rollout is not complete: the missing rows hold zeros, or the previous rollout."""
     if not getattr(buffer, "full", True):
         raise ValueError(
-            f"`rollout_buffer` must be full to be trained on, got {buffer.pos} of {buffer.buffer_size} steps. Collect "
-            "the others first; `load` with another `n_steps` builds a buffer for shorter rollouts."
+            f"The rollout is incomplete: {buffer.pos} of {buffer.buffer_size} steps. Collect the rest before training; "
+            "for shorter rollouts, `load` with a smaller `n_steps`."
         )
 
 

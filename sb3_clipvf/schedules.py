@@ -225,7 +225,7 @@ def _check_signature(function: Any, name: str) -> None:
     except ValueError:  # some C functions have no signature
         return
     except TypeError as error:
-        raise _not_a_schedule(name, function, "takes other arguments", error) from error
+        raise _not_a_schedule(name, function, "takes different arguments", error) from error
 
 
 def _not_a_schedule(name: str, function: Any, fault: str, error: Exception) -> TypeError:

@@ -41,7 +41,7 @@ class TensorRolloutCollector(RolloutCollector):
             return super()._make_rollout_buffer(default, checks_memory=checks_memory)
         on_device = super()._make_rollout_buffer(DeviceRolloutBuffer, checks_memory=False)
         free = free_device_memory(self.device)
-        size = f"takes {on_device.nbytes / 2**20:.2f} MiB, where {self.device} has {free / 2**20:.2f} MiB free"
+        size = f"takes {on_device.nbytes / 2**20:.2f} MiB, and {self.device} has {free / 2**20:.2f} MiB free"
         if on_device.nbytes + DEVICE_RESERVE > free:
             log.info("The rollout stays on the host: it %s.", size)
             return super()._make_rollout_buffer(default, checks_memory=checks_memory)

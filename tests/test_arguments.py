@@ -49,13 +49,13 @@ def warnings_of(caplog: pytest.LogCaptureFixture, model: ClipPPO, *calls: dict[s
     with caplog.at_level(logging.WARNING, logger="sb3_clipvf"):
         for call in calls:
             model.learn(**{"total_timesteps": N_STEPS, **call})
-    return [record.getMessage() for record in caplog.records if "schedules end with it" in record.getMessage()]
+    return [record.getMessage() for record in caplog.records if "schedules end with each call" in record.getMessage()]
 
 
-ONE_ROLLOUT = "learn() collects one rollout: {} in its only update, since schedules end with it, as in SB3. "
+ONE_ROLLOUT = "learn() collects one rollout: {} in its only update. As in SB3, schedules end with each call. "
 WAY_OUT = (
-    "Where training runs over several calls, pass schedule_timesteps=<all of its steps> to the first one and "
-    "reset_num_timesteps=False to the others. Or train at constant values: {}."
+    "If you train in several calls, pass schedule_timesteps=<all steps> to the first one and "
+    "reset_num_timesteps=False to the others. Or use constant values: {}."
 )
 
 

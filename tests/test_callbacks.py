@@ -205,17 +205,17 @@ def test_episodes_that_end_outside_of_monitor_are_refused(wrap: Any) -> None:
 
 def test_environments_of_the_training_are_refused() -> None:
     env = make_vec_env(Short)
-    with pytest.raises(ValueError, match="`eval_env` must be other environments than those of the training"):
+    with pytest.raises(ValueError, match="`eval_env` must not share environments with the training"):
         trained(lambda: env, evaluation(lambda: env))
 
 
 def test_statistics_that_the_training_lacks_are_refused() -> None:
-    with pytest.raises(ValueError, match="`eval_env` must be normalised as .* got a VecNormalize around it"):
+    with pytest.raises(ValueError, match=r"`eval_env` must have a VecNormalize if and only if .* got a VecNormalize\."):
         trained(lambda: make_vec_env(Short), evaluation(lambda: VecNormalize(make_vec_env(Short))))
 
 
 def test_environments_without_statistics_are_refused() -> None:
-    with pytest.raises(ValueError, match="`eval_env` must be normalised as .* got no VecNormalize"):
+    with pytest.raises(ValueError, match="`eval_env` must have a VecNormalize if and only if .* got no VecNormalize"):
         trained(lambda: VecNormalize(make_vec_env(Short)), evaluation(lambda: make_vec_env(Short)))
 
 

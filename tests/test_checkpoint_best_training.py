@@ -346,7 +346,7 @@ def test_loading_a_pair_with_a_missing_file_names_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["not json", "[1, 2]", '{"format": 2}', '{"model": "x.zip"}'])
 def test_foreign_manifest_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "best_training_model.json").write_text(text)
-    with pytest.raises(ValueError, match=r"must be a manifest of SaveBestTrainingReward \(format 1\), got other"):
+    with pytest.raises(ValueError, match=r"must be a manifest of SaveBestTrainingReward \(format 1\), got different"):
         load_best_training(tmp_path)
     with pytest.raises(ValueError, match="Move the file away"):
         make_model().learn(8, callback=SaveBestTrainingReward(tmp_path))

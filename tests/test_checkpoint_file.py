@@ -91,7 +91,7 @@ def test_the_manifest_describes_what_is_in_the_file(checkpoints: Path) -> None:
 def test_a_changed_entry_is_named(copied: Path, entry: str) -> None:
     path = copied / "checkpoint_320.zip"
     rewrite(path, lambda entries: entries.update({entry: entries[entry][:-1] + b"!"}))
-    with pytest.raises(DamagedCheckpointError, match=rf"damaged: {entry} must be"):
+    with pytest.raises(DamagedCheckpointError, match=rf"damaged: it does not match its manifest in {entry}\. "):
         read_checkpoint(path)
 
 
@@ -212,7 +212,7 @@ def test_the_newest_complete_checkpoint_is_used_and_damaged_ones_are_named(
 def test_without_a_whole_checkpoint_there_is_nothing_to_resume(copied: Path, tmp_path: Path) -> None:
     for path in copied.iterdir():
         path.write_bytes(b"")
-    with pytest.raises(DamagedCheckpointError, match="None of the 3 checkpoints"):
+    with pytest.raises(DamagedCheckpointError, match="All 3 checkpoints in .* are damaged"):
         newest_checkpoint(copied)
     with pytest.raises(FileNotFoundError, match=r"holds no checkpoint_<timesteps>\.zip"):
         newest_checkpoint(tmp_path)

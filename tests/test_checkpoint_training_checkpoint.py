@@ -151,12 +151,12 @@ def test_a_new_training_does_not_mix_with_another_one(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     CASE.model(tmp_path).learn(64, callback=TrainingCheckpoint(64, folder))
     before = {name: (folder / name).read_bytes() for name in names(folder)}
-    with pytest.raises(ValueError, match=r"without checkpoints of another training.*checkpoint_64\.zip.*resume"):
+    with pytest.raises(ValueError, match=r"without checkpoints of another run.*checkpoint_64\.zip.*resume"):
         CASE.model(tmp_path).learn(64, callback=TrainingCheckpoint(64, folder))
     # Nor does one that was resumed from another folder.
     CASE.model(tmp_path).learn(64, callback=TrainingCheckpoint(64, tmp_path / "elsewhere"))
     model = ClipPPO.resume(tmp_path / "elsewhere", CASE.make_env(tmp_path), device="cpu")
-    with pytest.raises(ValueError, match="without checkpoints of another training"):
+    with pytest.raises(ValueError, match="without checkpoints of another run"):
         model.learn(64, reset_num_timesteps=False, callback=TrainingCheckpoint(64, folder))
     assert {name: (folder / name).read_bytes() for name in names(folder)} == before
 
@@ -166,7 +166,7 @@ def test_a_training_in_parts_is_one_training(tmp_path: Path) -> None:
     for _ in range(2):
         model.learn(64, reset_num_timesteps=False, callback=TrainingCheckpoint(64, tmp_path))
     assert steps(tmp_path) == [64, 128]
-    with pytest.raises(ValueError, match="another training"):
+    with pytest.raises(ValueError, match="another run"):
         model.learn(64, callback=TrainingCheckpoint(64, tmp_path))
 
 
@@ -231,7 +231,7 @@ def test_another_training_in_the_same_folder_keeps_its_checkpoints(
 
     model = CASE.model(tmp_path)
     callbacks = [Scores([2.0, 3.0, 4.0]), TrainingCheckpoint(64, folder, **kwargs), Act(at, train_another)]
-    refusal = "`path` must be a folder without checkpoints of another training, got .* with checkpoint_64.zip, best_"
+    refusal = "`path` must be a folder without checkpoints of another run, got .* with checkpoint_64.zip, best_"
     if on_error == "raise":
         with pytest.raises(OSError, match=refusal):
             model.learn(192, callback=callbacks)
@@ -242,7 +242,7 @@ def test_another_training_in_the_same_folder_keeps_its_checkpoints(
         missing = [64, 128, 192] if at < 64 else [128, 192]
         assert len(messages) == len(missing)
         for step, message in zip(missing, messages, strict=True):
-            assert re.match(f"The checkpoint of step {step} is missing: {refusal}", message)
+            assert re.match(f"The checkpoint of step {step} was not written: {refusal}", message)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -300,7 +300,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_the_training_continues(
     assert model.num_timesteps == 192
     assert names(tmp_path) == ["checkpoint_192.zip", "checkpoint_64.zip"]
     assert newest_checkpoint(tmp_path).manifest.num_timesteps == 192
-    assert "The checkpoint of step 128 is missing" in caplog.text
+    assert "The checkpoint of step 128 was not written" in caplog.text
     assert "No space left on device" in caplog.text
 
 

@@ -376,7 +376,7 @@ class Assigns(BaseCallback):
 
 @pytest.mark.parametrize("kwargs", ENGINES.values(), ids=ENGINES)
 class TestIncompleteRollouts:
-    MATCH = r"`rollout_buffer` must be full to be trained on, got {} of 16 steps\. Collect the others first"
+    MATCH = r"The rollout is incomplete: {} of 16 steps\. Collect the rest before training"
 
     def test_before_the_first_rollout(self, kwargs: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match=self.MATCH.format(0)):
@@ -411,19 +411,19 @@ class TestBuffersOfTheUsers:
     def test_a_class_with_several_rows_a_step_is_not_resized(self) -> None:
         model = cartpole(rollout_buffer_class=Doubling)
         model.n_steps = 4
-        with pytest.raises(ValueError, match="must be full to be trained on, got 8 of 32 steps"):
+        with pytest.raises(ValueError, match="The rollout is incomplete: 8 of 32 steps"):
             model.learn(4)
 
     def test_a_rollout_longer_than_a_buffer_is_refused(self) -> None:
         model = cartpole(rollout_buffer_class=Tensors)
         model.n_steps = 17
-        with pytest.raises(ValueError, match="`rollout_buffer` must take 16 steps at most, got one more"):
+        with pytest.raises(ValueError, match=r"The rollout buffer is full \(16 steps\)"):
             model.learn(17)
 
     def test_sb3s_bare_assertion_gets_a_message(self) -> None:
         model = cartpole(rollout_buffer_class=OwnDraw).learn(16)
         model.rollout_buffer.reset()
-        with pytest.raises(ValueError, match="must be full to be trained on, got 0 of 16 steps"):
+        with pytest.raises(ValueError, match="The rollout is incomplete: 0 of 16 steps"):
             model.train()
 
     def test_other_assertions_are_kept(self) -> None:
@@ -532,9 +532,7 @@ class TestRolloutsWithoutTheOldDistribution:
         model = HostLoop("MlpPolicy", env, n_steps=16, batch_size=8, device="cpu", **kwargs, **arguments)
         before = vector(model)
         name = "lr_kl_target" if "lr_kl_target" in arguments else "kl_coef"
-        with pytest.raises(
-            ValueError, match=f"`dist_params` must be given at each step where `{name}` is set, got None"
-        ):
+        with pytest.raises(ValueError, match=f"`dist_params` must be given at each step if `{name}` is set, got None"):
             model.learn(16)
         assert th.equal(vector(model), before)
 
@@ -576,7 +574,7 @@ class TestRolloutsWithoutTheOldDistribution:
         assert "train/kl" not in logged(model)
         plain = cartpole(**kwargs).learn(32)
         assert th.equal(vector(model), vector(plain))
-        with pytest.raises(ValueError, match="`dist_params` must be given at each step where `kl_coef` is set"):
+        with pytest.raises(ValueError, match="`dist_params` must be given at each step if `kl_coef` is set"):
             cartpole(rollout_buffer_class=HostAdd, kl_coef=1.0, **kwargs).learn(16)
 
     def test_a_missing_kl_is_logged_once(self, kwargs: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:

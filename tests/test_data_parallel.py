@@ -284,7 +284,7 @@ class TestTraining:
     def test_resets_after_checkpoints_are_refused(self, tmp_path: Path) -> None:
         started = Pair(tmp_path, seconds=8.0)
         for error in started.run("training_with_resets", str(tmp_path / "checkpoints")):
-            assert "`reset_envs` must be False in a training on several processes, got True" in str(error)
+            assert "`reset_envs` must be False in a run on several processes, got True" in str(error)
         started.close()
 
     def test_equal_rollouts_are_reported(self, pair: Pair) -> None:
@@ -696,7 +696,7 @@ def test_processes_of_torchrun_have_ranks_before_they_connect_and_their_children
     assert current_group() is ALONE
     with cases.logged() as messages:
         cases.make_model().learn(64)
-    assert "This process trains alone, since torchrun has started not it but a parent" in "".join(messages)
+    assert "torchrun did not start it, but a parent process" in "".join(messages)
     set_launch(2)  # by a torchrun that a process of another one has started
     assert current_group() == Group(1, 2)
 

@@ -108,7 +108,7 @@ HALF_CHEETAH, CART_POLE, LARGE = 11_085, 9_155, 380_313
         ("auto", "layers of an unknown kind", 100, 2, False, "the policy has layers of an unknown kind"),
         ("native", "native MLP", LARGE, 24_576, True, "engine='native' runs only on the CPU"),
         ("fused", "convolutions", 1_700_000, 256, True, "engine='fused' runs only on the CPU"),
-        ("autograd", "native MLP", HALF_CHEETAH, 64, False, "engine='autograd' takes SB3's choice"),
+        ("autograd", "native MLP", HALF_CHEETAH, 64, False, "engine='autograd' uses SB3's choice"),
         ("cuda_graph", "native MLP", HALF_CHEETAH, 64, False, "engine='cuda_graph' runs only on a GPU"),
         ("cuda_graph_bf16", "MLP", HALF_CHEETAH, 64, False, "engine='cuda_graph_bf16' runs only on a GPU"),
     ],
@@ -238,9 +238,9 @@ def test_with_the_arguments_of_sb3_the_choice_and_the_warning_are_sb3s(
 def test_a_file_of_sb3_takes_sb3s_choice_unless_another_engine_is_asked_for(gpu: th.device) -> None:
     file = io.BytesIO()
     PPO("MlpPolicy", Blank(VECTOR), **SMALL, device="cpu").save(file)
-    with pytest.warns(UserWarning, match="saved by another algorithm"), pytest.warns(UserWarning, match="on the GPU"):
+    with pytest.warns(UserWarning, match="not saved by ClipPPO"), pytest.warns(UserWarning, match="on the GPU"):
         assert ClipPPO.load(file).device == gpu
-    with pytest.warns(UserWarning, match="saved by another algorithm"):
+    with pytest.warns(UserWarning, match="not saved by ClipPPO"):
         assert ClipPPO.load(file, engine="auto").device.type == "cpu"
 
 

@@ -106,7 +106,7 @@ def short_trainings(monkeypatch: pytest.MonkeyPatch, in_folder: None) -> None:
 
 
 # The migration page shows that a file of SB3 loads with this warning.
-@pytest.mark.filterwarnings("ignore:The file was saved by another algorithm of SB3")
+@pytest.mark.filterwarnings("ignore:The file was not saved by ClipPPO")
 @pytest.mark.usefixtures("short_trainings")
 @pytest.mark.parametrize("page", pages_with("python"))
 def test_python_examples_run(page: str) -> None:

@@ -593,8 +593,8 @@ def test_auto_logs_why_a_policy_is_not_run_faster() -> None:
     engine, reason = select_engine("auto", policy, SETTINGS, buffer)
     assert engine.name == "autograd"
     assert reason == (
-        "native cannot run the policy: its class is SquashedActorCriticPolicy, and only MlpPolicy itself is compiled; "
-        "nor can fused: its class overrides _get_action_dist_from_latent()"
+        "native cannot run the policy (its class is SquashedActorCriticPolicy, and only MlpPolicy itself is compiled), "
+        "and neither can fused (its class overrides _get_action_dist_from_latent())"
     )
 
 

@@ -476,7 +476,7 @@ def with_transposed_moment() -> ActorCriticPolicy:
         (with_hook, "it has hooks"),
         (with_method, r"the forward\(\) of a Linear was replaced"),
         (frozen, "some of its parameters are frozen"),
-        (with_one_log_std, r"its log_std has the shape \(1,\) where SB3's has \(2,\)"),
+        (with_one_log_std, r"its log_std has the shape \(1,\) instead of SB3's \(2,\)"),
         (with_transposed_moment, "its optimizer's moments are not contiguous float32 tensors like its parameters"),
         (lambda: make(optimizer_class=th.optim.SGD), "its optimizer is SGD, not Adam or AdamW"),
         (lambda: make().double(), "its parameters are not contiguous float32 tensors"),

@@ -75,10 +75,10 @@ def test_minibatches_are_those_of_the_buffer_on_the_host(space: Any, action_spac
 
 def test_a_rollout_must_be_complete_and_no_longer() -> None:
     buffer = filled(DeviceRolloutBuffer, VECTOR)
-    with pytest.raises(ValueError, match="must take 5 steps at most"):
+    with pytest.raises(ValueError, match=r"The rollout buffer is full \(5 steps\)"):
         buffer.begin_step(np.zeros((3, 3)))
     buffer.reset()
-    with pytest.raises(ValueError, match="must be full"):
+    with pytest.raises(ValueError, match="The rollout is incomplete"):
         next(buffer.get(2))
     assert needs_complete_rollout(buffer)
 
@@ -182,7 +182,7 @@ def test_the_rollout_is_on_the_gpu_if_it_fits(
     model = OnGpu("MlpPolicy", DummyVecEnv([Walk]), n_steps=8, batch_size=8, device="cpu")
     assert type(model.rollout_buffer) is kind
     where = "is kept on the device" if kind is DeviceRolloutBuffer else "stays on the host"
-    assert f"The rollout {where}: it takes 0.00 MiB, where cuda has {free / 2**20:.2f} MiB free" in caplog.text
+    assert f"The rollout {where}: it takes 0.00 MiB, and cuda has {free / 2**20:.2f} MiB free" in caplog.text
     if kind is DeviceRolloutBuffer:
         assert model.rollout_buffer.draws_on_device is False
         monkeypatch.setattr(device_buffer, "free_device_memory", lambda device: 5)

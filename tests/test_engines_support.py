@@ -87,10 +87,10 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[Any], object], str]] = {
     "gsde form": (
         GSDE,
         lambda p: setattr(p.action_dist, "full_std", False),
-        r"its log_std has the shape \(8, 2\) where SB3's has \(8, 1\)",
+        r"its log_std has the shape \(8, 2\) instead of SB3's \(8, 1\)",
     ),
-    "gsde shape": (GSDE, own_log_std((2,)), r"its log_std has the shape \(2,\) where SB3's has \(8, 2\)"),
-    "shape": ({}, own_log_std((1,)), r"its log_std has the shape \(1,\) where SB3's has \(2,\)"),
+    "gsde shape": (GSDE, own_log_std((2,)), r"its log_std has the shape \(2,\) instead of SB3's \(8, 2\)"),
+    "shape": ({}, own_log_std((1,)), r"its log_std has the shape \(1,\) instead of SB3's \(2,\)"),
     "extractor": ({"features_extractor_class": OtherExtractor}, hook, "its features extractor is OtherExtractor"),
     "activation": ({"activation_fn": th.nn.GELU}, hook, "its activation is GELU"),
     "elu": (
@@ -115,7 +115,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[Any], object], str]] = {
     "fewer": (
         {},
         lambda p: setattr(p, "optimizer", th.optim.Adam(p.action_net.parameters())),
-        "its optimizer has other parameters",
+        "its optimizer has different parameters",
     ),
     "steps": ({}, unequal_steps, "different numbers of steps"),
     "state layout": ({}, own_state("exp_avg", lambda m: m.t().contiguous().t()), MOMENTS),

@@ -34,7 +34,7 @@ def test_on_the_cpu_the_operations_run_one_by_one() -> None:
 
 def test_an_environment_that_keeps_new_tensors_is_refused() -> None:
     """A graph reads and writes the memory of its recording, so that each step would start from the same state."""
-    with pytest.raises(ValueError, match="`env` must write what it keeps in-place, got another `x` after `step_tens"):
+    with pytest.raises(ValueError, match="`env` must write what it keeps in-place, got a new `x` after `step_tens"):
         GraphedTensorEnv(TensorWalk())
 
 
@@ -162,7 +162,7 @@ class Keeps(InPlaceWalk):
 def test_all_that_an_environment_keeps_is_compared(name: str, after: str) -> None:
     if (name, after) == ("table", "reset_tensors"):
         pytest.skip("the first reset leaves the table as it is")
-    with pytest.raises(ValueError, match=f"got another `{name}` after `{after}`"):
+    with pytest.raises(ValueError, match=f"got a new `{name}` after `{after}`"):
         GraphedTensorEnv(Keeps(after, name))
     GraphedTensorEnv(Keeps(after, ""))
 
@@ -193,7 +193,7 @@ class IsModule(th.nn.Module):
 
 def test_modules_are_compared_too() -> None:
     GraphedTensorEnv(IsModule(keeps_new=False))
-    with pytest.raises(ValueError, match="got another `_buffers.state` after `step_tensors`"):
+    with pytest.raises(ValueError, match="got a new `_buffers.state` after `step_tensors`"):
         GraphedTensorEnv(IsModule(keeps_new=True))
 
 

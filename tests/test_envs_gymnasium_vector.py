@@ -477,7 +477,7 @@ class TestRefusals:
             ("CartPole-v1", r"gymnasium.make_vec\('CartPole-v1'"),
             (gym.make("CartPole-v1"), "Pass a single environment directly to the algorithm"),
             (DummyVecEnv([lambda: gym.make("CartPole-v1")]), "It is an SB3 VecEnv already"),
-            (3, "Make one with"),
+            (3, "Create one with"),
         ],
         ids=["id", "single", "sb3", "number"],
     )

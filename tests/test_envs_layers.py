@@ -420,7 +420,7 @@ def test_evaluation_in_the_environments_of_the_training_is_refused(name: str) ->
     make, training, evaluation = SHARED[name]
     shared = make()
     callback = IsolatedEvalCallback(evaluation(shared), eval_freq=8, verbose=0, warn=False)
-    with pytest.raises(ValueError, match="`eval_env` must be other environments than those of the training"):
+    with pytest.raises(ValueError, match="`eval_env` must not share environments with the training"):
         ClipPPO("MlpPolicy", training(shared), **ARGUMENTS).learn(32, callback=callback)
 
 

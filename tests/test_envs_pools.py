@@ -487,6 +487,6 @@ class TestAtari:
             as_vec_env(make(batch_size=2))
         venv = as_vec_env(make(life_loss_info=True, noop_max=0))
         venv.reset()
-        with pytest.raises(ValueError, match="`autoreset_mode` must be SAME_STEP where episodes end with lives left"):
+        with pytest.raises(ValueError, match="`autoreset_mode` must be SAME_STEP if episodes end with lives left"):
             for _ in range(60):
                 venv.step(np.array([0, 2, 3]))

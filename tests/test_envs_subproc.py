@@ -357,7 +357,7 @@ class TestErrors:
             ours.step(np.zeros(5, int))
 
     def test_of_spaces_that_differ(self) -> None:
-        with pytest.raises(ValueError, match=r"one observation space, got MultiBinary\(3\) as that of environment 2"):
+        with pytest.raises(ValueError, match=r"one observation space, got MultiBinary\(3\) for environment 2"):
             fast(env_fns(lambda number: Scripted(number, BOX if number < 2 else spaces.MultiBinary(3)), 4), 2)
 
     def test_of_spaces_without_numbers(self) -> None:
@@ -440,7 +440,7 @@ class TestDeadWorkers:
         assert caught.value.exit_codes == codes
         assert ours.closed
         assert not any(process.is_alive() for process in ours.processes)
-        with pytest.raises(ValueError, match="`env` must be open"):
+        with pytest.raises(ValueError, match="`env` is closed: its worker processes have ended"):
             ClipPPO("MlpPolicy", ours, n_steps=8, batch_size=8, device="cpu").learn(40)
 
     def test_environments_of_the_training_are_closed(self, tmp_path: Any) -> None:
@@ -529,7 +529,10 @@ class TestEnds:
         ours, theirs = pair(Scripted)
         same(ours.reset(), theirs.reset())
         ours.step_async(np.zeros(5, int))
-        with pytest.raises(RuntimeError, match=f"`{name}` must not be called during a step, .* Call `step_wait` first"):
+        with pytest.raises(
+            RuntimeError,
+            match=f"`{name}` cannot be called between `step_async` and `step_wait`. Call `step_wait` first",
+        ):
             getattr(ours, name)(*arguments)
         same(ours.step_wait(), theirs.step(np.zeros(5, int)))
         getattr(ours, name)(*arguments)
@@ -541,7 +544,7 @@ class TestEnds:
         ours.seed(3)
         theirs.seed(3)
         same(ours.reset(), theirs.reset())
-        with pytest.raises(RuntimeError, match="`step_wait` must be called after `step_async`"):
+        with pytest.raises(RuntimeError, match="`step_wait` was called without `step_async`"):
             ours.step_wait()
         same(ours.step(np.zeros(5, int))[0], theirs.step(np.zeros(5, int))[0])
 

@@ -266,7 +266,7 @@ class TestUsualModels:
             ours, theirs = getattr(loaded, name), getattr(model, name)
             assert ours(0.3) == theirs(0.3) if callable(theirs) else ours == theirs
 
-    @pytest.mark.filterwarnings("ignore:The file was saved by another algorithm of SB3")
+    @pytest.mark.filterwarnings("ignore:The file was not saved by ClipPPO")
     def test_files_of_sb3(self, tmp_path: Path) -> None:
         model = PPO("MlpPolicy", make_vec_env("CartPole-v1", 2), policy_kwargs=NET, **SMALL).learn(64)
         model.save(tmp_path / "model")

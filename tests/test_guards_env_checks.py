@@ -380,7 +380,7 @@ def test_other_spaces_are_refused_everywhere(saved: Path) -> None:
         (boxes, r"Observation spaces do not match: Box\(.*\(4,\).* != Box\(.*\(5,\)"),
         (DummyVecEnv([OtherActions] * 2), r"Action spaces do not match: Discrete\(2\) != Discrete\(3\)"),
     ):
-        text = f"`env` must have the spaces of the model, got others. {both}.*Wrap the environment"
+        text = f"`env` must have the model's spaces. {both}.*Wrap the environment"
         with pytest.raises(ValueError, match=text):
             ClipPPO.load(saved, env=venv, device="cpu")
         with pytest.raises(ValueError, match=text):
@@ -417,7 +417,7 @@ def test_bounds_of_observations_may_change_between_trainings(has_keys: bool) -> 
     others = [space(1, 5), space(1, dtype=np.float64), *([space(1, key="c")] if has_keys else [])]
     for other in [*others, spaces.Discrete(2)]:
         venv.observation_space = other
-        with pytest.raises(ValueError, match="`env` must have the spaces of the model, got others"):
+        with pytest.raises(ValueError, match="`env` must have the model's spaces"):
             models[1].learn(16)
 
 

@@ -92,7 +92,7 @@ def test_without_checkpoints_the_note_says_so(tmp_path: Path) -> None:
     model = model_of(make())
     with pytest.raises(BrokenError) as caught:
         model.learn(96, callback=Call(broken))
-    assert "No TrainingCheckpoint was among its callbacks" in notes(caught.value)
+    assert "No TrainingCheckpoint was used, so" in notes(caught.value)
     model.save(tmp_path / "model")
     with pytest.raises(BrokenError) as caught:
         model_of(make()).learn(96, callback=[TrainingCheckpoint(32, tmp_path), Call(broken, 10)])
@@ -101,7 +101,7 @@ def test_without_checkpoints_the_note_says_so(tmp_path: Path) -> None:
 
 def test_errors_before_the_training_get_no_note(tmp_path: Path) -> None:
     model_of(make()).learn(32, callback=TrainingCheckpoint(32, tmp_path))
-    with pytest.raises(ValueError, match="another training") as caught:
+    with pytest.raises(ValueError, match="another run") as caught:
         model_of(make()).learn(32, callback=TrainingCheckpoint(32, tmp_path))
     assert notes(caught.value) == ""
 

@@ -72,7 +72,7 @@ def test_a_process_that_dies_ends_the_training(
     assert set(threading.enumerate()) <= threads
     with within(120):
         venv.close()
-        with pytest.raises(ValueError, match="`env` must be open, got a SubprocVecEnv whose processes have ended"):
+        with pytest.raises(ValueError, match="`env` is closed: its worker processes have ended"):
             model_of(venv).learn(32)
         check_resumes(tmp_path, make(cls=fork))
 

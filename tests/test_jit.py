@@ -32,7 +32,7 @@ def test_without_a_writable_folder_it_warns_and_works(
     with caplog.at_level(logging.WARNING, "sb3_clipvf"):
         double = jit.cached()(lambda x: 2 * x)
     assert double(4) == 8
-    assert "cannot be kept on disk (no locator available). Point NUMBA_CACHE_DIR to a folder" in caplog.text
+    assert "cannot be kept on disk (no locator available). Set NUMBA_CACHE_DIR to a writable folder" in caplog.text
 
 
 @pytest.mark.slow

@@ -680,10 +680,7 @@ class TestTraining:
         assert model.logger.name_to_value["train/skipped_minibatches"] == 2  # one in each epoch
         messages = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
         assert len(messages) == 1  # in two updates
-        assert (
-            "2 minibatches were skipped in the update at num_timesteps=48, the first one since `value_loss`"
-            in messages[0]
-        )
+        assert "2 minibatches were skipped in the update at num_timesteps=48 (first cause: `value_loss`" in messages[0]
         model.learn(24, log_interval=None)
         assert model.logger.name_to_value["train/skipped_minibatches"] == 0
         assert "train/skipped_minibatches" not in make().learn(24, log_interval=None).logger.name_to_value
@@ -746,7 +743,7 @@ class TestTraining:
 
 def arrays_of(error: NonFiniteError) -> dict[str, np.ndarray]:
     assert error.path is not None
-    assert f"Its arrays are in {error.path}." in str(error)
+    assert f"The arrays that led to this error are in {error.path}." in str(error)
     with np.load(error.path, allow_pickle=False) as file:
         return dict(file)
 
@@ -823,7 +820,9 @@ class TestFile:
     def test_is_not_written_without_a_folder(self) -> None:
         error = error_of(make("reward"))
         assert error.path is None
-        assert "Train with a TrainingCheckpoint, or with `tensorboard_log`, to get its arrays" in str(error)
+        assert "To have these arrays written to a file, use a TrainingCheckpoint or set `tensorboard_log`." in str(
+            error
+        )
 
     def test_a_failed_write_does_not_hide_the_error(self, tmp_path: Path) -> None:
         def remove(model: Any) -> None:
@@ -832,7 +831,7 @@ class TestFile:
         callbacks = [TrainingCheckpoint(1000, tmp_path / "folder"), At(remove, event="start")]
         error = error_of(make("reward"), callback=callbacks)
         assert (error.what, error.path) == ("reward", None)
-        assert "Its arrays could not be written to a file" in str(error)
+        assert "The arrays that led to this error could not be written to a file" in str(error)
 
 
 def test_the_native_engine_flags_non_finite_observations() -> None:

@@ -223,7 +223,7 @@ def test_sb3s_file_continues_training_as_sb3s_ppo_would(tmp_path: Any) -> None:
     kwargs = {**SMALL, "batch_size": 20, "learning_rate": 1e-3, "clip_range": 0.1, "clip_range_vf": 0.5}
     PPO("MlpPolicy", wander(BOX), **kwargs).learn(three_updates(3)).save(tmp_path / "host")
     theirs = PPO.load(tmp_path / "host", env=wander(BOX), device="cpu")
-    with pytest.warns(UserWarning, match="saved by another algorithm.*vf_clip='prediction'"):
+    with pytest.warns(UserWarning, match="not saved by ClipPPO.*vf_clip='prediction'"):
         ours = ClipPPO.load(tmp_path / "host", env=wander(BOX), device="cpu")
     obs = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
     np.testing.assert_array_equal(ours.predict(obs, deterministic=True)[0], theirs.predict(obs, deterministic=True)[0])

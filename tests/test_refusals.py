@@ -206,8 +206,8 @@ class TestCombinations:
     def test_learning_rate_schedule_with_its_controller(self, learning_rate: Any) -> None:
         with refused(
             ValueError,
-            "`learning_rate` must be a number where `lr_kl_target` is set, got",
-            "Either the rate follows a schedule or it adapts: drop one of the two.",
+            "`learning_rate` must be a number if `lr_kl_target` is set, got",
+            "The rate either follows a schedule or adapts: remove one of the two.",
         ):
             make(learning_rate=learning_rate, lr_kl_target=0.01)
 
@@ -215,7 +215,7 @@ class TestCombinations:
     def test_learning_rate_outside_its_controllers_bounds(self, learning_rate: Any) -> None:
         with refused(
             ValueError,
-            "`learning_rate` must be in [1e-05, 0.01] where `lr_kl_target` is set",
+            "`learning_rate` must be in [1e-05, 0.01] if `lr_kl_target` is set",
             f"got {learning_rate!r}",
             "SB3's default is 3e-4.",
         ):
@@ -225,7 +225,7 @@ class TestCombinations:
     def test_adaptive_penalty_that_starts_at_zero(self, kl_coef: Any) -> None:
         with refused(
             ValueError,
-            f"`kl_coef` must be positive where `adaptive_kl_target` is set, got {kl_coef!r}",
+            f"`kl_coef` must be positive if `adaptive_kl_target` is set, got {kl_coef!r}",
             "Start at 1.0, as the paper does.",
         ):
             make(kl_coef=kl_coef, adaptive_kl_target=0.01)
@@ -234,7 +234,7 @@ class TestCombinations:
     def test_adaptive_penalty_that_starts_outside_its_bounds(self, kl_coef: float) -> None:
         with refused(
             ValueError,
-            f"`kl_coef` must be in [1e-06, 1e+06] where `adaptive_kl_target` is set, got {kl_coef!r}",
+            f"`kl_coef` must be in [1e-06, 1e+06] if `adaptive_kl_target` is set, got {kl_coef!r}",
             "Start at 1.0, as the paper does.",
         ):
             make(kl_coef=kl_coef, adaptive_kl_target=0.01)
@@ -243,8 +243,8 @@ class TestCombinations:
     def test_adaptive_penalty_with_a_schedule(self, kl_coef: Any) -> None:
         with refused(
             ValueError,
-            "`kl_coef` must be a number where `adaptive_kl_target` is set, got",
-            "Either beta follows a schedule or it adapts: drop one of the two.",
+            "`kl_coef` must be a number if `adaptive_kl_target` is set, got",
+            "Beta either follows a schedule or adapts: remove one of the two.",
         ):
             make(kl_coef=kl_coef, adaptive_kl_target=0.01)
 
@@ -266,14 +266,14 @@ class TestCombinations:
         buffer_class = buffer.get("rollout_buffer_class", TensorRolloutBuffer)
         with refused(
             ValueError,
-            f"`{name}` must not be set, since `rollout_buffer_class` {buffer_class.__name__} does not store the old",
-            f"got {value}",
+            f"`{name}` needs the exact KL, but `rollout_buffer_class` {buffer_class.__name__} does not store the old",
+            f"got {name}={value}",
             "Derive the buffer class from TensorRolloutBuffer",
         ):
             make(**kwargs, **buffer)
 
     def test_sb3s_dict_buffer_with_the_penalty(self) -> None:
-        with refused(ValueError, "`kl_coef` must not be set", "DictRolloutBuffer", "got 1.0"):
+        with refused(ValueError, "`kl_coef` needs the exact KL", "DictRolloutBuffer", "got kl_coef=1.0"):
             env = Still(spaces.Dict({"a": BOX}))
             make(env, "MultiInputPolicy", kl_coef=1.0, rollout_buffer_class=DictRolloutBuffer)
 
@@ -292,8 +292,8 @@ class TestCombinations:
         assert make(policy=Foreign).rollout_buffer.dist_param_dim == 0
         with refused(
             ValueError,
-            "`kl_coef` must not be set, since the exact KL of the policy's action distribution (Cauchy) is not known",
-            "got 1.0",
+            "`kl_coef` needs the exact KL, but that of the policy's action distribution (Cauchy) is not known",
+            "got kl_coef=1.0",
             "Use one of SB3's action distributions.",
         ):
             make(policy=Foreign, kl_coef=1.0)
@@ -327,7 +327,7 @@ class TestPolicies:
         for name in ("MlpPolicy", "CnnPolicy"):
             with refused(
                 ValueError,
-                f"`policy` must take dict observations, got '{squashed}{name}'. "
+                f"`policy` must accept dict observations, got '{squashed}{name}'. "
                 f"You must use `{squashed}MultiInputPolicy`",
             ):
                 make(Still(spaces.Dict({"a": BOX})), squashed + name)
@@ -336,7 +336,7 @@ class TestPolicies:
     def test_plain_observations_with_the_dict_alias(self, squashed: str) -> None:
         with refused(
             ValueError,
-            f"`policy` must take observations that are no dict, got '{squashed}MultiInputPolicy' and Box",
+            f"`policy` must accept observations that are not dicts, got '{squashed}MultiInputPolicy' and Box",
             f"Use '{squashed}MlpPolicy'",
         ):
             make(policy=f"{squashed}MultiInputPolicy")
@@ -597,7 +597,7 @@ class TestLearn:
         ("value", "error"), [("1e6", TypeError), (0, ValueError), (-5, ValueError), (1.5, ValueError)]
     )
     def test_schedule_timesteps(self, value: Any, error: type[Exception]) -> None:
-        with refused(error, "`schedule_timesteps` must be a whole number", f"got {value!r}", "of the whole training."):
+        with refused(error, "`schedule_timesteps` must be a whole number", f"got {value!r}", "of all calls together."):
             make().learn(8, schedule_timesteps=value)
 
     @pytest.mark.parametrize(("value", "error"), [("1", TypeError), (0, ValueError), (-1, ValueError)])
@@ -660,7 +660,7 @@ class TestLoad:
             self.load(file, sde_sample_freq=0)
         file = io.BytesIO()
         PPO("MlpPolicy", Still(), use_sde=True, sde_sample_freq=0, device="cpu").save(file)
-        with pytest.warns(UserWarning, match="another algorithm"):
+        with pytest.warns(UserWarning, match="not saved by ClipPPO"):
             assert self.load(file).sde_sample_freq == -1
 
     def test_an_unknown_device(self, file: io.BytesIO) -> None:
@@ -668,15 +668,15 @@ class TestLoad:
             ClipPPO.load(file, device="gpu")
 
     def test_contradictions_are_refused_again(self, file: io.BytesIO) -> None:
-        with refused(ValueError, "`kl_coef` must be positive where `adaptive_kl_target` is set, got 0.0"):
+        with refused(ValueError, "`kl_coef` must be positive if `adaptive_kl_target` is set, got 0.0"):
             self.load(file, adaptive_kl_target=0.01)
-        with refused(ValueError, "`learning_rate` must be a number where `lr_kl_target` is set, got 'lin_0.001'"):
+        with refused(ValueError, "`learning_rate` must be a number if `lr_kl_target` is set, got 'lin_0.001'"):
             self.load(file, lr_kl_target=0.01, learning_rate="lin_0.001")
 
     def test_only_the_constructor_accepts_ids(self, file: io.BytesIO) -> None:
         file.seek(0)
         for call in (make().set_env, lambda env: ClipPPO.load(file, env=env)):
-            with refused(TypeError, "got 'CartPole-v1' of type str", "only the constructor takes the id as well."):
+            with refused(TypeError, "got 'CartPole-v1' of type str", "only the constructor accepts the id as well."):
                 call("CartPole-v1")
 
     def test_training_needs_an_environment(self, file: io.BytesIO) -> None:

@@ -252,14 +252,14 @@ class TestMinibatches:
         buffer = make()
         buffer.reset()
         buffer.add(np.zeros((3, 2)), np.zeros((3, 2)), np.zeros(3), np.ones(3, bool), th.zeros(3), th.zeros(3))
-        with pytest.raises(ValueError, match="`rollout_buffer` must be full to be trained on, got 1 of 7 steps"):
+        with pytest.raises(ValueError, match="The rollout is incomplete: 1 of 7 steps"):
             next(buffer.get())
 
     def test_a_complete_rollout_takes_no_further_step(self) -> None:
         buffer = make()
         fill(buffer, "box")
         row = (np.zeros((3, 2)), np.zeros((3, 2)), np.zeros(3), np.ones(3, bool), th.zeros(3), th.zeros(3))
-        with pytest.raises(ValueError, match="`rollout_buffer` must take 7 steps at most, got one more.*`reset`"):
+        with pytest.raises(ValueError, match=r"The rollout buffer is full \(7 steps\)\..*`reset`"):
             buffer.add(*row)
 
     def test_the_first_rollout_needs_no_reset_as_in_sb3(self) -> None:
@@ -393,7 +393,7 @@ class TestMemory:
         monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=buffer.nbytes - 1))
         message = (
             r"`n_steps` must be small enough for the rollout to fit into memory, got n_steps=1000 with n_envs=3, which "
-            r"takes 0\.0 GiB where 0\.0 GiB are free\. Lower `n_steps` or the number of environments"
+            r"takes 0\.0 GiB, but 0\.0 GiB are free\. Lower `n_steps` or the number of environments"
         )
         with pytest.raises(ValueError, match=message):
             buffer.check_memory()

@@ -169,7 +169,7 @@ class Fixed(ClipPPO):
 @pytest.mark.parametrize("cls", [Passing, Fixed])
 def test_subclasses_load_with_all_arguments(cls: type[ClipPPO], tmp_path: Any) -> None:
     PPO("MlpPolicy", DummyVecEnv([Counter]), device="cpu").save(tmp_path / "ppo")
-    with pytest.warns(UserWarning, match="The file was saved by another algorithm"):
+    with pytest.warns(UserWarning, match="The file was not saved by ClipPPO"):
         model = cls.load(tmp_path / "ppo", device="cpu", kl_coef=1.0, advantage_scope="rollout")
     assert (model.kl_coef, model.advantage_scope) == (1.0, "rollout")
     model.save(tmp_path / "model")

@@ -594,11 +594,8 @@ def test_a_trial_that_cannot_be_trained_is_one_line(
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (
-            optuna.exceptions.TrialPruned,
-            "got none: all were pruned or failed, so there is no best one. Search with more",
-        ),
-        (KeyboardInterrupt, "got an interrupt before that. With `--storage`"),
+        (optuna.exceptions.TrialPruned, "No trial was completed: all were pruned or failed. Use a larger `--n-trials`"),
+        (KeyboardInterrupt, "The search was interrupted before a trial was completed. With `--storage`"),
     ],
 )
 def test_a_search_without_a_completed_trial_is_one_line(
@@ -613,7 +610,7 @@ def test_a_search_without_a_completed_trial_is_one_line(
 
     monkeypatch.setattr(zoo_train.ExperimentManager, "objective", end)
     assert main("train -optimize -n 64 --n-trials 2 --no-optim-plots --device cpu --verbose 0".split()) == 2
-    assert f"`-optimize` must complete at least one trial, {message}" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "journal"])

@@ -123,8 +123,8 @@ def test_the_warning_of_a_single_rollout_names_the_command_line(
     assert result is not None
     manager.learn(result[0])
     assert [record.getMessage() for record in caplog.records if "rollout" in record.getMessage()] == [
-        "The training collects one rollout: `learning_rate` is 0 and `clip_range` is 0 in its only update, since "
-        "schedules end with it, as in SB3. Train for more rollouts of 8 steps (`-n`), or at constant values: "
+        "The run collects one rollout: `learning_rate` is 0 and `clip_range` is 0 in its only update. As in SB3, "
+        "schedules end with the run. Train for more rollouts of 8 steps (`-n`), or use constant values: "
         "`-params learning_rate:0.001 clip_range:0.2`."
     ]
 
@@ -287,12 +287,21 @@ CLASS = "rl_zoo3.wrappers.DelayedRewardWrapper"
         *[("env_kwargs", value, "must be a dict, got") for value in ("meta", 1e6, [1])],
         ("env_kwargs", {3: 1}, "must have text as keys, got 3"),
         *[("monitor_kwargs", value, "must be a dict, got") for value in ([None], 5)],
-        *[("monitor_kwargs", value, "must be a dict, or Python text that makes one, got") for value in ("meta", "[3]")],
+        *[
+            ("monitor_kwargs", value, "must be a dict, or Python text that evaluates to one, got")
+            for value in ("meta", "[3]")
+        ],
         ("monitor_kwargs", {"info": ()}, "must hold arguments of Monitor .* got 'info' in it"),
         ("monitor_kwargs", "dict(filename='a')", "must hold arguments of Monitor .* got 'filename' in it"),
-        *[("policy_kwargs", value, "must be a dict, or Python text that makes one, got") for value in ("dict(", "[1]")],
+        *[
+            ("policy_kwargs", value, "must be a dict, or Python text that evaluates to one, got")
+            for value in ("dict(", "[1]")
+        ],
         ("policy_kwargs", [1], "must be a dict, got"),
-        *[("normalize", value, "must be a dict, or Python text that makes one, got") for value in ("yes", "True")],
+        *[
+            ("normalize", value, "must be a dict, or Python text that evaluates to one, got")
+            for value in ("yes", "True")
+        ],
         *[("normalize", value, "must be a dict, got") for value in (1, ["norm_obs"])],
         ("normalize", {"norm_ob": False}, "must hold arguments of VecNormalize .* got 'norm_ob' in it"),
         *[

@@ -138,7 +138,7 @@ def test_the_way_to_resume_starts_as_many_processes_and_quotes_the_folder(tmp_pa
         path.touch()
     (run / "E-v0" / "args.yml").write_text("n_processes: 2")
     command = f"torchrun --standalone --nproc-per-node 2 -m sb3_clipvf train --resume '{run}'"
-    with own_models(), pytest.raises(ValueError, match=rf"takes one, and `{command}` ends the training\.$"):
+    with own_models(), pytest.raises(ValueError, match=rf"loads one, and `{command}` ends the training\.$"):
         utils.get_model_path(1, str(tmp_path / "my logs"), "clipppo", EnvironmentName("E-v0"))
 
 

@@ -29,7 +29,7 @@ register()
         ({"eval_episodes": 0}, "`--eval-episodes` must be a whole number of at least 1, got 0"),
         ({"n_eval_envs": 0}, "`--n-eval-envs` must be"),
         ({"n_trials": 0}, "`--n-trials` must be"),
-        ({"log_interval": 0}, r"`--log-interval` must not be 0, got 0\. .* -2 for no log"),
+        ({"log_interval": 0}, r"`--log-interval` must not be 0\. .* or -2 to turn"),
         ({"n_jobs": -1}, "`--n-jobs` must be"),
         ({"num_threads": 0}, "`--num-threads` must be"),
         ({"seed": 2**32, "trained_agent": ""}, r"`--seed` must be a whole number in \[-4294967295, 4294967295\]"),
@@ -254,7 +254,7 @@ def test_what_processes_cannot_do_together_is_refused(
 ) -> None:
     monkeypatch.setattr(own_options, "current_group", lambda: Group(0, 2))
     given = {"optimize_hyperparameters": False, "resume": None, "track": False, "algo": "clipppo", name: value}
-    with pytest.raises(ValueError, match=f"`{shown}` must .* in a training on several processes"):
+    with pytest.raises(ValueError, match=f"`{shown}` must .* run on several processes"):
         own_options._train_options(lambda options: options, Namespace(**given))
 
 

@@ -315,7 +315,7 @@ def test_command_takes_the_best_model_without_a_video(tmp_path: Path, capsys: py
     assert not (run.folder / "videos").exists()
     (run.folder / "Scripted-v0.zip").unlink()
     assert main(argv) == 0
-    assert "training        32 steps, of a training that did not end\n" in capsys.readouterr().out
+    assert "training        32 steps, of a run that did not end\n" in capsys.readouterr().out
     # The page of the run has its number.
     assert main([*argv, "-o", str(tmp_path / "table.md")]) == 0
     assert "Best model, sampled" in (tmp_path / "table.md").read_text()
@@ -409,7 +409,7 @@ def test_proposals_name_no_settings_of_the_log_folder(
         ("--seed -1", r"`--seed` must be a whole number in \[0, 4294967295\], got -1\."),
         ("--n-envs -2", r"`--n-envs` must be a whole number of at least 1, got -2\."),
         ("--algo ppo --device gpu", "`device` must be 'auto' or a PyTorch device, got 'gpu'"),
-        ("--env Acrobot-v1", r"`folder` must hold a run of Acrobot-v1, but there is none in"),
+        ("--env Acrobot-v1", r"There is no run of Acrobot-v1 in"),
     ],
 )
 def test_bad_input_is_refused(tmp_path: Path, options: str, match: str) -> None:

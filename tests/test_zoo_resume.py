@@ -558,4 +558,4 @@ def test_the_error_for_a_missing_model_lists_the_checkpoints(
 
 def test_the_error_for_a_run_that_has_ended_does_not_name_resume(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert enjoy("--load-checkpoint 300") == 2
-    assert capsys.readouterr().err.splitlines()[0].endswith("or `--load-checkpoint 1280` takes one.")
+    assert capsys.readouterr().err.splitlines()[0].endswith("or `--load-checkpoint 1280` loads one.")

@@ -35,7 +35,7 @@ def test_the_newest_run_with_a_model_is_used_and_named(tmp_path: Path, capsys: p
     _make_run(tmp_path, "E-v0_x", "E-v0.zip")
     _make_run(tmp_path, "E-v0_12_extra", "E-v0.zip")
     assert choose_run(tmp_path, "E-v0", 0, _has_model) == 10
-    expected = f"{tmp_path / 'E-v0_11'} does not hold the model: taking {tmp_path / 'E-v0_10'}\n"
+    expected = f"{tmp_path / 'E-v0_11'} does not hold the model: using {tmp_path / 'E-v0_10'}\n"
     assert capsys.readouterr().out == expected
 
 
@@ -58,7 +58,7 @@ def test_runs_with_unique_ids_are_found(tmp_path: Path, capsys: pytest.CaptureFi
         _make_run(tmp_path, f"E-v0_1_{uuid}", "E-v0.zip", time=time)
     for exp_id in (0, 1):
         assert f"E-v0_{choose_run(tmp_path, 'E-v0', exp_id, _has_model)}" == f"E-v0_1_{UUIDS[0]}"
-    assert capsys.readouterr().out == f"2 runs have the number 1: taking {tmp_path / f'E-v0_1_{UUIDS[0]}'}\n"
+    assert capsys.readouterr().out == f"2 runs have the number 1: using {tmp_path / f'E-v0_1_{UUIDS[0]}'}\n"
     (tmp_path / f"E-v0_1_{UUIDS[0]}" / "E-v0.zip").unlink()
     assert str(choose_run(tmp_path, "E-v0", 1, _has_model)) == f"1_{UUIDS[1]}"
 

@@ -119,7 +119,7 @@ def test_statistics_of_an_evaluation_are_trained_as_the_settings_say(
 def test_statistics_of_another_step_are_refused(name: str, run: Path) -> None:
     if name == "best_model.zip":  # as one of SB3's EvalCallback, which has none
         shutil.copy(run / "rl_model_128_steps.zip", run / name)
-    with pytest.raises(ValueError, match=r"whose statistics .* are known, got .* holds those of another step\. Take"):
+    with pytest.raises(ValueError, match=r"whose statistics .* are known, got .* holds those of another step\. Use"):
         _continued(run / name)
     assert not Path("more").exists()
 

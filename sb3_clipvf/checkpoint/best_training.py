@@ -41,7 +41,7 @@ def load_best_training(
     if best is None:
         raise FileNotFoundError(
             f"{Path(path, name_prefix)}.zip was not found. `path` must be the folder that SaveBestTrainingReward saved "
-            "into, and `name_prefix` its prefix; a training with fewer than `min_episodes` episodes saves nothing."
+            "into, and `name_prefix` its prefix; a run with fewer than `min_episodes` episodes saves nothing."
         )
     return best.model, best.statistics
 
@@ -124,7 +124,7 @@ class SaveBestTrainingReward(BaseCallback):
         # At step 0, this may be a new training in an old folder, which would save nothing for a long time.
         text = (
             f"{self.save_path} holds a best mean training return of {self.best_mean_reward:.2f}; only a better one "
-            "replaces it. For a new training choose another `save_path`, or pass resume=False."
+            "replaces it. For a new run, choose another `save_path`, or pass resume=False."
         )
         log.log(logging.WARNING if self.model.num_timesteps == 0 else logging.INFO, text)
 
@@ -236,7 +236,7 @@ def _read_manifest(path: Path) -> _Best | None:
             raise ValueError(f"format {content['format']}, best_mean_reward {best.mean_reward}")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"`{path}` must be a manifest of SaveBestTrainingReward (format {_FORMAT}), got other content "
+            f"`{path}` must be a manifest of SaveBestTrainingReward (format {_FORMAT}), got different content "
             f"({error}). Move the file away, or choose another folder."
         ) from error
     for file in (best.model, best.statistics):

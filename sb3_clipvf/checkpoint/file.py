@@ -146,8 +146,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     )
     if wrong or _STATE not in found or _ARRAYS not in found:
         raise DamagedCheckpointError(
-            f"{path} is damaged: {', '.join(wrong or [_STATE, _ARRAYS])} must be as the manifest describes, got "
-            "something else. Use an older checkpoint."
+            f"{path} is damaged: it does not match its manifest in {', '.join(wrong or [_STATE, _ARRAYS])}. Use an "
+            "older checkpoint."
         )
     try:
         tree = codec.from_bytes(entries[_STATE], entries[_ARRAYS])
@@ -177,8 +177,8 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
             log.warning("A checkpoint is skipped: %s", error)
     if paths:
         raise DamagedCheckpointError(
-            f"None of the {len(paths)} checkpoints in {folder} is undamaged. Start a new training in another folder, "
-            "or load a model that was saved elsewhere."
+            f"All {len(paths)} checkpoints in {folder} are damaged. Start a new run in another folder, or load a model "
+            "that was saved elsewhere."
         )
     raise FileNotFoundError(
         f"{folder} holds no checkpoint_<timesteps>.zip. `path` must be a checkpoint or the folder of a "

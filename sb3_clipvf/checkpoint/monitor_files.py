@@ -56,7 +56,7 @@ def restore_file(writer: ResultsWriter | None, state: dict[str, Any] | None) -> 
             content = file.read(state[_LENGTH])
         if len(content) < state[_LENGTH]:
             log.warning(
-                "%s was overwritten, and the checkpoint does not hold its earlier rows. Make Monitor with "
+                "%s was overwritten, and the checkpoint does not hold its earlier rows. Create Monitor with "
                 "override_existing=False before you resume.",
                 handler.name,
             )

@@ -45,7 +45,7 @@ def set_mujoco_state(env: Any, state: dict[str, Any]) -> None:
     if state["integration"].size != size:
         raise EnvironmentMismatchError(
             f"The simulation of {type(env).__name__} must have {state['integration'].size} numbers in its state, as in "
-            f"the checkpoint, got {size}. Make it with the same arguments, and with the same version of MuJoCo."
+            f"the checkpoint, got {size}. Build it with the same arguments, and with the same version of MuJoCo."
         )
     mujoco.mj_setState(env.model, env.data, state["integration"], kind)
     mujoco.mj_forward(env.model, env.data)

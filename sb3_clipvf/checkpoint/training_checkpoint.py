@@ -138,7 +138,7 @@ class TrainingCheckpoint(BaseCallback):
         changed = [name for name, value in ours.items() if state[name] != value]
         if changed and (self.reset_envs or state["reset_envs"]):
             log.warning(
-                "Environments are reset at other times than in the interrupted training: %s of TrainingCheckpoint "
+                "Environments are reset at different times than in the interrupted run: %s of TrainingCheckpoint "
                 "differ from the checkpoint's. Pass the same values for an exact resume.",
                 " and ".join(changed),
             )
@@ -175,7 +175,7 @@ class TrainingCheckpoint(BaseCallback):
         model = self._model
         if self.reset_envs and current_group().size > 1:
             raise ValueError(
-                "`reset_envs` must be False in a training on several processes, got True. Use environments whose state "
+                "`reset_envs` must be False in a run on several processes, got True. Use environments whose state "
                 "can be saved for an exact resume."
             )
         model._checkpoint_folder = self.path
@@ -286,7 +286,7 @@ class TrainingCheckpoint(BaseCallback):
         except OSError as error:
             if self.on_error == "raise":
                 raise
-            log.error("The checkpoint of step %d is missing: %s", state.num_timesteps, error)
+            log.error("The checkpoint of step %d was not written: %s", state.num_timesteps, error)
             return
         self._remove_old()
         if self.verbose >= 1:
@@ -311,7 +311,7 @@ class TrainingCheckpoint(BaseCallback):
         for difference in without_repeats(state.differences):
             if difference not in self._logged:
                 self._logged.add(difference)
-                text = "A resumed training will differ from one that was not interrupted: %s"
+                text = "A resumed run will differ from an uninterrupted one: %s"
                 log.log(self.differences_level, text, difference)
 
     def _scan_folder(self) -> None:
@@ -337,7 +337,7 @@ class TrainingCheckpoint(BaseCallback):
         others = [path.name for path, found in manifests.items() if found.training != self._model._training_id]
         if others:
             raise FolderInUseError(
-                f"`path` must be a folder without checkpoints of another training, got {self.path} with "
-                f"{', '.join(others)}. Continue that training with ClipPPO.resume, or choose another folder."
+                f"`path` must be a folder without checkpoints of another run, got {self.path} with "
+                f"{', '.join(others)}. Continue that run with ClipPPO.resume, or choose another folder."
             )
         return manifests

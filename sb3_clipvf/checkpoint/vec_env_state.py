@@ -26,8 +26,8 @@ _SAME = {
     "sb3_clipvf.envs.subproc.FastSubprocVecEnv": "SubprocVecEnv",
 }
 
-_RESET_TEXT = "begin new episodes at a resume, with other random numbers"
-_RESET_HINT = "In a script, TrainingCheckpoint(..., reset_envs=True) makes a resumed training exact."
+_RESET_TEXT = "begin new episodes at a resume, with different random numbers"
+_RESET_HINT = "In a script, TrainingCheckpoint(..., reset_envs=True) makes a resumed run exact."
 _METHODS_HINT = f"Define get_training_state() and set_training_state() in the class. {_RESET_HINT}"
 
 

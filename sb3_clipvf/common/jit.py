@@ -151,7 +151,9 @@ def cached(*signatures: Any) -> Compile:
         try:
             return cast(Compile, compiler(*types, cache=True, pipeline_class=_Compiler, **_COMMON))(function)
         except RuntimeError as error:
-            log.warning("Compiled functions cannot be kept on disk (%s). Point NUMBA_CACHE_DIR to a folder.", error)
+            log.warning(
+                "Compiled functions cannot be kept on disk (%s). Set NUMBA_CACHE_DIR to a writable folder.", error
+            )
             return cast(Compile, compiler(*types, pipeline_class=_Compiler, **_COMMON))(function)
 
     return compile_function

@@ -164,7 +164,7 @@ def as_gymnasium(env: Any) -> Any:
             "Pass sb3_clipvf.envs.as_vec_env(env)."
         )
     if not (hasattr(env, "observation_space") and hasattr(env, "action_space")):
-        way_out = "Pass for example gymnasium.make('CartPole-v1'); only the constructor takes the id as well."
+        way_out = "Pass for example gymnasium.make('CartPole-v1'); only the constructor accepts the id as well."
         raise wrong_type("env", rule, env, way_out)
     return _patch_env(env)
 
@@ -178,8 +178,8 @@ def same_spaces() -> Iterator[None]:
         if "spaces do not match" not in str(error):
             raise
         raise ValueError(
-            f"`env` must have the spaces of the model, got others. {error}, that of the model and that of `env`. Wrap "
-            "the environment so that they are the same, or train a new model in it."
+            f"`env` must have the model's spaces. {error} (the model's, then `env`'s). Wrap the environment so that "
+            "they are the same, or train a new model in it."
         ) from None
 
 
@@ -272,11 +272,11 @@ def _check_observation_space(policy: Any, observation_space: Any) -> None:
     squashed = "Squashed" if policy.startswith("Squashed") else ""
     if is_dict and policy.removeprefix(squashed) in ("MlpPolicy", "CnnPolicy"):
         raise ValueError(
-            f"`policy` must take dict observations, got {policy!r}. You must use `{squashed}MultiInputPolicy` when "
+            f"`policy` must accept dict observations, got {policy!r}. You must use `{squashed}MultiInputPolicy` when "
             "working with dict observation space."
         )
     if not is_dict and policy.removeprefix(squashed) == "MultiInputPolicy":
         raise ValueError(
-            f"`policy` must take observations that are no dict, got {policy!r} and {observation_space}. Use "
+            f"`policy` must accept observations that are not dicts, got {policy!r} and {observation_space}. Use "
             f"'{squashed}MlpPolicy', or '{squashed}CnnPolicy' for images."
         )

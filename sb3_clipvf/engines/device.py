@@ -41,7 +41,7 @@ def choose_cpu(engine: str, network: str, n_parameters: int, batch_size: int) ->
     :param batch_size: Transitions in a minibatch.
     """
     if engine == "autograd":
-        return False, "engine='autograd' takes SB3's choice"
+        return False, "engine='autograd' uses SB3's choice"
     if engine in ("cuda_graph", "cuda_graph_bf16"):
         return False, f"engine={engine!r} runs only on a GPU"
     if engine in ("native", "fused"):

@@ -41,7 +41,7 @@ class DeviceRolloutBuffer(TensorRolloutBuffer):
             gib = 2**30
             raise ValueError(
                 f"`n_steps` must be small enough for the rollout to fit into the memory of {self.device}, got n_steps="
-                f"{self.buffer_size} with n_envs={self.n_envs}, which takes {self.nbytes / gib:.1f} GiB where "
+                f"{self.buffer_size} with n_envs={self.n_envs}, which takes {self.nbytes / gib:.1f} GiB, but "
                 f"{free / gib:.1f} GiB are free. Lower `n_steps`, or pass rollout_buffer_class=TensorRolloutBuffer to "
                 "keep the rollout on the host."
             )

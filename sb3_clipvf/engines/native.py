@@ -210,7 +210,7 @@ class NativeEngine:
             # A callback may call `reset_noise` at any step, which makes new tensors.
             return exploration_matrices(self._binding.plain.dist, n_envs, self._latent_dim)
         if self._noise is None:
-            raise RuntimeError("`begin_rollout` must be called before `act`, got no call. Call it with the buffer.")
+            raise RuntimeError("Call `begin_rollout(buffer)` before `act`.")
         return self._noise.next(n_envs)
 
     def _noise_of(self, group: slice, noise: np.ndarray, n_envs: int) -> np.ndarray:

@@ -63,7 +63,7 @@ def select_engine(name: str, policy: ActorCriticPolicy, settings: UpdateSettings
             "which selects the fastest one that can."
         )
     return AutogradEngine(policy, settings), (
-        f"native cannot run the policy: {reasons['native']}; nor can fused: {reasons['fused']}"
+        f"native cannot run the policy ({reasons['native']}), and neither can fused ({reasons['fused']})"
     )
 
 

@@ -171,7 +171,7 @@ def plain_policy(policy: ActorCriticPolicy) -> PlainPolicy:
     _check_tensors(policy, plain)
     _check_optimizer(policy)
     if len(set(steps_made(policy.optimizer, policy.parameters()))) > 1:
-        raise UnsupportedError("its optimizer has made different numbers of steps for its parameters")
+        raise UnsupportedError("its optimizer has taken different numbers of steps for its parameters")
     return plain
 
 
@@ -312,7 +312,7 @@ def _check_diagonal_gaussian(policy: ActorCriticPolicy) -> None:
 
 def _check_log_std(policy: ActorCriticPolicy, shape: tuple[int, ...]) -> None:
     if policy.log_std.shape != shape:
-        raise UnsupportedError(f"its log_std has the shape {tuple(policy.log_std.shape)} where SB3's has {shape}")
+        raise UnsupportedError(f"its log_std has the shape {tuple(policy.log_std.shape)} instead of SB3's {shape}")
 
 
 def _check_parameters(policy: ActorCriticPolicy) -> None:
@@ -333,7 +333,7 @@ def _check_optimizer(policy: ActorCriticPolicy) -> None:
         raise UnsupportedError("its optimizer has several parameter groups")
     group = optimizer.param_groups[0]
     if {id(parameter) for parameter in group["params"]} != {id(parameter) for parameter in policy.parameters()}:
-        raise UnsupportedError("its optimizer has other parameters")
+        raise UnsupportedError("its optimizer has different parameters")
     on = [option for option in ("amsgrad", "maximize", "differentiable", "capturable") if group.get(option)]
     if on:
         raise UnsupportedError(f"its optimizer uses {on[0]}")

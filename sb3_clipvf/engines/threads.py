@@ -63,7 +63,7 @@ class ThreadChoice:
         if not self._is_logged and self._are_tried(self._neighbours()):
             self._is_logged = True
             log.info(
-                "Updates run on %d thread(s): a minibatch takes %s; one of %d updates tries another number",
+                "Updates run on %d thread(s): a minibatch takes %s; one in %d updates tries another number",
                 self._fastest,
                 ", ".join(f"{1e6 * median:.0f} us on {number}" for number, median in medians.items()),
                 RETRY_INTERVAL,

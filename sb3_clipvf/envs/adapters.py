@@ -88,7 +88,7 @@ def _hint(env: Any) -> str:
     if isinstance(env, VecEnv):
         return "It is an SB3 VecEnv already: use it as it is."
     if isinstance(env, gym.Env):
-        return "Pass a single environment directly to the algorithm, or make many with gymnasium.make_vec."
+        return "Pass a single environment directly to the algorithm, or create many with gymnasium.make_vec."
     if isinstance(env, str):
-        return f"Make it first, with gymnasium.make_vec({env!r}, num_envs=8) for example."
-    return "Make one with gymnasium.make_vec or envpool.make_gymnasium."
+        return f"Create it first, with gymnasium.make_vec({env!r}, num_envs=8) for example."
+    return "Create one with gymnasium.make_vec or envpool.make_gymnasium."

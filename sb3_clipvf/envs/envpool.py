@@ -26,7 +26,7 @@ class EnvPoolVecEnv(BatchedVecEnv):
     def __init__(self, env: Any, **kwargs: Any) -> None:
         if not isinstance(env, VectorEnv):
             raise ValueError(
-                f"`env_type` must be 'gymnasium', got {type(env).__name__}. Make it with envpool.make_gymnasium."
+                f"`env_type` must be 'gymnasium', got {type(env).__name__}. Create it with envpool.make_gymnasium."
             )
         pool: Any = env
         config = pool.config
@@ -37,7 +37,7 @@ class EnvPoolVecEnv(BatchedVecEnv):
             )
         if config.get("max_num_players", 1) != 1:
             raise ValueError(
-                f"`max_num_players` must be 1, got {config['max_num_players']}: SB3 trains one agent an environment. "
+                f"`max_num_players` must be 1, got {config['max_num_players']}: SB3 trains one agent per environment. "
                 "Choose another task."
             )
         self._has_lives = bool(config.get("episodic_life", False))
@@ -115,7 +115,7 @@ class SparedEnvPoolVecEnv(EnvPoolVecEnv):
             )
         if config["num_envs"] % 2:
             raise ValueError(
-                f"`num_envs` must be even with `spares`, got {config['num_envs']}: half of them play. Make the pool "
+                f"`num_envs` must be even with `spares`, got {config['num_envs']}: half of them play. Create the pool "
                 "with twice as many environments as you want rows."
             )
         return int(config["num_envs"]) // 2

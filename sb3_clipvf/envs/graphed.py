@@ -146,8 +146,8 @@ def _check_in_place(method: str, before: dict[str, Any], after: dict[str, Any]) 
     name = _changed(before, after)
     if name is not None:
         raise ValueError(
-            f"`env` must write what it keeps in-place, got another `{name}` after `{method}`. Keep tensors, and "
-            "write them by copy_(), add_() or out=; or use the environment without GraphedTensorEnv."
+            f"`env` must write what it keeps in-place, got a new `{name}` after `{method}`. Keep tensors, and "
+            "write to them with copy_(), add_() or out=; or use the environment without GraphedTensorEnv."
         )
 
 

@@ -18,7 +18,7 @@ from sb3_clipvf.envs.vector import BatchedVecEnv, Step, are_statistics, keep_fin
 # Wrappers that lose the state of all rows when one row is reset (Gymnasium 1.4).
 _FORGETFUL_WRAPPERS = (NormalizeObservation, NormalizeReward, RecordEpisodeStatistics)
 
-_MODE_HINT = "Make it with autoreset_mode=AutoresetMode.SAME_STEP"
+_MODE_HINT = "Create it with autoreset_mode=AutoresetMode.SAME_STEP"
 
 
 class GymnasiumVecEnv(BatchedVecEnv):
@@ -242,8 +242,8 @@ class AtariVecEnv(GymnasiumVecEnv):
         self._earlier_frames = np.zeros(self.num_envs, np.int64)
         if core.spec is not None and core.spec.kwargs.get("reward_clipping", True):
             warnings.warn(
-                "AtariVectorEnv clips rewards, so the returns in info['episode'] are those of clipped ones. Make it "
-                "with reward_clipping=False, and as_vec_env with clip_rewards=True.",
+                "AtariVectorEnv clips rewards, so the returns in info['episode'] are those of clipped ones. Create "
+                "it with reward_clipping=False, and call as_vec_env with clip_rewards=True.",
                 stacklevel=3,
             )
 
@@ -267,8 +267,8 @@ class AtariVecEnv(GymnasiumVecEnv):
             return over
         if np.any(step.terminated[ended] & (np.asarray(step.infos["lives"])[ended] > 0)):
             raise ValueError(
-                "`autoreset_mode` must be SAME_STEP where episodes end with lives left (`life_loss_info`, "
-                "`episodic_life`), got NEXT_STEP, which does not report whether the game continues. Make the "
+                "`autoreset_mode` must be SAME_STEP if episodes end with lives left (`life_loss_info`, "
+                "`episodic_life`), got NEXT_STEP, which does not report whether the game continues. Create the "
                 "environment with autoreset_mode='SameStep'."
             )
         return super()._begin_next(step, ended, infos)
@@ -288,7 +288,7 @@ def _autoreset_mode(env: VectorEnv[Any, Any, Any]) -> AutoresetMode:
     if not isinstance(mode, AutoresetMode):
         raise ValueError(
             f"`env.metadata['autoreset_mode']` must be an AutoresetMode, got {mode!r} in {type(core).__name__}. Set it "
-            "to how the class begins the next episode."
+            "to the mode of the class."
         )
     return mode
 

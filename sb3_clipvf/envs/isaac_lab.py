@@ -33,7 +33,7 @@ class IsaacLabTensorEnv:
                 f"`group` must be one of the environment's groups of observations, {', '.join(map(repr, groups))}, got "
                 f"{group!r}. Choose one of them."
             )
-        bound = check_float("action_bound", action_bound, "Isaac Lab's wrapper for SB3 has 100.", above_low=True)
+        bound = check_float("action_bound", action_bound, "Isaac Lab's wrapper for SB3 uses 100.", above_low=True)
         self.env, self.group = env, group
         self.num_envs, self.device = int(core.num_envs), th.device(core.device)
         self.observation_space: spaces.Space[Any] = groups[group]

@@ -33,7 +33,7 @@ class JaxTensorEnv:
     def __init__(self, env: Any, num_envs: int, episode_length: int = 1000, seed: int = 0) -> None:
         self._jax = jax = _jax()
         self.env = env
-        self.num_envs = check_int("num_envs", num_envs, 1, "Brax's own trainings have 2048.")
+        self.num_envs = check_int("num_envs", num_envs, 1, "Brax trains with 2048.")
         self.episode_length = check_int("episode_length", episode_length, 1, "Brax's default is 1000.")
         self._key = jax.random.PRNGKey(seed)
         shapes = jax.eval_shape(env.reset, self._key).obs

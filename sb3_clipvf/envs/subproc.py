@@ -125,7 +125,7 @@ class FastSubprocVecEnv(SubprocVecEnv):
         :return: Observations, rewards (float32), dones and infos, as ``DummyVecEnv`` returns them.
         """
         if not self.waiting:
-            raise RuntimeError("`step_wait` must be called after `step_async`, got no such call. Call it, or `step`.")
+            raise RuntimeError("`step_wait` was called without `step_async`. Call `step_async` first, or use `step`.")
         self.waiting = False
         step_envs(self._own, self._own._first)
         infos = copied_infos(self._own)
@@ -215,7 +215,7 @@ class FastSubprocVecEnv(SubprocVecEnv):
     def _check_idle(self, name: str) -> None:
         if self.waiting:
             raise RuntimeError(
-                f"`{name}` must not be called during a step, got a call after `step_async`. Call `step_wait` first."
+                f"`{name}` cannot be called between `step_async` and `step_wait`. Call `step_wait` first."
             )
 
     def _call(self, name: str, calls: list[Any]) -> list[Any]:
@@ -309,7 +309,7 @@ def _shared_memory(context: Any, envs: FastDummyVecEnv, n_envs: int) -> _Memory:
     for name, (shape, dtype) in layout.items():
         if dtype.hasobject:
             raise ValueError(
-                "`env_fns` must make environments whose observations are arrays of numbers, got the space "
+                "`env_fns` must create environments whose observations are arrays of numbers, got the space "
                 f"{envs.observation_space}. Use stable_baselines3's SubprocVecEnv."
             )
         n_bytes = n_envs * int(np.prod(shape)) * dtype.itemsize
@@ -332,8 +332,8 @@ class _LocalEnvs(FastDummyVecEnv):
         kinds = [[(key, array.shape, array.dtype) for key, array in found.items()] for found in (obs, self.buf_obs)]
         if kinds[0] != kinds[1]:
             raise ValueError(
-                f"`env_fns` must make environments of one observation space, got {self.observation_space} as that of "
-                f"environment {rows.start}, and another one as that of environment 0."
+                f"`env_fns` must create environments of one observation space, got {self.observation_space} for "
+                f"environment {rows.start}, and a different one for environment 0."
             )
         self._first, self.buf_obs, self.buf_rews, self.buf_dones = rows.start, obs, own["rewards"], own["dones"]
         return arrays

@@ -130,7 +130,7 @@ class TensorEnvAdapter(BatchedVecEnv):
     def _reset_all(self, seeds: list[int] | None, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
         if options:
             raise ValueError(
-                f"`options` must be empty for tensor environments, got {options}. Set them at the environment itself."
+                f"`options` must be empty for tensor environments, got {options}. Set them on the environment itself."
             )
         return host_copy(self.reset_tensors(None if seeds is None else seeds[0])), {}
 

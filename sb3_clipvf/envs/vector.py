@@ -160,7 +160,7 @@ class BatchedVecEnv(VecEnv):
         if isinstance(value, np.ndarray):
             raise AttributeError(
                 f"`{attr_name}` must be the same for all environments, got an array of {_name(self.env)}, which has no "
-                "separate environments. Read it at `.env`."
+                "separate environments. Read it from `.env`."
             )
         return [value for _ in self._get_indices(indices)]
 
@@ -168,7 +168,7 @@ class BatchedVecEnv(VecEnv):
         """Raise AttributeError, since there are no separate environments."""
         raise AttributeError(
             f"`{attr_name}` must belong to separate environments to be set, got {_name(self.env)}, which has none. Set "
-            "it at `.env`, or use gymnasium.make_vec(..., vectorization_mode='sync')."
+            "it on `.env`, or use gymnasium.make_vec(..., vectorization_mode='sync')."
         )
 
     def env_method(
@@ -177,7 +177,7 @@ class BatchedVecEnv(VecEnv):
         """Raise AttributeError, since there are no separate environments."""
         raise AttributeError(
             f"`{method_name}` must belong to separate environments to be called, got {_name(self.env)}, which has "
-            "none. Call it at `.env`, or use gymnasium.make_vec(..., vectorization_mode='sync')."
+            "none. Call it on `.env`, or use gymnasium.make_vec(..., vectorization_mode='sync')."
         )
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: Any = None) -> list[bool]:

@@ -134,7 +134,7 @@ def check_model(file: ModelFile, cls: type[Any], trust: Trust, replaced: Collect
         )
     if data.get("env") is not None and "env" not in replaced and not trust.everything:
         raise UnsafeFileError(
-            f"`env` in {file.name} must be absent: making an environment can import any module. {TRUST_ADVICE}."
+            f"`env` in {file.name} must be absent: creating an environment can import any module. {TRUST_ADVICE}."
         )
     missing = [key for key in ("policy_class", "observation_space", "action_space") if key not in data]
     if missing:
@@ -163,7 +163,7 @@ def _parsed(name: str, raw: bytes) -> dict[str, Any]:
     data.pop(NOTE, None)  # only SB3's reader needs it
     for key, item in data.items():
         if isinstance(item, dict) and not isinstance(item.get(":serialized:", ""), str):
-            raise ValueError(f"`{key}` in {name} must be pickled as text, got another type. Save the model again.")
+            raise ValueError(f"`{key}` in {name} must be pickled as text, got a different type. Save the model again.")
     return data
 
 

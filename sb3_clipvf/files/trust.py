@@ -58,7 +58,7 @@ def trust_of(trust_pickle: TrustPickle) -> Trust:
         if item.__module__ == "__main__" or "<" in name:
             raise ValueError(
                 f"`trust_pickle` must hold classes and functions that can be imported, got {item!r}: the file holds "
-                "its code, not its name. Move it to a module and save again, replace what needs it by "
+                "its code, not its name. Move it to a module and save again, replace what needs it with "
                 "`custom_objects`, or pass True."
             )
         extra[f"{item.__module__}.{name}"] = item

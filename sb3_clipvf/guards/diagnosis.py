@@ -209,8 +209,8 @@ def update_error(context: FaultContext, bad: BadMinibatchError, buffer: Any, rea
         way_out = f"{_WAYS_OUT['parameter']} {reason.capitalize()}".rstrip()
     else:
         way_out = (
-            "It made no step, so the policy is intact. Lower `learning_rate` or `max_grad_norm`, and look for huge "
-            f"rewards and observations; {reason or _SKIP}"
+            "No step was taken for it, so the policy is intact. Lower `learning_rate` or `max_grad_norm`, and look for "
+            f"huge rewards and observations; {reason or _SKIP}"
         )
     return NonFiniteError(
         f"{bad} in minibatch {bad.minibatch} of epoch {bad.epoch} of the update at num_timesteps="
@@ -302,7 +302,7 @@ def _flat(arrays: dict[str, Any]) -> dict[str, np.ndarray]:
 def _write(context: FaultContext, arrays: dict[str, Any]) -> tuple[Path | None, str]:
     """Write arrays to a file; return the file, if any, and a sentence about it."""
     if context.folder is None:
-        return None, "Train with a TrainingCheckpoint, or with `tensorboard_log`, to get its arrays in a file."
+        return None, "To have these arrays written to a file, use a TrainingCheckpoint or set `tensorboard_log`."
     process = f"_process{context.group.rank}" if context.group.rank else ""
     path = context.folder / f"nonfinite_{context.num_timesteps}{process}.npz"
     try:
@@ -311,5 +311,5 @@ def _write(context: FaultContext, arrays: dict[str, Any]) -> tuple[Path | None, 
         with atomic_write(path) as file:
             np.savez(file, **_flat(arrays))  # type: ignore[arg-type]
     except Exception as error:  # a failed file must not mask the original error
-        return None, f"Its arrays could not be written to a file: {error}"
-    return path, f"Its arrays are in {path}."
+        return None, f"The arrays that led to this error could not be written to a file: {error}"
+    return path, f"The arrays that led to this error are in {path}."

@@ -24,7 +24,7 @@ def check_environments(
     """Raise ValueError if environments are closed or do not fit a model; ``model.env`` may have been replaced."""
     base = vec_env_layers(env)[-1]
     if isinstance(base, SubprocVecEnv) and base.closed:
-        raise ValueError("`env` must be open, got a SubprocVecEnv whose processes have ended. Build it again.")
+        raise ValueError("`env` is closed: its worker processes have ended. Build it again.")
     same = _same_but_for_bounds(env.observation_space, observation_space)
     with same_spaces():
         check_for_correct_spaces(env, env.observation_space if same else observation_space, action_space)

@@ -56,8 +56,8 @@ def _add_notes(raised: Exception, cause: Exception, callback: Any, where: str, r
         return
     if not checkpoints:
         raised.add_note(
-            f"{where} No TrainingCheckpoint was among its callbacks: only the model in memory is left, which `save` "
-            "writes."
+            f"{where} No TrainingCheckpoint was used, so only the model in memory is left. Call `model.save` to keep "
+            "it."
         )
     for checkpoint in checkpoints:
         try:
@@ -73,8 +73,8 @@ def _way_out(checkpoint: TrainingCheckpoint) -> str:
     if checkpoint.newest is None:
         return f"There is no checkpoint yet in {checkpoint.path}: start again."
     return (
-        f"Its last complete checkpoint is {checkpoint.newest}. To resume from it, make environments and callbacks as "
-        f"before, and call model = ClipPPO.resume({str(checkpoint.path)!r}, env) and "
+        f"Its last complete checkpoint is {checkpoint.newest}. To resume from it, create environments and callbacks "
+        f"as before, and call model = ClipPPO.resume({str(checkpoint.path)!r}, env) and "
         "model.learn(model.remaining_timesteps, reset_num_timesteps=False, callback=callbacks)."
     )
 

@@ -38,7 +38,7 @@ def check_benchmark(options: Namespace) -> None:
     for table in (folder / "benchmark.md", *(() if options.test_mode else (Path("benchmark.md"),))):
         if table.exists() and _TITLE not in table.read_text(encoding="utf-8", errors="replace"):
             raise ValueError(
-                f"`{table}` must be a table of this command, which replaces it, got another file. Move it, or name "
+                f"`{table}` must be a table of this command, which replaces it, got a different file. Move it, or use "
                 "another `--benchmark-dir` or working folder."
             )
 

@@ -161,7 +161,7 @@ def find_statistics(model: Path, env_name: str, *, normalizes: bool) -> Path | N
         if _MID_TRAINING.fullmatch(model.name):
             raise ValueError(
                 f"`--trained-agent` must be a model whose statistics of VecNormalize are known, got {model}, which has "
-                f"none of its own: {beside} holds those of another step. Take the run's last model, or one of its "
+                f"none of its own: {beside} holds those of another step. Use the run's last model, or one of its "
                 "`checkpoints/`."
             )
     if found is None and normalizes:
@@ -226,7 +226,7 @@ def _find_model(
         resume = "" if has_ended else f", and `{resume_command(run, arguments)}` ends the training"
         raise ValueError(
             f"{error}. {run / CHECKPOINTS} has those of the steps {', '.join(steps)}: `--load-last-checkpoint` or "
-            f"`--load-checkpoint {steps[-1]}` takes one{resume}."
+            f"`--load-checkpoint {steps[-1]}` loads one{resume}."
         ) from error
 
 

@@ -120,7 +120,7 @@ def _train_options(parse_args: Callable[..., Namespace], options: Namespace) -> 
     freq = options.checkpoint_freq
     if freq is not None and freq > 0 and options.algo != ALGORITHM:
         raise ValueError(
-            f"`--checkpoint-freq` must be left out with --algo {options.algo}, got {freq}: only trainings of "
+            f"`--checkpoint-freq` must be left out with --algo {options.algo}, got {freq}: only runs of "
             f"{ALGORITHM} are checkpointed. Use `--save-freq` to save models of any algorithm."
         )
     manager.checkpoint_freq = CHECKPOINT_FREQ if freq is None else freq
@@ -140,7 +140,7 @@ def _check_search(options: Namespace) -> None:
                 "trains a new agent with drawn settings. `--optimization-log-path` saves the best agent of each trial."
             )
     if options.sampler == "auto" and importlib.util.find_spec("optunahub") is None:
-        raise ImportError("`--sampler auto` must have optunahub, got none. `tpe` and `random` need no package.")
+        raise ImportError("`--sampler auto` needs optunahub; `--sampler tpe` and `random` need no package.")
 
 
 def _check_shared(options: Namespace) -> None:
@@ -148,12 +148,12 @@ def _check_shared(options: Namespace) -> None:
     for name in ("optimize_hyperparameters", "track"):
         if getattr(options, name, None):
             raise ValueError(
-                f"`{option_name(name)}` must be left out in a training on several processes, got "
+                f"`{option_name(name)}` must be left out of a run on several processes, got "
                 f"{getattr(options, name)!r}. Start it without torchrun."
             )
     if options.algo != ALGORITHM:
         raise ValueError(
-            f"`--algo` must be {ALGORITHM} in a training on several processes, got {options.algo!r}: other algorithms "
+            f"`--algo` must be {ALGORITHM} in a run on several processes, got {options.algo!r}: other algorithms "
             "would train a model in each of them. Start it without torchrun."
         )
 
@@ -214,8 +214,8 @@ def check_options(options: Namespace) -> None:
         check_int("--seed", given["seed"], lowest, "Omit it to use the default.", MAX_SEED)
     if given.get("log_interval") == 0:
         raise ValueError(
-            "`--log-interval` must not be 0, got 0. Pass the number of updates between two logs, -1 for the default, "
-            "or -2 for no log."
+            "`--log-interval` must not be 0. Pass the number of updates between two logs, -1 for the default, or -2 "
+            "to turn logging off."
         )
     if given.get("log_folder") == "":
         raise ValueError("`--log-folder` must be a folder, got ''. Use `.` for the working folder.")

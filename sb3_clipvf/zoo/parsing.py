@@ -38,7 +38,7 @@ def next_parser(
                 prepare(parser)
             options = strict(parser, program).parse_args(*args, **kwargs)
             if vars(options).pop("trust_pickle", False):  # in full, it was consumed before
-                raise ValueError("`--trust-pickle` must be written in full, got an abbreviation. Complete it.")
+                raise ValueError("`--trust-pickle` must be written in full, not abbreviated.")
             return options if finish is None else finish(parser.parse_args, options)
 
         stack.enter_context(patched(parse_args=parse))

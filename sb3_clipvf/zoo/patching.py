@@ -69,12 +69,12 @@ PATCHES = {
     ),
     "models_of_run": Patch("os.scandir", _ZOO, "`record_training` finds no checkpoints of ClipPPO's runs."),
     # Training
-    "make_vec_env": Patch("rl_zoo3.exp_manager.make_vec_env", _ZOO, "A resumed training overwrites its episodes."),
+    "make_vec_env": Patch("rl_zoo3.exp_manager.make_vec_env", _ZOO, "A resumed run overwrites its episodes."),
     "write_table": Patch(
         "stable_baselines3.common.logger.HumanOutputFormat.write", _SB3, "Prints a table for each of many rollouts."
     ),
     "configure_logger": Patch(
-        "stable_baselines3.common.utils.configure_logger", _SB3, "Without TensorBoard, no log of a training is kept."
+        "stable_baselines3.common.utils.configure_logger", _SB3, "Without TensorBoard, no log of a run is kept."
     ),
     # Processes, figures, Hugging Face hub
     "call": Patch("subprocess.call", _ZOO, "Processes that the Zoo starts do not support ClipPPO."),

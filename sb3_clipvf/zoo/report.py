@@ -269,7 +269,7 @@ def _print_numbers(curve: TrainingCurve, evaluation: Evaluation, total: int) -> 
     # The time is that of the whole training, but a best model was saved during it.
     training = [f"{evaluation.num_timesteps:,} steps", time]
     if total <= 0:
-        training = [training[0], "of a training that did not end"]
+        training = [training[0], "of a run that did not end"]
     elif evaluation.num_timesteps != total:
         training = [
             f"{evaluation.num_timesteps:,} of {total:,} steps",

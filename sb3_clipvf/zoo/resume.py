@@ -78,7 +78,7 @@ def resumed_run(path: str, options: Sequence[str]) -> tuple[ResumedRun, list[str
     if args.get("algo") != ALGORITHM:
         raise ValueError(
             f"`--resume` must name a run of {ALGORITHM}, got {folder} of {args.get('algo')}, which keeps no "
-            "checkpoints of the whole training. Continue from its model with `-i`."
+            "checkpoints of the whole training state. Continue from its model with `-i`."
         )
     given = _given_options(options, args)
     if place.is_dir() and not sorted_checkpoints(folder / CHECKPOINTS):
@@ -101,7 +101,7 @@ def resumed_run(path: str, options: Sequence[str]) -> tuple[ResumedRun, list[str
         if total <= steps:
             raise ValueError(
                 f"`--n-timesteps` must be more than the steps that the run has done, {steps}, got {total}: it counts "
-                "from the run's start. Pass more, or leave it out to end where the run was to end."
+                "from the run's start. Pass more, or leave it out to end where the run was meant to end."
             )
         is_complete = False
     run = ResumedRun(folder, settings_folder, checkpoint.path, args, hyperparams, steps, total, is_complete)
@@ -113,7 +113,7 @@ def _settings_folder(folder: Path) -> Path:
     if len(found) != 1 or not (found[0] / "config.yml").is_file():
         raise FileNotFoundError(
             f"{folder} must be the folder of one run, with <environment>/args.yml and config.yml, but it is not. Name "
-            f"one like logs/{ALGORITHM}/CartPole-v1_1. ClipPPO.resume resumes trainings of scripts."
+            f"one like logs/{ALGORITHM}/CartPole-v1_1. ClipPPO.resume resumes runs of scripts."
         )
     return found[0]
 

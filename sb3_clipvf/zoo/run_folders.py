@@ -60,9 +60,9 @@ def choose_run(parent: Path, env_name: str, exp_id: int, has_model: Callable[[Pa
     newest = found[0][1]
     chosen, folder = next((pair for pair in found if has_model(pair[1])), found[0])
     if folder != newest:
-        sys.stdout.write(f"{newest} does not hold the model: taking {folder}\n")
+        sys.stdout.write(f"{newest} does not hold the model: using {folder}\n")
     elif exp_id > 0 and len(found) > 1:
-        sys.stdout.write(f"{len(found)} runs have the number {exp_id}: taking {folder}\n")
+        sys.stdout.write(f"{len(found)} runs have the number {exp_id}: using {folder}\n")
     return chosen
 
 

@@ -145,8 +145,8 @@ def find_run(
     number = choose_run(parent, name, exp_id, lambda run: (run / model).is_file())
     folder = parent / f"{name}_{number}"
     if exp_id < 0 or not folder.is_dir():
-        what = f"a run of {env_id}" if exp_id == 0 else f"run {exp_id} of {env_id}"
-        raise ValueError(f"`folder` must hold {what}, but there is none in {parent}. Train one with {train}")
+        what = f"run of {env_id}" if exp_id == 0 else f"run {exp_id} of {env_id}"
+        raise ValueError(f"There is no {what} in {parent}. Train one with {train}")
     run = Run(algo, env_id, folder, folder / model)
     if run.model_path.is_file():
         return run
@@ -159,7 +159,7 @@ def find_run(
         way_out = f"Its training did not end: `{resume_command(folder, arguments)}` resumes it."
     else:
         way_out = f"Its training did not end. Train again with {train}"
-    raise ValueError(f"{folder} must hold {model}, but does not. {way_out}")
+    raise ValueError(f"{folder} contains no {model}. {way_out}")
 
 
 def read_hyperparams(run: Run) -> dict[str, Any]:

@@ -215,14 +215,14 @@ def _check_evaluated(key: str, value: Any, where: str) -> None:
     if key == "normalize" and isinstance(value, bool):
         return
     if isinstance(value, str):
-        rule = f"`{key}` must be a dict, or Python text that makes one"
+        rule = f"`{key}` must be a dict, or Python text that evaluates to one"
         way_out = 'Write for example "dict(...)".'
         try:
             value = eval(value, dict(vars(exp_manager)))  # as the Zoo will
         except Exception as error:
             raise ValueError(f"{rule}, got {value!r} in {where}: {type(error).__name__}: {error}. {way_out}") from error
         if not isinstance(value, dict):
-            raise TypeError(f"{rule}, got text that makes {value!r} in {where}. {way_out}")
+            raise TypeError(f"{rule}, got text that evaluates to {value!r} in {where}. {way_out}")
     _check_dict(key, value, where)
     called = {"monitor_kwargs": Monitor, "normalize": VecNormalize}.get(key)
     if called is not None:

@@ -94,12 +94,11 @@ class CheckedSearch(ExperimentManager):
                 raise
             if self._was_interrupted:
                 raise ValueError(
-                    "`-optimize` must complete at least one trial, got an interrupt before that. With "
-                    "`--storage` and `--study-name`, the same command continues the search."
+                    "The search was interrupted before a trial was completed. With `--storage` and `--study-name`, "
+                    "the same command continues it."
                 ) from error
             raise ValueError(
-                "`-optimize` must complete at least one trial, got none: all were pruned or failed, so there is no "
-                "best one. Search with more `--n-trials`, or without pruning by `--pruner none`."
+                "No trial was completed: all were pruned or failed. Use a larger `--n-trials`, or `--pruner none`."
             ) from error
 
 
@@ -200,8 +199,8 @@ def _open_storage(storage: str) -> BaseStorage:
     except Exception as error:  # each database has its own errors
         text = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise ValueError(
-            f"`--storage` must be a storage of Optuna, got {storage!r}: {text}. Pass a file as logs/study.log or a "
-            "database as sqlite:///logs/study.db, in a folder that exists."
+            f"`--storage` must be a storage of Optuna, got {storage!r}: {text}. Pass a file such as logs/study.log, or "
+            "a database such as sqlite:///logs/study.db, in a folder that exists."
         ) from error
 
 

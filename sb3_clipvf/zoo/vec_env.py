@@ -151,8 +151,8 @@ def _make_envpool(settings: EnvSettings, n_envs: int) -> VecEnv:
 def _make_atari(name: str, settings: EnvSettings, n_envs: int) -> VecEnv:
     if not settings.is_atari:
         raise ValueError(
-            f"`--env` must be an Atari game with `--vec-env ale`, got {settings.spec.id}. `--vec-env gymnasium` takes "
-            "every environment."
+            f"`--env` must be an Atari game with `--vec-env ale`, got {settings.spec.id}. `--vec-env gymnasium` "
+            "accepts every environment."
         )
     options, clips = _atari_options(name, settings)
     game = settings.spec.kwargs["game"]
@@ -181,7 +181,7 @@ def _atari_options(name: str, settings: EnvSettings) -> tuple[dict[str, Any], bo
     if spec.get("frameskip") != 1:
         raise ValueError(
             f"`--env` must be a game without frame skip with `--vec-env {name}`, got {settings.spec.id}: AtariWrapper "
-            "skips frames itself. Take the game's NoFrameskip-v4."
+            "skips frames itself. Use the game's NoFrameskip-v4."
         )
     if settings.normalize:
         raise ValueError(
@@ -225,7 +225,7 @@ def _check_task(env_id: str, task: str) -> None:
         hint = f"The nearest is {near[0]}. " if near else ""
         raise ValueError(
             f"`--env` must be a task of EnvPool with `--vec-env envpool`, got {env_id}. {hint}`--vec-env gymnasium` "
-            "takes every environment."
+            "accepts every environment."
         )
 
 

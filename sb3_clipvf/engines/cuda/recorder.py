@@ -87,7 +87,7 @@ def warn_of_failure(what: str, error: RuntimeError) -> None:
     # The end of a recording raises another error.
     reason = error.__context__ if isinstance(error.__context__, RuntimeError) else error
     log.warning(
-        "The CUDA graph of %s could not be recorded (%s). Training continues without it, which takes longer.",
+        "The CUDA graph of %s could not be recorded (%s). Training continues without it, which is slower.",
         what,
         str(reason).partition("\n")[0],
     )

@@ -311,7 +311,7 @@ def _mixed_versions(records: Sequence[Record]) -> list[str]:
         if len(counts) > 1:
             versions = ", ".join(f"{version} ({n} of {len(records)} runs)" for version, n in sorted(counts.items()))
             found.append(
-                f"The runs were made with several versions of {name}: {versions}. A difference between them may come "
+                f"The runs used several versions of {name}: {versions}. A difference between them may come "
                 "from it. Train them again with one version to be sure."
             )
     return found
