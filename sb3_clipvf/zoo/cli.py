@@ -89,8 +89,8 @@ def overview() -> str:
     return f"""\
 usage: {PROGRAM} <sub-command> [options]
 
-Train and use ClipPPO with the RL Zoo: its own sub-commands, where the algorithm is clipppo unless --algo
-names another. Options of a sub-command: `{PROGRAM} <sub-command> --help`.
+The RL Zoo's command line with ClipPPO registered as `clipppo`, the default algorithm.
+`{PROGRAM} <sub-command> --help` lists the options of a sub-command.
 
 {commands}
 

@@ -33,7 +33,7 @@ COMMANDS: dict[str, Command] = {
     "report": Command(
         "evaluate a run, plot its learning curve, record a video", "sb3_clipvf.zoo.report:main", loads=True
     ),
-    "compile": Command("compile all kernels, so that no training has to", "sb3_clipvf.zoo.compilation:main"),
+    "compile": Command("compile the kernels ahead of training", "sb3_clipvf.zoo.compilation:main"),
     "plot_train": Command(
         "plot training returns of runs", "rl_zoo3.plots:plot_train", {"algo": ALGORITHM, "exp_folder": "logs"}
     ),
@@ -44,7 +44,7 @@ COMMANDS: dict[str, Command] = {
         required="env",
     ),
     "plot_from_file": Command(
-        "plot what all_plots -o saved", "rl_zoo3.plots:plot_from_file", required="input", loads=True
+        "plot results saved by all_plots -o", "rl_zoo3.plots:plot_from_file", required="input", loads=True
     ),
     "record_video": Command(
         "record a video of a trained agent",

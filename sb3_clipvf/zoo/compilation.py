@@ -1,4 +1,4 @@
-"""The sub-command ``compile``: compile all kernels before they are needed, as for an image or a cluster."""
+"""The sub-command ``compile``: compile all kernels ahead of training, for example in a container image."""
 
 import importlib
 import sys
@@ -13,7 +13,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     :param argv: Options, of which there are none; None takes those of the process.
     :return: Exit code: 0, or 1 if the kernels cannot be kept on disk.
     """
-    ArgumentParser(description=__doc__.partition(": ")[2]).parse_args(argv)
+    description = "Compile all kernels ahead of training, for example in a container image or on a cluster."
+    ArgumentParser(description=description).parse_args(argv)
     from sb3_clipvf.engines.kernels.warmup import GROUPS, warm_up  # imports numba
 
     importlib.import_module("sb3_clipvf.envs.normalize")  # compiles its own

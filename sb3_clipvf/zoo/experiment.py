@@ -80,7 +80,7 @@ class ClipPPOExperimentManager(CheckedSearch):
     """One of ``sb3_clipvf.zoo.vec_env.VEC_ENVS`` for the training environments; None leaves them to the Zoo."""
 
     checkpoint_freq: ClassVar[int] = -1
-    """Environment steps between two checkpoints of the whole training; no checkpoints if not positive."""
+    """Environment steps between two checkpoints; no checkpoints if not positive."""
 
     resumed: ClassVar[ResumedRun | None] = None
     """The run to resume; None starts a new run."""

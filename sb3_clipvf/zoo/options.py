@@ -81,18 +81,20 @@ def _prepare(parser: ArgumentParser, name: str) -> None:
             action.__class__ = StorePairs
         if action.dest == "vec_env":
             action.choices = [*(action.choices or ()), *VEC_ENVS]
-            action.help = "Training environments; those of gymnasium, envpool and ale-py (Atari games) step together"
+            action.help = (
+                "Vectorisation of the training environments; gymnasium, envpool and ale use these libraries' own "
+                "vectorised environments"
+            )
     if name == "train":
         parser.add_argument(
             "--checkpoint-freq",
             type=int,
-            help="Environment steps between two checkpoints of the whole training of clipppo "
-            f"(default: {CHECKPOINT_FREQ}; -1: none)",
+            help=f"Environment steps between checkpoints of a clipppo run (default: {CHECKPOINT_FREQ}; -1: none)",
         )
         parser.add_argument(
             "--resume",
             metavar="PATH",
-            help="Resume the run of this folder, or of this checkpoint, as if it had not been interrupted",
+            help="Resume an interrupted run, given its folder or one of its checkpoints",
         )
     if command.loads:
         add_trust_option(parser)

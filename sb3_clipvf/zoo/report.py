@@ -286,7 +286,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sb3-clipvf report",
         description="Evaluate a trained agent; write learning_curve.png, report.json, a video and report.html into its "
-        "run folder. With RUNS, compare runs by their files instead, without evaluating them.",
+        "run folder. With RUNS, compare the files of runs instead, without evaluating them.",
     )
     parser.add_argument(
         "runs", nargs="*", metavar="RUNS", help="runs, or folders of runs at any depth, to compare in one page"
@@ -306,10 +306,10 @@ def _parser() -> argparse.ArgumentParser:
         "--exp-id", type=RunId.parse, default=0, help="number of the run (default: 0, the newest with a model)"
     )
     parser.add_argument(
-        "--load-best", action="store_true", help="take best_model.zip of the evaluations during training"
+        "--load-best", action="store_true", help="use best_model.zip, the best model of the evaluations during training"
     )
     parser.add_argument("--episodes", type=int, default=20, help="number of episodes (default: %(default)s)")
-    parser.add_argument("--n-envs", type=int, default=8, help="environments that step together (default: %(default)s)")
+    parser.add_argument("--n-envs", type=int, default=8, help="number of parallel environments (default: %(default)s)")
     parser.add_argument(
         "--seed", type=int, default=EVALUATION_SEED, help="seed of the environments (default: %(default)s)"
     )
@@ -320,7 +320,7 @@ def _parser() -> argparse.ArgumentParser:
         "--deterministic",
         action="store_true",
         default=None,
-        help="take the most probable actions (the default except for Atari and MiniGrid)",
+        help="use the most probable actions (the default except for Atari and MiniGrid)",
     )
     actions.add_argument(
         "--stochastic", action="store_false", dest="deterministic", default=None, help="sample the actions"
