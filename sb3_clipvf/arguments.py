@@ -87,7 +87,7 @@ def check_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_choices(values: Mapping[str, Any]) -> None:
-    """Check the arguments that take one of several words."""
+    """Check the arguments whose value is one of several words."""
     for name, words, way_out in (
         ("vf_clip", ("max", "prediction"), "SB3's form is 'prediction'."),
         ("vf_clip_units", ("return_std", "absolute"), "SB3 clips in 'absolute' return units."),
@@ -248,7 +248,7 @@ def warn_of_early_end(
     schedules: Mapping[str, Schedule], *, rollout: int, done: int, to_do: int, on_command_line: bool = False
 ) -> bool:
     """
-    Warn if schedules are in their second half during a whole call of ``learn``; return whether it has warned.
+    Warn if a call of ``learn`` uses only the second half of its schedules; return whether it has warned.
 
     As in SB3, progress is measured over the ``done`` steps before the call and its ``to_do`` steps, and a rollout
     counts before its update. A call of one rollout therefore updates at progress 0. The user's own functions are
@@ -311,7 +311,7 @@ def values_to_load(
     Return the attributes that replace the file's when a model is loaded: ``given`` by the user, and what follows.
 
     A KL controller continues from the file's state, unless the user changes its initial value. A file of another SB3
-    algorithm lacks ClipPPO's own arguments: they take the values of ``custom_objects``, which SB3 would ignore, or of
+    algorithm lacks ClipPPO's own arguments: they get the values of ``custom_objects``, which SB3 would ignore, or of
     :data:`SB3_EQUIVALENT`, and a warning names them.
     """
     values = dict(given)
@@ -325,7 +325,7 @@ def values_to_load(
         if name in initial and initial[name] != file.get(name):
             values.setdefault(controller, None)
     if file.get("sde_sample_freq") == 0 and "sde_sample_freq" not in initial:
-        values["sde_sample_freq"] = -1  # SB3 takes 0 for -1
+        values["sde_sample_freq"] = -1  # SB3 reads 0 as -1
     if "vf_clip" in file:
         return values
     absent = {name: value for name, value in SB3_EQUIVALENT.items() if name not in file and name not in values}

@@ -1,4 +1,4 @@
-"""Evaluations that do not change the training, and the progress bar over all processes."""
+"""Evaluations that do not affect training, and the progress bar over all processes."""
 
 import sys
 from collections.abc import Iterator
@@ -24,22 +24,22 @@ BEST_STATISTICS = "best_vecnormalize.pkl"
 
 class IsolatedEvalCallback(EvalCallback):
     """
-    SB3's ``EvalCallback``, whose evaluations do not change the weights of the training.
+    SB3's ``EvalCallback``, whose evaluations do not affect training.
 
-    Each evaluation starts from the random states of the training: Python's, NumPy's, torch's, and those of the model's
+    Each evaluation starts from the current random states: Python's, NumPy's, torch's, and those of the model's
     spaces. They are restored at its end, with the policy's mode and its gSDE noise. The statistics of ``VecNormalize``
-    are those of the training at that moment, and are not updated. Rewards are not normalised.
+    are those of training at that moment, and are not updated. Rewards are not normalised.
 
     The best model is ``best_model.zip`` in ``best_model_save_path``, with its statistics in the same zip. The zip is
     replaced atomically; then ``best_vecnormalize.pkl``, a copy of the statistics for ``VecNormalize.load``, is written.
-    A process that reads both during a save may get files of two saves. A resumed training replaces the model only by
-    one that is at least as good.
+    A process that reads both during a save may get files of two saves. A resumed run replaces the model only by one
+    that is at least as good.
 
     If an environment reports ``is_success`` in some episodes only, the others count as failures.
 
     Arguments are those of ``EvalCallback``.
 
-    :raises ValueError: At the start of a training, if ``eval_env`` shares an environment with the training, or if only
+    :raises ValueError: At the start of training, if ``eval_env`` shares an environment with the training, or if only
         one of the two has a ``VecNormalize``; in an evaluation, if a wrapper outside of ``Monitor`` ends an episode.
     """
 
@@ -93,7 +93,7 @@ class IsolatedEvalCallback(EvalCallback):
 
     @contextmanager
     def _isolated(self) -> Iterator[None]:
-        """Freeze the statistics of ``eval_env``, and restore everything in the training that an evaluation changes."""
+        """Freeze the statistics of ``eval_env``, and restore all training state that an evaluation changes."""
         policy, normalizer = self.model.policy, unwrap_vec_normalize(self.eval_env)
         random_states, drawn, was_training = global_states(), space_states(self.model), policy.training
         distribution = getattr(policy, "action_dist", None)  # with gSDE, it holds the rollout's noise
@@ -195,7 +195,7 @@ class IsolatedEvalCallback(EvalCallback):
         except ValueError as error:
             log.warning("%s is replaced: %s", path, error)
             earlier = {}
-        # A killed training may have evaluated after its last checkpoint, which the resumed training does not know.
+        # A killed run may have evaluated after its last checkpoint, which the resumed run does not know.
         is_of_this_training = earlier.get("training") is not None and earlier["training"] == score["training"]
         if is_of_this_training and earlier["mean_reward"] > self.last_mean_reward:
             text = "%s is kept: its mean return is %s, of step %s"

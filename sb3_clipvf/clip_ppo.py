@@ -86,52 +86,52 @@ class ClipPPO(DataParallelCollector):
     The update minimises, over minibatches of the rollout of pi_old,
     ``-E[min(r A, clip(r, 1 - clip_range, 1 + clip_range) A)] + kl_coef KL(pi_old || pi) + vf_coef L_vf - ent_coef H``.
 
-    Arguments marked *schedule* take a number, a function of SB3's ``progress_remaining`` (1 -> 0), or a string
+    Arguments marked *schedule* accept a number, a function of SB3's ``progress_remaining`` (1 -> 0), or a string
     ``lin_x``, ``cos_x``, ``exp_x``, ``const_x``, where x is the initial value.
 
     :param policy: Policy class or alias: MlpPolicy, CnnPolicy, MultiInputPolicy, SquashedMlpPolicy, SquashedCnnPolicy,
         SquashedMultiInputPolicy.
     :param env: Environment, VecEnv or registered id.
-    :param learning_rate: Schedule, at least 0.
-    :param n_steps: Steps of each environment in a rollout. An assignment to the model's attribute takes effect with
-        the next rollout. SB3's buffers and ours are resized; a buffer of another class must be replaced by then.
-    :param batch_size: Transitions in a minibatch; more than 1 if advantages are normalised in minibatches.
-    :param n_epochs: Passes over the rollout in an update.
+    :param learning_rate: Learning rate, at least 0 (*schedule*).
+    :param n_steps: Steps per environment in a rollout. Assigning to the attribute takes effect with the next rollout.
+        SB3's buffers and ``TensorRolloutBuffer`` are resized; replace a buffer of another class yourself.
+    :param batch_size: Transitions per minibatch; at least 2 if advantages are normalised per minibatch.
+    :param n_epochs: Passes over the rollout per update.
     :param gamma: Discount factor, in [0, 1].
     :param gae_lambda: lambda of the advantage estimate, in [0, 1].
-    :param clip_range: Schedule, positive: epsilon of the ratio clip. None: the ratio is not clipped.
-    :param clip_range_vf: Schedule, positive: largest change of a value prediction without clipping, in
-        ``vf_clip_units``. None: not clipped.
+    :param clip_range: Range epsilon of the ratio clip, positive (*schedule*). None turns clipping off.
+    :param clip_range_vf: Largest change of a value prediction before it is clipped, positive (*schedule*), in
+        ``vf_clip_units``. None turns value clipping off.
     :param normalize_advantage: Whether to normalise advantages to mean 0 and standard deviation 1.
-    :param ent_coef: Schedule, at least 0: weight of the entropy.
-    :param vf_coef: Schedule, at least 0: weight of the value loss, a mean of squared errors without a factor 1/2.
+    :param ent_coef: Weight of the entropy bonus, at least 0 (*schedule*).
+    :param vf_coef: Weight of the value loss, at least 0 (*schedule*). The loss has no factor of 1/2.
     :param max_grad_norm: Bound on the joint gradient norm of actor and critic, positive; infinity sets no bound.
     :param use_sde: Whether to explore with SB3's gSDE.
     :param sde_sample_freq: Steps between new gSDE noise matrices, at least 1; -1: only at the start of a rollout.
     :param rollout_buffer_class: Buffer class with the interface of SB3's ``RolloutBuffer``. None:
         ``TensorRolloutBuffer``.
     :param rollout_buffer_kwargs: Further arguments of the buffer class.
-    :param target_kl: nats, positive. An update ends before the step of the first minibatch whose estimated KL (k3)
+    :param target_kl: Limit on the estimated KL (k3), nats, positive. An update ends before the first step for which it
         exceeds 1.5 times this value. The device is read at each minibatch (cuda_graph: after each epoch).
     :param stats_window_size: Episodes over which ``rollout/`` statistics are averaged.
-    :param tensorboard_log: Folder for TensorBoard. None: no such log.
+    :param tensorboard_log: Folder for TensorBoard logs. None turns them off.
     :param policy_kwargs: Further arguments of the policy.
     :param verbose: 0: no messages; 1: messages; 2: details.
     :param seed: Seed of all random states, at least 0.
     :param device: PyTorch device. "auto" selects that of tensor environments. For others, native and fused select the
         CPU; cuda_graph and, as in SB3, autograd select a GPU if there is one. With ``engine="auto"``, a GPU is selected
         if there is one and the policy's networks are large enough for it.
-    :param kl_coef: Schedule, at least 0: weight beta of the exact KL(pi_old || pi), in 1/nats, or its initial value
-        where beta adapts. 0: no penalty.
-    :param adaptive_kl_target: d_targ, nats, positive: beta adapts once an update (``schedules.AdaptiveKL``). None: beta
-        does not adapt.
+    :param kl_coef: Weight beta of the exact KL(pi_old || pi), 1/nats, at least 0 (*schedule*); its initial value if
+        beta adapts. 0: no penalty.
+    :param adaptive_kl_target: Target d_targ of the KL, nats, positive; beta adapts to it once per update
+        (``schedules.AdaptiveKL``). None: beta does not adapt.
     :param vf_clip: "max": the larger of the clipped and unclipped squared error; "prediction": SB3's form.
     :param vf_clip_units: "return_std": ``clip_range_vf`` is in standard deviations of the rollout's returns;
         "absolute": in return units, as in SB3.
     :param advantage_scope: "minibatch" or "rollout": the set over which advantages are normalised.
-    :param lr_kl_target: nats, positive: the learning rate adapts once an update (``schedules.KLAdaptiveLR``). None: it
-        follows ``learning_rate``.
-    :param on_nonfinite: How to handle a minibatch with a non-finite loss or gradient; it makes no step in either case.
+    :param lr_kl_target: KL target of the learning rate, nats, positive; it adapts once per update
+        (``schedules.KLAdaptiveLR``). None: the rate follows ``learning_rate``.
+    :param on_nonfinite: How to handle a minibatch with a non-finite loss or gradient, for which no step is taken.
         "raise": a ``NonFiniteError`` ends training. "skip": it is skipped and counted, in at most 10 updates in a row.
     :param engine: "auto" (the fastest that runs the policy), "native", "fused", "autograd", or on a GPU "cuda_graph"
         or "cuda_graph_bf16" (``docs/engines.md``).
@@ -149,7 +149,7 @@ class ClipPPO(DataParallelCollector):
         "SquashedCnnPolicy": SquashedActorCriticCnnPolicy,
         "SquashedMultiInputPolicy": SquashedMultiInputActorCriticPolicy,
     }
-    # If True is assigned to it on the class, no model warns.
+    # Set to True on the class to silence the warning for all models.
     _warned_of_early_end = False
     # State of a checkpoint, until `learn` restores it.
     _resumed: Resumed | None = None
@@ -239,12 +239,12 @@ class ClipPPO(DataParallelCollector):
         self.on_nonfinite = on_nonfinite
         self.engine = engine
 
-        # State that lasts over updates and is saved.
+        # State that lasts across updates and is saved.
         self.adaptive_kl: AdaptiveKL | None = None
         self.adaptive_lr: KLAdaptiveLR | None = None
         self._schedule_timesteps: int | None = None
         self._updates_with_skips = 0
-        # Marks the checkpoints of this training as its own.
+        # Marks the checkpoints of this run as its own.
         self._training_id: str | None = None
         # Built from the arguments when needed and not saved.
         self._schedules: dict[str, tuple[Any, Schedule]] = {}
@@ -266,7 +266,7 @@ class ClipPPO(DataParallelCollector):
         validation.check_env(self.policy_class, self, self.use_sde)
         validation.check_observations(self.policy_class, self.policy_kwargs, self.observation_space)
         show_messages(self.verbose)
-        # Bad schedules are refused before anything is built or drawn.
+        # Invalid schedules raise an error before anything is built or drawn.
         self._schedules = {}
         for name in COEFFICIENTS:
             self._schedule(name)
@@ -320,7 +320,7 @@ class ClipPPO(DataParallelCollector):
         """
         Update the policy from the rollout in the buffer, adapt the controllers, and log.
 
-        :raises ValueError: If the rollout is not complete, or lacks the old distribution where an argument needs it.
+        :raises ValueError: If the rollout is not complete, or lacks the old distribution although an argument needs it.
         :raises NonFiniteError: If a minibatch is not finite, unless it may be skipped.
         """
         started = time.perf_counter()
@@ -361,7 +361,7 @@ class ClipPPO(DataParallelCollector):
         schedules = {name: self._schedule(name) for name in COEFFICIENTS}
         values: dict[str, Any] = {name: None if s is None else s(progress) for name, s in schedules.items()}
         in_stds = values["clip_range_vf"] is not None and self.vf_clip_units == "return_std"
-        # Several processes do this together, whatever callbacks have changed in the first one.
+        # Several processes compute it together, whatever callbacks have changed in the first one.
         spread, largest = self._spread_of_returns() if in_stds or current_group().size > 1 else (0.0, 0.0)
         if in_stds:
             values["clip_range_vf"] = values["clip_range_vf"] * spread if spread > SPREAD_EPS * largest else None
@@ -486,10 +486,10 @@ class ClipPPO(DataParallelCollector):
         schedule_timesteps: float | None = None,
     ) -> Self:
         """
-        Train.
+        Train the model.
 
         :param total_timesteps: Environment steps of this call, over all environments. Whole rollouts are collected, so
-            the last one may exceed it. A float with a whole value, such as 1e6, is legal.
+            the last one may exceed it. Floats with a whole value, such as 1e6, are accepted.
         :param callback: Callback, or list of callbacks.
         :param log_interval: Updates between two logs. None: never.
         :param tb_log_name: Name of the TensorBoard run.
@@ -605,12 +605,12 @@ class ClipPPO(DataParallelCollector):
         """
         Load a model that ClipPPO or SB3's PPO saved, without running code that the file contains or names.
 
-        A file of SB3's PPO lacks ClipPPO's own arguments. They take the values of :data:`SB3_EQUIVALENT`, so that
+        A file of SB3's PPO lacks ClipPPO's own arguments. They get the values of :data:`SB3_EQUIVALENT`, so that
         training continues as SB3's PPO would; a warning names them. A KL controller continues from the file's state,
         unless its initial value changes.
 
         :param path: Zip file, with or without its suffix, or an open binary file.
-        :param env: Environment to continue in; its number of copies may differ. None: the model can only predict.
+        :param env: Environments to continue in; their number may differ. None: the model can only predict.
         :param device: PyTorch device, or "auto", as for the constructor.
         :param custom_objects: Values that replace the file's, by attribute; the replaced ones are not read.
         :param print_system_info: Whether to print the versions of the packages then and now.
@@ -660,7 +660,7 @@ class ClipPPO(DataParallelCollector):
 
         :param load_path_or_dict: Zip file of a model, of which only tensors are read, or a dict from
             ``get_parameters``.
-        :param exact_match: Whether all parameters must be there. False: set those that are there.
+        :param exact_match: Whether all parameters must be given. False: set those that are given.
         :param device: PyTorch device to which a file is read. "auto": the model's.
         :raises UnsafeFileError: If the file holds more than tensors as weights.
         :raises ValueError: If the file is not a model, is damaged or does not fit into memory; or a name is unknown or,
@@ -675,21 +675,20 @@ class ClipPPO(DataParallelCollector):
 
     @property
     def remaining_timesteps(self) -> int:
-        """Environment steps that are left of the latest training, at least 0."""
+        """Environment steps left in the latest run, at least 0."""
         return max(0, self._total_timesteps - self.num_timesteps)
 
     @classmethod
     def resume(cls, path: str | os.PathLike[str], env: GymEnv, device: th.device | str = "auto", **kwargs: Any) -> Self:
         """
-        Resume an interrupted training from a checkpoint of ``TrainingCheckpoint``.
+        Resume an interrupted run from a checkpoint of ``TrainingCheckpoint``.
 
         ``model.learn(model.remaining_timesteps, reset_num_timesteps=False, callback=...)`` then ends with the same
-        weights, bit for bit on the CPU, as a training without interruption. If something prevents that, the checkpoint
-        lists it.
-        Pass the callbacks of the training: their state is part of the checkpoint.
+        weights as an uninterrupted run, bit for bit on the CPU. If something prevents that, the checkpoint lists it.
+        Pass the same callbacks: their state is part of the checkpoint.
 
         :param path: Checkpoint, or the folder of checkpoints, whose newest complete one is read.
-        :param env: Environments, built as for the training. They are reset, then their state is restored.
+        :param env: Environments, built as for the interrupted run. They are reset, then their state is restored.
         :param device: PyTorch device, or "auto", as for the constructor.
         :param kwargs: Further arguments of :meth:`load`, such as arguments of the constructor to change.
         :return: The model.

@@ -57,12 +57,12 @@ class RolloutCollector(OnPolicyAlgorithm):
 
     rollout_buffer: Any
     _engine: Engine | None = None
-    # Set by the training's TrainingCheckpoint, if there is one.
+    # Set by the run's TrainingCheckpoint, if there is one.
     _checkpoint_folder: os.PathLike[str] | None = None
     # True until Monitor has reported an episode or missed one.
     _may_lose_episodes = True
     _warned_of_missing_kl = False
-    _n_envs_elsewhere = 0  # environments of the training in other processes
+    _n_envs_elsewhere = 0  # environments in other processes of the run
 
     @abstractmethod
     def _current_engine(self) -> Engine:
@@ -95,7 +95,7 @@ class RolloutCollector(OnPolicyAlgorithm):
         engine = self._begin_rollout(env, callback, rollout_buffer, n_rollout_steps)
         stores_arrays = not has_own_add(rollout_buffer)
         has_callback, shows_actions = not is_noop(callback), may_read_actions(callback)
-        # Making tensors takes longer than the policy's forward pass.
+        # Creating tensors takes longer than the policy's forward pass.
         makes_tensors = shows_actions or not (stores_arrays and engine.acts_on_arrays)
         # Callbacks may change what they read before it is stored.
         writer = None if shows_actions else in_place(engine, rollout_buffer, self.action_space)
@@ -279,7 +279,7 @@ class RolloutCollector(OnPolicyAlgorithm):
         ]
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
-        # SB3 reads each environment's info twice a step; only the ends of episodes hold what it looks for.
+        # SB3 reads each environment's info twice per step; only the ends of episodes hold what it looks for.
         ended = [index for index, info in enumerate(infos) if "episode" in info or "is_success" in info]
         if ended:
             super()._update_info_buffer([infos[index] for index in ended], None if dones is None else dones[ended])
@@ -306,10 +306,10 @@ class RolloutCollector(OnPolicyAlgorithm):
         """
         Replace the environments.
 
-        :param env: Environments with the model's spaces and number of copies. To change the number, use :meth:`load`.
+        :param env: Environments with the model's spaces and ``n_envs``. To change their number, use :meth:`load`.
         :param force_reset: Whether to reset them before training.
         :raises ValueError: If the spaces differ from the model's.
-        :raises AssertionError: If the number of copies differs.
+        :raises AssertionError: If the number of environments differs from ``n_envs``.
         """
         show_messages(self.verbose)
         with same_spaces():
@@ -360,7 +360,7 @@ class RolloutCollector(OnPolicyAlgorithm):
 
     def _check_kl_is_stored(self) -> None:
         """
-        Raise ValueError if the rollout lacks the old distribution's parameters where an argument needs them.
+        Raise ValueError if the rollout lacks the old distribution's parameters although an argument needs them.
 
         SB3's loop, or the user's own, may add steps without them.
         """
@@ -382,7 +382,7 @@ class RolloutCollector(OnPolicyAlgorithm):
         self._check_kl_is_known(type(rollout_buffer), width, stores_dist=False)
 
     def _omit_kl(self, rollout_buffer: Any) -> None:
-        """Collect without the exact KL where the policy's distribution turned out to be of an unknown type."""
+        """Log that ``train/kl`` is omitted; raise ValueError if an argument needs the KL."""
         self._check_kl_is_known(type(rollout_buffer), None, stores_dist=False)
         self._log_missing_kl("`train/kl` is omitted: the exact KL of the policy's action distribution is not known.")
 

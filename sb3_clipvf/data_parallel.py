@@ -1,7 +1,7 @@
 """
 Training on several processes: what they agree on at the start, and exchange before and after each rollout.
 
-``DataParallelCollector`` is the base of ``ClipPPO``. In a single process it does what ``TensorRolloutCollector`` does.
+``DataParallelCollector`` is the base of ``ClipPPO``. In a single process it behaves like ``TensorRolloutCollector``.
 ``engines/reduction.py`` has the minibatches that processes share.
 """
 
@@ -41,7 +41,7 @@ from sb3_clipvf.guards.diagnosis import FaultContext
 from sb3_clipvf.rollout import on_host
 from sb3_clipvf.tensor_collection import TensorRolloutCollector
 
-# Attributes that all processes take from the first one when a training starts
+# Attributes that all processes copy from the first one when training starts
 _COMMON = ("num_timesteps", "_n_updates", "_schedule_timesteps", "_updates_with_skips", "adaptive_kl", "adaptive_lr")
 
 
@@ -85,7 +85,7 @@ class DataParallelCollector(TensorRolloutCollector):
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """
-        Seed all random states. Other processes than the first use other seeds, as further environments would.
+        Seed all random states. Processes after the first use different seeds, as additional environments would.
 
         :param seed: Seed of the first process; its environments use this and the following numbers. None: no seed.
         :raises ValueError: If the seed of a process is too large.
@@ -142,7 +142,7 @@ class DataParallelCollector(TensorRolloutCollector):
         """
         Fill the buffer with steps of the current policy, as :meth:`TensorRolloutCollector.collect_rollouts` does.
 
-        The policy is that of the first process after ``on_rollout_start``. At the end, all processes take what its
+        The policy is that of the first process after ``on_rollout_start``. At the end, all processes copy what its
         callbacks have changed of policy and optimizer, merge the statistics of ``VecNormalize``, and stop if one of
         them has been asked to.
 
@@ -181,7 +181,7 @@ class DataParallelCollector(TensorRolloutCollector):
         self._common_moments = _values_of(running)
         if normalizer is not None:
             normalizer.training = ends[0].updates_moments
-        # The deque keeps the last episodes. They are to be of all processes.
+        # Merge the episodes of all processes.
         rows = zip_longest(*(end.episodes for end in ends))
         episodes.clear()
         episodes.extend([*earlier, *(episode for row in rows for episode in row if episode is not None)])
@@ -203,14 +203,14 @@ class DataParallelCollector(TensorRolloutCollector):
             group.broadcast_tensor(tensor.data)
 
     def _share_parameters(self, group: Group, checksums: list[int]) -> None:
-        """Take weights, moments and options of the optimizer from the first process if a process has others."""
+        """Copy weights, moments and options of the optimizer from the first process if a process has different ones."""
         if len(set(checksums)) > 1:
             parameters = group.broadcast(_on_cpu(self.get_parameters()))
             if group.rank:
                 self.set_parameters(parameters, exact_match=True)
 
     def _follow_first(self, group: Group, n_rollout_steps: int | None = None) -> _FromFirst:
-        """Wait for the first process: send it this process's state if it asks for it, and take what it has changed."""
+        """Wait for the first process: send it this process's state if it asks for it, and copy what it has changed."""
         own = self._from_first(n_rollout_steps=n_rollout_steps)
         while (first := group.broadcast(own)).asks_for_states:
             model = cast(ResumableModel, self)
@@ -259,10 +259,10 @@ class DataParallelCollector(TensorRolloutCollector):
                 "them alike; pass `seed` to ClipPPO, which gives each process a different seed."
             )
 
-    # ------------------------------------------------------------------ start of a training
+    # ------------------------------------------------------------------ start of training
 
     def _check_agreement(self, group: Group, of_call: dict[str, Any]) -> list[int]:
-        """Raise ValueError if processes differ in what must be equal; return their numbers of environments."""
+        """Return the processes' numbers of environments; raise ValueError if they differ in what must be equal."""
         own = {**description_of(self), **of_call}
         if self.seed is not None:
             own["number of environments, since `seed` is set"] = self.n_envs
@@ -271,7 +271,7 @@ class DataParallelCollector(TensorRolloutCollector):
         return [n_envs for _, n_envs in found]
 
     def _take_state(self, group: Group) -> None:
-        """Take policy, optimizer, controllers, counters and statistics of VecNormalize from the first process."""
+        """Copy policy, optimizer, controllers, counters and statistics of VecNormalize from the first process."""
         running = _running_moments(self.get_vec_normalize_env())
         checkpoint = None if self._resumed is None else (self._training_id, self.num_timesteps)
         first = group.broadcast(
@@ -300,7 +300,7 @@ class DataParallelCollector(TensorRolloutCollector):
             self._begin_new_episodes(group)
 
     def _begin_new_episodes(self, group: Group) -> None:
-        """Begin new episodes with other random states than those of the first process, whose checkpoint resumes."""
+        """Begin new episodes with different random states from those of the first process, whose checkpoint resumes."""
         self._resumed = None
         entropy = (0 if self.seed is None else self.seed, self.num_timesteps, group.rank)
         generator = np.random.default_rng(np.random.SeedSequence(entropy))
@@ -350,7 +350,7 @@ class DataParallelCollector(TensorRolloutCollector):
 
 
 def seed_differently(venv: VecEnv) -> None:
-    """Seed environments that one object steps, unless they have seeds: pools and simulators have default ones."""
+    """Seed vectorised environments, unless they have seeds: pools and simulators have default ones."""
     base = vec_env_layers(venv)[-1]
     if isinstance(base, BatchedVecEnv) and None in base._seeds:
         seed = secrets.randbelow(2**30)
@@ -362,7 +362,7 @@ def merge_running(
     running: list[RunningMeanStd], common: Sequence[tuple[Any, Any, float]], parts: list[list[tuple[Any, Any, float]]]
 ) -> None:
     """
-    Overwrite running statistics by those of the data of all processes.
+    Overwrite running statistics with those of the data of all processes.
 
     :param running: Statistics to overwrite.
     :param common: Mean, variance and count that all processes had before.

@@ -1,7 +1,7 @@
 """
 The group of processes that train one model, and what they exchange.
 
-A group of one process exchanges nothing. ``docs/distributed.md`` describes a training on several processes.
+A group of one process exchanges nothing. ``docs/distributed.md`` describes training on several processes.
 """
 
 import atexit
@@ -42,7 +42,7 @@ _NOTE_SECONDS = 2
 
 
 class LostProcessError(RuntimeError):
-    """Another process of the training has failed, has ended or does not respond."""
+    """Another process of the run has failed, has ended or does not respond."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,13 @@ class Group:
         return value if self.rank == 0 else cast(Value, values[0])
 
     def broadcast_tensor(self, tensor: th.Tensor) -> None:
-        """Overwrite a tensor by that of the first process, of the same shape and type."""
+        """Overwrite a tensor with that of the first process, of the same shape and type."""
         if self.size > 1:
             with _exchanging():
                 dist.broadcast(tensor, 0)
 
     def add_up(self, tensor: th.Tensor) -> None:
-        """Overwrite a tensor by the sum of those of all processes, of the same shape and type."""
+        """Overwrite a tensor with the sum of those of all processes, of the same shape and type."""
         if self.size > 1:
             with _exchanging():
                 dist.all_reduce(tensor)
@@ -180,7 +180,8 @@ def current_group() -> Group:
     """
     Return the group of this process: one that the user's own code has joined, or else all that ``torchrun`` started.
 
-    No message is sent. A process that such a process starts is not in the group.
+    No message is sent. A process that such a process starts is not in the group. With several processes, the first call
+    also selects this process's GPU, as :func:`_select_gpu` describes.
     """
     if not dist.is_available():
         return ALONE
@@ -221,7 +222,7 @@ def check_backend(device: th.device) -> None:
 
 
 def is_ended_by_nonfinite() -> bool:
-    """Return whether a NonFiniteError in one of the processes has ended the training that runs."""
+    """Return whether a NonFiniteError in one of the processes has ended the current run."""
     return _notes is not None and _notes.failure()[1]
 
 
@@ -248,7 +249,7 @@ _launched_pid()  # before children that start after ClipPPO was imported
 
 @functools.cache
 def _select_gpu() -> None:
-    """Select a GPU for this process, if its machine has one."""
+    """Select a GPU for this process by its local rank, if its machine has one."""
     if n_gpus := th.cuda.device_count():
         th.cuda.set_device(int(os.environ["LOCAL_RANK"]) % n_gpus)
 
@@ -281,8 +282,8 @@ def _name_of_this_launch(store: Any, rank: int, size: int, timeout: timedelta) -
     Return a name that only the processes of this launch know.
 
     After a restart, torchrun's store still has the entries of earlier launches, by which processes would connect to
-    ended ones (https://github.com/pytorch/pytorch/issues/135712). So the first process chooses a name, and each other
-    process waits until the first one has seen it under this name.
+    ended ones (https://github.com/pytorch/pytorch/issues/135712). Therefore, the first process chooses a name, and each
+    other process waits until the first one has seen it under this name.
     """
     own = uuid.uuid4().hex
     if rank == 0:
@@ -345,7 +346,7 @@ def _leave(*, failed: bool = False) -> None:
 
 
 class _Notes:
-    """What processes write into their store if an error ends a training. Each training has notes of its own."""
+    """What processes write into their store if an error ends a run. Each run has notes of its own."""
 
     n_trainings = 0  # in which this process has taken part
 
@@ -385,7 +386,7 @@ class _Notes:
         return []
 
 
-# Notes of the running training
+# Notes of the current run
 _notes: _Notes | None = None
 
 

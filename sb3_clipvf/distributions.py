@@ -44,7 +44,7 @@ def dist_param_dim(dist: object) -> int | None:
     Number of parameters per state.
 
     :param dist: Action distribution (``policy.action_dist``). Its parameters need not be set yet.
-    :return: Width of a row, or None if ``dist`` is of another type than SB3's and our squashed Gaussian. The exact KL
+    :return: Width of a row, or None if ``dist`` is of a type other than SB3's and our squashed Gaussian. The exact KL
         of a derived type is not known.
     """
     known: Any = dist
@@ -150,7 +150,7 @@ def current_dist(policy: Any) -> object:
 
 def refreshed_dist(policy: ActorCriticPolicy, observations: Any, stale: object, *, may_recompute: bool = True) -> Any:
     """
-    Return the action distribution of the forward pass that a policy has just made for ``observations``.
+    Return the action distribution of the forward pass that a policy has just run for ``observations``.
 
     SB3's policies leave it in ``policy.action_dist``; ``stale`` is the :func:`current_dist` from before that pass. A
     policy with its own ``forward`` or ``evaluate_actions`` may leave none. Then the result comes from a second forward

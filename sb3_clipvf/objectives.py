@@ -219,7 +219,7 @@ def entropy_loss(entropy: th.Tensor | None, log_prob: th.Tensor) -> th.Tensor:
     """
     Negative mean entropy of the policy.
 
-    :param entropy: Entropy of the action distribution, shape ``(n,)``, nats. None where it has no closed form (SB3's
+    :param entropy: Entropy of the action distribution, shape ``(n,)``, nats. None if it has no closed form (SB3's
         gSDE with ``squash_output``): ``-log_prob`` is then used, as in SB3. It has the right mean, but its expected
         gradient at pi_old is zero.
     :param log_prob: log pi(a|s), shape ``(n,)``, nats.

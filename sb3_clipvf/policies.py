@@ -91,7 +91,7 @@ class SquashedGaussianDistribution(Distribution):
         :param actions: Shape ``(n, d)``, in [-1, 1].
         :return: Shape ``(n,)``, nats.
         """
-        # A buffer may hold another dtype; the rounding is that of the rollout.
+        # A buffer may hold a different dtype; the rounding is that of the rollout.
         actions = actions.to(self.distribution.mean.dtype)
         eps = th.finfo(actions.dtype).eps
         limit = 1.0 - eps

@@ -113,7 +113,7 @@ class TensorRolloutBuffer(BaseBuffer):
         self.gae_fn = gae
         # Steps and environments for which memory is allocated.
         self._allocated: tuple[int, int] | None = None
-        # Tensors of the whole rollout, by field, and the arrays that they were made from.
+        # Tensors of the whole rollout, by field, and the arrays that they were created from.
         self._flat: dict[str, Any] | None = None
         self._flat_arrays: list[np.ndarray] = []
         self._lacks_dist_params = False
@@ -241,7 +241,7 @@ class TensorRolloutBuffer(BaseBuffer):
 
     def draw_rows(self) -> th.Tensor:
         """
-        Return the rows of one epoch in the order in which :meth:`get` would take them, from the same random state.
+        Return the rows of one epoch in the order in which :meth:`get` would use them, from the same random state.
 
         :return: Row numbers of the rollout with steps and environments in one axis, step by step; int64, on the
             buffer's device.
@@ -305,7 +305,7 @@ class TensorRolloutBuffer(BaseBuffer):
         fields = {name: getattr(self, name) for name in ("values", "log_probs", "advantages", "returns", "dist_params")}
         obs = self.observations
         arrays = [*fields.values(), self.actions, *(obs.values() if isinstance(obs, dict) else [obs])]
-        # A callback may have assigned other arrays.
+        # A callback may have assigned new arrays.
         if self._flat is None or list(map(id, arrays)) != list(map(id, self._flat_arrays)):
             fields["actions"] = self.actions
             flat: dict[str, Any] = {name: self._to_flat(array, np.float32) for name, array in fields.items()}
@@ -361,7 +361,7 @@ def fit_to_rollout(buffer: Any, n_steps: int, n_envs: int) -> None:
 
 
 def takes_dist_params(buffer: Any) -> bool:
-    """Return whether a buffer stores ``dist_params`` and its ``add``, which may be the user's, takes them."""
+    """Return whether a buffer stores ``dist_params`` and its ``add``, which may be the user's, accepts them."""
     if not getattr(buffer, "dist_param_dim", 0):
         return False
     if getattr(buffer.add, "__func__", None) is TensorRolloutBuffer.add:

@@ -149,8 +149,8 @@ def make_schedule(value: Any, name: str, *, positive: bool = False) -> Schedule:
     :param positive: Whether a number or a string must be above 0 at the start of training, instead of at least 0. A
         function may always reach 0.
     :return: Function of progress, which it clamps to [0, 1].
-    :raises TypeError: If ``value`` is of another type, or a function does not take one argument.
-    :raises ValueError: If a string has another form, or the value at the start is not finite or out of range.
+    :raises TypeError: If ``value`` is of a different type, or a function does not take one argument.
+    :raises ValueError: If a string has a different form, or the value at the start is not finite or out of range.
     """
     if isinstance(value, str):
         schedule = _parse(value, name)

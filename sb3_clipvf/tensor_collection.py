@@ -2,7 +2,7 @@
 The loop over tensor environments: no step is copied to the host.
 
 ``TensorRolloutCollector`` adds it to ``RolloutCollector``. On the CPU, tensors and arrays share memory, so that engines
-with kernels act as they do elsewhere. On another device, nothing is read from it before the end of a rollout.
+with kernels act as in other environments. On another device, nothing is read from it before the end of a rollout.
 """
 
 import time
@@ -98,7 +98,7 @@ class TensorRolloutCollector(RolloutCollector):
 
 
 def steps_tensors(env: VecEnv, buffer: Any) -> bool:
-    """Return whether a training steps the tensors of an environment: there is no other layer, and our own buffer."""
+    """Return whether training steps the tensors of an environment: there is no other layer, and our own buffer."""
     layers = vec_env_layers(env)
     base: Any = layers[-1]
     # Wrappers forward attributes that they lack, so an object's own attributes say nothing.

@@ -1,5 +1,5 @@
 """
-Checkpoints of a whole training, and the best model of a training.
+Checkpoints of the whole training state, and the best model of a run.
 
 ``TrainingCheckpoint`` writes checkpoints, ``ClipPPO.resume`` continues from them. ``SaveBestTrainingReward`` keeps the
 model with the best mean return of the training episodes. All files are written atomically.
@@ -7,7 +7,7 @@ model with the best mean return of the training episodes. All files are written 
 The modules:
 
 - ``training_checkpoint``, ``signals``: the callback that writes checkpoints; the last one before the process ends;
-- ``resume``, ``errors``, ``protocol``: resuming a training; its errors; the part of a model that checkpoints use;
+- ``resume``, ``errors``, ``protocol``: resuming a run; its errors; the part of a model that checkpoints use;
 - ``file``: the file of a checkpoint and its manifest;
 - ``best_training``, ``best_model``, ``model_statistics``: the callback for the best model; its file; its statistics;
 - ``training_state``, ``random_state``, ``callback_state``: the whole state; random generators; callbacks;

@@ -1,4 +1,4 @@
-"""The callback that keeps the best model of a training, by the mean return of the training's own episodes."""
+"""The callback that keeps the best model of a run, by the mean return of its training episodes."""
 
 import json
 import logging
@@ -27,8 +27,8 @@ def load_best_training(
     """
     Find the model and the ``VecNormalize`` statistics that :class:`SaveBestTrainingReward` saved.
 
-    If a kill came between the writes of the zip and of its copies, the copies are completed. If a training saves into
-    the folder at the same time, the two files may be of two saves until that save ends.
+    If a kill came between the writes of the zip and of its copies, the copies are completed. If a run saves into the
+    folder at the same time, the two files may be of two saves until that save ends.
 
     :param path: The callback's ``save_path``.
     :param name_prefix: The callback's ``name_prefix``.
@@ -68,10 +68,10 @@ class SaveBestTrainingReward(BaseCallback):
     :param name_prefix: First part of the file names, without a folder.
     :param min_episodes: Number of episodes in the window from which a mean counts, at most ``stats_window_size``. None
         (default): a full window, since the mean of few episodes may be high by chance, and later ones rarely exceed it.
-        A warning is logged if a training ends without reaching it.
+        A warning is logged if a run ends without reaching it.
     :param check_freq: Number of calls after which means are also compared within a rollout, that is every
         ``check_freq * n_envs`` environment steps. None (default): only at the end of rollouts.
-    :param resume: Whether only a mean above that in ``save_path`` replaces the model, as a resumed training needs.
+    :param resume: Whether only a mean above that in ``save_path`` replaces the model, as a resumed run needs.
         False: the first mean that counts replaces it.
     :param verbose: 1: log each save at INFO level to the logger ``sb3_clipvf``.
     :raises ValueError, TypeError: If an argument is outside these rules.
@@ -121,7 +121,7 @@ class SaveBestTrainingReward(BaseCallback):
         if best is None:
             return
         self.best_mean_reward = best.mean_reward
-        # At step 0, this may be a new training in an old folder, which would save nothing for a long time.
+        # At step 0, this may be a new run in an old folder, which would save nothing for a long time.
         text = (
             f"{self.save_path} holds a best mean training return of {self.best_mean_reward:.2f}; only a better one "
             "replaces it. For a new run, choose another `save_path`, or pass resume=False."
@@ -194,7 +194,7 @@ def _find_best(folder: Path, name_prefix: str) -> _Best | None:
         return _read_manifest(folder / f"{name_prefix}.json")
     while True:
         best = _write_copies(model, score, read_statistics(model))
-        # A running training may have replaced the zip, and its copies, before these older copies were written.
+        # A run in progress may have replaced the zip, and its copies, before these older copies were written.
         before, score = score, _read_score(model)
         if score is None or score == before:
             return best

@@ -1,4 +1,4 @@
-"""The state of a training's callbacks, which a resume matches by their class and their place among the callbacks."""
+"""The state of a run's callbacks, which a resume matches by their class and their place among the callbacks."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -73,7 +73,7 @@ def _places(root: BaseCallback, above: str = "") -> Iterator[tuple[str, BaseCall
 
 
 def _without_lists(callback: BaseCallback) -> Iterator[BaseCallback]:
-    # With a progress bar, `learn` makes a list by itself; it also wraps None.
+    # With a progress bar, `learn` creates a list by itself; it also wraps None.
     is_none = isinstance(callback, ConvertCallback) and callback.callback is None
     if isinstance(callback, CallbackList):
         for part in callback.callbacks:

@@ -18,7 +18,7 @@ from sb3_clipvf.files.codec import frozen
 _MONITOR = full_name(Monitor)
 # The Zoo replaces Gymnasium's wrapper by its own; to SB3 the two are the same.
 _SAME = {"PatchedTimeLimit": "TimeLimit"}
-# These have no state, and a resumed training may add or drop them.
+# These have no state, and a resumed run may add or drop them.
 _OURS = ("sb3_clipvf.checkpoint.resumable.ResumableEnv", "sb3_clipvf.envs.episode_ends.EpisodeEnds")
 
 
@@ -67,7 +67,7 @@ def restore_env(env: gym.Env[Any, Any], state: dict[str, Any]) -> None:
 
 def describe_env(env: gym.Env[Any, Any]) -> list[str]:
     """Return the classes of an environment, from the outermost wrapper, and the environment's id if it has one."""
-    # Without modules: a script that resumes may have another name than the one that trained.
+    # Without modules: a script that resumes may have a different name from the one that trained.
     names = [_SAME.get(type(layer).__qualname__, type(layer).__qualname__) for layer in _without_ours(env)]
     spec = _core(env).spec
     return [*names, spec.id] if isinstance(spec, EnvSpec) else names

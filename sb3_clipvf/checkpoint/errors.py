@@ -1,4 +1,4 @@
-"""Errors raised when a training cannot be saved in a folder, or resumed from a file or in its environments."""
+"""Errors raised when a run cannot be saved in a folder, or resumed from a file or in its environments."""
 
 
 class DamagedCheckpointError(ValueError):
@@ -6,11 +6,11 @@ class DamagedCheckpointError(ValueError):
 
 
 class NotACheckpointError(ValueError):
-    """A file is a model without the state of its training, or a checkpoint of another format."""
+    """A file is a model without the training state, or a checkpoint of a different format."""
 
 
 class FolderInUseError(FileExistsError, ValueError):
-    """A folder holds checkpoints of another training."""
+    """A folder holds checkpoints of another run."""
 
 
 class EnvironmentMismatchError(ValueError):

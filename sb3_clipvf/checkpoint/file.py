@@ -1,5 +1,5 @@
 """
-The checkpoint file: a model's zip with the training's state, and a manifest with a digest of each entry.
+The checkpoint file: a model's zip with the training state, and a manifest with a digest of each entry.
 
 ``training_checkpoint`` writes these bytes by ``files.atomic.atomic_write``.
 """
@@ -36,12 +36,12 @@ class CheckpointManifest:
     """
     Description of a checkpoint, stored in its file.
 
-    :param training: Random name of the training, which its checkpoints share.
-    :param num_timesteps: Environment steps of the training so far.
-    :param total_timesteps: Environment steps at which the training ends.
+    :param training: Random name of the run, which its checkpoints share.
+    :param num_timesteps: Environment steps of the run so far.
+    :param total_timesteps: Environment steps at which the run ends.
     :param serial: Number of the checkpoint among all that its folder ever held; the newest has the highest.
-    :param mean_return: Mean return of the training's last episodes, return units; None without a full window of them.
-    :param differences: What a resumed training will not repeat exactly, and how to avoid it; empty if it ends with the
+    :param mean_return: Mean return of the last training episodes, return units; None without a full window of them.
+    :param differences: What a resumed run will not repeat exactly, and how to avoid it; empty if it ends with the
         same weights to the last bit.
     :param versions: Versions of Python and of the packages that affect the numbers.
     :param build: Number and classes of the environments.
@@ -69,7 +69,7 @@ class Checkpoint:
     :param path: Path of the file.
     :param content: Bytes of the file.
     :param manifest: Description in the file.
-    :param tree: State of the training besides the model.
+    :param tree: Training state besides the model.
     """
 
     path: Path
@@ -113,7 +113,7 @@ def read_manifest(path: str | os.PathLike[str]) -> CheckpointManifest:
     :param path: Checkpoint file.
     :return: Its manifest.
     :raises FileNotFoundError: If there is no such file.
-    :raises NotACheckpointError: If it is a model without the state of its training, or has another format.
+    :raises NotACheckpointError: If it is a model without the training state, or has a different format.
     :raises DamagedCheckpointError: If it is no whole zip.
     """
     with open(path, "rb") as file:
@@ -127,7 +127,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     :param path: Checkpoint file.
     :return: Its content.
     :raises FileNotFoundError: If there is no such file.
-    :raises NotACheckpointError: If it is a model without the state of its training, or has another format.
+    :raises NotACheckpointError: If it is a model without the training state, or has a different format.
     :raises DamagedCheckpointError: If parts of it are missing or have changed; the message names them.
     :raises ValueError: If it does not fit into memory.
     """
@@ -166,7 +166,7 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     :raises FileNotFoundError: If there is none.
     :raises DamagedCheckpointError: If all are damaged.
     """
-    # A running training removes old checkpoints, perhaps the only one found, after it has written a newer one.
+    # A run in progress removes old checkpoints, perhaps the only one found, after it has written a newer one.
     paths = sorted_checkpoints(Path(folder)) or sorted_checkpoints(Path(folder))
     for path in reversed(paths):
         try:
@@ -190,7 +190,7 @@ def sorted_checkpoints(folder: Path) -> list[Path]:
     """
     Return the checkpoints of a folder, oldest first; unreadable ones come last, in the order of their steps.
 
-    Those that a running training removes at the same time are left out.
+    Those that a run in progress removes at the same time are left out.
     """
     found: list[tuple[float, int, Path]] = []
     for path, steps in checkpoint_paths(folder).items():

@@ -14,7 +14,7 @@ from sb3_clipvf.files.statistics import STATISTICS_FILE, vec_normalize_from
 
 # Names of the classes with these statistics, SB3's and this package's
 _NORMALIZERS = frozenset(name.rpartition(".")[2] for name in ATTRIBUTES if name.endswith("VecNormalize"))
-# One row per environment, of which there may be another number.
+# One row per environment, whose number may differ.
 _PER_ENV = ("returns", "old_obs", "old_reward")
 
 

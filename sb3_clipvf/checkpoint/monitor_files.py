@@ -24,7 +24,7 @@ def file_state(writer: ResultsWriter | None) -> dict[str, Any] | None:
 
 def with_contents(tree: Any) -> Any:
     """
-    Replace the paths of files in a state by their content.
+    Replace the paths of files in a state with their content.
 
     Files only grow, so this can be done as late as a checkpoint is written.
     """

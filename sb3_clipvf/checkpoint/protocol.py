@@ -61,7 +61,7 @@ class ResumableModel(Protocol):
         """Return state dicts, by name."""
 
     def _states_elsewhere(self) -> list[tuple[dict[str, Any], list[str]]]:
-        """Return what ``process_state`` returns in each other process of the training."""
+        """Return what ``process_state`` returns in each other process of the run."""
 
     def _saved_attributes(self) -> dict[str, Any]:
         """Return the attributes that a file holds besides tensors, by name."""

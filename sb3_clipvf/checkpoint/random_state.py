@@ -43,7 +43,7 @@ def generator_state(generator: np.random.Generator | None) -> dict[str, Any] | N
 
 
 def generator_from(state: dict[str, Any] | None) -> np.random.Generator | None:
-    """Make a generator in a state from :func:`generator_state`, None for None."""
+    """Create a generator in a state from :func:`generator_state`, None for None."""
     if state is None:
         return None
     if state["bit_generator"] not in _BIT_GENERATORS:

@@ -1,4 +1,4 @@
-"""Resuming a training from a checkpoint, as if it had never been interrupted."""
+"""Resuming a run from a checkpoint, as if it had never been interrupted."""
 
 import io
 import os
@@ -36,9 +36,9 @@ class Resumed:
     random: dict[str, Any]
     # Observations that the next rollout starts from; `learn` replaces them if it resets the environments
     observations: Any
-    # Last step of the interrupted training, if `resume` lets schedules end there; None if the user set their end
+    # Last step of the interrupted run, if `resume` lets schedules end there; None if the user set their end
     held_horizon: int | None
-    # Whether the logger writes to the folder of the interrupted training
+    # Whether the logger writes to the folder of the interrupted run
     has_own_logger: bool
     # Number of processes that wrote the checkpoint
     n_processes: int
@@ -55,7 +55,7 @@ def resume(
     tree = _own_part(trees, current_group())
     env = as_sb3_env(env)
     found = {"n_envs": env.num_envs if isinstance(env, VecEnv) else 1}
-    check_same_build(tree["build"], {**tree["build"], **found})  # before a model of another size is built
+    check_same_build(tree["build"], {**tree["build"], **found})  # before a model of a different size is built
     _warn_of_versions(manifest.versions)
     model = cls.load(io.BytesIO(checkpoint.content), env=env, device=device, **kwargs)
     venv = model.env
@@ -147,7 +147,7 @@ def _restore_environments(model: ResumableModel, venv: VecEnv, tree: dict[str, A
         return dict(tree["model"])
     generator = generator_from(tree["resets"])
     if generator is None and model.seed is not None:
-        # Not the seed itself: each resumed training would repeat the first episodes of the training.
+        # Not the seed itself: each resumed run would repeat the first episodes of the interrupted one.
         rank = current_group().rank
         entropy = (model.seed, model.num_timesteps, *([rank] if rank else []))
         generator = np.random.default_rng(np.random.SeedSequence(entropy))
@@ -156,7 +156,7 @@ def _restore_environments(model: ResumableModel, venv: VecEnv, tree: dict[str, A
 
 
 def _continue_tensorboard(model: ResumableModel, folder: str | None) -> bool:
-    """Log to the folder of the interrupted run, unless ``tensorboard_log`` is another. Return whether it does."""
+    """Log to the folder of the interrupted run, unless ``tensorboard_log`` differs. Return whether it does."""
     if folder is None or model.tensorboard_log is None or current_group().rank > 0:
         return False
     if Path(folder).parent.resolve() != Path(model.tensorboard_log).resolve():

@@ -66,7 +66,7 @@ class SignalWatch:
         if self._is_deferring and os.getpid() == self._pid:
             self._deferred = number
             return
-        # Forked processes of environments inherit the handlers, and an error may have ended the training.
+        # Forked processes of environments inherit the handlers, and an error may have ended the run.
         if os.getpid() != self._pid or not is_learning(self._model, frame):
             signal.raise_signal(number)
             return

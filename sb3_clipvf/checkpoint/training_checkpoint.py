@@ -1,4 +1,4 @@
-"""The callback that writes checkpoints while a training runs."""
+"""The callback that writes checkpoints during training."""
 
 import contextlib
 import inspect
@@ -37,7 +37,7 @@ from sb3_clipvf.files.atomic import atomic_write, remove_unfinished
 BEST_NAME = "best_checkpoint.zip"
 
 COPY_SHARE = 0.01
-"""Largest share of a training's time for copies of its state in memory. A signal writes the latest copy."""
+"""Largest share of a run's time for copies of its state in memory. A signal writes the latest copy."""
 
 _NO_SIGNALS = (
     "`on_signal` of TrainingCheckpoint has no effect: learn() runs outside of the main thread, or the process ignores "
@@ -47,40 +47,40 @@ _NO_SIGNALS = (
 
 class TrainingCheckpoint(BaseCallback):
     """
-    Write checkpoints from which ``ClipPPO.resume`` continues as if the training had never been interrupted.
+    Write checkpoints from which ``ClipPPO.resume`` continues as if the run had never been interrupted.
 
-    A checkpoint holds the whole state of the training between two rollouts in one file, replaced atomically:
+    A checkpoint holds the whole training state between two rollouts in one file, replaced atomically:
     ``checkpoint_<timesteps>.zip`` in the folder. It is also an SB3 model, for ``ClipPPO.load`` and the Zoo.
 
-    It is written after each update that reaches or passes a multiple of ``every_timesteps``, and at the end of the
-    training. With the first one, the log names what a resumed training will not repeat exactly. Put this callback first
-    in a list, so that the checkpoint precedes what others do at the start of a rollout.
+    It is written after each update that reaches or passes a multiple of ``every_timesteps``, and at the end of
+    training. With the first one, the log lists what a resumed run will not repeat exactly. Put this callback first in a
+    list, so that the checkpoint precedes what others do at the start of a rollout.
 
     :param every_timesteps: Environment steps, over all environments, between two checkpoints.
-    :param path: Folder for the checkpoints of one training; it is created if it does not exist.
+    :param path: Folder for the checkpoints of one run; it is created if it does not exist.
     :param keep_last: Number of newest checkpoints to keep.
-    :param keep_best: Whether to keep the checkpoint with the best mean return of the training's own episodes, over a
-        full window of ``stats_window_size`` of them, as ``best_checkpoint.zip``.
+    :param keep_best: Whether to keep the checkpoint with the best mean return of the training episodes, over a full
+        window of ``stats_window_size`` of them, as ``best_checkpoint.zip``.
     :param reset_envs: Whether all environments begin new episodes after each checkpoint, with seeds from the
-        checkpoint, in this training and in the resumed one. Use it for environments whose state cannot be saved, but
+        checkpoint, in this run and in the resumed one. Use it for environments whose state cannot be saved, but
         which a seeded reset determines: their resume is then exact. Running episodes are cut off. One more checkpoint
         is written at the start.
-    :param on_error: What to do if a checkpoint cannot be written. "warn": log an error and continue the training.
-        "raise": end it. Earlier checkpoints are kept in both cases. It also applies if another training has written
+    :param on_error: What to do if a checkpoint cannot be written. "warn": log an error and continue training.
+        "raise": end it. Earlier checkpoints are kept in both cases. It also applies if another run has written
         checkpoints into the folder since the start: its files stay. An old checkpoint that cannot be removed never
-        ends the training: a warning is logged once, and the removal is tried again after each new checkpoint.
+        ends training: a warning is logged once, and the removal is tried again after each new checkpoint.
     :param on_signal: Whether SIGTERM and SIGINT write a last checkpoint at once and end the process, with exit code 143
         or 130. It is the latest copy in memory, of the last update or a slightly earlier one. Copies take at most 1 %
         of the time. With ``reset_envs`` and environments whose state cannot be saved, there are no copies: the last
         regular checkpoint remains. Outside of the main thread, Python handles no signals: a warning is logged.
     :param verbose: 1: log each checkpoint at INFO level to the logger ``sb3_clipvf``.
     :raises ValueError, TypeError: If an argument is outside these rules, or if the folder holds checkpoints of another
-        training when a new one starts.
+        run when a new one starts.
     :raises OSError: At the start, if the folder cannot be written to; later, with ``on_error="raise"``.
     """
 
     differences_level = logging.WARNING
-    """Logging level of the messages about what a resumed training will not repeat exactly."""
+    """Logging level of the messages about what a resumed run will not repeat exactly."""
 
     def __init__(
         self,
@@ -246,7 +246,7 @@ class TrainingCheckpoint(BaseCallback):
 
     @property
     def newest(self) -> Path | None:
-        """Newest checkpoint of this training, or None."""
+        """Newest checkpoint of this run, or None."""
         return self._kept[-1] if self._kept else None
 
     def save_last(self, reason: str, *, at_start: bool = True) -> None:
@@ -272,7 +272,7 @@ class TrainingCheckpoint(BaseCallback):
         path = self.path / f"checkpoint_{state.num_timesteps}.zip"
         try:
             content = file_bytes(state, self._serial + 1)
-            # Not the files that this training has written and keeps: `keep_last` may be large.
+            # Not the files that this run has written and keeps: `keep_last` may be large.
             self._own_manifests(found for found in checkpoint_paths(self.path) if found not in self._kept[1:])
             with atomic_write(path) as file:
                 file.write(content)
@@ -328,10 +328,10 @@ class TrainingCheckpoint(BaseCallback):
         self._serial = max((found.serial for found in manifests.values()), default=0)
 
     def _own_manifests(self, paths: Iterable[Path]) -> dict[Path, CheckpointManifest]:
-        """Return the manifests of checkpoints and of the best one; raise if one of them is of another training."""
+        """Return the manifests of checkpoints and of the best one; raise if one of them is of another run."""
         manifests = {}
         for path in [*paths, self.path / BEST_NAME]:
-            # Unreadable files stay: resume() names them.
+            # Unreadable files stay: resume() reports them.
             with contextlib.suppress(DamagedCheckpointError, NotACheckpointError, OSError):
                 manifests[path] = read_manifest(path)
         others = [path.name for path, found in manifests.items() if found.training != self._model._training_id]

@@ -1,4 +1,4 @@
-"""The whole state of a training between two rollouts: everything that changes the next update."""
+"""The whole training state between two rollouts: everything that changes the next update."""
 
 import copy
 from collections import deque
@@ -23,7 +23,7 @@ OBSERVATIONS = ("_last_obs", "_last_episode_starts", "_last_original_obs")
 
 @dataclass(frozen=True)
 class TrainingState:
-    """A copy of the state of a training between two rollouts."""
+    """A copy of the training state between two rollouts."""
 
     # SB3's model file: attributes, state dicts, other tensors
     attributes: dict[str, Any]
@@ -43,10 +43,10 @@ def training_state(
     model: ResumableModel, callback: BaseCallback, build: dict[str, Any], resets: dict[str, Any] | None
 ) -> TrainingState:
     """
-    Return the state of a training between two rollouts, with that of its other processes.
+    Return the training state between two rollouts, with that of the other processes.
 
-    ``callback`` is the one that ``learn`` made from its argument, ``build`` the description of the environments. If the
-    environments are reset right after this checkpoint, ``resets`` is the state of the generator of their seeds.
+    ``callback`` is the one that ``learn`` created from its argument, ``build`` the description of the environments. If
+    the environments are reset right after this checkpoint, ``resets`` is the state of the generator of their seeds.
     """
     tree, differences = process_state(model, callback, build, resets)
     tree["processes"] = []

@@ -20,7 +20,7 @@ from sb3_clipvf.envs.vector import BatchedVecEnv
 from sb3_clipvf.files.allowlist import full_name
 from sb3_clipvf.files.codec import frozen
 
-# They step as SB3's classes do; FastSubprocVecEnv also rounds rewards to float32, as DummyVecEnv does.
+# They step like SB3's classes; FastSubprocVecEnv also rounds rewards to float32, as DummyVecEnv does.
 _SAME = {
     "sb3_clipvf.envs.dummy.FastDummyVecEnv": "DummyVecEnv",
     "sb3_clipvf.envs.subproc.FastSubprocVecEnv": "SubprocVecEnv",

@@ -103,7 +103,7 @@ fast_alone = _linked(_OptimizingCompiler, fastmath=_FAST)
 """Compile as :data:`fast`, but choose the order of sums before the function is linked into its callers."""
 
 exact = _linked(fastmath={"contract"})
-"""Compile with fused products alone, for functions that lose accuracy if sums are taken in another order."""
+"""Compile with fused products alone, for functions that lose accuracy if sums are taken in a different order."""
 
 strict = _linked()
 """Compile each operation as written, as NumPy does it."""
@@ -115,7 +115,7 @@ class _Library(JITCodeLibrary):
 
     numba links the functions that a function calls into its module, optimises them there, and leaves them as weak
     symbols. The linker keeps the first weak symbol of a name in a process, which is that of the entry point compiled or
-    read first. The copies round differently. Internal symbols, which this class makes of them, are not replaced.
+    read first. The copies round differently. This class makes them internal symbols, which are not replaced.
 
     Made for numba 0.61 to 0.68, where ``CPUCodeLibrary._get_module_for_linking`` makes the symbols weak.
     """
@@ -141,7 +141,7 @@ def cached(*signatures: Any) -> Compile:
     """
     Compile a function that Python calls, and keep the machine code beside the package or in the user's cache folder.
 
-    With numba's types of result and arguments it is compiled at once, without them when it is called. Where neither
+    With numba's types of result and arguments it is compiled at once, without them when it is called. If neither
     folder can be written to, each process compiles it. It gives the same bits compiled here or read from disk.
     """
 

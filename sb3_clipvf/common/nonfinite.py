@@ -12,7 +12,7 @@ FLOAT32_MAX = float(np.finfo(np.float32).max)
 """Largest finite float32; larger numbers are infinite for the policy."""
 
 MAX_UPDATES_WITH_SKIPS = 10
-"""Consecutive updates that may skip minibatches with ``on_nonfinite="skip"``; the next one ends the training."""
+"""Consecutive updates that may skip minibatches with ``on_nonfinite="skip"``; the next one ends training."""
 
 # Python sums up to `_FEW` numbers faster than NumPy. If the sum of their magnitudes is below the limit, all are finite.
 _FEW, _SURELY_FINITE = 32, 1e38
@@ -52,7 +52,7 @@ class NonFiniteError(ValueError):
 
 class BadMinibatchError(Exception):
     """
-    A minibatch has a non-finite loss or gradient, so it makes no step.
+    A minibatch has a non-finite loss or gradient, so no step is taken for it.
 
     :param terms: Terms of the loss, the loss itself and the gradient norm.
     :param epoch: Epoch of the update, from 0.
@@ -103,7 +103,7 @@ def drawn_indices(state: Any, buffer: Any, epoch: int, start: int, batch: Any) -
     Find the indices of a minibatch in the rollout, by drawing the permutations of its update again.
 
     ``state`` is NumPy's random state before the update, and the minibatch begins at ``start`` in its epoch. The result
-    is None if the buffer draws minibatches in another way.
+    is None if the buffer draws minibatches in a different way.
     """
     generator = np.random.RandomState()
     generator.set_state(state)

@@ -191,7 +191,7 @@ def check_env(policy: Any, env: Any, use_sde: bool) -> None:
 
 
 def check_observations(policy_class: type, policy_kwargs: dict[str, Any], observation_space: Any) -> None:
-    """Check observation spaces for what SB3's policies would refuse only when they read observations."""
+    """Check observation spaces for what SB3's policies would reject only when they read observations."""
     from stable_baselines3.common import torch_layers
     from stable_baselines3.common.policies import ActorCriticPolicy
 

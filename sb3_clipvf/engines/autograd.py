@@ -97,8 +97,8 @@ class AutogradEngine:
 
         if self._reads_are_cheap():
             return run(checks=True)
-        # On a GPU each check waits for the device. So the update runs without checks, and again with them in the rare
-        # case that a minibatch was not finite. Zeroing its gradients is not enough: Adam's moments would still move.
+        # On a GPU, each check waits for the device. Therefore, the update runs without checks, and again with them if a
+        # minibatch was not finite. Zeroing its gradients is not enough: Adam's moments would still move.
         before = _Snapshot(self.policy)
         try:
             record = run(checks=False)
@@ -201,7 +201,7 @@ class AutogradUpdate:
         return th.nn.utils.clip_grad_norm_(self.policy.parameters(), self.settings.max_grad_norm).detach()
 
     def step(self) -> None:
-        """Make a step of the optimizer."""
+        """Take an optimizer step."""
         self.policy.optimizer.step()
 
     def _surrogate(self, ratio: th.Tensor, advantages: th.Tensor) -> th.Tensor:

@@ -46,7 +46,7 @@ class Binding:
     fingerprint: tuple[object, ...]
 
     def is_current(self, policy: ActorCriticPolicy) -> bool:
-        """Return whether only numbers have changed since it was bound, and all parameters have made as many steps."""
+        """Return whether only numbers have changed since it was bound, and all parameters have taken as many steps."""
         if _fingerprint(policy) != self.fingerprint:
             return False
         state, steps = policy.optimizer.state, set()
@@ -58,7 +58,7 @@ class Binding:
             if not isinstance(step, th.Tensor):
                 return False
             steps.add(step.item())
-        # A view of the same memory may have another layout.
+        # A view of the same memory may have a different layout.
         tensors = list(chain.from_iterable(self.tensors))
         if list(map(th.Tensor.data_ptr, tensors)) != self.table[:, 1:].ravel().tolist():
             return False

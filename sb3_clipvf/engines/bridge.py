@@ -47,7 +47,7 @@ def hyperparameters_of(
     """
     Return settings, coefficients and the optimizer's options as :class:`.kernels.inputs.Hyperparameters`, float64.
 
-    ``n_steps`` is the number of steps that the optimizer has made, and ``advantages`` are the rollout's.
+    ``n_steps`` is the number of steps that the optimizer has taken, and ``advantages`` are the rollout's.
     """
     group = optimizer.param_groups[0]
     in_rollout = settings.normalize_advantage and settings.advantage_scope == "rollout"
@@ -90,7 +90,7 @@ def hyperparameters_of(
 
 
 def changed(hyper: np.ndarray, **numbers: float) -> np.ndarray:
-    """Return a copy of packed hyperparameters with other values of some."""
+    """Return a copy of packed hyperparameters with some values changed."""
     return np.array(inputs.Hyperparameters(*hyper)._replace(**numbers), np.float64)
 
 
@@ -152,8 +152,8 @@ def as_floats(array: np.ndarray) -> np.ndarray:
     """
     Return an array of the type that kernels are compiled for: float32, contiguous, aligned and writable.
 
-    A kernel called with an array of another type would be compiled again. Numbers beyond float32 become infinite, and
-    a later check raises an error about them.
+    A kernel called with an array of a different type would be compiled again. Numbers beyond float32 become infinite,
+    and a later check raises an error about them.
     """
     if type(array) is np.ndarray and array.dtype == np.float32 and array.flags.carray:
         return array  # a shortcut: the code below returns it, too

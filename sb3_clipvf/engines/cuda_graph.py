@@ -31,7 +31,7 @@ class CudaGraphEngine(StaticEngine):
     """
     Engine for policies on an NVIDIA GPU whose operations are the same at each call.
 
-    Equals the autograd engine up to float32 rounding, but for the random numbers of actions.
+    Equals the autograd engine up to float32 rounding, except for the random numbers of actions.
     """
 
     name = "cuda_graph"
@@ -157,7 +157,7 @@ class CudaGraphEngine(StaticEngine):
 
 
 class Bfloat16Engine(CudaGraphEngine):
-    """The CUDA graph engine, whose updates run the networks in bfloat16 but for their last layers."""
+    """The CUDA graph engine, whose updates run the networks in bfloat16 except for their last layers."""
 
     name = "cuda_graph_bf16"
     autocast = th.bfloat16
@@ -170,7 +170,7 @@ class Bfloat16Engine(CudaGraphEngine):
 def _record_chunk(
     recorder: Recorder, step: StaticStep, sizes: tuple[int, ...], measure_kl: bool, beside: Graph | None = None
 ) -> Graph:
-    """Record the minibatches of a chunk. No warm-up makes a step."""
+    """Record the minibatches of a chunk. No warm-up takes a step."""
     active = step.active.clone()
 
     def warm_up() -> None:

@@ -11,7 +11,7 @@ from sb3_clipvf.engines.recognition import UnsupportedError
 from sb3_clipvf.engines.support import plain_policy
 
 LARGEST_ON_CPU = {"native MLP": 12_000_000, "MLP": 4_000_000}
-"""Parameters x batch size up to which the CPU is taken, by kind of network. Other networks take the GPU."""
+"""Parameters x batch size up to which the CPU is selected, by kind of network. Other networks use the GPU."""
 
 _CONVOLUTIONS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
@@ -20,7 +20,7 @@ _CONVOLUTIONS = (
 
 
 def select_device(engine: str, policy: ActorCriticPolicy, batch_size: int) -> th.device:
-    """Return the device for a new policy that was not moved yet, and log the reason if there is a GPU."""
+    """Return the device for a new policy that has not been moved yet, and log the reason if there is a GPU."""
     gpu = get_device("auto")
     if gpu.type == "cpu":
         return gpu
@@ -33,7 +33,7 @@ def select_device(engine: str, policy: ActorCriticPolicy, batch_size: int) -> th
 
 def choose_cpu(engine: str, network: str, n_parameters: int, batch_size: int) -> tuple[bool, str]:
     """
-    Return whether a policy takes the CPU although there is a GPU, and the reason.
+    Return whether a policy uses the CPU although there is a GPU, and the reason.
 
     :param engine: Engine that the user asked for.
     :param network: Kind of network, from :func:`kind_of_network`.

@@ -24,7 +24,7 @@ class DeviceRolloutBuffer(TensorRolloutBuffer):
     number. ``observations``, ``actions``, ``rewards``, ``values`` and the other fields are tensors.
 
     :param draws_on_device: Whether torch's generator of the device draws the permutations, instead of NumPy's, which
-        SB3 uses. The drawing then takes no time on the host.
+        SB3 uses. Drawing then takes no time on the host.
     """
 
     is_of_this_package = True

@@ -32,7 +32,7 @@ def count_groups(batch_size: int, n_parameters: int) -> int:
     """
     Return the number of groups of a minibatch's rows, for networks of at most ``n_parameters`` each.
 
-    It must not depend on the number of threads, since sums over other groups are rounded differently.
+    It must not depend on the number of threads, since sums over different groups are rounded differently.
     """
     return min(MOST_GROUPS, max(1, batch_size // max(LEAST_ROWS, LEAST_WORK // n_parameters)))
 

@@ -37,7 +37,7 @@ class MinibatchStatistics:
     grad_norm: Scalar | None = None  # before clipping; None: no backward pass
 
     def terms(self, coefficients: UpdateCoefficients) -> dict[str, float]:
-        """Return the terms as :class:`BadMinibatchError` takes them; the KL only where it is a term of the loss."""
+        """Return the terms in the form of :class:`BadMinibatchError`; the KL only if it is a term of the loss."""
         names = ["policy_loss", "value_loss", "entropy_loss", *(["kl"] if coefficients.kl_coef else [])]
         values = {name: getattr(self, name) for name in (*names, "loss", "grad_norm")}
         return {name: 0.0 if value is None else float(value) for name, value in values.items()}
@@ -53,7 +53,7 @@ class MinibatchUpdate(Protocol):
         """Compute the gradients of this loss, and return their joint norm before clipping."""
 
     def step(self) -> None:
-        """Make a step of the optimizer with clipped gradients."""
+        """Take an optimizer step with clipped gradients."""
 
 
 def run_epochs(
@@ -97,7 +97,7 @@ def run_epochs(
 
 
 def _try_step(update: MinibatchUpdate, minibatch: MinibatchStatistics, target_kl: float | None, checks: bool) -> str:
-    """Make a step, unless loss or gradient is not finite, or ``target_kl`` stops the update before it, as in SB3."""
+    """Take a step, unless loss or gradient is not finite, or ``target_kl`` stops the update before it, as in SB3."""
     if checks and not _is_finite(minibatch.loss):
         return "skip"
     if target_kl is not None and float(minibatch.approx_kl) > 1.5 * target_kl:

@@ -2,7 +2,7 @@
 The fused engine: PyTorch runs and differentiates the networks, kernels do the rest.
 
 One kernel computes the losses and their gradients with respect to the networks' outputs, others clip the gradients and
-make Adam's step. In torch these are about a hundred small operations, which take most of the time of a small minibatch.
+take Adam's step. In torch these are about a hundred small operations, which take most of the time of a small minibatch.
 """
 
 from typing import Any, TypeAlias, cast
@@ -125,12 +125,12 @@ class FusedEngine(AutogradEngine):
         update = FusedUpdate(self, coefficients, buffer)
         try:
             return run_shared_epochs(update, self.policy.parameters(), self.settings, coefficients, buffer)
-        finally:  # also after Ctrl-C, the optimizer's state must count the steps made
+        finally:  # also after Ctrl-C, the optimizer's state must count the steps taken
             update.write_steps()
 
 
 class FusedUpdate:
-    """Loss, gradients and step of one update's minibatches. Parameters without a gradient make no step."""
+    """Loss, gradients and step of one update's minibatches. Parameters without a gradient take no step."""
 
     def __init__(self, engine: FusedEngine, coefficients: UpdateCoefficients, buffer: Any) -> None:
         self._engine, self._coefficients = engine, coefficients
@@ -199,7 +199,7 @@ class FusedUpdate:
         return cast(float, norm)
 
     def step(self) -> None:
-        """Clip the gradients, and make a step of the optimizer."""
+        """Clip the gradients, and take an optimizer step."""
         if self._by_torch:
             self._optimizer.step()
             return
@@ -212,7 +212,7 @@ class FusedUpdate:
             write_steps(self._optimizer, self._reached, self._n_steps)
 
     def _bind(self, reached: list[th.nn.Parameter]) -> bool:
-        """Return whether kernels can make the step of the parameters that a minibatch has reached."""
+        """Return whether kernels can step the parameters that a minibatch has reached."""
         if not self._reached:
             steps = set(steps_made(self._optimizer, reached))
             if len(steps) > 1:  # kernels have one number for all

@@ -1,8 +1,8 @@
 """
 Faster extraction of features from images than SB3's ``extract_features``, with the same numbers up to rounding.
 
-Only SB3's own extractors receive images in another memory layout or in reused memory. A user's module may depend on the
-default layout, and may keep its input.
+Only SB3's own extractors receive images in a different memory layout or in reused memory. A user's module may depend on
+the default layout, and may keep its input.
 """
 
 from typing import Any

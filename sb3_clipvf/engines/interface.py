@@ -13,7 +13,7 @@ from sb3_clipvf.distributed import ALONE, Group
 
 @dataclass(frozen=True)
 class UpdateSettings:
-    """Settings that all updates of a training share, unlike the coefficients."""
+    """Settings that all updates of a run share, unlike the coefficients."""
 
     batch_size: int  #: Transitions in each minibatch.
     n_epochs: int  #: Passes over the rollout.
@@ -25,11 +25,11 @@ class UpdateSettings:
     target_kl: float | None
     measure_kl_after: bool  #: Whether to measure the exact KL over the whole rollout after the last step.
     has_dist_params: bool  #: Whether minibatches hold the old distribution's parameters.
-    discrete_actions: bool  #: Whether actions are class indices, which policies take as integers of shape ``(n,)``.
+    discrete_actions: bool  #: Whether actions are class indices, which policies expect as integers of shape ``(n,)``.
     #: Whether an argument of ClipPPO needs the exact KL; else it is measured only if that costs no forward pass.
     needs_kl: bool = False
     #: How to handle a minibatch with a non-finite loss or gradient norm: "raise" ends the update, "skip" continues with
-    #: the next minibatch. This one makes no step in either case.
+    #: the next minibatch. No step is taken for this one in either case.
     on_nonfinite: str = "raise"
     group: Group = ALONE  #: Processes that update the policy together, each from its own rollout.
 

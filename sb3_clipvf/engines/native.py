@@ -113,7 +113,7 @@ class NativeEngine:
         """
         Sample one action for each environment; observations are ``(n_envs, *obs_shape)``.
 
-        If a callback has replaced tensors by ones that kernels cannot read, torch acts, and the next update checks
+        If a callback has replaced tensors with ones that kernels cannot read, torch acts, and the next update checks
         whether this engine can still run the policy.
         """
         if not self._follow_parameters():
@@ -140,7 +140,7 @@ class NativeEngine:
 
     def act_into(self, target: Target, step: int, observations: np.ndarray) -> tuple[np.ndarray, bool]:
         """
-        Act as :meth:`act` does, and fill a step of the target, as :class:`.in_place.EngineInPlace` states.
+        Act as :meth:`act` does, and fill a step of the target, as described in :class:`.in_place.EngineInPlace`.
 
         If an environment replaces a parameter's tensor during a rollout, it takes effect in the next one at the latest.
         """
@@ -167,7 +167,7 @@ class NativeEngine:
         return actions, all(finite)
 
     def predict_values(self, observations: th.Tensor) -> th.Tensor:
-        """Return the values of observations, shape ``(n, 1)``, return units; torch computes them where it acts."""
+        """Return the values of observations, shape ``(n, 1)``, return units; torch computes them if it acts."""
         rows = self._rows(observations)
         if not self._follow_parameters():
             return AutogradEngine(self.policy, self.settings).predict_values(th.from_numpy(rows))
@@ -207,7 +207,7 @@ class NativeEngine:
 
     def _noise_for(self, n_envs: int) -> np.ndarray:
         if self._inputs.kind == inputs.STATE_DEPENDENT:
-            # A callback may call `reset_noise` at any step, which makes new tensors.
+            # A callback may call `reset_noise` at any step, which creates new tensors.
             return exploration_matrices(self._binding.plain.dist, n_envs, self._latent_dim)
         if self._noise is None:
             raise RuntimeError("Call `begin_rollout(buffer)` before `act`.")
@@ -256,7 +256,7 @@ class NativeEngine:
             for parameter, gradient, *_ in self._binding.tensors
         ):
             try:
-                self._bind()  # networks of another width
+                self._bind()  # networks of a different width
             except UnsupportedError:
                 return False
             return True
@@ -307,7 +307,7 @@ class NativeEngine:
         totals = shared.totals
         try:
             self._run(divided, shared, rollout, hyper, permutations)
-        finally:  # also after Ctrl-C, the optimizer's state must count the steps made
+        finally:  # also after Ctrl-C, the optimizer's state must count the steps taken
             write_steps(optimizer, self._parameters, n_made + int(totals[TOTAL.n_steps]))
         n_epochs = int(totals[TOTAL.n_epochs])
         if n_epochs < settings.n_epochs:

@@ -101,6 +101,6 @@ class NativeUpdate:
         return float(norm)
 
     def step(self) -> None:
-        """Clip the gradients, and make a step of the optimizer."""
+        """Clip the gradients, and take an optimizer step."""
         self.n_steps += 1
         entry.optimizer_step(self._table, self._factor, self.n_steps, self._hyper)

@@ -3,8 +3,8 @@ Recognition of code: whether a policy runs the original code of SB3 and torch, w
 
 A kernel computes what a class does only while the class has its original functions. Users may change any of them: by
 a subclass, by a method assigned to an object, by a function assigned to a class or a module, or by a switch of torch.
-So this module keeps these functions at import, and compares them by identity before each rollout and each update. The
-autograd engine runs policies that are not recognised.
+Therefore, this module stores these functions at import, and compares them by identity before each rollout and each
+update. The autograd engine runs policies that are not recognised.
 """
 
 import functools
@@ -135,7 +135,7 @@ _POLICY_PARTS = frozenset(
     "action_dist action_net value_net log_std mlp_extractor features_extractor pi_features_extractor "
     "vf_features_extractor share_features_extractor normalize_images optimizer observation_space action_space".split()
 )
-# Methods of the rollout buffer that make minibatches.
+# Methods of the rollout buffer that create minibatches.
 _BUFFER_METHODS = ("get", "draw_rows", "in_order", "_rows", "_gather", "_flat_tensors", "_to_flat", "_get_samples")
 
 

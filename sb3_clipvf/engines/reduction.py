@@ -1,5 +1,5 @@
 """
-Minibatches that several processes share: each has a part, and all make the same step.
+Minibatches that several processes share: each has a part, and all take the same step.
 
 The loss of a shared minibatch is the mean over the transitions of all parts. Advantages are normalised over all of
 them, gradients and statistics are added with the parts' shares as weights, and skips and stops follow from the sums.
@@ -61,7 +61,7 @@ def run_shared_epochs(
 
 
 class _SharedUpdate:
-    """An update of a process's parts that makes the steps of the whole minibatches."""
+    """An update of a process's parts that takes the steps of the whole minibatches."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class _SharedUpdate:
         return self._update.clip_gradients()
 
     def step(self) -> None:
-        """Make a step of the optimizer."""
+        """Take an optimizer step."""
         self._update.step()
 
 
@@ -123,13 +123,13 @@ class _Sums:
         self._weighted = self._flat[:n]
         parts = th.split(self._weighted, sizes)
         self._gradients = [part.view_as(parameter) for part, parameter in zip(parts, parameters, strict=True)]
-        # Number of processes with a gradient, for each parameter. Where it is 0, `grad` stays None.
+        # Number of processes with a gradient, for each parameter. If it is 0, `grad` stays None.
         self._n_gradients = self._flat[n : n + len(parameters)]
         self._means = self._flat[n + len(parameters) :]
 
     @th.no_grad()
     def of(self, group: Group, part: MinibatchStatistics, weight: float) -> MinibatchStatistics:
-        """Replace the gradients of a part by those of the whole minibatch, and return its statistics."""
+        """Replace the gradients of a part with those of the whole minibatch, and return its statistics."""
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             if parameter.grad is None:
                 gradient.zero_()
@@ -157,7 +157,7 @@ class _Sums:
         return MinibatchStatistics(**cast(dict[str, Any], known), ratio_max=part.ratio_max)
 
     def _write_gradients(self, has_gradient: list[bool]) -> None:
-        """Overwrite gradients by the sums, also of parameters whose gradient only other processes have."""
+        """Overwrite gradients with the sums, including those of parameters whose gradient only other processes have."""
         # If this process has all gradients, nothing needs to be read from the device.
         counts = has_gradient if all(has_gradient) else self._n_gradients.tolist()
         for parameter, gradient, n in zip(self._parameters, self._gradients, counts, strict=True):

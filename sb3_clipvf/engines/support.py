@@ -188,7 +188,7 @@ def modules_of(policy: ActorCriticPolicy) -> list[Any]:
 
 
 def steps_made(optimizer: th.optim.Optimizer, parameters: Iterable[th.Tensor]) -> list[int]:
-    """Return the number of steps that the optimizer has made for each parameter; 0 for one without state."""
+    """Return the number of steps that the optimizer has taken for each parameter; 0 for one without state."""
     states = [optimizer.state.get(parameter) for parameter in parameters]
     return [int(state["step"]) if state else 0 for state in states]
 

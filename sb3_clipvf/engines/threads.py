@@ -81,7 +81,7 @@ def run_on_threads(run: Callable[[int], object], n_threads: int, cancel: Callabl
     """
     Call ``run`` with each of the ranks 0, 1, ..., on as many threads at once; this thread has rank 0.
 
-    If one of the calls raises an exception, ``cancel`` is called, and must make the others return. The exception is
+    If one of the calls raises an exception, ``cancel`` is called, and must cause the others to return. The exception is
     raised when all have returned.
     """
 

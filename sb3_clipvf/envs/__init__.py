@@ -6,7 +6,7 @@ The modules:
 - ``dummy``, ``subproc``: single environments, in one process or several;
 - ``channel``, ``info_rows``: messages between processes; infos as bytes;
 - ``normalize``: ``VecNormalize`` in compiled kernels;
-- ``faster``: the same code for SB3's own classes during a training;
+- ``faster``: the same code for SB3's own classes during training;
 - ``adapters``, ``vector``: the choice of an adapter to SB3's ``VecEnv``; the base class of adapters;
 - ``gymnasium_vector``, ``envpool``: adapters of two libraries;
 - ``tensor``, ``tensor_normalize``, ``tensor_episodes``: environments whose steps are tensors; their statistics;

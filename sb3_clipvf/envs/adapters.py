@@ -35,12 +35,12 @@ def as_vec_env(
     :param clip_rewards: Whether the algorithm gets the sign of each reward. Returns in ``info["episode"]`` stay true.
     :param monitor_path: File for the return, length and time of each episode, in the format of SB3's ``Monitor``, with
         a column ``total_timesteps``: steps of all environments at the end of the episode. ``.monitor.csv`` is appended
-        where the name lacks it. None: no file.
+        if the name lacks it. None: no file.
     :param spares: For an EnvPool: two environments per row, of which one plays and the other waits, already reset.
         Resets then run during the next step of all rows, instead of in a step of their own.
     :return: The environment with SB3's interface. ``.env`` is ``env``.
     :raises TypeError: If ``env`` is something else.
-    :raises ValueError: If it runs in a mode that has no exact counterpart in SB3; the message gives the change to make.
+    :raises ValueError: If it runs in a mode that has no exact counterpart in SB3; the message states what to change.
     """
     adapter = _adapter_of(env)
     if spares:

@@ -32,13 +32,13 @@ class FastDummyVecEnv(DummyVecEnv):
     object in several places, or in several infos, is one object in the copy as well.
 
     An observation is refused if its shape is not that of the space, apart from leading axes of length 1.
-    ``DummyVecEnv`` broadcasts it where NumPy can.
+    ``DummyVecEnv`` broadcasts it if NumPy can.
 
     Infos of numbers, text, arrays and plain dicts cost little. Lists and other objects are copied by ``copy.deepcopy``,
     at its speed. A class that overrides ``_save_obs`` should derive from ``DummyVecEnv``: this ``step_wait`` calls it
     for dicts and tuples only.
 
-    :param env_fns: Functions that make one environment each.
+    :param env_fns: Functions that create one environment each.
     :raises ValueError: If two of them return the same environment.
     """
 
@@ -62,7 +62,7 @@ class FastDummyVecEnv(DummyVecEnv):
 
 
 def fast_step_wait(venv: DummyVecEnv, first: int = 0) -> VecEnvStepReturn:
-    """Do what ``venv.step_wait`` does; ``first`` is the number of the first environment in messages."""
+    """Step the environments as ``venv.step_wait`` does; ``first`` is the number of the first one in messages."""
     step_envs(venv, first)
     # Copy after the last step, since environments may share objects and change them.
     return _copied_obs(venv), venv.buf_rews.copy(), venv.buf_dones.copy(), copied_infos(venv)

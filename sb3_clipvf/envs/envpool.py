@@ -15,7 +15,7 @@ class EnvPoolVecEnv(BatchedVecEnv):
 
     EnvPool resets in the next step. The adapter takes that step at once for the rows that ended, so it never returns a
     reset as a transition. After a lost life of ``episodic_life``, the same game continues. Seeds are fixed when a pool
-    is made: after ``seed``, the next reset makes the same pool again with these seeds.
+    is created: after ``seed``, the next reset creates the same pool again with these seeds.
 
     An episode that terminates on the very step of the time limit counts as truncated, as EnvPool reports it.
     """

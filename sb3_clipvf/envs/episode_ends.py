@@ -60,7 +60,7 @@ class EpisodeEnds(gym.Wrapper[Any, Any, Any, Any]):
         self._pending_reset: tuple[Any, dict[str, Any]] | None = None
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Step the environment, and add ``episode`` to the info where an episode is over."""
+        """Step the environment, and add ``episode`` to the info if an episode is over."""
         self._pending_reset = None
         obs, reward, terminated, truncated, info = self.env.step(action)
         if (terminated or truncated) and "episode" not in info and self._monitor is not None:
@@ -70,7 +70,7 @@ class EpisodeEnds(gym.Wrapper[Any, Any, Any, Any]):
         return obs, reward, terminated, truncated, info
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        """Reset the environment, or return the result of the reset that the last step made."""
+        """Reset the environment, or return the result of the reset in the last step."""
         pending, self._pending_reset = self._pending_reset, None
         has_arguments = any(value is not None for value in kwargs.values())
         return pending if pending is not None and not has_arguments else self.env.reset(**kwargs)

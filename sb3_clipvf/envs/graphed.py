@@ -29,8 +29,7 @@ class GraphedTensorEnv:
     ``reset_tensors`` does. Random numbers come from the device's generator, or from a ``torch.Generator`` of it that
     the environment keeps. The constructor resets the environment and steps it, to check what it keeps. The first step
     records. The step is recorded again after something that the environment keeps, such as a number, was changed from
-    outside. On the CPU, or after a failed recording, which is logged, the operations run one by
-    one.
+    outside. On the CPU, or after a failed recording, which is logged, the operations run one by one.
 
     With ``engine="cuda_graph"``, one graph has the whole step of a rollout: policy, environments and buffer.
 
@@ -126,7 +125,7 @@ def restorer_of(kept: list[Any]) -> Callable[[], None]:
     places = [_without_repeats(value) if isinstance(value, th.Tensor) else value for value in kept]
     states = [place.clone() if isinstance(place, th.Tensor) else place.get_state() for place in places]
 
-    @th.inference_mode()  # which may write tensors that were made in it
+    @th.inference_mode()  # which may write tensors that were created in it
     def restore() -> None:
         for place, state in zip(places, states, strict=True):
             if isinstance(place, th.Tensor):

@@ -195,7 +195,7 @@ class SeparateVecEnv(GymnasiumVecEnv):
 
 class CartPoleVecEnv(GymnasiumVecEnv):
     """
-    SB3's ``VecEnv`` over ``CartPoleVectorEnv``, which ``make_vec("CartPole-v1")`` makes.
+    SB3's ``VecEnv`` over ``CartPoleVectorEnv``, which ``make_vec("CartPole-v1")`` creates.
 
     It has NEXT_STEP mode only, and no masked reset, but its state is accessible. Rows that ended get a new state, drawn
     as its own next step would draw it.
@@ -224,7 +224,7 @@ class AtariVecEnv(GymnasiumVecEnv):
 
     With ``life_loss_info=True`` a lost life ends a row while the game continues, as with SB3's ``EpisodicLifeEnv``;
     ``info["episode"]`` comes when the game ends. Only the infos of SAME_STEP mode distinguish the two ends. With
-    ``reward_clipping=True``, its default, the true rewards are lost: make it with False, and this adapter with
+    ``reward_clipping=True``, its default, the true rewards are lost: create it with False, and this adapter with
     ``clip_rewards=True``.
     """
 

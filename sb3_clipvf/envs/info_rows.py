@@ -62,7 +62,7 @@ class _Layout:
         self._struct = struct.Struct("=" + "".join(_FORMATS[kind] for kind in kinds))
 
     def pack(self, infos: Infos) -> bytes | None:
-        """Return the values, or None if the infos have another layout or an integer beyond 64 bits."""
+        """Return the values, or None if the infos have a different layout or an integer beyond 64 bits."""
         keys: list[str] = []
         values: list[Any] = []
         for info in infos:

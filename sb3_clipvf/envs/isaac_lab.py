@@ -15,12 +15,12 @@ class IsaacLabTensorEnv:
     A :class:`.TensorVecEnv` over an environment with the interface of Isaac Lab's ``ManagerBasedRLEnv``.
 
     Its ``step`` returns a dict of observations by group, rewards, terminated, truncated and extras, all on its device,
-    and resets rows whose episode ended. Final observations are not part of it, so a truncated episode takes the value
+    and resets rows whose episode ended. Final observations are not part of it, so a truncated episode uses the value
     of the observation before its last step. The tests use a stand-in with these shapes, not Isaac Lab itself.
 
     :param env: Environment, for example from ``gymnasium.make("Isaac-Ant-v0", cfg=...)``.
     :param group: Group of observations that the policy reads. It may be a tensor or a dict of tensors.
-    :param action_bound: Bound of actions where the space has none, since ClipPPO needs one. Finite bounds stay. 100 is
+    :param action_bound: Bound of actions if the space has none, since ClipPPO needs one. Finite bounds stay. 100 is
         that of Isaac Lab's own wrapper for SB3.
     :raises ValueError: If there is no such group, or ``action_bound`` is not beyond an action's only bound.
     """

@@ -41,11 +41,11 @@ class FastVecNormalize(VecNormalize):
     Dones may be numbers as well as bools. If they are integers, SB3's class resets the sums of the wrong environments.
 
     SB3's own code, at its speed, handles what the kernels do not: float16, arrays that are not contiguous, statistics
-    of another class or shape, a clipping range for each element.
+    of a different class or shape, a clipping range for each element.
 
-    Files are SB3's. Those that ``save`` writes name SB3's classes only, so that ``VecNormalize.load`` reads them where
-    this package is not installed. A class that overrides single methods should derive from ``VecNormalize``: this
-    ``step_wait`` does not call ``normalize_obs`` and ``normalize_reward``.
+    Files are SB3's. Those that ``save`` writes name SB3's classes only, so that ``VecNormalize.load`` needs no package
+    but SB3 to read them. A class that overrides single methods should derive from ``VecNormalize``: this ``step_wait``
+    does not call ``normalize_obs`` and ``normalize_reward``.
 
     :param venv: Environments to wrap.
     :param training: Whether the statistics are updated.
@@ -125,13 +125,13 @@ class FastVecNormalize(VecNormalize):
         Normalise observations, without an update of the statistics.
 
         :param obs: One observation, or several along leading dimensions. It is not changed.
-        :return: New arrays of the same shape, float32 where normalised.
+        :return: New arrays of the same shape, float32 if normalised.
         """
         return _processed(self, obs, update=False)
 
 
 def normalized(env: VecNormalize, step: VecEnvStepReturn) -> VecEnvStepReturn:
-    """Do with a step what ``env.step_wait`` does."""
+    """Normalise the result of a step as ``env.step_wait`` does."""
     env.old_obs, env.old_reward, dones, infos = step  # type: ignore[assignment]
     obs = _processed(env, env.old_obs, update=env.training)
     rewards = _processed_reward(env, env.old_reward, update=env.training)

@@ -22,7 +22,7 @@ def copy_batch(space: spaces.Space[Any], obs: Any) -> Any:
 
 def copy_of(observations: Any) -> Any:
     """Return a copy of observations, since some VecEnvs write the next step into the same arrays."""
-    # In the same memory layout: sums in another order round differently.
+    # In the same memory layout: sums in a different order round differently.
     return observations.copy("K") if isinstance(observations, np.ndarray) else copy.deepcopy(observations)
 
 

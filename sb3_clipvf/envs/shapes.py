@@ -107,7 +107,7 @@ def check_final(space: spaces.Space[Any], dones: Any, infos: Any) -> None:
     """Check the shapes of the final observations of truncated episodes, whose values are bootstrapped."""
     if np.count_nonzero(dones):
         for index in np.flatnonzero(dones).tolist():
-            # The training reads no others, so wrappers may return them in any shape.
+            # Training reads no others, so wrappers may return them in any shape.
             if infos[index].get("TimeLimit.truncated") and infos[index].get("terminal_observation") is not None:
                 check_one(space, infos[index]["terminal_observation"], index, columns=True)
 

@@ -1,5 +1,5 @@
 """
-Environments in several processes: the process of the training steps the first ones, and workers step the others.
+Environments in several processes: the training process steps the first ones, and workers step the others.
 
 Observations, rewards and dones lie in shared memory. Actions and infos are sent (see ``channel`` and ``info_rows``).
 """
@@ -44,19 +44,19 @@ class FastSubprocVecEnv(SubprocVecEnv):
     """
     Step environments in several processes, each of which has several environments.
 
-    The process that makes this object steps the first environments itself, while workers step the others. Values and
+    The process that creates this object steps the first environments itself, while workers step the others. Values and
     types of results are those of ``DummyVecEnv``, and nothing overwrites them later. Environments of one process share
     what is global there, such as NumPy's global random numbers.
 
     An error in an environment is raised here as ``DummyVecEnv`` raises it. Its cause holds the worker's traceback. If a
     worker dies, ``EOFError`` names its environments and its exit code. Within ``ClipPPO.learn``, it is a
-    :class:`~sb3_clipvf.guards.workers.WorkerDiedError`. Between :meth:`step_async` and :meth:`step_wait`, environments
-    cannot be asked for anything. Only :meth:`reset` and :meth:`close` are possible, which drop the step.
+    :class:`~sb3_clipvf.guards.workers.WorkerDiedError`. Between :meth:`step_async` and :meth:`step_wait`, only
+    :meth:`reset` and :meth:`close` may be called, which drop the step.
 
-    :param env_fns: Functions that make one environment each, all with the same spaces.
+    :param env_fns: Functions that create one environment each, all with the same spaces.
     :param n_workers: Number of processes, including this one; at most one per environment is used. None is the number
         of cores that this process may use.
-    :param start_method: How workers start: "fork", "forkserver" or "spawn". None is "forkserver" where the system has
+    :param start_method: How workers start: "fork", "forkserver" or "spawn". None is "forkserver" if the system has
         it, else "spawn", as in ``SubprocVecEnv``. A script needs ``if __name__ == "__main__":`` with these two.
     :raises ValueError: If the observation spaces differ, or their values cannot lie in shared memory.
     """

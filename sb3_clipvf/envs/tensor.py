@@ -84,7 +84,7 @@ class TensorEnvAdapter(BatchedVecEnv):
     """
     SB3's ``VecEnv`` over a :class:`TensorVecEnv`, which is one itself.
 
-    SB3's tools step it as other environments, with arrays on the host. ``ClipPPO`` steps it with tensors. Both check
+    SB3's tools step it like other environments, with arrays on the host. ``ClipPPO`` steps it with tensors. Both check
     what the environments return.
     """
 
@@ -99,7 +99,7 @@ class TensorEnvAdapter(BatchedVecEnv):
 
     @property
     def steps_tensors(self) -> bool:
-        """Whether a training steps tensors: a file of statistics gets its rows from steps on the host."""
+        """Whether training steps tensors: a file of statistics gets its rows from steps on the host."""
         return self._writer is None
 
     def reset_tensors(self, seed: int | None = None) -> TensorObs:
@@ -240,13 +240,13 @@ def is_tensor_vec_env(env: Any) -> TypeGuard[TensorVecEnv]:
 
 
 def tensor_device(env: VecEnv | None) -> th.device | None:
-    """Return the device of tensor environments, or None for other ones."""
+    """Return the device of tensor environments, or None for others."""
     base = None if env is None else vec_env_layers(env)[-1]
     return base.device if isinstance(base, TensorEnvAdapter) else None
 
 
 def check_tensor_device(env: VecEnv | None, device: th.device) -> None:
-    """Raise ValueError if tensor environments are on another device than the policy."""
+    """Raise ValueError if tensor environments are on a different device from the policy's."""
     own = tensor_device(env)
     if own is not None and not is_same_device(own, device):
         raise ValueError(

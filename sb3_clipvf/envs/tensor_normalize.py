@@ -178,7 +178,7 @@ class TensorVecNormalize(FastVecNormalize):
                 own[name] = host_copy(getattr(state, name))
 
     def to_device(self) -> None:
-        """Copy the state to the device if the attributes may have other numbers."""
+        """Copy the state to the device if the attributes may have different numbers."""
         self._state()
 
     def tensors(self) -> list[th.Tensor]:
@@ -204,7 +204,7 @@ class _DeviceState:
     """
     The statistics on the device, which change in-place, and the latest step before normalisation.
 
-    ``is_current`` is False while the attributes on the host may have other numbers.
+    ``is_current`` is False while the attributes on the host may have different numbers.
     """
 
     def __init__(self, obs: dict[str, RunningMeanStd], ret: RunningMeanStd, returns: Any, device: th.device) -> None:
@@ -220,7 +220,7 @@ class _DeviceState:
         return [*(tensor for part in (*self.obs.values(), self.ret) for tensor in part.tensors()), self.returns]
 
     def with_numbers_of(self, other: "_DeviceState") -> "_DeviceState":
-        """Return this state with the numbers of another one, or the other one if its tensors are of other kinds."""
+        """Return this state with the numbers of another one, or the other one if its tensors are of different kinds."""
         pairs = list(zip(self.tensors(), other.tensors(), strict=False))
         if self.obs.keys() != other.obs.keys() or any(
             (ours.shape, ours.device) != (theirs.shape, theirs.device) for ours, theirs in pairs

@@ -32,7 +32,7 @@ class BatchedVecEnv(VecEnv):
     SB3's ``VecEnv`` over one object that steps all environments.
 
     A subclass defines :meth:`_reset_all`, :meth:`_step_all` and :meth:`_begin_next`. Python loops over environments run
-    only where an episode ended or there are infos. The spaces are those of one environment.
+    only if an episode ended or there are infos. The spaces are those of one environment.
     """
 
     _UNWANTED_INFOS: frozenset[str] = frozenset()
@@ -109,7 +109,7 @@ class BatchedVecEnv(VecEnv):
         self.statistics.add(step.true_rewards)
         rewards = np.array(step.rewards, dtype=np.float32)
         if self.clip_rewards:
-            np.sign(rewards, out=rewards, where=np.isfinite(rewards))  # the training reports the others
+            np.sign(rewards, out=rewards, where=np.isfinite(rewards))  # training reports the others
         if np.count_nonzero(dones):  # any() is several times slower
             self._end_episodes(step, np.flatnonzero(dones), infos)
         return step.obs, rewards, dones, infos

@@ -164,7 +164,7 @@ def _train_freq(frequency: Any, unit: Any) -> TrainFreq:
 
 
 def _member_of(enumeration: type[Enum]) -> Callable[[Any], Enum]:
-    # One argument only: with more, the call would make a new enumeration.
+    # One argument only: with more, the call would create a new enumeration.
     return lambda value: enumeration(value)
 
 

@@ -115,7 +115,7 @@ def encoded(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def _warn_of_pickles(names: str) -> None:
-    """Warn once per set of names, since a training saves its model many times."""
+    """Warn once per set of names, since a run saves its model many times."""
     log.warning(
         "Saved as pickles, since JSON cannot express them: %s. To load the file, trust it "
         "(`trust_pickle`), or pass other values for them. Strings such as 'lin_0.2', and classes of SB3 and torch, "

@@ -194,7 +194,7 @@ _FACTORIES = frozenset({th.empty, th.zeros, th.ones, th.full, th.rand, th.randn,
 
 
 class _NetworkBound(TorchFunctionMode):
-    """Count the bytes of tensors before they are made, and refuse more than the file's weights explain."""
+    """Count the bytes of tensors before they are created, and refuse more than the file's weights explain."""
 
     def __init__(self, file: ModelFile) -> None:
         super().__init__()

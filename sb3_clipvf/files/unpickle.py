@@ -23,14 +23,14 @@ def unpickle(raw: bytes, trust: Trust) -> Any:
     """
     Rebuild an object: by Python's own unpickler if the file is fully trusted, else by the machine below.
 
-    The pickle must be of protocol 3 or later. If damaged, or of other package versions, it can raise any exception.
+    The pickle must be of protocol 3 or later. If damaged, or of different package versions, it can raise any exception.
     """
     return pickle.loads(raw) if trust.everything else _Machine(trust.extra).run(raw)
 
 
 @contextmanager
 def named_errors(what: str, refused_advice: str = f"{TRUST_ADVICE}.", damaged_advice: str = "") -> Iterator[None]:
-    """Replace errors of :func:`unpickle` by errors that name the object (``what``) and what to do."""
+    """Replace errors of :func:`unpickle` with errors that name the object (``what``) and what to do."""
     try:
         yield
     except NotAllowedError as refused:
@@ -41,7 +41,7 @@ def named_errors(what: str, refused_advice: str = f"{TRUST_ADVICE}.", damaged_ad
             f"{what} must hold only classes that are known to be safe, got {needed}, which could run any code. "
             f"{refused_advice}"
         ) from None
-    except Exception as error:  # damaged bytes, or classes of other versions, can raise any exception
+    except Exception as error:  # damaged bytes, or classes of different versions, can raise any exception
         raise ValueError(
             f"{what} could not be read: {reason_of(error)}. The file is damaged, or was saved with other versions of "
             f"its packages.{damaged_advice}"

@@ -1,1 +1,1 @@
-"""Checks during a training: non-finite numbers, failures, dead workers, wrong observations, processes that differ."""
+"""Checks during training: non-finite numbers, failures, dead workers, wrong observations, processes that differ."""

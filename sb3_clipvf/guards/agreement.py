@@ -1,4 +1,4 @@
-"""Checks that the processes of a training have the same arguments, policies, spaces and versions."""
+"""Checks that the processes of a run have the same arguments, policies, spaces and versions."""
 
 import numbers
 from typing import Any
@@ -8,7 +8,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_clipvf.arguments import constructor_arguments
 from sb3_clipvf.checkpoint.file import versions
 
-# Arguments that may differ between processes, or that are compared in another way
+# Arguments that may differ between processes, or that are compared in a different way
 _OWN = frozenset(
     "policy env seed device verbose tensorboard_log stats_window_size policy_kwargs rollout_buffer_kwargs".split()
 )

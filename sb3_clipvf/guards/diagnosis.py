@@ -28,13 +28,13 @@ from sb3_clipvf.rollout import on_host
 
 @dataclass(frozen=True)
 class FaultContext:
-    """The training around a fault."""
+    """The state of training at a fault."""
 
     policy: ActorCriticPolicy
     num_timesteps: int  # environment steps so far
     folder: Path | None  # folder for the file with the arrays; None: no file is written
     normalizes: bool  # whether the environments have a `VecNormalize`, whose statistics may contain the fault
-    group: Group = ALONE  # processes of the training
+    group: Group = ALONE  # processes of the run
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def act_fault(policy: ActorCriticPolicy, observations: Any, obs_tensor: Any, act
     """
     Return the non-finite number where the policy acts: a parameter, an observation, or what it computed.
 
-    ``acted`` is None where torch refused to draw an action; the policy is then evaluated again.
+    ``acted`` is None if torch refused to draw an action; the policy is then evaluated again.
     """
     # The user's code may handle a non-finite observation, but not a non-finite weight.
     fault = _parameter_fault(policy) or observation_fault(observations)
@@ -181,7 +181,7 @@ def step_error(context: FaultContext, fault: Fault, step: int, known: dict[str, 
 class _Cause:
     """Why a minibatch is not finite."""
 
-    fault: Fault | None  # None where no single number is the cause
+    fault: Fault | None  # None if no single number is the cause
     env_index: int | None  # place in the rollout, if known
     step: int | None
     path: Path | None  # file with the minibatch, if one was written
@@ -241,7 +241,7 @@ def _shared_cause(context: FaultContext, bad: BadMinibatchError, buffer: Any) ->
 
 
 def _cause_in_update(policy: ActorCriticPolicy, bad: BadMinibatchError, buffer: Any) -> Fault | None:
-    """Return why a minibatch's loss or gradient is not finite; None where no single number is the cause."""
+    """Return why a minibatch's loss or gradient is not finite; None if no single number is the cause."""
     arrays = _arrays_of(bad.batch)
     observations = {"observations": arrays.pop("observations", None)}  # the policy may handle non-finite ones
     for name, value in _flat(arrays).items():
@@ -269,7 +269,7 @@ def _arrays_of(batch: Any) -> dict[str, Any]:
 
 
 def _evaluated(policy: Any, batch: Any) -> dict[str, np.ndarray]:
-    """Return what the policy computes for a minibatch, by name; nothing where it fails."""
+    """Return what the policy computes for a minibatch, by name; nothing if it fails."""
     policy.set_training_mode(False)
     discrete = isinstance(policy.action_space, spaces.Discrete)
     try:
@@ -287,7 +287,7 @@ def _evaluated(policy: Any, batch: Any) -> dict[str, np.ndarray]:
 
 
 def _flat(arrays: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Return arrays by name, ``name.key`` where there are keys, without absent ones and arrays of objects."""
+    """Return arrays by name, ``name.key`` if there are keys, without absent ones and arrays of objects."""
     flat: dict[str, np.ndarray] = {}
     for name, value in arrays.items():
         if value is None:

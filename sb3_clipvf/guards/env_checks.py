@@ -48,12 +48,12 @@ def _same_but_for_bounds(first: spaces.Space[Any], second: spaces.Space[Any]) ->
 @contextlib.contextmanager
 def checked_rows(venv: VecEnv) -> Iterator[None]:
     """
-    Make environments in this context refuse observations that they or a wrapper would broadcast.
+    Let environments in this context raise an error for observations that they or a wrapper would broadcast.
 
     Observations are checked before wrappers such as ``VecNormalize`` get them, and in SB3's ``DummyVecEnv`` before it
     saves a row. ``FastDummyVecEnv`` checks by itself, and SB3's ``DummyVecEnv`` steps by its code. Without wrappers,
-    :class:`StepCheck` does the rest. Layers below a wrapper that converts observations to other shapes are not checked,
-    and neither are arrays of other libraries.
+    :class:`StepCheck` does the rest. Layers below a wrapper that converts observations to different shapes are not
+    checked, and neither are arrays of other libraries.
     """
     layers = vec_env_layers(venv)
     base = layers[-1]

@@ -1,4 +1,4 @@
-"""Handling of errors that end a training: a last checkpoint, and notes on what is kept and how to resume."""
+"""Handling of errors that end a run: a last checkpoint, and notes on what is kept and how to resume."""
 
 import contextlib
 import traceback
@@ -22,13 +22,13 @@ _TRAINING = frozenset({"collect_rollouts", "dump_logs", "train", "on_training_en
 @contextlib.contextmanager
 def failures_explained(env: VecEnv, callback: Any, progress: Callable[[], tuple[int, int]]) -> Iterator[None]:
     """
-    Add notes to an error that ends the training in this context: where it was, what is kept and how to resume.
+    Add notes to an error that ends training in this context: where it was, what is kept and how to resume.
 
     If a ``SubprocVecEnv`` worker has died, a :class:`.WorkerDiedError` replaces the EOFError or OSError of its pipe. If
     a ``TrainingCheckpoint`` in ``callback`` holds a copy of a later update than its last checkpoint, it is written,
     unless the error is a :class:`.NonFiniteError`. ``progress`` returns the environment steps so far and in total.
 
-    The error also ends the training in the other processes of its group.
+    The error also ends training in the other processes of its group.
     """
     group, venv = current_group(), vec_env_layers(env)[-1]
     with group.failing_together():

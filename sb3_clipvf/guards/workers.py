@@ -1,4 +1,4 @@
-"""Worker processes of ``SubprocVecEnv`` that die during a training."""
+"""Worker processes of ``SubprocVecEnv`` that die during training."""
 
 import contextlib
 import multiprocessing
@@ -24,7 +24,7 @@ class WorkerDiedError(RuntimeError):
     A worker process of ``SubprocVecEnv`` or ``FastSubprocVecEnv`` has died; the others were terminated.
 
     :param message: Which process, its exit code, and what to do.
-    :param exit_codes: Exit codes by environment; minus the signal's number where a signal ended the process.
+    :param exit_codes: Exit codes by environment; minus the signal's number if a signal ended the process.
     """
 
     def __init__(self, message: str, exit_codes: dict[int, int] | None = None) -> None:

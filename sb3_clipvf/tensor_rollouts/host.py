@@ -49,7 +49,7 @@ class HostRollout(TensorRollout):
         return observations, th.from_numpy(actions), values, log_probs, th.from_numpy(clipped)
 
     def add(self) -> None:
-        """Store the step, with the value of the final observation where an episode was truncated."""
+        """Store the step, with the value of the final observation if an episode was truncated."""
         collector, buffer, step = self.collector, self.buffer, cast(TensorStep, self.taken)
         t, observations = buffer.pos, collector._last_obs
         rewards = self._bootstrapped(step)

@@ -24,7 +24,7 @@ class WholeStepRollout(DeviceRollout):
         self.part.rewards, self.part.dones = step.rewards, step.dones
 
     def act(self) -> tuple[Any, th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
-        """Make the whole step."""
+        """Run the whole step."""
         step, observations = self._step, self.observations
         step()
         shown = [step.acted.actions, step.acted.values, step.acted.log_prob, step.clipped]

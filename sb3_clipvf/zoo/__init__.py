@@ -6,7 +6,7 @@ The command:
 - ``cli``, ``commands``: its entry point; the table of sub-commands with their defaults;
 - ``options``, ``parsing``, ``errors``: options of this package; changes of argparse's parsers; errors in one line;
 - ``patching``, ``registration``: what is replaced in other packages while it runs; ``clipppo`` in the Zoo;
-- ``process``, ``terminal``: environment variables, display and output files; the tables of a training.
+- ``process``, ``terminal``: environment variables, display and output files; the tables of a training run.
 
 The sub-commands:
 
@@ -20,7 +20,7 @@ Runs that exist:
 
 - ``run_folders``: numbers of runs, the run that options select, the command that resumes it;
 - ``checked_files``: models, statistics and settings of a run, read without running code;
-- ``runs``: the training and the evaluation of one run, for Python code as well;
+- ``runs``: training and evaluation of one run, for Python code as well;
 - ``model_choice``: the model that a command loads, and its statistics of ``VecNormalize``;
 - ``resume``: the command line that ``--resume`` builds again.
 """

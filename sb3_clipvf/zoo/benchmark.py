@@ -17,7 +17,7 @@ _TITLE = "## Performance of trained agents"
 
 
 def check_benchmark(options: Namespace) -> None:
-    """Check the folders of ``benchmark``, and make those that it writes to."""
+    """Check the folders of ``benchmark``, and create those that it writes to."""
     if _DOWNLOADS not in options.log_dir:
         options.no_hub = True  # the Zoo downloads no agent to another folder, and fails for each
     if not options.no_hub:
@@ -65,7 +65,7 @@ def remove_evaluations(options: Namespace) -> None:
 
 @contextmanager
 def benchmarked_runs() -> Iterator[None]:
-    """Make the table of the RL Zoo's script show the steps of each model, also if the environment's ID contains "/"."""
+    """Make the table of the RL Zoo's script show the steps of each model, even if the environment's ID contains "/"."""
     latest, settings = utils.get_latest_run_id, utils.get_saved_hyperparams
     run, name = Path(), EnvironmentName("")
 

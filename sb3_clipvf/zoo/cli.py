@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Run one sub-command in this process.
 
     An error about the user's input becomes one line on stderr. With ``SB3_CLIPVF_TRACEBACK=1`` it is raised, as all
-    other errors are. An error of a training that has begun is always raised, with its notes.
+    other errors are. An error after training has begun is always raised, with its notes.
 
     :param argv: Sub-command and its options; None: ``sys.argv[1:]``.
     :return: Exit code: 0 for success, 2 for an input error, 141 if stdout is a closed pipe, else the sub-command's own.
@@ -130,7 +130,7 @@ def _run(name: str, command: Command, options: Sequence[str]) -> int:
 def _enter_contexts(stack: ExitStack, name: str, command: Command) -> None:
     """Enter the contexts in which a script of the Zoo supports ClipPPO and its runs, and needs no display."""
     if not has_display():
-        # MuJoCo fails at import where EGL is chosen and missing: choose it only where environments are drawn.
+        # MuJoCo fails at import if EGL is chosen and missing: choose it only if environments are drawn.
         drivers = {"MPLBACKEND": "Agg"} | ({"MUJOCO_GL": "egl"} if command.renders else {})
         stack.enter_context(patched_environment(drivers))
         if command.target.startswith("rl_zoo3.plots:"):

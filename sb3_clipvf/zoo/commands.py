@@ -21,7 +21,7 @@ class Command:
     defaults: dict[str, Any] = field(default_factory=dict)  # values by the names under which options are parsed
     required: str | None = None  # option without which the Zoo fails with an error that does not name it
     renders: bool = False  # whether it draws environments off-screen, for a video
-    loads: bool = False  # whether it reads files that could run code, so that it takes `--trust-pickle`
+    loads: bool = False  # whether it reads files that could run code, so that it accepts `--trust-pickle`
     finds_model: bool = False  # whether the Zoo looks for the model of one run
 
 

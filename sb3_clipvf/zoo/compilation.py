@@ -10,7 +10,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     Run ``sb3-clipvf compile``.
 
-    :param argv: Options, of which there are none; None takes those of the process.
+    :param argv: Options, of which there are none; None uses those of the process.
     :return: Exit code: 0, or 1 if the kernels cannot be kept on disk.
     """
     description = "Compile all kernels ahead of training, for example in a container image or on a cluster."

@@ -28,7 +28,7 @@ _INPUT_CHECKERS = ("sb3_clipvf", "rl_zoo3", "stable_baselines3", "gymnasium", "h
 
 def input_error(error: Exception) -> str | None:
     """Return the message of an input error, or None for an error that needs its traceback."""
-    # An error of a training that has begun has notes: where it was raised matters more than a short message.
+    # An error after training has begun has notes: where it was raised matters more than a short message.
     if getattr(error, "__notes__", ()):
         return None
     missing = _missing_package(error)

@@ -72,7 +72,7 @@ class ClipPPOExperimentManager(CheckedSearch):
     The RL Zoo's experiment manager, adapted to ``clipppo``; for other algorithms it behaves as the Zoo's.
 
     ``clipppo`` gets the packaged settings by default, and unknown keys are refused. Coefficients reach ClipPPO as
-    written: the Zoo would make each string a linear schedule and refuse ``null``. ``FastDummyVecEnv`` and
+    written: the Zoo would turn each string into a linear schedule and refuse ``null``. ``FastDummyVecEnv`` and
     ``FastSubprocVecEnv`` replace SB3's, ``FastVecNormalize`` normalises, and ``IsolatedEvalCallback`` evaluates.
     """
 
@@ -123,7 +123,7 @@ class ClipPPOExperimentManager(CheckedSearch):
             raise
 
     def create_log_folder(self) -> None:
-        """Create the folder of the run. If another training has taken its number meanwhile, take the next free one."""
+        """Create the folder of the run. If another run has taken its number meanwhile, use the next free one."""
         while self.resumed is None and not self._has_folder:
             try:
                 os.makedirs(self.save_path)

@@ -1,5 +1,5 @@
 """
-Which run and model a command takes, and which statistics of ``VecNormalize`` belong to the model.
+Which run and model a command uses, and which statistics of ``VecNormalize`` belong to the model.
 
 The Zoo finds no checkpoints of ClipPPO, and normalises every model by the statistics of the run's last one.
 """
@@ -31,11 +31,11 @@ from sb3_clipvf.zoo.run_folders import CHECKPOINTS, choose_run, resume_command
 from sb3_clipvf.zoo.settings import import_packages
 
 _MID_TRAINING = re.compile(rf"rl_model_\d+_steps\.zip|{re.escape(BEST_MODEL)}")
-"""Names of models saved during a training, whose statistics are not those of the Zoo's file."""
+"""Names of models saved during training, whose statistics are not those of the Zoo's file."""
 
 
 def choose_run_of_options(options: Namespace) -> None:
-    """Replace ``exp_id`` by that of the run to take, and import the packages that register its environment."""
+    """Replace ``exp_id`` with that of the run to use, and import the packages that register its environment."""
     parent = Path(options.folder, options.algo)
     options.exp_id = choose_run(parent, options.env, options.exp_id, has_model(options.env, options))
     settings = parent / f"{options.env}_{options.exp_id}" / options.env / "args.yml"
@@ -70,7 +70,7 @@ def has_model(env_name: str, options: Namespace) -> Callable[[Path], bool]:
 
 @contextmanager
 def own_models() -> Iterator[None]:
-    """Make the RL Zoo's commands find ClipPPO's checkpoints and build the environments of the training."""
+    """Make the RL Zoo's commands find ClipPPO's checkpoints and build the environments of the run."""
     zoo_path, zoo_hyperparams, zoo_env = utils.get_model_path, utils.get_saved_hyperparams, utils.create_test_env
     chosen: Path | None = None
     normalizes_rewards = False
@@ -108,7 +108,7 @@ def own_models() -> Iterator[None]:
 
 
 def complete_settings(hyperparams: dict[str, Any], env_kwargs: dict[str, Any]) -> None:
-    """Complete a run's settings in place, so that the RL Zoo builds the environments of the training from them."""
+    """Complete a run's settings in place, so that the RL Zoo builds the training environments from them."""
     drop_null(hyperparams)
     hyperparams.setdefault("normalize", False)
     add_episode_ends(hyperparams)

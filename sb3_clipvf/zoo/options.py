@@ -47,7 +47,7 @@ def command_options(name: str) -> Iterator[None]:
     def finish(parse_args: Callable[..., Namespace], options: Namespace) -> Namespace:
         if name == "train":
             options = _train_options(parse_args, options)
-            if current_group().rank > 0:  # only the first process of a training keeps files
+            if current_group().rank > 0:  # only the first process of a run keeps files
                 options.log_folder = stack.enter_context(TemporaryDirectory())
         if name in _CHECKS:
             _CHECKS[name](options)
@@ -161,7 +161,7 @@ def _check_shared(options: Namespace) -> None:
 
 
 def _check_processes(folder: Path, arguments: dict[str, Any], number: int) -> None:
-    """Raise ValueError if a run would resume on another number of processes, which its settings and curves count."""
+    """Raise ValueError if a run would resume on a different number of processes, on which its settings depend."""
     if processes_of(arguments) != number:
         raise ValueError(
             f"`--resume` must name a run of as many processes as resume it, {number}, got {folder} of "
@@ -201,7 +201,7 @@ def _pair(option: str, text: str) -> tuple[str, Any]:
 
 
 def check_options(options: Namespace) -> None:
-    """Check values that the RL Zoo does not check, or checks without naming the option."""
+    """Check values that the RL Zoo does not check well, create folders, and import ``--gym-packages``."""
     given = vars(options)
     for name in _COUNTS:
         if given.get(name) is not None:

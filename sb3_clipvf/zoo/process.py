@@ -69,7 +69,7 @@ def ffmpeg_on_path() -> Iterator[None]:
 
 @contextmanager
 def one_output() -> Iterator[None]:
-    """Discard what other processes of ``torchrun`` than the first one print."""
+    """Discard what processes of ``torchrun`` other than the first one print."""
     from sb3_clipvf.distributed import current_group  # imports torch
 
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if current_group().rank > 0 else nullcontext():

@@ -59,7 +59,7 @@ def write_learning_curve(run: Run, curve: TrainingCurve, evaluation: Evaluation,
     """
     Draw returns over environment steps, and write the figure as a PNG.
 
-    It shows the training's episodes and their rolling mean, the evaluations during training (the Zoo's
+    It shows the training episodes and their rolling mean, the evaluations during training (the Zoo's
     ``evaluations.npz``, if the run has it) and the evaluation of the trained agent.
     """
     # The figure object draws without pyplot, whose backend belongs to the caller's process.
@@ -129,7 +129,6 @@ def record_video(run: Run, path: Path, deterministic: bool, seed: int, device: s
     """
     if importlib.util.find_spec("imageio_ffmpeg") is None:
         return "skipped: the package moviepy is not installed (`pip install moviepy`)"
-    # Draw off-screen if there is no display for windows.
     drivers = {} if has_display() else {"SDL_VIDEODRIVER": "dummy", "MUJOCO_GL": "egl"}
     with patched_environment(drivers):
         env = make_env(run, 1, seed)
@@ -266,7 +265,7 @@ def _print_numbers(curve: TrainingCurve, evaluation: Evaluation, total: int) -> 
     low, high = min(evaluation.returns), max(evaluation.returns)
     speed = curve.steps_per_second
     time = "time not known" if speed is None else f"about {curve.training_seconds:,.0f} s ({speed:,.0f} steps/s)"
-    # The time is that of the whole training, but a best model was saved during it.
+    # The time is that of the whole run, but a best model was saved during it.
     training = [f"{evaluation.num_timesteps:,} steps", time]
     if total <= 0:
         training = [training[0], "of a run that did not end"]
@@ -332,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     Run ``sb3-clipvf report``.
 
-    :param argv: Options; None takes those of the process.
+    :param argv: Options; None uses those of the process.
     :return: Exit code 0.
     :raises ValueError: If the run does not exist or holds no model, or a number is out of range.
     """
@@ -369,7 +368,7 @@ def _report_run(args: argparse.Namespace) -> None:
     total = saved_timesteps(run.folder / f"{run.settings_folder.name}.zip")
     processes = processes_of(read_arguments(run))
     curve = read_training_curve(run.folder, total if total > 0 else None, evaluation.started, processes)
-    if evaluation.started is None:  # the clock of a resumed training includes the time between its processes
+    if evaluation.started is None:  # the clock of a resumed run includes the time between its processes
         curve = replace(curve, seconds=np.full(len(curve.steps), np.nan))
     _print_numbers(curve, evaluation, total)
 

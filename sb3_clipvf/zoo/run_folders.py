@@ -1,4 +1,4 @@
-"""Folders of runs: their numbers, which run a command takes, and how to resume it. No torch at import."""
+"""Folders of runs: their numbers, which run a command uses, and how to resume it. No torch at import."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class RunId(int):
 
 def choose_run(parent: Path, env_name: str, exp_id: int, has_model: Callable[[Path], bool]) -> int:
     """
-    Return the number of the run to take in the algorithm's folder; print a line if it is not the newest run.
+    Return the number of the run to use in the algorithm's folder; print a line if it is not the newest run.
 
     For an ``exp_id`` of 0, or one that several runs of ``-uuid`` share, this is the newest of these runs with the model
     asked for, or the newest if none has it. Otherwise it is ``exp_id``.
@@ -52,7 +52,7 @@ def choose_run(parent: Path, env_name: str, exp_id: int, has_model: Callable[[Pa
     is_exact = isinstance(exp_id, RunId) and exp_id.unique
     if is_exact or exp_id < 0 or (exp_id > 0 and (parent / f"{env_name}_{exp_id}").is_dir()):
         return exp_id
-    # RunIds are equal where their numbers are.
+    # RunIds are equal if their numbers are.
     found = [(run_id, parent / f"{env_name}_{run_id}") for run_id in _run_ids(parent, env_name)]
     found = [(run_id, folder) for run_id, folder in found if exp_id in (0, run_id)]
     if not found:
@@ -67,7 +67,7 @@ def choose_run(parent: Path, env_name: str, exp_id: int, has_model: Callable[[Pa
 
 
 def processes_of(arguments: Mapping[str, Any]) -> int:
-    """Return the number of processes of a training, from its options in ``args.yml``."""
+    """Return the number of processes of a run, from its options in ``args.yml``."""
     number = arguments.get("n_processes")
     return number if type(number) is int and number > 1 else 1
 
@@ -76,7 +76,7 @@ def program(arguments: Mapping[str, Any]) -> str:
     """
     Return the beginning of a command that trains on as many processes as a run, whose options are given.
 
-    A command for several machines is to be run on each of them, with the name of the first one.
+    Run a command for several machines on each of them, with the name of the first one.
     """
     number, of_machine = processes_of(arguments), arguments.get("n_processes_per_machine")
     if number == 1:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from stable_baselines3.common.vec_env import VecEnv
 
 EVALUATION_SEED = 10_000
-"""Seed of evaluations, far from the usual small seeds of trainings, whose initial states they must not repeat."""
+"""Seed of evaluations, far from the usual small seeds of training runs, whose initial states they must not repeat."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Evaluation:
     :param returns: Return of each episode, in reward units.
     :param lengths: Length of each episode, in steps of the unwrapped environment.
     :param deterministic: Whether actions were the most probable ones rather than samples.
-    :param num_timesteps: Environment steps of the training that made the model.
+    :param num_timesteps: Environment steps for which the model was trained.
     :param seed: Seed of the environments.
-    :param started: Start of that training (s since 1970), after the compilation of kernels. None if the training was
+    :param started: Start of the training (s since 1970), after the compilation of kernels. None if the run was
         resumed or the time is unknown.
     """
 
@@ -86,11 +86,11 @@ class Evaluation:
 @dataclass(frozen=True)
 class TrainingCurve:
     """
-    Episodes of a training, in the order in which they ended.
+    Training episodes of a run, in the order in which they ended.
 
     :param steps: Environment steps of all environments together at the end of each episode, ``(n,)``.
     :param returns: Returns in reward units, ``(n,)``.
-    :param seconds: Seconds from the start of the training to the end of each episode, ``(n,)``.
+    :param seconds: Seconds from the start of training to the end of each episode, ``(n,)``.
     """
 
     steps: np.ndarray
@@ -99,7 +99,7 @@ class TrainingCurve:
 
     @property
     def training_seconds(self) -> float | None:
-        """Seconds to the end of the last episode, a little before the training's end; None if no episode ended."""
+        """Seconds to the end of the last episode, a little before the end of training; None if no episode ended."""
         return float(self.seconds[-1]) if len(self.seconds) > 0 and self.seconds[-1] > 0 else None
 
     @property
@@ -130,8 +130,8 @@ def find_run(
     :param log_folder: Folder given to ``train -f``.
     :param env_id: Id of the environment.
     :param algo: Name of the algorithm in the Zoo.
-    :param exp_id: Number of the run; 0 takes the newest run that holds the model.
-    :param load_best: Whether to take ``best_model.zip`` of the evaluations during training, not the final model.
+    :param exp_id: Number of the run; 0 selects the newest run that holds the model.
+    :param load_best: Whether to use ``best_model.zip`` of the evaluations during training, not the final model.
     :return: The run.
     :raises ValueError: If there is no such run, or it holds no such model.
     """
@@ -183,7 +183,7 @@ def read_arguments(run: Run) -> dict[str, Any]:
 
 
 def make_env(run: Run, n_envs: int, seed: int, render_mode: str | None = None) -> VecEnv:
-    """Make the run's environments as the Zoo's enjoy does, with wrappers, arguments and fixed statistics."""
+    """Create the run's environments as the Zoo's enjoy does, with wrappers, arguments and fixed statistics."""
     from rl_zoo3 import create_test_env, get_saved_hyperparams
     from rl_zoo3.exp_manager import ExperimentManager
     from stable_baselines3.common.vec_env import DummyVecEnv
@@ -233,7 +233,7 @@ def load_model(run: Run, seed: int, device: str) -> BaseAlgorithm:
 
 
 def is_deterministic_by_default(env_id: str) -> bool:
-    """Return whether the Zoo takes the most probable actions, as it does everywhere but in Atari and MiniGrid."""
+    """Return whether the Zoo uses the most probable actions, as it does everywhere except in Atari and MiniGrid."""
     from rl_zoo3.exp_manager import ExperimentManager
 
     return not (ExperimentManager.is_atari(env_id) or ExperimentManager.is_minigrid(env_id))
@@ -255,9 +255,9 @@ def evaluate_run(
 
     :param run: Run from :func:`find_run`.
     :param n_episodes: Number of episodes, at least 1.
-    :param n_envs: Number of environments that step together, at least 1; at most ``n_episodes`` are made.
+    :param n_envs: Number of parallel environments, at least 1; at most ``n_episodes`` are created.
     :param seed: Seed of the environments and of sampled actions.
-    :param deterministic: Whether to take the most probable action; None follows the Zoo's rule.
+    :param deterministic: Whether to use the most probable action; None follows the Zoo's rule.
     :param device: PyTorch device of the policy.
     :return: The episodes.
     :raises ValueError: If ``n_episodes`` or ``n_envs`` is below 1, the run lacks its VecNormalize statistics, or a
@@ -297,7 +297,7 @@ def read_training_curve(
     n_processes: int = 1,
 ) -> TrainingCurve:
     """
-    Read the episodes of a training from its monitor files.
+    Read the training episodes of a run from its monitor files.
 
     The environments step together, so an episode that ends after ``k`` steps of its own environment ends at step
     ``k * n_envs * n_processes`` of the training. If one file serves all environments, its column ``total_timesteps``
@@ -306,9 +306,9 @@ def read_training_curve(
     frame skip: if its count is a multiple of the training's, steps are divided by that (whole) number.
 
     :param folder: Folder of the run, with ``<i>.monitor.csv``, or ``monitor.csv`` of SB3's ``VecMonitor``.
-    :param num_timesteps: Environment steps of the whole training; None if unknown.
-    :param started: Start of the training (s since 1970); None: the time at which its environments were made.
-    :param n_processes: Processes of the training, of which the first one wrote the files.
+    :param num_timesteps: Environment steps of the whole run; None if unknown.
+    :param started: Start of training (s since 1970); None: the time at which its environments were created.
+    :param n_processes: Processes of the run, of which the first one wrote the files.
     :return: The episodes; empty if no episode ended or there are no monitor files.
     :raises ValueError: If a monitor file has no header.
     """

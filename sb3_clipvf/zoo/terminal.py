@@ -1,4 +1,4 @@
-"""Output of a training on the terminal: a table every few seconds."""
+"""Output of a training run on the terminal: a table every few seconds."""
 
 import time
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ def timed_tables() -> Iterator[None]:
         if output.own_file:
             write(output, row, row_excluded, step)
             return
-        # An evaluation writes a row of its own, without most numbers of the training.
+        # An evaluation writes a row of its own, without most numbers of training.
         values.update(row)
         excluded.update(row_excluded)
         held[:] = [(output, step)]

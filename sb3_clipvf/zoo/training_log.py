@@ -1,4 +1,4 @@
-"""The log of a training in its run's folder: ``progress.json``, in the format of SB3's logger."""
+"""The training log in the folder of a run: ``progress.json``, in the format of SB3's logger."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ LOG_FILE = "progress.json"
 
 @contextmanager
 def logged_to(folder: Path) -> Iterator[None]:
-    """Also write the log of trainings that begin in the context to a file in a folder, one row of JSON each time."""
+    """Also write the log of runs that begin in the context to a file in a folder, one row of JSON each time."""
     configure_logger = utils.configure_logger
     opened: list[tuple[Logger, JSONOutputFormat]] = []
 
@@ -37,7 +37,7 @@ def logged_to(folder: Path) -> Iterator[None]:
 
 
 class _AppendedRows(JSONOutputFormat):
-    """SB3's output, but for a file that may exist: a resumed training adds its rows."""
+    """SB3's output, but for a file that may exist: a resumed run adds its rows."""
 
     def __init__(self, path: Path) -> None:
         self.file = open(path, "a", encoding="utf-8")

@@ -86,7 +86,7 @@ class CheckedSearch(ExperimentManager):
     def hyperparameters_optimization(self) -> None:
         """Search hyperparameters; raise a ValueError if no trial completes."""
         try:
-            # Skip the warning about short trainings: the search chooses the trials.
+            # Skip the warning about short runs: the search chooses the trials.
             with replaced(ClipPPO, "_warned_of_early_end", True):
                 super().hyperparameters_optimization()
         except ValueError as error:
@@ -143,7 +143,7 @@ def sample_clipppo_params(
         "activation_fn": trial.suggest_categorical("activation_fn", list(ACTIVATIONS)),
     }
     hyperparams = convert_clipppo_params(drawn)
-    # For readers of the study: these were drawn in another form.
+    # For readers of the study: these were drawn in a different form.
     for name in ("n_steps", "batch_size", "gamma", "gae_lambda"):
         trial.set_user_attr(name, hyperparams[name])
     return hyperparams

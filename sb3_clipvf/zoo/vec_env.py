@@ -1,6 +1,6 @@
 """
-``--vec-env gymnasium|envpool|ale``: training environments of the RL Zoo that step together. A setting keeps its
-meaning, or is refused with the reason.
+``--vec-env gymnasium|envpool|ale``: vectorised training environments of the RL Zoo. A setting keeps its meaning, or
+is refused with the reason.
 """
 
 import difflib
@@ -88,7 +88,7 @@ def appended_monitor_files() -> Iterator[None]:
 
 @contextmanager
 def known_keywords(env_kwargs: dict[str, Any] | None) -> Iterator[None]:
-    """Raise an error that names the argument in ``env_kwargs`` that an environment made in the context refuses."""
+    """Raise an error that names the argument in ``env_kwargs`` that an environment created in the context refuses."""
     try:
         yield
     except TypeError as error:
@@ -103,9 +103,9 @@ def known_keywords(env_kwargs: dict[str, Any] | None) -> Iterator[None]:
 
 def make_vec_env(name: str, settings: EnvSettings, env_fns: Sequence[Callable[[], gym.Env[Any, Any]]]) -> VecEnv:
     """
-    Make the training environments of ``--vec-env <name>``, not normalised yet; refuse settings without effect.
+    Create the training environments of ``--vec-env <name>``, not normalised yet; refuse settings without effect.
 
-    ``env_fns`` are the Zoo's functions, each of which makes one environment with its wrappers.
+    ``env_fns`` are the Zoo's functions, each of which creates one environment with its wrappers.
     """
     if name == "gymnasium":
         return _make_gymnasium(settings, env_fns)
@@ -209,7 +209,7 @@ def _atari_options(name: str, settings: EnvSettings) -> tuple[dict[str, Any], bo
         options |= {"frameskip": wrapper["frame_skip"], "noop_max": wrapper["noop_max"]}
         options |= {"life_loss_info": wrapper["terminal_on_life_loss"], "max_num_frames_per_episode": frames}
     else:
-        # EnvPool draws from 0 to noop_max - 1, and adds one where it need not fire.
+        # EnvPool draws from 0 to noop_max - 1, and adds one if it need not fire.
         options |= {"frame_skip": wrapper["frame_skip"], "noop_max": max(wrapper["noop_max"], 1)}
         options |= {"episodic_life": wrapper["terminal_on_life_loss"]}
         options |= {"max_episode_steps": frames // wrapper["frame_skip"]}

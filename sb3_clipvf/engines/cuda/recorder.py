@@ -84,7 +84,7 @@ class Recorder:
 
 def warn_of_failure(what: str, error: RuntimeError) -> None:
     """Warn that operations could not be recorded."""
-    # The end of a recording raises another error.
+    # The end of a recording raises a second error.
     reason = error.__context__ if isinstance(error.__context__, RuntimeError) else error
     log.warning(
         "The CUDA graph of %s could not be recorded (%s). Training continues without it, which is slower.",

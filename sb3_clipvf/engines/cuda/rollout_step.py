@@ -1,9 +1,9 @@
 """
 The whole step of a rollout as operations on tensors that stay where they are.
 
-The policy acts, the environments step, and the buffer takes a row, whose number is on the device, too. So one CUDA
-graph can have all of it (:mod:`.cuda_graph`). On the CPU the operations run one by one, which tests compare with
-rollouts of the other kind.
+The policy acts, the environments step, and the buffer takes a row, whose number is on the device, too. Therefore, one
+CUDA graph can contain all of it (:mod:`.cuda_graph`). On the CPU, the operations run one by one; tests compare them
+with other rollouts.
 """
 
 import operator
@@ -62,7 +62,7 @@ class RolloutStep:
         self._shown: list[tuple[Any, dict[str, Any]]] = []
 
     def fits(self, env: Any, buffer: Any, gamma: float) -> bool:
-        """Return whether the recorded operations make a rollout from these environments into this buffer."""
+        """Return whether the recorded operations collect from these environments into this buffer."""
         if self._graph is None or self._graphed.kept() is not self._kept:
             return False
         layers = [id(layer) for layer in (*self._normalizers, self._base)]
@@ -102,11 +102,11 @@ class RolloutStep:
         self._slot.zero_()
 
     def __call__(self) -> None:
-        """Make a step."""
+        """Run a step."""
         for layer in self._normalizers:  # a callback may have changed their numbers
             layer.to_device()
         if self._graph is not None and not self._is_unchanged():
-            self._graph = None  # for good: single operations write other tensors than those that a graph shows
+            self._graph = None  # for good: single operations write tensors that differ from those that a graph shows
         if self._graph is None:
             self.run()
             return

@@ -15,7 +15,7 @@ from torch import nn
 @contextmanager
 def replaced_parameters(policy: ActorCriticPolicy, leaves: list[th.Tensor]) -> Iterator[None]:
     """
-    Replace a policy's parameters by other tensors, within the context.
+    Replace a policy's parameters with other tensors, within the context.
 
     ``torch.func.functional_call`` leaves the tensors in modules that a policy has under several names.
     """
@@ -37,7 +37,7 @@ def replaced_parameters(policy: ActorCriticPolicy, leaves: list[th.Tensor]) -> I
 
 @contextmanager
 def reduced_precision(policy: ActorCriticPolicy, dtype: th.dtype | None) -> Iterator[None]:
-    """Run the policy's networks in another type within the context, except the last layers, on which ratios depend."""
+    """Run the policy's networks in ``dtype`` within the context, except the last layers, on which ratios depend."""
     if dtype is None:
         yield
         return
@@ -50,7 +50,7 @@ def reduced_precision(policy: ActorCriticPolicy, dtype: th.dtype | None) -> Iter
     try:
         for head in heads:
             vars(head)["forward"] = partial(in_full_precision, head)
-        # Each weight is cast once a minibatch; the cache would keep the casts of all minibatches.
+        # Each weight is cast once per minibatch; the cache would keep the casts of all minibatches.
         with th.autocast(kind, dtype, cache_enabled=False):
             yield
     finally:

@@ -1,9 +1,9 @@
 """
 Updates whose minibatches are functions of tensors that stay where they are, and read nothing from the device.
 
-Coefficients are numbers on the device. A minibatch that must make no step is masked there, and the statistics of all
-minibatches are read together. So a CUDA graph can record the operations and repeat them (:mod:`.cuda_graph`). On the
-CPU they run one by one, which tests compare with the other engines.
+Coefficients are numbers on the device. A minibatch that must take no step is masked there, and the statistics of all
+minibatches are read together. Therefore, a CUDA graph can record the operations and repeat them (:mod:`.cuda_graph`).
+On the CPU they run one by one, which tests compare with the other engines.
 """
 
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ class StaticEngine(AutogradEngine):
     """Engine whose minibatches run by :class:`StaticStep`. Equals the autograd engine up to float32 rounding."""
 
     name = "static"
-    # Type in which the networks of updates compute, but for their last layers; None: that of the parameters.
+    # Type in which the networks of updates compute, except for their last layers; None: that of the parameters.
     autocast: ClassVar[th.dtype | None] = None
 
     def __init__(self, policy: ActorCriticPolicy, settings: UpdateSettings) -> None:
@@ -54,7 +54,7 @@ class StaticEngine(AutogradEngine):
         epochs = FinishedEpochs(self, step, buffer, coefficients)
         try:
             return run_epochs(epochs, self.settings, coefficients, buffer, draw=epochs.draw)
-        finally:  # also after Ctrl-C, the optimizer's state must count the steps made
+        finally:  # also after Ctrl-C, the optimizer's state must count the steps taken
             step.write_back()
 
     def _bind(self, buffer: Any, coefficients: UpdateCoefficients) -> "StaticStep":
@@ -92,10 +92,10 @@ def chunks(n_rows: int, batch_size: int) -> list[tuple[int, ...]]:
 
 class FinishedEpochs:
     """
-    Statistics of minibatches that have already run, in the form that :func:`.epochs.run_epochs` reads.
+    Epochs that run when the first minibatch is drawn, with their statistics as :func:`.epochs.run_epochs` reads them.
 
-    All epochs run before the first read of their statistics. Only ``target_kl`` is read after each epoch, since it
-    decides whether there is a next one.
+    All epochs run before the first read of their statistics. Only with ``target_kl``, each epoch is read after it ran,
+    since this decides whether there is a next one.
     """
 
     def __init__(self, engine: StaticEngine, step: "StaticStep", buffer: Any, coefficients: UpdateCoefficients) -> None:
@@ -135,7 +135,7 @@ class FinishedEpochs:
         return self._numbers["grad_norm"]
 
     def step(self) -> None:
-        """Do nothing, since the step was made."""
+        """Do nothing, since the step was taken."""
 
     def _run(self, n_epochs: int) -> None:
         """Draw and run the next epochs, then read their statistics."""
@@ -227,7 +227,7 @@ class StaticStep:
     Loss, gradients, clipping and Adam's step of minibatches, and the tensors that these read and write.
 
     ``rows`` holds the rows of a chunk's minibatches, ``log`` their statistics, and ``active`` whether minibatches may
-    still make steps.
+    still take steps.
     """
 
     def __init__(
@@ -245,7 +245,7 @@ class StaticStep:
         self._moments = [moments_of(policy.optimizer, parameter) for parameter in self._parameters]
         for state in policy.optimizer.state.values():
             state["step"] = state["step"].cpu()  # a loaded file may have put it on the device
-        # Where they move, the first ones are a copy of the host's arrays that belongs to this object.
+        # If they move, the first ones are a copy of the host's arrays that belongs to this object.
         self._observations = parts_of(rollout["observations"])
         self._columns = _columns(rollout)
         self.n_rows = len(self._columns)
@@ -338,7 +338,7 @@ class StaticStep:
         return gradients
 
     def _may_step(self, loss: th.Tensor, approx_kl: Any, norm: th.Tensor) -> th.Tensor:
-        """Return whether this minibatch makes a step, as :func:`.epochs.run_epochs` decides, and update ``active``."""
+        """Return whether this minibatch takes a step, as :func:`.epochs.run_epochs` decides, and update ``active``."""
         settings, active = self._settings, self.active
         is_finite = th.maximum(loss.abs(), norm) <= FLOAT32_MAX
         if settings.on_nonfinite != "skip":
@@ -354,7 +354,7 @@ class StaticStep:
         return steps
 
     def _make_step(self, gradients: list[th.Tensor], norm: th.Tensor, steps: th.Tensor) -> None:
-        """Clip the gradients, and make a step of Adam, where ``steps`` is true."""
+        """Clip the gradients, and take a step of Adam if ``steps`` is true."""
         moments = list(compress(self._moments, self._reached))
         self._n_steps += steps
         self._optimizer(
@@ -387,6 +387,6 @@ def _optimizer_step(optimizer: th.optim.Optimizer) -> Any:
 
 
 def _columns(rollout: dict[str, Any], out: th.Tensor | None = None) -> th.Tensor:
-    """Return all numbers of a rollout but observations in one tensor, shape ``(n_transitions, k)``."""
+    """Return all numbers of a rollout except observations in one tensor, shape ``(n_transitions, k)``."""
     columns = [rollout[name].unsqueeze(1) for name in _COLUMNS]
     return th.cat([*columns, rollout["actions"].float(), rollout["dist_params"]], dim=1, out=out)

@@ -17,7 +17,7 @@ from sb3_clipvf.engines.kernels.memory import matrix, vector
 from sb3_clipvf.engines.kernels.minibatch import is_finite
 from sb3_clipvf.engines.kernels.mlp import forward, layer
 
-# Entries of a target: addresses of float32 arrays `(n_steps, n_envs, ...)` that take a rollout's steps, the number of
+# Entries of a target: addresses of float32 arrays `(n_steps, n_envs, ...)` for a rollout's steps, the number of
 # parameters of a distribution, and addresses of the actions' bounds, `(action_dim,)`. If the address of the actions is
 # 0, they are neither stored nor clipped.
 VALUES, LOG_PROB, DIST_PARAMS, DIST_WIDTH, ACTIONS, LOW, HIGH = range(7)
@@ -97,7 +97,7 @@ def draw(
     """
     Fill ``actions``, ``(n, action_dim)``, and ``log_prob``, ``(n,)`` in nats; ``noise`` is that of :func:`.sample`.
 
-    ``dist_params`` is filled with the distributions' parameters, ``(n, k)``, or has no column where none are wanted.
+    ``dist_params`` is filled with the distributions' parameters, ``(n, k)``, or has no column if none are wanted.
     """
     outputs, log_std = dist.outputs, dist.log_std
     n, k = outputs.shape

@@ -2,7 +2,7 @@
 Action distributions: log-probabilities, entropies, exact KL, their gradients, and samples.
 
 A categorical kind has one or more categorical distributions side by side. Sums over action dimensions give one number
-a state. They restate torch.distributions and, of :mod:`sb3_clipvf.objectives`, ``multi_categorical_kl``,
+per state. They restate torch.distributions and, of :mod:`sb3_clipvf.objectives`, ``multi_categorical_kl``,
 ``bernoulli_kl`` and ``gaussian_kl``. Parity tests: ``tests/test_kernels.py::test_exact_kl``;
 ``tests/test_engines.py::TestContract``, with a policy of each kind; for samples, ``tests/test_native.py::TestActing``.
 """
@@ -29,7 +29,7 @@ class ActionDist(NamedTuple):
 
     kind: int
     outputs: np.ndarray  # of the actor's last layer, logits or means, (n, k)
-    log_std: np.ndarray  # of a Gaussian: (1, k) where all states share it, else (n, k); empty for other kinds
+    log_std: np.ndarray  # of a Gaussian: (1, k) if all states share it, else (n, k); empty for other kinds
     widths: np.ndarray  # number of actions of each categorical distribution
     probs: np.ndarray  # (n, k), room for probabilities, which `gradients` overwrites
 
@@ -58,7 +58,7 @@ def evaluate(dist: ActionDist, actions: np.ndarray, log_prob: np.ndarray, entrop
     """
     Fill log-probabilities of actions, ``(n, action_dim)``, and entropies, both ``(n,)`` in nats.
 
-    Logits of categorical distributions are normalised in place, and ``probs`` are filled where the kind has them.
+    Logits of categorical distributions are normalised in place, and ``probs`` are filled if the kind has them.
     """
     outputs, probs, widths = dist.outputs, dist.probs, dist.widths
     n, k = outputs.shape
@@ -99,7 +99,7 @@ def evaluate(dist: ActionDist, actions: np.ndarray, log_prob: np.ndarray, entrop
 
 @fast
 def normalize_logits(dist: ActionDist) -> None:
-    """Make logits of categorical distributions log-probabilities, in place, and fill ``probs``; skip other kinds."""
+    """Convert logits of categorical distributions to log-probabilities, in place, and fill ``probs``; skip others."""
     if dist.kind != CATEGORICAL:
         return
     logits, probs, widths = dist.outputs, dist.probs, dist.widths
@@ -169,11 +169,11 @@ def gradients(
     old: np.ndarray, rows: np.ndarray, n: int, log_std_gradient: np.ndarray,
 ) -> None:  # fmt: skip
     """
-    Overwrite ``probs`` by the gradient of the loss (surrogate, entropy bonus, KL penalty) with respect to the outputs.
+    Overwrite ``probs`` with the loss's gradient (surrogate, entropy bonus, KL penalty) with respect to the outputs.
 
     Entropy and KL are means over the ``n`` rows of a minibatch, of which these are some or all. ``log_prob_gradient``,
     one number per row, is the surrogate loss's. A Gaussian's gradient is added to ``log_std_gradient``. ``old`` and
-    ``rows`` are those of :func:`kl_from_old`, not read where ``kl_coef`` is 0.
+    ``rows`` are those of :func:`kl_from_old`, not read if ``kl_coef`` is 0.
     """
     outputs, probs = dist.outputs, dist.probs
     n_rows, k = outputs.shape
@@ -252,7 +252,7 @@ def _log_scale(log_std: np.ndarray) -> float:
 def _categorical_gradient(
     log_probs: np.ndarray, probs: np.ndarray, i: int, start: int, end: int, chosen: int, weight: float, ent: float
 ) -> None:
-    """Overwrite the probabilities of one categorical distribution in row ``i`` by the gradient of its logits."""
+    """Overwrite the probabilities of one categorical distribution in row ``i`` with the gradient of its logits."""
     entropy = F(0)
     for j in range(start, end):
         entropy -= probs[i, j] * log_probs[i, j]

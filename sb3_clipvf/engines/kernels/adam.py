@@ -62,7 +62,7 @@ def clip_factor(squares: float, max_grad_norm: float) -> tuple[float, float]:
 @fast
 def adam_step(table: np.ndarray, factor: float, step: int, hyper: Hyperparameters) -> None:
     """
-    Make step number ``step``, counted from 1, after multiplying the gradients of a table by ``factor``.
+    Take step number ``step``, counted from 1, after multiplying the gradients of a table by ``factor``.
 
     Sources: Kingma and Ba 2015, arXiv 1412.6980 (Adam); Loshchilov and Hutter 2019, arXiv 1711.05101 (AdamW).
     """

@@ -182,7 +182,7 @@ def times_derivative(gradients: np.ndarray, values: np.ndarray, kind: int, input
     """
     Multiply ``gradients`` of an activation's outputs by its derivative, in place; at 0 it is torch's.
 
-    ``values`` are the outputs, and ``inputs`` the inputs where it is SILU, all of shape ``(n, width)``.
+    ``values`` are the outputs, and ``inputs`` the inputs if it is SILU, all of shape ``(n, width)``.
     """
     g, y, x = gradients.reshape(gradients.size), values.reshape(values.size), inputs.reshape(inputs.size)
     if kind == TANH:

@@ -1,9 +1,9 @@
 """
 The entry points: the kernels that Python calls, compiled once and then loaded from numba's cache on disk.
 
-numba's cache notices changes in the file of an entry point, but not in the files of the functions that it calls. So
-each entry point captures a digest of all these files, which numba adds to the cache's key. Return values depend on the
-digest, since numba ignores unused variables. The functions called document the arguments.
+numba's cache notices changes in the file of an entry point, but not in the files of the functions that it calls.
+Therefore, each entry point captures a digest of all these files, which numba adds to the cache's key. Return values
+depend on the digest, since numba ignores unused variables. The functions called document the arguments.
 """
 
 import hashlib

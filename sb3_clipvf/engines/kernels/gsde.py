@@ -50,7 +50,7 @@ def log_std_gradients(
     Overwrite the gradient of gSDE's parameter, or add to it, after the actor's forward pass.
 
     ``log_std_rows`` come from :func:`log_stds`. ``row_gradients`` are the loss's gradients with respect to them, and
-    are overwritten by those with respect to the variances. Both have the shape ``(n, k)``.
+    are overwritten with those with respect to the variances. Both have the shape ``(n, k)``.
     """
     for i in range(n):
         for j in range(row_gradients.shape[1]):
@@ -91,7 +91,7 @@ def noise_of(policy: Policy, workspace: np.ndarray, n: int, matrices: np.ndarray
 
 @fast
 def _latents(policy: Policy, workspace: np.ndarray, n: int) -> np.ndarray:
-    """Return the last hidden layer, or the observations where there is none, shape ``(n, latent_dim)``, no copy."""
+    """Return the last hidden layer, or the observations if there is none, shape ``(n, latent_dim)``, no copy."""
     return layer(policy.actor, workspace, n, len(policy.actor.sizes) - 2)
 
 

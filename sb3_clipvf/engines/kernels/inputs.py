@@ -120,7 +120,7 @@ class Hyperparameters(NamedTuple):
     max_grad_norm: float
     target_kl: float  # nats; infinity: no early stop
     kl_from_epoch: float  # first epoch whose exact KL is measured
-    step: float  # steps that the optimizer made before this update
+    step: float  # steps that the optimizer took before this update
     learning_rate: float
     beta1: float
     beta2: float

@@ -1,7 +1,7 @@
 """
 Views of the policy's and the optimizer's tensors, which kernels find by a table of addresses.
 
-So one compiled kernel serves every architecture. One that took tuples of arrays would be compiled for each depth.
+Therefore, one compiled kernel serves every architecture. With tuples of arrays, one would be compiled for each depth.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 
 from sb3_clipvf.common.jit import strict
 
-# Columns of the parameter table, one row a tensor: its number of elements, then addresses.
+# Columns of the parameter table, one row per tensor: its number of elements, then addresses.
 SIZE, PARAM, GRAD, MOMENT1, MOMENT2 = range(5)
 N_COLUMNS = 5
 

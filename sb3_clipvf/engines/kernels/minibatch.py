@@ -1,4 +1,4 @@
-"""One minibatch: its loss as gradients of the networks' outputs, and whether the optimizer makes a step."""
+"""One minibatch: its loss as gradients of the networks' outputs, and whether the optimizer takes a step."""
 
 import numpy as np
 
@@ -31,7 +31,7 @@ def policy_gradient(
     stats: np.ndarray,
 ) -> None:  # fmt: skip
     """
-    Overwrite ``dist.probs`` by the gradient of the actor's loss with respect to the outputs, and add to ``stats``.
+    Overwrite ``dist.probs`` with the gradient of the actor's loss with respect to the outputs, and add to ``stats``.
 
     The loss is a mean over the ``n`` rows of a minibatch, of which these are some or all. ``advantages`` are
     normalised. ``old_dist`` and ``rows`` are as in :func:`.action_distributions.kl_from_old`. For a Gaussian the
@@ -101,7 +101,7 @@ def total_loss(stats: np.ndarray, hyper: Hyperparameters) -> float:
 @fast
 def outcome_of(stats: np.ndarray, hyper: Hyperparameters, norm: float) -> int:
     """
-    Return STEP, SKIP, or STOP where k3 exceeds 1.5 ``target_kl``, as in SB3, and set the loss in ``stats``.
+    Return STEP, SKIP, or STOP if k3 exceeds 1.5 ``target_kl``, as in SB3, and set the loss in ``stats``.
 
     ``norm`` is the joint gradient norm. Restates ``engines/epochs.py``; parity tests: ``tests/test_nonfinite.py`` and
     ``tests/test_engines.py::TestContract::test_target_kl_stops_before_the_step``.

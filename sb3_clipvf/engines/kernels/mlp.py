@@ -109,7 +109,7 @@ def weight_gradient(gradients: np.ndarray, inputs: np.ndarray, weight: np.ndarra
     """
     Compute the gradient of a layer's weight, ``gradients.T @ inputs``, shape ``(n_outputs, n_inputs)``, or add it.
 
-    BLAS rearranges both factors before it multiplies them, which takes longer than the product where one is narrow.
+    BLAS rearranges both factors before it multiplies them, which takes longer than the product if one is narrow.
     """
     n_outputs, n_inputs = weight.shape
     # BLAS has a faster way for one output, a product with a vector.

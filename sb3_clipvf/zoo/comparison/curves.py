@@ -13,7 +13,7 @@ from sb3_clipvf.zoo.comparison.records import Record
 from sb3_clipvf.zoo.comparison.series import Series
 
 ROLLING_WINDOW = 100
-"""Episodes in a mean of the learning curve, as in ``rollout/ep_rew_mean`` of the training's log."""
+"""Episodes in a mean of the learning curve, as in ``rollout/ep_rew_mean`` of SB3's log."""
 
 AXES = ("steps", "seconds")
 _MOST_POINTS, _ALL_POINTS, _FEWEST_POINTS = 200, 8000, 50

@@ -114,7 +114,7 @@ def _without_shared(paths: list[list[str]]) -> list[list[str]]:
 
 
 def _with_short_names(groups: list[Group]) -> list[Group]:
-    """Replace names that are too long to read in a legend by numbered ones; the settings tell them apart."""
+    """Replace names that are too long to read in a legend with numbered ones; the settings tell them apart."""
     names: dict[str, str] = {}
     for group in groups:
         is_long = len(group.name) > _LONGEST_NAME

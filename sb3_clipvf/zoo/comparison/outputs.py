@@ -1,4 +1,4 @@
-"""Files of a report: each format by the suffix of its name, written when all of it is made."""
+"""Files of a report: each format by the suffix of its name, written when all of it is complete."""
 
 from __future__ import annotations
 

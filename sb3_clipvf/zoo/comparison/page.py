@@ -29,7 +29,7 @@ def page(groups: Sequence[Group], problems: Sequence[str], command: str) -> str:
 
     :param groups: Groups of all environments.
     :param problems: Messages about runs that were left out or lack data.
-    :param command: The command that makes the page.
+    :param command: The command that writes the page.
     :raises ImportError: If Plotly is not installed.
     """
     from plotly.offline import get_plotlyjs

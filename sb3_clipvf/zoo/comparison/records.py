@@ -37,17 +37,17 @@ class Record:
     :param folder: Folder of the run.
     :param env_id: Id of the environment; "" if no file names it.
     :param algo: Name of the algorithm; "" if no file names it.
-    :param seed: Seed of the training; None if unknown.
-    :param settings: Settings of the training, {} if unknown.
+    :param seed: Seed of the run; None if unknown.
+    :param settings: Settings of the run, {} if unknown.
     :param arguments: Options of the Zoo's ``train``, {} if unknown.
     :param episodes: Returns of the training episodes.
     :param is_mean: Whether ``episodes`` are means of 100 episodes, from the log, since there are no Monitor files.
-    :param evaluations: Mean returns of the evaluations during the training.
+    :param evaluations: Mean returns of the evaluations during training.
     :param log: Series of SB3's logger, by key.
-    :param is_resumed: Whether its training was resumed, so that its times are not known.
+    :param is_resumed: Whether the run was resumed, so that its times are not known.
     :param report: What ``sb3-clipvf report`` wrote about the final model, or the best one if ``is_best``:
         ``mean_return``, ``deterministic`` and ``is_best``; {} without it.
-    :param steps: Environment steps of the training so far.
+    :param steps: Environment steps of the run so far.
     :param versions: Versions of the packages that trained, by name.
     :param video: A video of the trained agent.
     """
@@ -207,7 +207,7 @@ def _zoo_run(folder: Path) -> Run | None:
 
 @dataclass(frozen=True)
 class _Model:
-    """What a saved model knows of its training."""
+    """What the file of a model holds about its training."""
 
     num_timesteps: int | None = None
     started: float | None = None
@@ -276,7 +276,7 @@ def _noting(problems: list[str]) -> Iterator[None]:
 
 
 def _all_settings(settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings with those options that change a training, too."""
+    """Return the settings with those options that affect training, too."""
     found = dict(settings)
     if found:
         from sb3_clipvf.zoo.entries import drop_null  # imports torch
@@ -304,7 +304,7 @@ def _unknown_times(records: Sequence[Record]) -> list[str]:
 
 
 def _mixed_versions(records: Sequence[Record]) -> list[str]:
-    """Return a message about each package of which the runs were made with several versions."""
+    """Return a message about each package of which the runs used several versions."""
     found = []
     for name in _VERSIONS:
         counts = Counter(record.versions[name] for record in records if name in record.versions)

@@ -26,7 +26,7 @@ N_COLORS, N_DASHES = 7, 4
 _NO_RETURNS = ("steps", "seconds", "steps_per_second")
 
 MOST_VIDEO_BYTES = 20 * 2**20
-"""Videos in a page, in all. Others are named by their paths."""
+"""Videos in a page, in all. Others are listed by their paths."""
 
 
 def swatch(place: int) -> str:
@@ -110,7 +110,7 @@ def videos(groups: Sequence[Group], places: Mapping[str, int]) -> str:
 
 
 def command_blocks(groups: Sequence[Group], places: Mapping[str, int], command: str) -> str:
-    """Return the commands that train each group again, and the one that makes the page."""
+    """Return the commands that train each group again, and the one that writes the page."""
     blocks = [(_title(group, places), train_commands(group)) for group in groups]
     blocks = [(title, text) for title, text in blocks if text] + [("This page", command)]
     return "".join(f'<div class="command"><h3>{title}</h3><pre>{escape(text)}</pre></div>' for title, text in blocks)

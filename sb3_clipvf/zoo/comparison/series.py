@@ -23,7 +23,7 @@ class Series:
     A quantity over the training of a run.
 
     :param steps: Environment steps of each value, ``(n,)``, in ascending order.
-    :param seconds: Seconds since the start of the training, ``(n,)``; NaN where unknown.
+    :param seconds: Seconds since the start of training, ``(n,)``; NaN where unknown.
     :param values: The values, ``(n,)``; NaN where the file has one.
     """
 
@@ -98,7 +98,7 @@ def read_logs(folder: Path, inner: Sequence[Path] = ()) -> dict[str, Series]:
         for file in files_of(folder, path, inner):
             for step, seconds, row in read(file):
                 for key, value in row.items():
-                    # A resumed training repeats the steps after its checkpoint: the later row counts.
+                    # A resumed run repeats the steps after its checkpoint: the later row counts.
                     points.setdefault(key, {})[step] = (step, seconds, value)
     return {key: Series.of(list(found.values())) for key, found in points.items() if key not in _CLOCKS}
 

@@ -110,7 +110,7 @@ def cell_text(numbers: Mapping[str, Statistic], key: str) -> str:
     if key not in numbers:
         return "–"
     mean, std = numbers[key].mean, numbers[key].std
-    # That trainings are equally long needs no mention.
+    # That runs are equally long needs no mention.
     if std is None or (key == "steps" and std == 0):
         return number_text(mean)
     return f"{number_text(mean, std)} ± {number_text(std, std)}"

@@ -19,7 +19,7 @@ from sb3_clipvf.zoo.comparison.records import OF_OPTIONS, Record
 from sb3_clipvf.zoo.parsing import option_name
 from sb3_clipvf.zoo.run_folders import program
 
-# Options that change a training, with the Zoo's or this package's defaults, which need not be repeated.
+# Options that affect training, with the Zoo's or this package's defaults, which need not be repeated.
 _OPTIONS = {
     "vec_env": ("--vec-env", "dummy"),
     "eval_freq": ("--eval-freq", 25000),
@@ -59,7 +59,7 @@ def train_commands(group: Group) -> str:
 
 
 def environment_options(arguments: Mapping[str, Any], folder: Path) -> list[str]:
-    """Return the options with which a training found its environment and its settings."""
+    """Return the options with which a run found its environment and its settings."""
     return [*_environment(arguments), *_settings_file(arguments, folder)]
 
 
@@ -97,7 +97,7 @@ def _settings_file(arguments: Mapping[str, Any], folder: Path) -> list[str]:
 
 
 def _settings(record: Record) -> tuple[list[str], list[str]]:
-    """Return lines before the command, and its options, with which a training has the settings of a run."""
+    """Return lines before the command, and its options, that give a new run the settings of a run."""
     from sb3_clipvf.zoo.entries import drop_null  # imports torch
 
     own = _own_settings(record)
@@ -137,7 +137,7 @@ def _own_settings(record: Record) -> dict[str, Any]:
 
 
 def _todays_entries(record: Record) -> list[dict[str, Any]]:
-    """Return the entries that a training may read today from the settings file of the command; [] if unknown."""
+    """Return the entries that a run may read today from the settings file of the command; [] if unknown."""
     shown = _settings_file(record.arguments, record.folder)
     if shown:
         # Modules are not read, since that would run their code.
@@ -187,7 +187,7 @@ def _is_name(key: object) -> bool:
 
 
 def _is_plain(key: object, value: Any) -> bool:
-    """Return whether the Zoo takes a setting as it is written: it imports some, and evaluates the text of others."""
+    """Return whether the Zoo uses a setting as it is written: it imports some, and evaluates the text of others."""
     if not _is_name(key) or not _is_literal(value):
         return False
     if key in ("env_wrapper", "vec_env_wrapper", "callback") or (key == "policy" and "." in str(value)):
