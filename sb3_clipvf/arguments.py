@@ -216,7 +216,7 @@ def _check_controllers(values: Mapping[str, Any]) -> None:
             )
 
 
-def warn_of_truncated_minibatches(values: Mapping[str, Any]) -> None:
+def warn_about_truncated_minibatches(values: Mapping[str, Any]) -> None:
     """Warn, as SB3 does, if the rollout is not a multiple of the minibatch."""
     batch_size, n_steps, n_envs = values["batch_size"], values["n_steps"], values["n_envs"]
     buffer_size = n_envs * n_steps
@@ -244,7 +244,7 @@ def warn_of_truncated_minibatches(values: Mapping[str, Any]) -> None:
     )
 
 
-def warn_of_early_end(
+def warn_about_early_end(
     schedules: Mapping[str, Schedule], *, rollout: int, done: int, to_do: int, on_command_line: bool = False
 ) -> bool:
     """
@@ -283,7 +283,7 @@ def warn_of_early_end(
     return True
 
 
-def warn_of_n_envs(values: Mapping[str, Any], n_envs_before: int) -> None:
+def warn_about_n_envs(values: Mapping[str, Any], n_envs_before: int) -> None:
     """Warn that the number of environments differs from the file's, which changes the rollout and its minibatches."""
     n_envs, n_steps, batch_size = values["n_envs"], values["n_steps"], values["batch_size"]
     size, size_before = n_steps * n_envs, n_steps * n_envs_before

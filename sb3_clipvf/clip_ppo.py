@@ -35,9 +35,9 @@ from sb3_clipvf.arguments import (
     check_choices,
     check_what_sb3_reads,
     values_to_load,
-    warn_of_early_end,
-    warn_of_n_envs,
-    warn_of_truncated_minibatches,
+    warn_about_early_end,
+    warn_about_n_envs,
+    warn_about_truncated_minibatches,
 )
 from sb3_clipvf.checkpoint.resume import Resumed, finish_resume, resume
 from sb3_clipvf.common import validation
@@ -255,7 +255,7 @@ class ClipPPO(DataParallelCollector):
 
         if _init_setup_model:
             self._setup_model()
-            warn_of_truncated_minibatches(vars(self))
+            warn_about_truncated_minibatches(vars(self))
 
     def _setup_model(self) -> None:
         """Check the arguments, then build what they describe; SB3's ``load`` calls this, too."""
@@ -517,11 +517,11 @@ class ClipPPO(DataParallelCollector):
         check_environments(self.env, self.observation_space, self.action_space, self.n_envs)
         if self.tensorboard_log is not None and not self._custom_logger:
             way_out = "Choose a different one, or None for no such log."
-            validation.check_folder("tensorboard_log", self.tensorboard_log, way_out)
+            validation.ensure_writable_folder("tensorboard_log", self.tensorboard_log, way_out)
         if horizon is not None or reset_num_timesteps:
             self._schedule_timesteps = horizon
         if isinstance(self._n_envs_before, int) and self._n_envs_before != self.n_envs:
-            warn_of_n_envs(vars(self), self._n_envs_before)
+            warn_about_n_envs(vars(self), self._n_envs_before)
         self._n_envs_before = None
         with failures_explained(self.env, callback, lambda: (self.num_timesteps, self._total_timesteps)):
             return super().learn(
@@ -533,12 +533,12 @@ class ClipPPO(DataParallelCollector):
                 progress_bar=progress_bar,
             )
 
-    def _warn_of_early_end(self, n_envs: int, start: int, end: int, *, on_command_line: bool = False) -> None:
+    def _warn_about_early_end(self, n_envs: int, start: int, end: int, *, on_command_line: bool = False) -> None:
         """Warn once if schedules run mostly at their final values from one step of ``n_envs`` to another."""
         if self._schedule_timesteps is not None or self._warned_of_early_end:
             return
         schedules = {"learning_rate": self.lr_schedule, **{name: self._schedule(name) for name in COEFFICIENTS}}
-        self._warned_of_early_end = warn_of_early_end(
+        self._warned_of_early_end = warn_about_early_end(
             {name: schedule for name, schedule in schedules.items() if schedule is not None},
             rollout=self.n_steps * n_envs,
             done=start,
@@ -547,7 +547,7 @@ class ClipPPO(DataParallelCollector):
         )
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
-        self._warn_of_early_end(self.n_envs + self._n_envs_elsewhere, self.num_timesteps, self._total_timesteps)
+        self._warn_about_early_end(self.n_envs + self._n_envs_elsewhere, self.num_timesteps, self._total_timesteps)
         initialised = super()._init_callback(callback, progress_bar)
         if self._resumed is not None:
             finish_resume(self, initialised)

@@ -31,7 +31,7 @@ from sb3_clipvf.checkpoint.training_state import process_state
 from sb3_clipvf.checkpoint.vec_env_state import describe_vec_env
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.common.validation import MAX_SEED
-from sb3_clipvf.distributed import ALONE, Group, Moments, check_backend, current_group, merged_moments, warn_of_child
+from sb3_clipvf.distributed import ALONE, Group, Moments, check_backend, current_group, merged_moments, warn_about_child
 from sb3_clipvf.engines.device_buffer import explained_variance_of
 from sb3_clipvf.engines.interface import Engine, UpdateCoefficients
 from sb3_clipvf.envs.layers import vec_env_layers
@@ -124,7 +124,7 @@ class DataParallelCollector(TensorRolloutCollector):
         if group.size > 1:
             check_backend(self.device)
             of_call = {"total_timesteps": total_timesteps, "reset_num_timesteps": reset_num_timesteps}
-            n_envs = self._check_agreement(group, of_call)
+            n_envs = self._agreed_n_envs(group, of_call)
             self._n_envs_elsewhere = sum(n_envs) - self.n_envs
             self._take_state(group)
             if self.seed is None and self._last_obs is None:
@@ -133,7 +133,7 @@ class DataParallelCollector(TensorRolloutCollector):
                 callback, progress_bar, self.verbose = None, False, 0
                 self.set_logger(Logger(None, []))
         else:
-            warn_of_child()
+            warn_about_child()
         total, root = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         count_all_steps(root)
         return total, root
@@ -160,7 +160,8 @@ class DataParallelCollector(TensorRolloutCollector):
         earlier = list(episodes)
         earlier_ids = {id(episode) for episode in earlier}
         if group.rank > 0:
-            n_rollout_steps = self._share_policy(group, n_rollout_steps)
+            n_rollout_steps = cast(int, self._follow_first(group, n_rollout_steps).n_rollout_steps)
+            self._share_policy(group)
         continues = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         normalizer = self.get_vec_normalize_env()
         running = _running_moments(normalizer)
@@ -185,7 +186,7 @@ class DataParallelCollector(TensorRolloutCollector):
         rows = zip_longest(*(end.episodes for end in ends))
         episodes.clear()
         episodes.extend([*earlier, *(episode for row in rows for episode in row if episode is not None)])
-        self._warn_of_copies(ends)
+        self._warn_if_identical(ends)
         self.num_timesteps, self.engine = ends[0].num_timesteps, ends[0].engine
         return all(end.continues for end in ends)
 
@@ -193,12 +194,12 @@ class DataParallelCollector(TensorRolloutCollector):
         engine = super()._begin_rollout(env, callback, rollout_buffer, n_rollout_steps)
         group = current_group()
         if group.size > 1 and group.rank == 0:  # after callbacks, which may change the policy or save the training
-            self._share_policy(group, n_rollout_steps)
+            self._follow_first(group, n_rollout_steps)
+            self._share_policy(group)
         return engine
 
-    def _share_policy(self, group: Group, n_rollout_steps: int) -> int:
-        """Overwrite weights by those of the first process, and return the number of steps of its rollout."""
-        first = self._follow_first(group, n_rollout_steps)
+    def _share_policy(self, group: Group) -> None:
+        """Overwrite weights with those of the first process."""
         for tensor in (*self.policy.parameters(), *self.policy.buffers()):
             group.broadcast_tensor(tensor.data)
 
@@ -250,7 +251,7 @@ class DataParallelCollector(TensorRolloutCollector):
             "_warned_of_copies",
         ]
 
-    def _warn_of_copies(self, ends: list["_RolloutEnd"]) -> None:
+    def _warn_if_identical(self, ends: list["_RolloutEnd"]) -> None:
         """Warn once if processes collect the same rollouts, whose gradients are those of one process."""
         if not self._warned_of_copies and len({end.actions for end in ends}) == 1:
             self._warned_of_copies = True
@@ -261,7 +262,7 @@ class DataParallelCollector(TensorRolloutCollector):
 
     # ------------------------------------------------------------------ start of training
 
-    def _check_agreement(self, group: Group, of_call: dict[str, Any]) -> list[int]:
+    def _agreed_n_envs(self, group: Group, of_call: dict[str, Any]) -> list[int]:
         """Return the processes' numbers of environments; raise ValueError if they differ in what must be equal."""
         own = {**description_of(self), **of_call}
         if self.seed is not None:

@@ -187,7 +187,7 @@ def current_group() -> Group:
         return ALONE
     if dist.is_initialized() and not _has_joined:
         rank, size = dist.get_rank(), dist.get_world_size()
-    elif _launched_pid() == os.getpid():
+    elif _claim_launch() == os.getpid():
         rank, size = int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", 1))
         if size > 1:
             _select_gpu()
@@ -196,9 +196,9 @@ def current_group() -> Group:
     return ALONE if size == 1 else Group(rank, size)
 
 
-def warn_of_child() -> None:
+def warn_about_child() -> None:
     """Warn that this process trains alone, if torchrun has started a parent of it."""
-    if _launched_pid() not in (None, os.getpid()) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if _claim_launch() not in (None, os.getpid()) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         log.warning(
             "This process trains a model of its own: torchrun did not start it, but a parent process that had imported "
             "ClipPPO."
@@ -232,8 +232,12 @@ _has_joined = False
 _has_failed = False
 
 
-def _launched_pid() -> int | None:
-    """Return the process that torchrun has started, this one or a parent; None in workers of multiprocessing."""
+def _claim_launch() -> int | None:
+    """
+    Mark this process in the environment as the one that torchrun has started, unless a parent of it is marked.
+
+    Return the id of the marked process; None without torchrun and in workers of multiprocessing.
+    """
     if not dist.is_available() or not dist.is_torchelastic_launched() or multiprocessing.parent_process() is not None:
         return None
     launch = " ".join(os.environ.get(name, "") for name in _OF_LAUNCH)
@@ -244,7 +248,7 @@ def _launched_pid() -> int | None:
     return os.getpid()
 
 
-_launched_pid()  # before children that start after ClipPPO was imported
+_claim_launch()  # before children that start after ClipPPO was imported
 
 
 @functools.cache
@@ -348,12 +352,12 @@ def _leave(*, failed: bool = False) -> None:
 class _Notes:
     """What processes write into their store if an error ends a run. Each run has notes of its own."""
 
-    n_trainings = 0  # in which this process has taken part
+    n_runs = 0  # in which this process has taken part
 
     def __init__(self, rank: int, size: int) -> None:
-        _Notes.n_trainings += 1
+        _Notes.n_runs += 1
         store = dist.distributed_c10d._get_default_store()
-        self._store = dist.PrefixStore(f"sb3_clipvf/{_Notes.n_trainings}", store)  # type: ignore[attr-defined]
+        self._store = dist.PrefixStore(f"sb3_clipvf/{_Notes.n_runs}", store)  # type: ignore[attr-defined]
         self._rank, self._size = rank, size
         self._is_waiting = False
         self._failure: tuple[str | None, bool] = None, False

@@ -53,7 +53,7 @@ def serve(rank: int, size: int, address: str | int, seconds: float, pipe: Connec
         names = {"MASTER_ADDR": "localhost", "MASTER_PORT": address, "RANK": rank, "WORLD_SIZE": size}
         names["TORCHELASTIC_USE_AGENT_STORE"] = True
         os.environ |= {name: str(value) for name, value in {**names, distributed.TIMEOUT_VARIABLE: seconds}.items()}
-        distributed._launched_pid = os.getpid  # although this is a child
+        distributed._claim_launch = os.getpid  # although this is a child
         distributed._join()
     else:
         join_own_group(rank, size, address, seconds)

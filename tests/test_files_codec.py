@@ -38,7 +38,7 @@ NET = {"net_arch": [4]}
 
 @pytest.fixture(autouse=True)
 def _no_earlier_warnings() -> None:
-    codec._warn_of_pickles.cache_clear()
+    codec._warn_about_pickles.cache_clear()
 
 
 def own_schedule(progress_remaining: float) -> float:

@@ -7,7 +7,7 @@ import pytest
 from gymnasium.error import DependencyNotInstalled
 from rl_zoo3.utils import get_class_by_name
 
-from sb3_clipvf.common.validation import check_folder
+from sb3_clipvf.common.validation import ensure_writable_folder
 from sb3_clipvf.schedules import make_schedule
 from sb3_clipvf.zoo.errors import input_error
 
@@ -33,7 +33,7 @@ def test_errors_of_input_are_distinguished_from_faults() -> None:
 def test_errors_that_pythons_library_raises_for_a_checker_are_of_input(tmp_path: Path) -> None:
     message = input_error(_raised(get_class_by_name, "not_there.Wrapper"))
     assert message == "No module named 'not_there'"
-    message = input_error(_raised(check_folder, "--log-folder", "/proc/logs", "Name another one."))
+    message = input_error(_raised(ensure_writable_folder, "--log-folder", "/proc/logs", "Name another one."))
     assert message is not None
     assert message.startswith("`--log-folder` must be a folder")  # without the number of the error
 

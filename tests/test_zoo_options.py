@@ -17,7 +17,7 @@ from sb3_clipvf.zoo import COMMANDS, main, register
 from sb3_clipvf.zoo import options as own_options
 from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
 from sb3_clipvf.zoo.hub import own_model_card
-from sb3_clipvf.zoo.options import check_options
+from sb3_clipvf.zoo.options import prepare_options
 
 register()
 
@@ -49,7 +49,7 @@ register()
 )
 def test_values_out_of_range_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_options(Namespace(**given))
+        prepare_options(Namespace(**given))
 
 
 @pytest.mark.parametrize(
@@ -71,14 +71,14 @@ def test_values_out_of_range_are_refused(given: dict[str, Any], message: str) ->
     ],
 )
 def test_the_zoos_own_defaults_are_legal(given: dict[str, Any]) -> None:
-    check_options(Namespace(**given))
+    prepare_options(Namespace(**given))
 
 
 @pytest.mark.parametrize("name", ["log_folder", "tensorboard_log", "output_folder", "reward_log", "benchmark_dir"])
 def test_folders_that_cannot_be_written_to_are_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=f"`--{name.replace('_', '-')}` must be a folder that can be written to"):
-        check_options(Namespace(**{name: str(tmp_path / "file" / "logs")}))
+        prepare_options(Namespace(**{name: str(tmp_path / "file" / "logs")}))
 
 
 def test_commands_that_would_delete_other_files_are_refused(
@@ -99,7 +99,7 @@ def test_commands_that_would_delete_other_files_are_refused(
 @pytest.mark.parametrize("module", ["not_there", "not.there", ".", "json.not_there"])
 def test_modules_that_cannot_be_imported_are_refused(module: str) -> None:
     with pytest.raises(ImportError, match="`--gym-packages` must name modules that can be imported"):
-        check_options(Namespace(gym_packages=[module]))
+        prepare_options(Namespace(gym_packages=[module]))
 
 
 class _ParsedError(Exception):
@@ -117,7 +117,7 @@ def _parsed(name: str, *arguments: str) -> Namespace:
     module, _, function = COMMANDS[name].target.partition(":")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(own_options, "_CHECKS", {})
-        monkeypatch.setattr(own_options, "check_options", stop)
+        monkeypatch.setattr(own_options, "prepare_options", stop)
         monkeypatch.setattr(sys, "argv", [name, *arguments])
         with pytest.raises(_ParsedError), own_options.command_options(name), own_model_card():
             if function:

@@ -13,7 +13,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_clipvf.checkpoint.best_model import read_score, read_statistics, write_best_model, write_copy
 from sb3_clipvf.common.messages import log
-from sb3_clipvf.common.validation import check_folder, check_int
+from sb3_clipvf.common.validation import check_int, ensure_writable_folder
 from sb3_clipvf.files.atomic import remove_unfinished
 from sb3_clipvf.files.statistics import STATISTICS_FILE
 
@@ -114,7 +114,7 @@ class SaveBestTrainingReward(BaseCallback):
             )
         if self._is_started:  # an earlier learn() has read the best so far
             return
-        check_folder("save_path", self.save_path, "Choose another one.")
+        ensure_writable_folder("save_path", self.save_path, "Choose another one.")
         remove_unfinished(self.save_path, rf"{re.escape(self.name_prefix)}\.(zip|json)|{re.escape(STATISTICS_FILE)}")
         best = _find_best(self.save_path, self.name_prefix) if self.resume else None
         self._is_started = True

@@ -56,7 +56,7 @@ def resume(
     env = as_sb3_env(env)
     found = {"n_envs": env.num_envs if isinstance(env, VecEnv) else 1}
     check_same_build(tree["build"], {**tree["build"], **found})  # before a model of a different size is built
-    _warn_of_versions(manifest.versions)
+    _warn_about_versions(manifest.versions)
     model = cls.load(io.BytesIO(checkpoint.content), env=env, device=device, **kwargs)
     venv = model.env
     if venv is None:
@@ -177,7 +177,7 @@ class _ContinuedTensorBoard(TensorBoardOutputFormat):
         self._is_closed = False
 
 
-def _warn_of_versions(saved: dict[str, str]) -> None:
+def _warn_about_versions(saved: dict[str, str]) -> None:
     now = versions()
     changed = [
         f"{name} {saved.get(name, 'absent')} -> {now.get(name, 'absent')}"

@@ -30,7 +30,7 @@ from sb3_clipvf.checkpoint.signals import SignalWatch, is_learning
 from sb3_clipvf.checkpoint.training_state import TrainingState, training_state
 from sb3_clipvf.checkpoint.vec_env_state import describe_vec_env, vec_env_state
 from sb3_clipvf.common.messages import log
-from sb3_clipvf.common.validation import check_bool, check_choice, check_folder, check_int
+from sb3_clipvf.common.validation import check_bool, check_choice, check_int, ensure_writable_folder
 from sb3_clipvf.distributed import current_group, is_ended_by_nonfinite
 from sb3_clipvf.files.atomic import atomic_write, remove_unfinished
 
@@ -169,7 +169,7 @@ class TrainingCheckpoint(BaseCallback):
                 f"`model` must be a ClipPPO, got {type(self.model).__name__}, which cannot be resumed. Use SB3's "
                 "CheckpointCallback for it."
             )
-        check_folder("path", self.path, "Choose another one.")
+        ensure_writable_folder("path", self.path, "Choose another one.")
 
     def _on_training_start(self) -> None:
         model = self._model

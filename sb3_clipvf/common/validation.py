@@ -138,7 +138,7 @@ def check_device(device: Any) -> None:
         log.warning("`device` is %r, but there is no CUDA device here: the CPU is used. Use 'auto' or 'cpu'.", device)
 
 
-def check_folder(name: str, folder: str | os.PathLike[str], way_out: str) -> None:
+def ensure_writable_folder(name: str, folder: str | os.PathLike[str], way_out: str) -> None:
     """Create a folder if necessary, and raise ``OSError`` if files cannot be written to it."""
     try:
         os.makedirs(folder, exist_ok=True)

@@ -15,7 +15,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_clipvf.common.observations import parts_of
 from sb3_clipvf.distributions import current_dist, n_action_numbers, to_action_space
-from sb3_clipvf.engines.cuda.recorder import Graph, Recorder, warn_of_failure
+from sb3_clipvf.engines.cuda.recorder import Graph, Recorder, warn_about_failure
 from sb3_clipvf.engines.cuda.rollout_step import RolloutStep
 from sb3_clipvf.engines.cuda.sampling import sampled
 from sb3_clipvf.engines.cuda.static_step import StaticEngine, StaticStep, policy_structure
@@ -152,7 +152,7 @@ class CudaGraphEngine(StaticEngine):
             return record(self._recorder)
         except RuntimeError as error:
             self._failed.add(what)
-            warn_of_failure(what, error)
+            warn_about_failure(what, error)
             return None
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 
-from sb3_clipvf.engines.cuda.recorder import Graph, Recorder, warn_of_failure
+from sb3_clipvf.engines.cuda.recorder import Graph, Recorder, warn_about_failure
 from sb3_clipvf.envs.tensor import TensorObs, TensorStep, TensorVecEnv, actions_as_tensor, with_index
 
 _KEPT = (th.Tensor, th.Generator, bool, int, float, str, np.generic, type(None))
@@ -80,7 +80,7 @@ class GraphedTensorEnv:
                 with self.unchanged():
                     self._graph = Recorder(self.device).record(self._run, self._run, self.generators)
             except RuntimeError as error:
-                warn_of_failure("the environments' step", error)
+                warn_about_failure("the environments' step", error)
                 self._records = False
         if self._graph is None:
             return self.step_tensors(actions)

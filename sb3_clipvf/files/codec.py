@@ -109,12 +109,12 @@ def encoded(attributes: Mapping[str, Any]) -> dict[str, Any]:
         else:
             values[name] = {ENCODED: FORMAT, ":type:": str(type(value)), "value": tree} if _has_tags(tree) else tree
     if others:
-        _warn_of_pickles(", ".join(others))
+        _warn_about_pickles(", ".join(others))
     return values
 
 
 @functools.cache
-def _warn_of_pickles(names: str) -> None:
+def _warn_about_pickles(names: str) -> None:
     """Warn once per set of names, since a run saves its model many times."""
     log.warning(
         "Saved as pickles, since JSON cannot express them: %s. To load the file, trust it "

@@ -205,7 +205,7 @@ class ClipPPOExperimentManager(CheckedSearch):
         target: Any = model
         if isinstance(model, ClipPPO):
             n_envs = model.n_envs * current_group().size  # as many in each process, since the command seeds all
-            model._warn_of_early_end(n_envs, 0, self.n_timesteps, on_command_line=True)
+            model._warn_about_early_end(n_envs, 0, self.n_timesteps, on_command_line=True)
         if self.resumed is not None:
             target = SimpleNamespace(env=model.env, learn=partial(model.learn, reset_num_timesteps=False))
         # Keep an interval that the user chose.

@@ -13,7 +13,7 @@ from typing import Any
 
 from rl_zoo3 import utils
 
-from sb3_clipvf.common.validation import MAX_SEED, check_device, check_folder, check_int
+from sb3_clipvf.common.validation import MAX_SEED, check_device, check_int, ensure_writable_folder
 from sb3_clipvf.distributed import current_group
 from sb3_clipvf.zoo.benchmark import check_benchmark, remove_evaluations
 from sb3_clipvf.zoo.commands import ALGORITHM, COMMANDS
@@ -51,7 +51,7 @@ def command_options(name: str) -> Iterator[None]:
                 options.log_folder = stack.enter_context(TemporaryDirectory())
         if name in _CHECKS:
             _CHECKS[name](options)
-        check_options(options)
+        prepare_options(options)
         if COMMANDS[name].finds_model:
             choose_run_of_options(options)
         if name == "benchmark":
@@ -200,7 +200,7 @@ def _pair(option: str, text: str) -> tuple[str, Any]:
         ) from error
 
 
-def check_options(options: Namespace) -> None:
+def prepare_options(options: Namespace) -> None:
     """Check values that the RL Zoo does not check well, create folders, and import ``--gym-packages``."""
     given = vars(options)
     for name in _COUNTS:
@@ -227,7 +227,7 @@ def check_options(options: Namespace) -> None:
     _check_agent(given)
     for name in _FOLDERS:
         if given.get(name):
-            check_folder(option_name(name), given[name], "Pass another one.")
+            ensure_writable_folder(option_name(name), given[name], "Pass another one.")
     import_packages(given.get("gym_packages"), "--gym-packages")
 
 

@@ -195,8 +195,8 @@ def compare_runs(folders: Sequence[str], outputs: Sequence[Path]) -> None:
     records, groups, problems = _compare(folders, outputs)
     for problem in problems:
         sys.stdout.write(f"  {problem}\n")
-    n_envs = len({record.env_id for record in records})
-    counts = [plural(len(records), "run"), plural(len(groups), "group"), plural(n_envs, "environment")]
+    n_env_ids = len({record.env_id for record in records})
+    counts = [plural(len(records), "run"), plural(len(groups), "group"), plural(n_env_ids, "environment")]
     sys.stdout.write(f"{', '.join(counts)}\n")
     for path in outputs:
         sys.stdout.write(f"  {path}\n")

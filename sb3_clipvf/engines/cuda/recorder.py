@@ -82,7 +82,7 @@ class Recorder:
             raise
 
 
-def warn_of_failure(what: str, error: RuntimeError) -> None:
+def warn_about_failure(what: str, error: RuntimeError) -> None:
     """Warn that operations could not be recorded."""
     # The end of a recording raises a second error.
     reason = error.__context__ if isinstance(error.__context__, RuntimeError) else error

@@ -51,7 +51,7 @@ class StaticEngine(AutogradEngine):
 
     def _run_epochs(self, buffer: Any, coefficients: UpdateCoefficients) -> Record:
         step = self._bind(buffer, coefficients)
-        epochs = FinishedEpochs(self, step, buffer, coefficients)
+        epochs = DeferredEpochs(self, step, buffer, coefficients)
         try:
             return run_epochs(epochs, self.settings, coefficients, buffer, draw=epochs.draw)
         finally:  # also after Ctrl-C, the optimizer's state must count the steps taken
@@ -90,7 +90,7 @@ def chunks(n_rows: int, batch_size: int) -> list[tuple[int, ...]]:
     return [tuple(sizes[start : start + CHUNK]) for start in range(0, len(sizes), CHUNK)]
 
 
-class FinishedEpochs:
+class DeferredEpochs:
     """
     Epochs that run when the first minibatch is drawn, with their statistics as :func:`.epochs.run_epochs` reads them.
 

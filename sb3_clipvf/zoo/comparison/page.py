@@ -91,10 +91,10 @@ def _title(env_ids: Mapping[str, Any]) -> str:
     return " and ".join(names) if len(names) <= 2 else f"{len(names)} environments"
 
 
-def _about(groups: Sequence[Group], n_envs: int) -> str:
+def _about(groups: Sequence[Group], n_env_ids: int) -> str:
     counts = [len(group.records) for group in groups]
     parts = [plural(sum(counts), "run"), plural(len({group.name for group in groups}), "setting")]
-    parts += [plural(n_envs, "environment")] if n_envs > 1 else []
+    parts += [plural(n_env_ids, "environment")] if n_env_ids > 1 else []
     if len(groups) > 1:
         few, most = min(counts), max(counts)
         parts.append(f"{plural(most, 'seed') if few == most else f'{few} to {most} seeds'} each")
