@@ -6,7 +6,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import RecordEpisodeStatistics, TimeLimit
 from stable_baselines3.common.atari_wrappers import EpisodicLifeEnv
 from stable_baselines3.common.monitor import Monitor
@@ -171,6 +171,33 @@ def test_unreported_ends_differ_from_lost_lives(wrap: Any, env: Any, expected: U
         done = venv.step(np.zeros(2, np.int64))[2][1]
         length += 1
     assert unreported_end(venv, 1, length) is expected
+
+
+class OwnRewards(Walk):
+    rewards: tuple[float, ...] = ()
+
+
+@pytest.mark.parametrize("cls", [SyncVectorEnv, AsyncVectorEnv])
+@pytest.mark.parametrize("mode", list(AutoresetMode), ids=lambda mode: mode.value)
+@pytest.mark.parametrize(
+    ("wrap", "expected"),
+    [
+        (lambda env: TimeLimit(RecordEpisodeStatistics(env), 5), UnreportedEnd.LOST),
+        (lambda env: TimeLimit(EpisodicLifeEnv(RecordEpisodeStatistics(env)), 5), UnreportedEnd.RUNNING),
+        (lambda env: TimeLimit(Monitor(env), 5), UnreportedEnd.LOST),
+    ],
+    ids=["lost", "running", "monitor"],
+)
+def test_unreported_ends_of_gymnasiums_statistics(cls: Any, mode: AutoresetMode, wrap: Any, expected: Any) -> None:
+    venv = as_vec_env(cls([lambda: wrap(OwnRewards())], autoreset_mode=mode))
+    venv.reset()
+    done, length, info = False, 0, {}
+    while not done:
+        _, _, (done,), (info,) = venv.step(np.zeros(1, np.int64))
+        length += 1
+    assert "episode" not in info
+    assert unreported_end(venv, 0, length) is expected
+    venv.close()
 
 
 def test_the_state_in_unreadable_environments_is_unknown() -> None:

@@ -11,6 +11,7 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.vector.utils import batch_space
 from gymnasium.wrappers import ClipReward as ClipRewardOfOne
+from gymnasium.wrappers import RecordEpisodeStatistics as RecordStatisticsOfOne
 from gymnasium.wrappers.vector import ClipReward, NormalizeReward, RecordEpisodeStatistics
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor, load_results
@@ -65,6 +66,12 @@ class Scripted(gym.Env[Any, Any]):
 
     def double(self, value: int) -> int:
         return 2 * value + self.number
+
+
+class OwnReturns(Scripted):
+    """Has attributes of its own under names that statistics wrappers use, too."""
+
+    episode_returns = rewards = return_queue = ()
 
 
 class ScriptedBatch(VectorEnv[Any, Any, Any]):
@@ -318,6 +325,33 @@ class TestStatistics:
     ) -> None:
         def make(i: int) -> Any:
             return ClipRewardOfOne(Monitor(Scripted(i)), 0.0, 1.0)
+
+        venv = adapted(request, cls([lambda i=i: make(i) for i in range(3)], autoreset_mode=mode))
+        assert_same_stream(venv, DummyVecEnv([lambda i=i: make(i) for i in range(3)]), 20)
+
+    @pytest.mark.parametrize("cls", [SyncVectorEnv, AsyncVectorEnv])
+    @pytest.mark.parametrize(
+        "make",
+        [lambda: OwnReturns(0), lambda: RecordStatisticsOfOne(Scripted(0), stats_key="stats")],
+        ids=["attribute", "other key"],
+    )
+    def test_an_attribute_of_environments_does_not_turn_them_off(
+        self, request: pytest.FixtureRequest, make: Any, cls: Any
+    ) -> None:
+        venv = adapted(request, cls([make]))
+        venv.reset()
+        venv.step(np.zeros(1, np.int64))
+        _, _, dones, infos = venv.step(np.zeros(1, np.int64))
+        assert dones[0]
+        assert (infos[0]["episode"]["r"], infos[0]["episode"]["l"]) == (3.5, 2)
+
+    @mode_cases
+    @pytest.mark.parametrize("cls", [SyncVectorEnv, AsyncVectorEnv])
+    def test_statistics_of_inner_gymnasium_wrappers_are_kept(
+        self, request: pytest.FixtureRequest, mode: AutoresetMode, cls: Any
+    ) -> None:
+        def make(i: int) -> Any:
+            return ClipRewardOfOne(RecordStatisticsOfOne(Scripted(i)), 0.0, 1.0)
 
         venv = adapted(request, cls([lambda i=i: make(i) for i in range(3)], autoreset_mode=mode))
         assert_same_stream(venv, DummyVecEnv([lambda i=i: make(i) for i in range(3)]), 20)

@@ -13,11 +13,11 @@ MONITOR_ADVICE = "Put Monitor outside of that wrapper, or use VecMonitor instead
 
 
 class UnreportedEnd(Enum):
-    """State of an episode that ended without a report of ``Monitor``."""
+    """State of an episode that ended without a report of ``Monitor``, or of ``RecordEpisodeStatistics`` in an adapter."""
 
-    LOST = auto()  #: A wrapper outside of ``Monitor`` ended it.
-    RUNNING = auto()  #: ``Monitor`` still counts its steps, for example after the loss of a life.
-    UNKNOWN = auto()  #: There is no ``Monitor``, or its attributes cannot be read.
+    LOST = auto()  #: A wrapper outside of it ended the episode.
+    RUNNING = auto()  #: It still counts the steps, for example after the loss of a life.
+    UNKNOWN = auto()  #: There is no such wrapper, or its attributes cannot be read.
 
 
 def unreported_end(venv: VecEnv, index: int, length: int = 1) -> UnreportedEnd:
@@ -25,11 +25,20 @@ def unreported_end(venv: VecEnv, index: int, length: int = 1) -> UnreportedEnd:
     try:
         if not venv.env_is_wrapped(Monitor, [index])[0]:
             return UnreportedEnd.UNKNOWN
-        rewards = venv.get_attr("rewards", [index])[0]
+        is_lost = _counted_steps(venv, index) < length
     except Exception:  # any environment may raise any error; this check must not end the training
         return UnreportedEnd.UNKNOWN
-    is_lost = isinstance(rewards, list) and len(rewards) < length
     return UnreportedEnd.LOST if is_lost else UnreportedEnd.RUNNING
+
+
+def _counted_steps(venv: VecEnv, index: int) -> int:
+    """Return the steps that ``Monitor``, or Gymnasium's ``RecordEpisodeStatistics``, has counted in this episode."""
+    try:
+        venv.get_attr("current_reset_info", [index])  # only Monitor has it; an environment may have `rewards`
+        rewards: list[float] = venv.get_attr("rewards", [index])[0]
+        return len(rewards)
+    except AttributeError:
+        return int(venv.get_attr("episode_lengths", [index])[0])
 
 
 def check_end(locals_: dict[str, Any], globals_: dict[str, Any], name: str = "env") -> None:

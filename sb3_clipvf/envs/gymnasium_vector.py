@@ -7,6 +7,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
+from gymnasium.wrappers import RecordEpisodeStatistics as RecordStatisticsOfOne
 from gymnasium.wrappers.vector import NormalizeObservation, NormalizeReward, RecordEpisodeStatistics
 from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.monitor import Monitor
@@ -140,7 +141,7 @@ class SeparateVecEnv(GymnasiumVecEnv):
                 "`shared_memory` must be True for an AsyncVectorEnv in NEXT_STEP mode, got False, with which it "
                 f"resets rows twice. {_MODE_HINT}, or with shared memory."
             )
-        self._adds_statistics = not all(core.call("has_wrapper_attr", "episode_returns"))
+        self._adds_statistics = not _all_report_episodes(core)
 
     def _seed_argument(self, seeds: list[int]) -> Any:
         return seeds
@@ -291,6 +292,28 @@ def _autoreset_mode(env: VectorEnv[Any, Any, Any]) -> AutoresetMode:
             "to the mode of the class."
         )
     return mode
+
+
+def _all_report_episodes(core: Any) -> bool:
+    """Return whether each environment has a wrapper that puts the statistics of its episodes into ``info["episode"]``."""
+    if not isinstance(core, AsyncVectorEnv):
+        return all(map(_reports_episodes, core.envs))
+
+    def has(*names: str) -> bool:
+        return all(all(core.call("has_wrapper_attr", name)) for name in names)
+
+    # Classes of wrappers in a worker cannot be read, and one name may be an environment's own.
+    if has("current_reset_info", "info_keywords", "results_writer"):
+        return True  # Monitor
+    return has("_stats_key", "return_queue", "time_queue") and set(core.get_attr("_stats_key")) == {"episode"}
+
+
+def _reports_episodes(env: gym.Env[Any, Any]) -> bool:
+    while isinstance(env, gym.Wrapper):
+        if isinstance(env, Monitor) or (isinstance(env, RecordStatisticsOfOne) and env._stats_key == "episode"):
+            return True
+        env = env.env
+    return False
 
 
 def _refuse_forgetful(env: VectorEnv[Any, Any, Any]) -> None:
