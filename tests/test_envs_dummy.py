@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from gymnasium.wrappers import TimeLimit
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor
@@ -26,6 +27,7 @@ from stable_baselines3.common.vec_env import (
 
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.envs import FastDummyVecEnv, FastVecNormalize
+from sb3_clipvf.envs.episode_ends import EpisodeEnds
 
 BOX = spaces.Box(-1, 1, (3,))
 IMAGE = spaces.Box(0, 255, (8, 8, 3), np.uint8)
@@ -292,6 +294,8 @@ class OwnArray(np.ndarray):
 class Reusing(Scripted):
     """An environment that writes to the same arrays and the same info at every step and reset."""
 
+    keeps_final = False  # whether a reset leaves the final observation as it is
+
     def __init__(self, number: int, space: spaces.Space[Any] = BOX) -> None:
         super().__init__(number, space)
         self.obs = self.observation_space.sample()
@@ -320,13 +324,39 @@ class Reusing(Scripted):
         self.info["point"].x.append(self.n_steps)
         for info in (self.info, self.info["nested"]):
             info["array"] += 1
-        return self._rewritten(obs), reward, terminated, truncated, self.info
+        obs = self._rewritten(obs)
+        ended = self.keeps_final and (terminated or truncated)
+        return copy.deepcopy(obs) if ended else obs, reward, terminated, truncated, self.info
+
+
+def right(venvs: tuple[Any, DummyVecEnv]) -> tuple[Any, DummyVecEnv]:
+    """Let SB3's environments keep their final observations, since SB3 copies these after the reset."""
+    for env in venvs[1].envs:
+        env.keeps_final = True  # type: ignore[attr-defined]
+    return venvs
+
+
+class Counting(gym.Env[Any, Any]):
+    """Counts its steps in an array of its own, and is truncated after five."""
+
+    observation_space, action_space = spaces.Box(0, 9, (1,)), spaces.Discrete(2)
+
+    def __init__(self) -> None:
+        self.count = np.zeros(1, np.float32)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        self.count[:] = 0
+        return self.count, {}
+
+    def step(self, action: Any) -> Any:
+        self.count += 1
+        return self.count, 0.0, False, bool(self.count[0] == 5), {}
 
 
 class TestMemory:
     @pytest.mark.parametrize("space", [BOX, PICTURES], ids=str)
     def test_environments_may_change_returned_objects(self, space: spaces.Space[Any]) -> None:
-        ours, theirs = pair(lambda number: Reusing(number, space))
+        ours, theirs = right(pair(lambda number: Reusing(number, space)))
         run_both(ours, theirs)
         assert ours.buf_infos[1] is ours.envs[1].info  # type: ignore[attr-defined]
 
@@ -341,7 +371,7 @@ class TestMemory:
         same(held, held_then)
 
     def test_returned_values_may_be_changed(self) -> None:
-        ours, theirs = pair(Reusing)
+        ours, theirs = right(pair(Reusing))
         given: list[Any] = [ours.reset()]
         same(given[0], theirs.reset())
         given[0][:] = 99
@@ -372,6 +402,19 @@ class TestMemory:
         assert key is not own_key
         given[key]["n"] = 99
         assert venv.buf_infos[0][own_key]["n"] == 0
+
+    @pytest.mark.parametrize("cls", [FastDummyVecEnv, DummyVecEnv])
+    @pytest.mark.parametrize("wrap", [Monitor, lambda env: EpisodeEnds(TimeLimit(Monitor(env), 3))])
+    def test_a_reset_does_not_overwrite_final_observations(self, cls: type[DummyVecEnv], wrap: Any) -> None:
+        finals = []
+
+        def keep(given: dict[str, Any], _: dict[str, Any]) -> bool:
+            finals.extend(info["terminal_observation"] for info in given["infos"] if "episode" in info)
+            return True
+
+        venv = cls([lambda: wrap(Counting())])
+        ClipPPO("MlpPolicy", venv, n_steps=16, batch_size=16, n_epochs=1, device="cpu").learn(16, callback=keep)
+        assert [final.tolist() for final in finals] == ([[5]] * 3 if wrap is Monitor else [[3]] * 5)
 
     def test_final_observations_are_copies(self) -> None:
         ours, _ = pair(Scripted)

@@ -14,6 +14,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 from stable_baselines3.common.vec_env.util import dict_to_obs
 
+from sb3_clipvf.envs.rows import copy_of
 from sb3_clipvf.envs.shapes import check_one
 
 # Types that need no copy; np.void is mutable.
@@ -30,6 +31,9 @@ class FastDummyVecEnv(DummyVecEnv):
     Results are those of ``DummyVecEnv``: values, types, and which objects share memory. They may be kept and changed,
     since neither environments nor later steps use them. Infos are copied as ``copy.deepcopy`` copies the whole list: an
     object in several places, or in several infos, is one object in the copy as well.
+
+    Final observations are copied before the environment is reset. ``DummyVecEnv`` copies them after it: an environment
+    that resets into the array that it returned has overwritten them by then.
 
     An observation is refused if its shape is not that of the space, apart from leading axes of length 1.
     ``DummyVecEnv`` broadcasts it if NumPy can.
@@ -83,7 +87,7 @@ def step_envs(venv: DummyVecEnv, first: int) -> None:
         if done:
             if info["TimeLimit.truncated"] and obs is not None:  # its value will be bootstrapped
                 check_one(venv.observation_space, obs, first + index)
-            info["terminal_observation"] = obs
+            info["terminal_observation"] = copy_of(obs)  # the reset may write to the same memory
             obs, venv.reset_infos[index] = env.reset()
         if rows is None:
             venv._save_obs(index, obs)

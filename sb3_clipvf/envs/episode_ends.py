@@ -9,6 +9,8 @@ from stable_baselines3.common.env_util import unwrap_wrapper
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_clipvf.envs.rows import copy_of
+
 MONITOR_ADVICE = "Put Monitor outside of that wrapper, or use VecMonitor instead."
 
 
@@ -73,6 +75,7 @@ class EpisodeEnds(gym.Wrapper[Any, Any, Any, Any]):
         self._pending_reset = None
         obs, reward, terminated, truncated, info = self.env.step(action)
         if (terminated or truncated) and "episode" not in info and self._monitor is not None:
+            obs = copy_of(obs)  # a reset may write to the same memory
             episode = self._ended(info)
             if episode is not None:
                 info["episode"] = episode
