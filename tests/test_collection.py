@@ -230,6 +230,36 @@ class Reusing(DummyVecEnv):
         return self.buf_obs[None], self.buf_rews, self.buf_dones, infos  # type: ignore[index]
 
 
+class Changing(gym.Env[np.ndarray, np.ndarray]):
+    """Sums its actions, and changes them in-place."""
+
+    observation_space = OBS
+
+    def __init__(self, action_space: spaces.Space[Any]) -> None:
+        self.action_space = action_space
+
+    def reset(self, **_: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        total = float(action.sum())
+        action -= 5
+        return np.zeros(2, np.float32), total, False, False, {}
+
+
+@pytest.mark.parametrize("engine", ["native", "autograd"])
+@pytest.mark.parametrize("space", [BOX, spaces.MultiDiscrete([3, 2]), spaces.MultiBinary(2)], ids=str)
+def test_environments_may_change_the_actions_that_they_get(space: Any, engine: str) -> None:
+    """The rollout has those that the policy chose, whether or not callbacks see them."""
+    for callback in (None, lambda *_: True):
+        venv = DummyVecEnv([lambda: Changing(space)] * 2)
+        model = ClipPPO("MlpPolicy", venv, n_steps=8, batch_size=16, device="cpu", engine=engine, seed=0)
+        model.learn(16, callback=callback)
+        buffer = model.rollout_buffer
+        sent = np.clip(buffer.actions, space.low, space.high) if space is BOX else buffer.actions
+        np.testing.assert_allclose(sent.sum(2), buffer.rewards, rtol=1e-6)
+
+
 class Ends(gym.Env[np.ndarray, np.ndarray]):
     """Every episode has two steps."""
 

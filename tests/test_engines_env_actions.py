@@ -29,9 +29,11 @@ class TestActions:
     @pytest.mark.parametrize(
         "space", [spaces.Discrete(3), spaces.MultiDiscrete([2, 3]), spaces.MultiBinary(3)], ids=str
     )
-    def test_of_other_spaces_do_not_change(self, space: spaces.Space[Any]) -> None:
+    def test_of_other_spaces_are_copies(self, space: spaces.Space[Any]) -> None:
         actions = np.array([1, 0, 1])
-        assert env_actions(make(act=space), space, actions) is actions
+        given = env_actions(make(act=space), space, actions)
+        np.testing.assert_array_equal(given, actions, strict=True)
+        assert not np.shares_memory(given, actions)
 
     def test_nan_is_kept(self) -> None:
         actions = env_actions(make(), BOX, np.array([[np.nan, np.inf], [-np.inf, 1.0]], np.float32))

@@ -9,9 +9,13 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 
 def env_actions(policy: ActorCriticPolicy, action_space: spaces.Space[Any], actions: np.ndarray) -> np.ndarray:
-    """Return actions for the environments: unscaled to the Box if the policy squashes, else clipped to it."""
+    """
+    Return actions for the environments, in memory of their own, since environments may change what they get.
+
+    Those of a Box are unscaled to it if the policy squashes, else clipped to it.
+    """
     if not isinstance(action_space, spaces.Box):
-        return actions
+        return actions.copy()
     if policy.squash_output:
         return np.asarray(policy.unscale_action(actions))
     # In a third of the time of clip(), with the same results.
