@@ -129,6 +129,46 @@ def test_memory_that_environments_write_again_is_copied(buffer: Any) -> None:
     np.testing.assert_array_equal(*map(weights, models))
 
 
+class Changing(TensorWalk):
+    """The same walk, which writes to the actions that it gets."""
+
+    def step_tensors(self, actions: th.Tensor) -> TensorStep:
+        step = super().step_tensors(actions)
+        actions.zero_()
+        return step
+
+
+@pytest.mark.parametrize(
+    ("engine", "buffer"), [("native", None), ("autograd", None), ("autograd", DeviceRolloutBuffer)], ids=str
+)
+@pytest.mark.parametrize("action_space", SPACES[:1] + SPACES[2:], ids=lambda space: type(space).__name__)
+def test_environments_may_change_the_actions_that_they_get(action_space: Any, engine: str, buffer: Any) -> None:
+    for callback in (None, Reader()):
+        models = [
+            trained(cls(action_space=action_space), callback=callback, n_rollouts=1, engine=engine,
+                    rollout_buffer_class=buffer)
+            for cls in (TensorWalk, Changing)
+        ]  # fmt: skip
+        np.testing.assert_array_equal(*map(weights, models))
+
+
+@pytest.mark.parametrize("buffer", [None, DeviceRolloutBuffer])
+@pytest.mark.parametrize(
+    ("dtype", "policy"),
+    [
+        (np.float64, "MlpPolicy"),
+        (np.float64, "SquashedMlpPolicy"),
+        (np.int64, "MlpPolicy"),
+        (np.float16, "MlpPolicy"),
+    ],
+)
+def test_actions_of_every_box_are_float32(dtype: Any, policy: str, buffer: Any) -> None:
+    env = TensorWalk(action_space=spaces.Box(-1, 1, (2,), dtype))
+    trained(env, policy, n_rollouts=1, rollout_buffer_class=buffer)
+    assert {actions.dtype for actions in env.received} == {th.float32}
+    assert all(actions.abs().max() <= 1 for actions in env.received)
+
+
 @pytest.mark.parametrize("limit", [0, 300, 10**9], ids=["read at each step", "read twice", "read once"])
 def test_truncated_rows_take_the_value_of_the_final_observation(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sb3_clipvf.envs.tensor_episodes.MAX_KEPT", limit)

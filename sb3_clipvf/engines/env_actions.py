@@ -27,14 +27,16 @@ class DeviceActions:
     """
     Turns actions of a policy into actions for the environments, on the device, as ``env_actions`` does.
 
-    With ``replaces_nan``, NaN becomes 0, or the bound that is nearest to 0.
+    With ``for_tensor_envs``, those of a Box are float32, and NaN becomes 0, or the bound that is nearest to 0.
     """
 
-    def __init__(self, policy: Any, space: spaces.Space[Any], *, replaces_nan: bool = False) -> None:
-        self._replaces_nan = replaces_nan
+    def __init__(self, policy: Any, space: spaces.Space[Any], *, for_tensor_envs: bool = False) -> None:
+        self._replaces_nan = for_tensor_envs
         self._is_box, self._squashes = isinstance(space, spaces.Box), policy.squash_output
         if isinstance(space, spaces.Box):
-            self._low, self._high = (th.as_tensor(bound, device=policy.device) for bound in (space.low, space.high))
+            dtype = th.float32 if for_tensor_envs else None
+            bounds = (th.as_tensor(bound, dtype=dtype, device=policy.device) for bound in (space.low, space.high))
+            self._low, self._high = bounds
 
     def for_env(self, actions: th.Tensor) -> th.Tensor:
         """Return actions unscaled to the Box if the policy squashes, else clipped to it, in memory of their own."""

@@ -45,7 +45,7 @@ class DeviceRollout(TensorRollout):
         self.final_values = FinalValues(engine, collector.gamma, may_be_nonfinite=may_be_nonfinite)
         self.timed_out = th.zeros_like(self.dones)
         # A simulator may not recover from NaN, which is found after the last step.
-        self._actions = DeviceActions(collector.policy, collector.action_space, replaces_nan=True)
+        self._actions = DeviceActions(collector.policy, collector.action_space, for_tensor_envs=True)
         self._acted: Any = None
 
     def act(self) -> tuple[Any, th.Tensor, th.Tensor, th.Tensor, th.Tensor]:

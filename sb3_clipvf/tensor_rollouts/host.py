@@ -46,6 +46,8 @@ class HostRollout(TensorRollout):
         self._with_dist_params = self._acted.dist_params is not None
         actions, values, log_probs, _ = self._acted.as_tensors()
         clipped = env_actions(collector.policy, self._space, actions)
+        if isinstance(self._space, spaces.Box):
+            clipped = clipped.astype(np.float32, copy=False)  # bounds of float64 or integers make it float64
         return observations, th.from_numpy(actions), values, log_probs, th.from_numpy(clipped)
 
     def add(self) -> None:

@@ -57,7 +57,7 @@ class RolloutStep:
         self.finals: dict[str, th.Tensor] = {}
         # The numbers of the row, and of that of final observations
         self._t, self._slot = th.zeros((2, 1), dtype=th.int64, device=device)
-        self._actions = DeviceActions(policy, buffer.action_space, replaces_nan=True)
+        self._actions = DeviceActions(policy, buffer.action_space, for_tensor_envs=True)
         self._graph: Graph | None = None
         self._shown: list[tuple[Any, dict[str, Any]]] = []
 
