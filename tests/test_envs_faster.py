@@ -14,6 +14,7 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
 
 from sb3_clipvf import ClipPPO
+from sb3_clipvf.engines.device_buffer import DeviceRolloutBuffer
 from sb3_clipvf.envs import dummy, normalize
 
 
@@ -70,6 +71,11 @@ def test_same_numbers_as_sb3s_code(engine: str, kwargs: dict[str, Any], calls: d
     np.testing.assert_array_equal(ours.get_original_obs(), theirs.get_original_obs())
     np.testing.assert_array_equal(ours.get_original_reward(), theirs.get_original_reward())
     assert [info["r"] for info in got.ep_info_buffer] == [info["r"] for info in wanted.ep_info_buffer]
+
+
+def test_a_rollout_on_the_device_steps_them_too(calls: dict[str, int]) -> None:
+    trained(make(), engine="autograd", rollout_buffer_class=DeviceRolloutBuffer)
+    assert calls == {"dummy": 96, "normalize": 96}
 
 
 def test_below_other_wrappers(calls: dict[str, int]) -> None:

@@ -17,6 +17,7 @@ from sb3_clipvf.common.tensors import torch_dtype
 from sb3_clipvf.engines.autograd import unvalidated_distributions
 from sb3_clipvf.engines.env_actions import DeviceActions
 from sb3_clipvf.engines.interface import Acted, ActedTensors, Engine
+from sb3_clipvf.envs.faster import faster_step
 from sb3_clipvf.envs.rows import copy_of
 from sb3_clipvf.envs.shapes import StepCheck
 from sb3_clipvf.envs.tensor import TensorStep, host_copy
@@ -82,6 +83,7 @@ class UploadingRollout(Rollout):
         super().__init__(collector, engine, env, buffer, callback)
         self._check_step = StepCheck(buffer.observation_space, env.num_envs)
         self._check_step.observations(collector._last_obs)
+        self._step_envs = faster_step(env)
         self._staged: dict[str, th.Tensor] = {}
         # Rewards, rewards with values of final observations, and whether episodes ended.
         self._columns = self._host_memory((3, buffer.buffer_size, buffer.n_envs), th.float32)
@@ -108,7 +110,7 @@ class UploadingRollout(Rollout):
 
     def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, Any]:
         """Step the environments, and check what they return."""
-        self._taken = self._check_step(self.env.step(actions))
+        self._taken = self._check_step(self._step_envs(actions))
         return self._taken
 
     def add(self) -> None:
