@@ -1,5 +1,6 @@
 """Tensor environments: their checks, SB3's VecEnv over them, lazy infos, and the statistics of episodes."""
 
+from types import MappingProxyType
 from typing import Any
 
 import gymnasium as gym
@@ -11,7 +12,8 @@ from stable_baselines3.common.monitor import Monitor, load_results
 from tensor_cases import DICT, TensorWalk, tensor_pendulum
 
 from sb3_clipvf import ClipPPO
-from sb3_clipvf.envs import TensorVecEnv, as_vec_env
+from sb3_clipvf.engines.device_buffer import DeviceRolloutBuffer
+from sb3_clipvf.envs import TensorVecEnv, TensorVecNormalize, as_vec_env
 from sb3_clipvf.envs.tensor import (
     LazyInfos,
     TensorEnvAdapter,
@@ -179,6 +181,29 @@ def test_observations_without_a_key_are_refused() -> None:
     env.env.reset_tensors = lambda seed: {"vector": th.zeros(4, 3)}
     with pytest.raises(TypeError, match="`reset_tensors` must return a dict of tensors .* without 'image'"):
         env.reset()
+
+
+class MappedWalk(TensorWalk):
+    """Returns observations in a mapping that is no dict, and that has a key of its own."""
+
+    def _returned(self, observations: Any) -> Any:
+        return MappingProxyType(observations | {"own": 0})
+
+    def step_tensors(self, actions: th.Tensor) -> TensorStep:
+        step = super().step_tensors(actions)
+        return step._replace(final_observations=self._returned(step.final_observations))
+
+
+@pytest.mark.parametrize("buffer", [None, DeviceRolloutBuffer])
+@pytest.mark.parametrize("wrap", [as_vec_env, lambda env: TensorVecNormalize(env, norm_obs_keys=["vector"])])
+def test_mappings_of_other_classes_are_dicts(wrap: Any, buffer: Any) -> None:
+    weights = []
+    for cls in (TensorWalk, MappedWalk):
+        env = wrap(cls(observation_space=DICT))
+        model = ClipPPO("MultiInputPolicy", env, n_steps=4, batch_size=24, n_epochs=1, device="cpu", seed=0,
+                        rollout_buffer_class=buffer).learn(24)  # fmt: skip
+        weights.append(th.nn.utils.parameters_to_vector(model.policy.parameters()).detach())
+    assert th.equal(*weights)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -104,17 +104,15 @@ class TensorEnvAdapter(BatchedVecEnv):
 
     def reset_tensors(self, seed: int | None = None) -> TensorObs:
         """Begin an episode in every environment, and return the first observations."""
-        observations = self.env.reset_tensors(seed)
-        self._check.observations("reset_tensors", observations)
+        observations = self._check.observations("reset_tensors", self.env.reset_tensors(seed))
         self.statistics.restart()
         self._was_reset = True
         self.observations = observations
-        return cast(TensorObs, observations)
+        return observations
 
     def step_tensors(self, actions: th.Tensor) -> TensorStep:
         """Step all environments; with ``clip_rewards``, the step has the signs of the finite rewards."""
-        step = TensorStep(*self.env.step_tensors(actions))
-        self._check.step(step)
+        step = self._check.step(TensorStep(*self.env.step_tensors(actions)))
         self.observations, self.true_rewards = step.observations, step.rewards
         if not self.clip_rewards:
             return step
@@ -160,8 +158,12 @@ class TensorCheck:
             (key, th.Size((n_envs, *(part.shape or ()))), torch_dtype(part.dtype)) for key, part in parts(space)
         ]
 
-    def observations(self, name: str, observations: Any) -> None:
-        """Check the observations of all environments; messages call them ``name``."""
+    def observations(self, name: str, observations: Any) -> TensorObs:
+        """
+        Check the observations of all environments; messages call them ``name``.
+
+        Return them, a mapping of any class as a dict with the keys of the space.
+        """
         for key, shape, dtype in self._parts:
             if key is not None and not (isinstance(observations, Mapping) and key in observations):
                 raise TypeError(
@@ -170,16 +172,20 @@ class TensorCheck:
                 )
             part = observations if key is None else observations[key]
             self._tensor(name, name_of(key), part, shape, dtype)
+        if isinstance(observations, Mapping):
+            return {key: observations[key] for key, *_ in self._parts}
+        return cast(th.Tensor, observations)
 
-    def step(self, step: TensorStep) -> None:
-        """Check a step."""
-        self.observations("step_tensors", step.observations)
-        if step.final_observations is not None:
-            self.observations("step_tensors", step.final_observations)
+    def step(self, step: TensorStep) -> TensorStep:
+        """Check a step, and return it, with observations as :meth:`observations` returns them."""
+        observations, final = self.observations("step_tensors", step.observations), step.final_observations
+        if final is not None:
+            final = self.observations("step_tensors", final)
         column = th.Size((self._n_envs,))
         self._tensor("step_tensors", "rewards", step.rewards, column, None)
         self._tensor("step_tensors", "terminated", step.terminated, column, th.bool)
         self._tensor("step_tensors", "truncated", step.truncated, column, th.bool)
+        return step._replace(observations=observations, final_observations=final)
 
     def _tensor(self, name: str, what: str, tensor: Any, shape: th.Size, dtype: th.dtype | None) -> None:
         if not isinstance(tensor, th.Tensor):
