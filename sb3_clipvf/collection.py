@@ -86,7 +86,9 @@ class RolloutCollector(OnPolicyAlgorithm):
         :param n_rollout_steps: Steps of each environment.
         :return: False if the callback asked to stop; the rollout is then incomplete.
         :raises NonFiniteError: If observations, rewards, values or log-probabilities are not finite.
+        :raises RuntimeError: If the environments have not been reset.
         """
+        self._check_was_reset()
         started = time.perf_counter()
         n_steps = 0
         with_dist_params = takes_dist_params(rollout_buffer)
@@ -145,6 +147,13 @@ class RolloutCollector(OnPolicyAlgorithm):
         callback.on_rollout_end()
         self.logger.record("time/rollout_seconds", time.perf_counter() - started)
         return True
+
+    def _check_was_reset(self) -> None:
+        if self._last_obs is None:
+            raise RuntimeError(
+                "`env` must be reset by the model before `collect_rollouts`, got no observation. Call `learn`, which "
+                "resets it and collects."
+            )
 
     def _begin_rollout(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int) -> Engine:
         """Empty the buffer, prepare callback, policy and engine, and return the engine that acts."""

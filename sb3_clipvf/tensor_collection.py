@@ -64,10 +64,12 @@ class TensorRolloutCollector(RolloutCollector):
         :param n_rollout_steps: Steps of each environment.
         :return: False if the callback asked to stop; the rollout is then incomplete.
         :raises NonFiniteError: If observations, rewards, values or log-probabilities are not finite.
+        :raises RuntimeError: If the environments have not been reset.
         """
         kind: Callable[..., Rollout] | None = _kind_of_rollout(env, rollout_buffer)
         if kind is None:
             return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        self._check_was_reset()
         started = time.perf_counter()
         n_steps = 0
         engine = self._begin_rollout(env, callback, rollout_buffer, n_rollout_steps)

@@ -12,7 +12,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from gymnasium.vector.utils import batch_space
 from gymnasium.wrappers import ClipReward as ClipRewardOfOne
 from gymnasium.wrappers import RecordEpisodeStatistics as RecordStatisticsOfOne
-from gymnasium.wrappers.vector import ClipReward, NormalizeReward, RecordEpisodeStatistics
+from gymnasium.wrappers.vector import ClipReward, DictInfoToList, NormalizeReward, RecordEpisodeStatistics
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor, load_results
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
@@ -535,6 +535,11 @@ class TestRefusals:
     def test_of_wrappers_that_reset_all_rows(self, wrapper: Any, mode: AutoresetMode) -> None:
         with pytest.raises(ValueError, match=f"must not be wrapped in {wrapper.__name__}"):
             as_vec_env(ClipReward(wrapper(scripted(mode)), 0.0, 1.0))
+
+    def test_of_wrappers_that_convert_infos(self, request: pytest.FixtureRequest) -> None:
+        venv = adapted(request, DictInfoToList(scripted(AutoresetMode.NEXT_STEP)))
+        with pytest.raises(TypeError, match="must return infos as one dict of the batch, got .*list. Omit wrappers"):
+            venv.reset()
 
     def test_of_a_wrapped_cart_pole(self) -> None:
         env = ClipReward(gym.make_vec("CartPole-v1", num_envs=2), 0.0, 1.0)

@@ -167,6 +167,7 @@ class Wrong(TensorWalk):
         ({"rewards": th.zeros(4, dtype=th.int64)}, ValueError, "rewards .* floating point.*int64"),
         ({"terminated": th.zeros(4)}, ValueError, "terminated .* torch.bool.*float32"),
         ({"truncated": th.zeros(4, 1, dtype=th.bool)}, ValueError, r"truncated .*got \(4, 1\)"),
+        ({"infos": [{}] * 4}, TypeError, "infos as a dict, got a value of type list"),
     ],
 )
 def test_wrong_steps_are_refused(values: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -268,3 +269,12 @@ def test_host_copies_share_no_memory() -> None:
     copied = host_copy({"a": tensor})
     tensor += 1
     assert copied["a"].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [th.bfloat16, th.float16, th.float64])
+def test_rewards_of_every_float_reach_the_host(dtype: th.dtype) -> None:
+    env = as_vec_env(Wrong(rewards=th.full((4,), 0.5, dtype=dtype), infos={"height": th.ones(4, dtype=dtype)}))
+    env.reset()
+    _, rewards, _, infos = env.step(np.zeros((4, 2), np.float32))
+    np.testing.assert_array_equal(rewards, np.full(4, 0.5, np.float32), strict=True)
+    assert infos[3]["height"] == 1.0

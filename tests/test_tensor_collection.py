@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, CheckpointCallback, EvalCallback
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from tensor_cases import BOX, DICT, IMAGE, VECTOR, InPlaceWalk, Plain, TensorWalk
@@ -273,6 +273,16 @@ def test_the_policy_must_be_on_the_device_of_the_environments(tmp_path: Path) ->
     model.env = as_vec_env(TensorWalk(device="meta"))
     with pytest.raises(ValueError, match="`device` must be that of the tensor environments, meta, got cpu"):
         model.learn(48)
+
+
+@pytest.mark.parametrize("buffer", [None, DeviceRolloutBuffer])
+@pytest.mark.parametrize("make_env", [lambda: "CartPole-v1", TensorWalk])
+def test_rollouts_without_a_reset_are_refused(make_env: Any, buffer: Any) -> None:
+    model = ClipPPO(
+        "MlpPolicy", make_env(), engine="autograd", rollout_buffer_class=buffer, **SETTINGS | {"batch_size": 8}
+    )
+    with pytest.raises(RuntimeError, match="`env` must be reset by the model before `collect_rollouts`"):
+        model.collect_rollouts(model.env, CallbackList([]), model.rollout_buffer, 8)
 
 
 def test_which_environments_step_tensors() -> None:

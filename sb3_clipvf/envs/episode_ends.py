@@ -15,7 +15,7 @@ MONITOR_ADVICE = "Put Monitor outside of that wrapper, or use VecMonitor instead
 
 
 class UnreportedEnd(Enum):
-    """State of an episode that ended without a report of ``Monitor``, or of ``RecordEpisodeStatistics`` in an adapter."""
+    """State of an episode that ended without a report of ``Monitor``, or of Gymnasium's ``RecordEpisodeStatistics``."""
 
     LOST = auto()  #: A wrapper outside of it ended the episode.
     RUNNING = auto()  #: It still counts the steps, for example after the loss of a life.

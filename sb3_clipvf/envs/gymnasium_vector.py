@@ -1,7 +1,7 @@
 """SB3's ``VecEnv`` over gymnasium's ``VectorEnv`` in its three autoreset modes, including ale-py's class."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gymnasium as gym
@@ -43,6 +43,7 @@ class GymnasiumVecEnv(BatchedVecEnv):
 
     def _reset_all(self, seeds: list[int] | None, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
         obs, infos = self.env.reset(seed=None if seeds is None else self._seed_argument(seeds), options=options)
+        _check_infos(infos)
         return copy_batch(self.observation_space, obs), infos
 
     def _seed_argument(self, seeds: list[int]) -> Any:
@@ -51,6 +52,7 @@ class GymnasiumVecEnv(BatchedVecEnv):
 
     def _step_all(self, actions: np.ndarray) -> Step:
         obs, rewards, terminated, truncated, infos = self.env.step(actions)
+        _check_infos(infos)
         rewards = np.asarray(rewards)
         return Step(
             copy_batch(self.observation_space, obs),
@@ -275,6 +277,15 @@ class AtariVecEnv(GymnasiumVecEnv):
         return super()._begin_next(step, ended, infos)
 
 
+def _check_infos(infos: Any) -> None:
+    """Raise TypeError if a wrapper has converted the infos of the batch, as Gymnasium's ``DictInfoToList`` does."""
+    if not isinstance(infos, Mapping):
+        raise TypeError(
+            f"`env` must return infos as one dict of the batch, got a value of type {type(infos).__name__}. Omit "
+            "wrappers that convert infos, such as DictInfoToList: the adapter returns one dict per environment."
+        )
+
+
 def _earlier_frames(infos: dict[str, Any]) -> np.ndarray:
     """Return the number of frames of earlier games, which changes only when a game ends."""
     return np.array(infos["frame_number"], np.int64) - np.array(infos["episode_frame_number"], np.int64)
@@ -295,7 +306,7 @@ def _autoreset_mode(env: VectorEnv[Any, Any, Any]) -> AutoresetMode:
 
 
 def _all_report_episodes(core: Any) -> bool:
-    """Return whether each environment has a wrapper that puts the statistics of its episodes into ``info["episode"]``."""
+    """Return whether a wrapper of each environment puts the statistics of episodes into ``info["episode"]``."""
     if not isinstance(core, AsyncVectorEnv):
         return all(map(_reports_episodes, core.envs))
 

@@ -181,6 +181,8 @@ class TensorCheck:
         observations, final = self.observations("step_tensors", step.observations), step.final_observations
         if final is not None:
             final = self.observations("step_tensors", final)
+        if not isinstance(step.infos, Mapping):
+            raise TypeError(f"`step_tensors` must return infos as a dict, got {_kind(step.infos)}. {_WAY_OUT}")
         column = th.Size((self._n_envs,))
         self._tensor("step_tensors", "rewards", step.rewards, column, None)
         self._tensor("step_tensors", "terminated", step.terminated, column, th.bool)
@@ -279,7 +281,9 @@ def host_copy(tensors: Any) -> Any:
     """Return a tensor, or nested dicts of tensors, as arrays in memory of their own."""
     if isinstance(tensors, Mapping):
         return {key: host_copy(tensor) for key, tensor in tensors.items()}
-    array = tensors.detach().cpu().numpy()
+    whole = tensors.detach()
+    # NumPy has no bfloat16.
+    array = (whole.float() if whole.dtype == th.bfloat16 else whole).cpu().numpy()
     return array.copy() if tensors.device.type == "cpu" else array
 
 

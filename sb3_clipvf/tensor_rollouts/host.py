@@ -94,12 +94,13 @@ class HostRollout(TensorRollout):
         return rewards.index_add(0, rows, final_values, alpha=self.collector.gamma).numpy()
 
     def _reward_error(self, step: TensorStep, rewards: np.ndarray, t: int) -> Exception:
-        fault = reward_fault(step.rewards.numpy(), rewards, LazyInfos(step, self.buffer.n_envs))
+        own_rewards = host_copy(step.rewards)
+        fault = reward_fault(own_rewards, rewards, LazyInfos(step, self.buffer.n_envs))
         acted = self._acted
         acted_arrays = {"actions": acted.actions, "values": acted.values, "log_probs": acted.log_prob}
         arrays = acted_arrays if self._writer is None else self._writer.row()
         arrays |= {"observations": self.collector._last_obs, "new_observations": host_copy(step.observations)}
-        arrays |= {"rewards": step.rewards.numpy(), "dones": self.dones[t].numpy()}
+        arrays |= {"rewards": own_rewards, "dones": self.dones[t].numpy()}
         return step_error(self.collector._fault_context(), fault, t, arrays)
 
 
