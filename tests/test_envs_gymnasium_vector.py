@@ -479,6 +479,12 @@ class TestAttributes:
         with pytest.warns(UserWarning, match="render mode must be rgb_array"):
             assert venv.get_images() == [None, None, None]
 
+    @pytest.mark.parametrize("mode", ["sync", "async", "vector_entry_point"])
+    def test_metadata(self, request: pytest.FixtureRequest, mode: str) -> None:
+        venv = adapted(request, gym.make_vec("CartPole-v1", num_envs=2, vectorization_mode=mode))
+        # SB3's VecVideoRecorder reads it.
+        assert venv.metadata["render_fps"] == gym.make("CartPole-v1").metadata["render_fps"] == 50
+
     def test_close(self) -> None:
         env = scripted(AutoresetMode.NEXT_STEP)
         venv = as_vec_env(env)

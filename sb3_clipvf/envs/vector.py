@@ -55,6 +55,7 @@ class BatchedVecEnv(VecEnv):
         self._actions: Any = None
         self._was_reset = False
         super().__init__(n_envs, observation_space, action_space)
+        self.metadata: dict[str, Any] = {**self.metadata, **(getattr(env, "metadata", None) or {})}
         if monitor_path is not None:
             env_id = str(getattr(getattr(env, "spec", None), "id", None) or _name(env))
             header: dict[str, float | str] = {"t_start": self.statistics.started_at, "env_id": env_id}
