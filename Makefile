@@ -47,13 +47,13 @@ docs: $(STAMP)-test  ## build the documentation into docs/_build/html; a warning
 bench: $(STAMP)-speed  ## measure the speed beside SB3 and SBX (over an hour; resumes if stopped)
 	$(BIN)/python -m tests.bench speed
 
-bench-growth: $(STAMP)-speed  ## measure how cost and memory grow with each size (ten minutes; resumes if stopped)
+bench-growth: $(STAMP)-speed  ## measure how time and memory scale with each size (ten minutes; resumes if stopped)
 	$(BIN)/python -m tests.bench growth
 
-bench-scaling: $(STAMP)-test  ## measure trainings on one and two processes, and predict more (two minutes; resumes if stopped)
+bench-scaling: $(STAMP)-test  ## measure training in one and two processes, and predict more (two minutes; resumes if stopped)
 	$(BIN)/python -m tests.bench scaling
 
-bench-processes: $(STAMP)-test  ## compare what one process and two learn from the same steps (resumes if stopped)
+bench-processes: $(STAMP)-test  ## compare returns in one process and in two, with the same steps (resumes if stopped)
 	$(BIN)/python -m tests.bench processes
 
 bench-starts: $(STAMP)-speed  ## measure the time to the first update beside SB3 and SBX (minutes; resumes if stopped)
@@ -68,7 +68,7 @@ bench-curves: $(STAMP)-curves  ## compare training curves of the engines (hours;
 bench-experiments: $(STAMP)-test  ## compare settings in many environments, on many seeds (hours; resumes if stopped)
 	$(BIN)/python -m tests.bench experiments defaults --jobs 2
 
-bench-faults: $(STAMP)-test  ## kill trainings, damage files, pass random arguments (resumes if stopped)
+bench-faults: $(STAMP)-test  ## kill training runs, damage files, pass random arguments (resumes if stopped)
 	$(BIN)/python -m tests.bench faults
 
 host-suite: $(STAMP)-test  ## run Stable-Baselines3's own tests with ClipPPO in PPO's place

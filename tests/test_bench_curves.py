@@ -95,7 +95,7 @@ def test_table_has_means_and_differences(tmp_path: Path) -> None:
         "| Pendulum-v1, 5,000 steps, not run | whole training |  |  |  |",
         "|  | last 100 episodes |  |  |  |",
     ]
-    assert lines[-1] == "- C, 2 cores, 1 runs side by side, one thread each; python 3"
+    assert lines[-1] == "- C, 2 cores, one run at a time, one thread each; python 3"
 
 
 def test_table_names_the_seeds_that_there_are(tmp_path: Path) -> None:

@@ -407,7 +407,7 @@ def test_report_of_a_complete_suite(tmp_path: Path) -> None:
         "| CartPole-v1 | random actions |  | 20 | 20 |",
     ]
     assert "So far" not in text
-    assert "2 runs side by side, one thread each; python 3" in lines[-1]
+    assert "2 parallel runs, one thread each; python 3" in lines[-1]
 
 
 def test_clear_difference_has_no_end_that_looks_like_none() -> None:
@@ -445,7 +445,7 @@ def test_trainings_of_few_episodes_are_counted(tmp_path: Path) -> None:
         record = record_of(1.0)
         table.add(setting, spec, replace(record, scores={**record.scores, "n_episodes": n_episodes}), 2)
     assert (
-        "Trainings with fewer than 100 episodes, of which *last 100 episodes* has all: Hopper-v5: 4 of 8 runs."
+        "Runs with fewer than 100 episodes, of which *last 100 episodes* has all: Hopper-v5: 4 of 8 runs."
     ) in render(scores_of(suite, table))
 
 

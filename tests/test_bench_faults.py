@@ -62,8 +62,8 @@ def test_a_short_campaign_is_survived(campaign: tuple[Path, subprocess.Completed
     assert runs["arguments"]["counts"]["refused"] > 20
     assert runs["arguments"]["counts"]["models built"] > 3
     table = (folder / "docs/results/faults.md").read_text()
-    assert "| a training is killed and resumed | CartPole-v1 | 2 | 2 | 0 | 0 | 0 |" in table
-    assert "| a training is killed and resumed | HalfCheetah-v5 | not run |" in table
+    assert "| a run is killed and resumed | CartPole-v1 | 2 | 2 | 0 | 0 | 0 |" in table
+    assert "| a run is killed and resumed | HalfCheetah-v5 | not run |" in table
     assert "bench faults --kills 2 --corruptions 30 --examples 120`" in table
 
 
@@ -138,7 +138,7 @@ def test_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(ROWS)
-    assert lines[0].split() == [*"kills-CartPole-v1 a training is killed and resumed 0 of 100 done".split()]
+    assert lines[0].split() == [*"kills-CartPole-v1 a run is killed and resumed 0 of 100 done".split()]
     assert list(tmp_path.iterdir()) == []
 
 

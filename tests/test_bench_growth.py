@@ -96,7 +96,7 @@ def test_tables_and_figure(in_folder: Path, capsys: pytest.CaptureFixture[str]) 
     ]
     assert "- " in text.partition("Machines and versions:")[2]
     assert Path("docs/results/growth.png").read_bytes().startswith(b"\x89PNG")
-    assert "2 alternations to measure" in capsys.readouterr().out
+    assert "2 rounds to measure" in capsys.readouterr().out
 
 
 def test_quick_points_are_tabulated_by_their_sizes(in_folder: Path) -> None:

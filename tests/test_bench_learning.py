@@ -424,7 +424,7 @@ def test_table_means_over_seeds_and_names_what_is_missing(tmp_path: Path) -> Non
         "| empty | 5,000 | not run | not run |  |  | 8 |  |  |  |",
     ]
     assert lines[6].startswith("Seeds: 1000, 1001. ")
-    assert lines[-1] == "- C, 2 cores, 1 runs side by side, one thread each; python 3"
+    assert lines[-1] == "- C, 2 cores, one run at a time, one thread each; python 3"
 
 
 def test_a_mean_below_the_goal_does_not_reach_it(tmp_path: Path) -> None:

@@ -526,7 +526,7 @@ def results_of(path: Path, *runs: dict[str, Any]) -> Results:
     return results
 
 
-def test_ratio_pairs_runs_of_the_same_alternation(tmp_path: Path) -> None:
+def test_ratio_pairs_runs_of_the_same_round(tmp_path: Path) -> None:
     results = results_of(
         tmp_path,
         *(result(FAST, "clipppo", str(n), speed_) for n, speed_ in ((1, 30.0), (2, 80.0), (3, 120.0), (4, 999.0))),
@@ -594,15 +594,14 @@ def test_tables(tmp_path: Path) -> None:
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert lines == [
         "| configuration | ClipPPO / SB3 | update | ClipPPO / SB3 compiled | ClipPPO / SBX "
-        "| ClipPPO steps/s | SB3 steps/s | SB3 compiled steps/s | SBX steps/s | bound steps/s | goal |",
+        "| ClipPPO steps/s | SB3 steps/s | SB3 compiled steps/s | SBX steps/s | environment-only steps/s | goal |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
         "| a fast one (`fast`) | 4.00<br>(2.00 to 6.00) | 4.00<br>(2.00 to 6.00) |  | 1.00<br>(0.50 to 1.50) "
         "| 8,000 | 2,000 |  | 8,000 | 50,000 / 9,000 | 2: yes |",
-        "| a fast one (`cold`) | 1.25 | 1.25 | 1.11 |  | 1,000 | 800 | 900 |  |  "
-        "| 2: no so far (1 of 3 alternations) |",
+        "| a fast one (`cold`) | 1.25 | 1.25 | 1.11 |  | 1,000 | 800 | 900 |  |  | 2: no so far (1 of 3 rounds) |",
         "| a slow one (`slow`) |  |  |  |  |  |  |  |  |  | 2: not run |",
         "| a slow one (`gone`) |  |  |  |  |  |  |  |  |  | 2: needs x |",
-        "| configuration | peer | environment s | policy s | update s | other s | products of the update | memory MB "
+        "| configuration | library | environment s | policy s | update s | other s | matrix products | memory MB "
         "| start s | engine | threads |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
         "| fast | ClipPPO | 10.00 | 20.00 | 12.50 | 0.00 | 40% | 150 (+50) | 4.0 | e | 1 |",
@@ -616,7 +615,7 @@ def test_tables(tmp_path: Path) -> None:
     assert text.endswith("- C, 2 cores, one run at a time; python 3\n")
     ratios, _, seconds = text.partition("\n\n<!-- details -->\n\n")
     assert "| fast | SB3 |" not in ratios
-    assert seconds.startswith("| configuration | peer |")
+    assert seconds.startswith("| configuration | library |")
 
 
 def test_figure_has_a_bar_for_each_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -643,7 +642,7 @@ def test_figure_has_a_bar_for_each_ratio(tmp_path: Path, monkeypatch: pytest.Mon
 def test_results_and_table_of_all_rows(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     runs = runs_in()
-    assert len(runs) == 2 * 2 * 4 + 3 * (3 + 4)  # trials of two peers, two on each number of threads; alternations
+    assert len(runs) == 2 * 2 * 4 + 3 * (3 + 4)  # trials of two peers, two on each number of threads; rounds
     run = next(run for run in runs if (run["name"], run["peer"], run["part"]) == ("fast", "clipppo", "2"))
     # Both peers are faster on one thread in the fake process.
     assert (run["steps_per_second"], run["other_load"]) == (2402.0, 5.0)
@@ -655,14 +654,14 @@ def test_results_and_table_of_all_rows(in_folder: Path, capsys: pytest.CaptureFi
     )
     assert line.endswith("| 2: no |")  # 1.999: rounded only in the table
     printed = capsys.readouterr().out
-    assert "\n6 alternations to measure, 0 are done already" in printed
+    assert "\n6 rounds to measure, 0 are done already" in printed
     assert "fast, ClipPPO, 2: 2,402 steps/s" in printed
     assert table in printed
     assert not (in_folder / "logs/bench/speed-quick.json").exists()
 
 
-def test_peers_run_in_turn_and_each_row_before_the_next_alternation(in_folder: Path) -> None:
-    assert main(["--alternations", "2"]) == 0
+def test_peers_run_in_turn_and_each_row_before_the_next_round(in_folder: Path) -> None:
+    assert main(["--rounds", "2"]) == 0
     trials = ["clipppo 0"] * 4 + ["sb3 0"] * 4
     first_fast = ["clipppo 1", "sb3 1", "bound_clipppo 1"]
     first_slow = [*first_fast, "bound_sb3 1"]
@@ -678,7 +677,7 @@ def test_processes_get_their_threads_and_sizes(in_folder: Path, monkeypatch: pyt
     installed(monkeypatch, lambda name: True)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.setattr(speed, "ROWS", (replace(FAST, cold_start=True), SLOW))
-    assert main(["--rows", "fast", "--alternations", "1"]) == 0
+    assert main(["--rows", "fast", "--rounds", "1"]) == 0
     made = tasks()
     assert [(task["peer"], task["threads"]) for task in made] == [
         *((peer, threads) for peer in FAST.peers for threads in ("1", None, "1", None)),
@@ -698,11 +697,11 @@ def test_compiled_sb3_has_the_threads_of_sb3(
 ) -> None:
     row = replace(FAST, policy="MlpPolicy", peers=("clipppo", "sb3", "sb3_compiled"), cold_start=cold_start)
     monkeypatch.setattr(speed, "ROWS", (row,))
-    assert main(["--alternations", "1"]) == 0
+    assert main(["--rounds", "1"]) == 0
     made = [(task["threads"], task["seed"], task["caches"]) for task in tasks() if task["peer"] == "sb3_compiled"]
     cold = [(None, 0, ["TORCHINDUCTOR_CACHE_DIR"])] if cold_start else []
     assert made == [*cold, ("1", 1, [])]
-    assert main(["--alternations", "1", "--rerun"]) == 0  # cold starts are measured again
+    assert main(["--rounds", "1", "--rerun"]) == 0  # cold starts are measured again
     again = [(task["threads"], task["seed"], task["caches"]) for task in tasks() if task["peer"] == "sb3_compiled"]
     assert again == made
 
@@ -712,19 +711,19 @@ def test_peers_that_cannot_run_are_named(
 ) -> None:
     monkeypatch.setattr(speed, "ROWS", (FAST, replace(SLOW, peers=("clipppo", "sb3", "sb3_compiled", "sbx"))))
     installed(monkeypatch, lambda name: name not in ("sbx", "g++"))
-    assert main(["--alternations", "1"]) == 0
+    assert main(["--rounds", "1"]) == 0
     printed = capsys.readouterr().out
     assert "SBX: skipped, needs sbx: pip install 'sb3_clipvf[sbx]'" in printed
     assert "SB3 compiled: skipped, needs a C++ compiler: g++, or the one that CXX names" in printed
     assert {task["peer"] for task in tasks()} == {"clipppo", "sb3", *BOUNDS}
-    assert main(["--alternations", "1", "--rows", "fast"]) == 0
+    assert main(["--rounds", "1", "--rows", "fast"]) == 0
     assert "compiled: skipped" not in capsys.readouterr().out
 
 
 def test_row_that_fixes_the_threads_needs_no_trials(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, lambda name: True)
     monkeypatch.setattr(speed, "ROWS", (replace(FAST, threads=1), replace(SLOW, policy="MlpPolicy", threads=1)))
-    assert main(["--alternations", "1"]) == 0
+    assert main(["--rounds", "1"]) == 0
     made = [(task["peer"], task["threads"], task["cores"], task["seed"]) for task in tasks()]
     first = [("clipppo", "1", None, 1), ("sb3", "1", None, 1), ("sbx", "1", 1, 1), ("bound_clipppo", None, None, 1)]
     assert made == [*first, *first, ("bound_sb3", None, None, 1)]
@@ -735,7 +734,7 @@ def test_the_native_engine_chooses_its_threads_itself(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, cold_start: bool
 ) -> None:
     monkeypatch.setattr(speed, "ROWS", (replace(FAST, policy="MlpPolicy", cold_start=cold_start), SLOW))
-    assert main(["--rows", "fast", "--alternations", "1"]) == 0
+    assert main(["--rows", "fast", "--rounds", "1"]) == 0
     made = [(task["peer"], task["threads"], task["seed"], task["caches"]) for task in tasks()]
     # Its only trial measures the time that compiling takes.
     assert made == [
@@ -747,7 +746,7 @@ def test_the_native_engine_chooses_its_threads_itself(
     ]
 
 
-def test_finished_alternations_are_skipped_until_asked_or_changed(
+def test_finished_rounds_are_skipped_until_asked_or_changed(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--rows", "fast"]) == 0
@@ -755,19 +754,19 @@ def test_finished_alternations_are_skipped_until_asked_or_changed(
     Path("compiled").unlink()  # kernels, before anything is measured
     assert main(["--rows", "fast"]) == 0
     assert order() == [] and not Path("compiled").exists()
-    assert "0 alternations to measure, 3 are done already" in capsys.readouterr().out
-    assert main(["--rows", "fast", "--alternations", "4"]) == 0
+    assert "0 rounds to measure, 3 are done already" in capsys.readouterr().out
+    assert main(["--rows", "fast", "--rounds", "4"]) == 0
     assert order() == ["fast bound_clipppo 4", "fast sb3 4", "fast clipppo 4"]
-    assert main(["--rows", "fast", "--alternations", "1", "--rerun"]) == 0
+    assert main(["--rows", "fast", "--rounds", "1", "--rerun"]) == 0
     assert order() == ["fast clipppo 1", "fast sb3 1", "fast bound_clipppo 1"]  # the choices of threads stay
     monkeypatch.setattr(speed, "ROWS", (replace(FAST, iterations=9), SLOW))
-    assert main(["--rows", "fast", "--alternations", "1"]) == 0
+    assert main(["--rows", "fast", "--rounds", "1"]) == 0
     assert len(order()) == 8 + 3
 
 
 def test_second_trials_follow_only_close_first_ones(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     child_is(monkeypatch, CHILD.replace('1.2 if threads == "1"', '1.3 if threads == "1"'))
-    assert main(["--rows", "fast", "--alternations", "1"]) == 0
+    assert main(["--rows", "fast", "--rounds", "1"]) == 0
     made = [(task["peer"], task["threads"]) for task in tasks() if task["seed"] == 0]
     assert made == [("clipppo", "1"), ("clipppo", None), ("sb3", "1"), ("sb3", None)]
 
@@ -775,27 +774,27 @@ def test_second_trials_follow_only_close_first_ones(in_folder: Path, monkeypatch
 def test_expected_minutes_are_those_of_earlier_measurements(
     in_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--rows", "fast", "--alternations", "1"]) == 0
+    assert main(["--rows", "fast", "--rounds", "1"]) == 0
     assert "0 of their 11 measurements take about 0 min; the others were never made." in capsys.readouterr().out
     results = Results(Path("docs/results/speed.json"), KEY)
     for run in results.runs:
         results.add(run | {"process_seconds": 600.0})
-    assert main(["--rows", "fast", "--alternations", "2"]) == 0
+    assert main(["--rows", "fast", "--rounds", "2"]) == 0
     assert "\nThey take about 30 min.\n" in capsys.readouterr().out
-    assert main(["--rows", "fast", "--alternations", "2"]) == 0
+    assert main(["--rows", "fast", "--rounds", "2"]) == 0
     assert "They take" not in capsys.readouterr().out
 
 
-def test_alternation_that_lacks_a_peer_is_measured_as_a_whole(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert main(["--rows", "fast", "--alternations", "2"]) == 0
+def test_round_that_lacks_a_peer_is_measured_as_a_whole(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["--rows", "fast", "--rounds", "2"]) == 0
     path = Path("docs/results/speed.json")
     runs = [run for run in runs_in() if (run["peer"], run["part"]) != ("sb3", "2")]
     path.write_text(json.dumps({"format": 1, "runs": runs}))
     tasks()
-    assert main(["--rows", "fast", "--alternations", "2"]) == 0
+    assert main(["--rows", "fast", "--rounds", "2"]) == 0
     assert order() == ["fast bound_clipppo 2", "fast sb3 2", "fast clipppo 2"]
     installed(monkeypatch, lambda name: True)
-    assert main(["--rows", "fast", "--alternations", "1"]) == 0
+    assert main(["--rows", "fast", "--rounds", "1"]) == 0
     whole = ("clipppo 1", "sb3 1", "sbx 1", "bound_clipppo 1")
     assert order() == [f"fast {text}" for text in (*["sbx 0"] * 4, *whole)]
 
@@ -813,11 +812,11 @@ def test_alternation_that_lacks_a_peer_is_measured_as_a_whole(in_folder: Path, m
 def test_results_of_another_machine_or_version_are_measured_again(
     in_folder: Path, key: str, value: Any, stale: bool
 ) -> None:
-    assert main(["--rows", "fast", "--alternations", "1"]) == 0
+    assert main(["--rows", "fast", "--rounds", "1"]) == 0
     runs = [run | {key: value} for run in runs_in()]
     Path("docs/results/speed.json").write_text(json.dumps({"format": 1, "runs": runs}))
     tasks()
-    assert main(["--rows", "fast", "--alternations", "1"]) == 0
+    assert main(["--rows", "fast", "--rounds", "1"]) == 0
     assert len(order()) == (8 + 3 if stale else 0)
 
 
@@ -826,7 +825,7 @@ def test_failed_process_is_reported_not_kept_and_does_not_stop_the_others(
 ) -> None:
     program = CHILD + "if task['row']['name'] == 'fast' and task['seed'] == 2: raise SystemExit('it broke')"
     child_is(monkeypatch, program)
-    assert main(["--alternations", "2"]) == 1
+    assert main(["--rounds", "2"]) == 1
     printed = capsys.readouterr().out
     log = "logs/bench/speed/fast/clipppo-2.log"
     assert f"fast, ClipPPO, 2: FAILED, the process ended with code 1 (it broke), see {log}" in printed
@@ -836,7 +835,7 @@ def test_failed_process_is_reported_not_kept_and_does_not_stop_the_others(
     assert kept == {(name, part) for name in ("fast", "slow") for part in (*TRIALS, "1", "2")} - {("fast", "2")}
     child_is(monkeypatch, CHILD)
     tasks()
-    assert main(["--alternations", "2"]) == 0
+    assert main(["--rounds", "2"]) == 0
     assert len(order()) == 3
 
 
@@ -844,7 +843,7 @@ def test_row_whose_trials_fail_is_left_out(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     child_is(monkeypatch, CHILD + "if task['row']['env'] == 'gym' and task['peer'] == 'sb3': sys.exit(3)")
-    assert main(["--alternations", "2"]) == 1
+    assert main(["--rounds", "2"]) == 1
     assert "fast, 1: left out, since the trials failed" in capsys.readouterr().out
     assert {task.split()[2] for task in order() if task.startswith("fast")} == {"0"}
     assert "| 2: failed |" in Path("docs/results/speed.md").read_text()
@@ -854,7 +853,7 @@ def test_row_whose_trials_fail_is_left_out(
 def test_sbx_that_fails_leaves_the_row_to_the_others(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, lambda name: True)
     child_is(monkeypatch, CHILD + "if task['peer'] == 'sbx': sys.exit(3)")
-    assert main(["--rows", "fast", "--alternations", "1"]) == 1
+    assert main(["--rows", "fast", "--rounds", "1"]) == 1
     assert {run["peer"] for run in runs_in()} == {"clipppo", "sb3", "bound_clipppo"}
 
 
@@ -882,7 +881,7 @@ def test_process_without_a_result_failed(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], program: str
 ) -> None:
     child_is(monkeypatch, program)
-    assert main(["--rows", "fast", "--alternations", "1"]) == 1
+    assert main(["--rows", "fast", "--rounds", "1"]) == 1
     assert "FAILED, the process gave no result (" in capsys.readouterr().out
     assert not Path("docs/results/speed.json").exists()
 
@@ -892,7 +891,7 @@ def test_interrupt_ends_the_process_and_keeps_what_is_measured(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    # SB3's process of the second alternation interrupts the benchmark, and would otherwise last for a minute.
+    # SB3's process of the second round interrupts the benchmark, and would otherwise last for a minute.
     program = f"""
 import os, pathlib, signal, time
 if task["peer"] == "sb3" and task["seed"] == 2:
@@ -902,16 +901,16 @@ if task["peer"] == "sb3" and task["seed"] == 2:
         time.sleep(5)
 """
     child_is(monkeypatch, CHILD + program)
-    assert main(["--rows", "fast", "--alternations", "2"]) == 130
+    assert main(["--rows", "fast", "--rounds", "2"]) == 130
     assert "Interrupted. The same command resumes with what is missing." in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is before
     assert not psutil.pid_exists(int(Path("pid").read_text()))
     parts = {(run["peer"], run["part"]) for run in runs_in()}
     assert ("sb3", "1") in parts and ("bound_clipppo", "2") in parts and ("sb3", "2") not in parts
-    assert "| 2: no so far (1 of 3 alternations) |" in Path("docs/results/speed.md").read_text()
+    assert "| 2: no so far (1 of 3 rounds) |" in Path("docs/results/speed.md").read_text()
     child_is(monkeypatch, CHILD)
     tasks()
-    assert main(["--rows", "fast", "--alternations", "2"]) == 0
+    assert main(["--rows", "fast", "--rounds", "2"]) == 0
     assert order() == ["fast bound_clipppo 2", "fast sb3 2", "fast clipppo 2"]
 
 
@@ -920,25 +919,22 @@ def test_row_that_needs_a_package_is_skipped_with_its_name(
 ) -> None:
     monkeypatch.setattr(speed, "ROWS", (FAST, replace(SLOW, env="envpool")))
     installed(monkeypatch, lambda name: name != "envpool" and name != "sbx")
-    assert main(["--alternations", "1"]) == 0
+    assert main(["--rounds", "1"]) == 0
     assert "slow: skipped, needs envpool: pip install 'sb3_clipvf[envpool]'" in capsys.readouterr().out
     assert all(task.startswith("fast") for task in order())
     assert "| 2: needs envpool: pip install 'sb3_clipvf[envpool]' |" in Path("docs/results/speed.md").read_text()
 
 
 def test_quick_writes_beside_the_results(in_folder: Path) -> None:
-    assert main(["--quick", "--rows", "fast", "--alternations", "1"]) == 0
+    assert main(["--quick", "--rows", "fast", "--rounds", "1"]) == 0
     assert not Path("docs").exists()
     assert {run["row"]["iterations"] for run in runs_in(Path("logs/bench/speed-quick.json"))} == {2}
     assert {task["bound_seconds"] for task in tasks()} == {0.05}
-    assert (
-        "Made by `python -m tests.bench speed --quick --alternations 1`."
-        in Path("logs/bench/speed-quick.md").read_text()
-    )
+    assert "Made by `python -m tests.bench speed --quick --rounds 1`." in Path("logs/bench/speed-quick.md").read_text()
     # Quick results never replace real ones.
     Path("docs/results").mkdir(parents=True)
     Path("docs/results/speed.json").write_bytes(Path("logs/bench/speed-quick.json").read_bytes())
-    assert main(["--rows", "fast", "--alternations", "1"]) == 0
+    assert main(["--rows", "fast", "--rounds", "1"]) == 0
     assert len(order()) == 8 + 3
 
 
@@ -954,7 +950,7 @@ def test_devices(in_folder: Path, monkeypatch: pytest.MonkeyPatch, device: str, 
     monkeypatch.setattr(speed, "ROWS", (update,))
     monkeypatch.setattr(speed.SpeedBenchmark, "gpu_rows", ("fast",))
     monkeypatch.setattr(speed, "_gpu_name", lambda: "a GPU")
-    assert main(["--device", device, "--alternations", "1", "--iterations", "3"]) == 0
+    assert main(["--device", device, "--rounds", "1", "--iterations", "3"]) == 0
     made = tasks()  # no trials: threads matter little beside a GPU, and the native engine tries them itself
     assert [task["peer"] for task in made] == list(devices)
     for task in made:
@@ -964,13 +960,13 @@ def test_devices(in_folder: Path, monkeypatch: pytest.MonkeyPatch, device: str, 
         assert row.is_native(task["peer"]) == (devices[task["peer"]] != "cuda" and task["peer"] != "sb3")
     assert {run["gpu"] for run in runs_in(Path(f"docs/results/speed-{device}.json"))} == {"a GPU"}
     table = Path(f"docs/results/speed-{device}.md").read_text()
-    command = f"python -m tests.bench speed --alternations 1 --iterations 3 --device {device}"
+    command = f"python -m tests.bench speed --rounds 1 --iterations 3 --device {device}"
     assert f"Made by `{command}`." in table
     assert "| none on cuda |" in table
     assert ("| ClipPPO / ClipPPO on the GPU |" in table) == (device == "auto")
     assert "2 cores, a GPU, one run at a time" in table.replace(f"{os.cpu_count()} cores", "2 cores")
     monkeypatch.setattr(speed, "_gpu_name", lambda: "another GPU")
-    assert main(["--device", device, "--alternations", "1", "--iterations", "3"]) == 0
+    assert main(["--device", device, "--rounds", "1", "--iterations", "3"]) == 0
     assert len(tasks()) == len(devices)  # results of another GPU do not count
 
 
@@ -1017,7 +1013,7 @@ def test_trials_choose_threads_of_a_peer_on_the_cpu_beside_a_gpu(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(speed, "_gpu_name", lambda: "a GPU")
-    assert main(["--device", "auto", "--alternations", "1", "--rows", "fast"]) == 0
+    assert main(["--device", "auto", "--rounds", "1", "--rows", "fast"]) == 0
     assert {task["peer"] for task in tasks() if task["seed"] == 0} == {"clipppo_on_cpu"}
 
 
@@ -1042,7 +1038,7 @@ def test_models_are_on_the_device_of_their_peer(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_list_shows_what_is_done_and_runs_nothing(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--rows", "fast", "--alternations", "2"]) == 0
+    assert main(["--rows", "fast", "--rounds", "2"]) == 0
     tasks()
     capsys.readouterr()
     assert main(["--list"]) == 0
@@ -1085,7 +1081,7 @@ def test_profile_names_where_the_time_goes(
 @pytest.mark.parametrize(
     "options, match",
     [
-        ("--alternations 0", "--alternations: must be a whole number of at least 1, got 0"),
+        ("--rounds 0", "--rounds: must be a whole number of at least 1, got 0"),
         ("--rows fast huge", "--only/--rows: invalid choice: 'huge' (choose from"),
         ("--profile huge", "--profile: invalid choice: 'huge' (choose from"),
         (
@@ -1119,7 +1115,7 @@ def test_real_processes_of_both_peers(
     installed(monkeypatch, lambda name: name != "sbx")
     for name in [*TRIALS][1:]:  # on busy cores these take minutes
         monkeypatch.delitem(TRIALS, name)
-    assert main(["--quick", "--rows", "custom-extractor", "--alternations", "1"]) == 0
+    assert main(["--quick", "--rows", "custom-extractor", "--rounds", "1"]) == 0
     runs = {(run["peer"], run["part"]): run for run in runs_in(Path("logs/bench/speed-quick.json"))}
     assert runs["sb3", "1"]["engine"] == "torch"
     assert runs["clipppo", "1"]["engine"] in set(ENGINE_NAMES) - {"auto", "native"}

@@ -42,7 +42,7 @@ def started() -> list[str]:
     return lines
 
 
-def alternation(env_id: str) -> list[str]:
+def one_round(env_id: str) -> list[str]:
     return [
         f"sb3_clipvf ClipPPO {env_id} 0 False",
         f"sb3_clipvf ClipPPO {env_id} 1 False",
@@ -54,9 +54,9 @@ def runs_in(path: Path = Path("docs/results/starts.json")) -> list[dict[str, Any
     return list(json.loads(path.read_text())["runs"])
 
 
-def test_alternation_starts_without_kernels_and_then_with_those_left(in_folder: Path) -> None:
-    assert main(["--alternations", "1"]) == 0
-    assert started() == alternation("CartPole-v1") + alternation("HalfCheetah-v5")
+def test_round_starts_without_kernels_and_then_with_those_left(in_folder: Path) -> None:
+    assert main(["--rounds", "1"]) == 0
+    assert started() == one_round("CartPole-v1") + one_round("HalfCheetah-v5")
     assert {(run["name"], run["peer"], run["part"]) for run in runs_in()} == {
         (row.name, peer, "1") for row in ROWS for peer in ("cold", "clipppo", "sb3")
     }
@@ -64,20 +64,18 @@ def test_alternation_starts_without_kernels_and_then_with_those_left(in_folder: 
 
 
 def test_same_command_measures_only_what_is_missing(in_folder: Path) -> None:
-    assert main(["--only", "CartPole-v1", "--alternations", "1"]) == 0
-    assert main(["--only", "CartPole-v1", "--alternations", "1"]) == 0
-    assert started() == alternation("CartPole-v1")
-    assert main(["--alternations", "2"]) == 0
-    assert started() == [line for row in (ROWS[1], *ROWS) for line in alternation(row.name)]
-    assert main(["--rerun", "--only", "CartPole-v1", "--alternations", "1"]) == 0
-    assert started() == alternation("CartPole-v1")
+    assert main(["--only", "CartPole-v1", "--rounds", "1"]) == 0
+    assert main(["--only", "CartPole-v1", "--rounds", "1"]) == 0
+    assert started() == one_round("CartPole-v1")
+    assert main(["--rounds", "2"]) == 0
+    assert started() == [line for row in (ROWS[1], *ROWS) for line in one_round(row.name)]
+    assert main(["--rerun", "--only", "CartPole-v1", "--rounds", "1"]) == 0
+    assert started() == one_round("CartPole-v1")
 
 
 @pytest.mark.parametrize("change", [{"peer": "other"}, {"cores": 0}, {"versions": {"torch": "0"}}])
-def test_alternation_that_lacks_a_peer_or_is_stale_is_measured_as_a_whole(
-    in_folder: Path, change: dict[str, Any]
-) -> None:
-    arguments = ["--only", "CartPole-v1", "--alternations", "1"]
+def test_round_that_lacks_a_peer_or_is_stale_is_measured_as_a_whole(in_folder: Path, change: dict[str, Any]) -> None:
+    arguments = ["--only", "CartPole-v1", "--rounds", "1"]
     assert main(arguments) == 0
     started()
     path = Path("docs/results/starts.json")
@@ -85,7 +83,7 @@ def test_alternation_that_lacks_a_peer_or_is_stale_is_measured_as_a_whole(
     content["runs"][0] |= change
     path.write_text(json.dumps(content))
     assert main(arguments) == 0
-    assert started() == alternation("CartPole-v1")
+    assert started() == one_round("CartPole-v1")
 
 
 def test_table_has_medians_with_spread(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,13 +101,13 @@ def test_table_has_medians_with_spread(in_folder: Path, monkeypatch: pytest.Monk
 def test_table_combines_no_runs_of_two_machines(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([17.0, 3.0, 7.0])
     monkeypatch.setattr(starts, "_seconds_to_update", lambda *arguments: next(seconds))
-    assert main(["--only", "CartPole-v1", "--alternations", "1"]) == 0
+    assert main(["--only", "CartPole-v1", "--rounds", "1"]) == 0
     path = Path("docs/results/starts.json")
     content = json.loads(path.read_text())
     (sb3,) = (run for run in content["runs"] if run["peer"] == "sb3")
     sb3["cpu"] = "another"  # as after an interruption on this machine
     path.write_text(json.dumps(content))
-    assert main(["--report", "--alternations", "1"]) == 0
+    assert main(["--report", "--rounds", "1"]) == 0
     assert (
         "| CartPole-v1 | 17.0<br>(17.0 to 17.0) | 3.0<br>(3.0 to 3.0) |\n" in Path("docs/results/starts.md").read_text()
     )
@@ -118,7 +116,7 @@ def test_table_combines_no_runs_of_two_machines(in_folder: Path, monkeypatch: py
 def test_process_that_fails_is_reported_and_tried_again(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--only", "CartPole-v1", "--alternations", "1"]
+    arguments = ["--only", "CartPole-v1", "--rounds", "1"]
     monkeypatch.setattr(starts, "PROGRAM", "raise SystemExit('no {algorithm}')")
     assert main(arguments) == 1
     log = Path("logs/bench/starts/CartPole-v1-cold-1.log")
@@ -132,8 +130,8 @@ def test_row_without_its_package_is_skipped(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(starts, "find_spec", lambda name: None if name in ("sbx", "mujoco") else object())
-    assert main(["--alternations", "1"]) == 0
-    assert started() == alternation("CartPole-v1")
+    assert main(["--rounds", "1"]) == 0
+    assert started() == one_round("CartPole-v1")
     assert main(["--list"]) == 0
     output = capsys.readouterr().out
     assert "HalfCheetah-v5: skipped, needs mujoco: pip install 'sb3_clipvf[mujoco]'" in output

@@ -79,7 +79,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> th.device:
 
 # ------------------------------------------------------------------ the rule
 
-# Parameters of the policies that were measured (docs/engines.md), and the device that was faster.
+# Parameters of the policies that were measured (docs/gpu.md), and the device that was faster.
 HALF_CHEETAH, CART_POLE, LARGE = 11_085, 9_155, 380_313
 
 

@@ -163,9 +163,9 @@ def test_benchmarks_and_their_options_exist(command: list[str]) -> None:
         assert f'"{option}"' in source, f"{name} has no option {option}"
 
 
-def test_the_page_on_gpus_runs_all_tests_that_need_one() -> None:
+def test_the_contributors_page_runs_all_tests_that_need_a_gpu() -> None:
     tests = Path(__file__).parent
-    (command,) = re.findall(r"^\$ python -m pytest -m cuda (.*?);", text_of("gpu.md"), re.M)
+    (command,) = re.findall(r"^\$ python -m pytest -m cuda (.*?);", text_of("../CONTRIBUTING.md"), re.M)
     chosen = {path for pattern in command.split() for path in tests.parent.glob(pattern)}
     mark = "mark." + "cuda"
     assert {path for path in tests.glob("test_*.py") if mark in path.read_text(encoding="utf-8")} <= chosen

@@ -693,7 +693,7 @@ class TestTraining:
 
     def test_the_pages_name_the_number_of_updates(self) -> None:
         assert f"in at most {MAX_UPDATES_WITH_SKIPS} updates in a row" in " ".join(str(ClipPPO.__doc__).split())
-        page = (Path(__file__).resolve().parents[1] / "docs" / "numbers.md").read_text()
+        page = (Path(__file__).resolve().parents[1] / "docs" / "nonfinite.md").read_text()
         assert f"after {MAX_UPDATES_WITH_SKIPS + 1} updates in a row that skip some" in page
 
     def test_an_update_without_skips_resets_the_count(self) -> None:

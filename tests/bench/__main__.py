@@ -6,17 +6,17 @@ from collections.abc import Sequence
 
 BENCHMARKS = {
     "learning": "returns that ClipPPO reaches with the settings shipped",
-    "curves": "training curves of the native engine and of the reference",
+    "curves": "training curves of the engines native and autograd",
     "experiments": "settings against each other in many environments, on many seeds",
-    "speed": "steps a second of ClipPPO, SB3 and SBX on this machine",
-    "minibatch": "time of a minibatch and of a policy's step, by engine and device",
-    "scaling": "seconds of trainings on one and two processes, and a model of more",
-    "processes": "what one process and two learn from the same number of steps",
-    "growth": "how cost and memory grow with environments, networks, batches and rollouts",
+    "speed": "steps per second of ClipPPO, SB3 and SBX on this machine",
+    "minibatch": "time per minibatch and per policy step, by engine and device",
+    "scaling": "speed in one and two processes, and a model of more",
+    "processes": "returns in one process and in two, with the same steps",
+    "growth": "scaling of time and memory with environments, networks, batches and rollouts",
     "starts": "seconds to the end of the first update, with and without compiled kernels",
-    "pitfalls": "common faults of hand-written PPOs, and what they cost",
-    "critic": "what clipping the value loss does to the critic, update by update",
-    "faults": "kills, damaged files and unusual arguments, and what survives them",
+    "pitfalls": "effect of common PPO bugs",
+    "critic": "effect of value clipping on the critic",
+    "faults": "fault injection: kills, damaged files and unusual arguments",
 }
 """Name, which is that of the module with ``main(argv) -> int``, and a line for the overview."""
 

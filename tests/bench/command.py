@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from tests.bench.results import Results, machine, write_text
 
-MIN_ALTERNATIONS = 3
-"""Alternations that a final verdict needs."""
+MIN_ROUNDS = 3
+"""Rounds that a final verdict needs."""
 
 
 class Row(Protocol):
@@ -154,30 +154,30 @@ class Benchmark(ABC, Generic[RowT]):
         return 1 if self.failed else 0
 
 
-class AlternatingBenchmark(Benchmark[RowT]):
-    """A benchmark whose rows have alternations, in which all peers are measured one after the other."""
+class RoundsBenchmark(Benchmark[RowT]):
+    """A benchmark whose rows have rounds, in which all peers are measured one after the other."""
 
-    n_alternations: ClassVar[int] = MIN_ALTERNATIONS
+    n_rounds: ClassVar[int] = MIN_ROUNDS
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
-        """Add the number of alternations."""
+        """Add the number of rounds."""
         about = "measurements of each peer (default: %(default)s)"
-        parser.add_argument("--alternations", type=at_least(1), default=self.n_alternations, help=about)
+        parser.add_argument("--rounds", type=at_least(1), default=self.n_rounds, help=about)
 
     @abstractmethod
     def is_done(self, row: RowT, number: int) -> bool:
-        """Return whether an alternation has all peers: only what is measured together can be compared."""
+        """Return whether a round has all peers: only what is measured together can be compared."""
 
     def numbers(self) -> range:
-        """Return the numbers of the alternations."""
-        return range(1, self.args.alternations + 1)
+        """Return the numbers of the rounds."""
+        return range(1, self.args.rounds + 1)
 
     def done(self, row: RowT) -> str:
-        """Return the alternations of a row that are done, as text."""
+        """Return the rounds of a row that are done, as text."""
         return "done: " + (" ".join(str(number) for number in self.numbers() if self.is_done(row, number)) or "none")
 
     def to_measure(self, rows: Sequence[RowT]) -> list[tuple[RowT, int]]:
-        """Return rows and numbers of the alternations to measure, each row once before any row comes twice."""
+        """Return rows and numbers of the rounds to measure, each row once before any row comes twice."""
         return [(row, number) for number in self.numbers() for row in rows if not self.is_done(row, number)]
 
     def remakes(self, run: Mapping[str, Any]) -> bool:

@@ -23,7 +23,7 @@ class CurvesBenchmark(TrainingBenchmark[CurveRow]):
     """Keeps the curve of each training, and compares the engines' curves in a table and a figure."""
 
     name = "curves"
-    description = "Train on the native engine and on the reference, and compare the training curves."
+    description = "Train on the engines native and autograd, and compare the training curves."
     default_seeds = (1, 2, 3, 4, 5)
     log_folder = "logs/bench/curves"
 

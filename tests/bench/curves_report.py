@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 ENGINES = ("native", "autograd")
 # Through the dashes of the second curve, the first is visible.
 _STYLES = {"native": (BLUE, "-"), "autograd": (VERMILION, "--")}
-_LABELS = {"native": "native", "autograd": "autograd, the reference"}
+_LABELS = {"native": "native", "autograd": "autograd"}
 _MEASURES = (("whole training", "mean_return"), ("last 100 episodes", "last_return"))
 
 
@@ -94,8 +94,8 @@ def render_table(compared: Sequence[Comparison]) -> str:
             first = f"{comparison.env_id}, {comparison.n_timesteps:,} steps" + (f", {so_far}" if so_far else "")
             rows.append([first if index == 0 else "", name, *cells])
     notes = (
-        "A cell is the mean over the seeds with its 95 % interval, see `docs/experiments.md`. *Whole training* is the "
-        "mean of the curve's points, *last 100 episodes* that of the last 100 returns."
+        "A cell is the mean over the seeds with its 95 % interval (`docs/experiments.md` defines it). *Whole training* "
+        "is the mean of the curve's points, *last 100 episodes* that of the last 100 returns."
     )
     runs = [run for comparison in compared for engine in ENGINES for run in comparison.runs[engine]]
     return f"{markdown_table(header, 'llrrr', rows)}\n\n{notes}\n\n{machines_text(runs, how_made)}"

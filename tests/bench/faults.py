@@ -54,8 +54,8 @@ class Row:
 
 _CLASSIC, _MUJOCO = "CartPole-v1", "HalfCheetah-v5"
 ROWS: tuple[Row, ...] = (
-    Row("kills", "a training is killed and resumed", _CLASSIC, "kills"),
-    Row("kills", "a training is killed and resumed", _MUJOCO, "kills"),
+    Row("kills", "a run is killed and resumed", _CLASSIC, "kills"),
+    Row("kills", "a run is killed and resumed", _MUJOCO, "kills"),
     Row("corruptions", "a checkpoint is damaged and read", _CLASSIC, "checkpoint"),
     Row("corruptions", "a checkpoint is damaged and read", _MUJOCO, "checkpoint"),
     Row("corruptions", "a saved model is damaged and read", _CLASSIC, "model"),
@@ -102,7 +102,7 @@ class FaultsBenchmark(Benchmark[Row]):
     """Makes the attempts that are missing."""
 
     name = "faults"
-    description = "Kill trainings, damage files, pass unusual arguments, and count the outcomes."
+    description = "Kill training runs, damage files, pass unusual arguments, and count the outcomes."
     log_folder = "logs/faults"
     deciding = (*DEFAULTS, "seed")
 
@@ -119,7 +119,7 @@ class FaultsBenchmark(Benchmark[Row]):
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         """Add the numbers of attempts, and the seed."""
         for option, what in (
-            ("--kills", "kills of trainings in each environment"),
+            ("--kills", "kills of training runs in each environment"),
             ("--corruptions", "damaged files of each kind and environment"),
             ("--examples", "unusual arguments, and as many unusual settings"),
         ):
@@ -178,14 +178,19 @@ def render_table(results: Results, rows: Sequence[Row], seed: int) -> str:
     found = [(row, results.find({"name": row.name, "seed": seed})) for row in rows]
     for row, run in found:
         cells = [f"{run[name]:,}" for name in _COLUMNS] if run else ["not run", "", "", "", ""]
-        counts = "<br>".join(f"{name}: {count:,}" for name, count in run["counts"].items()) if run else ""
+        counts = "<br>".join(f"{_shown(name)}: {count:,}" for name, count in run["counts"].items()) if run else ""
         lines.append([row.what, row.env_id or "", *cells, counts])
         failures += [f"- `{row.name}`: {_as_code(text)}\n" for text in run["failures"]] if run else []
-    table = markdown_table(["what", "environment", *_COLUMNS, "of them"], "ll" + "r" * 5 + "l", lines)
+    table = markdown_table(["what", "environment", *_COLUMNS, "details"], "ll" + "r" * 5 + "l", lines)
     described = f"The first that did not survive:\n\n{''.join(failures)}\n" if failures else ""
     how = "one process after the other, one thread"
     machines = machines_text([run for _, run in found if run], lambda run: how)
     return f"{table}\n\n{described}{machines}"
+
+
+def _shown(name: str) -> str:
+    """Return the name of a stored count, as the table has it."""
+    return f"runs of {name.removeprefix('trainings: ')}" if name.startswith("trainings: ") else name
 
 
 def _as_code(text: str) -> str:
@@ -194,5 +199,5 @@ def _as_code(text: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the campaign with these options, and return its exit code."""
+    """Run the benchmark with these options, and return its exit code."""
     return FaultsBenchmark(ROWS, argv).main()

@@ -1,4 +1,4 @@
-"""``python -m tests.bench growth``: how the cost of a transition grows with each size, beside SB3's and a bound."""
+"""``python -m tests.bench growth``: how the time per transition grows with each size, beside SB3's and a bound."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ class GrowthBenchmark(SpeedBenchmark):
     """Measures the points of all axes as the speed benchmark measures its rows, by default once."""
 
     name = "growth"
-    description = "Measure how steps a second and memory of ClipPPO and SB3's PPO change with each size."
+    description = "Measure how the speed and memory of ClipPPO and SB3's PPO scale with each size."
     log_folder = "logs/bench/growth"
-    n_alternations = 1
+    n_rounds = 1
     gpu_rows = ()
 
     def render(self) -> str:
         """Return a table for each axis."""
-        return render_axes(self.results, self._points(), self.args.alternations, self.row_notes())
+        return render_axes(self.results, self._points(), self.args.rounds, self.row_notes())
 
     def draw(self, path: Path) -> bool:
         """Draw cost and memory along each axis."""
-        write_figure(self.results, self._points(), self.args.alternations, path)
+        write_figure(self.results, self._points(), self.args.rounds, path)
         return True
 
     def _points(self) -> dict[Axis, dict[int, SpeedRow]]:

@@ -29,10 +29,10 @@ _STYLES: dict[str, dict[str, Any]] = {
     "bound": {"color": "#707070", "linestyle": ":"},
 }
 _NOTES = (
-    "Steps a second of training, or of the update alone on the axes *width* and *batch size*. Each peer has one "
+    "Steps per second of training, or of the update alone on the axes *width* and *batch size*. Each library has one "
     "thread; EnvPool has one more for each core. *Bound* is the speed if only ClipPPO's environments, under random "
     "actions, and the update's matrix products, by torch's BLAS, took time. A share above 100 % means that the "
-    "kernels multiply small matrices faster than torch. Microseconds are for a transition: environments with their "
+    "kernels multiply small matrices faster than torch. Microseconds are per transition: environments with their "
     "wrappers + policy with the rest of the rollout + update. Memory is the peak of the process."
 )
 
@@ -46,9 +46,9 @@ class Cost:
     megabytes: float
 
     @staticmethod
-    def of(results: Results, row: SpeedRow, peer: str, alternations: int) -> Cost | None:
+    def of(results: Results, row: SpeedRow, peer: str, rounds: int) -> Cost | None:
         """Summarise a peer's runs of a row, or return None without any."""
-        runs = list(runs_of(results, row, peer, alternations).values())
+        runs = list(runs_of(results, row, peer, rounds).values())
         if not runs:
             return None
         seconds = (
@@ -61,10 +61,10 @@ class Cost:
         return Cost(speed, (environment, policy, update), memory)
 
 
-def bound_of(results: Results, row: SpeedRow, alternations: int) -> float | None:
-    """Return the steps a second that ClipPPO's environments and the update's products alone allow."""
-    runs = runs_of(results, row, "clipppo", alternations).values()
-    alone = runs_of(results, row, "bound_clipppo", alternations).values()
+def bound_of(results: Results, row: SpeedRow, rounds: int) -> float | None:
+    """Return the steps per second that ClipPPO's environments and the update's products alone allow."""
+    runs = runs_of(results, row, "clipppo", rounds).values()
+    alone = runs_of(results, row, "bound_clipppo", rounds).values()
     if not runs or ("bound_clipppo" in row.measured() and not alone):
         return None
     if any("products_seconds" not in run for run in runs):  # updates on a GPU have none
@@ -74,31 +74,27 @@ def bound_of(results: Results, row: SpeedRow, alternations: int) -> float | None
     return float(1 / (products + environment))
 
 
-def render_axes(results: Results, points: Points, alternations: int, notes: Mapping[str, str]) -> str:
+def render_axes(results: Results, points: Points, rounds: int, notes: Mapping[str, str]) -> str:
     """Render a Markdown table for each axis; ``notes`` has the reason why a row has no result."""
     header = ["size", "ClipPPO steps/s", "SB3 steps/s", "ClipPPO / SB3", "bound steps/s", "share of the bound"]
     header += ["ClipPPO µs", "SB3 µs", "ClipPPO MB", "SB3 MB"]
     texts = []
     for axis, rows in points.items():
         lines = [
-            [f"{size:,}", *_cells(results, row, alternations, notes.get(row.name, "not run"))]
-            for size, row in rows.items()
+            [f"{size:,}", *_cells(results, row, rounds, notes.get(row.name, "not run"))] for size, row in rows.items()
         ]
         texts.append(f"**{axis.title}**\n\n{markdown_table(header, 'r' * len(header), lines)}")
     rows_of_all = [row for rows in points.values() for row in rows.values()]
     runs = [
-        run
-        for row in rows_of_all
-        for peer in (*PEERS, *BOUNDS)
-        for run in runs_of(results, row, peer, alternations).values()
+        run for row in rows_of_all for peer in (*PEERS, *BOUNDS) for run in runs_of(results, row, peer, rounds).values()
     ]
     texts += [_NOTES, machines_text(runs, lambda run: "one run at a time")]
     return "\n\n".join(texts)
 
 
-def _cells(results: Results, row: SpeedRow, alternations: int, note: str) -> list[str]:
-    ours, sb3 = (Cost.of(results, row, peer, alternations) for peer in ("clipppo", "sb3"))
-    times, bound = ratio(results, row, "sb3", alternations), bound_of(results, row, alternations)
+def _cells(results: Results, row: SpeedRow, rounds: int, note: str) -> list[str]:
+    ours, sb3 = (Cost.of(results, row, peer, rounds) for peer in ("clipppo", "sb3"))
+    times, bound = ratio(results, row, "sb3", rounds), bound_of(results, row, rounds)
     return [
         note if ours is None else f"{ours.steps_per_second:,.0f}",
         "" if sb3 is None else f"{sb3.steps_per_second:,.0f}",
@@ -110,28 +106,28 @@ def _cells(results: Results, row: SpeedRow, alternations: int, note: str) -> lis
     ]
 
 
-def write_figure(results: Results, points: Points, alternations: int, path: Path) -> None:
-    """Draw the microseconds of a transition above, and the peak of memory below, one column an axis."""
+def write_figure(results: Results, points: Points, rounds: int, path: Path) -> None:
+    """Draw the microseconds of a transition above, and the peak of memory below, one column per axis."""
     figure = new_figure(2.0 * len(points), 4.4)
     grid = figure.subplots(2, len(points), sharex="col", sharey="row", squeeze=False)
     for column, (axis, rows) in enumerate(points.items()):
-        for panels, curves in zip(grid, _curves(results, rows, alternations), strict=True):
+        for panels, curves in zip(grid, _curves(results, rows, rounds), strict=True):
             _draw(panels[column], axis, curves, labelled=column == 0)
         grid[1][column].set_xlabel(axis.label, size="small")
-    grid[0][0].set_ylabel("µs a transition", size="small")
+    grid[0][0].set_ylabel("µs per transition", size="small")
     grid[1][0].set_ylabel("peak memory, MB", size="small")
     save_figure(figure, path)
 
 
-def _curves(results: Results, rows: Mapping[int, SpeedRow], alternations: int) -> tuple[Curves, Curves]:
+def _curves(results: Results, rows: Mapping[int, SpeedRow], rounds: int) -> tuple[Curves, Curves]:
     """Return the microseconds of a transition and the memory, by name of the curve and size."""
     costs: Curves = {}
     memory: Curves = {}
     for peer in ("sb3", "clipppo"):
-        found = {size: cost for size, row in rows.items() if (cost := Cost.of(results, row, peer, alternations))}
+        found = {size: cost for size, row in rows.items() if (cost := Cost.of(results, row, peer, rounds))}
         costs[PEERS[peer]] = {size: 1e6 / cost.steps_per_second for size, cost in found.items()}
         memory[PEERS[peer]] = {size: cost.megabytes for size, cost in found.items()}
-    bounds = {size: bound_of(results, row, alternations) for size, row in rows.items()}
+    bounds = {size: bound_of(results, row, rounds) for size, row in rows.items()}
     costs["bound"] = {size: 1e6 / bound for size, bound in bounds.items() if bound is not None}
     return costs, memory
 

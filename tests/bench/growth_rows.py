@@ -69,7 +69,7 @@ def _rollout(name: str, title: str, n_transitions: int) -> SpeedRow:
 AXES = (
     Axis(
         "cartpole-envs",
-        "Environments, CartPole-v1 in Gymnasium's vector kind",
+        "Environments, CartPole-v1 in Gymnasium's vectorised class",
         "environments\n(CartPole-v1)",
         (1, 8, 64, 512),
         _environments("CartPole-v1", env="vector"),
@@ -86,6 +86,6 @@ AXES = (
     Axis("rollout", "Transitions of a rollout", "transitions of a rollout", (2**11, 2**14, 2**17, 2**20), _rollout),
 )
 """
-What grows. Environments share 4096 transitions of a rollout. The other axes have environments that cost nothing, with
-the spaces of HalfCheetah-v5, and SB3's networks; widths and batches time updates alone.
+What grows. Environments share 4096 transitions of a rollout. The other axes have dummy environments, with the spaces
+of HalfCheetah-v5, and SB3's networks; widths and batches time updates alone.
 """

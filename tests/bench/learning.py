@@ -97,13 +97,13 @@ ROWS: tuple[Row, ...] = (
 _Runs: TypeAlias = Sequence[Mapping[str, Any]]
 
 _NOTES = (
-    "A return is the mean over the seeds of the final models' evaluations, with its 95 % interval, see "
-    "`docs/experiments.md`. An evaluation is the mean of 20 episodes, or 100 where returns differ "
-    "much, with the most probable actions and the environment's own rewards. SB3's PPO has the RL Zoo's settings, and "
-    "the same steps, environments and seeds as ClipPPO. *reached*: whether ClipPPO's mean reaches the goal, and how "
-    "many single seeds do. *CPU minutes*: processor time of the fastest run, ClipPPO's and SB3's. *others*: "
-    "entries of the Zoo's benchmark.md, with algorithm and steps, one run each, on version 3 of MuJoCo's environments "
-    "and version 2 of LunarLander."
+    "A return is the mean over the seeds of the final models' evaluations, with its 95 % interval "
+    "(`docs/experiments.md` defines it). An evaluation is the mean of 20 episodes, or 100 where returns differ much, "
+    "with the most probable actions and the environment's own rewards. SB3's PPO uses the RL Zoo's settings, and the "
+    "same steps, environments and seeds as ClipPPO. *reached*: whether ClipPPO's mean reaches the goal, and how many "
+    "single seeds do. *CPU minutes*: processor time of the fastest run, ClipPPO's and SB3's. *others*: the RL Zoo's "
+    "published results, with algorithm and steps, one run each, on version 3 of MuJoCo's environments and version 2 of "
+    "LunarLander."
 )
 
 

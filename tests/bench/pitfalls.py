@@ -109,7 +109,7 @@ ROWS = (
 _NOTES = (
     f"{ENV_ID}, {N_TIMESTEPS:,} steps, squashed Gaussian. *std*: mean standard deviation before squashing, in the "
     f"states of the last rollout. *at the bounds*: share of its actions beyond {AT_BOUND} of the range. *ended early*: "
-    f"trainings that ended with an infinite ratio. *return*: mean of the last {LAST_EPISODES} training episodes. Cells "
+    f"runs that ended with an infinite ratio. *return*: mean of the last {LAST_EPISODES} training episodes. Cells "
     "are means over the seeds, with the smallest and the largest value."
 )
 
@@ -118,7 +118,7 @@ class PitfallsBenchmark(InProcessBenchmark[Row]):
     """Trains each row with each seed in this process, and tabulates returns and actions."""
 
     name = "pitfalls"
-    description = "Train with common faults of hand-written PPOs, and without."
+    description = "Train with common PPO bugs, and without."
     log_folder = "logs/bench/pitfalls"
     default_seeds = (1000, 1001, 1002, 1003, 1004)
 

@@ -103,7 +103,7 @@ class ProcessesBenchmark(SeedsBenchmark[ProcessesRow]):
     """Makes the trainings that are missing, one after the other."""
 
     name = "processes"
-    description = "Train on one process, and on two with half the environments each, and compare their curves."
+    description = "Train in one process, and in two with half the environments each, and compare their curves."
     log_folder = "logs/bench/processes"
     default_seeds = (1, 2, 3, 4, 5)
 
@@ -129,9 +129,9 @@ class ProcessesBenchmark(SeedsBenchmark[ProcessesRow]):
                 first = f"{env_id}, {n_seeds} of {len(self.seeds)} seeds" if index == 0 else ""
                 lines.append([first, label, *("" if one is None else one.text("z,.1f") for one in found)])
         notes = (
-            "A cell is the mean over the seeds with its 95 % interval, see `docs/experiments.md`. *Whole training* is "
-            "the mean of the curve's points, *end* is the curve's last point. Each point is the mean return of the "
-            "last 100 episodes."
+            "A cell is the mean over the seeds with its 95 % interval (`docs/experiments.md` defines it). *Whole "
+            "training* is the mean of the curve's points, *end* is the curve's last point. Each point is the mean "
+            "return of the last 100 episodes."
         )
         machines = machines_text(runs, lambda run: "one thread in each process")
         return f"{markdown_table(header, 'llrrr', lines)}\n\n{notes}\n\n{machines}"

@@ -102,7 +102,7 @@ class Link:
     Time of messages in one direction between two processes.
 
     :param latency: seconds of an empty message
-    :param bandwidth: bytes a second
+    :param bandwidth: bytes per second
     """
 
     latency: float
@@ -140,7 +140,7 @@ class Model:
     link: Link
 
     def efficiency(self, n_processes: int, link: Link) -> float:
-        """Return the steps a second of K processes over a link as a share of K times those of one process."""
+        """Return the steps per second of K processes over a link as a share of K times those of one process."""
         alone = self.one["rollout_seconds"] + self.one["update_seconds"]
         apart = self.pair["rollout_seconds"] + self.pair["update_seconds"]
         # Waiting and the other messages of the pair, with more latencies for each of these messages
@@ -157,7 +157,7 @@ class ScalingBenchmark(Benchmark[ScalingRow]):
     """Measures the rows that are missing, one after the other."""
 
     name = "scaling"
-    description = "Measure trainings on one and two processes and their messages, and predict those of more."
+    description = "Measure training and messages in one and two processes, and predict larger numbers of processes."
     log_folder = "logs/bench/scaling"
     key = ("name",)
     deciding = ("iterations",)
@@ -188,7 +188,7 @@ class ScalingBenchmark(Benchmark[ScalingRow]):
         return any(row.name == run["name"] and row.missing() is None for row in self.selected)
 
     def render(self) -> str:
-        """Return the tables of trainings, of messages and of predictions."""
+        """Return the tables of workloads, of messages and of predictions."""
         found = {row.name: run for row in self.rows if (run := self._found(row)) is not None}
         links = {
             label: (row, Link.of(run["seconds_by_bytes"]))
@@ -251,7 +251,7 @@ def launched(
 
 
 def _training_table(found: Mapping[str, Mapping[str, Any]]) -> str:
-    header = ["training", "processes", "rollout, s", "update, s", "messages, s", "messages", "MB", "steps/s"]
+    header = ["workload", "processes", "rollout, s", "update, s", "messages, s", "messages", "MB", "steps/s"]
     rows = []
     for row in ROWS:
         run = found.get(row.name)
@@ -266,8 +266,8 @@ def _training_table(found: Mapping[str, Mapping[str, Any]]) -> str:
     )
     notes = (
         f"Means of one iteration of the first process. {workloads}. Engine native, 10 epochs, one thread in each "
-        "process. The seconds of messages include those of waiting for the other process; MB are those that a "
-        "process sends of its own numbers."
+        "process. The seconds of messages include waiting for the other process. *MB* is the amount of data that one "
+        "process contributes to the messages."
     )
     return f"{markdown_table(header, 'llrrrrrr', rows)}\n\n{notes}" if rows else ""
 
@@ -305,10 +305,10 @@ def _prediction_table(found: Mapping[str, Mapping[str, Any]], links: Mapping[str
             )
             predicted = (f"{model.efficiency(n, link):.1%}" for n in PREDICTED)
             rows.append([name, label, measured, *predicted])
-    header = ["training", "network", "2, measured", *(f"{n:,}" for n in PREDICTED)]
+    header = ["workload", "network", "2, measured", *(f"{n:,}" for n in PREDICTED)]
     note = (
-        "Predicted steps a second of K processes with as many environments each, as a share of K times those of one "
-        "process. The numbers of two processes on this machine are part of the model."
+        "Predicted steps per second of K processes with as many environments each, as a share of K times those of one "
+        "process. The model includes the measurements of two processes on this machine."
     )
     return f"{markdown_table(header, 'll' + 'r' * (1 + len(PREDICTED)), rows)}\n\n{note}" if rows else ""
 

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 import psutil
 
-from tests.bench.command import AlternatingBenchmark, at_least
+from tests.bench.command import RoundsBenchmark, at_least
 from tests.bench.results import clone_environment, machine
 from tests.bench.speed_figure import write_figure
 from tests.bench.speed_rows import DEVICES, GPU_ROWS, PEERS, ROWS, SpeedRow, absent_peers
@@ -51,17 +51,17 @@ class ChildError(RuntimeError):
     """A measured process failed; the message has the reason and the path of its output."""
 
 
-class SpeedBenchmark(AlternatingBenchmark[SpeedRow]):
-    """Measures the alternations that are missing, one process after the other."""
+class SpeedBenchmark(RoundsBenchmark[SpeedRow]):
+    """Measures the rounds that are missing, one process after the other."""
 
     name = "speed"
     description = (
         "Measure ClipPPO, SB3's PPO (in some rows also with torch.compile) and SBX's PPO (if installed) in turn on "
-        "this machine, and tabulate their steps a second."
+        "this machine, and tabulate their steps per second."
     )
     log_folder = "logs/bench/speed"
     key = KEY
-    deciding = ("quick", "alternations", "iterations", "device")
+    deciding = ("quick", "rounds", "iterations", "device")
     gpu_rows: ClassVar[tuple[str, ...]] = GPU_ROWS
     """Rows that ``--device cuda`` measures, unless ``--only`` names others; empty: all."""
 
@@ -106,11 +106,11 @@ class SpeedBenchmark(AlternatingBenchmark[SpeedRow]):
         return [row.quick() for row in rows] if self.args.quick else rows
 
     def listed(self, row: SpeedRow) -> str:
-        """Return the goal, and the alternations that are done or what the row needs."""
+        """Return the goal, and the rounds that are done or what the row needs."""
         return f"goal {row.goal:>3g}  {row.missing() or self.done(row)}  {row.title}"
 
     def run(self) -> None:
-        """Measure the missing alternations, after trials that choose each peer's number of threads."""
+        """Measure the missing rounds, after trials that choose each peer's number of threads."""
         for name, reason in self._notes.items():
             print(f"{name}: skipped, {reason}", flush=True)
         rows = [row for row in self.selected if row.name not in self._notes]
@@ -118,10 +118,8 @@ class SpeedBenchmark(AlternatingBenchmark[SpeedRow]):
             if any(peer in row.peers for row in rows):
                 print(f"{PEERS[peer]}: skipped, {reason}", flush=True)
         todo = self.to_measure(rows)
-        done = len(rows) * self.args.alternations - len(todo)
-        print(
-            f"{len(todo)} alternations to measure, {done} are done already (--rerun measures them again).", flush=True
-        )
+        done = len(rows) * self.args.rounds - len(todo)
+        print(f"{len(todo)} rounds to measure, {done} are done already (--rerun measures them again).", flush=True)
         if todo:
             print(self._expected(todo), flush=True)
             if self.args.device != "cuda":  # no peer has kernels there
@@ -145,7 +143,7 @@ class SpeedBenchmark(AlternatingBenchmark[SpeedRow]):
 
     def render(self) -> str:
         """Return the table of ratios and that of parts."""
-        return render_tables(self.results, self._shown(), self.args.alternations, self.row_notes())
+        return render_tables(self.results, self._shown(), self.args.rounds, self.row_notes())
 
     def row_notes(self) -> dict[str, str]:
         """Return why rows have no results, by name."""
@@ -155,7 +153,7 @@ class SpeedBenchmark(AlternatingBenchmark[SpeedRow]):
         """Draw the ratios."""
         if self.args.device != "cpu":  # its rows differ too much for one axis
             return False
-        write_figure(self.results, self._shown(), self.args.alternations, path)
+        write_figure(self.results, self._shown(), self.args.rounds, path)
         return True
 
     def _shown(self) -> Sequence[SpeedRow]:
@@ -192,18 +190,18 @@ class SpeedBenchmark(AlternatingBenchmark[SpeedRow]):
         return 0
 
     def remakes(self, run: Mapping[str, Any]) -> bool:
-        """Return whether ``--rerun`` makes a stored result again: alternations and cold starts, but no other trials."""
+        """Return whether ``--rerun`` makes a stored result again: rounds and cold starts, but no other trials."""
         for row in self.selected:
             if row.name == run["name"] and row.name not in self._notes and run["peer"] in row.measured():
                 return super().remakes(run) or self._is_cold(row, run["peer"], run["part"])
         return False
 
     def is_done(self, row: SpeedRow, number: int) -> bool:
-        """Return whether an alternation has all peers."""
+        """Return whether a round has all peers."""
         return all(self._is_measured(row, peer, str(number)) for peer in row.measured())
 
     def _expected(self, todo: Sequence[tuple[SpeedRow, int]]) -> str:
-        """Return how long these alternations with their trials will take, by the stored measurements."""
+        """Return how long these rounds with their trials will take, by the stored measurements."""
         stored: dict[tuple[str, str, bool], list[float]] = {}
         for run in self.results.runs:
             if "process_seconds" in run:

@@ -1,4 +1,4 @@
-"""The speed benchmark's figure: how many times faster than SB3's PPO the others train, one pair of bars a row."""
+"""The speed benchmark's figure: how many times faster than SB3's PPO the others train, one pair of bars per row."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _COLORS = {"clipppo": BLUE, "sbx": "#A0A0A0"}
 _HEIGHT = 0.38
 
 
-def write_figure(results: Results, rows: Sequence[SpeedRow], alternations: int, path: Path) -> None:
-    """Draw the ratios to SB3's steps a second: bars for medians, lines from the smallest to the largest."""
+def write_figure(results: Results, rows: Sequence[SpeedRow], rounds: int, path: Path) -> None:
+    """Draw the ratios to SB3's steps per second: bars for medians, lines from the smallest to the largest."""
     from matplotlib.patches import Patch
 
-    rows = [row for row in rows if any(ratio(results, row, "sb3", alternations, base=peer) for peer in _COLORS)]
+    rows = [row for row in rows if any(ratio(results, row, "sb3", rounds, base=peer) for peer in _COLORS)]
     figure = new_figure(7.4, 1.0 + 0.42 * len(rows))
     axes = figure.add_subplot()
     for index, (peer, color) in enumerate(_COLORS.items()):
         for place, row in enumerate(rows):
-            spread = ratio(results, row, "sb3", alternations, base=peer)
+            spread = ratio(results, row, "sb3", rounds, base=peer)
             if spread is None:
                 continue
             y = place + (index - 0.5) * _HEIGHT
@@ -35,7 +35,7 @@ def write_figure(results: Results, rows: Sequence[SpeedRow], alternations: int, 
     one = axes.axvline(1, color="black", linewidth=0.8, linestyle="--", label=PEERS["sb3"])
     axes.set_yticks(range(len(rows)), [textwrap.fill(row.title, 44) for row in rows], size="small")
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlabel(f"steps a second, as a multiple of {PEERS['sb3']}'s PPO", size="small")
+    axes.set_xlabel(f"steps per second, as a multiple of {PEERS['sb3']}'s PPO", size="small")
     axes.tick_params(axis="x", labelsize="small")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.3, linewidth=0.5)

@@ -82,7 +82,7 @@ class SpeedRow:
 
     :param name: name for ``--rows`` and the file
     :param title: name in the table
-    :param goal: ratio of ClipPPO's steps a second to SB3's that is to be reached
+    :param goal: ratio of ClipPPO's steps per second to SB3's that is to be reached
     :param env_id: id of the environments; of the kind "free", "<size of an observation> -> <size of an action>"
     :param n_envs: number of environments
     :param iterations: rollouts and updates that are measured
@@ -147,7 +147,7 @@ class SpeedRow:
         return max(self.warmup, _trial_updates()) if self.is_native(peer) and self.threads != 1 else self.warmup
 
     def measured(self) -> tuple[str, ...]:
-        """Return the keys of ``PEERS`` and ``BOUNDS`` to measure here, in the order of the first alternation."""
+        """Return the keys of ``PEERS`` and ``BOUNDS`` to measure here, in the order of the first round."""
         absent = absent_peers()
         peers = [peer for peer in self.peers if peer not in absent]
         has_none = self.phase == "update" or self.env in ("free", "tensor") or self.device == "cuda"
@@ -220,18 +220,18 @@ ROWS: tuple[SpeedRow, ...] = (
               settings=_CARTPOLE, warmup=4, phase="update"),
     _cartpole("cartpole", "CartPole-v1, Zoo settings", 8, 8, 200, settings=_CARTPOLE, warmup=4, peers=_ALL),
     _halfcheetah("halfcheetah-1", "HalfCheetah-v5, 1 environment", 5, 1, 6, peers=_ALL, cold_start=True),
-    _halfcheetah("halfcheetah-1-sb3", "HalfCheetah-v5, 1 environment, all peers in SB3's own VecEnvs", 5, 1, 6,
+    _halfcheetah("halfcheetah-1-sb3", "HalfCheetah-v5, 1 environment, SB3's own VecEnvs", 5, 1, 6,
                  env="sb3"),
     _halfcheetah("halfcheetah-8", "HalfCheetah-v5, 8 environments", 5, 8, 2),
     _halfcheetah("halfcheetah-8-envpool", "HalfCheetah-v5, 8 EnvPool environments", 10, 8, 2, env="envpool"),
     SpeedRow("lunarlander-envpool", "LunarLander-v3, Zoo settings, 16 EnvPool environments", 10, "LunarLander-v3", 16,
              3, settings=_LUNAR, env="envpool"),
-    _cartpole("cartpole-64-vector", "CartPole-v1, Zoo settings, 64 environments of Gymnasium's vector kind", 12, 64, 30,
+    _cartpole("cartpole-64-vector", "CartPole-v1, Zoo settings, 64 vectorised environments of Gymnasium", 12, 64, 30,
               settings=_CARTPOLE, warmup=2, env="vector"),
-    SpeedRow("breakout-8-ale", "Breakout, Zoo settings, CnnPolicy, 8 environments of ALE's vector kind", 2,
+    SpeedRow("breakout-8-ale", "Breakout, Zoo settings, CnnPolicy, 8 vectorised environments of ALE", 2,
              "BreakoutNoFrameskip-v4", 8, 3, settings=_ATARI, policy="CnnPolicy", env="ale", peer_env="atari",
              peers=_ALL),
-    SpeedRow("breakout-64-ale", "Breakout, Zoo settings, CnnPolicy, 64 environments of ALE's vector kind", 2,
+    SpeedRow("breakout-64-ale", "Breakout, Zoo settings, CnnPolicy, 64 vectorised environments of ALE", 2,
              "BreakoutNoFrameskip-v4", 64, 1, settings=_ATARI, policy="CnnPolicy", env="ale", peer_env="atari",
              peers=("clipppo", "sb3")),
     _cartpole("custom-extractor", "CartPole-v1, SB3 defaults, custom features extractor", 1.7, 1, 8,

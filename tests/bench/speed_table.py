@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from tests.bench.command import MIN_ALTERNATIONS
+from tests.bench.command import MIN_ROUNDS
 from tests.bench.results import Results, machines_text, markdown_table, same_machine
 from tests.bench.speed_rows import BOUNDS, PEERS, SpeedRow
 
 KEY = ("name", "peer", "part")
-"""What identifies a run of the results file; ``part`` is a trial's name or the number of an alternation."""
+"""What identifies a run of the results file; ``part`` is a trial's name or the number of a round."""
 
 STORED = (
     *("steps_per_second", "steps", "environment_seconds", "policy_seconds", "update_seconds", "other_seconds"),
@@ -67,52 +67,50 @@ def entries_of(row: SpeedRow, peer: str, part: str) -> dict[str, Any]:
     return {"name": row.name, "peer": peer, "part": part, "row": values}
 
 
-def runs_of(results: Results, row: SpeedRow, peer: str, alternations: int) -> dict[int, dict[str, Any]]:
-    """Return a peer's runs by number of alternation, without those that are missing."""
-    found = {number: results.find(entries_of(row, peer, str(number))) for number in range(1, alternations + 1)}
+def runs_of(results: Results, row: SpeedRow, peer: str, rounds: int) -> dict[int, dict[str, Any]]:
+    """Return a peer's runs by number of round, without those that are missing."""
+    found = {number: results.find(entries_of(row, peer, str(number))) for number in range(1, rounds + 1)}
     return {number: run for number, run in found.items() if run is not None}
 
 
 def ratio(
-    results: Results, row: SpeedRow, peer: str, alternations: int, phase: str = "all", base: str = "clipppo"
+    results: Results, row: SpeedRow, peer: str, rounds: int, phase: str = "all", base: str = "clipppo"
 ) -> Spread | None:
     """
-    Return how many times faster ``base`` is than ``peer``, alternation by alternation; None without a common machine.
+    Return how many times faster ``base`` is than ``peer``, round by round; None without a common machine.
 
-    ``phase`` "all" compares steps a second of the row's own phase, "update" the update's seconds.
+    ``phase`` "all" compares steps per second of the row's own phase, "update" the update's seconds.
     """
-    ours, theirs = runs_of(results, row, base, alternations), runs_of(results, row, peer, alternations)
+    ours, theirs = runs_of(results, row, base, rounds), runs_of(results, row, peer, rounds)
     pairs = [(ours[n], theirs[n]) for n in ours if n in theirs and same_machine(ours[n], theirs[n])]
     if phase == "update":
         return Spread.of([other["update_seconds"] / run["update_seconds"] for run, other in pairs])
     return Spread.of([run["steps_per_second"] / other["steps_per_second"] for run, other in pairs])
 
 
-def render_tables(results: Results, rows: Sequence[SpeedRow], alternations: int, notes: Mapping[str, str]) -> str:
+def render_tables(results: Results, rows: Sequence[SpeedRow], rounds: int, notes: Mapping[str, str]) -> str:
     """Render results as Markdown; ``notes`` has the reason why a row has no result."""
-    runs = [
-        run for row in rows for peer in (*PEERS, *BOUNDS) for run in runs_of(results, row, peer, alternations).values()
-    ]
+    runs = [run for row in rows for peer in (*PEERS, *BOUNDS) for run in runs_of(results, row, peer, rounds).values()]
     busy = max((run["other_load"] for run in runs), default=0.0)
-    text = f"{_ratio_table(results, rows, alternations, notes)}\n\n"
+    text = f"{_ratio_table(results, rows, rounds, notes)}\n\n"
     text += (
-        "Steps a second of training, without the warm-up; in rows *update alone*, transitions a second of the "
-        "update. Each measurement is a separate process. An alternation runs all peers one after the other, every "
-        "second one in reverse order. A ratio is computed within an alternation: median (smallest to largest). "
-        "*goal* is the ratio that a row should reach, and whether the median reaches it. All peers have the same "
-        "arguments and networks, and none logs. ClipPPO has SB3's objective (SB3_EQUIVALENT) and the engine that "
-        '"auto" selects. Each peer has one thread or its default number, whichever is faster in short trials. The '
-        "native engine selects the number itself. *SB3 compiled* is SB3 with `torch.compile`, on SB3's number of "
-        "threads. *update* is the ratio of the updates' seconds alone. *bound* is the environments alone under "
-        "random actions: ClipPPO's, and SB3's if they differ.\n\n"
+        "Steps per second of training, without the warm-up; in configurations *update alone*, transitions per second "
+        "of the update. Each measurement is a separate process. A round runs all libraries one after the other, "
+        "every second one in reverse order. A ratio is computed within a round: median (smallest to largest). "
+        "*goal* is the ratio that a configuration should reach, and whether the median reaches it. All libraries "
+        "have the same arguments and networks, and none logs. ClipPPO has SB3's objective (SB3_EQUIVALENT) and the "
+        'engine that "auto" selects. Each library has one thread or its default number, whichever is faster in short '
+        "trials. The native engine selects the number itself. *SB3 compiled* is SB3 with `torch.compile`, on SB3's "
+        "number of threads. *update* is the ratio of the updates' seconds alone. *environment-only steps/s* is the "
+        "speed of the environments alone under random actions: ClipPPO's, and SB3's if they differ.\n\n"
     )
-    text += f"{_DETAILS}\n\n{_split_table(results, rows, alternations)}\n\n"
+    text += f"{_DETAILS}\n\n{_split_table(results, rows, rounds)}\n\n"
     text += (
         "Seconds in this table are medians for 100,000 steps: the environments with their VecEnv wrappers, the "
-        "policy with the rest of the rollout, the update, and everything else. *products of the update* is the time "
-        "of its matrix products and convolutions alone, as a share of its seconds. torch's BLAS and oneDNN compute "
-        "them one after the other, on one thread or all, whichever is faster, or on the row's number. On many cores, "
-        "the native engine, which divides them among threads, can be faster than that. Memory is the "
+        "policy with the rest of the rollout, the update, and everything else. *matrix products* is the time of the "
+        "update's matrix products and convolutions alone, as a share of its seconds. torch's BLAS and oneDNN compute "
+        "them one after the other, on one thread or all, whichever is faster, or on the configuration's number. On "
+        "many cores, the native engine, which divides them among threads, can be faster than that. Memory is the "
         "peak of the process; in brackets, the difference from SB3's. *start* is the seconds to full speed after "
         "torch is imported (other imports, building, compilation); in brackets, measured once, without compiled code "
         "of an earlier run.\n"
@@ -121,20 +119,20 @@ def render_tables(results: Results, rows: Sequence[SpeedRow], alternations: int,
     return f"{text}\n{machines_text(runs, lambda run: 'one run at a time')}"
 
 
-def _ratio_table(results: Results, rows: Sequence[SpeedRow], alternations: int, notes: Mapping[str, str]) -> str:
+def _ratio_table(results: Results, rows: Sequence[SpeedRow], rounds: int, notes: Mapping[str, str]) -> str:
     shown = [peer for peer in PEERS if any(peer in row.peers for row in rows)]
     others = [peer for peer in shown if peer not in ("clipppo", "sb3")]
     header = ["configuration", "ClipPPO / SB3", "update", *(f"ClipPPO / {PEERS[peer]}" for peer in others)]
-    header += [*(f"{PEERS[peer]} steps/s" for peer in shown), "bound steps/s", "goal"]
+    header += [*(f"{PEERS[peer]} steps/s" for peer in shown), "environment-only steps/s", "goal"]
     lines = []
     for row in rows:
-        to_sb3 = ratio(results, row, "sb3", alternations)
-        update = ratio(results, row, "sb3", alternations, "update")
-        speeds = [_speed(results, row, peer, alternations) for peer in shown]
-        bounds = " / ".join(text for peer in BOUNDS if (text := _speed(results, row, peer, alternations)))
+        to_sb3 = ratio(results, row, "sb3", rounds)
+        update = ratio(results, row, "sb3", rounds, "update")
+        speeds = [_speed(results, row, peer, rounds) for peer in shown]
+        bounds = " / ".join(text for peer in BOUNDS if (text := _speed(results, row, peer, rounds)))
         lines.append(
             [f"{row.title} (`{row.name}`)", _ratio_text(to_sb3), _ratio_text(update)]
-            + [_ratio_text(ratio(results, row, peer, alternations)) for peer in others]
+            + [_ratio_text(ratio(results, row, peer, rounds)) for peer in others]
             + [*speeds, bounds]
             + [f"{row.goal:g}: {_verdict(row, to_sb3, notes.get(row.name))}"]
         )
@@ -151,24 +149,24 @@ def _verdict(row: SpeedRow, spread: Spread | None, note: str | None) -> str:
     if spread is None:
         return note or "not run"
     verdict = "yes" if spread.median >= row.goal else "no"
-    if spread.count < MIN_ALTERNATIONS:
-        return f"{verdict} so far ({spread.count} of {MIN_ALTERNATIONS} alternations)"
+    if spread.count < MIN_ROUNDS:
+        return f"{verdict} so far ({spread.count} of {MIN_ROUNDS} rounds)"
     return verdict
 
 
-def _speed(results: Results, row: SpeedRow, peer: str, alternations: int) -> str:
-    spread = Spread.of([run["steps_per_second"] for run in runs_of(results, row, peer, alternations).values()])
+def _speed(results: Results, row: SpeedRow, peer: str, rounds: int) -> str:
+    spread = Spread.of([run["steps_per_second"] for run in runs_of(results, row, peer, rounds).values()])
     return "" if spread is None else f"{spread.median:,.0f}"
 
 
-def _split_table(results: Results, rows: Sequence[SpeedRow], alternations: int) -> str:
-    header = ["configuration", "peer", *(f"{part} s" for part in _SPLIT), "products of the update"]
+def _split_table(results: Results, rows: Sequence[SpeedRow], rounds: int) -> str:
+    header = ["configuration", "library", *(f"{part} s" for part in _SPLIT), "matrix products"]
     header += ["memory MB", "start s", "engine", "threads"]
     lines = []
     for row in rows:
-        sb3_memory = _median(runs_of(results, row, "sb3", alternations), "peak_megabytes")
+        sb3_memory = _median(runs_of(results, row, "sb3", rounds), "peak_megabytes")
         for peer, title in PEERS.items():
-            runs = runs_of(results, row, peer, alternations)
+            runs = runs_of(results, row, peer, rounds)
             if not runs:
                 continue
             split = [_median_per_100k(runs, f"{part}_seconds") for part in _SPLIT]

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from tests.bench.command import AlternatingBenchmark
+from tests.bench.command import RoundsBenchmark
 from tests.bench.results import clone_environment, machine, machines_text, markdown_table, same_machine
 from tests.bench.speed_table import Spread
 
@@ -27,7 +27,7 @@ PEERS = {
     "sb3": ("SB3", "stable_baselines3", "PPO"),
     "sbx": ("SBX", "sbx", "PPO"),
 }
-"""Peer -> name in the table, module and class, in the order of an alternation; "clipppo" reads what "cold" compiled."""
+"""Peer -> name in the table, module and class, in the order of a round; "clipppo" reads what "cold" compiled."""
 
 PROGRAM = """
 from {module} import {algorithm}
@@ -40,9 +40,9 @@ print("updated", flush=True)
 _PACKAGES = ("numba", "scipy", "mujoco", "sbx_rl", "jax")
 _NOTES = (
     "Seconds from the start of a process to the end of its first update. They include imports, building, compilation, "
-    "one rollout and one update, with default arguments. Median (smallest to largest) of the alternations. In an "
-    "alternation, all columns run one after the other, each in its own process. *No kernels on disk* is the first "
-    "start after an installation. JAX compiles at every start, which is its default."
+    "one rollout and one update, with default arguments. Median (smallest to largest) of the rounds. In a round, all "
+    "columns run one after the other, each in its own process. *No kernels on disk* is the first start after an "
+    "installation. JAX compiles at every start, which is its default."
 )
 
 
@@ -62,25 +62,25 @@ class StartRow:
 ROWS = (StartRow("CartPole-v1"), StartRow("HalfCheetah-v5"))
 
 
-class StartsBenchmark(AlternatingBenchmark[StartRow]):
-    """Measures the alternations that are missing, one process after the other."""
+class StartsBenchmark(RoundsBenchmark[StartRow]):
+    """Measures the rounds that are missing, one process after the other."""
 
     name = "starts"
     description = "Measure the seconds from the start of a process to the end of its first update."
     log_folder = "logs/bench/starts"
     key = ("name", "peer", "part")
-    deciding = ("alternations",)
+    deciding = ("rounds",)
 
     def __init__(self, rows: Sequence[StartRow], argv: Sequence[str] | None) -> None:
         super().__init__(rows, argv)
         self._machine = machine(_PACKAGES)
 
     def listed(self, row: StartRow) -> str:
-        """Return the alternations that are done, or what the row needs."""
+        """Return the rounds that are done, or what the row needs."""
         return row.missing() or self.done(row)
 
     def run(self) -> None:
-        """Measure the missing alternations."""
+        """Measure the missing rounds."""
         reasons = {row.name: reason for row in self.selected if (reason := row.missing()) is not None}
         for name, reason in reasons.items():
             print(f"{name}: skipped, {reason}", flush=True)
@@ -89,10 +89,10 @@ class StartsBenchmark(AlternatingBenchmark[StartRow]):
 
     def render(self) -> str:
         """Return the table of seconds."""
-        alternations = {row.name: [self._alternation(row, number) for number in self.numbers()] for row in self.rows}
+        rounds = {row.name: [self._round(row, number) for number in self.numbers()] for row in self.rows}
         found = {
             (name, peer): [runs[peer] for runs in made if peer in runs]
-            for name, made in alternations.items()
+            for name, made in rounds.items()
             for peer in PEERS
         }
         shown = [peer for peer in PEERS if any(found[row.name, peer] for row in self.rows)]
@@ -110,8 +110,8 @@ class StartsBenchmark(AlternatingBenchmark[StartRow]):
         is_made = any(row.name == run["name"] and row.missing() is None for row in self.selected)
         return is_made and super().remakes(run) and run["peer"] in self._peers()
 
-    def _alternation(self, row: StartRow, number: int) -> dict[str, dict[str, Any]]:
-        """Return the runs of an alternation by peer, without those of another machine than the first one's."""
+    def _round(self, row: StartRow, number: int) -> dict[str, dict[str, Any]]:
+        """Return the runs of a round by peer, without those of another machine than the first one's."""
         runs = {peer: run for peer in PEERS if (run := self.results.find(_entries(row, peer, number))) is not None}
         return {peer: run for peer, run in runs.items() if same_machine(run, next(iter(runs.values())))}
 
@@ -119,7 +119,7 @@ class StartsBenchmark(AlternatingBenchmark[StartRow]):
         return [peer for peer, (_, module, _) in PEERS.items() if find_spec(module) is not None]
 
     def is_done(self, row: StartRow, number: int) -> bool:
-        """Return whether an alternation was measured here as a whole, with the packages that are installed now."""
+        """Return whether a round was measured here as a whole, with the packages that are installed now."""
         runs = [self.results.find(_entries(row, peer, number) | self._machine) for peer in self._peers()]
         return all(run is not None for run in runs)
 

@@ -13,7 +13,7 @@ def seconds_left(
 
     :param todo: kind and steps of each run to make
     :param done: kind, steps and seconds of each finished run
-    :param jobs: number of runs side by side
+    :param jobs: number of parallel runs
     :return: seconds, or None without a finished run; and whether each kind of run has a finished one. A run is as fast
         as the finished ones of its kind, or as all if there are none.
     """

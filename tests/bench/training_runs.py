@@ -73,7 +73,8 @@ class TrainingRow:
 
 def how_made(run: Mapping[str, Any]) -> str:
     """Return how a run was made on its machine."""
-    return f"{run['jobs']} runs side by side, one thread each"
+    jobs = run["jobs"]
+    return f"{'one run at a time' if jobs == 1 else f'{jobs} parallel runs'}, one thread each"
 
 
 RowT = TypeVar("RowT", bound=TrainingRow)
@@ -84,7 +85,7 @@ class TrainingBenchmark(SeedsBenchmark[RowT]):
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         """Add the options of trainings."""
-        about = "runs side by side, at most the number of cores (default: %(default)s)"
+        about = "parallel runs, at most the number of cores (default: %(default)s)"
         parser.add_argument("--jobs", type=at_least(1), default=1, help=about)
         super().add_options(parser)
 

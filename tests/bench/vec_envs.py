@@ -20,15 +20,15 @@ CLASSES: dict[str, Any] = {
     "FastSubprocVecEnv": partial(FastSubprocVecEnv, start_method="fork"),
     "SubprocVecEnv": partial(SubprocVecEnv, start_method="fork"),
 }
-N_TURNS = 3
+N_ROUNDS = 3
 N_CHUNKS = 7
 CHUNK = 256  # steps of all environments
 
 
 def steps_per_second(env_id: str, n_envs: int) -> dict[str, list[float]]:
-    """Return environment steps a second of each class under the same random actions: the median of each turn."""
+    """Return environment steps per second of each class under the same random actions: the median of each round."""
     found: dict[str, list[float]] = {name: [] for name in CLASSES}
-    for _ in range(N_TURNS):
+    for _ in range(N_ROUNDS):
         venvs = {name: make_vec_env(env_id, n_envs, seed=0, vec_env_cls=cls) for name, cls in CLASSES.items()}
         seconds: dict[str, list[float]] = {name: [] for name in CLASSES}
         space = next(iter(venvs.values())).action_space

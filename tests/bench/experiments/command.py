@@ -35,7 +35,7 @@ class Campaign:
     :param suite: the suite
     :param table: results of the suite
     :param log_folder: folder of the runs' own files
-    :param jobs: number of runs side by side, for the table and the time left
+    :param jobs: number of parallel runs, for the table and the time left
     :raises ValueError: if the table or a run's folder holds something else, before anything runs
     """
 
@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     about = "write the tables and figures of the finished runs, and run nothing; of a part, into <suite>-part.md"
     parser.add_argument("--report", action="store_true", help=about)
     parser.add_argument("--list", action="store_true", help="list what is done and what is to make, and run nothing")
-    about = "runs side by side, at most the number of cores (default: %(default)s)"
+    about = "parallel runs, at most the number of cores (default: %(default)s)"
     parser.add_argument("--jobs", type=at_least(1), default=1, help=about)
     about = "make the runs on the Ray cluster of this address, without one on a new cluster of this machine"
     parser.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help=about)

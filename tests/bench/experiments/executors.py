@@ -69,7 +69,7 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """Makes runs on this machine, ``jobs`` of them side by side."""
+    """Makes runs on this machine, ``jobs`` of them in parallel."""
 
     def __init__(self, jobs: int) -> None:
         self._jobs = jobs

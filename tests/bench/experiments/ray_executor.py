@@ -25,7 +25,7 @@ class RayExecutor:
     node's own, or those of a file system that nodes share; only then does another node resume an interrupted run.
 
     :param address: address of a running cluster, as ``ray.init`` takes it; "": a new one on this machine
-    :param jobs: runs side by side
+    :param jobs: parallel runs
     :raises ImportError: if Ray is not installed
     :raises ValueError: if there is no cluster at the address
     """

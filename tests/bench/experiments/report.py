@@ -81,7 +81,7 @@ def _state(runs: SuiteRuns) -> Iterator[str]:
         yield _LOST
     if short := [f"{env_id}: {n_short} of {n_all} runs" for env_id, (n_short, n_all) in runs.short().items()]:
         yield (
-            f"Trainings with fewer than {LAST_EPISODES} episodes, of which *{MEASURES['last_return']}* has all: "
+            f"Runs with fewer than {LAST_EPISODES} episodes, of which *{MEASURES['last_return']}* has all: "
             f"{'; '.join(short)}."
         )
 

@@ -84,7 +84,7 @@ class Record:
     :param curve: mean return of the last episodes on a grid of the training's steps, None before the first episode
     :param episodes: columns of the run's file of episodes, see :func:`binned_episodes`
     :param machine: processor and versions, see :func:`tests.bench.results.machine`
-    :param jobs: runs side by side; None in records of earlier versions
+    :param jobs: parallel runs; None in records of earlier versions
     """
 
     scores: dict[str, float | None]
@@ -174,7 +174,7 @@ def prepare_folder(spec: RunSpec, jobs: int | None = None) -> None:
     Check that the run's folder is new or holds the same run, see :func:`check_folder`, and write its files.
 
     :param spec: the run
-    :param jobs: runs side by side, for the record
+    :param jobs: parallel runs, for the record
     """
     check_folder(spec)
     spec.folder.mkdir(parents=True, exist_ok=True)
