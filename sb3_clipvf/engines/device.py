@@ -1,4 +1,4 @@
-"""Which device ``device="auto"`` selects if there is a GPU. docs/engines.md has the measurements behind the rule."""
+"""Which device ``device="auto"`` selects if there is a GPU. docs/gpu.md has the measurements behind the rule."""
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
