@@ -38,6 +38,7 @@ from sb3_clipvf.engines import recognition
 from sb3_clipvf.engines.autograd import AutogradEngine, AutogradUpdate
 from sb3_clipvf.engines.fused import FusedEngine
 from sb3_clipvf.engines.native import NativeEngine
+from sb3_clipvf.engines.support import why_not_bf16, why_not_cuda_graph
 from sb3_clipvf.rollout import TensorRolloutBuffer
 
 N_STEPS = 16
@@ -437,6 +438,36 @@ def test_switches_of_torch_are_honoured(switch: Any, reason: str, fast: str) -> 
     assert type(models[0]._engine) is FAST[fast][1]
 
 
+@pytest.mark.parametrize("fast", FAST)
+def test_training_without_gradients_is_an_error(fast: str) -> None:
+    for engine in ("auto", "autograd"):
+        model = make(engine, policy_kwargs=FAST[fast][0])
+        before = [parameter.clone() for parameter in model.policy.parameters()]
+        with th.no_grad(), pytest.raises(RuntimeError, match="grad"):
+            model.learn(N_STEPS)
+        assert all(th.equal(a, b) for a, b in zip(before, model.policy.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("fast", FAST)
+def test_kernels_need_numbas_compiler(fast: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    model = make("auto", policy_kwargs=FAST[fast][0])
+    model.learn(N_STEPS)
+    assert type(model._engine) is AutogradEngine
+    assert "NUMBA_DISABLE_JIT switches off" in model._engine_choice[2]
+
+
+def test_hooks_keep_the_outputs_that_they_have_seen() -> None:
+    seen: dict[str, list[th.Tensor]] = {}
+    for engine in ("auto", "autograd"):
+        model = make(engine, env="CartPole-v1")
+        outputs = seen[engine] = []
+        model.policy.action_net.register_forward_hook(lambda *call, kept=outputs: kept.append(call[2].detach()))
+        model.learn(N_STEPS)
+    assert type(model._engine) is AutogradEngine and len(seen["auto"]) == len(seen["autograd"])
+    assert all(th.allclose(a, b, atol=1e-5) for a, b in zip(seen["auto"], seen["autograd"], strict=True))
+
+
 def test_a_default_device_other_than_the_policys() -> None:
     with th.device("meta"):
         assert recognition.altered_torch() == "torch has a default device or a function mode"
@@ -707,6 +738,24 @@ class HeldActor(ActorCriticPolicy):
         self.action_net = HeldHead(self.action_net)  # type: ignore[assignment, arg-type]
 
 
+class TableHead(nn.Module):
+    """Returns its own memory: logits that no observation changes."""
+
+    def __init__(self, n_actions: int) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(th.arange(1.0, n_actions + 1))
+
+    def forward(self, latent: th.Tensor) -> th.Tensor:
+        return self.logits.expand(len(latent), -1)
+
+
+class TablePolicy(ActorCriticPolicy):
+    def _build(self, lr_schedule: Any) -> None:
+        super()._build(lr_schedule)
+        self.action_net = TableHead(self.action_net.out_features)  # type: ignore[assignment]
+        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), weight_decay=0.1)
+
+
 class NoisyLinear(nn.Linear):
     def forward(self, latent: th.Tensor) -> th.Tensor:
         return super().forward(latent) + 0.1 * th.randn(len(latent), self.out_features)
@@ -770,7 +819,7 @@ class FromBasePolicy(BasePolicy):
         return self.both(observation)[0].sample()
 
 
-PPOS = [MaskedPolicy, HeldCritic, HeldActor, NoisyHeads, FreshDistribution, OwnEverything, FromBasePolicy]
+PPOS = [MaskedPolicy, HeldCritic, HeldActor, TablePolicy, NoisyHeads, FreshDistribution, OwnEverything, FromBasePolicy]
 
 
 @pytest.mark.parametrize("policy", PPOS)
@@ -785,6 +834,14 @@ def test_policies_that_sb3_trains(policy: Any) -> None:
         weights.append([parameter.detach() for parameter in model.policy.parameters()])
     assert difference(weights[0], weights[1]) == 0
     assert difference(weights[0], weights[2]) < 1e-4
+
+
+@pytest.mark.parametrize("policy", [OwnEverything, FromBasePolicy])
+def test_policies_without_sb3s_parts_get_a_reason_on_a_gpu(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("auto", policy, "CartPole-v1")
+    monkeypatch.setattr(policy, "device", th.device("cuda", 0), raising=False)
+    for why_not in (why_not_cuda_graph, why_not_bf16):
+        assert isinstance(why_not(model.policy, model.rollout_buffer), str)
 
 
 @pytest.mark.parametrize("kl_coef", [0.0, 1.0])

@@ -111,6 +111,14 @@ def write_steps(optimizer: th.optim.Optimizer, parameters: Iterable[th.Tensor], 
         optimizer.state[parameter]["step"].fill_(n_steps)
 
 
+def check_gradients() -> None:
+    """Raise RuntimeError if gradients are disabled: kernels would train, where a backward pass of torch cannot."""
+    if not th.is_grad_enabled():
+        raise RuntimeError(
+            "Training needs gradients, which are disabled. Call `learn` or `train` outside of th.no_grad()."
+        )
+
+
 def _fingerprint(policy: ActorCriticPolicy) -> tuple[object, ...]:
     """Return what :func:`.support.plain_policy` depends on: structure, code, hooks and the optimizer's options."""
     modules = modules_of(policy)

@@ -14,7 +14,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_clipvf.distributions import LazyDistribution, category_counts, n_action_numbers, n_outputs, to_action_space
 from sb3_clipvf.engines.autograd import AutogradEngine, old_dist_params
-from sb3_clipvf.engines.binding import moments_of, table_row, write_steps
+from sb3_clipvf.engines.binding import check_gradients, moments_of, table_row, write_steps
 from sb3_clipvf.engines.bridge import (
     KINDS,
     Noise,
@@ -75,10 +75,11 @@ class FusedEngine(AutogradEngine):
         n, k = outputs.shape
         log_stds = np.empty((0, 0), np.float32) if log_std is None else _as_floats(log_std).reshape(1, k)
         actions, log_prob = np.empty((n, n_action_numbers(dist)), np.float32), np.empty(n, np.float32)
+        logits = _as_floats(outputs).copy()  # normalised in place, while hooks and heads may hold the outputs
         width = k if log_std is None else 2 * k
         dist_params = np.empty((n, width if with_dist_params else 0), np.float32)
         entry.draw(
-            KINDS[type(dist)], category_counts(dist), _as_floats(outputs), log_stds,
+            KINDS[type(dist)], category_counts(dist), logits, log_stds,
             self._noise.next(n), actions, log_prob, dist_params,
         )  # fmt: skip
         if with_dist_params:  # callbacks may read it
@@ -122,6 +123,7 @@ class FusedEngine(AutogradEngine):
         return outputs, values, policy.log_std if isinstance(dist, DiagGaussianDistribution) else None
 
     def _run_epochs(self, buffer: Any, coefficients: UpdateCoefficients) -> Record:
+        check_gradients()
         update = FusedUpdate(self, coefficients, buffer)
         try:
             return run_shared_epochs(update, self.policy.parameters(), self.settings, coefficients, buffer)

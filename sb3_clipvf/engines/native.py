@@ -20,7 +20,7 @@ from sb3_clipvf.distributions import (
     to_action_space,
 )
 from sb3_clipvf.engines.autograd import AutogradEngine
-from sb3_clipvf.engines.binding import Binding, bind, write_steps
+from sb3_clipvf.engines.binding import Binding, bind, check_gradients, write_steps
 from sb3_clipvf.engines.bridge import (
     KINDS,
     Noise,
@@ -290,7 +290,9 @@ class NativeEngine:
         Run the epochs of one update; the buffer is a ``TensorRolloutBuffer``.
 
         :raises UnsupportedError: If this engine can no longer run the policy.
+        :raises RuntimeError: If gradients are disabled, with which PyTorch's backward pass raises it.
         """
+        check_gradients()
         self._bind_if_changed()
         settings, optimizer = self.settings, self.policy.optimizer
         rollout = rollout_of(buffer, settings.has_dist_params)

@@ -5,6 +5,7 @@ Whether an engine other than autograd can run a policy: its structure, sizes, pa
 """
 
 import itertools
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -71,6 +72,7 @@ def why_not_native(policy: ActorCriticPolicy, buffer: Any) -> str | None:
     if reason is not None:
         return reason
     try:
+        _check_compiler()
         plain_policy(policy)
     except UnsupportedError as unsupported:
         return str(unsupported)
@@ -80,6 +82,7 @@ def why_not_native(policy: ActorCriticPolicy, buffer: Any) -> str | None:
 def why_not_fused(policy: ActorCriticPolicy) -> str | None:
     """Return why the fused engine cannot run a policy, as half a sentence, or None. Its networks may be of any kind."""
     try:
+        _check_compiler()
         check_code(policy)
         _check_device(policy)
         _check_gaussian(policy)
@@ -120,17 +123,20 @@ def why_not_cuda_graph(policy: ActorCriticPolicy, buffer: Any) -> str | None:
     """Return why the CUDA graph engine cannot run a policy with this rollout buffer, as half a sentence, or None."""
     if policy.device.type != "cuda":
         return f"it is on the device {policy.device}"
+    reason = why_not_static(policy, buffer)
+    if reason is not None:  # it may lack the parts of SB3's policies
+        return reason
     dist = policy.action_dist
     if isinstance(dist, StateDependentNoiseDistribution) and not dist.full_std:
         return "its gSDE has full_std=False, with which SB3 copies from the host at each step"
     if any(group.get("fused") or group.get("capturable") for group in policy.optimizer.param_groups):
         return "its optimizer keeps the number of steps on the device"
-    return why_not_static(policy, buffer)
+    return None
 
 
 def why_not_bf16(policy: ActorCriticPolicy, buffer: Any) -> str | None:
     """Return why the CUDA graph engine cannot run a policy in bfloat16, as half a sentence, or None."""
-    if isinstance(policy.action_dist, StateDependentNoiseDistribution):
+    if isinstance(getattr(policy, "action_dist", None), StateDependentNoiseDistribution):
         return "its gSDE computes with features, which would be rounded"
     return why_not_cuda_graph(policy, buffer)
 
@@ -290,6 +296,12 @@ def _check_tensors(policy: ActorCriticPolicy, plain: PlainPolicy) -> None:
 
 
 # ------------------------------------------------------------------ several engines
+
+
+def _check_compiler() -> None:
+    # As numba reads it, which is not imported for policies without kernels
+    if os.environ.get("NUMBA_DISABLE_JIT", "0").strip() not in ("", "0"):
+        raise UnsupportedError("NUMBA_DISABLE_JIT switches off the compilation of kernels")
 
 
 def _check_device(policy: ActorCriticPolicy) -> None:
