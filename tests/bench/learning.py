@@ -184,7 +184,9 @@ def _cells(row: Row, ours: _Runs, peers: _Runs, shipped: _Runs, n_seeds: int) ->
     cells = [settings, f"{row.n_timesteps:,}", _mean(our_returns, n_seeds), _mean(peer_returns, n_seeds)]
     cells += [_difference(our_returns, peer_returns)]
     cells += [_difference(our_returns, _returns(shipped)) if row.params else "", goal, _reached(row.goal, our_returns)]
-    minutes = f"{_minutes(ours)} / {_minutes(peers)}" if ours or peers else ""
+    # Times of a few runs compare machines.
+    is_complete = len(ours) == len(peers) == n_seeds
+    minutes = f"{_minutes(ours)} / {_minutes(peers)}" if is_complete else ""
     return [*cells, minutes, row.comparison]
 
 
