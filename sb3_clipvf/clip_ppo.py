@@ -523,7 +523,7 @@ class ClipPPO(DataParallelCollector):
         if isinstance(self._n_envs_before, int) and self._n_envs_before != self.n_envs:
             warn_about_n_envs(vars(self), self._n_envs_before)
         self._n_envs_before = None
-        with failures_explained(self.env, callback, lambda: (self.num_timesteps, self._total_timesteps)):
+        with failures_explained(callback, lambda: (self.env, self.num_timesteps, self._total_timesteps)):
             return super().learn(
                 total_timesteps=total,
                 callback=callback,

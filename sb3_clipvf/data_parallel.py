@@ -38,6 +38,7 @@ from sb3_clipvf.envs.layers import vec_env_layers
 from sb3_clipvf.envs.vector import BatchedVecEnv
 from sb3_clipvf.guards.agreement import check_same, common_arguments, description_of, is_plain
 from sb3_clipvf.guards.diagnosis import FaultContext
+from sb3_clipvf.guards.failures import guarded
 from sb3_clipvf.rollout import on_host
 from sb3_clipvf.tensor_collection import TensorRolloutCollector
 
@@ -134,7 +135,10 @@ class DataParallelCollector(TensorRolloutCollector):
                 self.set_logger(Logger(None, []))
         else:
             warn_about_child()
-        total, root = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        with guarded(cast(VecEnv, self.env)):  # since they are reset
+            total, root = super()._setup_learn(
+                total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+            )
         count_all_steps(root)
         return total, root
 
@@ -155,14 +159,16 @@ class DataParallelCollector(TensorRolloutCollector):
         """
         group = current_group()
         if group.size == 1:
-            return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+            with guarded(env):
+                return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         episodes: Any = self.ep_info_buffer
         earlier = list(episodes)
         earlier_ids = {id(episode) for episode in earlier}
         if group.rank > 0:
             n_rollout_steps = cast(int, self._follow_first(group, n_rollout_steps).n_rollout_steps)
             self._share_policy(group)
-        continues = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        with guarded(env):
+            continues = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         normalizer = self.get_vec_normalize_env()
         running = _running_moments(normalizer)
         end = _RolloutEnd(

@@ -20,6 +20,7 @@ from sb3_clipvf.checkpoint import TrainingCheckpoint
 from sb3_clipvf.common.nonfinite import NonFiniteError
 from sb3_clipvf.envs import FastDummyVecEnv, FastVecNormalize
 from sb3_clipvf.envs.shapes import StepCheck
+from sb3_clipvf.guards import env_checks
 
 
 def gives(obs: Any) -> Callable[[Step], Step]:
@@ -332,6 +333,61 @@ def test_methods_that_a_callback_replaces_are_kept_after_the_training(name: str,
         venv.envs[1].change = lambda step: (step[0][:1], *step[1:])
         with pytest.raises(ValueError, match=r"shape \(4,\), got \(1,\) from environment 1"):
             model_of(VecNormalize(venv)).learn(32)
+
+
+class Exchange(BaseCallback):
+    """Gives the model other environments after the first rollout."""
+
+    def __init__(self, venv: VecEnv) -> None:
+        super().__init__()
+        self.venv = venv
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        if self.model.env is not self.venv:
+            self.model.set_env(self.venv, force_reset=False)
+            self.model._last_obs = self.venv.reset()
+
+
+def broadcasting(at: int, wraps: bool) -> VecEnv:
+    change = gives(np.zeros(1, np.float32))
+    if not wraps:
+        return make(change, at)
+    return VecNormalize(SubprocVecEnv([partial(Faulty, change, at)] * 2, start_method="fork"))
+
+
+@pytest.mark.parametrize("wraps", [False, True])
+def test_environments_that_a_callback_sets_are_checked(wraps: bool) -> None:
+    venv = broadcasting(20, wraps)
+    model = model_of(VecNormalize(make()) if wraps else make())
+    with pytest.raises(ValueError, match="must return observations of its space's shape"):
+        model.learn(96, callback=Exchange(venv))
+    assert model.num_timesteps == 32 + 38  # the first rollout, and 19 steps of the other environments
+    assert vars(model.env).keys().isdisjoint(["_save_obs", "step_wait"])
+    venv.close()
+
+
+@pytest.mark.parametrize("wraps", [False, True])
+@pytest.mark.parametrize("at", [0, 5])
+def test_environments_are_checked_in_an_own_loop(at: int, wraps: bool) -> None:
+    venv = broadcasting(at, wraps)
+    model = model_of(venv)
+    with pytest.raises(ValueError, match="must return observations of its space's shape"):
+        _, callback = model._setup_learn(32, None)
+        assert at  # else the reset fails
+        model.collect_rollouts(venv, callback, model.rollout_buffer, 16)
+    venv.close()
+
+
+def test_environments_that_a_callback_sets_step_by_the_faster_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = []
+    step_wait = env_checks.fast_step_wait
+    monkeypatch.setattr(env_checks, "fast_step_wait", lambda venv: (steps.append(venv), step_wait(venv))[1])
+    venvs = [make(), make()]
+    model_of(venvs[0]).learn(96, callback=Exchange(venvs[1]))
+    assert [steps.count(venv) for venv in venvs] == [16, 32]
 
 
 # ------------------------------------------------------------------ other environments than before

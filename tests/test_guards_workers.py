@@ -77,6 +77,22 @@ def test_a_process_that_dies_ends_the_training(
         check_resumes(tmp_path, make(cls=fork))
 
 
+def test_processes_that_a_callback_sets_are_watched(tmp_path: Path) -> None:
+    fork: Any = partial(SubprocVecEnv, start_method="fork")
+    venv, threads = make(kill_itself, 4, fork), set(threading.enumerate())
+    model = model_of(make(cls=fork))
+
+    class Exchange(Call):
+        def _on_rollout_end(self) -> None:
+            model.set_env(venv, force_reset=False)
+            model._last_obs = venv.reset()
+
+    with within(120), pytest.raises(WorkerDiedError, match="environment 1 was killed by SIGKILL") as caught:
+        model.learn(96, callback=Exchange(broken, 1000))
+    assert "num_timesteps=38 of 96" in notes(caught.value)
+    assert set(threading.enumerate()) <= threads
+
+
 def stay(step: Step, mark: Path) -> Step:
     """Ignores both the end of its pipe and SIGTERM, from when the mark exists."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

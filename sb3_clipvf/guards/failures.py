@@ -19,26 +19,45 @@ from sb3_clipvf.guards.workers import unblock_dead_workers, worker_death
 _TRAINING = frozenset({"collect_rollouts", "dump_logs", "train", "on_training_end"})
 
 
+# Environments in a context of `guarded`, by their ids.
+_guarded: set[int] = set()
+
+
 @contextlib.contextmanager
-def failures_explained(env: VecEnv, callback: Any, progress: Callable[[], tuple[int, int]]) -> Iterator[None]:
+def guarded(env: VecEnv) -> Iterator[None]:
+    """Check rows of environments, and unblock reads from their dead workers; no-op in such a context for them."""
+    if id(env) in _guarded:
+        yield
+        return
+    _guarded.add(id(env))
+    try:
+        with unblock_dead_workers(vec_env_layers(env)[-1]), checked_rows(env):
+            yield
+    finally:
+        _guarded.discard(id(env))
+
+
+@contextlib.contextmanager
+def failures_explained(callback: Any, state: Callable[[], tuple[Any, int, int]]) -> Iterator[None]:
     """
     Add notes to an error that ends training in this context: where it was, what is kept and how to resume.
 
     If a ``SubprocVecEnv`` worker has died, a :class:`.WorkerDiedError` replaces the EOFError or OSError of its pipe. If
     a ``TrainingCheckpoint`` in ``callback`` holds a copy of a later update than its last checkpoint, it is written,
-    unless the error is a :class:`.NonFiniteError`. ``progress`` returns the environment steps so far and in total.
+    unless the error is a :class:`.NonFiniteError`. ``state`` returns the environments, which callbacks may replace, and
+    the environment steps so far and in total.
 
     The error also ends training in the other processes of its group.
     """
-    group, venv = current_group(), vec_env_layers(env)[-1]
+    group = current_group()
     with group.failing_together():
         try:
-            with unblock_dead_workers(venv), checked_rows(env):
+            with guarded(state()[0]):
                 yield
         except Exception as error:
-            died = worker_death(venv, error)
+            env, num_timesteps, total_timesteps = state()
+            died = worker_death(vec_env_layers(env)[-1], error)
             if _TRAINING & {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}:
-                num_timesteps, total_timesteps = progress()
                 where = f"The training ended at num_timesteps={num_timesteps} of {total_timesteps}."
                 _add_notes(died or error, error, callback, where, group.rank)
             if died is None:
