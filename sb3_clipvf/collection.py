@@ -30,7 +30,7 @@ from sb3_clipvf.engines.interface import Acted, Engine
 from sb3_clipvf.engines.recognition import has_own_add
 from sb3_clipvf.envs.episode_ends import MONITOR_ADVICE, UnreportedEnd, unreported_end
 from sb3_clipvf.envs.faster import faster_step
-from sb3_clipvf.envs.rows import copy_of
+from sb3_clipvf.envs.rows import copy_of, stack_rows
 from sb3_clipvf.envs.shapes import StepCheck
 from sb3_clipvf.guards.diagnosis import (
     Fault,
@@ -47,6 +47,8 @@ from sb3_clipvf.rollout import (
     TensorRolloutBuffer,
     fit_to_rollout,
     has_dist_params,
+    is_known_class,
+    space_of_rows,
     stored_observation_space,
     takes_dist_params,
 )
@@ -92,7 +94,7 @@ class RolloutCollector(OnPolicyAlgorithm):
         started = time.perf_counter()
         n_steps = 0
         with_dist_params = takes_dist_params(rollout_buffer)
-        check_step = StepCheck(rollout_buffer.observation_space, env.num_envs)
+        check_step = StepCheck(space_of_rows(rollout_buffer, self._stored_space()), env.num_envs)
         check_step.observations(self._last_obs)
         engine = self._begin_rollout(env, callback, rollout_buffer, n_rollout_steps)
         stores_arrays = not has_own_add(rollout_buffer)
@@ -321,12 +323,18 @@ class RolloutCollector(OnPolicyAlgorithm):
         :raises AssertionError: If the number of environments differs from ``n_envs``.
         """
         show_messages(self.verbose)
+        space = self._stored_space()
         with same_spaces():
             super().set_env(env, force_reset)
         buffer = getattr(self, "rollout_buffer", None)
-        space = stored_observation_space(self.observation_space, self.get_vec_normalize_env())
-        if buffer is not None and buffer.observation_space != space:
+        # A buffer of the user's own that replaced the model's is kept.
+        is_built = type(buffer) is self.rollout_buffer_class or is_known_class(type(buffer))
+        if is_built and self._stored_space() != space:
             self.rollout_buffer = self._make_rollout_buffer()
+
+    def _stored_space(self) -> spaces.Space[Any]:
+        """Return the space of the observations that the policy sees, and a buffer gets."""
+        return stored_observation_space(self.observation_space, self.get_vec_normalize_env())
 
     def _make_rollout_buffer(self, default: type[Any] = TensorRolloutBuffer, *, checks_memory: bool = True) -> Any:
         """Build the buffer; raise ValueError if it does not fit into memory or cannot store what the KL needs."""
@@ -339,7 +347,7 @@ class RolloutCollector(OnPolicyAlgorithm):
         self._check_kl_is_known(buffer_class, width, stores_dist)
         rollout_buffer = buffer_class(
             self.n_steps,
-            stored_observation_space(self.observation_space, self.get_vec_normalize_env()),
+            self._stored_space(),
             self.action_space,
             device=self.device,
             gamma=self.gamma,
@@ -423,11 +431,7 @@ def bootstrap_truncated(
     if not truncated:
         return rewards
     final_obs: Any = [infos[index]["terminal_observation"] for index in truncated]
-    space = engine.policy.observation_space
-    if isinstance(space, spaces.Dict):
-        stacked: Any = {key: _stacked(part, [obs[key] for obs in final_obs]) for key, part in space.spaces.items()}
-    else:
-        stacked = _stacked(space, final_obs)
+    stacked = stack_rows(engine.policy.observation_space, final_obs)
     # Integer rewards cannot hold the values.
     bootstrapped = rewards.astype(np.result_type(rewards, np.float32))
     if not (observations_are_finite(stacked) or reads_by_own_code(engine.policy)):
@@ -442,8 +446,3 @@ def _add_sb3_tensors(buffer: Any, row: tuple[Any, ...], values: Any, log_probs: 
     """Store a step in a buffer of SB3 or the user, whose ``add`` may not know ``dist_params``."""
     more = {} if dist_params is None else {"dist_params": dist_params}
     buffer.add(*row, values, log_probs, **more)
-
-
-def _stacked(space: spaces.Space[Any], rows: list[Any]) -> np.ndarray:
-    # Environments may add leading axes of length 1.
-    return np.stack([np.reshape(row, space.shape or ()) for row in rows])

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Generator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch as th
@@ -356,7 +356,7 @@ def fit_to_rollout(buffer: Any, n_steps: int, n_envs: int) -> None:
 
     It is not set if the class is the user's, whose ``buffer_size`` may mean something else.
     """
-    if _is_known(type(buffer)):
+    if is_known_class(type(buffer)):
         buffer.buffer_size, buffer.n_envs = n_steps, n_envs
 
 
@@ -382,16 +382,22 @@ def check_complete(buffer: Any) -> None:
 def needs_complete_rollout(buffer: Any) -> bool:
     """Return whether a buffer's ``get`` needs a complete rollout, as ours and SB3's do."""
     owner = next((cls for cls in type(buffer).__mro__ if "get" in vars(cls)), None)
-    return "get" not in vars(buffer) and _is_known(owner)
+    return "get" not in vars(buffer) and is_known_class(owner)
 
 
-def _is_known(cls: Any) -> bool:
+def is_known_class(cls: Any) -> bool:
+    """Return whether a class of buffers is exactly one of this package or of SB3, not the user's."""
     return cls in _KNOWN or "is_of_this_package" in vars(cls)
 
 
 def has_dist_params(buffer: Any) -> bool:
     """Return whether the rollout in a buffer holds the old distribution; a user's buffer may lack the property."""
     return bool(getattr(buffer, "has_dist_params", getattr(buffer, "dist_param_dim", 0)))
+
+
+def space_of_rows(buffer: Any, stored: spaces.Space[Any]) -> spaces.Space[Any]:
+    """Return the space of the observations that ``add`` takes; ``stored`` if the class, the user's, may extend them."""
+    return cast(spaces.Space[Any], buffer.observation_space) if is_known_class(type(buffer)) else stored
 
 
 def stored_observation_space(space: spaces.Space[Any], normalizer: VecNormalize | None) -> spaces.Space[Any]:

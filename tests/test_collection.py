@@ -17,7 +17,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_clipvf import ClipPPO, collection
 from sb3_clipvf.collection import bootstrap_truncated, copy_of
@@ -477,6 +477,48 @@ class TestBuffersOfTheUsers:
         model.n_steps = 4
         model.learn(4)
         assert model._n_updates == 1
+
+
+class WithTime(RolloutBuffer):
+    """Stores observations with the step in the rollout, which minibatches do not have."""
+
+    def __init__(self, buffer_size: int, observation_space: Any, *args: Any, **kwargs: Any) -> None:
+        box = spaces.Box(-np.inf, np.inf, (observation_space.shape[0] + 1,), np.float32)
+        super().__init__(buffer_size, box, *args, **kwargs)
+
+    def add(self, obs: np.ndarray, *args: Any, **kwargs: Any) -> None:
+        super().add(np.column_stack([obs, np.full(len(obs), self.pos)]), *args, **kwargs)
+
+    def _get_samples(self, *args: Any, **kwargs: Any) -> Any:
+        samples = super()._get_samples(*args, **kwargs)
+        return samples._replace(observations=samples.observations[:, :-1])
+
+
+@pytest.mark.parametrize("engine", ["auto", "autograd"])
+@pytest.mark.parametrize("buffer_class", [WithTime])
+def test_a_buffer_may_store_other_things_than_sb3s(buffer_class: type[RolloutBuffer], engine: str) -> None:
+    weights = []
+    for cls in (RolloutBuffer, buffer_class):
+        model = cartpole(rollout_buffer_class=cls, engine=engine).learn(64)
+        weights.append(th.nn.utils.parameters_to_vector(model.policy.parameters()))
+    assert th.equal(*weights)
+
+
+def test_steps_that_do_not_fit_are_refused_for_such_a_buffer() -> None:
+    model = cartpole(rollout_buffer_class=WithTime)
+    model.set_env(DummyVecEnv([lambda: gym.make("CartPole-v1")]))
+    model.env.step_wait = lambda: (np.zeros((1, 5), np.float32), np.zeros(1, np.float32), np.zeros(1, bool), [{}])
+    with pytest.raises(ValueError, match=r"shape, \(1, 4\) for 1 environments, got \(1, 5\)"):
+        model.learn(16)
+
+
+def test_set_env_keeps_a_buffer_that_the_user_put_into_the_model() -> None:
+    model = cartpole()
+    own = model.rollout_buffer = WithTime(16, model.observation_space, model.action_space, model.device)
+    for normalizes in (False, True):
+        env: Any = make_vec_env("CartPole-v1")
+        model.set_env(VecNormalize(env) if normalizes else env)
+        assert model.learn(32).rollout_buffer is own
 
 
 def test_another_number_of_environments_resizes_the_buffer() -> None:

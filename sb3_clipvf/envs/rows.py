@@ -56,6 +56,13 @@ def take_rows(obs: Any, indices: np.ndarray | slice) -> Any:
     return np.asarray(obs)[indices]
 
 
+def stack_rows(space: spaces.Space[Any], rows: list[Any]) -> Any:
+    """Return observations of single environments, which may have leading axes of length 1, as a batch."""
+    if isinstance(space, spaces.Dict):
+        return {key: stack_rows(part, [row[key] for row in rows]) for key, part in space.spaces.items()}
+    return np.stack([np.reshape(row, space.shape or ()) for row in rows])
+
+
 def same(first: Any, second: Any) -> bool:
     """Return whether all elements of two batches are equal; NaN equals NaN."""
     if isinstance(first, Mapping):
