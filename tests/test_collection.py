@@ -494,8 +494,27 @@ class WithTime(RolloutBuffer):
         return samples._replace(observations=samples.observations[:, :-1])
 
 
+class Renamed(RolloutBuffer):
+    """Keeps its advantages under another name."""
+
+    def reset(self) -> None:
+        super().reset()
+        self.kept = vars(self).pop("advantages")
+
+    def compute_returns_and_advantage(self, last_values: th.Tensor, dones: np.ndarray) -> None:
+        self.advantages = self.kept
+        super().compute_returns_and_advantage(last_values, dones)
+        del self.advantages
+
+    def get(self, batch_size: int | None = None) -> Any:
+        self.advantages = self.kept
+        batches = list(super().get(batch_size))
+        del self.advantages
+        return iter(batches)
+
+
 @pytest.mark.parametrize("engine", ["auto", "autograd"])
-@pytest.mark.parametrize("buffer_class", [WithTime])
+@pytest.mark.parametrize("buffer_class", [WithTime, Renamed])
 def test_a_buffer_may_store_other_things_than_sb3s(buffer_class: type[RolloutBuffer], engine: str) -> None:
     weights = []
     for cls in (RolloutBuffer, buffer_class):

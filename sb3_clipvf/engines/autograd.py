@@ -138,7 +138,9 @@ class AutogradUpdate:
         self.policy = policy
         self.settings = settings
         self.coefficients = coefficients
-        self.rollout_mean_std = mean_std_of(buffer.advantages, settings, policy.device)
+        # Else not read, since a user's buffer may keep its advantages under another name.
+        advantages = buffer.advantages if settings.normalizes_rollout else None
+        self.rollout_mean_std = mean_std_of(advantages, settings, policy.device)
         self._has_penalty = bool(coefficients.kl_coef)
 
     def loss(self, batch: MiniBatch, measure_kl: bool) -> MinibatchStatistics:
@@ -234,7 +236,7 @@ class AutogradUpdate:
 
 def mean_std_of(advantages: Any, settings: UpdateSettings, device: th.device) -> tuple[th.Tensor, th.Tensor] | None:
     """Return mean and standard deviation of a rollout's advantages, if they are normalised over the rollout."""
-    if not (settings.normalize_advantage and settings.advantage_scope == "rollout"):
+    if not settings.normalizes_rollout:
         return None
     if settings.group.size > 1:
         moments = settings.group.moments(advantages)

@@ -42,16 +42,18 @@ def hyperparameters_of(
     coefficients: UpdateCoefficients,
     optimizer: th.optim.Optimizer,
     n_steps: int,
-    advantages: np.ndarray,
+    buffer: Any,
 ) -> np.ndarray:
     """
     Return settings, coefficients and the optimizer's options as :class:`.kernels.inputs.Hyperparameters`, float64.
 
-    ``n_steps`` is the number of steps that the optimizer has taken, and ``advantages`` are the rollout's.
+    ``n_steps`` is the number of steps that the optimizer has taken, and ``buffer`` holds the rollout.
     """
     group = optimizer.param_groups[0]
-    in_rollout = settings.normalize_advantage and settings.advantage_scope == "rollout"
+    in_rollout = settings.normalizes_rollout
     shift, scale = 0.0, 1.0
+    # Else not read, since a user's buffer may keep its advantages under another name.
+    advantages = buffer.advantages if in_rollout else np.empty(0)
     if in_rollout and settings.group.size > 1:
         moments = settings.group.moments(advantages)
         shift, scale = moments.mean, moments.sample_std + objectives.ADVANTAGE_EPS

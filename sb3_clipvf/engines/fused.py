@@ -140,7 +140,7 @@ class FusedUpdate:
         self._optimizer = engine.policy.optimizer
         self._parameters = list(engine.policy.parameters())
         self._n_steps = 0  # known when a minibatch has reached parameters
-        self._hyper = hyperparameters_of(engine.settings, coefficients, self._optimizer, 0, buffer.advantages)
+        self._hyper = hyperparameters_of(engine.settings, coefficients, self._optimizer, 0, buffer)
         self._reached: list[th.nn.Parameter] = []
         self._shapes: list[th.Size] = []
         self._table = np.zeros((0, memory.N_COLUMNS), np.int64)

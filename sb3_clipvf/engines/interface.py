@@ -33,6 +33,11 @@ class UpdateSettings:
     on_nonfinite: str = "raise"
     group: Group = ALONE  #: Processes that update the policy together, each from its own rollout.
 
+    @property
+    def normalizes_rollout(self) -> bool:
+        """Whether advantages are normalised over the rollout, not in minibatches."""
+        return self.normalize_advantage and self.advantage_scope == "rollout"
+
     def measures_kl(self, epoch: int, coefficients: "UpdateCoefficients") -> bool:
         """Return whether an epoch measures the exact KL: the loss needs it, or the epoch may be the last one."""
         may_be_last = self.target_kl is not None or epoch == self.n_epochs - 1

@@ -299,7 +299,7 @@ class NativeEngine:
         check_stored(self._binding.plain.dist, rollout.actions, rollout.old_dist)
         self._check_width(buffer.observations.size // len(rollout.returns))
         n_made = steps_made(optimizer, self._parameters[:1])[0]  # the same for all
-        hyper = hyperparameters_of(settings, coefficients, optimizer, n_made, buffer.advantages)
+        hyper = hyperparameters_of(settings, coefficients, optimizer, n_made, buffer)
         if settings.group.size > 1:
             return self._update_shared(buffer, rollout, hyper, coefficients)
         random_state = np.random.get_state()

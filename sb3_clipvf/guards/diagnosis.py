@@ -260,7 +260,8 @@ def _cause_in_update(policy: ActorCriticPolicy, bad: BadMinibatchError, buffer: 
         if fault is not None:
             return fault
     # With advantage_scope="rollout", advantages of other minibatches count too.
-    return find_fault(bad.what, "advantages of the rollout", on_host(buffer.advantages), has_rows=False)
+    advantages = on_host(getattr(buffer, "advantages", np.empty(0)))  # a user's buffer may have others
+    return find_fault(bad.what, "advantages of the rollout", advantages, has_rows=False)
 
 
 def _arrays_of(batch: Any) -> dict[str, Any]:
