@@ -92,9 +92,9 @@ def category_counts(dist: Any) -> np.ndarray:
 def has_exact_kl(dist: object) -> bool:
     """Return whether an action distribution, and torch's distribution in it, are exactly of known types."""
     torch_type = _TORCH_TYPES.get(type(dist))
-    inner = _unwrapped(getattr(dist, "distribution", None))
+    inner = getattr(dist, "distribution", None)
     parts = inner if type(dist) is MultiCategoricalDistribution and type(inner) is list else [inner]
-    return torch_type is not None and all(type(part) is torch_type for part in parts)
+    return torch_type is not None and all(type(part) in (torch_type, _LAZY[torch_type]) for part in parts)
 
 
 def dist_params(dist: Distribution) -> th.Tensor:
@@ -162,58 +162,45 @@ def refreshed_dist(policy: ActorCriticPolicy, observations: Any, stale: object, 
     return policy.get_distribution(observations) if may_recompute else None
 
 
-class LazyDistribution:
+def lazy_distribution(dist: Any, params: Any) -> Any:
     """
-    Torch's distribution of a step that kernels sampled, built only when a callback reads ``policy.action_dist``.
+    Return torch's distribution for a step that kernels sampled, or a list of them, for callbacks that read it.
 
-    ``dist`` is the action distribution that holds this object as ``distribution``; ``params`` are its parameters as
-    from :func:`dist_params`, not copied. The first use replaces this object by torch's distribution.
+    ``dist`` is the action distribution that will hold it as ``distribution``; ``params`` are its parameters as from
+    :func:`dist_params`, not copied. They are read at the first use.
     """
+    if type(dist) is not MultiCategoricalDistribution:
+        return _LAZY[_TORCH_TYPES[type(dist)]](params)
+    parts, first = [], 0
+    for n in map(int, dist.action_dims):
+        parts.append(_LAZY[Categorical](params[:, first : first + n]))
+        first += n
+    return parts
 
-    __slots__ = ("_dist", "_made", "_params")
 
-    def __init__(self, dist: Any, params: Any) -> None:
-        self._dist = dist
-        self._params = params
-        self._made: Any = None
+class _Lazy:
+    """First base of a class whose second one is torch's: its objects become torch's own when they are first read."""
 
-    def _distribution(self) -> Any:
-        if self._made is None:
-            params: Any = th.as_tensor(self._params)
-            if type(self._dist) is MultiCategoricalDistribution:
-                parts = params.split([int(n) for n in self._dist.action_dims], dim=-1)
-                self._made = [Categorical(logits=part) for part in parts]
-            elif type(self._dist) in _GAUSSIANS:
-                mean, log_std = params.chunk(2, dim=-1)
-                self._made = Normal(mean, log_std.exp())
-            else:
-                self._made = cast(Any, _TORCH_TYPES[type(self._dist)])(logits=params)
-            if self._dist.distribution is self:
-                self._dist.distribution = self._made
-        return self._made
+    def __init__(self, params: Any) -> None:
+        object.__setattr__(self, "unread", params)
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # looked up by copy and pickle
-            raise AttributeError(name)
-        return getattr(self._distribution(), name)
+    def __getattribute__(self, name: str) -> Any:
+        cls = type(self)
+        params = th.as_tensor(object.__getattribute__(self, "__dict__").pop("unread"))
+        self.__class__ = cast(Any, cls.__bases__[1])
+        if issubclass(cls, Normal):
+            mean, log_std = params.chunk(2, dim=-1)
+            cast(Any, self).__init__(mean, log_std.exp())
+        else:
+            cast(Any, self).__init__(logits=params)
+        return getattr(self, name)
 
-    def __iter__(self) -> Any:
-        return iter(self._distribution())
 
-    def __getitem__(self, index: Any) -> Any:
-        return self._distribution()[index]
-
-    def __len__(self) -> int:
-        return len(self._distribution())
-
-    def __repr__(self) -> str:
-        return repr(self._distribution())
+_LAZY: dict[type[object], Any] = {
+    torch_type: type(f"Lazy{torch_type.__name__}", (_Lazy, torch_type), {}) for torch_type in {*_TORCH_TYPES.values()}
+}
 
 
 def _finite(logits: th.Tensor) -> th.Tensor:
     # A masked action (-inf) keeps probability 0. Torch's entropy clamps in the same way.
     return logits.clamp(min=th.finfo(logits.dtype).min)
-
-
-def _unwrapped(inner: Any) -> Any:
-    return inner._distribution() if type(inner) is LazyDistribution else inner

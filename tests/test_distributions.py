@@ -1,9 +1,12 @@
 """SB3's action distributions as rows of parameters, and the exact KL between such rows."""
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -18,6 +21,7 @@ from stable_baselines3.common.distributions import (
     SquashedDiagGaussianDistribution,
     StateDependentNoiseDistribution,
 )
+from stable_baselines3.common.distributions import kl_divergence as kl_divergence_of_sb3
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import distributions as td
 from torch.distributions import Normal, kl_divergence
@@ -328,6 +332,71 @@ class TestDerivedDistributions:
         model = model_with(None)
         model.learn(16, callback=Change())
         assert "train/kl" not in model.logger.name_to_value
+
+
+class Acting(gym.Env[Any, Any]):
+    """An environment with a given action space."""
+
+    observation_space = OBS
+
+    def __init__(self, action_space: spaces.Space[Any]) -> None:
+        self.action_space = action_space
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        return np.full(3, 0.5, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return np.full(3, 0.5, np.float32), 1.0, False, False, {}
+
+
+class Reader(BaseCallback):
+    """Reads the distribution of a step, once by each way."""
+
+    ways: tuple[Any, ...] = (
+        lambda dist: [type(part.sample()) for part in parts_of(dist)],
+        lambda dist: kl_divergence_of_sb3(dist, dist),
+        lambda dist: [kl_divergence(part, part) for part in parts_of(dist)],
+        copy.deepcopy,
+        lambda dist: pickle.loads(pickle.dumps(dist)),
+        lambda dist: [repr(part) for part in parts_of(dist)],
+    )
+
+    def __init__(self, torch_type: type[Any]) -> None:
+        super().__init__()
+        self.torch_type, self.n_read = torch_type, 0
+
+    def _on_step(self) -> bool:
+        dist: Any = self.model.policy.action_dist
+        assert all(isinstance(part, self.torch_type) for part in parts_of(dist))
+        if self.n_read < len(self.ways):
+            self.ways[self.n_read](dist)
+            self.n_read += 1
+            assert {type(part) for part in parts_of(dist)} == {self.torch_type}
+        log_prob = dist.log_prob(th.as_tensor(self.locals["actions"]))
+        th.testing.assert_close(log_prob, self.locals["log_probs"], rtol=1e-5, atol=1e-6)  # float32 rounding
+        return True
+
+
+def parts_of(dist: Any) -> list[Any]:
+    return dist.distribution if isinstance(dist.distribution, list) else [dist.distribution]
+
+
+@pytest.mark.parametrize("engine", ["native", "fused"])
+@pytest.mark.parametrize(
+    ("space", "torch_type"),
+    [
+        (spaces.Discrete(3), td.Categorical),
+        (spaces.MultiDiscrete([2, 3]), td.Categorical),
+        (spaces.MultiBinary(3), td.Bernoulli),
+        (spaces.Box(-1.0, 1.0, (2,), np.float32), Normal),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_callbacks_read_torchs_distribution(space: spaces.Space[Any], torch_type: type[Any], engine: str) -> None:
+    model = ClipPPO("MlpPolicy", Acting(space), n_steps=8, batch_size=8, device="cpu", engine=engine)
+    reader = Reader(torch_type)
+    model.learn(8, callback=reader)
+    assert reader.n_read == len(Reader.ways)
 
 
 SPACES: dict[str, tuple[spaces.Space[Any], type[ActorCriticPolicy], dict[str, Any]]] = {

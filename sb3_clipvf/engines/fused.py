@@ -12,7 +12,7 @@ import torch as th
 from stable_baselines3.common.distributions import DiagGaussianDistribution, StateDependentNoiseDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_clipvf.distributions import LazyDistribution, category_counts, n_action_numbers, n_outputs, to_action_space
+from sb3_clipvf.distributions import category_counts, lazy_distribution, n_action_numbers, n_outputs, to_action_space
 from sb3_clipvf.engines.autograd import AutogradEngine, old_dist_params
 from sb3_clipvf.engines.binding import check_gradients, moments_of, table_row, write_steps
 from sb3_clipvf.engines.bridge import (
@@ -83,7 +83,7 @@ class FusedEngine(AutogradEngine):
             self._noise.next(n), actions, log_prob, dist_params,
         )  # fmt: skip
         if with_dist_params:  # callbacks may read it
-            dist.distribution = LazyDistribution(dist, dist_params)
+            dist.distribution = lazy_distribution(dist, dist_params)
         return Acted(
             actions=to_action_space(actions, self.policy.action_space),
             values=values.numpy(),

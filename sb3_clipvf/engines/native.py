@@ -13,9 +13,9 @@ from torch import nn
 
 from sb3_clipvf.common.nonfinite import BadMinibatchError
 from sb3_clipvf.distributions import (
-    LazyDistribution,
     category_counts,
     dist_param_dim,
+    lazy_distribution,
     n_action_numbers,
     to_action_space,
 )
@@ -124,7 +124,7 @@ class NativeEngine:
         dist_params = None
         if with_dist_params:
             dist, dist_params = self._binding.plain.dist, scratch.dist_params[0].copy()
-            dist.distribution = LazyDistribution(dist, dist_params)  # callbacks may read it
+            dist.distribution = lazy_distribution(dist, dist_params)  # callbacks may read it
         return Acted(
             actions=to_action_space(actions, self.policy.action_space),
             values=scratch.values.reshape(-1, 1).copy(),
