@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch as th
 
+from sb3_clipvf import ClipPPO
+from sb3_clipvf.common import tensors
 from sb3_clipvf.common.nonfinite import BadMinibatchError
 from sb3_clipvf.engines.epochs import MinibatchStatistics, run_epochs
 from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateSettings
@@ -51,6 +53,44 @@ class Buffer:
         indices = np.random.permutation(4)
         for start in range(0, 4, batch_size):
             yield SimpleNamespace(returns=th.tensor(self.returns[indices[start : start + batch_size], 0]))
+
+
+@pytest.fixture
+def without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device without float64, as Apple's MPS is: only tensors that were moved to the CPU become float64."""
+    to, double = th.Tensor.to, th.Tensor.double
+    moved = []
+
+    def to_cpu(tensor: th.Tensor, *args: Any, **kwargs: Any) -> th.Tensor:
+        result = to(tensor, *args, **kwargs)
+        if args and args[0] == th.device("cpu"):
+            moved.append(result)
+        return result
+
+    def only_moved(tensor: th.Tensor) -> th.Tensor:
+        if not any(tensor is each for each in moved):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return double(tensor)
+
+    monkeypatch.setattr(tensors, "_WITHOUT_FLOAT64", ("cpu",))
+    monkeypatch.setattr(th.Tensor, "to", to_cpu)
+    monkeypatch.setattr(th.Tensor, "double", only_moved)
+
+
+@pytest.mark.usefixtures("without_float64")
+def test_a_device_without_float64() -> None:
+    update = Script([1.0] * 4, as_tensors=True)
+    statistics = run_epochs(update, settings(), COEFFICIENTS, Buffer()).statistics(th.tensor(0.25))
+    numbers = statistics.read()
+    assert (numbers["loss"], numbers["value_loss"], numbers["kl_after_update"]) == (1.0, 2.0, 0.25)
+
+
+@pytest.mark.usefixtures("without_float64")
+def test_a_training_on_a_device_without_float64() -> None:
+    arguments: dict[str, Any] = {"n_steps": 16, "batch_size": 16, "n_epochs": 1, "device": "cpu", "engine": "autograd"}
+    model = ClipPPO("MlpPolicy", "CartPole-v1", kl_coef=1.0, adaptive_kl_target=0.01, **arguments)
+    model.learn(16)
+    assert model.logger.name_to_value["train/kl_after_update"] >= 0
 
 
 def settings(**changes: Any) -> UpdateSettings:

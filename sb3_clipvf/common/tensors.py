@@ -6,6 +6,18 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.utils import obs_as_tensor
 
+_WITHOUT_FLOAT64 = ("mps",)
+
+
+def double_device(device: th.device) -> th.device:
+    """Return the device of float64 tensors for results of a device: the CPU where the device has no float64."""
+    return th.device("cpu") if device.type in _WITHOUT_FLOAT64 else device
+
+
+def to_double(tensor: th.Tensor) -> th.Tensor:
+    """Return a tensor as float64, on its device if possible."""
+    return tensor.to(double_device(tensor.device)).double()
+
 
 def to_tensor(observations: Any, device: th.device) -> Any:
     """Return observations, an array or a dict of arrays, as tensors on a device; on the host they share memory."""

@@ -10,6 +10,7 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_clipvf import objectives
+from sb3_clipvf.common.tensors import double_device, to_double
 from sb3_clipvf.distributions import current_dist, dist_params, has_exact_kl, kl_from_params, refreshed_dist
 from sb3_clipvf.engines.epochs import MinibatchStatistics, Record
 from sb3_clipvf.engines.interface import Acted, ActedTensors, UpdateCoefficients, UpdateSettings, UpdateStatistics
@@ -118,12 +119,12 @@ class AutogradEngine:
         """Return the mean exact KL(pi_old || pi) over the whole rollout, under the current parameters."""
         # In training mode, batch normalisation would change the policy, and dropout the KL.
         self.policy.set_training_mode(False)
-        total = th.zeros((), dtype=th.float64, device=self.policy.device)
+        total = th.zeros((), dtype=th.float64, device=double_device(self.policy.device))
         n_transitions = 0
         with th.no_grad():
             for batch in buffer.in_order(EVALUATION_BATCH):
                 dist = self.policy.get_distribution(batch.observations)
-                total += kl_from_params(dist, batch.old_dist_params).sum()
+                total += to_double(kl_from_params(dist, batch.old_dist_params).sum())
                 n_transitions += len(batch.returns)
         self.policy.set_training_mode(True)
         return self.settings.group.mean(total / n_transitions, n_transitions)

@@ -14,6 +14,7 @@ import numpy as np
 import torch as th
 
 from sb3_clipvf.common.nonfinite import FLOAT32_MAX, BadMinibatchError, drawn_indices
+from sb3_clipvf.common.tensors import to_double
 from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateSettings, UpdateStatistics
 from sb3_clipvf.rollout import MiniBatch
 
@@ -159,7 +160,7 @@ class Record:
 def _mean(scalars: Iterable[Scalar | None]) -> th.Tensor | None:
     known = [scalar for scalar in scalars if scalar is not None]
     # SB3 averages Python floats, that is, in double precision.
-    return _stack(known).double().mean() if known else None
+    return to_double(_stack(known)).mean() if known else None
 
 
 def _stack(scalars: list[Scalar]) -> th.Tensor:

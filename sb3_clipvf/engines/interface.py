@@ -8,6 +8,7 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_clipvf.common.nonfinite import BadMinibatchError
+from sb3_clipvf.common.tensors import double_device, to_double
 from sb3_clipvf.distributed import ALONE, Group
 
 
@@ -83,8 +84,8 @@ class UpdateStatistics:
         if self.kl_after is not None:
             scalars["kl_after_update"] = self.kl_after
         # The KL after the update may be on the device although the engine has read the others.
-        device = self.last_loss.device
-        numbers = th.stack([scalar.double().to(device) for scalar in scalars.values()]).tolist()
+        device = double_device(self.last_loss.device)
+        numbers = th.stack([to_double(scalar).to(device) for scalar in scalars.values()]).tolist()
         return dict(zip(scalars, numbers, strict=True))
 
 
