@@ -937,6 +937,33 @@ class TestMessages:
         loaded.learn(N_STEPS)
         assert "Training runs on the engine 'autograd'" in capsys.readouterr().out
 
+    @pytest.mark.parametrize("verbose", [1, 0])
+    def test_the_users_own_log_gets_them_too(self, verbose: int, tmp_path: Path) -> None:
+        root, handler = logging.getLogger(), logging.FileHandler(tmp_path / "log")
+        root.addHandler(handler)
+        try:
+            make(verbose=verbose, learning_rate="lin_1e-3").learn(N_STEPS)
+        finally:
+            root.removeHandler(handler)
+            handler.close()
+        text = (tmp_path / "log").read_text()
+        assert "schedules end with each call" in text
+        assert ("Training runs on the engine" in text) == bool(verbose)
+
+    @pytest.mark.parametrize("level", [logging.NOTSET, logging.WARNING])
+    def test_what_the_users_log_shows_on_the_console_is_shown_once(
+        self, level: int, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        root, handler = logging.getLogger(), logging.StreamHandler()  # to stderr
+        handler.setLevel(level)
+        root.addHandler(handler)
+        try:
+            make(verbose=1).learn(N_STEPS)
+        finally:
+            root.removeHandler(handler)
+        shown = [text.count("Training runs on the engine") for text in capsys.readouterr()]
+        assert shown == ([0, 1] if level == logging.NOTSET else [1, 0])
+
     def test_a_level_that_is_set_later_is_not_changed(self, capsys: pytest.CaptureFixture[str]) -> None:
         model = make(verbose=1)
         log = logging.getLogger("sb3_clipvf")

@@ -12,12 +12,27 @@ class _StdoutHandler(logging.StreamHandler[TextIO]):
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
-        self.propagated_before = log.propagate
         self.level_set = logging.NOTSET
 
     @property
     def stream(self) -> TextIO:  # type: ignore[override]
         return sys.stdout
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Skip what a handler of a parent logger, such as that of ``logging.basicConfig``, shows on the console."""
+        return not _is_shown_by_parents(record) and bool(super().filter(record))
+
+
+def _is_shown_by_parents(record: logging.LogRecord) -> bool:
+    logger = log
+    while logger.propagate and logger.parent is not None:
+        logger = logger.parent
+        for handler in logger.handlers:
+            stream = getattr(handler, "stream", None) or record  # None for files that are not open
+            is_console = stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
+            if is_console and record.levelno >= handler.level:
+                return True
+    return False
 
 
 def show_messages(verbose: int) -> None:
@@ -33,13 +48,11 @@ def show_messages(verbose: int) -> None:
     if verbose <= 0:
         if handler is not None:
             log.removeHandler(handler)
-            log.propagate = handler.propagated_before
             _set_level(handler, logging.NOTSET)
         return
     if handler is None:
         handler = _StdoutHandler()
         log.addHandler(handler)
-        log.propagate = False
     _set_level(handler, logging.DEBUG if verbose > 1 else logging.INFO)
 
 
