@@ -1,16 +1,19 @@
 """Checks of ClipPPO's arguments, warnings about them, and the arguments that make it SB3's PPO."""
 
+import contextlib
 import difflib
 import inspect
 import math
 import os
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import takewhile
 from numbers import Real
 from typing import Any
 
-from stable_baselines3.common.buffers import BaseBuffer
+from stable_baselines3.common.buffers import BaseBuffer, DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 
@@ -74,19 +77,39 @@ def check_what_sb3_reads(policy: Any, rollout_buffer_kwargs: Any, verbose: Any) 
 
 
 def check_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Check all arguments, which are attributes of a model; return the numbers among them as plain ints and floats."""
-    _check_classes(values)
-    checked = {**_checked_sizes(values), **_checked_numbers(values)}
-    for name in ("normalize_advantage", "use_sde"):
-        validation.check_bool(name, values[name])
-    _check_normalization({**values, **checked})
-    check_choices(values)
+    """Check all arguments, which are attributes of a model; return those that are converted, such as numbers."""
+    buffer = _buffer_class(values)
+    _check_classes({**values, **buffer})
+    checked = {**buffer, "use_sde": validation.as_bool("use_sde", values["use_sde"]), **check_changes(values)}
     check_engine_name(values["engine"])
+    return checked
+
+
+def check_changes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the arguments that callbacks may change and the next update reads; return those that are converted."""
+    checked = {**_checked_sizes(values), **_checked_numbers(values)}
+    normalizes = validation.as_bool("normalize_advantage", values["normalize_advantage"])
+    checked["normalize_advantage"] = normalizes
+    _check_normalization({**values, **checked})
+    _check_choices(values)
     _check_controllers({**values, **checked})
     return checked
 
 
-def check_choices(values: Mapping[str, Any]) -> None:
+def _buffer_class(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the class in a ``functools.partial``, and its keywords as ``rollout_buffer_kwargs``."""
+    buffer_class, kwargs = values["rollout_buffer_class"], values["rollout_buffer_kwargs"]
+    if isinstance(buffer_class, partial) and not buffer_class.args and isinstance(kwargs, dict | None):
+        # What ClipPPO passes replaces the partial's keywords, as in a call.
+        own = {name: value for name, value in buffer_class.keywords.items() if name not in _PASSED_TO_BUFFER}
+        buffer_class, kwargs = buffer_class.func, {**own, **(kwargs or {})}
+    if values["_loads_sb3"] and buffer_class in (RolloutBuffer, DictRolloutBuffer):
+        # A file of SB3 names SB3's own buffer even if the user chose none. Ours draws the same minibatches.
+        buffer_class = None
+    return {"rollout_buffer_class": buffer_class, "rollout_buffer_kwargs": kwargs}
+
+
+def _check_choices(values: Mapping[str, Any]) -> None:
     """Check the arguments whose value is one of several words."""
     for name, words, way_out in (
         ("vf_clip", ("max", "prediction"), "SB3's form is 'prediction'."),
@@ -138,9 +161,10 @@ def _checked_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
         sizes[name] = validation.check_int(name, values[name], low, way_out)
     if sizes["sde_sample_freq"] == 0:
         raise ValueError("`sde_sample_freq` must be -1 or at least 1, got 0. -1 draws noise once per rollout.")
-    window = values["_stats_window_size"]
+    # None is a window of all episodes for SB3, whose deque then has no limit.
+    window = validation.MAX_INT if values["_stats_window_size"] is None else values["_stats_window_size"]
     sizes["_stats_window_size"] = validation.check_int("stats_window_size", window, 1, "SB3's default is 100.")
-    validation.check_verbose(values["verbose"])
+    sizes["verbose"] = validation.check_verbose(values["verbose"])
     if values["seed"] is not None:
         way_out = "None leaves the random states alone."
         sizes["seed"] = validation.check_int("seed", values["seed"], 0, way_out, maximum=validation.MAX_SEED)
@@ -337,6 +361,18 @@ def values_to_load(
         stacklevel=3,
     )
     return {"_loads_sb3": True, **chosen, **values}
+
+
+@contextlib.contextmanager
+def named_at_load(file: Mapping[str, Any], replaced: Mapping[str, Any]) -> Iterator[None]:
+    """Add to errors about arguments of a model's file how to load it with other values, unless the user passed them."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        found = re.match(r"`(\w+)` must ", str(error))
+        if found and {found[1], f"_{found[1]}"} & (file.keys() - replaced.keys()):
+            error.args = (f"{error} To load the file with another value, pass `{found[1]}=...` to `load`.",)
+        raise
 
 
 def _check_names(values: dict[str, Any], cls: type[Any], file: Mapping[str, Any]) -> None:

@@ -16,7 +16,6 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
-from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import (
     ActorCriticCnnPolicy,
@@ -32,8 +31,9 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_clipvf.arguments import (
     SB3_EQUIVALENT,
     check_arguments,
-    check_choices,
+    check_changes,
     check_what_sb3_reads,
+    named_at_load,
     values_to_load,
     warn_about_early_end,
     warn_about_n_envs,
@@ -113,7 +113,7 @@ class ClipPPO(DataParallelCollector):
     :param rollout_buffer_kwargs: Further arguments of the buffer class.
     :param target_kl: Limit on the estimated KL (k3), nats, positive. An update ends before the first step for which it
         exceeds 1.5 times this value. The device is read at each minibatch (cuda_graph: after each epoch).
-    :param stats_window_size: Episodes over which ``rollout/`` statistics are averaged.
+    :param stats_window_size: Episodes over which ``rollout/`` statistics are averaged. None: all of them.
     :param tensorboard_log: Folder for TensorBoard logs. None turns them off.
     :param policy_kwargs: Further arguments of the policy.
     :param verbose: 0: no messages; 1: messages; 2: details.
@@ -259,9 +259,6 @@ class ClipPPO(DataParallelCollector):
 
     def _setup_model(self) -> None:
         """Check the arguments, then build what they describe; SB3's ``load`` calls this, too."""
-        if self._loads_sb3 and self.rollout_buffer_class in (RolloutBuffer, DictRolloutBuffer):
-            # A file of SB3 names SB3's own buffer even if the user chose none. Ours draws the same minibatches.
-            self.rollout_buffer_class = None
         vars(self).update(check_arguments(vars(self)))
         validation.check_env(self.policy_class, self, self.use_sde)
         validation.check_observations(self.policy_class, self.policy_kwargs, self.observation_space)
@@ -330,9 +327,6 @@ class ClipPPO(DataParallelCollector):
             self.rollout_buffer.forget_copies()
         show_messages(self.verbose)
         self._check_kl_is_stored()
-        # Callbacks may have changed these arguments since the last update.
-        check_choices(vars(self))
-        self._setup_controllers()
         engine = self._current_engine()
         engine.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
@@ -405,6 +399,8 @@ class ClipPPO(DataParallelCollector):
 
     def _current_engine(self) -> Engine:
         """Return the engine for the policy and the arguments as they are now; callbacks may have replaced them."""
+        vars(self).update(check_changes(vars(self)))
+        self._setup_controllers()
         settings = self._update_settings()
         if self._engine is None or not self._may_keep(self._engine):
             logged = self._engine_choice
@@ -634,7 +630,7 @@ class ClipPPO(DataParallelCollector):
         kwargs = values_to_load(file.data or {}, kwargs, replaced, cls)
         # `_setup_model` builds `lr_schedule`. `policy_kwargs` stay, since SB3 compares them with the file's.
         replaced = {"lr_schedule": None, **{key: kwargs[key] for key in kwargs if key != "policy_kwargs"}, **replaced}
-        with validation.same_spaces(), network_bound(file, trust):
+        with named_at_load(file.data or {}, replaced | kwargs), validation.same_spaces(), network_bound(file, trust):
             model = super().load(
                 file.stream(),
                 env=env,

@@ -59,7 +59,7 @@ def make(env: Any = None, policy: Any = "MlpPolicy", **kwargs: Any) -> ClipPPO:
     return ClipPPO(policy, Still() if env is None else env, **{**small, **kwargs})
 
 
-def refused(error: type[Exception], *parts: str) -> Any:
+def refused(error: Any, *parts: str) -> Any:
     """Expect an error with these parts in this order, and a second sentence that states what to do."""
     return pytest.raises(error, match=r"(?s)^(?=.*\. \S)" + ".*?" + ".*".join(map(re.escape, parts)))
 
@@ -80,7 +80,7 @@ BAD: list[tuple[str, Any, type[Exception], str]] = [
     ("sde_sample_freq", None, TypeError, WHOLE),
     ("sde_sample_freq", -2, ValueError, "must be a whole number of at least -1"),
     ("sde_sample_freq", 0, ValueError, "must be -1 or at least 1"),
-    *[("verbose", value, TypeError, WHOLE) for value in (True, None, "1", np.array([]))],
+    *[("verbose", value, TypeError, WHOLE) for value in (None, "1", np.array([]))],
     ("verbose", -1, ValueError, "must be a whole number of at least 0"),
     ("seed", "one", TypeError, WHOLE),
     *[("seed", value, ValueError, "must be a whole number in [0, 4294967295]") for value in (-1, 0.5, 2**32)],
@@ -115,8 +115,8 @@ BAD: list[tuple[str, Any, type[Exception], str]] = [
     ("vf_clip_units", "advantage_rms", ValueError, "must be one of 'return_std', 'absolute'"),
     ("advantage_scope", "batch", ValueError, "must be one of 'minibatch', 'rollout'"),
     *[("engine", value, ValueError, "must be one of auto, autograd") for value in ("jax", "static", None, "")],
-    *[("normalize_advantage", value, TypeError, "must be True or False") for value in (1, None, "yes")],
-    ("use_sde", 0, TypeError, "must be True or False"),
+    *[("normalize_advantage", value, TypeError, "must be True or False") for value in (2, 1.0, None, "yes")],
+    ("use_sde", -1, TypeError, "must be True or False"),
     *[("policy_kwargs", value, TypeError, "must be a dict") for value in ([1], "net_arch")],
     *[("rollout_buffer_kwargs", value, TypeError, "must be a dict") for value in ([1], np.array([]))],
     ("policy", np.array([]), TypeError, "must be a class derived from SB3's ActorCriticPolicy"),
@@ -171,6 +171,9 @@ LEGAL: list[dict[str, Any]] = [
     {"kl_coef": 1e-6, "adaptive_kl_target": 1e-9},
     {"kl_coef": 1e6, "adaptive_kl_target": 10},
     {"kl_coef": "const_1", "adaptive_kl_target": 0.01},
+    {"verbose": np.bool_(False), "normalize_advantage": np.bool_(True), "use_sde": np.int64(0)},
+    {"verbose": True, "normalize_advantage": 0, "use_sde": 1},
+    {"stats_window_size": None},
     {"device": "auto"},
     {"device": th.device("cpu")},
     {"policy_kwargs": None, "rollout_buffer_kwargs": None, "rollout_buffer_class": None, "tensorboard_log": None},
@@ -181,6 +184,44 @@ LEGAL: list[dict[str, Any]] = [
 @pytest.mark.parametrize("kwargs", LEGAL, ids=lambda kwargs: " ".join(kwargs)[:40])
 def test_legal_values_at_the_border_train(kwargs: dict[str, Any]) -> None:
     make(**kwargs).learn(8)
+
+
+def test_values_that_sb3_converts_are_attributes_of_one_type() -> None:
+    model = make(verbose=np.bool_(False), normalize_advantage=1, use_sde=np.bool_(True), stats_window_size=None)
+    given = (model.verbose, model.normalize_advantage, model.use_sde)
+    assert given == (0, True, True) and [type(value) for value in given] == [int, bool, bool]
+    assert model._stats_window_size == sys.maxsize
+
+
+@pytest.mark.parametrize("changes", [{"n_epochs": 1.0, "batch_size": np.int64(4)}, {"normalize_advantage": 0}])
+def test_assigned_values_are_converted(changes: dict[str, Any]) -> None:
+    model = make()
+    vars(model).update(changes)
+    model.learn(8)
+    assert {type(getattr(model, name)) for name in changes} == {bool if "normalize_advantage" in changes else int}
+
+
+@pytest.mark.parametrize("by_callback", [True, False])
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("n_epochs", 0, AT_LEAST_1),
+        ("batch_size", None, WHOLE),
+        ("target_kl", "0.1", NUMBER),
+        ("max_grad_norm", -INF, POSITIVE),
+        ("normalize_advantage", 2, "must be True or False"),
+    ],
+)
+def test_assigned_values_are_checked_before_the_next_update(
+    name: str, value: Any, rule: str, by_callback: bool
+) -> None:
+    model = make()
+    if not by_callback:
+        setattr(model, name, value)
+    callback = (lambda *_: setattr(model, name, value) is None) if by_callback else None
+    with refused((TypeError, ValueError), f"`{name}` {rule}", f"got {value!r}"):
+        model.learn(8, callback=callback)
+    assert model._n_updates == 0
 
 
 class TestCombinations:

@@ -1,5 +1,6 @@
 """Compatibility with SB3: environments and files on which its own PPO fails, and what its tools rely on."""
 
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -8,10 +9,11 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3 import A2C, PPO
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecNormalize
 
-from sb3_clipvf import ClipPPO
+from sb3_clipvf import ClipPPO, TensorRolloutBuffer
 from sb3_clipvf.collection import bootstrap_truncated
 from sb3_clipvf.engines.autograd import AutogradEngine
 
@@ -149,6 +151,47 @@ def test_load_refuses_a_misspelt_argument_and_takes_the_window(tmp_path: Any) ->
         pass
 
     assert type(ClipPPO.load(tmp_path / "model", policy_class=Own).policy) is Own
+
+
+@pytest.mark.parametrize(
+    ("arguments", "attributes"),
+    [
+        ({"verbose": True, "normalize_advantage": 1}, {"verbose": 1, "normalize_advantage": True}),
+        ({"use_sde": 0, "stats_window_size": None}, {"use_sde": False}),
+        ({"rollout_buffer_class": partial(RolloutBuffer)}, {"rollout_buffer_class": None}),
+    ],
+)
+def test_values_that_sb3_converts_are_read_from_its_files(
+    arguments: dict[str, Any], attributes: dict[str, Any], tmp_path: Any
+) -> None:
+    sizes = {"n_steps": N_STEPS, "batch_size": N_STEPS}
+    PPO("MlpPolicy", DummyVecEnv([Counter]), device="cpu", **sizes, **arguments).save(tmp_path / "ppo")
+    with pytest.warns(UserWarning, match="not saved by ClipPPO"):
+        model = ClipPPO.load(tmp_path / "ppo", DummyVecEnv([Counter]), "cpu", trust_pickle=[partial])
+    assert {name: getattr(model, name) for name in attributes} == attributes
+    model.learn(N_STEPS)
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_grad_norm", 0.0), ("target_kl", 0.0), ("ent_coef", -0.1)])
+def test_load_names_the_argument_that_replaces_a_refused_value(name: str, value: float, tmp_path: Any) -> None:
+    PPO("MlpPolicy", DummyVecEnv([Counter]), device="cpu", **{name: value}).save(tmp_path / "ppo")
+    with pytest.warns(UserWarning, match="not saved by ClipPPO"):
+        with pytest.raises(ValueError, match=rf"`{name}` must be .* pass `{name}=\.\.\.` to `load`\.$"):
+            ClipPPO.load(tmp_path / "ppo", device="cpu")
+        with pytest.raises(ValueError, match=rf"`{name}` must be ") as caught:
+            ClipPPO.load(tmp_path / "ppo", device="cpu", **{name: -1.0})
+        assert "to `load`" not in str(caught.value)
+        model = ClipPPO.load(tmp_path / "ppo", device="cpu", **{name: 0.5})
+    assert getattr(model, name) == 0.5
+
+
+@pytest.mark.parametrize("kwargs", [None, {"dist_param_dim": 0}])
+def test_a_partial_of_a_buffer_class_passes_its_keywords(kwargs: dict[str, Any] | None) -> None:
+    buffer_class = partial(TensorRolloutBuffer, dist_param_dim=2, gamma=0.1)
+    model = make(DummyVecEnv([Counter]), rollout_buffer_class=buffer_class, rollout_buffer_kwargs=kwargs)
+    assert model.rollout_buffer_class is TensorRolloutBuffer
+    assert (model.rollout_buffer.dist_param_dim, model.rollout_buffer.gamma) == (0 if kwargs else 2, 0.99)
+    model.learn(N_STEPS)
 
 
 class Passing(ClipPPO):

@@ -90,6 +90,14 @@ def check_bool(name: str, value: Any) -> None:
         raise wrong_type(name, "True or False", value, "Pass a bool.")
 
 
+def as_bool(name: str, value: Any) -> bool:
+    """Return True or False; NumPy's bools, 0 and 1 are accepted, as SB3 accepts them."""
+    if isinstance(value, np.bool_) or (isinstance(value, numbers.Integral) and value in (0, 1)):
+        return bool(value)
+    check_bool(name, value)
+    return bool(value)
+
+
 def check_type(name: str, value: Any, types: type | tuple[type, ...], rule: str, way_out: str) -> None:
     """Check that a value is None or of one of the types; ``rule`` names them in words."""
     if value is not None and not isinstance(value, types):
@@ -116,9 +124,10 @@ def check_keywords(
             raise TypeError(f"`{name}` must hold {listed}, got {key!r} in it. {way_out}")
 
 
-def check_verbose(verbose: Any) -> None:
-    """Check the verbosity."""
-    check_int("verbose", verbose, 0, "0 is silent, 1 shows messages, 2 shows details.")
+def check_verbose(verbose: Any) -> int:
+    """Return the verbosity as an int; False and True are 0 and 1, as in SB3."""
+    number = int(verbose) if isinstance(verbose, bool | np.bool_) else verbose
+    return check_int("verbose", number, 0, "0 is silent, 1 shows messages, 2 shows details.")
 
 
 def check_device(device: Any) -> None:
@@ -185,7 +194,7 @@ def same_spaces() -> Iterator[None]:
 
 def check_env(policy: Any, env: Any, use_sde: bool) -> None:
     """Check the spaces of an environment (or of a model) for a policy class or alias, and ``use_sde``."""
-    check_bool("use_sde", use_sde)
+    as_bool("use_sde", use_sde)
     _check_action_space(env.action_space, use_sde)
     _check_observation_space(policy, env.observation_space)
 
