@@ -199,6 +199,7 @@ class ClipPPO(DataParallelCollector):
         if env is not None or _init_setup_model:
             env = as_sb3_env(maybe_make_env(env, verbose))  # type: ignore[arg-type]
             validation.check_env(policy, env, use_sde)
+            env = self._wrap_env(env, verbose)  # type: ignore[arg-type]
         if _init_setup_model:  # `load` has checked it
             validation.check_device(device)
         super().__init__(
@@ -218,12 +219,13 @@ class ClipPPO(DataParallelCollector):
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,
-            verbose=verbose,
-            # For "auto", `_setup_model` selects the device when there is a policy. SB3 prints this one.
+            # For "auto", `_setup_model` selects the device when there is a policy. With `verbose`, SB3 prints this one.
+            verbose=0 if device == "auto" else verbose,
             device="cpu" if device == "auto" and engine != "autograd" else device,
             seed=seed,
             _init_setup_model=False,
         )
+        self.verbose = verbose
         self.batch_size = batch_size
         self.n_epochs = n_epochs
         self.clip_range = clip_range
@@ -255,6 +257,8 @@ class ClipPPO(DataParallelCollector):
 
         if _init_setup_model:
             self._setup_model()
+            if self._device_is_auto and self.verbose:
+                log.info("Using %s device", self.device)
             warn_about_truncated_minibatches(vars(self))
 
     def _setup_model(self) -> None:

@@ -235,6 +235,23 @@ def test_with_the_arguments_of_sb3_the_choice_and_the_warning_are_sb3s(
     assert outputs == [True, True]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "device"), [({}, "meta"), ({"engine": "fused"}, "cpu"), ({"device": "cpu"}, "cpu")]
+)
+def test_verbose_shows_the_device_in_use_once(
+    gpu: th.device, capsys: pytest.CaptureFixture[str], arguments: dict[str, Any], device: str
+) -> None:
+    model = make("CnnPolicy", verbose=1, **arguments)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("Using")] == [f"Using {model.device} device"]
+    assert model.device.type == device and model.verbose == 1
+    assert [line for line in lines if line.startswith("Wrapping")] == [
+        "Wrapping the env with a `Monitor` wrapper",
+        "Wrapping the env in a DummyVecEnv.",
+        "Wrapping the env in a VecTransposeImage.",
+    ]
+
+
 def test_a_file_of_sb3_takes_sb3s_choice_unless_another_engine_is_asked_for(gpu: th.device) -> None:
     file = io.BytesIO()
     PPO("MlpPolicy", Blank(VECTOR), **SMALL, device="cpu").save(file)
