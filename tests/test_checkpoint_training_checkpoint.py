@@ -313,6 +313,21 @@ def test_a_full_disk_ends_the_training_where_asked(tmp_path: Path, monkeypatch: 
     assert newest_checkpoint(tmp_path).manifest.num_timesteps == 64
 
 
+@pytest.mark.parametrize("call", [5, 7], ids=["of the checkpoint", "of the best one"])
+def test_a_checkpoint_whose_folder_was_not_synced_counts_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: int
+) -> None:
+    fill_disk_at(range(call, call + 1), monkeypatch)  # four calls each: file and folder, of the newest and of the best
+    callback, at = TrainingCheckpoint(64, tmp_path, keep_last=1, on_signal=False), []
+    callbacks = [Scores([1.0, 3.0, 2.0, 1.0]), callback, Act(138, lambda: at.extend(steps(tmp_path)))]
+    CASE.model(tmp_path).learn(192, callback=callbacks)
+    assert re.search("step 128 may be lost: .* the last file written to .* is complete", caplog.text)
+    assert at == [64, 128]  # the older one stays until one is certain
+    assert steps(tmp_path) == [192]
+    assert read_manifest(tmp_path / "checkpoint_192.zip").serial == 3
+    assert callback.best_mean_return == read_manifest(tmp_path / "best_checkpoint.zip").mean_return == 3.0
+
+
 # ------------------------------------------------------------------ kills and signals
 
 

@@ -168,3 +168,29 @@ def test_atomic_write_names_the_case_that_only_the_folder_was_not_synced(
     with pytest.raises(OSError, match="complete but may not survive a power cut"), atomic_write(tmp_path / "f") as file:
         file.write(b"new")
     assert (tmp_path / "f").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize(
+    ("function", "number"),
+    [("fsync", errno.EINVAL), ("fsync", errno.ENOTSUP), ("fsync", errno.ENOSYS), ("open", errno.EACCES)],
+)
+def test_atomic_write_into_folders_that_cannot_be_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, number: int
+) -> None:
+    """As on some network and FUSE file systems, and in a folder that this user may not list."""
+    real, error = getattr(os, function), OSError(number, os.strerror(number))
+    call = 1 if function == "fsync" else 0  # the file itself is opened by `open`
+    monkeypatch.setattr(os, function, fail_at(call, real, error, after=False))
+    with atomic_write(tmp_path / "f") as file:
+        file.write(b"new")
+    monkeypatch.undo()
+    assert (tmp_path / "f").read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["f"]
+
+
+def test_atomic_write_on_a_file_system_that_cannot_sync_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    monkeypatch.setattr(os, "fsync", fail_at(0, os.fsync, error, after=False))
+    with pytest.raises(OSError, match="could not be written: Invalid argument"), atomic_write(tmp_path / "f"):
+        pass
+    assert os.listdir(tmp_path) == []

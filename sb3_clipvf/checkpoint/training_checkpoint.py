@@ -32,7 +32,7 @@ from sb3_clipvf.checkpoint.vec_env_state import describe_vec_env, vec_env_state
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.common.validation import check_bool, check_choice, check_int, ensure_writable_folder
 from sb3_clipvf.distributed import current_group, is_ended_by_nonfinite
-from sb3_clipvf.files.atomic import atomic_write, remove_unfinished
+from sb3_clipvf.files.atomic import UnsyncedFolderError, atomic_write, remove_unfinished
 
 BEST_NAME = "best_checkpoint.zip"
 
@@ -274,19 +274,20 @@ class TrainingCheckpoint(BaseCallback):
             content = file_bytes(state, self._serial + 1)
             # Not the files that this run has written and keeps: `keep_last` may be large.
             self._own_manifests(found for found in checkpoint_paths(self.path) if found not in self._kept[1:])
-            with atomic_write(path) as file:
-                file.write(content)
+            unsynced = [_put(path, content)]
             self._serial += 1
             self._unwritten = None
             self._kept = [*(kept for kept in self._kept if kept != path), path]
             if self.keep_best and state.mean_return is not None and state.mean_return > self.best_mean_return:
-                with atomic_write(self.path / BEST_NAME) as file:
-                    file.write(content)
+                unsynced.append(_put(self.path / BEST_NAME, content))
                 self.best_mean_return = state.mean_return
+            for first in filter(None, unsynced):
+                raise first
         except OSError as error:
             if self.on_error == "raise":
                 raise
-            log.error("The checkpoint of step %d was not written: %s", state.num_timesteps, error)
+            what = "may be lost" if isinstance(error, UnsyncedFolderError) else "was not written"
+            log.error("The checkpoint of step %d %s: %s", state.num_timesteps, what, error)
             return
         self._remove_old()
         if self.verbose >= 1:
@@ -341,3 +342,13 @@ class TrainingCheckpoint(BaseCallback):
                 f"{', '.join(others)}. Continue that run with ClipPPO.resume, or choose another folder."
             )
         return manifests
+
+
+def _put(path: Path, content: bytes) -> UnsyncedFolderError | None:
+    """Write a file. If only its folder could not be synced, return the error: the file counts as written."""
+    try:
+        with atomic_write(path) as file:
+            file.write(content)
+    except UnsyncedFolderError as error:
+        return error
+    return None

@@ -1,6 +1,7 @@
 """Atomic writes: neither a crash nor a full disk leaves half a file."""
 
 import contextlib
+import errno
 import io
 import os
 import re
@@ -8,6 +9,13 @@ import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+
+# What systems answer if a folder cannot be synced at all, or not be opened for it without the right to list it
+_NO_SYNC = {errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+
+class UnsyncedFolderError(OSError):
+    """A file is complete, but the folder that names it could not be synced."""
 
 
 @contextlib.contextmanager
@@ -17,8 +25,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[io.BufferedWriter]:
 
     The bytes go to a temporary file in the same folder, which callers may also open by its ``name``. When the ``with``
     block ends, it is synced and renamed, and the folder is synced. After an exception, a kill or a power cut, ``path``
-    holds either all of its old content or all of the new content. If syncing the folder fails, this raises although
-    ``path`` holds the new content. A kill may leave the temporary file.
+    holds either all of its old content or all of the new content. If syncing the folder fails, this raises an
+    ``UnsyncedFolderError`` although ``path`` holds the new content; file systems that cannot sync folders are no error.
+    A kill may leave the temporary file.
 
     A symbolic link is kept, and its target replaced. The new file has the permissions of the old one and, where the
     system allows it, its owner and group.
@@ -81,11 +90,14 @@ def _sync_folder(folder: Path) -> None:
     """Make a rename in ``folder`` durable; without this a power cut can bring the old name back."""
     if os.name == "nt":  # folders cannot be opened there, and the rename is journalled
         return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
+        if error.errno in _NO_SYNC:
+            return
         text = f"the last file written to {folder} is complete but may not survive a power cut: {error.strerror}"
-        raise OSError(error.errno, f"{text}. Check that disk.") from error
-    finally:
-        os.close(descriptor)
+        raise UnsyncedFolderError(error.errno, f"{text}. Check that disk.") from error
