@@ -1,8 +1,11 @@
 """The checkpoint file: an SB3 model beside a checked state, whose damage is found and named."""
 
+import errno
 import hashlib
+import io
 import json
 import logging
+import os
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -21,6 +24,7 @@ from sb3_clipvf.checkpoint import (
     CheckpointManifest,
     DamagedCheckpointError,
     NotACheckpointError,
+    TrainingCheckpoint,
     newest_checkpoint,
     read_checkpoint,
     read_manifest,
@@ -207,6 +211,51 @@ def test_the_newest_complete_checkpoint_is_used_and_damaged_ones_are_named(
     with caplog.at_level(logging.WARNING, "sb3_clipvf"):
         assert newest_checkpoint(copied).manifest.num_timesteps == 128
     assert [("320" in text, "256" in text) for text in caplog.messages] == [(True, False), (False, True)]
+
+
+def fail_for(name: str, error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let files of one name be unreadable, also for root."""
+    real = io.open
+
+    def failing(path: Any, *arguments: Any, **kwargs: Any) -> Any:
+        if Path(path).name == name:
+            raise error
+        return real(path, *arguments, **kwargs)
+
+    monkeypatch.setattr("builtins.open", failing)
+    monkeypatch.setattr(io, "open", failing)  # of pathlib
+
+
+@pytest.mark.parametrize("kind", ["a folder", errno.EACCES, errno.EIO])
+def test_checkpoints_that_cannot_be_read_are_skipped_and_named(
+    copied: Path, kind: str | int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = copied / "checkpoint_320.zip"
+    if isinstance(kind, int):
+        fail_for(path.name, OSError(kind, os.strerror(kind)), monkeypatch)
+    else:
+        path.unlink()
+        path.mkdir()
+    assert sorted_checkpoints(copied)[-1] == path
+    with caplog.at_level(logging.WARNING, "sb3_clipvf"):
+        assert newest_checkpoint(copied).manifest.num_timesteps == 256
+    reason = os.strerror(errno.EISDIR if isinstance(kind, str) else kind)
+    (message,) = caplog.messages
+    assert "checkpoint_320.zip cannot be read" in message and reason in message
+    # The resumed training writes its next checkpoints beside it.
+    callback = TrainingCheckpoint(64, copied, keep_last=9)
+    model = ClipPPO.resume(copied, CASE.make_env(copied), device="cpu")
+    model.learn(128, reset_num_timesteps=False, callback=callback)
+    assert callback.newest == copied / "checkpoint_384.zip"
+    assert read_manifest(callback.newest).serial >= 3
+
+
+def test_a_folder_of_unreadable_checkpoints_says_so(copied: Path) -> None:
+    for path in copied.iterdir():
+        path.unlink()
+        path.mkdir()
+    with pytest.raises(DamagedCheckpointError, match="All 3 checkpoints in .* are damaged or cannot be read"):
+        newest_checkpoint(copied)
 
 
 def test_without_a_whole_checkpoint_there_is_nothing_to_resume(copied: Path, tmp_path: Path) -> None:

@@ -159,12 +159,12 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 def newest_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     """
-    Read the newest undamaged checkpoint of a folder. A warning names each newer one that is damaged.
+    Read the newest undamaged checkpoint of a folder. A warning names each newer one that is damaged or unreadable.
 
     :param folder: Folder of a ``TrainingCheckpoint``.
     :return: The checkpoint.
     :raises FileNotFoundError: If there is none.
-    :raises DamagedCheckpointError: If all are damaged.
+    :raises DamagedCheckpointError: If all are damaged or unreadable.
     """
     # A run in progress removes old checkpoints, perhaps the only one found, after it has written a newer one.
     paths = sorted_checkpoints(Path(folder)) or sorted_checkpoints(Path(folder))
@@ -175,10 +175,12 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
             return newest_checkpoint(folder)
         except (DamagedCheckpointError, NotACheckpointError) as error:
             log.warning("A checkpoint is skipped: %s", error)
+        except OSError as error:  # such as missing permissions or a bad sector
+            log.warning("A checkpoint is skipped: %s cannot be read: %s.", path, error.strerror or error)
     if paths:
         raise DamagedCheckpointError(
-            f"All {len(paths)} checkpoints in {folder} are damaged. Start a new run in another folder, or load a model "
-            "that was saved elsewhere."
+            f"All {len(paths)} checkpoints in {folder} are damaged or cannot be read. Start a new run in another "
+            "folder, or load a model that was saved elsewhere."
         )
     raise FileNotFoundError(
         f"{folder} holds no checkpoint_<timesteps>.zip. `path` must be a checkpoint or the folder of a "
@@ -198,7 +200,7 @@ def sorted_checkpoints(folder: Path) -> list[Path]:
             serial = float(read_manifest(path).serial)
         except FileNotFoundError:
             continue
-        except (DamagedCheckpointError, NotACheckpointError):
+        except (DamagedCheckpointError, NotACheckpointError, OSError):
             serial = float("inf")
         found.append((serial, steps, path))
     return [path for _, _, path in sorted(found)]
