@@ -349,6 +349,7 @@ def test_what_killed_writes_left_is_removed_at_the_start(tmp_path: Path) -> None
     names = ("best_model.zip", "best_vecnormalize.pkl", "evaluations.npz", "notes.txt")
     for name in names:
         (tmp_path / f".{name}.99-0123abcd.tmp").write_bytes(b"half")
+        os.utime(tmp_path / f".{name}.99-0123abcd.tmp", (0, 0))
     folder = str(tmp_path)
     trained(
         lambda: make_vec_env(Short),

@@ -220,6 +220,7 @@ def test_kill_during_a_save_leaves_a_matching_pair(
     best = manifest(tmp_path)["best_mean_reward"]
     for name in ("best_training_model.zip", "vecnormalize.pkl"):
         (tmp_path / f".{name}.99-0123abcd.tmp").write_bytes(b"half")
+        os.utime(tmp_path / f".{name}.99-0123abcd.tmp", (0, 0))
     callback = SaveBestTrainingReward(tmp_path)
     make_model(tuple(50 + r for r in RISING)).learn(8, callback=callback)
     assert callback.best_mean_reward == 52.5 > best

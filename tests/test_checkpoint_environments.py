@@ -12,7 +12,7 @@ import checkpoint_cases
 import gymnasium as gym
 import numpy as np
 import pytest
-from checkpoint_cases import CASES, Case, SavedWalk, Walk, dummy
+from checkpoint_cases import CASES, Case, KilledError, SavedWalk, Walk, dummy
 from gymnasium.wrappers import (
     DelayObservation,
     FrameStackObservation,
@@ -400,6 +400,43 @@ def test_files_of_earlier_versions_keep_their_columns(tmp_path: Path, monkeypatc
         checkpoint_cases.resumed(CASES["rows"], tmp_path)
         results = load_results(str(tmp_path))
         assert list(results) == ["index", "r", "l", "t"] and len(results) > 5
+
+
+class Dying:
+    """A file of which a process is killed when it writes text."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, _: str) -> None:
+        raise KilledError
+
+
+@pytest.mark.parametrize("override_existing", [True, False])
+@pytest.mark.parametrize("largest", [10, 2**24], ids=["long", "short"])
+def test_cutting_a_monitor_file_writes_no_rows_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest: int, override_existing: bool
+) -> None:
+    monkeypatch.setattr(monitor_files, "LARGEST_FILE", largest)
+    row = {"r": 1.0, "l": 2, "t": 3.0}
+    ResultsWriter(str(tmp_path / "0"), {"t_start": 0.0}).close()
+    writer = ResultsWriter(str(tmp_path / "0"), {"t_start": 0.0}, override_existing=override_existing)
+    writer.write_row(row)
+    state = monitor_files.with_contents({"writer": monitor_files.file_state(writer)})["writer"]
+    path = tmp_path / "0.monitor.csv"
+    before = path.read_bytes()
+    writer.write_row(row)
+    file, writer.file_handler = writer.file_handler, Dying(writer.file_handler)
+    monitor_files.restore_file(writer, state)
+    assert path.read_bytes() == before
+    writer.file_handler = file
+    monitor_files.restore_file(writer, state)
+    writer.write_row(row)
+    writer.close()
+    assert path.read_bytes() == before + before.splitlines(keepends=True)[-1]
 
 
 def test_long_monitor_files_are_cut_and_not_kept(

@@ -255,6 +255,7 @@ def test_files_that_cannot_be_removed_are_tried_again_and_the_training_continues
 ) -> None:
     leftover = tmp_path / ".checkpoint_9.zip.1-0123abcd.tmp"
     leftover.touch()
+    os.utime(leftover, (0, 0))
     locked = {leftover.name, "checkpoint_64.zip", "checkpoint_128.zip"}  # as while another process reads it on Windows
     unlink, at = Path.unlink, []
 

@@ -3,13 +3,16 @@
 import errno
 import os
 import resource
+import signal
 import stat
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from failing import Killed, fail_at
 
-from sb3_clipvf.files.atomic import atomic_write
+from sb3_clipvf.files.atomic import _process_space, atomic_write, remove_unfinished
 
 
 def test_atomic_write_replaces_the_content_only_at_the_end(tmp_path: Path) -> None:
@@ -193,4 +196,66 @@ def test_atomic_write_on_a_file_system_that_cannot_sync_files(tmp_path: Path, mo
     monkeypatch.setattr(os, "fsync", fail_at(0, os.fsync, error, after=False))
     with pytest.raises(OSError, match="could not be written: Invalid argument"), atomic_write(tmp_path / "f"):
         pass
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(("length", "character"), [(240, "m"), (255, "m"), (120, "\u00e4")])
+def test_atomic_write_takes_names_as_long_as_the_file_system_does(tmp_path: Path, length: int, character: str) -> None:
+    path = tmp_path / (character * length)
+    with atomic_write(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_atomic_write_advises_a_shorter_name_where_one_is_too_long(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"unchanged\. Choose a shorter name\."), atomic_write(tmp_path / ("m" * 256)):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def ended_process() -> int:
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    return child
+
+
+@pytest.mark.parametrize(
+    ("process", "space", "hours", "stays"),
+    [
+        (ended_process, _process_space, 0, False),
+        (os.getppid, _process_space, 0, True),
+        (os.getppid, _process_space, 7, False),
+        (ended_process, lambda: "0123abcd", 5, True),  # another machine
+        (ended_process, lambda: "0123abcd", 7, False),
+    ],
+    ids=["ended", "running", "its number was used again", "of another machine", "of another machine, and old"],
+)
+def test_only_temporary_files_that_no_process_writes_are_removed(
+    tmp_path: Path, process: Callable[[], int], space: Callable[[], str], hours: int, stays: bool
+) -> None:
+    files = [tmp_path / f".{name}.{process()}-{space()}01234567.tmp" for name in ("a.zip", "other")]
+    for path in files:
+        path.write_bytes(b"half")
+        os.utime(path, (time.time() - 3600 * hours,) * 2)
+    remove_unfinished(tmp_path, r"[a-z]\.zip")
+    assert [path.exists() for path in files] == [stays, True]
+
+
+def test_a_training_that_starts_in_the_folder_leaves_a_running_write(tmp_path: Path) -> None:
+    with atomic_write(tmp_path / "best_model.zip") as file:
+        file.write(b"new")
+        remove_unfinished(tmp_path, r"best_model\.zip")
+    assert (tmp_path / "best_model.zip").read_bytes() == b"new"
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        with atomic_write(tmp_path / "best_model.zip"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert len(os.listdir(tmp_path)) == 1
+    remove_unfinished(tmp_path, r"best_model\.zip")
     assert os.listdir(tmp_path) == []

@@ -50,23 +50,27 @@ def restore_file(writer: ResultsWriter | None, state: dict[str, Any] | None) -> 
         return
     handler = writer.file_handler
     handler.flush()
-    content = state[_CONTENT]
-    if content is None:
-        with open(handler.name, "rb") as file:
-            content = file.read(state[_LENGTH])
-        if len(content) < state[_LENGTH]:
+    length, content = state[_LENGTH], state[_CONTENT]
+    with open(handler.name, "rb") as file:
+        if content is None and os.fstat(file.fileno()).st_size < length:
             log.warning(
                 "%s was overwritten, and the checkpoint does not hold its earlier rows. Create Monitor with "
                 "override_existing=False before you resume.",
                 handler.name,
             )
             return
-    handler.seek(0)
-    handler.truncate()
-    handler.write(content.decode())
-    handler.flush()
-    head = content.split(b"\n", 2)
-    if head[0].startswith(b"#") and len(head) == 3:
+        has_rows = content is None or file.read(length) == content
+    if has_rows:
+        handler.truncate(length)  # nothing else, so that a kill loses no rows
+        handler.seek(0, os.SEEK_END)
+    else:
+        handler.seek(0)
+        handler.truncate()
+        handler.write(content.decode())
+        handler.flush()
+    with open(handler.name, "rb") as file:
+        header, columns = file.readline(), file.readline()
+    if header.startswith(b"#") and columns.endswith(b"\n"):
         # The present version may write more columns than the file has.
-        columns = next(csv.reader([head[1].decode()]))
-        writer.logger = csv.DictWriter(handler, columns, extrasaction="ignore")
+        names = next(csv.reader([columns.decode().rstrip("\n")]))
+        writer.logger = csv.DictWriter(handler, names, extrasaction="ignore")

@@ -2,16 +2,22 @@
 
 import contextlib
 import errno
+import hashlib
 import io
 import os
+import platform
 import re
 import secrets
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 # What systems answer if a folder cannot be synced at all, or not be opened for it without the right to list it
 _NO_SYNC = {errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+_LARGEST_AGE = 6 * 3600  # seconds that a write may last at most, with clocks that differ
+_NAME_LENGTH = 50  # characters of the file's name in a temporary one, which must not be too long for the file system
 
 
 class UnsyncedFolderError(OSError):
@@ -33,7 +39,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[io.BufferedWriter]:
     system allows it, its owner and group.
     """
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    unique = f"{os.getpid()}-{_process_space()}{secrets.token_hex(4)}"
+    temporary = target.with_name(f".{target.name[:_NAME_LENGTH]}.{unique}.tmp")
     try:
         old = target.stat() if target.exists() else None
         with open(temporary, "xb", opener=None if old is None else _open_private) as file:
@@ -55,20 +62,50 @@ def remove_unfinished(folder: Path, names: str) -> None:
     """
     Remove temporary files that killed writes left in a folder, for files whose names match a regular expression.
 
-    One that cannot be removed does no harm, and stays.
+    Other processes may be writing into the folder, also from other machines. So this removes only files of processes
+    of this machine that have ended, and files that have not changed for six hours. One that cannot be removed does no
+    harm, and stays.
     """
-    pattern = re.compile(rf"\.({names})\.\d+-[0-9a-f]{{8}}\.tmp")
+    pattern = re.compile(rf"\.({names})\.(?P<process>\d{{1,9}})-(?P<space>[0-9a-f]{{8}})([0-9a-f]{{8}})?\.tmp")
+    space, oldest = _process_space(), time.time() - _LARGEST_AGE
     for path in list(folder.iterdir()):
-        if pattern.fullmatch(path.name):
-            with contextlib.suppress(OSError):
+        found = pattern.fullmatch(path.name)
+        with contextlib.suppress(OSError):
+            if found is not None and (
+                (found["space"] == space and _has_ended(int(found["process"]))) or path.stat().st_mtime < oldest
+            ):
                 path.unlink()
+
+
+def _process_space() -> str:
+    """Return eight hexadecimal digits for where numbers of processes are unique: a machine until its next start."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            text = file.read() + os.readlink("/proc/self/ns/pid")  # a container has its own numbers
+    except OSError:  # not Linux
+        text = platform.node()
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _has_ended(process: int) -> bool:
+    """Return whether a process of this machine has ended; False if that is unknown."""
+    if os.name != "nt":  # there, this would be a signal
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return True
+        except OSError:  # of another user
+            pass
+    return False
 
 
 def write_error(path: Path, error: OSError) -> OSError:
     """Return an error of the same ``errno``, hence class, that names the file, the consequence and a way out."""
     reason = error.strerror or str(error)
-    text = f"{path} could not be written: {reason}. What it held before is unchanged. Free space there, or choose"
-    return OSError(error.errno, f"{text} a folder that can be written to.")
+    way_out = "Free space there, or choose a folder that can be written to."
+    if error.errno == errno.ENAMETOOLONG:
+        way_out = "Choose a shorter name."
+    return OSError(error.errno, f"{path} could not be written: {reason}. What it held before is unchanged. {way_out}")
 
 
 def _open_private(path: str, flags: int) -> int:
