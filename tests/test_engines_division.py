@@ -58,3 +58,17 @@ def test_a_divided_policy_has_every_parameter_once(batch_size: int, monkeypatch:
         assert changed.sum() == n
         np.testing.assert_array_equal(group[changed], partials.ctypes.data + 4 * sizes)
     assert shared.partials.shape[1] == binding.table[:, SIZE].sum()
+
+
+@pytest.mark.parametrize(
+    ("net_arch", "n_rows", "is_long"),
+    [
+        ([64, 64], 20 * 256, False),  # CartPole-v1: 4 ms
+        ([64, 64], 10 * 2048, False),  # SB3's defaults: 24 ms
+        ([512, 512], 1024, True),  # 0.3 s
+        ([2], 10**7, True),
+    ],
+)
+def test_long_updates_leave_the_main_thread_to_signals(net_arch: list[int], n_rows: int, is_long: bool) -> None:
+    policy = ActorCriticPolicy(OBS, BOX, lambda _: 3e-3, net_arch=net_arch)
+    assert DividedPolicy(_kernel_policy(bind(policy)), 64).is_long(n_rows) == is_long

@@ -1,12 +1,13 @@
 """Threads of an update: how many, the other ones, also after a fork."""
 
 import logging
+import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from sb3_clipvf.engines.threads import (
     TRIALS,
     ThreadChoice,
     _blas_of_kernels,
+    _Pool,
     one_blas_thread,
     run_on_threads,
 )
@@ -205,13 +207,13 @@ def test_threads_are_used_again() -> None:
 
 def test_several_callers_at_once_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their ranks would, if they stood in turn in the queue: each caller's need all threads of the pool."""
-    submit = ThreadPoolExecutor.submit
+    submit = _Pool.submit
 
     def slow_submit(*arguments: Any) -> Any:
         time.sleep(1e-3)  # so that another caller submits in between, if it may
         return submit(*arguments)
 
-    monkeypatch.setattr(ThreadPoolExecutor, "submit", slow_submit)
+    monkeypatch.setattr(_Pool, "submit", slow_submit)
 
     def call() -> None:
         for _ in range(5):
@@ -229,9 +231,10 @@ def test_several_callers_at_once_do_not_wait_for_each_other(monkeypatch: pytest.
 
 
 def test_an_interrupted_caller_cancels_the_others_and_waits_for_them() -> None:
-    cancelled, ended = threading.Event(), []
+    cancelled, meeting, ended = threading.Event(), threading.Barrier(3, timeout=60), []
 
     def run(rank: int) -> None:
+        meeting.wait()
         if rank == 0:
             raise KeyboardInterrupt
         ended.append(cancelled.wait(60))
@@ -254,6 +257,112 @@ def test_an_exception_in_another_thread_cancels_the_caller_and_is_raised(failing
     with pytest.raises(MemoryError):
         run_on_threads(run, 3, cancelled.set)
     assert ended == [True, True]
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_a_signal_interrupts_all_ranks_while_the_main_thread_waits(n_threads: int) -> None:
+    interrupted, cancelled, ended = threading.Event(), threading.Event(), []
+    meeting = threading.Barrier(n_threads, timeout=60)
+
+    def run(rank: int) -> None:
+        if meeting.wait() == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        ended.append((interrupted.wait(60), threading.get_ident()))
+
+    with pytest.raises(KeyboardInterrupt):
+        run_on_threads(run, n_threads, cancelled.set, interrupted.set)
+    assert [is_interrupted for is_interrupted, _ in ended] == [True] * n_threads
+    assert threading.get_ident() not in {ident for _, ident in ended}
+    assert not cancelled.is_set()
+
+
+_ENDS = """
+import os, signal
+from sb3_clipvf.engines.threads import run_on_threads
+try:
+    run_on_threads(lambda _: os.kill(os.getpid(), signal.SIGINT), 1, interrupt=lambda: None)
+    import time; time.sleep(10)
+except KeyboardInterrupt:
+    raise SystemExit(7)
+"""
+
+
+def test_a_process_ends_after_a_signal_while_its_threads_start() -> None:
+    assert subprocess.run([sys.executable, "-c", _ENDS], timeout=120, check=False).returncode == 7
+
+
+def test_an_exception_cancels_where_the_main_thread_waits() -> None:
+    cancelled = threading.Event()
+
+    def run(rank: int) -> None:
+        if rank == 0:
+            raise MemoryError
+        assert cancelled.wait(60)
+
+    with pytest.raises(MemoryError):
+        run_on_threads(run, 2, cancelled.set, lambda: None)
+
+
+def test_a_rank_that_cannot_begin_cancels_where_the_main_thread_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the ranks that have begun wait for it at the barrier."""
+    submit, cancelled = _Pool.submit, threading.Event()
+
+    def submit_first(self: _Pool, function: Any, rank: int) -> Any:
+        if rank > 0:
+            raise KeyboardInterrupt
+        return submit(self, function, rank)
+
+    monkeypatch.setattr(_Pool, "submit", submit_first)
+    with pytest.raises(KeyboardInterrupt):
+        run_on_threads(lambda _: cancelled.wait(60), 2, cancelled.set, lambda: None)
+    assert cancelled.is_set()
+
+
+def test_a_rank_that_has_begun_is_waited_for_if_its_submission_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    submit, begun, interrupted, ended = _Pool.submit, threading.Event(), threading.Event(), []
+
+    def interrupted_submit(*arguments: Any) -> Any:
+        submit(*arguments)
+        begun.wait(60)
+        raise KeyboardInterrupt
+
+    def run(_: int) -> None:
+        begun.set()
+        ended.append(interrupted.wait(60))
+
+    monkeypatch.setattr(_Pool, "submit", interrupted_submit)
+    with pytest.raises(KeyboardInterrupt):
+        run_on_threads(run, 1, interrupt=interrupted.set)
+    assert ended == [True]
+
+
+def test_a_rank_that_has_not_begun_when_the_caller_leaves_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    late: list[Any] = []
+
+    def interrupted_submit(_: Any, *arguments: Any) -> Any:
+        late.append(arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Pool, "submit", interrupted_submit)
+    ran: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        run_on_threads(ran.append, 2)
+    ((function, rank),) = late
+    function(rank)
+    assert ran == []
+
+
+def test_a_caller_that_gets_no_signals_has_the_first_rank() -> None:
+    found: list[bool] = []
+
+    def call() -> None:
+        caller = threading.get_ident()
+        run_on_threads(lambda _: found.append(threading.get_ident() == caller), 1, interrupt=lambda: None)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert found == [True]
 
 
 def test_a_forked_process_has_its_own() -> None:

@@ -7,7 +7,10 @@ test_engines.py compares its updates with a straightforward program.
 import copy
 import dataclasses
 import logging
+import os
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -30,11 +33,13 @@ from test_engines import BOX, OBS
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.common.nonfinite import BadMinibatchError
 from sb3_clipvf.distributions import dist_param_dim, dist_params
-from sb3_clipvf.engines import native, threads
+from sb3_clipvf.engines import division, native, threads
 from sb3_clipvf.engines.autograd import AutogradEngine, AutogradUpdate
+from sb3_clipvf.engines.division import DividedPolicy
 from sb3_clipvf.engines.fused import FusedEngine
 from sb3_clipvf.engines.in_place import in_place
 from sb3_clipvf.engines.kernels import entry
+from sb3_clipvf.engines.kernels.totals import TOTAL
 from sb3_clipvf.engines.native import NativeEngine
 from sb3_clipvf.engines.threads import ProcessWide
 from sb3_clipvf.rollout import TensorRolloutBuffer, gae
@@ -636,7 +641,7 @@ class TestUpdate:
     def test_ctrl_c_leaves_the_optimizer_with_the_steps_made(
         self, n_threads: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Python raises it when the kernel returns, after all steps of the update."""
+        """In a short update, Python raises it when the kernel returns, after all steps."""
         policy = make_policy()
         buffer = filled(policy)
         engine = NativeEngine(policy, SETTINGS)
@@ -652,6 +657,80 @@ class TestUpdate:
         with pytest.raises(KeyboardInterrupt):
             engine.update(buffer, COEFFICIENTS)
         assert {float(state["step"]) for state in policy.optimizer.state.values()} == {6.0}
+
+    @pytest.mark.parametrize("n_threads", [1, 2, 3])
+    def test_ctrl_c_ends_a_long_update_at_a_step(self, n_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """All threads end before the same step, so that parameters and moments are those of a shorter update."""
+        kernel_cases.divide(monkeypatch, n_threads)
+        n_epochs, run_update, policies = 50_000, entry.run_update, [make_policy(), make_policy()]
+        buffer = filled(policies[0])
+        settings = dataclasses.replace(SETTINGS, batch_size=32, n_epochs=n_epochs)
+
+        def watched(rank: int, *arguments: Any) -> Any:
+            totals = arguments[-2].totals
+
+            def send() -> None:
+                while totals[TOTAL.n_steps] < 5:
+                    time.sleep(1e-4)
+                os.kill(os.getpid(), signal.SIGINT)
+
+            if rank == 0:
+                threading.Thread(target=send).start()
+            return run_update(rank, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(division, "LONG_WORK", 0)
+            patch.setattr(entry, "run_update", watched)
+            np.random.seed(0)
+            with pytest.raises(KeyboardInterrupt):
+                NativeEngine(policies[0], settings).update(buffer, COEFFICIENTS)
+        (n_steps,) = {int(state["step"]) for state in policies[0].optimizer.state.values()}
+        assert 5 <= n_steps < n_epochs
+        np.random.seed(0)
+        settings = dataclasses.replace(settings, n_epochs=n_steps)
+        NativeEngine(policies[1], settings).update(buffer, COEFFICIENTS)
+        for ours, theirs in zip(*(policy.parameters() for policy in policies), strict=True):
+            assert th.equal(ours, theirs)
+            moments = (policy.optimizer.state[p] for policy, p in zip(policies, (ours, theirs), strict=True))
+            assert len({state["exp_avg_sq"].numpy().tobytes() for state in moments}) == 1
+
+    @pytest.mark.parametrize("is_long", [False, True])
+    def test_only_a_long_update_leaves_the_main_thread_to_signals(
+        self, is_long: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        policy, run_update, found = make_policy(), entry.run_update, []
+
+        def spy(*arguments: Any) -> Any:
+            found.append(threading.current_thread() is not threading.main_thread())
+            return run_update(*arguments)
+
+        kernel_cases.run_on(monkeypatch, 1)
+        monkeypatch.setattr(DividedPolicy, "is_long", lambda *_: is_long)
+        monkeypatch.setattr(entry, "run_update", spy)
+        NativeEngine(policy, SETTINGS).update(filled(policy), COEFFICIENTS)
+        assert found == [is_long]
+
+    @pytest.mark.parametrize("n_threads", [1, 2])
+    def test_ctrl_c_ends_the_measurement_of_the_kl(self, n_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        kernel_cases.divide(monkeypatch, n_threads)
+        policy, kl_of_rollout, calls = make_policy(), entry.kl_of_rollout, []
+
+        def interrupted(*arguments: Any) -> Any:
+            result = kl_of_rollout(*arguments)
+            calls.append(arguments)
+            if threading.current_thread() is threading.main_thread():
+                raise KeyboardInterrupt
+            return result
+
+        monkeypatch.setattr(entry, "kl_of_rollout", interrupted)
+        settings = dataclasses.replace(SETTINGS, measure_kl_after=True)
+        with pytest.raises(KeyboardInterrupt):
+            NativeEngine(policy, settings).update(filled(policy, n_steps=70), COEFFICIENTS)
+        n_chunks = len(calls[0][-1])
+        assert n_chunks == 40
+        # Each call is one chunk. The other thread may have done its half in the meantime.
+        assert {n for _, n, *_ in calls} == {n_chunks}
+        assert 1 <= len(calls) <= (1 if n_threads == 1 else 1 + n_chunks // 2)
 
     @pytest.mark.parametrize("n_threads", [1, 2, 3])
     def test_updates_in_several_threads_of_one_process(self, n_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,11 @@ BLOCK_ROWS = 256
 PIECE_SIZE = 8192
 """Largest number of elements in a piece. A thread adds the gradients of whole pieces, and steps them."""
 
+LONG_WORK = 300_000_000
+"""Rows x parameters of an update that lasts too long to delay signals until its end: 50 to 100 ms."""
+
+_ROW_WORK = 200  # parameters that take as long as what else an update does with a row
+
 _BYTES = 4  # of a float32
 
 
@@ -63,6 +68,10 @@ class DividedPolicy:
             n_actor_pieces=len(pieces[0]),
         )
         self.policies = np.stack([inputs.pack(policy), *(_with_gradients(policy, row) for row in self._partials)])
+
+    def is_long(self, n_rows: int) -> bool:
+        """Return whether an update of so many rows, counted in each epoch, is too long to delay signals."""
+        return n_rows * (int(self._partials.shape[1]) + _ROW_WORK) >= LONG_WORK
 
     def shared(self) -> inputs.Shared:
         """Return the arrays that the threads of an update share."""

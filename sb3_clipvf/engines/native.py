@@ -1,9 +1,11 @@
 """The native engine: compiled kernels for plain MLP policies on the CPU, in place on the policy's own memory."""
 
 import math
+import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,7 +38,7 @@ from sb3_clipvf.engines.division import DividedPolicy, rows_to_share
 from sb3_clipvf.engines.in_place import Target
 from sb3_clipvf.engines.interface import Acted, ActedTensors, UpdateCoefficients, UpdateSettings, UpdateStatistics
 from sb3_clipvf.engines.kernels import entry, inputs, memory
-from sb3_clipvf.engines.kernels.barrier import CANCELLED
+from sb3_clipvf.engines.kernels.barrier import CANCELLED, INTERRUPTED
 from sb3_clipvf.engines.kernels.mlp import workspace_size
 from sb3_clipvf.engines.kernels.totals import STAT, TOTAL
 from sb3_clipvf.engines.kernels.warmup import warm_up
@@ -364,12 +366,10 @@ class NativeEngine:
                 rank, n_threads, divided.policies, rollout, hyper, permutations, division, shared, workspaces[rank]
             )
 
-        def cancel() -> None:
-            shared.counters[CANCELLED] = 1
-
+        cancel, interrupt = (partial(shared.counters.__setitem__, index, 1) for index in (CANCELLED, INTERRUPTED))
         with one_blas_thread:
             started = time.perf_counter()
-            run_on_threads(run, n_threads, cancel)
+            run_on_threads(run, n_threads, cancel, interrupt if divided.is_long(permutations.size) else None)
             seconds = time.perf_counter() - started
         self._threads.record(seconds, int(totals[TOTAL.n_minibatches] + totals[TOTAL.n_skipped]))
 
@@ -388,11 +388,15 @@ class NativeEngine:
         sums = np.empty(-(-n // n_rows))
         workspaces = [self._workspace(n_rows, rank) for rank in range(n_threads)]
 
+        ended = threading.Event()
+
         def run(rank: int) -> None:
-            entry.kl_of_rollout(rank, n_threads, self._packed, rollout, n_rows, workspaces[rank], sums)
+            for k in range(rank * len(sums) // n_threads, (rank + 1) * len(sums) // n_threads):
+                if not ended.is_set():  # Python handles signals between two calls
+                    entry.kl_of_rollout(k, len(sums), self._packed, rollout, n_rows, workspaces[rank], sums)
 
         with one_blas_thread:
-            run_on_threads(run, n_threads)
+            run_on_threads(run, n_threads, ended.set)
         return self.settings.group.mean(th.tensor(sums.sum() / n, dtype=th.float64), n)
 
 

@@ -4,12 +4,12 @@ import os
 import statistics
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ContextDecorator, nullcontext
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from threading import Lock
+from queue import SimpleQueue
+from threading import Condition, Lock, Thread, current_thread, main_thread
 from typing import Any, cast
 
 import torch as th
@@ -22,6 +22,8 @@ TRIALS = 3
 
 RETRY_INTERVAL = 50
 """Interval, in updates, at which one runs on a neighbouring number of threads: the machine's load may change."""
+
+_SECONDS_BETWEEN_SIGNALS = 0.1  # on Windows, where no signal ends a wait
 
 
 class ThreadChoice:
@@ -77,43 +79,112 @@ class ThreadChoice:
         return self._numbers[max(0, index - 1) : index + 2]
 
 
-def run_on_threads(run: Callable[[int], object], n_threads: int, cancel: Callable[[], object] = lambda: None) -> None:
+def run_on_threads(
+    run: Callable[[int], object],
+    n_threads: int,
+    cancel: Callable[[], object] = lambda: None,
+    interrupt: Callable[[], object] | None = None,
+) -> None:
     """
     Call ``run`` with each of the ranks 0, 1, ..., on as many threads at once; this thread has rank 0.
 
     If one of the calls raises an exception, ``cancel`` is called, and must cause the others to return. The exception is
     raised when all have returned.
+
+    With ``interrupt``, the main thread, which alone handles signals, only waits, so that it handles them at once. If a
+    handler raises an exception, as for Ctrl-C, ``interrupt`` is called, and must make all ranks return soon.
+    """
+    ranks = _Ranks(run, cancel)
+    n_own = 0 if interrupt is not None and current_thread() is main_thread() else 1
+    try:
+        if n_threads > n_own:
+            pool = _other_threads(os.getpid(), n_threads - n_own)
+            # Ranks of two updates must not alternate in the queue: each update would wait for threads of the other.
+            with pool.lock:
+                for rank in range(n_own, n_threads):
+                    pool.submit(ranks.run, rank)
+        if n_own:
+            run(0)
+        ranks.wait(n_threads - n_own)
+    except BaseException:  # such as Ctrl-C, even before all ranks have begun
+        n_begun = ranks.close()
+        if interrupt is not None and n_begun == n_threads:
+            interrupt()
+        else:
+            cancel()
+        ranks.wait(n_begun)
+        raise
+    if ranks.errors:
+        raise ranks.errors[0]
+
+
+class _Ranks:
+    """Ranks of one call that other threads run. The caller may leave at any moment, even while it submits them."""
+
+    def __init__(self, run: Callable[[int], object], cancel: Callable[[], object]) -> None:
+        self._run, self._cancel = run, cancel
+        self._changed = Condition()
+        self._n_begun = self._n_ended = 0
+        self._is_closed = False
+        self.errors: list[BaseException] = []
+
+    def run(self, rank: int) -> None:
+        """Run a rank, unless the caller has left before it began."""
+        with self._changed:
+            if self._is_closed:
+                return
+            self._n_begun += 1
+        try:
+            self._run(rank)
+        except BaseException as error:
+            self.errors.append(error)
+            self._cancel()
+        finally:
+            with self._changed:
+                self._n_ended += 1
+                self._changed.notify()
+
+    def close(self) -> int:
+        """Let no further rank begin, and return the number of those that have begun."""
+        with self._changed:
+            self._is_closed = True
+            return self._n_begun
+
+    def wait(self, n_ranks: int) -> None:
+        """Wait until so many ranks have ended."""
+        with self._changed:
+            while self._n_ended < n_ranks:
+                self._changed.wait(_SECONDS_BETWEEN_SIGNALS)
+
+
+class _Pool:
+    """
+    Threads that wait for calls.
+
+    Those of the standard library's pool delay the end of the process for ever if a signal arrives while they start.
     """
 
-    def part(rank: int) -> None:
-        try:
-            run(rank)
-        except BaseException:
-            cancel()
-            raise
+    def __init__(self, n_threads: int) -> None:
+        self.lock = Lock()
+        self._calls: SimpleQueue[tuple[Callable[[int], None], int]] = SimpleQueue()
+        for _ in range(n_threads):
+            Thread(target=self._work, daemon=True, name="sb3_clipvf").start()
 
-    others: list[Future[None]] = []
-    try:
-        if n_threads > 1:
-            executor, lock = _other_threads(os.getpid(), n_threads - 1)
-            # Ranks of two updates must not alternate in the queue: each update would wait for threads of the other.
-            with lock:
-                for rank in range(1, n_threads):
-                    others.append(executor.submit(part, rank))
-        run(0)
-    except BaseException:  # such as Ctrl-C, even before this thread has begun its part
-        cancel()
-        raise
-    finally:
-        wait(others)
-    for other in others:
-        other.result()
+    def submit(self, function: Callable[[int], None], rank: int) -> None:
+        """Let a thread call a function, which raises no exception."""
+        self._calls.put((function, rank))
+
+    def _work(self) -> None:
+        while True:
+            function, rank = self._calls.get()
+            function(rank)
+            del function  # it holds the arrays of an update
 
 
 @cache
-def _other_threads(process: int, n_threads: int) -> tuple[ThreadPoolExecutor, Lock]:
+def _other_threads(process: int, n_threads: int) -> _Pool:
     # Reuse is faster than new threads. A forked process has no copy of its parent's threads, and so needs its own.
-    return ThreadPoolExecutor(n_threads, thread_name_prefix=f"sb3_clipvf-{process}"), Lock()
+    return _Pool(n_threads)
 
 
 class ProcessWide(ContextDecorator):

@@ -1,4 +1,4 @@
-"""A barrier inside compiled code, at which threads wait for each other."""
+"""A barrier inside compiled code, at which threads wait for each other, and at which all can end together."""
 
 import sys
 from typing import Any
@@ -15,9 +15,10 @@ _yield_core = types.ExternalFunction("SwitchToThread" if sys.platform == "win32"
 _SPINS = 4000
 _WORD = 8
 
-# Indices of the counters that threads share: arrivals at the barrier, and whether a thread will never arrive.
-ARRIVALS, CANCELLED = range(2)
-N_COUNTERS = 2
+# Indices of the counters that threads share: arrivals at the barrier, whether a thread will never arrive, whether all
+# are to end at the next minibatch, and the number of the minibatch before whose step they end.
+ARRIVALS, CANCELLED, INTERRUPTED, LAST = range(4)
+N_COUNTERS = 4
 
 
 @strict
@@ -39,6 +40,25 @@ def wait_for_all(counters: np.ndarray, n_threads: int, n_waits: int) -> bool:
         if spins > _SPINS:
             _yield_core()
     return True
+
+
+@strict
+def is_interrupted(counters: np.ndarray) -> bool:
+    """Return whether the update is to end before the next step."""
+    return _read(counters.ctypes.data + INTERRUPTED * _WORD) != 0
+
+
+@strict
+def end_if_interrupted(counters: np.ndarray, n_minibatches: int) -> None:
+    """Before the barrier of a minibatch, make all threads end after it, if the update is interrupted."""
+    if is_interrupted(counters):
+        counters[LAST] = n_minibatches  # each thread writes this number: none has passed the barrier
+
+
+@strict
+def ends(counters: np.ndarray, n_minibatches: int) -> bool:
+    """After the barrier of a minibatch, return whether all threads end; another one may be at the next minibatch."""
+    return _read(counters.ctypes.data + LAST * _WORD) == n_minibatches
 
 
 @intrinsic

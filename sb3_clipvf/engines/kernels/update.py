@@ -7,6 +7,8 @@ one after the other, since a smaller workspace stays in the processor's caches.
 
 Actor and critic share no parameters. On two threads, each has a network: only the joint gradient norm and ``target_kl``
 make them wait for each other. More threads also wait before gradients of groups are added, and after a step.
+
+An interrupted update computes no further blocks, and all threads end before the same step.
 """
 
 import numpy as np
@@ -20,7 +22,7 @@ from sb3_clipvf.engines.kernels.action_distributions import (
     shared_log_std,
 )
 from sb3_clipvf.engines.kernels.adam import adam_step, add_groups, clip_factor
-from sb3_clipvf.engines.kernels.barrier import wait_for_all
+from sb3_clipvf.engines.kernels.barrier import end_if_interrupted, ends, is_interrupted, wait_for_all
 from sb3_clipvf.engines.kernels.inputs import (
     FLOAT32,
     FLOAT64,
@@ -84,15 +86,17 @@ def run_update(
             squares = shared.squares[n_minibatches % 2]
             n_minibatches += 1
             _run_tasks(
-                rank, n_threads, policies, rollout, hyper, rows[:size], measure_kl, division, workspace, task_stats
-            )
+                rank, n_threads, policies, rollout, hyper, rows[:size], measure_kl, division, counters, workspace,
+                task_stats,
+            )  # fmt: skip
+            end_if_interrupted(counters, n_minibatches)
             if shares_networks:
                 n_waits += 1
                 if not wait_for_all(counters, n_threads, n_waits):
                     return
             add_groups(shared.pieces, first, last, shared.partials[: n_groups - 1], squares)
             n_waits += 1
-            if not wait_for_all(counters, n_threads, n_waits):
+            if not wait_for_all(counters, n_threads, n_waits) or ends(counters, n_minibatches):
                 return
             add_up(task_stats, stats)
             for k in range(squares.shape[0]):
@@ -127,9 +131,13 @@ def _own_pieces(rank: int, n_threads: int, n_actor: int, n: int) -> tuple[int, i
 @fast
 def _run_tasks(
     rank: int, n_threads: int, policies: np.ndarray, rollout: Rollout, hyper: Hyperparameters, rows: np.ndarray,
-    measure_kl: bool, division: Division, workspace: np.ndarray, stats: np.ndarray,
+    measure_kl: bool, division: Division, counters: np.ndarray, workspace: np.ndarray, stats: np.ndarray,
 ) -> None:  # fmt: skip
-    """Compute gradients and ``stats`` of this thread's tasks: first the actor's groups, then the critic's."""
+    """
+    Compute gradients and ``stats`` of this thread's tasks: first the actor's groups, then the critic's.
+
+    Return at once if the update is interrupted.
+    """
     n, n_tasks = rows.shape[0], stats.shape[0]
     n_groups = n_tasks // 2
     begin, end = rank * n_tasks // n_threads, (rank + 1) * n_tasks // n_threads
@@ -147,6 +155,8 @@ def _run_tasks(
             own_stats[k] = 0.0
         group_end = min(n, (group + 1) * division.group_rows)
         for start in range(group * division.group_rows, group_end, division.block_rows):
+            if is_interrupted(counters):
+                return
             block = rows[start : min(group_end, start + division.block_rows)]
             adds = start > group * division.group_rows
             if task < n_groups:
