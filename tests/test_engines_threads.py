@@ -118,7 +118,7 @@ def test_the_choice_is_logged_once(choice_of_twelve: ThreadChoice, caplog: pytes
     with caplog.at_level(logging.INFO, "sb3_clipvf"):
         _run(choice_of_twelve, 100, {number: 1e-6 * seconds for number, seconds in FOUR_CORES.items()})
     assert caplog.messages == [
-        "Updates run on 4 thread(s): a minibatch takes 42 us on 2, 23 us on 4, 30 us on 8; one of 50 updates tries "
+        "Updates run on 4 thread(s): a minibatch takes 42 us on 2, 23 us on 4, 30 us on 8; one in 50 updates tries "
         "another number"
     ]
 
