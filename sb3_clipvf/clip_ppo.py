@@ -39,7 +39,7 @@ from sb3_clipvf.arguments import (
     warn_about_n_envs,
     warn_about_truncated_minibatches,
 )
-from sb3_clipvf.checkpoint.resume import Resumed, finish_resume, resume
+from sb3_clipvf.checkpoint.resume import Resumed, begin_resume, resume
 from sb3_clipvf.common import validation
 from sb3_clipvf.common.messages import log, show_messages
 from sb3_clipvf.common.nonfinite import MAX_UPDATES_WITH_SKIPS, BadMinibatchError
@@ -549,8 +549,7 @@ class ClipPPO(DataParallelCollector):
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         self._warn_about_early_end(self.n_envs + self._n_envs_elsewhere, self.num_timesteps, self._total_timesteps)
         initialised = super()._init_callback(callback, progress_bar)
-        if self._resumed is not None:
-            finish_resume(self, initialised)
+        begin_resume(self, initialised)
         return initialised
 
     # ------------------------------------------------------------------ saving, loading, resuming

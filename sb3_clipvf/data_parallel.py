@@ -26,7 +26,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from sb3_clipvf.callbacks import count_all_steps
 from sb3_clipvf.checkpoint.monitor_files import with_contents
 from sb3_clipvf.checkpoint.protocol import ResumableModel
-from sb3_clipvf.checkpoint.resume import reset_environments
+from sb3_clipvf.checkpoint.resume import finish_resume, reset_environments
 from sb3_clipvf.checkpoint.training_state import process_state
 from sb3_clipvf.checkpoint.vec_env_state import describe_vec_env
 from sb3_clipvf.common.messages import log
@@ -197,6 +197,7 @@ class DataParallelCollector(TensorRolloutCollector):
         return all(end.continues for end in ends)
 
     def _begin_rollout(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int) -> Engine:
+        finish_resume(cast(ResumableModel, self), callback)
         engine = super()._begin_rollout(env, callback, rollout_buffer, n_rollout_steps)
         group = current_group()
         if group.size > 1 and group.rank == 0:  # after callbacks, which may change the policy or save the training

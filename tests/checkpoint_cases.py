@@ -31,6 +31,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv,
 
 from sb3_clipvf import ClipPPO, SaveBestTrainingReward
 from sb3_clipvf.checkpoint import ResumableEnv, TrainingCheckpoint
+from sb3_clipvf.checkpoint.random_state import space_states
 from sb3_clipvf.envs import FastSubprocVecEnv, FastVecNormalize, as_vec_env
 
 TOTAL = 320
@@ -208,6 +209,7 @@ def digest(model: ClipPPO, folder: Path) -> dict[str, str]:
         "weights": [tensor.numpy() for tensor in model.policy.state_dict().values()],
         "optimizer": [value.numpy() for state in optimizer.values() for value in state.values()],
         "random": [th.get_rng_state().numpy(), np.random.get_state()[1], random.getstate()],
+        "actions": space_states(model)["action_space"],
         "observations": [model._last_obs, model._last_episode_starts],
         "episodes": [(episode["r"], episode["l"]) for episode in model.ep_info_buffer or ()],
         "counters": [model.num_timesteps, model._n_updates, model._current_progress_remaining],

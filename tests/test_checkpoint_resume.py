@@ -27,7 +27,8 @@ from stable_baselines3.common.callbacks import (
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_clipvf import ClipPPO
-from sb3_clipvf.checkpoint import TrainingCheckpoint, read_manifest
+from sb3_clipvf.checkpoint import TrainingCheckpoint, newest_checkpoint, read_manifest
+from sb3_clipvf.files import codec
 
 HAS_MUJOCO = importlib.util.find_spec("mujoco") is not None
 NAMES = [name for name in CASES if HAS_MUJOCO or name != "cheetah"]
@@ -183,6 +184,64 @@ def test_callbacks_that_may_keep_more_are_named(tmp_path: Path, caplog: pytest.L
     assert len(logged) == 2  # once, though there were several checkpoints
     manifest = read_manifest(tmp_path / "checkpoints" / "checkpoint_128.zip")
     assert len(manifest.differences) == 2
+
+
+class Drawing(BaseCallback):
+    """Draws random numbers when a training starts."""
+
+    def _on_training_start(self) -> None:
+        np.random.rand(), random.random(), th.rand(1), self.model.action_space.sample()
+
+    def _on_step(self) -> bool:
+        return True
+
+
+class Counting(BaseCallback):
+    """Sets its state when a training starts."""
+
+    def _on_training_start(self) -> None:
+        self.count, self.n_calls = 0, 0
+
+    def _on_step(self) -> bool:
+        self.count += 1
+        return True
+
+    def training_state(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+
+
+@pytest.mark.parametrize("kind", [Drawing, Counting])
+def test_what_callbacks_do_at_the_start_does_not_change_a_resumed_training(
+    kind: type[BaseCallback], tmp_path: Path
+) -> None:
+    made: list[Any] = []
+
+    def make(folder: Path) -> list[BaseCallback]:
+        made.append(kind())
+        return made[-1:]
+
+    case = Case(CASES["native"].make_env, make_callbacks=make)
+    checkpoint_cases.killed(case, tmp_path / "killed")
+    assert checkpoint_cases.resumed(case, tmp_path / "killed") == checkpoint_cases.uninterrupted(case, tmp_path / "whole")
+    resumed, whole = ({name: vars(callback).get(name) for name in ("count", "n_calls")} for callback in made[-2:])
+    assert resumed == whole
+
+
+def test_a_finished_training_that_is_resumed_writes_the_same_state(tmp_path: Path) -> None:
+    def callbacks() -> list[BaseCallback]:
+        return [TrainingCheckpoint(64, tmp_path, keep_best=False), Drawing(), Counting()]
+
+    case = CASES["native"]
+    case.model(tmp_path).learn(64, callback=callbacks())
+    trees = [newest_checkpoint(tmp_path).tree]
+    model = ClipPPO.resume(tmp_path, case.make_env(tmp_path), device="cpu")
+    model.learn(model.remaining_timesteps, reset_num_timesteps=False, callback=callbacks())
+    trees.append(newest_checkpoint(tmp_path).tree)
+    first, second = [[codec.to_bytes(tree[name]) for name in ("random", "spaces", "callbacks")] for tree in trees]
+    assert first == second
 
 
 def test_a_training_without_callbacks_saves_no_callback_state(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

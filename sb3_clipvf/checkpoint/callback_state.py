@@ -29,7 +29,8 @@ def callback_states(root: BaseCallback) -> tuple[dict[str, Any], list[str]]:
     """
     Return the states of all callbacks, by place, and a text for each class with state that may be missing.
 
-    A class may define ``training_state()`` and ``load_training_state(state)``.
+    A class may define ``training_state()`` and ``load_training_state(state)``. A resumed training calls the latter after
+    ``_on_training_start``, before its first rollout.
     """
     states, differences = {}, []
     for place, callback in _places(root):
@@ -38,8 +39,8 @@ def callback_states(root: BaseCallback) -> tuple[dict[str, Any], list[str]]:
     return states, differences
 
 
-def restore_callbacks(root: BaseCallback, states: dict[str, Any]) -> None:
-    """Restore the states of initialised callbacks; warn of callbacks that only the checkpoint or only ``root`` has."""
+def compare_callbacks(root: BaseCallback, states: dict[str, Any]) -> None:
+    """Warn of callbacks that only the checkpoint or only ``root`` has; set attributes that their start may read."""
     places = dict(_places(root))
     missing, new = sorted(states.keys() - places.keys()), sorted(places.keys() - states.keys())
     if missing:
@@ -48,6 +49,14 @@ def restore_callbacks(root: BaseCallback, states: dict[str, Any]) -> None:
     if new:
         log.warning("Callbacks that are not in the checkpoint start without a state: %s.", ", ".join(new))
     for place, callback in places.items():
+        if place in states:
+            # Copies: `restore_callbacks` sets them again.
+            write_attributes(callback, frozen(states[place]["attributes"]))
+
+
+def restore_callbacks(root: BaseCallback, states: dict[str, Any]) -> None:
+    """Restore the states of callbacks that have started."""
+    for place, callback in _places(root):
         if place in states:
             _restore(callback, states[place], place)
 

@@ -14,10 +14,16 @@ from stable_baselines3.common.logger import HumanOutputFormat, KVWriter, Logger,
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_clipvf.checkpoint.callback_state import restore_callbacks, without_repeats
+from sb3_clipvf.checkpoint.callback_state import compare_callbacks, restore_callbacks, without_repeats
 from sb3_clipvf.checkpoint.file import newest_checkpoint, read_checkpoint, versions
 from sb3_clipvf.checkpoint.protocol import ResumableModel
-from sb3_clipvf.checkpoint.random_state import generator_from, global_states, set_global_states, set_space_states
+from sb3_clipvf.checkpoint.random_state import (
+    generator_from,
+    global_states,
+    set_global_states,
+    set_space_states,
+    space_states,
+)
 from sb3_clipvf.checkpoint.training_state import OBSERVATIONS, set_logger_state
 from sb3_clipvf.checkpoint.vec_env_state import check_same_build, describe_vec_env, restore_vec_env
 from sb3_clipvf.common.messages import log
@@ -29,11 +35,12 @@ Model = TypeVar("Model", bound=ResumableModel)
 
 @dataclass(frozen=True)
 class Resumed:
-    """State that :func:`finish_resume` restores when ``learn`` has built its callbacks and its logger."""
+    """State that :func:`begin_resume` and :func:`finish_resume` restore in the first ``learn`` of a resumed model."""
 
     tree: dict[str, Any]
-    # States of the process's random generators at the start of the next rollout
+    # States of the random generators of the process and of the model's spaces at the start of the next rollout
     random: dict[str, Any]
+    spaces: dict[str, Any]
     # Observations that the next rollout starts from; `learn` replaces them if it resets the environments
     observations: Any
     # Last step of the interrupted run, if `resume` lets schedules end there; None if the user set their end
@@ -74,6 +81,7 @@ def resume(
     model._resumed = Resumed(
         tree=tree,
         random=global_states(),
+        spaces=space_states(model),
         observations=model._last_obs,
         held_horizon=manifest.total_timesteps if holds_horizon else None,
         has_own_logger=has_own_logger,
@@ -86,26 +94,39 @@ def resume(
     return model
 
 
-def finish_resume(model: ResumableModel, callback: BaseCallback) -> None:
-    """Restore callbacks, the logger and random generators at the start of the first ``learn`` of a resumed model."""
+def begin_resume(model: ResumableModel, callback: BaseCallback) -> None:
+    """Check the first ``learn`` of a resumed model, when it has built its callbacks and its logger."""
     resumed: Resumed | None = model._resumed
     if resumed is None:
         return
-    model._resumed = None
     if model._last_obs is not resumed.observations:
         raise ValueError(
             "`reset_num_timesteps` must be False in the first learn() of a resumed model, got environments that were "
             "reset. Call model.learn(model.remaining_timesteps, reset_num_timesteps=False) without set_env before it, "
             "or use ClipPPO.load to start again."
         )
-    if resumed.has_own_logger:
-        model._custom_logger = False
     if model._total_timesteps == model._schedule_timesteps == resumed.held_horizon:
         # Schedules of this call end there anyway. In later calls they end with each call, as without the interruption.
         model._schedule_timesteps = None
+    compare_callbacks(callback, resumed.tree["callbacks"])
+
+
+def finish_resume(model: ResumableModel, callback: BaseCallback) -> None:
+    """
+    Restore callbacks, the logger and random generators before the first rollout of a resumed model.
+
+    Callbacks have started by then: what they set and draw in ``_on_training_start`` does not belong to the state.
+    """
+    resumed: Resumed | None = model._resumed
+    if resumed is None:
+        return
+    model._resumed = None
+    if resumed.has_own_logger:
+        model._custom_logger = False
     restore_callbacks(callback, resumed.tree["callbacks"])
     set_logger_state(model, resumed.tree["logger"])
-    # Last, since building environments and callbacks may have drawn random numbers.
+    # Last, since building and restoring environments and callbacks may have drawn random numbers.
+    set_space_states(model, resumed.spaces)
     set_global_states(resumed.random)
 
 

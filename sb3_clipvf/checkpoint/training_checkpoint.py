@@ -25,7 +25,7 @@ from sb3_clipvf.checkpoint.file import (
 )
 from sb3_clipvf.checkpoint.protocol import ResumableModel
 from sb3_clipvf.checkpoint.random_state import generator_from, generator_state
-from sb3_clipvf.checkpoint.resume import draw_seed, reset_environments
+from sb3_clipvf.checkpoint.resume import draw_seed, finish_resume, reset_environments
 from sb3_clipvf.checkpoint.signals import SignalWatch, is_learning
 from sb3_clipvf.checkpoint.training_state import TrainingState, training_state
 from sb3_clipvf.checkpoint.vec_env_state import describe_vec_env, vec_env_state
@@ -107,7 +107,6 @@ class TrainingCheckpoint(BaseCallback):
         self.on_signal = on_signal
         self.best_mean_return = -math.inf
         self._generator: np.random.Generator | None = None
-        self._is_resumed = False
         self._is_reset = False
         self._is_exact = True
         self._multiples = 0
@@ -133,7 +132,6 @@ class TrainingCheckpoint(BaseCallback):
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Restore the state of the callback that wrote a checkpoint, from :meth:`training_state`."""
-        self._is_resumed = True
         ours = {"every_timesteps": self.every_timesteps, "reset_envs": self.reset_envs}
         changed = [name for name, value in ours.items() if state[name] != value]
         if changed and (self.reset_envs or state["reset_envs"]):
@@ -142,10 +140,12 @@ class TrainingCheckpoint(BaseCallback):
                 "differ from the checkpoint's. Pass the same values for an exact resume.",
                 " and ".join(changed),
             )
-        if self.reset_envs:
-            self._generator = generator_from(state["generator"])
-            if self._generator is not None and state["is_reset"]:
-                draw_seed(self._generator)  # `resume` has used this seed
+        generator = generator_from(state["generator"]) if self.reset_envs else None
+        if generator is not None:
+            if state["is_reset"]:
+                draw_seed(generator)  # `resume` has used this seed
+            self._generator = generator
+            self._multiples = self._model.num_timesteps // self.every_timesteps  # there is a checkpoint at step 0
 
     # ------------------------------------------------------------------ events
 
@@ -183,7 +183,7 @@ class TrainingCheckpoint(BaseCallback):
         self._build = describe_vec_env(self.training_env)
         self._is_exact = not vec_env_state(self.training_env)[1]
         self._multiples = model.num_timesteps // self.every_timesteps
-        if model._training_id is None or (model.num_timesteps == 0 and not self._is_resumed):
+        if model._training_id is None or (model.num_timesteps == 0 and model._resumed is None):
             model._training_id = uuid.uuid4().hex
         self._scan_folder()
         if self.reset_envs and self._generator is None:
@@ -216,6 +216,7 @@ class TrainingCheckpoint(BaseCallback):
             self._watch = None
         # The RL Zoo calls this a second time, even if `learn` failed or there is no model.
         if "model" in vars(self) and is_learning(self._model, inspect.currentframe()):
+            finish_resume(self._model, self._root)  # if nothing remained to be trained
             self._save_and_reset()
         self._unwritten = None
 
