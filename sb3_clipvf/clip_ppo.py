@@ -646,6 +646,7 @@ class ClipPPO(DataParallelCollector):
             )
         vars(model).pop(NOTE, None)
         model._n_envs_before = (file.data or {}).get("n_envs")
+        model._training_id = None  # only `resume` continues the file's training
         return model
 
     def set_parameters(

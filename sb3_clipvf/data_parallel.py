@@ -121,6 +121,8 @@ class DataParallelCollector(TensorRolloutCollector):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         group = current_group()
+        if reset_num_timesteps:
+            self._training_id = None  # another training
         self._n_envs_elsewhere = 0
         if group.size > 1:
             check_backend(self.device)

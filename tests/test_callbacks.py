@@ -30,7 +30,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormali
 
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.callbacks import IsolatedEvalCallback, WholeProgressBar
-from sb3_clipvf.checkpoint import SaveBestTrainingReward
+from sb3_clipvf.checkpoint import SaveBestTrainingReward, TrainingCheckpoint
+from sb3_clipvf.checkpoint.best_model import read_score, write_best_model
 from sb3_clipvf.envs import FastVecNormalize
 
 MakeEnv = Callable[[], Any]
@@ -376,6 +377,23 @@ def test_a_better_model_of_the_same_training_is_kept(training: str | None, stays
         saving._save_best(tmp_path)
         kept = ClipPPO.load(tmp_path / "best_model", device="cpu").num_timesteps
         assert kept == (1 if steps == 2 and stays else steps)
+
+
+@pytest.mark.parametrize("start", ["load", "learn again"])
+def test_another_training_of_the_same_model_replaces_the_best_model(start: str, tmp_path: Path) -> None:
+    def callback() -> Any:
+        return evaluation(lambda: make_vec_env(Short), best_model_save_path=str(tmp_path), eval_freq=32)
+
+    path = tmp_path / "best_model.zip"
+    model = ClipPPO("MlpPolicy", make_vec_env(Short), n_steps=32, batch_size=32, device="cpu")
+    model.learn(32, callback=[TrainingCheckpoint(32, tmp_path / "checkpoints"), callback()])
+    score = {"mean_reward": 1e9, "num_timesteps": 1, "training": model._training_id}
+    write_best_model(path, model, score)
+    assert score["training"] is not None
+    if start == "load":
+        model = ClipPPO.load(path, make_vec_env(Short), device="cpu")
+    model.learn(32, callback=callback())
+    assert read_score(path) != score
 
 
 def test_a_resumed_training_completes_the_copy_of_the_statistics(tmp_path: Path) -> None:

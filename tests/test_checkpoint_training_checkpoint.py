@@ -158,6 +158,10 @@ def test_a_new_training_does_not_mix_with_another_one(tmp_path: Path) -> None:
     model = ClipPPO.resume(tmp_path / "elsewhere", CASE.make_env(tmp_path), device="cpu")
     with pytest.raises(ValueError, match="without checkpoints of another run"):
         model.learn(64, reset_num_timesteps=False, callback=TrainingCheckpoint(64, folder))
+    # Nor does one that continues the weights of a checkpoint.
+    model = ClipPPO.load(folder / "checkpoint_64.zip", CASE.make_env(tmp_path), device="cpu")
+    with pytest.raises(ValueError, match="without checkpoints of another run"):
+        model.learn(64, reset_num_timesteps=False, callback=TrainingCheckpoint(64, folder))
     assert {name: (folder / name).read_bytes() for name in names(folder)} == before
 
 

@@ -69,6 +69,7 @@ def resume(
     if venv is None:
         raise ValueError("`env` must be a Gymnasium environment or an SB3 VecEnv, got one that is neither.")
     check_same_build(tree["build"], describe_vec_env(venv))
+    model._training_id = manifest.training or None
     model._n_envs_before = None  # of the first process; the build has this one's
     for name, value in _restore_environments(model, venv, tree).items():
         setattr(model, name, value)

@@ -183,7 +183,7 @@ class TrainingCheckpoint(BaseCallback):
         self._build = describe_vec_env(self.training_env)
         self._is_exact = not vec_env_state(self.training_env)[1]
         self._multiples = model.num_timesteps // self.every_timesteps
-        if model._training_id is None or (model.num_timesteps == 0 and model._resumed is None):
+        if model._training_id is None:
             model._training_id = uuid.uuid4().hex
         self._scan_folder()
         if self.reset_envs and self._generator is None:
