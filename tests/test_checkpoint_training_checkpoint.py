@@ -16,6 +16,7 @@ from typing import Any
 import checkpoint_cases
 import numpy as np
 import pytest
+import torch as th
 from checkpoint_cases import CASES, Kill, KilledError
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import (
@@ -37,6 +38,8 @@ from sb3_clipvf.checkpoint import (
     training_checkpoint,
 )
 from sb3_clipvf.checkpoint.signals import SignalWatch
+from sb3_clipvf.files.model import read_model
+from sb3_clipvf.files.trust import trust_of
 
 CASE = CASES["native"]
 FORK = multiprocessing.get_context("fork")
@@ -506,6 +509,43 @@ def test_copies_for_signals_take_a_small_part_of_the_time(tmp_path: Path, monkey
     monkeypatch.setattr(callback, "_state", lambda **kwargs: copies.append(1) or real(**kwargs))
     CASE.model(tmp_path).learn(64 * 8, callback=callback)
     assert len(copies) == 2  # the first boundary's, and the last checkpoint
+
+
+class Warmup:
+    """A schedule that counts its calls."""
+
+    n_calls = 0
+
+    def __call__(self, progress: float) -> float:
+        self.n_calls += 1
+        return 1e-3 / self.n_calls
+
+
+def test_copies_share_nothing_with_objects_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    callback = TrainingCheckpoint(10**6, tmp_path)
+    model, seen = CASE.model(tmp_path), []
+    model.learning_rate = Warmup()
+    model._setup_lr_schedule()
+    model.notes = {"rows": [np.zeros(2)], "tensors": [(th.zeros(1),)], "names": [["a"]]}
+
+    class First(BaseCallback):
+        def _on_rollout_start(self) -> None:
+            seen.append(model.learning_rate.n_calls)
+
+        def _on_step(self) -> bool:
+            return True
+
+    def change() -> None:
+        model.notes["rows"][0][0], model.notes["tensors"][0][0][0] = 1.0, 1.0
+        model.notes["names"][0].append("b")
+        callback.save_last("A test")
+
+    monkeypatch.setattr(training_checkpoint, "COPY_SHARE", 1e-9)  # the copy of step 0 is the only one
+    model.learn(256, callback=[callback, First(), Act(210, change)])
+    first = ClipPPO.load(tmp_path / "checkpoint_0.zip", device="cpu", trust_pickle=True, learning_rate=0.1)
+    copied = read_model(tmp_path / "checkpoint_0.zip").unpickled(trust_of(True), ())["learning_rate"]
+    assert copied.n_calls == seen[0] < model.learning_rate.n_calls
+    assert repr(first.notes) == repr({"rows": [np.zeros(2)], "tensors": [(th.zeros(1),)], "names": [["a"]]})
 
 
 @pytest.mark.parametrize("is_second", [False, True])

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from stable_baselines3.common.save_util import save_to_zip_file
+
 from sb3_clipvf.checkpoint.errors import DamagedCheckpointError, NotACheckpointError
 from sb3_clipvf.checkpoint.monitor_files import with_contents
 from sb3_clipvf.checkpoint.training_state import TrainingState
@@ -21,7 +23,6 @@ from sb3_clipvf.common.messages import log
 from sb3_clipvf.common.versions import installed_versions
 from sb3_clipvf.files import codec
 from sb3_clipvf.files.archive import check_inner_zip, check_json, entries_of, read_bytes, read_json, reason_of
-from sb3_clipvf.files.model import write_model
 
 FORMAT = 1
 """Version of the file's layout."""
@@ -81,7 +82,7 @@ class Checkpoint:
 def file_bytes(state: TrainingState, serial: int) -> bytes:
     """Return the content of a checkpoint's file."""
     stream = io.BytesIO()
-    write_model(stream, state.attributes, state.parameters, state.variables)
+    save_to_zip_file(stream, state.attributes, state.parameters, state.variables)
     text, arrays = codec.to_bytes(with_contents(state.tree))
     with zipfile.ZipFile(stream, "a") as archive:
         archive.writestr(_STATE, text, zipfile.ZIP_DEFLATED, 1)

@@ -1,7 +1,6 @@
 """The whole training state between two rollouts: everything that changes the next update."""
 
 import copy
-from collections import deque
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,6 +15,7 @@ from sb3_clipvf.checkpoint.protocol import ResumableModel
 from sb3_clipvf.checkpoint.random_state import global_states, space_states
 from sb3_clipvf.checkpoint.vec_env_state import vec_env_state
 from sb3_clipvf.files.codec import frozen
+from sb3_clipvf.files.model import frozen_attributes
 
 OBSERVATIONS = ("_last_obs", "_last_episode_starts", "_last_original_obs")
 """Attributes from which the next rollout starts. SB3's ``save`` writes them, but its ``load`` drops them."""
@@ -25,7 +25,7 @@ OBSERVATIONS = ("_last_obs", "_last_episode_starts", "_last_original_obs")
 class TrainingState:
     """A copy of the training state between two rollouts."""
 
-    # SB3's model file: attributes, state dicts, other tensors
+    # SB3's model file: attributes as JSON, state dicts, other tensors
     attributes: dict[str, Any]
     parameters: dict[str, Any]
     variables: dict[str, Any]
@@ -54,7 +54,7 @@ def training_state(
         tree["processes"].append(other)
         differences += [reason for reason in reasons if reason not in differences]
     return TrainingState(
-        attributes=_copied(model._saved_attributes()),
+        attributes=frozen_attributes(model._saved_attributes()),
         parameters=_cloned(model.get_parameters()),
         variables=_cloned(model._saved_variables()),
         tree=tree,
@@ -103,12 +103,6 @@ def _rounding(model: ResumableModel) -> list[str]:
     return []
 
 
-def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Copy containers, which the training will change."""
-    containers = (deque, list, dict, set, np.ndarray)
-    return {name: copy.copy(value) if isinstance(value, containers) else value for name, value in attributes.items()}
-
-
 def _cloned(value: Any) -> Any:
     if isinstance(value, th.Tensor):
         return value.detach().to("cpu", copy=True)  # `load` moves it to its device
@@ -117,8 +111,8 @@ def _cloned(value: Any) -> Any:
         for key, item in value.items():
             cloned[key] = _cloned(item)
         return cloned
-    if isinstance(value, list):
-        return [_cloned(item) for item in value]
+    if type(value) in (list, tuple):
+        return type(value)(_cloned(item) for item in value)
     return value
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch as th
-from stable_baselines3.common.save_util import open_path, save_to_zip_file
+from stable_baselines3.common.save_util import data_to_json, open_path, save_to_zip_file
 from torch.overrides import TorchFunctionMode
 
 from sb3_clipvf.files.archive import ModelPath, check_inner_zip, check_json, entries_of, read_bytes, reason_of
@@ -87,6 +87,12 @@ def write_model(
             file.write(stream.getbuffer())
     else:
         open_path(path, "w").write(stream.getbuffer())
+
+
+def frozen_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model's attributes as plain JSON for SB3's ``save_to_zip_file``: nothing changes them later."""
+    frozen: dict[str, Any] = json.loads(data_to_json(encoded(attributes)))
+    return frozen
 
 
 def _target(path: pathlib.Path) -> pathlib.Path:
