@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import random
 import re
 import warnings
 from collections.abc import Callable
@@ -38,7 +39,7 @@ from sb3_clipvf.checkpoint import (
     newest_checkpoint,
 )
 from sb3_clipvf.checkpoint.env_state import env_state, restore_env
-from sb3_clipvf.envs import FastDummyVecEnv, FastVecNormalize, as_vec_env, vector
+from sb3_clipvf.envs import FastDummyVecEnv, FastSubprocVecEnv, FastVecNormalize, as_vec_env, vector
 from sb3_clipvf.files import codec
 
 CLASSIC = ("CartPole-v1", "Pendulum-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Acrobot-v1")
@@ -174,6 +175,44 @@ def test_attributes_that_mean_something_else_are_left_alone(cls: type[Robot], tm
         assert found == checkpoint_cases.uninterrupted(case, tmp_path / "uninterrupted")
     else:
         assert "Robot does not provide its state" in differences[0]
+
+
+# ------------------------------------------------------------------ other processes
+
+
+def seeded_walk() -> gym.Env:
+    np.random.seed(5)
+    random.seed(5)
+    return SavedWalk()
+
+
+def in_processes(cls: type[SubprocVecEnv], make: Callable[[], gym.Env], **kwargs: Any) -> VecEnv:
+    kwargs["vec_env_kwargs"] = {"start_method": "fork", **({"n_workers": 2} if cls is FastSubprocVecEnv else {})}
+    return make_vec_env(make, 3, seed=3, vec_env_cls=cls, **kwargs)
+
+
+@pytest.mark.parametrize("cls", [SubprocVecEnv, FastSubprocVecEnv])
+def test_environments_in_processes_may_draw_from_shared_generators(cls: type[SubprocVecEnv], tmp_path: Path) -> None:
+    case = Case(lambda _: in_processes(cls, seeded_walk, wrapper_class=ResumableEnv), policy="MultiInputPolicy")
+    checkpoint_cases.killed(case, tmp_path / "killed")
+    assert newest_checkpoint(tmp_path / "killed" / "checkpoints").manifest.differences == ()
+    found = checkpoint_cases.resumed(case, tmp_path / "killed")
+    assert found == checkpoint_cases.uninterrupted(case, tmp_path / "uninterrupted")
+
+
+@pytest.mark.parametrize("cls", [SubprocVecEnv, FastSubprocVecEnv])
+def test_wrappers_around_the_wrapper_for_processes_are_refused(cls: type[SubprocVecEnv], tmp_path: Path) -> None:
+    def make() -> gym.Env:
+        class Local(Unknown):
+            """Its class cannot be sent to another process."""
+
+        return Local(ResumableEnv(gym.make("CartPole-v1")))
+
+    env = in_processes(cls, make)
+    model = ClipPPO("MlpPolicy", env, n_steps=16, batch_size=48, device="cpu")
+    with pytest.raises(EnvironmentMismatchError, match="outermost wrapper .* around it in environments 0, 1, 2"):
+        model.learn(48, callback=TrainingCheckpoint(48, tmp_path))
+    env.close()
 
 
 # ------------------------------------------------------------------ what differs, and what resets change about it

@@ -1,5 +1,6 @@
 """The state of vectorised environments: layer by layer, from the outermost wrapper to the single environments."""
 
+import os
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,7 @@ def restore_vec_env(venv: VecEnv, state: dict[str, Any]) -> None:
             if isinstance(layer, DummyVecEnv):
                 restore_env(layer.envs[index], environment)
             else:
-                layer.env_method("set_whole_state", environment, indices=[index])
+                layer.env_method("set_whole_state", environment, os.getpid(), indices=[index])
         if own["adapter"] is not None and isinstance(layer, BatchedVecEnv):
             _restore_adapter(layer, own["adapter"])
 
@@ -151,7 +152,7 @@ def _layer_state(layer: Any) -> tuple[dict[str, Any], list[str]]:
     if isinstance(layer, DummyVecEnv):
         state["environments"] = [env_state(env) for env in layer.envs]
     elif _is_resumable(layer):
-        state["environments"] = layer.env_method("whole_state")
+        state["environments"] = _once_per_process(layer.env_method("whole_state"))
     else:
         return state, [_inaccessible(layer)]
     return state, _unknown(state["environments"])
@@ -170,8 +171,30 @@ def _unknown(environments: list[dict[str, Any]]) -> list[str]:
 
 
 def _is_resumable(layer: VecEnv) -> bool:
+    """Return whether environments in other processes are wrapped in ResumableEnv; raise if another one is around it."""
     # Not getattr: in SB3's class, reading a missing attribute ends the environment's process.
-    return isinstance(layer, SubprocVecEnv) and layer.has_attr("whole_state")
+    if not (isinstance(layer, SubprocVecEnv) and layer.has_attr("whole_state")):
+        return False
+    # A method that each object has is the outermost wrapper's. Its class may not be picklable, names are.
+    inside = [index for index, names in enumerate(layer.env_method("__dir__")) if "whole_state" not in names]
+    if inside:
+        raise EnvironmentMismatchError(
+            "`env` must have ResumableEnv as the outermost wrapper in each process, got other wrappers around it in "
+            f"{'environment' if len(inside) == 1 else 'environments'} {', '.join(map(str, inside))}: their state would "
+            "be lost. Apply it last, as make_vec_env(..., wrapper_class=ResumableEnv) does."
+        )
+    return True
+
+
+def _once_per_process(environments: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Keep the shared generators of a process with the last of its environments only, and drop this process's."""
+    known = {os.getpid()}
+    for environment in reversed(environments):
+        process = environment["process"]["id"]
+        if process in known:
+            environment["process"] = None
+        known.add(process)
+    return environments
 
 
 def _moments(rms: Any) -> dict[str, Any]:
