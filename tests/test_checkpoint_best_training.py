@@ -15,12 +15,19 @@ import numpy as np
 import pytest
 from failing import Killed, fail_at
 from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_clipvf import ClipPPO
-from sb3_clipvf.checkpoint import SaveBestTrainingReward, best_training, load_best_training
+from sb3_clipvf.checkpoint import (
+    SaveBestTrainingReward,
+    TrainingCheckpoint,
+    best_training,
+    load_best_training,
+    read_manifest,
+)
 
 RISING = tuple(float(k) for k in range(1, 100))
 
@@ -112,6 +119,49 @@ def test_best_window_is_kept_with_matching_statistics(tmp_path: Path) -> None:
     assert pair == (tmp_path / "best_training_model.zip", tmp_path / "vecnormalize.pkl")
     assert steps_of(*pair) == (16, 16)
     assert sorted(os.listdir(tmp_path)) == ["best_training_model.json", "best_training_model.zip", "vecnormalize.pkl"]
+
+
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_resumed_training_keeps_the_best_model_that_it_has_saved(tmp_path: Path, resume: bool, is_lost: bool) -> None:
+    def callbacks() -> list[BaseCallback]:
+        return [TrainingCheckpoint(8, tmp_path), SaveBestTrainingReward(tmp_path / "best", resume=resume)]
+
+    model = make_model()
+    model.learn(24, callback=callbacks())
+    assert manifest(tmp_path / "best")["best_mean_reward"] == 10.5
+    if is_lost:
+        shutil.rmtree(tmp_path / "best")
+    model = ClipPPO.resume(tmp_path, model.env, device="cpu")
+    assert model.env is not None
+    model.env.envs[0].unwrapped.returns = (0.0,) * 99  # type: ignore[attr-defined]
+    model.learn(8, reset_num_timesteps=False, callback=callbacks())
+    assert manifest(tmp_path / "best")["num_timesteps"] == (32 if is_lost else 24)
+
+
+def test_a_training_that_saved_nothing_before_it_was_resumed_replaces_an_older_model(tmp_path: Path) -> None:
+    make_model().learn(24, callback=SaveBestTrainingReward(tmp_path / "best"))
+
+    def callbacks() -> list[BaseCallback]:
+        return [TrainingCheckpoint(8, tmp_path), SaveBestTrainingReward(tmp_path / "best", resume=False)]
+
+    model = make_model((0.0,) * 99)
+    model.n_steps = 6  # fewer episodes than the window
+    model.learn(6, callback=callbacks())
+    assert manifest(tmp_path / "best")["best_mean_reward"] == 10.5
+    model = ClipPPO.resume(tmp_path, model.env, device="cpu")
+    model.learn(6, reset_num_timesteps=False, callback=callbacks())
+    assert manifest(tmp_path / "best")["best_mean_reward"] == 0.0
+
+
+def test_attributes_of_a_class_derived_from_it_are_named(tmp_path: Path) -> None:
+    class Derived(SaveBestTrainingReward):
+        def __init__(self) -> None:
+            super().__init__(tmp_path / "best")
+            self.kept = 0
+
+    make_model().learn(8, callback=[TrainingCheckpoint(8, tmp_path), Derived()])
+    assert "Derived may have unsaved state" in read_manifest(tmp_path / "checkpoint_8.zip").differences[-1]
 
 
 def test_saved_model_predicts_and_trains_on_as_any_sb3_file(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ class SaveBestTrainingReward(BaseCallback):
     :param check_freq: Number of calls after which means are also compared within a rollout, that is every
         ``check_freq * n_envs`` environment steps. None (default): only at the end of rollouts.
     :param resume: Whether only a mean above that in ``save_path`` replaces the model, as a resumed run needs.
-        False: the first mean that counts replaces it.
+        False: the first mean that counts replaces it, unless this run saved it before ``ClipPPO.resume``.
     :param verbose: 1: log each save at INFO level to the logger ``sb3_clipvf``.
     :raises ValueError, TypeError: If an argument is outside these rules.
     :raises OSError: While training, if a file cannot be written, or statistics of an earlier model removed.
@@ -105,6 +105,18 @@ class SaveBestTrainingReward(BaseCallback):
         self._most_episodes = 0
         self._is_started = False
         self._warned: set[str] = set()
+
+    def training_state(self) -> dict[str, Any]:
+        """Return the state of this callback, for :meth:`load_training_state`."""
+        return {"best_mean_reward": self.best_mean_reward, "most_episodes": self._most_episodes}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Restore the state of the callback in the interrupted training, from :meth:`training_state`."""
+        self._most_episodes = state["most_episodes"]
+        if not self.resume and state["best_mean_reward"] > -math.inf:
+            # The training has saved it. Since the checkpoint, it may have saved a better one.
+            best = _find_best(self.save_path, self.name_prefix)
+            self.best_mean_reward = -math.inf if best is None else best.mean_reward
 
     def _init_callback(self) -> None:
         if self._n_required() > self._window():

@@ -29,8 +29,8 @@ def callback_states(root: BaseCallback) -> tuple[dict[str, Any], list[str]]:
     """
     Return the states of all callbacks, by place, and a text for each class with state that may be missing.
 
-    A class may define ``training_state()`` and ``load_training_state(state)``. A resumed training calls the latter after
-    ``_on_training_start``, before its first rollout.
+    A class may define ``training_state()`` and ``load_training_state(state)``. A resumed training calls the latter
+    after ``_on_training_start``, before its first rollout.
     """
     states, differences = {}, []
     for place, callback in _places(root):
@@ -97,7 +97,7 @@ def _state(callback: BaseCallback) -> tuple[dict[str, Any], list[str]]:
     reasons = []
     if _has_own_state(callback):
         given = {"state": frozen(callback.training_state(), f"{name}.training_state()")}  # type: ignore[attr-defined]
-    elif _may_have_own_attributes(callback):
+    if _may_have_own_attributes(callback) and not _saves_own_attributes(callback):
         reasons.append(f"{name} may have unsaved state. Define training_state() and load_training_state() in it.")
     if isinstance(callback, EvalCallback):
         state, unknown = vec_env_state(callback.eval_env)
@@ -123,6 +123,12 @@ def _restore(callback: BaseCallback, state: dict[str, Any], place: str) -> None:
 
 def _has_own_state(callback: BaseCallback) -> bool:
     return all(callable(getattr(callback, method, None)) for method in ("training_state", "load_training_state"))
+
+
+def _saves_own_attributes(callback: BaseCallback) -> bool:
+    """Return whether the methods for the state are not those of a class in ``ATTRIBUTES``, from which it is derived."""
+    owners = (cls for cls in type(callback).__mro__ if "training_state" in vars(cls))
+    return _has_own_state(callback) and full_name(next(owners, type(callback))) not in ATTRIBUTES
 
 
 def _may_have_own_attributes(callback: BaseCallback) -> bool:

@@ -84,7 +84,9 @@ _STATELESS = {
     f"{_VEC}.vec_check_nan": "VecCheckNan",
     _CALLBACKS: "EventCallback ConvertCallback CheckpointCallback StopTrainingOnRewardThreshold LogEveryNTimesteps",
     "rl_zoo3.callbacks": "SaveVecNormalizeCallback",
-    "sb3_clipvf.checkpoint.best_training": "SaveBestTrainingReward",  # its folder holds its state
+    # These have methods for their state.
+    "sb3_clipvf.checkpoint.best_training": "SaveBestTrainingReward",
+    "sb3_clipvf.checkpoint.training_checkpoint": "TrainingCheckpoint",
     "sb3_clipvf.checkpoint.resumable": "ResumableEnv",
     "sb3_clipvf.envs.episode_ends": "EpisodeEnds",  # it keeps no state between steps
 }
