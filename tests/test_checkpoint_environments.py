@@ -22,6 +22,7 @@ from gymnasium.wrappers import (
     RecordEpisodeStatistics,
     StickyAction,
     TimeAwareObservation,
+    TimeLimit,
     TransformReward,
 )
 from rl_zoo3.wrappers import ActionSmoothingWrapper, DelayedRewardWrapper, HistoryWrapper
@@ -177,6 +178,43 @@ def test_attributes_that_mean_something_else_are_left_alone(cls: type[Robot], tm
         assert "Robot does not provide its state" in differences[0]
 
 
+class Core(gym.Env[Any, int]):
+    """Its wrapper provides the observations."""
+
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        return None, {}
+
+    def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return None, 1.0, bool(self.np_random.random() < 0.1), False, {}
+
+    def get_training_state(self) -> None:
+        """Nothing but its generator."""
+
+    def set_training_state(self, state: None) -> None:
+        """Nothing."""
+
+
+class View(gym.ObservationWrapper):
+    """Provides observations, and the space that the environment lacks."""
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self.observation_space = gym.spaces.Box(-1, 1, (2,))
+
+    def observation(self, observation: Any) -> np.ndarray:
+        return np.zeros(2, np.float32)
+
+    get_training_state = Core.get_training_state
+    set_training_state = Core.set_training_state
+
+
+def test_spaces_that_only_a_wrapper_has_need_no_state() -> None:
+    check_resumed_exactly(lambda: View(Core()))
+
+
 # ------------------------------------------------------------------ other processes
 
 
@@ -301,6 +339,33 @@ def test_with_resets_it_is_exact(name: str, tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "killed" / "checkpoints").manifest.differences == ()
     found = checkpoint_cases.resumed(case, tmp_path / "killed")
     assert found == checkpoint_cases.uninterrupted(case, tmp_path / "uninterrupted")
+
+
+def strict_monitor(make: Callable[[], gym.Env] = lambda: gym.make("CartPole-v1"), *outer: Any) -> Callable[[], gym.Env]:
+    def build() -> gym.Env:
+        env: gym.Env = Monitor(make(), allow_early_resets=False)
+        for wrap in outer:
+            env = wrap(env)
+        return env
+
+    return build
+
+
+STRICT = {
+    "wrapper": lambda: Halving(DummyVecEnv([strict_monitor()] * 2)),
+    "processes": lambda: SubprocVecEnv([strict_monitor()] * 2, "fork"),
+    "own class in processes": lambda: SubprocVecEnv([strict_monitor(lambda: Hill(), ResumableEnv)] * 2, "fork"),
+    "rows": lambda: as_vec_env(gym.vector.SyncVectorEnv([strict_monitor(lambda: TimeLimit(Hill(), 9))] * 2)),
+}
+
+
+@pytest.mark.parametrize("name", STRICT)
+def test_a_monitor_without_early_resets_accepts_those_of_a_resume(name: str, tmp_path: Path) -> None:
+    case = Case(lambda _: STRICT[name]())
+    checkpoint_cases.killed(case, tmp_path)
+    env = STRICT[name]()
+    ClipPPO.resume(tmp_path / "checkpoints", env, device="cpu")
+    env.close()
 
 
 def test_what_differs_in_evaluations_too_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -470,6 +470,20 @@ def test_arrays_are_equal_to_the_last_bit(dtype: Any) -> None:
     assert found["scalar"].shape == ()
 
 
+@pytest.mark.parametrize("values", [th.tensor(1.5), th.arange(6.0).reshape(2, 3).T, th.zeros(2, 0)])
+def test_tensors_of_bfloat16_are_kept(values: th.Tensor) -> None:
+    tensor = values.bfloat16()
+    (encoded,) = [value for name, value in codec.encoded({"own": tensor}).items() if name == "own"]
+    for found in (*round_trip([tensor]), codec.decoded(json.loads(json.dumps(encoded)))):
+        assert found.dtype is th.bfloat16 and th.equal(found, tensor)
+
+
+@pytest.mark.parametrize("tensor", [th.zeros(2, dtype=th.float8_e4m3fn), th.zeros(2, 3).to_sparse()])
+def test_other_tensors_are_refused_by_name(tensor: th.Tensor) -> None:
+    with pytest.raises(TypeError, match=r"`state\['own'\]` must be a dense tensor of .*, got torch\."):
+        codec.frozen({"own": tensor})
+
+
 def test_tensors_stay_tensors() -> None:
     found = round_trip([th.get_rng_state(), th.zeros(2, 0), th.tensor(3.0)])
     assert all(isinstance(tensor, th.Tensor) for tensor in found)

@@ -15,7 +15,6 @@ from sb3_clipvf.checkpoint.state_attributes import ATTRIBUTES, STATELESS_MODULES
 from sb3_clipvf.files.allowlist import full_name
 from sb3_clipvf.files.codec import frozen
 
-_MONITOR = full_name(Monitor)
 # The Zoo replaces Gymnasium's wrapper by its own; to SB3 the two are the same.
 _SAME = {"PatchedTimeLimit": "TimeLimit"}
 # These have no state, and a resumed run may add or drop them.
@@ -57,12 +56,17 @@ def restore_env(env: gym.Env[Any, Any], state: dict[str, Any]) -> None:
     for layer, own in reversed(list(zip(_without_ours(env), saved, strict=True))):
         write_attributes(layer, own["attributes"])
         restore_file(vars(layer).get("results_writer"), own["file"])
-        if state["unknown"] and own["class"] == _MONITOR:
-            layer.needs_reset = True  # else a Monitor may refuse the reset that follows
         if own["mujoco"] is not None:
             set_mujoco_state(layer, own["mujoco"])
         if own["given"] is not None:
             layer.set_training_state(own["given"]["state"])
+
+
+def allow_reset(env: gym.Env[Any, Any]) -> None:
+    """Let ``Monitor`` accept a reset within an episode, whatever its ``allow_early_resets``."""
+    for layer in _layers(env):
+        if isinstance(layer, Monitor):
+            layer.needs_reset = True
 
 
 def describe_env(env: gym.Env[Any, Any]) -> list[str]:

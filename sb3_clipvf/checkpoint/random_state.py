@@ -60,15 +60,21 @@ def space_states(owner: Any) -> dict[str, list[dict[str, Any] | None]]:
     """
     Return the generator states of both spaces of a model or an environment, and of all spaces in them, by name.
 
-    The state is None for a space that nothing was drawn from.
+    The state is None for a space that nothing was drawn from. If only wrappers of an environment have a space, its name
+    is omitted.
     """
-    return {name: [generator_state(part._np_random) for part in _parts(getattr(owner, name))] for name in _SPACES}
+    owned = {name: getattr(owner, name, None) for name in _SPACES}
+    return {
+        name: [generator_state(part._np_random) for part in _parts(space)]
+        for name, space in owned.items()
+        if space is not None
+    }
 
 
 def set_space_states(owner: Any, states: dict[str, list[dict[str, Any] | None]]) -> None:
     """Restore the states from :func:`space_states`."""
-    for name in _SPACES:
-        for part, state in zip(_parts(getattr(owner, name)), states[name], strict=True):
+    for name, saved in states.items():
+        for part, state in zip(_parts(getattr(owner, name)), saved, strict=True):
             part._np_random = generator_from(state)
 
 

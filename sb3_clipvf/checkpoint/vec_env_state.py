@@ -10,7 +10,14 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv,
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvWrapper
 from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
 
-from sb3_clipvf.checkpoint.env_state import describe_env, env_state, has_own_state, own_state, restore_env
+from sb3_clipvf.checkpoint.env_state import (
+    allow_reset,
+    describe_env,
+    env_state,
+    has_own_state,
+    own_state,
+    restore_env,
+)
 from sb3_clipvf.checkpoint.errors import EnvironmentMismatchError
 from sb3_clipvf.checkpoint.monitor_files import file_state, restore_file
 from sb3_clipvf.checkpoint.random_state import generator_from, generator_state
@@ -70,6 +77,8 @@ def restore_vec_env(venv: VecEnv, state: dict[str, Any]) -> None:
                 layer.env_method("set_whole_state", environment, os.getpid(), indices=[index])
         if own["adapter"] is not None and isinstance(layer, BatchedVecEnv):
             _restore_adapter(layer, own["adapter"])
+    if not state.get("exact", True):
+        _allow_resets(venv)
 
 
 def describe_vec_env(venv: VecEnv) -> dict[str, Any]:
@@ -156,6 +165,19 @@ def _layer_state(layer: Any) -> tuple[dict[str, Any], list[str]]:
     else:
         return state, [_inaccessible(layer)]
     return state, _unknown(state["environments"])
+
+
+def _allow_resets(venv: VecEnv) -> None:
+    """Let all ``Monitor`` wrappers accept the reset that follows; with ``allow_early_resets=False`` they refuse it."""
+    base = vec_env_layers(venv)[-1]
+    if isinstance(base, SubprocVecEnv):
+        if base.has_attr("needs_reset"):
+            base.env_method("set_wrapper_attr", "needs_reset", True)
+        return
+    owner = base.env if isinstance(base, BatchedVecEnv) else base
+    if isinstance(owner, DummyVecEnv | SyncVectorEnv):
+        for env in owner.envs:
+            allow_reset(env)
 
 
 def _inaccessible(layer: Any) -> str:

@@ -53,6 +53,7 @@ def frozen(value: Any, where: str = "state") -> Tree:
         _check_dtype(value.dtype, where)
         return value
     if isinstance(value, th.Tensor):
+        _check_tensor(value, where)
         return value.detach().clone()
     if isinstance(value, dict):
         copied = {frozen(key, where): frozen(item, f"{where}[{key!r}]") for key, item in value.items()}
@@ -73,6 +74,23 @@ def frozen(value: Any, where: str = "state") -> Tree:
 def _check_dtype(dtype: np.dtype[Any], where: str) -> None:
     if dtype.hasobject:
         raise TypeError(f"`{where}` must be an array of plain values, got one of the dtype {dtype}. Use a list.")
+
+
+def _check_tensor(tensor: th.Tensor, where: str) -> None:
+    if tensor.layout is not th.strided or not (tensor.dtype is th.bfloat16 or _numpy_has(tensor.dtype)):
+        raise TypeError(
+            f"`{where}` must be a dense tensor of bfloat16 or a type that NumPy has, got {tensor.dtype} with "
+            f"{tensor.layout}. Convert it, for example by to_dense() or float()."
+        )
+
+
+@functools.cache
+def _numpy_has(dtype: th.dtype) -> bool:
+    try:
+        th.empty(0, dtype=dtype).numpy()
+    except (TypeError, RuntimeError):
+        return False
+    return True
 
 
 def to_bytes(tree: Tree) -> tuple[bytes, bytes]:
@@ -193,6 +211,8 @@ def _as_array(value: Tree) -> tuple[str, np.ndarray]:
     if isinstance(value, bytes):
         return "bytes", np.frombuffer(value, np.uint8)
     if isinstance(value, th.Tensor):
+        if value.dtype == th.bfloat16:  # NumPy has none
+            return "bfloat16", value.cpu().view(th.int16).numpy()
         return "tensor", value.cpu().numpy()
     return ("array" if isinstance(value, np.ndarray) else "scalar"), np.asarray(value)
 
@@ -201,8 +221,9 @@ def _of_array(kind: str, array: np.ndarray) -> Tree:
     """Invert :func:`_as_array`."""
     if kind == "bytes":
         return array.tobytes()
-    if kind == "tensor":
-        return th.from_numpy(array)
+    if kind in ("tensor", "bfloat16"):
+        tensor = th.from_numpy(array)
+        return tensor if kind == "tensor" else tensor.view(th.bfloat16)
     if kind == "scalar":
         return array[()]
     if kind == "array":
