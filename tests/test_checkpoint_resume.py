@@ -301,6 +301,17 @@ def test_the_tensorboard_run_continues_and_shows_each_step_once(tmp_path: Path) 
     assert [event.step for event in events.Scalars("train/loss")] == [128, 192, 256, 320]
 
 
+@pytest.mark.parametrize("name", ["CartPole/run", "a/b/run"])
+def test_a_tensorboard_run_in_a_folder_below_continues(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    logs = tmp_path / "logs"
+    case = Case(CASES["native"].make_env, {"tensorboard_log": str(logs)})
+    case.model(tmp_path).learn(64, callback=TrainingCheckpoint(64, tmp_path / "checkpoints"), tb_log_name=name)
+    model = ClipPPO.resume(tmp_path / "checkpoints", case.make_env(tmp_path), device="cpu")
+    model.learn(64, reset_num_timesteps=False, tb_log_name=name)
+    assert {path.parent for path in logs.rglob("events*")} == {logs / f"{name}_1"}
+
+
 def test_another_folder_for_tensorboard_is_used(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     case = Case(CASES["native"].make_env, {"tensorboard_log": str(tmp_path / "logs")})

@@ -178,10 +178,10 @@ def _restore_environments(model: ResumableModel, venv: VecEnv, tree: dict[str, A
 
 
 def _continue_tensorboard(model: ResumableModel, folder: str | None) -> bool:
-    """Log to the folder of the interrupted run, unless ``tensorboard_log`` differs. Return whether it does."""
+    """Log to the folder of the interrupted run if it is in ``tensorboard_log``. Return whether it is."""
     if folder is None or model.tensorboard_log is None or current_group().rank > 0:
         return False
-    if Path(folder).parent.resolve() != Path(model.tensorboard_log).resolve():
+    if not Path(folder).resolve().is_relative_to(Path(model.tensorboard_log).resolve()):
         return False
     os.makedirs(folder, exist_ok=True)
     formats: list[KVWriter] = [HumanOutputFormat(sys.stdout)] if model.verbose >= 1 else []
