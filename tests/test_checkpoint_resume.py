@@ -206,6 +206,9 @@ class Counting(BaseCallback):
         self.count += 1
         return True
 
+    def count_call(self, locals_: dict[str, Any], globals_: dict[str, Any]) -> bool:
+        return True
+
     def training_state(self) -> dict[str, Any]:
         return {"count": self.count}
 
@@ -225,7 +228,9 @@ def test_what_callbacks_do_at_the_start_does_not_change_a_resumed_training(
 
     case = Case(CASES["native"].make_env, make_callbacks=make)
     checkpoint_cases.killed(case, tmp_path / "killed")
-    assert checkpoint_cases.resumed(case, tmp_path / "killed") == checkpoint_cases.uninterrupted(case, tmp_path / "whole")
+    assert checkpoint_cases.resumed(case, tmp_path / "killed") == checkpoint_cases.uninterrupted(
+        case, tmp_path / "whole"
+    )
     resumed, whole = ({name: vars(callback).get(name) for name in ("count", "n_calls")} for callback in made[-2:])
     assert resumed == whole
 
@@ -242,6 +247,69 @@ def test_a_finished_training_that_is_resumed_writes_the_same_state(tmp_path: Pat
     trees.append(newest_checkpoint(tmp_path).tree)
     first, second = [[codec.to_bytes(tree[name]) for name in ("random", "spaces", "callbacks")] for tree in trees]
     assert first == second
+
+
+class Phases(CallbackList):
+    """A list with a state of its own."""
+
+    def __init__(self, callbacks: list[BaseCallback]) -> None:
+        super().__init__(callbacks)
+        self.phase = 0
+
+
+class SavedPhases(Phases):
+    """The same list, with methods for its state."""
+
+    def training_state(self) -> dict[str, Any]:
+        return {"phase": self.phase}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        self.phase = state["phase"]
+
+
+def with_attribute(locals_: dict[str, Any], globals_: dict[str, Any]) -> bool:
+    with_attribute.count = getattr(with_attribute, "count", 0) + 1
+    return True
+
+
+def with_global(locals_: dict[str, Any], globals_: dict[str, Any]) -> bool:
+    global calls
+    calls += 1
+    return True
+
+
+calls = 0
+
+
+@pytest.mark.parametrize(
+    ("callback", "name"),
+    [
+        (Phases([Plain()]), "Phases"),
+        (with_attribute, "with_attribute"),
+        (with_global, "with_global"),
+        (lambda locals_, globals_, seen=[]: seen.append(1) or True, "<lambda>"),
+        (Counting().count_call, "Counting.count_call"),
+        (SavedPhases([Plain()]), None),
+        (CallbackList([Plain()]), None),
+        (lambda locals_, globals_: locals_["self"].num_timesteps < 10**6, None),
+    ],
+    ids=["list", "attribute", "global", "default", "method", "saved list", "SB3's list", "none"],
+)
+def test_lists_and_functions_with_a_state_are_named(callback: Any, name: str | None, tmp_path: Path) -> None:
+    callback = callback if isinstance(callback, BaseCallback) else ConvertCallback(callback)
+    CASES["native"].model(tmp_path).learn(64, callback=[TrainingCheckpoint(64, tmp_path), callback])
+    differences = read_manifest(tmp_path / "checkpoint_64.zip").differences
+    assert [text for text in differences if name is None or f"{name} " in text] == list(differences)
+    assert len(differences) == (name is not None)
+
+
+def test_the_state_of_a_list_continues(tmp_path: Path) -> None:
+    case, before, after = CASES["native"], SavedPhases([Plain()]), SavedPhases([Plain()])
+    before.phase = 3
+    case.model(tmp_path).learn(64, callback=[TrainingCheckpoint(64, tmp_path), before])
+    model = ClipPPO.resume(tmp_path, case.make_env(tmp_path), device="cpu")
+    model.learn(64, reset_num_timesteps=False, callback=[TrainingCheckpoint(64, tmp_path), after])
+    assert after.phase == 3
 
 
 def test_a_training_without_callbacks_saves_no_callback_state(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

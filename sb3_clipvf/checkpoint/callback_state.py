@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from types import CodeType, FunctionType
 from typing import Any
 
 from stable_baselines3.common.callbacks import (
@@ -85,6 +86,8 @@ def _without_lists(callback: BaseCallback) -> Iterator[BaseCallback]:
     # With a progress bar, `learn` creates a list by itself; it also wraps None.
     is_none = isinstance(callback, ConvertCallback) and callback.callback is None
     if isinstance(callback, CallbackList):
+        if type(callback) is not CallbackList:
+            yield callback
         for part in callback.callbacks:
             yield from _without_lists(part)
     elif not isinstance(callback, ProgressBarCallback) and not is_none:
@@ -99,6 +102,11 @@ def _state(callback: BaseCallback) -> tuple[dict[str, Any], list[str]]:
         given = {"state": frozen(callback.training_state(), f"{name}.training_state()")}  # type: ignore[attr-defined]
     if _may_have_own_attributes(callback) and not _saves_own_attributes(callback):
         reasons.append(f"{name} may have unsaved state. Define training_state() and load_training_state() in it.")
+    if isinstance(callback, ConvertCallback) and _may_keep_state(callback.callback):
+        function = callback.callback
+        own = full_name(function if hasattr(function, "__qualname__") else type(function))
+        text = "may have unsaved state. Use a callback class with training_state() and load_training_state() instead."
+        reasons.append(f"{own} {text}")
     if isinstance(callback, EvalCallback):
         state, unknown = vec_env_state(callback.eval_env)
         evaluation = {"build": describe_vec_env(callback.eval_env), "state": state}
@@ -123,6 +131,16 @@ def _restore(callback: BaseCallback, state: dict[str, Any], place: str) -> None:
 
 def _has_own_state(callback: BaseCallback) -> bool:
     return all(callable(getattr(callback, method, None)) for method in ("training_state", "load_training_state"))
+
+
+def _may_keep_state(function: Any) -> bool:
+    """Return whether a function can reach anything that lasts, besides its arguments and builtins."""
+    if not isinstance(function, FunctionType):
+        return True
+    code, outside = function.__code__, function.__globals__.keys()
+    has_own = function.__closure__ or function.__defaults__ or function.__kwdefaults__ or vars(function)
+    has_inner = any(isinstance(constant, CodeType) for constant in code.co_consts)
+    return bool(has_own) or has_inner or not outside.isdisjoint(code.co_names)
 
 
 def _saves_own_attributes(callback: BaseCallback) -> bool:

@@ -37,6 +37,7 @@ ATTRIBUTES = {
     f"{_WRAPPERS}.stateful_observation.DelayObservation": "observation_queue",
     f"{_WRAPPERS}.stateful_observation.TimeAwareObservation": "timesteps",
     f"{_WRAPPERS}.stateful_observation.FrameStackObservation": "obs_queue padding_value",
+    f"{_WRAPPERS}.stateful_observation.MaxAndSkipObservation": "_obs_buffer",
     f"{_WRAPPERS}.stateful_observation.NormalizeObservation": "obs_rms.mean obs_rms.var obs_rms.count",
     f"{_WRAPPERS}.stateful_reward.NormalizeReward": "return_rms.mean return_rms.var return_rms.count discounted_reward",
     "stable_baselines3.common.monitor.Monitor": "rewards needs_reset total_steps current_reset_info t_start",
@@ -75,14 +76,16 @@ A class derived from one of these is not listed: it may have attributes of its o
 _STATELESS = {
     f"{_WRAPPERS}.common": "PassiveEnvChecker",
     f"{_WRAPPERS}.stateful_action": "RepeatAction",
-    f"{_WRAPPERS}.stateful_observation": "MaxAndSkipObservation",
     _ATARI: "NoopResetEnv FireResetEnv ClipRewardEnv WarpFrame AtariWrapper",
     _ZOO: "FrameSkip MaskVelocityWrapper YAMLCompatResizeObservation",
     f"{_VEC}.vec_frame_stack": "VecFrameStack",
     f"{_VEC}.vec_transpose": "VecTransposeImage",
     f"{_VEC}.vec_extract_dict_obs": "VecExtractDictObs",
     f"{_VEC}.vec_check_nan": "VecCheckNan",
-    _CALLBACKS: "EventCallback ConvertCallback CheckpointCallback StopTrainingOnRewardThreshold LogEveryNTimesteps",
+    # `callback_state` names functions in a ConvertCallback that may have a state.
+    _CALLBACKS: (
+        "CallbackList EventCallback ConvertCallback CheckpointCallback StopTrainingOnRewardThreshold LogEveryNTimesteps"
+    ),
     "rl_zoo3.callbacks": "SaveVecNormalizeCallback",
     # These have methods for their state.
     "sb3_clipvf.checkpoint.best_training": "SaveBestTrainingReward",
