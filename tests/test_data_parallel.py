@@ -17,6 +17,7 @@ import pytest
 import torch.distributed as dist
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.save_util import load_from_zip_file
 
 from sb3_clipvf import ClipPPO, distributed
 from sb3_clipvf.checkpoint import TrainingCheckpoint
@@ -252,7 +253,8 @@ class TestTraining:
             attributes = model._saved_attributes()
             found.append({name: repr(value) for name, value in attributes.items() if name not in of_process})
             found[-1]["parameters"] = cases.parameters_of(model)
-        assert found[0] == found[1] and found[0]["verbose"] == "1" and found[0]["_training_id"] != "None"
+            found[-1]["training"] = str((load_from_zip_file(tmp_path / str(rank))[0] or {})["_training_id"])
+        assert found[0] == found[1] and found[0]["verbose"] == "1" and found[0]["training"] != "None"
 
     @pytest.mark.parametrize("normalizes", [False, True])
     def test_a_resumed_training_ends_with_the_same_bits(self, pair: Pair, tmp_path: Path, normalizes: bool) -> None:

@@ -792,7 +792,7 @@ class TestTraining:
         model = make_model()
         with caplog.at_level(logging.INFO, "sb3_clipvf"):
             model.learn(128, callback=Change(freeze))
-        assert "'autograd': native cannot run the policy: some of its parameters are frozen" in caplog.text
+        assert "'autograd': native cannot run the policy (some of its parameters are frozen)" in caplog.text
         assert model._n_updates == 4
 
     def test_tensors_frozen_and_replaced_in_a_rollout_continue_on_autograd(self) -> None:
