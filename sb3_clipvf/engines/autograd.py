@@ -139,9 +139,9 @@ class AutogradUpdate:
         self.policy = policy
         self.settings = settings
         self.coefficients = coefficients
-        # Else not read, since a user's buffer may keep its advantages under another name.
-        advantages = buffer.advantages if settings.normalizes_rollout else None
-        self.rollout_mean_std = mean_std_of(advantages, settings, policy.device)
+        self.rollout_mean_std: tuple[th.Tensor, th.Tensor] | None = None
+        if settings.normalizes_rollout:  # else not read: a user's buffer may keep its advantages under another name
+            self.rollout_mean_std = mean_std_of(buffer.advantages, settings, policy.device)
         self._has_penalty = bool(coefficients.kl_coef)
 
     def loss(self, batch: MiniBatch, measure_kl: bool) -> MinibatchStatistics:
@@ -236,9 +236,7 @@ class AutogradUpdate:
 
 
 def mean_std_of(advantages: Any, settings: UpdateSettings, device: th.device) -> tuple[th.Tensor, th.Tensor] | None:
-    """Return mean and standard deviation of a rollout's advantages, if they are normalised over the rollout."""
-    if not settings.normalizes_rollout:
-        return None
+    """Return mean and standard deviation of a rollout's advantages; None for a single one, which has no deviation."""
     if settings.group.size > 1:
         moments = settings.group.moments(advantages)
         return th.tensor(moments.mean), th.tensor(moments.sample_std + objectives.ADVANTAGE_EPS)

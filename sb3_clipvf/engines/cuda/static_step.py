@@ -268,7 +268,10 @@ class StaticStep:
                     self._observations[key].copy_(tensor)
         _columns(rollout, out=self._columns)
         optimizer = self.policy.optimizer
-        self._loss.load(coefficients, mean_std_of(rollout["advantages"], self._settings, self.policy.device))
+        mean_std = None
+        if self._settings.normalizes_rollout:
+            mean_std = mean_std_of(rollout["advantages"], self._settings, self.policy.device)
+        self._loss.load(coefficients, mean_std)
         self._learning_rate.fill_(optimizer.param_groups[0]["lr"])
         self._n_steps.copy_(th.tensor(steps_made(optimizer, self._parameters)))
         self.active.fill_(True)
