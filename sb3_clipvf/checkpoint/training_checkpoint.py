@@ -275,15 +275,16 @@ class TrainingCheckpoint(BaseCallback):
             content = file_bytes(state, self._serial + 1)
             # Not the files that this run has written and keeps: `keep_last` may be large.
             self._own_manifests(found for found in checkpoint_paths(self.path) if found not in self._kept[1:])
-            unsynced = [_put(path, content)]
+            unsynced = _put(path, content)
             self._serial += 1
             self._unwritten = None
             self._kept = [*(kept for kept in self._kept if kept != path), path]
             if self.keep_best and state.mean_return is not None and state.mean_return > self.best_mean_return:
-                unsynced.append(_put(self.path / BEST_NAME, content))
+                best_unsynced = _put(self.path / BEST_NAME, content)
+                unsynced = unsynced or best_unsynced
                 self.best_mean_return = state.mean_return
-            for first in filter(None, unsynced):
-                raise first
+            if unsynced is not None:
+                raise unsynced
         except OSError as error:
             if self.on_error == "raise":
                 raise
