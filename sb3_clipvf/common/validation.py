@@ -92,9 +92,8 @@ def check_bool(name: str, value: Any) -> None:
 
 def as_bool(name: str, value: Any) -> bool:
     """Return True or False; NumPy's bools, 0 and 1 are accepted, as SB3 accepts them."""
-    if isinstance(value, np.bool_) or (isinstance(value, numbers.Integral) and value in (0, 1)):
-        return bool(value)
-    check_bool(name, value)
+    if not (isinstance(value, np.bool_) or (isinstance(value, numbers.Integral) and value in (0, 1))):
+        check_bool(name, value)
     return bool(value)
 
 
