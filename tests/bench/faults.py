@@ -178,7 +178,7 @@ def render_table(results: Results, rows: Sequence[Row], seed: int) -> str:
     found = [(row, results.find({"name": row.name, "seed": seed})) for row in rows]
     for row, run in found:
         cells = [f"{run[name]:,}" for name in _COLUMNS] if run else ["not run", "", "", "", ""]
-        counts = "<br>".join(f"{_shown(name)}: {count:,}" for name, count in run["counts"].items()) if run else ""
+        counts = "<br>".join(f"{name}: {count:,}" for name, count in run["counts"].items()) if run else ""
         lines.append([row.what, row.env_id or "", *cells, counts])
         failures += [f"- `{row.name}`: {_as_code(text)}\n" for text in run["failures"]] if run else []
     table = markdown_table(["what", "environment", *_COLUMNS, "details"], "ll" + "r" * 5 + "l", lines)
@@ -186,11 +186,6 @@ def render_table(results: Results, rows: Sequence[Row], seed: int) -> str:
     how = "one process after the other, one thread"
     machines = machines_text([run for _, run in found if run], lambda run: how)
     return f"{table}\n\n{described}{machines}"
-
-
-def _shown(name: str) -> str:
-    """Return the name of a stored count, as the table has it."""
-    return f"runs of {name.removeprefix('trainings: ')}" if name.startswith("trainings: ") else name
 
 
 def _as_code(text: str) -> str:

@@ -82,7 +82,7 @@ class KillCampaign:
             counts.counts["kills inside a write" if is_halfway else "kills right after a write"] += 1
         lines = read_lines(folder / "report")
         outcome, failure = judge(lines, code, unbroken.digest)
-        counts.counts[f"trainings: {training.name}"] += 1
+        counts.counts[f"runs of {training.name}"] += 1
         counts.counts["checkpoints written"] += sum(line["event"] == "written" for line in lines)
         if n_kills == 0 and outcome != "survived":
             counts.add(outcome, f"{training.name}, training {index} without a kill: {failure}")
