@@ -320,11 +320,12 @@ class TestStatistics:
 
     @mode_cases
     @pytest.mark.parametrize("cls", [SyncVectorEnv, AsyncVectorEnv])
-    def test_statistics_of_inner_monitors_are_kept(
-        self, request: pytest.FixtureRequest, mode: AutoresetMode, cls: Any
+    @pytest.mark.parametrize("wrapper", [Monitor, RecordStatisticsOfOne])
+    def test_statistics_of_inner_wrappers_are_kept(
+        self, request: pytest.FixtureRequest, mode: AutoresetMode, cls: Any, wrapper: Any
     ) -> None:
         def make(i: int) -> Any:
-            return ClipRewardOfOne(Monitor(Scripted(i)), 0.0, 1.0)
+            return ClipRewardOfOne(wrapper(Scripted(i)), 0.0, 1.0)
 
         venv = adapted(request, cls([lambda i=i: make(i) for i in range(3)], autoreset_mode=mode))
         assert_same_stream(venv, DummyVecEnv([lambda i=i: make(i) for i in range(3)]), 20)
@@ -344,17 +345,6 @@ class TestStatistics:
         _, _, dones, infos = venv.step(np.zeros(1, np.int64))
         assert dones[0]
         assert (infos[0]["episode"]["r"], infos[0]["episode"]["l"]) == (3.5, 2)
-
-    @mode_cases
-    @pytest.mark.parametrize("cls", [SyncVectorEnv, AsyncVectorEnv])
-    def test_statistics_of_inner_gymnasium_wrappers_are_kept(
-        self, request: pytest.FixtureRequest, mode: AutoresetMode, cls: Any
-    ) -> None:
-        def make(i: int) -> Any:
-            return ClipRewardOfOne(RecordStatisticsOfOne(Scripted(i)), 0.0, 1.0)
-
-        venv = adapted(request, cls([lambda i=i: make(i) for i in range(3)], autoreset_mode=mode))
-        assert_same_stream(venv, DummyVecEnv([lambda i=i: make(i) for i in range(3)]), 20)
 
     def test_statistics_of_gymnasium_are_kept(self, request: pytest.FixtureRequest) -> None:
         env = ClipReward(RecordEpisodeStatistics(scripted(AutoresetMode.SAME_STEP)), 0.0, 1.0)
