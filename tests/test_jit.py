@@ -1,5 +1,6 @@
 """Compiling functions, and keeping the machine code on disk."""
 
+import errno
 import json
 import logging
 import os
@@ -18,21 +19,56 @@ from sb3_clipvf.common import jit
 from sb3_clipvf.engines.kernels.losses import NOT_CLIPPED, value_loss
 
 
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder of functions that a test compiles."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    jit._warn_of_disk.cache_clear()
+    return tmp_path
+
+
 def test_without_a_writable_folder_it_warns_and_works(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kept: Path
 ) -> None:
-    njit = numba.njit
-
-    def without_folder(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("cache"):
-            raise RuntimeError("no locator available")
-        return njit(*args, **kwargs)
-
-    monkeypatch.setattr(jit, "njit", without_folder)
+    monkeypatch.setattr(jit._Cache._impl_class, "_locator_classes", [])
     with caplog.at_level(logging.WARNING, "sb3_clipvf"):
         double = jit.cached()(lambda x: 2 * x)
     assert double(4) == 8
-    assert "cannot be kept on disk (no locator available). Set NUMBA_CACHE_DIR to a writable folder" in caplog.text
+    assert "cannot be kept on disk (cannot cache function" in caplog.text
+    assert caplog.text.rstrip().endswith("Set NUMBA_CACHE_DIR to a writable folder.")
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 100, b"half"])
+@pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
+def test_function_is_compiled_again_if_its_file_is_damaged(kept: Path, suffix: str, content: bytes) -> None:
+    def double(x: int) -> int:
+        return 2 * x
+
+    assert jit.cached()(double)(4) == 8
+    (file,) = kept.rglob(f"*{suffix}")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2] if content == b"half" else content)
+    again = jit.cached()(double)
+    assert again(4) == 8
+    assert sum(again.stats.cache_misses.values()) == 1
+    third = jit.cached()(double)
+    assert third(4) == 8
+    assert sum(third.stats.cache_hits.values()) == 1
+
+
+@pytest.mark.parametrize("signatures", [(), (numba.int64(numba.int64),)])
+def test_full_disk_costs_compiled_functions_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kept: Path, signatures: tuple[Any, ...]
+) -> None:
+    def full(*_args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("numba.core.caching.IndexDataCacheFile._save_data", full)
+    with caplog.at_level(logging.WARNING, "sb3_clipvf"):
+        functions = [jit.cached(*signatures)(lambda x: 2 * x) for _ in range(2)]
+        assert [function(4) for function in functions] == [8, 8]
+    assert caplog.text.count("cannot be kept on disk (OSError: [Errno 28] No space left on device)") == 1
+    assert functions[0].stats.cache_path is None
 
 
 @pytest.mark.slow

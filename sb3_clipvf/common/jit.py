@@ -1,14 +1,17 @@
 """Decorators that compile functions by numba. Importing this imports numba, which takes half a second."""
 
 from collections.abc import Callable
-from functools import cached_property
+from contextlib import suppress
+from functools import cache, cached_property
 from typing import Any, cast
 
 from llvmlite.binding import Linkage
 from numba import jit, njit
+from numba.core.caching import FunctionCache
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 from numba.core.registry import CPUDispatcher
+from numba.core.typeinfer import register_dispatcher
 from numba.core.types import unliteral
 
 from sb3_clipvf.common.messages import log
@@ -137,6 +140,35 @@ class _Compiler(Compiler):
         return super().define_pipelines()  # type: ignore[no-untyped-call]
 
 
+class _Cache(FunctionCache):
+    """numba's cache on disk, without whose files a function is compiled again."""
+
+    def load_overload(self, *args: Any) -> Any:
+        try:
+            return super().load_overload(*args)  # type: ignore[no-untyped-call]
+        except Exception as error:  # which of them depends on what is left of a damaged file
+            log.info("Compiled functions in %s cannot be read (%s)", self.cache_path, _described(error))
+            with suppress(OSError):
+                self.flush()  # type: ignore[no-untyped-call]
+            return None
+
+    def save_overload(self, *args: Any) -> None:
+        try:
+            super().save_overload(*args)  # type: ignore[no-untyped-call]
+        except Exception as error:
+            _warn_of_disk(_described(error))
+            self._cache_path = None
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+@cache
+def _warn_of_disk(reason: str) -> None:
+    log.warning("Compiled functions cannot be kept on disk (%s). Set NUMBA_CACHE_DIR to a writable folder.", reason)
+
+
 def cached(*signatures: Any) -> Compile:
     """
     Compile a function that Python calls, and keep the machine code beside the package or in the user's cache folder.
@@ -146,14 +178,21 @@ def cached(*signatures: Any) -> Compile:
     """
 
     def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
-        compiler = cast(Any, njit)
-        types = [list(signatures)] if signatures else []
-        try:
-            return cast(Compile, compiler(*types, cache=True, pipeline_class=_Compiler, **_COMMON))(function)
-        except RuntimeError as error:
-            log.warning(
-                "Compiled functions cannot be kept on disk (%s). Set NUMBA_CACHE_DIR to a writable folder.", error
-            )
-            return cast(Compile, compiler(*types, pipeline_class=_Compiler, **_COMMON))(function)
+        compiled: Any = njit(pipeline_class=_Compiler, **_COMMON)(function)
+        if compiled is not function:  # as it is with NUMBA_DISABLE_JIT
+            _keep_on_disk(compiled)
+            if signatures:
+                with register_dispatcher(compiled):  # by which recursive functions find themselves
+                    for signature in signatures:
+                        compiled.compile(signature)
+                compiled.disable_compile()
+        return cast(Callable[..., Any], compiled)
 
     return compile_function
+
+
+def _keep_on_disk(compiled: Any) -> None:
+    try:
+        compiled._cache = _Cache(compiled.py_func)  # type: ignore[no-untyped-call]
+    except RuntimeError as error:  # no folder can be written to
+        _warn_of_disk(str(error))

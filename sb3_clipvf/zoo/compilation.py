@@ -20,9 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     importlib.import_module("sb3_clipvf.envs.normalize")  # compiles its own
     seconds = sum(warm_up(group) for group in GROUPS)
     stats = [kernel.stats for kernels, _ in GROUPS.values() for kernel in kernels]
-    folder = stats[0].cache_path
-    if folder is None:  # there was a warning with the reason
+    if not all(each.cache_path for each in stats):  # there was a warning with the reason
         return 1
     action = "compiled" if any(each.cache_misses for each in stats) else "read"
-    sys.stdout.write(f"The kernels were {action} in {seconds:.1f} s. They are in {folder}\n")
+    sys.stdout.write(f"The kernels were {action} in {seconds:.1f} s. They are in {stats[0].cache_path}\n")
     return 0
