@@ -30,6 +30,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.checkpoint import (
+    FolderInUseError,
     SaveBestTrainingReward,
     TrainingCheckpoint,
     newest_checkpoint,
@@ -154,16 +155,16 @@ def test_a_new_training_does_not_mix_with_another_one(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     CASE.model(tmp_path).learn(64, callback=TrainingCheckpoint(64, folder))
     before = {name: (folder / name).read_bytes() for name in names(folder)}
-    with pytest.raises(ValueError, match=r"without checkpoints of another run.*checkpoint_64\.zip.*resume"):
+    with pytest.raises(FolderInUseError, match=r"without checkpoints of another run.*checkpoint_64\.zip.*resume"):
         CASE.model(tmp_path).learn(64, callback=TrainingCheckpoint(64, folder))
     # Nor does one that was resumed from another folder.
     CASE.model(tmp_path).learn(64, callback=TrainingCheckpoint(64, tmp_path / "elsewhere"))
     model = ClipPPO.resume(tmp_path / "elsewhere", CASE.make_env(tmp_path), device="cpu")
-    with pytest.raises(ValueError, match="without checkpoints of another run"):
+    with pytest.raises(FolderInUseError, match="without checkpoints of another run"):
         model.learn(64, reset_num_timesteps=False, callback=TrainingCheckpoint(64, folder))
     # Nor does one that continues the weights of a checkpoint.
     model = ClipPPO.load(folder / "checkpoint_64.zip", CASE.make_env(tmp_path), device="cpu")
-    with pytest.raises(ValueError, match="without checkpoints of another run"):
+    with pytest.raises(FolderInUseError, match="without checkpoints of another run"):
         model.learn(64, reset_num_timesteps=False, callback=TrainingCheckpoint(64, folder))
     assert {name: (folder / name).read_bytes() for name in names(folder)} == before
 
@@ -173,7 +174,7 @@ def test_a_training_in_parts_is_one_training(tmp_path: Path) -> None:
     for _ in range(2):
         model.learn(64, reset_num_timesteps=False, callback=TrainingCheckpoint(64, tmp_path))
     assert steps(tmp_path) == [64, 128]
-    with pytest.raises(ValueError, match="another run"):
+    with pytest.raises(FolderInUseError, match="another run"):
         model.learn(64, callback=TrainingCheckpoint(64, tmp_path))
 
 

@@ -17,7 +17,12 @@ The modules:
 """
 
 from sb3_clipvf.checkpoint.best_training import SaveBestTrainingReward, load_best_training
-from sb3_clipvf.checkpoint.errors import DamagedCheckpointError, EnvironmentMismatchError, NotACheckpointError
+from sb3_clipvf.checkpoint.errors import (
+    DamagedCheckpointError,
+    EnvironmentMismatchError,
+    FolderInUseError,
+    NotACheckpointError,
+)
 from sb3_clipvf.checkpoint.file import Checkpoint, CheckpointManifest, newest_checkpoint, read_checkpoint, read_manifest
 from sb3_clipvf.checkpoint.resumable import ResumableEnv
 from sb3_clipvf.checkpoint.training_checkpoint import TrainingCheckpoint
@@ -27,6 +32,7 @@ __all__ = [
     "CheckpointManifest",
     "DamagedCheckpointError",
     "EnvironmentMismatchError",
+    "FolderInUseError",
     "NotACheckpointError",
     "ResumableEnv",
     "SaveBestTrainingReward",
