@@ -59,7 +59,7 @@ bench-processes: $(STAMP)-test  ## compare returns in one process and in two, wi
 bench-starts: $(STAMP)-speed  ## measure the time to the first update beside SB3 and SBX (minutes; resumes if stopped)
 	$(BIN)/python -m tests.bench starts
 
-bench-learning: $(STAMP)-learning  ## train with the shipped settings and SB3's PPO, and tabulate the returns (hours; resumes if stopped)
+bench-learning: $(STAMP)-learning  ## train with the packaged settings and SB3's PPO, and tabulate the returns (hours; resumes if stopped)
 	$(BIN)/python -m tests.bench learning
 
 bench-curves: $(STAMP)-curves  ## compare training curves of the engines (hours; resumes if stopped)

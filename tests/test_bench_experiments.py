@@ -128,7 +128,7 @@ def test_suites_of_the_repository_are_whole(name: str, tmp_path: Path) -> None:
     n_steps = sum(spec.n_timesteps for _, spec in suite.runs(tmp_path))
     assert f"# {n_runs} runs, {n_steps / 1e6:.0f} million steps" in (FOLDER / f"{name}.yml").read_text()
     for _, spec in suite.runs(tmp_path):
-        # So that runs of other defaults are recognised as other runs. `family` has the shipped settings.
+        # So that runs of other defaults are recognised as other runs. `family` has the packaged settings.
         hyperparams = spec.hyperparams or {}
         assert {"clip_range", "clip_range_vf"} <= hyperparams.keys() or name == "family"
         assert hyperparams.get("clip_range_vf") is None or {"vf_clip", "vf_clip_units"} <= hyperparams.keys()

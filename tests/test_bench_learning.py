@@ -117,7 +117,7 @@ def test_peers_have_the_settings_of_the_zoo(row: Row, in_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_row_names_an_environment_with_shipped_settings_and_legal_parameters(row: Row) -> None:
+def test_row_names_an_environment_with_packaged_settings_and_legal_parameters(row: Row) -> None:
     assert row.env_id in gym.registry
     settings = yaml.safe_load(zoo.hyperparams_path().read_text())
     assert row.env_id in settings
@@ -415,7 +415,7 @@ def test_table_means_over_seeds_and_names_what_is_missing(tmp_path: Path) -> Non
     # Intervals begin with three seeds.
     assert lines[:5] == [
         "| environment and settings | steps | ClipPPO | SB3 PPO | difference from SB3 PPO "
-        "| difference from the shipped settings | goal | reached | CPU minutes | others (RL Zoo) |",
+        "| difference from the packaged settings | goal | reached | CPU minutes | others (RL Zoo) |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: | --- |",
         "| plain | 5,000 | 8.0 [not enough data] | 6.0 [not enough data] | 2.0 [not enough data] |  | 8 | yes (1 of 2) "
         "| 1.0 / 30.0 | 7 (a2c) |",

@@ -43,7 +43,7 @@ class CurveRow(TrainingRow):
 
     @classmethod
     def of(cls, env_id: str, n_timesteps: int, engine: str) -> CurveRow:
-        """Return the row whose one change to the shipped settings is the engine."""
+        """Return the row whose one change to the packaged settings is the engine."""
         name, params = f"{env_id}-{engine}", (f"engine:'{engine}'",)
         return cls(name=name, env_id=env_id, n_timesteps=n_timesteps, params=params, engine=engine)
 

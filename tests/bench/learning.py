@@ -1,4 +1,4 @@
-"""``python -m tests.bench learning``: train with the shipped settings, and SB3's PPO beside, for a table of returns."""
+"""``python -m tests.bench learning``: train with the packaged settings and SB3's PPO beside, for a table of returns."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class Row(TrainingRow):
 
 
 _FIXED_KL = ("clip_range:None", "kl_coef:1.0")
-# Seed 1 ended at 149, 148, 225 and -95 with a coefficient of 0.3, 1, 3 and 10 and the shipped 4 epochs, and at 254 with
+# Seed 1 ended at 149, 148, 225 and -95 with a coefficient of 0.3, 1, 3 and 10 and 4 epochs as packaged, and at 254 with
 # 3 and 10 epochs, seed 3 at 183: without a clip a larger penalty holds the policy back over more epochs. A rate that
 # falls to 0 from 5e-4 gave 238 (mean of three seeds), minibatches of 128 and a rate from 1e-3 gave 242.
 _FIXED_KL_LANDER = ("clip_range:None", "kl_coef:3.0", "n_epochs:10", "batch_size:128", "learning_rate:'lin_1e-3'")
 _ADAPTIVE_KL = (*_FIXED_KL, "adaptive_kl_target:0.01")
-# These settings of the squashed policy on MountainCarContinuous-v0 are not among the shipped ones.
+# These settings of the squashed policy on MountainCarContinuous-v0 are not among the packaged ones.
 # log_std_init 2 makes first forces near the bounds, which swing the car up the hill often enough to learn from.
 _SQUASHED_MOUNTAIN_CAR: tuple[str, ...] = (
     "policy:'SquashedMlpPolicy'",
@@ -111,7 +111,7 @@ class LearningBenchmark(TrainingBenchmark[Row]):
     """Evaluates final models, and tabulates their returns beside SB3's and the goals."""
 
     name = "learning"
-    description = "Train with the shipped settings, and SB3's PPO with the RL Zoo's, and tabulate the returns."
+    description = "Train with the packaged settings, and SB3's PPO with the RL Zoo's, and tabulate the returns."
     # Lower seeds chose settings: those of suites of the kind tune, and, for clip ranges, those of the suite defaults.
     first_seed = 2000
     default_seeds = tuple(range(first_seed, first_seed + 5))
@@ -141,7 +141,7 @@ class LearningBenchmark(TrainingBenchmark[Row]):
         return f"![{CAPTION}]({self.figure.name})\n\n{CAPTION}.\n\n{table}"
 
     def draw(self, path: Path) -> bool:
-        """Draw the curves of the shipped settings and of SB3's PPO against processor time."""
+        """Draw the curves of the packaged settings and of SB3's PPO against processor time."""
         compared = self._compared()
         if compared:
             write_time_figure(compared, path)
@@ -163,7 +163,7 @@ class LearningBenchmark(TrainingBenchmark[Row]):
 def render_table(results: Results, rows: Sequence[Row], seeds: Sequence[int]) -> str:
     """Render the results of the rows and seeds, beside those of their peers, as a Markdown table with notes."""
     header = ["environment and settings", "steps", "ClipPPO", "SB3 PPO", "difference from SB3 PPO"]
-    header += ["difference from the shipped settings", "goal", "reached", "CPU minutes", "others (RL Zoo)"]
+    header += ["difference from the packaged settings", "goal", "reached", "CPU minutes", "others (RL Zoo)"]
     found = {row: _runs(results, row, seeds) for made in rows for row in (made, made.peer())}
     shipped = {row.env_id: found[row] for row in rows if not row.params}
     lines = [_cells(row, found[row], found[row.peer()], shipped.get(row.env_id, []), len(seeds)) for row in rows]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 CAPTION = (
     f"Mean return of the last {WINDOW} training episodes against processor time summed over all threads: ClipPPO with "
-    "its shipped settings and SB3's PPO with those of the RL Zoo, for the same steps. Time is that of the fastest run"
+    "its packaged settings and SB3's PPO with those of the RL Zoo, for the same steps. Time is that of the fastest run"
 )
 
 _STYLES = {"ClipPPO": (BLUE, "-"), "SB3's PPO": (VERMILION, "--")}

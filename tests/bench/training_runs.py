@@ -27,7 +27,7 @@ class TrainingRow:
     :param name: name for ``--only``, the file names and the table
     :param env_id: id of the environment
     :param n_timesteps: environment steps of training
-    :param params: changes to the shipped settings, as ``-params`` takes them
+    :param params: changes to the packaged settings, as ``-params`` takes them
     :param vec_env: kind of the training environments, as ``--vec-env`` takes it; evaluation has Gymnasium's
     :param n_episodes: episodes of the evaluation of the final model; 0: none
     :param algo: name of the algorithm in the Zoo; those other than ``clipppo`` have the Zoo's settings

@@ -46,7 +46,7 @@ class RunSpec:
     :param seed: seed of the training
     :param n_timesteps: environment steps of training
     :param vec_env: training environments, as ``--vec-env`` takes them; evaluation has Gymnasium's
-    :param hyperparams: settings of the environment; None: the shipped ones
+    :param hyperparams: settings of the environment; None: the packaged ones
     :param params: changes to the settings, as ``-params`` takes them
     :param algo: name of the algorithm in the Zoo
     :param n_eval_episodes: episodes of the final evaluation; 0: none
