@@ -1,4 +1,4 @@
-"""Formulas of docs/algorithm.md and docs/studies.md that no function of the package states, in a small MDP."""
+"""Formulas of docs/algorithm.md and docs/value_clipping.md that no function of the package states, in a small MDP."""
 
 import math
 

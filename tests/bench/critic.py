@@ -1,7 +1,7 @@
 """
 ``python -m tests.bench critic``: what clipping the value loss does to the critic, update by update.
 
-docs/studies.md explains the numbers.
+docs/value_clipping.md explains the numbers.
 """
 
 from __future__ import annotations

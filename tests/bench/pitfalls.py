@@ -1,7 +1,7 @@
 """
 ``python -m tests.bench pitfalls``: train with common faults of hand-written PPOs, and without.
 
-docs/studies.md explains the faults.
+docs/value_clipping.md explains the faults.
 """
 
 from __future__ import annotations
