@@ -38,7 +38,7 @@ CACHES = {"clipppo": "NUMBA_CACHE_DIR", "sb3_compiled": "TORCHINDUCTOR_CACHE_DIR
 """Peers that keep compiled code -> the environment variable that names the folder."""
 
 _DETAILS = "<!-- details -->"
-"""Mark at which docs/speed.md splits the text; the ratios are at the start of that page."""
+"""Mark at which docs/speed.md splits the text: the ratios come first, what follows the mark is at the page's end."""
 
 _SPLIT = ("environment", "policy", "update", "other")
 
