@@ -101,11 +101,12 @@ class SquashedGaussianDistribution(Distribution):
         cut_off = 0.75 * eps
         # atanh(1 - cut_off), without rounding 1 - cut_off.
         edge = 0.5 * (math.log(2.0 - cut_off) - math.log(cut_off))
-        distance = (actions.sign() * self.distribution.mean - edge) / self.distribution.stddev
+        is_saturated = actions.abs() > limit
+        # Elsewhere, the gradient of log_ndtr may overflow in float32, and 0 times infinity is NaN.
+        beyond = (actions.sign() * self.distribution.mean - edge) / self.distribution.stddev
+        distance = th.where(is_saturated, beyond, 0.0)
         saturated = th.special.log_ndtr(distance) - math.log(cut_off)
-        return sum_independent_dims(
-            th.where(actions.abs() > limit, saturated, density - _log_jacobian(gaussian_actions))
-        )
+        return sum_independent_dims(th.where(is_saturated, saturated, density - _log_jacobian(gaussian_actions)))
 
     def entropy(self) -> th.Tensor:
         """
