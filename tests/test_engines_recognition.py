@@ -7,9 +7,11 @@ without the change.
 
 import contextlib
 import copy
+import dis
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common import distributions as sb3_distributions
+from stable_baselines3.common import preprocessing
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.env_util import make_vec_env
@@ -34,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_clipvf import SB3_EQUIVALENT, ClipPPO, objectives
 from sb3_clipvf.distributions import dist_params
-from sb3_clipvf.engines import recognition
+from sb3_clipvf.engines import autograd, recognition
 from sb3_clipvf.engines.autograd import AutogradEngine, AutogradUpdate
 from sb3_clipvf.engines.fused import FusedEngine
 from sb3_clipvf.engines.native import NativeEngine
@@ -226,6 +229,7 @@ CLASSES: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "Linear.forward": (nn.Linear, "forward", tripled),
     "Tanh.forward": (nn.Tanh, "forward", tripled),
     "functional.linear": (nn.functional, "linear", tripled),
+    "functional.mse_loss": (nn.functional, "mse_loss", lambda loss: 0.0 * loss),
     "tanh": (th, "tanh", tripled),
     "ActorCriticPolicy.evaluate_actions": (ActorCriticPolicy, "evaluate_actions", of_all_but_values),
     "ActorCriticPolicy.extract_features": (ActorCriticPolicy, "extract_features", tripled),
@@ -252,6 +256,85 @@ def test_functions_that_were_replaced_count(name: str, fast: str, monkeypatch: p
     monkeypatch.undo()
     # Nothing keeps the fast engine from coming back.
     assert type(trained(None, "auto", **kwargs)[1]) is FAST[fast][1]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (preprocessing, "is_image_space"),
+        (sys.modules["torch.nn.utils.clip_grad"], "_get_total_norm"),
+        (autograd, "mean_std_of"),
+    ],
+)
+def test_functions_of_other_modules_that_were_replaced_count(
+    owner: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, name, lambda *_, **__: None)
+    assert recognition.replaced_code() == f"{owner.__name__}.{name} was replaced"
+    monkeypatch.undo()
+    assert recognition.replaced_code() is None
+
+
+# Modules and functions that initialise, copy, save or check, choose devices and implementations, or that only predict()
+# and other distributions call.
+NOT_TRAINING = frozenset(
+    "torch.nn.init torch.cuda torch.accelerator torch.compiler torch.jit torch.__future__ torch.overrides torch.utils "
+    "torch.nn.parameter torch.nn._reduction torch.utils._foreach_utils torch.optim.optimizer "
+    "stable_baselines3.common.utils sb3_clipvf.common.resources sb3_clipvf.common.validation "
+    "torch._disable_dynamo torch.compile torch.is_tensor torch.load torch.save torch.typename torch.autograd.grad "
+    "torch.distributions.kl_divergence torch.nn.functional.handle_torch_function "
+    "torch.nn.modules.module.is_traceable_wrapper_subclass "
+    "torch.nn.utils.parameters_to_vector torch.nn.utils.vector_to_parameters".split()
+)
+
+
+PACKAGES = ("torch", "stable_baselines3", "sb3_clipvf")
+
+
+def python_functions(value: Any) -> Iterator[FunctionType]:
+    """:return: The functions of a method, a property or a function, and those that decorators wrap."""
+    for function in (value.fget, value.fset) if isinstance(value, property) else (value,):
+        function = getattr(function, "__func__", function)
+        while isinstance(function, FunctionType):
+            yield function
+            function = getattr(function, "__wrapped__", None)
+
+
+def codes(code: CodeType) -> Iterator[CodeType]:
+    """:return: The code of a function, and of the functions in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from codes(constant)
+
+
+def called(function: FunctionType) -> Iterator[tuple[ModuleType, str]]:
+    """:return: Functions that a function finds by a global name, or in a module with one, and these modules."""
+    for code in codes(function.__code__):
+        place: Any = None
+        for step in dis.get_instructions(code):
+            if step.opname == "LOAD_GLOBAL":
+                place = sys.modules[function.__globals__["__name__"]]
+            elif not (step.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(place, ModuleType)):
+                place = None
+                continue
+            value = getattr(place, step.argval, None)
+            if isinstance(value, FunctionType) and str(value.__module__).split(".")[0] in PACKAGES:
+                yield place, step.argval
+            place = value
+
+
+def test_functions_that_known_code_calls_are_known() -> None:
+    missing = {
+        f"{place.__name__}.{name}"
+        for original in recognition._originals.values()
+        for value in original.code.values()
+        for function in python_functions(value)
+        for place, name in called(function)
+        if place not in recognition._MODULES and (place, name) not in recognition._original_functions
+        if place.__name__ not in NOT_TRAINING
+    }
+    assert missing - NOT_TRAINING == set()
 
 
 @pytest.mark.parametrize("fast", FAST)

@@ -18,6 +18,7 @@ import stable_baselines3
 import torch as th
 from stable_baselines3.common import distributions as sb3_distributions
 from stable_baselines3.common import policies as sb3_policies
+from stable_baselines3.common import preprocessing as sb3_preprocessing
 from stable_baselines3.common import torch_layers as sb3_layers
 from stable_baselines3.common.distributions import DiagGaussianDistribution, StateDependentNoiseDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -25,7 +26,8 @@ from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
 from sb3_clipvf import distributions, objectives, policies, rollout
-from sb3_clipvf.engines import epochs
+from sb3_clipvf.common import tensors
+from sb3_clipvf.engines import autograd, epochs, reduction
 from sb3_clipvf.engines.autograd import AutogradEngine, AutogradUpdate
 from sb3_clipvf.engines.device_buffer import DeviceRolloutBuffer
 from sb3_clipvf.rollout import TensorRolloutBuffer
@@ -96,22 +98,29 @@ _MODULES = (
     sb3_policies,
     sb3_distributions,
     sb3_layers,
+    sb3_preprocessing,
     sys.modules["torch.optim.adam"],
+    sys.modules["torch.nn.utils.clip_grad"],
     sys.modules["torch.distributions.normal"],
     sys.modules["torch.distributions.categorical"],
     sys.modules["torch.distributions.bernoulli"],
+    sys.modules["torch.distributions.utils"],
     objectives,
     distributions,
+    policies,
+    tensors,
+    autograd,
+    reduction,
     epochs,
     rollout,
 )
 # Functions that these methods call, of modules and classes with too many functions to compare all.
 _FUNCTIONS: dict[Any, str] = {
-    th: "tanh relu exp log min max clamp maximum where cat stack ones_like split",
+    th: "tanh relu exp log min max clamp maximum where cat stack ones_like split broadcast_tensors",
     th.Tensor: "backward float flatten __mul__ __add__ __sub__ __truediv__ __neg__",
     th.autograd: "backward",
     nn.utils: "clip_grad_norm_",
-    nn.functional: "linear relu elu leaky_relu silu softplus conv2d",
+    nn.functional: "linear relu elu leaky_relu silu softplus conv2d mse_loss softmax binary_cross_entropy_with_logits",
 }
 # Folders of the original code.
 _PACKAGES = tuple(
