@@ -504,6 +504,7 @@ def default_dtype(dtype: th.dtype) -> Iterator[None]:
         (lambda: th.autocast("cpu", dtype=th.float16), "torch's autocast is on"),
         (Mode, "torch has a dispatch mode"),
         (th.autograd.detect_anomaly, "torch's anomaly detection is on"),
+        (th.autograd.graph.save_on_cpu, "torch has hooks on saved tensors"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")

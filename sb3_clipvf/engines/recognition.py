@@ -232,6 +232,8 @@ def altered_torch() -> str | None:
         return "torch's autocast is on"
     if th.is_anomaly_enabled():
         return "torch's anomaly detection is on"
+    if th._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        return "torch has hooks on saved tensors"
     if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return "torch has hooks on all modules"
     if torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks:
