@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -58,7 +59,7 @@ FAST: dict[str, tuple[dict[str, Any], type[Any]]] = {
 }
 
 
-def make(engine: str = "auto", policy: Any = "MlpPolicy", env: str = "Pendulum-v1", **kwargs: Any) -> ClipPPO:
+def make(engine: str = "auto", policy: Any = "MlpPolicy", env: Any = "Pendulum-v1", **kwargs: Any) -> ClipPPO:
     policy_kwargs = {"net_arch": [8], **kwargs.pop("policy_kwargs", {})}
     return ClipPPO(
         policy,
@@ -673,6 +674,18 @@ def test_layers_that_do_not_fit_each_other_are_an_error_or_the_references(name: 
     ours, theirs = results
     assert bool(ours) == bool(theirs)
     assert not ours or difference(ours, theirs) == 0
+
+
+def with_two_actions() -> gym.Env[Any, Any]:
+    box = spaces.Box(-2.0, 2.0, (2,))
+    return gym.wrappers.TransformAction(gym.make("Pendulum-v1"), lambda action: action.mean(keepdims=True), box)
+
+
+@pytest.mark.parametrize("fast", FAST)
+def test_one_mean_for_several_actions_is_broadcast(fast: str) -> None:
+    kwargs = {"env": with_two_actions, "policy_kwargs": FAST[fast][0]}
+    engine = assert_trains_what_the_user_has(other_part("action_net", nn.Linear(8, 1)), has_effect=False, **kwargs)
+    assert type(engine) is AutogradEngine
 
 
 class AtRolloutEnd(BaseCallback):

@@ -30,6 +30,11 @@ def replaced_head(policy: ActorCriticPolicy) -> None:
     policy.value_net = th.nn.Sequential(policy.value_net)
 
 
+def one_mean(policy: ActorCriticPolicy) -> None:
+    policy.action_net = th.nn.Linear(8, 1)
+    policy.optimizer = th.optim.Adam(policy.parameters())
+
+
 def added_parameter(policy: ActorCriticPolicy) -> None:
     policy.extra = th.nn.Parameter(th.zeros(1))
 
@@ -124,6 +129,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[Any], object], str]] = {
     "state without a moment": ({}, own_state("exp_avg", lambda _: None), MOMENTS),
     "state of numbers": ({}, own_state("step", float), "its optimizer has no tensors with the numbers of steps"),
     "head": ({}, replaced_head, r"its last layers are not torch\.nn\.Linear"),
+    "one mean": ({}, one_mean, "the sizes of its layers do not fit each other, its observations or actions"),
     "extra": ({}, added_parameter, "parameters other than those"),
     "double": ({}, lambda p: p.double(), "not contiguous float32"),
     "frozen": ({}, lambda p: p.log_std.requires_grad_(False), "some of its parameters are frozen"),
@@ -143,7 +149,8 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[Any], object], str]] = {
 # Those whose networks torch runs, but kernels neither compute their losses nor make their steps.
 ALSO_NOT_FUSED = frozenset(
     ("gsde squashed", "gsde squashed later", "shape", "optimizer", "amsgrad", "maximize", "groups", "fewer")
-    + ("double", "frozen", "method", "optimizer hook", *(case for case in REFUSED if case.startswith("state ")))
+    + ("one mean", "double", "frozen", "method", "optimizer hook")
+    + tuple(case for case in REFUSED if case.startswith("state "))
 )
 
 

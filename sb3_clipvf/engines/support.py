@@ -33,6 +33,7 @@ from sb3_clipvf.engines.recognition import (
 _GAUSSIANS = (DiagGaussianDistribution, StateDependentNoiseDistribution)
 # SB3's default, which its policies never change.
 _GSDE_EPSILON = 1e-6
+_MISFIT = "the sizes of its layers do not fit each other, its observations or actions"
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,9 @@ def why_not_fused(policy: ActorCriticPolicy) -> str | None:
         _check_gaussian(policy)
         _check_parameters(policy)
         _check_optimizer(policy)
+        head = policy.action_net  # another module's width is known when it has run
+        if type(head) is nn.Linear and head.weight.shape[:1] != (n_outputs(policy.action_dist),):
+            raise UnsupportedError(_MISFIT)
     except UnsupportedError as unsupported:
         return str(unsupported)
     return None
@@ -290,7 +294,7 @@ def _check_tensors(policy: ActorCriticPolicy, plain: PlainPolicy) -> None:
             for layer, shape in zip(layers, shapes, strict=True)
         )
         if not fits or sizes[-1] != n_out:
-            raise UnsupportedError("the sizes of its layers do not fit each other, its observations or actions")
+            raise UnsupportedError(_MISFIT)
     if n_action_numbers(plain.dist) != get_action_dim(policy.action_space):
         raise UnsupportedError("its action distribution does not fit its actions")
 
