@@ -1046,6 +1046,18 @@ def restarted_head(model: ClipPPO) -> None:
             tensor.zero_()
 
 
+def shared_weight(model: ClipPPO) -> None:
+    extractor = model.policy.mlp_extractor
+    extractor.value_net[0].weight.data = extractor.policy_net[0].weight.data
+
+
+def shared_moments(model: ClipPPO) -> None:
+    state = model.policy.optimizer.state
+    zeros = th.zeros(max(map(th.numel, state)))
+    for parameter, moments in state.items():
+        moments["exp_avg"] = zeros[: parameter.numel()].view_as(parameter)
+
+
 def grown_layer(model: ClipPPO) -> None:
     """Replace tensors by larger ones without a new optimizer."""
     network = model.policy.mlp_extractor.policy_net
@@ -1078,6 +1090,29 @@ def test_layouts_and_the_optimizers_state_count(change: Change, fast: str) -> No
         steps.append([float(model.policy.optimizer.state[each]["step"]) for each in model.policy.parameters()])
     assert difference(*weights) < 2e-3
     assert steps[0] == steps[1]
+
+
+class InARollout(AfterAnUpdate):
+    def _on_rollout_end(self) -> None:
+        pass
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps == 3 * N_STEPS:
+            self.change(self.model)
+        return True
+
+
+@pytest.mark.parametrize("when", [AfterAnUpdate, InARollout])
+@pytest.mark.parametrize("change", [shared_weight, shared_moments])
+def test_tensors_that_share_memory_leave_native(change: Change, when: type[AfterAnUpdate]) -> None:
+    """Two threads would write to them at the same time."""
+    weights = []
+    for engine in ("auto", "autograd"):
+        model = make(engine)
+        model.learn(3 * N_STEPS * 2, callback=when(change))
+        weights.append([parameter.detach() for parameter in model.policy.parameters()])
+        assert type(model._engine) is (FusedEngine if engine == "auto" else AutogradEngine)
+    assert difference(*weights) < 2e-3
 
 
 @pytest.mark.parametrize("fast", FAST)

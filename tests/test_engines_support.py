@@ -57,6 +57,34 @@ def own_state(key: str, change: Callable[[Any], object]) -> Callable[[ActorCriti
     return change_now
 
 
+def shared_weight(policy: ActorCriticPolicy) -> None:
+    actor, critic = policy.mlp_extractor.policy_net[0], policy.mlp_extractor.value_net[0]
+    critic.weight.data = actor.weight.data
+
+
+def overlapping_weights(policy: ActorCriticPolicy) -> None:
+    actor, critic = policy.mlp_extractor.policy_net[0].weight, policy.mlp_extractor.value_net[0].weight
+    memory, n = th.zeros(2 * actor.numel() - 1), actor.numel()
+    actor.data, critic.data = memory[:n].view_as(actor), memory[n - 1 :].view_as(critic)
+
+
+def shared_gradient(policy: ActorCriticPolicy) -> None:
+    policy.log_std.grad = policy.action_net.bias.grad = th.zeros(2)
+
+
+def shared_moments(policy: ActorCriticPolicy) -> None:
+    own_state("exp_avg", lambda moment: moment)(policy)
+    state = policy.optimizer.state
+    state[policy.log_std]["exp_avg"] = state[policy.action_net.bias]["exp_avg_sq"]
+
+
+def one_vector(policy: ActorCriticPolicy) -> None:
+    """Store all parameters side by side, and gradients that kernels do not use."""
+    memory = th.nn.utils.parameters_to_vector(policy.parameters()).detach()
+    th.nn.utils.vector_to_parameters(memory, policy.parameters())
+    policy.log_std.grad = th.zeros(1).expand(2)
+
+
 def other_activation(policy: ActorCriticPolicy) -> None:
     policy.mlp_extractor.value_net[1] = th.nn.ReLU()
 
@@ -80,6 +108,7 @@ def own_network(policy: ActorCriticPolicy) -> None:
 
 GSDE = {"use_sde": True}
 MOMENTS = "its optimizer's moments are not contiguous float32 tensors like its parameters"
+SHARED = "some of its parameters, gradients or moments share memory"
 REFUSED: dict[str, tuple[dict[str, Any], Callable[[Any], object], str]] = {
     "gsde squashed": ({**GSDE, "squash_output": True}, hook, "it squashes its actions"),
     "gsde squashed later": (
@@ -130,6 +159,10 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[Any], object], str]] = {
     "state of numbers": ({}, own_state("step", float), "its optimizer has no tensors with the numbers of steps"),
     "head": ({}, replaced_head, r"its last layers are not torch\.nn\.Linear"),
     "one mean": ({}, one_mean, "the sizes of its layers do not fit each other, its observations or actions"),
+    "shared weight": ({}, shared_weight, SHARED),
+    "overlapping weights": ({}, overlapping_weights, SHARED),
+    "shared gradient": ({}, shared_gradient, SHARED),
+    "shared moments": ({}, shared_moments, SHARED),
     "extra": ({}, added_parameter, "parameters other than those"),
     "double": ({}, lambda p: p.double(), "not contiguous float32"),
     "frozen": ({}, lambda p: p.log_std.requires_grad_(False), "some of its parameters are frozen"),
@@ -206,6 +239,11 @@ class TestRefusals:
         for _ in range(2):
             assert engine.fits(make_buffer(policy))
             assert not engine.fits(OtherBuffer(8, OBS, BOX, "cpu", n_envs=4, dist_param_dim=4))
+
+    def test_parameters_side_by_side_are_run(self) -> None:
+        policy = make_policy()
+        one_vector(policy)
+        assert why_not_native(policy, make_buffer(policy)) is None
 
     @pytest.mark.parametrize("actions", ACTIONS)
     def test_plain_policies_are_run(self, actions: str) -> None:

@@ -23,7 +23,7 @@ from sb3_clipvf.engines.recognition import (
     replaced_code,
     replaced_method,
 )
-from sb3_clipvf.engines.support import PlainPolicy, modules_of, parameter_has_hooks, plain_policy
+from sb3_clipvf.engines.support import PlainPolicy, modules_of, parameter_has_hooks, plain_policy, usable_gradient
 
 _dtype = attrgetter("dtype")
 # Attributes of modules that change what they compute.
@@ -77,13 +77,8 @@ def bind(policy: ActorCriticPolicy) -> Binding:
     plain = plain_policy(policy)
     rows, bound = [], []
     for parameter in [*plain.actor_parameters, *plain.critic_parameters]:
-        gradient = parameter.grad
-        if (
-            gradient is None
-            or gradient.shape != parameter.shape  # torch keeps it when ``parameter.data`` is replaced
-            or not gradient.is_contiguous()
-            or gradient.dtype != th.float32
-        ):
+        gradient = usable_gradient(parameter)
+        if gradient is None:
             gradient = parameter.grad = th.zeros_like(parameter, memory_format=th.contiguous_format)
         bound.append((parameter, gradient, *moments_of(policy.optimizer, parameter)))
         rows.append(table_row(*bound[-1]))

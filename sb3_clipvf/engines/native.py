@@ -1,5 +1,6 @@
 """The native engine: compiled kernels for plain MLP policies on the CPU, in place on the policy's own memory."""
 
+import itertools
 import math
 import threading
 import time
@@ -45,7 +46,7 @@ from sb3_clipvf.engines.kernels.warmup import warm_up
 from sb3_clipvf.engines.native_minibatches import NativeUpdate
 from sb3_clipvf.engines.recognition import UnsupportedError, why_unknown_buffer
 from sb3_clipvf.engines.reduction import run_shared_epochs
-from sb3_clipvf.engines.support import steps_made, why_not_native
+from sb3_clipvf.engines.support import share_memory, steps_made, why_not_native
 from sb3_clipvf.engines.threads import ThreadChoice, one_blas_thread, run_on_threads
 from sb3_clipvf.rollout import gae
 
@@ -256,9 +257,9 @@ class NativeEngine:
         if any(
             parameter.shape != gradient.shape or parameter.dtype != th.float32 or not parameter.is_contiguous()
             for parameter, gradient, *_ in self._binding.tensors
-        ):
+        ) or share_memory(itertools.chain.from_iterable(self._binding.tensors)):
             try:
-                self._bind()  # networks of a different width
+                self._bind()  # networks of a different width, or raises
             except UnsupportedError:
                 return False
             return True

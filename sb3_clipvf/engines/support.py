@@ -180,6 +180,7 @@ def plain_policy(policy: ActorCriticPolicy) -> PlainPolicy:
     _check_gsde(policy, latent_dim=plain.actor[-1].in_features)
     _check_tensors(policy, plain)
     _check_optimizer(policy)
+    _check_memory(policy)
     if len(set(steps_made(policy.optimizer, policy.parameters()))) > 1:
         raise UnsupportedError("its optimizer has taken different numbers of steps for its parameters")
     return plain
@@ -201,6 +202,24 @@ def steps_made(optimizer: th.optim.Optimizer, parameters: Iterable[th.Tensor]) -
     """Return the number of steps that the optimizer has taken for each parameter; 0 for one without state."""
     states = [optimizer.state.get(parameter) for parameter in parameters]
     return [int(state["step"]) if state else 0 for state in states]
+
+
+def usable_gradient(parameter: th.Tensor) -> th.Tensor | None:
+    """Return a parameter's gradient if kernels can write to it, or None."""
+    gradient = parameter.grad
+    fits = (
+        gradient is not None
+        and gradient.shape == parameter.shape  # torch keeps it when ``parameter.data`` is replaced
+        and gradient.is_contiguous()
+        and gradient.dtype == th.float32
+    )
+    return gradient if fits else None
+
+
+def share_memory(tensors: Iterable[th.Tensor]) -> bool:
+    """Return whether any two of several contiguous tensors overlap in memory."""
+    ranges = sorted((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors if tensor.numel())
+    return any(end > start for (_, end), (start, _) in itertools.pairwise(ranges))
 
 
 def parameter_has_hooks(parameter: Any) -> bool:
@@ -297,6 +316,17 @@ def _check_tensors(policy: ActorCriticPolicy, plain: PlainPolicy) -> None:
             raise UnsupportedError(_MISFIT)
     if n_action_numbers(plain.dist) != get_action_dim(policy.action_space):
         raise UnsupportedError("its action distribution does not fit its actions")
+
+
+def _check_memory(policy: ActorCriticPolicy) -> None:
+    """Check that no two tensors overlap, since two threads would write to them at the same time."""
+    tensors: list[th.Tensor] = []
+    for parameter in policy.parameters():
+        gradient, state = usable_gradient(parameter), policy.optimizer.state.get(parameter)
+        tensors += [parameter] if gradient is None else [parameter, gradient]
+        tensors += [state["exp_avg"], state["exp_avg_sq"]] if state else []
+    if share_memory(tensors):
+        raise UnsupportedError("some of its parameters, gradients or moments share memory")
 
 
 # ------------------------------------------------------------------ several engines
