@@ -492,6 +492,31 @@ def test_other_algorithms_are_read_as_the_zoo_reads_them(tmp_path: Path) -> None
     assert hyperparams["zzz"] == 1.0
 
 
+@pytest.mark.parametrize("on_command_line", [False, True])
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("clip_range", "const_0.2", "must be a number or `lin_0.2` with --algo ppo, got 'const_0.2' in"),
+        ("learning_rate", "cos_1e-3", "must be a number or `lin_1e-3` with --algo ppo, got 'cos_1e-3' in"),
+        ("ent_coef", "lin_0.01", "must not be a schedule with --algo ppo, got 'lin_0.01' in"),
+    ],
+)
+def test_schedules_that_other_algorithms_do_not_have_are_refused(
+    tmp_path: Path, key: str, value: str, rule: str, on_command_line: bool
+) -> None:
+    given = {key: value}
+    entry, where = ({**ENTRY, **given}, ".*settings.yml") if not on_command_line else (ENTRY, "`-params`")
+    manager = _manager(tmp_path, entry, algo="ppo", hyperparams=given if on_command_line else None)
+    with pytest.raises(ValueError, match=rf"`{key}` {rule} {where}.*\. [A-Z]"):
+        manager.setup_experiment()
+
+
+def test_text_of_other_algorithms_is_no_schedule(tmp_path: Path) -> None:
+    entry = {"policy": "MlpPolicy", "n_timesteps": 64, "learning_rate": "lin_7.3e-4", "ent_coef": "auto_0.1"}
+    model = _model(_manager(tmp_path, entry, algo="sac", env_id="Pendulum-v1"))
+    assert (model.ent_coef, model.lr_schedule(0.5)) == ("auto_0.1", 3.65e-4)
+
+
 def test_a_users_experiment_manager_remains_the_base() -> None:
     class Own(ExperimentManager):
         pass

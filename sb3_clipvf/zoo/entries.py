@@ -1,5 +1,6 @@
 """The forms of entries in the settings of an environment: null, one class, or a list of classes with arguments."""
 
+import re
 from typing import Any
 
 from sb3_clipvf.envs.episode_ends import EpisodeEnds
@@ -11,6 +12,9 @@ ZOO_KEYS = frozenset(
 
 WRAPPER_FUNCTIONS = ("rl_zoo3.utils.flatten_dict_observations",)
 """Functions, not classes, that ``env_wrapper`` may name."""
+
+SCHEDULE = re.compile(r"(lin|cos|exp|const)_([\d.eE+-]+)")
+"""ClipPPO's schedules as text: their kind and initial value."""
 
 
 def items(value: Any) -> list[Any]:

@@ -36,7 +36,7 @@ from sb3_clipvf.zoo.entries import add_episode_ends, drop_null
 from sb3_clipvf.zoo.model_choice import find_statistics, load_normalizer
 from sb3_clipvf.zoo.resume import ResumedRun
 from sb3_clipvf.zoo.run_folders import CHECKPOINTS, resume_command
-from sb3_clipvf.zoo.settings import check_hyperparams, check_saved, readable_config
+from sb3_clipvf.zoo.settings import check_hyperparams, check_saved, check_schedules, readable_config
 from sb3_clipvf.zoo.terminal import timed_tables
 from sb3_clipvf.zoo.training_log import logged_to
 from sb3_clipvf.zoo.tuning import CheckedSearch
@@ -139,9 +139,12 @@ class ClipPPOExperimentManager(CheckedSearch):
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read and check the settings of the environment; return them and a sorted copy to save with the run."""
         env_id = self.env_name.gym_id
+        source = f"the entry for {env_id} in {self.config}"
         if self.algo != ALGORITHM:
             with readable_config(self.config, env_id):
-                return super().read_hyperparameters()
+                hyperparams, saved_hyperparams = super().read_hyperparameters()
+            check_schedules(hyperparams, self.custom_hyperparams or (), source, self.algo)
+            return hyperparams, saved_hyperparams
         if self.resumed is not None:
             return dict(self.resumed.hyperparams), OrderedDict(self.resumed.hyperparams)
         overrides = dict(self.custom_hyperparams or {})
@@ -152,7 +155,7 @@ class ClipPPOExperimentManager(CheckedSearch):
             hyperparams, saved_hyperparams = super().read_hyperparameters()
         for settings in (hyperparams, saved_hyperparams):
             drop_null(settings)
-        check_hyperparams(hyperparams, overrides, f"the entry for {env_id} in {self.config}")
+        check_hyperparams(hyperparams, overrides, source)
         for name, value in vars(self.args).items():
             check_saved(name, value, "the command line")
         return hyperparams, saved_hyperparams

@@ -17,6 +17,7 @@ from sb3_clipvf.common.validation import MAX_SEED, check_device, check_int, ensu
 from sb3_clipvf.distributed import current_group
 from sb3_clipvf.zoo.benchmark import check_benchmark, remove_evaluations
 from sb3_clipvf.zoo.commands import ALGORITHM, COMMANDS
+from sb3_clipvf.zoo.entries import SCHEDULE
 from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
 from sb3_clipvf.zoo.model_choice import choose_run_of_options
 from sb3_clipvf.zoo.parsing import add_trust_option, next_parser, option_name
@@ -35,7 +36,6 @@ _COUNTS = "episode_window eval_episodes max_total_trials n_envs n_eval_envs n_ev
 _FOLDERS = ("benchmark_dir", "log_folder", "optimization_log_path", "output_folder", "reward_log", "tensorboard_log")
 
 _PAIR = re.compile(r"(\w+):(.+)", re.DOTALL)
-_SCHEDULE = re.compile(r"(?:lin|cos|exp|const)_[\d.eE+-]+")
 _CONSTANTS = {"true": "True", "false": "False", "none": "None", "null": "None"}
 
 
@@ -187,7 +187,7 @@ def _pair(option: str, text: str) -> tuple[str, Any]:
         way_out = f"Write `{text.replace('=', ':', 1)}`." if re.match(r"\w+=.", text) else "Write `key:value`."
         raise ValueError(f"`{option}` must be pairs of key and value with a colon, got {text!r}. {way_out}")
     key, value = match.groups()
-    if _SCHEDULE.fullmatch(value):
+    if SCHEDULE.fullmatch(value):
         return key, value
     try:
         return key, eval(value, dict(vars(utils)))  # as the Zoo does, with the names that it has imported

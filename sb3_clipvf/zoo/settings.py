@@ -12,7 +12,7 @@ from typing import Any
 
 import gymnasium as gym
 import yaml
-from rl_zoo3 import exp_manager
+from rl_zoo3 import ALGOS, exp_manager
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
@@ -21,7 +21,7 @@ from sb3_clipvf.arguments import constructor_arguments
 from sb3_clipvf.clip_ppo import ClipPPO
 from sb3_clipvf.common.validation import check_int, check_keywords, wrong_type
 from sb3_clipvf.files.archive import reason_of
-from sb3_clipvf.zoo.entries import WRAPPER_FUNCTIONS, ZOO_KEYS, items, with_arguments
+from sb3_clipvf.zoo.entries import SCHEDULE, WRAPPER_FUNCTIONS, ZOO_KEYS, items, with_arguments
 from sb3_clipvf.zoo.parsing import option_name
 
 COMMAND_LINE_KEYS = ("device", "env", "seed", "tensorboard_log", "verbose")
@@ -38,6 +38,9 @@ _BASES: dict[str, type] = {
 
 _PASSED_BY_ZOO = ("env", "filename", "venv")
 """Arguments of wrappers that the RL Zoo passes itself."""
+
+_LINEAR_IN_ZOO = ("clip_range", "clip_range_vf", "delta_std", "learning_rate")
+"""Keys of which the RL Zoo turns all text into linear schedules."""
 
 _WRITE_CLASS = "Write it as `package.module.Class`, with its arguments, if any, indented below it."
 
@@ -109,6 +112,29 @@ def check_hyperparams(hyperparams: dict[str, Any], overrides: Iterable[str], sou
         where = "`-params`" if key in overridden else source
         _check_imports(key, value, where)
         check_saved(key, value, where)
+
+
+def check_schedules(hyperparams: dict[str, Any], overrides: Iterable[str], source: str, algo: str) -> None:
+    """
+    Refuse ClipPPO's schedules in settings of another algorithm, for which the RL Zoo would train another schedule.
+
+    ``overrides`` and ``source`` are those of :func:`check_hyperparams`.
+    """
+    for key, value in hyperparams.items():
+        schedule = SCHEDULE.fullmatch(value) if isinstance(value, str) else None
+        if schedule is None:
+            continue
+        where = "`-params`" if key in overrides else source
+        if key in _LINEAR_IN_ZOO and schedule[1] != "lin":
+            raise ValueError(
+                f"`{key}` must be a number or `lin_{schedule[2]}` with --algo {algo}, got {value!r} in {where}: the RL "
+                f"Zoo would read it as `lin_{schedule[2]}`. Write {schedule[2]} for a constant."
+            )
+        if key not in _LINEAR_IN_ZOO and not issubclass(ALGOS[algo], ClipPPO):
+            raise ValueError(
+                f"`{key}` must not be a schedule with --algo {algo}, got {value!r} in {where}. "
+                f"Write {schedule[2]} for a constant."
+            )
 
 
 def import_packages(names: Iterable[Any] | None, where: str) -> None:
