@@ -474,6 +474,31 @@ def test_trial_zero_of_a_study_is_loaded(tmp_path: Path) -> None:
     assert hyperparams == {**ENTRY, **sampled, "n_envs": 2, "gae_lambda": 0.5}
 
 
+@pytest.mark.parametrize("normalize", [True, "dict(gamma=0.5)", False])
+def test_rewards_of_a_trial_are_normalised_with_its_gamma(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, normalize: Any
+) -> None:
+    import optuna
+
+    seen = []
+
+    def learn(self: Any, *args: Any, **kwargs: Any) -> None:
+        normalizer = self.get_vec_normalize_env()
+        seen.append((self.gamma, getattr(normalizer, "gamma", None)))
+
+    monkeypatch.setattr(ClipPPO, "learn", learn)
+    entry = {**ENTRY, "n_envs": 2, "gamma": 0.9, "normalize": normalize}
+    manager = _manager(tmp_path, entry, optimize_hyperparameters=True)
+    assert manager.setup_experiment() is None
+    study = optuna.create_study()
+    trials = [study.ask() for _ in range(2)]
+    for trial in trials:
+        manager.objective(trial)
+    gammas = [trial.user_attrs["gamma"] for trial in trials]
+    assert seen == [(gamma, gamma if normalize else None) for gamma in gammas]
+    assert manager.normalize_kwargs["gamma"] == 0.9  # trials may run in several threads
+
+
 def test_the_packaged_settings_are_the_default_for_clipppo_only(tmp_path: Path) -> None:
     ours = ClipPPOExperimentManager(Namespace(), "clipppo", "CartPole-v1", str(tmp_path))
     assert ours.config == str(hyperparams_path())

@@ -6,6 +6,7 @@ Each trial draws every parameter, even those that its objective does not use. Th
 trials of a length, as Optuna's multivariate sampler requires.
 """
 
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
 from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_SAMPLER
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import nn
 
@@ -74,11 +76,21 @@ class CheckedSearch(ExperimentManager):
         return super().setup_experiment()
 
     def objective(self, trial: optuna.Trial) -> float:
-        """Run a trial and return its mean return; record its number of steps, which bounds its rollouts."""
+        """
+        Run a trial and return its mean return.
+
+        The trial records its number of steps, which bounds its rollouts. Rewards are normalised with its ``gamma``.
+        """
+        manager = self
         if self.algo == ALGORITHM:
             trial.set_user_attr("n_timesteps", self.n_timesteps)
+            # The Zoo draws again, and Optuna then returns the same values.
+            drawn = HYPERPARAMS_SAMPLER[self.algo](trial, self.n_actions, self.n_envs, {})
+            if "gamma" in drawn:
+                manager = copy(self)  # other trials may run in threads
+                manager.normalize_kwargs = {**self.normalize_kwargs, "gamma": drawn["gamma"]}
         try:
-            return super().objective(trial)
+            return super(CheckedSearch, manager).objective(trial)
         except KeyboardInterrupt:  # the Zoo ends the search
             self._was_interrupted = True
             raise
