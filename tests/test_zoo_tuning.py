@@ -120,8 +120,31 @@ def test_trials_do_not_warn_of_schedules_that_end(
 
     monkeypatch.setattr(ExperimentManager, "hyperparameters_optimization", learn)
     manager = object.__new__(CheckedSearch)
-    manager.storage = None
+    manager.algo, manager.n_evaluations, manager.storage = "clipppo", 2, None
     manager.hyperparameters_optimization()
     assert "in its only update" not in caplog.text
     learn()
     assert "`clip_range` is 0 in its only update" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("algo", "n_evaluations", "pruner"),
+    [
+        ("clipppo", 1, optuna.pruners.NopPruner),
+        ("clipppo", 2, optuna.pruners.MedianPruner),
+        ("ppo", 1, optuna.pruners.MedianPruner),
+    ],
+)
+def test_trials_of_one_evaluation_are_not_pruned(
+    monkeypatch: pytest.MonkeyPatch, algo: str, n_evaluations: int, pruner: type
+) -> None:
+    seen = []
+    monkeypatch.setattr(
+        ExperimentManager,
+        "hyperparameters_optimization",
+        lambda self: seen.append(self._create_pruner(self.pruner)),
+    )
+    manager = object.__new__(CheckedSearch)
+    manager.algo, manager.pruner, manager.n_evaluations, manager.n_startup_trials = algo, "median", n_evaluations, 10
+    manager.hyperparameters_optimization()
+    assert type(seen[0]) is pruner

@@ -97,6 +97,8 @@ class CheckedSearch(ExperimentManager):
 
     def hyperparameters_optimization(self) -> None:
         """Search hyperparameters; raise a ValueError if no trial completes."""
+        if self.algo == ALGORITHM and self.n_evaluations == 1:
+            self.pruner = "none"  # the only evaluation ends the trial, so that pruning saves nothing
         try:
             # Skip the warning about short runs: the search chooses the trials.
             with replaced(ClipPPO, "_warned_of_early_end", True):
