@@ -193,6 +193,11 @@ def test_own_options_of_train_reach_the_experiment_manager(
             "`--save-freq` must be left out in a search of hyperparameters, got 64: each trial",
         ),
         ("-optimize --trial-id 0 --storage study.log --study-name s", "`--trial-id` must be left out in a search"),
+        (
+            "-optimize -params n_envs:2 gamma:0.9 policy_kwargs:dict()",
+            "`gamma` must be left out of `-params` in a search of hyperparameters, got 0.9: each trial draws its own",
+        ),
+        ("-optimize --algo ppo --save-freq 64 -params gamma:0.9", "`--save-freq` must be left out in a search"),
     ],
 )
 def test_options_that_have_no_effect_are_refused(arguments: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,6 +205,11 @@ def test_options_that_have_no_effect_are_refused(arguments: str, message: str, m
     with pytest.raises(ValueError, match=f"^{message}"):
         with own_options.command_options("train"):
             zoo_train.train()
+
+
+@pytest.mark.parametrize("options", ["-optimize -params n_envs:2 normalize:True target_kl:0.1", "-params gamma:0.9"])
+def test_pairs_that_a_search_does_not_draw_are_accepted(options: str) -> None:
+    assert _parsed("train", *options.split()).hyperparams
 
 
 def _pairs(*texts: str) -> Any:

@@ -10,7 +10,7 @@ from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_clipvf import ClipPPO
-from sb3_clipvf.zoo.tuning import OBJECTIVES, CheckedSearch, convert_clipppo_params, sample_clipppo_params
+from sb3_clipvf.zoo.tuning import DRAWN, OBJECTIVES, CheckedSearch, convert_clipppo_params, sample_clipppo_params
 
 N_TRIALS = 24
 
@@ -38,6 +38,10 @@ def test_a_finished_trial_converts_to_what_was_sampled(
 ) -> None:
     study, sampled = study_and_samples
     assert [convert_clipppo_params(trial.params) for trial in study.trials] == sampled
+
+
+def test_all_drawn_arguments_are_listed(study_and_samples: tuple[optuna.Study, list[dict[str, Any]]]) -> None:
+    assert set(study_and_samples[1][0]) == set(DRAWN)
 
 
 def test_a_trial_read_from_a_database_converts_to_what_was_sampled(tmp_path: Any) -> None:

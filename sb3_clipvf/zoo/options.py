@@ -27,6 +27,7 @@ from sb3_clipvf.zoo.recording import recorded_training
 from sb3_clipvf.zoo.resume import resumed_run
 from sb3_clipvf.zoo.run_folders import RunId, processes_of, resume_command
 from sb3_clipvf.zoo.settings import import_packages
+from sb3_clipvf.zoo.tuning import DRAWN
 from sb3_clipvf.zoo.vec_env import VEC_ENVS
 
 CHECKPOINT_FREQ = 100_000
@@ -141,6 +142,12 @@ def _check_search(options: Namespace) -> None:
                 f"`{option_name(name)}` must be left out in a search of hyperparameters, got {value!r}: each trial "
                 "trains a new agent with drawn settings. `--optimization-log-path` saves the best agent of each trial."
             )
+    ignored = [key for key in options.hyperparams or () if key in DRAWN and options.algo == ALGORITHM]
+    if ignored:
+        raise ValueError(
+            f"`{ignored[0]}` must be left out of `-params` in a search of hyperparameters, got "
+            f"{options.hyperparams[ignored[0]]!r}: each trial draws its own. Train without `-optimize` to set it."
+        )
     if options.sampler == "auto" and importlib.util.find_spec("optunahub") is None:
         raise ImportError("`--sampler auto` needs optunahub; `--sampler tpe` and `random` need no package.")
 

@@ -40,6 +40,12 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "el
 _UNCHANGED = ("ent_coef", "vf_coef", "n_epochs", "max_grad_norm", "clip_range_vf", "vf_clip_units", "advantage_scope")
 """Drawn parameters that are arguments of ClipPPO as they are."""
 
+DRAWN = (
+    *("n_steps", "batch_size", "gamma", "gae_lambda", "learning_rate", "lr_kl_target", "policy_kwargs"),
+    *("clip_range", "kl_coef", "adaptive_kl_target", *_UNCHANGED),
+)
+"""Arguments of ClipPPO that each trial sets."""
+
 
 class CheckedSearch(ExperimentManager):
     """The RL Zoo's experiment manager with errors about studies and trials that name the option."""
