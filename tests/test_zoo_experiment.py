@@ -271,6 +271,44 @@ def test_a_number_that_yaml_reads_as_text_is_refused(tmp_path: Path) -> None:
         _manager(tmp_path, ENTRY, hyperparams={"n_steps": "64"}).setup_experiment()
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("normalize", "{clip_obs: 1e1}", "`normalize.clip_obs` must be a number, got the text '1e1' in .* !!float 1e1"),
+        ("normalize", "{clip_reward: inf}", "`normalize.clip_reward` must be a number, got the text 'inf'"),
+        ("policy_kwargs", "{optimizer_kwargs: {eps: 1e-5}}", "`policy_kwargs.optimizer_kwargs.eps` must be a number"),
+        ("policy_kwargs", "{net_arch: [8, 6e1]}", r"`policy_kwargs.net_arch\[1\]` must be a number, got the text '6e1'"),
+        ("env_kwargs", "{g: 1.0e1}", "`env_kwargs.g` must be a number, got the text '1.0e1'"),
+        (
+            "env_wrapper",
+            "[{gymnasium.wrappers.TimeLimit: {max_episode_steps: 1e2}}]",
+            r"`env_wrapper\[0\].gymnasium.wrappers.TimeLimit.max_episode_steps` must be a number",
+        ),
+        ("clip_range", "None", "`clip_range` must not be the text 'None', got it in .*settings.yml. .* `null`"),
+    ],
+)
+def test_nested_numbers_and_null_that_yaml_reads_as_text_are_refused(
+    tmp_path: Path, key: str, value: str, rule: str
+) -> None:
+    manager = _manager(tmp_path, {**ENTRY, key: yaml.safe_load(value)})
+    with pytest.raises(ValueError, match=rule):
+        manager.read_hyperparameters()
+
+
+def test_text_that_looks_like_a_number_is_refused_in_pairs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="text '1e1' in `-params`. Write it without quotes."):
+        _manager(tmp_path, ENTRY, hyperparams={"normalize": {"clip_obs": "1e1"}}).read_hyperparameters()
+    with pytest.raises(ValueError, match="text 'None', got it in `-params`. Write `clip_range:None`."):
+        _manager(tmp_path, ENTRY, hyperparams={"clip_range": "None"}).read_hyperparameters()
+
+
+def test_nested_text_is_accepted(tmp_path: Path) -> None:
+    """YAML reads 4 without quotes as a number, so that '4' is meant as text."""
+    entry = {**ENTRY, "env_kwargs": {"map_name": "4x4", "level": "4", "frequency": 1e1, "mode": "None"}}
+    hyperparams, _ = _manager(tmp_path, entry).read_hyperparameters()
+    assert hyperparams == entry
+
+
 CLASS = "rl_zoo3.wrappers.DelayedRewardWrapper"
 
 

@@ -96,11 +96,7 @@ def check_hyperparams(hyperparams: dict[str, Any], overrides: Iterable[str], sou
     for key, value in hyperparams.items():
         where = "`-params`" if key in overridden else source
         _check_key(key, value, where)
-        if isinstance(value, str) and _is_number(value):
-            way_out = f"YAML needs a point in it, as in 1.0e-3, or a tag: !!float {value}."
-            if key in overridden:
-                way_out = f"Write `{key}:{value}`."
-            raise ValueError(f"`{key}` must be a number, got the text {value!r} in {where}. {way_out}")
+        _check_no_text(key, value, where, is_pair=key in overridden)
         if key in _CHECKS:
             _CHECKS[key](key, value, where)
     for key in ("policy", "n_timesteps"):
@@ -168,6 +164,31 @@ def _check_key(key: str, value: Any, where: str) -> None:
         raise ValueError(
             f"`{key}` must be an argument of ClipPPO or a key of the RL Zoo, got `{key}: {value}` in {where}. {hint}"
         )
+
+
+def _check_no_text(key: str, value: Any, where: str, *, is_pair: bool) -> None:
+    """Refuse text that stands for a number or null, at any depth if YAML reads it as text without quotes."""
+    if isinstance(value, str) and value == "None":
+        way_out = f"Write `{key}:None`." if is_pair else "In YAML, write `null`."
+        raise ValueError(f"`{key}` must not be the text 'None', got it in {where}. {way_out}")
+    for path, text in _texts(key, value):
+        if _is_number(text) and (path == key or isinstance(yaml.safe_load(text), str)):
+            way_out = f"YAML needs a point and a sign in it, as in 1.0e-3, or a tag: !!float {text}."
+            if is_pair:
+                way_out = f"Write `{key}:{text}`." if path == key else "Write it without quotes."
+            raise ValueError(f"`{path}` must be a number, got the text {text!r} in {where}. {way_out}")
+
+
+def _texts(path: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Yield each text in a value, in dicts and lists, with its path."""
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _texts(f"{path}.{name}", item)
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _texts(f"{path}[{index}]", item)
 
 
 def _check_imports(key: str, value: Any, where: str) -> None:
