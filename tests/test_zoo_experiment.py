@@ -18,6 +18,7 @@ from sb3_clipvf import ClipPPO, TensorRolloutBuffer
 from sb3_clipvf.engines.callback_access import may_read_actions
 from sb3_clipvf.envs import FastDummyVecEnv, FastSubprocVecEnv, FastVecNormalize
 from sb3_clipvf.zoo import hyperparams_path, register
+from sb3_clipvf.zoo.checked_files import read_settings
 from sb3_clipvf.zoo.entries import ZOO_KEYS
 from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager, experiment_manager
 from sb3_clipvf.zoo.settings import COMMAND_LINE_KEYS, check_hyperparams, constructor_keys, import_packages
@@ -101,6 +102,31 @@ def test_a_run_that_continues_an_agent_saves_its_networks(policy: str, kwargs: s
     assert saved(own) == {**ENTRY, **own}  # as text
     other = {"policy": "MlpPolicy", "policy_kwargs": "dict(net_arch=[16])"}
     assert saved(other) == {**ENTRY, "policy": policy, "policy_kwargs": model.policy_kwargs}
+
+
+def test_a_run_that_continues_an_agent_saves_its_arguments(tmp_path: Path) -> None:
+    buffer = "sb3_clipvf.rollout.TensorRolloutBuffer"
+    own = {"kl_coef": 1.0, "adaptive_kl_target": 0.01, "clip_range": None, "stats_window_size": 7, "gamma": 0.9}
+    first = _manager(tmp_path, {**ENTRY, **own, "ent_coef": 0.01, "rollout_buffer_class": buffer})
+    _model(first).save(tmp_path / "agent.zip")
+    manager = _manager(
+        tmp_path, {**ENTRY, "gamma": 0.8, "ent_coef": 0.0, "n_epochs": 10}, trained_agent=f"{tmp_path}/agent.zip"
+    )
+    assert _model(manager).kl_coef == 1.0
+    saved = read_settings(Path(manager.params_path, "config.yml"))
+    changed = {"gamma": 0.8, "ent_coef": 0.0, "n_epochs": 10, "rollout_buffer_class": buffer}
+    assert saved == {**ENTRY, **own, **changed}
+
+
+def test_a_run_that_continues_an_agent_of_sb3_saves_settings_that_can_be_read(tmp_path: Path) -> None:
+    """SB3 stores its clip range as a function."""
+    model = _model(_manager(tmp_path, {**ENTRY, "clip_range": 0.1, "n_epochs": 2}, algo="ppo"))
+    model.save(tmp_path / "agent.zip")
+    manager = _manager(tmp_path, ENTRY, trained_agent=f"{tmp_path}/agent.zip")
+    with pytest.warns(UserWarning, match="not saved by ClipPPO"):
+        _model(manager)
+    saved = read_settings(Path(manager.params_path, "config.yml"))
+    assert saved == {**ENTRY, "n_epochs": 2, "engine": "autograd", "vf_clip": "prediction", "vf_clip_units": "absolute"}
 
 
 def test_a_buffer_class_can_be_named(tmp_path: Path) -> None:
@@ -277,7 +303,11 @@ def test_a_number_that_yaml_reads_as_text_is_refused(tmp_path: Path) -> None:
         ("normalize", "{clip_obs: 1e1}", "`normalize.clip_obs` must be a number, got the text '1e1' in .* !!float 1e1"),
         ("normalize", "{clip_reward: inf}", "`normalize.clip_reward` must be a number, got the text 'inf'"),
         ("policy_kwargs", "{optimizer_kwargs: {eps: 1e-5}}", "`policy_kwargs.optimizer_kwargs.eps` must be a number"),
-        ("policy_kwargs", "{net_arch: [8, 6e1]}", r"`policy_kwargs.net_arch\[1\]` must be a number, got the text '6e1'"),
+        (
+            "policy_kwargs",
+            "{net_arch: [8, 6e1]}",
+            r"`policy_kwargs.net_arch\[1\]` must be a number, got the text '6e1'",
+        ),
         ("env_kwargs", "{g: 1.0e1}", "`env_kwargs.g` must be a number, got the text '1.0e1'"),
         (
             "env_wrapper",

@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.checkpoint.model_statistics import load_statistics
 from sb3_clipvf.zoo import main
+from sb3_clipvf.zoo.checked_files import read_settings
 from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
 from sb3_clipvf.zoo.runs import find_run, make_env
 
@@ -98,6 +99,28 @@ def test_a_model_continues_with_its_own_statistics(name: str, steps: int, run: P
 def test_settings_of_a_models_statistics_are_its_own(run: Path) -> None:
     training, _ = _continued(run / "best_model.zip", {**SETTINGS, "normalize": True})
     assert training.clip_obs == 5.0
+    assert _saved_normalize() == {"clip_obs": 5.0}
+
+
+def _saved_normalize() -> Any:
+    return read_settings("more/clipppo/CartPole-v1_1/CartPole-v1/config.yml")["normalize"]
+
+
+def test_settings_of_rewards_replace_those_of_a_models_statistics(run: Path) -> None:
+    given = {"normalize": "dict(norm_reward=False, clip_reward=3.0)", "gamma": 0.9}
+    training, evaluation = _continued(run / "CartPole-v1.zip", {**SETTINGS, **given})
+    assert (training.norm_reward, training.clip_reward, training.gamma, training.clip_obs) == (False, 3.0, 0.9, 5.0)
+    assert (training.training, evaluation.training, evaluation.norm_reward) == (True, False, False)
+    assert _saved_normalize() == {"norm_reward": False, "clip_reward": 3.0, "gamma": 0.9, "clip_obs": 5.0}
+
+
+@pytest.mark.parametrize(("name", "value", "known"), [("clip_obs", 3.0, 5.0), ("norm_obs", False, True)])
+def test_settings_of_observations_must_be_those_of_a_models_statistics(
+    run: Path, name: str, value: Any, known: Any
+) -> None:
+    with pytest.raises(ValueError, match=rf"`normalize` must keep {name}={known} .*, got {value}. Pass `-params norm"):
+        _continued(run / "CartPole-v1.zip", {**SETTINGS, "normalize": {name: value}})
+    assert not list(Path("more").glob("*/*"))
 
 
 @pytest.mark.parametrize(

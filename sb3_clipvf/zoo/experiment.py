@@ -1,5 +1,6 @@
 """How the RL Zoo builds and trains a ClipPPO: its experiment manager, adapted to ClipPPO's settings and files."""
 
+import inspect
 import logging
 import os
 import shutil
@@ -36,7 +37,7 @@ from sb3_clipvf.zoo.entries import add_episode_ends, drop_null
 from sb3_clipvf.zoo.model_choice import find_statistics, load_normalizer
 from sb3_clipvf.zoo.resume import ResumedRun
 from sb3_clipvf.zoo.run_folders import CHECKPOINTS, resume_command
-from sb3_clipvf.zoo.settings import check_hyperparams, check_saved, check_schedules, readable_config
+from sb3_clipvf.zoo.settings import check_hyperparams, check_saved, check_schedules, constructor_keys, readable_config
 from sb3_clipvf.zoo.terminal import timed_tables
 from sb3_clipvf.zoo.training_log import logged_to
 from sb3_clipvf.zoo.tuning import CheckedSearch
@@ -51,6 +52,7 @@ from sb3_clipvf.zoo.vec_env import (
 
 _FASTER = {DummyVecEnv: FastDummyVecEnv, SubprocVecEnv: FastSubprocVecEnv}
 _PREPROCESSED_BY_ZOO = ("learning_rate", "clip_range", "clip_range_vf")
+_OF_OBSERVATIONS = ("clip_obs", "epsilon", "norm_obs", "norm_obs_keys")  # arguments of VecNormalize
 
 
 def new_manager(cls: type[ExperimentManager], *args: Any, **kwargs: Any) -> ExperimentManager:
@@ -94,7 +96,7 @@ class ClipPPOExperimentManager(CheckedSearch):
         self._wrappers: Any = None
         self._has_folder = False  # whether this manager has created the folder of a new run
         self._statistics: Path | None = None  # file with the statistics of the model given to `--trained-agent`
-        self._own_networks: dict[str, Any] = {}  # settings of that model, where they differ from the file's
+        self._of_agent: dict[str, Any] = {}  # settings of that model, where they differ from the file's
         if self.vec_env is not None:
             args.vec_env = self.vec_env  # for args.yml of the run
         if (n_processes := current_group().size) > 1:
@@ -269,7 +271,9 @@ class ClipPPOExperimentManager(CheckedSearch):
             settings = dict(hyperparams)
             agent = super()._load_pretrained_agent(hyperparams, env)
             if self.algo == ALGORITHM:
-                self._own_networks = _other_networks(agent, settings)
+                self._of_agent = {**_other_networks(agent, settings), **_other_arguments(agent, settings)}
+                if (normalizer := agent.get_vec_normalize_env()) is not None and self._statistics is not None:
+                    self._of_agent |= _other_normalization(normalizer, self.normalize_kwargs)
             return agent
         run = self.resumed
         model = ClipPPO.resume(run.checkpoint, env, device=self.device, verbose=self.verbose)
@@ -284,7 +288,7 @@ class ClipPPOExperimentManager(CheckedSearch):
     def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
         # A resumed run keeps its settings and its command.
         if self.resumed is None:
-            saved_hyperparams.update(self._own_networks)
+            saved_hyperparams.update(self._of_agent)
             super()._save_config(saved_hyperparams)
 
     def _preprocess_hyperparams(
@@ -311,14 +315,16 @@ class ClipPPOExperimentManager(CheckedSearch):
             return super()._maybe_normalize(env, eval_env)
         if not self.normalize:
             return env
-        path = self._statistics
-        normalizer = load_normalizer(path, env) if path else VecNormalize(env, **self.normalize_kwargs)
+        if self._statistics is None:
+            normalizer = VecNormalize(env, **self.normalize_kwargs)
+        else:
+            normalizer = load_normalizer(self._statistics, env)
+            if not normalizer.training:
+                # Statistics on the hub are those of an evaluation, which does not normalise rewards either.
+                normalizer.training = normalizer.norm_reward = True
+            _change_normalization(normalizer, self.normalize_kwargs, self._statistics)
         if eval_env:
             normalizer.training = normalizer.norm_reward = False
-        elif not normalizer.training:
-            # Statistics on the hub are those of an evaluation, which does not normalise rewards either.
-            normalizer.training = self.normalize_kwargs.get("training", True)
-            normalizer.norm_reward = self.normalize_kwargs.get("norm_reward", True)
         if type(normalizer) is not VecNormalize:
             return normalizer
         from sb3_clipvf.envs import FastVecNormalize  # imports numba
@@ -342,6 +348,42 @@ def _other_networks(agent: BaseAlgorithm, settings: dict[str, Any]) -> dict[str,
             check_saved("policy_kwargs", agent.policy_kwargs, "the agent")
             found["policy_kwargs"] = agent.policy_kwargs
     return found
+
+
+def _other_arguments(agent: BaseAlgorithm, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of an agent that the settings do not contain, where they differ from the defaults."""
+    found: dict[str, Any] = {}
+    for name in constructor_keys() - {"policy", "policy_kwargs"} - settings.keys():
+        value = getattr(agent, "_stats_window_size" if name == "stats_window_size" else name)
+        if isinstance(value, type):
+            value = f"{value.__module__}.{value.__qualname__}"
+        if callable(value) or value in (inspect.signature(ClipPPO).parameters[name].default, {}):
+            continue  # files of a run hold no functions
+        with suppress(ValueError):
+            check_saved(name, value, "the agent")
+            found[name] = value
+    return found
+
+
+def _other_normalization(normalizer: VecNormalize, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the setting ``normalize`` of environments, if it differs from the arguments in the settings."""
+    given = {name: one.default for name, one in inspect.signature(VecNormalize).parameters.items()} | settings
+    used = {name: getattr(normalizer, name) for name in (*_OF_OBSERVATIONS, "clip_reward", "norm_reward")}
+    other = {name: value for name, value in used.items() if value != given[name]}
+    return {"normalize": {**settings, **other}} if other else {}
+
+
+def _change_normalization(normalizer: VecNormalize, settings: dict[str, Any], path: Path) -> None:
+    """Set the arguments in the settings; those of observations must be those in the agent's file."""
+    for name, value in settings.items():
+        known = getattr(normalizer, name)
+        if name in _OF_OBSERVATIONS and value != known:
+            normalizer.close()
+            raise ValueError(
+                f"`normalize` must keep {name}={known!r} of {path}, with which the agent was trained, got {value!r}. "
+                "Pass `-params normalize:True` to keep all arguments of the file, or train a new agent."
+            )
+        setattr(normalizer, name, value)
 
 
 def _original_error(error: BaseException, model: BaseAlgorithm) -> BaseException:
