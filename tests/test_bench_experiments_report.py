@@ -641,6 +641,36 @@ def test_score_of_the_paper_of_incomplete_settings_is_marked(tmp_path: Path) -> 
     assert "best run of all settings so far at 1." in "".join(lines)
 
 
+@pytest.mark.parametrize(
+    "options, columns, rows",
+    [
+        ("", "| setting | runs | score | expected |", ["| `best` | 9 of 9 | 1.00 [", "| `other` | 9 of 9 | 0.33 ["]),
+        # In units of the best run of all settings, of which `missing` may have a better one.
+        ("--settings other", "| setting | runs | score | expected |", ["| `other` | 9 of 9 | 0.33 ["]),
+        # What the source reports is a mean over all environments.
+        ("--settings other --envs Hopper-v5", "| setting | runs | score |", ["| `other` | 3 of 3 | -0.50 ["]),
+    ],
+)
+def test_score_of_the_paper_in_the_report_of_a_part_is_that_of_the_suite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str, columns: str, rows: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tests.bench.experiments.report.write_figures", lambda *of: [])
+    names = {"best": 0.1, "other": 0.2, "missing": 0.3}
+    settings: dict[str, Any] = {name: {"clip_range": of, "expected": "score 0.8"} for name, of in names.items()}
+    suite = suite_of(tmp_path, n_seeds=3, settings=settings, best_result_score=True)
+    # `other` has 0.75, 0.75 and -0.5 of the best runs.
+    other = {"CartPole-v1": 1.5, "Pendulum-v1": 1.5, "Hopper-v5": -1.0}
+    filled(tmp_path, suite, lambda env, name, seed: {"best": 2.0, "other": other[env]}.get(name))
+    assert main(["small.yml", "--report", "--out", ".", *options.split()]) == 0
+    lines = lines_of(Path("small-part.md" if options else "small.md").read_text())
+    start = lines.index(columns)
+    assert [line.startswith(row) for row, line in zip(rows, lines[start + 2 :], strict=False)] == [True] * len(rows)
+    text = "".join(lines)
+    assert "best run of all settings so far at 1." in text and "Environments without scores" not in text
+    assert ("*Expected*" in text) == ("expected" in columns)
+
+
 def test_environment_in_which_no_run_beats_random_actions_has_no_scores(tmp_path: Path) -> None:
     suite = suite_of(tmp_path, n_seeds=3, best_result_score=True)
     table = filled(tmp_path, suite, lambda env, name, seed: -0.5 if env == "Hopper-v5" else 1.0)
@@ -830,6 +860,24 @@ def test_rows_of_other_settings_are_refused(tmp_path: Path) -> None:
     changed = suite_of(tmp_path, evaluation_episodes=3)
     with pytest.raises(ValueError, match="the suite's settings, but CartPole-v1, constant, seed 1000 was made with"):
         scores_of(changed, table)
+
+
+@pytest.mark.parametrize("has_best_result", [False, True])
+def test_rows_of_other_settings_are_refused_in_a_part_that_needs_all_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], has_best_result: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tests.bench.experiments.report.write_figures", lambda *of: [])
+    filled(tmp_path, suite_of(tmp_path))
+    settings: dict[str, Any] = {"constant": {"clip_range": 0.3}, "annealed": {"clip_range": "lin_0.2"}}
+    suite_of(tmp_path, settings=settings, best_result_score=has_best_result)
+    command = ["small.yml", "--report", "--out", ".", "--settings", "annealed"]
+    if not has_best_result:
+        assert main(command) == 0
+        return
+    with pytest.raises(SystemExit, match="2"):
+        main(command)
+    assert "the suite's settings, but CartPole-v1, constant, seed 1000 was made with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

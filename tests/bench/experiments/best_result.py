@@ -18,8 +18,9 @@ def best_result_scores(runs: SuiteRuns) -> dict[str, list[np.ndarray]]:
     """
     Return the scores of each setting: for each environment, those of its runs, ``(n_seeds,)``.
 
-    A score is 0 for the mean return of random actions, and 1 for the best run of all settings in the environment. If no
-    run is better than random actions, there are no scores. Returns are those of the last 100 training episodes.
+    A score is 0 for the mean return of random actions, and 1 for the best run of all settings of the whole suite in the
+    environment. If no run is better than random actions, there are no scores. Returns are those of the last 100
+    training episodes.
 
     Source: Schulman et al. 2017, arXiv 1707.06347, section 6.1, where "the best result was set to 1". Here, a result is
     that of a run.
@@ -28,14 +29,14 @@ def best_result_scores(runs: SuiteRuns) -> dict[str, list[np.ndarray]]:
     for environment in runs.suite.environments:
         returns, random = _returns(runs, environment)
         best = max(map(max, filter(None, returns.values())), default=random)
-        for setting, values in returns.items():
-            scores = [(value - random) / (best - random) for value in values if best > random]
+        for setting in runs.suite.settings_of(environment):
+            scores = [(value - random) / (best - random) for value in returns[setting] if best > random]
             found[setting].append(np.array(scores, dtype=np.float64))
     return found
 
 
 def unbeaten(runs: SuiteRuns) -> list[str]:
-    """Return the environments without scores, since no run is better than random actions."""
+    """Return the environments without scores, since no run of the whole suite is better than random actions."""
     found = [(environment.env_id, *_returns(runs, environment)) for environment in runs.suite.environments]
     return [
         env_id
@@ -45,11 +46,11 @@ def unbeaten(runs: SuiteRuns) -> list[str]:
 
 
 def _returns(runs: SuiteRuns, environment: Environment) -> tuple[dict[str, list[float]], float]:
-    """Return the returns of an environment's runs by setting, and the mean return of random actions."""
-    env_id = environment.env_id
+    """Return the whole suite's returns in an environment by setting, and the mean return of random actions."""
+    env_id, whole = environment.env_id, runs.whole
     returns = {
-        setting: [float(run.row[_MEASURE]) for run in runs.of(env_id, setting) if run.scores() is not None]
-        for setting in runs.suite.settings_of(environment)
+        setting: [float(run.row[_MEASURE]) for run in whole.of(env_id, setting) if run.scores() is not None]
+        for setting in whole.suite.settings_of(environment)
     }
     return returns, random_returns(runs, [env_id])[env_id].mean if any(returns.values()) else 0.0
 

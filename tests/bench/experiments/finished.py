@@ -42,15 +42,17 @@ class FinishedRun:
 
 class SuiteRuns:
     """
-    The runs of a suite.
+    The runs of a suite, or of a part of it.
 
-    :param suite: the suite
-    :param table: its table
+    :param suite: the suite, or the part
+    :param table: table of the suite
+    :param whole: suite whose runs the attribute ``whole`` has; None: ``suite``
     :raises ValueError: if the runs do not belong together, a file is damaged, or no run is finished
     """
 
-    def __init__(self, suite: Suite, table: SuiteTable) -> None:
+    def __init__(self, suite: Suite, table: SuiteTable, whole: Suite | None = None) -> None:
         self.suite, self.path = suite, table.path
+        self.whole = self if whole is None or whole == suite else SuiteRuns(whole, table)
         runs = suite.runs(Path())
         table.check_alike(runs)
         self.n_runs = len(runs)

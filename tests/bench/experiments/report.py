@@ -92,10 +92,13 @@ def _best_results(runs: SuiteRuns) -> Iterator[str]:
     if not suite.best_result_score:
         return
     yield "## Scores"
-    part = "" if runs.n_finished == runs.n_runs else " so far"
+    part = "" if runs.whole.n_finished == runs.whole.n_runs else " so far"
+    # What the source reports is a mean over all environments.
+    is_expected = len(suite.environments) == len(runs.whole.suite.environments)
     yield (
         "Mean over environments and seeds [95 % interval] of the return of the last 100 episodes, with random actions "
-        f"at 0 and the environment's best run of all settings{part} at 1. *Expected* is what the source reports."
+        f"at 0 and the environment's best run of all settings{part} at 1."
+        f"{' *Expected* is what the source reports.' if is_expected else ''}"
     )
     if names := unbeaten(runs):
         yield f"Environments without scores, since no run{part} is better than random actions: {', '.join(names)}."
@@ -109,8 +112,10 @@ def _best_results(runs: SuiteRuns) -> Iterator[str]:
             cell = f"not complete, so far {number_text(float(np.concatenate(scores).mean()), 'z.2f')}"
         n_lost = sum(runs.n_lost(environment.env_id, setting) for environment in suite.environments)
         count = f"{n_runs} of {n_planned}" + (f", {n_lost} lost" if n_lost else "")
-        lines.append([f"`{setting}`", count, cell, suite.settings[setting].expected.removeprefix("score ")])
-    yield markdown_table(["setting", "runs", "score", "expected"], "lrrr", lines)
+        expected = [suite.settings[setting].expected.removeprefix("score ")] if is_expected else []
+        lines.append([f"`{setting}`", count, cell, *expected])
+    header = ["setting", "runs", "score", *(["expected"] if is_expected else [])]
+    yield markdown_table(header, "l" + "r" * (len(header) - 1), lines)
 
 
 def _unlearned(scores: SuiteScores) -> Iterator[str]:
