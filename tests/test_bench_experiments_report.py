@@ -543,6 +543,55 @@ def test_failed_runs_are_named_and_leave_no_verdict(tmp_path: Path) -> None:
     assert "Failed runs" not in render(scores_of(suite, table)) and not table.failed_path.exists()
 
 
+ALL_OF_CARTPOLE = {("CartPole-v1", name, seed) for name in ("constant", "annealed") for seed in (1000, 1001, 1002)}
+
+
+@pytest.mark.parametrize(
+    "lost, group",
+    [
+        ({("CartPole-v1", "annealed", 1002)}, "| all (2) | `annealed` | 3, 1 lost | +0."),
+        ({("CartPole-v1", "constant", 1002)}, "| all (2) | `annealed` | 3, 1 lost | +0."),
+        (ALL_OF_CARTPOLE, "| all (2) | `annealed` | 3, 6 lost | +0."),
+        # The sentence is about all environments, the group about others than the lost run's.
+        ({("Hopper-v5", "annealed", 1002)}, "| classic_control (2) | `annealed` | 3 | **+0."),
+    ],
+)
+def test_environment_that_lost_runs_leaves_its_groups_without_a_verdict(
+    tmp_path: Path, lost: set[tuple[str, str, int]], group: str
+) -> None:
+    suite = suite_of(tmp_path, n_seeds=3)
+
+    def learned(env_id: str, setting: str, seed: int) -> float | None:
+        better = 0.5 if setting == "annealed" else 0.0
+        return None if (env_id, setting, seed) in lost else 1.0 + better + (seed - 1001) / 20
+
+    table = filled(tmp_path, suite, learned)
+    for setting, spec in suite.runs(Path()):
+        if (spec.env_id, setting, spec.seed) in lost:
+            table.add_failure(setting, spec, "ValueError: diverged")
+    lines = lines_of(render(scores_of(suite, table)))
+    assert any(line.startswith(group) for line in lines), lines
+    (sentence,) = [line for line in lines if line.startswith("- `annealed` in ")]
+    start = (
+        f"- `annealed` in 2 environments, seeds 3, {len(lost)} lost: whole training undecided, since runs are lost ("
+    )
+    assert sentence.startswith(start)
+    assert any("**" in line for line in lines if line.startswith("| ")) == ("**" in group)
+
+
+def test_lost_run_in_an_environment_without_the_setting_leaves_the_verdict(tmp_path: Path) -> None:
+    environments: dict[str, Any] = {env_id: {"steps": 4000, "seeds": 4} for env_id in ENVIRONMENTS}
+    environments["CartPole-v1"]["only"] = ["constant"]
+    suite = suite_of(tmp_path, environments=environments)
+    failed = ("CartPole-v1", "constant", 1003)
+    table = filled(tmp_path, suite, lambda *run: None if run == failed else shift(*run))
+    (place,) = [(name, spec) for name, spec in suite.runs(Path()) if (spec.env_id, name, spec.seed) == failed]
+    table.add_failure(*place, "broken")
+    lines = lines_of(render(scores_of(suite, table)))
+    assert any(line.startswith("- `annealed` in 2 environments, seeds 4: whole training worse (") for line in lines)
+    assert any(line.startswith("| all (2) | `annealed` | 4 | **-0.50 [") for line in lines)
+
+
 def test_settings_are_compared_with_their_own_baselines(tmp_path: Path) -> None:
     settings: dict[str, Any] = {
         "constant": {},

@@ -12,6 +12,9 @@ from tests.bench.experiments.finished import MEASURES, SuiteRuns
 from tests.bench.experiments.random_policy import RandomReturns, random_returns
 from tests.bench.experiments.suite import Environment, Suite
 
+ALL = "all"
+"""Name of the group of all environments."""
+
 _STANDARD_ERRORS = 2.0
 """Standard errors of the mean of random returns that a baseline's mean must be above it."""
 
@@ -82,8 +85,20 @@ class SuiteScores:
         return ""
 
     def n_lost(self, row: Scores, *settings: str) -> int:
-        """Return the number of runs of settings in an environment or a group that failed or have no score."""
-        return sum(self.runs.n_lost(env_id, setting) for env_id in row.env_ids for setting in settings)
+        """
+        Return the number of runs of settings in an environment or a group that failed or have no score.
+
+        A group counts those of all environments of its family in which the settings are planned, since lost runs may
+        leave an environment too few seeds for the group.
+        """
+        env_ids: Sequence[str] = row.env_ids
+        if len(row.env_ids) > 1:
+            env_ids = [
+                one.env_id
+                for one in self.suite.environments
+                if row.name in (ALL, family(one.env_id)) and set(settings) <= {*self.suite.settings_of(one)}
+            ]
+        return sum(self.runs.n_lost(env_id, setting) for env_id in env_ids for setting in settings)
 
     def seeds(self, row: Scores, *settings: str) -> str:
         """Return how many seeds all of these settings have, of how many, and how many of their runs are lost."""
@@ -106,7 +121,7 @@ class SuiteScores:
                 for name, members in self._members(measure, setting).items():
                     settings = found.setdefault((name, members), {}).setdefault(measure, [self.suite.baseline])
                     settings.append(setting)
-        names = ["all", *(family(one.name) for one in self.normalised)]
+        names = [ALL, *(family(one.name) for one in self.normalised)]
         groups = sorted(found.items(), key=lambda item: names.index(item[0][0]))
         return [_gathered(name, members, by_measure) for (name, members), by_measure in groups]
 
@@ -120,7 +135,7 @@ class SuiteScores:
                 enough.append(one)
         names = dict.fromkeys(family(one.name) for one in enough)
         members = {name: tuple(one for one in enough if family(one.name) == name) for name in names}
-        members = {"all": tuple(enough), **members} if len(members) > 1 else members
+        members = {ALL: tuple(enough), **members} if len(members) > 1 else members
         return {name: group for name, group in members.items() if len(group) > 1}
 
     def _raw(self, environment: Environment) -> Scores | None:
