@@ -350,6 +350,60 @@ def test_environment_in_which_the_baseline_did_not_learn_has_no_normalised_score
     assert "| Hopper-v5 | `annealed` | 4 | 1.9\u00a0[1.9,\u00a01.9] |" in text  # its returns
 
 
+ARGUMENTS = {"env_kwargs": {"reset_noise_scale": 0.01}}
+WRAPPER = {"env_wrapper": ["gymnasium.wrappers.TimeAwareObservation"]}
+
+
+@pytest.mark.parametrize(
+    "of_hopper, of_settings, normalised",
+    [
+        (ARGUMENTS, {}, ["CartPole-v1", "Pendulum-v1"]),
+        (WRAPPER, {}, ["CartPole-v1", "Pendulum-v1"]),
+        ({}, {"constant": WRAPPER}, []),
+        # The scale is the baseline's.
+        ({}, {"annealed": WRAPPER}, list(ENVIRONMENTS)),
+        (ARGUMENTS, {"constant": {"env_kwargs": {}}}, list(ENVIRONMENTS)),
+    ],
+)
+def test_no_normalised_scores_where_the_baseline_changes_the_environment_of_random_actions(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    of_hopper: dict[str, Any],
+    of_settings: dict[str, Any],
+    normalised: list[str],
+) -> None:
+    monkeypatch.setattr(random_policy, "_measured", None)
+    environments: dict[str, Any] = {env_id: {"steps": 4000, "seeds": 4} for env_id in ENVIRONMENTS}
+    environments["Hopper-v5"]["settings"] = of_hopper
+    settings = {name: of_settings.get(name, {}) for name in ("constant", "annealed")}
+    suite = suite_of(tmp_path, settings=settings, environments=environments)
+    scores = scores_of(suite, filled(tmp_path, suite))
+    assert [one.name for one in scores.normalised] == list(scores.random) == normalised
+    text = render(scores)
+    changed = [env_id for env_id in ENVIRONMENTS if env_id not in normalised]
+    sentence = (
+        "Environments without normalised scores, since `constant` has `env_kwargs` or wrappers there, and random "
+        f"actions are measured without them: {', '.join(changed)}."
+    )
+    assert (sentence in text) == bool(changed)
+    assert "has not learned" not in text
+    for env_id in ENVIRONMENTS:
+        assert f"| {env_id} | `annealed` | 4 | " in text  # its returns
+        assert (f"| {env_id} | random actions |" in text) == (env_id in normalised)
+
+
+@pytest.mark.parametrize("change", [ARGUMENTS, WRAPPER])
+def test_score_of_the_paper_is_refused_where_a_setting_changes_the_environment(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    settings: dict[str, Any] = {"constant": {}, "changed": change}
+    environments = {"Hopper-v5": {"steps": 4000, "seeds": 3}}
+    suite_of(tmp_path, settings=settings, environments=environments).check_settings()
+    suite = suite_of(tmp_path, settings=settings, environments=environments, best_result_score=True)
+    with pytest.raises(ValueError, match=r"`best_result_score` must be false .* got .*\(Hopper-v5, changed\)"):
+        suite.check_settings()
+
+
 def test_baseline_may_have_learned_by_one_score_alone(tmp_path: Path) -> None:
     suite = suite_of(tmp_path)
     table = filled(tmp_path, suite)

@@ -34,7 +34,7 @@ class RandomReturns:
 
 def random_returns(runs: SuiteRuns, env_ids: Iterable[str]) -> dict[str, RandomReturns]:
     """
-    Return each environment's random returns. Measure and store missing ones.
+    Return the random returns of environments as Gymnasium registers them. Measure and store missing ones.
 
     Those of a version of Gymnasium that is neither that of the runs nor the installed one are measured again.
 

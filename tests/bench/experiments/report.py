@@ -124,7 +124,7 @@ def _unlearned(scores: SuiteScores) -> Iterator[str]:
     unlearned: dict[str, str] = {}  # names of the environments -> names of the measures
     for measure, name in MEASURES.items():
         normalised = {one.name for one in scores.normalised if one.by_setting[measure]}
-        if missing := [one.name for one in scores.environments if one.name not in normalised]:
+        if missing := [one.name for one in scores.environments if one.name not in {*normalised, *scores.changed}]:
             place = ", ".join(missing)
             unlearned[place] = f"{unlearned[place]}, {name}" if place in unlearned else name
     if unlearned:
@@ -133,6 +133,11 @@ def _unlearned(scores: SuiteScores) -> Iterator[str]:
         yield (
             f"Environments without normalised scores, since `{scores.suite.baseline}` has no run there or has not "
             f"learned: {'; '.join(parts)}."
+        )
+    if scores.changed:
+        yield (
+            f"Environments without normalised scores, since `{scores.suite.baseline}` has `env_kwargs` or wrappers "
+            f"there, and random actions are measured without them: {', '.join(scores.changed)}."
         )
 
 

@@ -61,7 +61,12 @@ class SuiteScores:
         self.environments = [scores for one in suite.environments if (scores := self._raw(one)) is not None]
         self._n_planned = {one.env_id: len(one.seeds) for one in suite.environments}
         baselines = [one.name for one in self.environments if suite.baseline in one.settings()]
-        self.random = random_returns(runs, baselines)
+        self.changed = [
+            one.env_id
+            for one in suite.environments
+            if one.env_id in baselines and suite.environment_changes(one, suite.baseline)
+        ]
+        self.random = random_returns(runs, [name for name in baselines if name not in self.changed])
         self.normalised = [scores for one in self.environments if (scores := self._normalised(one)) is not None]
 
     def others_in(self, row: Scores) -> list[str]:
@@ -154,7 +159,7 @@ class SuiteScores:
 
     def _normalised(self, scores: Scores) -> Scores | None:
         """Return the scores with 0 for random actions and 1 for the baseline's mean, by measures where it learned."""
-        if self.suite.baseline not in scores.settings():
+        if scores.name not in self.random:
             return None
         normalised: dict[str, dict[str, np.ndarray]] = {}
         for measure, by_setting in scores.by_setting.items():

@@ -16,6 +16,9 @@ import yaml
 from tests.bench.experiments.runs import RunSpec
 
 ALGORITHM = "clipppo"
+_ENVIRONMENT_KEYS = ("env_kwargs", "env_wrapper", "vec_env_wrapper")
+"""Settings that change the environment. ``normalize`` and ``frame_stack`` do not change the returns of actions."""
+
 QUICK_ENVIRONMENTS, QUICK_SETTINGS, QUICK_STEPS, QUICK_EPISODES = 2, 4, 4096, 2
 """The part of a suite that ``--quick`` runs: its first environments, the first settings of each, and one seed."""
 
@@ -103,6 +106,11 @@ class Suite:
         """Return the names of the settings that are made in an environment."""
         return [setting for setting in self.settings if not environment.only or setting in environment.only]
 
+    def environment_changes(self, environment: Environment, setting: str) -> list[str]:
+        """Return the keys by which a setting changes an environment, so that it is not as Gymnasium registers it."""
+        hyperparams = self._hyperparams(environment, setting)
+        return [key for key in _ENVIRONMENT_KEYS if hyperparams.get(key)]
+
     def families(self) -> list[Suite]:
         """Return a suite for each baseline, of this setting and those that are compared with it."""
         baselines = {name: setting.baseline or self.baseline for name, setting in self.settings.items()}
@@ -178,6 +186,11 @@ class Suite:
             check_known(f"environments of {self.name}", [env_id], gym.registry)
             for setting in self.settings_of(environment):
                 source = f"the suite {self.name} ({env_id}, {setting})"
+                if self.best_result_score and (changes := self.environment_changes(environment, setting)):
+                    raise ValueError(
+                        f"`best_result_score` must be false if settings change an environment, got {changes[0]} in "
+                        f"{source}. Remove one of them, since random actions are measured without it."
+                    )
                 hyperparams, algo = self._hyperparams(environment, setting), self.settings[setting].algo
                 if algo == ALGORITHM:
                     check_hyperparams(hyperparams, (), source)
