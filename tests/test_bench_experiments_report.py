@@ -594,7 +594,9 @@ def test_failed_runs_are_named_and_leave_no_verdict(tmp_path: Path) -> None:
     assert "not shown, since runs are lost |" in text
     # It is made again, with success.
     table.add(*place, record_of(500.0), 1)
-    assert "Failed runs" not in render(scores_of(suite, table)) and not table.failed_path.exists()
+    text = render(scores_of(suite, table))
+    assert "Failed runs" not in text and not table.failed_path.exists()
+    assert ", one run at a time, one thread each; " in text and ", 2 parallel runs, one thread each; " in text
 
 
 ALL_OF_CARTPOLE = {("CartPole-v1", name, seed) for name in ("constant", "annealed") for seed in (1000, 1001, 1002)}

@@ -227,7 +227,7 @@ def _with(rows: _Rows, row: dict[str, str]) -> _Rows:
 def made_on(row: Mapping[str, str]) -> dict[str, Any]:
     """Return processor, cores, versions and parallel runs of a row, as of :func:`tests.bench.results.machine`."""
     versions = {name.removesuffix("_version"): value for name, value in _versions(row).items() if value}
-    return {"cpu": row["cpu"], "cores": row["cores"], "jobs": row["jobs"], "versions": versions}
+    return {"cpu": row["cpu"], "cores": row["cores"], "jobs": int(row["jobs"]), "versions": versions}
 
 
 def _where_made(found: Mapping[str, Any]) -> dict[str, str]:
