@@ -30,6 +30,7 @@ from sb3_clipvf.checkpoint.resume import finish_resume, reset_environments
 from sb3_clipvf.checkpoint.training_state import process_state
 from sb3_clipvf.checkpoint.vec_env_state import describe_vec_env
 from sb3_clipvf.common.messages import log
+from sb3_clipvf.common.tensors import map_tree
 from sb3_clipvf.common.validation import MAX_SEED
 from sb3_clipvf.distributed import ALONE, Group, Moments, check_backend, current_group, merged_moments, warn_about_child
 from sb3_clipvf.engines.device_buffer import explained_variance_of
@@ -215,7 +216,7 @@ class DataParallelCollector(TensorRolloutCollector):
     def _share_parameters(self, group: Group, checksums: list[int]) -> None:
         """Copy weights, moments and options of the optimizer from the first process if a process has different ones."""
         if len(set(checksums)) > 1:
-            parameters = group.broadcast(_on_cpu(self.get_parameters()))
+            parameters = group.broadcast(map_tree(_on_cpu, self.get_parameters()))
             if group.rank:
                 self.set_parameters(parameters, exact_match=True)
 
@@ -286,7 +287,7 @@ class DataParallelCollector(TensorRolloutCollector):
         checkpoint = None if self._resumed is None else (self._training_id, self.num_timesteps)
         first = group.broadcast(
             {
-                "parameters": _on_cpu(self.get_parameters()),
+                "parameters": map_tree(_on_cpu, self.get_parameters()),
                 "attributes": {name: getattr(self, name) for name in _COMMON},
                 "moments": _values_of(running),
                 "checkpoint": checkpoint,
@@ -404,13 +405,8 @@ def _values_of(running: list[RunningMeanStd]) -> list[tuple[Any, Any, float]]:
     return [(rms.mean, rms.var, rms.count) for rms in running]
 
 
-def _on_cpu(tree: Any) -> Any:
-    """Return a tree of dicts, lists and tuples with its tensors on the CPU."""
-    if isinstance(tree, th.Tensor):
-        return tree.cpu()
-    if isinstance(tree, dict):
-        return {key: _on_cpu(value) for key, value in tree.items()}
-    return type(tree)(_on_cpu(value) for value in tree) if type(tree) in (list, tuple) else tree
+def _on_cpu(value: Any) -> Any:
+    return value.cpu() if isinstance(value, th.Tensor) else value
 
 
 def _checksum(tree: Any, start: int = 0) -> int:

@@ -389,3 +389,17 @@ def test_another_folder_for_tensorboard_is_used(tmp_path: Path) -> None:
     model = ClipPPO.resume(tmp_path / "checkpoints", env, device="cpu", tensorboard_log=other)
     model.learn(64, reset_num_timesteps=False)
     assert [path.parent for path in (tmp_path / "other").rglob("events*")] == [tmp_path / "other" / "ClipPPO_0"]
+
+
+def test_numpy_numbers_in_the_optimizer_are_saved_as_plain_numbers(tmp_path: Path) -> None:
+    kwargs = {"weight_decay": np.float64(0.01), "betas": (np.float64(0.5), 0.999)}
+    sizes: dict[str, Any] = {"n_steps": 8, "batch_size": 8, "n_epochs": 1, "device": "cpu", "engine": "autograd"}
+    model = ClipPPO("MlpPolicy", "CartPole-v1", policy_kwargs={"net_arch": [4], "optimizer_kwargs": kwargs}, **sizes)
+    model.policy.optimizer.param_groups[0]["eps"] = np.float32(0.5)
+    model.learn(16, callback=TrainingCheckpoint(8, tmp_path / "checkpoints"))
+    model.save(tmp_path / "model")
+    resumed = ClipPPO.resume(tmp_path / "checkpoints", gym.make("CartPole-v1"), device="cpu")
+    for copy in (resumed, ClipPPO.load(tmp_path / "model", device="cpu")):
+        group = copy.policy.optimizer.param_groups[0]
+        assert (group["weight_decay"], group["betas"], group["eps"]) == (0.01, (0.5, 0.999), 0.5)
+        assert {type(value) for value in (group["weight_decay"], *group["betas"], group["eps"])} == {float}

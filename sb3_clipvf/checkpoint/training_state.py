@@ -1,6 +1,5 @@
 """The whole training state between two rollouts: everything that changes the next update."""
 
-import copy
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,6 +13,7 @@ from sb3_clipvf.checkpoint.callback_state import callback_states
 from sb3_clipvf.checkpoint.protocol import ResumableModel
 from sb3_clipvf.checkpoint.random_state import global_states, space_states
 from sb3_clipvf.checkpoint.vec_env_state import vec_env_state
+from sb3_clipvf.common.tensors import map_tree, without_numpy
 from sb3_clipvf.files.codec import frozen
 from sb3_clipvf.files.model import frozen_attributes
 
@@ -55,8 +55,8 @@ def training_state(
         differences += [reason for reason in reasons if reason not in differences]
     return TrainingState(
         attributes=frozen_attributes(model._saved_attributes()),
-        parameters=_cloned(model.get_parameters()),
-        variables=_cloned(model._saved_variables()),
+        parameters=map_tree(_cloned, model.get_parameters()),
+        variables=map_tree(_cloned, model._saved_variables()),
         tree=tree,
         differences=(*differences, *_rounding(model)),
         training=model._training_id or "",
@@ -106,14 +106,7 @@ def _rounding(model: ResumableModel) -> list[str]:
 def _cloned(value: Any) -> Any:
     if isinstance(value, th.Tensor):
         return value.detach().to("cpu", copy=True)  # `load` moves it to its device
-    if isinstance(value, dict):
-        cloned = copy.copy(value)  # keeps the attribute in which a state dict has its version
-        for key, item in value.items():
-            cloned[key] = _cloned(item)
-        return cloned
-    if type(value) in (list, tuple):
-        return type(value)(_cloned(item) for item in value)
-    return value
+    return without_numpy(value)
 
 
 def _logger_state(model: ResumableModel) -> dict[str, Any]:

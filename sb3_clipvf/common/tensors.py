@@ -1,5 +1,7 @@
-"""Torch's counterparts of NumPy's arrays and dtypes."""
+"""Torch's counterparts of NumPy's arrays and dtypes, and trees of tensors."""
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -29,3 +31,18 @@ def to_tensor(observations: Any, device: th.device) -> Any:
 def torch_dtype(dtype: Any) -> th.dtype:
     """Return torch's counterpart of a NumPy dtype."""
     return th.from_numpy(np.empty(0, dtype)).dtype
+
+
+def map_tree(leaf: Callable[[Any], Any], tree: Any) -> Any:
+    """Return a copy of a tree of dicts, lists and tuples, such as state dicts, with ``leaf`` applied to its values."""
+    if isinstance(tree, dict):
+        copied = copy.copy(tree)  # keeps the attribute in which a state dict has its version
+        for key, value in tree.items():
+            copied[key] = map_tree(leaf, value)
+        return copied
+    return type(tree)(map_tree(leaf, value) for value in tree) if type(tree) in (list, tuple) else leaf(tree)
+
+
+def without_numpy(value: Any) -> Any:
+    """Return a NumPy scalar as a Python one, since torch does not load files of weights that hold NumPy's."""
+    return value.item() if isinstance(value, np.generic) else value

@@ -21,6 +21,7 @@ import torch as th
 from stable_baselines3.common.save_util import data_to_json, open_path, save_to_zip_file
 from torch.overrides import TorchFunctionMode
 
+from sb3_clipvf.common.tensors import map_tree, without_numpy
 from sb3_clipvf.files.archive import ModelPath, check_inner_zip, check_json, entries_of, read_bytes, reason_of
 from sb3_clipvf.files.atomic import atomic_write
 from sb3_clipvf.files.codec import ENCODED, NOTE, decoded, encoded
@@ -81,7 +82,7 @@ def write_model(
     The zip replaces an older one only when it is complete; an open file is written to directly.
     """
     stream = io.BytesIO()
-    save_to_zip_file(stream, encoded(attributes), dict(parameters), dict(variables))
+    save_to_zip_file(stream, encoded(attributes), *(map_tree(without_numpy, dict(d)) for d in (parameters, variables)))
     if isinstance(path, str | os.PathLike):
         with atomic_write(_target(pathlib.Path(path))) as file:
             file.write(stream.getbuffer())
