@@ -17,12 +17,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.policies import (
-    ActorCriticCnnPolicy,
-    ActorCriticPolicy,
-    BasePolicy,
-    MultiInputActorCriticPolicy,
-)
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.save_util import recursive_getattr
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TensorDict
 from stable_baselines3.common.utils import get_device, update_learning_rate
@@ -55,11 +50,7 @@ from sb3_clipvf.files.trust import TrustPickle, trust_of
 from sb3_clipvf.guards.diagnosis import update_error
 from sb3_clipvf.guards.env_checks import check_environments
 from sb3_clipvf.guards.failures import failures_explained
-from sb3_clipvf.policies import (
-    SquashedActorCriticCnnPolicy,
-    SquashedActorCriticPolicy,
-    SquashedMultiInputActorCriticPolicy,
-)
+from sb3_clipvf.policies import POLICY_ALIASES
 from sb3_clipvf.rollout import TensorRolloutBuffer, check_complete, has_dist_params, needs_complete_rollout
 from sb3_clipvf.schedules import (
     COEFFICIENTS,
@@ -141,14 +132,7 @@ class ClipPPO(DataParallelCollector):
         gradient clipping (all from OpenAI baselines), bounds on beta.
     """
 
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
-        "MlpPolicy": ActorCriticPolicy,
-        "CnnPolicy": ActorCriticCnnPolicy,
-        "MultiInputPolicy": MultiInputActorCriticPolicy,
-        "SquashedMlpPolicy": SquashedActorCriticPolicy,
-        "SquashedCnnPolicy": SquashedActorCriticCnnPolicy,
-        "SquashedMultiInputPolicy": SquashedMultiInputActorCriticPolicy,
-    }
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = POLICY_ALIASES
     # Set to True on the class to silence the warning for all models.
     _warned_of_early_end = False
     # State of a checkpoint, until `learn` restores it.

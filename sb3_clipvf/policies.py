@@ -14,7 +14,12 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import Distribution, sum_independent_dims
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import (
+    ActorCriticCnnPolicy,
+    ActorCriticPolicy,
+    BasePolicy,
+    MultiInputActorCriticPolicy,
+)
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
 from torch import nn
@@ -275,6 +280,17 @@ class SquashedMultiInputActorCriticPolicy(SquashedActorCriticPolicy):
 
     default_features_extractor = CombinedExtractor
     sb3_policy = "MultiInputPolicy"
+
+
+POLICY_ALIASES: dict[str, type[BasePolicy]] = {
+    "MlpPolicy": ActorCriticPolicy,
+    "CnnPolicy": ActorCriticCnnPolicy,
+    "MultiInputPolicy": MultiInputActorCriticPolicy,
+    "SquashedMlpPolicy": SquashedActorCriticPolicy,
+    "SquashedCnnPolicy": SquashedActorCriticCnnPolicy,
+    "SquashedMultiInputPolicy": SquashedMultiInputActorCriticPolicy,
+}
+"""Names of policies that may be passed instead of their classes."""
 
 
 def _log_jacobian(gaussian_actions: th.Tensor) -> th.Tensor:
