@@ -21,8 +21,9 @@ from sb3_clipvf.common import validation
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.distributed import current_group
 from sb3_clipvf.engines.selection import check_engine_name
-from sb3_clipvf.rollout import TensorRolloutBuffer
+from sb3_clipvf.rollout import TensorRolloutBuffer, is_known_class
 from sb3_clipvf.schedules import (
+    CONTROLLERS,
     AdaptiveKL,
     KLAdaptiveLR,
     Schedule,
@@ -94,6 +95,21 @@ def check_changes(values: Mapping[str, Any]) -> dict[str, Any]:
     _check_choices(values)
     _check_controllers({**values, **checked})
     return checked
+
+
+def discounts(values: Mapping[str, Any], buffer: Any, agreed: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Return ``gamma`` and ``gae_lambda`` for the model and its buffer: the values that were replaced on one of them.
+
+    A buffer of the user's own class may define them differently, and keeps them: the result is empty.
+
+    :param values: Attributes of the model, which prevail if both were replaced.
+    :param buffer: Rollout buffer.
+    :param agreed: Values that both had before.
+    """
+    if not is_known_class(type(buffer)):
+        return {}
+    return {name: getattr(buffer, name) if values[name] == old else values[name] for name, old in agreed.items()}
 
 
 def _buffer_class(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -345,7 +361,7 @@ def values_to_load(
     initial = {**custom_objects, **values}
     if "learning_rate" not in values and custom_objects.get("learning_rate") == 0:
         del initial["learning_rate"]  # the Zoo passes 0 to evaluate
-    for name, controller in (("kl_coef", "adaptive_kl"), ("learning_rate", "adaptive_lr")):
+    for name, controller in CONTROLLERS.items():
         if name in initial and initial[name] != file.get(name):
             values.setdefault(controller, None)
     if file.get("sde_sample_freq") == 0 and "sde_sample_freq" not in initial:

@@ -28,6 +28,7 @@ from sb3_clipvf.arguments import (
     check_arguments,
     check_changes,
     check_what_sb3_reads,
+    discounts,
     named_at_load,
     values_to_load,
     warn_about_early_end,
@@ -54,13 +55,13 @@ from sb3_clipvf.policies import POLICY_ALIASES
 from sb3_clipvf.rollout import TensorRolloutBuffer, check_complete, has_dist_params, needs_complete_rollout
 from sb3_clipvf.schedules import (
     COEFFICIENTS,
+    CONTROLLERS,
     AdaptiveKL,
     KLAdaptiveLR,
     Schedule,
     clamp_progress,
     is_zero,
     make_controller,
-    make_schedule,
     schedule_of,
 )
 
@@ -234,6 +235,7 @@ class ClipPPO(DataParallelCollector):
         self._training_id: str | None = None
         # Built from the arguments when needed and not saved.
         self._schedules: dict[str, tuple[Any, Schedule]] = {}
+        self._controlled: dict[str, Any] = {}  # arguments that the controllers have started from
         self._engine: Engine | None = None
         self._engine_choice = ("", "", "")  # `engine`, the name of the engine in use, and why it was chosen
         self._loads_sb3 = False  # whether the attributes come from a file of SB3
@@ -252,7 +254,7 @@ class ClipPPO(DataParallelCollector):
         validation.check_observations(self.policy_class, self.policy_kwargs, self.observation_space)
         show_messages(self.verbose)
         # Invalid schedules raise an error before anything is built or drawn.
-        self._schedules = {}
+        self._schedules, self._controlled = {}, {}
         for name in COEFFICIENTS:
             self._schedule(name)
         self._setup_lr_schedule()
@@ -281,9 +283,25 @@ class ClipPPO(DataParallelCollector):
         kl_coef = cast(Schedule, self._schedule("kl_coef"))
         self.adaptive_kl = make_controller(AdaptiveKL, self.adaptive_kl, self.adaptive_kl_target, kl_coef)
         self.adaptive_lr = make_controller(KLAdaptiveLR, self.adaptive_lr, self.lr_kl_target, self.lr_schedule)
+        self._controlled = {name: getattr(self, name) for name in CONTROLLERS}
+
+    def _restarted(self) -> dict[str, None]:
+        """Return None for each controller, by attribute, whose initial value was replaced: it is created again."""
+        return {CONTROLLERS[name]: None for name, value in self._controlled.items() if getattr(self, name) != value}
+
+    @property
+    def lr_schedule(self) -> Schedule:
+        """Function of progress that ``learning_rate`` describes; assigning a function replaces ``learning_rate``."""
+        return cast(Schedule, self._schedule("learning_rate"))
+
+    @lr_schedule.setter
+    def lr_schedule(self, schedule: Schedule) -> None:
+        self.learning_rate = schedule
 
     def _setup_lr_schedule(self) -> None:
-        self.lr_schedule = make_schedule(self.learning_rate, "learning_rate")
+        self._schedule("learning_rate")
+        if self._controlled:  # a user calls it, as in SB3, to apply `learning_rate`: an adapted rate starts again
+            self._controlled["learning_rate"] = None
 
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
@@ -387,6 +405,7 @@ class ClipPPO(DataParallelCollector):
 
     def _current_engine(self) -> Engine:
         """Return the engine for the policy and the arguments as they are now; callbacks may have replaced them."""
+        vars(self).update(self._restarted())
         vars(self).update(check_changes(vars(self)))
         self._setup_controllers()
         settings = self._update_settings()
@@ -508,20 +527,13 @@ class ClipPPO(DataParallelCollector):
             warn_about_n_envs(vars(self), self._n_envs_before)
         self._n_envs_before = None
         with failures_explained(callback, lambda: (self.env, self.num_timesteps, self._total_timesteps)):
-            return super().learn(
-                total_timesteps=total,
-                callback=callback,
-                log_interval=log_interval,
-                tb_log_name=tb_log_name,
-                reset_num_timesteps=reset_num_timesteps,
-                progress_bar=progress_bar,
-            )
+            return super().learn(total, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def _warn_about_early_end(self, n_envs: int, start: int, end: int, *, on_command_line: bool = False) -> None:
         """Warn once if schedules run mostly at their final values from one step of ``n_envs`` to another."""
         if self._schedule_timesteps is not None or self._warned_of_early_end:
             return
-        schedules = {"learning_rate": self.lr_schedule, **{name: self._schedule(name) for name in COEFFICIENTS}}
+        schedules = {name: self._schedule(name) for name in ("learning_rate", *COEFFICIENTS)}
         self._warned_of_early_end = warn_about_early_end(
             {name: schedule for name, schedule in schedules.items() if schedule is not None},
             rollout=self.n_steps * n_envs,
@@ -562,14 +574,15 @@ class ClipPPO(DataParallelCollector):
         names, variables = self._get_torch_save_params()
         omitted = {*self._excluded_save_params(), *exclude}.difference(include)
         omitted.update(name.split(".")[0] for name in names + variables)
-        return {name: value for name, value in vars(self).items() if name not in omitted}
+        attributes = {**vars(self), **self._restarted(), **discounts(vars(self), self.rollout_buffer, self._discounts)}
+        return {name: value for name, value in attributes.items() if name not in omitted}
 
     def _saved_variables(self) -> dict[str, Any]:
         """Return the tensors to save besides state dicts, by name."""
         return {name: recursive_getattr(self, name) for name in self._get_torch_save_params()[1]}
 
     def _excluded_save_params(self) -> list[str]:
-        built = ("lr_schedule", "_schedules", "_engine_choice")
+        built = ("_schedules", "_controlled", "_engine_choice")
         of_this_process = ("_device_is_auto", "_loads_sb3", "_warned_of_early_end", "_n_envs_before", "_resumed")
         return [*super()._excluded_save_params(), *built, *of_this_process]
 
@@ -628,7 +641,8 @@ class ClipPPO(DataParallelCollector):
                 _device_is_auto=device == "auto",
                 **kwargs,
             )
-        vars(model).pop(NOTE, None)
+        for name in (NOTE, "lr_schedule"):
+            vars(model).pop(name, None)
         model._n_envs_before = (file.data or {}).get("n_envs")
         model._training_id = None  # only `resume` continues the file's training
         return model

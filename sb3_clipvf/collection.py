@@ -18,6 +18,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_clipvf.arguments import discounts
 from sb3_clipvf.common.messages import log, show_messages
 from sb3_clipvf.common.nonfinite import NonFiniteError, is_finite, observations_are_finite
 from sb3_clipvf.common.tensors import to_tensor
@@ -65,6 +66,7 @@ class RolloutCollector(OnPolicyAlgorithm):
     _may_lose_episodes = True
     _warned_of_missing_kl = False
     _n_envs_elsewhere = 0  # environments in other processes of the run
+    _discounts: dict[str, float]  # `gamma` and `gae_lambda` when model and buffer last had the same
 
     @abstractmethod
     def _current_engine(self) -> Engine:
@@ -97,6 +99,7 @@ class RolloutCollector(OnPolicyAlgorithm):
         check_step = StepCheck(space_of_rows(rollout_buffer, self._stored_space()), env.num_envs)
         check_step.observations(self._last_obs)
         engine = self._begin_rollout(env, callback, rollout_buffer, n_rollout_steps)
+        gamma = self.gamma  # the buffer's, until the next rollout
         stores_arrays = not has_own_add(rollout_buffer)
         has_callback, shows_actions = not is_noop(callback), may_read_actions(callback)
         # Creating tensors takes longer than the policy's forward pass.
@@ -126,7 +129,7 @@ class RolloutCollector(OnPolicyAlgorithm):
 
             self._update_info_buffer(infos, dones)
             n_steps += 1
-            bootstrapped = bootstrap_truncated(engine, rewards, dones, infos, self.gamma)
+            bootstrapped = bootstrap_truncated(engine, rewards, dones, infos, gamma)
             if not is_finite(bootstrapped):
                 raise self._reward_error(bootstrapped, n_steps - 1, {**locals(), **(writer.row() if writer else {})})
             if writer is None:
@@ -171,6 +174,9 @@ class RolloutCollector(OnPolicyAlgorithm):
         if self.use_sde:
             self.policy.reset_noise(env.num_envs)
         engine = self._current_engine()  # after the callback, which may have changed the policy
+        agreed = discounts(vars(self), rollout_buffer, self._discounts)
+        for values in (self._discounts, vars(self), vars(rollout_buffer)):
+            values.update(agreed)
         if engine is not known:  # the mode was set above without it
             engine.set_training_mode(False)
         engine.begin_rollout(rollout_buffer)
@@ -281,13 +287,8 @@ class RolloutCollector(OnPolicyAlgorithm):
         return super()._init_callback(callback, progress_bar)
 
     def _excluded_save_params(self) -> list[str]:
-        return [
-            *super()._excluded_save_params(),
-            "_checkpoint_folder",
-            "_engine",
-            "_may_lose_episodes",
-            "_warned_of_missing_kl",
-        ]
+        of_this_run = ("_checkpoint_folder", "_discounts", "_engine", "_may_lose_episodes", "_warned_of_missing_kl")
+        return [*super()._excluded_save_params(), *of_this_run]
 
     def _update_info_buffer(self, infos: list[dict[str, Any]], dones: np.ndarray | None = None) -> None:
         # SB3 reads each environment's info twice per step; only the ends of episodes hold what it looks for.
@@ -345,14 +346,14 @@ class RolloutCollector(OnPolicyAlgorithm):
             kwargs.setdefault("dist_param_dim", width or 0)
         stores_dist = issubclass(buffer_class, TensorRolloutBuffer) and kwargs["dist_param_dim"] == width
         self._check_kl_is_known(buffer_class, width, stores_dist)
+        self._discounts = {"gamma": self.gamma, "gae_lambda": self.gae_lambda}
         rollout_buffer = buffer_class(
             self.n_steps,
             self._stored_space(),
             self.action_space,
             device=self.device,
-            gamma=self.gamma,
-            gae_lambda=self.gae_lambda,
             n_envs=self.n_envs,
+            **self._discounts,
             **kwargs,
         )
         if checks_memory and isinstance(rollout_buffer, TensorRolloutBuffer) and self.env is not None:

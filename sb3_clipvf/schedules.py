@@ -23,6 +23,8 @@ Schedule = Callable[[float], float]
 SCHEDULE_STRINGS = "`lin_x`, `cos_x`, `exp_x` or `const_x` with a number x, for example `lin_0.2`"
 COEFFICIENTS = ("clip_range", "clip_range_vf", "ent_coef", "vf_coef", "kl_coef")
 """Arguments of the loss that take a schedule."""
+CONTROLLERS = {"kl_coef": "adaptive_kl", "learning_rate": "adaptive_lr"}
+"""Attributes of the controllers that adapt an argument, by the argument, which holds their initial value."""
 
 # Positive, or None, which switches them off. The others are at least 0, and 0 switches them off.
 _POSITIVE = ("clip_range", "clip_range_vf")

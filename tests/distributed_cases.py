@@ -309,12 +309,13 @@ def changed_training(rank: int) -> Any:
 
         def _on_rollout_end(self) -> None:
             self.model.ent_coef, self.model.n_epochs, self.model.learning_rate = 0.5, 3, 1e-4
-            self.model.clip_range_vf = 0.2
+            self.model.clip_range_vf, self.model.gamma = 0.2, 0.5
             self.model._setup_lr_schedule()
 
     model = make_model()
     model.learn(256, callback=Change())
-    return parameters_of(model), model._n_updates, model.policy.optimizer.param_groups[0]["lr"]
+    rate = model.policy.optimizer.param_groups[0]["lr"]
+    return parameters_of(model), model._n_updates, rate, model.rollout_buffer.gamma
 
 
 def parameters_changed_by_a_callback(rank: int, event: str, what: str, engine: str) -> Any:

@@ -20,6 +20,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_clipvf import SB3_EQUIVALENT, ClipPPO, TensorRolloutBuffer
@@ -350,9 +351,76 @@ class TestChangesDuringTraining:
         # 2 epochs, then 5
         assert model._n_updates == 7
 
-    def test_learning_rate_schedule(self) -> None:
-        logs = learn(make(), 2 * N_STEPS, callback=At(2, lambda m: setattr(m, "lr_schedule", lambda p: 0.5)))
-        assert column(logs, "train/learning_rate") == [3e-4, 0.5]
+    @pytest.mark.parametrize(
+        ("name", "value", "trust"),
+        [
+            ("learning_rate", 0.5, False),
+            ("learning_rate", "const_0.5", False),
+            ("lr_schedule", FloatSchedule(0.5), False),
+            ("lr_schedule", lambda p: np.float64(0.5), True),
+        ],
+    )
+    def test_the_learning_rate_that_runs_is_saved(self, name: str, value: Any, trust: bool, tmp_path: Path) -> None:
+        model = make(engine="autograd")
+        logs = learn(model, 2 * N_STEPS, callback=At(2, lambda model: setattr(model, name, value)))
+        model.save(tmp_path / "model")
+        loaded = ClipPPO.load(tmp_path / "model", env=walk(), device="cpu", trust_pickle=trust)
+        logs += learn(loaded, N_STEPS, reset_num_timesteps=False)
+        assert column(logs, "train/learning_rate") == [3e-4, 0.5, 0.5]
+
+    @pytest.mark.parametrize(
+        ("name", "value", "as_in_sb3", "rate", "beta"),
+        [
+            ("learning_rate", 2e-3, False, 2e-3, 0.5),
+            ("learning_rate", 1e-3, False, 1.5e-3, 0.5),  # the same number
+            ("learning_rate", 1e-3, True, 1e-3, 0.5),
+            ("learning_rate", 2e-3, True, 2e-3, 0.5),
+            ("kl_coef", 3.0, False, 1.5e-3, 3.0),
+        ],
+    )
+    def test_a_controller_starts_again_from_another_initial_value(
+        self, name: str, value: float, as_in_sb3: bool, rate: float, beta: float, tmp_path: Path
+    ) -> None:
+        # Targets far above the KL of an update, which halves beta and raises the rate by half
+        model = make(kl_coef=1.0, adaptive_kl_target=9.0, lr_kl_target=9.0, learning_rate=1e-3, engine="autograd")
+        model.learn(N_STEPS)
+        setattr(model, name, value)
+        if as_in_sb3:
+            model._setup_lr_schedule()
+            assert model.lr_schedule(1.0) == value
+        model.save(tmp_path / "model")
+        for each in (model, ClipPPO.load(tmp_path / "model", env=walk(), device="cpu")):
+            logs = learn(each, 2 * N_STEPS, reset_num_timesteps=False)
+            assert column(logs, "train/learning_rate") == pytest.approx([rate, 1.5 * rate], rel=EXACT)
+            assert column(logs, "train/kl_coef") == [beta, beta / 2]
+
+    @pytest.mark.parametrize(("value", "rule"), [(0.5, r"in \[1e-05, 0.01\]"), (lambda p: 1e-3, "a number")])
+    def test_a_bad_initial_rate_of_a_controller_is_refused(self, value: Any, rule: str) -> None:
+        model = make(lr_kl_target=0.1, engine="autograd")
+        with pytest.raises(ValueError, match=f"`learning_rate` must be {rule} if `lr_kl_target` is set, got"):
+            model.learn(2 * N_STEPS, callback=At(1, lambda model: setattr(model, "lr_schedule", value)))
+
+    @pytest.mark.parametrize("name", ["gamma", "gae_lambda"])
+    @pytest.mark.parametrize("owner", ["model", "model.rollout_buffer"])
+    def test_discounts(self, name: str, owner: str, tmp_path: Path) -> None:
+        model = make(engine="autograd")
+        part: Any = model if owner == "model" else model.rollout_buffer
+        model.learn(N_STEPS, callback=At(1, lambda _: setattr(part, name, 0.5)))
+        model.save(tmp_path / "model")
+        assert getattr(ClipPPO.load(tmp_path / "model", device="cpu"), name) == 0.5
+        model.learn(N_STEPS, reset_num_timesteps=False)
+        assert getattr(model, name) == getattr(model.rollout_buffer, name) == 0.5
+        setattr(model, name, 0.25)
+        model.learn(N_STEPS, reset_num_timesteps=False)
+        assert getattr(model, name) == getattr(model.rollout_buffer, name) == 0.25
+
+    def test_a_buffer_of_the_user_keeps_its_discounts(self) -> None:
+        class Own(TensorRolloutBuffer):
+            pass
+
+        model = make(rollout_buffer_class=Own, engine="autograd")
+        model.learn(2 * N_STEPS, callback=At(1, lambda model: setattr(model, "gamma", 0.5)))
+        assert (model.gamma, model.rollout_buffer.gamma) == (0.5, 0.99)
 
 
 class TestValueRange:

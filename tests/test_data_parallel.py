@@ -205,7 +205,7 @@ class TestTraining:
 
     def test_arguments_changed_by_a_callback_hold_in_both(self, pair: Pair) -> None:
         first, second = pair.run("changed_training")
-        assert first == second and first[1:] == (6, 1e-4)
+        assert first == second and first[1:] == (6, 1e-4, 0.5)
 
     @pytest.mark.parametrize(
         ("event", "what", "engine"),

@@ -253,8 +253,8 @@ def test_attributes_are_excluded_and_included(tmp_path: Path) -> None:
     model = make(gamma=0.5)
     model.save(tmp_path / "without", exclude=["gamma"])
     assert "gamma" not in attributes_in(tmp_path / "without.zip")
-    model.save(tmp_path / "with", exclude=["gamma"], include=["gamma", "lr_schedule"])
-    assert {"gamma", "lr_schedule"} <= attributes_in(tmp_path / "with.zip").keys()
+    model.save(tmp_path / "with", exclude=["gamma"], include=["gamma", "_engine_choice"])
+    assert {"gamma", "_engine_choice"} <= attributes_in(tmp_path / "with.zip").keys()
     model.save(tmp_path / "never", include=["policy"])
     assert "policy" not in attributes_in(tmp_path / "never.zip")
 
