@@ -7,6 +7,7 @@ import math
 import os
 import re
 import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import takewhile
@@ -83,7 +84,7 @@ def check_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
     _check_classes({**values, **buffer})
     checked = {**buffer, "use_sde": validation.as_bool("use_sde", values["use_sde"]), **check_changes(values)}
     check_engine_name(values["engine"])
-    return checked
+    return {**checked, **_episodes(values, checked["_stats_window_size"])}
 
 
 def check_changes(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,6 +124,12 @@ def _buffer_class(values: Mapping[str, Any]) -> dict[str, Any]:
         # A file of SB3 names SB3's own buffer even if the user chose none. Ours draws the same minibatches.
         buffer_class = None
     return {"rollout_buffer_class": buffer_class, "rollout_buffer_kwargs": kwargs}
+
+
+def _episodes(values: Mapping[str, Any], window: int) -> dict[str, Any]:
+    """Return the statistics of a loaded model's latest episodes for a window that may differ from the file's."""
+    kept = {name: values[name] for name in ("ep_info_buffer", "ep_success_buffer")}
+    return {name: deque(episodes, maxlen=window) for name, episodes in kept.items() if isinstance(episodes, deque)}
 
 
 def _check_choices(values: Mapping[str, Any]) -> None:

@@ -688,7 +688,7 @@ class ClipPPO(DataParallelCollector):
         :param path: Checkpoint, or the folder of checkpoints, whose newest complete one is read.
         :param env: Environments, built as for the interrupted run. They are reset, then their state is restored.
         :param device: PyTorch device, or "auto", as for the constructor.
-        :param kwargs: Further arguments of :meth:`load`, such as arguments of the constructor to change.
+        :param kwargs: Further arguments of :meth:`load`, such as arguments of the constructor to change; not ``seed``.
         :return: The model.
         :raises FileNotFoundError: If there is no checkpoint.
         :raises ValueError: If all checkpoints are damaged, the environments are built differently, or the file is a

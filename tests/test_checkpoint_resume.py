@@ -109,8 +109,12 @@ def test_drawing_between_resume_and_learn_changes_nothing(tmp_path: Path) -> Non
 def test_arguments_may_be_changed(tmp_path: Path) -> None:
     case = CASES["autograd"]
     checkpoint_cases.killed(case, tmp_path)
-    model = ClipPPO.resume(tmp_path / "checkpoints", case.make_env(tmp_path), device="cpu", n_epochs=3, ent_coef=0.1)
+    folder, env = tmp_path / "checkpoints", case.make_env(tmp_path)
+    with pytest.raises(TypeError, match="`seed` must not be passed to `resume`, got 0.* random states"):
+        ClipPPO.resume(folder, env, device="cpu", seed=0)
+    model = ClipPPO.resume(folder, env, device="cpu", n_epochs=3, ent_coef=0.1, stats_window_size=2)
     assert (model.n_epochs, model.ent_coef, model.num_timesteps) == (3, 0.1, 128)
+    assert model.ep_info_buffer.maxlen == 2
 
 
 # ------------------------------------------------------------------ callbacks

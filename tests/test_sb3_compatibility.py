@@ -10,6 +10,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecNormalize
 
@@ -135,7 +136,18 @@ def test_a_warning_names_the_arguments_that_another_algorithms_file_lacks(tmp_pa
     assert (model.clip_range, model.clip_range_vf) == (0.2, None)
 
 
-def test_load_refuses_a_misspelt_argument_and_takes_the_window(tmp_path: Any) -> None:
+@pytest.mark.parametrize(("window", "kept"), [(2, 2), (7, 4), (None, 4)])
+def test_the_window_of_episodes_may_change_at_load(window: int | None, kept: int, tmp_path: Any) -> None:
+    env = DummyVecEnv([lambda: Monitor(Counter())])
+    model = make(env, engine="autograd").learn(N_STEPS)
+    model.save(tmp_path / "model")
+    loaded = ClipPPO.load(tmp_path / "model", env, stats_window_size=window)
+    assert list(loaded.ep_info_buffer or ()) == list(model.ep_info_buffer or ())[-kept:]
+    loaded.learn(8 * N_STEPS, reset_num_timesteps=False)
+    assert len(loaded.ep_info_buffer or ()) == (window or 9 * N_STEPS // 3)
+
+
+def test_load_refuses_a_misspelt_argument(tmp_path: Any) -> None:
     make(DummyVecEnv([Counter])).save(tmp_path / "model")
     with pytest.raises(TypeError, match="`policy` must not be passed to `load`, got 'CnnPolicy'.*Pass `policy_class`"):
         ClipPPO.load(tmp_path / "model", policy="CnnPolicy")
@@ -145,7 +157,6 @@ def test_load_refuses_a_misspelt_argument_and_takes_the_window(tmp_path: Any) ->
         ClipPPO.load(tmp_path / "model", policy_class="MlpPolicy")
     with pytest.raises(TypeError, match=r"`clip_rnage` must be an argument of ClipPPO.*Did you mean 'clip_range'"):
         ClipPPO.load(tmp_path / "model", clip_rnage=1.0)
-    assert ClipPPO.load(tmp_path / "model", stats_window_size=7)._stats_window_size == 7
 
     class Own(ActorCriticPolicy):
         pass

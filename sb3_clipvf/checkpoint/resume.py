@@ -57,6 +57,11 @@ def resume(
     """Load a model from a checkpoint, or from a folder of them, with its environments; see ``ClipPPO.resume``."""
     if env is None:
         raise ValueError("`env` must be the environment to resume in, got None. Build it as for the training.")
+    if "seed" in kwargs:
+        raise TypeError(
+            f"`seed` must not be passed to `resume`, got {kwargs['seed']!r}. The checkpoint holds the random states. "
+            "To train with different ones, pass it to `load`."
+        )
     checkpoint = newest_checkpoint(path) if Path(path).is_dir() else read_checkpoint(path)
     manifest, trees = checkpoint.manifest, [checkpoint.tree, *checkpoint.tree.get("processes", [])]
     tree = _own_part(trees, current_group())
