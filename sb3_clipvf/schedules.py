@@ -148,8 +148,8 @@ def make_schedule(value: Any, name: str, *, positive: bool = False) -> Schedule:
     :param value: A number, a function of ``progress_remaining`` (1 -> 0), or a string ``lin_x``, ``cos_x``, ``exp_x``,
         ``const_x`` with x the value at the start. A function is not called here.
     :param name: Argument's name, for messages.
-    :param positive: Whether a number or a string must be above 0 at the start of training, instead of at least 0. A
-        function may always reach 0.
+    :param positive: Whether a number or a string must be above 0 at the start of training, instead of at least 0,
+        since None turns the coefficient off. A function may always reach 0.
     :return: Function of progress, which it clamps to [0, 1].
     :raises TypeError: If ``value`` is of a different type, or a function does not take one argument.
     :raises ValueError: If a string has a different form, or the value at the start is not finite or out of range.
@@ -168,7 +168,9 @@ def make_schedule(value: Any, name: str, *, positive: bool = False) -> Schedule:
     start = schedule(1.0)
     if not math.isfinite(start) or start < 0 or (positive and start == 0):
         rule = "positive and finite" if positive else "at least 0 and finite"
-        raise ValueError(f"`{name}` must be {rule}, got {value!r}. Its value at the start of training is {start}.")
+        way_out = " None turns it off." if positive else ""
+        text = f"`{name}` must be {rule}, got {value!r}. Its value at the start of training is {start}.{way_out}"
+        raise ValueError(text)
     return schedule
 
 
