@@ -1,5 +1,5 @@
 """
-Trainings that between them run every kernel: all action distributions under all forms of the objective.
+Trainings that between them run every kernel: all action distributions, and all forms of the objective.
 
 The forms take turns among the activations, and observations and rewards are normalised.
 
@@ -79,6 +79,18 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "value_max": {"clip_range": 0.05, "clip_range_vf": 0.01, "target_kl": 1e-3},
     "value_prediction": {"clip_range_vf": 0.01, "vf_clip": "prediction", "lr_kl_target": 1e-4},
 }
+# Kernels branch on the kind of distribution in the gradients of "both", which has all terms, in those without a KL
+# penalty, and in the KL after an update, which "adaptive_kl" and "value_prediction" measure. Each kind has all of them.
+PAIRS = [(actions, "both") for actions in ACTIONS] + [
+    ("discrete", "adaptive_kl"),
+    ("multi_discrete", "clip"),
+    ("multi_binary", "value_prediction"),
+    ("box", "value_prediction"),
+    ("wide_box", "value_max"),
+    ("gsde", "adaptive_kl"),
+    ("gsde_std_per_latent", "kl"),
+    ("gsde_expln", "neither"),
+]
 _ACTIVATIONS = (th.nn.Tanh, th.nn.ReLU, th.nn.ELU, th.nn.LeakyReLU, th.nn.SiLU)
 ACTIVATIONS = dict(zip(OBJECTIVES, itertools.cycle(_ACTIVATIONS), strict=False))
 ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -127,5 +139,5 @@ def digest(engine: str, actions: str, form: str) -> str:
 
 if __name__ == "__main__":
     th.set_num_threads(1)
-    cases = itertools.product(sys.argv[1:], ACTIONS, OBJECTIVES)
+    cases = [(engine, *pair) for engine in sys.argv[1:] for pair in PAIRS]
     sys.stdout.write(json.dumps({" ".join(case): digest(*case) for case in cases}))

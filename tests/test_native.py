@@ -462,17 +462,17 @@ def test_permutations_are_those_of_the_buffer_in_half_of_the_memory() -> None:
 
 class TestUpdate:
     @pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
-    @pytest.mark.parametrize("form", kernel_cases.OBJECTIVES)
-    @pytest.mark.parametrize("actions", kernel_cases.ACTIONS)
+    @pytest.mark.parametrize(("actions", "form"), kernel_cases.PAIRS)
     def test_every_number_of_threads_gives_the_same_bits(
         self, actions: str, form: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """One group of rows on two threads, which share no sum; several groups, which must be added in order."""
         whole, divided = set(), set()
-        for n_threads in (1, 2, 3):
+        all_numbers = (actions, form) == ("wide_box", "both")
+        for n_threads in (1, 2, 3) if all_numbers else (1, 2):
             kernel_cases.run_on(monkeypatch, n_threads)
             whole.add(kernel_cases.digest("native", actions, form))
-        for n_threads in (1, 2, 3, 8):
+        for n_threads in (1, 2, 3, 8) if all_numbers else (1, 3):
             kernel_cases.divide(monkeypatch, n_threads)
             divided.add(kernel_cases.digest("native", actions, form))
         assert len(whole) == len(divided) == 1
