@@ -245,18 +245,28 @@ def compare(
     if (engine_name, name) in NOT_RUN:
         pytest.skip(f"the {engine_name} engine refuses {name} policies")
     policy, buffer = make_case(name, **kwargs)
-    slow_policy, slow_buffer = make_case(name, **kwargs)
     engine = make_engine(engine_name, policy, settings, buffer)
     for _ in range(n_updates):
         np.random.seed(7)
         th.manual_seed(7)
         statistics = engine.update(buffer, coefficients)
-        np.random.seed(7)
-        th.manual_seed(7)
-        seen = slow_update(slow_policy, slow_buffer, settings, coefficients)
+    slow_policy, slow_buffer, seen = slow_updates(name, settings, coefficients, n_updates, **kwargs)
     assert_same_training(policy, slow_policy)
     assert_same_statistics(statistics, seen, slow_policy, slow_buffer, settings)
     return statistics, seen
+
+
+@functools.cache
+def slow_updates(
+    name: str, settings: UpdateSettings, coefficients: UpdateCoefficients, n_updates: int, **kwargs: Any
+) -> tuple[ActorCriticPolicy, TensorRolloutBuffer, dict[str, Any]]:
+    """Run updates by the slow program, once for all engines, and return what they leave."""
+    policy, buffer = make_case(name, **kwargs)
+    for _ in range(n_updates):
+        np.random.seed(7)
+        th.manual_seed(7)
+        seen = slow_update(policy, buffer, settings, coefficients)
+    return policy, buffer, seen
 
 
 def assert_same_training(policy: ActorCriticPolicy, slow_policy: ActorCriticPolicy) -> None:
@@ -325,7 +335,8 @@ class TestContract:
         coefficients = dataclasses.replace(COEFFICIENTS, **OBJECTIVES[objective], **changes)
         compare(engine_name, "box", settings_for("box", vf_clip=vf_clip), coefficients, n_updates=2)
 
-    @pytest.mark.parametrize("objective", OBJECTIVES)
+    # Surrogate losses see log-probabilities only, whatever the distribution. The KL's gradient depends on it.
+    @pytest.mark.parametrize("objective", ["clip", "kl"])
     @pytest.mark.parametrize("actions", [name for name in ACTIONS if name != "box"])
     def test_action_spaces(self, engine_name: str, actions: str, objective: str) -> None:
         coefficients = dataclasses.replace(COEFFICIENTS, **OBJECTIVES[objective])
