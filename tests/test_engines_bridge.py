@@ -119,10 +119,16 @@ def test_numbers_beyond_float32_become_infinite() -> None:
     )
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(
-    "name", ["observations", "actions", "values", "log_probs", "advantages", "returns", "dist_params"]
-)
+# Observations may stay as they are. `as_floats` casts the others. NumPy's own functions would leave a type, strides or
+# an alignment as it is.
+ROLLOUTS = [("observations", variant) for variant in VARIANTS] + [
+    (name, variant)
+    for name in ("actions", "values", "log_probs", "advantages", "returns", "dist_params")
+    for variant in ("float64", "strided", "misaligned")
+]
+
+
+@pytest.mark.parametrize(("name", "variant"), ROLLOUTS)
 @pytest.mark.parametrize("engine_class", [NativeEngine, FusedEngine])
 def test_an_update_casts_the_arrays_of_a_rollout(engine_class: type[Any], name: str, variant: str) -> None:
     def replace(buffer: TensorRolloutBuffer) -> None:
