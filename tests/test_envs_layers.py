@@ -272,15 +272,18 @@ OUTER: dict[str, Callable[[VecEnv], VecEnv]] = {
     "plain": lambda venv: venv,
     "monitor": VecMonitor,
     "normalize": lambda venv: VecNormalize(VecMonitor(venv)),
-    "stack": lambda venv: VecFrameStack(VecNormalize(venv), 2),
+    "stack": lambda venv: VecFrameStack(VecNormalize(VecMonitor(venv)), 2),
 }
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*render_mode:UserWarning", "ignore:.*already wrapped:UserWarning", "ignore:.*precision lowered:UserWarning"
 )
 
 
-@pytest.mark.parametrize("outer", OUTER)
-@pytest.mark.parametrize("inner", INNER)
+# All wrappers are in "stack". Which one is the outermost matters to the algorithm, whatever is inside.
+@pytest.mark.parametrize(
+    ("inner", "outer"),
+    [(inner, outer) for inner in INNER for outer in OUTER if outer in ("plain", "stack") or inner == "simulator"],
+)
 def test_they_train_as_in_sb3(inner: str, outer: str) -> None:
     theirs = PPO("MlpPolicy", OUTER[outer](INNER[inner]()), **ARGUMENTS).learn(64)
     ours = ClipPPO("MlpPolicy", OUTER[outer](INNER[inner]()), **ARGUMENTS, **SB3_EQUIVALENT).learn(64)

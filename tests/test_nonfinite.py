@@ -517,10 +517,11 @@ class TestMissingSensors:
     """Non-finite observations that user code treats: only the policy's outputs count, as in SB3."""
 
     @pytest.mark.parametrize("engine", ["autograd", "auto"])
-    @pytest.mark.parametrize("value", [np.nan, np.inf])
     @pytest.mark.parametrize("case", FILLED)
     @pytest.mark.parametrize("at", [5, 6, 8])  # within an episode, at its end, at the rollout's
-    def test_they_train_as_in_sb3(self, at: int, case: str, value: float, engine: str) -> None:
+    def test_they_train_as_in_sb3(self, at: int, case: str, engine: str) -> None:
+        # Each of the two with each place, case and engine
+        value = (np.nan, np.inf)[(at // 2 + [*FILLED].index(case) + (engine == "auto")) % 2]
         policy, what, policy_kwargs = FILLED[case]
         policy_kwargs = {"net_arch": [4], **policy_kwargs}
         world: dict[str, Any] = {"policy": policy, "policy_kwargs": policy_kwargs, "at": at, "value": value}
