@@ -1,16 +1,18 @@
 """What tests/test_data_parallel.py runs in each of several processes: functions of a process's number."""
 
+import importlib
 import logging
+import multiprocessing
 import os
 import pickle
 import signal
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import timedelta
 from io import StringIO
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Client, Connection
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,7 @@ from sb3_clipvf.distributed import ALONE, Group, current_group
 from sb3_clipvf.distributions import dist_param_dim, dist_params
 from sb3_clipvf.engines.epochs import MinibatchStatistics
 from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateSettings
+from sb3_clipvf.engines.kernels.warmup import warm_up
 from sb3_clipvf.engines.reduction import _Sums
 from sb3_clipvf.engines.selection import select_engine
 from sb3_clipvf.envs import as_vec_env
@@ -42,13 +45,39 @@ N_STEPS, N_EPOCHS = 8, 3
 OBS, BOX = spaces.Box(-2.0, 2.0, (3,), np.float32), spaces.Box(-1.0, 1.0, (2,), np.float32)
 
 
-def serve(rank: int, size: int, address: str | int, seconds: float, pipe: Connection) -> None:
+def fork_server(requests: Connection) -> None:
     """
-    Join a group with a timeout, and run the functions of this module whose names arrive, until None does.
+    Fork processes that run :func:`serve`, until the other end is closed: they need not import anything.
+
+    A request is the arguments of :func:`serve`, or the id of a process to end. The answer is the id.
+    """
+    importlib.import_module("torch._dynamo")  # otherwise the first optimizer of each process does
+    for group in ("native", "fused"):
+        warm_up(group)
+    processes: dict[int | None, Any] = {}
+    with suppress(EOFError):
+        while True:
+            request = requests.recv()
+            if isinstance(request, int):
+                processes[request].kill()
+                processes.pop(request).join()
+                requests.send(request)
+            else:
+                process = multiprocessing.get_context("fork").Process(target=serve, args=request, daemon=True)
+                process.start()
+                processes[process.pid] = process
+                requests.send(process.pid)
+
+
+def serve(rank: int, size: int, address: str | int, seconds: float, socket: str) -> None:
+    """
+    Join a group with a timeout, and run the functions of this module whose names arrive at a socket, until None does.
 
     ``address`` is the path of a file for a group of the user's own, or the port of a store for one as under torchrun.
     """
+    pipe = Client(socket)
     th.set_num_threads(1)
+    np.random.seed()  # otherwise the fork's numbers are its parent's
     if isinstance(address, int):
         names = {"MASTER_ADDR": "localhost", "MASTER_PORT": address, "RANK": rank, "WORLD_SIZE": size}
         names["TORCHELASTIC_USE_AGENT_STORE"] = True
@@ -449,6 +478,11 @@ def resumed_training(rank: int, path: str, readers: tuple[int, ...], normalizes:
         dist.barrier()
         resumed.learn(256, reset_num_timesteps=False, callback=TrainingCheckpoint(256, f"{path}/more"))
     return end_of(model), end_of(resumed), [message for message in messages if "not resumed exactly" in message]
+
+
+def checkpointed_training(rank: int, path: str) -> bytes:
+    """The weights of a training with checkpoints."""
+    return parameters_of(make_model().learn(640, callback=TrainingCheckpoint(every_timesteps=128, path=path)))
 
 
 def resumed_from_one(rank: int, path: str) -> Any:

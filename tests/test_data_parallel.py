@@ -1,5 +1,6 @@
 """Trainings on two processes of this machine: they compute what one process would, decide together and end together."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,22 @@ from sb3_clipvf.zoo.comparison.records import read_record
 SECONDS = 300  # a process starts in a few seconds on an idle machine
 
 
+@functools.cache
+def fork_servers() -> list[Connection]:
+    """
+    Connections to two processes that fork those of groups.
+
+    The first two processes of each group iterate over sets in different orders, as any two interpreters do.
+    """
+    context, connections = multiprocessing.get_context("spawn"), []
+    for _ in range(2):
+        ours, theirs = context.Pipe()
+        context.Process(target=cases.fork_server, args=(theirs,)).start()
+        theirs.close()
+        connections.append(ours)
+    return connections
+
+
 class Pair:
     """
     Two processes of one group, or more, which run functions of tests/distributed_cases.py.
@@ -40,17 +58,14 @@ class Pair:
     """
 
     def __init__(self, address: Path | int, seconds: float = 600.0, size: int = 2) -> None:
-        context = multiprocessing.get_context("spawn")
         self.pipes, self.processes = [], []
         address = address if isinstance(address, int) else str(address / "group")
-        for rank in range(size):
-            ours, theirs = context.Pipe()
-            arguments = (rank, size, address, seconds, theirs)
-            process = context.Process(target=cases.serve, args=arguments, daemon=True)
-            process.start()
-            theirs.close()
-            self.pipes.append(ours)
-            self.processes.append(process)
+        with Listener(family="AF_UNIX") as listener:
+            for rank in range(size):
+                server = fork_servers()[rank % 2]
+                server.send((rank, size, address, seconds, listener.address))
+                self.processes.append((server, server.recv()))
+                self.pipes.append(listener.accept())
         assert self.receive() == ["ready"] * size
 
     def receive(self) -> list[Any]:
@@ -76,16 +91,21 @@ class Pair:
 
     def close(self) -> None:
         """End all processes."""
-        for process in self.processes:
-            process.kill()
-            process.join(SECONDS)
+        for server, process in self.processes:
+            server.send(process)
+            server.recv()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _kernels() -> None:
-    """Compile kernels before processes have to answer in time."""
+def _kernels() -> Iterator[None]:
+    """Compile kernels before processes have to answer in time; end those that fork at the end."""
     for engine in ("fused", "native"):
         cases.whole_update(engine, (1,), 8, {})
+    yield
+    if fork_servers.cache_info().currsize:
+        for connection in fork_servers():
+            connection.close()
+        fork_servers.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +130,19 @@ def failing_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     started = Pair(tmp_path_factory.mktemp("pair"))
     yield started
     started.close()
+
+
+@pytest.fixture(scope="class")
+def hanging(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int | None, Pair]]:
+    """Groups in which process 0 hangs, process 1, or all but the first one (None): their timeouts run side by side."""
+    started = {
+        rank: Pair(tmp_path_factory.mktemp("pair"), seconds=8.0, size=3 if rank is None else 2) for rank in (0, 1, None)
+    }
+    for rank, pair in started.items():
+        pair.send(*(("gathering", None, 1000.0) if rank is None else ("failing_training", rank, "hang")))
+    yield started
+    for pair in started.values():
+        pair.close()
 
 
 UPDATES: dict[str, tuple[tuple[int, ...], int, dict[str, Any]]] = {
@@ -285,12 +318,6 @@ class TestTraining:
             ClipPPO.resume(tmp_path / "two", make_vec_env("CartPole-v1", n_envs=2), device="cpu")
         assert "the number of processes has changed from 2 to 1" in "".join(messages)
 
-    def test_resets_after_checkpoints_are_refused(self, tmp_path: Path) -> None:
-        started = Pair(tmp_path, seconds=8.0)
-        for error in started.run("training_with_resets", str(tmp_path / "checkpoints")):
-            assert "`reset_envs` must be False in a run on several processes, got True" in str(error)
-        started.close()
-
     def test_equal_rollouts_are_reported(self, pair: Pair) -> None:
         first, second = pair.run("copied_training")
         assert len(first) == len(second) == 1
@@ -350,12 +377,20 @@ class TestTraining:
             assert isinstance(error, ValueError) and f"must have the same {shown}, got {shown}: " in str(error)
 
 
+# Of the first 200 seeds of `random_training`: between them they draw each pair of two arguments' values, faults and
+# callbacks that the 200 draw, and nine tenths of the triples.
+SEEDS = """
+0 1 11 12 13 16 17 18 20 21 24 29 31 33 34 36 37 39 40 43 47 48 53 54 58 61 66 67 68 69 70 75 79 88 92 98 99 100 103 105
+108 111 116 117 119 123 124 131 134 137 141 145 153 155 156 162 167 174 176 177 178 186 189 199
+"""
+
+
 class TestRandomTrainings:
     """Whatever the processes decide, they end alike, and none waits for the other."""
 
     def test_processes_end_alike(self, own_pair: Pair, tmp_path: Path) -> None:
         ends: Counter[str] = Counter()
-        for seed in range(200):
+        for seed in map(int, SEEDS.split()):
             first, second = own_pair.run("random_training", str(tmp_path), seed)
             if isinstance(first, tuple):
                 assert first == second, f"seed {seed}"
@@ -371,7 +406,7 @@ class TestRandomTrainings:
             else:
                 assert kinds != {"LostProcessError"}, f"seed {seed}: {first}, {second}"
                 ends["one error in both"] += 1
-        assert len(ends) == 3 and min(ends.values()) > 10, ends
+        assert len(ends) == 3 and min(ends.values()) > 3, ends
 
 
 class TestErrors:
@@ -421,6 +456,10 @@ class TestErrors:
         assert end in first[1] and second[0] == "NonFiniteError"
         assert not [*(tmp_path / "checkpoints").glob("checkpoint_*")]
 
+    def test_resets_after_checkpoints_are_refused(self, failing_pair: Pair, tmp_path: Path) -> None:
+        for error in failing_pair.run("error_of", str(tmp_path), "training_with_resets"):
+            assert "`reset_envs` must be False in a run on several processes, got True" in error[1]
+
     def test_a_device_without_a_backend_is_refused(self, failing_pair: Pair, tmp_path: Path) -> None:
         for error in failing_pair.run("without_a_backend", str(tmp_path)):
             assert isinstance(error, ValueError)
@@ -447,15 +486,12 @@ class TestFaults:
         assert "since process 1 has ended or does not respond" in str(first)
 
     @pytest.mark.parametrize("bad_rank", [0, 1])
-    def test_a_process_that_hangs_ends_the_other(self, tmp_path: Path, bad_rank: int) -> None:
-        started = Pair(tmp_path, seconds=8.0)
-        started.send("failing_training", bad_rank, "hang")
-        pipe = started.pipes[1 - bad_rank]
+    def test_a_process_that_hangs_ends_the_other(self, hanging: dict[int | None, Pair], bad_rank: int) -> None:
+        pipe = hanging[bad_rank].pipes[1 - bad_rank]
         assert pipe.poll(SECONDS), "the process waits for the one that hangs"
         error = pipe.recv()
         assert isinstance(error, LostProcessError)
         assert f"since process {bad_rank} has ended or does not respond" in str(error)
-        started.close()
 
     def test_only_the_process_that_has_ended_is_named(self) -> None:
         """Process 1 is connected to the ended one by processes 0 and 2, which stop waiting."""
@@ -465,12 +501,10 @@ class TestFaults:
             assert "since process 3 has ended or does not respond" in str(error)
         started.close()
 
-    def test_processes_that_may_have_ended_are_all_named(self, tmp_path: Path) -> None:
-        started = Pair(tmp_path, seconds=8.0, size=3)
-        started.send("gathering", None, 1000.0)
-        assert started.pipes[0].poll(SECONDS), "the process waits for those that sleep"
-        assert "since at least one of the processes 1, 2 has ended or does" in str(started.pipes[0].recv())
-        started.close()
+    def test_processes_that_may_have_ended_are_all_named(self, hanging: dict[int | None, Pair]) -> None:
+        (pipe, *_) = hanging[None].pipes
+        assert pipe.poll(SECONDS), "the process waits for those that sleep"
+        assert "since at least one of the processes 1, 2 has ended or does" in str(pipe.recv())
 
 
 SCRIPT = """
@@ -572,24 +606,27 @@ class TestTorchrun:
         else:
             assert done.returncode != 0 and "ZeroDivisionError: a planted error" in done.stderr
 
-    def test_a_restart_continues_after_a_process_was_lost(self, tmp_path: Path) -> None:
+    def test_a_restart_continues_after_a_process_was_lost(self, pair: Pair, tmp_path: Path) -> None:
         """The killed, the hanging and the uninterrupted training end with the same weights."""
         script = tmp_path / "script.py"
         script.write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n{RESUMING_SCRIPT}")
-        ends = []
-        for bad_rank, how in ((-1, ""), (1, "exit"), (0, "hang")):
-            folder = tmp_path / f"run{bad_rank}"
+
+        def run(bad_rank: int, how: str) -> list[bytes]:
+            folder = tmp_path / how
             folder.mkdir()
             variables = {"SB3_CLIPVF_TIMEOUT": "20"} if how == "hang" else {}
             done = launched(folder, "--max-restarts=1", str(script), str(bad_rank), how, **variables)
             assert done.returncode == 0, done.stderr
-            assert done.stdout.count("0 to 640" if bad_rank < 0 else "128 to 640") == 2, done.stdout
+            assert done.stdout.count("128 to 640") == 2, done.stdout
             if how == "exit":
                 # torchrun sends a signal as soon as the other process has ended.
                 end = (folder / "end_0").read_text()
                 assert end == "SystemExit(143)" or "process 1 has ended or does not respond" in end
-            ends += [(folder / f"weights_{rank}").read_bytes() for rank in range(2)]
-        assert len(set(ends)) == 1
+            return [(folder / f"weights_{rank}").read_bytes() for rank in range(2)]
+
+        with ThreadPoolExecutor(2) as pool:  # one waits for the process that hangs
+            killed, hung = pool.map(run, (1, 0), ("exit", "hang"))
+        assert len({*killed, *hung, *pair.run("checkpointed_training", str(tmp_path / "whole"))}) == 1
 
     def test_the_command_trains_one_model_and_resumes_it(self, tmp_path: Path) -> None:
         def train(*options: str) -> str:
