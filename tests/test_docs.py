@@ -91,18 +91,24 @@ def in_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 @pytest.fixture
 def short_trainings(monkeypatch: pytest.MonkeyPatch, in_folder: None) -> None:
     """An empty folder, one torch thread, ``MAX_STEPS`` of one epoch for longer trainings, and short evaluations."""
-    learn = ClipPPO.learn
-
-    def short(self: ClipPPO, total_timesteps: float, *args: Any, **kwargs: Any) -> ClipPPO:
-        if total_timesteps > MAX_STEPS:
-            total_timesteps, self.n_epochs = MAX_STEPS, 1
-        return learn(self, total_timesteps, *args, **kwargs)
 
     def few_episodes(*args: Any, n_eval_episodes: int, **kwargs: Any) -> Any:
         return evaluate_policy(*args, n_eval_episodes=min(n_eval_episodes, 2), **kwargs)
 
-    monkeypatch.setattr(ClipPPO, "learn", short)
+    limit_trainings(monkeypatch, MAX_STEPS)
     monkeypatch.setattr("stable_baselines3.common.evaluation.evaluate_policy", few_episodes)
+
+
+def limit_trainings(monkeypatch: pytest.MonkeyPatch, max_steps: int) -> None:
+    """Limit the steps of longer trainings, and their epochs to one."""
+    learn = ClipPPO.learn
+
+    def short(self: ClipPPO, total_timesteps: float, *args: Any, **kwargs: Any) -> ClipPPO:
+        if total_timesteps > max_steps:
+            total_timesteps, self.n_epochs = max_steps, 1
+        return learn(self, total_timesteps, *args, **kwargs)
+
+    monkeypatch.setattr(ClipPPO, "learn", short)
 
 
 # The migration page shows that a file of SB3 loads with this warning.
@@ -117,7 +123,9 @@ def test_python_examples_run(page: str) -> None:
 
 @pytest.mark.usefixtures("in_folder")
 @pytest.mark.parametrize("script", sorted((DOCS / "examples").glob("*.py")), ids=lambda script: script.name)
-def test_example_scripts_run(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_example_scripts_run(script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    # The shortest training of tensor_environment.py in which episodes end; other scripts take fewer steps.
+    limit_trainings(monkeypatch, 7 * 32 * 4096)
     assert f"examples/{script.name}" in text_of("examples.md")
     runpy.run_path(str(script), run_name="__main__")
     assert capsys.readouterr().out
