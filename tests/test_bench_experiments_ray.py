@@ -1,11 +1,9 @@
 """``python -m tests.bench experiments --ray``: runs as tasks of a Ray cluster."""
 
-import csv
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -101,45 +99,25 @@ def test_runs_of_nodes_with_folders_of_their_own(tmp_path: Path, monkeypatch: py
     assert fake.side_by_side == [2, 2, 1] and fake.was_shut_down
 
 
-def started(folder: Path, options: Sequence[str], **changes: Any) -> subprocess.Popen[str]:
-    """Start the command with a suite of one environment and two settings, of which one is bad."""
+@pytest.mark.slow
+def test_interrupted_runs_of_a_cluster_write_a_checkpoint(tmp_path: Path) -> None:
+    """On a cluster of this machine; tests/test_recipes.py has one of two nodes."""
+    pytest.importorskip("ray")
 
     def change(content: dict[str, Any]) -> None:
-        content["settings"] = {"good": {}, "bad": {"clip_range": -1.0}}
-        content["environments"] = {"CartPole-v1": {**content["environments"]["CartPole-v1"], "seeds": 1, **changes}}
+        content["settings"] = {"good": {}}
+        environment = content["environments"]["CartPole-v1"]
+        content["environments"] = {"CartPole-v1": {**environment, "seeds": 1, "steps": 100_000_000}}
 
-    command = [sys.executable, "-m", "tests.bench", "experiments", suite_file(folder, change), "--out", str(folder)]
-    return subprocess.Popen(
-        [*command, "--log-folder", str(folder / "logs"), *options],
+    command = [sys.executable, "-m", "tests.bench", "experiments", suite_file(tmp_path, change), "--ray"]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path), "--log-folder", str(tmp_path / "logs")],
         env=clone_environment(),
-        cwd=folder,
+        cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-@pytest.mark.slow
-def test_runs_of_a_local_cluster(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
-    process = started(tmp_path, ["--ray", "--jobs", "2"])
-    try:
-        printed = process.communicate(timeout=600)[0]
-    finally:
-        process.kill()
-    assert process.returncode == 1, printed
-    with (tmp_path / "small.csv").open() as file:
-        (row,) = csv.DictReader(file)
-    assert (row["setting"], row["num_timesteps"], row["jobs"]) == ("good", "64", "2")
-    assert "CartPole-v1, bad, seed 1000: FAILED, ValueError: `clip_range` must be" in printed
-    log = tmp_path / "logs" / "small" / "CartPole-v1" / "bad" / "seed_1000" / "train.log"
-    assert "Traceback (most recent call last)" in log.read_text()
-
-
-@pytest.mark.slow
-def test_interrupted_runs_of_a_cluster_write_a_checkpoint(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
-    process = started(tmp_path, ["--ray", "--settings", "good"], steps=100_000_000)
     folder = tmp_path / "logs" / "small" / "CartPole-v1" / "good" / "seed_1000" / "clipppo" / "CartPole-v1_1"
     try:
         until = time.monotonic() + 240  # a cluster starts, and kernels may have to be compiled, on a busy machine

@@ -91,7 +91,7 @@ def two_nodes(folder: Path) -> Iterator[str]:
         wait_for(lambda: "--address='" in logs[0].read_text())
         address = logs[0].read_text().partition("--address='")[2].partition("'")[0]
         begin(f"--address={address}")
-        wait_for(lambda: n_alive(address) == 2)
+        wait_for(lambda: "Ray runtime started." in logs[1].read_text())  # printed once the cluster has the node
         yield address
     finally:
         for node in reversed(nodes):
@@ -116,28 +116,22 @@ def ray_environment() -> dict[str, str]:
     return clone_environment() | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "5" * 64}
 
 
-def n_alive(address: str) -> int:
-    """The nodes of a cluster that are alive."""
-    code = "import ray, sys; ray.init(sys.argv[1], log_to_driver=False); print(sum(n['Alive'] for n in ray.nodes()))"
-    done = subprocess.run(
-        [sys.executable, "-c", code, address], env=ray_environment(), capture_output=True, text=True, check=False
-    )
-    return int(done.stdout.split()[-1]) if done.returncode == 0 else 0
-
-
 @pytest.mark.slow
 def test_two_nodes_make_experiments_and_searches(tmp_path: Path) -> None:
+    """Also where a run fails."""
     pytest.importorskip("ray")
 
     def change(content: dict[str, Any]) -> None:
-        content["settings"] = {"good": {}}
-        content["environments"] = {"CartPole-v1": {**content["environments"]["CartPole-v1"], "seeds": 2}}
+        content["settings"] = {"good": {}, "bad": {"clip_range": -1.0}}
+        content["environments"] = {"CartPole-v1": {**content["environments"]["CartPole-v1"], "seeds": 1}}
 
     suite = suite_file(tmp_path, change)
     with two_nodes(tmp_path) as address:
         options = ["--ray", address, "--jobs", "2", "--out", str(tmp_path), "--log-folder", str(tmp_path / "logs")]
         command = [sys.executable, "-m", "tests.bench", "experiments", suite, *options]
-        subprocess.run(command, env=ray_environment(), cwd=tmp_path, timeout=600, check=True)
+        done = subprocess.run(
+            command, env=ray_environment(), cwd=tmp_path, timeout=600, check=False, stdout=subprocess.PIPE, text=True
+        )
         search = [
             "--env",
             "CartPole-v1",
@@ -153,7 +147,12 @@ def test_two_nodes_make_experiments_and_searches(tmp_path: Path) -> None:
         command = [sys.executable, str(RECIPES / "ray_search.py"), "2", *search, "--study-name", "search"]
         variables = ray_environment() | {"RAY_ADDRESS": address}
         subprocess.run(command, env=variables, cwd=tmp_path, timeout=600, check=True)
+    assert done.returncode == 1, done.stdout
     with (tmp_path / "small.csv").open() as file:
-        assert [row["jobs"] for row in csv.DictReader(file)] == ["2", "2"]
+        (row,) = csv.DictReader(file)
+    assert (row["setting"], row["num_timesteps"], row["jobs"]) == ("good", "64", "2")
+    assert "CartPole-v1, bad, seed 1000: FAILED, ValueError: `clip_range` must be" in done.stdout
+    log = tmp_path / "logs" / "small" / "CartPole-v1" / "bad" / "seed_1000" / "train.log"
+    assert "Traceback (most recent call last)" in log.read_text()
     entries = [json.loads(line) for line in (tmp_path / "search.log").read_text().splitlines()]
     assert len({entry["worker_id"] for entry in entries}) >= 2
