@@ -29,8 +29,9 @@ train: $(STAMP)-default  ## train on CartPole-v1 (100k steps), evaluate, write t
 	$(BIN)/sb3-clipvf report --env CartPole-v1 -f $(LOGS) --episodes 20
 
 # One torch thread for each worker: more threads than cores are slow, and their number changes how sums are rounded.
+# Each worker gets tests that follow each other, so that few run a file's fixtures again; one that has ended takes others.
 test: $(STAMP)-test  ## run all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 check: lint types test docs  ## format, lint, types, tests, docs: what a change must pass
 

@@ -23,6 +23,11 @@ for variable in [name for name in os.environ if name.startswith("SB3_CLIPVF_")]:
     del os.environ[variable]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the slow tests: a worker that began one last would run it while the others have nothing left to do."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def untouched_logger() -> Iterator[None]:
     """Restore the package's logger after each test: `verbose=1` configures it for the whole process."""

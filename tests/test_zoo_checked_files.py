@@ -187,6 +187,7 @@ class TestHostileRuns:
         assert mark.exists()
         assert os.environ.get(TRUST_VARIABLE) == before
 
+    @pytest.mark.slow
     def test_processes_that_are_started_check_as_well(
         self, run: Path, mark: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:

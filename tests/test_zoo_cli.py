@@ -414,6 +414,7 @@ def test_other_algorithms_train_as_before(in_empty_folder: Path) -> None:
     assert model.clip_range.value_schedule.initial_value == 0.2
 
 
+@pytest.mark.slow
 def test_benchmark_evaluates_our_runs_in_any_folder(
     in_trained: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
