@@ -14,6 +14,7 @@ import kernel_cases
 import numba
 import numpy as np
 import pytest
+from numba.core import caching
 
 from sb3_clipvf.common import jit
 from sb3_clipvf.engines.kernels.losses import NOT_CLIPPED, value_loss
@@ -41,9 +42,6 @@ def test_without_a_writable_folder_it_warns_and_works(
 @pytest.mark.parametrize("content", [b"", b"\0" * 100, b"half"])
 @pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
 def test_function_is_compiled_again_if_its_file_is_damaged(kept: Path, suffix: str, content: bytes) -> None:
-    def double(x: int) -> int:
-        return 2 * x
-
     assert jit.cached()(double)(4) == 8
     (file,) = kept.rglob(f"*{suffix}")
     whole = file.read_bytes()
@@ -69,6 +67,148 @@ def test_full_disk_costs_compiled_functions_and_nothing_else(
         assert [function(4) for function in functions] == [8, 8]
     assert caplog.text.count("cannot be kept on disk (OSError: [Errno 28] No space left on device)") == 1
     assert functions[0].stats.cache_path is None
+
+
+@pytest.fixture
+def only_home_is_writable(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The user's cache folder, when files can be written to no other, as by users without rights in an image."""
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+
+    def forbidding(original: Any, path_of: Any) -> Any:
+        def checked(self: Any, *args: Any) -> Any:
+            if not Path(path_of(self)).is_relative_to(home):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path_of(self))
+            return original(self, *args)
+
+        return checked
+
+    for kind, name, path_of in (
+        (caching._CacheLocator, "ensure_cache_path", lambda locator: locator.get_cache_path()),
+        (caching.IndexDataCacheFile, "_save_index", lambda files: files._cache_path),
+        (caching.IndexDataCacheFile, "_save_data", lambda files: files._cache_path),
+    ):
+        monkeypatch.setattr(kind, name, forbidding(getattr(kind, name), path_of))
+    return home
+
+
+def hits(function: Any) -> int:
+    """Return how many versions of a function are read from disk for the argument 4."""
+    assert function(4) == 8
+    return sum(function.stats.cache_hits.values())
+
+
+def double(x: int) -> int:
+    return 2 * x
+
+
+@pytest.fixture
+def filled(kept: Path) -> Path:
+    assert hits(jit.cached()(double)) == 0
+    return kept
+
+
+def test_filled_folder_is_read_even_if_it_cannot_be_written_to(
+    filled: Path, only_home_is_writable: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    function = jit.cached()(double)
+    assert hits(function) == 1
+    assert Path(function.stats.cache_path).is_relative_to(filled)
+    assert not caplog.records
+    assert not list(only_home_is_writable.rglob("*.nbi"))
+
+
+@pytest.mark.parametrize("missing", ["index", "code", "all but a damaged index", "other types"])
+def test_what_a_folder_without_write_access_lacks_is_kept_in_the_next(
+    filled: Path, only_home_is_writable: Path, missing: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for path in filled.rglob("*.nbc" if missing == "code" else "*.nbi"):
+        if missing == "all but a damaged index":
+            path.write_bytes(b"")
+        elif missing != "other types":
+            path.unlink()
+    argument = 4.0 if missing == "other types" else 4
+    first, second = (jit.cached()(double) for _ in range(2))
+    assert (first(argument), second(argument)) == (8, 8)
+    assert sum(first.stats.cache_misses.values()) == sum(second.stats.cache_hits.values()) == 1
+    assert Path(second.stats.cache_path).is_relative_to(only_home_is_writable)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_filled_folder_is_read_if_no_folder_can_be_written_to(
+    filled: Path, only_home_is_writable: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert hits(jit.cached()(double)) == 1
+    assert not caplog.records
+    assert jit.cached()(double)(4.0) == 8
+    assert "Compiled functions cannot be kept on disk" in caplog.text
+    assert "/dev/null" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("OPT", 0),
+        ("BOUNDSCHECK", 1),
+        ("LOOP_VECTORIZE", 0),
+        ("SLP_VECTORIZE", 1),
+        ("DEBUGINFO_DEFAULT", 1),
+        ("USING_SVML", True),
+        ("CPU_NAME", "generic"),  # another processor
+    ],
+)
+def test_functions_of_other_settings_and_processors_are_compiled_apart(
+    monkeypatch: pytest.MonkeyPatch, filled: Path, name: str, value: Any
+) -> None:
+    of_first = {path: path.read_bytes() for path in filled.rglob("*.nb?")}
+    with monkeypatch.context() as patched:
+        patched.setattr(numba.config, name, value)
+        assert [hits(jit.cached()(double)) for _ in range(2)] == [0, 1]
+    assert len(list(filled.rglob("*.nbi"))) == 2
+    assert {path: path.read_bytes() for path in of_first} == of_first
+
+
+@pytest.mark.parametrize("module", ["numba", "llvmlite"])
+def test_functions_of_other_versions_are_compiled_apart(
+    monkeypatch: pytest.MonkeyPatch, filled: Path, module: str
+) -> None:
+    monkeypatch.setattr(f"{module}.__version__", "0.0.0")
+    assert [hits(jit.cached()(double)) for _ in range(2)] == [0, 1]
+    monkeypatch.undo()
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(filled))
+    assert hits(jit.cached()(double)) == 1
+
+
+def test_versions_saved_at_once_by_two_processes_are_both_kept(monkeypatch: pytest.MonkeyPatch, kept: Path) -> None:
+    """Both read the index, in which numba numbers the files, before either writes it."""
+    save_index, depth = caching.IndexDataCacheFile._save_index, []
+
+    def save_index_late(self: Any, overloads: Any) -> None:
+        if not depth:
+            depth.append(1)
+            jit.cached()(double)(4.0)
+        save_index(self, overloads)
+
+    monkeypatch.setattr(caching.IndexDataCacheFile, "_save_index", save_index_late)
+    assert jit.cached()(double)(4) == 8
+    function = jit.cached()(double)
+    assert (function(4), function(4.0)) == (8, 8)
+    assert sum(function.stats.cache_hits.values()) == 2
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EMFILE, errno.EIO])
+def test_error_of_the_disk_removes_no_function(monkeypatch: pytest.MonkeyPatch, filled: Path, number: int) -> None:
+    def failing(*_args: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    of_first = {path: path.read_bytes() for path in filled.rglob("*.nb?")}
+    with monkeypatch.context() as patched:
+        patched.setattr(caching.IndexDataCacheFile, "_load_index", failing)
+        patched.setattr(caching.IndexDataCacheFile, "save", failing)
+        assert hits(jit.cached()(double)) == 0
+    assert {path: path.read_bytes() for path in filled.rglob("*.nb?")} == of_first
+    assert hits(jit.cached()(double)) == 1
 
 
 @pytest.mark.slow

@@ -1,13 +1,18 @@
 """Decorators that compile functions by numba. Importing this imports numba, which takes half a second."""
 
-from collections.abc import Callable
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache, cached_property
+from itertools import takewhile
 from typing import Any, cast
 
+import llvmlite
+import numba
 from llvmlite.binding import Linkage
-from numba import jit, njit
-from numba.core.caching import FunctionCache
+from numba import config, jit, njit
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 from numba.core.registry import CPUDispatcher
@@ -140,24 +145,78 @@ class _Compiler(Compiler):
         return super().define_pipelines()  # type: ignore[no-untyped-call]
 
 
+class _AnyFolder:
+    """Base class that makes one of numba's locators accept a folder that cannot be written to."""
+
+    def ensure_cache_path(self) -> None:
+        pass
+
+
+_WRITABLE = CompileResultCacheImpl._locator_classes
+_ANY: list[Any] = [type(locator.__name__, (_AnyFolder, locator), {}) for locator in _WRITABLE]
+
+
+class _Folders(CompileResultCacheImpl):
+    """Choice of the folder to write to: the first that can be written to, as in numba, or else the last."""
+
+    _locator_classes = [*_WRITABLE, *reversed(_ANY)]
+
+
+_SETTINGS = ("OPT", "BOUNDSCHECK", "LOOP_VECTORIZE", "SLP_VECTORIZE", "DEBUGINFO_DEFAULT", "USING_SVML")
+"""numba's settings that change the machine code."""
+
+
 class _Cache(FunctionCache):
-    """numba's cache on disk, without whose files a function is compiled again."""
+    """
+    numba's cache on disk, which also reads folders that cannot be written to, as in a container image.
 
-    def load_overload(self, *args: Any) -> Any:
-        try:
-            return super().load_overload(*args)  # type: ignore[no-untyped-call]
-        except Exception as error:  # which of them depends on what is left of a damaged file
-            log.info("Compiled functions in %s cannot be read (%s)", self.cache_path, _described(error))
-            with suppress(OSError):
-                self.flush()  # type: ignore[no-untyped-call]
-            return None
+    If none of the files can be read, a function is compiled again. Each version of a function has its own index, for
+    its types of arguments, kind of processor, numba and numba's settings. numba has one index for all versions and does
+    not lock it, so that processes that compile at once can store the code of one version as that of another.
 
-    def save_overload(self, *args: Any) -> None:
+    Made for numba 0.61 to 0.68.
+    """
+
+    _impl_class = _Folders
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)  # type: ignore[no-untyped-call]
+        locators = (locator.from_function(function, inspect.getfile(function)) for locator in _ANY)
+        folders = (locator.get_cache_path() for locator in locators if locator is not None)
+        self._folders = [*takewhile(lambda folder: folder != self._cache_path, folders), self._cache_path]
+        self._stamp = self._impl.locator.get_source_stamp()
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        for folder, files in self._files(sig, target_context.codegen()):
+            self._cache_path, self._cache_file = folder, files
+            try:
+                found = super().load_overload(sig, target_context)  # type: ignore[no-untyped-call]
+            except Exception as error:  # which of them depends on what is left of a damaged file
+                log.info("Compiled functions in %s cannot be read (%s)", folder, _described(error))
+                if not isinstance(error, OSError):  # which does not mean that the content is damaged
+                    with suppress(OSError):
+                        files.flush()  # type: ignore[no-untyped-call]
+            else:
+                if found is not None:
+                    return found
+        return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
         try:
-            super().save_overload(*args)  # type: ignore[no-untyped-call]
+            *_, (self._cache_path, self._cache_file) = self._files(sig, data.codegen)
+            super().save_overload(sig, data)  # type: ignore[no-untyped-call]
         except Exception as error:
             _warn_of_disk(_described(error))
             self._cache_path = None
+
+    def _files(self, sig: Any, codegen: Any) -> Iterator[tuple[str, IndexDataCacheFile]]:
+        """Yield the folders that may have a version, and its files there. The last folder is the one to write to."""
+        # numba's key has the types, the processor, and the function with its closure.
+        key = self._index_key(sig, codegen)  # type: ignore[no-untyped-call]
+        compiler = (numba.__version__, llvmlite.__version__, [getattr(config, name) for name in _SETTINGS])
+        name = f"{self._impl.filename_base}-{hashlib.sha256(repr((key, compiler)).encode()).hexdigest()[:16]}"
+        for folder in self._folders:
+            yield folder, IndexDataCacheFile(folder, name, self._stamp)  # type: ignore[no-untyped-call]
 
 
 def _described(error: Exception) -> str:
@@ -174,7 +233,8 @@ def cached(*signatures: Any) -> Compile:
     Compile a function that Python calls, and keep the machine code beside the package or in the user's cache folder.
 
     With numba's types of result and arguments it is compiled at once, without them when it is called. If neither
-    folder can be written to, each process compiles it. It gives the same bits compiled here or read from disk.
+    folder holds it or can be written to, each process compiles it. It gives the same bits compiled here or read from
+    disk.
     """
 
     def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -193,6 +253,6 @@ def cached(*signatures: Any) -> Compile:
 
 def _keep_on_disk(compiled: Any) -> None:
     try:
-        compiled._cache = _Cache(compiled.py_func)  # type: ignore[no-untyped-call]
-    except RuntimeError as error:  # no folder can be written to
+        compiled._cache = _Cache(compiled.py_func)
+    except RuntimeError as error:  # it has no file
         _warn_of_disk(str(error))
