@@ -671,6 +671,22 @@ class TestCompile:
         assert "The kernels were read in" in run()
 
     def test_without_a_writable_folder_it_fails(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        kernel = SimpleNamespace(signatures=["one"], stats=SimpleNamespace(cache_path=None))
-        monkeypatch.setattr(warmup, "GROUPS", {"one": ((kernel,), lambda: None)})
+        self.compiled_into(None, monkeypatch)
         assert main(["compile"]) == 1
+
+    @pytest.mark.parametrize("named", ["/shared/kernels", "/home", ""])
+    def test_if_the_folder_named_is_not_used_it_fails(
+        self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], named: str
+    ) -> None:
+        monkeypatch.setattr("numba.config.CACHE_DIR", named)
+        self.compiled_into("/home/user/.cache/numba/kernels_1", monkeypatch)
+        fails = named == "/shared/kernels"
+        assert main(["compile"]) == fails
+        out, err = capfd.readouterr()
+        assert bool(out) != fails
+        expected = "`NUMBA_CACHE_DIR` must be a writable folder, got '/shared/kernels'. Kernels were kept in /home/user"
+        assert (expected in err) == fails
+
+    def compiled_into(self, folder: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+        kernel = SimpleNamespace(signatures=["one"], stats=SimpleNamespace(cache_path=folder, cache_misses=1))
+        monkeypatch.setattr(warmup, "GROUPS", {"one": ((kernel,), lambda: None)})
