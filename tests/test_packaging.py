@@ -1,5 +1,6 @@
 """Builds of the source tree: an editable install that type checkers see, a wheel, a source distribution."""
 
+import ast
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ import sys
 import tarfile
 import venv
 from configparser import ConfigParser
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -85,6 +87,24 @@ def test_a_source_distribution_builds_the_same_wheel(source: Path, tmp_path: Pat
     wheels = [build("wheel", tree, tmp_path / name) for tree, name in ((source, "here"), (unpacked, "there"))]
     ours, theirs = (sorted(ZipFile(wheel).namelist()) for wheel in wheels)
     assert ours == theirs
+
+
+def test_each_imported_package_is_required() -> None:
+    """By its own name, since packages that bring it may allow versions that lack what is imported."""
+    config = ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    lines = "".join([config["options"]["install_requires"], *config["options.extras_require"].values()])
+    # Extras count: gymnasium[mujoco].
+    required = {name.lower().replace("_", "-") for name in re.findall(r"[\w-]+", re.sub("[<>=].*", "", lines))}
+    distributions = packages_distributions()
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "sb3_clipvf").rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level]
+    packages = {name.partition(".")[0] for name in names} - {"sb3_clipvf", *sys.stdlib_module_names}
+    for package in sorted(packages):
+        names = [package, *distributions.get(package, [])]
+        assert {name.lower().replace("_", "-") for name in names} & required, package
 
 
 def test_each_extra_is_asked_for_by_name_where_it_is_missed() -> None:
