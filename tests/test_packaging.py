@@ -89,6 +89,19 @@ def test_a_source_distribution_builds_the_same_wheel(source: Path, tmp_path: Pat
     assert ours == theirs
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone, whose files are known")
+def test_a_source_distribution_has_all_files_of_a_clone(tmp_path: Path) -> None:
+    tracked = run("git", "ls-files", cwd=ROOT).splitlines()
+    for name in tracked:
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "tree" / name, follow_symlinks=False)
+    with tarfile.open(build("sdist", tmp_path / "tree", tmp_path / "sdist")) as archive:
+        names = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    made = {name for name in names if name == "PKG-INFO" or ".egg-info/" in name}
+    # The link to the settings becomes a folder.
+    assert names - made == {*tracked, SETTINGS} - {"sb3_clipvf/hyperparams"}
+
+
 def test_each_imported_package_is_required() -> None:
     """By its own name, since packages that bring it may allow versions that lack what is imported."""
     config = ConfigParser()
