@@ -14,6 +14,8 @@ import pytest
 import torch as th
 from threadpoolctl import OpenBLASController, threadpool_info, threadpool_limits
 
+from sb3_clipvf import ClipPPO
+from sb3_clipvf.engines import threads
 from sb3_clipvf.engines.threads import (
     RETRY_INTERVAL,
     TRIALS,
@@ -368,3 +370,21 @@ def test_a_caller_that_gets_no_signals_has_the_first_rank() -> None:
 def test_a_forked_process_has_its_own() -> None:
     """The parent's thread does not exist there, so waiting for it would never end."""
     assert subprocess.run([sys.executable, "-c", _FORKS], timeout=120, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("engine", "n_threads", "n_warnings"),
+    [("autograd", 8, 1), ("fused", 8, 1), ("native", 8, 0), ("autograd", 2, 0)],
+)
+def test_more_threads_than_cores_are_warned_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, engine: Any, n_threads: int, n_warnings: int
+) -> None:
+    threads._warn_of_excess_threads.cache_clear()
+    monkeypatch.setattr(threads, "usable_cores", lambda: 2)
+    monkeypatch.setattr(th, "get_num_threads", lambda: n_threads)
+    for _ in range(2):
+        model = ClipPPO("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=8, engine=engine, device="cpu")
+        assert model._current_engine().name == engine
+    found = [record.getMessage() for record in caplog.records if "PyTorch runs 8 threads" in record.getMessage()]
+    assert len(found) == n_warnings
+    assert all("may use 2 core(s)" in text and "pass `--num-threads 2`" in text for text in found)

@@ -8,6 +8,7 @@ from sb3_clipvf.engines.autograd import AutogradEngine
 from sb3_clipvf.engines.cuda_graph import Bfloat16Engine, CudaGraphEngine
 from sb3_clipvf.engines.interface import Engine, UpdateSettings
 from sb3_clipvf.engines.support import why_not_bf16, why_not_cuda_graph, why_not_fused, why_not_native
+from sb3_clipvf.engines.threads import warn_of_excess_threads
 
 _ONE_PROCESS = "it trains in a single process only"
 
@@ -27,6 +28,13 @@ def select_engine(name: str, policy: ActorCriticPolicy, settings: UpdateSettings
     ``"auto"`` selects the first of native, fused and autograd that can; on an NVIDIA GPU, of cuda_graph and autograd.
     """
     check_engine_name(name)
+    engine, why = _select_engine(name, policy, settings, buffer)
+    if engine.name in ("autograd", "fused") and policy.device.type == "cpu":
+        warn_of_excess_threads()
+    return engine, why
+
+
+def _select_engine(name: str, policy: ActorCriticPolicy, settings: UpdateSettings, buffer: Any) -> tuple[Engine, str]:
     if name == "autograd":
         return AutogradEngine(policy, settings), "as requested"
     reasons = {}

@@ -26,6 +26,22 @@ RETRY_INTERVAL = 50
 _SECONDS_BETWEEN_SIGNALS = 0.1  # on Windows, where no signal ends a wait
 
 
+def warn_of_excess_threads() -> None:
+    """Warn once if PyTorch runs more threads than the process may use cores, as in a container with a CPU quota."""
+    n_threads, n_cores = th.get_num_threads(), usable_cores()
+    if n_threads > n_cores:
+        _warn_of_excess_threads(n_threads, n_cores)
+
+
+@cache
+def _warn_of_excess_threads(n_threads: int, n_cores: int) -> None:
+    log.warning(
+        "PyTorch runs %d threads, but this process may use %d core(s), so that threads wait for each other. Call "
+        "torch.set_num_threads(%d), or pass `--num-threads %d` on the command line.",
+        n_threads, n_cores, n_cores, n_cores,
+    )  # fmt: skip
+
+
 class ThreadChoice:
     """
     Choice of the number of threads that was the fastest in recent updates.
