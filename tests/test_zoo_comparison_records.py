@@ -181,6 +181,12 @@ def test_the_cut_end_of_a_log_is_left_out(tmp_path: Path) -> None:
         read_logs(tmp_path)
 
 
+@pytest.mark.parametrize("columns", ["time/total_timesteps,train/loss", "train/loss,time/total_timesteps"])
+def test_the_cut_last_row_of_a_csv_log_is_left_out(columns: str, tmp_path: Path) -> None:
+    (tmp_path / "progress.csv").write_text(f"{columns}\n10,10\n20,20\n30,3")
+    assert read_logs(tmp_path)["train/loss"].steps.tolist() == [10, 20]
+
+
 def test_an_event_file_is_read_up_to_its_cut_end(tmp_path: Path) -> None:
     logger = configure(str(tmp_path), ["tensorboard"])
     for step in (10, 20):

@@ -323,10 +323,16 @@ def test_curve_counts_the_trainings_steps_where_monitor_counts_frames(tmp_path: 
     np.testing.assert_array_equal(read_training_curve(tmp_path, 100_000).steps, [400, 3980])
 
 
-@pytest.mark.parametrize("rest", ["7.0,1", "7.0,", "7.0,1,"])
+@pytest.mark.parametrize("rest", ["7.0,1", "7.0,", "7.0,1,", "7.0,1\n"])
 def test_curve_ends_before_a_line_cut_short(tmp_path: Path, rest: str) -> None:
     write_monitor(tmp_path, 0, 0.0, "1.0,10,1.0\n" + rest)
     np.testing.assert_array_equal(read_training_curve(tmp_path).returns, [1.0])
+
+
+def test_a_damaged_row_before_others_is_refused(tmp_path: Path) -> None:
+    write_monitor(tmp_path, 0, 0.0, "1.0,10,1.0\n2.0,1\0\0\n3.0,10,3.0\n")
+    with pytest.raises(ValueError, match=r"0\.monitor\.csv must have the columns .* \(line 4: .*Remove the line"):
+        read_training_curve(tmp_path)
 
 
 def test_empty_curve_has_no_speed(tmp_path: Path) -> None:

@@ -346,7 +346,7 @@ def read_monitor(path: Path) -> MonitorFile:
 
     :raises ValueError: If the file has no header or is damaged.
     """
-    episodes, steps = [], 0
+    episodes, steps, cut = [], 0, ""
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         try:
             header = json.loads(file.readline().lstrip("#"))
@@ -358,17 +358,20 @@ def read_monitor(path: Path) -> MonitorFile:
             ) from error
         try:
             # A kill may have cut the last line.
-            for row in csv.DictReader(line for line in file if line.endswith("\n")):
+            for number, row in enumerate(csv.DictReader(line for line in file if line.endswith("\n")), 3):
+                if cut:
+                    raise csv.Error(cut)
                 try:
                     episode_return, length, end = float(row["r"]), int(row["l"]), float(row["t"])
                     steps = int(row["total_timesteps"]) if "total_timesteps" in row else steps + length
                     episodes.append((episode_return, steps, end))
-                except (TypeError, ValueError):
-                    break
+                except (TypeError, ValueError) as error:
+                    cut = f"line {number}: {error}"
         except (KeyError, csv.Error) as error:
+            reason = cut or f"{type(error).__name__}: {error}"
             raise ValueError(
-                f"{path} must have the columns of SB3's Monitor, but is damaged ({type(error).__name__}: {error}). "
-                "Remove it if its training has ended."
+                f"{path} must have the columns of SB3's Monitor, but is damaged ({reason}). "
+                f"Remove {'the line' if cut else 'it'} if its training has ended."
             ) from error
     return MonitorFile(start, env_id, episodes)
 

@@ -119,7 +119,8 @@ def _json_rows(path: Path) -> Iterator[tuple[float, float, dict[str, float]]]:
 def _csv_rows(path: Path) -> Iterator[tuple[float, float, dict[str, float]]]:
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         try:
-            for row in csv.DictReader(file):
+            # A kill may have cut the last line.
+            for row in csv.DictReader(line for line in file if line.endswith("\n")):
                 yield from _row(row)
         except csv.Error as error:
             raise ValueError(f"{path} must be SB3's log as CSV, but is damaged ({error}). Remove it.") from error
