@@ -6,6 +6,7 @@ import errno
 import gzip
 import io
 import json
+import os
 import re
 import sys
 from html.parser import HTMLParser
@@ -228,6 +229,18 @@ def test_all_formats_are_written(logs: Path, tmp_path: Path) -> None:
     starts = [path.read_bytes()[:8].lstrip() for path in paths]
     heads = [b"<!doct", b"env,", b"| Env", rb"\begin", b"\x89PNG", b"<?xml", b"%PDF"]
     assert all(start.startswith(head) for start, head in zip(starts, heads, strict=True))
+
+
+def test_folders_with_names_that_are_not_utf8_are_shown(
+    in_empty_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    for name in (b"caf\xe9", b"th\xe9"):
+        write_run(Path("logs", os.fsdecode(name), "CartPole-v1_1"))
+        (Path("logs", os.fsdecode(name), "CartPole-v1_1") / "progress.json").write_text("[")
+    names = [f"report{suffix}" for suffix in (".html", ".csv", ".md", ".tex", ".png", ".svg", ".pdf")]
+    assert main(["logs", *(word for name in names for word in ("-o", name))]) == 0
+    assert all("caf\\udce9" in Path(name).read_text() for name in names[:3])
 
 
 def test_the_command_writes_the_page_and_names_what_it_left_out(

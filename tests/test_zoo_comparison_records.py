@@ -1,8 +1,11 @@
 """Runs as their files show them: where runs are found, and what damaged or unusual files lead to."""
 
+import errno
 import json
 import re
+import struct
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -284,6 +287,32 @@ def test_a_damaged_file_is_named_and_the_rest_of_the_run_shown(
     assert record.folder == folder
     (problem,) = (problem for problem in problems if name in problem)
     assert re.search(match, problem)
+
+
+def test_an_event_without_a_tag_is_named(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "CartPole-v1_1")
+    # A summary (field 5) of one value (field 1), which has a `simple_value` (field 2) alone.
+    record = b"\x2a\x07\x0a\x05\x15" + bytes(4)
+    (folder / "events.out.tfevents.1").write_bytes(struct.pack("<Q", len(record)) + bytes(4) + record + bytes(4))
+    (found,), (problem,) = find_records([tmp_path])
+    assert found.steps == 400
+    assert "events.out.tfevents.1 must hold events of TensorBoard, but is damaged" in problem
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_run(tmp_path / "logs/clipppo/CartPole-v1_1")
+    (tmp_path / "logs/lost+found").mkdir()
+    iterdir = Path.iterdir
+
+    def refusing(self: Path) -> Iterator[Path]:
+        if self.name == "lost+found":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return iterdir(self)
+
+    monkeypatch.setattr(Path, "iterdir", refusing)
+    (record,), (problem,) = find_records([tmp_path])
+    assert record.folder == folder
+    assert "Permission denied" in problem and "lost+found" in problem
 
 
 @pytest.mark.parametrize(

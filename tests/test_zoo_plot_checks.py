@@ -85,6 +85,15 @@ def test_evaluations_that_differ_are_refused_beside_others(
     assert message in _refused("all_plots -e E-v0 -a clipppo ppo", capsys)
 
 
+def test_damaged_evaluations_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    _make_run("E-v0_1", 3)
+    path = RUNS / "E-v0_1" / "evaluations.npz"
+    path.write_bytes(path.read_bytes()[:300])
+    assert f"{path} must hold evaluations of SB3's EvalCallback, but is damaged" in _refused(
+        "all_plots -e E-v0", capsys
+    )
+
+
 @pytest.mark.parametrize(
     ("runs", "options"),
     [

@@ -322,6 +322,23 @@ def test_command_takes_the_best_model_without_a_video(tmp_path: Path, capsys: py
 
 
 @pytest.mark.usefixtures("plotly")
+def test_damaged_evaluations_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train(tmp_path, "Scripted-v0")
+    path = run.folder / "evaluations.npz"
+    path.write_bytes(path.read_bytes()[:300])
+    assert main(f"--env Scripted-v0 -f {tmp_path} --episodes 1 --no-video --device cpu".split()) == 0
+    assert f"left out        {path} must hold evaluations of SB3's EvalCallback" in capsys.readouterr().out
+
+
+def test_an_error_of_the_figure_loses_no_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = train(tmp_path, "Scripted-v0")
+    monkeypatch.setattr(report, "write_learning_curve", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(f"--env Scripted-v0 -f {tmp_path} --episodes 1 --no-video --device cpu".split())
+    assert json.loads((run.folder / "report.json").read_text())["returns"] == [5.0]
+
+
+@pytest.mark.usefixtures("plotly")
 def test_the_speed_is_that_of_all_processes(tmp_path: Path) -> None:
     run = train(tmp_path, "Scripted-v0")
     # As if each of two processes had had one environment: only the first one keeps files.

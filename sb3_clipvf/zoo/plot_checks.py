@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from sb3_clipvf.files.statistics import read_pickle
+from sb3_clipvf.zoo.comparison.series import read_evaluations
 
 _COLUMNS = {"success": "is_success", "reward": "r", "length": "l"}
 
@@ -128,17 +129,17 @@ def _missing_evaluations(folder: Path, env: str, options: Namespace) -> str:
         return f"they were trained without evaluations in {folder}. Train with `--eval-freq`."
     runs: dict[Path, tuple[Any, Any]] = {}
     for path in files:
-        with np.load(path) as data:
-            if options.key not in data:
-                return f"{path} has no {options.key!r} for `--key`. It has {', '.join(data)}."
-            if len(data["timesteps"]) > 1:  # the Zoo omits others
-                runs[path.parent] = steps, results = data["timesteps"], data[options.key]
-                if steps[0] > options.max_timesteps:
-                    raise _not_comparable(env, f"{path} has none up to `-max` {options.max_timesteps}. Pass more.")
-                if np.isnan(results[steps <= options.max_timesteps]).any():
-                    # IsolatedEvalCallback fills rows with fewer episodes than others.
-                    way_out = f"Use `sb3-clipvf report {path.parent}`."
-                    raise _not_comparable(env, f"evaluations in {path} differ in the number of episodes. {way_out}")
+        data = read_evaluations(path)
+        if options.key not in data:
+            return f"{path} has no {options.key!r} for `--key`. It has {', '.join(data)}."
+        if len(data["timesteps"]) > 1:  # the Zoo omits others
+            runs[path.parent] = steps, results = data["timesteps"], data[options.key]
+            if steps[0] > options.max_timesteps:
+                raise _not_comparable(env, f"{path} has none up to `-max` {options.max_timesteps}. Pass more.")
+            if np.isnan(results[steps <= options.max_timesteps]).any():
+                # IsolatedEvalCallback fills rows with fewer episodes than others.
+                way_out = f"Use `sb3-clipvf report {path.parent}`."
+                raise _not_comparable(env, f"evaluations in {path} differ in the number of episodes. {way_out}")
     if not runs:
         return f"they have one evaluation in {folder}. Train longer, or with a smaller `--eval-freq`."
     kept = _compared(runs, env, options)

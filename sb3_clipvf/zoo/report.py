@@ -27,7 +27,7 @@ from sb3_clipvf.zoo.comparison.curves import ROLLING_WINDOW, smoothed
 from sb3_clipvf.zoo.comparison.groups import Group, group_records
 from sb3_clipvf.zoo.comparison.outputs import SUFFIXES, check_outputs, write_outputs
 from sb3_clipvf.zoo.comparison.records import Record, find_records
-from sb3_clipvf.zoo.comparison.series import Series
+from sb3_clipvf.zoo.comparison.series import Series, read_evaluations
 from sb3_clipvf.zoo.comparison.titles import plural
 from sb3_clipvf.zoo.comparison.train_commands import environment_options
 from sb3_clipvf.zoo.parsing import option_name
@@ -113,8 +113,12 @@ def _draw_training(axes: Axes, curve: TrainingCurve) -> None:
 def _draw_evaluations(axes: Axes, path: Path) -> None:
     if not path.is_file():
         return
-    with np.load(path) as data:
-        steps, results = data["timesteps"], data["results"]
+    try:
+        arrays = read_evaluations(path)
+    except ValueError as error:
+        sys.stdout.write(f"  left out        {error}\n")
+        return
+    steps, results = arrays["timesteps"], arrays["results"]
     mean, std = np.nanmean(results, axis=1), np.nanstd(results, axis=1)
     label = f"evaluations during training,\n{results.shape[1]} episodes each (band: one std)"
     axes.plot(steps, mean, marker="o", markersize=4, color="tab:orange", label=label)
@@ -193,8 +197,8 @@ def compare_runs(folders: Sequence[str], outputs: Sequence[Path]) -> None:
     :raises ValueError: If a folder holds no run, or a suffix is unknown.
     """
     records, groups, problems = _compare(folders, outputs)
-    for problem in problems:
-        sys.stdout.write(f"  {problem}\n")
+    # Names of folders may hold bytes that are not UTF-8.
+    sys.stdout.write("".join(f"  {problem}\n" for problem in problems).encode(errors="backslashreplace").decode())
     n_env_ids = len({record.env_id for record in records})
     counts = [plural(len(records), "run"), plural(len(groups), "group"), plural(n_env_ids, "environment")]
     sys.stdout.write(f"{', '.join(counts)}\n")
@@ -374,6 +378,8 @@ def _report_run(args: argparse.Namespace) -> None:
 
     figure_path, numbers_path = run.folder / "learning_curve.png", run.folder / "report.json"
     video_path = run.folder / "videos" / f"{run.model_path.stem}.mp4"
+    # Without the files, which may fail: the evaluation may have taken long.
+    _write_numbers(numbers_path, run, curve, evaluation, {})
     write_learning_curve(run, curve, evaluation, figure_path)
     files = {"learning_curve": str(figure_path)}
     sys.stdout.write(f"  learning curve  {figure_path}\n")

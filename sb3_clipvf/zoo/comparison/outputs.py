@@ -34,13 +34,18 @@ def write_outputs(groups: Sequence[Group], problems: Sequence[str], command: str
     """Write a report in the formats of the paths, each atomically."""
     for path in paths:
         if path.suffix == ".html":
-            content = page(groups, problems, command).encode()
+            content = _encoded(page(groups, problems, command))
         elif path.suffix in TABLES:
-            content = TABLES[path.suffix](groups).encode()
+            content = _encoded(TABLES[path.suffix](groups))
         else:
             content = _figure(groups, path.suffix)
         with atomic_write(path) as file:
             file.write(content)
+
+
+def _encoded(text: str) -> bytes:
+    """Return a text as UTF-8; the name of a folder may hold bytes that are not."""
+    return text.encode(errors="backslashreplace")
 
 
 def _figure(groups: Sequence[Group], suffix: str) -> bytes:

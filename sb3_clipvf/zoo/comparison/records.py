@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sb3_clipvf.zoo.comparison.series import EVENT_FILES, Series, files_of, read_evaluations, read_logs
+from sb3_clipvf.zoo.comparison.series import EVENT_FILES, Series, files_of, mean_evaluations, read_logs
 from sb3_clipvf.zoo.comparison.titles import plural
 from sb3_clipvf.zoo.run_folders import CHECKPOINTS, processes_of, resume_command
 from sb3_clipvf.zoo.runs import Run, read_arguments, read_hyperparams, read_monitor, read_training_curve
@@ -83,11 +83,12 @@ def find_records(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Record
     :raises ValueError: If a folder holds no run, or no run has anything to show.
     """
     paths: list[Path] = []
+    records, problems = [], []
     for folder in folders:
         if not Path(folder).is_dir():
             what = "a file" if Path(folder).exists() else "nothing"
             raise ValueError(f"`RUNS` must be folders of runs, got {folder}, which is {what}. Check the path.")
-        found = _run_folders(Path(folder))
+        found = _run_folders(Path(folder), problems)
         if not found:
             raise ValueError(
                 f"`RUNS` must be runs or folders of runs, but {folder} holds no files of a run: no Monitor files, "
@@ -95,7 +96,6 @@ def find_records(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Record
                 f"`sb3-clipvf train --env CartPole-v1 -f {folder}`."
             )
         paths += [path for path in found if path not in paths]
-    records, problems = [], []
     for path in paths:
         inner = [other for other in paths if other != path and other.is_relative_to(path)]
         if inner:
@@ -150,7 +150,7 @@ def read_record(folder: Path, inner: Sequence[Path] = ()) -> tuple[Record, list[
         episodes = log[_EPISODES_OF_LOG]
     for path in files_of(folder, "evaluations.npz", inner)[:1]:
         with _noting(problems):
-            evaluations = read_evaluations(path).timed(episodes)
+            evaluations = mean_evaluations(path).timed(episodes)
     ends = [one.steps[-1] for one in (episodes, *log.values()) if len(one.steps) > 0]
     ends += [] if evaluations is None else [evaluations.steps[-1]]
     if run is not None and not run.model_path.is_file():
@@ -175,17 +175,19 @@ def read_record(folder: Path, inner: Sequence[Path] = ()) -> tuple[Record, list[
     return record, problems
 
 
-def _run_folders(folder: Path) -> list[Path]:
+def _run_folders(folder: Path, problems: list[str]) -> list[Path]:
     """
-    Return the folders of runs at or below a folder, sorted.
+    Return the folders of runs at or below a folder, sorted; add the errors of those that cannot be read to messages.
 
     Folders inside a run of the Zoo belong to it, and so do logs and evaluations inside another run. But other Monitor
     files and runs of the Zoo are runs of their own.
     """
     if next(folder.glob(_ZOO_FILE), None) is not None:
         return [folder]
-    places = sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
-    inner = [found for path in places for found in _run_folders(path)]
+    places: list[Path] = []
+    with _noting(problems):
+        places = sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
+    inner = [found for path in places for found in _run_folders(path, problems)]
     if not any(next(folder.glob(pattern), None) is not None for pattern in _OF_RUNS):
         return inner
     return [folder, *(path for path in inner if _is_own_run(path, folder))]

@@ -48,35 +48,41 @@ class Series:
         return Series(self.steps, np.full(len(self.steps), np.nan), self.values)
 
 
-def read_evaluations(path: Path) -> Series:
+def read_evaluations(path: Path) -> dict[str, np.ndarray]:
     """
-    Read the mean return of each evaluation from ``evaluations.npz``, as an ``EvalCallback`` writes it.
+    Read the arrays of ``evaluations.npz``, as an ``EvalCallback`` writes it.
 
+    :return: Arrays by name, among them ``timesteps``, ``(n,)``, and the returns ``results``, ``(n, n_episodes)``.
     :raises ValueError: If the file is damaged or holds something else.
     """
     try:
         # NumPy leaves a damaged file open that it opened itself.
         with path.open("rb") as file, np.load(file) as data:
-            steps, results = data["timesteps"], data["results"].astype(np.float64)
-        # IsolatedEvalCallback fills rows with fewer episodes than others with NaN. A row of NaN alone has no mean.
-        with np.errstate(invalid="ignore"):
-            means = np.nansum(results, axis=1) / np.sum(~np.isnan(results), axis=1)
-        if steps.shape != means.shape or len(steps) == 0 or results.shape[1] == 0:
+            arrays = dict(data)
+        steps, results = arrays["timesteps"], arrays["results"].astype(np.float64)
+        if results.ndim != 2 or steps.shape != results.shape[:1] or results.size == 0:
             raise ValueError(f"shapes {steps.shape} and {results.shape}")
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        zipfile.BadZipFile,
-        np.exceptions.AxisError,
-    ) as error:
+    except (OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{path} must hold evaluations of SB3's EvalCallback, but is damaged ({error}). Remove it, or train again."
         ) from error
-    points = [(float(step), np.nan, float(mean)) for step, mean in zip(steps, means, strict=True)]
-    return Series.of(points)
+    return arrays
+
+
+def mean_evaluations(path: Path) -> Series:
+    """
+    Read the mean return of each evaluation from ``evaluations.npz``.
+
+    :raises ValueError: If the file is damaged or holds something else.
+    """
+    arrays = read_evaluations(path)
+    results = arrays["results"].astype(np.float64)
+    # IsolatedEvalCallback fills rows with fewer episodes than others with NaN. A row of NaN alone has no mean.
+    with np.errstate(invalid="ignore"):
+        means = np.nansum(results, axis=1) / np.sum(~np.isnan(results), axis=1)
+    return Series.of(
+        [(float(step), np.nan, float(mean)) for step, mean in zip(arrays["timesteps"], means, strict=True)]
+    )
 
 
 def files_of(folder: Path, name: str, inner: Sequence[Path]) -> list[Path]:
@@ -152,7 +158,7 @@ def _event_rows(path: Path) -> Iterator[tuple[float, float, dict[str, float]]]:
             seconds, step = struct.unpack("<d", event.get(1, bytes(8)))[0], event.get(2, 0)
             start = seconds if start is None else start
             scalars = dict(_scalars(event.get(5, b"")))
-        except (IndexError, struct.error, TypeError, ValueError) as error:
+        except (IndexError, KeyError, struct.error, TypeError, ValueError) as error:
             raise ValueError(f"{path} must hold events of TensorBoard, but is damaged ({error}). Remove it.") from error
         if scalars:
             yield float(step), seconds - start, scalars
