@@ -50,6 +50,71 @@ def test_runs_below_a_stray_file_are_found(tmp_path: Path) -> None:
     ]
 
 
+def test_a_run_that_several_paths_lead_to_is_found_once(in_empty_folder: Path) -> None:
+    outer = write_run(Path("logs/clipppo/CartPole-v1_1"))
+    inner = outer / "eval"
+    write_monitor(inner / "monitor.csv", [(1.0, 1, 1.0)])
+    write_evaluations(inner / "evaluations.npz", [100], [[1.0]])
+    folders = ["logs", Path("logs").resolve(), "logs/../logs", inner.resolve()]
+    records, (problem,) = find_records(folders)
+    assert [record.folder for record in records] == [outer, inner.resolve()]
+    # What belongs to a named run inside another is not the other's.
+    assert [record.evaluations is None for record in records] == [True, False]
+    assert "1 run in its folders" in problem
+
+
+def test_links_to_runs_are_followed(tmp_path: Path) -> None:
+    far = write_run(tmp_path / "scratch/clipppo/CartPole-v1_1")
+    logs = tmp_path / "logs"
+    own = write_run(logs / "own")
+    for link, place in (
+        ("all", logs),
+        ("first", far),
+        ("more", tmp_path / "scratch"),
+        ("a", own),
+        ("none", tmp_path / "x"),
+    ):
+        (logs / link).symlink_to(place)
+    records, problems = find_records([logs])
+    assert [record.folder for record in records] == [own, logs / "first"] and problems == []
+
+
+def test_runs_of_the_zoo_inside_another_are_found(tmp_path: Path) -> None:
+    outer = write_run(tmp_path / "CartPole-v1_1")
+    inner = write_run(outer / "fine_tuned/clipppo/CartPole-v1_1", seed=2)
+    write_evaluations(inner / "evaluations.npz", [100], [[1.0]])
+    write_monitor(outer / "videos/monitor.csv", [(1.0, 1, 1.0)])  # but others belong to the run
+    records, (problem,) = find_records([tmp_path])
+    assert [record.folder for record in records] == [outer, inner]
+    assert records[0].evaluations is None and "1 run in its folders" in problem
+
+
+def test_evaluations_of_the_zoos_benchmark_are_no_runs(tmp_path: Path) -> None:
+    own = write_run(tmp_path / "logs/clipppo/CartPole-v1_1")
+    folder = tmp_path / "logs/benchmark/clipppo-CartPole-v1"
+    write_monitor(folder / "0.monitor.csv", [(500.0, 500, 1.0)])
+    records, (problem,) = find_records([tmp_path])
+    assert [record.folder for record in records] == [own]
+    assert f"{folder.parent} was left out: it holds evaluations of `sb3-clipvf benchmark`" in problem
+    assert len(find_records([folder.parent])[0]) == 1
+
+
+@pytest.mark.parametrize("has_log", [True, False])
+def test_a_tensorboard_log_of_a_run_with_a_log_is_no_run(has_log: bool, tmp_path: Path) -> None:
+    own = write_run(tmp_path / "moved/clipppo/CartPole-v1_1", arguments={"tensorboard_log": "logs/tb"})
+    rows = json.dumps({"time/total_timesteps": 100, "train/loss": 1.0}) + "\n"
+    if has_log:
+        (own / "progress.json").write_text(rows)
+    logger = configure(str(tmp_path / "moved/tb/CartPole-v1/ClipPPO_1"), ["tensorboard"])
+    logger.record("train/loss", 1.0)
+    logger.dump(100)
+    logger.close()
+    records, problems = find_records([tmp_path])
+    assert len(records) == (1 if has_log else 2)
+    left_out = f"{tmp_path}/moved/tb: 1 log of `-tb` left out, since the runs' own logs are shown."
+    assert problems == [left_out] * has_log
+
+
 def test_keys_of_settings_may_have_any_type(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "CartPole-v1_1", settings={"gamma": 0.9})
     config = folder / "CartPole-v1" / "config.yml"

@@ -82,22 +82,24 @@ def find_records(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Record
     :return: The runs in the order of their paths, and messages about those that could not be read or lack data.
     :raises ValueError: If a folder holds no run, or no run has anything to show.
     """
-    paths: list[Path] = []
-    records, problems = [], []
+    paths: dict[Path, Path] = {}  # by real path, since several may lead to a run
+    records: list[Record] = []
+    problems: list[str] = []
     for folder in folders:
         if not Path(folder).is_dir():
             what = "a file" if Path(folder).exists() else "nothing"
             raise ValueError(f"`RUNS` must be folders of runs, got {folder}, which is {what}. Check the path.")
-        found = _run_folders(Path(folder), problems)
+        found = _run_folders(Path(folder), problems, set())
         if not found:
             raise ValueError(
                 f"`RUNS` must be runs or folders of runs, but {folder} holds no files of a run: no Monitor files, "
                 "evaluations, logs of SB3 or settings of the RL Zoo. Name another folder, or train with "
                 f"`sb3-clipvf train --env CartPole-v1 -f {folder}`."
             )
-        paths += [path for path in found if path not in paths]
-    for path in paths:
-        inner = [other for other in paths if other != path and other.is_relative_to(path)]
+        for path in found:
+            paths.setdefault(Path(os.path.realpath(path)), path)
+    for real_path, path in paths.items():
+        inner = [other for other in paths if other != real_path and other.is_relative_to(real_path)]
         if inner:
             problems.append(
                 f"{path} holds files of a run, and {plural(len(inner), 'run')} in its folders, which are shown as runs "
@@ -115,6 +117,7 @@ def find_records(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Record
             records.append(record)
     if not records:
         raise ValueError("`RUNS` must hold a run with data to show, but none has:\n  " + "\n  ".join(problems))
+    records = _without_copies(records, problems)
     return records, problems + _unknown_times(records) + _mixed_versions(records)
 
 
@@ -123,7 +126,7 @@ def read_record(folder: Path, inner: Sequence[Path] = ()) -> tuple[Record, list[
     Read the files of one run.
 
     :param folder: Folder of the run.
-    :param inner: Folders in it that belong to other runs.
+    :param inner: Real paths of folders in it that belong to other runs.
     :return: The run, and a message about each file that is damaged and was left out.
     :raises ValueError: If its settings cannot be read.
     """
@@ -175,22 +178,37 @@ def read_record(folder: Path, inner: Sequence[Path] = ()) -> tuple[Record, list[
     return record, problems
 
 
-def _run_folders(folder: Path, problems: list[str]) -> list[Path]:
+def _run_folders(folder: Path, problems: list[str], visited: set[str]) -> list[Path]:
     """
-    Return the folders of runs at or below a folder, sorted; add the errors of those that cannot be read to messages.
+    Return the folders of runs at or below a folder; add messages about folders that were left out.
 
-    Folders inside a run of the Zoo belong to it, and so do logs and evaluations inside another run. But other Monitor
-    files and runs of the Zoo are runs of their own.
+    Logs and evaluations inside another run belong to it. But runs of the Zoo are runs of their own, and so are other
+    Monitor files that are not inside a run of the Zoo. ``visited`` holds the real paths of folders that were read.
     """
-    if next(folder.glob(_ZOO_FILE), None) is not None:
-        return [folder]
+    visited.add(os.path.realpath(folder))
     places: list[Path] = []
     with _noting(problems):
-        places = sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
-    inner = [found for path in places for found in _run_folders(path, problems)]
+        found = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: (path.is_symlink(), path))
+        places = [path for path in found if not _is_benchmark(path, problems)]
+    inner = []
+    for path in places:
+        if os.path.realpath(path) not in visited:
+            inner += _run_folders(path, problems, visited)
+    if next(folder.glob(_ZOO_FILE), None) is not None:
+        return [folder, *(path for path in inner if next(path.glob(_ZOO_FILE), None) is not None)]
     if not any(next(folder.glob(pattern), None) is not None for pattern in _OF_RUNS):
         return inner
     return [folder, *(path for path in inner if _is_own_run(path, folder))]
+
+
+def _is_benchmark(path: Path, problems: list[str]) -> bool:
+    """Return whether a folder is where the Zoo's ``benchmark`` evaluates agents; if it is, add a message."""
+    if path.name != "benchmark" or next(path.glob("*/0.monitor.csv"), None) is None:
+        return False
+    problems.append(
+        f"{path} was left out: it holds evaluations of `sb3-clipvf benchmark`. If its runs are trainings, name it itself."
+    )
+    return True
 
 
 def _is_own_run(path: Path, folder: Path) -> bool:
@@ -198,6 +216,27 @@ def _is_own_run(path: Path, folder: Path) -> bool:
     is_evaluation = any(_EVALUATION.search(part) for part in path.relative_to(folder).parts)
     files = (_ZOO_FILE,) if is_evaluation else (_ZOO_FILE, _MONITOR_FILES)
     return any(next(path.glob(pattern), None) is not None for pattern in files)
+
+
+def _without_copies(records: Sequence[Record], problems: list[str]) -> list[Record]:
+    """Leave out logs that ``train -tb`` wrote beside the logs of runs that are shown; add a message."""
+    places: set[Path] = set()
+    for record in records:
+        written, logs = (record.arguments.get(key) for key in ("tensorboard_log", "log_folder"))
+        if record.log and written and isinstance(written, str) and isinstance(logs, str):
+            # The log folder may have moved since, together with the folder inside it.
+            places.add((record.folder.resolve().parent.parent / os.path.relpath(written, logs)).resolve())
+    kept, n_copies = [], 0
+    for record in records:
+        is_log = not record.arguments and (record.is_mean or len(record.episodes.steps) == 0)
+        if is_log and any(map(record.folder.resolve().is_relative_to, places)):
+            n_copies += 1
+        else:
+            kept.append(record)
+    if n_copies > 0:
+        where = ", ".join(sorted(map(str, places)))
+        problems.append(f"{where}: {plural(n_copies, 'log')} of `-tb` left out, since the runs' own logs are shown.")
+    return kept
 
 
 def _zoo_run(folder: Path) -> Run | None:

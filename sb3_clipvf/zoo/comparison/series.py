@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import struct
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -86,8 +87,9 @@ def mean_evaluations(path: Path) -> Series:
 
 
 def files_of(folder: Path, name: str, inner: Sequence[Path]) -> list[Path]:
-    """Return the files of this name in a folder and the folders in it, sorted, without those of other runs."""
-    return [path for path in sorted(folder.rglob(name)) if not any(map(path.is_relative_to, inner))]
+    """Return the files of this name in a folder and the folders in it, sorted, without those in ``inner``, real paths."""
+    paths = [(path, Path(os.path.realpath(path))) for path in sorted(folder.rglob(name))]
+    return [path for path, real_path in paths if not any(map(real_path.is_relative_to, inner))]
 
 
 def read_logs(folder: Path, inner: Sequence[Path] = ()) -> dict[str, Series]:
@@ -95,7 +97,7 @@ def read_logs(folder: Path, inner: Sequence[Path] = ()) -> dict[str, Series]:
     Read what SB3's logger wrote into a folder and the folders in it: ``progress.json``, ``progress.csv``, TensorBoard.
 
     :param folder: Folder of a run.
-    :param inner: Folders in it that belong to other runs.
+    :param inner: Real paths of folders in it that belong to other runs.
     :return: Series by their keys, such as ``train/value_loss``; {} without a log.
     :raises ValueError: If a file is damaged at its beginning; a cut end is left out.
     """
