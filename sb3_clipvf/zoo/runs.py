@@ -91,11 +91,13 @@ class TrainingCurve:
     :param steps: Environment steps of all environments together at the end of each episode, ``(n,)``.
     :param returns: Returns in reward units, ``(n,)``.
     :param seconds: Seconds from the start of training to the end of each episode, ``(n,)``.
+    :param env_id: Id of the environment; "" if unknown.
     """
 
     steps: np.ndarray
     returns: np.ndarray
     seconds: np.ndarray
+    env_id: str = ""
 
     @property
     def training_seconds(self) -> float | None:
@@ -324,7 +326,7 @@ def read_training_curve(
         steps = steps / max(1, round(steps[-1] / num_timesteps))
     if started is not None:
         seconds += first_start - started
-    return TrainingCurve(steps, returns, seconds)
+    return TrainingCurve(steps, returns, seconds, files[0].env_id if files else "")
 
 
 @dataclass(frozen=True)

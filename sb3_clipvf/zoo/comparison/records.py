@@ -6,18 +6,18 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sb3_clipvf.zoo.comparison.series import EVENT_FILES, Series, files_of, mean_evaluations, read_logs
+from sb3_clipvf.zoo.comparison.series import EVENT_FILES, Series, files_of, mean_evaluations
 from sb3_clipvf.zoo.comparison.titles import plural
+from sb3_clipvf.zoo.comparison.training import VERSIONS, SavedModel, noting, read_saved_model, read_training
 from sb3_clipvf.zoo.run_folders import CHECKPOINTS, processes_of, resume_command
-from sb3_clipvf.zoo.runs import Run, read_arguments, read_hyperparams, read_monitor, read_training_curve
+from sb3_clipvf.zoo.runs import Run, read_arguments, read_hyperparams
 
 OF_OPTIONS = ("n_timesteps", "env_kwargs", "eval_env_kwargs", "vec_env", "trained_agent", "n_processes")
 """Options of ``train`` and of ``torchrun`` that count as settings of a run."""
@@ -25,8 +25,6 @@ OF_OPTIONS = ("n_timesteps", "env_kwargs", "eval_env_kwargs", "vec_env", "traine
 _ZOO_FILE, _MONITOR_FILES = "*/args.yml", "*monitor.csv"
 _OF_RUNS = (_MONITOR_FILES, "evaluations.npz", "progress.json", "progress.csv", EVENT_FILES)
 _EVALUATION = re.compile(r"(?:^|[_-])(?:eval|test)", re.IGNORECASE)
-_EPISODES_OF_LOG = "rollout/ep_rew_mean"
-_VERSIONS = ("Stable-Baselines3", "PyTorch", "Gymnasium", "Numpy", "Python")
 
 
 @dataclass(frozen=True)
@@ -133,43 +131,28 @@ def read_record(folder: Path, inner: Sequence[Path] = ()) -> tuple[Record, list[
     problems: list[str] = []
     run = _zoo_run(folder)
     arguments, settings = ({}, {}) if run is None else (read_arguments(run), read_hyperparams(run))
-    model = _Model() if run is None else _read_model(run.model_path, problems)
-    monitors = sorted(folder.glob(_MONITOR_FILES))
-    env_id, episodes, log, evaluations = "", Series.of([]), {}, None
-    with _noting(problems):
-        env_id = read_monitor(monitors[0]).env_id if monitors else ""
-        curve = read_training_curve(folder, model.num_timesteps, model.started, processes_of(arguments))
-        episodes = Series(curve.steps, curve.seconds, curve.returns)
-    is_resumed = model.is_resumed
-    with _noting(problems):
-        log = read_logs(folder, inner)
-        # Each process starts its clock again.
-        is_resumed = is_resumed or any((np.diff(one.seconds) < 0).any() for one in log.values())
-    if is_resumed:
-        episodes = episodes.without_seconds()
-    log = {key: (one.without_seconds() if is_resumed else one).timed(episodes) for key, one in log.items()}
-    is_mean = len(episodes.steps) == 0 and _EPISODES_OF_LOG in log
-    if is_mean:
-        episodes = log[_EPISODES_OF_LOG]
+    model = SavedModel() if run is None else read_saved_model(run.model_path, problems)
+    training = read_training(folder, model, processes_of(arguments), problems, inner)
+    evaluations = None
     for path in files_of(folder, "evaluations.npz", inner)[:1]:
-        with _noting(problems):
-            evaluations = mean_evaluations(path).timed(episodes)
-    ends = [one.steps[-1] for one in (episodes, *log.values()) if len(one.steps) > 0]
+        with noting(problems):
+            evaluations = mean_evaluations(path).timed(training.episodes)
+    ends = [one.steps[-1] for one in (training.episodes, *training.log.values()) if len(one.steps) > 0]
     ends += [] if evaluations is None else [evaluations.steps[-1]]
     if run is not None and not run.model_path.is_file():
         problems.append(_unfinished(folder, arguments))
     record = Record(
         folder=folder,
-        env_id=str(arguments.get("env") or env_id or _env_of_path(folder)),
+        env_id=str(arguments.get("env") or training.env_id or _env_of_path(folder)),
         algo=str(arguments.get("algo") or ""),
         seed=seed if isinstance(seed := arguments.get("seed"), int) else None,
         settings=_all_settings(settings, arguments),
         arguments=arguments,
-        episodes=episodes,
-        is_mean=is_mean,
+        episodes=training.episodes,
+        is_mean=training.is_mean,
         evaluations=evaluations,
-        log=log,
-        is_resumed=is_resumed,
+        log=training.log,
+        is_resumed=training.is_resumed,
         report=_read_report(folder, model.num_timesteps, problems),
         steps=float(model.num_timesteps or max(ends, default=0)),
         versions=model.versions,
@@ -187,7 +170,7 @@ def _run_folders(folder: Path, problems: list[str], visited: set[str]) -> list[P
     """
     visited.add(os.path.realpath(folder))
     places: list[Path] = []
-    with _noting(problems):
+    with noting(problems):
         found = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: (path.is_symlink(), path))
         places = [path for path in found if not _is_benchmark(path, problems)]
     inner = []
@@ -206,7 +189,7 @@ def _is_benchmark(path: Path, problems: list[str]) -> bool:
     if path.name != "benchmark" or next(path.glob("*/0.monitor.csv"), None) is None:
         return False
     problems.append(
-        f"{path} was left out: it holds evaluations of `sb3-clipvf benchmark`. If its runs are trainings, name it itself."
+        f"{path} was left out: it holds evaluations of `sb3-clipvf benchmark`. If they are trainings, name the folder."
     )
     return True
 
@@ -246,46 +229,12 @@ def _zoo_run(folder: Path) -> Run | None:
     return Run("", names[0], folder, folder / f"{names[0]}.zip") if names else None
 
 
-@dataclass(frozen=True)
-class _Model:
-    """What the file of a model holds about its training."""
-
-    num_timesteps: int | None = None
-    started: float | None = None
-    is_resumed: bool = False
-    versions: Mapping[str, str] = field(default_factory=dict)
-
-
-def _read_model(path: Path, problems: list[str]) -> _Model:
-    from sb3_clipvf.files.archive import entries_of, read_bytes, reason_of  # imports torch
-
-    if not path.is_file():
-        return _Model()
-    with _noting(problems):
-        entries = dict(entries_of(*read_bytes(path, "zip")))
-        try:
-            data = dict(json.loads(entries["data"]))
-            versions = re.findall(r"^- ([\w-]+): (\S+)$", entries.get("system_info.txt", b"").decode(), re.MULTILINE)
-            first_step = data.get("_num_timesteps_at_start")
-            return _Model(
-                int(data["num_timesteps"]),
-                data["start_time"] / 1e9 if first_step == 0 and data.get("start_time") else None,
-                bool(first_step),
-                {name: version for name, version in versions if name in _VERSIONS},
-            )
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"{path} must hold a model of SB3, but is damaged ({reason_of(error)}). Restore the run's own file."
-            ) from error
-    return _Model()
-
-
 def _read_report(folder: Path, final_steps: int | None, problems: list[str]) -> dict[str, Any]:
     """Read ``report.json`` unless it is about an earlier model; the final one has ``final_steps`` steps, if known."""
     path = folder / "report.json"
     if not path.is_file():
         return {}
-    with _noting(problems):
+    with noting(problems):
         try:
             numbers = dict(json.loads(path.read_text(encoding="utf-8")))
             name, steps = Path(numbers["model"]).name, int(numbers["num_timesteps"])
@@ -296,7 +245,7 @@ def _read_report(folder: Path, final_steps: int | None, problems: list[str]) -> 
                 f"{error}). Remove it."
             ) from error
         is_best = name == "best_model.zip"
-        own_steps = _read_model(path.with_name(name), problems).num_timesteps if is_best else final_steps
+        own_steps = read_saved_model(path.with_name(name), problems).num_timesteps if is_best else final_steps
         if own_steps in (None, steps):
             return {**found, "is_best": is_best}
         kind, option = ("best", " --load-best") if is_best else ("final", "")
@@ -305,15 +254,6 @@ def _read_report(folder: Path, final_steps: int | None, problems: list[str]) -> 
             f"{own_steps:,}. Evaluate that one with `sb3-clipvf report --env{option}`."
         )
     return {}
-
-
-@contextmanager
-def _noting(problems: list[str]) -> Iterator[None]:
-    """Add the error of a damaged file to the messages and skip the file."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        problems.append(str(error))
 
 
 def _all_settings(settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -347,7 +287,7 @@ def _unknown_times(records: Sequence[Record]) -> list[str]:
 def _mixed_versions(records: Sequence[Record]) -> list[str]:
     """Return a message about each package of which the runs used several versions."""
     found = []
-    for name in _VERSIONS:
+    for name in VERSIONS:
         counts = Counter(record.versions[name] for record in records if name in record.versions)
         if len(counts) > 1:
             versions = ", ".join(f"{version} ({n} of {len(records)} runs)" for version, n in sorted(counts.items()))

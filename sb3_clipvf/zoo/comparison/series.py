@@ -87,7 +87,7 @@ def mean_evaluations(path: Path) -> Series:
 
 
 def files_of(folder: Path, name: str, inner: Sequence[Path]) -> list[Path]:
-    """Return the files of this name in a folder and the folders in it, sorted, without those in ``inner``, real paths."""
+    """Return the files of this name in a folder at any depth, sorted, without those in ``inner`` (real paths)."""
     paths = [(path, Path(os.path.realpath(path))) for path in sorted(folder.rglob(name))]
     return [path for path, real_path in paths if not any(map(real_path.is_relative_to, inner))]
 
