@@ -278,6 +278,19 @@ def test_later_rows_of_a_resumed_training_replace_those_of_their_steps(tmp_path:
     assert read_logs(tmp_path)["train/loss"].values.tolist() == [1, 5, 6]
 
 
+def test_only_the_last_of_several_logs_in_a_folder_is_read(tmp_path: Path) -> None:
+    """As of a script with ``Monitor(env, folder)`` and ``tensorboard_log=folder`` that has run several times."""
+    write_monitor(tmp_path / "monitor.csv", [(1.0, 10, 1.0), (2.0, 10, 2.0)])
+    for name, value in (("PPO_2", 2.0), ("PPO_10", 10.0), ("PPO_9", 9.0), ("other_3", 3.0)):
+        rows = [{"time/total_timesteps": 10 * n, f"train/{name[:3]}": value} for n in range(1, 30 - int(value))]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "progress.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (record,), (problem,) = find_records([tmp_path])
+    assert set(record.log["train/PPO"].values) == {10.0} and len(record.log["train/PPO"].values) == 19
+    assert set(record.log["train/oth"].values) == {3.0}
+    assert f"{tmp_path} holds logs of earlier trainings, which were left out: PPO_2, PPO_9. Keep each" in problem
+
+
 # --- bad input
 
 

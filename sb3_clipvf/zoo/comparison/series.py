@@ -92,6 +92,17 @@ def files_of(folder: Path, name: str, inner: Sequence[Path]) -> list[Path]:
     return [path for path, real_path in paths if not any(map(real_path.is_relative_to, inner))]
 
 
+def earlier_logs(folder: Path, inner: Sequence[Path]) -> list[Path]:
+    """Return the real paths of log folders ``<name>_<number>`` beside which the same name has a higher number."""
+    logs = {Path(os.path.realpath(file.parent)) for name in _READERS for file in files_of(folder, name, inner)}
+    found: dict[Path, list[tuple[int, Path]]] = {}
+    for path in logs:
+        name, _, number = path.name.rpartition("_")
+        if number.isdecimal():
+            found.setdefault(path.with_name(f"{name}_"), []).append((int(number), path))
+    return sorted(path for numbered in found.values() for _, path in sorted(numbered)[:-1])
+
+
 def read_logs(folder: Path, inner: Sequence[Path] = ()) -> dict[str, Series]:
     """
     Read what SB3's logger wrote into a folder and the folders in it: ``progress.json``, ``progress.csv``, TensorBoard.
@@ -102,8 +113,8 @@ def read_logs(folder: Path, inner: Sequence[Path] = ()) -> dict[str, Series]:
     :raises ValueError: If a file is damaged at its beginning; a cut end is left out.
     """
     points: dict[str, dict[float, tuple[float, float, float]]] = {}
-    for path, read in (("progress.json", _json_rows), ("progress.csv", _csv_rows), (EVENT_FILES, _event_rows)):
-        for file in files_of(folder, path, inner):
+    for name, read in _READERS.items():
+        for file in files_of(folder, name, inner):
             for step, seconds, row in read(file):
                 for key, value in row.items():
                     # A resumed run repeats the steps after its checkpoint: the later row counts.
@@ -201,3 +212,6 @@ def _varint(message: bytes, position: int) -> tuple[int, int]:
         value, shift, position = value | (byte & 127) << shift, shift + 7, position + 1
         if byte < 128:
             return value, position
+
+
+_READERS = {"progress.json": _json_rows, "progress.csv": _csv_rows, EVENT_FILES: _event_rows}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sb3_clipvf.zoo.comparison.series import Series, read_logs
+from sb3_clipvf.zoo.comparison.series import Series, earlier_logs, read_logs
 from sb3_clipvf.zoo.runs import read_training_curve
 
 VERSIONS = ("Stable-Baselines3", "PyTorch", "Gymnasium", "Numpy", "Python")
@@ -98,8 +98,15 @@ def read_training(
     with noting(problems):
         curve = read_training_curve(folder, model.num_timesteps, model.started, n_processes)
         env_id, episodes = curve.env_id, Series(curve.steps, curve.seconds, curve.returns)
+    # SB3 begins a folder for each training, but Monitor replaces its file.
+    earlier = earlier_logs(folder, inner)
+    if earlier:
+        names = ", ".join(path.name for path in earlier)
+        problems.append(
+            f"{folder} holds logs of earlier trainings, which were left out: {names}. Keep each in its own folder."
+        )
     with noting(problems):
-        log = read_logs(folder, inner)
+        log = read_logs(folder, [*inner, *earlier])
     # Each process starts its clock again.
     is_resumed = model.is_resumed or any((np.diff(one.seconds) < 0).any() for one in log.values())
     if is_resumed:
