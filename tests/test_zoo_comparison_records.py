@@ -149,6 +149,14 @@ def test_times_of_resumed_runs_are_not_known(tmp_path: Path, source: str) -> Non
     assert not np.isfinite(returns.lines["seconds"]["clipppo"]).any()
 
 
+def test_a_continued_monitor_file_is_that_of_a_resumed_run(tmp_path: Path) -> None:
+    write_monitor(tmp_path / "monitor.csv", [(1.0, 10, 5.0), (2.0, 10, 9.0), (3.0, 10, 1.0)])
+    (record,), (problem,) = find_records([tmp_path])
+    assert record.is_resumed and record.seconds is None and record.steps == 30
+    assert record.episodes.values.tolist() == [1, 2, 3]
+    assert "times of 1 of 1 run are not known" in problem
+
+
 def test_a_run_of_several_processes_has_the_steps_of_all(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "CartPole-v1_1", arguments={"n_processes": 2})
     with zipfile.ZipFile(folder / "CartPole-v1.zip", "w") as archive:

@@ -323,6 +323,24 @@ def test_curve_counts_the_trainings_steps_where_monitor_counts_frames(tmp_path: 
     np.testing.assert_array_equal(read_training_curve(tmp_path, 100_000).steps, [400, 3980])
 
 
+def test_a_continued_file_keeps_its_order_and_has_no_times(tmp_path: Path) -> None:
+    # As Monitor(..., override_existing=False) writes it: the clock of the second part starts again.
+    write_monitor(tmp_path, 0, 0.0, "1.0,10,1.0\n2.0,10,9.0\n3.0,10,0.5\n4.0,10,5.0\n")
+    curve = read_training_curve(tmp_path)
+    np.testing.assert_array_equal(curve.returns, [1, 2, 3, 4])
+    np.testing.assert_array_equal(curve.steps, [10, 20, 30, 40])
+    assert np.isnan(curve.seconds).all() and curve.training_seconds is None
+
+
+def test_the_steps_of_several_environments_ascend_after_new_episodes(tmp_path: Path) -> None:
+    # A resume has begun new episodes: environment 0 lost more steps than environment 1.
+    write_monitor(tmp_path, 0, 0.0, "1.0,100,10.0\n2.0,100,110.0\n")
+    write_monitor(tmp_path, 1, 0.0, "3.0,95,9.5\n4.0,50,15.0\n5.0,95,109.5\n")
+    curve = read_training_curve(tmp_path)
+    np.testing.assert_array_equal(curve.steps, [190, 200, 290, 400, 480])
+    np.testing.assert_array_equal(curve.returns, [3, 1, 4, 2, 5])
+
+
 @pytest.mark.parametrize("rest", ["7.0,1", "7.0,", "7.0,1,", "7.0,1\n"])
 def test_curve_ends_before_a_line_cut_short(tmp_path: Path, rest: str) -> None:
     write_monitor(tmp_path, 0, 0.0, "1.0,10,1.0\n" + rest)

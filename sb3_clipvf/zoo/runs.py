@@ -88,9 +88,10 @@ class TrainingCurve:
     """
     Training episodes of a run, in the order in which they ended.
 
-    :param steps: Environment steps of all environments together at the end of each episode, ``(n,)``.
+    :param steps: Environment steps of all environments together at the end of each episode, ``(n,)``, ascending.
     :param returns: Returns in reward units, ``(n,)``.
-    :param seconds: Seconds from the start of training to the end of each episode, ``(n,)``.
+    :param seconds: Seconds from the start of training to the end of each episode, ``(n,)``; NaN if a file shows that
+        its clock has started again, as a continued training does.
     :param env_id: Id of the environment; "" if unknown.
     """
 
@@ -316,12 +317,16 @@ def read_training_curve(
     """
     files = [read_monitor(path) for path in sorted(Path(folder).glob("*monitor.csv"))]
     first_start = min((file.start for file in files), default=0.0)
-    rows: list[tuple[float, int, float]] = []
-    for file in files:
-        for episode_return, own_steps, end in file.episodes:
-            rows.append((file.start - first_start + end, own_steps * len(files) * n_processes, episode_return))
-    rows.sort()
-    seconds, steps, returns = (np.array([row[i] for row in rows], dtype=np.float64) for i in range(3))
+    rows = [
+        (own_steps * len(files) * n_processes, file.start - first_start + end, episode_return)
+        for file in files
+        for episode_return, own_steps, end in file.episodes
+    ]
+    # Steps first: the time may have started again.
+    rows.sort(key=lambda row: row[:2])
+    steps, seconds, returns = (np.array([row[i] for row in rows], dtype=np.float64) for i in range(3))
+    if any(np.any(np.diff([end for _, _, end in file.episodes]) < 0) for file in files):
+        seconds[:] = np.nan
     if num_timesteps and len(steps) > 0:
         steps = steps / max(1, round(steps[-1] / num_timesteps))
     if started is not None:

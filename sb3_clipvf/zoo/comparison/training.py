@@ -108,7 +108,8 @@ def read_training(
     with noting(problems):
         log = read_logs(folder, [*inner, *earlier])
     # Each process starts its clock again.
-    is_resumed = model.is_resumed or any((np.diff(one.seconds) < 0).any() for one in log.values())
+    is_resumed = model.is_resumed or bool(np.isnan(episodes.seconds).any())
+    is_resumed = is_resumed or any((np.diff(one.seconds) < 0).any() for one in log.values())
     if is_resumed:
         episodes = episodes.without_seconds()
     log = {key: (one.without_seconds() if is_resumed else one).timed(episodes) for key, one in log.items()}
