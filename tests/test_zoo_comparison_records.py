@@ -157,6 +157,19 @@ def test_a_continued_monitor_file_is_that_of_a_resumed_run(tmp_path: Path) -> No
     assert "times of 1 of 1 run are not known" in problem
 
 
+@pytest.mark.parametrize(
+    ("n_rows", "step", "last"),
+    # A log lags behind the episodes by up to a row: few rows do not tell the frame skip.
+    [(20, 100, 2000), (20, 400, 8000), (2, 2500, 8000)],
+)
+def test_frames_are_no_steps_without_a_model(n_rows: int, step: int, last: float, tmp_path: Path) -> None:
+    write_monitor(tmp_path / "monitor.csv", [(1.0, 80, float(i)) for i in range(1, 101)])
+    rows = ({"time/total_timesteps": step * n, "train/loss": 1.0} for n in range(1, n_rows + 1))
+    (tmp_path / "progress.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (record,), _ = find_records([tmp_path])
+    assert record.episodes.steps[-1] == last
+
+
 def test_a_run_of_several_processes_has_the_steps_of_all(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "CartPole-v1_1", arguments={"n_processes": 2})
     with zipfile.ZipFile(folder / "CartPole-v1.zip", "w") as archive:

@@ -328,10 +328,15 @@ def read_training_curve(
     if any(np.any(np.diff([end for _, _, end in file.episodes]) < 0) for file in files):
         seconds[:] = np.nan
     if num_timesteps and len(steps) > 0:
-        steps = steps / max(1, round(steps[-1] / num_timesteps))
+        steps = steps / frame_skip(steps[-1], num_timesteps)
     if started is not None:
         seconds += first_start - started
     return TrainingCurve(steps, returns, seconds, files[0].env_id if files else "")
+
+
+def frame_skip(n_frames: float, num_timesteps: float) -> int:
+    """Return the frames of a step if Monitor has counted ``n_frames`` in a training of ``num_timesteps`` steps."""
+    return max(1, round(n_frames / num_timesteps))
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,19 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from sb3_clipvf.zoo.comparison.series import Series, earlier_logs, read_logs
-from sb3_clipvf.zoo.runs import read_training_curve
+from sb3_clipvf.zoo.runs import frame_skip, read_training_curve
 
 VERSIONS = ("Stable-Baselines3", "PyTorch", "Gymnasium", "Numpy", "Python")
 """Packages whose versions a model's file holds."""
 
 _EPISODES_OF_LOG = "rollout/ep_rew_mean"
+_FEWEST_ROWS = 10
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ def read_training(
         )
     with noting(problems):
         log = read_logs(folder, [*inner, *earlier])
+    if model.num_timesteps is None:
+        episodes = _without_frame_skip(episodes, log)
     # Each process starts its clock again.
     is_resumed = model.is_resumed or bool(np.isnan(episodes.seconds).any())
     is_resumed = is_resumed or any((np.diff(one.seconds) < 0).any() for one in log.values())
@@ -115,6 +118,15 @@ def read_training(
     log = {key: (one.without_seconds() if is_resumed else one).timed(episodes) for key, one in log.items()}
     is_mean = len(episodes.steps) == 0 and _EPISODES_OF_LOG in log
     return Training(env_id, log[_EPISODES_OF_LOG] if is_mean else episodes, is_mean, log, is_resumed)
+
+
+def _without_frame_skip(episodes: Series, log: Mapping[str, Series]) -> Series:
+    """Return episodes at the steps of the training, which its log counts, if Monitor has counted frames."""
+    logged = max(log.values(), key=lambda one: len(one.steps), default=Series.of([]))
+    # The log lags behind by up to a row. A Monitor file whose clock started again may hold trainings without this log.
+    if len(episodes.steps) == 0 or len(logged.steps) < _FEWEST_ROWS or np.isnan(episodes.seconds).any():
+        return episodes
+    return replace(episodes, steps=episodes.steps / frame_skip(episodes.steps[-1], logged.steps[-1]))
 
 
 @contextmanager
