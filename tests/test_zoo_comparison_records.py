@@ -39,7 +39,8 @@ def test_runs_below_a_stray_file_are_found(tmp_path: Path) -> None:
         (folder / "progress.json").write_text(json.dumps({"time/total_timesteps": 10, "train/loss": value}) + "\n")
     write_evaluations(own[0] / "evaluations.npz", [100], [[1.0, 3.0]])
     # Episodes of an evaluation are no training.
-    write_monitor(tmp_path / "logs/eval_env/monitor.csv", [(9.0, 1, 1.0)])
+    for name in ("eval_env/monitor.csv", "other/eval.monitor.csv"):
+        write_monitor(tmp_path / "logs" / name, [(9.0, 1, 1.0)])
     records, problems = find_records([tmp_path / "logs"])
     assert [record.folder for record in records] == [tmp_path / "logs", *own]
     # The log of another run is not its own.
@@ -352,6 +353,16 @@ def test_an_unfinished_run_is_shown_with_the_way_to_resume_it(tmp_path: Path) ->
     (folder / "checkpoints" / "checkpoint_64.zip").touch()
     _, (problem,) = find_records([tmp_path])
     assert f"`sb3-clipvf train --resume '{folder}'` resumes it." in problem
+
+
+def test_files_of_several_trainings_are_named(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        episodes = [(1.0, 100, float(n)) for n in range(1, 11)]
+        write_monitor(tmp_path / f"seed_{seed}.monitor.csv", episodes, start=100.0 * seed)
+    write_evaluations(tmp_path / "evaluations.npz", [100], [[1.0]])
+    (record,), (problem,) = find_records([tmp_path])
+    assert len(record.episodes.steps) == 0 and record.evaluations is not None
+    assert f"{tmp_path} must hold one training, got seed_1.monitor.csv and seed_2.monitor.csv" in problem
 
 
 MONITOR = b'#{"t_start": 0.0, "env_id": "CartPole-v1"}\n'

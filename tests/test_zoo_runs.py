@@ -341,6 +341,36 @@ def test_the_steps_of_several_environments_ascend_after_new_episodes(tmp_path: P
     np.testing.assert_array_equal(curve.returns, [3, 1, 4, 2, 5])
 
 
+@pytest.mark.parametrize(
+    "starts",
+    [(0.0, 0.2), (0.0, 100.0)],  # an evaluation with longer episodes; one seed after another
+)
+def test_files_of_several_trainings_are_refused(starts: tuple[float, float], tmp_path: Path) -> None:
+    for index, start in enumerate(starts):
+        length = 500 if start == 0.2 else 100
+        write_monitor(tmp_path, index, start, "".join(f"1.0,{length},{n}.0\n" for n in range(1, 51)))
+    with pytest.raises(
+        ValueError, match=r"must hold one training, .* [01]\.monitor\.csv and [01]\.monitor.* Keep each"
+    ):
+        read_training_curve(tmp_path)
+
+
+def test_an_environment_may_be_in_one_episode_while_others_end_many(tmp_path: Path) -> None:
+    write_monitor(tmp_path, 0, 0.0, "".join(f"1.0,10,{n}.0\n" for n in range(1, 51)))
+    write_monitor(tmp_path, 1, 0.0, "")
+    write_monitor(tmp_path, 2, 0.0, "1.0,490,49.0\n")
+    assert read_training_curve(tmp_path).steps[-1] == 1500
+
+
+def test_files_of_evaluations_are_no_environments(tmp_path: Path) -> None:
+    for name in ("train", "eval", "test_0"):
+        write_monitor(tmp_path, 0, 0.0, "1.0,10,1.0\n")
+        (tmp_path / "0.monitor.csv").rename(tmp_path / f"{name}.monitor.csv")
+    np.testing.assert_array_equal(read_training_curve(tmp_path).steps, [10])
+    (tmp_path / "train.monitor.csv").unlink()
+    np.testing.assert_array_equal(read_training_curve(tmp_path).steps, [20, 20])
+
+
 @pytest.mark.parametrize("rest", ["7.0,1", "7.0,", "7.0,1,", "7.0,1\n"])
 def test_curve_ends_before_a_line_cut_short(tmp_path: Path, rest: str) -> None:
     write_monitor(tmp_path, 0, 0.0, "1.0,10,1.0\n" + rest)

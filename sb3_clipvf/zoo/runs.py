@@ -7,7 +7,9 @@ import csv
 import io
 import json
 import os
+import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -313,9 +315,12 @@ def read_training_curve(
     :param started: Start of training (s since 1970); None: the time at which its environments were created.
     :param n_processes: Processes of the run, of which the first one wrote the files.
     :return: The episodes; empty if no episode ended or there are no monitor files.
-    :raises ValueError: If a monitor file has no header.
+    :raises ValueError: If a monitor file is damaged, or the files are of several trainings.
     """
-    files = [read_monitor(path) for path in sorted(Path(folder).glob("*monitor.csv"))]
+    files = [read_monitor(path) for path in monitor_paths(folder)]
+    is_continued = any(np.any(np.diff([end for _, _, end in file.episodes]) < 0) for file in files)
+    if len(files) > 1 and not is_continued:
+        _check_one_training(files)
     first_start = min((file.start for file in files), default=0.0)
     rows = [
         (own_steps * len(files) * n_processes, file.start - first_start + end, episode_return)
@@ -325,13 +330,24 @@ def read_training_curve(
     # Steps first: the time may have started again.
     rows.sort(key=lambda row: row[:2])
     steps, seconds, returns = (np.array([row[i] for row in rows], dtype=np.float64) for i in range(3))
-    if any(np.any(np.diff([end for _, _, end in file.episodes]) < 0) for file in files):
+    if is_continued:
         seconds[:] = np.nan
     if num_timesteps and len(steps) > 0:
         steps = steps / frame_skip(steps[-1], num_timesteps)
     if started is not None:
         seconds += first_start - started
     return TrainingCurve(steps, returns, seconds, files[0].env_id if files else "")
+
+
+def monitor_paths(folder: str | os.PathLike[str]) -> list[Path]:
+    """Return the Monitor files of a run, sorted, without those of evaluations beside others."""
+    paths = sorted(Path(folder).glob("*monitor.csv"))
+    return [path for path in paths if not is_of_evaluations(path.name)] or paths
+
+
+def is_of_evaluations(name: str) -> bool:
+    """Return whether a file or folder is named as one of evaluations, such as ``eval_env`` or ``my_test``."""
+    return re.search(r"(?:^|[_-])(?:eval|test)", name, re.IGNORECASE) is not None
 
 
 def frame_skip(n_frames: float, num_timesteps: float) -> int:
@@ -347,6 +363,7 @@ class MonitorFile:
     An episode has its return, the steps of the file's environments at its end, and the seconds from the start.
     """
 
+    path: Path
     start: float
     env_id: str
     episodes: list[tuple[float, int, float]]
@@ -385,7 +402,27 @@ def read_monitor(path: Path) -> MonitorFile:
                 f"{path} must have the columns of SB3's Monitor, but is damaged ({reason}). "
                 f"Remove {'the line' if cut else 'it'} if its training has ended."
             ) from error
-    return MonitorFile(start, env_id, episodes)
+    return MonitorFile(path, start, env_id, episodes)
+
+
+def _check_one_training(files: Sequence[MonitorFile]) -> None:
+    """
+    Raise ValueError if files of separate environments cannot be of one training, in which they step together.
+
+    By the time of an episode's end, all have made the same number of steps. A resume may begin new episodes, so that
+    environments lose different numbers of steps.
+    """
+    rows = sorted((file.start + end, steps, file.path) for file in files for _, steps, end in file.episodes)
+    longest = max((np.diff([0, *(steps for _, steps, _ in file.episodes)]).max(initial=0) for file in files), default=0)
+    most, first = 0, files[0].path
+    for _, steps, path in rows:
+        if most - steps > most / 2 + longest:
+            raise ValueError(
+                f"{path.parent} must hold one training, got {first.name} and {path.name}, whose environments did not "
+                "step together. Keep each training in its own folder."
+            )
+        if steps > most:
+            most, first = steps, path
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

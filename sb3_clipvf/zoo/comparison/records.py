@@ -17,14 +17,13 @@ from sb3_clipvf.zoo.comparison.series import EVENT_FILES, Series, files_of, mean
 from sb3_clipvf.zoo.comparison.titles import plural
 from sb3_clipvf.zoo.comparison.training import VERSIONS, SavedModel, noting, read_saved_model, read_training
 from sb3_clipvf.zoo.run_folders import CHECKPOINTS, processes_of, resume_command
-from sb3_clipvf.zoo.runs import Run, read_arguments, read_hyperparams
+from sb3_clipvf.zoo.runs import Run, is_of_evaluations, monitor_paths, read_arguments, read_hyperparams
 
 OF_OPTIONS = ("n_timesteps", "env_kwargs", "eval_env_kwargs", "vec_env", "trained_agent", "n_processes")
 """Options of ``train`` and of ``torchrun`` that count as settings of a run."""
 
 _ZOO_FILE, _MONITOR_FILES = "*/args.yml", "*monitor.csv"
 _OF_RUNS = (_MONITOR_FILES, "evaluations.npz", "progress.json", "progress.csv", EVENT_FILES)
-_EVALUATION = re.compile(r"(?:^|[_-])(?:eval|test)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -196,9 +195,11 @@ def _is_benchmark(path: Path, problems: list[str]) -> bool:
 
 def _is_own_run(path: Path, folder: Path) -> bool:
     """Return whether a run inside the folder of another one is not a part of it."""
-    is_evaluation = any(_EVALUATION.search(part) for part in path.relative_to(folder).parts)
-    files = (_ZOO_FILE,) if is_evaluation else (_ZOO_FILE, _MONITOR_FILES)
-    return any(next(path.glob(pattern), None) is not None for pattern in files)
+    if next(path.glob(_ZOO_FILE), None) is not None:
+        return True
+    monitors = monitor_paths(path)
+    is_evaluation = any(map(is_of_evaluations, path.relative_to(folder).parts))
+    return bool(monitors) and not is_evaluation and not is_of_evaluations(monitors[0].name)
 
 
 def _without_copies(records: Sequence[Record], problems: list[str]) -> list[Record]:
