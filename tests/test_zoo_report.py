@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -350,15 +351,42 @@ def test_the_speed_is_that_of_all_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("plotly")
+@pytest.mark.parametrize("clock", ["model", "log"])
 def test_time_of_a_resumed_training_is_not_known(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, clock: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = train(tmp_path, "Scripted-v0")
-    monkeypatch.setattr("sb3_clipvf.zoo.runs._start_of_training", lambda model: None)
-    assert main(f"--env Scripted-v0 -f {tmp_path} --episodes 1 --no-video --device cpu".split()) == 0
-    assert "training        64 steps, time not known\n" in capsys.readouterr().out
+    if clock == "model":
+        # The best model is of the time before: it does not know of the resume.
+        with zipfile.ZipFile(run.model_path) as archive:
+            entries = {name: archive.read(name) for name in archive.namelist()}
+        entries["data"] = json.dumps({**json.loads(entries["data"]), "_num_timesteps_at_start": 48}).encode()
+        with zipfile.ZipFile(run.model_path, "w") as archive:
+            for name, content in entries.items():
+                archive.writestr(name, content)
+    else:
+        run.model_path.unlink()
+        with (run.folder / "progress.json").open("a") as file:
+            for step, seconds in ((65, 9.0), (66, 0.0)):
+                file.write(json.dumps({"time/total_timesteps": step, "time/time_elapsed": seconds, "n": 1}) + "\n")
+    capsys.readouterr()
+    argv = f"--env Scripted-v0 -f {tmp_path} --episodes 1 --no-video --device cpu --load-best"
+    assert main(argv.split()) == 0
+    printed = capsys.readouterr().out
+    if clock == "model":
+        assert "training        32 of 64 steps, time not known\n" in printed
+    else:
+        assert "training        32 steps, of a run that did not end\n" in printed
     numbers = json.loads((run.folder / "report.json").read_text())
     assert (numbers["training_seconds"], numbers["steps_per_second"]) == (None, None)
+
+
+@pytest.mark.usefixtures("plotly")
+def test_monitor_files_that_are_left_out_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train(tmp_path, "Scripted-v0")
+    (run.folder / "0.monitor.csv").write_text("")
+    assert main(f"--env Scripted-v0 -f {tmp_path} --episodes 1 --no-video --device cpu".split()) == 0
+    assert f"left out        {run.folder}/0.monitor.csv must begin with the header" in capsys.readouterr().out
 
 
 def test_proposals_name_the_run_and_the_algorithm(run: Run, tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,7 @@ from sb3_clipvf.zoo.comparison.records import Record, find_records
 from sb3_clipvf.zoo.comparison.series import Series, read_evaluations
 from sb3_clipvf.zoo.comparison.titles import plural
 from sb3_clipvf.zoo.comparison.train_commands import environment_options
+from sb3_clipvf.zoo.comparison.training import read_saved_model, read_training
 from sb3_clipvf.zoo.parsing import option_name
 from sb3_clipvf.zoo.process import has_display, patched_environment
 from sb3_clipvf.zoo.run_folders import RunId, processes_of, program
@@ -43,7 +43,6 @@ from sb3_clipvf.zoo.runs import (
     load_model,
     make_env,
     read_arguments,
-    read_training_curve,
 )
 
 if TYPE_CHECKING:
@@ -264,14 +263,14 @@ def _write_numbers(path: Path, run: Run, curve: TrainingCurve, evaluation: Evalu
         file.write(json.dumps(numbers, indent=2).encode() + b"\n")
 
 
-def _print_numbers(curve: TrainingCurve, evaluation: Evaluation, total: int) -> None:
+def _print_numbers(curve: TrainingCurve, evaluation: Evaluation, total: int | None) -> None:
     kind = "most probable actions" if evaluation.deterministic else "sampled actions"
     low, high = min(evaluation.returns), max(evaluation.returns)
     speed = curve.steps_per_second
     time = "time not known" if speed is None else f"about {curve.training_seconds:,.0f} s ({speed:,.0f} steps/s)"
     # The time is that of the whole run, but a best model was saved during it.
     training = [f"{evaluation.num_timesteps:,} steps", time]
-    if total <= 0:
+    if total is None:
         training = [training[0], "of a run that did not end"]
     elif evaluation.num_timesteps != total:
         training = [
@@ -367,14 +366,15 @@ def _report_run(args: argparse.Namespace) -> None:
     sys.stdout.write(f"{run.env_id}, {run.algo}, {run.folder}: {args.episodes} episodes ...\n")
     sys.stdout.flush()  # the evaluation may take long
     evaluation = evaluate_run(run, args.episodes, args.n_envs, args.seed, args.deterministic, args.device)
-    from sb3_clipvf.zoo.checked_files import saved_timesteps  # imports torch
-
-    total = saved_timesteps(run.folder / f"{run.settings_folder.name}.zip")
-    processes = processes_of(read_arguments(run))
-    curve = read_training_curve(run.folder, total if total > 0 else None, evaluation.started, processes)
-    if evaluation.started is None:  # the clock of a resumed run includes the time between its processes
-        curve = replace(curve, seconds=np.full(len(curve.steps), np.nan))
-    _print_numbers(curve, evaluation, total)
+    # The best model does not know how its training went on.
+    problems: list[str] = []
+    final = read_saved_model(run.folder / f"{run.settings_folder.name}.zip", problems)
+    training = read_training(run.folder, final, processes_of(read_arguments(run)), problems)
+    for problem in problems:
+        sys.stdout.write(f"  left out        {problem}\n")
+    episodes = Series.of([]) if training.is_mean else training.episodes
+    curve = TrainingCurve(episodes.steps, episodes.values, episodes.seconds)
+    _print_numbers(curve, evaluation, final.num_timesteps)
 
     figure_path, numbers_path = run.folder / "learning_curve.png", run.folder / "report.json"
     video_path = run.folder / "videos" / f"{run.model_path.stem}.mp4"

@@ -63,8 +63,8 @@ class Evaluation:
     :param deterministic: Whether actions were the most probable ones rather than samples.
     :param num_timesteps: Environment steps for which the model was trained.
     :param seed: Seed of the environments.
-    :param started: Start of the training (s since 1970), after the compilation of kernels. None if the run was
-        resumed or the time is unknown.
+    :param started: Start of the training (s since 1970), after the compilation of kernels. None if it was resumed
+        before this model was saved, or the time is unknown.
     """
 
     returns: tuple[float, ...]
