@@ -13,8 +13,9 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.zoo.comparison.curves import mean_and_std, panels, rolling_mean
-from sb3_clipvf.zoo.comparison.groups import Group, group_records
+from sb3_clipvf.zoo.comparison.groups import Group, group_records, repeated_seeds
 from sb3_clipvf.zoo.comparison.records import find_records
+from sb3_clipvf.zoo.comparison.sections import summary_table
 from sb3_clipvf.zoo.comparison.summary import (
     csv_table,
     latex_table,
@@ -266,6 +267,31 @@ def test_reports_of_other_models_and_actions_are_not_averaged(tmp_path: Path) ->
     assert (found["best_model"], found["sampling_best"]) == ((20.0,), (30.0,))
     titles = "| Trained agent | Trained agent, sampled | Best model | Best model, sampled |"
     assert titles in markdown_table([group])
+
+
+def test_a_mean_over_some_of_the_runs_has_their_number(tmp_path: Path) -> None:
+    for seed, value in ((1, 100.0), (2, 200.0), (3, 300.0)):
+        folder = write_run(tmp_path / f"clipppo/CartPole-v1_{seed}", seed=seed, returns=(value,) * 4)
+        if seed > 1:
+            write_report(folder, value, 400)
+    groups = groups_of(tmp_path)
+    assert "| 200 ± 100 | 250 ± 71 (2 of 3) | 400 |" in markdown_table(groups)
+    assert r" & 250 $\pm$ 71 (2 of 3) & " in latex_table(groups)
+    assert "<td>250 ± 71 (2 of 3)</td>" in summary_table({"CartPole-v1": groups}, {"clipppo": 0})
+
+
+def test_a_seed_that_a_group_has_twice_is_named(tmp_path: Path) -> None:
+    for name, seed in (("1", 5), ("2", 5), ("3", 6)):
+        write_run(tmp_path / f"clipppo/CartPole-v1_{name}", seed=seed)
+    (problem,) = repeated_seeds(groups_of(tmp_path))
+    folder = tmp_path / "clipppo/CartPole-v1"
+    assert problem == (
+        f"clipppo in CartPole-v1 has several runs of seed 5, which its means count as independent: {folder}_1, "
+        f"{folder}_2. Move those that do not belong to it."
+    )
+    write_monitor(tmp_path / "other/seed_1/monitor.csv", [(1.0, 1, 1.0)])  # unknown seeds may differ
+    write_monitor(tmp_path / "other/seed_2/monitor.csv", [(1.0, 1, 1.0)])
+    assert len(repeated_seeds(groups_of(tmp_path))) == 1
 
 
 def test_latex_has_the_characters_of_names(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from sb3_clipvf.common.validation import MAX_SEED, check_device, check_int
 from sb3_clipvf.files.atomic import atomic_write
 from sb3_clipvf.zoo.commands import ALGORITHM
 from sb3_clipvf.zoo.comparison.curves import ROLLING_WINDOW, smoothed
-from sb3_clipvf.zoo.comparison.groups import Group, group_records
+from sb3_clipvf.zoo.comparison.groups import Group, group_records, repeated_seeds
 from sb3_clipvf.zoo.comparison.outputs import SUFFIXES, check_outputs, write_outputs
 from sb3_clipvf.zoo.comparison.records import Record, find_records
 from sb3_clipvf.zoo.comparison.series import Series, read_evaluations
@@ -237,6 +237,7 @@ def _compare(folders: Sequence[str], outputs: Sequence[Path]) -> tuple[list[Reco
     """Write the files of a report on runs; return the runs, their groups, and messages about what was left out."""
     records, problems = find_records(folders)
     groups = group_records(records)
+    problems += repeated_seeds(groups)
     words = ["sb3-clipvf", "report", *folders, *(word for path in outputs for word in ("-o", str(path)))]
     write_outputs(groups, problems, shlex.join(words), outputs)
     return records, groups, problems

@@ -69,6 +69,23 @@ def group_records(records: Sequence[Record]) -> list[Group]:
     return sorted(_with_short_names(groups), key=lambda group: group.env_id)
 
 
+def repeated_seeds(groups: Sequence[Group]) -> list[str]:
+    """Return a message about each seed that several runs of a group have."""
+    found = []
+    for group in groups:
+        folders: dict[int, list[str]] = {}
+        for record in group.records:
+            if record.seed is not None:
+                folders.setdefault(record.seed, []).append(str(record.folder))
+        found += [
+            f"{group.name} in {group.env_id} has several runs of seed {seed}, which its means count as independent: "
+            f"{', '.join(names)}. Move those that do not belong to it."
+            for seed, names in folders.items()
+            if len(names) > 1
+        ]
+    return found
+
+
 def differing_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the keys whose values differ, sorted; a missing key differs from every value."""
     keys = sorted({key for one in settings for key in one})

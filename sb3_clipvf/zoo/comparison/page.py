@@ -97,5 +97,5 @@ def _about(groups: Sequence[Group], n_env_ids: int) -> str:
     parts += [plural(n_env_ids, "environment")] if n_env_ids > 1 else []
     if len(groups) > 1:
         few, most = min(counts), max(counts)
-        parts.append(f"{plural(most, 'seed') if few == most else f'{few} to {most} seeds'} each")
+        parts.append(f"{plural(most, 'run') if few == most else f'{few} to {most} runs'} each")
     return ", ".join(parts)

@@ -42,9 +42,10 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Statistic:
-    """A number over the runs of a group: the values of those that have it."""
+    """A number over the runs of a group, of which there are ``n_runs``: the values of those that have it."""
 
     values: tuple[float, ...]
+    n_runs: int
 
     @property
     def mean(self) -> float:
@@ -85,7 +86,7 @@ def statistics_of(group: Group) -> dict[str, Statistic]:
         for key, value in numbers_of(record).items():
             if value is not None:
                 known.setdefault(key, []).append(value)
-    return {key: Statistic(tuple(values)) for key, values in known.items()}
+    return {key: Statistic(tuple(values), len(group.records)) for key, values in known.items()}
 
 
 def shown_columns(groups: Sequence[Group]) -> list[Column]:
@@ -106,14 +107,19 @@ def number_text(value: float, spread: float | None = None) -> str:
 
 
 def cell_text(numbers: Mapping[str, Statistic], key: str) -> str:
-    """Return mean and standard deviation of a group, such as ``493.2 ± 10.1``; an en dash if no run has the number."""
+    """
+    Return mean and standard deviation of a group, such as ``493.2 ± 10.1``; an en dash if no run has the number.
+
+    If some runs lack it, their number follows, such as ``493.2 ± 10.1 (2 of 3)``.
+    """
     if key not in numbers:
         return "–"
-    mean, std = numbers[key].mean, numbers[key].std
+    mean, std, n_values = numbers[key].mean, numbers[key].std, len(numbers[key].values)
+    few = f" ({n_values} of {numbers[key].n_runs})" if n_values < numbers[key].n_runs else ""
     # That runs are equally long needs no mention.
     if std is None or (key == "steps" and std == 0):
-        return number_text(mean)
-    return f"{number_text(mean, std)} ± {number_text(std, std)}"
+        return number_text(mean) + few
+    return f"{number_text(mean, std)} ± {number_text(std, std)}{few}"
 
 
 def csv_table(groups: Sequence[Group]) -> str:
@@ -160,7 +166,7 @@ def _cells(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
 
 def _legend(groups: Sequence[Group]) -> str:
     meanings = "; ".join(f"{column.title}: {column.meaning}" for column in shown_columns(groups))
-    return f"Mean ± standard deviation over runs. {meanings}."
+    return f"Mean ± standard deviation over runs. (2 of 3) means that one of three runs lacks the number. {meanings}."
 
 
 _LATEX = {letter: f"\\{letter}" for letter in "&%$#_{}"} | {
