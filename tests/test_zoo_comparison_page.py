@@ -200,6 +200,13 @@ def test_dots_of_an_environment_are_of_one_quantity(
     assert html.count("<circle") == n_drawn
 
 
+def test_a_return_that_is_not_finite_is_not_drawn(tmp_path: Path) -> None:
+    for seed, value in enumerate((1.0, 2.0, np.nan, np.inf), 1):
+        write_run(tmp_path / f"CartPole-v1_{seed}", seed=seed, returns=(value,))
+    html = page(groups_of(tmp_path), [], "")
+    assert html.count("<circle") == 2 and not re.search(r'(cx="|d="M)(nan|inf)', html)
+
+
 def test_videos_are_embedded_up_to_a_size(logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, content in ((1, b"12345"), (3, b"123456")):
         folder = logs / f"clipppo/CartPole-v1_{number}/videos"

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import struct
 import zipfile
@@ -463,6 +464,38 @@ def test_reports_of_earlier_models_are_left_out(name: str, kind: str, option: st
     (folder / f"{name}.zip").unlink()
     (record,), _ = find_records([tmp_path])
     assert record.report["mean_return"] == 9.0
+
+
+def test_the_newest_video_is_shown_unless_its_model_was_replaced(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "CartPole-v1_1")
+    (folder / "videos").mkdir()
+    for time, name in enumerate(("best_model", "CartPole-v1")):
+        (folder / "videos" / f"{name}.mp4").touch()
+        os.utime(folder / "videos" / f"{name}.mp4", (time, time))
+    assert read_record(folder)[0].video == folder / "videos" / "CartPole-v1.mp4"
+    write_report(folder, 9.0, 400)
+    assert read_record(folder)[0].video == folder / "videos" / "CartPole-v1.mp4"
+    write_report(folder, 9.0, 1100)
+    assert read_record(folder)[0].video is None
+
+
+def test_evaluations_that_are_not_shown_are_named(tmp_path: Path) -> None:
+    write_monitor(tmp_path / "monitor.csv", [(1.0, 100, 1.0)], env_id="E-v0")
+    for name, value in (("eval_easy", 1.0), ("eval_hard", -5.0)):
+        (tmp_path / name).mkdir()
+        write_evaluations(tmp_path / name / "evaluations.npz", [100], [[value]])
+    (record,), (problem,) = find_records([tmp_path])
+    assert record.evaluations is not None and record.evaluations.values.tolist() == [1]
+    assert problem == f"{tmp_path}/eval_hard/evaluations.npz was left out: those of {tmp_path}/eval_easy are shown."
+
+
+def test_environments_without_a_name_are_unknown(tmp_path: Path) -> None:
+    for name in ("robot_a", "robot_b"):  # SB3 writes "None" for an environment that is not registered
+        write_monitor(tmp_path / name / "monitor.csv", [(1.0, 10, 1.0)], env_id="None")
+    write_run(tmp_path / "CartPole-v1_1")
+    records, (problem,) = find_records([tmp_path])
+    assert sorted(record.env_id for record in records) == ["", "", "CartPole-v1"]
+    assert problem.startswith("The environments of 2 of 3 runs are not known: the report compares them as one.")
 
 
 def test_evaluations_of_fewer_episodes_count(tmp_path: Path) -> None:

@@ -295,12 +295,12 @@ def test_a_seed_that_a_group_has_twice_is_named(tmp_path: Path) -> None:
 
 
 def test_latex_has_the_characters_of_names(tmp_path: Path) -> None:
-    name = "a_b{c}$5%#1&\\~^<x>|"
+    name = 'a_b{c}$5%#1&\\~^<x>|"'
     for other in (name, "other\nname"):
         write_run(tmp_path / other / "CartPole-v1_1")
     row, other = latex_table(groups_of(tmp_path)).splitlines()[4:6]
     escaped = (
-        r"a\_b\{c\}\$5\%\#1\&\textbackslash{}\textasciitilde{}\textasciicircum{}\textless{}x\textgreater{}\textbar{}"
+        r"a\_b\{c\}\$5\%\#1\&\textbackslash{}\textasciitilde{}\textasciicircum{}\textless{}x\textgreater{}\textbar{}''"
     )
     assert row.startswith(f"CartPole-v1 & {escaped} & 1 & ")
     assert other.startswith("CartPole-v1 & other name & 1 & ")
@@ -319,6 +319,11 @@ def test_latex_has_the_characters_of_names(tmp_path: Path) -> None:
         (20.25, 2.0, "20.2"),
         (20.25, 0.2, "20.25"),
         (20.0, 0.0, "20"),
+        (0.0004, 0.0001, "0.00040"),
+        (-0.0004, None, "−0.000400"),
+        (500.0, 1e-12, "500.000000"),
+        (np.nan, np.nan, "nan"),
+        (np.inf, None, "inf"),
     ],
 )
 def test_numbers_have_the_digits_of_their_spread(value: float, spread: float | None, text: str) -> None:

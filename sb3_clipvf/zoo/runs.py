@@ -380,6 +380,7 @@ def read_monitor(path: Path) -> MonitorFile:
         try:
             header = json.loads(file.readline().lstrip("#"))
             start, env_id = float(header["t_start"]), str(header.get("env_id") or "")
+            env_id = "" if env_id == "None" else env_id  # of an environment that is not registered
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{path} must begin with the header of SB3's Monitor, but does not ({type(error).__name__}: {error}). "

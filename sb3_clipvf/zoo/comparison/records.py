@@ -115,7 +115,7 @@ def find_records(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Record
     if not records:
         raise ValueError("`RUNS` must hold a run with data to show, but none has:\n  " + "\n  ".join(problems))
     records = _without_copies(records, problems)
-    return records, problems + _unknown_times(records) + _mixed_versions(records)
+    return records, problems + _unknown_envs(records) + _unknown_times(records) + _mixed_versions(records)
 
 
 def read_record(folder: Path, inner: Sequence[Path] = ()) -> tuple[Record, list[str]]:
@@ -133,9 +133,12 @@ def read_record(folder: Path, inner: Sequence[Path] = ()) -> tuple[Record, list[
     model = SavedModel() if run is None else read_saved_model(run.model_path, problems)
     training = read_training(folder, model, processes_of(arguments), problems, inner)
     evaluations = None
-    for path in files_of(folder, "evaluations.npz", inner)[:1]:
+    paths = files_of(folder, "evaluations.npz", inner)
+    for path in paths[:1]:
         with noting(problems):
             evaluations = mean_evaluations(path).timed(training.episodes)
+    problems += [f"{path} was left out: those of {paths[0].parent} are shown." for path in paths[1:]]
+    report = _read_report(folder, model.num_timesteps, problems)
     ends = [one.steps[-1] for one in (training.episodes, *training.log.values()) if len(one.steps) > 0]
     ends += [] if evaluations is None else [evaluations.steps[-1]]
     if run is not None and not run.model_path.is_file():
@@ -152,10 +155,10 @@ def read_record(folder: Path, inner: Sequence[Path] = ()) -> tuple[Record, list[
         evaluations=evaluations,
         log=training.log,
         is_resumed=training.is_resumed,
-        report=_read_report(folder, model.num_timesteps, problems),
+        report=report,
         steps=float(model.num_timesteps or max(ends, default=0)),
         versions=model.versions,
-        video=next(iter(sorted(folder.glob("videos/*.mp4"))), None),
+        video=_newest_video(folder) if report or not (folder / "report.json").is_file() else None,
     )
     return record, problems
 
@@ -257,6 +260,10 @@ def _read_report(folder: Path, final_steps: int | None, problems: list[str]) -> 
     return {}
 
 
+def _newest_video(folder: Path) -> Path | None:
+    return max(folder.glob("videos/*.mp4"), key=lambda path: path.stat().st_mtime, default=None)
+
+
 def _all_settings(settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings with those options that affect training, too."""
     found = dict(settings)
@@ -276,6 +283,16 @@ def _all_settings(settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> 
 def _key_text(key: Any) -> str:
     """Return a key of settings as text, since YAML's keys have all types."""
     return key if isinstance(key, str) else repr(key)
+
+
+def _unknown_envs(records: Sequence[Record]) -> list[str]:
+    n_unknown = sum(not record.env_id for record in records)
+    if n_unknown < 2:
+        return []
+    return [
+        f"The environments of {n_unknown} of {plural(len(records), 'run')} are not known: the report compares them as "
+        "one. If they differ, write a report for each."
+    ]
 
 
 def _unknown_times(records: Sequence[Record]) -> list[str]:

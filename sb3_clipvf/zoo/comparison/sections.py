@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+import numpy as np
+
 from sb3_clipvf.zoo.comparison.groups import MISSING, Group, differing_keys, value_text
 from sb3_clipvf.zoo.comparison.summary import (
     Column,
@@ -51,7 +53,7 @@ def summary_table(by_env: Mapping[str, Sequence[Group]], places: Mapping[str, in
     for env_id, groups in by_env.items():
         known = [statistics_of(group) for group in groups]
         strips = [numbers.get(drawn.key) if drawn else None for numbers in known]
-        values = [value for one in strips if one is not None for value in one.values]
+        values = [value for one in strips if one is not None for value in one.values if np.isfinite(value)]
         low, high = min(values, default=0.0), max(values, default=0.0)
         # Files with single precision differ from others in the last digits.
         is_drawn = high - low > 1e-5 * max(abs(low), abs(high))
@@ -145,8 +147,9 @@ def _drawn_column(groups: Sequence[Group]) -> Column | None:
 def _strip(statistic: Statistic, low: float, high: float, place: int) -> str:
     """Return a drawing of the runs as dots and their mean as a bar, on a scale from ``low`` to ``high``."""
     *runs, mean = (6 + 108 * (value - low) / (high - low) for value in (*statistic.values, statistic.mean))
-    dots = "".join(f'<circle cx="{x:.1f}" cy="8" r="3.2"/>' for x in runs)
-    lines = f'<path class="axis" d="M3 8H117"/>{dots}<path d="M{mean:.1f} 1V15"/>'
+    dots = "".join(f'<circle cx="{x:.1f}" cy="8" r="3.2"/>' for x in runs if np.isfinite(x))
+    bar = f'<path d="M{mean:.1f} 1V15"/>' if np.isfinite(mean) else ""
+    lines = f'<path class="axis" d="M3 8H117"/>{dots}{bar}'
     return f'<svg class="dots c{place % N_COLORS}" viewBox="0 0 120 16" aria-hidden="true">{lines}</svg>'
 
 

@@ -97,13 +97,19 @@ def shown_columns(groups: Sequence[Group]) -> list[Column]:
 
 def number_text(value: float, spread: float | None = None) -> str:
     """Return a number, rounded according to its spread if there is one, else according to its size."""
+    digits = 0
     if spread:
-        digits = next((digits for digits, size in enumerate((10, 1, 0.1)) if spread >= size), 3)
-    else:
-        sizes = enumerate((1000, 10, 1))
-        digits = next((digits for digits, size in sizes if abs(value) >= size), 0 if value == 0 else 3)
-        digits = 0 if float(value).is_integer() else digits
+        digits = _digits(spread, 2)
+    elif not float(value).is_integer():
+        digits = next((digits for digits, size in enumerate((1000, 10, 1)) if abs(value) >= size), _digits(value, 3))
     return f"{value:,.{digits}f}".replace("-", "−")
+
+
+def _digits(value: float, n_significant: int) -> int:
+    """Return the decimal places that show so many significant digits of a number, at most 6."""
+    if value == 0 or not np.isfinite(value):
+        return 0
+    return int(np.clip(n_significant - 1 - np.floor(np.log10(abs(value))), 0, 6))
 
 
 def cell_text(numbers: Mapping[str, Statistic], key: str) -> str:
@@ -176,7 +182,7 @@ _LATEX = {letter: f"\\{letter}" for letter in "&%$#_{}"} | {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
+    '"': "''",  # \textquotedbl needs another encoding of fonts than LaTeX's default
     "…": r"\ldots{}",
     "–": "--",
     "−": "$-$",
