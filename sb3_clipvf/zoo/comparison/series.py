@@ -172,7 +172,10 @@ def _event_rows(path: Path) -> Iterator[tuple[float, float, dict[str, float]]]:
             start = seconds if start is None else start
             scalars = dict(_scalars(event.get(5, b"")))
         except (IndexError, KeyError, struct.error, TypeError, ValueError) as error:
-            raise ValueError(f"{path} must hold events of TensorBoard, but is damaged ({error}). Remove it.") from error
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"{path} must hold events of TensorBoard, but is damaged ({reason}). Remove it."
+            ) from error
         if scalars:
             yield float(step), seconds - start, scalars
 
