@@ -126,7 +126,12 @@ def test_the_top_of_the_package_is_small() -> None:
     assert len([path for path in PACKAGE.iterdir() if path.is_file()]) <= 15
 
 
-@pytest.mark.parametrize("folder", ["checkpoint", "engines", "engines/cuda", "engines/kernels", "envs", "zoo"])
+FOLDERS = sorted(
+    str(path.parent.relative_to(PACKAGE)) for path in PACKAGE.rglob("*/__init__.py") if path.parent != PACKAGE
+)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
 def test_packages_list_their_modules(folder: str) -> None:
     docstring = ast.get_docstring(ast.parse((PACKAGE / folder / "__init__.py").read_text()))
     items = re.findall(r"^- ((?:``\w+``(?:, )?)+): ", docstring or "", re.MULTILINE)

@@ -4,15 +4,31 @@ Checkpoints of the whole training state, and the best model of a run.
 ``TrainingCheckpoint`` writes checkpoints, ``ClipPPO.resume`` continues from them. ``SaveBestTrainingReward`` keeps the
 model with the best mean return of the training episodes. All files are written atomically.
 
-The modules:
+Writing:
 
-- ``training_checkpoint``, ``signals``: the callback that writes checkpoints; the last one before the process ends;
-- ``resume``, ``errors``, ``protocol``: resuming a run; its errors; the part of a model that checkpoints use;
+- ``training_checkpoint``: the callback that writes checkpoints;
+- ``signals``: the last checkpoint before a signal ends the process;
 - ``file``: the file of a checkpoint and its manifest;
-- ``best_training``, ``best_model``, ``model_statistics``: the callback for the best model; its file; its statistics;
-- ``training_state``, ``random_state``, ``callback_state``: the whole state; random generators; callbacks;
-- ``vec_env_state``, ``env_state``, ``mujoco_state``: vectorised environments; single ones; those of MuJoCo;
-- ``resumable``, ``state_attributes``: environments in other processes; the attributes that are state, by class;
+- ``best_training``: the callback for the best model;
+- ``best_model``: the file of a best model;
+- ``model_statistics``: statistics of ``VecNormalize`` in the file of a model.
+
+Resuming:
+
+- ``resume``: resuming a run;
+- ``errors``: errors of checkpoints and of resuming;
+- ``protocol``: the part of a model that checkpoints use.
+
+The state:
+
+- ``training_state``: the whole state, of the following parts;
+- ``random_state``: random generators;
+- ``callback_state``: callbacks;
+- ``vec_env_state``: vectorised environments;
+- ``env_state``: single environments;
+- ``mujoco_state``: environments of MuJoCo;
+- ``resumable``: environments in other processes;
+- ``state_attributes``: the attributes that are state, by class;
 - ``monitor_files``: rows that ``Monitor`` wrote after the checkpoint.
 """
 

@@ -3,20 +3,33 @@ Engines act with a policy and update it. ``autograd`` is the reference; others d
 
 The engines:
 
-- ``interface``, ``selection``, ``device``: what an engine has; the choice of the engine; the rule of ``device="auto"``;
-- ``autograd``, ``fused``, ``native``, ``cuda_graph``: the engines of these names;
-- ``kernels``, ``cuda``: compiled functions of native and fused; recorded operations of cuda_graph;
-- ``images``, ``native_minibatches``: the extraction of features in fused; single minibatches of native.
+- ``interface``: what an engine has;
+- ``selection``: the choice of the engine;
+- ``device``: the rule of ``device="auto"``;
+- ``autograd``: the reference, by PyTorch's automatic differentiation;
+- ``fused``: networks in PyTorch, the rest in kernels;
+- ``native``: whole updates in kernels;
+- ``cuda_graph``: updates and rollouts as CUDA graphs;
+- ``kernels``: compiled functions of native and fused;
+- ``cuda``: recorded operations of cuda_graph;
+- ``images``: the extraction of features in fused;
+- ``native_minibatches``: single minibatches of native.
 
 Updates:
 
-- ``epochs``, ``reduction``: the loop over epochs and minibatches; minibatches that several processes share;
-- ``recognition``, ``support``: whether classes have their original code; whether an engine can run a policy;
-- ``binding``, ``bridge``: tensors that kernels change in-place; settings, statistics and actions for kernels;
-- ``division``, ``threads``: parts of an update for threads; the number of threads, and their pool.
+- ``epochs``: the loop over epochs and minibatches;
+- ``reduction``: minibatches that several processes share;
+- ``recognition``: whether classes have their original code;
+- ``support``: whether an engine can run a policy;
+- ``binding``: tensors that kernels change in-place;
+- ``bridge``: settings, statistics and actions for kernels;
+- ``division``: parts of an update for threads;
+- ``threads``: the number of threads, and their pool.
 
 Rollouts:
 
-- ``in_place``, ``device_buffer``: steps that kernels write into the buffer; the buffer on a device;
-- ``env_actions``, ``callback_access``: actions for the environments; which callbacks read the policy's actions.
+- ``in_place``: steps that kernels write into the buffer;
+- ``device_buffer``: the buffer on a device;
+- ``env_actions``: actions for the environments;
+- ``callback_access``: which callbacks read the policy's actions.
 """

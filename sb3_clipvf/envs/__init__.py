@@ -1,17 +1,39 @@
 """
 Fast environments for SB3: adapters for vectorised ones, a faster loop over single ones and a faster normaliser.
 
-The modules:
+Environments in processes:
 
-- ``dummy``, ``subproc``: single environments, in one process or several;
-- ``channel``, ``info_rows``: messages between processes; infos as bytes;
+- ``dummy``: single environments in one process;
+- ``subproc``: single environments in several processes;
+- ``channel``: messages between processes;
+- ``info_rows``: infos as bytes.
+
+Faster wrappers:
+
 - ``normalize``: ``VecNormalize`` in compiled kernels;
-- ``faster``: the same code for SB3's own classes during training;
-- ``adapters``, ``vector``: the choice of an adapter to SB3's ``VecEnv``; the base class of adapters;
-- ``gymnasium_vector``, ``envpool``: adapters of two libraries;
-- ``tensor``, ``tensor_normalize``, ``tensor_episodes``: environments whose steps are tensors; their statistics;
-- ``graphed``, ``isaac_lab``, ``jax``: tensor environments of CUDA graphs, of Isaac Lab and of JAX;
-- ``layers``, ``rows``, ``shapes``: wrappers of vectorised environments; rows of batches; checks of what steps return;
+- ``faster``: the same code for SB3's own classes during training.
+
+Adapters to SB3's ``VecEnv``:
+
+- ``adapters``: the choice of an adapter;
+- ``vector``: the base class of adapters;
+- ``gymnasium_vector``: gymnasium's vectorised environments;
+- ``envpool``: EnvPool's environments.
+
+Tensor environments:
+
+- ``tensor``: environments whose steps are tensors, and their adapter;
+- ``tensor_normalize``: ``VecNormalize`` for them;
+- ``tensor_episodes``: statistics of their episodes;
+- ``graphed``: steps as CUDA graphs;
+- ``isaac_lab``: environments of Isaac Lab;
+- ``jax``: environments in JAX.
+
+What these share:
+
+- ``layers``: wrappers of vectorised environments;
+- ``rows``: rows of batches;
+- ``shapes``: checks of what steps return;
 - ``episode_ends``: episodes that a wrapper outside of ``Monitor`` ends.
 """
 

@@ -3,18 +3,31 @@ ClipPPO in the RL Zoo: the console command ``sb3-clipvf``, and :func:`register` 
 
 The command:
 
-- ``cli``, ``commands``: its entry point; the table of sub-commands with their defaults;
-- ``options``, ``parsing``, ``errors``: options of this package; changes of argparse's parsers; errors in one line;
-- ``patching``, ``registration``: what is replaced in other packages while it runs; ``clipppo`` in the Zoo;
-- ``process``, ``terminal``: environment variables, display and output files; the tables of a training run.
+- ``cli``: its entry point;
+- ``commands``: the table of sub-commands with their defaults;
+- ``options``: options of this package;
+- ``parsing``: changes of argparse's parsers;
+- ``errors``: errors in one line;
+- ``patching``: what is replaced in other packages while it runs;
+- ``registration``: ``clipppo`` in the Zoo;
+- ``process``: environment variables, display and output files;
+- ``terminal``: the tables of a training run.
 
 The sub-commands:
 
-- ``experiment``, ``settings``, ``entries``: ``train``; checks of settings; forms of entries in settings;
-- ``vec_env``, ``training_log``, ``tuning``: ``--vec-env``; the log in the run's folder; ``-optimize``;
-- ``report``, ``comparison``: ``report`` for one run; the page about many runs;
-- ``compilation``, ``plot_checks``, ``hub``: ``compile``; checks before the Zoo's plots; texts for the Hugging Face hub;
-- ``recording``, ``benchmark``: models and folder of ``record_training``; evaluations and table of ``benchmark``.
+- ``experiment``: ``train``;
+- ``settings``: checks of settings;
+- ``entries``: forms of entries in settings;
+- ``vec_env``: ``--vec-env``;
+- ``training_log``: the log in the run's folder;
+- ``tuning``: ``-optimize``;
+- ``report``: ``report`` for one run;
+- ``comparison``: the page about many runs;
+- ``compilation``: ``compile``;
+- ``plot_checks``: checks before the Zoo's plots;
+- ``hub``: texts for the Hugging Face hub;
+- ``recording``: models and folder of ``record_training``;
+- ``benchmark``: evaluations and table of ``benchmark``.
 
 Runs that exist:
 
