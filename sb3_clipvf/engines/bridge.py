@@ -163,13 +163,13 @@ def as_floats(array: np.ndarray) -> np.ndarray:
         return np.require(array, np.float32, ["C", "A", "W", "E"])
 
 
-def rollout_of(buffer: Any, has_dist_params: bool) -> inputs.Rollout:
+def rollout_of(buffer: Any, has_dist_params: bool) -> inputs.RolloutArrays:
     """Return the arrays of a complete rollout as kernels read them; arrays of other types are cast."""
     n = buffer.buffer_size * buffer.n_envs
     observations, obs_type = buffer.observations, _OBS_TYPES.get(buffer.observations.dtype)
     if obs_type is None:
         observations, obs_type = as_floats(observations), inputs.FLOAT32
-    return inputs.Rollout(
+    return inputs.RolloutArrays(
         observations=np.require(observations, requirements=["C", "A", "W", "E"]).reshape(n, -1).view(np.uint8),
         obs_type=obs_type,
         actions=as_floats(buffer.actions).reshape(n, -1),

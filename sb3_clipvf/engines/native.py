@@ -330,7 +330,7 @@ class NativeEngine:
         return record.statistics(self._kl_after(rollout) if settings.measure_kl_after else None)
 
     def _update_shared(
-        self, buffer: Any, rollout: inputs.Rollout, hyper: np.ndarray, coefficients: UpdateCoefficients
+        self, buffer: Any, rollout: inputs.RolloutArrays, hyper: np.ndarray, coefficients: UpdateCoefficients
     ) -> UpdateStatistics:
         """Run the epochs together with other processes, with calls of kernels for each minibatch."""
 
@@ -353,7 +353,7 @@ class NativeEngine:
         self,
         divided: DividedPolicy,
         shared: inputs.Shared,
-        rollout: inputs.Rollout,
+        rollout: inputs.RolloutArrays,
         hyper: np.ndarray,
         permutations: np.ndarray,
     ) -> None:
@@ -382,7 +382,7 @@ class NativeEngine:
         indices = permutations[epoch, minibatch * batch_size : (minibatch + 1) * batch_size].astype(np.int64)
         return BadMinibatchError(terms, epoch, minibatch, buffer._get_samples(indices), indices)
 
-    def _kl_after(self, rollout: inputs.Rollout) -> th.Tensor:
+    def _kl_after(self, rollout: inputs.RolloutArrays) -> th.Tensor:
         self.compile_seconds += warm_up("kl_of_rollout")
         n = len(rollout.returns)
         n_rows, n_threads = min(EVALUATION_ROWS, n), self._threads.next()

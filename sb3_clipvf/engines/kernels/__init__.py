@@ -7,13 +7,23 @@ the networks to torch, and uses kernels for the losses' gradients, the optimizer
 Kernels work in place on the memory of the policy and the optimizer. They restate formulas, each with a parity test
 that its module names. From the innermost modules to the outermost:
 
-- ``memory``, ``inputs``, ``totals``: tensors by address, arguments from Python, indices of statistics;
-- ``elementwise``, ``products``, ``mlp``: activations; products that are added; forward and backward pass of a network;
-- ``gsde``, ``action_distributions``: state-dependent exploration; log-probability, entropy, exact KL, samples;
-- ``losses``, ``adam``: surrogate and value loss; the optimizer's step and the bound on the gradient norm;
-- ``minibatch``, ``barrier``, ``update``: one minibatch; threads side by side; all epochs of an update;
-- ``acting``, ``gae``: actions and values of a rollout's step; advantages and returns;
-- ``entry``, ``warmup``: kernels that Python calls; compiling or loading them before they are needed.
+- ``memory``: tensors by address;
+- ``inputs``: arguments from Python;
+- ``totals``: indices of statistics;
+- ``elementwise``: exp, tanh and activations;
+- ``products``: matrix products that are added;
+- ``mlp``: forward and backward pass of a network;
+- ``gsde``: state-dependent exploration;
+- ``action_distributions``: log-probability, entropy, exact KL and samples;
+- ``losses``: surrogate and value loss;
+- ``adam``: the optimizer's step and the bound on the gradient norm;
+- ``minibatch``: the loss of one minibatch, and whether it takes a step;
+- ``barrier``: a barrier for threads;
+- ``update``: all epochs of an update;
+- ``acting``: actions and values of a rollout's step;
+- ``gae``: advantages and returns;
+- ``entry``: kernels that Python calls;
+- ``warmup``: compiling or loading them before they are needed.
 
 These modules import numba, so only the engines that call kernels import them.
 """

@@ -59,7 +59,7 @@ def unpack(packed: np.ndarray) -> Policy:
     return Policy(actor, critic, packed[0], packed[widths : widths + packed[7]], packed[2])
 
 
-class Rollout(NamedTuple):
+class RolloutArrays(NamedTuple):
     """
     One rollout of ``n = n_steps * n_envs`` transitions, in rows that run step by step.
 

@@ -32,7 +32,7 @@ from sb3_clipvf.engines.kernels.inputs import (
     Hyperparameters,
     Mlp,
     Policy,
-    Rollout,
+    RolloutArrays,
     Shared,
     unpack,
 )
@@ -57,7 +57,7 @@ _N_STATS = len(STAT)
 
 @fast
 def run_update(
-    rank: int, n_threads: int, policies: np.ndarray, rollout: Rollout, hyper: Hyperparameters,
+    rank: int, n_threads: int, policies: np.ndarray, rollout: RolloutArrays, hyper: Hyperparameters,
     permutations: np.ndarray, division: Division, shared: Shared, workspace: np.ndarray,
 ) -> None:  # fmt: skip
     """
@@ -130,7 +130,7 @@ def _own_pieces(rank: int, n_threads: int, n_actor: int, n: int) -> tuple[int, i
 
 @fast
 def _run_tasks(
-    rank: int, n_threads: int, policies: np.ndarray, rollout: Rollout, hyper: Hyperparameters, rows: np.ndarray,
+    rank: int, n_threads: int, policies: np.ndarray, rollout: RolloutArrays, hyper: Hyperparameters, rows: np.ndarray,
     measure_kl: bool, division: Division, counters: np.ndarray, workspace: np.ndarray, stats: np.ndarray,
 ) -> None:  # fmt: skip
     """
@@ -166,7 +166,7 @@ def _run_tasks(
 
 
 @fast
-def _rows_of(drawn: np.ndarray, rollout: Rollout, rows: np.ndarray) -> None:
+def _rows_of(drawn: np.ndarray, rollout: RolloutArrays, rows: np.ndarray) -> None:
     """Translate SB3's numbering, environment by environment, into rows of the rollout, step by step."""
     for i in range(drawn.shape[0]):
         rows[i] = (drawn[i] % rollout.n_steps) * rollout.n_envs + drawn[i] // rollout.n_steps
@@ -174,8 +174,8 @@ def _rows_of(drawn: np.ndarray, rollout: Rollout, rows: np.ndarray) -> None:
 
 @fast
 def _actor_gradients(
-    policy: Policy, rollout: Rollout, hyper: Hyperparameters, rows: np.ndarray, n: int, shift: float, scale: float,
-    measure_kl: bool, adds: bool, workspace: np.ndarray, stats: np.ndarray,
+    policy: Policy, rollout: RolloutArrays, hyper: Hyperparameters, rows: np.ndarray, n: int, shift: float,
+    scale: float, measure_kl: bool, adds: bool, workspace: np.ndarray, stats: np.ndarray,
 ) -> None:  # fmt: skip
     """Run the actor forward and backward over a block of a minibatch of ``n`` rows; add to ``stats``."""
     n_rows, actor = rows.shape[0], policy.actor
@@ -201,8 +201,8 @@ def _actor_gradients(
 
 @fast
 def _critic_gradients(
-    critic: Mlp, rollout: Rollout, hyper: Hyperparameters, rows: np.ndarray, n: int, adds: bool, workspace: np.ndarray,
-    stats: np.ndarray,
+    critic: Mlp, rollout: RolloutArrays, hyper: Hyperparameters, rows: np.ndarray, n: int, adds: bool,
+    workspace: np.ndarray, stats: np.ndarray,
 ) -> None:  # fmt: skip
     """Run the critic forward and backward over a block of a minibatch of ``n`` rows; add to ``stats``."""
     n_rows = rows.shape[0]
@@ -217,7 +217,7 @@ def _critic_gradients(
 
 
 @fast
-def _gather_observations(rollout: Rollout, rows: np.ndarray, target: np.ndarray) -> None:
+def _gather_observations(rollout: RolloutArrays, rows: np.ndarray, target: np.ndarray) -> None:
     """Copy rows of observations to ``target``, float32, as ``astype`` converts them."""
     stored = rollout.observations
     if rollout.obs_type == FLOAT32:
@@ -240,7 +240,13 @@ def _gather(source: np.ndarray, rows: np.ndarray, target: np.ndarray) -> None:
 
 @fast
 def kl_of_rollout(
-    rank: int, n_threads: int, policy: Policy, rollout: Rollout, chunk: int, workspace: np.ndarray, sums: np.ndarray
+    rank: int,
+    n_threads: int,
+    policy: Policy,
+    rollout: RolloutArrays,
+    chunk: int,
+    workspace: np.ndarray,
+    sums: np.ndarray,
 ) -> None:
     """
     Fill this thread's part of ``sums``: the exact KL(pi_old || pi), nats, summed over each chunk of a rollout.

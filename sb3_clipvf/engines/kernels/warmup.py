@@ -19,7 +19,7 @@ from sb3_clipvf.engines.kernels.inputs import (
     Division,
     Mlp,
     Policy,
-    Rollout,
+    RolloutArrays,
     Shared,
     pack,
 )
@@ -119,9 +119,9 @@ def _smallest_policy() -> tuple[np.ndarray, np.ndarray]:
     return pack(Policy(actor, critic, CATEGORICAL, sizes[:1], 0)), tensors
 
 
-def _empty_rollout() -> Rollout:
+def _empty_rollout() -> RolloutArrays:
     none, nothing = np.zeros((0, 1), np.float32), np.zeros(0, np.float32)
-    return Rollout(none.view(np.uint8), FLOAT32, none, nothing, nothing, nothing, nothing, none, 0, 1)
+    return RolloutArrays(none.view(np.uint8), FLOAT32, none, nothing, nothing, nothing, nothing, none, 0, 1)
 
 
 GROUPS: dict[str, tuple[Sequence[Any], Callable[[], None]]] = {
