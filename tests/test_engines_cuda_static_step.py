@@ -1,4 +1,4 @@
-"""Updates over tensors that stay where they are. tests/test_engines.py and test_nonfinite.py have their numbers."""
+"""Updates over static tensors. tests/test_engines.py and test_nonfinite.py have their numbers."""
 
 import copy
 import dataclasses

@@ -1,8 +1,9 @@
 """
 Operations that the engine ``cuda_graph`` records, so that one call repeats them on a GPU.
 
-They read and write the same memory each time, and read nothing from the device. On the CPU they run one by one, which
-tests compare with the other engines. From the innermost modules to the outermost:
+They read and write *static* tensors, which stay at fixed addresses, as CUDA graphs need, and copy no number to the
+host. On the CPU they run one by one, which tests compare with the other engines. From the innermost modules to the
+outermost:
 
 - ``static_distributions``: action distributions of updates;
 - ``static_policy``: the policy's forward pass of updates;

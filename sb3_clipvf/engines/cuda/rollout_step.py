@@ -1,5 +1,5 @@
 """
-The whole step of a rollout as operations on tensors that stay where they are.
+The whole step of a rollout as operations on static tensors (see the package).
 
 The policy acts, the environments step, and the buffer takes a row, whose number is on the device, too. Therefore, one
 CUDA graph can contain all of it (:mod:`.cuda_graph`). On the CPU, the operations run one by one; tests compare them

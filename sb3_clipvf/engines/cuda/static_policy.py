@@ -1,4 +1,4 @@
-"""How minibatches of tensors that stay where they are run a policy: its parameters, precision and images."""
+"""Run a policy in a minibatch of static tensors (see the package): its parameters, its precision, its images."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

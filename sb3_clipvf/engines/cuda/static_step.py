@@ -1,5 +1,5 @@
 """
-Updates whose minibatches are functions of tensors that stay where they are, and read nothing from the device.
+Updates whose minibatches are functions of static tensors (see the package), and copy no number to the host.
 
 Coefficients are numbers on the device. A minibatch that must take no step is masked there, and the statistics of all
 minibatches are read together. Therefore, a CUDA graph can record the operations and repeat them (:mod:`.cuda_graph`).
