@@ -31,5 +31,5 @@ Rollouts:
 - ``in_place``: steps that kernels write into the buffer;
 - ``device_buffer``: the buffer on a device;
 - ``env_actions``: actions for the environments;
-- ``callback_access``: which callbacks read the policy's actions.
+- ``callback_access``: whether callbacks may read the policy's actions.
 """

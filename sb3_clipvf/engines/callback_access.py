@@ -1,4 +1,8 @@
-"""What callbacks may read of a rollout's steps."""
+"""
+Whether a run's callbacks may read the actions, values or log-probabilities of a step.
+
+If none may, kernels write steps straight into the buffer.
+"""
 
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
 
