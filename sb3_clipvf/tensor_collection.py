@@ -1,8 +1,8 @@
 """
-The loop over tensor environments: no step is copied to the host.
+The loop for tensor environments, and for rollouts that are kept on a GPU.
 
-``TensorRolloutCollector`` adds it to ``RolloutCollector``. On the CPU, tensors and arrays share memory, so that engines
-with kernels act as in other environments. On another device, nothing is read from it before the end of a rollout.
+``TensorRolloutCollector`` adds it to ``RolloutCollector``. What a step does is in ``tensor_rollouts``: with tensor
+environments on a GPU, nothing is read from it before the end of a rollout.
 """
 
 import time
