@@ -75,7 +75,7 @@ class MiniBatch(NamedTuple):
 
 class TensorRolloutBuffer(BaseBuffer):
     """
-    One rollout, in arrays whose memory NumPy and torch share.
+    One rollout in NumPy arrays, with minibatches as tensors, which are rows gathered from the arrays.
 
     It replaces SB3's ``RolloutBuffer`` and ``DictRolloutBuffer``, and draws the same minibatches from the same NumPy
     random state. Its arrays keep their shape ``(n_steps, n_envs, ...)`` after :meth:`get`. Memory is allocated once, at
