@@ -26,9 +26,9 @@ from sb3_clipvf.common.validation import check_int, same_spaces
 from sb3_clipvf.distributions import dist_param_dim
 from sb3_clipvf.engines.callback_access import is_noop, may_read_actions
 from sb3_clipvf.engines.env_actions import env_actions
-from sb3_clipvf.engines.in_place import InPlace, in_place
 from sb3_clipvf.engines.interface import Acted, Engine
 from sb3_clipvf.engines.recognition import has_own_add
+from sb3_clipvf.engines.rollout_writer import RolloutWriter, writer_for
 from sb3_clipvf.envs.episode_ends import MONITOR_ADVICE, UnreportedEnd, unreported_end
 from sb3_clipvf.envs.faster import faster_step
 from sb3_clipvf.envs.rows import copy_of, stack_rows
@@ -105,7 +105,7 @@ class RolloutCollector(OnPolicyAlgorithm):
         # Creating tensors takes longer than the policy's forward pass.
         makes_tensors = shows_actions or not (stores_arrays and engine.acts_on_arrays)
         # Callbacks may change what they read before it is stored.
-        writer = None if shows_actions else in_place(engine, rollout_buffer, self.action_space)
+        writer = None if shows_actions else writer_for(engine, rollout_buffer, self.action_space)
 
         step_envs = faster_step(env)
         while n_steps < n_rollout_steps:
@@ -116,7 +116,7 @@ class RolloutCollector(OnPolicyAlgorithm):
                 actions, values, log_probs, dist_params, *_ = acted.as_tensors() if makes_tensors else acted
                 clipped_actions = env_actions(self.policy, self.action_space, actions)
             else:
-                clipped_actions = self._act_in_place(writer, rollout_buffer)
+                clipped_actions = self._act_by_writer(writer, rollout_buffer)
             new_obs, rewards, dones, infos = check_step(step_envs(clipped_actions))
             self.num_timesteps += env.num_envs + self._n_envs_elsewhere
 
@@ -225,7 +225,7 @@ class RolloutCollector(OnPolicyAlgorithm):
             self._omit_kl(rollout_buffer)
         return acted
 
-    def _act_in_place(self, writer: InPlace, rollout_buffer: Any) -> np.ndarray:
+    def _act_by_writer(self, writer: RolloutWriter, rollout_buffer: Any) -> np.ndarray:
         """Sample actions as :meth:`_act` does, and return the actions for the environments."""
         actions, finite = writer.act(self._last_obs)
         if not finite:

@@ -37,10 +37,10 @@ from sb3_clipvf.engines import division, native, threads
 from sb3_clipvf.engines.autograd import AutogradEngine, AutogradUpdate
 from sb3_clipvf.engines.division import DividedPolicy
 from sb3_clipvf.engines.fused import FusedEngine
-from sb3_clipvf.engines.in_place import in_place
 from sb3_clipvf.engines.kernels import entry
 from sb3_clipvf.engines.kernels.totals import TOTAL
 from sb3_clipvf.engines.native import NativeEngine
+from sb3_clipvf.engines.rollout_writer import writer_for
 from sb3_clipvf.engines.threads import ProcessWide
 from sb3_clipvf.rollout import TensorRolloutBuffer, gae
 
@@ -279,7 +279,7 @@ class TestActing:
         policy = make_policy()
         engine, buffer = NativeEngine(policy, SETTINGS), make_buffer(policy)
         engine.begin_rollout(buffer)
-        written, obs = in_place(engine, buffer, policy.action_space), np.ones((4, 3), np.float32)
+        written, obs = writer_for(engine, buffer, policy.action_space), np.ones((4, 3), np.float32)
         assert written is not None
         old, values = policy.predict_values(th.as_tensor(obs)), []
         for parameter in policy.parameters():
@@ -353,7 +353,7 @@ class TestActingInGroups:
             if in_buffer:
                 buffer.reset()
                 buffer.pos = 3
-                in_place(engine, buffer, policy.action_space).act(obs.numpy())
+                writer_for(engine, buffer, policy.action_space).act(obs.numpy())
                 arrays = (buffer.actions, buffer.values, buffer.log_probs, buffer.dist_params)
                 assert not any(array[[2, 4]].any() for array in arrays)
                 acted = [array[3].reshape(wanted.shape) for array, wanted in zip(arrays, expected, strict=True)]

@@ -28,7 +28,7 @@ Updates:
 
 Rollouts:
 
-- ``in_place``: steps that kernels write into the buffer;
+- ``rollout_writer``: steps that kernels write into the buffer;
 - ``device_buffer``: the buffer on a device;
 - ``env_actions``: actions for the environments;
 - ``callback_access``: whether callbacks may read the policy's actions.

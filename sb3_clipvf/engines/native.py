@@ -36,7 +36,6 @@ from sb3_clipvf.engines.bridge import (
     statistics_of,
 )
 from sb3_clipvf.engines.division import DividedPolicy, rows_to_share
-from sb3_clipvf.engines.in_place import Target
 from sb3_clipvf.engines.interface import Acted, ActedTensors, UpdateCoefficients, UpdateSettings, UpdateStatistics
 from sb3_clipvf.engines.kernels import entry, inputs, memory
 from sb3_clipvf.engines.kernels.barrier import CANCELLED, INTERRUPTED
@@ -46,6 +45,7 @@ from sb3_clipvf.engines.kernels.warmup import warm_up
 from sb3_clipvf.engines.native_minibatches import NativeUpdate
 from sb3_clipvf.engines.recognition import UnsupportedError, why_unknown_buffer
 from sb3_clipvf.engines.reduction import run_shared_epochs
+from sb3_clipvf.engines.rollout_writer import Target
 from sb3_clipvf.engines.support import share_memory, steps_made, why_not_native
 from sb3_clipvf.engines.threads import ThreadChoice, one_blas_thread, run_on_threads
 from sb3_clipvf.rollout import gae
@@ -143,7 +143,7 @@ class NativeEngine:
 
     def act_into(self, target: Target, step: int, observations: np.ndarray) -> tuple[np.ndarray, bool]:
         """
-        Act as :meth:`act` does, and fill a step of the target, as described in :class:`.in_place.EngineInPlace`.
+        Act as :meth:`act` does, and fill a step of the target, as described in :class:`.rollout_writer.WritingEngine`.
 
         If an environment replaces a parameter's tensor during a rollout, it takes effect in the next one at the latest.
         """

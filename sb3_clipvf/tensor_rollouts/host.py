@@ -12,8 +12,8 @@ from sb3_clipvf.common.nonfinite import is_finite
 from sb3_clipvf.common.observations import parts_of
 from sb3_clipvf.common.tensors import to_tensor
 from sb3_clipvf.engines.env_actions import env_actions
-from sb3_clipvf.engines.in_place import InPlace, in_place
 from sb3_clipvf.engines.interface import Acted, Engine
+from sb3_clipvf.engines.rollout_writer import RolloutWriter, writer_for
 from sb3_clipvf.envs.tensor import LazyInfos, TensorStep, host_copy
 from sb3_clipvf.envs.tensor_episodes import FinalValues
 from sb3_clipvf.guards.diagnosis import reads_by_own_code, reward_fault, step_error
@@ -28,7 +28,7 @@ class HostRollout(TensorRollout):
         super().__init__(collector, engine, env, buffer, callback)
         self._space = space = collector.action_space
         self._with_dist_params = takes_dist_params(buffer)
-        self._writer: InPlace | None = None if self.copies else in_place(engine, buffer, space)
+        self._writer: RolloutWriter | None = None if self.copies else writer_for(engine, buffer, space)
         self._acted = Acted(np.empty(0), np.empty(0), np.empty(0), None)
         self._final_values = FinalValues(engine, collector.gamma, may_be_nonfinite=reads_by_own_code(collector.policy))
 
@@ -38,7 +38,7 @@ class HostRollout(TensorRollout):
         # Environments may write the next step into the same memory.
         collector._last_obs = self._store(observations)
         if self._writer is not None:
-            clipped = collector._act_in_place(self._writer, buffer)
+            clipped = collector._act_by_writer(self._writer, buffer)
             row = {name: th.from_numpy(array) for name, array in self._writer.row().items()}
             return observations, row["actions"], row["values"], row["log_probs"], th.from_numpy(clipped)
         tensors = to_tensor(collector._last_obs, buffer.device)

@@ -1,4 +1,4 @@
-"""Rollouts that kernels write into the buffer's arrays, without new arrays at each step."""
+"""The writer of a rollout's steps: kernels fill the buffer's arrays, without new arrays at each step."""
 
 from typing import Any, Protocol, cast
 
@@ -52,7 +52,7 @@ class Target:
             )
 
 
-class EngineInPlace(Engine, Protocol):
+class WritingEngine(Engine, Protocol):
     """An engine whose kernels write to a :class:`Target`."""
 
     def act_into(self, target: Target, step: int, observations: np.ndarray) -> tuple[np.ndarray, bool]:
@@ -64,14 +64,14 @@ class EngineInPlace(Engine, Protocol):
         """
 
 
-class InPlace:
+class RolloutWriter:
     """
-    A rollout whose steps the engine writes into the buffer itself.
+    Writes the steps of a rollout into the buffer, by the kernels of an engine.
 
-    The local variables of actions, values and log-probabilities, which callbacks may read, do not exist.
+    With it, the loop has no local variables of actions, values and log-probabilities, which callbacks may read.
     """
 
-    def __init__(self, engine: EngineInPlace, buffer: TensorRolloutBuffer, space: spaces.Space[Any]) -> None:
+    def __init__(self, engine: WritingEngine, buffer: TensorRolloutBuffer, space: spaces.Space[Any]) -> None:
         self._engine, self._buffer, self._space = engine, buffer, space
         self._observations = cast(np.ndarray, buffer.observations)  # dict observations run on other engines
         bounds = None
@@ -108,8 +108,8 @@ class InPlace:
         return {name: getattr(buffer, name)[step] for name in ("actions", "values", "log_probs")}
 
 
-def in_place(engine: Engine, buffer: Any, space: spaces.Space[Any]) -> InPlace | None:
-    """Return a rollout that the engine writes itself, or None if engine, buffer or actions do not allow it."""
+def writer_for(engine: Engine, buffer: Any, space: spaces.Space[Any]) -> RolloutWriter | None:
+    """Return the writer of an engine for a buffer and an action space, or None if one of them does not allow it."""
     if not hasattr(engine, "act_into") or type(buffer) is not TensorRolloutBuffer or has_own_add(buffer):
         return None
     arrays = [buffer.values, buffer.log_probs, buffer.dist_params]
@@ -124,4 +124,4 @@ def in_place(engine: Engine, buffer: Any, space: spaces.Space[Any]) -> InPlace |
         is_float = type(array) is np.ndarray and array.dtype == np.float32
         if not is_float or array.shape[:2] != cells or not array.flags.carray:
             return None
-    return InPlace(engine, buffer, space)  # type: ignore[arg-type]
+    return RolloutWriter(engine, buffer, space)  # type: ignore[arg-type]

@@ -25,8 +25,8 @@ from sb3_clipvf import ClipPPO, collection
 from sb3_clipvf.callbacks import IsolatedEvalCallback
 from sb3_clipvf.checkpoint.best_training import SaveBestTrainingReward
 from sb3_clipvf.checkpoint.training_checkpoint import TrainingCheckpoint
-from sb3_clipvf.engines.in_place import InPlace, Target, in_place
 from sb3_clipvf.engines.native import NativeEngine
+from sb3_clipvf.engines.rollout_writer import RolloutWriter, Target, writer_for
 from sb3_clipvf.envs.dummy import FastDummyVecEnv
 from sb3_clipvf.envs.normalize import FastVecNormalize
 from sb3_clipvf.policies import SquashedActorCriticPolicy
@@ -78,11 +78,11 @@ def trained(monkeypatch: pytest.MonkeyPatch, model: ClipPPO, *, usual: bool, cal
     """Return what training leaves, with the usual rollouts or those that the engine writes."""
     used = []
 
-    def spy(*args: Any) -> InPlace | None:
-        used.append(None if usual else in_place(*args))
+    def spy(*args: Any) -> RolloutWriter | None:
+        used.append(None if usual else writer_for(*args))
         return used[-1]
 
-    monkeypatch.setattr(collection, "in_place", spy)
+    monkeypatch.setattr(collection, "writer_for", spy)
     n = model.n_steps * model.n_envs
     model.learn(3 * n, callback=callback)
     assert len(used) == 3 and all((written is None) == usual for written in used)
@@ -146,9 +146,9 @@ class Own(TensorRolloutBuffer):
     """A class of the user's."""
 
 
-def written_by(model: ClipPPO) -> InPlace | None:
+def written_by(model: ClipPPO) -> RolloutWriter | None:
     model.rollout_buffer.reset()
-    return in_place(model._current_engine(), model.rollout_buffer, model.action_space)
+    return writer_for(model._current_engine(), model.rollout_buffer, model.action_space)
 
 
 class TestWhereTheyAreUsed:
@@ -165,7 +165,7 @@ class TestWhereTheyAreUsed:
             "grandchild": [EveryNTimesteps(8, CallbackList([Nothing()]))],
         }
         calls = []
-        monkeypatch.setattr(collection, "in_place", lambda *args: (calls.append(args), in_place(*args))[1])
+        monkeypatch.setattr(collection, "writer_for", lambda *args: (calls.append(args), writer_for(*args))[1])
         model = make(venv)
         model.learn(16, callback=callbacks[kind])
         assert calls == []
@@ -227,7 +227,7 @@ class TestWhereTheyAreUsed:
         model = make(environments("box", 2, normalizes=False))
         model.rollout_buffer.reset()
         setattr(model.rollout_buffer, name, change(getattr(model.rollout_buffer, name)))
-        assert in_place(model._current_engine(), model.rollout_buffer, model.action_space) is None
+        assert writer_for(model._current_engine(), model.rollout_buffer, model.action_space) is None
 
 
 @pytest.mark.parametrize(("step", "n_envs", "width"), [(4, 2, 3), (0, 1, 3), (0, 2, 4)])
