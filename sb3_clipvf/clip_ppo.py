@@ -110,9 +110,8 @@ class ClipPPO(DataParallelCollector):
     :param policy_kwargs: Further arguments of the policy.
     :param verbose: 0: no messages; 1: messages; 2: details.
     :param seed: Seed of all random states, at least 0.
-    :param device: PyTorch device. "auto" selects that of tensor environments. For others, native and fused select the
-        CPU; cuda_graph and, as in SB3, autograd select a GPU if there is one. With ``engine="auto"``, a GPU is selected
-        if there is one and the policy's networks are large enough for it.
+    :param device: PyTorch device. "auto": that of tensor environments; for others, the CPU or a GPU by ``engine`` and
+        the sizes of networks and minibatches (``docs/engines.md``, "Device").
     :param kl_coef: Weight beta of the exact KL(pi_old || pi), 1/nats, at least 0 (*schedule*); its initial value if
         beta adapts. 0: no penalty.
     :param adaptive_kl_target: Target d_targ of the KL, nats, positive; beta adapts to it once per update
