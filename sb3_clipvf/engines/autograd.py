@@ -139,9 +139,10 @@ class AutogradUpdate:
         self.policy = policy
         self.settings = settings
         self.coefficients = coefficients
-        self.rollout_mean_std: tuple[th.Tensor, th.Tensor] | None = None
+        # Mean and divisor of the rollout's advantages, or of a minibatch's in all processes; None: of each minibatch
+        self._fixed_moments: tuple[th.Tensor, th.Tensor] | None = None
         if settings.normalizes_rollout:  # else not read: a user's buffer may keep its advantages under another name
-            self.rollout_mean_std = mean_std_of(buffer.advantages, settings, policy.device)
+            self._fixed_moments = advantage_moments(buffer.advantages, settings, policy.device)
         self._has_penalty = bool(coefficients.kl_coef)
 
     def loss(self, batch: MiniBatch, measure_kl: bool) -> MinibatchStatistics:
@@ -185,9 +186,9 @@ class AutogradUpdate:
                 vf_clip_fraction=vf_clipped,
             )
 
-    def set_advantage_scale(self, mean: float, std: float) -> None:
-        """Normalise the next minibatch's advantages as ``(advantages - mean) / std``."""
-        self.rollout_mean_std = (th.tensor(mean), th.tensor(std))
+    def set_advantage_moments(self, mean: float, divisor: float) -> None:
+        """Normalise advantages as ``(advantages - mean) / divisor`` from the next minibatch on."""
+        self._fixed_moments = (th.tensor(mean), th.tensor(divisor))
 
     def gradient_norm(self) -> th.Tensor:
         """Compute the gradients of the last loss, and clip them. Return their joint norm before that."""
@@ -222,9 +223,9 @@ class AutogradUpdate:
         return objectives.value_loss_clipped_prediction(values, batch.old_values, batch.returns, clip_range_vf)
 
     def _normalized(self, advantages: th.Tensor) -> th.Tensor:
-        if self.rollout_mean_std is not None:
-            mean, std = self.rollout_mean_std
-            return (advantages - mean) / std
+        if self._fixed_moments is not None:
+            mean, divisor = self._fixed_moments
+            return (advantages - mean) / divisor
         return objectives.normalize_advantages(advantages) if self.settings.normalize_advantage else advantages
 
     def _exact_kl(self, batch: MiniBatch, stale: object, *, may_recompute: bool) -> th.Tensor | None:
@@ -235,8 +236,14 @@ class AutogradUpdate:
         return kl_from_params(dist, old_dist_params(batch)).mean()
 
 
-def mean_std_of(advantages: Any, settings: UpdateSettings, device: th.device) -> tuple[th.Tensor, th.Tensor] | None:
-    """Return mean and standard deviation of a rollout's advantages; None for a single one, which has no deviation."""
+def advantage_moments(
+    advantages: Any, settings: UpdateSettings, device: th.device
+) -> tuple[th.Tensor, th.Tensor] | None:
+    """
+    Return the mean of a rollout's advantages and the divisor that normalises them; None for a single advantage.
+
+    The divisor is the standard deviation plus ``objectives.ADVANTAGE_EPS``.
+    """
     if settings.group.size > 1:
         moments = settings.group.moments(advantages)
         return th.tensor(moments.mean), th.tensor(moments.sample_std + objectives.ADVANTAGE_EPS)

@@ -96,9 +96,9 @@ def changed(hyper: np.ndarray, **numbers: float) -> np.ndarray:
     return np.array(inputs.Hyperparameters(*hyper)._replace(**numbers), np.float64)
 
 
-def set_advantage_scale(hyper: np.ndarray, mean: float, std: float) -> None:
-    """Set the mean and the standard deviation by which kernels normalise advantages."""
-    hyper[:] = changed(hyper, normalize=0.0, shift=mean, scale=std)
+def set_advantage_moments(hyper: np.ndarray, mean: float, divisor: float) -> None:
+    """Make kernels normalise advantages as ``(advantages - mean) / divisor``."""
+    hyper[:] = changed(hyper, normalize=0.0, shift=mean, scale=divisor)
 
 
 def _or_infinite(number: float | None) -> float:

@@ -21,7 +21,7 @@ from sb3_clipvf.engines.bridge import (
     as_floats,
     check_stored,
     hyperparameters_of,
-    set_advantage_scale,
+    set_advantage_moments,
     statistics_of,
 )
 from sb3_clipvf.engines.epochs import MinibatchStatistics, Record
@@ -173,9 +173,9 @@ class FusedUpdate:
             self._root_gradients.append(log_std_gradient.view_as(log_std))
         return statistics_of(stats, self._coefficients, measure_kl)
 
-    def set_advantage_scale(self, mean: float, std: float) -> None:
-        """Normalise the next minibatch's advantages as ``(advantages - mean) / std``."""
-        set_advantage_scale(self._hyper, mean, std)
+    def set_advantage_moments(self, mean: float, divisor: float) -> None:
+        """Normalise advantages as ``(advantages - mean) / divisor`` from the next minibatch on."""
+        set_advantage_moments(self._hyper, mean, divisor)
 
     def gradient_norm(self) -> float:
         """Compute the gradients of the last loss, and return their joint norm before clipping."""

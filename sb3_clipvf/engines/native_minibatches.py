@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch as th
 
-from sb3_clipvf.engines.bridge import changed, set_advantage_scale, statistics_of
+from sb3_clipvf.engines.bridge import changed, set_advantage_moments, statistics_of
 from sb3_clipvf.engines.epochs import MinibatchStatistics
 from sb3_clipvf.engines.interface import UpdateCoefficients
 from sb3_clipvf.engines.kernels import entry, inputs
@@ -73,9 +73,9 @@ class NativeUpdate:
         for start in range(0, n, size):
             yield DrawnPart(self._buffer, permutation[start : start + size])
 
-    def set_advantage_scale(self, mean: float, std: float) -> None:
-        """Normalise the next minibatch's advantages as ``(advantages - mean) / std``."""
-        set_advantage_scale(self._without_step, mean, std)
+    def set_advantage_moments(self, mean: float, divisor: float) -> None:
+        """Normalise advantages as ``(advantages - mean) / divisor`` from the next minibatch on."""
+        set_advantage_moments(self._without_step, mean, divisor)
 
     def loss(self, batch: Any, measure_kl: bool) -> MinibatchStatistics:
         """Compute the loss of a minibatch, and its gradients."""

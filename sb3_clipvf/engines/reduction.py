@@ -22,8 +22,8 @@ _MEANS = ("policy_loss", "value_loss", "entropy_loss", "kl", "loss", "approx_kl"
 class PartialUpdate(MinibatchUpdate, Protocol):
     """An update whose gradients may change before they are clipped: ``gradient_norm`` in two parts."""
 
-    def set_advantage_scale(self, mean: float, std: float) -> None:
-        """Normalise the next minibatch's advantages as ``(advantages - mean) / std``."""
+    def set_advantage_moments(self, mean: float, divisor: float) -> None:
+        """Normalise advantages as ``(advantages - mean) / divisor`` from the next minibatch on."""
 
     def compute_gradients(self) -> None:
         """Compute the gradients of the last loss, in ``grad`` of the policy's parameters."""
@@ -93,7 +93,7 @@ class _SharedUpdate:
         """Compute the loss of the whole minibatch, and its gradients."""
         whole = next(self._minibatch_moments)
         if self._normalizes and whole.n > 1:
-            self._update.set_advantage_scale(whole.mean, whole.sample_std + objectives.ADVANTAGE_EPS)
+            self._update.set_advantage_moments(whole.mean, whole.sample_std + objectives.ADVANTAGE_EPS)
         part = self._update.loss(batch, measure_kl)
         self._update.compute_gradients()
         return self._sums.of(self._group, part, len(batch.advantages) / whole.n)

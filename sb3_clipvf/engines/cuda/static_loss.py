@@ -21,7 +21,7 @@ from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateSettings
 from sb3_clipvf.rollout import MiniBatch
 
 COEFFICIENTS = tuple(UpdateCoefficients.__dataclass_fields__)
-# Coefficients, bounds of the ratio, mean and standard deviation of the rollout's advantages
+# Coefficients, bounds of the ratio, mean and divisor of the rollout's advantages
 _N_NUMBERS = len(COEFFICIENTS) + 4
 
 LOGGED = (
@@ -46,13 +46,13 @@ class StaticLoss(AutogradUpdate):
         self._autocast = autocast
         self._has_entropy = bool(coefficients.ent_coef)
         self._numbers = th.zeros(_N_NUMBERS, device=policy.device)
-        *numbers, low, high, mean, std = self._numbers
+        *numbers, low, high, mean, divisor = self._numbers
         given = dict(zip(COEFFICIENTS, numbers, strict=True))
         absent = {name: None for name in COEFFICIENTS if getattr(coefficients, name) is None}
         self.coefficients = UpdateCoefficients(**{**given, **absent})
         self._bounds = low, high
-        if self.rollout_mean_std is not None:
-            self.rollout_mean_std = (mean, std)
+        if self._fixed_moments is not None:
+            self._fixed_moments = (mean, divisor)
         self._short_dist = short_distribution(policy.action_dist)
         # Tensors that the latest loss is computed from, and its derivatives with respect to them
         self._roots: list[th.Tensor] = []
@@ -60,13 +60,13 @@ class StaticLoss(AutogradUpdate):
         #: Log-ratios and values of the latest minibatch, shape ``(n,)``.
         self.log_ratio, self.values = th.empty(0), th.empty(0)
 
-    def load(self, coefficients: UpdateCoefficients, mean_std: tuple[th.Tensor, th.Tensor] | None) -> None:
+    def load(self, coefficients: UpdateCoefficients, moments: tuple[th.Tensor, th.Tensor] | None) -> None:
         """Copy the numbers of an update to the device."""
         clip_range = coefficients.clip_range or 0.0
         numbers = [getattr(coefficients, name) or 0.0 for name in COEFFICIENTS] + [1 - clip_range, 1 + clip_range]
         self._numbers[: len(numbers)].copy_(th.tensor(numbers, dtype=th.float32))
-        if mean_std is not None:
-            self._numbers[len(numbers) :].copy_(th.stack(mean_std))
+        if moments is not None:
+            self._numbers[len(numbers) :].copy_(th.stack(moments))
 
     @th.no_grad()
     def prepared(self, whole: MiniBatch, sizes: Sequence[int]) -> MiniBatch:

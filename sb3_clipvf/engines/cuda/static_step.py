@@ -16,7 +16,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_clipvf.common.nonfinite import FLOAT32_MAX
 from sb3_clipvf.common.observations import from_parts, parts_of
-from sb3_clipvf.engines.autograd import AutogradEngine, mean_std_of
+from sb3_clipvf.engines.autograd import AutogradEngine, advantage_moments
 from sb3_clipvf.engines.binding import moments_of
 from sb3_clipvf.engines.cuda.static_loss import LOGGED, StaticLoss
 from sb3_clipvf.engines.cuda.static_policy import ImageScaling, replaced_parameters
@@ -268,10 +268,10 @@ class StaticStep:
                     self._observations[key].copy_(tensor)
         _columns(rollout, out=self._columns)
         optimizer = self.policy.optimizer
-        mean_std = None
+        of_advantages = None
         if self._settings.normalizes_rollout:
-            mean_std = mean_std_of(rollout["advantages"], self._settings, self.policy.device)
-        self._loss.load(coefficients, mean_std)
+            of_advantages = advantage_moments(rollout["advantages"], self._settings, self.policy.device)
+        self._loss.load(coefficients, of_advantages)
         self._learning_rate.fill_(optimizer.param_groups[0]["lr"])
         self._n_steps.copy_(th.tensor(steps_made(optimizer, self._parameters)))
         self.active.fill_(True)
