@@ -35,8 +35,11 @@ class Script:
         terms = [self.number(value) for value in (loss, 2.0, 3.0)]
         return MinibatchStatistics(*terms, None, self.number(loss), self.number(kl), self.number(1.5), None, None)
 
-    def gradient_norm(self) -> Any:
-        self.calls.append("norm")
+    def backward(self) -> None:
+        self.calls.append("backward")
+
+    def prepare_step(self) -> Any:
+        self.calls.append("prepare")
         return self.number(self.norm)
 
     def step(self) -> None:
@@ -104,7 +107,7 @@ def settings(**changes: Any) -> UpdateSettings:
 def test_statistics_are_means_over_minibatches_or_over_the_last_epoch(as_tensors: bool) -> None:
     script = Script([1.0, 2.0, 3.0, 6.0], kls=[0.5, 0.5, 1.0, 3.0], norms=[1.0, 2.0, 3.0, 2.0], as_tensors=as_tensors)
     statistics = run_epochs(script, settings(), COEFFICIENTS, Buffer()).statistics(kl_after=th.tensor(0.25))
-    assert script.calls == ["loss", "norm", "step"] * 4
+    assert script.calls == ["loss", "backward", "prepare", "step"] * 4
     assert statistics.read() == {
         "policy_gradient_loss": 3.0, "value_loss": 2.0, "entropy_loss": 3.0, "grad_norm": 2.0, "approx_kl": 2.0,
         "ratio_max": 1.5, "loss": 6.0, "kl_after_update": 0.25,
@@ -115,7 +118,7 @@ def test_statistics_are_means_over_minibatches_or_over_the_last_epoch(as_tensors
 def test_target_kl_stops_before_the_step_above_one_and_a_half_times_it() -> None:
     script = Script([1.0] * 4, kls=[0.1, 0.15, 0.16, 0.0])
     record = run_epochs(script, settings(target_kl=0.1), COEFFICIENTS, Buffer())
-    assert script.calls == ["loss", "norm", "step"] * 2 + ["loss"]
+    assert script.calls == ["loss", "backward", "prepare", "step"] * 2 + ["loss"]
     assert (record.n_epochs, record.stopped_at_kl, len(record.minibatches)) == (2, 0.16, 3)
 
 
@@ -153,5 +156,5 @@ def test_an_update_that_skips_all_minibatches_raises_the_first() -> None:
 def test_without_checks_all_minibatches_make_steps() -> None:
     script = Script([1.0, NAN, 1.0, 1.0], as_tensors=True)
     record = run_epochs(script, settings(), COEFFICIENTS, Buffer(), checks=False)
-    assert script.calls == ["loss", "norm", "step"] * 4
+    assert script.calls == ["loss", "backward", "prepare", "step"] * 4
     assert not record.is_finite()

@@ -190,17 +190,12 @@ class AutogradUpdate:
         """Normalise advantages as ``(advantages - mean) / divisor`` from the next minibatch on."""
         self._fixed_moments = (th.tensor(mean), th.tensor(divisor))
 
-    def gradient_norm(self) -> th.Tensor:
-        """Compute the gradients of the last loss, and clip them. Return their joint norm before that."""
-        self.compute_gradients()
-        return self.clip_gradients()
-
-    def compute_gradients(self) -> None:
+    def backward(self) -> None:
         """Compute the gradients of the last loss."""
         self.policy.optimizer.zero_grad()
         self._loss.backward()  # type: ignore[no-untyped-call]
 
-    def clip_gradients(self) -> th.Tensor:
+    def prepare_step(self) -> th.Tensor:
         """Clip the gradients, and return their joint norm before that."""
         return th.nn.utils.clip_grad_norm_(self.policy.parameters(), self.settings.max_grad_norm).detach()
 

@@ -45,13 +45,16 @@ class MinibatchStatistics:
 
 
 class MinibatchUpdate(Protocol):
-    """One update of an engine. The methods are called in this order for each minibatch."""
+    """One update of an engine. The methods are called in this order for each minibatch that is not skipped."""
 
     def loss(self, batch: MiniBatch, measure_kl: bool) -> MinibatchStatistics:
         """Compute the loss."""
 
-    def gradient_norm(self) -> Scalar:
-        """Compute the gradients of this loss, and return their joint norm before clipping."""
+    def backward(self) -> None:
+        """Compute the gradients of this loss, if :meth:`loss` has not."""
+
+    def prepare_step(self) -> Scalar:
+        """Clip the gradients, or find the factor by which :meth:`step` clips them. Return their norm before that."""
 
     def step(self) -> None:
         """Take an optimizer step with clipped gradients."""
@@ -103,7 +106,8 @@ def _try_step(update: MinibatchUpdate, minibatch: MinibatchStatistics, target_kl
         return "skip"
     if target_kl is not None and float(minibatch.approx_kl) > 1.5 * target_kl:
         return "stop"
-    minibatch.grad_norm = update.gradient_norm()
+    update.backward()
+    minibatch.grad_norm = update.prepare_step()
     if checks and not _is_finite(minibatch.grad_norm):
         return "skip"
     update.step()

@@ -177,17 +177,17 @@ class FusedUpdate:
         """Normalise advantages as ``(advantages - mean) / divisor`` from the next minibatch on."""
         set_advantage_moments(self._hyper, mean, divisor)
 
-    def gradient_norm(self) -> float:
-        """Compute the gradients of the last loss, and return their joint norm before clipping."""
-        self.compute_gradients()
-        return self.clip_gradients()
-
-    def compute_gradients(self) -> None:
+    def backward(self) -> None:
         """Compute the gradients of the last loss."""
         self._zero_grad()
-        self._backward()
+        roots, gradients = self._roots, self._root_gradients
+        # A head may be detached. If all are, torch raises its error.
+        if any(root.requires_grad for root in roots):
+            pairs = [pair for pair in zip(roots, gradients, strict=True) if pair[0].requires_grad]
+            roots, gradients = [list(column) for column in zip(*pairs, strict=True)]
+        th.autograd.backward(roots, gradients)
 
-    def clip_gradients(self) -> float:
+    def prepare_step(self) -> float:
         """Find the factor by which ``step`` clips the gradients, and return their joint norm before that."""
         reached = [parameter for parameter in self._parameters if parameter.grad is not None]
         if not self._by_torch and not self._bind(reached):
@@ -231,14 +231,6 @@ class FusedUpdate:
             and list(map(th.Tensor.size, reached)) == self._shapes
             and all(map(th.Tensor.is_contiguous, reached))
         )
-
-    def _backward(self) -> None:
-        roots, gradients = self._roots, self._root_gradients
-        # A head may be detached. If all are, torch raises its error.
-        if any(root.requires_grad for root in roots):
-            pairs = [pair for pair in zip(roots, gradients, strict=True) if pair[0].requires_grad]
-            roots, gradients = [list(column) for column in zip(*pairs, strict=True)]
-        th.autograd.backward(roots, gradients)
 
     def _zero_grad(self) -> None:
         for parameter in self._parameters:

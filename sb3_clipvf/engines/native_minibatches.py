@@ -88,14 +88,10 @@ class NativeUpdate:
             stats = shared.skipped
         return statistics_of(stats, self._coefficients, measure_kl)
 
-    def gradient_norm(self) -> float:
-        """Return the joint norm of the gradients of the last loss."""
-        return self.clip_gradients()
-
-    def compute_gradients(self) -> None:
+    def backward(self) -> None:
         """Do nothing, since the loss came with its gradients."""
 
-    def clip_gradients(self) -> float:
+    def prepare_step(self) -> float:
         """Find the factor by which ``step`` clips the gradients, and return their joint norm before that."""
         norm, self._factor, _ = entry.gradient_norm(self._table, inputs.Hyperparameters(*self._hyper).max_grad_norm)
         return float(norm)

@@ -20,16 +20,10 @@ _MEANS = ("policy_loss", "value_loss", "entropy_loss", "kl", "loss", "approx_kl"
 
 
 class PartialUpdate(MinibatchUpdate, Protocol):
-    """An update whose gradients may change before they are clipped: ``gradient_norm`` in two parts."""
+    """An update of a part of each minibatch. Its gradients may be changed before ``prepare_step``."""
 
     def set_advantage_moments(self, mean: float, divisor: float) -> None:
         """Normalise advantages as ``(advantages - mean) / divisor`` from the next minibatch on."""
-
-    def compute_gradients(self) -> None:
-        """Compute the gradients of the last loss, in ``grad`` of the policy's parameters."""
-
-    def clip_gradients(self) -> Scalar:
-        """Clip the gradients, now or in ``step``, and return their joint norm before that."""
 
 
 def run_shared_epochs(
@@ -95,12 +89,15 @@ class _SharedUpdate:
         if self._normalizes and whole.n > 1:
             self._update.set_advantage_moments(whole.mean, whole.sample_std + objectives.ADVANTAGE_EPS)
         part = self._update.loss(batch, measure_kl)
-        self._update.compute_gradients()
+        self._update.backward()
         return self._sums.of(self._group, part, len(batch.advantages) / whole.n)
 
-    def gradient_norm(self) -> Scalar:
-        """Clip the gradients, and return their joint norm before that."""
-        return self._update.clip_gradients()
+    def backward(self) -> None:
+        """Do nothing, since :meth:`loss` adds its gradients to those of the other processes."""
+
+    def prepare_step(self) -> Scalar:
+        """Prepare the step of the whole minibatch, and return the joint norm of its gradients."""
+        return self._update.prepare_step()
 
     def step(self) -> None:
         """Take an optimizer step."""

@@ -130,7 +130,10 @@ class DeferredEpochs:
             absent["vf_clip_fraction"] = None
         return MinibatchStatistics(**{**self._numbers, **absent})
 
-    def gradient_norm(self) -> float:
+    def backward(self) -> None:
+        """Do nothing, since the gradients were computed."""
+
+    def prepare_step(self) -> float:
         """Return the gradient's norm before clipping."""
         return self._numbers["grad_norm"]
 
