@@ -1,4 +1,4 @@
-"""A stand-in for CUDA graphs on the CPU: it repeats recorded operations on the memory of the recording."""
+"""A stand-in for CUDA graphs on the CPU: it replays captured operations on the memory of the capture."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,9 +15,9 @@ READS = ("_local_scalar_dense", "nonzero", "_is_all_true", "masked_select", "equ
 
 class Tape(TorchDispatchMode):
     """
-    Records operations, and repeats them without Python, as a CUDA graph does.
+    Captures operations, and replays them without Python, as a CUDA graph does.
 
-    A repeated operation reads and writes the tensors of the recording, whatever the code has bound to names since.
+    A replayed operation reads and writes the tensors of the capture, whatever the code has bound to names since.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Tape(TorchDispatchMode):
 
     @th.no_grad()
     def replay(self) -> None:
-        """Repeat the operations."""
+        """Run the operations again."""
         for function, args, kwargs, result in self.operations:
             again = function(*args, **kwargs)
             for before, now in zip(tree_leaves(result), tree_leaves(again), strict=True):
@@ -70,21 +70,21 @@ def _is_view(args: Any, result: Any) -> bool:
     return bool(tensors) and not in_place and all(part.untyped_storage().data_ptr() in storages for part in tensors)
 
 
-class TapeRecorder:
-    """A stand-in for the recorder, on devices without graphs."""
+class TapeCapturer:
+    """A stand-in for the capturer, on devices without graphs."""
 
     def __init__(self, device: th.device) -> None:
         self.tapes: list[Tape] = []
 
     @unvalidated_distributions
-    def record(
+    def capture(
         self,
         run: Callable[[], None],
         warm_up: Callable[[], None],
         generators: Iterable[th.Generator] = (),
         beside: Tape | None = None,
     ) -> Tape:
-        """Record as ``Recorder.record`` does: the operations run once, and their effects must not last."""
+        """Capture as ``GraphCapturer.capture`` does: the operations run once, and their effects must not last."""
         states = [(generator, generator.get_state()) for generator in (th.default_generator, *generators)]
         tape = Tape()
         try:
@@ -100,12 +100,12 @@ class TapeRecorder:
         return tape
 
 
-class SharedTapeRecorder(TapeRecorder):
-    """Records tapes in one memory: each overwrites what all have allocated."""
+class SharedTapeCapturer(TapeCapturer):
+    """Captures tapes in one memory: each overwrites what all have allocated."""
 
-    def record(self, *args: Any, **kwargs: Any) -> Tape:
-        """Record as ``TapeRecorder`` does."""
-        tape = super().record(*args, **kwargs)
+    def capture(self, *args: Any, **kwargs: Any) -> Tape:
+        """Capture as ``TapeCapturer`` does."""
+        tape = super().capture(*args, **kwargs)
         replay = tape.replay
 
         def spoil_and_replay() -> None:

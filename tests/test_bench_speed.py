@@ -983,7 +983,7 @@ def test_a_gpu_gets_its_own_rows(capsys: pytest.CaptureFixture[str], monkeypatch
     assert sum(len(row.measured()) for row in rows) == 18
 
 
-def test_a_recorded_rollout_steps_its_environments_without_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_captured_rollout_steps_its_environments_without_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     (row,) = (row.quick() for row in ROWS if row.name == "tensor-pendulum")
     model = make_model(row, "clipppo_autograd", 0)
     assert model.engine == "autograd"
@@ -997,7 +997,7 @@ def test_a_recorded_rollout_steps_its_environments_without_calls(monkeypatch: py
         model.env.step_tensors = some
         watch = speed_child.Stopwatch
         monkeypatch.setattr(watch, "_timed_step", lambda self, actions: some(actions))  # counts no calls
-        model._current_engine()._rollout_step = "recorded"
+        model._current_engine()._rollout_step = "captured"
         return model
 
     monkeypatch.setattr(speed_child, "make_model", made)

@@ -1,5 +1,5 @@
 """
-The CUDA graph engine. Without a GPU, a stand-in repeats the recorded functions by calling them again.
+The CUDA graph engine. Without a GPU, a stand-in replays the captured functions by calling them again.
 
 `pytest -m cuda` runs the tests that need a GPU; they are skipped without one.
 """
@@ -20,7 +20,7 @@ from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv
-from tape import SharedTapeRecorder
+from tape import SharedTapeCapturer
 from test_engines import ACTIONS, BOX, COEFFICIENTS, OBS, SETTINGS
 from test_engines_cuda_static_step import POLICIES, collected, sample
 
@@ -31,7 +31,7 @@ from sb3_clipvf.engines import cuda_graph
 from sb3_clipvf.engines.autograd import AutogradEngine, unvalidated_distributions
 from sb3_clipvf.engines.cuda import static_step
 from sb3_clipvf.engines.cuda.static_step import StaticEngine, StaticStep
-from sb3_clipvf.engines.cuda_graph import Bfloat16Engine, CudaGraphEngine, Recorder
+from sb3_clipvf.engines.cuda_graph import Bfloat16Engine, CudaGraphEngine, GraphCapturer
 from sb3_clipvf.engines.selection import is_surpassed, select_engine
 from sb3_clipvf.engines.support import why_not_bf16
 
@@ -42,19 +42,19 @@ CASES = {name: (OBS, *case) for name, case in ACTIONS.items()} | POLICIES
 
 
 class Repeated:
-    """A stand-in for a graph: it calls the recorded function again."""
+    """A stand-in for a graph: it calls the captured function again."""
 
     def __init__(self, run: Callable[[], None]) -> None:
         self.replay = run
 
 
 class StandIn:
-    """A stand-in for the recorder, on devices without graphs."""
+    """A stand-in for the capturer, on devices without graphs."""
 
     def __init__(self, device: th.device) -> None:
         pass
 
-    def record(self, run: Callable[[], None], warm_up: Callable[[], None], **_: Any) -> Repeated:
+    def capture(self, run: Callable[[], None], warm_up: Callable[[], None], **_: Any) -> Repeated:
         random_state = th.get_rng_state()
         warm_up()
         th.set_rng_state(random_state)
@@ -64,7 +64,7 @@ class StandIn:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "cpu":
-        monkeypatch.setattr(cuda_graph, "Recorder", StandIn)
+        monkeypatch.setattr(cuda_graph, "GraphCapturer", StandIn)
         monkeypatch.setattr(cuda_graph, "why_not_cuda_graph", static_step.why_not_static)
     # Other convolutions differ from run to run by more than the tolerances.
     monkeypatch.setattr(th.backends.cudnn, "allow_tf32", False)
@@ -73,17 +73,17 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 @pytest.fixture
-def n_recordings(device: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A list whose only number counts recordings."""
+def n_captures(device: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list whose only number counts captures."""
     count = [0]
-    recorder: Any = cuda_graph.Recorder
-    record = recorder.record
+    capturer: Any = cuda_graph.GraphCapturer
+    capture = capturer.capture
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         count[0] += 1
-        return record(*args, **kwargs)
+        return capture(*args, **kwargs)
 
-    monkeypatch.setattr(recorder, "record", counted)
+    monkeypatch.setattr(capturer, "capture", counted)
     return count
 
 
@@ -171,21 +171,21 @@ def test_objectives(changes: dict[str, Any], settings: dict[str, Any], device: s
     run_both("box", device, coefficients=dataclasses.replace(COEFFICIENTS, **changes), **settings)
 
 
-def test_several_chunks(device: str, monkeypatch: pytest.MonkeyPatch, n_recordings: list[int]) -> None:
+def test_several_chunks(device: str, monkeypatch: pytest.MonkeyPatch, n_captures: list[int]) -> None:
     """Three minibatches, of which the last is smaller, in chunks of two; the last epoch also measures the KL."""
     monkeypatch.setattr(static_step, "CHUNK", 2)
     run_both("box", device, coefficients=dataclasses.replace(COEFFICIENTS, kl_coef=0.0))
-    assert n_recordings == [4]
+    assert n_captures == [4]
 
 
 @pytest.mark.parametrize("name", ["box", "discrete", "multi_discrete", "cnn", "gsde"])
 def test_chunks_read_nothing_that_another_one_allocated(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graph, "Recorder", SharedTapeRecorder)
+    monkeypatch.setattr(cuda_graph, "GraphCapturer", SharedTapeCapturer)
     monkeypatch.setattr(static_step, "CHUNK", 2)
     engines: list[Any] = []
     coefficients = dataclasses.replace(COEFFICIENTS, kl_coef=0.0)
     run_both(name, "cpu", coefficients=coefficients, change=lambda _, engine: engines.append(engine))
-    tapes, loss = engines[1]._recorder.tapes, engines[1]._step._loss
+    tapes, loss = engines[1]._capturer.tapes, engines[1]._step._loss
     assert len(tapes) == 4 and loss.values.isfinite().all()
     tapes[-1].spoil()
     assert loss.values.isnan().all()  # so it was overwritten before
@@ -275,7 +275,7 @@ def test_bfloat16_refuses_gsde() -> None:
     assert why_not_bf16(policy, buffer) == "its gSDE computes with features, which would be rounded"
 
 
-# ------------------------------------------------------------------ when graphs are recorded
+# ------------------------------------------------------------------ when graphs are captured
 
 
 def set_learning_rate(policy: Any, engine: Any) -> None:
@@ -289,9 +289,9 @@ def restart_moments(policy: Any, engine: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [set_learning_rate, restart_moments])
-def test_one_recording_serves_all_updates(change: Any, device: str, n_recordings: list[int]) -> None:
+def test_one_capture_serves_all_updates(change: Any, device: str, n_captures: list[int]) -> None:
     run_both("box", device, n_updates=4, change=change)
-    assert n_recordings == [1]
+    assert n_captures == [1]
 
 
 def replace_moments(policy: Any, engine: Any) -> None:
@@ -315,12 +315,12 @@ def replace_data(policy: Any, engine: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [replace_moments, set_eps, set_max_grad_norm, set_batch_size, replace_data])
-def test_a_change_of_more_than_numbers_is_recorded(change: Any, device: str, n_recordings: list[int]) -> None:
+def test_a_change_of_more_than_numbers_is_captured(change: Any, device: str, n_captures: list[int]) -> None:
     run_both("box", device, change=change)
-    assert n_recordings == [2]
+    assert n_captures == [2]
 
 
-def test_a_failed_recording_of_updates_continues_without_it(
+def test_a_failed_capture_of_updates_continues_without_it(
     device: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     if device == "cpu":
@@ -328,7 +328,7 @@ def test_a_failed_recording_of_updates_continues_without_it(
         def fail(*_: Any) -> Any:
             raise RuntimeError("operation not permitted")
 
-        monkeypatch.setattr(cuda_graph, "_record_chunk", fail)
+        monkeypatch.setattr(cuda_graph, "_capture_chunk", fail)
     else:
         may_step = StaticStep._may_step
 
@@ -339,15 +339,15 @@ def test_a_failed_recording_of_updates_continues_without_it(
         monkeypatch.setattr(StaticStep, "_may_step", reads)
     with caplog.at_level(logging.WARNING, logger="sb3_clipvf"):
         run_both("box", device)
-    assert caplog.text.count("The CUDA graph of updates could not be recorded") == 1
-    # Other graphs are recorded.
+    assert caplog.text.count("The CUDA graph of updates could not be captured") == 1
+    # Other graphs are captured.
     policy, buffer = make("box", device)
     engine = CudaGraphEngine(policy, settings_of(policy))
     engine.update(buffer, COEFFICIENTS)
     engine.begin_rollout(buffer)
     engine.act(sample(OBS, device), with_dist_params=True)
     assert engine._failed == {"updates"} and engine._functions.keys() == {"forward"}
-    # The generator of the device works, also in a later recording.
+    # The generator of the device works, also in a later capture.
     monkeypatch.undo()
     assert th.rand(3, device=device).isfinite().all()
     if device == "cuda":
@@ -546,14 +546,14 @@ class TestOnAGPU:
         assert not engine._failed
         assert held[0].requires_grad
 
-    def test_a_recording_draws_nothing(self, device: str) -> None:
+    def test_a_capture_draws_nothing(self, device: str) -> None:
         policy, buffer = make("discrete", device)
         engine = CudaGraphEngine(policy, settings_of(policy))
         before = th.cuda.get_rng_state()
         weights = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
         step = StaticEngine._bind(engine, buffer, COEFFICIENTS)
         with unvalidated_distributions:
-            cuda_graph._record_chunk(Recorder(policy.device), step, (6, 4), True)
+            cuda_graph._capture_chunk(GraphCapturer(policy.device), step, (6, 4), True)
         assert th.equal(th.cuda.get_rng_state(), before)
         assert all(th.equal(tensor, weights[name]) for name, tensor in policy.state_dict().items())
         assert bool(step.active)

@@ -1,7 +1,7 @@
 """
-Whole steps of rollouts, recorded: the same bits as in rollouts of the general kind.
+Whole steps of rollouts, captured: the same bits as in rollouts of the general kind.
 
-A tape repeats the recorded operations on the memory of the recording, as a CUDA graph does.
+A tape replays the captured operations on the memory of the capture, as a CUDA graph does.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
-from tape import TapeRecorder
+from tape import TapeCapturer
 from tensor_cases import BOX, DICT, VECTOR, InPlaceWalk, KeepingWalk, ReadingWalk, tensor_pendulum
 
 from sb3_clipvf import ClipPPO
@@ -33,8 +33,8 @@ SETTINGS: dict[str, Any] = {"n_steps": 8, "batch_size": 16, "n_epochs": 2, "seed
 
 @pytest.fixture
 def kinds(monkeypatch: pytest.MonkeyPatch) -> list[type]:
-    """Record by tapes, and return a list that gets the class of each rollout."""
-    monkeypatch.setattr(cuda_graph, "Recorder", TapeRecorder)
+    """Capture by tapes, and return a list that gets the class of each rollout."""
+    monkeypatch.setattr(cuda_graph, "GraphCapturer", TapeCapturer)
     monkeypatch.setattr(cuda_graph, "why_not_cuda_graph", static_step.why_not_static)
     found: list[type] = []
     enter = DeviceRollout.__enter__
@@ -195,7 +195,7 @@ class OptionsForAStep(BaseCallback):
 def test_an_option_that_is_set_back_within_a_rollout(kinds: list[type]) -> None:
     models = same(InPlaceWalk, kinds, OptionsForAStep, wrap=TensorVecNormalize)
     np.testing.assert_array_equal(*(model.env.obs_rms.mean for model in models))
-    assert models[0]._current_engine()._rollout_step._graph is not None  # recorded again
+    assert models[0]._current_engine()._rollout_step._graph is not None  # captured again
 
 
 def test_a_callback_may_keep_what_it_sees(kinds: list[type]) -> None:
@@ -216,12 +216,12 @@ def test_a_callback_may_keep_what_it_sees(kinds: list[type]) -> None:
     assert distribution.loc.shape == (6, 2)
 
 
-def test_one_recording_serves_a_training_and_another_policy_gets_its_own(kinds: list[type]) -> None:
+def test_one_capture_serves_a_training_and_another_policy_gets_its_own(kinds: list[type]) -> None:
     model = make(GraphedTensorEnv(InPlaceWalk()))
     model.learn(48 * 3)
     engine = model._current_engine()
-    step, recorder = engine._rollout_step, engine._recorder
-    whole = sum("index_copy_" in " ".join(tape.names()) for tape in recorder.tapes)
+    step, capturer = engine._rollout_step, engine._capturer
+    whole = sum("index_copy_" in " ".join(tape.names()) for tape in capturer.tapes)
     assert whole == 1
     model.learn(48)
     assert engine._rollout_step is step
@@ -269,13 +269,13 @@ def keep(model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "needs_recording"),
+    ("change", "needs_capture"),
     [
         *((keep, False), (set_moments, False), (set_clip_obs, True), (set_clip_rewards, True)),
         *((set_gamma, True), (replace_rewards, True), (set_number, True), (replace_state, True)),
     ],
 )
-def test_a_change_between_rollouts_is_noticed(change: Any, needs_recording: bool, kinds: list[type]) -> None:
+def test_a_change_between_rollouts_is_noticed(change: Any, needs_capture: bool, kinds: list[type]) -> None:
     models, steps = [], []
     for graphed in (GraphedTensorEnv, lambda env: env):
         model = make(TensorVecNormalize(graphed(ScaledWalk())))
@@ -287,7 +287,7 @@ def test_a_change_between_rollouts_is_noticed(change: Any, needs_recording: bool
             steps.append(model._current_engine()._rollout_step)
         models.append(model)
     assert_same_models(*models)
-    assert steps[1] is steps[2] and (steps[0] is not steps[1]) == needs_recording
+    assert steps[1] is steps[2] and (steps[0] is not steps[1]) == needs_capture
 
 
 def test_checks_of_a_step_read_and_change_nothing(kinds: list[type], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,16 +363,16 @@ def test_non_finite_numbers_are_reported_at_their_step(kinds: list[type]) -> Non
 def test_environments_that_read_the_device_collect_in_the_general_way(
     kinds: list[type], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sb3_clipvf.envs.graphed.Recorder", TapeRecorder)
+    monkeypatch.setattr("sb3_clipvf.envs.graphed.GraphCapturer", TapeCapturer)
     graphed, models = GraphedTensorEnv(ReadingWalk()), []
-    graphed._records = True  # as on a GPU
+    graphed._captures = True  # as on a GPU
     for env in (graphed, InPlaceWalk()):
         th.manual_seed(0)
         models.append(make(env).learn(48 * 4))
     assert kinds == [DeviceRollout] * 8
     assert_same_models(*models)
     for what in ("whole steps", "the environments' step"):
-        assert caplog.text.count(f"The CUDA graph of {what} could not be recorded (operation not permitted") == 1
+        assert caplog.text.count(f"The CUDA graph of {what} could not be captured (operation not permitted") == 1
     engine = models[0]._current_engine()
     assert engine._functions.keys() == {"forward", "predict_values"} and engine._chunks
 
@@ -429,7 +429,7 @@ def test_on_a_gpu(name: str, engine: str, monkeypatch: pytest.MonkeyPatch) -> No
     if engine == "cuda_graph":
         are_whole = [model._engine._rollout_step is not None for model in models]
         assert are_whole == [name != "reading", False]
-    assert models[0].env.unwrapped.env._records == (name != "reading")
+    assert models[0].env.unwrapped.env._captures == (name != "reading")
     buffers = [model.rollout_buffer for model in models]
     for field in ("actions", "rewards", "values", "log_probs", "episode_starts"):
         th.testing.assert_close(*(getattr(buffer, field) for buffer in buffers), rtol=1e-4, atol=1e-5, msg=field)

@@ -383,10 +383,10 @@ def test_environments_on_the_host_train_on_a_gpu(engine: str) -> None:
 @pytest.mark.cuda
 @needs_gpu
 @on_gpu
-def test_a_recorded_environment_steps_as_its_operations_do() -> None:
+def test_a_captured_environment_steps_as_its_operations_do() -> None:
     module = tensor_pendulum()
-    env, recorded = (module.TensorPendulum(64, "cuda", time_limit=5) for _ in range(2))
-    graphed = GraphedTensorEnv(recorded)
+    env, captured = (module.TensorPendulum(64, "cuda", time_limit=5) for _ in range(2))
+    graphed = GraphedTensorEnv(captured)
     first = [each.reset_tensors(seed=5).clone() for each in (env, graphed)]
     assert th.equal(*first)
     actions = th.linspace(-3, 3, 64, device="cuda")[:, None]
@@ -398,7 +398,7 @@ def test_a_recorded_environment_steps_as_its_operations_do() -> None:
     model = ClipPPO("MlpPolicy", graphed, **SETTINGS)
     model.learn(64 * 8 * 2)
     assert {episode["l"] for episode in model.ep_info_buffer} == {5}
-    assert graphed._records and graphed._graph is not None
+    assert graphed._captures and graphed._graph is not None
 
 
 DETERMINISTIC = """

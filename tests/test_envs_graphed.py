@@ -1,4 +1,4 @@
-"""Recorded tensor environments: what they refuse. tests/test_engines_device_buffer.py steps one on a GPU."""
+"""Captured tensor environments: what they refuse. tests/test_engines_device_buffer.py steps one on a GPU."""
 
 import random
 from collections import deque
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from tape import TapeRecorder
+from tape import TapeCapturer
 from tensor_cases import InPlaceWalk, ReadingWalk, TensorWalk, tensor_pendulum
 
 from sb3_clipvf import ClipPPO
@@ -20,9 +20,9 @@ from sb3_clipvf.envs.graphed import restorer_of
 
 
 def test_on_the_cpu_the_operations_run_one_by_one() -> None:
-    env, recorded = (tensor_pendulum().TensorPendulum(8, time_limit=5) for _ in range(2))
-    graphed = GraphedTensorEnv(recorded)
-    assert isinstance(graphed, TensorVecEnv) and graphed.generators == [recorded.generator]
+    env, captured = (tensor_pendulum().TensorPendulum(8, time_limit=5) for _ in range(2))
+    graphed = GraphedTensorEnv(captured)
+    assert isinstance(graphed, TensorVecEnv) and graphed.generators == [captured.generator]
     assert th.equal(env.reset_tensors(seed=5), graphed.reset_tensors(seed=5))
     actions = th.linspace(-3, 3, 8)[:, None]
     for number in range(12):
@@ -33,7 +33,7 @@ def test_on_the_cpu_the_operations_run_one_by_one() -> None:
 
 
 def test_an_environment_that_keeps_new_tensors_is_refused() -> None:
-    """A graph reads and writes the memory of its recording, so that each step would start from the same state."""
+    """A graph reads and writes the memory of its capture, so that each step would start from the same state."""
     with pytest.raises(ValueError, match="`env` must write what it keeps in-place, got a new `x` after `step_tens"):
         GraphedTensorEnv(TensorWalk())
 
@@ -197,11 +197,11 @@ def test_modules_are_compared_too() -> None:
         GraphedTensorEnv(IsModule(keeps_new=True))
 
 
-def test_a_change_from_outside_is_recorded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sb3_clipvf.envs.graphed.Recorder", TapeRecorder)
+def test_a_change_from_outside_is_captured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_clipvf.envs.graphed.GraphCapturer", TapeCapturer)
     ours, theirs = (tensor_pendulum().TensorPendulum(4, time_limit=5) for _ in range(2))
     graphed = GraphedTensorEnv(ours)
-    graphed._records = True  # as on a GPU
+    graphed._captures = True  # as on a GPU
     ours.reset_tensors(seed=1), theirs.reset_tensors(seed=1)
     graphs = []
     for number in range(12):
@@ -216,17 +216,17 @@ def test_a_change_from_outside_is_recorded_anew(monkeypatch: pytest.MonkeyPatch)
     assert [graphs.index(graph) for graph in graphs] == [number - number % 3 for number in range(12)]
 
 
-def test_an_environment_that_cannot_be_recorded_steps_by_single_operations(
+def test_an_environment_that_cannot_be_captured_steps_by_single_operations(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("sb3_clipvf.envs.graphed.Recorder", TapeRecorder)
+    monkeypatch.setattr("sb3_clipvf.envs.graphed.GraphCapturer", TapeCapturer)
     theirs, graphed = InPlaceWalk(), GraphedTensorEnv(ReadingWalk())
-    graphed._records = True  # as on a GPU
+    graphed._captures = True  # as on a GPU
     theirs.reset_tensors()
     for number in range(12):
         step, other = (env.step_tensors(th.full((6, 2), number / 10)) for env in (graphed, theirs))
         assert th.equal(step.observations, other.observations) and th.equal(step.rewards, other.rewards)
-    assert caplog.text.count("The CUDA graph of the environments' step could not be recorded (operation not perm") == 1
+    assert caplog.text.count("The CUDA graph of the environments' step could not be captured (operation not perm") == 1
 
 
 def test_a_step_in_the_context_leaves_no_trace() -> None:

@@ -335,7 +335,7 @@ class Keeping(BaseCallback):
 
 
 class Overwriting(AutogradEngine):
-    """Returns the same tensors in each step, as a recorded function does."""
+    """Returns the same tensors in each step, as a captured function does."""
 
     out: ActedTensors | None = None
 

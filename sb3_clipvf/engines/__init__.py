@@ -11,7 +11,7 @@ The engines:
 - ``native``: whole updates in kernels;
 - ``cuda_graph``: updates and rollouts as CUDA graphs;
 - ``kernels``: compiled functions of native and fused;
-- ``cuda``: recorded operations of cuda_graph;
+- ``cuda``: captured operations of cuda_graph;
 - ``images``: the extraction of features in fused;
 - ``native_minibatches``: single minibatches of native.
 

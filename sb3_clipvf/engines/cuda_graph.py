@@ -1,8 +1,8 @@
 """
-The CUDA graph engine: a GPU repeats recorded operations, which one call starts.
+The CUDA graph engine: it captures the operations of a GPU, and replays them by one call.
 
 One graph runs a chunk of minibatches (:mod:`.static_step`), others the policy's step in a rollout and its values. A
-graph is recorded when it is first needed, and again after more than numbers in its tensors has changed.
+graph is captured when it is first needed, and again after more than numbers in its tensors has changed.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_clipvf.common.observations import parts_of
 from sb3_clipvf.distributions import current_dist, n_action_numbers, to_action_space
-from sb3_clipvf.engines.cuda.recorder import Graph, Recorder, warn_about_failure
+from sb3_clipvf.engines.cuda.capture import Graph, GraphCapturer, warn_about_failure
 from sb3_clipvf.engines.cuda.rollout_step import RolloutStep
 from sb3_clipvf.engines.cuda.sampling import sampled
 from sb3_clipvf.engines.cuda.static_step import StaticEngine, StaticStep, policy_structure
@@ -38,11 +38,11 @@ class CudaGraphEngine(StaticEngine):
 
     def __init__(self, policy: ActorCriticPolicy, settings: UpdateSettings) -> None:
         super().__init__(policy, settings)
-        self._recorder = Recorder(policy.device)
+        self._capturer = GraphCapturer(policy.device)
         self._failed: set[str] = set()
         self._chunks: dict[tuple[object, ...], Graph] = {}
-        self._recorded_step: StaticStep | None = None
-        self._functions: dict[str, RecordedFunction] = {}
+        self._captured_step: StaticStep | None = None
+        self._functions: dict[str, CapturedFunction] = {}
         self._rollout_step: RolloutStep | None = None
         self._policy_structure: tuple[object, ...] = ()
 
@@ -51,7 +51,7 @@ class CudaGraphEngine(StaticEngine):
         return why_not_cuda_graph(self.policy, buffer) is None
 
     def begin_rollout(self, buffer: Any) -> None:
-        """Forget the recorded steps of the policy if more than numbers has changed."""
+        """Discard the captured steps of the policy if more than numbers has changed."""
         structure = policy_structure(self.policy)
         if structure != self._policy_structure:
             self._functions.clear()
@@ -60,14 +60,14 @@ class CudaGraphEngine(StaticEngine):
 
     @th.no_grad()
     def rollout_step(self, env: Any, buffer: Any, gamma: float, observations: Any) -> RolloutStep | None:
-        """Return the whole step of a rollout from recorded environments; None if it cannot be recorded."""
-        if _WHOLE in self._failed or not self._records("forward"):
+        """Return the whole step of a rollout from captured environments; None if it cannot be captured."""
+        if _WHOLE in self._failed or not self._can_capture("forward"):
             return None
         step = self._rollout_step
         if step is None or not step.fits(env, buffer, gamma):
             self._rollout_step = None  # so that its memory can be used again
             step = RolloutStep(self.policy, env, buffer, gamma, observations)
-            if self._try(_WHOLE, step.record) is None:
+            if self._try(_WHOLE, step.capture) is None:
                 return None
             self._rollout_step = step
         return step
@@ -99,57 +99,57 @@ class CudaGraphEngine(StaticEngine):
     @th.no_grad()
     def predict_values(self, observations: Any) -> th.Tensor:
         """Return the values of observations, shape ``(n, 1)``, return units."""
-        acting, recorded = self._functions.get("forward"), None
+        acting, captured = self._functions.get("forward"), None
         # Only for all environments: the numbers of truncated episodes differ from step to step.
         if acting is not None and acting.takes(observations):
-            recorded = self._recorded("predict_values", lambda rows: (self.policy.predict_values(rows),), observations)
-        return super().predict_values(observations) if recorded is None else recorded(observations)[0].clone()
+            captured = self._captured("predict_values", lambda rows: (self.policy.predict_values(rows),), observations)
+        return super().predict_values(observations) if captured is None else captured(observations)[0].clone()
 
     def _sampled(self, observations: Any) -> tuple[th.Tensor, ...] | None:
-        """Return what the recorded :func:`.sampling.sampled` computes, which the next call overwrites, or None."""
-        recorded = self._recorded("forward", partial(sampled, self.policy), observations)
-        return None if recorded is None else recorded(observations)
+        """Return what the captured :func:`.sampling.sampled` computes, which the next call overwrites, or None."""
+        captured = self._captured("forward", partial(sampled, self.policy), observations)
+        return None if captured is None else captured(observations)
 
-    def _recorded(self, name: str, function: Any, observations: Any) -> "RecordedFunction | None":
-        """Return the recorded method of SB3's policies for observations of these shapes, or None."""
-        recorded = self._functions.get(name)
-        if recorded is not None and recorded.takes(observations):
-            return recorded
-        if not self._records(name):
+    def _captured(self, name: str, function: Any, observations: Any) -> "CapturedFunction | None":
+        """Return the captured method of SB3's policies for observations of these shapes, or None."""
+        captured = self._functions.get(name)
+        if captured is not None and captured.takes(observations):
+            return captured
+        if not self._can_capture(name):
             return None
         what = f"the policy's {name}"
-        recorded = self._try(what, lambda recorder: RecordedFunction(recorder, self.policy, function, observations))
-        if recorded is not None:
-            self._functions[name] = recorded
-        return recorded
+        captured = self._try(what, lambda capturer: CapturedFunction(capturer, self.policy, function, observations))
+        if captured is not None:
+            self._functions[name] = captured
+        return captured
 
-    def _records(self, name: str) -> bool:
+    def _can_capture(self, name: str) -> bool:
         """Return whether a method of the policy is SB3's, whose operations are known."""
         has_own_code = getattr(type(self.policy), name) is not getattr(ActorCriticPolicy, name)
         # gSDE's noise comes from tensors that are new in each rollout.
         return not (has_own_code or isinstance(self.policy.action_dist, StateDependentNoiseDistribution))
 
     def _run_chunk(self, step: StaticStep, sizes: tuple[int, ...], measure_kl: bool) -> None:
-        if step is not self._recorded_step:
+        if step is not self._captured_step:
             self._chunks.clear()
-            self._recorded_step = step
+            self._captured_step = step
         graph = self._chunks.get((sizes, measure_kl))
         if graph is None:
             # What one chunk allocates is not read after it.
             beside = next(iter(self._chunks.values()), None)
-            graph = self._try("updates", lambda recorder: _record_chunk(recorder, step, sizes, measure_kl, beside))
+            graph = self._try("updates", lambda capturer: _capture_chunk(capturer, step, sizes, measure_kl, beside))
             if graph is None:
                 step.run(sizes, measure_kl)
                 return
             self._chunks[sizes, measure_kl] = graph
         graph.replay()
 
-    def _try(self, what: str, record: "Callable[[Recorder], T]") -> "T | None":
-        """Return what is recorded; None after a failure, which ends recordings of this kind."""
+    def _try(self, what: str, capture: "Callable[[GraphCapturer], T]") -> "T | None":
+        """Return what is captured; None after a failure, which ends captures of this kind."""
         if what in self._failed:
             return None
         try:
-            return record(self._recorder)
+            return capture(self._capturer)
         except RuntimeError as error:
             self._failed.add(what)
             warn_about_failure(what, error)
@@ -167,10 +167,10 @@ class Bfloat16Engine(CudaGraphEngine):
         return why_not_bf16(self.policy, buffer) is None
 
 
-def _record_chunk(
-    recorder: Recorder, step: StaticStep, sizes: tuple[int, ...], measure_kl: bool, beside: Graph | None = None
+def _capture_chunk(
+    capturer: GraphCapturer, step: StaticStep, sizes: tuple[int, ...], measure_kl: bool, beside: Graph | None = None
 ) -> Graph:
-    """Record the minibatches of a chunk. No warm-up takes a step."""
+    """Capture the minibatches of a chunk. No warm-up takes a step."""
     active = step.active.clone()
 
     def warm_up() -> None:
@@ -179,16 +179,16 @@ def _record_chunk(
             step.run((size,), measure_kl)
 
     try:
-        return recorder.record(lambda: step.run(sizes, measure_kl), warm_up, beside=beside)
+        return capturer.capture(lambda: step.run(sizes, measure_kl), warm_up, beside=beside)
     finally:
         step.active.copy_(active)
 
 
-class RecordedFunction:
+class CapturedFunction:
     """A function of observations that returns tensors, which the next call overwrites."""
 
     def __init__(
-        self, recorder: Recorder, policy: Any, function: Callable[[Any], tuple[th.Tensor, ...]], observations: Any
+        self, capturer: GraphCapturer, policy: Any, function: Callable[[Any], tuple[th.Tensor, ...]], observations: Any
     ) -> None:
         self._dist = policy.action_dist
         self._inputs = {key: tensor.clone() for key, tensor in parts_of(observations).items()}
@@ -200,10 +200,10 @@ class RecordedFunction:
             now = current_dist(policy)
             self._distribution = None if now is before else now
 
-        self._graph = recorder.record(run, run)
+        self._graph = capturer.capture(run, run)
 
     def takes(self, observations: Any) -> bool:
-        """Return whether the function was recorded for observations of these shapes and types."""
+        """Return whether the function was captured for observations of these shapes and types."""
         parts = parts_of(observations)
         return parts.keys() == self._inputs.keys() and all(
             (tensor.shape, tensor.dtype) == (self._inputs[key].shape, self._inputs[key].dtype)

@@ -1,4 +1,4 @@
-"""Tensor environments whose step is the same operations each time, which a CUDA graph repeats."""
+"""Tensor environments whose step is the same operations each time, which a CUDA graph replays."""
 
 import copy
 import random
@@ -14,7 +14,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 
-from sb3_clipvf.engines.cuda.recorder import Graph, Recorder, warn_about_failure
+from sb3_clipvf.engines.cuda.capture import Graph, GraphCapturer, warn_about_failure
 from sb3_clipvf.envs.tensor import TensorObs, TensorStep, TensorVecEnv, actions_as_tensor, with_index
 
 _KEPT = (th.Tensor, th.Generator, bool, int, float, str, np.generic, type(None))
@@ -23,17 +23,17 @@ _HOOKS = vars(th.nn.Module()).keys() - {"training", "_parameters", "_buffers", "
 
 class GraphedTensorEnv:
     """
-    A :class:`.TensorVecEnv` whose step is recorded once on a CUDA device, and then launched by one call.
+    A :class:`.TensorVecEnv` whose step is captured once on a CUDA device, and then launched by one call.
 
     The step must be the same operations each time. It reads nothing from the device, and writes its state in-place, as
     ``reset_tensors`` does. Random numbers come from the device's generator, or from a ``torch.Generator`` of it that
-    the environment keeps. The constructor resets the environment and steps it, to check what it keeps. The first step
-    records. The step is recorded again after something that the environment keeps, such as a number, was changed from
-    outside. On the CPU, or after a failed recording, which is logged, the operations run one by one.
+    the environment keeps. The constructor resets the environment and steps it, to check what it keeps. The step is
+    captured at its first call, and again after something that the environment keeps, such as a number, was changed from
+    outside. On the CPU, or after a failed capture, which is logged, the operations run one by one.
 
     With ``engine="cuda_graph"``, one graph has the whole step of a rollout: policy, environments and buffer.
 
-    :param env: Environment to record.
+    :param env: Environment to capture.
     :raises ValueError: If it keeps anything that ``step_tensors`` or ``reset_tensors`` does not write in-place, or
         ``step_tensors`` draws random numbers on the host.
     """
@@ -48,7 +48,7 @@ class GraphedTensorEnv:
         self._actions = actions_as_tensor(sample, self.action_space, self.device)
         self._graph: Graph | None = None
         self._step: TensorStep | None = None
-        self._is_part, self._records = False, self.device.type == "cuda"
+        self._is_part, self._captures = False, self.device.type == "cuda"
         env.reset_tensors()
         before, random_states = _kept(env), _host_random_states(env)
         env.step_tensors(self._actions)
@@ -71,17 +71,17 @@ class GraphedTensorEnv:
 
     def step_tensors(self, actions: th.Tensor) -> TensorStep:
         """Step all environments. The next step may overwrite the result."""
-        if self._is_part or not self._records:
+        if self._is_part or not self._captures:
             return TensorStep(*self.env.step_tensors(actions))
         self._actions.copy_(actions)
         self.kept()
         if self._graph is None:
             try:
                 with self.unchanged():
-                    self._graph = Recorder(self.device).record(self._run, self._run, self.generators)
+                    self._graph = GraphCapturer(self.device).capture(self._run, self._run, self.generators)
             except RuntimeError as error:
                 warn_about_failure("the environments' step", error)
-                self._records = False
+                self._captures = False
         if self._graph is None:
             return self.step_tensors(actions)
         self._graph.replay()
@@ -100,7 +100,7 @@ class GraphedTensorEnv:
 
     @contextmanager
     def as_part(self) -> Iterator[None]:
-        """Run the operations of steps one by one within the context, where a larger graph records them."""
+        """Run the operations of steps one by one within the context, where a larger graph captures them."""
         self._is_part = True
         try:
             yield
@@ -155,7 +155,7 @@ def _check_draws(before: dict[str, str], after: dict[str, str]) -> None:
     if drawn:
         raise ValueError(
             f"`env` must draw random numbers on its device, got one from {drawn[0]} in `step_tensors`, which a graph "
-            "would repeat in each step. Draw from the device's generator, or from a torch.Generator of it that the "
+            "would replay in each step. Draw from the device's generator, or from a torch.Generator of it that the "
             "environment keeps; or use the environment without GraphedTensorEnv."
         )
 

@@ -1,4 +1,4 @@
-"""Rollouts whose whole steps are recorded: policy, environments and buffer."""
+"""Rollouts whose whole steps are one CUDA graph: policy, environments and buffer."""
 
 from typing import Any
 
@@ -56,7 +56,7 @@ class WholeStepRollout(DeviceRollout):
 
 
 def whole_step(env: VecEnv, engine: Any, buffer: Any, collector: Any) -> RolloutStep | None:
-    """Return the whole step of rollouts from these environments, if an engine can record it."""
+    """Return the whole step of rollouts from these environments, if an engine can capture it."""
     layers: list[Any] = list(vec_env_layers(env))
     if not hasattr(engine, "rollout_step") or type(getattr(layers[-1], "env", None)) is not GraphedTensorEnv:
         return None

@@ -113,9 +113,9 @@ def measure_peer(row: SpeedRow, peer: str, seed: int, *, profile: bool = False) 
     model.learn(n_steps * (warmup + row.iterations))
     ended = time.perf_counter()
     profiler.disable()
-    # A recorded step of a rollout has the environments' operations, and calls no method.
-    is_recorded = getattr(getattr(model, "_engine", None), "_rollout_step", None) is not None
-    if not is_recorded and any(iteration.n_env_steps != row.n_steps for iteration in watch.iterations):
+    # A captured step of a rollout has the environments' operations, and calls no method.
+    is_captured = getattr(getattr(model, "_engine", None), "_rollout_step", None) is not None
+    if not is_captured and any(iteration.n_env_steps != row.n_steps for iteration in watch.iterations):
         raise RuntimeError(
             f"A rollout must call `env.step` {row.n_steps} times, got "
             f"{[iteration.n_env_steps for iteration in watch.iterations]}. The seconds cannot be divided."

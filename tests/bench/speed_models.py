@@ -121,7 +121,7 @@ def _free(row: SpeedRow, peer: str, seed: int) -> Any:
 
 
 def _tensor(row: SpeedRow, peer: str, seed: int) -> Any:
-    """Build tensor environments on the policy's device, on a GPU recorded. SB3 steps them through arrays."""
+    """Build tensor environments on the policy's device, on a GPU captured. SB3 steps them through arrays."""
     from sb3_clipvf.envs import GraphedTensorEnv, as_vec_env
 
     device = row.device_of(peer)

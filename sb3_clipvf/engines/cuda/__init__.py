@@ -1,5 +1,5 @@
 """
-Operations that the engine ``cuda_graph`` records, so that one call repeats them on a GPU.
+Operations that the engine ``cuda_graph`` captures as CUDA graphs, which one call replays on a GPU.
 
 They read and write *static* tensors, which stay at fixed addresses, as CUDA graphs need, and copy no number to the
 host. On the CPU they run one by one, which tests compare with the other engines. From the innermost modules to the
@@ -11,5 +11,5 @@ outermost:
 - ``static_step``: their gradients and Adam's steps, and the update of these;
 - ``sampling``: the policy's step in a rollout;
 - ``rollout_step``: the whole step with environments and buffer;
-- ``recorder``: recording and repeating.
+- ``capture``: the capture of CUDA graphs.
 """

@@ -14,7 +14,7 @@ import torch as th
 from sb3_clipvf.common.observations import from_parts, parts_of
 from sb3_clipvf.distributions import current_dist
 from sb3_clipvf.engines.autograd import unvalidated_distributions
-from sb3_clipvf.engines.cuda.recorder import Graph, Recorder
+from sb3_clipvf.engines.cuda.capture import Graph, GraphCapturer
 from sb3_clipvf.engines.cuda.sampling import sampled
 from sb3_clipvf.engines.env_actions import DeviceActions
 from sb3_clipvf.engines.interface import ActedTensors
@@ -26,7 +26,7 @@ from sb3_clipvf.envs.tensor_episodes import n_kept, successes_of
 
 class RolloutStep:
     """
-    A step of a policy and of recorded environments (:class:`.GraphedTensorEnv`), and the tensors that it writes.
+    A step of a policy and of captured environments (:class:`.GraphedTensorEnv`), and the tensors that it writes.
 
     These are rows of the buffer, and of ``rewards``, ``dones``, ``timed_out`` and ``successes``, shape ``(n_steps,
     n_envs)``. ``finals`` has the final observations of the steps since the last :meth:`forget_finals`, ``n_finals`` at
@@ -62,7 +62,7 @@ class RolloutStep:
         self._shown: list[tuple[Any, dict[str, Any]]] = []
 
     def fits(self, env: Any, buffer: Any, gamma: float) -> bool:
-        """Return whether the recorded operations collect from these environments into this buffer."""
+        """Return whether the captured operations collect from these environments into this buffer."""
         if self._graph is None or self._graphed.kept() is not self._kept:
             return False
         layers = [id(layer) for layer in (*self._normalizers, self._base)]
@@ -71,8 +71,8 @@ class RolloutStep:
         addresses = [(tensor.data_ptr(), tensor.shape) for tensor in self._fields_of(buffer)]
         return addresses == self._addresses and self._is_unchanged()
 
-    def record(self, recorder: Recorder) -> Graph:
-        """Record the step. Policy, environments and random states stay as they are."""
+    def capture(self, capturer: GraphCapturer) -> Graph:
+        """Capture the step. Policy, environments and random states stay as they are."""
         tensors = [tensor for layer in self._normalizers for tensor in layer.tensors()]
         restore = restorer_of([self._t, self._slot, *self._parts.values(), *tensors])
         shown = [(holder, copy_tensors(values)) for holder, values in self._attributes()]
@@ -84,7 +84,7 @@ class RolloutStep:
 
         try:
             with self._graphed.unchanged():
-                self._graph = recorder.record(self.run, warm_up, self._graphed.generators)
+                self._graph = capturer.capture(self.run, warm_up, self._graphed.generators)
         finally:
             restore()
             _show(shown)

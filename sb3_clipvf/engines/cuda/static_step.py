@@ -2,7 +2,7 @@
 Updates whose minibatches are functions of static tensors (see the package), and copy no number to the host.
 
 Coefficients are numbers on the device. A minibatch that must take no step is masked there, and the statistics of all
-minibatches are read together. Therefore, a CUDA graph can record the operations and repeat them (:mod:`.cuda_graph`).
+minibatches are read together. Therefore, a CUDA graph can capture and replay the operations (:mod:`.cuda_graph`).
 On the CPU they run one by one, which tests compare with the other engines.
 """
 

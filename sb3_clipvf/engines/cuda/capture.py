@@ -1,4 +1,4 @@
-"""Recording of a GPU's operations as CUDA graphs, each of which one call repeats."""
+"""The capture of a GPU's operations as CUDA graphs, each of which one call replays."""
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -10,11 +10,11 @@ from sb3_clipvf.common.messages import log
 from sb3_clipvf.engines.autograd import unvalidated_distributions
 
 _WARM_UPS = 3
-"""Runs before a recording, in which libraries allocate memory and choose algorithms."""
+"""Runs before a capture, in which libraries allocate memory and choose algorithms."""
 
 
 class Graph(Protocol):
-    """Recorded operations."""
+    """Captured operations."""
 
     def replay(self) -> None:
         """Run the operations on the current stream."""
@@ -23,15 +23,15 @@ class Graph(Protocol):
         """Return the name of the memory that the operations allocated."""
 
 
-class Recorder:
-    """Records operations on a CUDA device, on a stream of its own."""
+class GraphCapturer:
+    """Captures operations on a CUDA device, on a stream of its own."""
 
     def __init__(self, device: th.device) -> None:
         self._device = device
         self._stream: Any = None
 
     @unvalidated_distributions
-    def record(
+    def capture(
         self,
         run: Callable[[], None],
         warm_up: Callable[[], None],
@@ -45,12 +45,12 @@ class Recorder:
         besides that of the device. If a graph is given as ``beside``, both use the same memory: what one of them
         allocates is lost when the other one runs.
 
-        :raises RuntimeError: If an operation cannot be recorded.
+        :raises RuntimeError: If an operation cannot be captured.
         """
         with th.cuda.device(self._device):  # torch synchronises the current device, and changes it with the stream
-            return self._record(run, warm_up, list(generators), None if beside is None else beside.pool())
+            return self._capture(run, warm_up, list(generators), None if beside is None else beside.pool())
 
-    def _record(
+    def _capture(
         self, run: Callable[[], None], warm_up: Callable[[], None], generators: list[th.Generator], pool: Any
     ) -> Graph:
         device = self._device
@@ -72,28 +72,28 @@ class Recorder:
                     warm_up()
             current.wait_stream(stream)
             restore()
-            return _recorded(run, stream, generators, pool)
+            return _captured(run, stream, generators, pool)
         except BaseException:  # also Ctrl-C
             with suppress(RuntimeError):  # of a device that has failed: the first error is raised
                 th.cuda.set_stream(current)
-                _end_recording(device, generators)
+                _end_capture(device, generators)
                 restore()
                 current.wait_stream(stream)  # its warm-ups may still run, and the caller restores what they wrote
             raise
 
 
 def warn_about_failure(what: str, error: RuntimeError) -> None:
-    """Warn that operations could not be recorded."""
-    # The end of a recording raises a second error.
+    """Warn that operations could not be captured."""
+    # The end of a capture raises a second error.
     reason = error.__context__ if isinstance(error.__context__, RuntimeError) else error
     log.warning(
-        "The CUDA graph of %s could not be recorded (%s). Training continues without it, which is slower.",
+        "The CUDA graph of %s could not be captured (%s). Training continues without it, which is slower.",
         what,
         str(reason).partition("\n")[0],
     )
 
 
-def _recorded(run: Callable[[], None], stream: Any, generators: list[th.Generator], pool: Any = None) -> Graph:
+def _captured(run: Callable[[], None], stream: Any, generators: list[th.Generator], pool: Any = None) -> Graph:
     graph = th.cuda.CUDAGraph()
     for generator in generators:
         graph.register_generator_state(generator)
@@ -103,11 +103,11 @@ def _recorded(run: Callable[[], None], stream: Any, generators: list[th.Generato
     return graph
 
 
-def _end_recording(device: th.device, generators: list[th.Generator]) -> None:
+def _end_capture(device: th.device, generators: list[th.Generator]) -> None:
     """
-    Make generators usable after a failed recording, in which torch 2.11 to 2.13 leave them.
+    Make generators usable after a failed capture, in which torch 2.11 to 2.13 leave them.
 
-    The end of a recording that succeeds ends it for them. They stay the generators that other graphs draw from.
+    The end of a capture that succeeds ends it for them. They stay the generators that other graphs draw from.
     """
     try:
         number = th.zeros(1, device=device)
@@ -115,7 +115,7 @@ def _end_recording(device: th.device, generators: list[th.Generator]) -> None:
         def run() -> None:
             number.zero_()  # torch warns of empty graphs
 
-        _recorded(run, th.cuda.Stream(device), generators)  # type: ignore[no-untyped-call]
+        _captured(run, th.cuda.Stream(device), generators)  # type: ignore[no-untyped-call]
         number.uniform_()
     except RuntimeError:
         index = th.cuda.current_device() if device.index is None else device.index

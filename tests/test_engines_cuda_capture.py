@@ -1,4 +1,4 @@
-"""Recording on a GPU. Without one, a stand-in for ``torch.cuda`` has a generator that a failed recording breaks."""
+"""Captures on a GPU. Without one, a stand-in for ``torch.cuda`` has a generator that a failed capture breaks."""
 
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -7,18 +7,18 @@ from typing import Any
 import pytest
 import torch as th
 
-from sb3_clipvf.engines.cuda import recorder
-from sb3_clipvf.engines.cuda.recorder import Recorder
+from sb3_clipvf.engines.cuda import capture
+from sb3_clipvf.engines.cuda.capture import GraphCapturer
 
 
 class FakeGenerator:
-    """Draws 1, 2, 3, ...; while a recording has not ended, it refuses."""
+    """Draws 1, 2, 3, ...; while a capture has not ended, it refuses."""
 
     def __init__(self) -> None:
-        self.state, self.is_recording = 0, False
+        self.state, self.is_capturing = 0, False
 
     def draw(self) -> int:
-        if self.is_recording:
+        if self.is_capturing:
             raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
         self.state += 1
         return self.state
@@ -44,13 +44,13 @@ class FakeGraph:
 
 
 class FakeCuda:
-    """What a recorder uses of ``torch.cuda``, as torch 2.13 behaves."""
+    """What a capturer uses of ``torch.cuda``, as torch 2.13 behaves."""
 
     def __init__(self) -> None:
         self.generator = FakeGenerator()
         self.streams = ["default"]
         self.current = 0
-        self.may_record = True
+        self.may_capture = True
 
     def Stream(self, device: Any) -> Any:  # noqa: N802 (a class of torch.cuda)
         return SimpleNamespace(wait_stream=lambda other: None)
@@ -85,14 +85,14 @@ class FakeCuda:
     @contextmanager
     def graph(self, graph: FakeGraph, **_: Any) -> Any:
         assert self.current == DEVICE.index  # the one that torch synchronises
-        self.streams.append("recording")
-        if not self.may_record:
-            raise RuntimeError("recording is impossible")
+        self.streams.append("capture")
+        if not self.may_capture:
+            raise RuntimeError("capture is impossible")
         for generator in graph.generators:
-            generator.is_recording = True
+            generator.is_capturing = True
         yield  # an error leaves the generators as they are
         for generator in graph.generators:
-            generator.is_recording = False
+            generator.is_capturing = False
         self.streams.pop()
 
     @property
@@ -111,7 +111,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
         return SimpleNamespace(zero_=lambda: None, uniform_=fake.generator.draw)
 
     replaced = SimpleNamespace(cuda=fake, zeros=zeros, Generator=lambda device: FakeGenerator())
-    monkeypatch.setattr(recorder, "th", replaced)
+    monkeypatch.setattr(capture, "th", replaced)
     return fake
 
 
@@ -125,16 +125,16 @@ def test_random_states_stay(cuda: FakeCuda) -> None:
     def warm_up() -> None:
         cuda.generator.draw(), own.draw()
 
-    graph: Any = Recorder(DEVICE).record(lambda: None, warm_up, [own])  # type: ignore[list-item]
+    graph: Any = GraphCapturer(DEVICE).capture(lambda: None, warm_up, [own])  # type: ignore[list-item]
     assert (cuda.generator.state, own.state) == (7, 3)
     assert graph.replay() == [8, 4]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, ValueError, KeyboardInterrupt])
-@pytest.mark.parametrize("when", ["warm-up", "recording"])
+@pytest.mark.parametrize("when", ["warm-up", "capture"])
 def test_an_error_leaves_everything_as_it_was(when: str, error: type[BaseException], cuda: FakeCuda) -> None:
     own, cuda.generator.state = FakeGenerator(), 7
-    first: Any = Recorder(DEVICE).record(lambda: None, lambda: None, [own])  # type: ignore[list-item]
+    first: Any = GraphCapturer(DEVICE).capture(lambda: None, lambda: None, [own])  # type: ignore[list-item]
     generator = cuda.generator
 
     def fail() -> None:
@@ -146,28 +146,28 @@ def test_an_error_leaves_everything_as_it_was(when: str, error: type[BaseExcepti
             fail()
 
     with pytest.raises(error):
-        Recorder(DEVICE).record(fail, warm_up, [own])  # type: ignore[list-item]
+        GraphCapturer(DEVICE).capture(fail, warm_up, [own])  # type: ignore[list-item]
     assert cuda.generator is generator and (generator.state, own.state) == (7, 0)
     assert cuda.streams[0] == "default" and cuda.current == 0
-    assert first.replay() == [8, 1]  # the graph that was recorded before draws from the same generators
+    assert first.replay() == [8, 1]  # the graph that was captured before draws from the same generators
 
 
-def test_a_device_that_records_nothing_more_gets_another_generator(cuda: FakeCuda) -> None:
+def test_a_device_that_captures_nothing_more_gets_another_generator(cuda: FakeCuda) -> None:
     cuda.generator.state = 7
 
     def fail() -> None:
-        cuda.may_record = False
+        cuda.may_capture = False
         raise RuntimeError("first")
 
     with pytest.raises(RuntimeError, match="first"):
-        Recorder(DEVICE).record(fail, lambda: None)
+        GraphCapturer(DEVICE).capture(fail, lambda: None)
     assert cuda.generator.state == 7 and cuda.generator.draw() == 8
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not th.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("own", [False, True], ids=["the device's generator", "own generator"])
-def test_a_failed_recording_leaves_other_graphs_usable(own: bool) -> None:
+def test_a_failed_capture_leaves_other_graphs_usable(own: bool) -> None:
     device = th.device("cuda", th.cuda.current_device())
     generator = th.Generator(device) if own else None
     generators = [] if generator is None else [generator]
@@ -183,14 +183,14 @@ def test_a_failed_recording_leaves_other_graphs_usable(own: bool) -> None:
     def seed() -> None:
         th.manual_seed(5) if generator is None else generator.manual_seed(5)
 
-    graph = Recorder(device).record(draw, draw, generators)
+    graph = GraphCapturer(device).capture(draw, draw, generators)
     numbers = []
     for _ in range(2):
         seed()
         graph.replay()
         numbers.append(drawn.clone())
         with pytest.raises(RuntimeError):
-            Recorder(device).record(read, draw, generators)
+            GraphCapturer(device).capture(read, draw, generators)
         numbers.append(th.rand(3, device=device, generator=generator))
     assert th.equal(numbers[0], numbers[2]) and th.equal(numbers[1], numbers[3])
     assert not th.equal(numbers[0], numbers[1])
