@@ -335,7 +335,7 @@ class ClipPPO(DataParallelCollector):
         engine = self._current_engine()
         engine.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
-        coefficients = self._agreed(engine, self._update_coefficients())
+        coefficients = self._use_first_settings(engine, self._update_coefficients())
         statistics = self._run_update(engine, coefficients)
         self._n_updates += statistics.n_epochs
         if statistics.stopped_at_kl is not None:

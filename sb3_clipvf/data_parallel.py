@@ -107,7 +107,7 @@ class DataParallelCollector(TensorRolloutCollector):
         try:
             super().learn(*args, **kwargs)
             if (group := current_group()).size > 1:
-                self._follow_first(group)
+                self._sync_with_first(group)
                 self._share_parameters(group, group.gather(_checksum(self.get_parameters())))
         finally:
             self.verbose = verbose  # `_setup_learn` silences all processes but the first
@@ -168,7 +168,7 @@ class DataParallelCollector(TensorRolloutCollector):
         earlier = list(episodes)
         earlier_ids = {id(episode) for episode in earlier}
         if group.rank > 0:
-            n_rollout_steps = cast(int, self._follow_first(group, n_rollout_steps).n_rollout_steps)
+            n_rollout_steps = cast(int, self._sync_with_first(group, n_rollout_steps).n_rollout_steps)
             self._share_policy(group)
         with guarded(env):
             continues = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
@@ -204,7 +204,7 @@ class DataParallelCollector(TensorRolloutCollector):
         engine = super()._begin_rollout(env, callback, rollout_buffer, n_rollout_steps)
         group = current_group()
         if group.size > 1 and group.rank == 0:  # after callbacks, which may change the policy or save the training
-            self._follow_first(group, n_rollout_steps)
+            self._sync_with_first(group, n_rollout_steps)
             self._share_policy(group)
         return engine
 
@@ -220,8 +220,12 @@ class DataParallelCollector(TensorRolloutCollector):
             if group.rank:
                 self.set_parameters(parameters, exact_match=True)
 
-    def _follow_first(self, group: Group, n_rollout_steps: int | None = None) -> _FromFirst:
-        """Wait for the first process: send it this process's state if it asks for it, and copy what it has changed."""
+    def _sync_with_first(self, group: Group, n_rollout_steps: int | None = None) -> _FromFirst:
+        """
+        Copy what the first process has changed to the others, which wait for it here.
+
+        If it asks for their states instead, they send these and wait again.
+        """
         own = self._from_first(n_rollout_steps=n_rollout_steps)
         while (first := group.broadcast(own)).asks_for_states:
             model = cast(ResumableModel, self)
@@ -240,7 +244,8 @@ class DataParallelCollector(TensorRolloutCollector):
         folder = self._fault_context().folder
         return _FromFirst(asks_for_states, self._training_id, folder, plain, n_rollout_steps)
 
-    def _states_elsewhere(self) -> list[tuple[dict[str, Any], list[str]]]:
+    def _states_of_other_processes(self) -> list[tuple[dict[str, Any], list[str]]]:
+        """Ask the other processes for their states, which :meth:`_sync_with_first` sends."""
         group = current_group()
         if group.size == 1:
             return []
@@ -321,8 +326,13 @@ class DataParallelCollector(TensorRolloutCollector):
 
     # ------------------------------------------------------------------ updates
 
-    def _agreed(self, engine: Engine, coefficients: UpdateCoefficients) -> UpdateCoefficients:
-        """Use the settings of the first process, whose callbacks may change them, and return its coefficients."""
+    def _use_first_settings(self, engine: Engine, coefficients: UpdateCoefficients) -> UpdateCoefficients:
+        """
+        Overwrite the engine's settings and the learning rate with those of the first process, whose callbacks may have
+        changed them, and return its coefficients.
+
+        :raises ValueError: If the processes run different engines.
+        """
         group = engine.settings.group
         if group.size == 1:
             return coefficients

@@ -60,7 +60,7 @@ class ResumableModel(Protocol):
     def get_parameters(self) -> dict[str, dict[Any, Any]]:
         """Return state dicts, by name."""
 
-    def _states_elsewhere(self) -> list[tuple[dict[str, Any], list[str]]]:
+    def _states_of_other_processes(self) -> list[tuple[dict[str, Any], list[str]]]:
         """Return what ``process_state`` returns in each other process of the run."""
 
     def _saved_attributes(self) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def training_state(
     """
     tree, differences = process_state(model, callback, build, resets)
     tree["processes"] = []
-    for other, reasons in model._states_elsewhere():
+    for other, reasons in model._states_of_other_processes():
         tree["processes"].append(other)
         differences += [reason for reason in reasons if reason not in differences]
     return TrainingState(
