@@ -18,9 +18,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv,
 from sb3_clipvf import SB3_EQUIVALENT, ClipPPO
 from sb3_clipvf.checkpoint import TrainingCheckpoint
 from sb3_clipvf.common.nonfinite import NonFiniteError
-from sb3_clipvf.envs import FastDummyVecEnv, FastVecNormalize
+from sb3_clipvf.envs import FastDummyVecEnv, FastVecNormalize, faster
 from sb3_clipvf.envs.shapes import StepCheck
-from sb3_clipvf.guards import env_checks
 
 
 def gives(obs: Any) -> Callable[[Step], Step]:
@@ -383,8 +382,8 @@ def test_environments_are_checked_in_an_own_loop(at: int, wraps: bool) -> None:
 
 def test_environments_that_a_callback_sets_step_by_the_faster_code(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
-    step_wait = env_checks.fast_step_wait
-    monkeypatch.setattr(env_checks, "fast_step_wait", lambda venv: (steps.append(venv), step_wait(venv))[1])
+    step_wait = faster.fast_step_wait
+    monkeypatch.setattr(faster, "fast_step_wait", lambda venv: (steps.append(venv), step_wait(venv))[1])
     venvs = [make(), make()]
     model_of(venvs[0]).learn(96, callback=Exchange(venvs[1]))
     assert [steps.count(venv) for venv in venvs] == [16, 32]

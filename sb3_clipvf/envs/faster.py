@@ -15,6 +15,8 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
+from sb3_clipvf.envs.dummy import fast_step_wait
+
 # Methods that this package restates.
 _NAMES: dict[type[Any], str] = {
     DummyVecEnv: "step step_async step_wait _save_obs _obs_from_buf",
@@ -44,13 +46,22 @@ def _is_of_sb3(method: Any) -> bool:
     return code is not None and code.co_filename.startswith(_FOLDER)
 
 
+def faster_step_wait(venv: VecEnv) -> Callable[[DummyVecEnv], VecEnvStepReturn] | None:
+    """
+    Return a function of SB3's own ``DummyVecEnv`` with the results of its ``step_wait``; None for other classes.
+
+    The function checks the shapes of observations. ``guards.env_checks`` replaces the method by it.
+    """
+    return fast_step_wait if runs_sb3s_code(venv, DummyVecEnv) else None
+
+
 def faster_step(venv: VecEnv) -> Callable[[np.ndarray], VecEnvStepReturn]:
     """Return ``venv.step``, or for SB3's own ``VecNormalize`` a function with the same results."""
     if not runs_sb3s_code(venv, VecNormalize):
         return venv.step
     from sb3_clipvf.envs.normalize import normalized  # imports numba
 
-    # Not a method put into the object, as `checked_rows` does with a DummyVecEnv: `save` would pickle it.
+    # Not a method put into the object, as `checked_and_faster` does with a DummyVecEnv: `save` would pickle it.
     def step(actions: np.ndarray) -> VecEnvStepReturn:
         venv.step_async(actions)
         return normalized(venv, venv.venv.step_wait())  # type: ignore[arg-type, attr-defined]

@@ -12,8 +12,8 @@ from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from sb3_clipvf.common.validation import same_spaces
-from sb3_clipvf.envs.dummy import FastDummyVecEnv, fast_step_wait
-from sb3_clipvf.envs.faster import runs_sb3s_code
+from sb3_clipvf.envs.dummy import FastDummyVecEnv
+from sb3_clipvf.envs.faster import faster_step_wait
 from sb3_clipvf.envs.layers import vec_env_layers
 from sb3_clipvf.envs.shapes import check_final, check_one, misfits, name_of, parts, shape_error
 
@@ -46,12 +46,15 @@ def _same_but_for_bounds(first: spaces.Space[Any], second: spaces.Space[Any]) ->
 
 
 @contextlib.contextmanager
-def checked_rows(venv: VecEnv) -> Iterator[None]:
+def checked_and_faster(venv: VecEnv) -> Iterator[None]:
     """
-    Let environments in this context raise an error for observations that they or a wrapper would broadcast.
+    Check the observations of environments in this context, and step SB3's own ``DummyVecEnv`` by faster code.
+
+    Environments raise an error for observations that they or a wrapper would broadcast. The faster code
+    (:func:`.faster_step_wait`) replaces the method that a check would replace, so both are done here.
 
     Observations are checked before wrappers such as ``VecNormalize`` get them, and in SB3's ``DummyVecEnv`` before it
-    saves a row. ``FastDummyVecEnv`` checks by itself, and SB3's ``DummyVecEnv`` steps by its code. Without wrappers,
+    saves a row. ``FastDummyVecEnv`` and the faster code check by themselves. Without wrappers,
     :class:`StepCheck` does the rest. Layers below a wrapper that converts observations to different shapes are not
     checked, and neither are arrays of other libraries.
     """
@@ -60,8 +63,8 @@ def checked_rows(venv: VecEnv) -> Iterator[None]:
     names = ("reset", "step_wait", "_save_obs", "_obs_from_buf")
     checks_itself = all(getattr(type(base), name, None) is getattr(FastDummyVecEnv, name) for name in names)
     checks: list[tuple[VecEnv, str, Any]] = []
-    if runs_sb3s_code(base, DummyVecEnv):
-        checks_itself, checks = True, [(base, "step_wait", fast_step_wait)]
+    if (faster := faster_step_wait(base)) is not None:
+        checks_itself, checks = True, [(base, "step_wait", faster)]
     for outer, inner in reversed(list(pairwise(layers))):
         if _takes_shapes_of(outer, inner):
             if not (inner is base and checks_itself):

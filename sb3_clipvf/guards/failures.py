@@ -12,7 +12,7 @@ from sb3_clipvf.checkpoint.training_checkpoint import TrainingCheckpoint
 from sb3_clipvf.common.nonfinite import NonFiniteError
 from sb3_clipvf.distributed import current_group
 from sb3_clipvf.envs.layers import vec_env_layers
-from sb3_clipvf.guards.env_checks import checked_rows
+from sb3_clipvf.guards.env_checks import checked_and_faster
 from sb3_clipvf.guards.workers import unblock_dead_workers, worker_death
 
 # Methods that `learn` calls during training. An error outside of them is an error in its arguments.
@@ -25,13 +25,13 @@ _guarded: set[int] = set()
 
 @contextlib.contextmanager
 def guarded(env: VecEnv) -> Iterator[None]:
-    """Check rows of environments, and unblock reads from their dead workers; no-op in such a context for them."""
+    """Check and speed up steps, and unblock reads from dead workers; no-op in such a context for these environments."""
     if id(env) in _guarded:
         yield
         return
     _guarded.add(id(env))
     try:
-        with unblock_dead_workers(vec_env_layers(env)[-1]), checked_rows(env):
+        with unblock_dead_workers(vec_env_layers(env)[-1]), checked_and_faster(env):
             yield
     finally:
         _guarded.discard(id(env))
