@@ -4,7 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sb3_clipvf.checkpoint import SaveBestTrainingReward
+    from sb3_clipvf.callbacks import IsolatedEvalCallback
+    from sb3_clipvf.checkpoint import SaveBestTrainingReward, TrainingCheckpoint
     from sb3_clipvf.clip_ppo import SB3_EQUIVALENT, ClipPPO
     from sb3_clipvf.common.nonfinite import NonFiniteError
     from sb3_clipvf.files.trust import UnsafeFileError
@@ -15,9 +16,11 @@ __version__ = "0.1.0"
 __all__ = [
     "SB3_EQUIVALENT",
     "ClipPPO",
+    "IsolatedEvalCallback",
     "NonFiniteError",
     "SaveBestTrainingReward",
     "TensorRolloutBuffer",
+    "TrainingCheckpoint",
     "UnsafeFileError",
     "__version__",
 ]
@@ -26,9 +29,11 @@ __all__ = [
 _HOMES = {
     "SB3_EQUIVALENT": "sb3_clipvf.clip_ppo",
     "ClipPPO": "sb3_clipvf.clip_ppo",
+    "IsolatedEvalCallback": "sb3_clipvf.callbacks",
     "NonFiniteError": "sb3_clipvf.common.nonfinite",
     "SaveBestTrainingReward": "sb3_clipvf.checkpoint",
     "TensorRolloutBuffer": "sb3_clipvf.rollout",
+    "TrainingCheckpoint": "sb3_clipvf.checkpoint",
     "UnsafeFileError": "sb3_clipvf.files.trust",
 }
 

@@ -3,6 +3,9 @@
 import subprocess
 import sys
 
+import sb3_clipvf
+from sb3_clipvf import callbacks, checkpoint
+
 
 def loaded_by(statement: str) -> set[str]:
     """Return the top-level packages that a fresh interpreter has loaded after a statement."""
@@ -13,6 +16,13 @@ def loaded_by(statement: str) -> set[str]:
 
 def test_the_package_alone_loads_neither_torch_nor_sb3() -> None:
     assert not loaded_by("import sb3_clipvf") & {"torch", "stable_baselines3", "gymnasium", "numpy"}
+
+
+def test_the_package_has_all_callbacks_for_users() -> None:
+    homes = {callbacks: ["IsolatedEvalCallback"], checkpoint: ["SaveBestTrainingReward", "TrainingCheckpoint"]}
+    for home, names in homes.items():
+        assert [getattr(sb3_clipvf, name) for name in names] == [getattr(home, name) for name in names]
+    assert all(hasattr(sb3_clipvf, name) for name in sb3_clipvf.__all__)
 
 
 def test_the_algorithm_loads_no_package_that_sb3_does_not() -> None:

@@ -633,7 +633,7 @@ def test_callbacks_of_all_options_read_no_actions(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(ClipPPOExperimentManager, "checkpoint_freq", 64)
     of_settings = [
         "rl_zoo3.callbacks.RawStatisticsCallback",
-        {"sb3_clipvf.checkpoint.SaveBestTrainingReward": {"save_path": str(tmp_path / "best")}},
+        {"sb3_clipvf.SaveBestTrainingReward": {"save_path": str(tmp_path / "best")}},
     ]
     options: dict[str, Any] = {"show_progress": True, "save_freq": 64, "eval_freq": 64, "n_eval_episodes": 1}
     options["tensorboard_log"] = str(tmp_path / "tb")

@@ -5,8 +5,7 @@ import tempfile
 import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 
-from sb3_clipvf import ClipPPO
-from sb3_clipvf.checkpoint import TrainingCheckpoint
+from sb3_clipvf import ClipPPO, TrainingCheckpoint
 
 env = make_vec_env("CartPole-v1", n_envs=4, seed=0)
 model = ClipPPO("MlpPolicy", env, n_steps=128, learning_rate="lin_3e-4", seed=0, device="cpu")
