@@ -99,13 +99,13 @@ class TensorRolloutCollector(RolloutCollector):
         return True
 
 
-def steps_tensors(env: VecEnv, buffer: Any) -> bool:
+def trains_on_tensors(env: VecEnv, buffer: Any) -> bool:
     """Return whether training steps the tensors of an environment: there is no other layer, and our own buffer."""
     layers = vec_env_layers(env)
     base: Any = layers[-1]
     # Wrappers forward attributes that they lack, so an object's own attributes say nothing.
     known = type(base) is TensorEnvAdapter and all(hasattr(type(layer), "step_tensors") for layer in layers)
-    if not known or not base.steps_tensors:
+    if not known or not base.may_train_on_tensors:
         return False
     is_host = type(buffer) is TensorRolloutBuffer and buffer.device.type == "cpu" and not has_own_add(buffer)
     return is_host or _is_plain_device_buffer(buffer)
@@ -118,5 +118,5 @@ def _is_plain_device_buffer(buffer: Any) -> bool:
 def _kind_of_rollout(env: VecEnv, buffer: Any) -> type[Rollout] | None:
     """Return the class of the rollout, or None for one of arrays."""
     if not _is_plain_device_buffer(buffer):
-        return HostRollout if steps_tensors(env, buffer) else None
-    return DeviceRollout if steps_tensors(env, buffer) else UploadingRollout
+        return HostRollout if trains_on_tensors(env, buffer) else None
+    return DeviceRollout if trains_on_tensors(env, buffer) else UploadingRollout

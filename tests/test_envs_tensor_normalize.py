@@ -13,7 +13,7 @@ from sb3_clipvf import ClipPPO
 from sb3_clipvf.checkpoint.model_statistics import has_statistics, load_statistics
 from sb3_clipvf.checkpoint.training_checkpoint import TrainingCheckpoint
 from sb3_clipvf.envs import FastVecNormalize, TensorVecNormalize, as_vec_env
-from sb3_clipvf.tensor_collection import steps_tensors
+from sb3_clipvf.tensor_collection import trains_on_tensors
 
 # SB3 computes the moments of a step in float32, ours are in float64.
 CLOSE = 1e-5
@@ -82,7 +82,7 @@ def test_training_through_tensors_is_that_through_arrays() -> None:
     models = []
     for env in (FastVecNormalize(Plain(as_vec_env(TensorWalk()))), TensorVecNormalize(TensorWalk())):
         model = ClipPPO("MlpPolicy", env, n_steps=8, batch_size=16, n_epochs=2, seed=3, device="cpu")
-        assert steps_tensors(env, model.rollout_buffer) == (type(env) is TensorVecNormalize)
+        assert trains_on_tensors(env, model.rollout_buffer) == (type(env) is TensorVecNormalize)
         models.append(model.learn(48 * 3))
     vectors = [th.nn.utils.parameters_to_vector(model.policy.parameters()).detach() for model in models]
     np.testing.assert_allclose(*vectors, atol=1e-4)

@@ -19,7 +19,7 @@ from sb3_clipvf.engines.device_buffer import DeviceRolloutBuffer
 from sb3_clipvf.engines.interface import ActedTensors
 from sb3_clipvf.envs import as_vec_env
 from sb3_clipvf.envs.tensor import TensorEnvAdapter, TensorStep
-from sb3_clipvf.tensor_collection import steps_tensors
+from sb3_clipvf.tensor_collection import trains_on_tensors
 
 SETTINGS: dict[str, Any] = {"n_steps": 8, "batch_size": 16, "n_epochs": 2, "seed": 3, "device": "cpu"}
 # Float32 sums in another order, over a few updates.
@@ -288,10 +288,10 @@ def test_rollouts_without_a_reset_are_refused(make_env: Any, buffer: Any) -> Non
 def test_which_environments_step_tensors() -> None:
     model = ClipPPO("MlpPolicy", TensorWalk(), **SETTINGS)
     env, buffer = model.env, model.rollout_buffer
-    assert env is not None and steps_tensors(env, buffer)
-    assert not steps_tensors(Plain(env), buffer)
+    assert env is not None and trains_on_tensors(env, buffer)
+    assert not trains_on_tensors(Plain(env), buffer)
     buffer.add = lambda *args: None
-    assert not steps_tensors(env, buffer)
+    assert not trains_on_tensors(env, buffer)
 
 
 class Interrupt(BaseCallback):

@@ -12,7 +12,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from sb3_clipvf import objectives
 from sb3_clipvf.common.tensors import double_device, to_double
 from sb3_clipvf.distributions import current_dist, dist_params, has_exact_kl, kl_from_params, refreshed_dist
-from sb3_clipvf.engines.epochs import MinibatchStatistics, Record
+from sb3_clipvf.engines.epochs import MinibatchStatistics, UpdateRecord
 from sb3_clipvf.engines.interface import Acted, ActedTensors, UpdateCoefficients, UpdateSettings, UpdateStatistics
 from sb3_clipvf.engines.reduction import run_shared_epochs
 from sb3_clipvf.engines.threads import ProcessWide
@@ -90,8 +90,8 @@ class AutogradEngine:
         record = self._run_epochs(buffer, coefficients)
         return record.statistics(self._kl_after(buffer) if self.settings.measure_kl_after else None)
 
-    def _run_epochs(self, buffer: Any, coefficients: UpdateCoefficients) -> Record:
-        def run(checks: bool) -> Record:
+    def _run_epochs(self, buffer: Any, coefficients: UpdateCoefficients) -> UpdateRecord:
+        def run(checks: bool) -> UpdateRecord:
             update = AutogradUpdate(self.policy, self.settings, coefficients, buffer)
             parameters = self.policy.parameters()
             return run_shared_epochs(update, parameters, self.settings, coefficients, buffer, checks=checks)

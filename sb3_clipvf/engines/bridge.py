@@ -12,7 +12,7 @@ from stable_baselines3.common.distributions import Distribution
 from sb3_clipvf import objectives
 from sb3_clipvf.common.nonfinite import BadMinibatchError
 from sb3_clipvf.distributions import category_counts, dist_param_dim, n_action_numbers
-from sb3_clipvf.engines.epochs import MinibatchStatistics, Record
+from sb3_clipvf.engines.epochs import MinibatchStatistics, UpdateRecord
 from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateSettings
 from sb3_clipvf.engines.kernels import inputs
 from sb3_clipvf.engines.kernels.losses import CLIPPED_MAX, CLIPPED_PREDICTION, NOT_CLIPPED
@@ -124,7 +124,7 @@ def statistics_of(stats: np.ndarray, coefficients: UpdateCoefficients, measure_k
 
 def record_of(
     totals: np.ndarray, coefficients: UpdateCoefficients, settings: UpdateSettings, skipped: BadMinibatchError | None
-) -> Record:
+) -> UpdateRecord:
     """Return the kernels' totals as the record of a single minibatch, which holds their means."""
     sums, n_in_epoch, n_epochs = totals.tolist(), totals[TOTAL.n_in_epoch], int(totals[TOTAL.n_epochs])
     n = sums[TOTAL.n_minibatches]
@@ -140,7 +140,7 @@ def record_of(
         vf_clip_fraction=None if coefficients.clip_range_vf is None else sums[TOTAL.vf_clip_fraction] / n,
         grad_norm=sums[TOTAL.grad_norm] / sums[TOTAL.n_steps] if sums[TOTAL.n_steps] else None,
     )
-    return Record(
+    return UpdateRecord(
         [mean],
         n_epochs=n_epochs,
         epoch_start=0 if n_in_epoch else 1,  # all minibatches of the last epoch may have been skipped

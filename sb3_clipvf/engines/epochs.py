@@ -68,7 +68,7 @@ def run_epochs(
     *,
     checks: bool = True,
     draw: Callable[[int], Iterable[Any]] | None = None,
-) -> "Record":
+) -> "UpdateRecord":
     """
     Run the epochs of one update. With ``checks``, loss and gradient are read and checked before each step.
 
@@ -76,7 +76,7 @@ def run_epochs(
 
     :raises BadMinibatchError: If a minibatch is not finite and may not be skipped, or if all were skipped.
     """
-    record, random_state = Record(), np.random.get_state()
+    record, random_state = UpdateRecord(), np.random.get_state()
     for epoch in range(settings.n_epochs):
         measure_kl = settings.measures_kl(epoch, coefficients)
         record.n_epochs, record.epoch_start = epoch + 1, len(record.minibatches)
@@ -119,7 +119,7 @@ def _is_finite(scalar: Scalar) -> bool:
 
 
 @dataclass
-class Record:
+class UpdateRecord:
     """The minibatches of an update that were not skipped, and how the update ended."""
 
     minibatches: list[MinibatchStatistics] = field(default_factory=list)

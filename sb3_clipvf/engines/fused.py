@@ -24,7 +24,7 @@ from sb3_clipvf.engines.bridge import (
     set_advantage_moments,
     statistics_of,
 )
-from sb3_clipvf.engines.epochs import MinibatchStatistics, Record
+from sb3_clipvf.engines.epochs import MinibatchStatistics, UpdateRecord
 from sb3_clipvf.engines.images import FeatureExtraction
 from sb3_clipvf.engines.interface import Acted, UpdateCoefficients, UpdateSettings
 from sb3_clipvf.engines.kernels import entry, memory
@@ -122,7 +122,7 @@ class FusedEngine(AutogradEngine):
             return outputs, values, gaussian.scale.log()
         return outputs, values, policy.log_std if isinstance(dist, DiagGaussianDistribution) else None
 
-    def _run_epochs(self, buffer: Any, coefficients: UpdateCoefficients) -> Record:
+    def _run_epochs(self, buffer: Any, coefficients: UpdateCoefficients) -> UpdateRecord:
         check_gradients()
         update = FusedUpdate(self, coefficients, buffer)
         try:

@@ -12,7 +12,7 @@ import torch as th
 
 from sb3_clipvf import objectives
 from sb3_clipvf.distributed import Group, Moments, merged_moments
-from sb3_clipvf.engines.epochs import MinibatchStatistics, MinibatchUpdate, Record, Scalar, run_epochs
+from sb3_clipvf.engines.epochs import MinibatchStatistics, MinibatchUpdate, Scalar, UpdateRecord, run_epochs
 from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateSettings
 from sb3_clipvf.rollout import MiniBatch
 
@@ -35,7 +35,7 @@ def run_shared_epochs(
     *,
     checks: bool = True,
     draw: Callable[[int], Iterable[Any]] | None = None,
-) -> Record:
+) -> UpdateRecord:
     """
     Run the epochs of one update as :func:`.epochs.run_epochs` does, together with the processes of ``settings.group``.
 

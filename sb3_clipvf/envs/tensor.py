@@ -98,7 +98,7 @@ class TensorEnvAdapter(BatchedVecEnv):
         self._check = TensorCheck(self.observation_space, self.num_envs, self.device)
 
     @property
-    def steps_tensors(self) -> bool:
+    def may_train_on_tensors(self) -> bool:
         """Whether training steps tensors: a file of statistics gets its rows from steps on the host."""
         return self._writer is None
 

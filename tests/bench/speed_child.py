@@ -46,7 +46,7 @@ class Stopwatch:
         self._warmup, self._on_measured = warmup, on_measured
         self._collect, self._train = model.collect_rollouts, model.train
         model.collect_rollouts, model.train = self._timed_collect, self._timed_train
-        if _steps_tensors(model):
+        if _trains_on_tensors(model):
             self._step, model.env.step_tensors = model.env.step_tensors, self._timed_step
         elif type(model).__module__.startswith("sb3_clipvf."):
             # A method replaced in the environments would make ClipPPO leave the step to their own code.
@@ -82,12 +82,12 @@ class Stopwatch:
         return result
 
 
-def _steps_tensors(model: Any) -> bool:
+def _trains_on_tensors(model: Any) -> bool:
     if not type(model).__module__.startswith("sb3_clipvf."):
         return False
-    from sb3_clipvf.tensor_collection import steps_tensors
+    from sb3_clipvf.tensor_collection import trains_on_tensors
 
-    return steps_tensors(model.env, model.rollout_buffer)
+    return trains_on_tensors(model.env, model.rollout_buffer)
 
 
 def peak_megabytes() -> float:

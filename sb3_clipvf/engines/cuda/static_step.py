@@ -20,7 +20,7 @@ from sb3_clipvf.engines.autograd import AutogradEngine, advantage_moments
 from sb3_clipvf.engines.binding import moments_of
 from sb3_clipvf.engines.cuda.static_loss import LOGGED, StaticLoss
 from sb3_clipvf.engines.cuda.static_policy import ImageScaling, replaced_parameters
-from sb3_clipvf.engines.epochs import MinibatchStatistics, Record, run_epochs
+from sb3_clipvf.engines.epochs import MinibatchStatistics, UpdateRecord, run_epochs
 from sb3_clipvf.engines.interface import UpdateCoefficients, UpdateSettings
 from sb3_clipvf.engines.support import steps_made, why_not_static
 from sb3_clipvf.rollout import MiniBatch
@@ -49,7 +49,7 @@ class StaticEngine(AutogradEngine):
         """Return whether this engine can still run its policy, which a callback may have changed."""
         return why_not_static(self.policy, buffer) is None
 
-    def _run_epochs(self, buffer: Any, coefficients: UpdateCoefficients) -> Record:
+    def _run_epochs(self, buffer: Any, coefficients: UpdateCoefficients) -> UpdateRecord:
         step = self._bind(buffer, coefficients)
         epochs = DeferredEpochs(self, step, buffer, coefficients)
         try:

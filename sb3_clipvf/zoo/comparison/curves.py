@@ -9,7 +9,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from sb3_clipvf.zoo.comparison.groups import Group
-from sb3_clipvf.zoo.comparison.records import Record
+from sb3_clipvf.zoo.comparison.records import RunRecord
 from sb3_clipvf.zoo.comparison.series import Series
 
 ROLLING_WINDOW = 100
@@ -80,7 +80,7 @@ def mean_and_std(lines: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return mean, std, n
 
 
-def smoothed_returns(record: Record) -> Series:
+def smoothed_returns(record: RunRecord) -> Series:
     """Return the smoothed returns of a run, which its log may hold already."""
     return record.episodes if record.is_mean else smoothed(record.episodes)
 
@@ -92,7 +92,7 @@ def smoothed(episodes: Series) -> Series:
     return Series(episodes.steps[last], episodes.seconds[last], rolling_mean(episodes.values)[last])
 
 
-def _end(record: Record, axis: str) -> float:
+def _end(record: RunRecord, axis: str) -> float:
     return record.steps if axis == "steps" else record.seconds or 0.0
 
 
@@ -104,7 +104,7 @@ def _lines(group: Group, key: str, axis: str, grid: np.ndarray) -> np.ndarray:
     return np.array([_line(record, key, axis, grid, end) for record, end in zip(group.records, ends, strict=True)])
 
 
-def _line(record: Record, key: str, axis: str, grid: np.ndarray, end: float) -> np.ndarray:
+def _line(record: RunRecord, key: str, axis: str, grid: np.ndarray, end: float) -> np.ndarray:
     """Return a quantity of a run on a grid, NaN before its first value and after the end."""
     series: Series | None = record.log.get(key)
     if key in ("return", "return/raw"):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sb3_clipvf.zoo.comparison.records import Record
+from sb3_clipvf.zoo.comparison.records import RunRecord
 
 MISSING = "–"
 """Text in place of a setting that a run does not have."""
@@ -37,7 +37,7 @@ class Group:
 
     name: str
     env_id: str
-    records: tuple[Record, ...]
+    records: tuple[RunRecord, ...]
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -45,10 +45,10 @@ class Group:
         return self.records[0].settings
 
 
-def group_records(records: Sequence[Record]) -> list[Group]:
+def group_records(records: Sequence[RunRecord]) -> list[Group]:
     """Return the runs in groups, sorted by environment; groups of an environment keep the order of the runs."""
     folders = dict(zip(map(id, records), _distinct_parts(records), strict=True))
-    members: dict[tuple[str, ...], list[Record]] = {}
+    members: dict[tuple[str, ...], list[RunRecord]] = {}
     for record in records:
         texts = json.dumps({key: value_text(value) for key, value in record.settings.items()})
         key = (record.env_id, folders[id(record)], record.algo, texts)
@@ -101,7 +101,7 @@ def value_text(value: Any) -> str:
     return str(value)
 
 
-def _distinct_parts(records: Sequence[Record]) -> list[str]:
+def _distinct_parts(records: Sequence[RunRecord]) -> list[str]:
     """Return, for each run, the part of its path that sets its setting apart from others, "" if nothing does."""
     paths = _without_shared([list(Path(os.path.abspath(record.folder)).parts) for record in records])
     for place, record in enumerate(records):
@@ -112,7 +112,7 @@ def _distinct_parts(records: Sequence[Record]) -> list[str]:
     return ["/".join(path) for path in _without_shared(paths)]
 
 
-def _without_number(part: str, record: Record) -> str:
+def _without_number(part: str, record: RunRecord) -> str:
     """Return the name of a folder without the number of its run; without settings, other numbers may be settings."""
     if record.settings:
         return _NUMBER.sub("", part)
@@ -142,5 +142,5 @@ def _with_short_names(groups: list[Group]) -> list[Group]:
     return [Group(names[group.name], group.env_id, group.records) for group in groups]
 
 
-def _seed(record: Record) -> tuple[float, str]:
+def _seed(record: RunRecord) -> tuple[float, str]:
     return (float("inf") if record.seed is None else record.seed, str(record.folder))

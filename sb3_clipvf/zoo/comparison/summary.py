@@ -11,7 +11,7 @@ import numpy as np
 
 from sb3_clipvf.zoo.comparison.curves import smoothed_returns
 from sb3_clipvf.zoo.comparison.groups import Group, value_text
-from sb3_clipvf.zoo.comparison.records import Record
+from sb3_clipvf.zoo.comparison.records import RunRecord
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Statistic:
         return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else None
 
 
-def numbers_of(record: Record) -> dict[str, float | None]:
+def numbers_of(record: RunRecord) -> dict[str, float | None]:
     """Return the numbers of a run by the keys of ``COLUMNS``; None where unknown."""
     curve = smoothed_returns(record)
     means = None if record.evaluations is None else record.evaluations.values

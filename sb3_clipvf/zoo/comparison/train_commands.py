@@ -15,7 +15,7 @@ import yaml
 
 from sb3_clipvf.zoo.commands import ALGORITHM, hyperparams_path
 from sb3_clipvf.zoo.comparison.groups import Group
-from sb3_clipvf.zoo.comparison.records import OF_OPTIONS, Record
+from sb3_clipvf.zoo.comparison.records import OF_OPTIONS, RunRecord
 from sb3_clipvf.zoo.parsing import option_name
 from sb3_clipvf.zoo.run_folders import program
 
@@ -63,7 +63,7 @@ def environment_options(arguments: Mapping[str, Any], folder: Path) -> list[str]
     return [*_environment(arguments), *_settings_file(arguments, folder)]
 
 
-def _command(record: Record, options: Sequence[str], seed: str) -> str:
+def _command(record: RunRecord, options: Sequence[str], seed: str) -> str:
     """Return the command with these options, which are quoted, and a seed, which may be a variable of the shell."""
     algo = [] if record.algo == ALGORITHM else ["--algo", record.algo]
     words = ["train", *algo, "--env", record.env_id]
@@ -96,7 +96,7 @@ def _settings_file(arguments: Mapping[str, Any], folder: Path) -> list[str]:
     return ["--conf-file", str(config)] if is_shown else []
 
 
-def _settings(record: Record) -> tuple[list[str], list[str]]:
+def _settings(record: RunRecord) -> tuple[list[str], list[str]]:
     """Return lines before the command, and its options, that give a new run the settings of a run."""
     from sb3_clipvf.zoo.entries import drop_null  # imports torch
 
@@ -118,7 +118,7 @@ def _settings(record: Record) -> tuple[list[str], list[str]]:
     return _written_settings(record, own, steps or record.steps)
 
 
-def _written_settings(record: Record, own: Mapping[str, Any], steps: Any) -> tuple[list[str], list[str]]:
+def _written_settings(record: RunRecord, own: Mapping[str, Any], steps: Any) -> tuple[list[str], list[str]]:
     """Return lines that write the settings of a run into a new file, and the option that names it."""
     plain = {key: value for key, value in {**own, "n_timesteps": steps}.items() if _is_plain(key, value)}
     lines = []
@@ -130,13 +130,13 @@ def _written_settings(record: Record, own: Mapping[str, Any], steps: Any) -> tup
     return lines, ["--conf-file", '"$settings"']
 
 
-def _own_settings(record: Record) -> dict[str, Any]:
+def _own_settings(record: RunRecord) -> dict[str, Any]:
     """Return the settings of a run without those that options gave."""
     given = {key for key in OF_OPTIONS if record.arguments.get(key)} | {"n_timesteps"}
     return {key: value for key, value in record.settings.items() if key not in given}
 
 
-def _todays_entries(record: Record) -> list[dict[str, Any]]:
+def _todays_entries(record: RunRecord) -> list[dict[str, Any]]:
     """Return the entries that a run may read today from the settings file of the command; [] if unknown."""
     shown = _settings_file(record.arguments, record.folder)
     if shown:
