@@ -134,13 +134,13 @@ def _episodes(values: Mapping[str, Any], window: int) -> dict[str, Any]:
 
 def _check_choices(values: Mapping[str, Any]) -> None:
     """Check the arguments whose value is one of several words."""
-    for name, words, way_out in (
+    for name, words, hint in (
         ("vf_clip", ("max", "prediction"), "SB3's form is 'prediction'."),
         ("vf_clip_units", ("return_std", "absolute"), "SB3 clips in 'absolute' return units."),
         ("advantage_scope", ("minibatch", "rollout"), "SB3 normalises each 'minibatch'."),
         ("on_nonfinite", ("raise", "skip"), "'skip' skips minibatches that are not finite."),
     ):
-        validation.check_choice(name, values[name], words, way_out)
+        validation.check_choice(name, values[name], words, hint)
 
 
 def _check_classes(values: Mapping[str, Any]) -> None:
@@ -161,12 +161,12 @@ def _check_classes(values: Mapping[str, Any]) -> None:
     )
 
 
-def _check_policy_class(name: str, policy: Any, way_out: str) -> None:
+def _check_policy_class(name: str, policy: Any, hint: str) -> None:
     # SB3 needs only these methods, although it annotates an ActorCriticPolicy.
     needed = ("forward", "evaluate_actions", "predict_values")
     is_base = isinstance(policy, type) and issubclass(policy, BasePolicy)
     if not (is_base and all(callable(getattr(policy, method, None)) for method in needed)):
-        validation.check_class(name, policy, ActorCriticPolicy, way_out)
+        validation.check_class(name, policy, ActorCriticPolicy, hint)
 
 
 def _check_is_dict(name: str, kwargs: Any) -> None:
@@ -175,13 +175,13 @@ def _check_is_dict(name: str, kwargs: Any) -> None:
 
 def _checked_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
     sizes: dict[str, Any] = {}
-    for name, low, way_out in (
+    for name, low, hint in (
         ("n_steps", 1, "SB3's default is 2048."),
         ("batch_size", 1, "SB3's default is 64."),
         ("n_epochs", 1, "SB3's default is 10."),
         ("sde_sample_freq", -1, "-1 draws noise once per rollout."),
     ):
-        sizes[name] = validation.check_int(name, values[name], low, way_out)
+        sizes[name] = validation.check_int(name, values[name], low, hint)
     if sizes["sde_sample_freq"] == 0:
         raise ValueError("`sde_sample_freq` must be -1 or at least 1, got 0. -1 draws noise once per rollout.")
     # None is a window of all episodes for SB3, whose deque then has no limit.
@@ -189,8 +189,8 @@ def _checked_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
     sizes["_stats_window_size"] = validation.check_int("stats_window_size", window, 1, "SB3's default is 100.")
     sizes["verbose"] = validation.check_verbose(values["verbose"])
     if values["seed"] is not None:
-        way_out = "None leaves the random states alone."
-        sizes["seed"] = validation.check_int("seed", values["seed"], 0, way_out, maximum=validation.MAX_SEED)
+        hint = "None leaves the random states alone."
+        sizes["seed"] = validation.check_int("seed", values["seed"], 0, hint, maximum=validation.MAX_SEED)
     return sizes
 
 
@@ -218,8 +218,8 @@ def _checked_numbers(values: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(norm, Real) and norm == math.inf:
         numbers["max_grad_norm"] = math.inf
     else:
-        way_out = "SB3's default is 0.5. Infinity is legal too: it sets no bound."
-        numbers["max_grad_norm"] = validation.check_float("max_grad_norm", norm, way_out, above_low=True)
+        hint = "SB3's default is 0.5. Infinity is legal too: it sets no bound."
+        numbers["max_grad_norm"] = validation.check_float("max_grad_norm", norm, hint, above_low=True)
     for name in ("target_kl", "adaptive_kl_target", "lr_kl_target"):
         if values[name] is not None:
             numbers[name] = validation.check_float(name, values[name], "None turns it off.", above_low=True)
@@ -318,15 +318,15 @@ def warn_about_early_end(
     constants = {name: f"{schedule(1.0):.3g}" for name, schedule in annealed.items()}
     if on_command_line:
         params = " ".join(f"{name}:{value}" for name, value in constants.items())
-        way_out = f"Train for more rollouts of {rollout} steps (`-n`), or use constant values: `-params {params}`."
+        hint = f"Train for more rollouts of {rollout} steps (`-n`), or use constant values: `-params {params}`."
     else:
         arguments = ", ".join(f"{name}={value}" for name, value in constants.items())
-        way_out = (
+        hint = (
             "If you train in several calls, pass schedule_timesteps=<all steps> to the first one and "
             f"reset_num_timesteps=False to the others. Or use constant values: {arguments}."
         )
     training, end = ("The run", "the run") if on_command_line else ("learn()", "each call")
-    log.warning("%s %s. As in SB3, schedules end with %s. %s", training, what, end, way_out)
+    log.warning("%s %s. As in SB3, schedules end with %s. %s", training, what, end, hint)
     return True
 
 

@@ -55,12 +55,12 @@ class IsolatedEvalCallback(EvalCallback):
             )
         is_normalized = unwrap_vec_normalize(evaluation) is not None
         if is_normalized != (self.model.get_vec_normalize_env() is not None):
-            what, way_out = "no VecNormalize", "Wrap it: VecNormalize(eval_env, training=False, norm_reward=False)."
+            what, hint = "no VecNormalize", "Wrap it: VecNormalize(eval_env, training=False, norm_reward=False)."
             if is_normalized:
-                what, way_out = "a VecNormalize", "Pass it without one, or also wrap the training environments."
+                what, hint = "a VecNormalize", "Pass it without one, or also wrap the training environments."
             raise ValueError(
                 "`eval_env` must have a VecNormalize if and only if the training environments have one, got "
-                f"{what}. {way_out}"
+                f"{what}. {hint}"
             )
         super()._init_callback()
         log_folder = None if self.log_path is None else Path(self.log_path).parent

@@ -518,8 +518,8 @@ class ClipPPO(DataParallelCollector):
             raise ValueError("`env` must be set before learning, got None. Pass it to `load`, or call `set_env`.")
         check_environments(self.env, self.observation_space, self.action_space, self.n_envs)
         if self.tensorboard_log is not None and not self._custom_logger:
-            way_out = "Choose a different one, or None for no such log."
-            validation.ensure_writable_folder("tensorboard_log", self.tensorboard_log, way_out)
+            hint = "Choose a different one, or None for no such log."
+            validation.ensure_writable_folder("tensorboard_log", self.tensorboard_log, hint)
         if horizon is not None or reset_num_timesteps:
             self._schedule_timesteps = horizon
         if isinstance(self._n_envs_before, int) and self._n_envs_before != self.n_envs:

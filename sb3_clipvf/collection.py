@@ -369,12 +369,12 @@ class RolloutCollector(OnPolicyAlgorithm):
             return
         if width:
             cause = f"`rollout_buffer_class` {buffer_class.__name__} does not store the old distribution"
-            way_out = "Derive the buffer class from TensorRolloutBuffer, and keep its `dist_param_dim`."
+            hint = "Derive the buffer class from TensorRolloutBuffer, and keep its `dist_param_dim`."
         else:
             dist = type(getattr(self.policy, "action_dist", None)).__name__
             cause = f"that of the policy's action distribution ({dist}) is not known"
-            way_out = "Use one of SB3's action distributions."
-        raise ValueError(f"`{name}` needs the exact KL, but {cause}, got {name}={getattr(self, name)!r}. {way_out}")
+            hint = "Use one of SB3's action distributions."
+        raise ValueError(f"`{name}` needs the exact KL, but {cause}, got {name}={getattr(self, name)!r}. {hint}")
 
     def _check_kl_is_stored(self) -> None:
         """

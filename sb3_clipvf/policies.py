@@ -306,8 +306,8 @@ def _check_action_space(action_space: spaces.Space[Any], sb3_policy: str) -> Non
     """Check that an action space is a finite Box of float32 or float64."""
     if not isinstance(action_space, spaces.Box):
         is_discrete = isinstance(action_space, (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary))
-        way_out = f'Use "{sb3_policy}".' if is_discrete else "Flatten it into one Box in a wrapper of the environment."
-        raise TypeError(f"`action_space` must be a Box for a squashed policy, got {action_space}. {way_out}")
+        hint = f'Use "{sb3_policy}".' if is_discrete else "Flatten it into one Box in a wrapper of the environment."
+        raise TypeError(f"`action_space` must be a Box for a squashed policy, got {action_space}. {hint}")
     # float16 would round the stored actions, and the update's log-prob would differ from the rollout's.
     if action_space.dtype not in (np.float32, np.float64):
         raise ValueError(
@@ -325,8 +325,8 @@ def _check_action_space(action_space: spaces.Space[Any], sb3_policy: str) -> Non
 
 def _check_log_std_init(log_std_init: float) -> None:
     # A softplus above the floor exceeds MIN_STD, and float32 holds the variance exp(2 * 40).
-    way_out = "It is the log of the std before tanh: actions are nearly uniform at 0, narrow below -2."
-    check_float("log_std_init", log_std_init, way_out, math.log(MIN_STD), 40.0, above_low=True)
+    hint = "It is the log of the std before tanh: actions are nearly uniform at 0, narrow below -2."
+    check_float("log_std_init", log_std_init, hint, math.log(MIN_STD), 40.0, above_low=True)
 
 
 def _check_options(sb3_policy: str, use_sde: bool, full_std: bool, use_expln: bool, squash_output: bool) -> None:

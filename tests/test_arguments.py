@@ -53,7 +53,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture, model: ClipPPO, *calls: dict[s
 
 
 ONE_ROLLOUT = "learn() collects one rollout: {} in its only update. As in SB3, schedules end with each call. "
-WAY_OUT = (
+HINT = (
     "If you train in several calls, pass schedule_timesteps=<all steps> to the first one and "
     "reset_num_timesteps=False to the others. Or use constant values: {}."
 )
@@ -74,7 +74,7 @@ def test_a_call_of_one_rollout_names_the_values_of_its_only_update(
     arguments: dict[str, Any], values: str, constants: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     found = warnings_of(caplog, make(**arguments), {}, {})
-    assert found == [ONE_ROLLOUT.format(values) + WAY_OUT.format(constants)]
+    assert found == [ONE_ROLLOUT.format(values) + HINT.format(constants)]
 
 
 def test_a_call_that_continues_names_the_values_of_its_first_and_last_update(caplog: pytest.LogCaptureFixture) -> None:

@@ -269,7 +269,7 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_resume(copied: Path, tmp
         ClipPPO.resume(tmp_path / "checkpoint_1.zip", CASE.make_env(tmp_path))
 
 
-def test_a_plain_model_is_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_a_plain_model_is_refused_with_the_hint(tmp_path: Path) -> None:
     CASE.model(tmp_path).save(tmp_path / "model.zip")
     with pytest.raises(NotACheckpointError, match=r"ClipPPO\.load"):
         ClipPPO.resume(tmp_path / "model.zip", CASE.make_env(tmp_path))

@@ -1,4 +1,4 @@
-"""atomic_write leaves old or new content, whatever fails, and its error names the file and a way out."""
+"""atomic_write leaves old or new content, whatever fails, and its error names the file and a hint."""
 
 import errno
 import os
@@ -123,7 +123,7 @@ def test_atomic_write_keeps_the_old_content_when_the_body_raises(tmp_path: Path,
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])
-def test_atomic_write_on_a_full_disk_names_the_file_and_the_way_out(
+def test_atomic_write_on_a_full_disk_names_the_file_and_the_hint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
     path = tmp_path / "file"

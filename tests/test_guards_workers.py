@@ -46,7 +46,7 @@ def exit_itself(step: Step) -> Step:
 
 
 @pytest.mark.parametrize(
-    ("fault", "bad", "code", "text", "way_out"),
+    ("fault", "bad", "code", "text", "hint"),
     [
         (kill_itself, 1, -9, "environment 1 was killed by SIGKILL", "memory runs out"),
         (kill_itself, 0, -9, "environment 0 was killed by SIGKILL", "memory runs out"),
@@ -55,7 +55,7 @@ def exit_itself(step: Step) -> Step:
     ],
 )
 def test_a_process_that_dies_ends_the_training(
-    fault: Any, bad: int, code: int, text: str, way_out: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    fault: Any, bad: int, code: int, text: str, hint: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     # Forked processes keep the pipes of earlier ones open, so without the guard the death of number 1 is not seen.
     fork: Any = partial(SubprocVecEnv, start_method="fork")
@@ -64,7 +64,7 @@ def test_a_process_that_dies_ends_the_training(
     with within(120), pytest.raises(WorkerDiedError, match=text) as caught:
         model_of(venv).learn(96, callback=TrainingCheckpoint(32, tmp_path))
     assert caught.value.exit_codes == {bad: code}
-    assert way_out in str(caught.value)
+    assert hint in str(caught.value)
     assert "num_timesteps=38 of 96" in notes(caught.value)
     assert "checkpoint_32.zip" in notes(caught.value)
     assert (fault is broken) == ("the user's own words" in capfd.readouterr().err)

@@ -1,7 +1,7 @@
 """
 Refusals of illegal input to ClipPPO, across modules, and the legal values next to it.
 
-Each message must name the argument, the rule, the value and the way out: the patterns here span all four.
+Each message must name the argument, the rule, the value and the hint: the patterns here span all four.
 """
 
 import io

@@ -373,7 +373,7 @@ def test_a_video_of_each_model_is_recorded_for_the_run_that_has_them(
 
 
 @pytest.mark.parametrize(
-    ("command", "way_out"),
+    ("command", "hint"),
     [
         ("enjoy --no-render", "Name it by `--gym-packages`, or add it there."),
         ("record_video", "Add the module there."),
@@ -381,13 +381,13 @@ def test_a_video_of_each_model_is_recorded_for_the_run_that_has_them(
     ],
 )
 def test_a_run_whose_environment_nothing_registers_is_one_line(
-    command: str, way_out: str, own_run: Path, capsys: pytest.CaptureFixture[str]
+    command: str, hint: str, own_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("registering_module.py").write_text("")
     assert main([*command.split(), "--env", "Registered-v0"]) == 2
     message = capsys.readouterr().err.splitlines()[0]
     assert "Registered-v0 not found in gym registry, and `gym_packages` in " in message
-    assert message.endswith(f"args.yml names no module that registers it. {way_out}")
+    assert message.endswith(f"args.yml names no module that registers it. {hint}")
 
 
 def test_a_missing_package_of_a_run_is_named(own_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

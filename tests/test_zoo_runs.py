@@ -79,7 +79,7 @@ def test_a_model_that_was_not_evaluated_while_training_is_refused(logs: Path) ->
 
 
 @pytest.mark.parametrize("load_best", [False, True])
-def test_the_error_for_a_training_that_did_not_end_has_one_way_out(tmp_path: Path, load_best: bool) -> None:
+def test_the_error_for_a_training_that_did_not_end_has_one_hint(tmp_path: Path, load_best: bool) -> None:
     folder = tmp_path / "clipppo" / "E-v0_1"
     (folder / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"did not end\. Train again with `sb3-clipvf train --env E-v0 -f \S+`\.$"):

@@ -1,5 +1,5 @@
 """
-Checks of what users pass. Each error names the argument, its rule, the value and what to do (``way_out``, a sentence).
+Checks of what users pass. Each error names the argument, its rule, the value and a ``hint``, which says what to do.
 
 A check raises ``TypeError`` for a value of the wrong type and ``ValueError`` for a value out of range.
 """
@@ -33,31 +33,31 @@ class UnsupportedSpaceError(ValueError, NotImplementedError):
     """An observation space that SB3 cannot store, for which SB3 raises NotImplementedError."""
 
 
-def wrong_type(name: str, rule: str, value: Any, way_out: str) -> TypeError:
+def wrong_type(name: str, rule: str, value: Any, hint: str) -> TypeError:
     """Return the error for an argument of the wrong type; ``rule`` completes "must be"."""
-    return TypeError(f"`{name}` must be {rule}, got {value!r} of type {type(value).__name__}. {way_out}")
+    return TypeError(f"`{name}` must be {rule}, got {value!r} of type {type(value).__name__}. {hint}")
 
 
-def check_int(name: str, value: Any, minimum: int, way_out: str, maximum: int = MAX_INT) -> int:
+def check_int(name: str, value: Any, minimum: int, hint: str, maximum: int = MAX_INT) -> int:
     """Return a whole number in [minimum, maximum] as an int; floats with a whole value, such as 1e6, are accepted."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise wrong_type(name, "a whole number", value, way_out)
+        raise wrong_type(name, "a whole number", value, hint)
     # An int may be too large for a float.
     number = int(value) if isinstance(value, numbers.Integral) else float(value)
     is_whole = isinstance(number, int) or number.is_integer()
     too_large = is_whole and number > maximum
     if not is_whole or number < minimum or too_large:
         rule = f"in [{minimum}, {maximum}]" if maximum < MAX_INT or too_large else f"of at least {minimum}"
-        raise ValueError(f"`{name}` must be a whole number {rule}, got {value!r}. {way_out}")
+        raise ValueError(f"`{name}` must be a whole number {rule}, got {value!r}. {hint}")
     return int(number)
 
 
 def check_float(
-    name: str, value: Any, way_out: str, low: float = 0.0, high: float = math.inf, *, above_low: bool = False
+    name: str, value: Any, hint: str, low: float = 0.0, high: float = math.inf, *, above_low: bool = False
 ) -> float:
     """Return a finite number in [low, high], or in (low, high] if ``above_low``, as a float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise wrong_type(name, "a number", value, way_out)
+        raise wrong_type(name, "a number", value, hint)
     number = as_float(value)
     too_low = number <= low if above_low else number < low
     if not math.isfinite(number) or too_low or number > high:
@@ -65,7 +65,7 @@ def check_float(
             rule = f"finite and {'above' if above_low else 'at least'} {low:g}"
         else:
             rule = f"in {'(' if above_low else '['}{low:g}, {high:g}]"
-        raise ValueError(f"`{name}` must be {rule}, got {value!r}. {way_out}")
+        raise ValueError(f"`{name}` must be {rule}, got {value!r}. {hint}")
     return number
 
 
@@ -77,11 +77,11 @@ def as_float(value: Any) -> float:
         return math.inf if value > 0 else -math.inf
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...], way_out: str) -> None:
+def check_choice(name: str, value: Any, choices: tuple[str, ...], hint: str) -> None:
     """Check that a value is one of several words."""
     # An array would compare with each of them element by element.
     if not (isinstance(value, str) and value in choices):
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}. {way_out}")
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}. {hint}")
 
 
 def check_bool(name: str, value: Any) -> None:
@@ -97,20 +97,20 @@ def as_bool(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def check_type(name: str, value: Any, types: type | tuple[type, ...], rule: str, way_out: str) -> None:
+def check_type(name: str, value: Any, types: type | tuple[type, ...], rule: str, hint: str) -> None:
     """Check that a value is None or of one of the types; ``rule`` names them in words."""
     if value is not None and not isinstance(value, types):
-        raise wrong_type(name, rule, value, way_out)
+        raise wrong_type(name, rule, value, hint)
 
 
-def check_class(name: str, value: Any, base: type, way_out: str) -> None:
+def check_class(name: str, value: Any, base: type, hint: str) -> None:
     """Check that a value is a class derived from ``base``."""
     if not (isinstance(value, type) and issubclass(value, base)):
-        raise TypeError(f"`{name}` must be a class derived from SB3's {base.__name__}, got {value!r}. {way_out}")
+        raise TypeError(f"`{name}` must be a class derived from SB3's {base.__name__}, got {value!r}. {hint}")
 
 
 def check_keywords(
-    name: str, kwargs: Mapping[Any, Any], called: Callable[..., Any], taken: Collection[str], way_out: str
+    name: str, kwargs: Mapping[Any, Any], called: Callable[..., Any], taken: Collection[str], hint: str
 ) -> None:
     """Check that the keys of a dict are arguments of ``called`` that are not in ``taken``."""
     parameters = inspect.signature(called).parameters.values()
@@ -120,7 +120,7 @@ def check_keywords(
     for key in kwargs:
         if key not in legal:
             listed = f"arguments of {called.__name__} ({', '.join(legal) or 'there are none'})"
-            raise TypeError(f"`{name}` must hold {listed}, got {key!r} in it. {way_out}")
+            raise TypeError(f"`{name}` must hold {listed}, got {key!r} in it. {hint}")
 
 
 def check_verbose(verbose: Any) -> int:
@@ -146,14 +146,14 @@ def check_device(device: Any) -> None:
         log.warning("`device` is %r, but there is no CUDA device here: the CPU is used. Use 'auto' or 'cpu'.", device)
 
 
-def ensure_writable_folder(name: str, folder: str | os.PathLike[str], way_out: str) -> None:
+def ensure_writable_folder(name: str, folder: str | os.PathLike[str], hint: str) -> None:
     """Create a folder if necessary, and raise ``OSError`` if files cannot be written to it."""
     try:
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         rule = f"`{name}` must be a folder that can be written to"
-        text = f"{rule}, got {os.fspath(folder)!r}: {error.strerror}. {way_out}"
+        text = f"{rule}, got {os.fspath(folder)!r}: {error.strerror}. {hint}"
         raise OSError(error.errno, text) from error
 
 
@@ -172,8 +172,8 @@ def as_gymnasium(env: Any) -> Any:
             "Pass sb3_clipvf.envs.as_vec_env(env)."
         )
     if not (hasattr(env, "observation_space") and hasattr(env, "action_space")):
-        way_out = "Pass for example gymnasium.make('CartPole-v1'); only the constructor accepts the id as well."
-        raise wrong_type("env", rule, env, way_out)
+        hint = "Pass for example gymnasium.make('CartPole-v1'); only the constructor accepts the id as well."
+        raise wrong_type("env", rule, env, hint)
     return _patch_env(env)
 
 
@@ -234,11 +234,11 @@ def _full_type(value: Any) -> str:
 
 def _check_discrete(space: Any, what: str, wrapper: str) -> None:
     """Check that a space, if it is discrete, counts from 0 and has one dimension."""
-    way_out = f"Wrap the environment, for example in gymnasium.wrappers.{wrapper}."
+    hint = f"Wrap the environment, for example in gymnasium.wrappers.{wrapper}."
     if np.any(getattr(space, "start", 0)):
-        raise ValueError(f"`env` must count its discrete {what} from 0, got {space}. {way_out}")
+        raise ValueError(f"`env` must count its discrete {what} from 0, got {space}. {hint}")
     if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim != 1:
-        raise ValueError(f"`env` must have MultiDiscrete {what} of one dimension, got {space}. {way_out}")
+        raise ValueError(f"`env` must have MultiDiscrete {what} of one dimension, got {space}. {hint}")
 
 
 def _check_action_space(action_space: Any, use_sde: bool) -> None:

@@ -11,7 +11,7 @@ from gymnasium import spaces
 _NUMBERS = "biuf"
 _WHOLE = "biu"
 
-_WAY_OUT = "Fix it, or its observation space; stable_baselines3.common.env_checker.check_env finds more."
+_HINT = "Fix it, or its observation space; stable_baselines3.common.env_checker.check_env finds more."
 
 
 class StepCheck:
@@ -74,7 +74,7 @@ def check_one(space: spaces.Space[Any], obs: Any, index: int, *, columns: bool =
     for key, wanted, shape in misfits(space, obs, (), columns=columns):
         raise ValueError(
             f"`env` must return {name_of(key)} of its space's shape {wanted}, got {shape} from environment {index}. "
-            f"{_WAY_OUT}"
+            f"{_HINT}"
         )
 
 
@@ -115,7 +115,7 @@ def check_final(space: spaces.Space[Any], dones: Any, infos: Any) -> None:
 def _check_batch(name: str, space: spaces.Space[Any], shape: tuple[int, ...], obs: Any) -> None:
     if not isinstance(obs, np.ndarray) or obs.dtype.kind not in _NUMBERS:
         kind = f"of {obs.dtype}" if isinstance(obs, np.ndarray) else f"of type {type(obs).__name__}"
-        raise TypeError(f"`env` must return {name} as a NumPy array of numbers, got one {kind}. {_WAY_OUT}")
+        raise TypeError(f"`env` must return {name} as a NumPy array of numbers, got one {kind}. {_HINT}")
     if not _fits(space, obs.shape, shape[:1], columns=True):
         raise shape_error(name, shape, obs.shape)
     is_whole = obs.dtype.kind in _WHOLE or np.dtype(space.dtype).kind == "f"
@@ -123,14 +123,14 @@ def _check_batch(name: str, space: spaces.Space[Any], shape: tuple[int, ...], ob
     if not is_whole and not np.array_equal(obs, np.trunc(obs), equal_nan=True):
         raise ValueError(
             f"`env` must return whole numbers as {name}, since its space has the dtype {space.dtype}, got fractions, "
-            f"which the rollout would truncate. {_WAY_OUT}"
+            f"which the rollout would truncate. {_HINT}"
         )
 
 
 def shape_error(name: str, shape: tuple[int, ...], given: tuple[int, ...]) -> ValueError:
     """Return the error for observations of all environments that have the wrong shape."""
     return ValueError(
-        f"`env` must return {name} of its space's shape, {shape} for {shape[0]} environments, got {given}. {_WAY_OUT}"
+        f"`env` must return {name} of its space's shape, {shape} for {shape[0]} environments, got {given}. {_HINT}"
     )
 
 

@@ -19,7 +19,7 @@ from sb3_clipvf.envs.vector import BatchedVecEnv, Step, keep_final_obs
 TensorObs: TypeAlias = th.Tensor | dict[str, th.Tensor]
 """Observations of all environments, shape ``(n_envs, *obs_shape)`` and the dtype of the space, or a dict of these."""
 
-_WAY_OUT = "Correct the environment, or its space."
+_HINT = "Correct the environment, or its space."
 
 
 class TensorStep(NamedTuple):
@@ -168,7 +168,7 @@ class TensorCheck:
             if key is not None and not (isinstance(observations, Mapping) and key in observations):
                 raise TypeError(
                     f"`{name}` must return a dict of tensors with the keys of the observation space, got "
-                    f"{_kind(observations)} without {key!r}. {_WAY_OUT}"
+                    f"{_kind(observations)} without {key!r}. {_HINT}"
                 )
             part = observations if key is None else observations[key]
             self._tensor(name, name_of(key), part, shape, dtype)
@@ -182,7 +182,7 @@ class TensorCheck:
         if final is not None:
             final = self.observations("step_tensors", final)
         if not isinstance(step.infos, Mapping):
-            raise TypeError(f"`step_tensors` must return infos as a dict, got {_kind(step.infos)}. {_WAY_OUT}")
+            raise TypeError(f"`step_tensors` must return infos as a dict, got {_kind(step.infos)}. {_HINT}")
         column = th.Size((self._n_envs,))
         self._tensor("step_tensors", "rewards", step.rewards, column, None)
         self._tensor("step_tensors", "terminated", step.terminated, column, th.bool)
@@ -191,13 +191,13 @@ class TensorCheck:
 
     def _tensor(self, name: str, what: str, tensor: Any, shape: th.Size, dtype: th.dtype | None) -> None:
         if not isinstance(tensor, th.Tensor):
-            raise TypeError(f"`{name}` must return {what} as a tensor, got {_kind(tensor)}. {_WAY_OUT}")
+            raise TypeError(f"`{name}` must return {what} as a tensor, got {_kind(tensor)}. {_HINT}")
         is_right = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
         if is_right and tensor.shape == shape and is_same_device(tensor.device, self._device):
             return
         raise ValueError(
             f"`{name}` must return {what} of shape {tuple(shape)}, {dtype or 'floating point'}, on {self._device}, got "
-            f"{tuple(tensor.shape)}, {tensor.dtype}, on {tensor.device}. {_WAY_OUT}"
+            f"{tuple(tensor.shape)}, {tensor.dtype}, on {tensor.device}. {_HINT}"
         )
 
 

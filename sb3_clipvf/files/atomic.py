@@ -100,12 +100,12 @@ def _has_ended(process: int) -> bool:
 
 
 def write_error(path: Path, error: OSError) -> OSError:
-    """Return an error of the same ``errno``, hence class, that names the file, the consequence and a way out."""
+    """Return an error of the same ``errno``, hence class, that names the file, the consequence and a hint."""
     reason = error.strerror or str(error)
-    way_out = "Free space there, or choose a folder that can be written to."
+    hint = "Free space there, or choose a folder that can be written to."
     if error.errno == errno.ENAMETOOLONG:
-        way_out = "Choose a shorter name."
-    return OSError(error.errno, f"{path} could not be written: {reason}. What it held before is unchanged. {way_out}")
+        hint = "Choose a shorter name."
+    return OSError(error.errno, f"{path} could not be written: {reason}. What it held before is unchanged. {hint}")
 
 
 def _open_private(path: str, flags: int) -> int:

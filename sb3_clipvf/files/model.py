@@ -62,10 +62,10 @@ class ModelFile:
         for key, item in (self.data or {}).items():
             if not isinstance(item, dict) or key in replaced:
                 continue
-            what, way_out = f"`{key}` in {self.name}", f"pass a value of your own: custom_objects={{{key!r}: ...}}."
-            damaged = f" To load the rest, {way_out}"
+            what, hint = f"`{key}` in {self.name}", f"pass a value of your own: custom_objects={{{key!r}: ...}}."
+            damaged = f" To load the rest, {hint}"
             if ":serialized:" in item:
-                with named_errors(what, f"{TRUST_ADVICE}. Or {way_out}", damaged):
+                with named_errors(what, f"{TRUST_ADVICE}. Or {hint}", damaged):
                     fields[key] = unpickle(base64.b64decode(item[":serialized:"], validate=True), trust)
             elif ENCODED in item:
                 with named_errors(what, f"`save` does not write this.{damaged}", damaged):

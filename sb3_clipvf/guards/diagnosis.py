@@ -145,7 +145,7 @@ _CORRECT_ENVIRONMENT = "Correct the environment, or catch this in a wrapper."
 _RESUME_EARLIER = (
     "Resume from the last checkpoint or saved model with a lower learning_rate, and look for huge observations."
 )
-_WAYS_OUT = {
+_HINTS = {
     "observation": _CORRECT_ENVIRONMENT,
     "reward": _CORRECT_ENVIRONMENT,
     "terminal_observation": _CORRECT_ENVIRONMENT,
@@ -167,7 +167,7 @@ def step_error(context: FaultContext, fault: Fault, step: int, known: dict[str, 
     path, evidence = _write(context, {name: known.get(name) for name in _STEP_ARRAYS})
     return NonFiniteError(
         f"{name}{where} must be finite, {fault.text}, at step {step} of the rollout, num_timesteps="
-        f"{context.num_timesteps}. {_WAYS_OUT[fault.what]}{spoilt} {evidence}",
+        f"{context.num_timesteps}. {_HINTS[fault.what]}{spoilt} {evidence}",
         what=fault.what,
         num_timesteps=context.num_timesteps,
         step=step,
@@ -206,15 +206,15 @@ def update_error(context: FaultContext, bad: BadMinibatchError, buffer: Any, rea
     if fault is not None:
         text = f"Its cause: `{fault.key}`{place}, {fault.text}."
     if fault is not None and fault.what == "parameter":
-        way_out = f"{_WAYS_OUT['parameter']} {reason.capitalize()}".rstrip()
+        hint = f"{_HINTS['parameter']} {reason.capitalize()}".rstrip()
     else:
-        way_out = (
+        hint = (
             "No step was taken for it, so the policy is intact. Lower `learning_rate` or `max_grad_norm`, and look for "
             f"huge rewards and observations; {reason or _SKIP}"
         )
     return NonFiniteError(
         f"{bad} in minibatch {bad.minibatch} of epoch {bad.epoch} of the update at num_timesteps="
-        f"{context.num_timesteps}. {text} {way_out} {cause.evidence}",
+        f"{context.num_timesteps}. {text} {hint} {cause.evidence}",
         what=bad.what,
         num_timesteps=context.num_timesteps,
         step=cause.step,

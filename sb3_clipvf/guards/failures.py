@@ -85,10 +85,10 @@ def _add_notes(raised: Exception, cause: Exception, callback: Any, where: str, r
                 checkpoint.save_last(type(raised).__name__, at_start=False)  # at step 0 nothing is lost
         except Exception as second:  # a failed save must not mask the original error
             raised.add_note(f"The last update could not be saved: {second}")
-        raised.add_note(f"{where} {_way_out(checkpoint)}")
+        raised.add_note(f"{where} {_hint(checkpoint)}")
 
 
-def _way_out(checkpoint: TrainingCheckpoint) -> str:
+def _hint(checkpoint: TrainingCheckpoint) -> str:
     if checkpoint.newest is None:
         return f"There is no checkpoint yet in {checkpoint.path}: start again."
     return (

@@ -78,17 +78,17 @@ def worker_death(venv: VecEnv, error: Exception) -> WorkerDiedError | None:
     _end_processes(venv)
     died = {row: code for part, code in ended for row in part}
     if _KILLED in died.values():
-        way_out = "The system kills processes when memory runs out (see `dmesg`): run fewer or smaller environments."
+        hint = "The system kills processes when memory runs out (see `dmesg`): run fewer or smaller environments."
     elif isinstance(venv, FastSubprocVecEnv):
-        way_out = "An environment ended or crashed its process: see the error output (stderr) above."
+        hint = "An environment ended or crashed its process: see the error output (stderr) above."
     else:
-        way_out = (
+        hint = (
             "An error in the environment ends its process: its traceback is above, in the error output (stderr). A "
             "DummyVecEnv raises the error itself."
         )
     return WorkerDiedError(
         f"`env` must keep its {len(venv.processes)} processes running, but {described(ended)}. The others were "
-        f"terminated. {way_out}",
+        f"terminated. {hint}",
         died,
     )
 

@@ -45,10 +45,10 @@ def choose_run_of_options(options: Namespace) -> None:
     env_id = options.env.gym_id
     if env_id not in gym.registry:  # the Zoo would raise a KeyError
         takes_packages = hasattr(options, "gym_packages")
-        way_out = "Name it by `--gym-packages`, or add it there." if takes_packages else "Add the module there."
+        hint = "Name it by `--gym-packages`, or add it there." if takes_packages else "Add the module there."
         raise ValueError(
             f"{env_id} not found in gym registry, and `gym_packages` in {settings} names no module that registers it. "
-            f"{way_out}"
+            f"{hint}"
         )
 
 

@@ -191,19 +191,19 @@ class StorePairs(utils.StoreDict):
 def _pair(option: str, text: str) -> tuple[str, Any]:
     match = _PAIR.fullmatch(text)
     if match is None:
-        way_out = f"Write `{text.replace('=', ':', 1)}`." if re.match(r"\w+=.", text) else "Write `key:value`."
-        raise ValueError(f"`{option}` must be pairs of key and value with a colon, got {text!r}. {way_out}")
+        hint = f"Write `{text.replace('=', ':', 1)}`." if re.match(r"\w+=.", text) else "Write `key:value`."
+        raise ValueError(f"`{option}` must be pairs of key and value with a colon, got {text!r}. {hint}")
     key, value = match.groups()
     if SCHEDULE.fullmatch(value):
         return key, value
     try:
         return key, eval(value, dict(vars(utils)))  # as the Zoo does, with the names that it has imported
     except Exception as error:
-        way_out = f"Quote text inside the shell's quotes: \"{key}:'{value}'\"."
+        hint = f"Quote text inside the shell's quotes: \"{key}:'{value}'\"."
         if value.lower() in _CONSTANTS:
-            way_out = f"Write `{key}:{_CONSTANTS[value.lower()]}`."
+            hint = f"Write `{key}:{_CONSTANTS[value.lower()]}`."
         raise ValueError(
-            f"`{option}` must have Python values, got {text!r}: {type(error).__name__}: {error}. {way_out}"
+            f"`{option}` must have Python values, got {text!r}: {type(error).__name__}: {error}. {hint}"
         ) from error
 
 

@@ -37,7 +37,7 @@ _SHORT = {"log_folder": ["-f"], "tensorboard_log": ["-tb"], "n_timesteps": ["-n"
 _BUILT_FROM = ZOO_KEYS | {"gamma"}
 """Settings that environments and callbacks are built from. The model is in the checkpoint."""
 
-_WAY_OUT = "Leave it out; --n-timesteps, --verbose, --progress, --num-threads and --device may differ."
+_HINT = "Leave it out; --n-timesteps, --verbose, --progress, --num-threads and --device may differ."
 
 
 @dataclass(frozen=True)
@@ -131,15 +131,13 @@ def _given_options(options: Sequence[str], args: dict[str, Any]) -> dict[str, An
     if others:
         raise ValueError(
             f"`{others[0]}` must not be given with `--resume`, got `{shlex.join(others)}`: a run keeps the "
-            f"settings that it was started with. {_WAY_OUT}"
+            f"settings that it was started with. {_HINT}"
         )
     given = vars(parsed)
     given.pop("resume", None)
     for name, value in given.items():
         if name in _KEPT and value != args.get(name):
-            raise ValueError(
-                f"`{option_name(name)}` must be {args.get(name)!r} as in the run, got {value!r}. {_WAY_OUT}"
-            )
+            raise ValueError(f"`{option_name(name)}` must be {args.get(name)!r} as in the run, got {value!r}. {_HINT}")
     return given
 
 

@@ -156,15 +156,15 @@ def find_run(
     if run.model_path.is_file():
         return run
     if load_best and (folder / f"{name}.zip").is_file():
-        way_out = "It was trained without evaluations. Leave out `--load-best`."
+        hint = "It was trained without evaluations. Leave out `--load-best`."
     elif any(folder.glob(f"{CHECKPOINTS}/checkpoint_*.zip")):
         from sb3_clipvf.zoo.checked_files import undamaged_settings
 
         arguments = undamaged_settings(run.settings_folder / "args.yml")
-        way_out = f"Its training did not end: `{resume_command(folder, arguments)}` resumes it."
+        hint = f"Its training did not end: `{resume_command(folder, arguments)}` resumes it."
     else:
-        way_out = f"Its training did not end. Train again with {train}"
-    raise ValueError(f"{folder} contains no {model}. {way_out}")
+        hint = f"Its training did not end. Train again with {train}"
+    raise ValueError(f"{folder} contains no {model}. {hint}")
 
 
 def read_hyperparams(run: Run) -> dict[str, Any]:

@@ -169,14 +169,14 @@ def _check_key(key: str, value: Any, where: str) -> None:
 def _check_no_text(key: str, value: Any, where: str, *, is_pair: bool) -> None:
     """Refuse text that stands for a number or null, at any depth if YAML reads it as text without quotes."""
     if isinstance(value, str) and value == "None":
-        way_out = f"Write `{key}:None`." if is_pair else "In YAML, write `null`."
-        raise ValueError(f"`{key}` must not be the text 'None', got it in {where}. {way_out}")
+        hint = f"Write `{key}:None`." if is_pair else "In YAML, write `null`."
+        raise ValueError(f"`{key}` must not be the text 'None', got it in {where}. {hint}")
     for path, text in _texts(key, value):
         if _is_number(text) and (path == key or isinstance(yaml.safe_load(text), str)):
-            way_out = f"YAML needs a point and a sign in it, as in 1.0e-3, or a tag: !!float {text}."
+            hint = f"YAML needs a point and a sign in it, as in 1.0e-3, or a tag: !!float {text}."
             if is_pair:
-                way_out = f"Write `{key}:{text}`." if path == key else "Write it without quotes."
-            raise ValueError(f"`{path}` must be a number, got the text {text!r} in {where}. {way_out}")
+                hint = f"Write `{key}:{text}`." if path == key else "Write it without quotes."
+            raise ValueError(f"`{path}` must be a number, got the text {text!r} in {where}. {hint}")
 
 
 def _texts(path: str, value: Any) -> Iterator[tuple[str, str]]:
@@ -242,10 +242,10 @@ def _is_number(text: str) -> bool:
 
 
 def _check_whole(key: str, value: Any, where: str) -> None:
-    way_out = f"It is in {where}. Write it without a point."
+    hint = f"It is in {where}. Write it without a point."
     if not isinstance(value, numbers.Integral):  # the Zoo does not convert whole floats
-        raise wrong_type(key, "a whole number", value, way_out)
-    check_int(key, value, 1, way_out)
+        raise wrong_type(key, "a whole number", value, hint)
+    check_int(key, value, 1, hint)
 
 
 def _check_steps(key: str, value: Any, where: str) -> None:
@@ -263,13 +263,13 @@ def _check_evaluated(key: str, value: Any, where: str) -> None:
         return
     if isinstance(value, str):
         rule = f"`{key}` must be a dict, or Python text that evaluates to one"
-        way_out = 'Write for example "dict(...)".'
+        hint = 'Write for example "dict(...)".'
         try:
             value = eval(value, dict(vars(exp_manager)))  # as the Zoo will
         except Exception as error:
-            raise ValueError(f"{rule}, got {value!r} in {where}: {type(error).__name__}: {error}. {way_out}") from error
+            raise ValueError(f"{rule}, got {value!r} in {where}: {type(error).__name__}: {error}. {hint}") from error
         if not isinstance(value, dict):
-            raise TypeError(f"{rule}, got text that evaluates to {value!r} in {where}. {way_out}")
+            raise TypeError(f"{rule}, got text that evaluates to {value!r} in {where}. {hint}")
     _check_dict(key, value, where)
     called = {"monitor_kwargs": Monitor, "normalize": VecNormalize}.get(key)
     if called is not None:

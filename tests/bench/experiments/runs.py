@@ -192,7 +192,7 @@ def check_folder(spec: RunSpec) -> None:
     :raises ValueError: with the difference
     """
     folder = spec.folder
-    way_out = "Move the folder away, or name another `--log-folder`."
+    hint = "Move the folder away, or name another `--log-folder`."
     # A kill may have left the temporary file of a write, whose name begins with a point.
     if not folder.is_dir() or all(
         path.name.startswith(".") or path.name == "settings.yml" for path in folder.iterdir()
@@ -204,15 +204,15 @@ def check_folder(spec: RunSpec) -> None:
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder} must be empty or the folder of a run, but has no readable {SPEC_FILE} "
-            f"({type(error).__name__}: {error}). {way_out}"
+            f"({type(error).__name__}: {error}). {hint}"
         ) from error
     # As JSON has it, which knows no tuples.
     difference = differing(made, json.loads(json.dumps(spec.deciding())))
     if difference:
-        raise ValueError(f"{folder} must hold a run of {spec.label}, but it was made with {difference}. {way_out}")
+        raise ValueError(f"{folder} must hold a run of {spec.label}, but it was made with {difference}. {hint}")
     difference = differing(versions, this_machine()["versions"])
     if difference:
-        raise ValueError(f"{folder} must be continued with the versions of its start, but has {difference}. {way_out}")
+        raise ValueError(f"{folder} must be continued with the versions of its start, but has {difference}. {hint}")
 
 
 def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

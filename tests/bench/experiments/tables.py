@@ -57,7 +57,7 @@ _LONGEST_ERROR = 300
 _Rows = dict[tuple[str, ...], dict[str, str]]
 """Rows by environment, setting and seed."""
 
-_WAY_OUT = "Move it away, or name another folder with `--out`."
+_HINT = "Move it away, or name another folder with `--out`."
 
 
 class SuiteTable:
@@ -95,7 +95,7 @@ class SuiteTable:
         for row in self.rows:
             difference = differing(_versions(row), _versions(_where_made(this_machine())))
             if difference:
-                raise ValueError(f"{self.path} must hold runs of one set of versions, but has {difference}. {_WAY_OUT}")
+                raise ValueError(f"{self.path} must hold runs of one set of versions, but has {difference}. {_HINT}")
         self._check_settings(runs)
 
     def check_alike(self, runs: Iterable[tuple[str, RunSpec]]) -> None:
@@ -119,7 +119,7 @@ class SuiteTable:
             if found is not None and found["digest"] != spec.digest():
                 raise ValueError(
                     f"{self.path} must hold runs of the suite's settings, but {spec.label} was made with others "
-                    f"({found['digest']}, now {spec.digest()}). {_WAY_OUT}"
+                    f"({found['digest']}, now {spec.digest()}). {_HINT}"
                 )
 
     def find(self, setting: str, spec: RunSpec) -> dict[str, str] | None:
