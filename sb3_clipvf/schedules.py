@@ -168,8 +168,8 @@ def make_schedule(value: Any, name: str, *, positive: bool = False) -> Schedule:
     start = schedule(1.0)
     if not math.isfinite(start) or start < 0 or (positive and start == 0):
         rule = "positive and finite" if positive else "at least 0 and finite"
-        way_out = " None turns it off." if positive else ""
-        text = f"`{name}` must be {rule}, got {value!r}. Its value at the start of training is {start}.{way_out}"
+        hint = " None turns it off." if positive else ""
+        text = f"`{name}` must be {rule}, got {value!r}. Its value at the start of training is {start}.{hint}"
         raise ValueError(text)
     return schedule
 

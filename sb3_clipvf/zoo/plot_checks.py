@@ -138,8 +138,8 @@ def _missing_evaluations(folder: Path, env: str, options: Namespace) -> str:
                 raise _not_comparable(env, f"{path} has none up to `-max` {options.max_timesteps}. Pass more.")
             if np.isnan(results[steps <= options.max_timesteps]).any():
                 # IsolatedEvalCallback fills rows with fewer episodes than others.
-                way_out = f"Use `sb3-clipvf report {path.parent}`."
-                raise _not_comparable(env, f"evaluations in {path} differ in the number of episodes. {way_out}")
+                hint = f"Use `sb3-clipvf report {path.parent}`."
+                raise _not_comparable(env, f"evaluations in {path} differ in the number of episodes. {hint}")
     if not runs:
         return f"they have one evaluation in {folder}. Train longer, or with a smaller `--eval-freq`."
     kept = _compared(runs, env, options)
@@ -172,7 +172,7 @@ def _compared(runs: dict[Path, tuple[Any, Any]], env: str, options: Namespace) -
     for run in kept:
         is_resampled = run in long and len(steps[run]) != len(steps[first])
         if not (is_resampled or np.allclose(steps[run][:n_evaluations], steps[first][:n_evaluations], rtol=0.01)):
-            way_out = "Keep them in different folders (`-f`)"
-            way_out += "." if lowest > 0 else ", or pass `-min` to compare long runs at the nearest steps."
-            raise _not_comparable(env, f"{first} and {run} were evaluated at different steps. {way_out}")
+            hint = "Keep them in different folders (`-f`)"
+            hint += "." if lowest > 0 else ", or pass `-min` to compare long runs at the nearest steps."
+            raise _not_comparable(env, f"{first} and {run} were evaluated at different steps. {hint}")
     return kept

@@ -25,7 +25,7 @@ from sb3_clipvf.zoo.commands import ALGORITHM
 from sb3_clipvf.zoo.comparison.curves import ROLLING_WINDOW, smoothed
 from sb3_clipvf.zoo.comparison.groups import Group, group_records, repeated_seeds
 from sb3_clipvf.zoo.comparison.outputs import SUFFIXES, check_outputs, write_outputs
-from sb3_clipvf.zoo.comparison.records import Record, find_records
+from sb3_clipvf.zoo.comparison.records import RunRecord, find_records
 from sb3_clipvf.zoo.comparison.series import Series, read_evaluations
 from sb3_clipvf.zoo.comparison.titles import plural
 from sb3_clipvf.zoo.comparison.train_commands import environment_options
@@ -233,7 +233,7 @@ def _write_page(run: Run, outputs: Sequence[Path]) -> str:
     return ", ".join(map(str, outputs))
 
 
-def _compare(folders: Sequence[str], outputs: Sequence[Path]) -> tuple[list[Record], list[Group], list[str]]:
+def _compare(folders: Sequence[str], outputs: Sequence[Path]) -> tuple[list[RunRecord], list[Group], list[str]]:
     """Write the files of a report on runs; return the runs, their groups, and messages about what was left out."""
     records, problems = find_records(folders)
     groups = group_records(records)

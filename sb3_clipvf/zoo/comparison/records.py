@@ -27,7 +27,7 @@ _OF_RUNS = (_MONITOR_FILES, "evaluations.npz", "progress.json", "progress.csv", 
 
 
 @dataclass(frozen=True)
-class Record:
+class RunRecord:
     """
     What the files of one run hold.
 
@@ -72,7 +72,7 @@ class Record:
         return float(known[-1]) if len(known) > 0 and known[-1] > 0 else None
 
 
-def find_records(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Record], list[str]]:
+def find_records(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[RunRecord], list[str]]:
     """
     Read all runs in folders, each a run or a folder of runs at any depth.
 
@@ -80,7 +80,7 @@ def find_records(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Record
     :raises ValueError: If a folder holds no run, or no run has anything to show.
     """
     paths: dict[Path, Path] = {}  # by real path, since several may lead to a run
-    records: list[Record] = []
+    records: list[RunRecord] = []
     problems: list[str] = []
     for folder in folders:
         if not Path(folder).is_dir():
@@ -118,7 +118,7 @@ def find_records(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Record
     return records, problems + _unknown_envs(records) + _unknown_times(records) + _mixed_versions(records)
 
 
-def read_record(folder: Path, inner: Sequence[Path] = ()) -> tuple[Record, list[str]]:
+def read_record(folder: Path, inner: Sequence[Path] = ()) -> tuple[RunRecord, list[str]]:
     """
     Read the files of one run.
 
@@ -143,7 +143,7 @@ def read_record(folder: Path, inner: Sequence[Path] = ()) -> tuple[Record, list[
     ends += [] if evaluations is None else [evaluations.steps[-1]]
     if run is not None and not run.model_path.is_file():
         problems.append(_unfinished(folder, arguments))
-    record = Record(
+    record = RunRecord(
         folder=folder,
         env_id=str(arguments.get("env") or training.env_id or _env_of_path(folder)),
         algo=str(arguments.get("algo") or ""),
@@ -205,7 +205,7 @@ def _is_own_run(path: Path, folder: Path) -> bool:
     return bool(monitors) and not is_evaluation and not is_of_evaluations(monitors[0].name)
 
 
-def _without_copies(records: Sequence[Record], problems: list[str]) -> list[Record]:
+def _without_copies(records: Sequence[RunRecord], problems: list[str]) -> list[RunRecord]:
     """Leave out logs that ``train -tb`` wrote beside the logs of runs that are shown; add a message."""
     places: set[Path] = set()
     for record in records:
@@ -285,7 +285,7 @@ def _key_text(key: Any) -> str:
     return key if isinstance(key, str) else repr(key)
 
 
-def _unknown_envs(records: Sequence[Record]) -> list[str]:
+def _unknown_envs(records: Sequence[RunRecord]) -> list[str]:
     n_unknown = sum(not record.env_id for record in records)
     if n_unknown < 2:
         return []
@@ -295,14 +295,14 @@ def _unknown_envs(records: Sequence[Record]) -> list[str]:
     ]
 
 
-def _unknown_times(records: Sequence[Record]) -> list[str]:
+def _unknown_times(records: Sequence[RunRecord]) -> list[str]:
     n_resumed = sum(record.is_resumed for record in records)
     if n_resumed == 0:
         return []
     return [f"The times of {n_resumed} of {plural(len(records), 'run')} are not known, since they were resumed."]
 
 
-def _mixed_versions(records: Sequence[Record]) -> list[str]:
+def _mixed_versions(records: Sequence[RunRecord]) -> list[str]:
     """Return a message about each package of which the runs used several versions."""
     found = []
     for name in VERSIONS:
@@ -324,8 +324,8 @@ def _unfinished(folder: Path, arguments: Mapping[str, Any]) -> str:
     return text
 
 
-def _emptiness(record: Record) -> str:
-    """Return why a run has nothing to show, and the way out."""
+def _emptiness(record: RunRecord) -> str:
+    """Return why a run has nothing to show, and the hint."""
     if record.arguments:
         return "no training episode ended, and it has no evaluations. Train longer, or with `--eval-freq`."
     return "its files hold no episode, evaluation or number of a log. Remove it, or train longer."

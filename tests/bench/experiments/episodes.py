@@ -71,4 +71,5 @@ def unbinned_curve(columns: Mapping[str, np.ndarray]) -> TrainingCurve:
     from sb3_clipvf.zoo.runs import TrainingCurve
 
     counts = columns["episodes"].astype(np.int64)
-    return TrainingCurve(*(np.repeat(columns[name], counts) for name in ("step", "return", "seconds")))
+    steps, returns, seconds = (np.repeat(columns[name], counts) for name in ("step", "return", "seconds"))
+    return TrainingCurve(steps, returns, seconds)
