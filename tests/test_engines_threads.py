@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import scipy.linalg.cython_blas  # noqa: F401  # threadpool_limits sets the libraries that are loaded
 import torch as th
 from threadpoolctl import OpenBLASController, threadpool_info, threadpool_limits
 
