@@ -4,6 +4,7 @@ The page of ``sb3-clipvf report RUNS``: runs as their files show them, compared 
 Reading:
 
 - ``records``: runs in folders, and what their files hold;
+- ``training``: episodes, log, clock and model of a run, from all of its files;
 - ``series``: quantities of a run over its training.
 
 Comparing:
