@@ -250,7 +250,10 @@ def compare(
         np.random.seed(7)
         th.manual_seed(7)
         statistics = engine.update(buffer, coefficients)
-    slow_policy, slow_buffer, seen = slow_updates(name, settings, coefficients, n_updates, **kwargs)
+    run_slowly = (
+        slow_updates.__wrapped__ if name == "custom" else slow_updates
+    )  # tests give "custom" their own policies
+    slow_policy, slow_buffer, seen = run_slowly(name, settings, coefficients, n_updates, **kwargs)
     assert_same_training(policy, slow_policy)
     assert_same_statistics(statistics, seen, slow_policy, slow_buffer, settings)
     return statistics, seen

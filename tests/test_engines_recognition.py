@@ -264,7 +264,7 @@ def test_functions_that_were_replaced_count(name: str, fast: str, monkeypatch: p
     [
         (preprocessing, "is_image_space"),
         (sys.modules["torch.nn.utils.clip_grad"], "_get_total_norm"),
-        (autograd, "mean_std_of"),
+        (autograd, "advantage_moments"),
     ],
 )
 def test_functions_of_other_modules_that_were_replaced_count(
