@@ -250,9 +250,8 @@ def compare(
         np.random.seed(7)
         th.manual_seed(7)
         statistics = engine.update(buffer, coefficients)
-    run_slowly = (
-        slow_updates.__wrapped__ if name == "custom" else slow_updates
-    )  # tests give "custom" their own policies
+    # Tests replace what "custom" means, so its updates are not kept.
+    run_slowly = slow_updates.__wrapped__ if name == "custom" else slow_updates
     slow_policy, slow_buffer, seen = run_slowly(name, settings, coefficients, n_updates, **kwargs)
     assert_same_training(policy, slow_policy)
     assert_same_statistics(statistics, seen, slow_policy, slow_buffer, settings)
