@@ -23,7 +23,7 @@ from sb3_clipvf.common.validation import MAX_SEED, check_device, check_int
 from sb3_clipvf.files.atomic import atomic_write
 from sb3_clipvf.zoo.commands import ALGORITHM
 from sb3_clipvf.zoo.comparison.curves import ROLLING_WINDOW, smoothed
-from sb3_clipvf.zoo.comparison.groups import Group, group_records, repeated_seeds
+from sb3_clipvf.zoo.comparison.groups import Group, group_records, printable, repeated_seeds
 from sb3_clipvf.zoo.comparison.outputs import SUFFIXES, check_outputs, write_outputs
 from sb3_clipvf.zoo.comparison.records import RunRecord, find_records
 from sb3_clipvf.zoo.comparison.series import Series, read_evaluations
@@ -196,8 +196,8 @@ def compare_runs(folders: Sequence[str], outputs: Sequence[Path]) -> None:
     :raises ValueError: If a folder holds no run, or a suffix is unknown.
     """
     records, groups, problems = _compare(folders, outputs)
-    # Names of folders may hold bytes that are not UTF-8.
-    sys.stdout.write("".join(f"  {problem}\n" for problem in problems).encode(errors="backslashreplace").decode())
+    for problem in problems:
+        sys.stdout.write(f"  {printable(problem)}\n")
     n_env_ids = len({record.env_id for record in records})
     counts = [plural(len(records), "run"), plural(len(groups), "group"), plural(n_env_ids, "environment")]
     sys.stdout.write(f"{', '.join(counts)}\n")

@@ -64,9 +64,13 @@ def group_records(records: Sequence[RunRecord]) -> list[Group]:
         own = [f"{key} {value_text(found[0].settings[key])}" for key in keys if key in found[0].settings]
         parts += own if own or not keys else ["default"]
         name = ", ".join(parts) or algo or found[0].folder.resolve().name
-        name = name.encode(errors="backslashreplace").decode()  # names of folders may hold bytes that are not UTF-8
-        groups.append(Group(name, env_id, tuple(sorted(found, key=_seed))))
+        groups.append(Group(printable(name), env_id, tuple(sorted(found, key=_seed))))
     return sorted(_with_short_names(groups), key=lambda group: group.env_id)
+
+
+def printable(text: str) -> str:
+    """Return a text that UTF-8 can encode: names of folders may hold bytes that are not UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def repeated_seeds(groups: Sequence[Group]) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sb3_clipvf.files.atomic import atomic_write
-from sb3_clipvf.zoo.comparison.groups import Group
+from sb3_clipvf.zoo.comparison.groups import Group, printable
 from sb3_clipvf.zoo.comparison.page import page
 from sb3_clipvf.zoo.comparison.summary import csv_table, latex_table, markdown_table
 
@@ -34,18 +34,13 @@ def write_outputs(groups: Sequence[Group], problems: Sequence[str], command: str
     """Write a report in the formats of the paths, each atomically."""
     for path in paths:
         if path.suffix == ".html":
-            content = _encoded(page(groups, problems, command))
+            content = printable(page(groups, problems, command)).encode()
         elif path.suffix in TABLES:
-            content = _encoded(TABLES[path.suffix](groups))
+            content = printable(TABLES[path.suffix](groups)).encode()
         else:
             content = _figure(groups, path.suffix)
         with atomic_write(path) as file:
             file.write(content)
-
-
-def _encoded(text: str) -> bytes:
-    """Return a text as UTF-8; the name of a folder may hold bytes that are not."""
-    return text.encode(errors="backslashreplace")
 
 
 def _figure(groups: Sequence[Group], suffix: str) -> bytes:

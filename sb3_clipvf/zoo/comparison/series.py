@@ -53,7 +53,8 @@ def read_evaluations(path: Path) -> dict[str, np.ndarray]:
     """
     Read the arrays of ``evaluations.npz``, as an ``EvalCallback`` writes it.
 
-    :return: Arrays by name, among them ``timesteps``, ``(n,)``, and the returns ``results``, ``(n, n_episodes)``.
+    :return: Arrays by name, among them ``timesteps``, ``(n,)``, and the returns ``results``, ``(n, n_episodes)``,
+        float64.
     :raises ValueError: If the file is damaged or holds something else.
     """
     try:
@@ -61,6 +62,7 @@ def read_evaluations(path: Path) -> dict[str, np.ndarray]:
         with path.open("rb") as file, np.load(file) as data:
             arrays = dict(data)
         steps, results = arrays["timesteps"], arrays["results"].astype(np.float64)
+        arrays["results"] = results
         if results.ndim != 2 or steps.shape != results.shape[:1] or results.size == 0:
             raise ValueError(f"shapes {steps.shape} and {results.shape}")
     except (OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, zipfile.BadZipFile) as error:
@@ -77,7 +79,7 @@ def mean_evaluations(path: Path) -> Series:
     :raises ValueError: If the file is damaged or holds something else.
     """
     arrays = read_evaluations(path)
-    results = arrays["results"].astype(np.float64)
+    results = arrays["results"]
     # IsolatedEvalCallback fills rows with fewer episodes than others with NaN. A row of NaN alone has no mean.
     with np.errstate(invalid="ignore"):
         means = np.nansum(results, axis=1) / np.sum(~np.isnan(results), axis=1)
