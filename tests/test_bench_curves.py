@@ -10,7 +10,7 @@ import yaml
 from test_bench_learning import MAKE, log_of, make_with, runs_in, written
 
 from sb3_clipvf import zoo
-from sb3_clipvf.zoo.runs import TrainingCurve
+from sb3_clipvf.zoo.training_curve import TrainingCurve
 from tests.bench import curves, curves_report
 from tests.bench.curves import ROWS, main
 from tests.bench.curves_report import Comparison, CurveRow, comparisons, render_table, write_figure

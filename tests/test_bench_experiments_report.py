@@ -13,7 +13,7 @@ import yaml
 from rliable import library, metrics
 from scipy import stats
 
-from sb3_clipvf.zoo.runs import TrainingCurve
+from sb3_clipvf.zoo.training_curve import TrainingCurve
 from tests.bench.experiments import estimates, main, random_policy
 from tests.bench.experiments.best_result import best_result_scores
 from tests.bench.experiments.episodes import binned_episodes, grid, unbinned_curve

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from sb3_clipvf import ClipPPO, zoo
-from sb3_clipvf.zoo.runs import TrainingCurve, find_run
+from sb3_clipvf.zoo.runs import find_run
+from sb3_clipvf.zoo.training_curve import TrainingCurve
 from tests.bench.experiments import executors, runs
 from tests.bench.experiments.episodes import MAX_ROWS, binned_episodes
 from tests.bench.experiments.executors import LocalExecutor

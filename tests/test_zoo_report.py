@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 from sb3_clipvf import zoo
 from sb3_clipvf.zoo import report
 from sb3_clipvf.zoo.report import main, next_commands, record_video, write_learning_curve
-from sb3_clipvf.zoo.runs import Evaluation, Run, TrainingCurve, find_run, read_arguments
+from sb3_clipvf.zoo.runs import Evaluation, Run, find_run, read_arguments
+from sb3_clipvf.zoo.training_curve import TrainingCurve
 
 EVALUATION = Evaluation((9.0, 11.0), (5, 5), True, 1000, 0)
 

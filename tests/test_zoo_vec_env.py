@@ -20,7 +20,7 @@ from sb3_clipvf.envs.envpool import EnvPoolVecEnv, SparedEnvPoolVecEnv
 from sb3_clipvf.envs.gymnasium_vector import AtariVecEnv, CartPoleVecEnv, SeparateVecEnv
 from sb3_clipvf.zoo import main, register
 from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
-from sb3_clipvf.zoo.runs import read_training_curve
+from sb3_clipvf.zoo.training_curve import read_training_curve
 from sb3_clipvf.zoo.vec_env import EnvSettings, make_vec_env, wrapper_list
 
 pytestmark = [

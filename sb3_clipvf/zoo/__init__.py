@@ -33,7 +33,8 @@ Runs that exist:
 
 - ``run_folders``: numbers of runs, the run that options select, the command that resumes it;
 - ``checked_files``: models, statistics and settings of a run, read without running code;
-- ``runs``: training and evaluation of one run, for Python code as well;
+- ``runs``: settings and evaluation of one run, for Python code as well;
+- ``training_curve``: training episodes of a run, from its Monitor files;
 - ``model_choice``: the model that a command loads, and its statistics of ``VecNormalize``;
 - ``resume``: the command line that ``--resume`` builds again.
 """

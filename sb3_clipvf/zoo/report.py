@@ -37,13 +37,13 @@ from sb3_clipvf.zoo.runs import (
     EVALUATION_SEED,
     Evaluation,
     Run,
-    TrainingCurve,
     evaluate_run,
     find_run,
     load_model,
     make_env,
     read_arguments,
 )
+from sb3_clipvf.zoo.training_curve import TrainingCurve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

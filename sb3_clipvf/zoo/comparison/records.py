@@ -17,7 +17,8 @@ from sb3_clipvf.zoo.comparison.series import EVENT_FILES, Series, files_of, mean
 from sb3_clipvf.zoo.comparison.titles import plural
 from sb3_clipvf.zoo.comparison.training import VERSIONS, SavedModel, noting, read_saved_model, read_training
 from sb3_clipvf.zoo.run_folders import CHECKPOINTS, processes_of, resume_command
-from sb3_clipvf.zoo.runs import Run, is_of_evaluations, monitor_paths, read_arguments, read_hyperparams
+from sb3_clipvf.zoo.runs import Run, read_arguments, read_hyperparams
+from sb3_clipvf.zoo.training_curve import is_of_evaluations, monitor_paths
 
 OF_OPTIONS = ("n_timesteps", "env_kwargs", "eval_env_kwargs", "vec_env", "trained_agent", "n_processes")
 """Options of ``train`` and of ``torchrun`` that count as settings of a run."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from sb3_clipvf.zoo.comparison.series import Series, earlier_logs, read_logs
-from sb3_clipvf.zoo.runs import frame_skip, read_training_curve
+from sb3_clipvf.zoo.training_curve import frame_skip, read_training_curve
 
 VERSIONS = ("Stable-Baselines3", "PyTorch", "Gymnasium", "Numpy", "Python")
 """Packages whose versions a model's file holds."""

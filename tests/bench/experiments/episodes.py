@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from sb3_clipvf.zoo.runs import TrainingCurve
+    from sb3_clipvf.zoo.training_curve import TrainingCurve
 
 N_POINTS = 40
 WINDOW = 20
@@ -68,7 +68,7 @@ def binned_episodes(curve: TrainingCurve, n_timesteps: int) -> dict[str, list[fl
 
 def unbinned_curve(columns: Mapping[str, np.ndarray]) -> TrainingCurve:
     """Return the curve of a file of episodes, in which all episodes of a row ended together with the row's mean."""
-    from sb3_clipvf.zoo.runs import TrainingCurve
+    from sb3_clipvf.zoo.training_curve import TrainingCurve
 
     counts = columns["episodes"].astype(np.int64)
     steps, returns, seconds = (np.repeat(columns[name], counts) for name in ("step", "return", "seconds"))

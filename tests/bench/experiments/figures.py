@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from sb3_clipvf.zoo.runs import TrainingCurve
+    from sb3_clipvf.zoo.training_curve import TrainingCurve
 
 CAPTIONS = {
     "": "Difference to the baseline in normalised scores: interquartile mean and 95 % interval, from three seeds on",

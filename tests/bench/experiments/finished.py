@@ -15,7 +15,7 @@ from tests.bench.experiments.suite import Suite
 from tests.bench.experiments.tables import SuiteTable, made_on
 
 if TYPE_CHECKING:
-    from sb3_clipvf.zoo.runs import TrainingCurve
+    from sb3_clipvf.zoo.training_curve import TrainingCurve
 
 MEASURES = {"mean_return": "whole training", "last_return": "last 100 episodes"}
 """Columns of the table that are scores, and their names."""

@@ -274,7 +274,8 @@ def _train(spec: RunSpec) -> bool:
 
 
 def _measure(spec: RunSpec) -> Record:
-    from sb3_clipvf.zoo.runs import evaluate_run, find_run, read_training_curve
+    from sb3_clipvf.zoo.runs import evaluate_run, find_run
+    from sb3_clipvf.zoo.training_curve import read_training_curve
 
     run = find_run(spec.folder, spec.env_id, spec.algo)
     num_timesteps = _model_steps(run.folder, spec)
