@@ -197,6 +197,8 @@ def test_environment_of_another_suite_and_its_own_settings(tmp_path: Path) -> No
     assert spec.hyperparams is not None and (spec.hyperparams["n_envs"], spec.hyperparams["n_timesteps"]) == (16, 5)
     assert "expected" not in spec.hyperparams
     assert campaign(suite, tmp_path).listed().splitlines()[2].endswith("0 of 1 seeds done (expected: all)")
+    scored = replace(suite, best_result_score=True)
+    assert campaign(scored, tmp_path).listed().splitlines()[2].endswith("(expected over all environments: all)")
     assert [spec.env_id for _, spec in suite.only(None, ["constant"]).runs(tmp_path)] == ["Acrobot-v1"]
     with pytest.raises(ValueError, match="`--settings` must be made in one of `--envs`, got constant"):
         suite.only(["CartPole-v1"], ["constant"])

@@ -76,6 +76,8 @@ class Campaign:
     def listed(self) -> str:
         """Return a line for each environment and setting: the steps, how many seeds are done, and their scores."""
         lines = []
+        # A score between random actions and the best result is a mean over all environments.
+        where = " over all environments" if self._suite.best_result_score else ""
         for environment in self._suite.environments:
             for setting in self._suite.settings_of(environment):
                 specs = [s for name, s in self.runs if name == setting and s.env_id == environment.env_id]
@@ -84,7 +86,8 @@ class Campaign:
                 steps = f"{environment.n_timesteps:>10,} steps"
                 scores = "".join(f", {text}" for text in _mean_scores(rows))
                 expected = self._suite.settings[setting].expected
-                end = f"{n_done} of {len(specs)} seeds done{scores}{f' (expected: {expected})' if expected else ''}"
+                source = f" (expected{where}: {expected})" if expected else ""
+                end = f"{n_done} of {len(specs)} seeds done{scores}{source}"
                 lines.append(f"{environment.env_id:<26} {setting:<22} {steps}  {end}\n")
         return "".join(lines) + f"{len(self.todo)} of {len(self.runs)} runs to make; {self._time_left()}"
 
