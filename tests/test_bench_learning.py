@@ -413,7 +413,7 @@ def test_table_means_over_seeds_and_names_what_is_missing(tmp_path: Path) -> Non
         results.add({**result(row, seed, mean), "cpu_seconds": None if minutes is None else 60 * minutes})
     lines = render_table(results, (plain, variant, empty), (1000, 1001)).replace("\u00a0", " ").splitlines()
     # Intervals begin with three seeds.
-    assert lines[:5] == [
+    assert lines[:6] == [
         "| environment and settings | steps | ClipPPO | SB3 PPO | difference from SB3 PPO "
         "| difference from the packaged settings | goal | reached | CPU minutes | others (RL Zoo) |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: | --- |",
@@ -421,9 +421,10 @@ def test_table_means_over_seeds_and_names_what_is_missing(tmp_path: Path) -> Non
         "| 1.0 / 30.0 | 7 (a2c) |",
         f"| variant<br>`{' '.join(PARAMS)} --vec-env envpool` | 5,000 "
         "| 8.5 [not enough data] (1 of 2 seeds) | not run |  | 0.5 [not enough data] |  |  |  |  |",
-        "| empty | 5,000 | not run | not run |  |  | 8 |  |  |  |",
+        "",
+        "Not run: empty.",
     ]
-    assert lines[6].startswith("Seeds: 1000, 1001. ")
+    assert lines[7].startswith("Seeds: 1000, 1001. ")
     assert lines[-1] == "- C, 2 cores, one run at a time, one thread each; python 3"
 
 

@@ -166,8 +166,11 @@ def render_table(results: Results, rows: Sequence[Row], seeds: Sequence[int]) ->
     header += ["difference from the packaged settings", "goal", "reached", "CPU minutes", "others (RL Zoo)"]
     found = {row: _runs(results, row, seeds) for made in rows for row in (made, made.peer())}
     shipped = {row.env_id: found[row] for row in rows if not row.params}
-    lines = [_cells(row, found[row], found[row.peer()], shipped.get(row.env_id, []), len(seeds)) for row in rows]
+    begun = [row for row in rows if found[row] or found[row.peer()]]
+    lines = [_cells(row, found[row], found[row.peer()], shipped.get(row.env_id, []), len(seeds)) for row in begun]
     table = markdown_table(header, "lrrrrrrlrl", lines)
+    if missing := [row.name for row in rows if row not in begun]:
+        table += f"\n\nNot run: {', '.join(missing)}."
     machines = machines_text([run for runs in found.values() for run in runs], how_made)
     return f"{table}\n\nSeeds: {', '.join(map(str, seeds))}. {_NOTES}\n\n{machines}"
 
