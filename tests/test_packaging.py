@@ -102,6 +102,18 @@ def test_a_source_distribution_has_all_files_of_a_clone(tmp_path: Path) -> None:
     assert names - made == {*tracked, SETTINGS} - {"sb3_clipvf/hyperparams"}
 
 
+@pytest.mark.parametrize(("pip_works", "created"), [("true", False), ("false", True)])
+def test_make_keeps_an_environment_that_works(pip_works: str, created: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "venv"
+    for path, lines in ((folder / "bin/python", pip_works), (tmp_path / "python", f'echo "$@" >> {tmp_path}/calls')):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{lines}\n")
+        path.chmod(0o755)
+    run("make", f"VENV={folder}", f"PYTHON={tmp_path}/python", f"{folder}/.installed-venv", cwd=ROOT)
+    assert (f"-m venv --clear {folder}" in (tmp_path / "calls").read_text()) == created
+    assert (folder / ".installed-venv").exists()
+
+
 def test_each_imported_package_is_required() -> None:
     """By its own name, since packages that bring it may allow versions that lack what is imported."""
     config = ConfigParser()
