@@ -18,6 +18,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 
+import sb3_clipvf
 from sb3_clipvf import ClipPPO
 from sb3_clipvf.engines.device import LARGEST_ON_CPU, choose_cpu
 from sb3_clipvf.schedules import make_schedule
@@ -76,6 +77,12 @@ def parameters_of(command: list[str]) -> list[str]:
     """The tokens ``key:value`` behind ``-params``."""
     tokens = command[command.index("-params") + 1 :] if "-params" in command else []
     return [token for token in tokens if re.match(r"\w+:", token)]
+
+
+def test_the_api_lists_what_the_package_exports() -> None:
+    sentence = re.search(r"The package `sb3_clipvf` exports (.*?)\.\n", text_of("api/index.md"), re.DOTALL)
+    assert sentence is not None
+    assert sorted(re.findall(r"`(\w+)`", sentence[1])) == sorted(sb3_clipvf.__all__)
 
 
 @pytest.fixture
