@@ -245,6 +245,9 @@ def test_folders_with_names_that_are_not_utf8_are_shown(
     for name in (b"caf\xe9", b"th\xe9"):
         write_run(Path("logs", os.fsdecode(name), "CartPole-v1_1"))
         (Path("logs", os.fsdecode(name), "CartPole-v1_1") / "progress.json").write_text("[")
+    log = Path("logs", os.fsdecode(b"n\xe9-v1"), "PPO_1", "progress.json")  # the folder names the environment
+    log.parent.mkdir(parents=True)
+    log.write_text('{"time/total_timesteps": 100, "rollout/ep_rew_mean": 1.0}')
     names = [f"report{suffix}" for suffix in (".html", ".csv", ".md", ".tex", ".png", ".svg", ".pdf")]
     assert main(["logs", *(word for name in names for word in ("-o", name))]) == 0
     assert all("caf\\udce9" in Path(name).read_text() for name in names[:3])

@@ -101,20 +101,24 @@ def test_evaluations_of_the_zoos_benchmark_are_no_runs(tmp_path: Path) -> None:
     assert len(find_records([folder.parent])[0]) == 1
 
 
+@pytest.mark.parametrize("written", ["logs/tb", "{}/moved/tb"])
 @pytest.mark.parametrize("has_log", [True, False])
-def test_a_tensorboard_log_of_a_run_with_a_log_is_no_run(has_log: bool, tmp_path: Path) -> None:
-    own = write_run(tmp_path / "moved/clipppo/CartPole-v1_1", arguments={"tensorboard_log": "logs/tb"})
+def test_a_tensorboard_log_of_a_run_with_a_log_is_no_run(has_log: bool, written: str, tmp_path: Path) -> None:
+    arguments = {"tensorboard_log": written.format(tmp_path)}
+    own = write_run(tmp_path / "moved/clipppo/CartPole-v1_1", arguments=arguments)
     rows = json.dumps({"time/total_timesteps": 100, "train/loss": 1.0}) + "\n"
     if has_log:
         (own / "progress.json").write_text(rows)
-    logger = configure(str(tmp_path / "moved/tb/CartPole-v1/ClipPPO_1"), ["tensorboard"])
-    logger.record("train/loss", 1.0)
-    logger.dump(100)
-    logger.close()
+    others = ["my_sac/SAC_1", "CartPole-v1/SAC_1", "CartPole-v1/notes"]
+    for name in ("CartPole-v1/ClipPPO_1", *others):
+        logger = configure(str(tmp_path / "moved/tb" / name), ["tensorboard"])
+        logger.record("train/loss", 1.0)
+        logger.dump(100)
+        logger.close()
     records, problems = find_records([tmp_path])
-    assert len(records) == (1 if has_log else 2)
-    left_out = f"{tmp_path}/moved/tb: 1 log of `-tb` left out, since the runs' own logs are shown."
-    assert problems == [left_out] * has_log
+    assert len(records) - len(others) == (1 if has_log else 2)
+    left_out = f"{tmp_path}/moved/tb/CartPole-v1: 1 log of `-tb` left out, since the runs' own logs are shown."
+    assert [problem for problem in problems if "-tb" in problem] == [left_out] * has_log
 
 
 def test_keys_of_settings_may_have_any_type(tmp_path: Path) -> None:
@@ -160,13 +164,26 @@ def test_a_continued_monitor_file_is_that_of_a_resumed_run(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("n_rows", "step", "last"),
-    # A log lags behind the episodes by up to a row: few rows do not tell the frame skip.
-    [(20, 100, 2000), (20, 400, 8000), (2, 2500, 8000)],
+    ("n_rows", "step", "seconds", "last"),
+    [
+        (20, 100, 5.0, 2000),
+        (20, 400, 5.0, 8000),
+        # A log lags behind the episodes by up to a row: few rows do not tell the frame skip.
+        (2, 2500, 50.0, 8000),
+        # Evaluations or other trainings in the same Monitor file, after the steps of this log.
+        (20, 100, 1.25, 8000),
+        (20, 200, 2.5, 8000),
+        (20, 100, None, 8000),
+    ],
 )
-def test_frames_are_no_steps_without_a_model(n_rows: int, step: int, last: float, tmp_path: Path) -> None:
+def test_frames_are_no_steps_without_a_model(
+    n_rows: int, step: int, seconds: float | None, last: float, tmp_path: Path
+) -> None:
     write_monitor(tmp_path / "monitor.csv", [(1.0, 80, float(i)) for i in range(1, 101)])
-    rows = ({"time/total_timesteps": step * n, "train/loss": 1.0} for n in range(1, n_rows + 1))
+    rows = []
+    for n in range(1, n_rows + 1):
+        clock = {} if seconds is None else {"time/time_elapsed": seconds * n}
+        rows.append({"time/total_timesteps": step * n, "train/loss": 1.0, **clock})
     (tmp_path / "progress.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (record,), _ = find_records([tmp_path])
     assert record.episodes.steps[-1] == last
@@ -514,6 +531,13 @@ def test_evaluations_of_other_shapes_are_refused(arrays: dict[str, list[float]],
     np.savez(tmp_path / "evaluations.npz", **arrays)
     with pytest.raises(ValueError, match=r"must hold evaluations of SB3's EvalCallback, but is damaged"):
         read_evaluations(tmp_path / "evaluations.npz")
+
+
+def test_evaluations_are_read_although_another_array_cannot_be(tmp_path: Path) -> None:
+    path = tmp_path / "evaluations.npz"
+    ragged = np.array([[True], [True, False]], dtype=object)
+    np.savez(path, timesteps=[1, 2], results=[[1.0], [2.0]], successes=ragged, ep_lengths=[[3], [4]])
+    assert read_evaluations(path).keys() == {"timesteps", "results", "ep_lengths"}
 
 
 def test_settings_that_could_run_code_leave_the_run_out(tmp_path: Path, mark: Path) -> None:

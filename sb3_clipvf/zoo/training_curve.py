@@ -164,7 +164,8 @@ def _check_one_training(files: Sequence[MonitorFile]) -> None:
         if most - steps > most / 2 + longest:
             raise ValueError(
                 f"{path.parent} must hold one training, got {first.name} and {path.name}, whose environments did not "
-                "step together. Keep each training in its own folder."
+                "step together: they are of several trainings or of evaluations, or a wrapper outside of Monitor ends "
+                "episodes, which Monitor then lacks. Keep each training in its own folder, inside of Monitor."
             )
         if steps > most:
             most, first = steps, path

@@ -64,7 +64,7 @@ def group_records(records: Sequence[RunRecord]) -> list[Group]:
         own = [f"{key} {value_text(found[0].settings[key])}" for key in keys if key in found[0].settings]
         parts += own if own or not keys else ["default"]
         name = ", ".join(parts) or algo or found[0].folder.resolve().name
-        groups.append(Group(printable(name), env_id, tuple(sorted(found, key=_seed))))
+        groups.append(Group(printable(name), printable(env_id), tuple(sorted(found, key=_seed))))
     return sorted(_with_short_names(groups), key=lambda group: group.env_id)
 
 

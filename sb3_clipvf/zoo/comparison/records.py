@@ -208,22 +208,26 @@ def _is_own_run(path: Path, folder: Path) -> bool:
 
 def _without_copies(records: Sequence[RunRecord], problems: list[str]) -> list[RunRecord]:
     """Leave out logs that ``train -tb`` wrote beside the logs of runs that are shown; add a message."""
-    places: set[Path] = set()
+    names: set[tuple[Path, str]] = set()  # folder and first part of the name, as in <tb>/CartPole-v1/ClipPPO_1
     for record in records:
         written, logs = (record.arguments.get(key) for key in ("tensorboard_log", "log_folder"))
         if record.log and written and isinstance(written, str) and isinstance(logs, str):
-            # The log folder may have moved since, together with the folder inside it.
-            places.add((record.folder.resolve().parent.parent / os.path.relpath(written, logs)).resolve())
-    kept, n_copies = [], 0
+            place = Path(written)
+            if not place.is_absolute() or os.path.isabs(logs):
+                # The log folder may have moved since, together with the folder inside it.
+                place = record.folder.resolve().parent.parent / os.path.relpath(written, logs)
+            algorithm = record.algo.replace("ppo_lstm", "recurrentppo")
+            names.add(((place / record.env_id.replace("/", "-")).resolve(), algorithm))
+    kept: list[RunRecord] = []
+    copies: list[RunRecord] = []
     for record in records:
         is_log = not record.arguments and (record.is_mean or len(record.episodes.steps) == 0)
-        if is_log and any(map(record.folder.resolve().is_relative_to, places)):
-            n_copies += 1
-        else:
-            kept.append(record)
-    if n_copies > 0:
-        where = ", ".join(sorted(map(str, places)))
-        problems.append(f"{where}: {plural(n_copies, 'log')} of `-tb` left out, since the runs' own logs are shown.")
+        path = record.folder.resolve()
+        is_copy = is_log and (path.parent, path.name.rpartition("_")[0].lower()) in names
+        (copies if is_copy else kept).append(record)
+    if copies:
+        where = ", ".join(sorted({str(record.folder.parent) for record in copies}))
+        problems.append(f"{where}: {plural(len(copies), 'log')} of `-tb` left out, since the runs' own logs are shown.")
     return kept
 
 

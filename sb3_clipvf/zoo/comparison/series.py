@@ -8,6 +8,7 @@ import os
 import struct
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,15 +55,17 @@ def read_evaluations(path: Path) -> dict[str, np.ndarray]:
     Read the arrays of ``evaluations.npz``, as an ``EvalCallback`` writes it.
 
     :return: Arrays by name, among them ``timesteps``, ``(n,)``, and the returns ``results``, ``(n, n_episodes)``,
-        float64.
+        float64. Others that cannot be read, such as pickled ones, are omitted.
     :raises ValueError: If the file is damaged or holds something else.
     """
     try:
         # NumPy leaves a damaged file open that it opened itself.
         with path.open("rb") as file, np.load(file) as data:
-            arrays = dict(data)
-        steps, results = arrays["timesteps"], arrays["results"].astype(np.float64)
-        arrays["results"] = results
+            steps, results = data["timesteps"], data["results"].astype(np.float64)
+            arrays = {"timesteps": steps, "results": results}
+            for name in set(data) - set(arrays):
+                with suppress(ValueError, zipfile.BadZipFile):
+                    arrays[name] = data[name]
         if results.ndim != 2 or steps.shape != results.shape[:1] or results.size == 0:
             raise ValueError(f"shapes {steps.shape} and {results.shape}")
     except (OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, zipfile.BadZipFile) as error:

@@ -123,10 +123,20 @@ def read_training(
 def _without_frame_skip(episodes: Series, log: Mapping[str, Series]) -> Series:
     """Return episodes at the steps of the training, which its log counts, if Monitor has counted frames."""
     logged = max(log.values(), key=lambda one: len(one.steps), default=Series.of([]))
-    # The log lags behind by up to a row. A Monitor file whose clock started again may hold trainings without this log.
-    if len(episodes.steps) == 0 or len(logged.steps) < _FEWEST_ROWS or np.isnan(episodes.seconds).any():
+    # The log lags behind by up to a row.
+    if len(episodes.steps) == 0 or len(logged.steps) < _FEWEST_ROWS:
         return episodes
-    return replace(episodes, steps=episodes.steps / frame_skip(episodes.steps[-1], logged.steps[-1]))
+    skip = frame_skip(episodes.steps[-1], logged.steps[-1])
+    # Evaluations, or trainings that this log lacks, also add steps, but later. Frames are counted faster than steps.
+    n_first = np.searchsorted(episodes.steps, logged.steps[-1], side="right")
+    faster = _steps_per_second(episodes, n_first) / _steps_per_second(logged, len(logged.steps))
+    return replace(episodes, steps=episodes.steps / skip) if faster > skip**0.5 else episodes
+
+
+def _steps_per_second(series: Series, n_values: int) -> float:
+    """Return the speed between the first and the last of the first ``n_values`` values; NaN if unknown."""
+    steps, seconds = (np.ptp(column[:n_values]) if n_values else 0.0 for column in (series.steps, series.seconds))
+    return float(steps / seconds) if seconds > 0 else np.nan
 
 
 @contextmanager
