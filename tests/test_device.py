@@ -54,6 +54,8 @@ SPACES: dict[str, spaces.Space[Any]] = {
 }
 
 
+# Between the limits of the rule, so that it depends on the engine.
+MEDIUM: dict[str, Any] = {"policy_kwargs": {"net_arch": [96, 96]}, "n_steps": 512, "batch_size": 512}
 # Far beyond the rule's limits with a large minibatch.
 WIDE: dict[str, Any] = {"policy_kwargs": {"net_arch": [512, 256]}, "n_steps": 1024, "batch_size": 1024}
 
@@ -189,6 +191,8 @@ def test_a_policy_with_parameters_without_a_shape_or_on_a_device_takes_sb3s_choi
     ("policy", "arguments", "device"),
     [
         ("MlpPolicy", {}, "cpu"),
+        ("MlpPolicy", MEDIUM, "cpu"),
+        ("MlpPolicy", {**MEDIUM, "policy_kwargs": {"net_arch": [96, 96], "activation_fn": nn.GELU}}, "meta"),
         ("MlpPolicy", WIDE, "meta"),
         ("MlpPolicy", {**WIDE, "engine": "native"}, "cpu"),
         ("MultiInputPolicy", {}, "cpu"),

@@ -224,7 +224,7 @@ def altered_torch() -> str | None:
     """Return which process-wide switch of torch changes its numbers, as half a sentence, or None."""
     if th.get_default_dtype() is not th.float32:
         return f"torch's default dtype is {th.get_default_dtype()}"
-    if th._C._len_torch_function_stack() and not _only_cpu_is_default():
+    if th._C._len_torch_function_stack() and not _modes_are_known():
         return "torch has a default device or a function mode"
     if th._C._len_torch_dispatch_stack():
         return "torch has a dispatch mode"
@@ -259,9 +259,14 @@ def replaced_code() -> str | None:
     return None
 
 
-def _only_cpu_is_default() -> bool:
+def _modes_are_known() -> bool:
+    """Return whether all function modes of torch leave its numbers as they are."""
     modes = th.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-    return all(isinstance(mode, th.utils._device.DeviceContext) and mode.device.type == "cpu" for mode in modes)
+    return all(getattr(mode, "changes_no_numbers", False) or _is_default_cpu(mode) for mode in modes)
+
+
+def _is_default_cpu(mode: Any) -> bool:
+    return isinstance(mode, th.utils._device.DeviceContext) and mode.device.type == "cpu"
 
 
 @functools.cache

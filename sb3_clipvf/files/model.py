@@ -203,6 +203,8 @@ _FACTORIES = frozenset({th.empty, th.zeros, th.ones, th.full, th.rand, th.randn,
 class _NetworkBound(TorchFunctionMode):
     """Count the bytes of tensors before they are created, and refuse more than the file's weights explain."""
 
+    changes_no_numbers = True  # so that the choice of engine and device is that of the constructor
+
     def __init__(self, file: ModelFile) -> None:
         super().__init__()
         self._name, self._n_saved, self._n_bytes = file.name, file.weight_sizes["policy"], 0
