@@ -218,6 +218,39 @@ def test_unknown_final_observations_are_replaced_by_those_before(engine: str, bu
     np.testing.assert_allclose((rewards - plain)[:, 3], 0.0, atol=1e-6)
 
 
+class GammaCallback(BaseCallback):
+    """Changes ``gamma`` within the second rollout, and keeps that rollout's rewards."""
+
+    def __init__(self, gamma: float) -> None:
+        super().__init__()
+        self.gamma = gamma
+
+    def _on_step(self) -> bool:
+        if self.n_calls == self.model.n_steps + 1:
+            self.model.gamma = self.gamma
+        return True
+
+    def _on_rollout_end(self) -> None:
+        self.rewards = th.as_tensor(self.model.rollout_buffer.rewards).numpy().copy()
+
+
+@pytest.mark.parametrize(
+    ("make_env", "buffer"),
+    [
+        (TensorWalk, None),
+        (lambda: TensorWalk(finals=False), None),
+        (TensorWalk, DeviceRolloutBuffer),
+        (lambda: TensorWalk(finals=False), DeviceRolloutBuffer),
+        (lambda: Plain(as_vec_env(TensorWalk())), DeviceRolloutBuffer),
+    ],
+)
+def test_gamma_takes_effect_with_the_next_rollout(make_env: Any, buffer: Any) -> None:
+    callbacks = [GammaCallback(gamma) for gamma in (0.99, 0.5)]
+    for callback in callbacks:
+        trained(make_env(), callback=callback, n_rollouts=2, engine="autograd", rollout_buffer_class=buffer)
+    np.testing.assert_array_equal(callbacks[0].rewards, callbacks[1].rewards)
+
+
 @pytest.mark.parametrize("buffer", [None, DeviceRolloutBuffer])
 def test_callbacks_see_tensors(buffer: Any) -> None:
     reader = Reader()

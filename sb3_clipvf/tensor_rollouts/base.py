@@ -20,6 +20,7 @@ class Rollout(ABC):
 
     def __init__(self, collector: Any, engine: Engine, env: VecEnv, buffer: Any, callback: BaseCallback) -> None:
         self.collector, self.engine, self.env, self.buffer = collector, engine, env, buffer
+        self.gamma = collector.gamma  # the buffer's, until the next rollout
         # Callbacks may keep the tensors of a step, whose memory the next step may write.
         self.copies = may_read_actions(callback)
 

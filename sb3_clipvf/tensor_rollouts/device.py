@@ -43,7 +43,7 @@ class DeviceRollout(TensorRollout):
         super().__init__(collector, engine, env, buffer, callback)
         self.part = DevicePart(collector, engine, buffer, self.rewards, self.dones)
         may_be_nonfinite = reads_by_own_code(collector.policy)
-        self.final_values = FinalValues(engine, collector.gamma, may_be_nonfinite=may_be_nonfinite)
+        self.final_values = FinalValues(engine, self.gamma, may_be_nonfinite=may_be_nonfinite)
         self.timed_out = th.zeros_like(self.dones)
         # A simulator may not recover from NaN, which is found after the last step.
         self._actions = DeviceActions(collector.policy, collector.action_space, for_tensor_envs=True)
@@ -63,7 +63,7 @@ class DeviceRollout(TensorRollout):
         th.gt(step.truncated, step.terminated, out=self.timed_out[t])
         if step.final_observations is None:
             values = self._acted.values.flatten()
-            rewards = rewards.addcmul(values, self.timed_out[t].float(), value=self.collector.gamma)
+            rewards = rewards.addcmul(values, self.timed_out[t].float(), value=self.gamma)
         else:
             self.final_values.keep(t, step.final_observations, self.timed_out)
         self.buffer.rewards[t].copy_(rewards)
@@ -118,7 +118,7 @@ class UploadingRollout(Rollout):
         collector, t = self.collector, self.buffer.pos
         new_obs, rewards, dones, infos = self._taken
         collector._update_info_buffer(infos, dones)
-        bootstrapped = bootstrap_truncated(self.engine, rewards, dones, infos, collector.gamma)
+        bootstrapped = bootstrap_truncated(self.engine, rewards, dones, infos, self.gamma)
         columns = self._columns.numpy()[:, t]
         columns[0], columns[1], columns[2] = rewards, bootstrapped, dones
         self.buffer.end_step()

@@ -30,7 +30,7 @@ class HostRollout(TensorRollout):
         self._with_dist_params = takes_dist_params(buffer)
         self._writer: RolloutWriter | None = None if self.copies else writer_for(engine, buffer, space)
         self._acted = Acted(np.empty(0), np.empty(0), np.empty(0), None)
-        self._final_values = FinalValues(engine, collector.gamma, may_be_nonfinite=reads_by_own_code(collector.policy))
+        self._final_values = FinalValues(engine, self.gamma, may_be_nonfinite=reads_by_own_code(collector.policy))
 
     def act(self) -> tuple[Any, th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
         """Act by the engine's kernels, as in other environments."""
@@ -91,7 +91,7 @@ class HostRollout(TensorRollout):
             finals = {key: part[rows] for key, part in parts_of(step.final_observations).items()}
             final_values = self._final_values.predict(finals)
         # Not in-place, since the environments may read their rewards again.
-        return rewards.index_add(0, rows, final_values, alpha=self.collector.gamma).numpy()
+        return rewards.index_add(0, rows, final_values, alpha=self.gamma).numpy()
 
     def _reward_error(self, step: TensorStep, rewards: np.ndarray, t: int) -> Exception:
         own_rewards = host_copy(step.rewards)
