@@ -41,7 +41,9 @@ from sb3_clipvf.checkpoint import (
     newest_checkpoint,
 )
 from sb3_clipvf.checkpoint.env_state import env_state, restore_env
+from sb3_clipvf.checkpoint.vec_env_state import vec_env_state
 from sb3_clipvf.envs import FastDummyVecEnv, FastSubprocVecEnv, FastVecNormalize, as_vec_env, vector
+from sb3_clipvf.envs.gymnasium_vector import CartPoleVecEnv
 from sb3_clipvf.files import codec
 
 CLASSIC = ("CartPole-v1", "Pendulum-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Acrobot-v1")
@@ -295,11 +297,30 @@ class SavedHalving(Halving):
         self.count = state
 
 
+class HalvingDummy(DummyVecEnv):
+    """SB3's class with the state of ``Halving``, without methods for it."""
+
+    count = 0
+
+    def step_wait(self) -> Any:
+        self.count += 1
+        obs, rewards, dones, infos = super().step_wait()
+        return obs, rewards / (2 + self.count % 3), dones, infos
+
+
+class SavedHalvingDummy(HalvingDummy):
+    """The same class, with the two methods for what it adds to SB3's."""
+
+    get_training_state = SavedHalving.get_training_state
+    set_training_state = SavedHalving.set_training_state
+
+
 INEXACT = {
     "own class": (lambda _: make_vec_env(Walk, 2), "MultiInputPolicy", "Walk does not provide its state"),
     "processes": (unwrapped_processes, "MlpPolicy", r"Wrap them in ResumableEnv"),
     "pool": (pool, "MlpPolicy", r"Environments of \S+ begin new episodes at a resume"),
     "wrapper": (lambda _: Halving(dummy("CartPole-v1")), "MlpPolicy", "Halving does not provide its state"),
+    "base": (lambda _: halving(HalvingDummy), "MlpPolicy", "HalvingDummy does not provide its state"),
 }
 
 
@@ -391,11 +412,44 @@ def test_what_differs_in_evaluations_too_is_logged_once(tmp_path: Path, caplog: 
     ]
 
 
-def test_vectorised_wrappers_with_methods_for_their_state_are_exact(tmp_path: Path) -> None:
-    case = Case(lambda _: SavedHalving(dummy("CartPole-v1")))
+def halving(cls: type[DummyVecEnv]) -> VecEnv:
+    return make_vec_env("CartPole-v1", 2, seed=3, vec_env_cls=cls)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: SavedHalving(dummy("CartPole-v1")), lambda: halving(SavedHalvingDummy)],
+    ids=["wrapper", "base"],
+)
+def test_vectorised_classes_with_methods_for_their_state_are_exact(make: Callable[[], VecEnv], tmp_path: Path) -> None:
+    case = Case(lambda _: make())
     checkpoint_cases.killed(case, tmp_path / "killed")
     found = checkpoint_cases.resumed(case, tmp_path / "killed")
     assert found == checkpoint_cases.uninterrupted(case, tmp_path / "uninterrupted")
+
+
+@pytest.mark.parametrize("has_methods", [False, True])
+@pytest.mark.parametrize(
+    ("base", "make"),
+    [
+        (FastDummyVecEnv, lambda cls: cls([lambda: gym.make("CartPole-v1")])),
+        (SubprocVecEnv, lambda cls: cls([lambda: ResumableEnv(gym.make("CartPole-v1"))], "fork")),
+        (CartPoleVecEnv, lambda cls: cls(gym.make_vec("CartPole-v1", num_envs=2))),
+    ],
+)
+def test_classes_derived_from_known_ones_are_named_and_their_environments_are_saved(
+    base: type[Any], make: Callable[[type[Any]], VecEnv], has_methods: bool
+) -> None:
+    methods = {name: getattr(SavedHalving, name) for name in ("get_training_state", "set_training_state")}
+    env = make(type("Derived", (base,), methods if has_methods else {}))
+    env.count = 5
+    env.reset()
+    state, reasons = vec_env_state(env)
+    (layer,) = state["layers"]
+    assert [text.split(" does not")[0].endswith(".Derived") for text in reasons] == [True] * (not has_methods)
+    assert layer["given"] == ({"state": 5} if has_methods else None)
+    assert (layer["environments"] or layer["adapter"]["cartpole"]) and "_seeds" in layer["attributes"]
+    env.close()
 
 
 def test_other_resets_than_before_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -82,6 +82,14 @@ _STATELESS = {
     f"{_VEC}.vec_transpose": "VecTransposeImage",
     f"{_VEC}.vec_extract_dict_obs": "VecExtractDictObs",
     f"{_VEC}.vec_check_nan": "VecCheckNan",
+    # Innermost layers, without their environments. Seeds and the adapters' statistics are in vec_env_state.
+    f"{_VEC}.dummy_vec_env": "DummyVecEnv",
+    f"{_VEC}.subproc_vec_env": "SubprocVecEnv",
+    "sb3_clipvf.envs.dummy": "FastDummyVecEnv",
+    "sb3_clipvf.envs.subproc": "FastSubprocVecEnv",
+    "sb3_clipvf.envs.gymnasium_vector": "GymnasiumVecEnv SeparateVecEnv CartPoleVecEnv AtariVecEnv",
+    "sb3_clipvf.envs.envpool": "EnvPoolVecEnv SparedEnvPoolVecEnv",
+    "sb3_clipvf.envs.tensor": "TensorEnvAdapter",
     # `callback_state` names functions in a ConvertCallback that may have a state.
     _CALLBACKS: (
         "CallbackList EventCallback ConvertCallback CheckpointCallback StopTrainingOnRewardThreshold LogEveryNTimesteps"

@@ -34,6 +34,9 @@ _SAME = {
     "sb3_clipvf.envs.subproc.FastSubprocVecEnv": "SubprocVecEnv",
 }
 
+_BASES = (DummyVecEnv, SubprocVecEnv, BatchedVecEnv)
+"""Innermost layers in which environments are known, also those of derived classes."""
+
 _RESET_TEXT = "begin new episodes at a resume, with different random numbers"
 _RESET_HINT = "In a script, TrainingCheckpoint(..., reset_envs=True) makes a resumed run exact."
 _METHODS_HINT = f"Define get_training_state() and set_training_state() in the class. {_RESET_HINT}"
@@ -57,28 +60,31 @@ def restore_vec_env(venv: VecEnv, state: dict[str, Any]) -> None:
     If the state is not exact, they must be reset afterwards.
     """
     for layer, own in reversed(list(zip(_layers(venv), state["layers"], strict=True))):
+        if isinstance(layer, VecEnv):
+            _restore_layer(layer, own)
         if own["given"] is not None:
             layer.set_training_state(own["given"]["state"])
-            continue
-        if not isinstance(layer, VecEnv):
-            continue
-        _move_to_host(layer)
-        write_attributes(layer, own["attributes"])
-        if own["obs_rms"] is not None and isinstance(layer, VecNormalize):
-            layer.obs_rms = _moments_from(own["obs_rms"])
-        if own["stacks"] is not None and isinstance(layer, VecFrameStack):
-            for stack, values in zip(_stacks(layer.stacked_obs), own["stacks"], strict=True):
-                stack.stacked_obs = values
-        restore_file(vars(layer).get("results_writer"), own["file"])
-        for index, environment in enumerate(own["environments"] or ()):
-            if isinstance(layer, DummyVecEnv):
-                restore_env(layer.envs[index], environment)
-            else:
-                layer.env_method("set_whole_state", environment, os.getpid(), indices=[index])
-        if own["adapter"] is not None and isinstance(layer, BatchedVecEnv):
-            _restore_adapter(layer, own["adapter"])
     if not state.get("exact", True):
         _allow_resets(venv)
+
+
+def _restore_layer(layer: VecEnv, own: dict[str, Any]) -> None:
+    """Restore the state of a layer, and of environments in it, that its own method does not return."""
+    _move_to_host(layer)
+    write_attributes(layer, own["attributes"])
+    if own["obs_rms"] is not None and isinstance(layer, VecNormalize):
+        layer.obs_rms = _moments_from(own["obs_rms"])
+    if own["stacks"] is not None and isinstance(layer, VecFrameStack):
+        for stack, values in zip(_stacks(layer.stacked_obs), own["stacks"], strict=True):
+            stack.stacked_obs = values
+    restore_file(vars(layer).get("results_writer"), own["file"])
+    for index, environment in enumerate(own["environments"] or ()):
+        if isinstance(layer, DummyVecEnv):
+            restore_env(layer.envs[index], environment)
+        else:
+            layer.env_method("set_whole_state", environment, os.getpid(), indices=[index])
+    if own["adapter"] is not None and isinstance(layer, BatchedVecEnv):
+        _restore_adapter(layer, own["adapter"])
 
 
 def describe_vec_env(venv: VecEnv) -> dict[str, Any]:
@@ -138,33 +144,42 @@ def _layer_state(layer: Any) -> tuple[dict[str, Any], list[str]]:
     name = full_name(type(layer))
     state: dict[str, Any] = dict.fromkeys(("given", "obs_rms", "stacks", "file", "environments", "adapter"))
     state["attributes"] = {}
+    reasons = []
     if has_own_state(layer):
         state["given"], wrong = own_state(layer)
-        return state, [] if wrong is None else [f"{wrong} starts again at a resume."]
-    if isinstance(layer, VecEnvWrapper):
-        if name not in ATTRIBUTES:
-            return state, [f"{name} does not provide its state, and starts again at a resume. {_METHODS_HINT}"]
+        reasons = [] if wrong is None else [f"{wrong} starts again at a resume."]
+    elif not isinstance(layer, VecEnv):
+        reasons = [_inaccessible(layer)]
+    elif name not in ATTRIBUTES and isinstance(layer, (VecEnvWrapper, *_BASES)):
+        reasons = [f"{name} does not provide its state, and starts again at a resume. {_METHODS_HINT}"]
+    elif isinstance(layer, VecEnvWrapper):
         state["attributes"] = frozen(read_attributes(layer, ATTRIBUTES[name]), name)
         state["file"] = file_state(vars(layer).get("results_writer"))
         if isinstance(layer, VecNormalize) and layer.norm_obs:
             state["obs_rms"] = _moments(layer.obs_rms)
         if isinstance(layer, VecFrameStack):
             state["stacks"] = [stack.stacked_obs.copy() for stack in _stacks(layer.stacked_obs)]
-        return state, []
-    if not isinstance(layer, VecEnv):
-        return state, [_inaccessible(layer)]
+    if isinstance(layer, VecEnv) and not isinstance(layer, VecEnvWrapper):
+        # What a class adds to one of these is its own; the environments in it are known all the same.
+        reasons += _add_environments(state, layer)
+    return state, reasons
+
+
+def _add_environments(state: dict[str, Any], layer: VecEnv) -> list[str]:
+    """Add the states of the environments in the innermost layer; return a text for each class without a known state."""
     # Seeds of the next reset. New environments still have those of their first reset.
     state["attributes"] = frozen(read_attributes(layer, "_seeds"))
     if isinstance(layer, BatchedVecEnv):
         state["adapter"], reasons = _adapter_state(layer)
-        return state, reasons
+        return reasons
     if isinstance(layer, DummyVecEnv):
         state["environments"] = [env_state(env) for env in layer.envs]
     elif _is_resumable(layer):
         state["environments"] = _once_per_process(layer.env_method("whole_state"))
     else:
-        return state, [_inaccessible(layer)]
-    return state, _unknown(state["environments"])
+        is_whole = has_own_state(layer) and not isinstance(layer, SubprocVecEnv)
+        return [] if is_whole else [_inaccessible(layer)]
+    return _unknown(state["environments"])
 
 
 def _allow_resets(venv: VecEnv) -> None:
@@ -255,6 +270,8 @@ def _adapter_state(layer: BatchedVecEnv) -> tuple[dict[str, Any], list[str]]:
         environments = [env_state(part) for part in env.envs]
         state["sync"] = {"environments": environments, "autoreset": env._autoreset_envs.copy()}
         return state, _unknown(environments)
+    if has_own_state(layer):
+        return state, []
     return state, [f"Environments of {full_name(type(_core(layer)))} {_RESET_TEXT}. {_RESET_HINT}"]
 
 
