@@ -240,15 +240,14 @@ def test_what_callbacks_do_at_the_start_does_not_change_a_resumed_training(
 
 
 def test_a_finished_training_that_is_resumed_writes_the_same_state(tmp_path: Path) -> None:
-    def callbacks() -> list[BaseCallback]:
-        return [TrainingCheckpoint(64, tmp_path, keep_best=False), Drawing(), Counting()]
+    def callbacks(folder: Path) -> list[BaseCallback]:
+        return [TrainingCheckpoint(64, folder, keep_best=False), Drawing(), Counting()]
 
-    case = CASES["native"]
-    case.model(tmp_path).learn(64, callback=callbacks())
-    trees = [newest_checkpoint(tmp_path).tree]
-    model = ClipPPO.resume(tmp_path, case.make_env(tmp_path), device="cpu")
-    model.learn(model.remaining_timesteps, reset_num_timesteps=False, callback=callbacks())
-    trees.append(newest_checkpoint(tmp_path).tree)
+    case, first_folder, second_folder = CASES["native"], tmp_path / "first", tmp_path / "second"
+    case.model(tmp_path).learn(64, callback=callbacks(first_folder))
+    model = ClipPPO.resume(first_folder, case.make_env(tmp_path), device="cpu")
+    model.learn(model.remaining_timesteps, reset_num_timesteps=False, callback=callbacks(second_folder))
+    trees = [newest_checkpoint(folder).tree for folder in (first_folder, second_folder)]
     first, second = [[codec.to_bytes(tree[name]) for name in ("random", "spaces", "callbacks")] for tree in trees]
     assert first == second
 

@@ -1,5 +1,6 @@
 """TrainingCheckpoint: when checkpoints are written, which are kept, and what full disks, kills and signals leave."""
 
+import contextlib
 import errno
 import logging
 import multiprocessing
@@ -191,6 +192,27 @@ def test_a_training_that_a_callback_stops_in_a_rollout_continues_from_there(tmp_
     assert (resumed.num_timesteps, resumed.remaining_timesteps) == (stopped_at, rest)
     resumed.learn(rest, reset_num_timesteps=False)
     assert checkpoint_cases.digest(resumed, tmp_path) == here
+
+
+@pytest.mark.parametrize("end", ["signal", "error", "nothing left", "signal before another end"])
+def test_a_training_that_ends_where_it_was_resumed_keeps_that_checkpoint(
+    end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_checkpoint, "COPY_SHARE", 1e9)  # a copy after each update
+    CASE.model(tmp_path).learn(128, callback=[TrainingCheckpoint(64, tmp_path), Scores([1.0, 2.0])])
+    if end != "nothing left":
+        newest_checkpoint(tmp_path).path.unlink()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    model = ClipPPO.resume(tmp_path, CASE.make_env(tmp_path), device="cpu")
+    act = (lambda: 1 / 0) if end == "error" else kill_me(signal.SIGINT)
+    remaining = model.remaining_timesteps + (64 if "another" in end else 0)
+    with pytest.raises((SystemExit, ZeroDivisionError)) if remaining else contextlib.nullcontext():
+        callbacks = [TrainingCheckpoint(64, tmp_path), Act(100, act)]  # without Scores
+        model.learn(remaining, reset_num_timesteps=False, callback=callbacks)
+    if "another" in end:  # that the run now ends later is worth a file
+        assert newest_checkpoint(tmp_path).manifest.total_timesteps == 192
+    else:
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,7 @@ class TrainingCheckpoint(BaseCallback):
         self._multiples = 0
         self._serial = 0
         self._kept: list[Path] = []
+        self._saved_start: int | None = None  # step at which training started, if its checkpoint is in the folder
         self._build: dict[str, Any] = {}
         self._root: BaseCallback = self
         self._watch: SignalWatch | None = None
@@ -204,7 +205,7 @@ class TrainingCheckpoint(BaseCallback):
         self._multiples = multiples
         if is_due:
             self._save_and_reset()
-        elif self._watch is not None and (self._is_exact or not self.reset_envs):
+        elif self._watch is not None and (self._is_exact or not self.reset_envs) and not self._is_at_saved_start():
             self._copy_if_time_allows()
 
     def _on_step(self) -> bool:
@@ -239,7 +240,14 @@ class TrainingCheckpoint(BaseCallback):
             now = time.perf_counter()
             self._next_copy = now + (now - started) / COPY_SHARE
 
+    def _is_at_saved_start(self) -> bool:
+        """Return whether nothing was trained since the checkpoint at which training started."""
+        return self._model.num_timesteps == self._saved_start
+
     def _save_and_reset(self) -> None:
+        # The callbacks of this run may lack some whose states are in that file.
+        if self._is_at_saved_start():
+            return
         self._unwritten = self._state(is_reset=self.reset_envs)
         self._write(self._unwritten)
         if self._generator is not None:
@@ -323,6 +331,11 @@ class TrainingCheckpoint(BaseCallback):
         manifests = self._own_manifests(sorted_checkpoints(self.path))
         remove_unfinished(self.path, r"(best_)?checkpoint_?\d*\.zip|nonfinite_\d+(_process\d+)?\.npz")
         mean_return = manifests.pop(best).mean_return if best in manifests else None
+        steps = self._model.num_timesteps
+        start = manifests.get(self.path / f"checkpoint_{steps}.zip")
+        # With another end, the file of this run differs from it.
+        is_saved = start is not None and start.total_timesteps == self._model._total_timesteps
+        self._saved_start = steps if is_saved else None
         if mean_return is not None:
             self.best_mean_return = max(self.best_mean_return, mean_return)
         self._kept = list(manifests)
