@@ -30,6 +30,7 @@ from sb3_clipvf.files.statistics import read_pickle
 from sb3_clipvf.zoo import main
 from sb3_clipvf.zoo.checked_files import RunLoader, read_settings
 from sb3_clipvf.zoo.experiment import ClipPPOExperimentManager
+from sb3_clipvf.zoo.resume import resumed_run
 from sb3_clipvf.zoo.vec_env import make_vec_env
 
 pytestmark = pytest.mark.usefixtures("in_empty_folder")
@@ -330,6 +331,26 @@ def test_a_complete_run_is_not_changed(run: Path, capsys: pytest.CaptureFixture[
     assert resume(run) == 0
     assert f"{run.resolve()} is complete, with 1280 steps" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "step", "total"),
+    [("checkpoints/checkpoint_1024.zip", (), 1150, STEPS), ("", ("-n", "1600"), 1300, 1600)],
+    ids=["rewound", "extended"],
+)
+def test_a_complete_run_that_was_continued_and_killed_is_not_complete(
+    path: str, options: tuple[str, ...], step: int, total: int, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SIGNAL, f"SIGTERM:{step}")
+    assert resume(run / path, *options) == 128 + signal.SIGTERM
+    found, _ = resumed_run(str(run), [])
+    assert (found.is_complete, found.total_timesteps) == (False, total)
+
+
+def test_a_complete_run_with_a_damaged_checkpoint_is_complete(run: Path) -> None:
+    newest(run).write_bytes(newest(run).read_bytes()[:1000])
+    found, _ = resumed_run(str(run), [])
+    assert (found.is_complete, found.num_timesteps) == (True, 1024)
 
 
 def test_a_run_that_was_killed_while_it_saved_its_model_saves_it(whole: Path, run: Path, tmp_path: Path) -> None:

@@ -105,10 +105,16 @@ def check_no_code(path: str | os.PathLike[str], settings: dict[str, Any]) -> Non
 
 def saved_timesteps(path: Path) -> int:
     """Return the environment steps that a saved model was trained for; -1 if there is no undamaged file."""
+    return saved_progress(path)[0]
+
+
+def saved_progress(path: Path) -> tuple[int, int]:
+    """Return the steps of a saved model, and those at which its training was to end; -1 without an undamaged file."""
     try:
-        return int((read_model(path).data or {})["num_timesteps"])
+        data = read_model(path).data or {}
+        return int(data["num_timesteps"]), int(data.get("_total_timesteps", -1))
     except (OSError, ValueError, KeyError, TypeError):
-        return -1
+        return -1, -1
 
 
 def lies_beside(source: str | os.PathLike[str], config: str) -> bool:

@@ -62,8 +62,8 @@ def resumed_run(path: str, options: Sequence[str]) -> tuple[ResumedRun, list[str
     Options that contradict the run are refused, and so are settings that could run code.
     """
     from sb3_clipvf.checkpoint import newest_checkpoint, read_checkpoint
-    from sb3_clipvf.checkpoint.file import sorted_checkpoints
-    from sb3_clipvf.zoo.checked_files import check_no_code, read_settings, saved_timesteps
+    from sb3_clipvf.checkpoint.file import checkpoint_paths, sorted_checkpoints
+    from sb3_clipvf.zoo.checked_files import check_no_code, read_settings, saved_progress
 
     place = Path(os.path.abspath(path))
     if not path or not place.exists():
@@ -81,7 +81,8 @@ def resumed_run(path: str, options: Sequence[str]) -> tuple[ResumedRun, list[str
             "checkpoints of the whole training state. Continue from its model with `-i`."
         )
     given = _given_options(options, args)
-    if place.is_dir() and not sorted_checkpoints(folder / CHECKPOINTS):
+    checkpoints = sorted_checkpoints(folder / CHECKPOINTS) if place.is_dir() else [place]
+    if not checkpoints:
         raise ValueError(
             f"`--resume` must name a run with checkpoints, got {folder} without any: it ended before its first one, or "
             "ran with `--checkpoint-freq -1`. Start it again: "
@@ -93,9 +94,11 @@ def resumed_run(path: str, options: Sequence[str]) -> tuple[ResumedRun, list[str
     drop_null(hyperparams)
     check_no_code(settings_folder / "config.yml", hyperparams)
     steps, total = checkpoint.manifest.num_timesteps, checkpoint.manifest.total_timesteps
-    saved = saved_timesteps(folder / f"{settings_folder.name}.zip")
+    # The last file is of the end, damaged or not, unless the run was continued from an earlier step or to a later end.
+    last_steps = checkpoint_paths(checkpoints[-1].parent).get(checkpoints[-1], steps)
+    is_saved = saved_progress(folder / f"{settings_folder.name}.zip") == (last_steps, total)
     # A callback may have ended the run early. But a user who names an earlier checkpoint wants to repeat what followed.
-    is_complete = saved >= steps and (place.is_dir() or steps >= total)
+    is_complete = is_saved and (place.is_dir() or steps >= total)
     if "n_timesteps" in given:
         total = given["n_timesteps"]
         if total <= steps:
