@@ -344,6 +344,22 @@ def test_a_full_disk_ends_the_training_where_asked(tmp_path: Path, monkeypatch: 
     assert newest_checkpoint(tmp_path).manifest.num_timesteps == 64
 
 
+@pytest.mark.parametrize("on_error", ["warn", "raise"])
+def test_a_best_checkpoint_that_cannot_be_written_keeps_no_old_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, on_error: str
+) -> None:
+    fill_disk_at(range(6, 7), monkeypatch)  # the best file of step 128; four calls each, as below
+    callback = TrainingCheckpoint(64, tmp_path, keep_last=1, on_signal=False, on_error=on_error)
+    full = pytest.raises(OSError, match=r"best_checkpoint\.zip could not be written: No space left")
+    with full if on_error == "raise" else contextlib.nullcontext():
+        CASE.model(tmp_path).learn(128, callback=[Scores([1.0, 3.0]), callback])
+    assert names(tmp_path) == ["best_checkpoint.zip", "checkpoint_128.zip"]
+    assert callback.best_mean_return == read_manifest(tmp_path / "best_checkpoint.zip").mean_return == 1.0
+    logged = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(logged) == (on_error == "warn")
+    assert all(text.startswith("best_checkpoint.zip of step 128 was not written") for text in logged)
+
+
 @pytest.mark.parametrize("call", [5, 7], ids=["of the checkpoint", "of the best one"])
 def test_a_checkpoint_whose_folder_was_not_synced_counts_as_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: int

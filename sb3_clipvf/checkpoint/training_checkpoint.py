@@ -284,24 +284,36 @@ class TrainingCheckpoint(BaseCallback):
             # Not the files that this run has written and keeps: `keep_last` may be large.
             self._own_manifests(found for found in checkpoint_paths(self.path) if found not in self._kept[1:])
             unsynced = _put(path, content)
-            self._serial += 1
-            self._unwritten = None
-            self._kept = [*(kept for kept in self._kept if kept != path), path]
-            if self.keep_best and state.mean_return is not None and state.mean_return > self.best_mean_return:
+        except OSError as error:
+            self._report_error(f"The checkpoint of step {state.num_timesteps}", error)
+            return
+        self._serial += 1
+        self._unwritten = None
+        self._kept = [*(kept for kept in self._kept if kept != path), path]
+        best_error = None
+        if self.keep_best and state.mean_return is not None and state.mean_return > self.best_mean_return:
+            try:
                 best_unsynced = _put(self.path / BEST_NAME, content)
                 unsynced = unsynced or best_unsynced
                 self.best_mean_return = state.mean_return
-            if unsynced is not None:
-                raise unsynced
-        except OSError as error:
-            if self.on_error == "raise":
-                raise
-            what = "may be lost" if isinstance(error, UnsyncedFolderError) else "was not written"
-            log.error("The checkpoint of step %d %s: %s", state.num_timesteps, what, error)
-            return
-        self._remove_old()
-        if self.verbose >= 1:
-            log.info("Checkpoint of step %d written to %s (%d KiB)", state.num_timesteps, path, len(content) // 1024)
+            except OSError as error:
+                best_error = error
+        if unsynced is None:
+            # Also without a new best file: old ones may be what fills the disk.
+            self._remove_old()
+            if self.verbose >= 1:
+                size = len(content) // 1024
+                log.info("Checkpoint of step %d written to %s (%d KiB)", state.num_timesteps, path, size)
+        else:
+            self._report_error(f"The checkpoint of step {state.num_timesteps}", unsynced)
+        if best_error is not None:
+            self._report_error(f"{BEST_NAME} of step {state.num_timesteps}", best_error)
+
+    def _report_error(self, name: str, error: OSError) -> None:
+        if self.on_error == "raise":
+            raise error
+        what = "may be lost" if isinstance(error, UnsyncedFolderError) else "was not written"
+        log.error("%s %s: %s", name, what, error)
 
     def _remove_old(self) -> None:
         """Remove all but the newest checkpoints. One that cannot be removed is tried again after the next."""
