@@ -508,10 +508,12 @@ def test_after_a_training_that_failed_signals_do_what_they_did_before(tmp_path: 
     assert steps(tmp_path) == []
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_signal_in_a_write_is_handled_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
-    """Of a checkpoint that is due, or of the last copy after an error."""
-    real = training_checkpoint.file_bytes
+@pytest.mark.parametrize(("fails", "total"), [(False, 192), (True, 192), (False, 64)])
+def test_a_signal_in_a_write_is_handled_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool, total: int
+) -> None:
+    """Of a checkpoint that is due, of the last copy after an error, or of the checkpoint at the end."""
+    real, before = training_checkpoint.file_bytes, signal.getsignal(signal.SIGINT)
 
     def interrupted(*arguments: Any) -> bytes:
         signal.raise_signal(signal.SIGINT)
@@ -521,8 +523,9 @@ def test_a_signal_in_a_write_is_handled_after_it(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(training_checkpoint, "file_bytes", interrupted)
     checkpoint = TrainingCheckpoint(10**6 if fails else 64, tmp_path)
     with pytest.raises(KeyboardInterrupt if fails else SystemExit):
-        CASE.model(tmp_path).learn(192, callback=[checkpoint, Act(100, lambda: 1 / 0)])
+        CASE.model(tmp_path).learn(total, callback=[checkpoint, Act(100, lambda: 1 / 0)])
     assert steps(tmp_path) == [64]
+    assert fails or signal.getsignal(signal.SIGINT) == before
 
 
 def test_on_training_end_outside_of_learn_writes_nothing(tmp_path: Path) -> None:

@@ -212,14 +212,17 @@ class TrainingCheckpoint(BaseCallback):
         return True
 
     def _on_training_end(self) -> None:
-        if self._watch is not None:
-            self._watch.stop()
-            self._watch = None
-        # The RL Zoo calls this a second time, even if `learn` failed or there is no model.
-        if "model" in vars(self) and is_learning(self._model, inspect.currentframe()):
-            finish_resume(self._model, self._root)  # if nothing remained to be trained
-            self._save_and_reset()
-        self._unwritten = None
+        try:
+            # The RL Zoo calls this a second time, even if `learn` failed or there is no model.
+            if "model" in vars(self) and is_learning(self._model, inspect.currentframe()):
+                finish_resume(self._model, self._root)  # if nothing remained to be trained
+                self._save_and_reset()
+        finally:
+            # Not before the write: a signal in it would end the process, and the copy in memory would be lost.
+            if self._watch is not None:
+                self._watch.stop()
+                self._watch = None
+            self._unwritten = None
 
     # ------------------------------------------------------------------ saving
 
