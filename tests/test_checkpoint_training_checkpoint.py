@@ -411,6 +411,28 @@ def test_signals_write_a_last_checkpoint_and_end_with_their_own_code(tmp_path: P
     assert ends_as_uninterrupted("native", tmp_path, tmp_path)
 
 
+@pytest.mark.parametrize("in_write", [False, True])
+def test_a_signal_writes_the_last_checkpoint_of_each_callback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_write: bool
+) -> None:
+    real, signals = training_checkpoint.file_bytes, [signal.SIGTERM] * in_write
+
+    def interrupted(*arguments: Any) -> bytes:
+        if signals:
+            signal.raise_signal(signals.pop())
+        return real(*arguments)
+
+    monkeypatch.setattr(training_checkpoint, "COPY_SHARE", 1e9)  # a copy after each update
+    monkeypatch.setattr(training_checkpoint, "file_bytes", interrupted)
+    # In a write of the first callback, or at step 100.
+    checkpoints = [TrainingCheckpoint(64 if name == "a" and in_write else 10**6, tmp_path / name) for name in "abc"]
+    with pytest.raises(SystemExit) as ended:
+        CASE.model(tmp_path).learn(192, callback=[*checkpoints, Act(100, kill_me(signal.SIGTERM))])
+    assert ended.value.code == 143
+    expected = [[64], [0], [0]] if in_write else [[64]] * 3
+    assert [steps(tmp_path / name) for name in "abc"] == expected
+
+
 def test_after_a_signal_trainings_with_resets_end_as_uninterrupted_ones(tmp_path: Path) -> None:
     code = in_another_process(train, tmp_path, checkpoint_cases.EVERY, [Act(210, kill_me(signal.SIGTERM))], True)
     assert code == 143

@@ -18,7 +18,7 @@ class SignalWatch:
     """
     Call ``save`` at the first SIGTERM or SIGINT, then end the process with exit code 143 or 130 (128 + number).
 
-    A second signal has the effect that it has without these handlers.
+    A second signal has the effect that it has without these handlers. If there are several watches, all save.
     """
 
     def __init__(self, model: Any, save: Callable[[str], None]) -> None:
@@ -71,6 +71,12 @@ class SignalWatch:
             signal.raise_signal(number)
             return
         self._save(signal.Signals(number).name)
+        below = getattr(signal.getsignal(number), "__self__", None)
+        if isinstance(below, SignalWatch) and is_learning(below._model, frame):
+            # The handler that this one replaced is that of another callback, with a copy of its own. It ends the
+            # process, now or after its write.
+            below._handle(number, frame)
+            return
         raise SystemExit(128 + number)
 
 
