@@ -22,6 +22,7 @@ from stable_baselines3.common.callbacks import (
     CallbackList,
     ConvertCallback,
     EvalCallback,
+    LogEveryNTimesteps,
     StopTrainingOnRewardThreshold,
 )
 from stable_baselines3.common.vec_env import VecEnv
@@ -282,6 +283,7 @@ def with_global(locals_: dict[str, Any], globals_: dict[str, Any]) -> bool:
 
 
 calls = 0
+counting = Counting()
 
 
 @pytest.mark.parametrize(
@@ -292,11 +294,24 @@ calls = 0
         (with_global, "with_global"),
         (lambda locals_, globals_, seen=[]: seen.append(1) or True, "<lambda>"),
         (Counting().count_call, "Counting.count_call"),
+        (CallbackList([counting, ConvertCallback(counting.count_call)]), None),
+        (LogEveryNTimesteps(40), None),
         (SavedPhases([Plain()]), None),
         (CallbackList([Plain()]), None),
         (lambda locals_, globals_: locals_["self"].num_timesteps < 10**6, None),
     ],
-    ids=["list", "attribute", "global", "default", "method", "saved list", "SB3's list", "none"],
+    ids=[
+        "list",
+        "attribute",
+        "global",
+        "default",
+        "method",
+        "saved method",
+        "SB3's method",
+        "saved list",
+        "SB3's list",
+        "none",
+    ],
 )
 def test_lists_and_functions_with_a_state_are_named(callback: Any, name: str | None, tmp_path: Path) -> None:
     callback = callback if isinstance(callback, BaseCallback) else ConvertCallback(callback)

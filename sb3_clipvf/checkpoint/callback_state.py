@@ -34,8 +34,10 @@ def callback_states(root: BaseCallback) -> tuple[dict[str, Any], list[str]]:
     after ``_on_training_start``, before its first rollout.
     """
     states, differences = {}, []
-    for place, callback in _places(root):
-        states[place], reasons = _state(callback)
+    places = list(_places(root))
+    known = {id(callback) for _, callback in places}
+    for place, callback in places:
+        states[place], reasons = _state(callback, known)
         differences += [reason for reason in reasons if reason not in differences]
     return states, differences
 
@@ -94,7 +96,8 @@ def _without_lists(callback: BaseCallback) -> Iterator[BaseCallback]:
         yield callback
 
 
-def _state(callback: BaseCallback) -> tuple[dict[str, Any], list[str]]:
+def _state(callback: BaseCallback, known: set[int]) -> tuple[dict[str, Any], list[str]]:
+    """Return the state of a callback; ``known`` are the ids of all callbacks whose states are returned."""
     name = full_name(type(callback))
     given = evaluation = None
     reasons = []
@@ -102,8 +105,9 @@ def _state(callback: BaseCallback) -> tuple[dict[str, Any], list[str]]:
         given = {"state": frozen(callback.training_state(), f"{name}.training_state()")}  # type: ignore[attr-defined]
     if _may_have_own_attributes(callback) and not _saves_own_attributes(callback):
         reasons.append(f"{name} may have unsaved state. Define training_state() and load_training_state() in it.")
-    if isinstance(callback, ConvertCallback) and _may_keep_state(callback.callback):
-        function = callback.callback
+    function = callback.callback if isinstance(callback, ConvertCallback) else None
+    # What a method of another callback keeps, such as SB3's LogEveryNTimesteps._log_data, is that callback's state.
+    if function is not None and id(getattr(function, "__self__", None)) not in known and _may_keep_state(function):
         own = full_name(function if hasattr(function, "__qualname__") else type(function))
         text = "may have unsaved state. Use a callback class with training_state() and load_training_state() instead."
         reasons.append(f"{own} {text}")
