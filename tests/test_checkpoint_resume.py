@@ -22,6 +22,7 @@ from stable_baselines3.common.callbacks import (
     CallbackList,
     ConvertCallback,
     EvalCallback,
+    EveryNTimesteps,
     LogEveryNTimesteps,
     StopTrainingOnRewardThreshold,
 )
@@ -261,6 +262,40 @@ class Phases(CallbackList):
         self.phase = 0
 
 
+class Levels(EveryNTimesteps):
+    """SB3's callback with a count that is set outside of ``__init__``."""
+
+    level = 0
+
+    def _on_step(self) -> bool:
+        self.level += 1
+        return super()._on_step()
+
+
+class Counted:
+    """Adds a count to any callback."""
+
+    count = 0
+
+    def update_locals(self, locals_: dict[str, Any]) -> None:
+        self.count += 1
+        super().update_locals(locals_)  # type: ignore[misc]
+
+
+class CountedPlain(Counted, Plain):
+    """A class of one's own with it."""
+
+
+class CountedEveryNTimesteps(Counted, EveryNTimesteps):
+    """SB3's class with it."""
+
+
+class Renamed(EveryNTimesteps):
+    """SB3's class with no method of its own."""
+
+    name = "levels"
+
+
 class SavedPhases(Phases):
     """The same list, with methods for its state."""
 
@@ -290,6 +325,10 @@ counting = Counting()
     ("callback", "name"),
     [
         (Phases([Plain()]), "Phases"),
+        (Levels(50, Plain()), "Levels"),
+        (CountedPlain(), "CountedPlain"),
+        (CountedEveryNTimesteps(50, Plain()), "CountedEveryNTimesteps"),
+        (Renamed(50, Plain()), None),
         (with_attribute, "with_attribute"),
         (with_global, "with_global"),
         (lambda locals_, globals_, seen=[]: seen.append(1) or True, "<lambda>"),
@@ -302,6 +341,10 @@ counting = Counting()
     ],
     ids=[
         "list",
+        "derived",
+        "own and another",
+        "derived from two",
+        "renamed",
         "attribute",
         "global",
         "default",

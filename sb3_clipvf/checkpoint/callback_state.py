@@ -1,5 +1,6 @@
 """The state of a run's callbacks, which a resume matches by their class and their place among the callbacks."""
 
+from abc import ABC
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType
@@ -155,7 +156,9 @@ def _saves_own_attributes(callback: BaseCallback) -> bool:
 
 def _may_have_own_attributes(callback: BaseCallback) -> bool:
     """Return whether a class that is not in ``ATTRIBUTES`` has set attributes of its own, or may have done so."""
-    own = [cls for cls in type(callback).__mro__ if issubclass(cls, BaseCallback) and full_name(cls) not in ATTRIBUTES]
-    if type(callback).__mro__[len(own)] is BaseCallback:
+    classes = type(callback).__mro__
+    own = [cls for cls in classes if full_name(cls) not in ATTRIBUTES and cls not in (ABC, object)]
+    if next(cls for cls in classes if cls not in own) is BaseCallback:
         return bool(vars(callback).keys() - _BASE)
-    return any("__init__" in vars(cls) for cls in own)
+    # The attributes that a known class sets are not listed, so any method may have set others.
+    return any(isinstance(value, FunctionType) for cls in own for value in vars(cls).values())

@@ -95,6 +95,7 @@ _STATELESS = {
         "CallbackList EventCallback ConvertCallback CheckpointCallback StopTrainingOnRewardThreshold LogEveryNTimesteps"
     ),
     "rl_zoo3.callbacks": "SaveVecNormalizeCallback",
+    "sb3_clipvf.callbacks": "IsolatedEvalCallback",  # it has the attributes of its base class only
     # These have methods for their state.
     "sb3_clipvf.checkpoint.best_training": "SaveBestTrainingReward",
     "sb3_clipvf.checkpoint.training_checkpoint": "TrainingCheckpoint",
