@@ -290,6 +290,16 @@ class CountedEveryNTimesteps(Counted, EveryNTimesteps):
     """SB3's class with it."""
 
 
+class Unstorable(Plain):
+    """Its state is not of the types that files hold."""
+
+    def training_state(self) -> set[int]:
+        return {1, 2}
+
+    def load_training_state(self, state: set[int]) -> None:
+        raise NotImplementedError
+
+
 class Renamed(EveryNTimesteps):
     """SB3's class with no method of its own."""
 
@@ -328,6 +338,7 @@ counting = Counting()
         (Levels(50, Plain()), "Levels"),
         (CountedPlain(), "CountedPlain"),
         (CountedEveryNTimesteps(50, Plain()), "CountedEveryNTimesteps"),
+        (Unstorable(), "Unstorable"),
         (Renamed(50, Plain()), None),
         (with_attribute, "with_attribute"),
         (with_global, "with_global"),
@@ -344,6 +355,7 @@ counting = Counting()
         "derived",
         "own and another",
         "derived from two",
+        "unstorable",
         "renamed",
         "attribute",
         "global",

@@ -345,6 +345,25 @@ def test_a_full_disk_ends_the_training_where_asked(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("on_error", ["warn", "raise"])
+def test_an_attribute_that_cannot_be_written_is_as_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, on_error: str
+) -> None:
+    monkeypatch.setattr(training_checkpoint, "COPY_SHARE", 1e9)  # a copy after each update
+    model, reason = CASE.model(tmp_path), "`model.my_lock` must be a value that can be pickled, got a lock"
+    callbacks = [
+        TrainingCheckpoint(128, tmp_path, keep_best=False, on_error=on_error),
+        Act(130, lambda: setattr(model, "my_lock", threading.Lock())),
+        Act(300, lambda: delattr(model, "my_lock")),
+    ]
+    with pytest.raises(TypeError, match=reason) if on_error == "raise" else contextlib.nullcontext():
+        model.learn(320, callback=callbacks)
+    assert steps(tmp_path) == ([128] if on_error == "raise" else [128, 320])
+    logged = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(logged) == (on_error == "warn")  # once, though there were several copies
+    assert all(text.startswith(f"Checkpoints from step 192 on are not written: {reason}") for text in logged)
+
+
+@pytest.mark.parametrize("on_error", ["warn", "raise"])
 def test_a_best_checkpoint_that_cannot_be_written_keeps_no_old_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, on_error: str
 ) -> None:

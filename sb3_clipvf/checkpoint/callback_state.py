@@ -103,7 +103,11 @@ def _state(callback: BaseCallback, known: set[int]) -> tuple[dict[str, Any], lis
     given = evaluation = None
     reasons = []
     if _has_own_state(callback):
-        given = {"state": frozen(callback.training_state(), f"{name}.training_state()")}  # type: ignore[attr-defined]
+        try:
+            own_state = callback.training_state()  # type: ignore[attr-defined]
+            given = {"state": frozen(own_state, f"{name}.training_state()")}
+        except TypeError as error:
+            reasons.append(f"{name} ({error}) starts again at a resume.")
     if _may_have_own_attributes(callback) and not _saves_own_attributes(callback):
         reasons.append(f"{name} may have unsaved state. Define training_state() and load_training_state() in it.")
     function = callback.callback if isinstance(callback, ConvertCallback) else None

@@ -13,5 +13,9 @@ class FolderInUseError(FileExistsError, ValueError):
     """A folder holds checkpoints of another run."""
 
 
+class UnsavableModelError(TypeError):
+    """A model has an attribute that cannot be written to a file."""
+
+
 class EnvironmentMismatchError(ValueError):
     """Environments are built differently from those of the checkpoint."""

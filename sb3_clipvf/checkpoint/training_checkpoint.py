@@ -15,7 +15,12 @@ import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback, EventCallback
 
 from sb3_clipvf.checkpoint.callback_state import without_repeats
-from sb3_clipvf.checkpoint.errors import DamagedCheckpointError, FolderInUseError, NotACheckpointError
+from sb3_clipvf.checkpoint.errors import (
+    DamagedCheckpointError,
+    FolderInUseError,
+    NotACheckpointError,
+    UnsavableModelError,
+)
 from sb3_clipvf.checkpoint.file import (
     CheckpointManifest,
     checkpoint_paths,
@@ -66,9 +71,10 @@ class TrainingCheckpoint(BaseCallback):
         which a seeded reset determines: their resume is then exact. Running episodes are cut off. One more checkpoint
         is written at the start.
     :param on_error: What to do if a checkpoint cannot be written. "warn": log an error and continue training.
-        "raise": end it. Earlier checkpoints are kept in both cases. It also applies if another run has written
-        checkpoints into the folder since the start: its files stay. An old checkpoint that cannot be removed never
-        ends training: a warning is logged once, and the removal is tried again after each new checkpoint.
+        "raise": end it. Earlier checkpoints are kept in both cases. It also applies if an attribute of the model cannot
+        be written, or if another run has written checkpoints into the folder since the start: its files stay. An old
+        checkpoint that cannot be removed never ends training: a warning is logged once, and the removal is tried again
+        after each new checkpoint.
     :param on_signal: Whether SIGTERM and SIGINT write a last checkpoint at once and end the process, with exit code 143
         or 130. It is the latest copy in memory, of the last update or a slightly earlier one. Copies take at most 1 %
         of the time. With ``reset_envs`` and environments whose state cannot be saved, there are no copies: the last
@@ -230,16 +236,25 @@ class TrainingCheckpoint(BaseCallback):
     def _model(self) -> ResumableModel:
         return cast(ResumableModel, self.model)
 
-    def _state(self, *, is_reset: bool) -> TrainingState:
+    def _state(self, *, is_reset: bool) -> TrainingState | None:
+        """Return the training state; None if it cannot be stored, and training continues all the same."""
         self._is_reset = is_reset
         generator = generator_state(self._generator) if is_reset else None
-        return training_state(self._model, self._root, self._build, generator)
+        try:
+            return training_state(self._model, self._root, self._build, generator)
+        except UnsavableModelError as error:
+            if self.on_error == "raise":
+                raise
+            if str(error) not in self._logged:
+                self._logged.add(str(error))
+                log.error("Checkpoints from step %d on are not written: %s", self._model.num_timesteps, error)
+            return None
 
     def _copy_if_time_allows(self) -> None:
         # A resume may start at any update, so not every update needs a copy.
         started = time.perf_counter()
         if started >= self._next_copy:
-            self._unwritten = self._state(is_reset=False)
+            self._unwritten = self._state(is_reset=False) or self._unwritten
             now = time.perf_counter()
             self._next_copy = now + (now - started) / COPY_SHARE
 
@@ -251,8 +266,10 @@ class TrainingCheckpoint(BaseCallback):
         # The callbacks of this run may lack some whose states are in that file.
         if self._is_at_saved_start():
             return
-        self._unwritten = self._state(is_reset=self.reset_envs)
-        self._write(self._unwritten)
+        state = self._state(is_reset=self.reset_envs)
+        if state is not None:
+            self._unwritten = state
+            self._write(state)
         if self._generator is not None:
             reset_environments(self._model, self.training_env, self._generator)
 

@@ -10,6 +10,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch.nn.modules.conv import _ConvNd
 
 from sb3_clipvf.checkpoint.callback_state import callback_states
+from sb3_clipvf.checkpoint.errors import UnsavableModelError
 from sb3_clipvf.checkpoint.protocol import ResumableModel
 from sb3_clipvf.checkpoint.random_state import global_states, space_states
 from sb3_clipvf.checkpoint.vec_env_state import vec_env_state
@@ -47,6 +48,7 @@ def training_state(
 
     ``callback`` is the one that ``learn`` created from its argument, ``build`` the description of the environments. If
     the environments are reset right after this checkpoint, ``resets`` is the state of the generator of their seeds.
+    Raise UnsavableModelError if an attribute of the model cannot be written.
     """
     tree, differences = process_state(model, callback, build, resets)
     tree["processes"] = []
@@ -54,7 +56,7 @@ def training_state(
         tree["processes"].append(other)
         differences += [reason for reason in reasons if reason not in differences]
     return TrainingState(
-        attributes=frozen_attributes(model._saved_attributes()),
+        attributes=_attributes(model._saved_attributes()),
         parameters=map_tree(_cloned, model.get_parameters()),
         variables=map_tree(_cloned, model._saved_variables()),
         tree=tree,
@@ -101,6 +103,21 @@ def _rounding(model: ResumableModel) -> list[str]:
     if any(isinstance(module, _ConvNd) for module in model.policy.modules()):
         return ["Sums of convolutions depend on where tensors lie in memory: weights may differ in their last digits."]
     return []
+
+
+def _attributes(values: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return frozen_attributes(values)
+    except Exception as error:  # pickling calls methods of any class
+        for name, value in values.items():
+            try:
+                frozen_attributes({name: value})
+            except Exception as reason:
+                raise UnsavableModelError(
+                    f"`model.{name}` must be a value that can be pickled, got a {type(value).__name__} ({reason}). "
+                    "Keep it outside of the model, such as in a callback."
+                ) from error
+        raise
 
 
 def _cloned(value: Any) -> Any:
