@@ -231,14 +231,20 @@ def test_illegal_arguments_are_refused(arguments: dict[str, Any], error: type[Ex
         TrainingCheckpoint(**{"every_timesteps": 1, "path": "folder", **arguments})
 
 
-def test_it_is_refused_inside_other_callbacks_and_algorithms(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [lambda folder: TrainingCheckpoint(64, folder), SaveBestTrainingReward])
+def test_callbacks_that_act_between_rollouts_are_refused_inside_others(
+    make: Callable[[Path], BaseCallback], tmp_path: Path
+) -> None:
     for wrapped in (lambda callback: callback, lambda callback: CallbackList([callback])):
         with pytest.raises(ValueError, match=r"got one in EveryNTimesteps. Pass it to learn"):
-            CASE.model(tmp_path).learn(64, callback=EveryNTimesteps(10, wrapped(TrainingCheckpoint(64, tmp_path))))
+            CASE.model(tmp_path).learn(64, callback=EveryNTimesteps(10, wrapped(make(tmp_path))))
         with pytest.raises(ValueError, match=r"got one in EvalCallback. Pass it to learn"):
-            inner = wrapped(TrainingCheckpoint(64, tmp_path))
+            inner = wrapped(make(tmp_path))
             callback = EvalCallback(make_vec_env("CartPole-v1"), callback_on_new_best=inner)
             CASE.model(tmp_path).learn(64, callback=callback)
+
+
+def test_it_is_refused_in_other_algorithms(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="got PPO"):
         PPO("MlpPolicy", make_vec_env("CartPole-v1"), n_steps=64, device="cpu").learn(
             64, callback=TrainingCheckpoint(64, tmp_path)

@@ -7,6 +7,7 @@ model with the best mean return of the training episodes. All files are written 
 Writing:
 
 - ``training_checkpoint``: the callback that writes checkpoints;
+- ``rollout_callback``: the base class of callbacks that act between rollouts;
 - ``signals``: the last checkpoint before a signal ends the process;
 - ``file``: the file of a checkpoint and its manifest;
 - ``best_training``: the callback for the best model;

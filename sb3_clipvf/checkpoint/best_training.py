@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stable_baselines3.common.callbacks import BaseCallback
-
 from sb3_clipvf.checkpoint.best_model import read_score, read_statistics, write_best_model, write_copy
+from sb3_clipvf.checkpoint.rollout_callback import RolloutCallback
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.common.validation import check_int, ensure_writable_folder
 from sb3_clipvf.files.atomic import remove_unfinished
@@ -46,7 +45,7 @@ def load_best_training(
     return best.model, best.statistics
 
 
-class SaveBestTrainingReward(BaseCallback):
+class SaveBestTrainingReward(RolloutCallback):
     """
     Keep the model with the best mean return of the training episodes, with its ``VecNormalize`` statistics.
 

@@ -96,6 +96,7 @@ _STATELESS = {
     ),
     "rl_zoo3.callbacks": "SaveVecNormalizeCallback",
     "sb3_clipvf.callbacks": "IsolatedEvalCallback",  # it has the attributes of its base class only
+    "sb3_clipvf.checkpoint.rollout_callback": "RolloutCallback",
     # These have methods for their state.
     "sb3_clipvf.checkpoint.best_training": "SaveBestTrainingReward",
     "sb3_clipvf.checkpoint.training_checkpoint": "TrainingCheckpoint",

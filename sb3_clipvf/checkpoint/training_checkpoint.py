@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from stable_baselines3.common.callbacks import BaseCallback, EventCallback
+from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_clipvf.checkpoint.callback_state import without_repeats
 from sb3_clipvf.checkpoint.errors import (
@@ -31,6 +31,7 @@ from sb3_clipvf.checkpoint.file import (
 from sb3_clipvf.checkpoint.protocol import ResumableModel
 from sb3_clipvf.checkpoint.random_state import generator_from, generator_state
 from sb3_clipvf.checkpoint.resume import draw_seed, finish_resume, reset_environments
+from sb3_clipvf.checkpoint.rollout_callback import RolloutCallback
 from sb3_clipvf.checkpoint.signals import SignalWatch, is_learning
 from sb3_clipvf.checkpoint.training_state import TrainingState, training_state
 from sb3_clipvf.checkpoint.vec_env_state import describe_vec_env, vec_env_state
@@ -50,7 +51,7 @@ _NO_SIGNALS = (
 )
 
 
-class TrainingCheckpoint(BaseCallback):
+class TrainingCheckpoint(RolloutCallback):
     """
     Write checkpoints from which ``ClipPPO.resume`` continues as if the run had never been interrupted.
 
@@ -155,20 +156,6 @@ class TrainingCheckpoint(BaseCallback):
             self._multiples = self._model.num_timesteps // self.every_timesteps  # there is a checkpoint at step 0
 
     # ------------------------------------------------------------------ events
-
-    @property
-    def parent(self) -> BaseCallback | None:
-        """The callback that calls this one; lists of callbacks pass theirs on."""
-        return self._parent
-
-    @parent.setter
-    def parent(self, parent: BaseCallback | None) -> None:
-        if isinstance(parent, EventCallback):
-            raise ValueError(
-                f"`callback` must not be a TrainingCheckpoint, got one in {type(parent).__name__}. Pass it to "
-                "learn(callback=[...]) itself: it must be called at the start of each rollout."
-            )
-        self._parent = parent
 
     def _init_callback(self) -> None:
         if not isinstance(self.model, ResumableModel):
