@@ -26,6 +26,7 @@ from stable_baselines3.common.callbacks import (
     LogEveryNTimesteps,
     StopTrainingOnRewardThreshold,
 )
+from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_clipvf import ClipPPO
@@ -451,6 +452,20 @@ def test_a_tensorboard_run_in_a_folder_below_continues(name: str, tmp_path: Path
     model = ClipPPO.resume(tmp_path / "checkpoints", case.make_env(tmp_path), device="cpu")
     model.learn(64, reset_num_timesteps=False, tb_log_name=name)
     assert {path.parent for path in logs.rglob("events*")} == {logs / f"{name}_1"}
+
+
+@pytest.mark.parametrize("is_set", [False, True])
+def test_a_logger_that_is_set_after_a_resume_is_kept(is_set: bool, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    case = Case(CASES["native"].make_env, {"tensorboard_log": str(tmp_path / "logs")})
+    case.model(tmp_path).learn(64, callback=TrainingCheckpoint(64, tmp_path / "checkpoints"))
+    model = ClipPPO.resume(tmp_path / "checkpoints", case.make_env(tmp_path), device="cpu")
+    if is_set:
+        model.set_logger(configure(str(tmp_path / "own"), ["csv"]))
+    first = model.logger
+    for _ in range(2):
+        model.learn(64, reset_num_timesteps=False)
+    assert (model.logger is first) is is_set
 
 
 def test_another_folder_for_tensorboard_is_used(tmp_path: Path) -> None:

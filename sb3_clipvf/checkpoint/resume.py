@@ -45,8 +45,8 @@ class Resumed:
     observations: Any
     # Last step of the interrupted run, if `resume` lets schedules end there; None if the user set their end
     held_horizon: int | None
-    # Whether the logger writes to the folder of the interrupted run
-    has_own_logger: bool
+    # Logger that writes to the folder of the interrupted run, if `resume` made one
+    own_logger: Logger | None
     # Number of processes that wrote the checkpoint
     n_processes: int
 
@@ -79,7 +79,7 @@ def resume(
     for name, value in _restore_environments(model, venv, tree).items():
         setattr(model, name, value)
     set_space_states(model, tree["spaces"])
-    has_own_logger = _continue_tensorboard(model, tree["logger"]["folder"])
+    own_logger = _continue_tensorboard(model, tree["logger"]["folder"])
     holds_horizon = model._schedule_timesteps is None and manifest.total_timesteps > 0
     if holds_horizon:
         # Schedules still end there if learn() trains for fewer or for more steps.
@@ -90,7 +90,7 @@ def resume(
         spaces=space_states(model),
         observations=model._last_obs,
         held_horizon=manifest.total_timesteps if holds_horizon else None,
-        has_own_logger=has_own_logger,
+        own_logger=own_logger,
         n_processes=len(trees),
     )
     text = "The training resumes from %s, at step %d of %d"
@@ -127,7 +127,7 @@ def finish_resume(model: ResumableModel, callback: BaseCallback) -> None:
     if resumed is None:
         return
     model._resumed = None
-    if resumed.has_own_logger:
+    if model.logger is resumed.own_logger:  # the user may have set another one since
         model._custom_logger = False
     restore_callbacks(callback, resumed.tree["callbacks"])
     set_logger_state(model, resumed.tree["logger"])
@@ -182,16 +182,17 @@ def _restore_environments(model: ResumableModel, venv: VecEnv, tree: dict[str, A
     return {name: getattr(model, name) for name in OBSERVATIONS}
 
 
-def _continue_tensorboard(model: ResumableModel, folder: str | None) -> bool:
-    """Log to the folder of the interrupted run if it is in ``tensorboard_log``. Return whether it is."""
+def _continue_tensorboard(model: ResumableModel, folder: str | None) -> Logger | None:
+    """Log to the folder of the interrupted run if it is in ``tensorboard_log``. Return the logger, or None."""
     if folder is None or model.tensorboard_log is None or current_group().rank > 0:
-        return False
+        return None
     if not Path(folder).resolve().is_relative_to(Path(model.tensorboard_log).resolve()):
-        return False
+        return None
     os.makedirs(folder, exist_ok=True)
     formats: list[KVWriter] = [HumanOutputFormat(sys.stdout)] if model.verbose >= 1 else []
-    model.set_logger(Logger(folder, [*formats, _ContinuedTensorBoard(folder, model.num_timesteps + 1)]))
-    return True
+    logger = Logger(folder, [*formats, _ContinuedTensorBoard(folder, model.num_timesteps + 1)])
+    model.set_logger(logger)
+    return logger
 
 
 class _ContinuedTensorBoard(TensorBoardOutputFormat):
