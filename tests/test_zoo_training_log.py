@@ -34,6 +34,26 @@ def test_a_resumed_training_adds_to_its_log(in_empty_folder: Path) -> None:
     assert read_logs(run)["time/fps"].steps.tolist() == [32, 64, 96, 128]
 
 
+@pytest.mark.parametrize(("options", "n_rows"), [("", 4), ("-tb tb", 2)])
+def test_a_resumed_training_repeats_no_rows(options: str, n_rows: int, in_empty_folder: Path) -> None:
+    if options:
+        pytest.importorskip("tensorboard")
+    params = "-params n_envs:2 n_steps:16 batch_size:16 n_epochs:1"
+    assert main(f"{TRAIN} -n 128 --checkpoint-freq 32 --log-interval 1 {options} {params}".split()) == 0
+    run = Path("logs/clipppo/CartPole-v1_1")
+
+    def rows() -> list[tuple[int, float | None]]:
+        found = map(json.loads, (run / LOG_FILE).read_text().splitlines())
+        return [(row["time/total_timesteps"], row.get("train/loss")) for row in found]
+
+    before = rows()
+    assert [step for step, _ in before] == [32, 64, 96, 128]
+    lines = (run / LOG_FILE).read_text().splitlines(keepends=True)
+    (run / LOG_FILE).write_text("".join([*lines[:n_rows], lines[0][:30]]))  # the last row is cut by a kill
+    assert main(f"train --resume {run}/checkpoints/checkpoint_64.zip --device cpu --verbose 0".split()) == 0
+    assert rows() == before
+
+
 def test_loggers_are_as_before_after_the_training(tmp_path: Path) -> None:
     configure_logger = utils.configure_logger
     with pytest.raises(RuntimeError, match="fault"), logged_to(tmp_path):

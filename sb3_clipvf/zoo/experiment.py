@@ -217,7 +217,8 @@ class ClipPPOExperimentManager(CheckedSearch):
         is_timed = self.algo == ALGORITHM and self.log_interval == -1
         try:
             tables = timed_tables() if is_timed else nullcontext()
-            with warnings.catch_warnings(), logged_to(Path(self.save_path)), tables:
+            resumed = None if self.resumed is None else model
+            with warnings.catch_warnings(), logged_to(Path(self.save_path), resumed), tables:
                 if self.vec_env is not None:
                     # SB3's warning: the difference is intended and changes nothing.
                     warnings.filterwarnings("ignore", message="Training and eval env are not of the same type")
