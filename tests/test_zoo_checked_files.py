@@ -378,6 +378,33 @@ class TestSettings:
             with path.open() as file, pytest.raises(UnsafeFileError, match=r"which lies in .*logs"):
                 yaml.load(file, Loader=RunLoader)
 
+    @pytest.mark.parametrize(
+        ("folder", "place"),
+        [
+            ("received/CartPole-v1_1", "received/own.py"),
+            ("received/deep/er/CartPole-v1_1", "received/deep/own.py"),
+            ("received/logs/clipppo/CartPole-v1_1", "received/own.py"),
+            ("../received/CartPole-v1_1", "../received/own.py"),
+        ],
+    )
+    def test_modules_of_a_received_folder_are_not_the_users(
+        self, folder: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "work").mkdir()
+        monkeypatch.chdir(tmp_path / "work")
+        monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path), str(tmp_path / "work")])
+        path = Path(folder, "CartPole-v1", "args.yml")
+        path.parent.mkdir(parents=True)
+        for module in (Path(place), Path("mine.py")):
+            module.write_text("raise SystemExit('imported')")
+        name = ".".join(Path(place).with_suffix("").parts).lstrip(".")
+        path.write_text(f"gym_packages: [{name}]\n")
+        with path.open() as file, pytest.raises(UnsafeFileError, match=f"got '{name}', which lies in"):
+            yaml.load(file, Loader=RunLoader)
+        path.write_text("gym_packages: [mine]\n")
+        with path.open() as file:
+            assert yaml.load(file, Loader=RunLoader) == {"gym_packages": ["mine"]}
+
 
 def test_the_option_belongs_to_the_commands_that_load(capsys: pytest.CaptureFixture[str]) -> None:
     loading = {name for name, entry in COMMANDS.items() if entry.loads}

@@ -477,6 +477,14 @@ def test_modules_of_the_log_folder_are_not_imported_from_the_working_folder(
     assert not Path("mark").exists()
 
 
+def test_the_folder_that_a_run_names_is_not_created(cut: Path) -> None:
+    path = cut / "CartPole-v1" / "args.yml"
+    settings = yaml.load(path.read_text(), Loader=RunLoader)
+    path.write_text(yaml.dump(OrderedDict({**settings, "log_folder": "elsewhere/logs"})))
+    assert resume(cut) == 0
+    assert (cut / "CartPole-v1.zip").is_file() and not Path("elsewhere").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

@@ -276,13 +276,20 @@ def _is_of_runs(place: Path, folder: Path) -> bool:
 
 
 def _folder_of_runs(source: Path) -> Path:
-    """Return ``<logs>`` of ``<logs>/<algo>/<run>/<env>/config.yml``; ``<logs>/<algo>`` if the user is in ``<logs>``."""
-    run = source.parent.parent
+    """
+    Return the folder whose modules may have come with the run of ``<logs>/<algo>/<run>/<env>/config.yml``.
+
+    Modules of the working folder are the user's own. Of a run below it, the folder in it that contains the run may have
+    been received as a whole. Elsewhere, it is ``<logs>``, or the run's parent if no folder is named as an algorithm.
+    """
+    run, here = source.parent.parent, Path.cwd()
+    folder = run if here.is_relative_to(run.parent) else run.parent
     for algo in (run, run.parent):
         if algo.name in {*ALGOS, ALGORITHM}:
-            # Modules of the working folder are the user's own.
-            return algo if Path.cwd().is_relative_to(algo.parent) else algo.parent
-    return run
+            folder = algo if here.is_relative_to(algo.parent) else algo.parent
+            break
+    topmost = here.joinpath(*run.relative_to(here).parts[:1]) if run.is_relative_to(here) else folder
+    return topmost if folder.is_relative_to(topmost) else folder
 
 
 def _module_files(name: str) -> list[Path]:

@@ -108,7 +108,7 @@ def resumed_run(path: str, options: Sequence[str]) -> tuple[ResumedRun, list[str
             )
         is_complete = False
     run = ResumedRun(folder, settings_folder, checkpoint.path, args, hyperparams, steps, total, is_complete)
-    return run, _command_line(args, given)
+    return run, _command_line(folder, args, given)
 
 
 def _settings_folder(folder: Path) -> Path:
@@ -144,9 +144,10 @@ def _given_options(options: Sequence[str], args: dict[str, Any]) -> dict[str, An
     return given
 
 
-def _command_line(args: dict[str, Any], given: dict[str, Any]) -> list[str]:
+def _command_line(folder: Path, args: dict[str, Any], given: dict[str, Any]) -> list[str]:
     kept = (*_KEPT, "verbose", "num_threads", "device")
     values = {name: args[name] for name in kept if args.get(name) is not None}
+    values["log_folder"] = str(folder)  # the command creates it, and the run may have been moved or received
     values |= {name: value for name, value in given.items() if name in _FREE}
     # A value joined to its name cannot be taken for an option.
     arguments = [f"{option_name(name)}={value}" for name, value in values.items()]
