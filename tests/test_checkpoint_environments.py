@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import checkpoint_cases
@@ -27,6 +28,7 @@ from gymnasium.wrappers import (
     TransformReward,
 )
 from rl_zoo3.wrappers import ActionSmoothingWrapper, DelayedRewardWrapper, HistoryWrapper
+from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor, ResultsWriter, load_results
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper, VecNormalize
@@ -40,8 +42,12 @@ from sb3_clipvf.checkpoint import (
     monitor_files,
     newest_checkpoint,
 )
+from sb3_clipvf.checkpoint.callback_state import compare_callbacks
 from sb3_clipvf.checkpoint.env_state import env_state, restore_env
-from sb3_clipvf.checkpoint.vec_env_state import vec_env_state
+from sb3_clipvf.checkpoint.mujoco_state import mujoco_state, set_mujoco_state
+from sb3_clipvf.checkpoint.random_state import global_states, set_space_states
+from sb3_clipvf.checkpoint.resume import _restore_environments
+from sb3_clipvf.checkpoint.vec_env_state import restore_vec_env, vec_env_state
 from sb3_clipvf.envs import FastDummyVecEnv, FastSubprocVecEnv, FastVecNormalize, as_vec_env, vector
 from sb3_clipvf.envs.gymnasium_vector import CartPoleVecEnv
 from sb3_clipvf.files import codec
@@ -616,3 +622,59 @@ def test_long_monitor_files_are_cut_and_not_kept(
         assert "earlier rows" not in caplog.text
         resume_and_close(tmp_path, monitored(tmp_path))
     assert "override_existing=False before you resume" in caplog.text
+
+
+# ------------------------------------------------------------------ crafted states
+
+
+def _a_callback(**values: Any) -> None:
+    compare_callbacks(EvalCallback(dummy("CartPole-v1", 1)), {"EvalCallback": {"attributes": values}})
+
+
+def _a_wrapper(**values: Any) -> None:
+    env = gym.make("CartPole-v1")
+    state = env_state(env)
+    state["layers"][0]["attributes"].update(values)
+    restore_env(env, state)
+
+
+def _vectorised(index: int, **values: Any) -> None:
+    venv = VecNormalize(dummy("CartPole-v1", 1))
+    state, _ = vec_env_state(venv)
+    state["layers"][index]["attributes"].update(values)
+    restore_vec_env(venv, state)
+
+
+def _mujoco(part: str, **values: Any) -> None:
+    env = gym.make("InvertedPendulum-v5")
+    env.reset()
+    state = mujoco_state(env.unwrapped)
+    state[part].update(values)
+    set_mujoco_state(env.unwrapped, state)
+
+
+def _a_model(**values: Any) -> None:
+    venv = dummy("CartPole-v1", 1)
+    venv.reset()
+    state, _ = vec_env_state(venv)
+    tree = {"environments": state, "random": global_states(), "resets": None, "model": values}
+    _restore_environments(SimpleNamespace(), venv, tree)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("restore", "named"),
+    [
+        (lambda: _a_callback(best_model_save_path="anywhere"), "EvalCallback .* got 'best_model_save_path'"),
+        (lambda: _a_callback(**{"eval_env.num_envs": 2}), "EvalCallback .* got 'eval_env.num_envs'"),
+        (lambda: _a_wrapper(step=None), "TimeLimit .* only _elapsed_steps, got 'step'"),
+        (lambda: _vectorised(0, venv=None), "VecNormalize .* got 'venv'"),
+        (lambda: _vectorised(1, envs=[]), "DummyVecEnv .* only _seeds, got 'envs'"),
+        (lambda: _mujoco("derived", qpos=0.0), "the simulation .* got 'qpos'"),
+        (lambda: _mujoco("drawn", step=None), "InvertedPendulumEnv .* got 'step'"),
+        (lambda: set_space_states(gym.make("CartPole-v1"), {"env": []}), "spaces .* got 'env'"),
+        (lambda: _a_model(policy=None), "the model .* got 'policy'"),
+    ],
+)
+def test_states_set_no_attributes_that_are_never_saved(restore: Callable[[], None], named: str) -> None:
+    with pytest.raises(ValueError, match=f"The state of .*{named}"):
+        restore()

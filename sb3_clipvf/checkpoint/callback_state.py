@@ -55,7 +55,7 @@ def compare_callbacks(root: BaseCallback, states: dict[str, Any]) -> None:
     for place, callback in places.items():
         if place in states:
             # Copies: `restore_callbacks` sets them again.
-            write_attributes(callback, frozen(states[place]["attributes"]))
+            write_attributes(callback, frozen(states[place]["attributes"]), _attribute_names(callback))
 
 
 def restore_callbacks(root: BaseCallback, states: dict[str, Any]) -> None:
@@ -120,13 +120,12 @@ def _state(callback: BaseCallback, known: set[int]) -> tuple[dict[str, Any], lis
         state, unknown = vec_env_state(callback.eval_env)
         evaluation = {"build": describe_vec_env(callback.eval_env), "state": state}
         reasons += [f"{_IN_EVALUATIONS}{reason}" for reason in unknown]
-    names = " ".join(ATTRIBUTES.get(full_name(base), "") for base in type(callback).__mro__)
-    attributes = frozen(read_attributes(callback, names), name)
+    attributes = frozen(read_attributes(callback, _attribute_names(callback)), name)
     return {"attributes": attributes, "given": given, "evaluation": evaluation}, reasons
 
 
 def _restore(callback: BaseCallback, state: dict[str, Any], place: str) -> None:
-    write_attributes(callback, state["attributes"])
+    write_attributes(callback, state["attributes"], _attribute_names(callback))
     if isinstance(callback, EvalCallback) and state["evaluation"] is not None:
         try:
             check_same_build(state["evaluation"]["build"], describe_vec_env(callback.eval_env))
@@ -136,6 +135,10 @@ def _restore(callback: BaseCallback, state: dict[str, Any], place: str) -> None:
             restore_vec_env(callback.eval_env, state["evaluation"]["state"])
     if state["given"] is not None and _has_own_state(callback):
         callback.load_training_state(state["given"]["state"])  # type: ignore[attr-defined]
+
+
+def _attribute_names(callback: BaseCallback) -> str:
+    return " ".join(ATTRIBUTES.get(full_name(base), "") for base in type(callback).__mro__)
 
 
 def _has_own_state(callback: BaseCallback) -> bool:

@@ -54,7 +54,7 @@ def restore_env(env: gym.Env[Any, Any], state: dict[str, Any]) -> None:
     saved = [layer for layer in state["layers"] if layer["class"] not in _OURS]
     # From the inside out: a wrapper's own method may read the environment.
     for layer, own in reversed(list(zip(_without_ours(env), saved, strict=True))):
-        write_attributes(layer, own["attributes"])
+        write_attributes(layer, own["attributes"], ATTRIBUTES.get(full_name(type(layer)), ""))
         restore_file(vars(layer).get("results_writer"), own["file"])
         if own["mujoco"] is not None:
             set_mujoco_state(layer, own["mujoco"])

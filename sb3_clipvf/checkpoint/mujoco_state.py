@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from sb3_clipvf.checkpoint.errors import EnvironmentMismatchError
+from sb3_clipvf.checkpoint.state_attributes import check_names
 
 # MuJoCo computes these before it integrates, so after a step they belong to the state before that step. Rewards and
 # observations read them. Computing them again would give the values of the state after the step.
@@ -40,6 +41,8 @@ def set_mujoco_state(env: Any, state: dict[str, Any]) -> None:
     """Restore the state from :func:`mujoco_state` in an environment without wrappers, which has been reset once."""
     import mujoco
 
+    check_names(state["derived"], _DERIVED, "the simulation")
+    check_names(state["drawn"], _DRAWN, type(env).__name__)
     kind = mujoco.mjtState.mjSTATE_INTEGRATION
     size = mujoco.mj_stateSize(env.model, kind)
     if state["integration"].size != size:

@@ -7,6 +7,8 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 
+from sb3_clipvf.checkpoint.state_attributes import check_names
+
 # NumPy's own: a name in a file must not select another class.
 _BIT_GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
 
@@ -73,6 +75,7 @@ def space_states(owner: Any) -> dict[str, list[dict[str, Any] | None]]:
 
 def set_space_states(owner: Any, states: dict[str, list[dict[str, Any] | None]]) -> None:
     """Restore the states from :func:`space_states`."""
+    check_names(states, _SPACES, "spaces")
     for name, saved in states.items():
         for part, state in zip(_parts(getattr(owner, name)), saved, strict=True):
             part._np_random = generator_from(state)

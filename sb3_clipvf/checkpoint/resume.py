@@ -24,6 +24,7 @@ from sb3_clipvf.checkpoint.random_state import (
     set_space_states,
     space_states,
 )
+from sb3_clipvf.checkpoint.state_attributes import check_names
 from sb3_clipvf.checkpoint.training_state import OBSERVATIONS, set_logger_state
 from sb3_clipvf.checkpoint.vec_env_state import check_same_build, describe_vec_env, restore_vec_env
 from sb3_clipvf.common.messages import log
@@ -171,6 +172,7 @@ def _restore_environments(model: ResumableModel, venv: VecEnv, tree: dict[str, A
     restore_vec_env(venv, tree["environments"])
     set_global_states(tree["random"])
     if tree["resets"] is None and tree["environments"]["exact"]:
+        check_names(tree["model"], OBSERVATIONS, "the model")
         return dict(tree["model"])
     generator = generator_from(tree["resets"])
     if generator is None and model.seed is not None:

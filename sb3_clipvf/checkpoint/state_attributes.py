@@ -1,6 +1,9 @@
 """Which attributes of environments, wrappers and callbacks are state, by the full name of the class that has them."""
 
+from collections.abc import Collection, Iterable
 from typing import Any
+
+from sb3_clipvf.files.allowlist import full_name
 
 _TOY = "gymnasium.envs.toy_text"
 _CLASSIC = "gymnasium.envs.classic_control"
@@ -119,11 +122,22 @@ def read_attributes(target: Any, names: str) -> dict[str, Any]:
     return values
 
 
-def write_attributes(target: Any, values: dict[str, Any]) -> None:
-    """Set attributes of an object to the values from :func:`read_attributes`."""
+def write_attributes(target: Any, values: dict[str, Any], names: str) -> None:
+    """Set attributes of an object to the values from :func:`read_attributes` for the same ``names``; refuse others."""
+    check_names(values, names.split(), full_name(type(target)))
     for name, value in values.items():
         owner, last = _owner(target, name)
         vars(owner)[last] = value
+
+
+def check_names(found: Iterable[str], allowed: Collection[str], what: str) -> None:
+    """Refuse names of a file that its writer does not write: a crafted file would set any attribute."""
+    others = [name for name in found if name not in allowed]
+    if others:
+        raise ValueError(
+            f"The state of {what} in the checkpoint must hold only {', '.join(allowed) or 'no attributes'}, got "
+            f"{', '.join(map(repr, others))[:300]}. Use a checkpoint that this version of sb3_clipvf wrote."
+        )
 
 
 def _owner(target: Any, name: str) -> tuple[Any, str]:

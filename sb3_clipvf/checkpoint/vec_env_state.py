@@ -37,6 +37,10 @@ _SAME = {
 _BASES = (DummyVecEnv, SubprocVecEnv, BatchedVecEnv)
 """Innermost layers in which environments are known, also those of derived classes."""
 
+# Attributes of the adapter's statistics, and of Gymnasium's vectorised CartPole
+_STATISTICS = "started_at returns lengths total_timesteps"
+_CARTPOLE = "state steps prev_done steps_beyond_terminated _np_random_seed"
+
 _RESET_TEXT = "begin new episodes at a resume, with different random numbers"
 _RESET_HINT = "In a script, TrainingCheckpoint(..., reset_envs=True) makes a resumed run exact."
 _METHODS_HINT = f"Define get_training_state() and set_training_state() in the class. {_RESET_HINT}"
@@ -71,7 +75,7 @@ def restore_vec_env(venv: VecEnv, state: dict[str, Any]) -> None:
 def _restore_layer(layer: VecEnv, own: dict[str, Any]) -> None:
     """Restore the state of a layer, and of environments in it, that its own method does not return."""
     _move_to_host(layer)
-    write_attributes(layer, own["attributes"])
+    write_attributes(layer, own["attributes"], _attribute_names(layer))
     if own["obs_rms"] is not None and isinstance(layer, VecNormalize):
         layer.obs_rms = _moments_from(own["obs_rms"])
     if own["stacks"] is not None and isinstance(layer, VecFrameStack):
@@ -153,7 +157,7 @@ def _layer_state(layer: Any) -> tuple[dict[str, Any], list[str]]:
     elif name not in ATTRIBUTES and isinstance(layer, (VecEnvWrapper, *_BASES)):
         reasons = [f"{name} does not provide its state, and starts again at a resume. {_METHODS_HINT}"]
     elif isinstance(layer, VecEnvWrapper):
-        state["attributes"] = frozen(read_attributes(layer, ATTRIBUTES[name]), name)
+        state["attributes"] = frozen(read_attributes(layer, _attribute_names(layer)), name)
         state["file"] = file_state(vars(layer).get("results_writer"))
         if isinstance(layer, VecNormalize) and layer.norm_obs:
             state["obs_rms"] = _moments(layer.obs_rms)
@@ -167,8 +171,7 @@ def _layer_state(layer: Any) -> tuple[dict[str, Any], list[str]]:
 
 def _add_environments(state: dict[str, Any], layer: VecEnv) -> list[str]:
     """Add the states of the environments in the innermost layer; return a text for each class without a known state."""
-    # Seeds of the next reset. New environments still have those of their first reset.
-    state["attributes"] = frozen(read_attributes(layer, "_seeds"))
+    state["attributes"] = frozen(read_attributes(layer, _attribute_names(layer)))
     if isinstance(layer, BatchedVecEnv):
         state["adapter"], reasons = _adapter_state(layer)
         return reasons
@@ -180,6 +183,11 @@ def _add_environments(state: dict[str, Any], layer: VecEnv) -> list[str]:
         is_whole = has_own_state(layer) and not isinstance(layer, SubprocVecEnv)
         return [] if is_whole else [_inaccessible(layer)]
     return _unknown(state["environments"])
+
+
+def _attribute_names(layer: VecEnv) -> str:
+    # Innermost, seeds of the next reset: new environments still have those of their first reset.
+    return ATTRIBUTES.get(full_name(type(layer)), "") if isinstance(layer, VecEnvWrapper) else "_seeds"
 
 
 def _allow_resets(venv: VecEnv) -> None:
@@ -256,14 +264,13 @@ def _stacks(stack: StackedObservations[Any]) -> list[StackedObservations[Any]]:
 def _adapter_state(layer: BatchedVecEnv) -> tuple[dict[str, Any], list[str]]:
     env = layer.env
     state: dict[str, Any] = {
-        "statistics": frozen(read_attributes(layer.statistics, "started_at returns lengths total_timesteps")),
+        "statistics": frozen(read_attributes(layer.statistics, _STATISTICS)),
         "file": file_state(layer._writer),
         "cartpole": None,
         "sync": None,
     }
     if isinstance(layer, CartPoleVecEnv):
-        names = "state steps prev_done steps_beyond_terminated _np_random_seed"
-        state["cartpole"] = frozen(read_attributes(env, names))
+        state["cartpole"] = frozen(read_attributes(env, _CARTPOLE))
         state["generator"] = generator_state(env._np_random)
         return state, []
     if type(env) is SyncVectorEnv:
@@ -281,10 +288,10 @@ def _core(layer: BatchedVecEnv) -> Any:
 
 def _restore_adapter(layer: BatchedVecEnv, state: dict[str, Any]) -> None:
     env = layer.env
-    write_attributes(layer.statistics, state["statistics"])
+    write_attributes(layer.statistics, state["statistics"], _STATISTICS)
     restore_file(layer._writer, state["file"])
     if state["cartpole"] is not None:
-        write_attributes(env, state["cartpole"])
+        write_attributes(env, state["cartpole"], _CARTPOLE)
         env._np_random = generator_from(state["generator"])
     if state["sync"] is not None:
         env._autoreset_envs[:] = state["sync"]["autoreset"]
