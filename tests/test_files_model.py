@@ -128,6 +128,25 @@ class TestHostileModels:
             before.set_parameters(model_path, device="cpu")
         assert not mark.exists()
 
+    @pytest.mark.parametrize("name", ["policy.action_net.weight.__class__", "policy_class", "own"])
+    def test_further_tensors_are_those_that_the_class_declares(self, name: str, model_path: Path) -> None:
+        class Declaring(ClipPPO):
+            def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+                return super()._get_torch_save_params()[0], ["own"]
+
+            def _setup_model(self) -> None:
+                super()._setup_model()
+                self.own = th.zeros(2)
+
+        variables = io.BytesIO()
+        th.save({name: th.ones(2)}, variables)
+        pack(model_path, {**entries_of(model_path), "pytorch_variables.pth": variables.getvalue()})
+        with pytest.raises(UnsafeFileError, match=f"only tensors that the algorithm declares .none., got '{name}'"):
+            load(model_path)
+        if name == "own":
+            assert Declaring.load(model_path, device="cpu").own.tolist() == [1.0, 1.0]
+        assert not {"data"} & (vars(th.nn.Parameter).keys() | vars(ActorCriticPolicy).keys())
+
     def test_set_parameters_reads_no_attributes(self, model_path: Path, mark: Path) -> None:
         model = load(model_path)
         with_data(model_path, learning_rate=hostile.os_system(mark))

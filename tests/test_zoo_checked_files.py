@@ -1,5 +1,6 @@
 """The console command reads the files of runs without running code: models, statistics, settings, replay buffers."""
 
+import io
 import os
 import pickle
 import re
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch as th
 import yaml
-from stable_baselines3 import DQN, PPO
+from stable_baselines3 import DQN, PPO, SAC
 from stable_baselines3.common import base_class
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
@@ -242,6 +243,18 @@ class TestHarmlessRuns:
             with pytest.raises(UnsafeFileError, match="`extra` in ppo.zip"):
                 PPO.load("ppo.zip", device="cpu")
         assert not mark.exists()
+
+    def test_further_tensors_of_other_algorithms(self, tmp_path: Path) -> None:
+        sizes: dict[str, Any] = {"buffer_size": 50, "policy_kwargs": {"net_arch": [4]}, "device": "cpu"}
+        SAC("MlpPolicy", "Pendulum-v1", **sizes).save("sac.zip")
+        variables = io.BytesIO()
+        th.save({"policy.activation_fn": th.ones(2)}, variables)
+        entries = hostile.entries_of(tmp_path / "sac.zip")
+        hostile.pack(tmp_path / "other.zip", {**entries, "pytorch_variables.pth": variables.getvalue()})
+        with checked_files():
+            SAC.load("sac.zip", device="cpu")
+            with pytest.raises(UnsafeFileError, match="declares .*log_ent_coef.*, got 'policy.activation_fn'"):
+                SAC.load("other.zip", device="cpu")
 
     def test_replay_buffers(self, tmp_path: Path, mark: Path) -> None:
         model = DQN("MlpPolicy", "CartPole-v1", buffer_size=50, learning_starts=8, device="cpu").learn(16)

@@ -28,6 +28,8 @@ from sb3_clipvf.files.codec import ENCODED, NOTE, decoded, encoded
 from sb3_clipvf.files.trust import TRUST_ADVICE, Trust, UnsafeFileError
 from sb3_clipvf.files.unpickle import named_errors, unpickle
 
+_VARIABLES = ("pytorch_variables.pth", "tensors.pth")  # the second one by old versions of SB3
+
 ROOM = 64 * 2**20
 """A loaded policy may take four times the bytes of the saved weights plus these: not all its tensors are saved."""
 
@@ -45,12 +47,14 @@ class ModelFile:
     :param content: Its bytes.
     :param data: Attributes of the model, as parsed from JSON; None if the zip holds none.
     :param weight_sizes: Size in bytes of each entry of tensors, by its name without the suffix.
+    :param variables: Names of further tensors, which SB3 sets as attributes of the model.
     """
 
     name: str
     content: bytes
     data: Mapping[str, Any] | None
     weight_sizes: Mapping[str, int]
+    variables: frozenset[str]
 
     def stream(self) -> CheckedStream:
         """Return the bytes for SB3's own functions."""
@@ -119,17 +123,19 @@ def read_model(path: ModelPath, *, needs_data: bool = True) -> ModelFile:
     :raises ValueError: If it is no model, damaged, or too large for the memory.
     """
     name, content = read_bytes(path, "zip")
-    data, weight_sizes = None, {}
+    data, weight_sizes, variables = None, {}, frozenset[str]()
     for entry, raw in entries_of(name, content):
         if entry == "data":
             data = _parsed(name, raw)
         elif os.path.splitext(entry)[1] == ".pth":
-            _check_weights(name, entry, raw)
+            weights = _checked_weights(name, entry, raw)
+            if entry in _VARIABLES:
+                variables |= frozenset(map(str, weights))
             weight_sizes[entry.removesuffix(".pth")] = len(raw)
     if "policy" not in weight_sizes or (needs_data and data is None):
         missing = "`data`" if "policy" in weight_sizes else "`policy.pth`"
         raise ValueError(f"{name} must be what `save` wrote, but holds no {missing}. Pass the zip of a model.")
-    return ModelFile(name, content, data, weight_sizes)
+    return ModelFile(name, content, data, weight_sizes, variables)
 
 
 def check_model(file: ModelFile, cls: type[Any], trust: Trust, replaced: Collection[str]) -> None:
@@ -143,6 +149,8 @@ def check_model(file: ModelFile, cls: type[Any], trust: Trust, replaced: Collect
         raise UnsafeFileError(
             f"`env` in {file.name} must be absent: creating an environment can import any module. {TRUST_ADVICE}."
         )
+    if not trust.everything:
+        check_variables(file, _declared_variables(cls))
     missing = [key for key in ("policy_class", "observation_space", "action_space") if key not in data]
     if missing:
         raise ValueError(f"`data` in {file.name} must be complete, but holds no {', '.join(missing)}. Save it again.")
@@ -151,12 +159,30 @@ def check_model(file: ModelFile, cls: type[Any], trust: Trust, replaced: Collect
             raise ValueError(f"`{key}` in {file.name} must be absent: {cls.__name__} has a method of this name.")
 
 
+def check_variables(file: ModelFile, declared: Collection[str]) -> None:
+    """Refuse further tensors that are not declared: SB3 sets them at any path, such as an attribute of a class."""
+    others = sorted(file.variables.difference(declared))
+    if others:
+        raise UnsafeFileError(
+            f"'pytorch_variables.pth' in {file.name} must hold only tensors that the algorithm declares "
+            f"({', '.join(sorted(declared)) or 'none'}), got {', '.join(map(repr, others))[:300]}. {TRUST_ADVICE}."
+        )
+
+
 def network_bound(file: ModelFile, trust: Trust) -> AbstractContextManager[Any]:
     """Return a context that refuses a policy much larger than the file's weights, unless the file is trusted."""
     return nullcontext() if trust.everything else _NetworkBound(file)
 
 
 # ---------------------------------------------------------------------- contents
+
+
+def _declared_variables(cls: type[Any]) -> Collection[str]:
+    """Return what a class declares without a model; one that reads its model's attributes declares nothing here."""
+    try:
+        return tuple(object.__new__(cls)._get_torch_save_params()[1])
+    except AttributeError:
+        return ()
 
 
 def _parsed(name: str, raw: bytes) -> dict[str, Any]:
@@ -174,8 +200,8 @@ def _parsed(name: str, raw: bytes) -> dict[str, Any]:
     return data
 
 
-def _check_weights(name: str, entry: str, raw: bytes) -> None:
-    """Check that weights can be read as SB3 reads them: only tensors and plain containers of these."""
+def _checked_weights(name: str, entry: str, raw: bytes) -> dict[Any, Any]:
+    """Return weights, and check that SB3 can read them: only tensors and plain containers of these."""
     what = f"{entry!r} in {name}"
     check_inner_zip(what, raw)
     try:
@@ -192,6 +218,7 @@ def _check_weights(name: str, entry: str, raw: bytes) -> None:
         raise ValueError(f"{what} must hold a dict of tensors, got {type(weights).__name__}. Save the model again.")
     if entry.endswith("optimizer.pth") and not {"state", "param_groups"} <= (weights or {}).keys():
         raise ValueError(f"{what} must hold the state of an optimizer, got something else. Save the model again.")
+    return weights or {}
 
 
 # ---------------------------------------------------------------------- size of the policy

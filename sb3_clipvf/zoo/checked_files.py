@@ -26,7 +26,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnvWrapper
 
 from sb3_clipvf.files.allowlist import CheckedFunction, NotAllowedError, create, find, restore
-from sb3_clipvf.files.model import CheckedStream, read_model
+from sb3_clipvf.files.model import CheckedStream, check_variables, read_model
 from sb3_clipvf.files.statistics import load_vec_normalize, read_pickle
 from sb3_clipvf.files.trust import TRUST_VARIABLE, UnsafeFileError, trust_of
 from sb3_clipvf.zoo.commands import ALGORITHM
@@ -35,6 +35,7 @@ from sb3_clipvf.zoo.patching import patched
 
 _PYTHON = "tag:yaml.org,2002:python/"
 _TRUST = f"If you trust where it comes from, pass `--trust-pickle` or set {TRUST_VARIABLE}=1."
+_VARIABLES = ("ent_coef_tensor", "log_ent_coef")  # further tensors of SB3's and SB3-Contrib's algorithms
 _BASES: dict[str, tuple[type, ...]] = {
     "callback": (BaseCallback,),
     "env_wrapper": (gym.Wrapper, VecEnvWrapper),
@@ -200,6 +201,7 @@ def _load_from_zip_file(
     objects = dict(custom_objects or {})
     if not isinstance(load_path, CheckedStream):
         file = read_model(load_path, needs_data=load_data)
+        check_variables(file, _VARIABLES)
         load_path = file.stream()
         if load_data:
             objects = {**file.unpickled(trust_of(None), objects), **objects}
