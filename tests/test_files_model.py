@@ -29,6 +29,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from sb3_clipvf import ClipPPO, UnsafeFileError
 from sb3_clipvf.envs import FastVecNormalize
 from sb3_clipvf.files.archive import SMALL as SMALL_BYTES
+from sb3_clipvf.files.archive import check_inner_zip
 from sb3_clipvf.files.model import read_model
 from sb3_clipvf.files.statistics import load_vec_normalize, read_pickle
 from sb3_clipvf.files.trust import TRUST_VARIABLE
@@ -508,10 +509,9 @@ class TestForeignFiles:
     def test_other_weights(self, weights: bytes, model_path: Path) -> None:
         model = load(model_path)
         pack(model_path, {**entries_of(model_path), "policy.pth": weights})
-        with pytest.raises(ValueError, match=r"'policy.pth' in .* (could not be read|must hold)"):
-            load(model_path)
-        with pytest.raises(ValueError, match=r"'policy.pth' in .* (could not be read|must hold)"):
-            model.set_parameters(model_path)
+        for read in (load, model.set_parameters):
+            with pytest.raises(ValueError, match=r"'policy.pth' in .* (could not be read|must hold|is damaged)"):
+                read(model_path)
 
     @pytest.mark.parametrize("value", [3, {"a": 1}, spaces.Discrete(2)])
     def test_other_pickles(self, value: Any, tmp_path: Path) -> None:
@@ -552,6 +552,39 @@ class TestBounds:
         pack(model_path, {**entries_of(model_path), "policy.pth": inner.getvalue()})
         with pytest.raises(ValueError, match=r"'policy.pth' in .* must not expand"):
             load(model_path)
+
+    @pytest.mark.parametrize("ending", [b"PK\x05\x06", b"PK\x05\x06" + b"\0" * 16])
+    def test_bombs_in_what_only_torch_takes_for_a_zip(self, ending: bytes, model_path: Path) -> None:
+        raw = entries_of(model_path)["policy.pth"] + ending
+        assert isinstance(th.load(io.BytesIO(raw), weights_only=True), dict)
+        with pytest.raises(ValueError, match="x is damaged or cut short"):
+            check_inner_zip("x", raw)
+
+    @pytest.mark.parametrize("change", ["locator", "offset"])
+    def test_lists_of_entries_that_torch_finds_elsewhere(self, change: str, model_path: Path) -> None:
+        raw = bytearray(entries_of(model_path)["policy.pth"])
+        check_inner_zip("x", bytes(raw))
+        end = raw.rindex(b"PK\x05\x06")
+        assert raw[end - 20 : end - 16] == b"PK\x06\x07"
+        raw[end - 12 if change == "locator" else end - 76 + 48] ^= 1
+        with pytest.raises(ValueError, match="x is damaged or cut short: (its list|BadZipFile)"):
+            check_inner_zip("x", bytes(raw))
+
+    @pytest.mark.parametrize(
+        "value",
+        [th.zeros(1).expand(10_000), [[view] for view in th.zeros(5000).expand(6, 5000).unbind()]],
+        ids=["one value", "many views"],
+    )
+    def test_tensors_larger_than_their_values(
+        self, value: Any, model_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("sb3_clipvf.files.model.ROOM", 0)
+        entries, optimizer = entries_of(model_path), io.BytesIO()
+        state = th.load(io.BytesIO(entries["policy.optimizer.pth"]), weights_only=True)
+        state["state"][0] = value
+        th.save(state, optimizer)
+        with pytest.raises(ValueError, match="'policy.optimizer.pth' .* no tensors larger than their values"):
+            load(pack(model_path, {**entries, "policy.optimizer.pth": optimizer.getvalue()}))
 
     def test_false_sizes(self, model_path: Path) -> None:
         """No more bytes of an entry are read than its header states."""

@@ -1,5 +1,6 @@
 """The pickle machine: what it rebuilds, what it refuses, and that it never runs what it refuses."""
 
+import io
 import pathlib
 import pickle
 import pickletools
@@ -209,6 +210,33 @@ class TestWhatIsRefused:
         for instruction in (b"\x96", b"\x8e", b"\x8d"):  # BYTEARRAY8, BINBYTES8, BINUNICODE8
             with pytest.raises(ValueError, match="expected 1099511627776 bytes"):
                 unpickle(b"\x80\x05" + instruction + (2**40).to_bytes(8, "little") + b"abc", Trust())
+
+    @pytest.mark.parametrize(
+        "raw",
+        [
+            b"](" + b"\x8f" * 2**14 + b"e.",  # sets
+            b"](" + hostile.named("collections", "deque") + b"\x94" + b"(" + b"N" * 1000 + b"t\x85\x940"
+            b"h\x00h\x01R" * 200 + b"e.",
+        ],
+        ids=["many objects", "many copies"],
+    )
+    def test_values_that_take_much_more_memory_than_the_bytes(
+        self, raw: bytes, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("sb3_clipvf.files.unpickle.memory_limit", lambda: 2**20)
+        with pytest.raises(ValueError, match="its values take more than 1 MiB"):
+            unpickle(b"\x80\x04" + raw, Trust())
+
+    def test_bytes_of_torch_that_expand(self) -> None:
+        zipped = io.BytesIO()
+        th.save(th.zeros(2).untyped_storage(), zipped)
+        raw = pickle.dumps(hostile.Call(th.storage._load_from_bytes, zipped.getvalue()))
+        with pytest.raises(NotAllowedError, match=r"unusual arguments of torch\.storage\._load_from_bytes"):
+            unpickle(raw, Trust())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("warnings.warn", lambda *args, **kwargs: None)  # torch warns when it pickles a storage
+            with pytest.raises(NotAllowedError, match=r"unusual arguments of torch\._utils\._rebuild_tensor_v2"):
+                unpickle(pickle.dumps(th.zeros(1).expand(10**9)), Trust())
 
 
 class hostile_array(np.ndarray):  # noqa: N801

@@ -264,7 +264,8 @@ def _set_seed_sequence(seeds: Any, state: Any) -> None:
 
 
 def _storage(raw: Any) -> Any:
-    # torch's own `_load_from_bytes` unpickles anything.
+    # torch's own `_load_from_bytes` unpickles anything. It is passed torch's older format: a zip could expand.
+    _check(type(raw) is bytes and raw[:2] != b"PK", "torch.storage._load_from_bytes")
     storage = th.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     _check(isinstance(storage, th.TypedStorage | th.UntypedStorage), "torch.storage._load_from_bytes")
     return storage
@@ -273,6 +274,8 @@ def _storage(raw: Any) -> Any:
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, *_: Any) -> th.Tensor:
     _check(isinstance(storage, th.TypedStorage), "torch._utils._rebuild_tensor_v2")
     _check(_is_ints((offset,)) and _is_ints(tuple(size)) and _is_ints(tuple(stride)), "torch._utils._rebuild_tensor_v2")
+    # A view of fewer values would expand as soon as it is copied.
+    _check(math.prod(size) <= storage.size(), "torch._utils._rebuild_tensor_v2")
     # Without backward hooks, which are functions.
     rebuild: Any = th._utils._rebuild_tensor_v2
     return rebuild(storage, offset, tuple(size), tuple(stride), requires_grad is True, OrderedDict())  # type: ignore[no-any-return]

@@ -22,10 +22,13 @@ SMALL = 16 * 2**20
 MAX_ENTRIES = 100_000  # of a zip
 MAX_EXPANSION = 100  # times a zip's own size, beyond SMALL; SB3 does not compress at all
 
+BYTES_OF_VALUE = 100
+"""Upper bound of the memory of a JSON value, besides its text; pickles are counted in the same way."""
+
 _MEMORY_SHARE = 3  # a file may take 1/3 of the free memory: the values read from it, and the model, take as much
-_BYTES_OF_VALUE = 100  # upper bound of the memory of a JSON value, besides its text
 _ENTRY_HEADER = b"PK\x01\x02"
 _LOCAL_HEADER = b"PK\x03\x04"
+_END, _LOCATOR_64 = b"PK\x05\x06", b"PK\x06\x07"
 _IS_ENCRYPTED = 0x1
 
 
@@ -68,14 +71,18 @@ def entries_of(name: str, content: bytes) -> Iterator[tuple[str, bytes]]:
 
 def check_inner_zip(name: str, content: bytes) -> None:
     """Check the list of entries of a zip inside a zip, such as torch's files of tensors; skip anything else."""
-    if _is_zip(content):
-        _opened(name, content).close()
+    # torch takes for a zip what begins as one, and finds its end where Python may find none.
+    if content[:2] == b"PK" or _is_zip(content):
+        with _opened(name, content) as archive:
+            _check_list(name, content, archive)
+            pickles = sum(entry.file_size for entry in archive.infolist() if entry.filename.endswith(".pkl"))
+        _check_size(f"the values of {name}", BYTES_OF_VALUE * pickles)
 
 
 def check_json(name: str, content: bytes) -> None:
     """Refuse JSON whose values would not fit into memory: they may take many times the bytes of their text."""
     n_values = sum(map(content.count, (b",", b"[", b"{")))
-    _check_size(f"the values of {name}", len(content) + _BYTES_OF_VALUE * n_values)
+    _check_size(f"the values of {name}", len(content) + BYTES_OF_VALUE * n_values)
 
 
 def reason_of(error: Exception) -> str:
@@ -84,8 +91,13 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
+def memory_limit() -> int:
+    """Return the bytes that what a file holds may take."""
+    return max(SMALL, free_memory() // _MEMORY_SHARE)
+
+
 def _check_size(name: str, size: int) -> None:
-    limit = max(SMALL, free_memory() // _MEMORY_SHARE)
+    limit = memory_limit()
     if size > limit:
         raise ValueError(
             f"{name} must be small enough to be loaded, got {size / 2**20:,.0f} MiB. The limit is "
@@ -119,6 +131,19 @@ def _opened(name: str, content: bytes) -> zipfile.ZipFile:
         archive = zipfile.ZipFile(io.BytesIO(content))
     _check_entries(name, len(content), archive.infolist())
     return archive
+
+
+def _check_list(name: str, content: bytes, archive: zipfile.ZipFile) -> None:
+    """Refuse a zip in which torch would find another list of entries than the one that Python has read."""
+    end = content.rfind(_END, 0, len(content) - 18)
+    found, is_same = int.from_bytes(content[end + 16 : end + 20], "little"), True
+    if content[max(0, end - 20) : max(0, end - 16)] == _LOCATOR_64:
+        # Python reads the record before this locator; torch reads that at the place which the locator names.
+        record = end - 76
+        is_same = int.from_bytes(content[end - 12 : end - 4], "little") == record
+        found = int.from_bytes(content[record + 48 : record + 56], "little")
+    if not is_same or found != archive.start_dir:
+        raise ValueError(f"{name} is damaged or cut short: its list of entries is elsewhere. Save it again.")
 
 
 def _check_entries(name: str, size: int, entries: list[zipfile.ZipInfo]) -> None:

@@ -12,7 +12,7 @@ import os
 import pathlib
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -214,11 +214,41 @@ def _checked_weights(name: str, entry: str, raw: bytes) -> dict[Any, Any]:
         raise UnsafeFileError(
             f"{what} must hold tensors only, got {refused[1]}. SB3 reads no other weights, trusted or not."
         ) from None
+    _check_tensors(what, weights)
     if not (isinstance(weights, dict) or weights is None):
         raise ValueError(f"{what} must hold a dict of tensors, got {type(weights).__name__}. Save the model again.")
     if entry.endswith("optimizer.pth") and not {"state", "param_groups"} <= (weights or {}).keys():
         raise ValueError(f"{what} must hold the state of an optimizer, got something else. Save the model again.")
     return weights or {}
+
+
+def _check_tensors(what: str, weights: Any) -> None:
+    """Refuse tensors that take much more memory than the file when they are copied, such as views of one value."""
+    n_bytes, storages = 0, dict[int, int]()
+    for tensor in _tensors_of(weights):
+        if tensor.layout is not th.strided:
+            continue
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        size = tensor.numel() * tensor.element_size()
+        n_bytes += size
+        # Parts of a network may share their weights.
+        if size > storage.nbytes() or n_bytes > ROOM + 4 * sum(storages.values()):
+            raise ValueError(
+                f"{what} must hold no tensors larger than their values, got {n_bytes:,} bytes. Save the model again."
+            )
+
+
+def _tensors_of(weights: Any) -> Iterator[th.Tensor]:
+    """Yield the tensors of nested containers, each container once: a file may name one at many places."""
+    known, found = set[int](), [weights]
+    while found:
+        item = found.pop()
+        if isinstance(item, th.Tensor):
+            yield item
+        elif isinstance(item, dict | list | tuple | set | frozenset) and id(item) not in known:
+            known.add(id(item))
+            found += [*item.keys(), *item.values()] if isinstance(item, dict) else item
 
 
 # ---------------------------------------------------------------------- size of the policy

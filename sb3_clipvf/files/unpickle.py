@@ -8,6 +8,7 @@ instruction of the pickle language that has no method below. Python's unpickler 
 
 import pickle
 import pickletools
+import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Any
 
 from sb3_clipvf.files import allowlist
 from sb3_clipvf.files.allowlist import CheckedFunction, NotAllowedError, full_name
-from sb3_clipvf.files.archive import reason_of
+from sb3_clipvf.files.archive import BYTES_OF_VALUE, memory_limit, reason_of
 from sb3_clipvf.files.trust import TRUST_ADVICE, Trust, UnsafeFileError
 
 
@@ -68,11 +69,16 @@ class _Machine:
         self._stack: list[Any] = []
         self._marked: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
+        self._n_bytes = 0
 
     def run(self, raw: bytes) -> Any:
+        limit = len(raw) + memory_limit()
         # genops only parses, and never reads beyond the end.
         for opcode, argument, _ in pickletools.genops(raw):
             name = opcode.name
+            self._n_bytes += BYTES_OF_VALUE * (2 if name in _EMPTY else 1)
+            if self._n_bytes > limit:
+                raise ValueError(f"its values take more than {limit / 2**20:,.0f} MiB")
             if name == "STOP":
                 return self._stack.pop()
             if name in _LITERALS:
@@ -180,7 +186,12 @@ class _Machine:
         else:
             self._stack.append(allowlist.create(cls, _checked_args(args)))
 
+    def _count(self, parts: Any) -> None:
+        """Count what a call or a state copies: a file may pass the same bytes many times."""
+        self._n_bytes += sum(map(sys.getsizeof, parts if type(parts) is tuple else (parts,)))
+
     def _called(self, function: Any, args: Any) -> Any:
+        self._count(args)
         if isinstance(function, CheckedFunction):
             return function.call(*_checked_args(args))
         if self._is_extra(function):
@@ -189,6 +200,7 @@ class _Machine:
 
     def _op_build(self, _: Any) -> None:
         state, instance = self._stack.pop(), self._stack[-1]
+        self._count(state)
         if not self._is_extra(type(instance)):
             allowlist.restore(instance, state)
         elif hasattr(instance, "__setstate__"):
