@@ -227,6 +227,17 @@ class TestWhatIsRefused:
         with pytest.raises(ValueError, match="its values take more than 1 MiB"):
             unpickle(b"\x80\x04" + raw, Trust())
 
+    @pytest.mark.parametrize("kind", [list, tuple, lambda parts: {"a": parts[0], "b": parts[1]}])
+    def test_shared_parts_that_double_at_each_level(self, kind: Callable[[Any], Any]) -> None:
+        value: Any = [1]
+        for _ in range(16):
+            value = kind((value, value))
+        for whole in (value, spaces_with(value)):
+            with pytest.raises(ValueError, match=r"it has more than 10\d,\d+ parts, since it names the same ones"):
+                unpickle(pickle.dumps(whole), Trust())
+        shared = [[1] * 50] * 50
+        assert unpickle(pickle.dumps(shared), Trust()) == shared
+
     def test_bytes_of_torch_that_expand(self) -> None:
         zipped = io.BytesIO()
         th.save(th.zeros(2).untyped_storage(), zipped)
@@ -237,6 +248,12 @@ class TestWhatIsRefused:
             patch.setattr("warnings.warn", lambda *args, **kwargs: None)  # torch warns when it pickles a storage
             with pytest.raises(NotAllowedError, match=r"unusual arguments of torch\._utils\._rebuild_tensor_v2"):
                 unpickle(pickle.dumps(th.zeros(1).expand(10**9)), Trust())
+
+
+def spaces_with(value: Any) -> Any:
+    space = spaces.Discrete(2)
+    space.extra = value
+    return space
 
 
 class hostile_array(np.ndarray):  # noqa: N801

@@ -372,6 +372,15 @@ class TestSettings:
         with pytest.raises(ValueError, match="could not be read"):
             self.read(text)
 
+    @pytest.mark.parametrize("start", ["[1]", "!!python/tuple [1]", "{k: 1}"])
+    def test_parts_that_double_at_each_level(self, start: str) -> None:
+        form = "{{<<: [{0}, {0}]}}" if start[0] == "{" else "[{0}, {0}]"
+        lines = [f"- &t{i} {start if i == 0 else form.format(f'*t{i - 1}')}" for i in range(30)]
+        with pytest.raises(ValueError, match="could not be read: it refers to its own parts more than 20 times"):
+            self.read("\n".join(["a:", *lines, "gym_packages: *t29"]))
+        shared = {"pi": [64, 64]}
+        assert self.read(yaml.dump({"a": [shared, shared, shared]}))["a"][2] == shared
+
     def test_missing_settings(self) -> None:
         assert self.read("") is None
 

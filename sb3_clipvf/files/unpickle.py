@@ -59,6 +59,7 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _ATOMS = (str, bytes, int, float, type(None), type)
 _LISTS = (list, deque)
 _DICTS = (dict, OrderedDict)
+_MIN_PARTS = 100_000  # parts of a value that are always accepted, shared ones counted at each place
 
 
 class _Machine:
@@ -80,6 +81,7 @@ class _Machine:
             if self._n_bytes > limit:
                 raise ValueError(f"its values take more than {limit / 2**20:,.0f} MiB")
             if name == "STOP":
+                _check_sharing(self._stack[-1], _MIN_PARTS + 10 * len(raw))
                 return self._stack.pop()
             if name in _LITERALS:
                 self._stack.append(argument)
@@ -213,6 +215,24 @@ class _Machine:
 
     def _is_extra(self, value: Any) -> bool:
         return any(value is known for known in self._extra.values())
+
+
+def _check_sharing(value: Any, limit: int) -> None:
+    """Refuse containers that share parts so often that a message or a comparison, which visits each, would not end."""
+    n_parts, known, found = 0, set[int](), [value]
+    while found:
+        item = found.pop()
+        if isinstance(item, (dict, list, tuple, deque, set, frozenset)):
+            parts = [*item.keys(), *item.values()] if isinstance(item, dict) else item
+            n_parts += len(parts)
+        elif not isinstance(item, _ATOMS) and hasattr(item, "__dict__") and id(item) not in known:
+            known.add(id(item))
+            parts = list(vars(item).values())
+        else:
+            continue
+        if n_parts > limit:
+            raise ValueError(f"it has more than {limit:,} parts, since it names the same ones many times")
+        found += [part for part in parts if not isinstance(part, _ATOMS)]
 
 
 def _check_type(value: Any, types: tuple[type, ...], what: str) -> Any:

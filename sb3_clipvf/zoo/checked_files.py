@@ -36,6 +36,7 @@ from sb3_clipvf.zoo.patching import patched
 _PYTHON = "tag:yaml.org,2002:python/"
 _TRUST = f"If you trust where it comes from, pass `--trust-pickle` or set {TRUST_VARIABLE}=1."
 _VARIABLES = ("ent_coef_tensor", "log_ent_coef")  # further tensors of SB3's and SB3-Contrib's algorithms
+_MAX_ALIASES = 20  # each may double the parts of a value, which messages show in full
 _BASES: dict[str, tuple[type, ...]] = {
     "callback": (BaseCallback,),
     "env_wrapper": (gym.Wrapper, VecEnvWrapper),
@@ -132,6 +133,15 @@ def lies_beside(source: str | os.PathLike[str], config: str) -> bool:
 
 class RunLoader(yaml.SafeLoader):
     """YAML loader for a run's settings; it builds the types that the Zoo writes, and refuses what could run code."""
+
+    _n_aliases = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Count references to earlier parts of the file."""
+        self._n_aliases += self.check_event(yaml.AliasEvent)
+        if self._n_aliases > _MAX_ALIASES:
+            raise ValueError(f"it refers to its own parts more than {_MAX_ALIASES} times")
+        return super().compose_node(parent, index)
 
     def get_single_data(self) -> Any:
         """Read the only document of the file."""
