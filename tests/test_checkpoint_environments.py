@@ -45,7 +45,13 @@ from sb3_clipvf.checkpoint import (
 from sb3_clipvf.checkpoint.callback_state import compare_callbacks
 from sb3_clipvf.checkpoint.env_state import env_state, restore_env
 from sb3_clipvf.checkpoint.mujoco_state import mujoco_state, set_mujoco_state
-from sb3_clipvf.checkpoint.random_state import global_states, set_space_states
+from sb3_clipvf.checkpoint.random_state import (
+    generator_from,
+    generator_state,
+    global_states,
+    set_global_states,
+    set_space_states,
+)
 from sb3_clipvf.checkpoint.resume import _restore_environments
 from sb3_clipvf.checkpoint.vec_env_state import restore_vec_env, vec_env_state
 from sb3_clipvf.envs import FastDummyVecEnv, FastSubprocVecEnv, FastVecNormalize, as_vec_env, vector
@@ -651,6 +657,41 @@ def _mujoco(part: str, **values: Any) -> None:
     state = mujoco_state(env.unwrapped)
     state[part].update(values)
     set_mujoco_state(env.unwrapped, state)
+
+
+def _generator(kind: str, **values: Any) -> None:
+    state = getattr(np.random, kind)(0).state
+    generator_from({**state, **values, "state": {**state["state"], **values}})  # the names are at one of both places
+
+
+def _legacy(place: int, value: Any) -> None:
+    states = global_states()
+    numbers = list(states["numpy"])
+    numbers[place] = value
+    set_global_states({**states, "numpy": tuple(numbers)})
+
+
+@pytest.mark.parametrize(
+    ("restore", "named"),
+    [
+        (lambda: _generator("MT19937", pos=2**28), r"`pos` .* in \[0, 624\], got 268435456"),
+        (lambda: _generator("MT19937", pos=-1), r"`pos` .* in \[0, 624\], got -1"),
+        (lambda: _generator("MT19937", key=np.zeros(3, np.uint32)), "`key` .* 624 numbers of the type uint32"),
+        (lambda: _generator("Philox", buffer_pos=5), r"`buffer_pos` .* in \[0, 4\], got 5"),
+        (lambda: _generator("SFC64", state=np.zeros(1, np.uint64)), "`state` .* 4 numbers"),
+        (lambda: _legacy(2, 2**28), r"`pos` .* in \[0, 624\]"),
+        (lambda: _legacy(1, "text"), "`key` .* 624 numbers"),
+    ],
+)
+def test_random_states_that_would_break_numpy_are_refused(restore: Callable[[], None], named: str) -> None:
+    before = global_states()
+    with pytest.raises(ValueError, match=named):
+        restore()
+    set_global_states(before)
+    for kind in ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64"):
+        generator = np.random.Generator(getattr(np.random, kind)(0))
+        generator.random(3, np.float32)
+        assert generator_from(generator_state(generator)).random() == generator.random()  # type: ignore[union-attr]
 
 
 def _a_model(**values: Any) -> None:

@@ -12,6 +12,9 @@ from sb3_clipvf.checkpoint.state_attributes import check_names
 # NumPy's own: a name in a file must not select another class.
 _BIT_GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
 
+# Places in a generator's numbers, where it reads on. NumPy does not check them.
+_LARGEST = {"pos": 624, "buffer_pos": 4}
+
 _SPACES = ("action_space", "observation_space")
 
 
@@ -32,6 +35,8 @@ def set_global_states(states: dict[str, Any]) -> None:
     """Restore the states from :func:`global_states`."""
     version, numbers, gauss_next = states["python"]
     random.setstate((version, tuple(numbers.tolist()), gauss_next))
+    _, key, pos, *_ = states["numpy"]
+    _check_parts({"key": key, "pos": pos}, np.random.MT19937().state["state"])
     np.random.set_state(states["numpy"])
     th.set_rng_state(states["torch"])
     # Without the same devices, a resume is not exact in any case.
@@ -54,8 +59,29 @@ def generator_from(state: dict[str, Any] | None) -> np.random.Generator | None:
             "Use one of these."
         )
     bit_generator = getattr(np.random, state["bit_generator"])()
+    _check_parts(state, bit_generator.state)
     bit_generator.state = state
     return np.random.Generator(bit_generator)
+
+
+def _check_parts(state: dict[str, Any], own: dict[str, Any]) -> None:
+    """Compare a state from a file with that of a new generator: NumPy would read beyond the end of its numbers."""
+    for name, part in own.items():
+        value = state[name]
+        if isinstance(part, dict):
+            _check_parts(value, part)
+            continue
+        if isinstance(part, np.ndarray):
+            is_usual = isinstance(value, np.ndarray) and (value.shape, value.dtype) == (part.shape, part.dtype)
+            rule = f"{part.size} numbers of the type {part.dtype}"
+        else:
+            is_usual = name not in _LARGEST or (isinstance(value, int) and 0 <= value <= _LARGEST[name])
+            rule = f"a whole number in [0, {_LARGEST.get(name)}]"
+        if not is_usual:
+            raise ValueError(
+                f"`{name}` of a random generator in the checkpoint must be {rule}, got {str(value)[:100]}. Use "
+                "another checkpoint."
+            )
 
 
 def space_states(owner: Any) -> dict[str, list[dict[str, Any] | None]]:
