@@ -1,15 +1,16 @@
 """Values as JSON: which attributes of models are JSON or pickles, exact round trips, hostile and damaged JSON."""
 
+import enum
 import io
 import json
 import math
 import os
 import pickletools
 import zipfile
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import hostile
 import numpy as np
@@ -214,6 +215,8 @@ def test_plain_values_are_readable(tmp_path: Path) -> None:
         np.arange(6).reshape(2, 3).T,
         np.zeros((0, 3), np.float16),
         np.dtype(">f4"),
+        th.Size([3, 4]),
+        {"a": (np.str_("text"), [th.Size([])])},
         th.zeros(2, 3),
         nn.Tanh,
         spaces.Tuple([spaces.MultiBinary([2, 3]), spaces.MultiDiscrete([2, 3]), spaces.Discrete(3, start=-1)]),
@@ -247,6 +250,40 @@ def test_ambiguous_and_rare_values(value: Any) -> None:
 def test_other_values_are_left_to_pickle(value: Any) -> None:
     assert codec.encoded({"key": value})["key"] is value
     assert codec.encoded({"key": [value]})["key"][0] is value
+
+
+class Mode(enum.IntEnum):
+    """Values that JSON writes as numbers."""
+
+    A = 1
+
+
+class Word(enum.StrEnum):
+    """Values that JSON writes as text."""
+
+    B = "b"
+
+
+class Point(NamedTuple):
+    """A value that JSON writes as a list."""
+
+    x: float
+    y: float
+
+
+@pytest.mark.parametrize("value", [Mode.A, Word.B, Point(1.0, 2.0), Counter("aab"), defaultdict(list, a=[1])], ids=repr)
+def test_subclasses_of_plain_types_come_back_as_they_are(
+    value: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make()
+    model.own, model.dict_of_it = value, {"a": [value, (1,)]}
+    model.save(tmp_path / "model")
+    assert "pickles, since JSON cannot express them: `own`" in caplog.text
+    assert pickled_in(tmp_path / "model.zip") == {"own", "dict_of_it"}
+    loaded = ClipPPO.load(tmp_path / "model", device="cpu", trust_pickle=True)
+    assert same(loaded.own, value) and same(loaded.dict_of_it, {"a": [value, (1,)]})
+    with pytest.raises(UnsafeFileError, match="`own` in"):
+        ClipPPO.load(tmp_path / "model", device="cpu")
 
 
 def test_attributes_are_excluded_and_included(tmp_path: Path) -> None:

@@ -16,8 +16,10 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import torch as th
+from stable_baselines3.common.save_util import is_json_serializable
 
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.files import allowlist
@@ -122,13 +124,18 @@ def encoded(attributes: Mapping[str, Any]) -> dict[str, Any]:
         try:
             tree = _to_json(value, _object_to_json)
         except Exception as error:  # `__getstate__` of any class may fail, and the model must still be saved
-            values[name] = value
+            values[name] = _pickled(value) if is_json_serializable(value) else value
             others.append(f"`{name}` ({error})")
         else:
             values[name] = {ENCODED: FORMAT, ":type:": str(type(value)), "value": tree} if _has_tags(tree) else tree
     if others:
         _warn_about_pickles(", ".join(others))
     return values
+
+
+def _pickled(value: Any) -> dict[str, str]:
+    """Pickle a value in SB3's form. SB3 itself would write a subclass, such as a namedtuple, as its plain type."""
+    return {":type:": str(type(value)), ":serialized:": base64.b64encode(cloudpickle.dumps(value)).decode()}
 
 
 @functools.cache
@@ -246,6 +253,10 @@ def _object_to_json(value: Any) -> dict[str, Any]:
         return {_TAG: "dtype", "v": _checked_dtype(value)}
     if isinstance(value, pathlib.Path) and kind is type(pathlib.Path()):
         return {_TAG: "path", "v": str(value)}
+    if kind is np.str_:
+        return {_TAG: "numpy text", "v": str(value)}
+    if kind is th.Size:
+        return {_TAG: "size", "v": list(value)}
     if kind is np.random.Generator:
         state = value.bit_generator.state
         allowlist.call(f"{_GENERATOR}.__bit_generator_ctor", state["bit_generator"])  # refuses other kinds
@@ -267,6 +278,10 @@ def _object_from_json(item: dict[str, Any]) -> Any:
         return allowlist.call("numpy.dtype", content)
     if kind == "path":
         return allowlist.call("pathlib.PosixPath", content)
+    if kind == "numpy text":
+        return np.str_(content)
+    if kind == "size":
+        return allowlist.call("torch.Size", tuple(content))
     if kind == "generator":
         bit_generator = allowlist.call(f"{_GENERATOR}.__bit_generator_ctor", content["bit_generator"])
         allowlist.restore(bit_generator, content)
