@@ -46,7 +46,7 @@ from sb3_clipvf.engines.interface import Engine, UpdateCoefficients, UpdateSetti
 from sb3_clipvf.engines.selection import is_surpassed, select_engine
 from sb3_clipvf.envs.tensor import as_sb3_env, tensor_device
 from sb3_clipvf.files.codec import NOTE
-from sb3_clipvf.files.model import check_model, network_bound, read_model, write_model
+from sb3_clipvf.files.model import check_model, network_bound, read_model, without_methods, write_model
 from sb3_clipvf.files.trust import TrustPickle, trust_of
 from sb3_clipvf.guards.diagnosis import update_error
 from sb3_clipvf.guards.env_checks import check_environments
@@ -574,7 +574,7 @@ class ClipPPO(DataParallelCollector):
         omitted = {*self._excluded_save_params(), *exclude}.difference(include)
         omitted.update(name.split(".")[0] for name in names + variables)
         attributes = {**vars(self), **self._restarted(), **discounts(vars(self), self.rollout_buffer, self._discounts)}
-        return {name: value for name, value in attributes.items() if name not in omitted}
+        return without_methods(type(self), {key: value for key, value in attributes.items() if key not in omitted})
 
     def _saved_variables(self) -> dict[str, Any]:
         """Return the tensors to save besides state dicts, by name."""

@@ -170,6 +170,10 @@ class TestHostileModels:
         with pytest.raises(ValueError, match=f"`{key}` in .* must be absent: ClipPPO has a method"):
             load(with_data(model_path, **{key: 1}))
 
+    def test_replaced_attributes_may_have_the_name_of_a_method(self, model_path: Path) -> None:
+        with_data(model_path, dump_logs=1)
+        assert load(model_path, custom_objects={"dump_logs": print}).dump_logs is print
+
     def test_the_checked_bytes_are_loaded(self, model_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def read_and_replace(path: Any) -> Any:
             file = read_model(path)
@@ -714,6 +718,23 @@ def test_suffixes_folders_and_links(tmp_path: Path) -> None:
     assert names == {"plain.zip", "with.suffix", "folder.zip_2", "new/model.zip", "link.zip"}
     for name in names:
         assert ClipPPO.load(tmp_path / name, device="cpu").n_steps == 16
+
+
+def test_attributes_that_hide_methods_are_not_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class WithDefault(ClipPPO):
+        net_class = FlattenExtractor
+
+    model = WithDefault("MlpPolicy", "CartPole-v1", policy_kwargs=NET, **SMALL)
+    model.dump_logs, model.net_class, model.kept = print, th.nn.Tanh, 3
+    for _ in range(2):
+        model.save(tmp_path / "model")
+    assert [message for message in caplog.messages if "Not saved" in message] == [
+        "Not saved, since WithDefault has methods, functions or classes of these names: `dump_logs`, `net_class`. A "
+        "loaded model has those of its class. Use other names for attributes of the model."
+    ]
+    loaded = WithDefault.load(tmp_path / "model", device="cpu")
+    assert (loaded.net_class, loaded.kept) == (FlattenExtractor, 3)
+    assert "dump_logs" not in vars(loaded)
 
 
 def test_open_files_are_written_at_their_position(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ pickles.
 """
 
 import base64
+import functools
 import io
 import json
 import os
@@ -21,6 +22,7 @@ import torch as th
 from stable_baselines3.common.save_util import data_to_json, open_path, save_to_zip_file
 from torch.overrides import TorchFunctionMode
 
+from sb3_clipvf.common.messages import log
 from sb3_clipvf.common.tensors import map_tree, without_numpy
 from sb3_clipvf.files.archive import ModelPath, check_inner_zip, check_json, entries_of, read_bytes, reason_of
 from sb3_clipvf.files.atomic import atomic_write
@@ -155,8 +157,31 @@ def check_model(file: ModelFile, cls: type[Any], trust: Trust, replaced: Collect
     if missing:
         raise ValueError(f"`data` in {file.name} must be complete, but holds no {', '.join(missing)}. Save it again.")
     for key in data:
-        if key.startswith("__") or callable(getattr(cls, key, None)):
+        if key not in replaced and _hides_method(cls, key):
             raise ValueError(f"`{key}` in {file.name} must be absent: {cls.__name__} has a method of this name.")
+
+
+def without_methods(cls: type[Any], attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model's attributes without those that :func:`check_model` refuses; warn about them."""
+    hidden = tuple(key for key in attributes if _hides_method(cls, key))
+    if hidden:
+        _warn_about_methods(cls.__name__, ", ".join(f"`{key}`" for key in hidden))
+    return {key: value for key, value in attributes.items() if key not in hidden}
+
+
+@functools.cache
+def _warn_about_methods(cls_name: str, names: str) -> None:
+    """Warn once per class and names, since a run saves its model many times."""
+    log.warning(
+        "Not saved, since %s has methods, functions or classes of these names: %s. A loaded model has those of its "
+        "class. Use other names for attributes of the model.",
+        cls_name,
+        names,
+    )
+
+
+def _hides_method(cls: type[Any], key: str) -> bool:
+    return key.startswith("__") or callable(getattr(cls, key, None))
 
 
 def check_variables(file: ModelFile, declared: Collection[str]) -> None:
