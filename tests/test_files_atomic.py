@@ -40,7 +40,7 @@ def test_atomic_write_gives_the_permissions_of_a_plain_open(tmp_path: Path) -> N
     assert modes[0] == modes[1]
 
 
-@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o444, 0o4755])
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o4755])
 def test_atomic_write_keeps_the_permissions_of_the_old_file(tmp_path: Path, mode: int) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
@@ -50,6 +50,36 @@ def test_atomic_write_keeps_the_permissions_of_the_old_file(tmp_path: Path, mode
         Path(file.name).write_bytes(b"new")
     assert path.read_bytes() == b"new"
     assert stat.S_IMODE(path.stat().st_mode) == mode & 0o777
+
+
+def test_atomic_write_refuses_a_file_that_may_not_be_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    path.chmod(0o444)
+    if os.geteuid() == 0:  # who may write to it
+        monkeypatch.setattr(os, "access", lambda path, mode, **_: mode != os.W_OK)
+    with pytest.raises(PermissionError, match="file could not be written: Permission denied"), atomic_write(path):
+        pytest.fail("it was opened")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_atomic_write_writes_to_pipes_and_devices_directly(tmp_path: Path) -> None:
+    pipe, link, device = tmp_path / "pipe", tmp_path / "link", tmp_path / "null"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    device.symlink_to("/dev/null")
+    for path in (pipe, link):
+        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        with atomic_write(path) as file:
+            file.write(b"content")
+        assert os.read(reader, 100) == b"content"
+        os.close(reader)
+    with atomic_write(device) as file:
+        file.write(b"content")
+    assert stat.S_ISFIFO(pipe.stat().st_mode) and stat.S_ISCHR(device.stat().st_mode)
+    assert sorted(tmp_path.iterdir()) == [link, device, pipe]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files to others")

@@ -36,13 +36,21 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[io.BufferedWriter]:
     A kill may leave the temporary file.
 
     A symbolic link is kept, and its target replaced. The new file has the permissions of the old one and, where the
-    system allows it, its owner and group.
+    system allows it, its owner and group. A file that may not be written to is refused.
+
+    Pipes and devices cannot be replaced: they are written to directly.
     """
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        with open(path, "wb") as stream:
+            yield stream
+        return
     target = Path(os.path.realpath(path))
     unique = f"{os.getpid()}-{_process_space()}{secrets.token_hex(4)}"
     temporary = target.with_name(f".{target.name[:_NAME_LENGTH]}.{unique}.tmp")
     try:
         old = target.stat() if target.exists() else None
+        if old is not None and not os.access(target, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))  # the folder alone would allow it
         with open(temporary, "xb", opener=None if old is None else _open_private) as file:
             yield file
             file.flush()
