@@ -329,6 +329,16 @@ class TestUsualModels:
     def test_the_suffix_may_be_omitted(self, model_path: Path) -> None:
         assert same_weights(load(model_path.with_suffix("")), load(str(model_path.with_suffix(""))))
 
+    def test_objects_that_name_a_path(self, tmp_path: Path) -> None:
+        class Named:
+            def __fspath__(self) -> str:
+                return str(tmp_path / "model.zip")
+
+        model = ClipPPO("MlpPolicy", "CartPole-v1", policy_kwargs=NET, **SMALL)
+        model.save(Named())  # type: ignore[arg-type]
+        assert same_weights(load(Named()), model)
+        model.set_parameters(Named())  # type: ignore[arg-type]
+
 
 class TestClassesOfTheUser:
     def test_they_can_be_trusted_one_by_one(self, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ _IS_ENCRYPTED = 0x1
 
 def read_bytes(path: ModelPath, suffix: str | None) -> tuple[str, bytes]:
     """Return a file's name for messages, and its bytes if they fit into memory. An open file keeps its position."""
+    path = pathlib.Path(path) if isinstance(path, os.PathLike) else path
     file = open_path(path, "r", verbose=0, suffix=suffix)
     name = str(getattr(file, "name", "the file"))
     start = file.tell()
