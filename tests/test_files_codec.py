@@ -30,6 +30,7 @@ from torch import nn
 from sb3_clipvf import ClipPPO, UnsafeFileError
 from sb3_clipvf.checkpoint import TrainingCheckpoint
 from sb3_clipvf.files import codec
+from sb3_clipvf.files.allowlist import NotAllowedError
 from sb3_clipvf.files.model import read_model
 from sb3_clipvf.files.trust import trust_of
 
@@ -284,6 +285,21 @@ def test_subclasses_of_plain_types_come_back_as_they_are(
     assert same(loaded.own, value) and same(loaded.dict_of_it, {"a": [value, (1,)]})
     with pytest.raises(UnsafeFileError, match="`own` in"):
         ClipPPO.load(tmp_path / "model", device="cpu")
+
+
+@pytest.mark.parametrize("seed", [None, 3, [1, 2**70], np.random.SeedSequence(5, spawn_key=(1, 2))], ids=str)
+def test_generators_keep_what_they_spawn_from(seed: Any) -> None:
+    generator = np.random.default_rng(seed)
+    generator.spawn(2)
+    written = json.loads(json.dumps(codec.encoded({"key": [generator]}), allow_nan=False))["key"]
+    first, second = (codec.decoded(written)[0] for _ in range(2))
+    assert generator.random() == first.random() == second.random()
+    assert generator.spawn(1)[0].random() == first.spawn(1)[0].random() == second.spawn(1)[0].random()
+    written["value"][0]["seeds"][2] = "x"
+    with pytest.raises(NotAllowedError, match="SeedSequence"):
+        codec.decoded(written)
+    del written["value"][0]["seeds"]  # files of older versions
+    assert codec.decoded(written)[0].bit_generator.state["bit_generator"] == "PCG64"
 
 
 def test_attributes_are_excluded_and_included(tmp_path: Path) -> None:

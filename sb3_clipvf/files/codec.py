@@ -241,6 +241,7 @@ def _of_array(kind: str, array: np.ndarray) -> Tree:
 # ---------------------------------------------------------------------- classes and objects of the allowlist
 
 _GENERATOR = "numpy.random._pickle"
+_POOL_SIZE = 4  # NumPy's default
 
 
 def _object_to_json(value: Any) -> dict[str, Any]:
@@ -260,7 +261,7 @@ def _object_to_json(value: Any) -> dict[str, Any]:
     if kind is np.random.Generator:
         state = value.bit_generator.state
         allowlist.call(f"{_GENERATOR}.__bit_generator_ctor", state["bit_generator"])  # refuses other kinds
-        return {_TAG: "generator", "v": state}
+        return {_TAG: "generator", "v": state, **_seeds(value)}
     is_tensor = kind is th.Tensor and value.device.type == "cpu" and not value.requires_grad
     if kind in (bytes, np.ndarray) or isinstance(value, np.generic) or is_tensor:
         name, array = _as_array(value)
@@ -284,6 +285,8 @@ def _object_from_json(item: dict[str, Any]) -> Any:
         return allowlist.call("torch.Size", tuple(content))
     if kind == "generator":
         bit_generator = allowlist.call(f"{_GENERATOR}.__bit_generator_ctor", content["bit_generator"])
+        if "seeds" in item:
+            bit_generator = type(bit_generator)(_seed_sequence(item["seeds"]))
         allowlist.restore(bit_generator, content)
         return allowlist.call(f"{_GENERATOR}.__generator_ctor", bit_generator)
     if kind == "object":
@@ -294,6 +297,26 @@ def _object_from_json(item: dict[str, Any]) -> Any:
     raw = bytearray(base64.b64decode(content, validate=True))
     dtype, shape = allowlist.call("numpy.dtype", item["dtype"]), tuple(item["shape"])
     return _of_array(kind, allowlist.call("numpy.core.numeric._frombuffer", raw, dtype, shape, "C"))
+
+
+def _seeds(generator: np.random.Generator) -> dict[str, Any]:
+    """Return the origin of a generator, from which ``spawn`` seeds others, if it has the usual form."""
+    sequence = generator.bit_generator.seed_seq
+    if type(sequence) is not np.random.SeedSequence or sequence.pool_size != _POOL_SIZE:
+        return {}
+    entropy = sequence.entropy
+    parts = [*(entropy if isinstance(entropy, list | tuple) else [entropy]), *sequence.spawn_key]
+    if not all(type(part) is int for part in parts):
+        return {}
+    return {"seeds": [entropy, list(sequence.spawn_key), sequence.n_children_spawned]}
+
+
+def _seed_sequence(seeds: list[Any]) -> np.random.SeedSequence:
+    entropy, spawn_key, n_spawned = seeds
+    parts = [*(entropy if isinstance(entropy, list) else [entropy]), *spawn_key, n_spawned]
+    if not all(type(part) is int and part >= 0 for part in parts):
+        raise NotAllowedError("unusual arguments of numpy's SeedSequence")
+    return np.random.SeedSequence(entropy, spawn_key=tuple(spawn_key), n_children_spawned=n_spawned)
 
 
 def _class(name: str) -> Any:
