@@ -30,7 +30,7 @@ from sb3_clipvf.checkpoint.resume import finish_resume, reset_environments
 from sb3_clipvf.checkpoint.training_state import process_state
 from sb3_clipvf.checkpoint.vec_env_state import describe_vec_env
 from sb3_clipvf.common.messages import log
-from sb3_clipvf.common.tensors import map_tree
+from sb3_clipvf.common.tensors import checksum, map_tree
 from sb3_clipvf.common.validation import MAX_SEED
 from sb3_clipvf.distributed import ALONE, Group, Moments, check_backend, current_group, merged_moments, warn_about_child
 from sb3_clipvf.engines.device_buffer import explained_variance_of
@@ -108,7 +108,7 @@ class DataParallelCollector(TensorRolloutCollector):
             super().learn(*args, **kwargs)
             if (group := current_group()).size > 1:
                 self._sync_with_first(group)
-                self._share_parameters(group, group.gather(_checksum(self.get_parameters())))
+                self._share_parameters(group, group.gather(checksum(self.get_parameters())))
         finally:
             self.verbose = verbose  # `_setup_learn` silences all processes but the first
         return self
@@ -183,7 +183,7 @@ class DataParallelCollector(TensorRolloutCollector):
             episodes=[episode for episode in episodes if id(episode) not in earlier_ids],
             actions=zlib.crc32(on_host(rollout_buffer.actions).tobytes()),
             engine=self.engine,
-            parameters=_checksum(self.get_parameters()),
+            parameters=checksum(self.get_parameters()),
         )
         ends = group.gather(end)
         self._share_parameters(group, [end.parameters for end in ends])
@@ -417,16 +417,3 @@ def _values_of(running: list[RunningMeanStd]) -> list[tuple[Any, Any, float]]:
 
 def _on_cpu(value: Any) -> Any:
     return value.cpu() if isinstance(value, th.Tensor) else value
-
-
-def _checksum(tree: Any, start: int = 0) -> int:
-    """Return a checksum of a tree of dicts, lists and tuples with tensors and other values."""
-    if isinstance(tree, th.Tensor):
-        return zlib.crc32(tree.detach().cpu().contiguous().reshape(-1).view(th.uint8).numpy().data, start)
-    if isinstance(tree, dict):
-        tree = list(tree.items())
-    if isinstance(tree, (list, tuple)):
-        for value in tree:
-            start = _checksum(value, start)
-        return start
-    return zlib.crc32(repr(tree).encode(), start)

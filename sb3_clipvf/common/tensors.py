@@ -1,6 +1,7 @@
 """Torch's counterparts of NumPy's arrays and dtypes, and trees of tensors."""
 
 import copy
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +42,19 @@ def map_tree(leaf: Callable[[Any], Any], tree: Any) -> Any:
             copied[key] = map_tree(leaf, value)
         return copied
     return type(tree)(map_tree(leaf, value) for value in tree) if type(tree) in (list, tuple) else leaf(tree)
+
+
+def checksum(tree: Any, start: int = 0) -> int:
+    """Return a checksum of a tree of dicts, lists and tuples with tensors and other values."""
+    if isinstance(tree, th.Tensor):
+        return zlib.crc32(tree.detach().cpu().contiguous().reshape(-1).view(th.uint8).numpy().data, start)
+    if isinstance(tree, dict):
+        tree = list(tree.items())
+    if isinstance(tree, (list, tuple)):
+        for value in tree:
+            start = checksum(value, start)
+        return start
+    return zlib.crc32(repr(tree).encode(), start)
 
 
 def without_numpy(value: Any) -> Any:
