@@ -288,13 +288,15 @@ class DataParallelCollector(TensorRolloutCollector):
 
     def _take_state(self, group: Group) -> None:
         """Copy policy, optimizer, controllers, counters and statistics of VecNormalize from the first process."""
-        running = _running_moments(self.get_vec_normalize_env())
+        normalizer = self.get_vec_normalize_env()
+        running = _running_moments(normalizer)
         checkpoint = None if self._resumed is None else (self._training_id, self.num_timesteps)
         first = group.broadcast(
             {
                 "parameters": map_tree(_on_cpu, self.get_parameters()),
                 "attributes": {name: getattr(self, name) for name in _COMMON},
                 "moments": _values_of(running),
+                "updates_moments": normalizer is not None and normalizer.training,
                 "checkpoint": checkpoint,
             }
         )
@@ -306,6 +308,8 @@ class DataParallelCollector(TensorRolloutCollector):
             setattr(self, name, value)
         for rms, (mean, var, count) in zip(running, first["moments"], strict=True):
             rms.mean, rms.var, rms.count = mean, var, count
+        if normalizer is not None:
+            normalizer.training = first["updates_moments"]
         if checkpoint != first["checkpoint"]:
             log.warning(
                 "The training is not resumed exactly: process %d has not resumed from the checkpoint of the first one. "

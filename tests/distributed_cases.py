@@ -13,6 +13,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from datetime import timedelta
 from io import StringIO
 from multiprocessing.connection import Client, Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -570,6 +571,30 @@ def resumed_with_unequal_numbers(rank: int, folder: str) -> list[str]:
         resumed = ClipPPO.resume(folder, env, device="cpu")
         resumed.learn(80, reset_num_timesteps=False)
     return [message for message in messages if "environments, and the model was saved with" in message]
+
+
+def monitored_env(rank: int, folder: str, n_envs: int) -> VecNormalize:
+    """Environments whose episodes are written to a folder of this process."""
+    return VecNormalize(make_vec_env("CartPole-v1", n_envs=n_envs, monitor_dir=f"{folder}/{rank}"))
+
+
+def monitored_training(rank: int, folder: str) -> None:
+    """A training with checkpoints, where process 1 has one environment more, and VecNormalize is frozen."""
+    env = monitored_env(rank, folder, 1 + rank)
+    env.training = False
+    checkpoint = TrainingCheckpoint(96, folder, on_signal=False)
+    make_model(env, seed=None, batch_size=96, n_epochs=1).learn(192, callback=checkpoint)
+
+
+def resumed_on_more_processes(rank: int, folder: str) -> Any:
+    """A training that three processes resume; whether it keeps the rows of this one, and what must be common."""
+    paths = [Path(f"{folder}/{rank}/{index}.monitor.csv") for index in range(1 + rank)]
+    before = [path.read_bytes() if path.exists() else b"" for path in paths]
+    model = ClipPPO.resume(f"{folder}/checkpoint_96.zip", monitored_env(rank, folder, 1 + rank), device="cpu")
+    after = [path.read_bytes() for path in paths]
+    model.learn(model.remaining_timesteps, reset_num_timesteps=False)
+    kept = all(whole.startswith(part) and len(part) > 0 for whole, part in zip(before, after, strict=True))
+    return kept, (model.num_timesteps, model._schedule_timesteps, parameters_of(model))
 
 
 def short_training(rank: int) -> list[str]:

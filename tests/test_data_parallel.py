@@ -318,6 +318,16 @@ class TestTraining:
             ClipPPO.resume(tmp_path / "two", make_vec_env("CartPole-v1", n_envs=2), device="cpu")
         assert "the number of processes has changed from 2 to 1" in "".join(messages)
 
+    def test_more_processes_resume_with_the_environments_and_files_of_each(self, pair: Pair, tmp_path: Path) -> None:
+        """Also with unequal numbers of environments, and a VecNormalize that the script builds unfrozen."""
+        assert pair.run("monitored_training", str(tmp_path)) == [None, None]
+        three = Pair(tmp_path, size=3)
+        results = three.run("resumed_on_more_processes", str(tmp_path))
+        three.close()
+        assert [result[0] for result in results[:2]] == [True, True], results
+        first, second, third = (result[1] for result in results)
+        assert first == second == third and first[:2] == (96 + 6 * 32, None)
+
     def test_equal_rollouts_are_reported(self, pair: Pair) -> None:
         first, second = pair.run("copied_training")
         assert len(first) == len(second) == 1

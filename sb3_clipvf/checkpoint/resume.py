@@ -65,10 +65,10 @@ def resume(
         )
     checkpoint = newest_checkpoint(path) if Path(path).is_dir() else read_checkpoint(path)
     manifest, trees = checkpoint.manifest, [checkpoint.tree, *checkpoint.tree.get("processes", [])]
-    tree = _own_part(trees, current_group())
     env = as_sb3_env(env)
-    found = {"n_envs": env.num_envs if isinstance(env, VecEnv) else 1}
-    check_same_build(tree["build"], {**tree["build"], **found})  # before a model of a different size is built
+    n_envs = env.num_envs if isinstance(env, VecEnv) else 1
+    tree = _own_part(trees, current_group(), n_envs)
+    check_same_build(tree["build"], {**tree["build"], "n_envs": n_envs})  # before a model of a different size is built
     _warn_about_versions(manifest.versions)
     model = cls.load(io.BytesIO(checkpoint.content), env=env, device=device, **kwargs)
     venv = model.env
@@ -153,21 +153,29 @@ def draw_seed(generator: np.random.Generator) -> int:
     return int(generator.integers(2**30))
 
 
-def _own_part(trees: list[dict[str, Any]], group: Group) -> dict[str, Any]:
-    """Return this process's part of a checkpoint. If the number of processes has changed, it is the first one's."""
-    if len(trees) == group.size:
+def _own_part(trees: list[dict[str, Any]], group: Group, n_envs: int) -> dict[str, Any]:
+    """
+    Return this process's part of a checkpoint.
+
+    If fewer processes have written it, an additional one gets the first one's part, without environments and files.
+    """
+    if len(trees) != group.size:
+        log.warning(
+            "The training is not resumed exactly: the number of processes has changed from %d to %d. The environments "
+            "of all but the first one begin new episodes.",
+            len(trees),
+            group.size,
+        )
+    if group.rank < len(trees):
         return trees[group.rank]
-    log.warning(
-        "The training is not resumed exactly: the number of processes has changed from %d to %d. The environments of "
-        "all but the first one begin new episodes.",
-        len(trees),
-        group.size,
-    )
-    return trees[0]
+    build = {**trees[0]["build"], "n_envs": n_envs, "environments": None}
+    return {**trees[0], "build": build, "environments": None}
 
 
 def _restore_environments(model: ResumableModel, venv: VecEnv, tree: dict[str, Any]) -> dict[str, Any]:
     """Restore the environments. Return the model's attributes from which the next rollout starts."""
+    if tree["environments"] is None:  # `learn` resets them
+        return {}
     venv.reset()
     restore_vec_env(venv, tree["environments"])
     set_global_states(tree["random"])

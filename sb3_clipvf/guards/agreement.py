@@ -58,7 +58,7 @@ def is_plain(value: Any) -> bool:
 
 
 def _normalizer_description(normalizer: VecNormalize | None) -> str:
-    names = "norm_obs norm_reward norm_obs_keys clip_obs clip_reward gamma epsilon training".split()
+    names = "norm_obs norm_reward norm_obs_keys clip_obs clip_reward gamma epsilon".split()
     settings = ", ".join(f"{name}={getattr(normalizer, name, None)}" for name in names)
     return "none" if normalizer is None else f"{type(normalizer).__name__}({settings})"
 
