@@ -37,13 +37,13 @@ from sb3_clipvf.engines.device_buffer import explained_variance_of
 from sb3_clipvf.engines.interface import Engine, UpdateCoefficients
 from sb3_clipvf.envs.layers import vec_env_layers
 from sb3_clipvf.envs.vector import BatchedVecEnv
-from sb3_clipvf.guards.agreement import check_same, common_arguments, description_of, is_plain
+from sb3_clipvf.guards.agreement import check_same, common_arguments, description_of, plain_values
 from sb3_clipvf.guards.diagnosis import FaultContext
 from sb3_clipvf.guards.failures import guarded
 from sb3_clipvf.rollout import on_host
 from sb3_clipvf.tensor_collection import TensorRolloutCollector
 
-# Attributes that all processes copy from the first one when training starts
+# Attributes that all processes copy from the first one at the start of training and of rollouts, and at the end
 _COMMON = ("num_timesteps", "_n_updates", "_schedule_timesteps", "_updates_with_skips", "adaptive_kl", "adaptive_lr")
 
 
@@ -68,7 +68,8 @@ class _FromFirst:
     asks_for_states: bool  # of the others, for a checkpoint
     training_id: str | None
     folder: Path | None  # for arrays that led to a non-finite number
-    arguments: dict[str, Any]  # numbers, texts and None, which callbacks may have changed
+    attributes: dict[str, Any]  # _COMMON, and arguments that are plain values, which callbacks may have changed
+    controlled: dict[str, Any]  # plain values of arguments from which controllers have started
     n_rollout_steps: int | None  # steps of each environment in the rollout that begins, if one does
 
 
@@ -76,6 +77,7 @@ class DataParallelCollector(TensorRolloutCollector):
     """Collects rollouts in each of several processes, and keeps policy, statistics and arguments the same in all."""
 
     engine: str
+    _controlled: dict[str, Any]
     _n_updates: int
     _resumed: Any = None
     _training_id: str | None
@@ -235,14 +237,20 @@ class DataParallelCollector(TensorRolloutCollector):
             group.gather_in_first((tree, reasons))
         if group.rank:
             self._training_id, self._first_folder = first.training_id, first.folder
-            vars(self).update(first.arguments)
+            vars(self).update(first.attributes)
+            self._controlled.update(first.controlled)
         return first
 
     def _from_first(self, *, asks_for_states: bool = False, n_rollout_steps: int | None = None) -> _FromFirst:
         arguments = {name: getattr(self, name) for name in common_arguments(self)}
-        plain = {name: value for name, value in arguments.items() if is_plain(value)}
-        folder = self._fault_context().folder
-        return _FromFirst(asks_for_states, self._training_id, folder, plain, n_rollout_steps)
+        return _FromFirst(
+            asks_for_states=asks_for_states,
+            training_id=self._training_id,
+            folder=self._fault_context().folder,
+            attributes={**plain_values(arguments), **{name: getattr(self, name) for name in _COMMON}},
+            controlled=plain_values(self._controlled),
+            n_rollout_steps=n_rollout_steps,
+        )
 
     def _states_of_other_processes(self) -> list[tuple[dict[str, Any], list[str]]]:
         """Ask the other processes for their states, which :meth:`_sync_with_first` sends."""

@@ -8,7 +8,7 @@ import pickle
 import signal
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import timedelta
 from io import StringIO
@@ -392,6 +392,44 @@ def _bits_of(model: ClipPPO) -> bytes:
     moments = [(name, value.tolist()) for each in state["state"].values() for name, value in sorted(each.items())]
     options = [sorted((key, value) for key, value in each.items() if key != "lr") for each in state["param_groups"]]
     return parameters_of(model) + repr((moments, options)).encode()
+
+
+class Change(BaseCallback):
+    """Calls a function with the model at one kind of event; of steps, at the fifth one."""
+
+    def __init__(self, event: str, function: Callable[[Any], None]) -> None:
+        super().__init__()
+        self.event, self.function = event, function
+
+    def _at(self, event: str) -> None:
+        if event == self.event:
+            self.function(self.model)
+
+    def _on_training_start(self) -> None:
+        self._at("training_start")
+
+    def _on_step(self) -> bool:
+        if self.n_calls == 5:
+            self._at("step")
+        return True
+
+    def _on_rollout_end(self) -> None:
+        self._at("rollout_end")
+
+    def _on_training_end(self) -> None:
+        self._at("training_end")
+
+
+def controllers_changed_by_a_callback(rank: int, event: str) -> Any:
+    """A training whose callback changes initial values of controllers; their states in a file of this process."""
+
+    def change(model: ClipPPO) -> None:
+        model.learning_rate, model.kl_coef = 1e-3, 0.5
+
+    model = make_model(kl_coef=1.0, adaptive_kl_target=0.01, lr_kl_target=0.01)
+    model.learn(384, callback=Change(event, change))
+    attributes = model._saved_attributes()
+    return attributes["adaptive_kl"], attributes["adaptive_lr"]
 
 
 def frozen_normaliser(rank: int) -> Any:

@@ -257,6 +257,11 @@ class TestTraining:
         first, second = pair.run("parameters_changed_by_a_callback", event, what, engine)
         assert len(first[0]) == 3 and first == second
 
+    @pytest.mark.parametrize("event", ["step", "training_end"])
+    def test_controllers_that_a_callback_restarts_are_the_same_in_both(self, pair: Pair, event: str) -> None:
+        first, second = pair.run("controllers_changed_by_a_callback", event)
+        assert first == second and (first == (None, None)) is (event == "training_end")
+
     def test_statistics_that_the_first_process_freezes_stay_the_same_in_all(self, pair: Pair) -> None:
         first, second = pair.run("frozen_normaliser")
         assert first == second

@@ -52,8 +52,12 @@ def common_arguments(model: Any) -> list[str]:
     return [name for name in sorted(names) if hasattr(model, name)]
 
 
-def is_plain(value: Any) -> bool:
-    """Return whether a value is a number, a text or None."""
+def plain_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Return those of named values that are numbers, texts or None."""
+    return {name: value for name, value in values.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (str, numbers.Real))
 
 
@@ -64,7 +68,7 @@ def _normalizer_description(normalizer: VecNormalize | None) -> str:
 
 
 def _comparable(value: Any) -> Any:
-    if is_plain(value):
+    if _is_plain(value):
         return value
     name = getattr(value, "__qualname__", None)
     return f"{value.__module__}.{name}" if name else type(value).__qualname__
