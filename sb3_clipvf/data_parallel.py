@@ -37,7 +37,7 @@ from sb3_clipvf.engines.device_buffer import explained_variance_of
 from sb3_clipvf.engines.interface import Engine, UpdateCoefficients
 from sb3_clipvf.envs.layers import vec_env_layers
 from sb3_clipvf.envs.vector import BatchedVecEnv
-from sb3_clipvf.guards.agreement import check_same, common_arguments, description_of, plain_values
+from sb3_clipvf.guards.agreement import check_same, common_arguments, description_of, plain_values, replaced_arguments
 from sb3_clipvf.guards.diagnosis import FaultContext
 from sb3_clipvf.guards.failures import guarded
 from sb3_clipvf.rollout import on_host
@@ -83,6 +83,8 @@ class DataParallelCollector(TensorRolloutCollector):
     _training_id: str | None
     # Moments of VecNormalize that all processes had at the start of the rollout
     _common_moments: Sequence[tuple[Any, Any, float]] = ()
+    # What the processes compared in the model's first training
+    _first_description: dict[str, Any] | None = None
     # Folder of the first process for arrays that led to a non-finite number
     _first_folder: Path | None = None
     _warned_of_copies = False
@@ -266,13 +268,8 @@ class DataParallelCollector(TensorRolloutCollector):
         return replace(context, group=group, folder=self._first_folder if group.rank else context.folder)
 
     def _excluded_save_params(self) -> list[str]:
-        return [
-            *super()._excluded_save_params(),
-            "_common_moments",
-            "_first_folder",
-            "_n_envs_elsewhere",
-            "_warned_of_copies",
-        ]
+        of_group = ("_common_moments", "_first_description", "_first_folder", "_n_envs_elsewhere", "_warned_of_copies")
+        return [*super()._excluded_save_params(), *of_group]
 
     def _warn_if_identical(self, ends: list["_RolloutEnd"]) -> None:
         """Warn once if processes collect the same rollouts, whose gradients are those of one process."""
@@ -290,9 +287,12 @@ class DataParallelCollector(TensorRolloutCollector):
         own = {**description_of(self), **of_call}
         if self.seed is not None:
             own["number of environments, since `seed` is set"] = self.n_envs
-        found = group.gather((own, self.n_envs))
-        check_same([description for description, _ in found])
-        return [n_envs for _, n_envs in found]
+        earlier = self._first_description or own
+        found = group.gather((own, self.n_envs, replaced_arguments(self, earlier, own)))
+        not_sent = found[0][2]
+        check_same([{name: each[name] for name in each if name not in not_sent} for each, *_ in found])
+        self._first_description = earlier
+        return [n_envs for _, n_envs, _ in found]
 
     def _take_state(self, group: Group) -> None:
         """Copy policy, optimizer, controllers, counters and statistics of VecNormalize from the first process."""

@@ -432,6 +432,22 @@ def controllers_changed_by_a_callback(rank: int, event: str) -> Any:
     return attributes["adaptive_kl"], attributes["adaptive_lr"]
 
 
+def function_set_by_a_callback(rank: int) -> Any:
+    """Trainings after a callback has replaced a number by a function, and one with different arguments."""
+
+    def change(model: Any) -> None:
+        model.lr_schedule = lambda _: 1e-4
+
+    model = make_model(n_epochs=1)
+    model.learn(128, callback=Change("step", change))
+    for _ in range(2):
+        model.learn(128, reset_num_timesteps=False)
+    model.gamma = (0.9, 0.8)[rank]
+    with pytest.raises(ValueError, match="must have the same `gamma`, got `gamma`: 0.9 and 0.8"):
+        model.learn(128, reset_num_timesteps=False)
+    return model.num_timesteps, parameters_of(model)
+
+
 def frozen_normaliser(rank: int) -> Any:
     """A training whose callback in the first process freezes VecNormalize; its statistics, and whether they change."""
 

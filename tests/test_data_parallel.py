@@ -262,6 +262,10 @@ class TestTraining:
         first, second = pair.run("controllers_changed_by_a_callback", event)
         assert first == second and (first == (None, None)) is (event == "training_end")
 
+    def test_a_function_set_by_a_callback_does_not_prevent_later_trainings(self, pair: Pair) -> None:
+        first, second = pair.run("function_set_by_a_callback")
+        assert first == second and first[0] == 384
+
     def test_statistics_that_the_first_process_freezes_stay_the_same_in_all(self, pair: Pair) -> None:
         first, second = pair.run("frozen_normaliser")
         assert first == second

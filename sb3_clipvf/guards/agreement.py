@@ -52,6 +52,16 @@ def common_arguments(model: Any) -> list[str]:
     return [name for name in sorted(names) if hasattr(model, name)]
 
 
+def replaced_arguments(model: Any, earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """
+    Return the names of arguments that are functions or objects, and differ between two descriptions of a model.
+
+    Callbacks of the first process may have replaced them. Such values are not sent to the other processes.
+    """
+    names = [f"`{name}`" for name in common_arguments(model) if not _is_plain(getattr(model, name))]
+    return [name for name in names if earlier.get(name, now[name]) != now[name]]
+
+
 def plain_values(values: dict[str, Any]) -> dict[str, Any]:
     """Return those of named values that are numbers, texts or None."""
     return {name: value for name, value in values.items() if _is_plain(value)}
