@@ -59,6 +59,7 @@ class _RolloutEnd:
     actions: int  # checksum of all actions
     engine: str  # the argument, which callbacks may change
     parameters: int  # checksum of weights and of the optimizer, which callbacks may change
+    trainable: list[bool]  # which weights require gradients, which callbacks may change
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class _FromFirst:
     training_id: str | None
     folder: Path | None  # for arrays that led to a non-finite number
     attributes: dict[str, Any]  # _COMMON, and arguments that are plain values, which callbacks may have changed
+    trainable: list[bool]  # which weights require gradients
     controlled: dict[str, Any]  # plain values of arguments from which controllers have started
     n_rollout_steps: int | None  # steps of each environment in the rollout that begins, if one does
 
@@ -188,9 +190,11 @@ class DataParallelCollector(TensorRolloutCollector):
             actions=zlib.crc32(on_host(rollout_buffer.actions).tobytes()),
             engine=self.engine,
             parameters=checksum(self.get_parameters()),
+            trainable=self._trainable(),
         )
         ends = group.gather(end)
         self._share_parameters(group, [end.parameters for end in ends])
+        self._set_trainable(ends[0].trainable)
         merge_running(running, self._common_moments, [end.moments for end in ends])
         self._common_moments = _values_of(running)
         if normalizer is not None:
@@ -217,6 +221,14 @@ class DataParallelCollector(TensorRolloutCollector):
         for tensor in (*self.policy.parameters(), *self.policy.buffers()):
             group.broadcast_tensor(tensor.data)
 
+    def _trainable(self) -> list[bool]:
+        """Return which parameters of the policy require gradients."""
+        return [parameter.requires_grad for parameter in self.policy.parameters()]
+
+    def _set_trainable(self, flags: list[bool]) -> None:
+        for parameter, flag in zip(self.policy.parameters(), flags, strict=True):
+            parameter.requires_grad = flag
+
     def _share_parameters(self, group: Group, checksums: list[int]) -> None:
         """Copy weights, moments and options of the optimizer from the first process if a process has different ones."""
         if len(set(checksums)) > 1:
@@ -240,6 +252,7 @@ class DataParallelCollector(TensorRolloutCollector):
         if group.rank:
             self._training_id, self._first_folder = first.training_id, first.folder
             vars(self).update(first.attributes)
+            self._set_trainable(first.trainable)
             self._controlled.update(first.controlled)
         return first
 
@@ -250,6 +263,7 @@ class DataParallelCollector(TensorRolloutCollector):
             training_id=self._training_id,
             folder=self._fault_context().folder,
             attributes={**plain_values(arguments), **{name: getattr(self, name) for name in _COMMON}},
+            trainable=self._trainable(),
             controlled=plain_values(self._controlled),
             n_rollout_steps=n_rollout_steps,
         )

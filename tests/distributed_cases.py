@@ -14,7 +14,7 @@ from datetime import timedelta
 from io import StringIO
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -446,6 +446,27 @@ def function_set_by_a_callback(rank: int) -> Any:
     with pytest.raises(ValueError, match="must have the same `gamma`, got `gamma`: 0.9 and 0.8"):
         model.learn(128, reset_num_timesteps=False)
     return model.num_timesteps, parameters_of(model)
+
+
+def frozen_by_a_callback(rank: int, event: str, engine: str, freezes: bool) -> Any:
+    """A training whose callback freezes or unfreezes layers; whether they change from then on."""
+    weights = []
+
+    def change(model: ClipPPO) -> None:
+        for parameter in model.policy.mlp_extractor.parameters():
+            parameter.requires_grad_(not freezes)
+        weights.append(extractor(model))
+
+    def extractor(model: ClipPPO) -> bytes:
+        return b"".join(each.detach().numpy().tobytes() for each in model.policy.mlp_extractor.parameters())
+
+    model = make_model(engine=engine, policy_kwargs={"net_arch": [8]})
+    for parameter in model.policy.mlp_extractor.parameters():
+        parameter.requires_grad_(freezes)
+    model.learn(256, callback=Change(event, change))
+    changes = None if rank else extractor(model) != weights[0]
+    flags = [parameter.requires_grad for parameter in model.policy.parameters()]
+    return changes, (flags, cast(Any, model._engine).name, parameters_of(model))
 
 
 def frozen_normaliser(rank: int) -> Any:

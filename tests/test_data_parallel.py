@@ -266,6 +266,16 @@ class TestTraining:
         first, second = pair.run("function_set_by_a_callback")
         assert first == second and first[0] == 384
 
+    @pytest.mark.parametrize(
+        ("event", "engine", "freezes"),
+        [("training_start", "auto", True), ("rollout_end", "autograd", True), ("training_start", "autograd", False)],
+    )
+    def test_parameters_that_a_callback_freezes_are_frozen_in_both(
+        self, pair: Pair, event: str, engine: str, freezes: bool
+    ) -> None:
+        (changes, first), (_, second) = pair.run("frozen_by_a_callback", event, engine, freezes)
+        assert first == second and changes is not freezes and all(first[0]) is not freezes
+
     def test_statistics_that_the_first_process_freezes_stay_the_same_in_all(self, pair: Pair) -> None:
         first, second = pair.run("frozen_normaliser")
         assert first == second
