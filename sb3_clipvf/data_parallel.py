@@ -245,6 +245,7 @@ class DataParallelCollector(TensorRolloutCollector):
         own = self._from_first(n_rollout_steps=n_rollout_steps)
         while (first := group.broadcast(own)).asks_for_states:
             model = cast(ResumableModel, self)
+            finish_resume(model, ConvertCallback(None))  # as the first process has done
             tree, reasons = process_state(model, ConvertCallback(None), describe_vec_env(cast(VecEnv, self.env)), None)
             if os.environ.get("GROUP_RANK") != "0":  # the first process, on another machine, cannot read these files
                 tree = with_contents(tree)

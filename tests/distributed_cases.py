@@ -28,7 +28,7 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 
 from sb3_clipvf import ClipPPO, distributed
-from sb3_clipvf.checkpoint import TrainingCheckpoint, monitor_files, training_checkpoint
+from sb3_clipvf.checkpoint import TrainingCheckpoint, monitor_files, newest_checkpoint, training_checkpoint
 from sb3_clipvf.common.nonfinite import BadMinibatchError, NonFiniteError
 from sb3_clipvf.distributed import ALONE, Group, current_group
 from sb3_clipvf.distributions import dist_param_dim, dist_params
@@ -554,6 +554,27 @@ def resumed_training(rank: int, path: str, readers: tuple[int, ...], normalizes:
         dist.barrier()
         resumed.learn(256, reset_num_timesteps=False, callback=TrainingCheckpoint(256, f"{path}/more"))
     return end_of(model), end_of(resumed), [message for message in messages if "not resumed exactly" in message]
+
+
+def copied_before_the_first_rollout(rank: int, folder: str, total: int) -> Any:
+    """Random states of process 1 in a checkpoint, and in one that a resumed training makes before its rollouts."""
+    make_model(n_epochs=1).learn(128, callback=TrainingCheckpoint(128, folder, on_signal=False))
+    dist.barrier()
+    model = ClipPPO.resume(folder, make_vec_env("CartPole-v1", n_envs=2), device="cpu")
+    np.random.rand(), th.rand(1)  # as a script may
+    checkpoint, trees = TrainingCheckpoint(10**6, f"{folder}/more"), [newest_checkpoint(folder).tree]
+
+    class Copy(BaseCallback):
+        def _on_step(self) -> bool:
+            trees.append(cast(Any, checkpoint._unwritten).tree)
+            return False
+
+    model.learn(total, reset_num_timesteps=False, callback=[checkpoint, Copy()])
+    if rank:
+        return None
+    trees.append(newest_checkpoint(f"{folder}/more").tree)
+    states = [tree["processes"][0]["random"] for tree in trees[:2]]
+    return [(state["numpy"][1].tobytes(), state["numpy"][2], state["torch"].numpy().tobytes()) for state in states]
 
 
 def checkpointed_training(rank: int, path: str) -> bytes:

@@ -315,6 +315,13 @@ class TestTraining:
         for whole, resumed, messages in pair.run("resumed_training", str(tmp_path), (0, 1), normalizes):
             assert whole == resumed and whole[0] == 512 and not messages
 
+    @pytest.mark.parametrize("total", [0, 128])
+    def test_a_checkpoint_before_the_first_rollout_holds_the_restored_random_states(
+        self, pair: Pair, tmp_path: Path, total: int
+    ) -> None:
+        (before, after), _ = pair.run("copied_before_the_first_rollout", str(tmp_path), total)
+        assert before == after
+
     @pytest.mark.parametrize("reader", [0, 1])
     def test_a_process_without_the_checkpoint_begins_new_episodes(
         self, pair: Pair, tmp_path: Path, reader: int
