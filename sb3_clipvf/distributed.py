@@ -199,10 +199,7 @@ def current_group() -> Group:
 def warn_about_child() -> None:
     """Warn that this process trains alone, if torchrun has started a parent of it."""
     if _claim_launch() not in (None, os.getpid()) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        log.warning(
-            "This process trains a model of its own: torchrun did not start it, but a parent process that had imported "
-            "ClipPPO."
-        )
+        log.warning("This process trains a model of its own: torchrun did not start it, but a parent process did.")
 
 
 def check_backend(device: th.device) -> None:
@@ -236,10 +233,12 @@ def _claim_launch() -> int | None:
     """
     Mark this process in the environment as the one that torchrun has started, unless a parent of it is marked.
 
-    Return the id of the marked process; None without torchrun and in workers of multiprocessing.
+    Return the id of the marked process, or in workers of multiprocessing that of the parent; None without torchrun.
     """
-    if not dist.is_available() or not dist.is_torchelastic_launched() or multiprocessing.parent_process() is not None:
+    if not dist.is_available() or not dist.is_torchelastic_launched():
         return None
+    if (parent := multiprocessing.parent_process()) is not None:
+        return parent.pid
     launch = " ".join(os.environ.get(name, "") for name in _OF_LAUNCH)
     known, _, pid = os.environ.get(_OWNER, "").rpartition(" ")
     if known == launch:

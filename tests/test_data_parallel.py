@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import distributed_cases as cases
@@ -773,6 +774,12 @@ def test_processes_of_torchrun_have_ranks_before_they_connect_and_their_children
     assert current_group() is ALONE
     with cases.logged() as messages:
         cases.make_model().learn(64)
+    assert "torchrun did not start it, but a parent process" in "".join(messages)
+    monkeypatch.setenv(distributed._OWNER, "")
+    with monkeypatch.context() as patch, cases.logged() as messages:
+        patch.setattr(multiprocessing, "parent_process", lambda: SimpleNamespace(pid=1))  # as in its workers
+        assert current_group() is ALONE
+        distributed.warn_about_child()
     assert "torchrun did not start it, but a parent process" in "".join(messages)
     set_launch(2)  # by a torchrun that a process of another one has started
     assert current_group() == Group(1, 2)
