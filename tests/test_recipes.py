@@ -38,8 +38,8 @@ RECIPES = ROOT / "docs" / "recipes"
         (
             "slurm_torchrun.sh",
             ["train.py"],
-            "srun torchrun --nnodes 2 --nproc-per-node 4 --max-restarts 3 --rdzv-id 7 --rdzv-backend c10d "
-            "--rdzv-endpoint node1:29500 train.py",
+            "srun --cpus-per-task 4 torchrun --nnodes 2 --nproc-per-node 4 --max-restarts 3 --rdzv-id 7 "
+            "--rdzv-backend c10d --rdzv-endpoint node1:29500 train.py",
         ),
     ],
 )
