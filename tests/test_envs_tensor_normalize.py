@@ -109,6 +109,17 @@ def test_files_are_those_of_vec_normalize(reader: Any, tmp_path: Path) -> None:
         np.testing.assert_allclose(obs, env.reset_tensors(), atol=1e-6)
 
 
+def test_attributes_that_vec_normalize_lacks_are_missing() -> None:
+    env, other = (TensorVecNormalize(TensorWalk(), norm_obs=False) for _ in range(2))
+    assert not hasattr(env, "obs_rms") and env.ret_rms.count == pytest.approx(1e-4)
+    with pytest.raises(AttributeError, match="'TensorVecNormalize' object has no attribute 'old_obs'"):
+        env.get_original_obs()
+    assert env.statistics is env.venv.statistics  # attributes of the environments are still found
+    env.ret_rms.mean = 2.0
+    sync_envs_normalization(env, other)
+    assert other.ret_rms.mean == 2.0
+
+
 def test_statistics_are_synchronised() -> None:
     env = TensorVecNormalize(TensorWalk())
     env.reset_tensors()

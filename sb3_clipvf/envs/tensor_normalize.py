@@ -60,6 +60,12 @@ class TensorVecNormalize(FastVecNormalize):
     def __init__(self, venv: VecEnv | TensorVecEnv, *args: Any, **kwargs: Any) -> None:
         super().__init__(_adapter(venv), *args, **kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        # SB3 takes the descriptors for attributes that exist, and would look them up again without end.
+        if isinstance(vars(TensorVecNormalize).get(name), _ReadOnHost):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return super().__getattr__(name)
+
     @classmethod
     def load(
         cls, load_path: str | os.PathLike[str], venv: VecEnv | TensorVecEnv, trust_pickle: TrustPickle = None
