@@ -234,6 +234,9 @@ class Drawn(Scripted):
     def sum_of(self, first: int, second: int = 0) -> int:
         return self.number + first + second
 
+    def called(self, name: str) -> str:
+        return f"{name} {self.number}"
+
 
 class TestCalls:
     @pytest.mark.parametrize("indices", [None, 0, 4, -1, [3, 0, 4, 0], range(1, 3), np.array([2, 1]), []])
@@ -244,6 +247,8 @@ class TestCalls:
         assert ours.get_attr("number") == theirs.get_attr("number")
         assert ours.get_attr("number", indices) == theirs.get_attr("number", indices)
         calls = [venv.env_method("sum_of", 1, second=2, indices=indices) for venv in (ours, theirs)]
+        assert calls[0] == calls[1]
+        calls = [venv.env_method("called", name="x", indices=indices) for venv in (ours, theirs)]
         assert calls[0] == calls[1]
         assert ours.env_is_wrapped(Monitor, indices) == theirs.env_is_wrapped(Monitor, indices)
 

@@ -201,7 +201,7 @@ class FastSubprocVecEnv(SubprocVecEnv):
         """Return whether all environments, or those at ``indices``, have a wrapper of this class."""
         return self._call_envs("env_is_wrapped", indices, wrapper_class)
 
-    def _call_envs(self, name: str, indices: VecEnvIndices, *args: Any, **kwargs: Any) -> list[Any]:
+    def _call_envs(self, name: str, indices: VecEnvIndices, /, *args: Any, **kwargs: Any) -> list[Any]:
         """Call a method of ``DummyVecEnv`` for the environments at ``indices``, in the processes that have them."""
         self._check_idle(name)
         wanted = [range(self.num_envs)[index] for index in self._get_indices(indices)]
