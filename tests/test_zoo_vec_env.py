@@ -175,6 +175,14 @@ class TestSettings:
             for ours, theirs in zip(got[:3], expected[:3], strict=True):
                 np.testing.assert_array_equal(ours, theirs)
 
+    def test_a_class_that_cannot_reset_single_environments_is_not_used(self) -> None:
+        # Only the spec matters: JAX may be missing.
+        env_fns = [lambda: gym.make("CartPole-v1")] * 2
+        for name, cls in (("phys2d/CartPole-v1", SeparateVecEnv), ("CartPole-v1", CartPoleVecEnv)):
+            venv = make_vec_env("gymnasium", EnvSettings(gym.spec(name)), env_fns)
+            assert type(venv) is cls
+            venv.close()
+
     @pytest.mark.parametrize(("vec_env", "cls"), [("envpool", EnvPoolVecEnv), ("ale", AtariVecEnv)])
     def test_atari(self, make: Callable[..., Any], vec_env: str, cls: type[Any]) -> None:
         pytest.importorskip("ale_py")

@@ -116,7 +116,7 @@ class GymnasiumVecEnv(BatchedVecEnv):
             raise ValueError(
                 "`env` must reset only the rows of `options['reset_mask']`, got a "
                 f"{type(self.env.unwrapped).__name__} that changes others too. {_MODE_HINT} if supported, or use "
-                "gymnasium.make_vec(..., vectorization_mode='sync')."
+                "gymnasium.make_vec(..., vectorization_mode='sync'). On the command line, omit `--vec-env gymnasium`."
             )
         return take_rows(obs, ended), infos
 

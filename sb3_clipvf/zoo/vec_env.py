@@ -29,6 +29,9 @@ from sb3_clipvf.zoo.patching import patched, replaced
 VEC_ENVS = ("gymnasium", "envpool", "ale")
 """Values of ``--vec-env`` besides the Zoo's ``dummy`` and ``subproc``."""
 
+# Their vector classes cannot reset single environments (Gymnasium 1.4).
+_WITHOUT_RESET_MASK = "gymnasium.envs.phys2d."
+
 _ATARI_WRAPPER = "stable_baselines3.common.atari_wrappers.AtariWrapper"
 
 
@@ -124,7 +127,9 @@ def make_vec_env(name: str, settings: EnvSettings, env_fns: Sequence[Callable[[]
 def _make_gymnasium(settings: EnvSettings, env_fns: Sequence[Callable[[], gym.Env[Any, Any]]]) -> VecEnv:
     spec = settings.spec
     plain = not (settings.env_kwargs or settings.wrappers or settings.monitor_kwargs or spec.additional_wrappers)
-    if plain and spec.vector_entry_point is not None and not settings.is_atari:
+    entry_point = spec.vector_entry_point
+    resets_rows = entry_point is not None and not str(entry_point).startswith(_WITHOUT_RESET_MASK)
+    if plain and resets_rows and not settings.is_atari:
         return as_vec_env(gym.make_vec(spec.id, num_envs=len(env_fns)), monitor_path=settings.monitor_path)
     return as_vec_env(SyncVectorEnv(env_fns, autoreset_mode=AutoresetMode.SAME_STEP))
 
