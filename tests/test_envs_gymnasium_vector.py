@@ -407,6 +407,17 @@ class TestSeeds:
         venv.reset()
         assert venv.get_attr("last_options") == [None] * 3
 
+    def test_options_may_hold_arrays(self, request: pytest.FixtureRequest) -> None:
+        venv = adapted(request, scripted(AutoresetMode.NEXT_STEP))
+        options = [{"goal": np.arange(2), "more": [np.ones(1), {"name": "x"}]} for _ in range(3)]
+        venv.set_options(options)
+        venv.reset()
+        assert_same(venv.get_attr("last_options"), options)
+        for other in (np.arange(3), np.ones(2), None):
+            venv.set_options([*options[:2], {**options[2], "goal": other}])
+            with pytest.raises(ValueError, match="`options` must be the same for all environments"):
+                venv.reset()
+
     def test_different_options_are_refused(self, request: pytest.FixtureRequest) -> None:
         venv = adapted(request, scripted(AutoresetMode.NEXT_STEP))
         venv.set_options([{"wind": 1}, {"wind": 2}, {"wind": 1}])

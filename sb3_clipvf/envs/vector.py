@@ -82,7 +82,7 @@ class BatchedVecEnv(VecEnv):
     def reset(self) -> VecEnvObs:
         """Begin an episode in every environment, with the seeds and options of ``seed`` and ``set_options``."""
         seeds = None if None in self._seeds else [seed for seed in self._seeds if seed is not None]
-        if any(options != self._options[0] for options in self._options):
+        if not all(_are_equal(options, self._options[0]) for options in self._options):
             raise ValueError(
                 "`options` must be the same for all environments here, got different ones. Pass one dict to "
                 "set_options."
@@ -227,6 +227,19 @@ class EpisodeStatistics:
 def are_statistics(value: Any) -> bool:
     """Return whether ``info["episode"]`` holds an episode's statistics: an environment may use the key otherwise."""
     return isinstance(value, dict) and {"r", "l", "t"} <= value.keys()
+
+
+def _are_equal(first: Any, second: Any) -> bool:
+    """Return whether options are equal; they may hold arrays, of which `==` returns an array."""
+    if first is second:
+        return True
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(_are_equal(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple) and type(first) is type(second):
+        return len(first) == len(second) and all(map(_are_equal, first, second))
+    if isinstance(first, np.ndarray) or isinstance(second, np.ndarray):
+        return bool(np.array_equal(first, second))
+    return bool(first == second)
 
 
 def _name(env: Any) -> str:
