@@ -147,6 +147,26 @@ def assert_same_stream(venv: VecEnv, reference: VecEnv, n_steps: int) -> None:
     assert n_ends > 5
 
 
+class Informed(Scripted):
+    """Has infos with keys that are not strings."""
+
+    def step(self, action: Any) -> Any:
+        *rest, info = super().step(action)
+        return *rest, {**info, 3: self.number, "agents": {0: 1.5, (1, "x"): 2.5}}
+
+
+class TestInfos:
+    @mode_cases
+    def test_keys_of_any_type(self, request: pytest.FixtureRequest, mode: AutoresetMode) -> None:
+        venv = adapted(request, SyncVectorEnv([lambda i=i: Informed(i) for i in range(3)], autoreset_mode=mode))
+        reference = DummyVecEnv([lambda i=i: Monitor(Informed(i)) for i in range(3)])
+        streams = []
+        for env in (venv, reference):
+            env.reset()
+            streams.append([(env.step(np.zeros(3, np.int64))[3], list(env.reset_infos)) for _ in range(9)])
+        assert_same(*streams)
+
+
 class TestScripted:
     @mode_cases
     @pytest.mark.parametrize("cls", [SyncVectorEnv, AsyncVectorEnv])

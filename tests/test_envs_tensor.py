@@ -123,12 +123,14 @@ def test_lazy_infos_are_those_of_steps_on_the_host() -> None:
 
 
 def test_nested_infos_have_one_row_for_each_environment() -> None:
-    log = {"speed": th.tensor([1.0, 2.0]), "mean": th.tensor(1.5), "parts": (th.tensor([3, 4]), "text")}
+    log: dict[Any, Any] = {"speed": th.tensor([1.0, 2.0]), "mean": th.tensor(1.5), 3: th.tensor([5, 6])}
+    log["parts"] = (th.tensor([3, 4]), "text")
     assert host_infos({"log": log})["log"]["mean"] == 1.5
     env = as_vec_env(Wrong(num_envs=2, infos={"log": log, "is_success": th.tensor([True, False])}))
     env.reset()
     for infos in (env.step(np.zeros((2, 2)))[3], LazyInfos(env.env.step_tensors(th.zeros(2, 2)), 2)):
         assert [info["log"]["speed"] for info in infos] == [1.0, 2.0]
+        assert [info["log"][3] for info in infos] == [5, 6]
         assert infos[0]["log"]["mean"] == 1.5 and infos[1]["is_success"] is False
         assert isinstance(infos[0]["log"]["parts"][0], np.ndarray)
 

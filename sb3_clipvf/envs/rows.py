@@ -80,8 +80,9 @@ def fill_infos(rows: list[dict[str, Any]], infos: Mapping[str, Any], left_out: f
     An array under ``key`` holds one value per environment. A boolean array under ``_key`` marks those that have one
     (Gymnasium's convention). Other values belong to all environments. Numbers become Python numbers.
     """
+    masks = {f"_{key}" for key in infos}  # a key may be of any type
     for key, values in infos.items():
-        if key in left_out or key in _OURS or (key.startswith("_") and key[1:] in infos):
+        if key in left_out or key in _OURS or key in masks:
             continue
         column = _column(values, len(rows))
         mask = infos.get(f"_{key}")
