@@ -148,21 +148,27 @@ def assert_same_stream(venv: VecEnv, reference: VecEnv, n_steps: int) -> None:
 
 
 class Informed(Scripted):
-    """Has infos with keys that are not strings."""
+    """Has infos with keys that are not strings, and with a list that later steps append to."""
+
+    def reset(self, **kwargs: Any) -> Any:
+        self.trace: list[int] = []
+        return super().reset(**kwargs)
 
     def step(self, action: Any) -> Any:
         *rest, info = super().step(action)
-        return *rest, {**info, 3: self.number, "agents": {0: 1.5, (1, "x"): 2.5}}
+        self.trace.append(self.step_number)
+        return *rest, {**info, 3: self.number, "agents": {0: 1.5, (1, "x"): 2.5}, "trace": self.trace}
 
 
 class TestInfos:
     @mode_cases
-    def test_keys_of_any_type(self, request: pytest.FixtureRequest, mode: AutoresetMode) -> None:
+    def test_keys_of_any_type_and_objects(self, request: pytest.FixtureRequest, mode: AutoresetMode) -> None:
         venv = adapted(request, SyncVectorEnv([lambda i=i: Informed(i) for i in range(3)], autoreset_mode=mode))
         reference = DummyVecEnv([lambda i=i: Monitor(Informed(i)) for i in range(3)])
         streams = []
         for env in (venv, reference):
             env.reset()
+            # Compared after the last step: environments must not change infos of earlier ones.
             streams.append([(env.step(np.zeros(3, np.int64))[3], list(env.reset_infos)) for _ in range(9)])
         assert_same(*streams)
 

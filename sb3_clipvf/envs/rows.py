@@ -78,7 +78,8 @@ def fill_infos(rows: list[dict[str, Any]], infos: Mapping[str, Any], left_out: f
     Add the infos of a batch to one dict per environment, except the keys ``left_out``.
 
     An array under ``key`` holds one value per environment. A boolean array under ``_key`` marks those that have one
-    (Gymnasium's convention). Other values belong to all environments. Numbers become Python numbers.
+    (Gymnasium's convention). Other values belong to all environments. Numbers become Python numbers, and objects are
+    copied, since environments may change them later.
     """
     masks = {f"_{key}" for key in infos}  # a key may be of any type
     for key, values in infos.items():
@@ -95,6 +96,8 @@ def fill_infos(rows: list[dict[str, Any]], infos: Mapping[str, Any], left_out: f
 
 
 def _column(values: Any, n_envs: int) -> list[Any]:
+    if isinstance(values, np.ndarray) and values.dtype.hasobject:
+        values = copy.deepcopy(values)
     if isinstance(values, np.ndarray) and values.shape == (n_envs,):  # most are; the other checks are slower
         return values.tolist()  # type: ignore[no-any-return]
     if isinstance(values, Mapping):
