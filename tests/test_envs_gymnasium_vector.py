@@ -67,6 +67,24 @@ class Scripted(gym.Env[Any, Any]):
     def double(self, value: int) -> int:
         return 2 * value + self.number
 
+    def advance(self) -> int:
+        self.colour += 1
+        return self.colour
+
+    def named(self, name: str) -> str:
+        return f"{name} {self.number}"
+
+
+class Unsendable(Scripted):
+    """Has an attribute that cannot be pickled."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.shaping: Any = lambda: 1
+
+    def shaped(self) -> int:
+        return self.shaping() if callable(self.shaping) else self.shaping
+
 
 class OwnReturns(Scripted):
     """Has attributes of its own under names that statistics wrappers use, too."""
@@ -466,6 +484,36 @@ class TestAttributes:
         # The failed reads did no harm.
         venv.reset()
         assert venv.get_attr("episode") == [0, 0, 0]
+
+    @pytest.mark.parametrize("cls", [SyncVectorEnv, AsyncVectorEnv])
+    def test_reading_calls_nothing(self, request: pytest.FixtureRequest, cls: Any) -> None:
+        venv = adapted(request, scripted(AutoresetMode.NEXT_STEP, cls))
+        assert venv.has_attr("advance") and venv.has_attr("double") and venv.has_attr("step")
+        assert [method.__name__ for method in venv.get_attr("advance", [1])] == ["advance"]
+        assert venv.get_attr("colour") == [7, 7, 7]
+        venv.reset()
+        venv.step(np.zeros(3, np.int64))
+
+    @pytest.mark.parametrize("cls", [SyncVectorEnv, AsyncVectorEnv])
+    def test_setting_some_leaves_the_others(self, request: pytest.FixtureRequest, cls: Any) -> None:
+        venv = adapted(request, cls([lambda i=i: Unsendable(i) for i in range(3)]))
+        venv.set_attr("shaping", 3, indices=-1)
+        venv.set_attr("of_one", 5, indices=[0])
+        assert venv.env_method("shaped") == [1, 1, 3]
+        assert not venv.has_attr("of_one")
+        venv.reset()
+
+    @pytest.mark.filterwarnings("ignore:.*(Received the following|Traceback|Raising the last):UserWarning")
+    def test_what_processes_cannot_send_is_refused(self, request: pytest.FixtureRequest) -> None:
+        venv = adapted(request, AsyncVectorEnv([lambda i=i: Unsendable(i) for i in range(2)]))
+        assert venv.has_attr("shaping")
+        with pytest.raises(RuntimeError, match="`shaping` must be an attribute that worker processes can send, got .*"):
+            venv.get_attr("shaping")
+
+    @pytest.mark.parametrize("cls", [SyncVectorEnv, AsyncVectorEnv])
+    def test_methods_may_have_an_argument_called_name(self, request: pytest.FixtureRequest, cls: Any) -> None:
+        venv = adapted(request, scripted(AutoresetMode.NEXT_STEP, cls))
+        assert venv.env_method("named", name="x") == ["x 0", "x 1", "x 2"]
 
     def test_methods_of_some_environments(self, request: pytest.FixtureRequest) -> None:
         venv = adapted(request, scripted(AutoresetMode.NEXT_STEP))

@@ -148,14 +148,27 @@ class SeparateVecEnv(GymnasiumVecEnv):
     def _seed_argument(self, seeds: list[int]) -> Any:
         return seeds
 
+    def has_attr(self, attr_name: str) -> bool:
+        """Return whether all environments have an attribute."""
+        if not isinstance(self._core, AsyncVectorEnv):
+            return super().has_attr(attr_name)
+        return all(self._core.call("has_wrapper_attr", attr_name))
+
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        """Return an attribute of each environment."""
+        """Return an attribute of each environment; worker processes send copies."""
         if not isinstance(self._core, AsyncVectorEnv):
             return [self._core.envs[index].get_wrapper_attr(attr_name) for index in self._get_indices(indices)]
         # An error in a worker process ends it.
-        if not all(self._core.call("has_wrapper_attr", attr_name)):
+        if not self.has_attr(attr_name):
             raise AttributeError(f"`{attr_name}` must be an attribute of all environments, got one that some lack.")
-        values = self._core.get_attr(attr_name)
+        try:
+            # Its own get_attr calls an attribute that is callable.
+            values = self._core.call("get_wrapper_attr", attr_name)
+        except Exception as error:
+            raise RuntimeError(
+                f"`{attr_name}` must be an attribute that worker processes can send, got {type(error).__name__}: "
+                f"{error}, which ended the processes of the AsyncVectorEnv. Use a SyncVectorEnv."
+            ) from error
         return [values[index] for index in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
@@ -164,9 +177,17 @@ class SeparateVecEnv(GymnasiumVecEnv):
             for index in self._get_indices(indices):
                 self._core.envs[index].set_wrapper_attr(attr_name, value)
             return
-        chosen = set(self._get_indices(indices))
-        before = [value] * self.num_envs if len(chosen) == self.num_envs else self.get_attr(attr_name)
-        self._core.set_attr(attr_name, [value if index in chosen else old for index, old in enumerate(before)])
+        chosen = {range(self.num_envs)[index] for index in self._get_indices(indices)}
+        if len(chosen) == self.num_envs:
+            self._core.set_attr(attr_name, [value] * self.num_envs)
+            return
+        self._core.call("has_wrapper_attr", attr_name)  # raises if a step is pending
+        # Its own set_attr needs values for the other environments, too, and those that can be read are copies.
+        pipes = [self._core.parent_pipes[index] for index in sorted(chosen)]
+        for pipe in pipes:
+            pipe.send(("_setattr", (attr_name, value)))
+        successes = [pipe.recv()[1] for pipe in pipes]
+        self._core._raise_if_errors(successes + [True] * (self.num_envs - len(pipes)))
 
     def env_method(
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
@@ -181,7 +202,9 @@ class SeparateVecEnv(GymnasiumVecEnv):
                 f"`indices` must be None for an AsyncVectorEnv, which calls {method_name} in all environments, got "
                 f"{chosen}. Use a SyncVectorEnv, or SB3's SubprocVecEnv."
             )
-        return list(self._core.call(method_name, *method_args, **method_kwargs))
+        # `call` would take the method's argument `name` for its own.
+        self._core.call_async(method_name, *method_args, **method_kwargs)
+        return list(self._core.call_wait())
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: Any = None) -> list[bool]:
         """Return whether each environment is wrapped. ``Monitor`` counts as a wrapper: its statistics are kept."""
