@@ -31,7 +31,7 @@ from sb3_clipvf.engines.recognition import has_own_add
 from sb3_clipvf.engines.rollout_writer import RolloutWriter, writer_for
 from sb3_clipvf.envs.episode_ends import MONITOR_ADVICE, UnreportedEnd, unreported_end
 from sb3_clipvf.envs.faster import faster_step
-from sb3_clipvf.envs.rows import copy_of, stack_rows
+from sb3_clipvf.envs.rows import copy_of, stack_rows, truncated_rows
 from sb3_clipvf.envs.shapes import StepCheck
 from sb3_clipvf.guards.diagnosis import (
     Fault,
@@ -129,7 +129,8 @@ class RolloutCollector(OnPolicyAlgorithm):
 
             self._update_info_buffer(infos, dones)
             n_steps += 1
-            bootstrapped = bootstrap_truncated(engine, rewards, dones, infos, gamma)
+            acted_values = writer.values if writer else acted.values
+            bootstrapped = bootstrap_truncated(engine, rewards, dones, infos, gamma, acted_values)
             if not is_finite(bootstrapped):
                 raise self._reward_error(bootstrapped, n_steps - 1, {**locals(), **(writer.row() if writer else {})})
             if writer is None:
@@ -411,30 +412,29 @@ class RolloutCollector(OnPolicyAlgorithm):
 
 
 def bootstrap_truncated(
-    engine: Engine, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]], gamma: float
+    engine: Engine, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]], gamma: float, values: Any
 ) -> np.ndarray:
     """
     Return rewards with ``gamma * V(final observation)`` added where an episode was truncated, shape ``(n_envs,)``.
 
-    The values come from one forward pass for all. ``rewards`` is not changed in-place, since callbacks read it. The
-    result is NaN for all truncated episodes if a final observation is not finite, unless the policy has its own code
-    that reads observations.
+    The values come from one forward pass for all. Where the final observation is not known, ``values`` of the
+    observations before the step, an array or tensor, take their place. ``rewards`` is not changed in-place, since
+    callbacks read it. The result is NaN for all truncated episodes if a final observation is not finite, unless the
+    policy has its own code that reads observations.
 
     Source: Pardo et al. 2018, arXiv 1712.00378.
     """
     if not np.count_nonzero(dones):  # any() takes several times as long
         return rewards
-    truncated = [
-        index
-        for index in np.flatnonzero(dones)
-        if infos[index].get("TimeLimit.truncated", False) and infos[index].get("terminal_observation") is not None
-    ]
+    truncated, unknown = truncated_rows(dones, infos)
+    # Integer rewards cannot hold the values.
+    bootstrapped = rewards.astype(np.result_type(rewards, np.float32)) if truncated or unknown else rewards
+    if unknown:
+        bootstrapped[unknown] += gamma * th.as_tensor(values).cpu().numpy().reshape(-1)[unknown]
     if not truncated:
-        return rewards
+        return bootstrapped
     final_obs: Any = [infos[index]["terminal_observation"] for index in truncated]
     stacked = stack_rows(engine.policy.observation_space, final_obs)
-    # Integer rewards cannot hold the values.
-    bootstrapped = rewards.astype(np.result_type(rewards, np.float32))
     if not (observations_are_finite(stacked) or reads_by_own_code(engine.policy)):
         bootstrapped[truncated] = np.nan  # a network may turn them into finite numbers
         return bootstrapped

@@ -104,8 +104,9 @@ def test_the_host_writes_a_file_of_statistics(tmp_path: Any) -> None:
     assert env.env.closed
 
 
-def test_lazy_infos_are_those_of_steps_on_the_host() -> None:
-    first, second = TensorWalk(4, DICT), as_vec_env(TensorWalk(4, DICT))
+@pytest.mark.parametrize("finals", [True, False])
+def test_lazy_infos_are_those_of_steps_on_the_host(finals: bool) -> None:
+    first, second = TensorWalk(4, DICT, finals=finals), as_vec_env(TensorWalk(4, DICT, finals=finals))
     first.reset_tensors()
     second.reset()
     for _ in range(5):

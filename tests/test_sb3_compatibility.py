@@ -83,7 +83,7 @@ def test_integer_rewards_can_be_bootstrapped() -> None:
     infos = [{"TimeLimit.truncated": True, "terminal_observation": np.ones(2, np.float32)}]
     rewards = np.array([1])
     engine = AutogradEngine(policy, None)  # type: ignore[arg-type]
-    got = bootstrap_truncated(engine, rewards, np.array([True]), infos, gamma=0.5)
+    got = bootstrap_truncated(engine, rewards, np.array([True]), infos, gamma=0.5, values=np.zeros(1))
     value = policy.predict_values(th.ones(1, 2)).item()
     np.testing.assert_allclose(got, [1 + 0.5 * value], rtol=1e-6)  # float32 rounding
     assert rewards.tolist() == [1]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, CheckpointCallback, EvalCallback
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.torch_layers import FlattenExtractor
@@ -216,6 +217,26 @@ def test_unknown_final_observations_are_replaced_by_those_before(engine: str, bu
     # Row 0 is truncated after every second step, row 3 terminates there.
     np.testing.assert_allclose((rewards - plain)[1::2, 0], 0.9 * values[1::2, 0], atol=1e-6)
     np.testing.assert_allclose((rewards - plain)[:, 3], 0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("engine", "buffer", "callback"),
+    [
+        ("native", None, None),
+        ("native", None, lambda local, _: local["values"] is not None),
+        ("autograd", None, None),
+        ("autograd", RolloutBuffer, None),
+        ("autograd", DeviceRolloutBuffer, None),
+    ],
+    ids=["writer", "callback", "arrays", "SB3's buffer", "device"],
+)
+def test_unknown_final_observations_have_values_through_arrays_too(engine: str, buffer: Any, callback: Any) -> None:
+    kwargs: dict[str, Any] = {"n_rollouts": 1, "engine": engine, "gamma": 0.9}
+    wrapped = Plain(as_vec_env(TensorWalk(finals=False)))
+    through_arrays = trained(wrapped, callback=callback, rollout_buffer_class=buffer, **kwargs)
+    direct = trained(TensorWalk(finals=False), **kwargs)
+    rewards = np.asarray(through_arrays.rollout_buffer.rewards)
+    np.testing.assert_allclose(rewards, direct.rollout_buffer.rewards, atol=1e-6)
 
 
 class GammaCallback(BaseCallback):

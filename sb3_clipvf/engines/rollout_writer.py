@@ -102,6 +102,11 @@ class RolloutWriter:
         buffer.pos = step + 1
         buffer.full = buffer.pos == buffer.buffer_size
 
+    @property
+    def values(self) -> np.ndarray:
+        """Values of the observations of the present step, shape ``(n_envs,)``."""
+        return self._buffer.values[self._buffer.pos]
+
     def row(self) -> dict[str, np.ndarray]:
         """Return what the engine wrote for the present step."""
         buffer, step = self._buffer, self._buffer.pos

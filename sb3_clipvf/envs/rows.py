@@ -1,14 +1,17 @@
 """Rows of batches: observations ``(n_envs, ...)``, in dicts and tuples where spaces nest, and infos of a batch."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 
+#: Key of the infos at the end of an episode whose final observation is not known.
+UNKNOWN_FINAL = "terminal_observation_unknown"
+
 # Keys that the adapters themselves put into the infos.
-_OURS = frozenset({"TimeLimit.truncated", "terminal_observation"})
+_OURS = frozenset({"TimeLimit.truncated", "terminal_observation", UNKNOWN_FINAL})
 
 
 def copy_batch(space: spaces.Space[Any], obs: Any) -> Any:
@@ -93,6 +96,13 @@ def fill_infos(rows: list[dict[str, Any]], infos: Mapping[str, Any], left_out: f
         else:
             for index in np.flatnonzero(mask).tolist():
                 rows[index][key] = column[index]
+
+
+def truncated_rows(dones: np.ndarray, infos: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
+    """Return the rows of truncated episodes: those with a final observation, and those where it is not known."""
+    rows = [row for row in np.flatnonzero(dones).tolist() if infos[row].get("TimeLimit.truncated", False)]
+    known = [row for row in rows if infos[row].get("terminal_observation") is not None]
+    return known, [row for row in rows if infos[row].get(UNKNOWN_FINAL) and "terminal_observation" not in infos[row]]
 
 
 def _column(values: Any, n_envs: int) -> list[Any]:

@@ -12,7 +12,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices
 from sb3_clipvf.common.tensors import torch_dtype
 from sb3_clipvf.common.validation import as_gymnasium
 from sb3_clipvf.envs.layers import vec_env_layers
-from sb3_clipvf.envs.rows import fill_infos, take_rows
+from sb3_clipvf.envs.rows import UNKNOWN_FINAL, fill_infos, take_rows
 from sb3_clipvf.envs.shapes import name_of, parts
 from sb3_clipvf.envs.vector import BatchedVecEnv, Step, keep_final_obs
 
@@ -142,6 +142,9 @@ class TensorEnvAdapter(BatchedVecEnv):
         final = self._step.final_observations
         if final is not None:
             keep_final_obs(infos, host_copy(final), ended)
+        else:
+            for index in ended.tolist():
+                infos[index][UNKNOWN_FINAL] = True
         return np.ones(len(ended), dtype=bool)
 
 
@@ -228,7 +231,10 @@ class LazyInfos(Sequence[dict[str, Any]]):
         rows = [{"TimeLimit.truncated": timed_out} for timed_out in (truncated & ~terminated).tolist()]
         fill_infos(rows, host_infos(step.infos))
         ended = np.flatnonzero(terminated | truncated)
-        if step.final_observations is not None and len(ended):
+        if step.final_observations is None:
+            for index in ended.tolist():
+                rows[index][UNKNOWN_FINAL] = True
+        elif len(ended):
             finals = take_rows(host_copy(step.final_observations), ended)
             for row, index in enumerate(ended.tolist()):
                 rows[index]["terminal_observation"] = take_rows(finals, row)  # type: ignore[arg-type]

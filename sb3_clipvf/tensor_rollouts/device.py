@@ -118,7 +118,7 @@ class UploadingRollout(Rollout):
         collector, t = self.collector, self.buffer.pos
         new_obs, rewards, dones, infos = self._taken
         collector._update_info_buffer(infos, dones)
-        bootstrapped = bootstrap_truncated(self.engine, rewards, dones, infos, self.gamma)
+        bootstrapped = bootstrap_truncated(self.engine, rewards, dones, infos, self.gamma, self._acted.values)
         columns = self._columns.numpy()[:, t]
         columns[0], columns[1], columns[2] = rewards, bootstrapped, dones
         self.buffer.end_step()
