@@ -36,7 +36,7 @@ def set_global_states(states: dict[str, Any]) -> None:
     version, numbers, gauss_next = states["python"]
     random.setstate((version, tuple(numbers.tolist()), gauss_next))
     _, key, pos, *_ = states["numpy"]
-    _check_parts({"key": key, "pos": pos}, np.random.MT19937().state["state"])
+    _check_parts({"key": key, "pos": pos}, dict(np.random.MT19937().state["state"]))
     np.random.set_state(states["numpy"])
     th.set_rng_state(states["torch"])
     # Without the same devices, a resume is not exact in any case.

@@ -105,7 +105,8 @@ class RolloutWriter:
     @property
     def values(self) -> np.ndarray:
         """Values of the observations of the present step, shape ``(n_envs,)``."""
-        return self._buffer.values[self._buffer.pos]
+        values: np.ndarray = self._buffer.values[self._buffer.pos]
+        return values
 
     def row(self) -> dict[str, np.ndarray]:
         """Return what the engine wrote for the present step."""
