@@ -26,7 +26,7 @@ from stable_baselines3.common.callbacks import (
     LogEveryNTimesteps,
     StopTrainingOnRewardThreshold,
 )
-from stable_baselines3.common.logger import configure
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_clipvf import ClipPPO
@@ -461,7 +461,7 @@ def test_a_logger_that_is_set_after_a_resume_is_kept(is_set: bool, tmp_path: Pat
     case.model(tmp_path).learn(64, callback=TrainingCheckpoint(64, tmp_path / "checkpoints"))
     model = ClipPPO.resume(tmp_path / "checkpoints", case.make_env(tmp_path), device="cpu")
     if is_set:
-        model.set_logger(configure(str(tmp_path / "own"), ["csv"]))
+        model.set_logger(Logger(str(tmp_path / "own"), []))
     first = model.logger
     for _ in range(2):
         model.learn(64, reset_num_timesteps=False)

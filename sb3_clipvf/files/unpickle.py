@@ -195,7 +195,10 @@ class _Machine:
     def _called(self, function: Any, args: Any) -> Any:
         self._count(args)
         if isinstance(function, CheckedFunction):
-            return function.call(*_checked_args(args))
+            made = function.call(*_checked_args(args))
+            # A random generator or a deque takes up to some kB; pickles hold numbers of NumPy in millions.
+            self._n_bytes += 0 if type(made).__module__ == "numpy" else 10 * BYTES_OF_VALUE
+            return made
         if self._is_extra(function):
             return function(*_checked_args(args))
         raise NotAllowedError(f"a call of {full_name(function)}")
