@@ -243,7 +243,7 @@ def test_interrupt_ends_the_training_and_keeps_what_is_done(
     assert "Interrupted. The same command resumes with what is missing." in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is before
     assert [(run["name"], run["seed"]) for run in runs_in()] == [("tiny", 2000)]
-    assert "| hard" in Path("docs/results/learning.md").read_text()
+    assert "Not run: hard" in Path("docs/results/learning.md").read_text()
 
 
 def test_report_writes_the_table_and_the_figure_and_runs_nothing(

@@ -592,7 +592,7 @@ class TestBounds:
     def test_tensors_larger_than_their_values(
         self, value: Any, model_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("sb3_clipvf.files.model.ROOM", 0)
+        monkeypatch.setattr("sb3_clipvf.files.model.SMALL", 0)
         entries, optimizer = entries_of(model_path), io.BytesIO()
         state = th.load(io.BytesIO(entries["policy.optimizer.pth"]), weights_only=True)
         state["state"][0] = value

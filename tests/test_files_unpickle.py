@@ -215,8 +215,14 @@ class TestWhatIsRefused:
         "raw",
         [
             b"](" + b"\x8f" * 2**14 + b"e.",  # sets
-            b"](" + hostile.named("collections", "deque") + b"\x94" + b"(" + b"N" * 1000 + b"t\x85\x940"
-            b"h\x00h\x01R" * 200 + b"e.",
+            b"]("
+            + hostile.named("collections", "deque")
+            + b"\x94"
+            + b"("
+            + b"N" * 1000
+            + b"t\x85\x940"
+            + b"h\x00h\x01R" * 200
+            + b"e.",
         ],
         ids=["many objects", "many copies"],
     )

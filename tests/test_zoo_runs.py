@@ -118,12 +118,15 @@ def test_hyperparams_are_those_of_the_yaml_file_with_the_changes(logs: Path) -> 
 
 
 def test_packages_of_the_training_are_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "registering_package.py").write_text(
+    packages = tmp_path / "packages"  # not beside the run, where it may have come with it
+    packages.mkdir()
+    (packages / "registering_package.py").write_text(
         "import gymnasium as gym\n"
         "gym.register('FromPackage-v0', entry_point='gymnasium.envs.classic_control:PendulumEnv')\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
-    run = Run("clipppo", "FromPackage-v0", tmp_path / "run", tmp_path / "run" / "model.zip")
+    monkeypatch.syspath_prepend(packages)
+    folder = tmp_path / "logs/clipppo/FromPackage-v0_1"
+    run = Run("clipppo", "FromPackage-v0", folder, folder / "model.zip")
     run.settings_folder.mkdir(parents=True)
     arguments = {"gym_packages": ["registering_package"], "env_kwargs": None}
     (run.settings_folder / "args.yml").write_text(yaml.dump(arguments))

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from sb3_clipvf.common.messages import log
 from sb3_clipvf.common.tensors import map_tree, without_numpy
-from sb3_clipvf.files.archive import ModelPath, check_inner_zip, check_json, entries_of, read_bytes, reason_of
+from sb3_clipvf.files.archive import SMALL, ModelPath, check_inner_zip, check_json, entries_of, read_bytes, reason_of
 from sb3_clipvf.files.atomic import atomic_write
 from sb3_clipvf.files.codec import ENCODED, NOTE, decoded, encoded
 from sb3_clipvf.files.trust import TRUST_ADVICE, Trust, UnsafeFileError
@@ -258,7 +258,7 @@ def _check_tensors(what: str, weights: Any) -> None:
         size = tensor.numel() * tensor.element_size()
         n_bytes += size
         # Parts of a network may share their weights.
-        if size > storage.nbytes() or n_bytes > ROOM + 4 * sum(storages.values()):
+        if size > storage.nbytes() or n_bytes > SMALL + 4 * sum(storages.values()):
             raise ValueError(
                 f"{what} must hold no tensors larger than their values, got {n_bytes:,} bytes. Save the model again."
             )
