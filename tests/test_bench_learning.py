@@ -428,6 +428,14 @@ def test_table_means_over_seeds_and_names_what_is_missing(tmp_path: Path) -> Non
     assert lines[-1] == "- C, 2 cores, one run at a time, one thread each; python 3"
 
 
+def test_times_are_not_shown_if_the_machine_was_slower_for_one_algorithm(tmp_path: Path) -> None:
+    results = Results(tmp_path / "r.json")
+    for row in (TINY, TINY.peer()):
+        results.add({**result(row, 1000, 7.0), "cpu_seconds": 60.0})
+    assert "| 1.0 / 1.0 |" in render_table(results, (TINY,), (1000,))
+    assert "1.0 / 1.0" not in render_table(results, (replace(TINY, has_times=False),), (1000,))
+
+
 def test_a_mean_below_the_goal_does_not_reach_it(tmp_path: Path) -> None:
     results = Results(tmp_path / "r.json")
     for seed, mean in ((1000, 7.0), (1001, 8.5)):
