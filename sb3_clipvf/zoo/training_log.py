@@ -66,7 +66,7 @@ def _remove_rows_after(num_timesteps: int, path: Path) -> None:
 def _steps(line: bytes) -> int:
     try:
         return int(json.loads(line).get("time/total_timesteps", 0))
-    except (ValueError, AttributeError, TypeError):  # damaged: `compare` omits it
+    except (ValueError, AttributeError, TypeError):  # damaged: the report skips it
         return 0
 
 

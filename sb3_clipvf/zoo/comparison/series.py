@@ -63,7 +63,7 @@ def read_evaluations(path: Path) -> dict[str, np.ndarray]:
         with path.open("rb") as file, np.load(file) as data:
             steps, results = data["timesteps"], data["results"].astype(np.float64)
             arrays = {"timesteps": steps, "results": results}
-            for name in set(data) - set(arrays):
+            for name in [name for name in data.files if name not in arrays]:
                 with suppress(ValueError, zipfile.BadZipFile):
                     arrays[name] = data[name]
         if results.ndim != 2 or steps.shape != results.shape[:1] or results.size == 0:
